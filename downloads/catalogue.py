@@ -13,7 +13,7 @@ from modules.command import quote_command
 # the commands of most sets, in the order they are run; sets of tools name their own
 STEPS = ("latents", "texts", "train", "generate")
 TRAINING_ADAPTER = "--training_adapter"
-WITH_ADAPTER = "-adapter"  # end of the task of a set with one
+WITH_ADAPTER = "-adapter"  # suffix of a task whose set includes a training adapter
 # kinds of runs that take no training adapter
 OTHER_KINDS = ("whole", "lllite", "lllite_inpainting", "controlnet", "embedding")
 
@@ -25,7 +25,7 @@ class Licence:
     name: str
     key: str
     url: str
-    terms: str  # what somebody who downloads the weights should know of it
+    terms: str  # what anyone who downloads the weights should know about it
     comes_first: bool = False  # whether it is shown before its files, because it excludes many people
     verified: bool = True  # False: the release's own page does not state it, or could not be read
 
@@ -63,7 +63,7 @@ class Component:
     # size of the trained network in 16 bits, if the file contains other networks too
     trained_bytes: int | None
     in_fp8: str | None  # name of the same component in 8 bits
-    inside: Inside | None = None  # where a file of the user's own may have it already
+    inside: Inside | None = None  # where one of the user's files may already contain it
 
     @property
     def title(self) -> str:
@@ -79,7 +79,7 @@ class Component:
 
     @property
     def licence(self) -> Licence:
-        """License of the first file, which holds for all files of the component."""
+        """License of the first file, which applies to all files of the component."""
         return self.files[0].licence
 
     @property
@@ -254,7 +254,7 @@ def family_title(family: str) -> str:
     return str(_read_catalogue()["family"][family].get("title", ""))
 
 
-@lru_cache(maxsize=256)  # names in files of other programs are without number
+@lru_cache(maxsize=256)  # names in other programs' files have no number
 def model_title(name: str, task: str = "") -> str:
     """Return the display name of a model, given the internal name in runs, results and the catalogue.
 
@@ -287,7 +287,7 @@ class _Download:
 
     model: ModelSet
     in_fp8: bool
-    folder: Path  # that it goes to
+    folder: Path  # where the files are stored
 
     @property
     def missing_bytes(self) -> int:
@@ -297,7 +297,7 @@ class _Download:
 
     @property
     def command(self) -> str:
-        """The command that makes the download."""
+        """The command that starts the download."""
         words = ["python", "tools/download.py", "--family", self.model.family, "--task", self.model.task]
         if self.in_fp8:
             words.append("--fp8_encoders")

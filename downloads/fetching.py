@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 TRIES = 6  # attempts in a row that bring nothing, after which a download fails
 FIRST_WAIT = 1.0  # seconds between the first two attempts
-SPARE_BYTES = 1 << 30  # of the disk, which stay free for other programs
+SPARE_BYTES = 1 << 30  # of the disk that stay free for other programs
 _SENTENCEPIECE_START = b"\x0a"  # a SentencePiece model begins with the tag of its first piece
 
 
@@ -120,7 +120,7 @@ def _plan_download(file: ReleasedFile, options: DownloadOptions) -> PlannedDownl
     target = options.to / file.name
     if not real_path(target.parent).is_relative_to(real_path(options.to)):
         raise OutputError(
-            f"{target.parent} is a link to a different place than {options.to}. Download to a folder of its "
+            f"{target.parent} links to a different place than {options.to}. Download to a folder of its "
             "own "
             "with --to, and move the files."
         )
@@ -209,7 +209,7 @@ def download_file(
                 "kept. Look at that page, or try --source or another mirror."
             )
         give_name(partial, target)
-        # partial downloads of other versions are of no use any more
+        # partial downloads of other versions are no longer useful
         for old in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
             old.unlink(missing_ok=True)
 
@@ -287,7 +287,7 @@ def find_content_error(path: Path, name: str) -> str | None:
 
 
 def _check_content(path: Path, kind: str) -> str | None:
-    """Return why a file is none of a kind, such as "safetensors"; raise the reader's error if it has one."""
+    """Return why a file is not of a kind, such as "safetensors"; raise the reader's error if it has one."""
     from checkpoints.containers import PICKLE, ZIP  # torch loads here
     from checkpoints.first_bytes import ONNX
     from checkpoints.opening import open_file

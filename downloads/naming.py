@@ -1,4 +1,4 @@
-"""Read the names that people give models: in any spelling, also of models that are no families here.
+"""Read the names that people give to models, in any spelling; also names of models without a family here.
 
 Imports nothing that is slow to load.
 """

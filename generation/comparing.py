@@ -368,10 +368,10 @@ def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
 def _encode_texts(
     run: GenerationRun, jobs: Mapping[str, GenerationJob], variants: Sequence[Variant]
 ) -> dict[str, dict[str, Mapping[int, EncodedPrompts]]]:
-    """Encode the texts for each column; columns whose LoRAs do not change text encoders share the results.
+    """Encode the prompts for each column; columns whose LoRAs do not change text encoders share the results.
 
     Returns:
-        Label of the column -> label of the job -> encoded texts by section.
+        Label of the column -> label of the job -> encoded prompts by section.
     """
     prompts = [select_prompts(job.prepared, run.options.guidance) for job in jobs.values()]
     texts_without_loras = dict(zip(jobs, run.session.encode_texts(prompts), strict=True))
@@ -493,7 +493,7 @@ def write_grid(
 def _make_title(jobs: Sequence[GenerationJob], names: Sequence[str]) -> str:
     """Return the prompt of a single job, or the names of the compared training runs.
 
-    The number of the epoch or step is removed: file x-000010 is of run x.
+    The number of the epoch or step is removed: file x-000010 belongs to run x.
     """
     if len(jobs) == 1:
         return shorten_prompt(jobs[0].prepared.request.prompt)

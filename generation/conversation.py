@@ -53,7 +53,7 @@ def converse(run: GenerationRun, change_strengths: ChangeStrengths) -> None:
         run: The run.
         change_strengths: Returns a run with other LoRA strengths.
     """
-    remembers = run.options.remembers_lines  # options of a line hold for the lines after it
+    remembers = run.options.remembers_lines  # options of a line apply to the lines after it
     ask = line_reader(
         ((character, option.key) for character, option in run.options.line_options.items()),
         " Options hold for the prompts after it; an empty line quits." if remembers else "",

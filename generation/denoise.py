@@ -57,7 +57,7 @@ def denoise(
     schedule = solver.schedule
     has_edit_reference = section.edit_reference is not None
     assert not (has_edit_reference and section.overrides.audio_video_shapes), (
-        "an anchor holds a picture alone"
+        "an anchor contains only a picture"
     )
     is_joint = (
         section.overrides.audio_video_shapes is not None
@@ -409,7 +409,7 @@ def sections_of(
     Send the result of each section; the generator returns the latents of the whole video.
     """
     conditions = dict(inputs.get(0, {}))
-    source = conditions.pop(SOURCE, None)  # it starts the sections, and is no input of the network
+    source = conditions.pop(SOURCE, None)  # it starts the sections, and is not an input of the network
     if source is not None:
         inputs = {**inputs, 0: conditions}
     request_overrides = steps.NO_OVERRIDES

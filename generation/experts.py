@@ -356,7 +356,8 @@ class ExpertOffloader:
             dit, host_copy = prefetch.future.result()
         except (torch.OutOfMemoryError, MemoryError):
             logger.info(
-                "There was no memory to read the %s ahead: it is loaded now", self.experts[expert].description
+                "There was not enough memory to read the %s ahead: it is loaded now",
+                self.experts[expert].description,
             )
             return
         self._dits[expert] = dit.eval().requires_grad_(False)

@@ -6,14 +6,14 @@ variable `modules.installation.DRIVEN` asks for it, and names the folder for pre
     {"prompt": "a cat", "options": {"video_size_width": "832", "control_image_path": ["a.png", "b.png"]},
      "strengths": {"": ["0.8"]}}
 
-Options are those of a prompt line, by letter or name, with their texts, so that no prompt is taken for
+Options are those of a prompt line, by letter or name, with values as text, so that no prompt is taken for
 options. Strengths are those of the LoRAs, by expert. Each answer is an object with `event`:
 
 ready: the next request can be read. begun: with the number of steps. phase: with what begins now. step: with
 the steps done so far. warned: with a warning of the script. made: with the file. failed: with the reason.
 cancelled: by SIGINT.
 
-Answers go to what was standard output; what else is printed goes to standard error.
+Answers go to the original standard output; everything else that is printed goes to standard error.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from modules.errors import OptionError
 from protocols.steps import CompletedStep
 
 LABEL = "the prompt"
-PREVIEW_EVERY = 2  # steps; one that is late is left out
+PREVIEW_EVERY = 2  # steps between previews; a late one is skipped
 ChangeStrengths = Callable[[GenerationRun, Mapping[str, Sequence[float]]], GenerationRun]
 
 
@@ -57,7 +57,7 @@ class Interrupts:
         if self._is_held:
             self._has_come = True
             return
-        self._may_raise = False  # what an interrupted request still tidies up is not interrupted
+        self._may_raise = False  # the cleanup after an interrupted request is not interrupted
         raise KeyboardInterrupt
 
     @contextlib.contextmanager
@@ -169,7 +169,7 @@ def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, previe
 def with_previews(run: GenerationRun, folder: Path) -> GenerationRun:
     """Return the run with previews in a folder.
 
-    The run is returned unchanged if its latents have no preview, or if a tool is there to hide content.
+    The run is returned unchanged if its latents have no preview, or if a tool hides content.
     """
     hides_content = run.post is not None and run.post.hides_content
     if run.previews is not None:

@@ -28,7 +28,7 @@ from protocols.loading import BlockSharder
 from protocols.requests import Prepared, Prompt, Prompts
 from protocols.steps import EncodedPrompts
 
-if TYPE_CHECKING:  # it is loaded only if LoRAs are for texts
+if TYPE_CHECKING:  # loaded only if LoRAs change text encoders
     from networks.text_loras import TextLoras
 
 CPU = torch.device("cpu")
@@ -70,7 +70,7 @@ class Session:
     device: torch.device
     dits: ExpertOffloader  # with its `keep`, all networks wait on the CPU between phases, for the next prompt
     text_loras: "TextLoras | None" = None
-    blocks: BlockSharder | None = None  # splits text encoders over processes, which encode the same texts
+    blocks: BlockSharder | None = None  # splits text encoders over processes, which encode the same prompts
     _encoded: Texts = field(default_factory=dict)
     _text_encoders: Sequence[TextEncoder] | None = None
     _media: MediaEncoders | None = None
@@ -114,7 +114,7 @@ class Session:
                 else:
                     encoder.free()
                 free_memory(self.device)
-        self._encoded.update(outputs)  # after all encoders, so that interrupted texts are not kept in part
+        self._encoded.update(outputs)  # after all encoders, so that no partly encoded prompt is kept
         return [gather_encoded(by_section, self._encoded) for by_section in prompts]
 
     def count_new(self, prompts: Iterable[Mapping[int, Prompts]]) -> int:

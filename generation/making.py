@@ -1,4 +1,4 @@
-"""Generate the outputs of jobs in phases (texts, input media, denoising, decoding), each for all jobs."""
+"""Generate the outputs of jobs in phases (prompts, input media, denoising, decoding), each for all jobs."""
 
 import logging
 import time
@@ -83,7 +83,7 @@ def warn_of_unused_sources(
 
 
 def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> Mapping[str, Path]:
-    """Encode all texts, then all images and videos, denoise all jobs, and decode all latents.
+    """Encode all prompts, then all images and videos, denoise all jobs, and decode all latents.
 
     Returns:
         Label of the job -> path of the finished video or image.
@@ -236,7 +236,7 @@ def denoise_all(
 
     Args:
         run: The run.
-        encoded_jobs: Jobs whose texts and inputs are encoded.
+        encoded_jobs: Jobs whose prompts and inputs are encoded.
         failures: Collects the errors of single files or lines.
         networks: Yields the jobs of `encoded_jobs` in groups, in the same order, each with the function that
             returns the network for a timestep.

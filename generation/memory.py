@@ -68,7 +68,7 @@ class PhasePrediction:
     ]  # bytes and name of each network that runs between two steps
     expert_schedule: ExpertSchedule
     cublas_workspace: memory_plan.MemoryPart  # other memory in use on the device
-    before: tuple[memory_plan.Phase, ...] = ()  # texts and inputs
+    before: tuple[memory_plan.Phase, ...] = ()  # encoding of prompts and inputs
     after: tuple[memory_plan.Phase, ...] = ()  # decoding
 
     @property

@@ -11,7 +11,7 @@ def read_named_object(text: str) -> str:
     """Replace a prompt such as `@caption.json` by the content of this file; return any other text unchanged.
 
     Raises:
-        OptionError: If the file cannot be read or holds no JSON object, or if a browser page made the
+        OptionError: If the file cannot be read or is not a JSON object, or if a browser page made the
             command, whose user may not be allowed to read files.
     """
     name = text.strip()

@@ -204,8 +204,8 @@ def expert_loras(
 ) -> "tuple[tuple[WeightedLora, ...], ...]":
     """Return the LoRAs of each of the family's experts, in the order of the experts.
 
-    A file that holds a LoRA for each expert is used in both, no matter which option names it. Patterns apply
-    to the files of --lora_weight first, then to those of --lora_weight_high_noise.
+    A file that contains a LoRA for each expert is used for both, no matter which option names it. Patterns
+    apply to the files of --lora_weight first, then to those of --lora_weight_high_noise.
 
     Args:
         family: The model family.
@@ -302,7 +302,7 @@ def _warn_of_missing_experts(
                 )
 
 
-# --- what of --optimized is available
+# --- which options of --optimized are available
 # ------------------------------------------------------------------------------------------------------------
 
 FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
@@ -387,7 +387,7 @@ def _without(speed: GenerationSpeedOptions, name: str) -> GenerationSpeedOptions
 def _check_rounding(files: Sequence[Path], device: torch.device) -> None:
     """Raise OptionError if weights cannot be quantized to 8 bits on this device while loading."""
     if device.type == "mps":
-        raise OptionError("Apple's GPUs have no numbers of 8 bits.")
+        raise OptionError("Apple's GPUs do not support 8-bit formats.")
     for path in files:
         with contextlib.closing(open_checkpoint(path)) as checkpoint:
             infos = checkpoint.tensors.values()

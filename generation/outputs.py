@@ -41,7 +41,7 @@ SUFFIXES = (
 # names of latent files that we wrote: they begin with a time
 OWN_LATENTS = re.compile(r"(\D*\d{8}[-_]\d{6}.*)_latent", re.DOTALL)
 NAMED_CHARACTERS = 40  # maximum number of a prompt's characters in a file name
-NAMED_BYTES = 100  # the same in UTF-8 bytes, of which file names may have 255
+NAMED_BYTES = 100  # the same limit in UTF-8 bytes; file names may have 255
 
 
 class FrameTools(Protocol):
@@ -182,7 +182,7 @@ def save_pixels(
     """Write decoded pixels as they arrive; return the path of the result.
 
     The result is a video, or a PNG if there is a single frame. With `--output_type images` it is a folder of
-    PNG files; for a single frame this holds only if the script neither numbers single images nor generates
+    PNG files; for a single frame, only if the script neither numbers single images nor generates
     only images. With `--save_last_frame` the last frame of a video is also written as a PNG, unprocessed so
     that another video can continue from it, or processed if one of the tools hides something.
 
@@ -272,7 +272,7 @@ def _save_layers(
     metadata: Mapping[str, str] | None,
 ) -> Path:
     """Write each layer of an image, and the composed image, as a PNG; return the last path."""
-    from modules.media.layers import COMPOSITE, write_layers  # few results have any
+    from modules.media.layers import COMPOSITE, write_layers  # few results have layers
 
     stem = Path(options.file_name).stem or free_stem(options.save_path, stem, [f"{COMPOSITE}.png"])
     paths = write_layers(options.save_path, stem, frames, has_full, as_png_texts(metadata or {}))

@@ -36,7 +36,7 @@ SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
     "dpm++sde": "dpm++sde",
     "lcm": "lcm",
 }
-# values that unset an option of the command line: empty quotes; for texts also nothing at all
+# values that unset an option of the command line: empty quotes; for text options also nothing at all
 CANCELS = ('""', "''")
 NO_TEXT = ("", *CANCELS)
 PROMPT = "prompt"  # the option that names the prompt, in lines of the Web UI
@@ -54,7 +54,7 @@ class LineOption:
     key: str
     read: Callable[[str], Value]
     unset_values: tuple[str, ...] = ()  # accepted empty values, which unset the option
-    repeats: bool = False  # whether each use adds to a list; otherwise the last use wins
+    repeats: bool = False  # whether each use adds to a list; otherwise the last use counts
     # keys of the command line that the option replaces, unless the line gives them too
     replaced_keys: tuple[str, ...] = ()
 
@@ -295,7 +295,7 @@ def split_line(line: str) -> SplitLine:
             return SplitLine(f"--{parts[0]}", parts[1:])
         return SplitLine(text, parts)
     if len(prompt_options) > 1 or text.strip():
-        raise OptionError(f"--{PROMPT}: the line has two prompts. Write one, in front or behind --{PROMPT}")
+        raise OptionError(f"--{PROMPT}: the line has two prompts. Write one, before or after --{PROMPT}")
     other_options = [part for part in parts if part is not prompt_options[0]]
     return SplitLine(unquote(prompt_options[0].partition(" ")[2].strip()), other_options)
 
@@ -420,7 +420,7 @@ def _warn_of_repetition(displayed_line: str, spellings: Sequence[str]) -> None:
 
 
 def _read_value(option: LineOption, text: str) -> Value:
-    """Parse an option's text; only texts have escapes, so that paths keep their backslashes."""
+    """Parse an option's text; only text options have escapes, so that paths keep their backslashes."""
     return option.read(unquote(text) if option.read is str else read_path(text))
 
 

@@ -86,7 +86,7 @@ def make_request(
     Args:
         options: Options of the run.
         overrides: Values of the prompt line by key.
-        prompts: Expands the wildcards of texts.
+        prompts: Expands the wildcards in prompts.
 
     Raises:
         OptionError: If a number is out of range, or if a text cannot be expanded.
@@ -137,7 +137,7 @@ def make_request(
         source=_select_source(options.source, line),
         extra=_collect_extras(options, line) if options.extras else {},
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
-        # the texts as typed, if wildcards or a file changed them
+        # the prompts as typed, if wildcards or a file changed them
         typed_texts={
             name: text for name, text in typed_texts.items() if text is not None and text != texts[name]
         },

@@ -54,7 +54,7 @@ from runtime.ways.composing import (
     reject_other_splits,
 )
 
-if TYPE_CHECKING:  # loaded only with --latent_path, or with LoRAs for texts
+if TYPE_CHECKING:  # loaded only with --latent_path, or with LoRAs of text encoders
     from checkpoints.model_files import SavedLatents
     from networks.text_loras import TextLoras
 
@@ -305,7 +305,7 @@ def _print_plan(family: Family, options: GenerationOptions, device: torch.device
     if cards > 1:
         from generation.multi_process import plan_ways  # only with --plan
 
-        assert device_memory is not None, "several cards have a size, as --plan is read"
+        assert device_memory is not None, "--plan gives each of several cards a size"
         plan_ways(family, options, device, cards=cards, device_memory=device_memory)
     else:
         from generation.memory import plan_generation  # only with --plan
@@ -461,7 +461,7 @@ def _make_text_loras(loras_by_expert: LorasByExpert, rounding: str) -> "TextLora
     first_loras = loras_by_expert[0]
     if not any(lora_use.lora.text_tensors for lora_use in first_loras) and not on_side(first_loras, True):
         return None
-    from networks.text_loras import TextLoras  # only with LoRAs of texts
+    from networks.text_loras import TextLoras  # only with LoRAs of text encoders
 
     return TextLoras(first_loras, rounding)
 

@@ -2,7 +2,7 @@
 
 A sheet shows all values of one or two options as one labeled image or video. Each cell is equal to the bit to
 the result of a single run with its values, and is saved like it; the sheet is drawn from the saved files.
-All cells of all sheets are one batch: texts and models are loaded once.
+All cells of all sheets are one batch: each model is loaded once.
 """
 
 import logging
@@ -98,7 +98,7 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
 
 
 def _write_page(path: Path, grid: ClipGrid, title: str) -> None:
-    """Write an HTML page with the clips of a grid; rows with the same prompt stand below each other."""
+    """Write an HTML page with the clips of a grid; rows with the same prompt are adjacent."""
     prompts = []
     for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.details)):
         rows_of_prompt = []

@@ -1,7 +1,7 @@
 """Write files atomically: to a temporary name in the same folder, flushed to disk, then renamed.
 
 Temporary names, `.NAME.MARK.tmp`, name their writer. A mark has the machine, the process and a random number,
-in hexadecimal. So the leftover of a killed process is known at once on its own machine, and a file that
+in hexadecimal. So the leftover of a killed process is recognized at once on its own machine, and a file that
 another process is writing is never taken for one. On other machines that share the folder only the file's age
 tells. Locks are not used: they do not work on all network folders.
 """

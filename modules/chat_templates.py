@@ -1,8 +1,8 @@
 """Render the chat template in a model's folder, with limits on time, memory and characters.
 
 A template is a program in Jinja, and comes from whoever made the folder. Its sandbox keeps it from reaching
-anything, but not from going on for ever: so it runs in a process of its own, which is stopped. What templates
-may use is what transformers' `apply_chat_template` gives them.
+anything, but not from running forever, so it runs in a separate process, which is stopped. Templates
+may use what transformers' `apply_chat_template` gives them.
 """
 
 import functools
@@ -59,7 +59,7 @@ def render_chat(
 
 @functools.lru_cache(maxsize=1024)  # most items of a dataset have the same prompt
 def _render(template: str, variables_json: str, seconds: float) -> str:
-    """Render a template in a process of its own, with bounds on memory, time and length.
+    """Render a template in a separate process, with bounds on memory, time and length.
 
     The variables are JSON, because the arguments of a cached function have to be hashable.
     """

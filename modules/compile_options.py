@@ -110,10 +110,10 @@ class CompileOptions(Options):
             default: The default of --compile_args.
 
         Raises:
-            OptionError: If a word is unknown, or if two options say the same.
+            OptionError: If a word is unknown, or if two options set the same value.
         """
         words = dict(zip(COMPILE_ARGS, self.compile_args, strict=True))
-        words |= self._read_separate_options(default)  # these win
+        words |= self._read_separate_options(default)  # these take precedence
         dynamic = words["DYNAMIC"]
         is_dynamic = None
         if dynamic.strip().lower() not in {"auto", "none"}:

@@ -33,9 +33,9 @@ def explain_compilation(error: Exception) -> str | None:
 
 
 def _find_folder_with_blank(command: str) -> str | None:
-    """Find a folder of torch or its compiled code that is in a failed command and whose path has a blank.
+    """Find a folder of torch or its compiled code in a failed command whose path contains a space.
 
-    torch does not quote paths in such commands, so that the compiler takes the path for two.
+    torch does not quote paths in such commands, so the compiler reads the path as two.
     """
     torch_file = getattr(sys.modules.get("torch"), "__file__", None)
     folders = [os.environ.get("TORCHINDUCTOR_CACHE_DIR"), tempfile.gettempdir()]

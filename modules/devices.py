@@ -41,7 +41,7 @@ DTYPES: dict[str, torch.dtype] = {
     },
 }
 
-# texts in out-of-memory messages of torch's allocators and libraries that are not torch.OutOfMemoryError
+# parts of out-of-memory messages of torch's allocators and libraries that are not torch.OutOfMemoryError
 NO_MEMORY = (
     "can't allocate memory",
     "not enough memory",
@@ -114,7 +114,7 @@ def _warn_of_unseen_card() -> None:
 def send(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
     """Send a tensor of a batch or of conditions to `device`; integer and bool tensors stay on the host.
 
-    These hold positions and masks of tokens, whose values the host needs: reading them from a device would
+    These contain positions and masks of tokens, whose values the host needs: reading them from a device would
     make the host wait for all work that is queued on the device.
     """
     is_content = tensor.is_floating_point()
@@ -156,7 +156,7 @@ def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def tensor_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
-    """Make a tensor of numbers, or rows of numbers, on a device without waiting as `torch.tensor` does."""
+    """Make a tensor of numbers, or rows of numbers, on a device without the wait of `torch.tensor`."""
     return send_ahead(torch.tensor(numbers, dtype=dtype), device)
 
 
@@ -310,7 +310,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_pinned_memory() -> None:
-    """Release pinned host memory that nothing uses any more.
+    """Release pinned host memory that is no longer used.
 
     torch keeps it for the rest of the process, rounded up to a power of two: 2 GiB after a text encoder whose
     embedding takes 1.1 GB.
@@ -330,7 +330,7 @@ def separate_stream(device: torch.device) -> Iterator[None]:
 
 
 def allow_fp16_accumulation(device: torch.device) -> bool:
-    """Let fp16 matrix products on a CUDA device add up in fp16.
+    """Let fp16 matrix products on a CUDA device accumulate in fp16.
 
     Returns whether they do, and warns if they cannot.
     """

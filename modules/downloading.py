@@ -76,7 +76,7 @@ def receive(
     check: Callable[[Answer], None] = lambda _: None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Download to `path`, which may hold the beginning of a file of known size; stop beyond `max_bytes`.
+    """Download to `path`, which may contain the beginning of a file of known size; stop beyond `max_bytes`.
 
     Args:
         request: Requests the file, from a position on.
@@ -87,7 +87,7 @@ def receive(
         max_bytes: Largest allowed size of the file.
         size_bytes: Size of the file; None if only the site knows it.
         check: Called with each answer before its data are read.
-        progress: Called with the number of bytes that the file has.
+        progress: Called with the number of bytes in the file so far.
 
     Raises:
         RetryableError: If the last attempt fails.

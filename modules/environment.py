@@ -84,9 +84,9 @@ def prepare_environment(
         folder = ROOT / ".venv"
         python = python_of(folder)
     default_name = "runtime" if build is None else "page"
-    # holds a hash of what is installed; removed during an installation
+    # contains a hash of what is installed; removed during an installation
     stamp = folder / f"reelsmith-{extra or default_name}.stamp"
-    # a killed installer may leave an incomplete package, which the next one would take for complete
+    # a killed installer may leave an incomplete package, which the next one would consider complete
     was_killed = build is not None and not stamp.exists()
     if was_killed or not python.exists():
         create_environment(folder, may_inherit=build is None)
@@ -116,7 +116,7 @@ def _list_requirements(extra: str | None, build: Build | None) -> list[str]:
 
 
 def _hash_installation(requirements: Sequence[str], build: Build | None) -> bytes:
-    """Return the hash of what an environment holds: the version of Python, requirements and build."""
+    """Return the hash of an environment's contents: the version of Python, requirements and build."""
     lines = [sys.version, *requirements]
     if build is not None:
         lines.append(build.name)

@@ -1,4 +1,4 @@
-"""Find the error message in the output of another program of ours that has failed."""
+"""Find the error message in the output of one of our programs that has failed."""
 
 import re
 

@@ -1,7 +1,7 @@
 """Load extensions from installed packages, but only those that the user has named.
 
 A package announces its extensions by entry points of the groups below. The user names them in the environment
-variable `REELSMITH_EXTENSIONS`, or in front of a command: `reelsmith --extensions NAME`. No file can name
+variable `REELSMITH_EXTENSIONS`, or before a command: `reelsmith --extensions NAME`. No file can name
 one. Standard library only; nothing here is called unless something is named.
 """
 

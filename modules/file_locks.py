@@ -1,6 +1,6 @@
 """Locks on open files, which are released when the process ends, even if it is killed.
 
-`filelock` up to 3.20 waits for ever on a volume without locks, and may give one lock to two processes if its
+`filelock` up to 3.20 waits forever on a volume without locks, and may give one lock to two processes if its
 file is removed.
 """
 

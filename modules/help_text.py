@@ -14,7 +14,7 @@ from modules.options import find_rejection
 
 SCREEN_LINES = 66  # lines; -h shows the full help if it is not longer
 MIN_FREQUENT = 5  # minimum number of options in a short help
-COLUMN = 28  # column at which texts begin in the short help
+COLUMN = 28  # column at which descriptions begin in the short help
 LONGEST_CHOICES = 24  # characters of choices next to an option; longer lists are in its text
 LONGEST_CLAUSE = 90  # maximum characters of a clause in the short help, if it can be cut
 LONGEST_DEFAULT = 80
@@ -151,7 +151,7 @@ def _format_short_lines(
 ) -> list[str]:
     """Return the lines of an option in the short help: flags and value, then the text in a second column.
 
-    `shortest_flag` is the flag to show if there is no room for all spellings.
+    `shortest_flag` is the flag to show if not all spellings fit.
     """
     choices = [*map(str, action.choices or ())]
     has_long_choices = len(" ".join(choices)) > LONGEST_CHOICES
@@ -159,13 +159,13 @@ def _format_short_lines(
     if action.nargs != 0:
         value = "NAME" if has_long_choices else formatter._format_args(action, action.dest.upper())
     invocation = f"{' or '.join(action.option_strings)} {value}".strip()
-    if len(invocation) > COLUMN - 4 and len(action.option_strings) > 1:  # 2 blanks before it and behind
+    if len(invocation) > COLUMN - 4 and len(action.option_strings) > 1:  # 2 spaces before and after it
         invocation = f"{shortest_flag} {value}".strip()
     help_text = (action.help or "").replace("%%", "%")
     text = _shorten_clauses(help_text)
     if has_long_choices:
         text += f": {', '.join(choices)}"
-    # a help text that explains the default itself wins over the plain value
+    # a help text that explains the default takes precedence over the plain value
     explained = re.search(r"\bdefault:? ([^;]+)", help_text)
     default = _describe_default(action) if explained is None else explained[1]
     if default and "default" not in text:

@@ -1,6 +1,6 @@
 """Refuse a Python that cannot run Reelsmith, and files of an incomplete update.
 
-Every script imports this before anything else of ours. The checks run at import, because the next imports
+Every script imports this before any other of our modules. The checks run at import, because the next imports
 need modules and syntax of Python 3.11: this file has to be readable by older ones. Newer ones are refused
 too, as they are untested. Then `--help` and wrong options of the running script are answered from its table,
 before the modules of the script are imported.

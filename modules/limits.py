@@ -1,7 +1,7 @@
-"""Limits on input from other people: files, texts and answers of servers. Standard library only.
+"""Limits on input from other people: files, text and server responses. Standard library only.
 
 The readers that apply them to whole files are in `text_files`; a reader of a format applies those of its
-format. Limits of options and of keys stand in their declarations.
+format. Limits of options and of keys are in their declarations.
 """
 
 # numbers of a generation; larger ones are typing mistakes (models have 1000 timesteps)
@@ -43,12 +43,14 @@ MAX_ONNX_SECONDS = 120  # of a run for each image; slow CPUs need about ten
 MAX_PIXELS = 1 << 27  # above 100-megapixel cameras
 MAX_DECODED_BYTES = 3 << 29  # 1.5 GiB for decoding an image: 12 bytes per pixel
 MAX_IMAGE_BYTES = 9 << 27  # of a file: uncompressed 64-bit pixels, and metadata
-MAX_FRAME_BYTES = 100_000_000  # of a decoded frame of a clip: 8K of 10 bits. Decoders hold up to 17 of them,
+MAX_FRAME_BYTES = (
+    100_000_000  # of a decoded frame of a clip: 8K with 10 bits. Decoders hold up to 17 of them,
+)
 MAX_LONE_FRAME_BYTES = (
     1 << 28
 )  # but few where each frame stands alone, as in ProRes: 8K of 12 bits with alpha
 MAX_SHOWN_SECONDS = 60.0  # of one frame; longer ones are damaged times or slide shows
-MAX_TAG_CHARACTERS = 1 << 18  # of a metadata text that is parsed
+MAX_TAG_CHARACTERS = 1 << 18  # of a metadata string that is parsed
 
 # datasets
 MAX_CAPTIONS = 100  # captions of an item; each has a cache file

@@ -207,10 +207,10 @@ class OtherProcesses:
 
 
 def reconnect(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Make processes that torchrun may restart meet at a port that no earlier attempt has used.
+    """Have processes that torchrun may restart meet at a port that no earlier attempt has used.
 
     torch 2.13 keeps one store for all attempts, with addresses of processes that died (pytorch#135712), and
-    machines may count different numbers of attempts. So each process sends a random word to process 0, which
+    machines may count attempts differently. So each process sends a random word to process 0, which
     answers with a free port. All processes must call this function before they join.
     """
     may_restart = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
@@ -274,7 +274,7 @@ def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:
     address = (host if is_one_machine else "", 0)
     with socket.create_server(address, family=family, backlog=count, dualstack_ipv6=is_dual) as server:
         password = secrets.token_hex(8)
-        # tells the other processes where to connect, and with which password
+        # tells the other processes where to connect, and the password to use
         store.set(ADDRESS_KEY, f"{server.getsockname()[1]} {password}")
         server.settimeout(pace.silence)
         return _accept_all(server, password, count, pace)

@@ -12,7 +12,7 @@ MAX_SIDE = 16384  # pixels
 
 
 class MinimalLoraOptions(Options):
-    """Options for LoRAs in the minimal scripts, and options that have no use in these scripts."""
+    """Options for LoRAs in the minimal scripts, and options that have no effect in these scripts."""
 
     lora_weights: tuple[str, ...] = option("LoRAs to add", default=(), metavar="PATH;STRENGTH")
     merge_lora_weights = not_needed(

@@ -71,7 +71,7 @@ def is_windows_device(name: str) -> bool:
 def fold_name(name: str) -> str:
     """Return a file name normalized so that names which some disks treat as the same are equal.
 
-    Disks of Windows and macOS tell neither capitals nor forms of a character apart.
+    Disks of Windows and macOS distinguish neither case nor Unicode forms of a character.
     """
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 

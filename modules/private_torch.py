@@ -1,6 +1,6 @@
 """Collect all private names of torch that this project uses, to check them in one place at new releases.
 
-Slow imports stand inside functions.
+Slow imports are inside functions.
 """
 
 from collections.abc import Sequence

@@ -29,7 +29,7 @@ class NotedProgress(NamedTuple):
 
 
 class ProgressFile:
-    """Write the progress of successive loops into the file named by `PROGRESS`, if that is set."""
+    """Write the progress of successive loops into the file named by `PROGRESS`, if it is set."""
 
     def __init__(self) -> None:
         name = os.environ.get(PROGRESS)

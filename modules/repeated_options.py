@@ -50,7 +50,7 @@ def accepted_options(
 ) -> dict[str, AcceptedOption]:
     """Return the options of a record, and of the records in it, by public name.
 
-    `flags` are additional spellings by public name, as the field that holds the record declares them.
+    `flags` are additional spellings by public name, as the field that contains the record declares them.
     """
     outer_flags = flags or {}
     accepted: dict[str, AcceptedOption] = {}

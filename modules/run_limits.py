@@ -32,7 +32,7 @@ def limit_variables(
     """Return the variables that limit a process, and those that it starts, to writing below these folders.
 
     `folders` has at least one. `typed` are the names of the options that may send something. `command` is
-    that of a run, for messages; empty for commands of which no option widens the limits.
+    that of a run, for messages; empty for commands without an option that widens the limits.
     """
     import json  # here: all options import this file
 

@@ -17,7 +17,7 @@ WORDS = {
     r"run_(browser)": "{family}",
 }
 FAMILY = "hv"  # family of scripts without one in their name
-# scripts of a model that have no words of their own
+# scripts of a model without words of their own
 OF_A_MODEL = re.compile(r"\w+_minimal_inference")
 
 

@@ -70,7 +70,7 @@ def text_form_option() -> Any:
 
 
 class TextEncoderOptions(Options):
-    """The language model that encodes texts, and how it runs. Families define the model and its fp8."""
+    """The language model that encodes prompts, and how it runs. Families define the model and its fp8."""
 
     text_encoder: Path | None = option("text encoder: file or folder", often=True)
     text_encoder_tokenizer: Path | None = option(
@@ -87,7 +87,7 @@ class TextEncoderOptions(Options):
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
     def command_options(self, stand_in: str) -> dict[str, Any]:
-        """Return the options that make a printed command encode texts with the same model.
+        """Return the options that make a printed command encode prompts with the same model.
 
         `stand_in` takes the place of a file that is not given.
         """

@@ -1,6 +1,6 @@
-"""Render one chat template, as a program of its own: a job comes as JSON on standard input.
+"""Render one chat template, as a separate program: a job comes as JSON on standard input.
 
-It imports nothing of ours, and is started by `chat_templates`.
+It imports none of our modules, and is started by `chat_templates`.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Guess the encoding of a text file that is not UTF-8. Standard library only.
 
 The guess names the encoding in messages and converts the file. Each encoding that decodes the bytes is scored
-by how usual its characters are in a text: letters that stand in words of their own script, and the most
+by how usual its characters are in a text: letters in words of their own script, and the most
 frequent letters and signs of the languages that use the encoding.
 """
 
@@ -83,7 +83,7 @@ class EncodingGuess:
 
 
 def guess_encoding(content: bytes) -> EncodingGuess | None:
-    """Return the most probable encoding of bytes that are not UTF-8; None if they are probably no text."""
+    """Return the most probable encoding of bytes that are not UTF-8; None if they are probably not text."""
     marked = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), None)
     if marked is not None or b"\0" in content:
         return _guess_utf16_or_32(content, marked)
@@ -113,7 +113,7 @@ class _ScoredText(NamedTuple):
 
 
 def _rank_encodings(content: bytes) -> list[_ScoredText]:
-    """Return the texts by all encodings that can decode the bytes, the most probable one first."""
+    """Return the text decoded with each encoding that can decode the bytes, the most probable one first."""
     scored = []
     for encoding in NAMES:
         text = None if encoding.startswith("utf") else _decode(content, encoding)
@@ -217,7 +217,7 @@ def _score_character(before: str, char: str, after: str, encoding: str) -> float
 
 
 def _score_letter(before: str, char: str, after: str, encoding: str, is_frequent: bool) -> float:
-    """Score a letter of an alphabet: above 0 if it and its neighbors are of the encoding's script."""
+    """Score a letter of an alphabet: above 0 if it and its neighbors belong to the encoding's script."""
     neighbors = [neighbor for neighbor in (before, after) if neighbor.isalpha()]
     script = _SCRIPTS.get(encoding, "LATIN")
     if any(script not in unicodedata.name(letter, "") for letter in (char, *neighbors)):

@@ -1,4 +1,4 @@
-"""Read whole numbers of varying length, as protocol buffers and Thrift store them. Standard library only."""
+"""Read variable-length integers, as protocol buffers and Thrift store them. Standard library only."""
 
 
 def read_varint(content: bytes | memoryview, position: int) -> tuple[int, int]:

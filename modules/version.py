@@ -1,4 +1,4 @@
-"""The version of Reelsmith. It is written in pyproject.toml; in the installed package this file holds it."""
+"""The version of Reelsmith, read from pyproject.toml; in the installed package this file contains it."""
 
 import tomllib
 from pathlib import Path

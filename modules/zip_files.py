@@ -1,4 +1,4 @@
-"""Read the list of a zip file that may be somebody else's. Standard library only."""
+"""List the contents of a zip file that may be somebody else's. Standard library only."""
 
 import io
 import zipfile

@@ -112,7 +112,7 @@ def write_checksums(folder: Path) -> None:
     if not files:
         raise UserError(f"{folder} contains no file. Build into it: python -m build --outdir {folder}")
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
-    # bytes: on Windows a text would have \r\n, which sha256sum takes for a part of the names
+    # bytes: on Windows a text would have \r\n, which sha256sum takes as part of the names
     (folder / CHECKSUMS).write_bytes("".join(lines).encode())
 
 

@@ -1,6 +1,6 @@
 """Lay out the files of a distribution: the checkout's for the sdist, below `reelsmith` for the wheel.
 
-In the wheel, imports of our modules and commands in texts are changed to that name too.
+In the wheel, imports of our modules and commands in strings are changed to that name too.
 """
 
 import ast
@@ -17,7 +17,7 @@ from modules.version import VERSION
 from package.reelsmith.commands import OF_A_CHECKOUT, find_commands
 
 PACKAGE = "reelsmith"
-FRONT_NAME = "package.reelsmith"  # what stands at the top of the package
+FRONT_NAME = "package.reelsmith"  # files at the top level of the package
 MAIN_BLOCK = re.compile(r'\nif __name__ == "__main__":\n((?:    .*\n)+)\Z')
 RUN = '''
 def run() -> None:
@@ -90,7 +90,7 @@ def _find_imports(tree: ast.AST, lines: list[bytes], ours: Collection[str]) -> I
 
 
 def rename_scripts(source: str, scripts: Collection[str]) -> str:
-    """Replace commands in a source's texts by the installed console commands.
+    """Replace commands in a source file's strings by the installed console commands.
 
     `python wan_cache_latents.py` becomes `wan_cache_latents`, and `python tools/compare.py` becomes
     `reelsmith compare`. A launcher's command names the module: `accelerate launch ... -m
@@ -166,7 +166,7 @@ def lay_out_sources(root: Path, folder: Path) -> None:
 
 
 def lay_out_package(root: Path, folder: Path) -> None:
-    """Copy the files to install into `folder`/reelsmith, with their imports and texts rewritten.
+    """Copy the files to install into `folder`/reelsmith, with their imports and strings rewritten.
 
     Raises ValueError, with the name of the file, if one of them cannot be rewritten.
     """
@@ -184,7 +184,7 @@ def lay_out_package(root: Path, folder: Path) -> None:
 
 
 def _rewrite_modules(root: Path, package: Path) -> None:
-    """Rewrite the imports and texts of all modules in the package. Raises ValueError, naming a module."""
+    """Rewrite the imports and strings of all modules in the package. Raises ValueError, naming a module."""
     commands = find_commands(root)
     own_names = find_own_names(root)
     scripts = {command.script for command in commands}
@@ -198,7 +198,7 @@ def _rewrite_modules(root: Path, package: Path) -> None:
         except (ValueError, AssertionError) as error:
             raise ValueError(f"{path.name}: {error}") from error
         path.write_text(text, encoding="utf-8")
-    # texts of modules are the keys of translations, so both are renamed in the same manner
+    # strings of modules are the keys of translations, so both are renamed in the same manner
     for path in (package / "modules" / TABLES.name, *(package / "browser" / "languages").glob("*.json")):
         path.write_text(rename_scripts(path.read_text(encoding="utf-8"), scripts), encoding="utf-8")
 

@@ -1,8 +1,8 @@
 """Update a checkout to a newer version, from git or from a zip file, and go back to the one before.
 
-Only files of Reelsmith change. What the user has beside them (models, runs, `.venv`) is in no version's
+Only files of Reelsmith change. What the user has next to them (models, runs, `.venv`) is not in any version's
 list of files. A file of Reelsmith that the user changed is kept under another name. What a killed update
-left is put right by the next start: `modules/interpreter.py` finds it, and runs the copy of this code that
+left is repaired at the next start: `modules/interpreter.py` finds it, and runs the copy of this code that
 was made before anything changed. Standard library only.
 """
 
@@ -38,8 +38,8 @@ PROJECT = "pyproject.toml"
 STATE_FOLDER = ".reelsmith"  # folder of all files that this module writes for itself
 COMMITS_FILE = "before_update.txt"  # in it: the commits before and after the last update from git, one a line
 FILE_LIST = "files.txt"  # in it: the files of the version that the last zip file brought
-DIGESTS_FILE = "digests.txt"  # in it: a line "digest  name" for each file of the version that is here
-UNPACKED = "new"  # in it: files on their way into their places
+DIGESTS_FILE = "digests.txt"  # in it: a line "digest  name" for each file of the installed version
+UNPACKED = "new"  # in it: files that have not been moved into place yet
 BACKUP = "back"  # in it: the files that the last zip file replaced
 PLAN_FILE = "update.json"  # in BACKUP: what the last zip file changed
 # in BACKUP, while files change; for a clone with the commits before and after. modules/interpreter.py knows
@@ -48,15 +48,15 @@ UNFINISHED = "unfinished"
 UPDATER_ZIP = "program.zip"  # in it: set_up.py and this file, of one version, whatever happens to the folder
 VERSION_FILES = (FILE_LIST, DIGESTS_FILE)
 LOCK = "update.lock"
-GIT_SECONDS = 60.0  # a lock of git that is older is of a process that was killed
+GIT_SECONDS = 60.0  # an older lock of git belongs to a process that was killed
 # names that belong to the user or the machine, wherever a zip file has them
 USER_FOLDERS = frozenset({".git", ".reelsmith", ".venv", ".venv-second", "models", "quickstart"})
 MAX_FILES, MAX_BYTES = 50_000, 2 << 30
-MAX_OF_PROJECT = 1 << 17  # bytes of pyproject.toml; a TOML reader takes quadratic time for some texts
+MAX_OF_PROJECT = 1 << 17  # bytes of pyproject.toml; a TOML reader takes quadratic time for some inputs
 MAX_OF_NAME = 1000  # bytes of a file's path
 MAX_OF_NOTE = 1 << 26  # bytes of a note about an update
-MAX_OF_FILE = 1 << 23  # bytes of a file that a version may have; models and clips of the user's are larger
-MAX_LISTED = 20  # lines about files of the user's
+MAX_OF_FILE = 1 << 23  # bytes of a file that a version may have; the user's models and clips are larger
+MAX_LISTED = 20  # lines about the user's files
 OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # how git names a commit
 SHORT_NAME = re.compile(r"~\d")  # Windows' second name of a file: GIT~1 is .git
 OFFLINE = re.compile(
@@ -773,7 +773,7 @@ def _read_plan(path: Path) -> FileChange:
         change = FileChange(**parse_json(read_text(path, MAX_OF_NOTE)))
         names = [*change.replaced, *change.added, *change.digests, *change.beside, *change.beside.values()]
         if any(map(_find_name_error, names)):
-            raise ValueError("a name of no version")
+            raise ValueError("a name that no version has")
     except (OSError, ValueError, TypeError, AttributeError):
         raise UserError(
             f"{path}, the note of the last update, cannot be read, and nothing was changed. The files of the "
@@ -785,7 +785,7 @@ def _read_plan(path: Path) -> FileChange:
 def _list_user_edits(root: Path, backup: Path, change: FileChange) -> list[str]:
     """Return the files that the user has changed since the update put them there.
 
-    A file that equals its copy in the backup is none of them: it is back already, or the update was stopped
+    A file that equals its copy in the backup does not count: it is back already, or the update was stopped
     before it. Without digests (plans of an earlier version have none), the result is empty.
     """
     digests = {fold_name(name): digest for name, digest in change.digests.items()}

@@ -21,7 +21,7 @@ def describe_control_pairs(
     """Return a line about unused control images, with the kind of run that could train on them.
 
     Args:
-        control_folder: The folder that may hold control images.
+        control_folder: The folder that may contain control images.
         pictures: Images that the control images may belong to.
         kind: The kind of this run, which does not use control images.
         control_kind: The kind of run that trains on control images.

@@ -1,4 +1,4 @@
-"""Write the texts of dataset.toml, prompts.txt and run.toml for the media, the model and the card.
+"""Write the contents of dataset.toml, prompts.txt and run.toml for the media, the model and the card.
 
 All paths below the folder are relative to it, so that it can be moved; `run` works in it.
 """
@@ -269,7 +269,7 @@ def describe_dataset(setup: RunSetup) -> str:
         # an image-to-video model takes the first frames from the clips
         if from_image and kind != "video":
             continue
-        # clips are no material for a run that learns single frames
+        # clips are not suitable for a run that learns single frames
         if kind == "video" and setup.frames == 1 and not trains_on_frames_of_clips(setup.model):
             continue
         keys = _make_folder_keys(setup, folder, kind)
@@ -604,7 +604,7 @@ def _write_start_frames(setup: RunSetup) -> str:
 
 
 def list_commands(setup: RunSetup) -> list[list[str]]:
-    """Return the commands of a run: download, two checks, caching of latents and texts, training.
+    """Return the commands of a run: download, two checks, caching of latents and text embeddings, training.
 
     Captions that vary from step to step are not cached: the training encodes them.
     """

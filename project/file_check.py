@@ -1,6 +1,6 @@
 """Check one file of a model as `new` does: `python -m project.file_check FAMILY TASK OPTION PATH`.
 
-A page calls it in a process of its own, as families load torch. It prints why the file does not fit, or
+A page calls it in a separate process, because families load torch. It prints why the file does not fit, or
 nothing.
 """
 

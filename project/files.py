@@ -141,7 +141,7 @@ def write_project(options: NewOptions) -> None:
 
 
 def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
-    """Write the files that describe a run, unless --dry_run is set, and return their texts by path.
+    """Write the files that describe a run, unless --dry_run is set, and return their contents by path.
 
     Captions and first frames of clips are written before them.
     """
@@ -167,7 +167,7 @@ def _print_report(
     Args:
         setup: The chosen model, its media and all derived values.
         remarks: Lines about how the model was chosen.
-        texts: Texts of the written files.
+        texts: Contents of the written files.
         adopted_lines: Lines about values of another trainer's project, or of a recipe.
     """
     options = setup.options
@@ -261,7 +261,7 @@ def _make_setup(
     if 0 < memory < describing.SMALL_CARD_GIB:
         model = _find_with_8bit_text_encoders(model)
     typed_paths = typed_files(options)
-    # networks inside a typed checkpoint need no file of their own
+    # networks inside a typed checkpoint need no separate file
     embedded_files = find_embedded_files(model, typed_paths)
     if embedded_files:
         model = without_files(model, embedded_files)
@@ -326,7 +326,7 @@ def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) 
         training_options=foreign.training_options,
         may_hold_out_validation=False,  # the project decides itself about validation
     )
-    if setup.has_subsets:  # subsets accept fewer keys of their own
+    if setup.has_subsets:  # subsets accept fewer keys
         omit_keys_of_tables(foreign)
     # the project may give its length in epochs, whose steps depend on the media
     steps_of_epoch = count_steps_of_epoch(setup)
@@ -349,8 +349,8 @@ def _remove_rejected_options(setup: describing.RunSetup, foreign: ForeignProject
 def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_setting: str) -> RunKind:
     """Return what a run trains: as typed, else a control network if there are control images, else a LoRA.
 
-    `chosen` holds the model and the trigger word. `kind_setting` is the setting of another trainer's project
-    that asks for this kind; "" if the kind was typed.
+    `chosen` contains the model and the trigger word. `kind_setting` is the setting of another trainer's
+    project that asks for this kind; "" if the kind was typed.
 
     Raises:
         OptionError: If this kind cannot be trained for the model, or the trigger word does not suit an

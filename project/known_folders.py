@@ -50,7 +50,7 @@ def recall_folder(folder: Path) -> KnownFolder | None:
 def remember_info(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
     """Store information about a folder in the user's files, if these can be written.
 
-    `kind` is the kind of information, with which the name of the file begins.
+    `kind` is the kind of information; the file name begins with it.
     """
     with contextlib.suppress(OSError):
         write_user_file(user_file_of(kind, folder), json.dumps({**identify_folder(folder), **facts}))
@@ -74,7 +74,7 @@ def recall_info(kind: str, folder: Path) -> Mapping[str, Any]:
 def user_file_of(kind: str, folder: Path) -> str:
     """Return the name of the file in which information about a folder is stored.
 
-    `kind` is the kind of information, with which the name begins.
+    `kind` is the kind of information; the name begins with it.
     """
     text = os.path.normcase(real_path(folder))
     return f"{kind}/{hashlib.sha256(os.fsencode(text)).hexdigest()[:32]}.json"

@@ -59,7 +59,7 @@ def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str])
         names = {path.name for path in media}
         for path in _lists_in(folder, ignored):
             caption_lists.paths.add(path)
-            # cat.json may hold the caption of cat.png without naming the file
+            # cat.json may contain the caption of cat.png without naming the file
             described_media = by_stem.get(path.stem) if path.suffix.lower() == JSON else None
             remarks: list[str] = []
             try:
@@ -136,11 +136,11 @@ def _add_captions_of_list(
             f"{path.name}: {count_of_rows} for files that are not here: {list_some(missing_names)}"
         )
     if files_without_text:
-        caption_lists.lines.append(f"{path.name}: no text as caption for {list_some(files_without_text)}")
+        caption_lists.lines.append(f"{path.name}: no text caption for {list_some(files_without_text)}")
 
 
 def _is_text(caption: Any, place: str) -> bool:
-    """Return whether a caption is a text that can be written to a caption file."""
+    """Return whether a caption is text that can be written to a caption file."""
     if not isinstance(caption, str) or not caption.strip():
         return False
     try:

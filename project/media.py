@@ -246,7 +246,7 @@ def _collect_media(
     suffixes = _media_suffixes() | AUDIO_SUFFIXES
     training_folders = folders_by_use.training_folders
     files_by_folder = {subfolder: _list_files(subfolder, suffixes) for subfolder in training_folders}
-    # before the media, whose captions may stand in these lists
+    # before the media, whose captions may be in these lists
     content.listed_captions = read_lists(files_by_folder, {*WRITTEN, CHECK_PAGE})
     earlier_lines = content.report_lines
     content.report_lines = []
@@ -741,7 +741,7 @@ def _describe_other_files(
 ) -> list[str]:
     """Return lines about caption files without media, and about files of other kinds that are not used.
 
-    `other_files` holds all files except media, by suffix. `media` are the files that captions may belong to.
+    `other_files` are all files except media, by suffix. `media` are the files that captions may belong to.
     """
     owned_captions = {caption_path(path, content.caption_suffix) for path in media}
     stems = {path.stem for path in media}
@@ -923,7 +923,7 @@ def _select_reference_folders(folder: Path, folders_by_use: SortedFolders, conte
 
 
 def _list_reference_candidates(subfolder: Path, folder: Path, folders_by_use: SortedFolders) -> list[Path]:
-    """Return folders that may hold a training folder's references: inside it, next to it or its parent."""
+    """Return folders that may contain a training folder's references: inside it, next to it or its parent."""
     absolute = folder.absolute()
     outer_sources = []
     if not folders_by_use.reference_folders:
@@ -981,7 +981,7 @@ def _select_control_folders(
 ) -> None:
     """Set the folder of control images of each training folder: the first that has any for its images.
 
-    Inpainting takes the images themselves as control images. Folders that are not used are reported.
+    Inpainting takes the images themselves as control images. Unused folders are reported.
     """
     unused_reason = "No file there has the name of a picture next to it"
     if kind.inpaints_images:
@@ -1066,7 +1066,7 @@ def group_identical_files(media: Iterable[Media]) -> list[list[Path]]:
 
 
 def reference_of(media: Media, reference_folder: Path) -> tuple[Path, ...]:
-    """Return the reference images of a file in a folder; () if none has a fitting name."""
+    """Return the reference images of a file in a folder; () if none has a matching name."""
     try:
         return ControlFolder(reference_folder, {media.path.stem}).for_image(media.path.stem, None)
     except DatasetError:

@@ -458,7 +458,7 @@ def _ask(question: str, read: Callable[[str], T], table: str) -> T:
 
 
 def _read_table_row(text: str, names: Sequence[str]) -> str:
-    """Replace a row number of the printed table by the row's name; return other texts unchanged."""
+    """Replace a row number of the printed table by the row's name; return other text unchanged."""
     if text in names or not re.fullmatch(r"[1-9]\d?", text):
         return text
     number = int(text)
@@ -537,7 +537,7 @@ def _training_task(model: ModelSet) -> str:
 
 
 def _find_page_of_undescribed(plain: str, family: str) -> str:
-    """Return a hint to the documentation of a task that `new` does not support; "" for other texts."""
+    """Return a hint to the documentation of a task that `new` does not support; "" for other text."""
     for model in model_sets():
         if model.family == family and plain_name(model.task) == plain:
             return f" {model.task} is not described by `new`: see docs/{family_page(family)}."

@@ -68,9 +68,9 @@ def _require_typed_file(name: str, text: str, part: Component) -> Path:
 
 
 def find_embedded_files(model: ModelSet, typed: Mapping[str, str]) -> dict[str, str]:
-    """Find the networks without a file of their own that are part of another typed model file.
+    """Find the networks without a separate file that are part of another typed model file.
 
-    `typed` holds the typed paths by option. Returns the containing file by the network's option.
+    `typed` contains the typed paths by option. Returns the containing file by the network's option.
     """
     holders = {}
     for part in model.components:

@@ -1,4 +1,4 @@
-"""Options of tools/pack.py and tools/unpack.py, and what both know of a packed file.
+"""Options of tools/pack.py and tools/unpack.py, and what both know about a packed file.
 
 Standard library only.
 """
@@ -61,7 +61,7 @@ def find_error_of_name(name: str, on_windows: bool) -> str:
     try:
         size = len(name.encode("utf-8"))
     except UnicodeEncodeError:
-        return "it is no UTF-8"
+        return "it is not UTF-8"
     if size > MAX_OF_NAME:
         return f"it has {size} bytes, and {MAX_OF_NAME} are the most"
     if on_windows:

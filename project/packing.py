@@ -75,7 +75,7 @@ def pack_folder(options: PackOptions) -> None:
     """Pack a training folder into a zip archive for another machine; print what it contains and omits.
 
     Raises:
-        OptionError: If the folder is not described, or if its texts contain paths outside of it.
+        OptionError: If the folder is not described, or if its files name paths outside of it.
         OutputError: If the file exists or cannot be written.
     """
     folder = options.folder
@@ -84,7 +84,7 @@ def pack_folder(options: PackOptions) -> None:
         raise OptionError(f"--output {output} lies in the folder that it packs. Give a place outside of it")
     if output.exists() and not options.overwrite:
         raise OutputError(f"{output} is there already. Give --overwrite, or another --output")
-    pack_source = read_pack_source(folder)  # what run.toml says: texts, model files, what to leave out
+    pack_source = read_pack_source(folder)  # what run.toml says: prompts, model files, what to leave out
     skipped_paths: list[str] = []
     members = list(_list_folder_members(pack_source, skipped_paths))
     if options.with_state:
@@ -247,7 +247,7 @@ def _list_state_members(pack_source: PackSource) -> list[PackMember]:
 def _relocate_texts(
     pack_source: PackSource, members: Sequence[PackMember]
 ) -> tuple[list[PackMember], list[str]]:
-    """Make the paths in the packed texts relative; also return the secret options that were removed.
+    """Make the paths in the packed text files relative; also return the secret options that were removed.
 
     Raises:
         OptionError: If a text contains other paths of this machine.

@@ -1,4 +1,4 @@
-"""Replace the paths of this machine in the texts of a described folder, or list the irreplaceable ones."""
+"""Replace the paths of this machine in a described folder's text files, or list the irreplaceable ones."""
 
 import functools
 import json
@@ -24,13 +24,15 @@ _WORD = re.compile(r"""(?<!\S)(["'])(?P<quoted>.+?)\1(?!\S)|(?<!\S)(?P<plain>\S+
 
 @dataclass(frozen=True)
 class MachinePaths:
-    """Finds and replaces paths of this machine in the texts of a folder."""
+    """Finds and replaces paths of this machine in a folder's text files."""
 
     folder: Path  # path as typed
-    models: Mapping[str, str] = field(default_factory=dict)  # path in the texts -> path in the packed folder
+    models: Mapping[str, str] = field(
+        default_factory=dict
+    )  # path in the text files -> path in the packed folder
 
     def relocate(self, text: str) -> str | None:
-        """Make a path relative to the packed folder; other texts are returned unchanged.
+        """Make a path relative to the packed folder; other strings are returned unchanged.
 
         Returns None for a path of this machine to something that is not packed.
         """
@@ -50,7 +52,9 @@ class MachinePaths:
         for folder in (Path(os.path.abspath(self.folder)), real_path(self.folder)):  # noqa: PTH100
             if path.is_relative_to(folder):
                 return path.relative_to(folder).as_posix()
-        is_path_to_parent = _PARENT_FOLDER.match(text) is not None  # other texts with two dots are no paths
+        is_path_to_parent = (
+            _PARENT_FOLDER.match(text) is not None
+        )  # other strings with two dots are not paths
         return None if is_absolute or is_path_to_parent else text
 
     @functools.cached_property
@@ -90,7 +94,7 @@ def relocate_toml(
     try:
         document = tomlkit.parse(text)
     except TOMLKitError as error:
-        raise ValueError(f"it is no TOML: {error}") from None
+        raise ValueError(f"it is not TOML: {error}") from None
     paths_outside: list[str] = []  # as `key = value`; filled by `relocate`
 
     def relocate(key: str, value: str) -> str:
@@ -106,7 +110,7 @@ def relocate_toml(
 
 
 def change_texts(values: Any, change: Callable[[str, str], str], key: str = "") -> None:
-    """Replace all texts in tables and lists by `change(key, text)`; texts in a list have the list's key."""
+    """Replace all strings in tables and lists by `change(key, text)`; those in a list have the list's key."""
     pairs = values.items() if isinstance(values, dict) else enumerate(values)
     for place, value in list(pairs):
         name = str(place) if isinstance(values, dict) else key

@@ -191,7 +191,7 @@ def _explain_missing(project: Project, models: Path) -> str:
     return (
         f"{project.missing_model_files[0]} is missing{size}. Add {options}, or run\n"
         f"  {quote_command(project.download_command)}\n"
-        f"If it lies elsewhere, correct its path in {project.folder / RUN_FILE}"
+        f"If it is elsewhere, correct its path in {project.folder / RUN_FILE}"
     )
 
 
@@ -240,7 +240,7 @@ def check_project(project: Project) -> None:
         OptionError: If an option of the training is wrong.
     """
     print_lines([f"In the folder {project.folder}:"])
-    if project.missing_model_files:  # model files that are not there
+    if project.missing_model_files:  # missing model files
         size = _download_size(project.download_command)
         print_lines(
             [f"{project.missing_model_files[0]} is missing{size}: its options are checked when it is there."]
@@ -561,7 +561,7 @@ def _report_media_errors(
         verify=options.verify,
         validation=validation,
     )
-    # captions are checked by the command that encodes texts
+    # captions are checked by the command that encodes them
     findings = replace(findings, counters=TOKENS_ELSEWHERE)
     print_check(findings, family, config, page=options.page, workers=workers)
     return [error for table in findings.tables for error in table.errors]
@@ -629,7 +629,7 @@ def run_command(argv: Sequence[str], folder: Path, progress: Path | None = None)
         OptionError: If the command does not run one of our scripts.
     """
     script = _require_script(argv)
-    interrupts: list[int] = []  # numbers of the signals that this process has received
+    interrupts: list[int] = []  # signal numbers that this process has received
     # the script prints no hint about the next command, which this process starts
     variables = {installation.RUN_GOES_ON: "1"}
     if progress is not None:

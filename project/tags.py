@@ -49,14 +49,14 @@ class TagLists:
         """Return the keys of dataset.toml that shuffle the tags.
 
         Args:
-            trigger: Trigger word, which is added in front of the tags that lack it.
+            trigger: Trigger word, which is put before tag lists that lack it.
         """
         keys: dict[str, Any] = {"shuffle_caption": True}
         if self.separator != ",":
             keys["caption_separator"] = self.separator
         captions = [self.separator.join(tags) for tags in self.lists]
         adds_trigger = trigger is not None and any(add_trigger(text, trigger) != text for text in captions)
-        # neither the leading tags that all captions share nor a trigger word in front of them are shuffled
+        # neither the leading tags that all captions share nor a trigger word before them are shuffled
         num_fixed_tags = self.num_leading_shared + (1 if adds_trigger else 0)
         if self.has_separator_of_fixed_tags:
             keys["keep_tokens_separator"] = KEEP_TOKENS_SEPARATOR

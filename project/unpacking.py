@@ -92,7 +92,7 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
     if reason or "/" in name:
         raise ValueError(f"its name is {name!r}: {reason or 'it leads out of the folder'}")
     if not isinstance(modification_times, dict):
-        raise TypeError(f"{MANIFEST} has no table of times")
+        raise TypeError(f"{MANIFEST} has no table of modification times")
     return dict(manifest)
 
 
@@ -161,7 +161,7 @@ def _write_folder(
 ) -> None:
     """Write all members into a folder that appears only when it is complete.
 
-    `modified` holds their modification times in nanoseconds, by name.
+    `modified` contains their modification times in nanoseconds, by name.
     """
     if folder.exists() or folder.is_symlink():
         raise OutputError(f"{folder} is there already. Name another folder: unpack {options.file} FOLDER")

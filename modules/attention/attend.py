@@ -48,7 +48,7 @@ class SampleLengths:
 def make_lengths(counts: Sequence[int], device: torch.device) -> SampleLengths:
     """Make the `SampleLengths` of a batch.
 
-    `counts` holds the number of real tokens of each sample, at least 1.
+    `counts` contains the number of real tokens of each sample, at least 1.
     """
     starts = tensor_on(device, [0, *accumulate(counts)], torch.int32)
     return SampleLengths(tuple(counts), starts)
@@ -248,7 +248,7 @@ def attend(
             f"lengths are for self-attention only, not for {query.shape[1]} queries and {key.shape[1]} keys"
         )
     if repeats is not None and (backend.module or lengths is not None):
-        raise ValueError("repeats are for sdpa, without lengths")
+        raise ValueError("repeats need sdpa and no lengths")
     # sdpa needs no cast: torch's own function follows autocast
     if backend.module and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -275,7 +275,7 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor, choice: Attention
         key: Keys, B S N D.
         value: Values, B S N D.
         choice: Only its `in_float32` matters. Torch's own kernels are always used, because other packages
-            align the triangle differently, and models have few causal queries (those of texts).
+            align the triangle differently, and models have few causal queries (those of text encoders).
 
     Raises:
         ValueError: If there are fewer keys than queries.
@@ -432,7 +432,7 @@ class SecondText:
         return torch.cat([x[:, : self.num_image_tokens], x[:, -self.num_text_tokens :]], dim=1)
 
     def combine(self, first: Tensor, second: Tensor) -> Tensor:
-        """Combine attentions computed with one text each to the attention with both texts, B L+T+T' N D."""
+        """Combine attentions computed with one text each into the attention with both texts, B L+T+T' N D."""
         steered = self.combine_attention(
             first[:, : self.num_image_tokens], second[:, : self.num_image_tokens]
         )

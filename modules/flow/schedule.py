@@ -170,7 +170,7 @@ def stretch_levels(levels: Tensor, flow_shift: float, terminal: float) -> Tensor
 
 
 def _make_trained_grid(steps: int, flow_shift: float) -> Schedule:
-    # between the ends of the training table, of which the lower one is shifted before and after it is spread:
+    # between the ends of the training table, whose lower end is shifted before and after it is spread:
     # as diffusers' FlowMatchEulerDiscreteScheduler does without given sigmas
     low = shift_sigmas(torch.tensor(1 / TRAIN_TIMESTEPS, dtype=torch.float64), flow_shift)
     levels = torch.from_numpy(np.linspace(1.0, float(low), steps))

@@ -1,11 +1,11 @@
 """Shift, scale and gate of adaptive norms (adaLN), with few passes over the tokens in uncompiled code.
 
 torch's operators can cast while they read and write: on a GPU one kernel reads 16 bits, computes in float32
-and rounds the result to 16 bits. Casts as operators of their own, and those that autograd adds for them, cost
+and rounds the result to 16 bits. Separate casts, and those that autograd adds for them, cost
 a pass each. So both functions write into a result of the wanted dtype, forward and backward, which autograd
 does not allow by itself. Compiled code has plain operators, which the compiler merges.
 
-The tokens may stand in segments with a row of shift, scale and gate each: rows are B S C. With two segments,
+The tokens may form segments with a row of shift, scale and gate each: rows are B S C. With two segments,
 `split` is where the second one begins, as in a slice: from the end if negative. With several it has the
 places where all but the first begin, from the front and rising. If rows alternate, it is a tensor, B L, with
 the row of each token.

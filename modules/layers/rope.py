@@ -1,4 +1,4 @@
-"""Embeddings of positions and of numbers: rotary over several axes, and sinusoids of timesteps.
+"""Rotary embeddings of positions over several axes, and sinusoidal embeddings of timesteps.
 
 Rotary: channel pairs are rotated by position * frequency. Source: Su et al. 2021, arXiv 2104.09864; split
 over the axes of a video as in the released video models. Sinusoids: Vaswani et al. 2017, arXiv 1706.03762,
@@ -113,7 +113,7 @@ TABLES: dict[str, Callable[..., Tensor]] = {"default": rotary_table, "comfy": fl
 
 
 class TableMaker(Protocol[Asked]):
-    """Makes the table for a layout of tokens, such as the numbers of frames, rows and columns."""
+    """Makes the table for a layout of tokens, such as the frame, row and column counts."""
 
     def __call__(self, layout: Asked, /, *, device: torch.device) -> Tensor:
         """Make the table of rotations for a layout of tokens, on a device."""
@@ -161,7 +161,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
     Eager code multiplies complex numbers, which is a single pass over x; compiled code writes out the real
     products, which compilers can fuse. The results differ only by rounding, 1e-6 of the largest number. For
-    a 16-bit table the products are written out too, because torch has no complex numbers of that size.
+    a 16-bit table the products are written out too, because torch has no complex dtype of that size.
     """
     # type_as: where the dtype fits already, `to(dtype)` takes four times as long to find that out
     pairs = x.type_as(table).unflatten(-1, (-1, 2))  # B L N D/2 2

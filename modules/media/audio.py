@@ -1,4 +1,4 @@
-"""Re-encode audio and convert subtitles for files that cannot hold them unchanged."""
+"""Re-encode audio and convert subtitles for files that cannot contain them unchanged."""
 
 import functools
 import re
@@ -89,7 +89,7 @@ def _make_silence(like: Any, samples: int) -> Any:
 
 # Tell Matroska that sound begins before time 0, with samples that only start the decoder.
 #
-# MP4 has such packets at negative times. FFmpeg would move everything else behind them, unless the stream
+# MP4 has such packets at negative times. FFmpeg would move everything else after them, unless the stream
 # says how many samples they are; PyAV gives such a stream only for a Matroska file. So one is made in
 # memory.
 # FFmpeg's decoder -> Matroska's name of the codec
@@ -178,7 +178,7 @@ Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
 
 
 def is_text(stream: Any) -> bool:
-    """Return whether a stream holds subtitles as text."""
+    """Return whether a stream contains subtitles as text."""
     return stream.codec_context is not None and stream.codec_context.name in _TEXT
 
 

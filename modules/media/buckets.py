@@ -177,7 +177,7 @@ def _shrink(size: Size, area: int, step: int) -> Size:
     """Return a size of about the given area and aspect ratio in which one side is a multiple of `step`.
 
     The side is chosen so that the aspect ratio changes less when width and height are cut to multiples of
-    `step`; the height wins a tie.
+    `step`; on a tie, the height is chosen.
     """
     aspect = size[0] / size[1]
     width = math.sqrt(area * aspect)

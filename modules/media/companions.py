@@ -1,6 +1,6 @@
 """Copy all but the images from one video to another: audio, subtitles, attachments, chapters, tags.
 
-Packets are copied as they are. Streams that the new file's format cannot hold are converted or left out, and
+Packets are copied as they are. Streams that the new format does not support are converted or left out, and
 logged by name and reason.
 """
 
@@ -59,7 +59,7 @@ class OtherStreams:
             source: The opened file.
             suffix: Suffix of the new file.
             rate: Frame rate of the new file.
-            with_images: Whether to keep cover images and all else that may hold pictures: XMP, and
+            with_images: Whether to keep cover images and everything else that may contain pictures: XMP, and
                 attachments other than fonts.
         """
         self._path, self._source, self._suffix, self._rate = path, source, suffix, rate
@@ -198,7 +198,7 @@ class OtherStreams:
             self._skip(name)
 
     def _add_images(self, target: Any, stream: Any, name: str) -> None:
-        """Add a secondary video stream if it is a cover image and the new file's format can hold it."""
+        """Add a secondary video stream if it is a cover image and the new file's format supports it."""
         codec = stream.codec_context.name if stream.codec_context is not None else ""
         if not is_cover(stream):
             self._skip(name, "only the main stream of pictures is written", remedy="")
@@ -215,7 +215,7 @@ class OtherStreams:
             self._skip(name)
 
     def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
-        """Add an attached file, if it is a font or may hold an image."""
+        """Add an attached file, if it is a font or may contain an image."""
         file_name = stream.metadata.get("filename", "").lower()
         is_font = file_name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2"))
         is_font = is_font or "font" in stream.metadata.get("mimetype", "").lower()
@@ -251,7 +251,7 @@ class OtherStreams:
         return open_delayed(stream, samples) if samples > 0 else None
 
     def _can_hold(self, stream: Any) -> bool:
-        """Return whether the new file can hold the stream, by writing a small file in memory."""
+        """Return whether the new file supports the stream, by writing a small file in memory."""
         rarely_played = _RARELY_PLAYED.get(self._suffix)
         context = stream.codec_context
         is_audio = stream.type == "audio" and context is not None
@@ -305,7 +305,7 @@ class OtherStreams:
 
 
 def _is_generated(stream: Any) -> bool:
-    """Return whether a stream holds chapters or a time code, which FFmpeg generates for MP4 and MOV."""
+    """Return whether a stream contains chapters or a time code, which FFmpeg generates for MP4 and MOV."""
     return stream.type == "data" and (int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata)
 
 

@@ -228,7 +228,7 @@ def _read_matroska_size(path: Path) -> int:
             first = file.read(1)
             if len(name) < 4 or not first or not first[0]:
                 return 0
-            # the leading zero bits of a size tell its length in bytes; 7 bits of each byte hold the value
+            # the leading zero bits of a size tell its length in bytes; 7 bits of each byte contain the value
             length = 9 - first[0].bit_length()
             content = first + file.read(length - 1)
             all_ones = (1 << 7 * length) - 1

@@ -132,7 +132,7 @@ def select_codec(path: Path, codec: str) -> Codec:
     """Return the codec with the given name.
 
     Raises:
-        MediaError: If files with the suffix of `path` cannot hold the codec.
+        MediaError: If files with the suffix of `path` do not support the codec.
     """
     kind = _CODECS[codec]
     suffix = path.suffix.lower()

@@ -1,11 +1,11 @@
 """Names of files that accompany training images. Standard library only.
 
-OneTrainer stores them next to an image `cat.png`: its mask `cat-masklabel.png`, and the image that it is made
-from, `cat-condlabel.png`. There are folders of masks too.
+OneTrainer stores them next to an image `cat.png`: its mask `cat-masklabel.png`, and the image from which it
+is made, `cat-condlabel.png`. There are folders of masks too.
 """
 
 MASK_LABEL, CONDITION_LABEL = "-masklabel", "-condlabel"
-MASK_FOLDERS = frozenset({"mask", "masks"})  # names of folders that hold masks and no images, lower case
+MASK_FOLDERS = frozenset({"mask", "masks"})  # names of folders that contain masks and no images, lower case
 MASKS_BEFORE = ".before"  # subfolder in a folder of masks that this program has generated or changed
 LABELS = (MASK_LABEL, CONDITION_LABEL)
 

@@ -29,14 +29,14 @@ def compose_layers(layers: Sequence[Frame]) -> Frame:
 def write_layers(
     folder: Path, stem: str, frames: Iterable[Frame], has_full: bool, tags: Mapping[str, str]
 ) -> list[Path]:
-    """Write each image as PNG with alpha, then the composition of all layers; return the paths.
+    """Write each image as a PNG with alpha, then the composition of all layers; return the paths.
 
     Args:
         folder: Existing folder to write into.
         stem: Beginning of the file names.
         frames: Images, H W 4; the layers are ordered from back to front.
         has_full: Whether the first image is the full image instead of a layer.
-        tags: Texts to store in the files.
+        tags: Strings to store in the files, by name.
     """
     layers: list[Frame] = []
     paths: list[Path] = []

@@ -1,11 +1,11 @@
-"""Numbers of frames that the clips of a model may have. Standard library only."""
+"""Frame counts that the clips of a model may have. Standard library only."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ClipLengths:
-    """Allowed numbers of frames: step * n + first for n = 0, 1, 2, ..., and 1 for an image."""
+    """Allowed frame counts: step * n + first for n = 0, 1, 2, ..., and 1 for an image."""
 
     step: int
     first: int = 1

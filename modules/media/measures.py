@@ -1,7 +1,7 @@
 """Measure images and clips: brightness, black, stillness, sharpness, hashes of copies, and scene cuts.
 
 A frame is `H W 3` uint8 RGB; the frames of a clip are a sequence of those, all of one size, for example some
-that were sampled evenly (F H W 3 works too). Equal frames give equal numbers. All measures are taken at a
+that were sampled evenly (F H W 3 works too). Equal frames give equal values. All measures are taken at a
 fixed size, so that they hardly depend on the resolution.
 """
 
@@ -86,10 +86,10 @@ def sharpness(frame: Frame) -> float:
 
     The frame is reduced to 512 pixels on its longer side (a smaller one keeps its size). Then
     mean(L^2 in the sharpest quarter of 8 x 8 tiles) / variance of the luma, where L is the Laplacian of the
-    luma smoothed by a Gaussian of 1 pixel, which leaves noise and rounding out. Without the division
+    luma smoothed by a Gaussian of 1 pixel, which removes noise and rounding. Without the division,
     brightness and contrast would count.
     Source: variance of the Laplacian, Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield
-    microscopy", ICPR; tiles, smoothing and division are ours.
+    microscopy", ICPR; tiles, smoothing and division are our additions.
     """
     gray = _reduce_to_gray(frame, SHARP_SIDE)
     variance = float(gray.var())

@@ -1,4 +1,4 @@
-"""Options of how videos are encoded, and the usual thresholds of edges. Standard library only."""
+"""Options for encoding videos, and the default thresholds of edge detection. Standard library only."""
 
 from modules.options import Options, option
 

@@ -169,7 +169,7 @@ def media_colors(path: Path) -> Colors:
 
 
 def _combine_colors(of_images: Sequence[Colors]) -> Colors:
-    """Return what holds for any of several images, and the first reason why a profile is not used."""
+    """Return what applies to any of several images, and the first reason why a profile is not used."""
     return Colors(
         is_transparent=any(colors.is_transparent for colors in of_images),
         is_converted=any(colors.is_converted for colors in of_images),
@@ -521,10 +521,10 @@ def _check_duration(path: Path, seconds: float) -> None:
         )
 
 
-# Metadata texts of images and videos.
+# Text metadata of images and videos.
 logger = logging.getLogger(__name__)
 
-# metadata of cameras and editors that may contain a thumbnail as text, and similar texts
+# metadata of cameras and editors that may contain a thumbnail as text, and similar entries
 _OF_IMAGES = re.compile(r"xmp|exif|raw profile|thumb|coverart|metadata_block_picture", re.IGNORECASE)
 # numbered processing steps of a finished file; mkv stores names in upper case
 TOOL_TAG = re.compile(r"post_(\d{1,6})", re.IGNORECASE)
@@ -555,7 +555,7 @@ def read_tags(path: Path) -> dict[str, str]:
 
 
 def without_images(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
-    """Drop tags that may hold an image, such as XMP with its thumbnails, and log their names.
+    """Drop tags that may contain an image, such as XMP with its thumbnails, and log their names.
 
     `path` is the file that has the tags.
     """

@@ -205,7 +205,7 @@ class Clock:
                 self._offset = self._grid_start - time
             return self._grid_start
         time += self._offset
-        if time < self._last_time - FALL_SECONDS:  # the file's times start anew: shift all that follow
+        if time < self._last_time - FALL_SECONDS:  # the file's times start again: shift all that follow
             self._offset += expected - time
             time = expected
         grid_index = round((time - self._grid_start) / self._frame_seconds)

@@ -1,7 +1,7 @@
 """Write uint8 frames to image and video files, join videos, and extract audio of a section.
 
 Videos are joined without encoding them again. Sound of a part is decoded and encoded again (AAC): a packet of
-sound holds some 20 milliseconds and cannot be cut.
+sound contains some 20 milliseconds and cannot be cut.
 """
 
 import contextlib
@@ -214,7 +214,7 @@ def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -
         Image.fromarray(frame).save(temporary, format="PNG", pnginfo=chunks)
 
 
-# suffix -> Pillow's format and settings: nothing is lost, but in JPEG, which keeps all of its colors
+# suffix -> Pillow's format and settings: lossless except for JPEG, which keeps full color resolution
 STILL_FORMATS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", {"quality": 100, "subsampling": 0}),
@@ -253,7 +253,7 @@ def write_video(
     `codec` is h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). `bit_rate` is bits per second instead of
     crf. `tags` are the text to store by name; .mkv shows names in upper case. `track` is sound that begins
     with the first frame; it is cut, or silent from its end on, to last as long as the images. The last row
-    or column of an odd size is cropped. Colors are BT.709 and tagged so. No time and no random id is
+    or column of an odd size is cropped. Colors are BT.709 and tagged as such. No time and no random id is
     written.
 
     Raises:
@@ -305,11 +305,11 @@ def write_timed_video(
         preset: Speed of x264 and x265.
         bit_rate: Bits per second instead of `crf`.
         copied_video: Video whose sound, subtitles, attachments, chapters and tags are copied into this one
-            without re-encoding; parts that the format cannot hold are logged.
+            without re-encoding; parts that the format does not support are logged.
         audio_section: Part of a video from which only the sound is copied.
         with_images: Whether cover images of `copied_video`, and other parts that may show the old images, are
             copied too.
-        tags: Texts to store by name; they replace the copied tags of these names.
+        tags: Strings to store, by name; they replace the copied tags of these names.
         track: Generated sound.
 
     Raises:
@@ -445,7 +445,7 @@ def join_segments(
 ) -> None:
     """Join segments of `encode_segment` to one .mp4, completely or not at all.
 
-    `tags` are the texts to store by name.
+    `tags` are the strings to store, by name.
 
     Images are copied, not encoded again. A player that has an earlier file of that name open continues with
     the earlier one.

@@ -11,7 +11,7 @@ from modules.control_codes import escape_control_codes
 from modules.pages.page import SHEET, as_url
 
 FADED = 0.3  # opacity of the values behind a smoothed curve
-WIDTH, HEIGHT = 500, 300  # pixels: texts can be read on a phone, and two fit side by side on a desk
+WIDTH, HEIGHT = 500, 300  # pixels: labels can be read on a phone, and two fit side by side on a desk
 LEFT, RIGHT, TOP, BOTTOM = 76, 486, 30, 250  # edges of the area of the curves
 ROOM = 0.05  # share of the values' range that stays free on each side
 MAX_TICKS = 6  # of an axis
@@ -37,7 +37,7 @@ class Curve:
     # lowest and highest value behind each y, if y are means: drawn as a band
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
-    has_dots: bool = False  # show each value, for curves of few
+    has_dots: bool = False  # show each value, for curves with few values
     best: int | None = None  # index of a value to mark
 
 

@@ -1,7 +1,7 @@
 """Show a text in the language of the current page: English, or its translation from a table.
 
-`say("step %(step)s", step=200)` is the English text, and remembers what it was made of. Programs compare,
-keep and log it in English; a page shows its translation. So a text that a background job has made is read in
+`say("step %(step)s", step=200)` is the English text, and remembers its template and values. Programs compare,
+keep and log it in English; a page shows its translation. So a text made by a background job appears in
 the language of each reader. A text that the table lacks stays English.
 """
 
@@ -19,7 +19,7 @@ from modules.control_codes import escape_control_codes
 
 @dataclass(frozen=True)
 class Language:
-    """A language with its translations of English texts, and the page that is shown in it.
+    """A language with its translations of English text, and the page that is shown in it.
 
     `code` is the value of HTML's `lang`. `address` is the address of the page, which is shown again after the
     language changes. `others` are the code and native name of every available language.
@@ -42,7 +42,7 @@ def language() -> Language:
 
 @contextlib.contextmanager
 def speaking(chosen: Language) -> Iterator[None]:
-    """Use a language for all texts that this task, or a thread started for it, shows."""
+    """Use a language for all text that this task, or a thread started for it, shows."""
     before = _language.set(chosen)
     try:
         yield
@@ -91,7 +91,7 @@ class TranslatableText(str):
 
 
 class JoinedText(TranslatableText):
-    """Texts with a separator between them, each of which is translated."""
+    """Several texts with a separator between them; each text is translated."""
 
     __slots__ = ()
 
@@ -112,7 +112,7 @@ def show(value: Any) -> Any:
 
 
 def show_all(value: Any) -> Any:
-    """Return a JSON value whose translatable texts are in the language of the page."""
+    """Return a JSON value whose translatable text is in the language of the page."""
     if not _language.get().texts:
         return value
     if isinstance(value, dict):
@@ -149,7 +149,7 @@ def say_duration(seconds: float) -> TranslatableText:
 
 
 def fill_template(text: str, /, **values: Any) -> Markup:
-    """Insert values into a template text, which may hold HTML; values that are not Markup are escaped."""
+    """Insert values into a template text, which may contain HTML; values that are not Markup are escaped."""
     shown = Markup(_language.get().texts.get(text, text))
     return shown % values if values else shown
 

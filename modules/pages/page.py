@@ -9,7 +9,7 @@ A page is a Jinja2 template next to the code that fills it. It extends `base.htm
 Every value is escaped; only `Markup` (pictures and clips embedded here as data, and charts) is HTML.
 
 `{{ _("step %(step)s", step=3) }}` is a text in the language of the page, which `language.py` describes, and
-`{{ counted(n, "%(n)s run", "%(n)s runs") }}` one of two. Such a text may hold HTML; its values are escaped.
+`{{ counted(n, "%(n)s run", "%(n)s runs") }}` one of two. Such text may contain HTML; its values are escaped.
 """
 
 import base64
@@ -35,13 +35,13 @@ from modules.media.colors import Frame
 from modules.pages.language import TranslatableText, fill_counted, fill_template, language
 from modules.run_limits import temporary_folder
 
-# Templates put what no copy for others may hold between these, and `mark_folders` does so in all texts of a
-# page; escaped texts cannot hold them.
+# Templates enclose what a copy for others must not contain in these, and `mark_folders` does so in all texts
+# of a page; escaped text cannot contain them.
 PRIVATE, END = Markup("<!--private-->"), Markup("<!--/private-->")
-# One folder's name and what separates it from the next. Names may hold blanks inside, but no option, and
-# nothing behind a script: then it is a command, and other paths may follow.
+# One folder's name and what separates it from the next. Names may contain blanks, but no option, and
+# nothing after a script: then it is a command, and other paths may follow.
 _SEGMENT = r"""[^\\/\s:*?"<>|](?:(?:(?!\s--?[A-Za-z]|(?<=\.py)'?\s)[^\\/\n:*?"<>|])*[^\\/\s:*?"<>|])?[\\/]+"""
-# folders at the root of a machine: behind a letter or a dot, a slash begins a path only with one of these
+# folders at the root of a machine: after a letter or a dot, a slash begins a path only with one of these
 _ROOTS = (
     "home|users|root|mnt|media|tmp|var|opt|srv|usr|etc|private|volumes|workspace|scratch|data|"
     "documents and settings"
@@ -49,15 +49,15 @@ _ROOTS = (
 # where a path of a machine begins
 _BEGINNINGS = (
     r"file:[\\/]*(?:[A-Za-z]:)?[\\/]*+",  # an address of a file
-    r"(?<![A-Za-z])[A-Za-z]:[\\/]++|[A-Za-z]:\\++",  # a drive; behind a letter, with a backslash
+    r"(?<![A-Za-z])[A-Za-z]:[\\/]++|[A-Za-z]:\\++",  # a drive; after a letter, with a backslash
     r"(?<!\\)[\\]{2,}+(?:[?.]\\(?:UNC\\|[A-Za-z]:\\)?)?",  # a share, or Windows' long form of a path
     r"~[\w.-]*+[\\/]++",  # the home folder of a user
     r"(?<![\w./\\])(?:\.\.[\\/]++)++",  # a folder beside the one of the command
     r"\$\{?\w++\}?[\\/]++",  # a variable, as $HOME
-    r"(?<![\w/\\.~])[\\/]++",  # also behind a colon, as in image:/a/b
+    r"(?<![\w/\\.~])[\\/]++",  # also after a colon, as in image:/a/b
     rf"(?<![/\\])[\\/]++(?=(?:{_ROOTS})[\\/])",
 )
-# behind the folder of all users: the name of one is that of a person
+# after the folder of all users: each name is that of a person
 _USER = r"""(?:(?<=[\\/]home[\\/])|(?<=[\\/]users[\\/])|(?<=[\\/]settings[\\/]))[^\\/\s:*?"'<>|,;)\]]+"""
 _SERVERS = r"""\b(?:https?|ftp|wss?|s3|gs|hf)://[^\s"'<>]*"""  # addresses of servers, which stay
 _FOLDERS = re.compile(
@@ -105,7 +105,7 @@ def encode_address(value: str | Mapping[str, object]) -> str:
 
 
 def _encode_name(name: str) -> bytes:
-    """Return the bytes of a name; escapes for halves of characters, which no file's name holds."""
+    """Return the bytes of a name; escapes for halves of characters, which no file name contains."""
     try:
         return name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:

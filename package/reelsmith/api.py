@@ -1,6 +1,6 @@
 """The functions of `import reelsmith`: each runs a command of this program, with its options by name.
 
-A command runs in a process of its own, so its results are those of the command line to the byte, and its
+A command runs in a separate process, so its results are those of the command line to the byte, and its
 memory is free when it has ended.
 """
 
@@ -89,7 +89,7 @@ def plan(model: str, **options: Any) -> str:
 
     Args:
         model: Name of the model.
-        **options: Options of the training. `plan="24"` plans for a GPU of 24 GB that is not there.
+        **options: Options of the training. `plan="24"` plans for a 24 GB GPU that this machine need not have.
 
     Raises:
         UserError: For what the user has to change.
@@ -99,7 +99,7 @@ def plan(model: str, **options: Any) -> str:
 
 
 def cache(model: str, *, callback: Callback | None = None, **options: Any) -> None:
-    """Cache latents and texts of a dataset, as `reelsmith cache latents` and `reelsmith cache text` do.
+    """Cache latents and text embeddings, as `reelsmith cache latents` and `reelsmith cache text` do.
 
     Args:
         model: Name of the model.
@@ -107,7 +107,7 @@ def cache(model: str, *, callback: Callback | None = None, **options: Any) -> No
         **options: Options of both commands; each gets those that it has.
 
     Raises:
-        UserError: For what the user has to change; both commands are checked before the first one starts.
+        UserError: If an option is wrong or a command fails; both are checked before the first one starts.
     """
     entry = _find_entry(model)
     scripts = [

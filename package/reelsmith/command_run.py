@@ -1,4 +1,4 @@
-"""A command of this program that runs in a process of its own, started from Python."""
+"""A command of this program that runs in a separate process, started from Python."""
 
 import atexit
 import contextlib
@@ -30,8 +30,10 @@ from package.reelsmith.events import (
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1  # seconds between two looks for events
-WARNING = "WARNING: "  # begin of a line with a warning of the command
-MAX_OUTPUT_CHARACTERS = 2000  # characters of the output in the message of an error that is none of the user's
+WARNING = "WARNING: "  # beginning of a line with a warning of the command
+MAX_OUTPUT_CHARACTERS = (
+    2000  # characters of the output in the message of an error that the user did not cause
+)
 
 
 class CommandRun:

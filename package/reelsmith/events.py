@@ -1,4 +1,4 @@
-"""The events of a command that runs: lines that it prints, and what its training writes into its history."""
+"""The events of a running command: lines that it prints, and what its training writes into its history."""
 
 import json
 import os
@@ -81,7 +81,7 @@ class PrintedLines:
 class HistoryEvents:
     """Reads the events of one training run from the history file that it writes.
 
-    Create this reader before the training starts. The file may hold rows of earlier runs, and the new
+    Create this reader before the training starts. The file may contain rows of earlier runs, and the new
     training rewrites it, so its rows are those after a start entry that the file did not have before.
     """
 

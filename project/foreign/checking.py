@@ -40,7 +40,7 @@ def check_run(
             return
         rejected_option = _find_option_in_message(project, message)
         if rejected_option is None:
-            # the message is about none of the project's options
+            # the message is not about any of the project's options
             project.omission_lines.append(f"this run would not begin: {message}")
             return
         project.remove_option(rejected_option, message)

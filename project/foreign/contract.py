@@ -135,7 +135,7 @@ def omitted(reason: str) -> KeyRule:
 
 
 def is_on(value: Any) -> bool:
-    """Return whether a value means yes; some programs write yes as a text or as a number."""
+    """Return whether a value means yes; some programs write yes as a string or as a number."""
     return value is True or value == 1 or str(value).strip().lower() in {"true", "yes", "1"}
 
 
@@ -158,7 +158,7 @@ def number(minimum: float = 0, maximum: float = 1e9) -> Callable[[Any], float]:
     """Return a function that reads a number between `minimum` and `maximum`."""
 
     def read(value: Any) -> float:
-        if isinstance(value, str):  # YAML reads 1e-4 as a text, and web forms send texts
+        if isinstance(value, str):  # YAML reads 1e-4 as a string, and web forms send strings
             with contextlib.suppress(ValueError):
                 value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -338,7 +338,7 @@ def read_network(value: Any) -> str | None:
 
 
 def read_arguments(value: Any) -> dict[str, str]:
-    """Parse optimizer arguments: KEY=VALUE texts, separated by spaces or commas."""
+    """Parse optimizer arguments: KEY=VALUE pairs, separated by spaces or commas."""
     texts = value if isinstance(value, list) else re.split(r"\s+|,(?=\s*[A-Za-z_]\w*\s*=)", str(value))
     stripped = [str(text).strip("\"' ") for text in texts]
     return split_pairs("arguments of an optimizer", [text for text in stripped if text])
@@ -371,5 +371,5 @@ def read_folder(value: Any) -> Path:
     """Convert a text to a path. Raises ValueError for other values, and UnsetValue for an empty text."""
     text = read_text(value)
     if "\0" in text:
-        raise ValueError("no folder has a name with NUL")
+        raise ValueError("a folder name cannot contain NUL")
     return Path(text)

@@ -72,7 +72,7 @@ def count_steps_of_epoch(setup: describing.RunSetup) -> int:
 
 
 def _list_lengths(setup: describing.RunSetup, table: DatasetTable, item: Media) -> list[int]:
-    """Return the numbers of frames of the items that a clip yields."""
+    """Return the frame counts of the items that a clip yields."""
     frames = describing.count_frames(item, setup.model)
     reached = [target for target in table.target_frames if target <= frames]
     return reached or [1]

@@ -26,7 +26,7 @@ def select_length(
 ) -> NewOptions:
     """Return the options with the number of training steps that a project file asks for.
 
-    A number of epochs is converted to steps. `steps_per_epoch` is that of the
+    Epochs are converted to steps. `steps_per_epoch` is that of the
     dataset.toml that is written, if all of its files are used.
     """
     epoch = Epoch(_count_steps_per_epoch(project, steps_per_epoch), num_files)
@@ -85,7 +85,7 @@ def _select_steps(
     """Return the training length that a project sets: its number of steps, or the steps of its epochs.
 
     `epochs` are keys of the file that give a number of epochs, and `file_steps` is the file's number of
-    steps; None if neither is set. The keys that are not used are reported.
+    steps; None if neither is set. Unused keys are reported.
     """
     chosen = _select_epochs(epochs, file_steps, epoch.steps)
     deciding_key = project.file_key_of("max_train_steps") if chosen is None else chosen.key
@@ -176,7 +176,7 @@ def _resolve_warmup(project: ForeignProject, steps: int) -> None:
     scheduler = training.get("lr_scheduler", "constant")
     if training.get("lr_warmup_steps") and scheduler in _SCHEDULES_WITHOUT_WARMUP:
         training["lr_scheduler"] = _SCHEDULES_WITHOUT_WARMUP[scheduler]
-        project.report_change("lr_scheduler", training["lr_scheduler"], f"{scheduler}, behind the warm-up")
+        project.report_change("lr_scheduler", training["lr_scheduler"], f"{scheduler}, after the warm-up")
 
 
 def _set_warmup_fraction(project: ForeignProject, key: str, fraction: float, steps: int) -> None:

@@ -22,7 +22,7 @@ _TRAINING_AND_TABLE_KEYS = frozenset(
 def adopt_by_name(
     project: ForeignProject, script: ScriptOptions, options_set_by_new: Collection[str]
 ) -> None:
-    """Adopt keys of a foreign file that are named like training options or dataset.toml keys of ours.
+    """Adopt keys of a foreign file that are named like our training options or dataset.toml keys.
 
     `chosen` are the options that `new` itself sets.
     """
@@ -58,7 +58,7 @@ def adopt_by_name(
     for key in list(project.unknown_keys):
         if _find_our_name(key, our_names) is not None:
             project.unknown_keys.remove(key)
-            # the value is not needed any more; True stands for one that is not off
+            # the value is no longer needed; True stands for one that is not off
             _report_unknown(project, key, True, our_names)
 
 

@@ -28,7 +28,7 @@ def select_model_of_project(
 ) -> None:
     """Select the model that a project of another trainer names, and note what became of its keys.
 
-    `values` holds all keys of the file; `rules` holds only the rules of keys that name a model. A variant is
+    `values` contains all keys of the file; `rules` only the rules of keys that name a model. A variant is
     a key that names a model only together with another key.
     """
     models: list[FileModel] = []
@@ -43,7 +43,7 @@ def select_model_of_project(
         if guessed is not None:
             models.append(FileModel(_MODEL_KIND, *guessed))
             project.change_lines.append(
-                f"no key says another model: --family {guessed[0]} --task {guessed[1]}"
+                f"no key names another model: --family {guessed[0]} --task {guessed[1]}"
             )
     # the default task would be a wrong guess for a variant that is not known
     if has_unknown_variant:

@@ -28,7 +28,7 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
     training = project.training_options
     if training.get("optimizer_type") is None:
         for name in project.optimizer_arguments:
-            project.report_omitted_key(project.file_key_of(name), "no key says of which optimizer")
+            project.report_omitted_key(project.file_key_of(name), "no key names its optimizer")
         project.optimizer_arguments = {}
         return
     if not memory:
@@ -65,7 +65,7 @@ def _report_missing_package(project: ForeignProject, optimizer: str) -> None:
 
 
 def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
-    """Return the optimizer arguments, with the numbers of betas (Adam) or eps (Adafactor) combined."""
+    """Return the optimizer arguments, with the values of betas (Adam) or eps (Adafactor) combined."""
     arguments = {name: value for name, value in project.optimizer_arguments.items() if value is not None}
     for name in project.optimizer_arguments.keys() - arguments.keys():
         project.empty_keys.append(project.file_key_of(name))

@@ -44,7 +44,7 @@ def _resolve_resolutions(project: ForeignProject) -> None:
     """Reduce each folder to its largest resolution, and set the largest of all in [general].
 
     A foreign project may list a folder as several datasets of different resolutions. Afterwards only folders
-    that differ from [general] have a key of their own.
+    that differ from [general] have their own key.
     """
     sized_datasets = [dataset for dataset in project.datasets.values() if "resolution" in dataset.table_keys]
     if not sized_datasets:

@@ -14,7 +14,7 @@ from project.foreign.contract import ForeignRun, Program, TrainedNetworks, is_of
 # number of parent folders searched for files: paths are relative to the program's working folder
 MAX_AROUND = 4
 NO_REASON = "this program has no such thing"
-MISSPELT = 0.85  # minimum similarity of a misspelled key
+MISSPELT = 0.85  # minimum similarity of a misspelled key to a known one
 
 
 class FileEpochs(NamedTuple):
@@ -39,7 +39,7 @@ class ForeignDataset:
 
 @dataclass
 class ForeignProject:
-    """The settings of another trainer's project file, translated into options of ours."""
+    """The settings of another trainer's project file, translated into our options."""
 
     path: Path
     program: Program

@@ -42,7 +42,7 @@ _TRAINING_SCRIPT_KEYS = re.compile(
 
 
 def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
-    """Read another trainer's project file, and translate its keys to options of ours.
+    """Read another trainer's project file, and translate its keys to our options.
 
     `typed_kind` is the kind of run that --train names.
 
@@ -121,7 +121,7 @@ def is_empty(value: Any) -> bool:
 
 
 def _record_key_without_rule(project: ForeignProject, key: str, value: Any) -> None:
-    """Record a key that no rule covers; whether it is an option of ours is decided later."""
+    """Record a key that no rule covers; whether it is one of our options is decided later."""
     if project.program.shares_option_names:
         project.keys_without_rule[key] = value
     elif is_empty(value):
@@ -211,9 +211,9 @@ def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iter
         ValueError: If there are too many values, or tables nested too deeply.
     """
     if depth > MAX_DEPTH:
-        raise ValueError(f"{show(key)} is nested more than {MAX_DEPTH} deep, which no project is")
+        raise ValueError(f"{show(key)} is nested more than {MAX_DEPTH} levels deep, more than any project")
     if next(counter) > MAX_KEYS:
-        raise ValueError(f"it has more than {MAX_KEYS} keys, which no project has")
+        raise ValueError(f"it has more than {MAX_KEYS} keys, more than any project")
     if isinstance(content, dict):
         separator = "" if not key or key.endswith(":") else "."
         for name, value in content.items():

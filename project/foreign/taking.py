@@ -11,7 +11,7 @@ from project.foreign import contract
 from project.foreign.contract import KeyRule, Program, UnsetValue, is_off
 from project.foreign.project import FileEpochs, ForeignDataset, ForeignProject, show, without_numbers
 
-_DRAWN = -1  # placeholder: num_repeats holds the number of files per epoch
+_DRAWN = -1  # placeholder: num_repeats contains the number of files per epoch
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ NUM_KEPT_SAVES = 2  # number of saves and states kept in addition to the result
 
 
 def full_training_command(model: ModelSet) -> list[str]:
-    """Return the script for full training of a model, and its options besides those of RECIPE."""
+    """Return the script for full training of a model, and its options in addition to those of RECIPE."""
     train = shlex.split(model.commands["train"])
     of_lora = next(word for word in train if word.endswith(".py"))
     default = of_lora.replace("_network.py", ".py")
@@ -110,7 +110,7 @@ def describe_full(model: ModelSet, memory: float) -> list[str]:
         # FREE GiB of the card are left for everything else
         left = weights / 2**30 - max(memory - GIB_BESIDES_WEIGHTS, 0)
         fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB wait in RAM"
-    # KEPT saves and the result; each of the KEPT states holds the weights, too
+    # KEPT saves and the result; each of the KEPT states contains the weights, too
     maximum = gigabytes((NUM_KEPT_SAVES + 1) * written + NUM_KEPT_SAVES * weights)
     return [
         f"The whole model is trained. Its weights: {fit}",

@@ -1,4 +1,4 @@
-"""Values of a training in a file, with what they were tried on and its figures.
+"""Training values in a file, with the data they were tried on and the measured figures.
 
 options: which recipe to save, and where
 reading: reads a recipe, and refuses all but its values

@@ -1,7 +1,7 @@
 """Read recipes: TOML files with training values, which may come from somebody else.
 
 A recipe sets options that decide what is learned: numbers, switches, and names from our own lists. Any other
-key is refused by its name, so no recipe names a path, a program, a module or an address.
+key is refused by its name, so a recipe cannot name a path, a program, a module or an address.
 """
 
 import argparse
@@ -40,7 +40,7 @@ MAX_OF_TEXT = 300  # characters
 MAX_FIGURES = 20
 TEXT_KEYS = ("title", "family", "task", "train", "tried_on")
 TABLE_KEYS = ("training", "figures")
-# options that any resumed run may change, and that decide all the same what is learned
+# options that any resumed run may change, although they affect what is learned
 ALSO_ALLOWED = {"max_train_steps", "gradient_accumulation_steps", "ema_decay", "ema_update_every"}
 # options that the model or the kind of run decides
 DECIDED_BY_NEW = {"make_adapter", "model_prediction_type", "task"}
@@ -110,7 +110,7 @@ def complete_options_from_recipe(recipe: TrainingRecipe, options: NewOptions) ->
         family=recipe.family,
         task=recipe.task,
         train=recipe.train,
-        # `train` already holds the kind of run that --whole_model stands for
+        # `train` is already the kind of run that --whole_model stands for
         whole_model=False,
         max_train_steps=steps,
     )
@@ -193,7 +193,7 @@ def _read_text(key: str, value: Any) -> str:
     if len(value) > MAX_OF_TEXT or escape_control_codes(value) != value or len(value.splitlines()) > 1:
         raise ValueError(f"{_show(key)} has to be a line of at most {MAX_OF_TEXT} characters")
     if "://" in value:
-        raise ValueError(f"{_show(key)} contains an address, and a recipe has none")
+        raise ValueError(f"{_show(key)} contains an address, which a recipe must not")
     return value.strip()
 
 
