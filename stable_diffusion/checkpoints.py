@@ -1,6 +1,6 @@
 """The U-Net and the VAE of a file: read dimensions from its tensors, and plan how to load the networks.
 
-diffusers' classes take their dimensions as keyword arguments: `UnetSizes` and `VaeSizes` hold these.
+diffusers' classes take their dimensions as keyword arguments: `UnetSizes` and `VaeSizes` contain these.
 """
 
 import re

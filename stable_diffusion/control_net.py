@@ -143,7 +143,7 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
     """Load the ControlNets of a run onto the model's device; None if there are none.
 
     Raises:
-        CheckpointError: If a file is no ControlNet or one for another model, or if tensors are missing or
+        CheckpointError: If a file is not a ControlNet or is for another model, or if tensors are missing or
             damaged.
     """
     if not options.control_net_models:

@@ -594,7 +594,7 @@ class StableDiffusion(ModelOfImages):
         added_conditions: dict[str, Tensor] | None = None
         if self.kind is SDXL:
             pooled = send_tensor(cond, POOLED, device).to(dtype)
-            # float32: from 1024 on bf16 only holds multiples of 8; the U-Net rounds the embedded sizes
+            # float32: above 1024 bf16 only has multiples of 8; the U-Net rounds the embedded sizes
             added_conditions = {"text_embeds": pooled, "time_ids": send_tensor(cond, SIZES, device).float()}
         sample = noisy.squeeze(2)
         if INPAINTING in cond:
@@ -661,7 +661,7 @@ class StableDiffusion(ModelOfImages):
         )
 
     def _set_num_chunks(self, prompts: Prompts, uses_negative: bool) -> Prompts:
-        """Set in prompt and negative prompt to how many 75-token chunks both are padded: those of the longer.
+        """Set the number of 75-token chunks to which both prompts are padded: that of the longer one.
 
         `Prompt.max_chunks` also makes the text encoders parse `(weight:1.2)` as gen_img.py does.
 
@@ -728,11 +728,11 @@ class StableDiffusion(ModelOfImages):
         return denoised_latents
 
     def _begin_sampling(self, prepared: Prepared) -> ScaledSolver:
-        """Return the solver for an image, with start noise from the image's seed.
+        """Return the solver for an image, with start noise drawn from the image's seed.
 
         One generator draws in the order of gen_img.py: posterior of the source image, start noise, posterior
         of the masked image, noise of the steps. The posteriors are sampled elsewhere with generators of the
-        same seed, so their numbers are only skipped here.
+        same seed, so their random numbers are only skipped here.
         """
         generator = torch.Generator().manual_seed(prepared.seed)
         _, channels, _, height, width = self.latent.shape(1, prepared.height, prepared.width)

@@ -75,7 +75,7 @@ class TrainedLllite(Lllite):
     def compute_residuals(
         self, controls: Tensor | None, strength: float, _: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Store a U-Net call's control images for the forward hooks; return no further arguments for it."""
+        """Store a U-Net call's control images for the forward hooks; return no further arguments."""
         self.see(controls, strength)
         return {}
 

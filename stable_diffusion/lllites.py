@@ -135,7 +135,7 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
             )
         with open_checkpoint(require_file(use.path, OPTION, "")) as checkpoint:
             plan = read_lllite(checkpoint, OPTION)
-            # compares, reads nothing
+            # compares only, reads no weights
             load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, what=A_LLLITE)
             for name in plan.config:
                 if find_layer_path(name) is None:
