@@ -133,7 +133,7 @@ def cards_or_size(text: str) -> str:
     """Parse the value of --plan, GIB or NxGIB.
 
     Raises:
-        ArgumentTypeError: If it has a different form.
+        ArgumentTypeError: If it is malformed.
     """
     match = re.fullmatch(rf"([1-9][0-9]{{0,3}}x(?=.*[1-9]))?{MEMORY}", text.strip(), re.IGNORECASE)
     if match is None:

@@ -65,7 +65,7 @@ class ControlNets:
         """Yield the hook that adds residuals for images of this size; None if they have no guide images.
 
         Raises:
-            OptionError: If an image has a wrong number of guides.
+            OptionError: If an image has the wrong number of guides.
             MediaError: If a guide cannot be read.
         """
         if not any(request.guides for request in requests):

@@ -182,7 +182,7 @@ class StableDiffusion(ModelOfImages):
     options: Any = NO_OPTIONS  # set for trainings only
     warns_if_cut: bool = False  # whether to warn if a prompt is cut off
     text_training: TextEncoderTraining | None = None  # set for full training only
-    # the network that a training makes instead of a LoRA; None for a LoRA
+    # the network that a training run makes instead of a LoRA; None for a LoRA
     custom_network: CustomNetwork | None = None
     # whether the U-Net also takes a mask and the masked image (`INPAINTING`)
     inpaints: bool = False
@@ -531,7 +531,7 @@ class StableDiffusion(ModelOfImages):
         """Return the U-Net's conditions in training: text states B L C, and for SDXL pooled state and sizes.
 
         Raises:
-            CacheError: If texts were made for another length or by other text encoders.
+            CacheError: If text states were made for a different length or by other text encoders.
         """
         remedy = "the script that caches texts"
         batch.check(dict.fromkeys(sorted(self.text_keys), remedy), "the U-Net")
@@ -624,7 +624,7 @@ class StableDiffusion(ModelOfImages):
             CheckpointError: If the checkpoint cannot be used.
             DownloadError: If a text needs several chunks, and the tokenizer that splits it is missing.
         """
-        prepared = self.resolve_image(request, flow_shift=1.0)  # 1: these models have no shift
+        prepared = self.resolve_image(request, flow_shift=1.0)  # 1, because these models have no shift
         if request.source is None:
             named = "--steps (--s in a prompt line)" if self.options is NO_OPTIONS else "--s"
             check_sampler_steps(named, prepared.solver, prepared.steps)

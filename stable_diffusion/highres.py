@@ -125,7 +125,7 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
 
 
 def parse_upscaler_args(text: str) -> dict[str, str]:
-    """Parse `key=value` pairs that are joined by `;`; raise OptionError if a pair has another form."""
+    """Parse `key=value` pairs that are joined by `;`; raise OptionError if a pair is malformed."""
     args = {}
     for part in filter(str.strip, text.split(";")):
         key, sign, value = (piece.strip() for piece in part.partition("="))

@@ -54,7 +54,7 @@ class ImageGenerator:
     sampling: SamplingOptions
     vae_batch_size: float | None = None
     loras: AdjustableLoras | None = None
-    batch_hooks: Sequence[BatchHook] = ()  # in the order in which they see a call of the U-Net
+    batch_hooks: Sequence[BatchHook] = ()  # in the order in which they see a U-Net call
     regions: Regions | None = None  # regions of prompts with several parts
     image_vectors: ImageVectors | None = None
     guides: Guides | None = None

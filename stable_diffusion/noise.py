@@ -17,7 +17,7 @@ from stable_diffusion.diffusers_parts import rescale_zero_terminal_snr
 from stable_diffusion.samplers import TRAINED
 from stable_diffusion.training_options import LossWeightOptions, VariedNoiseOptions
 
-# larger values are clamped to this, because that of the first timestep would dwarf all others
+# larger values are clamped to this, because the first timestep's would dwarf all others
 MAX_SNR = 1000.0
 
 

@@ -203,7 +203,7 @@ class _Batch:
         self._weights: dict[tuple[int, int], Tensor] = {}
 
     def move_to_device(self, call: UnetCall) -> UnetCall:
-        """U-Net hook: move the regions to the device of a call, which is returned as it is."""
+        """U-Net hook: move the regions to the device of a call, which is returned unchanged."""
         assert call.context.shape[1] % self.num_parts == 0, (call.context.shape, self.num_parts)
         if self._regions.device != call.sample.device:
             self._regions = self._regions.to(call.sample.device)

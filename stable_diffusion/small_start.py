@@ -181,7 +181,7 @@ class _ShrinkHooks:
     def leave_layer(self, layer: int, output: Any) -> Any:
         """Resize a layer's output to the skip that the next layer of the same output block joins to it.
 
-        Return None, which leaves the output as it is, if no features shrink in this call.
+        Return None, which leaves the output unchanged, if no features shrink in this call.
         """
         if self.depth is None:
             return None

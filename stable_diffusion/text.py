@@ -132,7 +132,7 @@ class PromptEncoder:
             for chunk in chunks
         ]
         device = encoder.network.device
-        end_positions: Tensor | None = None  # where pooled states are taken: only in SDXL's last encoder
+        end_positions: Tensor | None = None  # where pooled states are taken: only from SDXL's last encoder
         if is_xl and encoder is self._text_encoders[-1]:
             # the first end token of each chunk, which may be a <|endoftext|> in the text itself
             end_positions = torch.tensor([row.index(encoder.eos_token_id) for row in rows]).to(device)

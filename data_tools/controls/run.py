@@ -79,7 +79,7 @@ class ControlPlan:
     to_draw: dict[Path, Path] = field(default_factory=dict)  # image -> its control image to write
     up_to_date: list[Path] = field(default_factory=list)  # made before, in the same way
     other_method: list[Path] = field(default_factory=list)  # made before by this program, in another way
-    foreign: list[Path] = field(default_factory=list)  # of other programs
+    foreign: list[Path] = field(default_factory=list)  # made by other programs
 
 
 def make_control_images(options: ControlImageOptions) -> None:

@@ -53,7 +53,7 @@ class MaskEntry:
 
     media_path: Path
     kind: Kind
-    masks: tuple[Path, ...]  # files or folders that the dataset takes for its mask; more than one is a fault
+    masks: tuple[Path, ...]  # files or folders that the dataset takes for its mask; more than one is an error
     mask_folder: Path
     mask_stem: str  # name of its mask without suffix
 
