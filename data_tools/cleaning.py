@@ -1,4 +1,4 @@
-"""Clean the tags and captions of drawings in a metadata file, by the rules of clean_captions_and_tags.py.
+"""Clean tags and captions of drawings in a metadata file, following the rules of clean_captions_and_tags.py.
 
 Underscores, ratings, and tags that repeat a more precise one are removed. If the image shows several people,
 tags that describe them differently are removed, too, because nothing says whom they describe. In captions,
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _RATING = "rating:"  # beginning of DeepDanbooru's rating tags
 _SEVERAL_PEOPLE = re.compile("girls|boys")
 _LENGTHS = "long|short|medium"
-# kinds of tags of which one person has at most one
+# kinds of tags: one person has at most one of each
 _OF_A_PERSON = (
     re.compile(rf"({_LENGTHS}) hair"),
     re.compile(rf"(?!({_LENGTHS}) )[\w-]+ hair"),
@@ -69,7 +69,7 @@ def clean_metadata(options: CleaningOptions) -> None:
     """Clean captions and tags of all images in a metadata file, and write the file.
 
     Raises:
-        DatasetError: If the file cannot be read, or if a caption or its tags are not a text.
+        DatasetError: If the file cannot be read, or if a caption or its tags are not text.
     """
     content = read_metadata(options.in_json)
     num_changed = 0

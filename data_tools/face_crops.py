@@ -1,4 +1,4 @@
-"""Cut faces out of the images of a folder, upright if asked for, as tools/detect_face_rotate.py does."""
+"""Cut faces out of the images of a folder, upright on request, as tools/detect_face_rotate.py does."""
 
 import logging
 import math
@@ -115,7 +115,7 @@ class Portrait:
     def rotate(self, degrees: float) -> None:
         """Rotate the image around the face, counterclockwise for positive angles, without resizing it.
 
-        Corners outside of the original image repeat its edge pixels.
+        Corners outside the original image repeat its edge pixels.
         """
         height, width = self.image.shape[:2]
         matrix = cv2.getRotationMatrix2D(self.center, degrees, 1)

@@ -1,4 +1,4 @@
-"""Caption the images of a folder by the options of finetune/make_captions.py and make_captions_by_git.py."""
+"""Caption a folder's images with the options of finetune/make_captions.py and make_captions_by_git.py."""
 
 from pathlib import Path
 

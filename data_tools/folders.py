@@ -1,4 +1,4 @@
-"""Walk through folders of images and clips, and list the images of one."""
+"""Walk through folders of images and clips, and list the images in one."""
 
 import os
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Collect the caption or tag files of a folder in a metadata file of sd-scripts, for --in_json."""
+"""Collect a folder's caption or tag files in a metadata file of sd-scripts, for --in_json."""
 
 import json
 import logging
@@ -154,7 +154,7 @@ def _read_caption(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read: {error}. Save it as UTF-8") from None
     if bad_character(text):
-        raise DatasetError(f"{path} contains {bad_character(text)}. Correct it")
+        raise DatasetError(f"{path} contains {bad_character(text)}. Fix it")
     return text
 
 

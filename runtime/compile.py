@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 # variants of one part before torch runs the rest uncompiled; torch's own 8 are too few for buckets, tiles
 RECOMPILE_LIMIT = 32
-# the same if each size is compiled separately: blocks of all widths of a U-Net share their code
+# likewise if each size is compiled separately: blocks of all widths of a U-Net share their code
 VARIANTS_OF_EACH_SIZE = 256
 # CUDA graphs need weights at fixed addresses, but all blocks share their code
 NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
@@ -50,7 +50,7 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> DitSpe
     `check_compilation` before.
 
     Returns:
-        The spec for checkpointing and other wrappers: it makes a compiled block be recomputed as a whole.
+        The spec for checkpointing and other wrappers: with it, a compiled block is recomputed as a whole.
     """
     parts: Sequence[nn.Module] = [*chain.from_iterable(spec.blocks(dit).values())]
     outer_spec = replace(spec, checkpointed_list="")
@@ -69,10 +69,10 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> DitSpe
 
 
 class CompileClock:
-    """Adds up the seconds of torch's compiler, which runs when a part is called, and logs them."""
+    """Adds up and logs the time spent in torch's compiler, which runs when a part is called."""
 
     def __init__(self) -> None:
-        """Start with no compilation seconds."""
+        """Start with no compilation time."""
         self._begun = 0.0
         self._seconds = 0.0
 
@@ -85,7 +85,7 @@ class CompileClock:
         self._seconds += time.perf_counter() - self._begun
 
     def report(self, *_: object) -> None:
-        """Log the seconds since the last report, if there are any; a hook before each pass of a network."""
+        """Log the compilation time since the last report, if any; a hook before each pass of a network."""
         if self._seconds:
             logger.info("Compiling took %.1f s.", self._seconds)
             self._seconds = 0.0
@@ -109,7 +109,7 @@ def compile_each(parts: Iterable[nn.Module], choice: Compilation) -> None:
     config = dynamo().config
     config.recompile_limit = choice.variants or max(config.recompile_limit, RECOMPILE_LIMIT)
     if choice.dynamic:
-        # else torch takes a length that equals a width for the width, which is a constant of the code
+        # else torch mistakes a length that equals a width for the width, a constant of the code
         shape_config().use_duck_shape = False
     mode = NO_GRAPHS.get(choice.mode, choice.mode)  # without CUDA graphs
     for part in parts:

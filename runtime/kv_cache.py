@@ -1,4 +1,4 @@
-"""Keys and values that the attention of blocks keeps from one call of a network to the next."""
+"""Keys and values that the blocks' attention keeps from one network call to the next."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence

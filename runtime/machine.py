@@ -1,4 +1,4 @@
-"""Describe this machine and its packages for bug reports, without names of persons, folders or computers.
+"""Describe this machine and its packages for bug reports, without names of people, folders or computers.
 
 Standard library only; torch is imported if it is installed.
 """
@@ -23,9 +23,7 @@ PACKAGES = (
 MAX_NAME = 60  # characters of a GPU's name
 PATIENCE = 20.0  # timeout for git, in seconds
 _VERSION = re.compile(r"\d+(?:\.\d+)*(?:(?:a|b|rc|\.post|\.dev)\d+)*")
-_BUILD = re.compile(
-    r"\+(?:cpu|xpu|cu\d+|rocm[\d.]+)"
-)  # of torch; a build of one's own may have any text here
+_BUILD = re.compile(r"\+(?:cpu|xpu|cu\d+|rocm[\d.]+)")  # of torch; a custom build may have any text here
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,11 @@ class MachineGpu:
 
 @dataclass(frozen=True)
 class SharedMachine:
-    """This machine and what is installed. Texts hold versions and names of products, "" if unknown."""
+    """This machine and what is installed. Text fields contain versions and product names, "" if unknown."""
 
     reelsmith: str
     commit: str  # "" outside a clone
-    is_changed: bool  # files of the clone differ from its commit
+    is_changed: bool  # whether files of the clone differ from its commit
     python: str
     system: str  # Linux, Linux in WSL, Windows 11, Darwin
     processor: str  # x86_64, arm64
@@ -57,7 +55,7 @@ class SharedMachine:
 
 
 def describe_machine() -> SharedMachine:
-    """Return the description of this machine. It holds no environment variables and no paths."""
+    """Return the description of this machine. It contains no environment variables and no paths."""
     torch_version, cuda, gpus = _describe_torch()
     commit = _ask_git("rev-parse", "HEAD")
     commit = commit if re.fullmatch(r"[0-9a-f]{40,64}", commit) else ""
@@ -113,12 +111,12 @@ def clean_version(text: str) -> str:
 
 
 def clean_name(text: str) -> str:
-    """Return a product's name without signs that a path or an address would need."""
+    """Return a product's name without characters that a path or an address would need."""
     return re.sub(r"[^A-Za-z0-9 ()_-]", "", text)[:MAX_NAME].strip()
 
 
 def _describe_system() -> str:
-    """Return the operating system. The kernel's full name may hold any text, so only its kind is used."""
+    """Return the operating system. The kernel's full name may contain any text, so only its kind is used."""
     name, release = platform.system(), platform.release()
     if name == "Windows":
         return clean_name(f"{name} {clean_version(release)}")
@@ -134,7 +132,7 @@ def _describe_torch() -> tuple[str, str, tuple[MachineGpu, ...]]:
     except Exception:  # a damaged installation raises any error; `doctor` reports it
         return "", "", ()
     number = clean_version(torch.__version__)
-    build = _BUILD.match(torch.__version__, len(number))  # such as +cu130, behind the version number
+    build = _BUILD.match(torch.__version__, len(number))  # such as +cu130, after the version number
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         card = torch.cuda.get_device_properties(index)
@@ -153,7 +151,7 @@ def _find_version(distribution: str) -> str:
 def _count_host_bytes() -> int:
     if importlib.util.find_spec("psutil") is None:
         return 0
-    import psutil  # comes with accelerate
+    import psutil  # installed with accelerate
 
     return int(psutil.virtual_memory().total)
 

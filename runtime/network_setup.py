@@ -66,7 +66,7 @@ def set_up_network(
     Raises:
         OptionError: If the network has fewer blocks than are to be swapped.
     """
-    # each step wraps the `forward` that the steps before it have made; modules are imported only if used
+    # each step wraps the `forward` that the steps before it have set; modules are imported only if used
     if in_pieces:
         from runtime.offload.checkpointing import compute_in_pieces
 

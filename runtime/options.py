@@ -1,4 +1,4 @@
-"""Compose the options of memory and speed that trainings and generations have; and --plan."""
+"""Compose the memory and speed options of training and generation, and --plan."""
 
 import argparse
 import functools
@@ -22,7 +22,7 @@ from modules.speed_options import (
 from runtime.ways.composing import join_ways, options_of_ways
 from runtime.ways.contract import RunModes
 
-if TYPE_CHECKING:  # records of what the list of ways has
+if TYPE_CHECKING:  # records of what the list of ways contains
     WaysOfTraining = Options
     WaysOfGeneration = Options
 else:
@@ -133,13 +133,13 @@ def cards_or_size(text: str) -> str:
     """Parse the value of --plan, GIB or NxGIB.
 
     Raises:
-        ArgumentTypeError: If it has another form.
+        ArgumentTypeError: If it is malformed.
     """
     match = re.fullmatch(rf"([1-9][0-9]{{0,3}}x(?=.*[1-9]))?{MEMORY}", text.strip(), re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no memory of cards. Give the GiB of one, such as 24; 2x24 for two; or nothing "
-            "for the card of this machine"
+            f"{text!r} is not an amount of card memory. Give the GiB of one, such as 24; 2x24 for two; or "
+            "nothing for the card of this machine"
         )
     return f"{match[1] or ''}{match[2]}".lower()
 
@@ -200,7 +200,7 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
         "accumulate fp16 matrix products in fp16: faster on some GPUs, less exact"
     )
     fp8: GenerationFp8Options
-    swap: SwapOptions = option(facts=NO_PIXELS)  # equal to the bit
+    swap: SwapOptions = option(facts=NO_PIXELS)  # bit-identical
     ways: WaysOfGeneration
     compilation: GenerationCompileOptions
     disable_numpy_memmap = _READ_IN_PIECES
@@ -236,5 +236,5 @@ def say_for_generation(speed: TrainingSpeedOptions) -> dict[str, Any]:
 
 
 def set_blocks_to_swap(speed: Speed, blocks: int) -> Speed:
-    """Return the options with another number of swapped blocks."""
+    """Return the options with a different number of swapped blocks."""
     return replace(speed, swap=replace(speed.swap, blocks_to_swap=blocks))

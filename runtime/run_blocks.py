@@ -1,6 +1,6 @@
 """The one loop over a transformer's blocks, and runners that other code can wrap around it.
 
-Every DiT is embed -> blocks -> unembed (`BlockNetwork`; LTX-2, of two velocities, has its own `forward`).
+Every DiT is embed -> blocks -> unembed (`BlockNetwork`; LTX-2 predicts two velocities in its own `forward`).
 `run_blocks`, which it calls for the blocks, calls the DiT's runner: `run_in_order`, or the one that
 `set_runner` put in its place. A runner usually wraps the earlier one, so several stack up:
 
@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 from protocols.family import DitSpec
 from protocols.steps import NO_OVERRIDES, Overrides
 
-_RUNNER = "_runner"  # attribute of a network that holds its runner
+_RUNNER = "_runner"  # attribute of a network that stores its runner
 
 
 @dataclass(eq=False)

@@ -9,12 +9,12 @@ A residual is on the device of the tokens. It is freed before the blocks of its 
 `forget`.
 
 MagCache: skip a pass while the size of the residual is known to change little from step to step.
-Source: Ma et al. 2025, arXiv 2506.09045. For step c the calibrated ratio is the residual's mean size against
-that of step c - 1. Over skipped steps the ratios are multiplied; the distance of each product from 1 is an
+Source: Ma et al. 2025, arXiv 2506.09045. For step c the calibrated ratio is the residual's mean size relative
+to that of step c - 1. Over skipped steps the ratios are multiplied; the distance of each product from 1 is an
 error, and the errors of a run of skipped steps are summed.
 
 TeaCache: skip a pass while the modulated input of the first block has changed little.
-Source: Liu et al. 2024, arXiv 2411.19108. The relative change of the input from step to step, put into a
+Source: Liu et al. 2024, arXiv 2411.19108. The relative change of the input from step to step, put through a
 polynomial fitted for the model, predicts the change of the output. The predictions since the last computed
 pass are summed; when the sum reaches the threshold, the pass is computed.
 
@@ -76,7 +76,7 @@ class StepCache:
     skipped: int = 0
 
     def __post_init__(self) -> None:
-        # by network, as each expert has residuals of its own; weak, so that one may be freed between steps
+        # by network, as each expert has its own residuals; weak, so that one may be freed between steps
         self._states = weakref.WeakKeyDictionary[nn.Module, dict[Hashable, PassState]]()
 
     def run(self, inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
@@ -290,7 +290,7 @@ def measure_pass(
 ) -> None:
     """Run all blocks, and pass their input and their residual to `measure`.
 
-    Passes outside of the steps of a video, and passes that skip blocks, are not measured.
+    Passes outside the steps of a video, and passes that skip blocks, are not measured.
     """
     before = hidden.x
     inner(dit, hidden, overrides)

@@ -34,7 +34,7 @@ from stable_diffusion.sampling_options import (
 
 logger = logging.getLogger(__name__)
 
-SEEDS_END = 2**32  # drawn seeds are below it
+SEEDS_END = 2**32  # drawn seeds are below this
 SIDE = 8  # pixels per latent: sides are multiples of this
 
 

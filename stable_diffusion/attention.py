@@ -1,4 +1,4 @@
-"""Attention of a U-Net by the back end that a training names, instead of diffusers' own."""
+"""Attention of a U-Net with the back end that a training chooses, instead of diffusers' own."""
 # Letters: B images, L query tokens, S key tokens, N heads, D head width, C = N * D
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """The U-Net and the VAE of a file: read dimensions from its tensors, and plan how to load the networks.
 
-diffusers' classes take their dimensions as keyword arguments: `UnetSizes` and `VaeSizes` hold these.
+diffusers' classes take their dimensions as keyword arguments: `UnetSizes` and `VaeSizes` contain these.
 """
 
 import re
@@ -55,7 +55,7 @@ def ldm_to_diffusers_translator(names: Collection[str]) -> Callable[[str], str]:
     """Return a function from LDM to diffusers names of U-Net tensors; it leaves unknown names unchanged.
 
     Args:
-        names: LDM names of all tensors of the U-Net, which tell the number of its levels and blocks.
+        names: LDM names of all tensors of the U-Net, which determine the number of its levels and blocks.
     """
     layers = read_levels(names)
     diffusers_paths = dict((*INPUT_AND_OUTPUT_LAYERS, *SDXL_EMBEDDING_LAYERS))  # by LDM path of the module
@@ -349,7 +349,7 @@ def _as_matrix(weight: Tensor) -> Tensor:
 # Convolutions computed in bands of rows, so that a large image needs less memory in the VAE.
 #
 # Only the workspace of the convolutions shrinks; norms and attention see the whole image, so that the
-# result is that without bands, except for the order of sums in the convolution itself.
+# result equals that without bands, except for the order of sums in the convolution itself.
 def band_convolutions(network: nn.Module, bands: int) -> None:
     """Make convolutions with kernels larger than 1x1 process the image in at most `bands` bands of rows."""
     for module in network.modules():

@@ -65,7 +65,7 @@ class ControlNets:
         """Yield the hook that adds residuals for images of this size; None if they have no guide images.
 
         Raises:
-            OptionError: If an image has a wrong number of guides.
+            OptionError: If an image has the wrong number of guides.
             MediaError: If a guide cannot be read.
         """
         if not any(request.guides for request in requests):
@@ -143,7 +143,7 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
     """Load the ControlNets of a run onto the model's device; None if there are none.
 
     Raises:
-        CheckpointError: If a file is no ControlNet or one for another model, or if tensors are missing or
+        CheckpointError: If a file is not a ControlNet or is for another model, or if tensors are missing or
             damaged.
     """
     if not options.control_net_models:

@@ -1,4 +1,4 @@
-"""Files of ControlNets: recognize them, translate names, read dimensions, load.
+"""Files of ControlNets: recognize them, translate their names, read their dimensions, load them.
 
 Single files have diffusers' names or the released (LDM) ones, with or without `control_model.` in front. A
 file of differences holds weights minus those of the U-Net that the network was trained with.
@@ -91,7 +91,7 @@ def load_control_net(
 
     def add_base(name: str, weight: Tensor, _: torch.dtype) -> Tensor:
         """Add the U-Net's weight of the same name to a difference."""
-        if name.startswith(CONTROL_ONLY_LAYERS):  # the U-Net has no such part: the weight is no difference
+        if name.startswith(CONTROL_ONLY_LAYERS):  # the U-Net has no such part: the weight is not a difference
             return weight
         assert base is not None
         return weight.float() + base.get_parameter(name).to(weight.device, torch.float32)
@@ -155,7 +155,7 @@ def _read_control_net(
     config = _read_config(bare, sources, unet_config)
     _check_fits_unet(checkpoint, config, unet_config, model_title)
     config |= _read_settings_without_tensors(path)
-    return LoadPlan(config, bare, sources, ignore=(DIFFERENCE_MARKER,))  # a marker, no weight
+    return LoadPlan(config, bare, sources, ignore=(DIFFERENCE_MARKER,))  # a marker, not a weight
 
 
 def _read_settings_without_tensors(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Classes and functions of diffusers, each imported when it is called for.
+"""Classes and functions of diffusers, each imported on first use.
 
 Importing them takes eight processor seconds, as they import torch's compiler, PEFT and transformers. What
 only describes a model (`new`, checks of options and files' marks) does without.

@@ -182,7 +182,7 @@ class StableDiffusion(ModelOfImages):
     options: Any = NO_OPTIONS  # set for trainings only
     warns_if_cut: bool = False  # whether to warn if a prompt is cut off
     text_training: TextEncoderTraining | None = None  # set for full training only
-    # the network that a training makes instead of a LoRA; None for a LoRA
+    # the network that a training run makes instead of a LoRA; None for a LoRA
     custom_network: CustomNetwork | None = None
     # whether the U-Net also takes a mask and the masked image (`INPAINTING`)
     inpaints: bool = False
@@ -531,7 +531,7 @@ class StableDiffusion(ModelOfImages):
         """Return the U-Net's conditions in training: text states B L C, and for SDXL pooled state and sizes.
 
         Raises:
-            CacheError: If texts were made for another length or by other text encoders.
+            CacheError: If text states were made for a different length or by other text encoders.
         """
         remedy = "the script that caches texts"
         batch.check(dict.fromkeys(sorted(self.text_keys), remedy), "the U-Net")
@@ -594,7 +594,7 @@ class StableDiffusion(ModelOfImages):
         added_conditions: dict[str, Tensor] | None = None
         if self.kind is SDXL:
             pooled = send_tensor(cond, POOLED, device).to(dtype)
-            # float32: from 1024 on bf16 only holds multiples of 8; the U-Net rounds the embedded sizes
+            # float32: above 1024 bf16 only has multiples of 8; the U-Net rounds the embedded sizes
             added_conditions = {"text_embeds": pooled, "time_ids": send_tensor(cond, SIZES, device).float()}
         sample = noisy.squeeze(2)
         if INPAINTING in cond:
@@ -624,7 +624,7 @@ class StableDiffusion(ModelOfImages):
             CheckpointError: If the checkpoint cannot be used.
             DownloadError: If a text needs several chunks, and the tokenizer that splits it is missing.
         """
-        prepared = self.resolve_image(request, flow_shift=1.0)  # 1: these models have no shift
+        prepared = self.resolve_image(request, flow_shift=1.0)  # 1, because these models have no shift
         if request.source is None:
             named = "--steps (--s in a prompt line)" if self.options is NO_OPTIONS else "--s"
             check_sampler_steps(named, prepared.solver, prepared.steps)
@@ -661,7 +661,7 @@ class StableDiffusion(ModelOfImages):
         )
 
     def _set_num_chunks(self, prompts: Prompts, uses_negative: bool) -> Prompts:
-        """Set in prompt and negative prompt to how many 75-token chunks both are padded: those of the longer.
+        """Set the number of 75-token chunks to which both prompts are padded: that of the longer one.
 
         `Prompt.max_chunks` also makes the text encoders parse `(weight:1.2)` as gen_img.py does.
 
@@ -728,11 +728,11 @@ class StableDiffusion(ModelOfImages):
         return denoised_latents
 
     def _begin_sampling(self, prepared: Prepared) -> ScaledSolver:
-        """Return the solver for an image, with start noise from the image's seed.
+        """Return the solver for an image, with start noise drawn from the image's seed.
 
         One generator draws in the order of gen_img.py: posterior of the source image, start noise, posterior
         of the masked image, noise of the steps. The posteriors are sampled elsewhere with generators of the
-        same seed, so their numbers are only skipped here.
+        same seed, so their random numbers are only skipped here.
         """
         generator = torch.Generator().manual_seed(prepared.seed)
         _, channels, _, height, width = self.latent.shape(1, prepared.height, prepared.width)

@@ -1,4 +1,4 @@
-"""Recognize the kind of Stable Diffusion of a checkpoint from its tensor names.
+"""Recognize which kind of Stable Diffusion a checkpoint is, from its tensor names.
 
 Released single files have the names of the training code (LDM): the U-Net, the autoencoder and the text
 encoders each under a prefix, and the prefixes of the text encoders tell the kind.
@@ -62,7 +62,7 @@ class ModelType:
     kind: ModelKind
     predicts_velocity: bool
     zero_terminal_snr: bool
-    # where it is recorded that the model predicts v, such as "its metadata"
+    # where the file says that the model predicts v, such as "its metadata"
     recorded_in: str = field(default="", compare=False)
 
     def describe_prediction(self) -> str:
@@ -112,7 +112,7 @@ def read_model_type(path: Path, names: Collection[str], metadata: Mapping[str, s
             path,
             declared.unknown,
         )
-    predicts_velocity = declared.velocity is True  # None if the metadata do not say it
+    predicts_velocity = declared.velocity is True  # None if the metadata does not say so
     return ModelType(
         kind,
         predicts_velocity,

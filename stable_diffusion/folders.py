@@ -1,4 +1,4 @@
-"""Folders in the layout of diffusers: find the kind of model, and plan how to load its networks.
+"""Folders in the layout of diffusers: determine the kind of model, and plan how to load its networks.
 
 The U-Net's dimensions come from its config.json; everything else in the folder is checked.
 """
@@ -110,7 +110,7 @@ def _check_schedule(schedule: Mapping[str, Any], file: Path) -> None:
         if not is_same:
             raise CheckpointError(
                 f"{file}: {name} is {shorten(str(declared), MAX_QUOTED)}; Stable Diffusion was trained with "
-                f"{'none' if default is None else default}, and no other noise is made here. Give another "
+                f"{'none' if default is None else default}, and no other noise is supported. Give another "
                 "model, or the settings that it was trained with.",
                 file,
             )
@@ -188,7 +188,7 @@ def open_network_weights(folder: Path, stems: Collection[str]) -> Checkpoint:
     """Open the weights of one network of a folder: safetensors before torch files, float32 before float16.
 
     Raises:
-        CheckpointError: If there are no weights, or if their file is incomplete, damaged or no model.
+        CheckpointError: If there are no weights, or if their file is incomplete, damaged or not a model.
     """
     for endings in (_SAFETENSORS_ENDINGS, _OLD_ENDINGS):
         for stem in stems:
@@ -276,7 +276,7 @@ def _check_levels(config: Mapping[str, Any], file: Path) -> None:
     elif type(layers) is not int and not _are_counts(layers, len(down)):
         wrong = f"layers_per_block is {layers!r}, neither a number nor one for each level"
     elif type(text_width) is not int:
-        wrong = f"cross_attention_dim is {text_width!r}, no number"
+        wrong = f"cross_attention_dim is {text_width!r}, not a number"
     else:
         return
     raise CheckpointError(f"{file}: {shorten(wrong, MAX_QUOTED)}. Copy the file again.", file)

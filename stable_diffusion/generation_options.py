@@ -1,4 +1,4 @@
-"""Options of sd_generate_image.py and sdxl_generate_image.py, and how they have the shared ones.
+"""Options of sd_generate_image.py and sdxl_generate_image.py, and how they adopt the shared ones.
 
 Standard library only.
 """

@@ -16,7 +16,7 @@ from stable_diffusion.making import ImageGenerator
 from stable_diffusion.sampling_options import HighresOptions
 from stable_diffusion.starting import STRIDE, fit, latent_size, vae_batch
 
-# Modules that upscale the first stage's images (--highres_fix_upscaler): ours or the user's.
+# Modules that upscale the first stage's images (--highres_fix_upscaler): built in or the user's.
 #
 # Such a module has `create_upscaler(**args)`. What it returns has `upscale(vae, imgs, latents, dtype, width,
 # height, batch_size, vae_batch_size)`, which returns as many images (PIL) or latents (B 4 h w, as the U-Net
@@ -24,13 +24,13 @@ from stable_diffusion.starting import STRIDE, fit, latent_size, vae_batch
 # says so.
 OPTION = "--highres_fix_upscaler"
 BUILT_IN_UPSCALER = "stable_diffusion.model_upscaler"
-# modules of sd-scripts -> ours
+# modules of sd-scripts -> modules of this package
 MODULE_ALIASES = {"tools.latent_upscaler": "stable_diffusion.latent_upscaler"}
 
 
 @dataclass(frozen=True, eq=False)
 class UpscalingModule:
-    """Upscaler of the user's module, with the name that the option gave."""
+    """Upscaler from the user's module, with the module's name from the option."""
 
     name: str
     upscaler: Any
@@ -106,7 +106,9 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
     hint = f" Or give {BUILT_IN_UPSCALER}, which takes SwinIR and ESRGAN files (model=FILE)."
     module = import_user_module(OPTION, MODULE_ALIASES.get(name, name), BUILT_IN_UPSCALER, hint)
     if not callable(getattr(module, "create_upscaler", None)):
-        raise OptionError(f"{OPTION} {name} has no create_upscaler(...), so it makes no upscaler.{hint}")
+        raise OptionError(
+            f"{OPTION} {name} has no create_upscaler(...), so it cannot make an upscaler.{hint}"
+        )
     try:
         upscaler = module.create_upscaler(**parse_upscaler_args(args or ""))
         takes_latents = bool(upscaler.support_latents()) if hasattr(upscaler, "support_latents") else False
@@ -123,7 +125,7 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
 
 
 def parse_upscaler_args(text: str) -> dict[str, str]:
-    """Parse `key=value` pairs that are joined by `;`; raise OptionError if a pair has another form."""
+    """Parse `key=value` pairs that are joined by `;`; raise OptionError if a pair is malformed."""
     args = {}
     for part in filter(str.strip, text.split(";")):
         key, sign, value = (piece.strip() for piece in part.partition("="))

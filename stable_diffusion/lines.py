@@ -92,7 +92,7 @@ LINE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "glus": prompt_lines.LineOption("gradual_latent_unsharp_params", _read_unsharp),
 }
 
-# option names in prompt lines of the other scripts -> ours
+# option names in prompt lines of the other scripts -> names here
 _LONG_NAMES = {
     "video_size_width": LINE_OPTIONS["w"],
     "video_size_height": LINE_OPTIONS["h"],
@@ -382,7 +382,7 @@ def import_prompter(name: str) -> ModuleType:
         OptionError: If the module cannot be imported or has no get_prompter.
     """
     if name.endswith(".py"):
-        reason = rejects_code()  # with `run` and the queue, names come from files of others
+        reason = rejects_code()  # with `run` and the queue, names come from other people's files
         if reason is not None:
             raise OptionError(f"--from_module {name}: {reason}")
         spec = importlib.util.spec_from_file_location(Path(name).stem, name)
@@ -392,7 +392,7 @@ def import_prompter(name: str) -> ModuleType:
         try:
             spec.loader.exec_module(module)
         except Exception as error:  # the module may run arbitrary code
-            why = f"{type(error).__name__}: {error}. Correct it, or use --from_file"
+            why = f"{type(error).__name__}: {error}. Fix it, or use --from_file"
             raise OptionError(f"--from_module {name} cannot be imported: {why}") from error
     else:
         remedy = " Correct it, or use --from_file"
@@ -475,4 +475,4 @@ def _yield_prompts(call_prompter: Callable[[int], Any], name: str) -> Iterator[L
 
 
 def _prompter_error(subject: str, error: Exception) -> UserError:
-    return UserError(f"{subject} failed: {type(error).__name__}: {error}. Correct the module")
+    return UserError(f"{subject} failed: {type(error).__name__}: {error}. Fix the module")

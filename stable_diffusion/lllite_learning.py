@@ -75,7 +75,7 @@ class TrainedLllite(Lllite):
     def compute_residuals(
         self, controls: Tensor | None, strength: float, _: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Store a U-Net call's control images for the forward hooks; return no further arguments for it."""
+        """Store a U-Net call's control images for the forward hooks; return no further arguments."""
         self.see(controls, strength)
         return {}
 
@@ -105,7 +105,7 @@ def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, reads_weigh
 
     Raises:
         CheckpointError: If the file does not fit the U-Net.
-        OptionError: If the file has other sizes than the options.
+        OptionError: If the file's sizes differ from the options.
     """
     path = options.network_weights
     dropout = options.network_dropout or 0.0

@@ -70,7 +70,7 @@ class Lllites:
         """Attach the modules while a batch is generated; yield the hook, None without guide images.
 
         Raises:
-            OptionError: For a wrong number of guides.
+            OptionError: For the wrong number of guides.
             MediaError: If a guide cannot be read.
         """
         if not any(request.guides for request in requests):
@@ -100,7 +100,7 @@ class _LlliteBatch:
         self._embeddings: dict[LlliteModule, tuple[Tensor, Tensor]] = {}
 
     def begin(self, call: UnetCall) -> UnetCall:
-        """U-Net hook: select the guide images that are active in this call, which is returned as it is."""
+        """U-Net hook: select the guide images that are active in this call, which is returned unchanged."""
         images = self._guides.at(call, self._dtype)
         self._active_guides = []
         for use, use_images in zip(self._uses, images, strict=True):
@@ -135,7 +135,7 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
             )
         with open_checkpoint(require_file(use.path, OPTION, "")) as checkpoint:
             plan = read_lllite(checkpoint, OPTION)
-            # compares, reads nothing
+            # compares only, reads no weights
             load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, what=A_LLLITE)
             for name in plan.config:
                 if find_layer_path(name) is None:

@@ -68,7 +68,7 @@ def load_checkpoint(options: ModelOptions, checkpoint_plan: CheckpointPlan, devi
     for tokenizer, plan in zip(tokenizers, text_plans, strict=True):
         check_vocabulary(tokenizer, plan.load_plan.config.vocabulary, path)
     networks = _make_networks(checkpoint_plan, dtype, vae_dtype)
-    _load_weights(networks, META)  # compares names and shapes; reads nothing
+    _load_weights(networks, META)  # compares names and shapes; reads no weights
     _log_checkpoint(checkpoint_plan, dtype, vae_dtype)
     if checkpoint_plan.kind is SDXL and vae_dtype == torch.float16 and options.vae is None:
         logger.warning(

@@ -56,7 +56,7 @@ class AdjustableLoras:
         self._apply_strengths = apply_strengths
         self._current: Multipliers | None = None  # strengths in the model; None while they are being changed
         self.layers = None if layers is None else tuple(layers)
-        self.set_strengths(None)  # begin with the strengths of the command line
+        self.set_strengths(None)  # start with the strengths of the command line
 
     def __len__(self) -> int:
         return len(self._defaults)
@@ -65,8 +65,8 @@ class AdjustableLoras:
         """Return the strength of each LoRA.
 
         Args:
-            multipliers: Multipliers of a prompt (`--am`), the last one repeated for the remaining LoRAs; None
-                for the ones on the command line.
+            multipliers: Multipliers of a prompt (`--am`); the last one is repeated for the remaining LoRAs.
+                None stands for those on the command line.
             part: Index of the only LoRA to use; None for all.
 
         Raises:

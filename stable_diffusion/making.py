@@ -54,7 +54,7 @@ class ImageGenerator:
     sampling: SamplingOptions
     vae_batch_size: float | None = None
     loras: AdjustableLoras | None = None
-    batch_hooks: Sequence[BatchHook] = ()  # in the order in which they see a call of the U-Net
+    batch_hooks: Sequence[BatchHook] = ()  # in the order in which they see a U-Net call
     regions: Regions | None = None  # regions of prompts with several parts
     image_vectors: ImageVectors | None = None
     guides: Guides | None = None
@@ -110,7 +110,7 @@ class ImageGenerator:
 
         def group_key(index: int) -> tuple[int, ...]:
             request = requests[index]
-            own_group = 0 if self.guides is None else index  # images that are guided are generated alone
+            own_group = 0 if self.guides is None else index  # guided images are generated alone
             return self._count_chunks(request), request.image is not None, request.mask is not None, own_group
 
         # sorted, because groupby only joins neighbors

@@ -1,4 +1,4 @@
-"""Repaint an image by the options of inpainting_minimal_inference.py, with the networks of gen_img.py."""
+"""Repaint an image with the options of inpainting_minimal_inference.py, with the networks of gen_img.py."""
 
 import logging
 import random
@@ -42,7 +42,7 @@ def load_keeping(options: GenImgOptions, device: torch.device) -> ImageGenerator
 
 
 def make_mask(image: InpaintingImageOptions, seed: int) -> Image.Image:
-    """Return the mask in the size of the result, from a file or as a wavy ellipse that the seed draws."""
+    """Return the mask at the size of the result, from a file or as a wavy ellipse that the seed draws."""
     height, width = image.size
     if image.mask is not None:
         return resize_mask(image.mask, height, width)

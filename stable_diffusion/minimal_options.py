@@ -1,4 +1,4 @@
-"""The command line of inpainting_minimal_inference.py, in the words of gen_img.py. Standard library only."""
+"""The command line of inpainting_minimal_inference.py, translated to gen_img.py's. Standard library only."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,7 +85,7 @@ def gen_img_words(options: MinimalInpaintingOptions, mask: Path, seed: int) -> l
 
     Args:
         options: The options.
-        mask: File of the mask, in the size of the result.
+        mask: File of the mask, at the size of the result.
         seed: Seed of the image.
     """
     model, image = options.model, options.picture

@@ -1,7 +1,7 @@
 """Upscale the first stage's images with a SwinIR or ESRGAN file.
 
 For --highres_fix_upscaler stable_diffusion.model_upscaler --highres_fix_upscaler_args model=4x.safetensors;
-more arguments are those of blissful_tuner/upscaler.py: dtype, tile, tile_overlap, batch_size, compile.
+further arguments are those of blissful_tuner/upscaler.py: dtype, tile, tile_overlap, batch_size, compile.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What Stable Diffusion 1.x, 2.x and XL are called: our names of U-Nets are those of diffusers.
+"""What Stable Diffusion 1.x, 2.x and XL are called: U-Nets are named as in diffusers.
 
 Their aliases are the names of the released single files (LDM), by which sd-scripts names the modules of LoRAs
 for SDXL. Blocks are listed one by one, because LDM counts residual blocks through all levels; `{n}` is the
@@ -15,7 +15,7 @@ from protocols.families import FamilyEntry, Marks
 ENTRY = FamilyEntry("stable_diffusion")
 
 _LAYERS = 2  # residual blocks of a level on the way down; one more on the way up
-Pairs = tuple[tuple[str, str], ...]  # (path in LDM, ours)
+Pairs = tuple[tuple[str, str], ...]  # (path in LDM, path in diffusers)
 
 RESNET_LAYERS = (
     ("in_layers.0", "norm1"),
@@ -89,7 +89,7 @@ def unet_blocks(layers: Sequence[int]) -> Iterator[BlockPaths]:
 
 
 def unet_samplers(layers: Sequence[int]) -> Iterator[SamplerPaths]:
-    """Yield the paths of the down- and upsampler between each two levels of a U-Net, in LDM and diffusers.
+    """Yield the LDM and diffusers paths of the samplers between each pair of levels of a U-Net.
 
     In LDM's lists an upsampler is layer 2 of its block, or layer 1 if the block has no attention
     (`ldm_upsampler_without_attention`).

@@ -12,7 +12,7 @@ from networks.kinds.composing import BY_MODULE, OTHER_MODULES
 from networks.use_options import lora_rounding_option, multipliers_for
 
 UNSUPPORTED_MODULES = {"networks.boft": "BOFT", "networks.control_net_lllite": "a ControlNet-LLLite"}
-# names that sd-scripts' users pass; all are treated alike, because the file shows its own kind
+# names that users of sd-scripts pass; all are treated alike, because the file shows its own kind
 KNOWN_MODULES = (
     *BY_MODULE,
     "networks.lora_fa",

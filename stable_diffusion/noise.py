@@ -1,4 +1,4 @@
-"""The schedule of noise that Stable Diffusion is trained on: its levels, factors on losses, varied noise.
+"""The noise schedule that Stable Diffusion is trained on: levels, loss factors, changes to the noise.
 
 SNR is the ratio of signal to noise of a timestep, a / (1 - a), where a is `alphas_cumprod` of DDPM.
 Sources: DDPM, Ho et al. 2020, arXiv 2006.11239; min-SNR, Hang et al. 2023, arXiv 2303.09556; zero terminal
@@ -17,7 +17,7 @@ from stable_diffusion.diffusers_parts import rescale_zero_terminal_snr
 from stable_diffusion.samplers import TRAINED
 from stable_diffusion.training_options import LossWeightOptions, VariedNoiseOptions
 
-# larger values are clamped to this, because that of the first timestep would dwarf all others
+# larger values are clamped to this, because the first timestep's would dwarf all others
 MAX_SNR = 1000.0
 
 

@@ -1,4 +1,4 @@
-"""All options of gen_img.py: the checkpoint, prompts, pictures, texts and files here."""
+"""All options of gen_img.py; those of the checkpoint, prompts, text encoding and files are declared here."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Attention couple with regional LoRA: each part of a prompt, and its LoRA, acts in its own region.
 
 The parts of a prompt are between " AND ". In the cross-attention of the U-Net each part is attended to
-on its own, and the mean of the results is weighted by the regions of the parts; LoRA i's addition is
-multiplied by the region of part i. Keys and values of part i see LoRA i alone. A negative text acts
+on its own, and the results are averaged, weighted by the regions of the parts; LoRA i's addition is
+multiplied by the region of part i. Keys and values of part i see only LoRA i. A negative text acts
 everywhere, as a part of every region: guidance then compares two passes with the same weights.
 """
 
@@ -25,7 +25,7 @@ from networks.gated_loras import LoraBranch
 from stable_diffusion.contract import RequestedImage, TextState, UnetCall, UnetHook
 
 _CHANNELS = 3
-_DARK = 1e-4  # if the regions of a pixel sum to less, all parts have equal weights there
+_DARK = 1e-4  # if the regions at a pixel sum to less, all parts have equal weights there
 
 
 def read_regions(
@@ -171,7 +171,7 @@ class Regions:
     ) -> Iterator[UnetHook | None]:
         """Change the U-Net for a batch so that each prompt part acts in its region; restore it at the end.
 
-        Yields a hook for U-Net calls, None if prompts have one part. The text states of a call are those of
+        Yields a hook for U-Net calls; None if prompts have one part. The text states of a call are those of
         all P parts, one after the other: R P*L C.
         """
         if requests[0].settings.num_parts == 1:
@@ -203,7 +203,7 @@ class _Batch:
         self._weights: dict[tuple[int, int], Tensor] = {}
 
     def move_to_device(self, call: UnetCall) -> UnetCall:
-        """U-Net hook: move the regions to the device of a call, which is returned as it is."""
+        """U-Net hook: move the regions to the device of a call, which is returned unchanged."""
         assert call.context.shape[1] % self.num_parts == 0, (call.context.shape, self.num_parts)
         if self._regions.device != call.sample.device:
             self._regions = self._regions.to(call.sample.device)

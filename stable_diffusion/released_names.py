@@ -1,4 +1,4 @@
-"""Names of the released single files (LDM) for networks of folders in diffusers' layout."""
+"""Released single-file (LDM) names for networks from folders in diffusers' layout."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -21,7 +21,7 @@ TEXT_ENCODER_PREFIXES: Mapping[ModelKind, tuple[tuple[str, bool], ...]] = {
     SD2: ((SD2_TEXT, True),),
     SDXL: ((CLIP_L, False), (OPEN_CLIP, True)),
 }
-VAE_LEVELS = 4  # resolutions of the VAE: 8 pixels are one latent pixel
+VAE_LEVELS = 4  # resolutions of the VAE: 8 pixels become one latent pixel
 _VAE_ATTENTION = (
     ("norm", "group_norm"),
     ("proj_out", "to_out.0"),
@@ -117,7 +117,7 @@ def ldm_vae_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def ldm_text_encoder_names(kind: ModelKind, index: int, names: Collection[str]) -> dict[str, list[str]]:
     """Map each tensor name of a text encoder in a single file to the weights here that are fused into it.
 
-    Only OpenCLIP's encoders fuse weights: its `in_proj` holds query, key and value.
+    Only OpenCLIP's encoders fuse weights: its `in_proj` contains query, key and value.
 
     Args:
         kind: Kind of the checkpoint.
@@ -135,7 +135,7 @@ def ldm_text_encoder_names(kind: ModelKind, index: int, names: Collection[str]) 
     layers = sorted({int(match[1]) for match in map(layer_pattern.match, names) if match})
     for layer in layers:
         fused_weights |= _map_open_clip_layer(prefix, layer, source_layer=layer)
-    # released files have one layer more, which the model does not use: it gets the weights of the last one
+    # released files have one more layer, which the model does not use: it gets the weights of the last one
     if kind is SD2:
         fused_weights |= _map_open_clip_layer(prefix, layers[-1] + 1, source_layer=layers[-1])
     return fused_weights

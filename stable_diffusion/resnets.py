@@ -1,12 +1,12 @@
 """Norms and residual blocks of diffusers' U-Net, with fewer kernels and less memory.
 
 Every block applies SiLU to the same embedded time and divides its output by 1. A fast GPU waits for the host
-to start such kernels, in a training with checkpointing twice. Here SiLU is applied once, by a module that the
-U-Net has a place for, and a division by 1 is left out: equal to the bit.
+to start such kernels, twice in training with checkpointing. Here SiLU is applied once, by a module that the
+U-Net has a place for, and the division by 1 is left out; results are bit-identical.
 
-CUDA's autocast computes norms in float32 by copies of their inputs, which the backward pass keeps: a tenth of
-a step's memory without checkpointing. torch's kernels compute norms of 16 bits in float32 and round the
-result, as the layer behind a norm would. Behind a norm of a residual block, SiLU gets rounded values, as on
+CUDA's autocast computes norms in float32 with copies of their inputs, which the backward pass keeps: a tenth
+of a step's memory without checkpointing. torch's kernels compute norms of 16 bits in float32 and round the
+result, as the layer after a norm would. After a norm of a residual block, SiLU gets rounded values, as on
 a CPU.
 """
 # Letters: B images, C channels, H W their size, E width of the embedded time

@@ -237,7 +237,7 @@ class Run:
 
 
 def generate(options: GenImgOptions, load: LoadGenerator = assemble) -> None:
-    """Generate all images that the options ask for.
+    """Generate all images that the options request.
 
     Args:
         options: Options of the run.

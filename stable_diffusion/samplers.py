@@ -54,7 +54,7 @@ _SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 def make_scheduler(
     sampler: str, predicts_velocity: bool, zero_terminal_snr: bool = False, steps_offset: int = 1
 ) -> Any:
-    """Return the diffusers scheduler of a --sampler, with the defaults of its class for everything else.
+    """Return the diffusers scheduler of a --sampler, with its class's defaults for everything else.
 
     Args:
         sampler: Value of --sampler.
@@ -87,7 +87,7 @@ def make_scheduler(
 
 
 def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> float:
-    """Return the weight in a linear multistep of the derivative from `which` steps ago (0 is the latest).
+    """Return the multistep weight of the derivative from `which` steps ago (0 is the latest).
 
     It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at
     those of the other derivatives. Three Gauss points are exact, because the degree is at most 3.
@@ -113,8 +113,8 @@ def check_sampling(zero_terminal_snr: bool, predicts_velocity: bool) -> None:
     """Raise OptionError if --zero_terminal_snr is used with a model that does not predict v."""
     if zero_terminal_snr and not predicts_velocity:
         raise OptionError(
-            "--zero_terminal_snr needs a model that predicts v, this one predicts noise. Leave it out, or "
-            "add --v_parameterization if the model was trained so"
+            "--zero_terminal_snr needs a model that predicts v, but this one predicts noise. Leave it out, "
+            "or add --v_parameterization if the model was trained so"
         )
 
 
@@ -140,7 +140,7 @@ class SchedulerSolver:
 
     scheduler: Any
     generators: Sequence[torch.Generator]  # one for each image, on the CPU
-    first_index: int = 0  # the index in `schedule` that denoising begins at
+    first_index: int = 0  # the index in `schedule` at which denoising begins
     # wraps a step, and gets the scheduler's own step as an argument; None for the plain step
     wrap_step: Callable[[MakeStep, int, Tensor, Tensor], Tensor] | None = None
 
@@ -250,7 +250,7 @@ class ScaledSolver:
 
     solver: SchedulerSolver
     sample: Tensor  # 1 4 1 h w, not scaled for the U-Net
-    noise: Tensor  # 1 4 1 h w, of standard deviation 1
+    noise: Tensor  # 1 4 1 h w, with standard deviation 1
     predicts_v: bool = False
     from_noise: bool = False  # whether the start latents are pure noise, without an image
 

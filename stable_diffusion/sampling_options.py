@@ -235,7 +235,7 @@ class GradualLatentOptions(Options, title="Gradual Latent: begin small and grow 
     )
 
     def __post_init__(self) -> None:
-        self.unsharp  # noqa: B018  reads it once, for its errors
+        self.unsharp  # noqa: B018  read once, to raise its errors
 
     @property
     def unsharp(self) -> "Unsharp | None":

@@ -1,9 +1,9 @@
 """Start denoising at a smaller size: Deep Shrink, and at the end of this file Gradual Latent.
 
 Deep Shrink makes the U-Net's inner features smaller early in denoising, so that the composition of a large
-picture is made at a size that the model knows. Source: kohya-ss, "Deep Shrink", 2023. Depths count the
-U-Net's input blocks as the released files number them: 0 is the first convolution, then each residual block
-(with its attention) and each halving is one more.
+picture is made at a size that the model was trained on. Source: kohya-ss, "Deep Shrink", 2023. Depths count
+the U-Net's input blocks as the released files number them: 0 is the first convolution; each residual block
+(with its attention) and each downsampling counts as one more.
 """
 
 import logging
@@ -181,7 +181,7 @@ class _ShrinkHooks:
     def leave_layer(self, layer: int, output: Any) -> Any:
         """Resize a layer's output to the skip that the next layer of the same output block joins to it.
 
-        Return None, which leaves the output as it is, if no features shrink in this call.
+        Return None, which leaves the output unchanged, if no features shrink in this call.
         """
         if self.depth is None:
             return None
@@ -219,7 +219,7 @@ def _register_hooks(hooks: _ShrinkHooks, unet: Any) -> Iterator[Any]:
     )
 
 
-# Gradual Latent: denoising begins with small latents, which grow on the way, with the sampler euler_a.
+# Gradual Latent: denoising begins with small latents, which grow during sampling, with the sampler euler_a.
 #
 # A step that enlarges the latents resizes its sample and the U-Net's output; Euler's step and the fresh noise
 # then have the new size. An unsharp mask can compensate for the blur of resizing. Source:
@@ -227,7 +227,7 @@ def _register_hooks(hooks: _ShrinkHooks, unet: Any) -> Iterator[Any]:
 # k-diffusion.
 SAMPLERS = ("euler_a", "k_euler_a")
 STEP = 8  # sides of the small latents are multiples of this, because the U-Net halves them repeatedly
-NEARLY = 1 - 1e-6  # a ratio that is 1 except for the rounding of its sum
+NEARLY = 1 - 1e-6  # a ratio of at least this counts as 1, because its sum is rounded
 
 
 def scale_size(full: Size, ratio: float) -> Size:
@@ -300,7 +300,7 @@ def begin_small(
     # index of a step in the schedule -> ratio to the full size to which the latents grow after it
     growth = {sampler.first_index + index: ratio for index, ratio in plan_growth(timesteps, gradual).items()}
     sizes = [scale_size(full_size, ratio) for ratio in growth.values()]
-    # the blur pads by half of its width, which has to be less than the smallest enlarged side
+    # the blur pads by half of its width, which has to be less than the shortest enlarged side
     if unsharp is not None and sizes and unsharp.ksize // 2 >= min(sizes[0]):
         raise OptionError(
             f"the blur of {unsharp.ksize} of --gradual_latent_unsharp_params (--glus) is too large for "

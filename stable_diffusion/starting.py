@@ -26,8 +26,8 @@ from stable_diffusion.sampling_options import StartNoiseOptions
 # Changes to the start noise of some images: pyramid noise and noise offset (--pyramid_noise_prob,
 # --noise_offset_prob).
 #
-# All numbers come from the image's own generator, and options that are off draw none. So an image does not
-# depend on its batch, and these options change nothing if they are left out.
+# All random numbers come from the image's own generator, and options that are off draw none. So an image
+# does not depend on its batch, and these options change nothing if they are left out.
 LEVELS = 6  # maximum number of levels of pyramid noise, as in training with it
 # each level is smaller than the one before by a factor that is drawn between these
 MIN_STEP, MAX_STEP = 2.0, 4.0
@@ -165,7 +165,7 @@ def begin(
     noise_options: StartNoiseOptions,
     restores_unmasked: bool = False,
 ) -> Beginning:
-    """Return the start latents of a batch, B 4 1 h w, the sampler, and an inpainting U-Net's further inputs.
+    """Return a batch's start latents, B 4 1 h w, the sampler, and an inpainting U-Net's additional inputs.
 
     1. Without an input image: noise.
     2. With one: encode it, and blend it with noise by the strength.
@@ -173,7 +173,7 @@ def begin(
 
     Args:
         model: The loaded model.
-        requests: Requested images; all have an input image or none has, and likewise a mask.
+        requests: Requested images; all or none have an input image, and likewise a mask.
         start: Latents or images to start from, one for each requested image; None for none.
         sampler: The sampler.
         noise_options: Options of the noise.
@@ -326,8 +326,8 @@ def to_image(pixels: Tensor, label: str) -> Image.Image:
     """Convert pixels, 3 H W, to an image; NaN becomes black, with a warning that names the image."""
     if not bool(pixels.isfinite().all()):
         logger.warning(
-            "%s: the image has NaN or infinite pixels, they are black. A number was too large for 16 bits: "
-            "try --no_half_vae, then --bf16 instead of --fp16",
+            "%s: the image has NaN or infinite pixels, which become black. A number was too large for 16 "
+            "bits: try --no_half_vae, then --bf16 instead of --fp16",
             label,
         )
         pixels = pixels.nan_to_num(-1, -1, -1)

@@ -1,7 +1,7 @@
 """Encode prompts: weights, chunks, concatenated states, and the pooled state or an image vector instead.
 
 Each text is encoded alone, with all of its chunks in one pass of each encoder, so that its state depends on
-no other text. States are cached, because most images have the same negative prompt.
+no other text. States are cached, because most images share their negative prompt.
 """
 
 # Letters: K chunks of a text, L = 75 K + 2 states of it, C width
@@ -43,7 +43,7 @@ MAX_QUOTED = 200  # characters of a text in a warning
 
 
 class PromptEncoder:
-    """Encode prompts with the text encoders of a model and the options for texts."""
+    """Encode prompts with the text encoders of a model and the options for text encoding."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class PromptEncoder:
 
         Raises:
             OptionError: If an encoder lacks the layer of --clip_skip.
-            CheckpointError: If vectors do not fit an encoder, or if a word exists already as a token.
+            CheckpointError: If vectors do not fit an encoder, or if a word already exists as a token.
         """
         words = merge_lora_words(_read_words(options, cross_attentions), lora_words)
         self._text_encoders = add_words(text_encoders, kind, words)
@@ -132,7 +132,7 @@ class PromptEncoder:
             for chunk in chunks
         ]
         device = encoder.network.device
-        end_positions: Tensor | None = None  # where pooled states are taken: only in SDXL's last encoder
+        end_positions: Tensor | None = None  # where pooled states are taken: only from SDXL's last encoder
         if is_xl and encoder is self._text_encoders[-1]:
             # the first end token of each chunk, which may be a <|endoftext|> in the text itself
             end_positions = torch.tensor([row.index(encoder.eos_token_id) for row in rows]).to(device)
@@ -363,7 +363,7 @@ class ImageVectors:
         """Load the image encoder, whose vectors replace the pooled states of the last text encoder.
 
         A pooled state is one vector for a whole prompt. Raises CheckpointError if the image encoder's vectors
-        have another width.
+        have a different width.
         """
         model = self._model
         image_encoder = load_clip_vision(

@@ -40,7 +40,7 @@ USE = ClipNaming(
     tokenizer=clip_tokenizer_files("--tokenizer_cache_dir", (".",)),
 )
 
-PROJECTION = "text_projection.weight"  # projection of the pooled state, in our network
+PROJECTION = "text_projection.weight"  # projection of the pooled state, in the network here
 _BESIDE_OPEN_CLIP = ("text_projection*", "logit_scale", "attn_mask")
 
 
@@ -101,11 +101,11 @@ def _cut_third(third: int, rows: Tensor) -> Tensor:
 
 
 def join_released(name: str, weights: Sequence[Tensor]) -> Tensor:
-    """Compute a tensor of a published file from our weights; the inverse of `read_texts`.
+    """Compute a tensor of a published file from the weights here; the inverse of `read_texts`.
 
     Args:
         name: Name of the tensor in the file.
-        weights: Our weights: a single one, or OpenCLIP's queries, keys and values.
+        weights: The weights here: a single one, or OpenCLIP's queries, keys and values.
     """
     joined = weights[0] if len(weights) == 1 else torch.cat([*weights])
     return joined.t() if name.endswith("text_projection") else joined

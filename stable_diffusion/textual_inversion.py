@@ -1,9 +1,9 @@
 """Textual inversion (--textual_inversion_embeddings): words that stand for learned vectors, not for tokens.
 
 The name of a file, without its ending, is the word for all of its vectors; with 1, 2, ... appended, it is the
-word for one of the vectors after the first. Words are found in any case, but not inside of other words.
+word for one of the vectors after the first. Words are found in any case, but not inside other words.
 LoRA files may contain words too, which act like other words at any strength of the LoRA.
-Extended textual inversion (--XTI_embeddings) has another vector for each cross-attention of the U-Net.
+Extended textual inversion (--XTI_embeddings) has a separate vector for each cross-attention of the U-Net.
 Sources: Gal et al. 2022, arXiv 2208.01618; Voynov et al. 2023, arXiv 2303.09522 (P+).
 """
 # Letters: V vectors of a word, C width of a text encoder, A cross-attentions of the U-Net
@@ -70,13 +70,13 @@ def read_words(
     """Read embedding files of textual inversion: safetensors, or pickled tensors without running code.
 
     Args:
-        paths: Files of usual textual inversion.
+        paths: Files of ordinary textual inversion.
         xti_paths: Files of extended textual inversion, with a tensor for each of `cross_attentions`.
         cross_attentions: Names of the U-Net's cross-attentions.
         option: Option that names `paths`.
 
     Raises:
-        CheckpointError: If a file is missing or of another kind, or if two have the same name.
+        CheckpointError: If a file is missing or of a different kind, or if two have the same name.
     """
     words = [_read_word(path, option, path.stem, read_embedding(path, option)) for path in paths]
     words += [_read_extended(path, cross_attentions) for path in xti_paths]
@@ -141,7 +141,7 @@ def add_words(
     The networks are changed in place: they get rows for the words.
 
     Raises:
-        CheckpointError: If vectors do not fit an encoder, or if a token with a word's name exists already.
+        CheckpointError: If vectors do not fit an encoder, or if a token with a word's name already exists.
     """
     if not words:
         return tuple(text_encoders)
@@ -271,7 +271,7 @@ def _join(numbers: Sequence[int]) -> str:
 
 
 def _read_word(path: Path, option: str, name: str, content: Mapping[str, Any]) -> LearnedWord:
-    """Return a learned word called `name` with the vectors in a file's content."""
+    """Return a learned word named `name` with the vectors in a file's content."""
     tensors, token = _select_tensors(path, option, content)
     vectors = tuple(to_rows(path, option, tensors).values())
     if len({len(rows) for rows in vectors}) > 1:
@@ -292,7 +292,7 @@ def _read_extended(path: Path, cross_attentions: Sequence[str]) -> LearnedWord:
     unexpected = sorted(content.keys() - tensors.keys())
     if missing or unexpected:
         wrong_name = (missing or unexpected)[0]
-        raise _reject_extended(path, XTI_OPTION, f"{shorten(wrong_name, 60)} is missing or strange")
+        raise _reject_extended(path, XTI_OPTION, f"{shorten(wrong_name, 60)} is missing or unexpected")
     vectors = tuple(to_rows(path, XTI_OPTION, tensors, _reject_extended).values())
     if len({rows.shape for rows in vectors}) > 1:
         raise _reject_extended(path, XTI_OPTION, "its layers have vectors of unequal numbers or widths")
@@ -320,12 +320,12 @@ def _select_tensors(
 ) -> tuple[dict[str, Tensor], str | None]:
     """Return the vectors in an embedding file, and its placeholder token if it names one.
 
-    The vectors are by tensor name, in the order of the text encoders. Formats: A1111
+    The vectors are keyed by tensor name, in the order of the text encoders. Formats: A1111
     (a table of vectors), SDXL trainers (a tensor for each text encoder), diffusers (token: vectors).
     """
     table = content.get(TABLE)
     if isinstance(table, Mapping):
-        embeddings = list_tensors(table)  # usually the key is "*", no word
+        embeddings = list_tensors(table)  # usually the key is "*", not a word
         if len(embeddings) == 1:
             return embeddings, None
         raise reject_embedding(path, option, f"{TABLE} has {len(embeddings)} words")
@@ -334,7 +334,7 @@ def _select_tensors(
         if tensors.keys() >= set(names):
             unused = tensors.keys() - set(names)
             if unused:
-                logger.warning("%s: %s: not used are %s.", option, path, list_some(sorted(unused)))
+                logger.warning("%s: %s: unused: %s.", option, path, list_some(sorted(unused)))
             return {name: tensors[name] for name in names}, None
     if len(tensors) == 1 and len(content) == 1:
         (placeholder_token,) = tensors

@@ -1,6 +1,6 @@
 """Chunks of tokens, and the tokenizers of the text encoders.
 
-Tokenizers are in --tokenizer_cache_dir, in the checkpoint's folder, or on the hub.
+Tokenizers are found in --tokenizer_cache_dir, in the checkpoint's folder, or on the hub.
 
 OpenCLIP and CLIP-L have the same vocabulary, so the files of either serve for both. They differ in padding:
 CLIP-L pads with its end token, OpenCLIP with token 0 ("!" in its released settings). This is not read from

@@ -262,7 +262,7 @@ class LazyTextEncoder:
         return list_ids(self._lora_words, vocabulary) if self._lora_words else {}
 
     def _select_layer(self, plan: TextPlan) -> int:
-        """Return the layer whose states are used, counted from the end; raise OptionError for none."""
+        """Return the layer whose states are used, counted from the end; raise OptionError if missing."""
         kind = self.files.kind
         check_layer(self._clip_skip, plan.load_plan.config.num_layers, kind)
         return self._clip_skip or default_layer(kind, missing_layers=1 if kind is SD2 else 0)

@@ -1,4 +1,4 @@
-"""The checkpoint of a family: which model it is, and its networks, each loaded when it is needed.
+"""The checkpoint of a family: which model it is, and its networks, each loaded when needed.
 
 gen_img.py loads all networks at once (`loading.py`); here the VAE and the text encoders leave the device.
 """
@@ -164,7 +164,7 @@ class TrainingFiles:
         if self.unet_input is UnetInput.INPAINTING:
             raise CheckpointError(
                 f"--ckpt {self.path} is a checkpoint for images, and --train_inpainting needs one for "
-                "inpainting: its U-Net has no input for a mask, and what is trained here could not hold one. "
+                "inpainting: its U-Net has no input for a mask, and what is trained here cannot contain one. "
                 "Give an inpainting checkpoint, or make one first by training all weights of this one: "
                 f"{'sdxl_train.py' if self.kind is SDXL else 'fine_tune.py'} --train_inpainting.",
                 self.path,
@@ -200,7 +200,7 @@ class TrainingFiles:
 
     @property
     def unet_path(self) -> Path:
-        """Return the path of the file that holds the U-Net's weights."""
+        """Return the path of the file that contains the U-Net's weights."""
         if not self.path.is_dir():
             return self.path
         with folders.open_network_weights(self.path / "unet", ("diffusion_pytorch_model",)) as checkpoint:
@@ -288,7 +288,7 @@ class TrainingFiles:
         return load_tokenizers(self.tokenizer_cache_dir, self.path, are_open_clip)
 
     def load_text(self, plan: TextPlan, device: torch.device, dtype: torch.dtype) -> ClipText:
-        """Load a text encoder of an open checkpoint to a device."""
+        """Load a text encoder of an open checkpoint onto a device."""
         check_activation(plan.load_plan.config, self.path, "CLIP has quick_gelu or gelu")
         return load_planned(
             plan.load_plan, ClipText, device=device, dtype=dtype, what="the text encoder of --ckpt"
@@ -475,7 +475,7 @@ def unet_spec(config: Mapping[str, Any]) -> DitSpec:
         checkpointed_list="transformer_blocks",
         lora_lists=("down_blocks", "mid_block", "up_blocks"),
         conv_lora_modules=(".resnets.", ".downsamplers.", ".upsamplers."),
-        # inductor makes sizes that a convolution gets constants of its code, and fails on transposed queries
+        # inductor turns the sizes of a convolution's input into constants, and fails on transposed queries
         # whose length is a height times a width; inside these layers a length is one number
         compiled_list="transformer_blocks",
     )

@@ -167,7 +167,7 @@ class LatentCachingOptions(Options, title="Stable Diffusion"):
 
 
 class TextCachingOptions(Options, title="Stable Diffusion"):
-    """Options of the scripts that cache texts, in addition to the shared ones."""
+    """Options of the scripts that cache text encoder outputs, in addition to the shared ones."""
 
     ckpt: Path = option(
         CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True, required=True

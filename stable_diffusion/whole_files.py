@@ -136,7 +136,7 @@ def make_writer(
     Args:
         checkpoint: The source checkpoint.
         networks: The trained networks, by name.
-        model_type: What the trained model predicts, which the file records by empty tensors.
+        model_type: What the trained model predicts, which the file records in empty tensors.
     """
     if checkpoint.path.is_dir():
         return _make_writer_for_folder(checkpoint, networks, model_type)
@@ -236,7 +236,7 @@ def _plan_trained_tensors(name: str, network: nn.Module, plan: LoadPlan[Any]) ->
 
 
 def _plan_ldm_tensors(checkpoint_plan: CheckpointPlan, plans: Plans) -> dict[str, SavedTensor]:
-    """Map each LDM tensor name of a single file to the weights of a diffusers folder that make it."""
+    """Map each LDM tensor name of a single file to the weights of a diffusers folder that form it."""
     tensors = {}
     unet_layers = count_layers(checkpoint_plan.unet.config)
     for ldm_name, weight in ldm_unet_names(unet_layers, checkpoint_plan.unet.sources):

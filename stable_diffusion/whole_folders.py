@@ -73,7 +73,7 @@ class NetworkFile:
     """The tensors of one network in a diffusers folder, with their dtypes and shapes."""
 
     name: str  # its path in the folder
-    weights: Mapping[str, str]  # name in the file -> name in our network
+    weights: Mapping[str, str]  # name in the file -> name in the network here
     infos: Mapping[str, TensorInfo]  # dtype and shape in the source, by the name in the file
 
 
@@ -202,7 +202,7 @@ def _text_name(weight: str) -> str:
 def _make_config_and_tokenizer_files(
     checkpoint: TrainingFiles, checkpoint_plan: CheckpointPlan, model_type: ModelType
 ) -> dict[str, bytes]:
-    """Return the content of all files of a diffusers folder except weights, by their path in the folder."""
+    """Return the content of all files of a diffusers folder except weights, by path in the folder."""
     schedule = _describe_schedule(checkpoint.path, checkpoint_plan.model_type, model_type)
     unet_config = _describe("UNet2DConditionModel", _simplify(checkpoint_plan.unet.config))
     vae_config = {"sample_size": checkpoint_plan.kind.size, **checkpoint_plan.vae.config}
@@ -353,7 +353,7 @@ def _describe_tokens(is_open_clip: bool) -> dict[str, dict[str, Any]]:
 
 
 def _read_tokenizer(source: TokenizerFiles, file: Path) -> dict[str, bytes]:
-    """Return the contents of vocab.json and merges.txt of a tokenizer, also if it is one tokenizer.json.
+    """Return the contents of vocab.json and merges.txt of a tokenizer, even if it is a single tokenizer.json.
 
     Raises:
         CheckpointError: If the files cannot be read.

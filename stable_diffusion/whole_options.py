@@ -42,7 +42,7 @@ def text_switch(help: str) -> Any:
     return option(help, facts=IDENTITY, often=True)
 
 
-# for rates of text encoders that learn on request
+# for rates of text encoders that are trained on request
 IF_TRAINED: Mapping[str, Callable[[Any], bool]] = {
     "text encoders learn with --train_text_encoder": lambda options: options.train_text_encoder
 }

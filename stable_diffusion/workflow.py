@@ -7,7 +7,7 @@ from typing import Any
 from protocols.requests import Prepared
 from protocols.workflows import ComfyModel, ComfyNode, find_no_patches
 
-# samplers of `sampling_options` without "k_" -> of ComfyUI; the other ones have no counterpart there
+# samplers of `sampling_options` without "k_" -> samplers of ComfyUI; the others have no counterpart there
 SAMPLERS: Mapping[str, str] = {
     "ddim": "ddim",
     "lms": "lms",
@@ -23,11 +23,11 @@ SAMPLERS: Mapping[str, str] = {
 def describe_checkpoint(
     vae: str, clip_skip: int | None, predicts_velocity: bool, zero_terminal_snr: bool
 ) -> ComfyModel:
-    """Describe how ComfyUI has to run a checkpoint.
+    """Describe how ComfyUI must run a checkpoint.
 
     Args:
         vae: Name of a file with the VAE; "" for that of the checkpoint.
-        clip_skip: Layer of the text encoders whose states are used, from the end; None as released.
+        clip_skip: Layer of the text encoders whose states are used, from the end; None for the default.
         predicts_velocity: Whether the U-Net predicts v.
         zero_terminal_snr: Whether the last timestep is pure noise.
     """

@@ -21,7 +21,7 @@ ReadFrames = Callable[[CaptionLocation], Frames]  # reads the frames that a mode
 # pairs of a location, and its caption or the reason why there is none; other errors end the run
 CaptionResults = Generator[tuple[CaptionLocation, str | Exception], None, None]
 Captioner = Callable[[Sequence[CaptionLocation], ReadFrames], CaptionResults]  # captions by a model or server
-AHEAD_BYTES = 1 << 30  # limit for the frames that wait for the model
+AHEAD_BYTES = 1 << 30  # limit on the memory of frames that wait for the model
 WORKERS = 4  # threads that read frames
 
 PROMPTS = {
@@ -48,10 +48,10 @@ class CaptionInput(NamedTuple):
 
 
 class NoCaptionError(Exception):
-    """An image or clip gets no caption, for the given reason; the run continues with the next one."""
+    """Raised if an image or clip gets no caption, with the reason; the run continues with the next one."""
 
     def __init__(self, reason: str, server_failed: bool = False) -> None:
-        """Store the reason; `server_failed` says that the server answered none of several requests."""
+        """Store the reason; `server_failed`: the server answered none of several requests."""
         super().__init__(reason)
         self.server_failed = server_failed
 
@@ -155,7 +155,7 @@ def reword(caption: str, wording: WordingOptions) -> str:
     """Apply the wording options: replacements, then trigger word, prefix and suffix.
 
     The result is "prefix trigger, caption suffix", as with the keys of a dataset table. Parts that the
-    caption already has are not added again.
+    caption already contains are not added again.
     """
     for old, new in wording.replace:
         caption = caption.replace(old, new)

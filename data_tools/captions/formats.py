@@ -1,4 +1,4 @@
-"""Captions that are JSON objects: ask a model for them, check its answers, and change their texts."""
+"""Captions that are JSON objects: ask a model for them, check its answers, and reword their text values."""
 
 import contextlib
 import dataclasses
@@ -41,7 +41,7 @@ class JsonCaptioner:
 
     format: CaptionFormat
     wording: WordingOptions
-    prompt: str | None  # the request before the list of keys; None: the default sentence
+    prompt: str | None  # the request before the list of keys; None: the default request
     # whether the prompt contains an existing caption that is plain text, to convert it to an object
     includes_plain_caption: bool
     missing_keys: Counter[str] = field(default_factory=Counter)  # number of answers that lack a key, by key
@@ -134,8 +134,8 @@ def write_object(caption: dict[str, Any]) -> str:
 def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -> dict[str, Any]:
     """Apply the wording options to a JSON caption.
 
-    Replacements apply to all its texts; trigger word, prefix and suffix are put around the text of its key
-    `main`.
+    Replacements apply to all its strings; trigger word, prefix and suffix are put around the string under the
+    key `main`.
     """
     if wording.replace or wording.replace_regex:
         replacements = dataclasses.replace(wording, trigger_word="", caption_prefix="", caption_suffix="")
@@ -154,7 +154,7 @@ def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -
 
 
 def _reword_texts(value: Any, wording: WordingOptions) -> Any:
-    """Return a JSON value with all its texts reworded, at any depth."""
+    """Return a JSON value with all its strings reworded, at any depth."""
     if isinstance(value, str):
         return reword(value, wording)
     if isinstance(value, list):

@@ -1,6 +1,7 @@
 """Describe images and clips with a vision-language model on this machine.
 
-The model can be any that transformers loads as `AutoModelForImageTextToText`, also GIT, which takes no text.
+The model can be any that transformers loads as `AutoModelForImageTextToText`, including GIT, which takes no
+text.
 Code and pickles that come with a model are never executed.
 """
 
@@ -204,7 +205,7 @@ class LocalModel:
 
 
 class GeneratedAnswer(NamedTuple):
-    """A model's answer, and whether the limit of tokens cut it off."""
+    """A model's answer, and whether the token limit cut it off."""
 
     text: str
     was_cut: bool
@@ -263,7 +264,7 @@ def load_model(options: CaptionModelOptions, ask_options: AskOptions) -> LocalMo
         model, processor = _load_model_and_processor(folder, shapes, dtype)
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # damaged files raise errors of many libraries
+    except Exception as error:  # damaged files raise many libraries' errors
         reason = shorten(str(error), 400)
         raise _unusable(folder, f"transformers cannot load it as a vision-language model: {reason}") from None
     model.eval().requires_grad_(False)
@@ -355,7 +356,7 @@ def _without_videos(folder: Path, model_type: str) -> Any:
             return None
         return kind.check_argument_for_proper_class(self, name, component)
 
-    # transformers checks components in the constructor: a subclass with another check takes None for one
+    # transformers checks components in the constructor: a subclass with another check accepts None
     images_only = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check_component})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **SAFE_LOADING)
     # both dictionaries may have the chat template

@@ -62,8 +62,9 @@ class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
             parts = urlsplit("")
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise OptionError(
-                "--api_base holds a user's name, a password, or what follows ? or #. Give the address alone, "
-                "such as http://localhost:8000/v1, and a key in the environment variable OPENAI_API_KEY"
+                "--api_base contains a user's name, a password, or what follows ? or #. Give the address "
+                "alone, such as http://localhost:8000/v1, and a key in the environment variable "
+                "OPENAI_API_KEY"
             )
         if not is_address:
             raise OptionError(f"--api_base {self.api_base}: give an address such as http://localhost:8000/v1")
@@ -111,7 +112,7 @@ class AskOptions(Options, title="what is asked"):
 
 
 class WordingOptions(Options, title="the text that is written"):
-    """Texts that are added to captions or replaced in them."""
+    """Text that is added to captions or replaced in them."""
 
     trigger_word: str = option(f"put before each caption that does not hold it; {KEY}", default="")
     caption_prefix: str = option(f"put before each caption that does not begin with it; {KEY}", default="")
@@ -145,7 +146,7 @@ class WordingOptions(Options, title="the text that is written"):
                     raise OptionError(f'--{name} "" {new!r}: say what to replace')
         for pattern, new in self.replace_regex:
             try:
-                re.compile(pattern).sub(new, "")  # called only to raise errors of the pattern or of `new`
+                re.compile(pattern).sub(new, "")  # called only to raise errors in the pattern or in `new`
             except (re.error, IndexError, OverflowError, RecursionError) as error:
                 raise OptionError(
                     f"--replace_regex {pattern!r} {new!r}: {error}. Write it as Python's re.sub takes it"

@@ -152,7 +152,7 @@ class CaptionList:
             if not values or any(values.get(key) != value for key, value in old.items()):
                 continue
             text = json.dumps(values | new, ensure_ascii=False)
-            if bad_character(text):  # another value has half a character, as an escape
+            if bad_character(text):  # another value contains half a surrogate pair, as an escape
                 text = json.dumps(values | new)
             index = self._line_indices[listed_path]
             line = lines[index]
@@ -200,7 +200,7 @@ class _ListChanged(Exception):
 
 
 class _Stamp(NamedTuple):
-    """Modification time and size of a file, by which changes are noticed."""
+    """Modification time and size of a file, by which changes are detected."""
 
     mtime_ns: int
     size_bytes: int
@@ -213,7 +213,7 @@ def _stamp_of(path: Path) -> _Stamp:
 
 
 def _hide_address(listed_path: str) -> str:
-    """Return the path in a line of a list; for an address, which may contain a secret, a hash."""
+    """Return the path in a line of a list; or, for an address, which may contain a secret, its hash."""
     return short_hash(address_identity(listed_path)) if is_address(listed_path) else listed_path
 
 
@@ -223,11 +223,11 @@ class CaptionLocation:
 
     source: MediaSource
     file: Path  # a text file, or the list
-    caption_list: CaptionList | None  # None: a text file that holds nothing but this caption
+    caption_list: CaptionList | None  # None: a text file that contains nothing but this caption
     listed_path: str  # the path or address in the line of the list; "" without a list
     caption: str | None  # current text; None: missing, or in a file and not read
     has_caption: bool
-    prompt: str | None = None  # prompt for the model about this source; None: the prompt for all
+    prompt: str | None = None  # prompt for the model about this source; None: the common prompt
 
     @property
     def name(self) -> str:
@@ -248,7 +248,7 @@ class CaptionLocation:
         """Write a caption atomically; return False if somebody has changed the caption meanwhile.
 
         `is_hand_written` says that a person wrote the replaced caption, which is then backed up. `record`
-        lists the captions of the folder that this program has written.
+        lists the captions in the folder that this program has written.
 
         Raises:
             OutputError: If the caption cannot be written.
@@ -345,7 +345,7 @@ def _locate_in_list(source: MediaSource, caption_list: CaptionList) -> CaptionLo
 
 
 def describe_missing_extensions(config: DatasetConfig) -> list[str]:
-    """Return a message for each table that lacks the key that tells where its captions are."""
+    """Return a message for each table that lacks the key that says where its captions are."""
     messages = []
     for table in config.datasets:
         if table.directory and not table.caption_extension:

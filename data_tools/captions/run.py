@@ -358,7 +358,7 @@ def _make_captions(
         for location, answer in answers:
             try:
                 if not isinstance(answer, str):
-                    raise answer  # other errors than those below, such as SystemExit, end the run
+                    raise answer  # errors other than those below, such as SystemExit, end the run
                 failure_limit.note_answer()
                 caption = backend.postprocess(location, answer)
                 if not caption:
@@ -384,7 +384,7 @@ class _FailureLimit:
         self._num_server_failures = 0  # in a row
 
     def note_answer(self) -> None:
-        """Note that the server or model works."""
+        """Record that the server or model works."""
         self._has_answer = True
         self._num_server_failures = 0
 
@@ -409,7 +409,7 @@ class _FailureLimit:
 
 
 def _print(lines: Sequence[str]) -> None:
-    """Print lines with control codes made visible, since captions may contain some."""
+    """Print lines with control codes made visible, because captions may contain them."""
     sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
 
 
@@ -438,7 +438,7 @@ def edit_captions(
 
     Raises:
         DatasetError: If the dataset cannot be used, or at the end if captions would have become empty.
-        OptionError: If words should be added to a JSON object of unknown format.
+        OptionError: If words would have to be added to a JSON object of unknown format.
     """
     locations = find_caption_locations(config, reads_captions=True)
     records = read_generated_captions(locations)

@@ -1,7 +1,7 @@
 """Describe images and clips with a server that has an OpenAI-compatible interface.
 
-Frames are sent in the request as JPEG. The key never appears in messages: it is removed from texts of the
-server and of libraries before they are shown.
+Frames are sent in the request as JPEG. The key never appears in messages: it is removed from the texts of
+servers and libraries before they are shown.
 """
 
 import base64
@@ -45,10 +45,10 @@ WORKERS, TIMEOUT = 4, 120.0
 CONNECT_SECONDS = 20.0
 MAX_ATTEMPTS = 6  # of a request
 RETRIED_STATUSES = frozenset({408, 409, 425, 429, *range(500, 600)})  # status codes of passing failures
-FATAL_STATUSES = {  # status codes that every further request would get too -> why
+FATAL_STATUSES = {  # status codes that every further request would get too -> reason
     401: "the key is missing or wrong",
-    403: "the key has no right to this",
-    404: "it knows no such model or path",
+    403: "the key does not permit this",
+    404: "it has no such model or path",
 }
 JPEG_QUALITY = 92
 NO_PROXIES: Any = {"http": None, "https": None}  # a proxy could not reach a local server
@@ -91,7 +91,7 @@ class ApiServer:
         The first request is sent later, by the first caption.
 
         Raises:
-            OptionError: If OPENAI_API_KEY holds an impossible key.
+            OptionError: If OPENAI_API_KEY contains an impossible key.
         """
         self.ask_options = ask_options
         self.timeout = options.api_timeout or TIMEOUT
@@ -106,8 +106,8 @@ class ApiServer:
         key = environment.get(KEY_VARIABLE, "").strip()
         if not all("!" <= character <= "~" for character in key):
             raise OptionError(
-                f"{KEY_VARIABLE} holds a blank, a line break or a letter that no key has. Set it to the key "
-                "alone."
+                f"{KEY_VARIABLE} contains a blank, a line break or a character that no key has. Set it to "
+                "the key alone."
             )
         if key and parts.scheme == "http" and not self._is_local:
             logger.warning(
@@ -137,7 +137,7 @@ class ApiServer:
             num_left = len(locations)
             while num_left:
                 try:
-                    # a limited wait, because Ctrl-C on Windows is noticed only between two calls
+                    # a limited wait, because on Windows Ctrl-C is noticed only between two calls
                     location, result = results.get(timeout=0.5)
                 except queue.Empty:
                     continue
@@ -242,7 +242,7 @@ class ApiServer:
         raise self._explain_status(response)
 
     def _without_refused_parameters(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the parameters of a request with refused ones under their new name, or left out."""
+        """Return the parameters of a request, with refused ones renamed or left out."""
         parameters: dict[str, Any] = {}
         for key, value in body.items():
             name = PARAMETER_REPLACEMENTS[key] if key in self._refused_parameters else key
@@ -283,7 +283,7 @@ class ApiServer:
                 "the address."
             )
         if isinstance(error, requests.Timeout) or isinstance(cause, TimeoutError):
-            why = f"there is no whole answer within {self.timeout:g} s (--api_timeout)"
+            why = f"there is no complete answer within {self.timeout:g} s (--api_timeout)"
         return _RetryableError(f"the connection broke: {why}", wait_seconds=None)
 
     def _post(self, parameters: Any) -> "_Response":
@@ -329,7 +329,7 @@ class ApiServer:
         """Extract the caption from a server's JSON response.
 
         Raises:
-            NoCaptionError: If the response has another form or an empty caption.
+            NoCaptionError: If the response has a different form or an empty caption.
         """
         try:
             choice = parse_json(text)["choices"][0]
@@ -344,8 +344,8 @@ class ApiServer:
         return parse_caption(content if isinstance(content, str) else "", was_cut)
 
     def _leave_out(self, name: str) -> None:
-        """Do not send a parameter any more, because the server refuses it."""
-        if name in self._refused_parameters:  # another thread has noted it
+        """Stop sending a parameter, because the server refuses it."""
+        if name in self._refused_parameters:  # another thread has recorded it
             return
         self._refused_parameters.add(name)
         replacement = PARAMETER_REPLACEMENTS[name]

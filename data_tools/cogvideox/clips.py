@@ -124,8 +124,8 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
     """Return an item for each row of the data, in order.
 
     Names are UUIDs derived from the seed, the path of the clip, and the row's number among the rows of that
-    clip, so that reruns find their files again, even after rows were added. Raises DatasetError, listing all
-    errors, if the data are invalid or a clip is missing.
+    clip, so that reruns find their files again, even after rows have been added. Raises DatasetError, listing
+    all errors, if the data are invalid or a clip is missing.
     """
     root = source.data_root
     option_text = f"--data_root {root}"

@@ -35,7 +35,7 @@ class PipelineFamily(NamedTuple):
     name: str
     # name of a pipeline's component -> option of the family's text caching script
     text_options: Mapping[str, str]
-    token_rule: str  # how many tokens its text encoders read, for a message
+    token_rule: str  # number of tokens that its text encoders read, for a message
 
 
 # by the class of a pipeline's VAE
@@ -78,7 +78,7 @@ def describe_networks(options: EncodingOptions) -> PipelineNetworks:
     """Describe the networks of a diffusers pipeline for encoding; a repository is downloaded first.
 
     Raises:
-        CheckpointError: If a component is missing or of another model.
+        CheckpointError: If a component is missing or belongs to a different model.
         OptionError: If the number of tokens is not possible.
         InstallationError: If a package is missing.
         DownloadError: If the repository cannot be downloaded.
@@ -93,10 +93,10 @@ def describe_networks(options: EncodingOptions) -> PipelineNetworks:
         return describe_cogvideox_networks(folder, options)
     if vae_class not in PIPELINE_FAMILIES:
         names = ", ".join((*PIPELINE_FAMILIES, COGVIDEOX))
-        text = f"--model_id {options.model_id}: its VAE is {vae_class}; known are {names}"
+        text = f"--model_id {options.model_id}: its VAE is {vae_class}; supported: {names}"
         raise CheckpointError(text, folder)
     family = PIPELINE_FAMILIES[vae_class]
-    # only CogVideoX can encode a chosen number of tokens
+    # only for CogVideoX can the number of tokens be chosen
     if options.max_sequence_length != MAX_TOKENS:
         raise OptionError(
             f"--max_sequence_length {options.max_sequence_length}: {family.token_rule}. Leave the option out."

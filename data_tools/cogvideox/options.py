@@ -16,7 +16,7 @@ MAX_FRAMES = 100_000
 
 
 class ClipSourceOptions(Options, title="clips and captions"):
-    """Which clips and captions are prepared, and in which files or columns they are."""
+    """Which clips and captions are prepared, and the files or columns that contain them."""
 
     data_root: Path = option("folder that the paths of clips are in", required=True)
     dataset_file: Path | None = option(

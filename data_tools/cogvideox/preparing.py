@@ -1,6 +1,6 @@
 """Prepare a data set: captions, then clips, then the lists that name them; a rerun continues.
 
-Every file is complete or missing. An item is skipped if all its files are there; lists are written last, by
+Every file is complete or missing. An item is skipped if all its files exist; lists are written last, by
 the first of several processes, in the order of the input.
 """
 
@@ -291,7 +291,7 @@ def _add_embeddings(
 
 
 def _copy_to_cpu(tensor: Tensor | list[Tensor]) -> Tensor:
-    """Copy a tensor, or a list's only tensor, to the CPU; a view would be saved with all of its base."""
+    """Copy a tensor, or a list's only tensor, to the CPU; a view would be saved with its whole base."""
     if isinstance(tensor, list):
         tensor = tensor[0]
     return tensor.detach().cpu().clone()

@@ -18,7 +18,7 @@ from modules.errors import CheckpointError, MemoryPlanError
 from modules.media.reading import Frame
 
 SAFE_LOADING: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-# kinds of models that give distances; the others give the inverse, up to a factor and an offset
+# kinds of models that predict distances; the others predict the inverse, up to a factor and an offset
 DISTANCE_MODELS = frozenset({"depth_pro", "glpn", "prompt_depth_anything", "zoedepth"})
 MIN_DISTANCE = 1e-3  # metres, so that the inverse is finite
 
@@ -64,7 +64,7 @@ def _gives_distances(config: Any) -> bool:
 
 
 def load_depth_model(folder: Path, device: str | None) -> DepthModel:
-    """Load a depth model from a folder to a device, in float32; None selects the best device available.
+    """Load a depth model from a folder onto a device, in float32; None selects the best device available.
 
     Raises:
         CheckpointError: If the folder has no model for depth estimation, or a damaged one.
@@ -92,7 +92,7 @@ def load_depth_model(folder: Path, device: str | None) -> DepthModel:
         )
     except CheckpointError:
         raise
-    except Exception as error:  # damaged files raise errors of many libraries
+    except Exception as error:  # damaged files raise many libraries' errors
         why = shorten(" ".join(str(error).split()), 300)
         raise CheckpointError(
             f"--depth {folder}: transformers cannot load it for depth estimation: {why}", folder

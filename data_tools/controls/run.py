@@ -22,7 +22,7 @@ from modules.text_files import real_path
 
 logger = logging.getLogger(__name__)
 
-METHOD_TEXT = "control_picture"  # name of the text in a written PNG; its value says how it was made
+METHOD_TEXT = "control_picture"  # key of a PNG text entry, which says how the image was made
 FOLDER_NAME = "conditioning"  # of the control images, in the folder of the images
 
 
@@ -79,7 +79,7 @@ class ControlPlan:
     to_draw: dict[Path, Path] = field(default_factory=dict)  # image -> its control image to write
     up_to_date: list[Path] = field(default_factory=list)  # made before, in the same way
     other_method: list[Path] = field(default_factory=list)  # made before by this program, in another way
-    foreign: list[Path] = field(default_factory=list)  # of other programs
+    foreign: list[Path] = field(default_factory=list)  # made by other programs
 
 
 def make_control_images(options: ControlImageOptions) -> None:
@@ -99,7 +99,7 @@ def make_control_images(options: ControlImageOptions) -> None:
     if not images:
         raise DatasetError(f"{options.folder} has no pictures. Folders in it are not looked into")
     _reject_equal_stems(images)
-    # the method is stored in each image, so that the next run knows images of other options
+    # the method is stored in each image, so that the next run recognizes images made with other options
     method = _describe_method(options)
     plan = _make_plan(images, output, method, options.overwrite)
     _warn_of_remaining_images(plan)
@@ -124,7 +124,7 @@ def make_control_images(options: ControlImageOptions) -> None:
 def _draw_control_images(
     targets: Mapping[Path, Path], draw: Callable[[Frame], Frame], method: str
 ) -> list[Failure]:
-    """Draw the control image of each image, and write it with a text about the method.
+    """Draw the control image of each image, and write it with a description of the method.
 
     Args:
         targets: Control image to write, by image.
@@ -161,7 +161,7 @@ def _reject_equal_stems(images: Sequence[Path]) -> None:
 
 
 def _describe_method(options: ControlImageOptions) -> str:
-    """Return the text about how control images are made, which is stored in their files."""
+    """Return the description of how control images are made, which is stored in their files."""
     if options.depth is not None:
         return f"depth {real_path(options.depth).name}"
     return "canny {} {}".format(*options.thresholds)

@@ -19,7 +19,7 @@ from modules.media.streams import SourceInfo
 
 SAMPLE_SECONDS = 0.25  # time between two frames that are measured
 SHORT, BLACK, STATIC, BLURRED = "too short", "black", "static", "blurred"  # reasons to leave out a clip
-ROUNDING_SECONDS = 1e-6  # by which a length may pass its limit: times are sums of rounded numbers
+ROUNDING_SECONDS = 1e-6  # amount by which a length may exceed its limit: times are sums of rounded numbers
 MIN_BLACK_FRACTION = 0.5  # of the measured frames; from this fraction on a clip is left out as black
 
 
@@ -147,7 +147,7 @@ def list_scenes(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, 
 def _split_scene(
     analysis: VideoAnalysis, first: int, end: int, lengths: LengthOptions
 ) -> Iterator[tuple[int, int]]:
-    """Yield (first frame, frame after the last one) of each clip in a scene.
+    """Yield (first frame, frame after the last) of each clip in a scene.
 
     The clips are equally long, or, if these would be too short, as long as allowed with a shorter last one.
     """

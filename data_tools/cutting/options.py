@@ -1,4 +1,4 @@
-"""Options of cutting footage into clips. Standard library only."""
+"""Options for cutting footage into clips. Standard library only."""
 
 from pathlib import Path
 
@@ -95,7 +95,7 @@ class ClipFormat(CodecOptions, title="video format"):
 
 
 class CuttingOptions(Options, title="input and output"):
-    """Options of cutting: the videos, the output folder and the list of clips."""
+    """Options for cutting: the videos, the output folder and the list of clips."""
 
     input: Path = option(
         "a video, or a folder: then all videos in it, and in the folders inside it",

@@ -1,7 +1,7 @@
 """Record how each source was cut, and list its clips, so that a rerun continues where the last one ended.
 
 A record is a JSON file in a hidden folder next to the clips. It is written before the first clip, with the
-names of all clips: files with these names are ours, all other files belong to the user.
+names of all clips: files with these names belong to this program, all others to the user.
 """
 
 import json
@@ -135,7 +135,7 @@ def _parse_record(text: str) -> CutRecord:
 def write_record(output: Path, record: CutRecord) -> None:
     """Write a cutting record atomically. Raises OutputError if it cannot be written."""
     content = {"version": VERSION, **asdict(record)}
-    # in ASCII: a path may hold bytes that are not text
+    # in ASCII: a path may contain bytes that are not text
     write_text(output / RECORD_FOLDER / f"{record.stem}.json", json.dumps(content) + "\n")
 
 
@@ -235,7 +235,7 @@ class ClipList:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise OutputError(
-                f"--jsonl {self._path} is there and cannot be read: {reason}. Give another name."
+                f"--jsonl {self._path} exists and cannot be read: {reason}. Give another name."
             ) from error
 
 

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 # footage also comes from phones, cameras and broadcasts, in formats that datasets do not take
 SUFFIXES = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
 POLL_SECONDS = 0.5  # on Windows, Ctrl-C is noticed only between waits
-MAX_NAMED_FILES = 3  # files that a message names
+MAX_NAMED_FILES = 3  # maximum number of files named in a message
 MICROSECONDS = 1_000_000  # in a second; times of clips are rounded to microseconds
 
 
@@ -126,7 +126,7 @@ def _raise_failures(failures: Sequence[tuple[Path, Exception]], num_sources: int
 def _plan_jobs(stems: Mapping[Path, str], records: Mapping[str, CutRecord]) -> list[CuttingJob]:
     """Return a cutting job for each source video, with file names that no other source uses.
 
-    `stems` maps each source to the preferred stem of its clips; a number is appended if it is used already.
+    `stems` maps each source to the preferred stem of its clips; a number is appended if it is already used.
     """
     # without capitals, because file systems of Windows and macOS ignore them
     used_stems = {record.stem.casefold() for record in records.values()}
@@ -281,7 +281,7 @@ class Cutter:
     def _reject_edited_clips(self, source: Path, record: CutRecord, why: str) -> None:
         """Raise OutputError if a user has edited the clips of an earlier cut, before the source is cut again.
 
-        Edits are a file next to a clip, a caption in the list of clips, or a clip of another size. `why`
+        Edits are a file next to a clip, a caption in the list of clips, or a clip of a different size. `why`
         is the reason for cutting again.
         """
         recorded_sizes = {self.output / clip.name: clip.size_bytes for clip in record.clips}
@@ -307,7 +307,7 @@ class Cutter:
             if paths:
                 raise OutputError(
                     f"{source} was cut in another way ({why}), and there are clips {edit}, such as "
-                    f"{paths[0].name}. Cutting again would make them wrong: move them away, or choose "
+                    f"{paths[0].name}. Cutting again would invalidate them: move them away, or choose "
                     "another --output."
                 )
 
@@ -324,7 +324,7 @@ class Cutter:
         """Remove the clips of an earlier cut and their lines in the list, after `_reject_edited_clips`.
 
         Raises:
-            OutputError: If a new clip would overwrite a file that is not ours.
+            OutputError: If a new clip would overwrite a file that this program did not write.
         """
         old_names = set() if old is None else {clip.name for clip in old.clips}  # may be replaced
         names = [clip.name for clip in new.clips if os.path.lexists(self.output / clip.name)]

@@ -12,14 +12,14 @@ from modules.media.measures import FLAT_SCENE, Thumbnail, scene_distance, thumbn
 # frame of the new scene
 SceneChange = tuple[int, int]
 MAX_FLASH_SECONDS = 0.15  # a shorter interruption of a scene is a flash, or a damaged frame
-MIN_PLAIN_SECONDS = 0.1  # frames of one color for that long are the end of a scene
+MIN_PLAIN_SECONDS = 0.1  # frames of one color for that long end a scene
 # about the time from the middle of a dissolve to its ends; longer ones are found by their steepest part
 DISSOLVE_SECONDS = (0.2, 0.4, 0.8)
 # (position in a dissolve, 0..1, which equals the weight of the second scene there; maximum variance there,
 # as a fraction of the mean variance of both scenes, in theory 1/2 and 5/8). With these numbers, 51 of 52
 # dissolves between filmed scenes that move are found, and none within scenes
 VARIANCE_LIMITS = ((0.5, 0.75), (0.25, 0.9), (0.75, 0.9))
-MAX_WEIGHT_ERROR = 0.2  # how far the weight of the second scene may be from an even rise
+MAX_WEIGHT_ERROR = 0.2  # how far the weight of the second scene may deviate from an even rise
 MIN_MIXED_WEIGHT = 0.08  # weight of the other scene from which a frame belongs to a dissolve
 
 
@@ -35,8 +35,8 @@ class SceneDetector:
 
     A hard cut lies between neighboring frames whose `scene_distance` reaches the threshold, unless the
     earlier scene returns within FLASH_SECONDS. Single-color frames between a fade-out and a fade-in are a
-    separate scene. `_Dissolves` finds dissolves. Not found are wipes, dissolves of more than 2 seconds, and
-    cuts between frames of the same structure or the same colors.
+    separate scene. `_Dissolves` finds dissolves. Wipes, dissolves of more than 2 seconds, and cuts
+    between frames of the same structure or the same colors are not found.
     """
 
     def __init__(self, threshold: float, rate: float) -> None:
@@ -63,7 +63,7 @@ class SceneDetector:
         self._dissolves.add_frame(current, index, is_break=has_one_color or has_jumped)
 
     def _track_jumps(self, current: Thumbnail, index: int) -> bool:
-        """Tell cuts from flashes; return whether a frame differs strongly from the frame before it.
+        """Distinguish cuts from flashes; return whether a frame differs strongly from the frame before it.
 
         A jump is a cut unless the scene before it returns within the length of a flash.
         """
@@ -154,7 +154,7 @@ class _Dissolves:
         self.changes: list[SceneChange] = []  # those of one dissolve overlap
 
     def add_frame(self, current: Thumbnail, index: int, is_break: bool) -> None:
-        """Examine the next frame for a dissolve; `is_break`: it follows a cut or has a single color."""
+        """Examine the next frame for a dissolve; with `is_break` it follows a cut or has a single color."""
         self._frames.append(current)
         self._variances.append(float(current.gray.var()))
         if is_break:

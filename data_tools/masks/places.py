@@ -1,10 +1,10 @@
-"""Know which mask belongs to which picture or clip of a folder, and change one mask as a person decides.
+"""Find which mask belongs to which picture or clip of a folder, and change a mask as a person decides.
 
 The mask of `cat.jpg` is `masks/cat.png`; that of `dance.mp4` is the folder `masks/dance`, with a picture for
 each frame. Next to their pictures masks are `cat-masklabel.png` and `dance-masklabel`, as OneTrainer names
-them. A made mask says in a text of its PNG (of a folder: of the first picture) how it was made; a mask
+them. A generated mask says in a text entry of its PNG (in a folder: of the first one) how it was made; a mask
 without it was drawn by a person. Before a mask changes, it is copied into the hidden folder `.before` next to
-it, from where the last change of each mask can be undone. Imports no torch.
+it, from which the last change of each mask can be undone. Imports no torch.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from modules.text_files import real_path
 
 Gray = NDArray[np.uint8]  # H W, white is learned
 Kind = Literal["image", "video"]
-# names of PNG texts in a mask: how this program made it; whether a person accepted it
+# names of PNG text entries in a mask: how this program made it; whether a person accepted it
 METHOD_TEXT, ACCEPTED_TEXT = "mask", "mask_accepted"
 
 
@@ -53,7 +53,7 @@ class MaskEntry:
 
     media_path: Path
     kind: Kind
-    masks: tuple[Path, ...]  # files or folders that the dataset takes for its mask; more than one is a fault
+    masks: tuple[Path, ...]  # files or folders that the dataset takes for its mask; more than one is an error
     mask_folder: Path
     mask_stem: str  # name of its mask without suffix
 
@@ -64,7 +64,7 @@ class MaskEntry:
 
     @property
     def backup_folder(self) -> Path:
-        """Return the folder that holds the mask from before its last change, if any."""
+        """Return the folder that contains the mask from before its last change, if any."""
         return self.mask_folder / MASKS_BEFORE / self.media_path.name
 
     @property
@@ -148,7 +148,7 @@ def _kind_of(path: Path) -> Kind:
 
 
 def _list_entries(media: Sequence[tuple[Path, Kind]], folder: Path) -> list[MaskEntry]:
-    """Return for each image or clip which masks exist in a folder, and how a new mask is called."""
+    """Return for each image or clip which masks exist in a folder, and the name of a new mask."""
     visible_paths: list[Path] = []
     with contextlib.suppress(FileNotFoundError):
         visible_paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
@@ -206,7 +206,7 @@ def as_gray(pixels: NDArray[np.uint8]) -> Gray:
 
 
 class _AllBlackError(Exception):
-    """All frames of a new mask are black, so that nothing would be learned."""
+    """Raised if all frames of a new mask are black, so that nothing would be learned."""
 
 
 def write_mask(entry: MaskEntry, frames: Iterable[Gray], is_folder: bool, texts: Mapping[str, str]) -> bool:
@@ -218,7 +218,7 @@ def write_mask(entry: MaskEntry, frames: Iterable[Gray], is_folder: bool, texts:
         entry: Image or clip, and the location of its mask.
         frames: Frames of the mask, H W each. Errors of the iterator pass through.
         is_folder: Whether the mask is a folder of frames; otherwise there is one frame.
-        texts: Texts to store in the PNG, or in the first PNG of the folder.
+        texts: Text entries to store in the PNG, or in the first PNG of the folder.
 
     Raises:
         OutputError: If the mask cannot be written.
@@ -237,7 +237,7 @@ def write_mask(entry: MaskEntry, frames: Iterable[Gray], is_folder: bool, texts:
             write_png(target, gray, texts)
     except _AllBlackError:  # of `_write_frames`; the temporary folder is gone
         return False
-    # an old mask of another form, such as a folder of frames
+    # an old mask of a different form, such as a folder of frames
     if entry.mask is not None and entry.mask != target:
         _delete(entry.mask)
     return True
@@ -279,7 +279,7 @@ def _delete(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-# --- what a person does with a mask
+# --- actions of a person on a mask
 # ------------------------------------------------------------------------------------------------------------
 
 

@@ -35,11 +35,11 @@ class Finder(Protocol):
     """Finds the regions of images that a mask should cover."""
 
     def score(self, frame: Frame) -> ScoreMap:
-        """Return how strongly each region of an image, H W 3, is to be masked: h w, 0..1."""
+        """Return how strongly each region of an image, H W 3, should be masked: h w, 0..1."""
 
 
 class _NothingFoundError(Exception):
-    """Nothing to mask was found in an image, or in any frame of a clip."""
+    """Raised if nothing to mask was found in an image, or in any frame of a clip."""
 
 
 @dataclass
@@ -205,7 +205,7 @@ def _make_shaping(options: MaskOptions, kind: str) -> MaskShaping:
 
 
 def _describe_method(options: MaskOptions, kind: str, shape: MaskShaping) -> str:
-    """Return a text about how masks are made, which is stored in the mask files."""
+    """Return a description of how masks are made, which is stored in the mask files."""
     parts = [
         _describe_finder(options.finder, kind),
         f"threshold {shape.threshold:g}",
@@ -219,7 +219,7 @@ def _describe_method(options: MaskOptions, kind: str, shape: MaskShaping) -> str
 
 
 def _describe_finder(finder: FinderOptions, kind: str) -> str:
-    """Return a text about how masks are found, which is stored in each mask."""
+    """Return a description of how masks are found, which is stored in each mask."""
     if finder.background is not None:
         return f"foreground by {real_path(finder.background).name}"
     if finder.faces is not None:
@@ -260,9 +260,9 @@ def _make_plan(entries: Sequence[MaskEntry], options: MaskOptions, method: str) 
 
 
 def _make_texts(entry: MaskEntry, method: str, mode: str) -> dict[str, str]:
-    """Return the texts of a new mask: a line for each method applied to it, and whether a person edited it.
+    """Return the text entries of a new mask: a line for each method applied, and whether a person edited it.
 
-    These lines keep a run that changes masks, and was interrupted, from changing a mask twice.
+    These lines keep an interrupted run that changes masks from changing a mask twice.
     """
     if entry.mask is None or mode in ("fill", "replace"):
         return {METHOD_TEXT: method}

@@ -1,7 +1,7 @@
 """Turn the values of a network into a mask, keep clips steady, and combine a mask with an older one.
 
 Source: the numbers of OneTrainer's masks, modules/module/BaseImageMaskModel.py and modules/util of
-github.com/Nerogar/OneTrainer; the median over frames, the fading edge and masks that are not there are ours.
+github.com/Nerogar/OneTrainer; the median over frames, the fading edge and missing masks are additions.
 """
 # Letters: h w the network's grid, H W the image
 
@@ -89,7 +89,7 @@ def median_over_time(score_maps: Iterable[ScoreMap], num_neighbors: int) -> Iter
     repeated.
 
     Raises:
-        MediaError: If the frames change their size.
+        MediaError: If the frames change size.
     """
     window_length = 2 * num_neighbors + 1
     window: deque[ScoreMap] = deque(maxlen=window_length)

@@ -124,7 +124,7 @@ def load_prompt_finder(
         folder: Folder of the model, as transformers saves it.
         prompts: What to find.
         least_score: Lowest score of a found object, for SAM 3.
-        device: Device to load to, in float32; None selects the best one available.
+        device: Device to load onto, in float32; None selects the best one available.
 
     Raises:
         CheckpointError: If the folder has no model of these kinds, or a damaged one.
@@ -150,7 +150,7 @@ def load_prompt_finder(
         )
     except CheckpointError:
         raise
-    except Exception as error:  # damaged files raise errors of many libraries
+    except Exception as error:  # damaged files raise many libraries' errors
         if "torchvision" in str(error).lower() and find_spec("torchvision") is None:  # as SAM 3 needs it
             raise InstallationError(
                 f"--model {folder}: transformers reads its images with torchvision. Run: pip install "

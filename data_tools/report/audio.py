@@ -24,7 +24,7 @@ from modules.media.reading import video_info
 from modules.media.samples import TrackInfo, track_info
 from protocols.data import AudioSpec
 
-TOLERANCE_SECONDS = 0.1  # sound may begin later or end earlier: codecs pad, and round to their frames
+TOLERANCE_SECONDS = 0.1  # for sound that begins later or ends earlier: codecs pad and round to frames
 WAVE_RATE = 8000  # samples per second for the drawing
 WAVE_BARS = 300
 WAVE_HEIGHT = 40
@@ -69,7 +69,7 @@ def inspect_audio(source: MediaSource) -> AudioInspection:
 
 
 def _list_mismatches(track: TrackInfo, video_seconds: float | None) -> list[str]:
-    """Return in which ways an audio track does not fit its clip.
+    """Return the ways in which an audio track does not fit its clip.
 
     `video_seconds` is the duration of the clip; None means unknown.
     """

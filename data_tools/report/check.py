@@ -598,7 +598,7 @@ def _check_cached_items(
             commands = same_encoders.commands
             batch = read_batch([item], latent, commands, captions=[caption_index], stores=stores)
         except CacheError as error:
-            # the first line names the error; the lines below it say how to correct it
+            # the first line names the error; the lines below it say how to fix it
             text = str(error).splitlines()[0]
             findings.errors.append(Fault("cannot be used", text, item.source_stem))
         else:

@@ -29,7 +29,7 @@ from protocols.family import TextEncoder
 
 VALID, STALE, MISSING, UNKNOWN = "valid", "stale", "missing", "unknown"
 MEDIA, TEXT = "media", "text"
-MAX_SEARCHED_CACHES = 64  # how many caches are searched for a record
+MAX_SEARCHED_CACHES = 64  # maximum number of caches searched for a record
 _TAG_PATTERN = re.compile(r"_(?:\d+x\d+_([a-z0-9]+)|([a-z0-9]+)_te(?:\.caption\d+)?)\.safetensors$")
 State = tuple[str, str]  # (one of the words above, reason)
 States = dict[str, dict[str, State]]  # by the tag of a model, then MEDIA and TEXT

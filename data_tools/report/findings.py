@@ -271,7 +271,7 @@ def indent(lines: Iterable[str]) -> list[str]:
 def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders) -> TableFindings:
     """Start the findings of a table: list its sources, the errors of listing them, and unused files.
 
-    Only those unused files are reported that seem to be meant for use. `folders` holds the folders of all
+    Only unused files that seem to be meant for use are reported. `folders` contains the folders of all
     tables.
     """
     findings = TableFindings(table)
@@ -341,7 +341,7 @@ def load_token_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> T
         return TokenCounters((), (f"tokens of captions are not counted, which is no fault: {error}",))
     counters = []
     missing = []  # lines about tokenizers that are not on this machine
-    offline_errors = {}  # encoder -> error, if offline mode forbids to download its tokenizer
+    offline_errors = {}  # encoder -> error, if offline mode forbids downloading its tokenizer
     for encoder in encoders:
         try:
             counters.append((encoder.name, encoder.token_counter()))

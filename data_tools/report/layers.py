@@ -1,4 +1,4 @@
-"""Read the layers of images as caching would, so that layers that do not fit are reported before."""
+"""Read the layers of images as caching would, so that layers that do not fit are reported beforehand."""
 
 from collections.abc import Iterator, Sequence
 

@@ -80,7 +80,7 @@ class Measures:
 class Inspection:
     """Size, frame rate, frames in use, measures and faults of a media file, found by reading it.
 
-    Fields are None or empty where unknown. It is kept small, because there may be a million of them.
+    Fields are None or empty where unknown. It is kept small, because there may be a million of these.
     """
 
     fit: Fit | None = None  # how a frame of `size` is resized and cropped
@@ -324,7 +324,7 @@ def _read_frames(
 ) -> None:
     """Pass each frame of a media file to `use_frame`, and store fields of `Inspection` in `values`.
 
-    If an error is raised, `values` holds what was known before.
+    If an error is raised, `values` contains what was known before.
     """
     table = source.table
     values["num_used_frames"] = 0

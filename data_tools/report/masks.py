@@ -1,4 +1,4 @@
-"""Measure the masks of the loss: how many latents of each are learned, and which masks fit nothing."""
+"""Measure the masks of the loss: how many latents of each are learned, and which masks match no file."""
 
 import functools
 import itertools
@@ -25,7 +25,7 @@ from modules.media import reading
 from protocols.data import LatentSpec
 
 LEARNED = 0.5  # a latent whose mask lies above counts as learned
-SHOWN_FRAMES = 8  # most of the mask of a clip that are read, evenly spaced
+SHOWN_FRAMES = 8  # maximum number of frames read from a clip's mask, evenly spaced
 BLACK = "masks are all black: nothing of what they mask is learned"
 THIN = (
     f"masks are so thin that none of their latents lies above {LEARNED:g}: --expand_pixels of tools/mask.py"

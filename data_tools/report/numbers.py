@@ -65,7 +65,7 @@ def collect_statistics(
         captions = by_table[0]["captions"]
     else:
         captions = count_captions(source for findings in tables for source in findings.sources)
-    # errors that have a list of their own: "broken" for files, "captions" for captions
+    # errors that have their own list: "broken" for files, "captions" for captions
     listed_elsewhere = (CANNOT_BE_READ, NO_CAPTION)
     return {
         "dataset_config": str(config.path),
@@ -169,7 +169,7 @@ def _count_items_per_epoch(findings: TableFindings) -> int:
 def _describe_table(findings: TableFindings, total_items_per_epoch: int) -> JsonObject:
     """Return the statistics of a dataset table as JSON values.
 
-    `total_items_per_epoch` is the number of items of all tables, of which the table's share is given.
+    `total_items_per_epoch` is the number of items of all tables, used to compute the table's share.
     """
     table = findings.table
     items_per_epoch = _count_items_per_epoch(findings)
@@ -196,7 +196,7 @@ def _describe_table(findings: TableFindings, total_items_per_epoch: int) -> Json
         "broken": sum(inspection.read_error is not None for inspection in findings.inspections),
         "without_items": sum(inspection.no_item_reason is not None for inspection in findings.inspections),
         "buckets": _count_buckets_of(findings),
-        # numbers of control images or clips, and how many items have so many; empty if there are none
+        # numbers of control images or clips, and how many items have that many; empty if there are none
         "control": [{"files": number, "count": count} for number, count in num_references],
         "captions": count_captions(findings.sources),
         **_make_distributions(findings.inspections),

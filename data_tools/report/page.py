@@ -1,4 +1,4 @@
-"""Write the page of --check or of the report: one HTML file that fetches nothing and runs no script."""
+"""Write the page of --check or of the report: one HTML file that loads nothing and runs no script."""
 
 import logging
 from collections import Counter
@@ -305,7 +305,7 @@ def _split_captions(
 
 
 def _classify_measures(measures: Measures | None) -> dict[str, bool]:
-    """Return which filter classes of the page a media file belongs to by its measures, if it has any."""
+    """Return the filter classes of a media file on the page, judged by its measures, if it has any."""
     if measures is None:
         return {}
     return {"black": measures.is_black, "static": measures.is_static, "blurred": measures.is_blurred}

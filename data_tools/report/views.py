@@ -36,7 +36,7 @@ CONSOLE_FRAMES = 4
 SHADES = " .:-=+*#%@"  # dark to light, for text on a background
 
 NEXT, NEXT_DATASET, QUIT = "next", "next dataset", "quit"  # the user's answers to a shown item
-WINDOW = "window"  # another way to show, besides the values of --debug_mode
+WINDOW = "window"  # another way of showing, besides the values of --debug_mode
 
 
 def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions, workers: int) -> CacheReport:
@@ -146,8 +146,8 @@ def _select_display(debug: DebugOptions, folder: Path) -> str:
             return WINDOW
     except cv2.error:
         reason = (
-            "opencv-python-headless has none. For windows: pip uninstall opencv-python-headless, then pip "
-            "install opencv-python"
+            "opencv-python-headless cannot open any. To get one: pip uninstall opencv-python-headless, then "
+            "pip install opencv-python"
         )
     logger.info("pictures cannot be shown in a window (%s); writing them to %s", reason, folder)
     return "image"
@@ -217,7 +217,7 @@ def colored_text(frame: Frame, columns: int, background: str | None) -> str:
     Without a background, a character shows two pixels, one above the other; with one, it is a character of
     SHADES, denser for lighter pixels.
     """
-    # a terminal character is twice as high as wide
+    # a terminal character is twice as tall as wide
     rows = max(round(frame.shape[0] / frame.shape[1] * columns / 2), 1)
     lines = []
     if background is None:

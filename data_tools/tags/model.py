@@ -36,14 +36,14 @@ _DOWNLOAD_COMMAND = ["python", "tools/download.py", "--family", "tools", "--task
 
 @dataclass(frozen=True)
 class Tagger:
-    """A tagging network that is loaded, with its labels and image size."""
+    """A loaded tagging network, with its labels and image size."""
 
     model: OnnxModel
     labels: tuple[Label, ...]
     image_size: int  # S
     is_channels_first: bool
     returns_logits: bool  # its colors are -1..1 and its outputs logits, else 0..255 and probabilities
-    fixed_batch: int | None  # number of images that it takes, if it takes no other
+    fixed_batch: int | None  # number of images that it takes, if only one number is possible
     batch_size: int
     averages_frames: bool  # the probability for a clip is the mean of its frames, else their maximum
     max_frames: int
@@ -82,7 +82,7 @@ class Tagger:
             if tags:
                 results.append((location, separator.join(tags)))
             else:
-                results.append((location, NoCaptionError("no tag is as probable as --thresh asks")))
+                results.append((location, NoCaptionError("no tag is as probable as --thresh requires")))
         return results
 
     def predict_probabilities(self, frames: Sequence[Frame]) -> FloatArray:
@@ -159,7 +159,7 @@ def load_tagger(
         folder: Folder of its files.
         batch_size: Number of images per batch, if the network accepts any number.
         averages_frames: Whether a clip's probability of a tag is the mean of its frames, else the highest.
-        max_frames: Number of frames of a clip that are tagged at most, to plan memory.
+        max_frames: Maximum number of frames of a clip that are tagged, to plan memory.
         option: Option that names the folder, for messages.
 
     Raises:

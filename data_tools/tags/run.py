@@ -24,7 +24,7 @@ from modules.errors import OptionError
 from modules.run_limits import temporary_folder
 from modules.text_files import read_if_object
 
-MAX_PIXELS = 4096**2  # of a frame that is looked at
+MAX_PIXELS = 4096**2  # maximum pixels of a frame
 
 
 def tag_folder(options: TaggingOptions) -> None:

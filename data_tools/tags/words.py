@@ -87,10 +87,10 @@ def remove_underscores(tag: str) -> str:
 
 
 def make_tag_selection(options: TaggingOptions, sorts_by_probability: bool) -> TagSelection:
-    """Return which tags are written, and how, from the options of the command line.
+    """Return which tags are written, and how, from the command line's options.
 
     Raises:
-        OptionError: For a bad --tag_replacement.
+        OptionError: If --tag_replacement is malformed.
     """
     filters = options.thresholds
     spelling = options.words
@@ -119,7 +119,7 @@ def make_tag_selection(options: TaggingOptions, sorts_by_probability: bool) -> T
 def _select_position(is_first: bool, is_last: bool) -> str | None:
     """Return where a category's tag is written: "first" or "last" among the tags; None: not at all.
 
-    `is_first` and `is_last` are the options that ask for it at that end; if both are set, it is first.
+    `is_first` and `is_last` are the options that place it at that end; if both are set, it is first.
     """
     if is_first:
         return "first"
@@ -147,7 +147,7 @@ def _read_replacements(text: str) -> dict[str, str]:
     for pair in filter(None, re.split(r"(?<!\\);", text)):
         tags = [re.sub(r"\\([,;])", r"\1", tag).strip() for tag in re.split(r"(?<!\\),", pair)]
         if len(tags) != 2 or not all(tags):
-            raise OptionError(f"--tag_replacement: {pair!r} has to be two tags, the old and the new one")
+            raise OptionError(f"--tag_replacement: {pair!r} must be two tags, the old and the new one")
         old_tag, new_tag = tags
         replacements[old_tag] = new_tag
     return replacements

@@ -6,9 +6,9 @@
     swap_blocks(dit, host, device)
 
 The streamed blocks of a list share a few slots of device memory. When a block is entered, the blocks that run
-next are copied into the slots that are free by then. The route goes through the forward pass to its last
+next are copied into the slots that are free by then. The route leads through the forward pass to its last
 block, then back through the backward pass or on to the next pass. The content of the slots depends only on
-the block that is entered, so a pass may end anywhere, also with an exception. A parameter stays the same
+the block that is entered, so a pass may end anywhere, even with an exception. A parameter stays the same
 object; only its `.data` switches between the host's copy and a slot. Frozen weights are never copied back.
 
 Without checkpointing, autograd keeps weights for the backward pass. A saved view of a slot is replaced by
@@ -59,7 +59,7 @@ class StreamedBlock:
 class Slot:
     """Device memory for the weights of one streamed block."""
 
-    # uint8, one for each weight; none while the network is parked
+    # uint8, one for each weight; empty while the network is parked
     memory: list[Tensor] = field(default_factory=list)
     block: StreamedBlock | None = None  # block whose weights are in the slot or being copied to it
     copy_done: Any = None  # event after which the weights are in the slot
@@ -89,7 +89,7 @@ class SlotPool:
         ]
 
     def slot_of(self, block: StreamedBlock) -> Slot | None:
-        """Return the slot that holds a block; None if the block is only in host memory."""
+        """Return the slot that contains a block; None if the block is only in host memory."""
         return next((slot for slot in self.slots if slot.block is block), None)
 
     def first_blocks(self, route: Iterable[int]) -> list[StreamedBlock]:
@@ -131,7 +131,7 @@ class BlockSwap:
         Args:
             pools: Each has the streamed blocks of one list, and the device memory (slots) that they share.
             order: Positions of all blocks in the order in which they run.
-            in_host_memory: All parameters in host memory, also those outside blocks.
+            in_host_memory: All parameters in host memory, including those outside blocks.
             transfer: Copies between host and device.
         """
         self.pools = pools
@@ -144,11 +144,11 @@ class BlockSwap:
         self._owners: dict[int, tuple[Slot, int]] = {}
         self._expects_backward = False  # whether a backward pass follows, in which the order is reversed
         self._skipped: frozenset[int] = frozenset()  # positions that this pass skips
-        # position of the block at work, and whether it is in the backward pass
+        # position of the running block, and whether it is in the backward pass
         self._current: tuple[int, bool] | None = None
 
     def fetch(self, position: int, skipped: Set[int]) -> None:
-        """Bring the weights of a block to the device before a pass.
+        """Copy the weights of a block to the device before a pass.
 
         Nothing is copied if the weights are there already, because the previous pass prefetched them.
 
@@ -433,7 +433,7 @@ def move_network(network: nn.Module, device: torch.device) -> None:
     ]
     try:
         for module, name, _ in staying:
-            module._parameters[name] = None  # so that torch passes over it
+            module._parameters[name] = None  # so that torch skips it
         network.to(device)
     finally:
         for module, name, parameter in staying:

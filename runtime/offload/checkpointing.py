@@ -2,13 +2,13 @@
 
 `Offload` keeps the inputs of checkpointed blocks in host memory between forward and backward pass. Copies
 overlap with the computation: an input is copied to the host while its block computes, and back while the
-following block runs its backward pass. A running copy holds its source. The source is released when the next
-input is offloaded (the copy is done by then), after the computing stream has been made to wait for the copy.
+following block runs its backward pass. A running copy keeps its source alive. The source is released when the
+next input is offloaded (the copy is done by then), after the computing stream waits for the copy.
 So memory is freed in the order of that stream. No matter how far Python runs ahead, the device holds at most
 two inputs that are being offloaded or two that are being fetched.
 
 A block's token-wise layers may run on a few thousand tokens at a time. The hidden layer of a feed-forward is
-several times as wide as the tokens, and is most of the live memory in the backward pass of a checkpointed
+several times as wide as the tokens, and takes most of the live memory in the backward pass of a checkpointed
 block. It is only needed for one piece of the tokens at a time, so each piece is a checkpoint of its own. A
 nested checkpoint usually computes pieces a third time: forward, recomputing the block, recomputing the piece.
 Here it does not: the pieces keep only their common inputs, which are saved once, before the first piece. At
@@ -59,7 +59,7 @@ class HostMemory:
         self.size_bytes = 0  # size of all pieces, in use or free
 
     def take(self, size_bytes: int) -> Tensor:
-        """Return a piece of at least that size, uint8. Give it back with `put`."""
+        """Return a uint8 piece of at least that size. Give it back with `put`."""
         fitting = [piece for piece in self._free if piece.numel() >= size_bytes]
         if fitting:
             best = min(fitting, key=Tensor.numel)
@@ -113,7 +113,7 @@ class Offload:
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> "Tensor | _OffloadedInput":
-        """Begin to move a saved input to the host, and return what stands for it in autograd's graph."""
+        """Start moving a saved input to the host, and return its placeholder for autograd's graph."""
         self._release_offloaded_source()
         # the copy back would have other strides, and compiled code relies on strides
         if not tensor.is_contiguous():
@@ -128,7 +128,7 @@ class Offload:
         return offloaded
 
     def _unpack(self, packed: "Tensor | _OffloadedInput") -> Tensor:
-        """Return a saved input on the device, and begin to copy the one that the backward pass needs next."""
+        """Return a saved input on the device, and start copying the one that the backward pass needs next."""
         self._release_offloaded_source()
         if isinstance(packed, Tensor):
             return packed
@@ -374,7 +374,7 @@ class _SharedInputs:
         self._method = method
         self._block = block
         self._count = count
-        # inputs that are no tensors; None at the positions of tensors
+        # inputs that are not tensors; None at the positions of tensors
         self._non_tensor_inputs = [None if isinstance(value, Tensor) else value for value in inputs]
         self._tensor_indices = [index for index, value in enumerate(inputs) if isinstance(value, Tensor)]
         tensors = [inputs[index] for index in self._tensor_indices]

@@ -2,7 +2,7 @@
 
 Processes form a grid of micro-batches x passes of a step x tokens of a clip. Neighbors share the tokens,
 because they exchange the most data. Groups of them share the passes of a step (--cfg_parallel), and groups of
-those have their own micro-batches. A transformer that is split (--shard_base) has its parts in all processes.
+those have their own micro-batches. A transformer that is split (--shard_base) is spread over all processes.
 
 All processes embed the whole clip; then each takes a consecutive part of the tokens, runs the blocks, and
 gathers all parts. For self-attention each process has all tokens in their order but only a part of the heads,
@@ -44,7 +44,7 @@ class ProcessGrid:
 
 def device_mesh(grid: ProcessGrid, device: torch.device) -> "DeviceMesh":
     """Create the groups of processes named in `AXES`. All processes must call this."""
-    from torch.distributed.device_mesh import init_device_mesh  # of no use to a single process
+    from torch.distributed.device_mesh import init_device_mesh  # not needed by a single process
 
     return init_device_mesh(device.type, (grid.data, grid.passes, grid.context), mesh_dim_names=AXES)
 
@@ -159,8 +159,8 @@ class _Exchange(torch.autograd.Function):
 class _Join(torch.autograd.Function):
     """Gather the tokens of all processes.
 
-    All processes compute the same from the joined tokens. So the sum of their gradients is the gradient of
-    one process times their number.
+    All processes compute equal results from the joined tokens, so the sum of their gradients is one process's
+    gradient times their number.
     """
 
     @staticmethod

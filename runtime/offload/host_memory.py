@@ -122,12 +122,12 @@ def _plan_offsets(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
             range_start = end
         offsets.append(end)
         end += round_up(size, ALIGNMENT)
-    # one byte at least, because an empty mapping is an error
+    # at least one byte, because an empty mapping is an error
     return offsets, [*pin_ranges, range(range_start, max(end, 1))]
 
 
 def wait_for_all(local_processes: LocalProcesses | None) -> None:
-    """Wait until every process has arrived here; with None, there is only one, which goes on at once."""
+    """Wait until every process has arrived here; with None, there is only one, which continues at once."""
     if local_processes is not None:
         torch.distributed.barrier()
 
@@ -338,7 +338,7 @@ def offload_layer(layer: nn.Module, host: Tensor, device: torch.device) -> None:
 
     Args:
         layer: The layer.
-        host: Host memory that already holds the weight.
+        host: Host memory that already contains the weight.
         device: Device of the run.
     """
     weight = layer.weight
@@ -379,7 +379,7 @@ class LoadedNetwork(Generic[Network, Companion]):
         make: Callable[[torch.device], tuple[Network, Companion]],
         move: Callable[[nn.Module, torch.device], object] = nn.Module.to,
     ) -> None:
-        """Make network and companion (such as a tokenizer); if loaded already, move the network."""
+        """Load network and companion (such as a tokenizer); if already loaded, move the network."""
         if self._pair is None:
             self._pair = make(device)
         else:
@@ -391,7 +391,7 @@ class LoadedNetwork(Generic[Network, Companion]):
         return self._pair
 
     def free(self) -> None:
-        """Release network and companion, and the device memory that torch caches."""
+        """Release network and companion, and free the device memory that torch caches."""
         if self._pair is not None:
             device = next(self._pair[0].parameters()).device
             self._pair = None

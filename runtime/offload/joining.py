@@ -14,11 +14,11 @@ from modules.errors import OptionError
 T = TypeVar("T")
 U = TypeVar("U")
 
-PATIENCE = timedelta(days=1)  # timeout of processes that wait for another one's prompt or files
+PATIENCE = timedelta(days=1)  # timeout for processes that wait for another process's prompt or files
 
 
 def take_turns(work: Callable[[U], T], item: U) -> T:
-    """Return `work(item)`, run by one process after the other; all processes must call this."""
+    """Return `work(item)`, run by one process after another; all processes must call this."""
     items: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(items, item)
     return [work(element) for element in items][distributed.get_rank()]

@@ -7,9 +7,9 @@
 
 torch's FSDP2 does the work: each process keeps an equal number of rows of each weight. A block is gathered
 while the previous one computes, and freed after it has run, so that two whole blocks are in memory at a time
-(one on a CPU, which gathers and computes by turns). Layers outside the blocks are not split. Frozen weights
-have no gradients to send; the gradients of trained weights are summed in each backward pass, and each process
-gets those of its rows.
+(one on a CPU, which gathers and computes alternately). Layers outside the blocks are not split. Frozen
+weights have no gradients to send; the gradients of trained weights are summed in each backward pass, and
+each process gets those of its rows.
 
 All processes have to run the same passes in the same order, each with gradients or each without, as a block
 is gathered from all of them.
@@ -50,10 +50,10 @@ class ShardedBlocks:
 
         Args:
             device: Device of this process.
-            asked_by: Option that asked for the split, for messages.
+            asked_by: Option that requested the split, for messages.
         """
         self.asked_by = asked_by
-        from torch.distributed.device_mesh import init_device_mesh  # of no use to a single process
+        from torch.distributed.device_mesh import init_device_mesh  # not needed by a single process
 
         self._mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         if device.type == "cpu":
@@ -131,7 +131,7 @@ def _sum_gradients(blocks: Sequence[nn.Module]) -> None:
 
 
 def _gather_without_prefetch(blocks: Sequence[nn.Module]) -> None:
-    """Gather each block right before it runs: a CPU gathers and computes by turns."""
+    """Gather each block right before it runs: a CPU gathers and computes alternately."""
     for block in blocks:
         block.register_forward_pre_hook(_gather_alone, prepend=True)
         block.set_modules_to_backward_prefetch([block])  # type: ignore[operator]
@@ -159,7 +159,7 @@ def _gather_alone(block: nn.Module, _: object) -> None:
 class _FillGradients(torch.autograd.Function):
     """Pass an input of a block through; in the backward pass, give its unused weights gradients of 0.
 
-    A clip without audio uses no weights of audio. FSDP2 exchanges only gradients that exist, so processes
+    A clip without audio does not use the audio weights. FSDP2 exchanges only existing gradients, so processes
     whose clips differ in this would exchange tensors of different sizes.
     """
 
@@ -276,7 +276,7 @@ def is_split(weight: Tensor) -> bool:
 
 
 def rows_of(weight: Any, full: Tensor) -> Tensor:
-    """Return a view of the rows of `full` that this process has of a split weight."""
+    """Return a view of those rows of `full` that this process keeps of a split weight."""
     mesh = weight.device_mesh
     count = local_rows(weight).shape[0]
     first = mesh.get_local_rank() * ceil_div(weight.shape[0], mesh.size())
@@ -312,7 +312,7 @@ def trained_rows(weight: Any) -> nn.Parameter:
 
 
 def set_weight(weight: Tensor, full: Tensor) -> None:
-    """Set a weight in place; of a split weight, set this process's part."""
+    """Set a weight in place; for a split weight, set this process's part."""
     if is_split(weight):
         weight, full = local_rows(weight), rows_of(weight, full)
     weight.copy_(full)

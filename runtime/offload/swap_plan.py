@@ -156,13 +156,13 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
 
 
 def big_weights(network: nn.Module, path: str) -> Iterator[str]:
-    """Yield the names of weights below `path` that are worth moving: no biases, norms or scales."""
+    """Yield the names of weights below `path` that are worth moving, without biases, norms and scales."""
     for name, _ in big_layers(network, path):
         yield f"{name}.weight"
 
 
 def big_layers(network: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the linear and convolutional layers below `path`, by full name; they hold nearly all weights."""
+    """Yield the linear and convolutional layers below `path`, by full name; these have nearly all weights."""
     for name, module in network.get_submodule(path).named_modules(prefix=path):
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             yield name, module

@@ -8,7 +8,7 @@
     copy.free_device_memory()                             # nothing is copied back
 
 A parameter stays the same object; only its `.data` switches between the host's copy and the device's. Frozen
-weights never change, so that leaving only frees memory. Parameters that learn stay where they are. Swapped
+weights never change, so that leaving only frees memory. Trained parameters stay where they are. Swapped
 weights stay in host memory, and the buffers of the swap are freed on leaving.
 """
 
@@ -48,7 +48,7 @@ class HostCopy:
         """Move the frozen tensors of a network to host memory.
 
         Call it when the network is ready to run. The network may be on the host or on the device before, and
-        is on the host afterwards. Tensors outside of `host_weights` are copied to host memory one by one.
+        is on the host afterwards. Tensors outside `host_weights` are copied to host memory one by one.
 
         Args:
             network: The network.
@@ -98,7 +98,7 @@ class HostCopy:
         if self._transfer is None or self._is_on_device:
             return
         try:
-            # not in inference mode, in which samples are made: training cannot use tensors made in that mode
+            # not in inference mode, in which samples are generated: training cannot use tensors created in it
             with torch.inference_mode(False), torch.no_grad():
                 copies: list[tuple[Tensor, Tensor]] = []  # (target on the device, source on the host)
                 for _, host in self._pairs:
@@ -144,7 +144,7 @@ def _list_frozen_tensors(network: nn.Module) -> dict[str, Tensor]:
 def _find_loaded_on_host(
     tensors: Mapping[str, Tensor], host_tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the memory of those tensors of a network that already are in the host memory of its loading."""
+    """Return the memory of those tensors of a network that are still in the host memory of its loading."""
     on_host = {}
     for name, tensor in tensors.items():
         host = host_tensors.get(name)

@@ -20,7 +20,7 @@ CONTEXT = 600 << 20
 # For fragmentation, and the display's share of the card. A plan that leaves less than this does not fit.
 MARGIN = 0.03
 TOLERANCE = 0.07  # a larger relative difference between prediction and measurement is reported
-FULL = 0.97  # fraction of the device's memory from which on the driver may spill to host memory
+FULL = 0.97  # fraction of the device's memory above which the driver may spill to host memory
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def device_memory_to_plan(device: torch.device, planned_gib: float | None = None
 
 
 def spills(total: int, free: int, reserved: int) -> bool:
-    """Return whether some of the memory that torch has reserved on a device must be host memory.
+    """Return whether some of the memory that torch has reserved on a device must actually be host memory.
 
     Drivers on Windows, and therefore in WSL, fall back to host memory instead of failing when a program asks
     for more than the GPU has; copies over PCIe then make steps many times slower. The sign is that torch has
@@ -74,13 +74,13 @@ def spare_bytes(device: torch.device) -> int:
 def bytes_on(network: nn.Module, device: torch.device) -> int:
     """Return the bytes of a network's weights and buffers on devices of this type, in this process."""
     tensors = chain(network.parameters(), network.buffers())
-    # of one that is split
+    # of a split weight
     here = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
     return sum(tensor.nbytes for tensor in here if tensor.device.type == device.type)
 
 
 def free_host_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Return the bytes of host memory available without swapping; None if unknown, as outside of Linux."""
+    """Return the bytes of host memory available without swapping; None if unknown, as outside Linux."""
     try:
         match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
     except OSError:

@@ -29,7 +29,7 @@ class TokenCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.largest = 0  # bytes of the queries of one self-attention
-        self.tokens = 0  # bytes of the tokens of a pass as they leave the blocks
+        self.tokens = 0  # bytes of the tokens of a pass when they leave the blocks
         self.heads = 0  # the largest number that divides the heads of every self-attention
 
     def watch(self, dit: nn.Module) -> Extrapolate:
@@ -63,7 +63,7 @@ def divide_tokens(
 ) -> dict[str, BytesByKind]:
     """Return the memory of a dry run, by phase, for a GPU that has 1 / `context` of the tokens in the blocks.
 
-    Outside of the blocks the GPU works on all tokens, which are gathered after the blocks. Tokens that no GPU
+    Outside the blocks the GPU works on all tokens, which are gathered after the blocks. Tokens that no GPU
     divides, such as those of a text used only as keys and values, are few and counted as divided.
 
     Args:

@@ -73,7 +73,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.is_backward = False
-        self.peaks: dict[str, BytesByKind] = {}  # phase of the run -> bytes by kind when it took most
+        self.peaks: dict[str, BytesByKind] = {}  # phase of the run -> bytes by kind when it took the most
         self._phase = "start"
         self._phase_index = 0
         self._kind = TEMPORARY  # kind of new tensors
@@ -83,7 +83,7 @@ class Ledger(TorchDispatchMode):
         self._highest_total = 0  # highest total since the latest call of `rise`
         self._allocations: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}  # by id of the storage
         self._reads_unknown_as_one = (
-            False  # whether code that reads a number of a tensor without values gets 1
+            False  # whether code that reads a number from a tensor without values gets 1
         )
         self.counts: dict[str, int] = {}  # name of a list of blocks -> number of its blocks that run
         self.inputs: dict[str, int] = {}  # name of a list of blocks -> bytes of the tokens that a block gets
@@ -191,7 +191,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-    """Run an operator on tensors of which some are fake: they have no values.
+    """Run an operator on tensors, some of which are fake: they have no values.
 
     1. Real inputs give a real result, except for floating-point data that are copied to the device.
     2. Real and fake inputs give a fake result.
@@ -313,7 +313,7 @@ def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
         device: Device on which the code inside computes.
     """
     ledger = Ledger(device)
-    # the last mode is applied first, so that kernels inside of pieces are replaced too
+    # the last mode is applied first, so that kernels inside pieces are replaced too
     with FakeTensorMode(allow_non_fake_inputs=True), PlannedKernels(), OneOfManyPieces(ledger), ledger:
         yield ledger
 
@@ -382,7 +382,7 @@ def _name_position(index: int, count: int) -> str:
     Two positions at each end have names: the outermost block, and its neighbor, which is like all blocks
     between.
     """
-    if index == count - 1:  # also a lone block
+    if index == count - 1:  # including a lone block
         return "last"
     if index == 0:
         return "first"

@@ -34,7 +34,7 @@ class _Attention(torch.autograd.Function):
     """Buffers of flash attention: its result and the float32 log-sum-exp of each row.
 
     The backward pass needs the three gradients, the dot product of gradient and result of each row in
-    float32, and another, float32 gradient of the queries, which accumulates over blocks of keys. Source: Dao
+    float32, and another float32 gradient of the queries, which accumulates over blocks of keys. Source: Dao
     2023, arXiv 2307.08691, and the buffers of its released code; the cuDNN kernel's workspace has the same
     size.
     """

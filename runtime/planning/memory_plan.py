@@ -45,7 +45,7 @@ class MemoryPart:
 
 @dataclass(frozen=True)
 class Phase:
-    """Memory held at the peak of one phase of the run."""
+    """Memory in use at the peak of one phase of the run."""
 
     name: str
     parts: tuple[MemoryPart, ...]
@@ -99,7 +99,7 @@ class OffloadedWeights:
     slot_bytes: (
         int  # bytes of device slots through which weights are streamed, or in which blocks are gathered
     )
-    on_other_processes: int = 0  # bytes of weights that other processes hold
+    on_other_processes: int = 0  # bytes of weights that other processes keep
     processes: int = 1  # number of processes that share the weights
 
     @property
@@ -112,7 +112,7 @@ class OffloadedWeights:
 
         Args:
             blocks: Number of swapped blocks.
-            use_of_slots: Text behind the size of the slots, through which blocks are streamed.
+            use_of_slots: Text after the size of the slots, through which blocks are streamed.
         """
         if self.processes > 1:
             buffer = format_gib(self.slot_bytes)
@@ -296,7 +296,7 @@ def show(plan: MemoryPlan, last_line: str) -> None:
 
 
 def _make_row(part: MemoryPart) -> tuple[str, str, str, str]:
-    """Return name, device bytes, host bytes and note of a part as texts."""
+    """Return name, device bytes, host bytes and note of a part as strings."""
     host = format_gib(part.host) if part.host else ""
     return part.name, format_gib(part.device), host, part.note
 
@@ -428,7 +428,7 @@ def advise(
     can_swap: bool = True,
     phase: str = "",
 ) -> tuple[list[str], Predicted | None]:
-    """Advise options that make a run fit, cheapest first; each line is in addition to the previous lines.
+    """Suggest options that make a run fit, cheapest first; each line adds to the previous ones.
 
     Args:
         prediction: The prediction with the current options.

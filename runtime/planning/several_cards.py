@@ -49,7 +49,7 @@ class SingleGpuRun:
 
 @dataclass(frozen=True)
 class GpuLayout:
-    """Division of a run over several GPUs; an impossible one has the reason instead of a memory plan."""
+    """Division of a run over several GPUs; an impossible one has a reason instead of a memory plan."""
 
     extra_options: tuple[str, ...]  # options that it adds to the command
     division: Division
@@ -68,7 +68,7 @@ def with_division(speed: Speed, division: Division) -> Speed:
 def plan_layouts(
     single_gpu_run: SingleGpuRun, cards: int, device_memory: DeviceMemory, is_training: bool
 ) -> Iterator[GpuLayout]:
-    """Yield the divisions of a run over equal GPUs; those in which they wait least for each other come first.
+    """Yield the divisions of a run over equal GPUs; those whose GPUs wait least for each other come first.
 
     Args:
         single_gpu_run: The run on a single GPU.
@@ -112,7 +112,7 @@ def _choose_num_swapped(prediction: Swappable, device_memory: DeviceMemory) -> i
 
 
 def _list_divisions(cards: int, is_training: bool) -> list[Division]:
-    """Return the divisions of a run over GPUs, in the order of how little the GPUs wait for each other."""
+    """Return the divisions of a run over GPUs, ordered by how little the GPUs wait for each other."""
     # gathering blocks overlaps with computation, exchanging tokens does not. A generation whose processes
     # share anything makes one clip at a time, and each process computes all tokens unless tokens are shared
     contexts = [count for count in range(2, cards + 1) if cards % count == 0] if is_training else [cards]

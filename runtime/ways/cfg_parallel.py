@@ -1,4 +1,4 @@
-"""Share the passes of a step among processes: --cfg_parallel, of generation. Standard library only.
+"""Share the passes of a step among processes: --cfg_parallel, for generation. Standard library only.
 
 How they are divided is in `cfg_parallel_passes.py`.
 """

@@ -1,6 +1,6 @@
 """Divide the passes of a step over processes.
 
-The velocity of a pass comes from the process that runs it, so that all have the same bits.
+The velocity of a pass comes from the process that runs it, so that all processes get bit-identical results.
 """
 
 import torch
@@ -19,7 +19,7 @@ class SharedPasses:
     """
 
     def __init__(self, grid: ProcessGrid, in_lockstep: bool, device: torch.device) -> None:
-        """Prepare to share passes; all processes have joined before.
+        """Prepare to share passes; all processes must have joined.
 
         Args:
             grid: Layout of the processes.

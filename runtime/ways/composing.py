@@ -28,7 +28,7 @@ OF_LAUNCHER = ("ACCELERATE_USE_", "PARALLELISM_CONFIG_")  # prefixes of variable
 
 
 def options_of_ways(is_training: bool) -> type[Options]:
-    """Return a record with the options of a script's modes of running, a field for each mode by its name."""
+    """Return a record with the options of a script's modes of running, with a field named after each mode."""
     records = {way.name: way.options for way in WAYS if way.options.in_training or not is_training}
     content: dict[str, Any] = {
         name: option(facts=NO_PIXELS if record.keeps_pixels and not is_training else None)
@@ -126,9 +126,9 @@ def finish_network(network: "nn.Module", speed: SpeedOptions, device: "torch.dev
 
 
 def make_passes(speed: SpeedOptions, device: "torch.device") -> "RunPasses | None":
-    """Return the function that divides the passes of a step over processes; None if each runs all passes.
+    """Return the function that divides the passes of a step over processes; None if each process runs all.
 
-    The processes have joined before.
+    The processes must have joined.
     """
     in_lockstep = bool(speed.modes.splits_weights)
     made = [make(lay_out(speed, True), in_lockstep, device) for make in speed.modes.hooks.make_pass_runner]
@@ -136,7 +136,7 @@ def make_passes(speed: SpeedOptions, device: "torch.device") -> "RunPasses | Non
 
 
 def warn_if_alone(speed: SpeedOptions) -> None:
-    """Warn of active options that have no effect in a single process."""
+    """Warn about active options that have no effect in a single process."""
     for typed, alone in speed.modes.single_process_effects.items():
         logger.warning("%s has no effect with one process, which %s. Use %s", typed, alone, LAUNCH)
 
@@ -179,7 +179,7 @@ def reject_other_splits() -> None:
         if _asks_for_split(variable):
             raise OptionError(
                 f"accelerate launch asks for {options[0].replaces[variable]} "
-                f"({variable}={os.environ[variable]}): the loops here never hand it the model. Choose plain "
+                f"({variable}={os.environ[variable]}): the loops here never pass it the model. Choose plain "
                 f"multi-GPU ({LAUNCH}, or run accelerate config again) and give "
                 f"{', or '.join(record.answer for record in options)} over those processes"
             )

@@ -78,7 +78,7 @@ def _take_parts(parts: Sequence[TokenShard], x: Tensor, lengths: Sequence[int]) 
 
 
 def _join_parts(parts: Sequence[TokenShard], x: Tensor) -> Tensor:
-    """Gather each stream's tokens of all processes; x has those of this process, B l C."""
+    """Gather each stream's tokens from all processes; x has those of this process, B l C."""
     streams = x.split([part.count_among_first(part.length) for part in parts], dim=1)
     joined = [part.join(stream) for part, stream in zip(parts, streams, strict=True)]
     return joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)

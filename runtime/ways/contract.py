@@ -1,8 +1,8 @@
 """The contract of a mode of running a transformer (`WayToRun`).
 
 A mode is one light file, and its line in `runtime/ways/__init__.py`. The code that changes a network is in
-`runtime/offload/`. Training and generation know no single mode: each active mode adds its contributions to a
-`RunModes`, which they read.
+`runtime/offload/`. Training and generation do not know individual modes: each active mode adds its
+contributions to a `RunModes`, which they read.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from modules.options import Options
 
-if TYPE_CHECKING:  # --help needs no torch
+if TYPE_CHECKING:  # --help must not import torch
     import torch
     from torch import nn
 
@@ -62,7 +62,7 @@ class RunUses:
     foreign_module: str = ""  # network module of another package
     own_modules: Collection[str] = ()  # network modules that can replace it
     further_models: tuple[FurtherModel, ...] = ()
-    # in generations
+    # in generation
     has_step_cache: bool = False
     calibrates: bool = False  # whether a step cache is calibrated
     rewrites_prompts: bool = False
@@ -72,7 +72,7 @@ class RunUses:
 class Division:
     """How a step is divided over processes, each with a GPU.
 
-    The fact `division` of an option names the field that holds its value.
+    The fact `division` of an option names the field that contains its value.
     """
 
     processes: int
@@ -88,7 +88,7 @@ class WayOptions(Options):
         keeps_pixels: Whether a generation gives bit-identical pixels.
         shares: Word for what the processes share.
         answer: The option and its effect, for users who ask accelerate's launcher to split the model.
-        replaces: Name of accelerate's feature, by the environment variable that asks for it.
+        replaces: Name of accelerate's feature, by the environment variable that requests it.
     """
 
     in_training: ClassVar[bool]
@@ -143,8 +143,8 @@ class RunModes:
     # option that splits each block over processes: all run the same passes at the same time, and swap no
     # block
     splits_weights: str = ""
-    divides_tokens: str = ""  # option by which each process has some of the tokens of a clip; "" without
-    divides_passes: str = ""  # option by which the remaining processes share the passes of a step; "" without
+    divides_tokens: str = ""  # option by which each process has some of the tokens of a clip; "" if off
+    divides_passes: str = ""  # option by which the remaining processes share the passes of a step; "" if off
     # option -> number of processes that share a micro-batch, or a pass of a step
     peer_counts: dict[str, int] = field(default_factory=dict)
     single_process_effects: dict[str, str] = field(

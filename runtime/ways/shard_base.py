@@ -1,6 +1,6 @@
 """Split the blocks of a transformer over processes: --shard_base. Standard library only.
 
-How they are split and gathered is in `runtime/offload/sharding.py`; a whole model that learns is saved by
+How they are split and gathered is in `runtime/offload/sharding.py`; a whole model in training is saved by
 `training/saving/split_model.py`.
 """
 
@@ -48,7 +48,7 @@ def _reject_fp16(precision: str) -> None:
 
 
 def _check_uses(uses: RunUses) -> None:
-    """Raise OptionError if a run has a use that --shard_base does not support."""
+    """Raise OptionError if a run uses something that --shard_base does not support."""
     for model in uses.further_models:
         raise OptionError(
             f"{model.option} with --shard_base: {model.name} would not be split over the processes. Leave "
@@ -73,7 +73,7 @@ def _check_uses(uses: RunUses) -> None:
 
 
 def _make_sharded_blocks(device: "torch.device") -> "BlockSharder | None":
-    from runtime.offload.joining import have_joined  # torch: only where networks are loaded
+    from runtime.offload.joining import have_joined  # imports torch: only where networks are loaded
 
     if not have_joined():
         return None
