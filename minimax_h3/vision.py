@@ -191,9 +191,7 @@ def resized_sides(
         scale = max(token_size / height, token_size / width)
         height, width = int(height * scale), int(width * scale)
     if max(height, width) > MAX_RATIO * min(height, width):
-        raise MediaError(
-            f"frames of {width}x{height} are too long and narrow for the text encoder. Crop them."
-        )
+        raise MediaError(f"frames of {width}x{height} are too elongated for the text encoder. Crop them.")
     max_pixels = _limit_pixels(num_frames, limits, token_size)
     pixels = num_frames * height * width
     rounded_frames = round(num_frames / group_size) * group_size
