@@ -118,8 +118,8 @@ class AnimaTextEncoder(LanguageModelEncoder):
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode prompts with Qwen3, and add T5's token ids and mask; all four tensors are on the CPU.
 
-        Gradients flow to the trained parts of Qwen3. If parts of a prompt have weights, T5's mask holds them
-        in float32. Raises CheckpointError if a tokenizer has more tokens than the network.
+        Gradients flow to the trained parts of Qwen3. If parts of a prompt have weights, T5's mask contains
+        them in float32. Raises CheckpointError if a tokenizer has more tokens than the network.
         """
         tokenizer = self._read_t5
         assert tokenizer is not None  # call `load` first

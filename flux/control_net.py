@@ -173,7 +173,7 @@ def load_network(
 def build_network(settings: Mapping[str, Any]) -> FluxControlNetModel:
     """Build diffusers' ControlNet with these arguments."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # to developers: diffusers moves a class of its own
+        warnings.simplefilter("ignore", FutureWarning)  # to developers: diffusers moves one of its classes
         return FluxControlNetModel(**settings)
 
 

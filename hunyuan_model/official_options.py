@@ -186,8 +186,7 @@ def _warn_of_untrained_size(size: tuple[int, int], resolution: str | None) -> No
         )
         logger.warning(
             "--video-size %d %d (height width) is not one of the sizes that the model was trained for. "
-            "The nearest is "
-            "%d %d",
+            "The nearest is %d %d",
             height,
             width,
             nearest_height,

@@ -36,7 +36,7 @@ from modules.installation import hide_packages
 logger = logging.getLogger(__name__)
 
 # As trained: the official reader's defaults, which no release changes
-RATE = 16000  # samples a second of what is encoded
+RATE = 16000  # samples per second of encoded audio
 HOP = 160  # samples from one mel frame to the next
 WINDOW = 1024  # samples of a mel frame
 MIN_MAGNITUDE = 1e-5  # lower limit of magnitudes before the logarithm

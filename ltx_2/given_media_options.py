@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from modules.errors import OptionError
 from modules.options import OF_REQUEST, Options, of_request, option
 
-FEATHER = 16  # pixels, half of a latent: what is generated beside a latent hardly changes more of it
+FEATHER = 16  # pixels, half of a latent: content generated next to a latent hardly changes more of it
 
 
 class Rectangle(NamedTuple):

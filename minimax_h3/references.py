@@ -50,7 +50,7 @@ from protocols.requests import Request, check_opens
 logger = logging.getLogger(__name__)
 
 KINDS = (IMAGE, VIDEO, AUDIO)
-MAX_COUNTS = {IMAGE: 9, VIDEO: 3, AUDIO: 3}  # maximum numbers; audio of videos counts too
+MAX_COUNTS = {IMAGE: 9, VIDEO: 3, AUDIO: 3}  # maximum counts; audio of videos is included
 MAX_REFERENCES = 12
 MIN_SECONDS, MAX_SECONDS = 2.0, 15.0  # limits of the length of reference videos
 MIN_FRAMES = CLIP + LAST_FRAMES  # minimum length of a reference video, for the VAE

@@ -1,7 +1,7 @@
 """Files of MiniMax-H3's video VAE: recognize their dialects, read dimensions from the tensors.
 
 Module names are those of the released file, whose rows of queries, keys and values are interleaved by head.
-diffusers stores them separately, and the halves of the feed-forward's first layer in the other order.
+diffusers stores them separately, and the halves of the feed-forward's first layer in reverse order.
 
 No tensor shows the strides of levels, the length of clips, or the statistics of latents. They come from
 config.json in diffusers' folder; otherwise they are those of the release.
@@ -105,7 +105,7 @@ class _DeclaredInfo:
     latents_std: tuple[float, ...] = LATENTS_STD
 
 
-# key of config.json -> our field, and the type of its numbers
+# key of config.json -> our field, and its numeric type
 _KEYS: Mapping[str, tuple[str, type]] = {
     "temporal_downsample_factors": ("time_strides", int),
     "spatial_downsample_factors": ("space_strides", int),

@@ -93,7 +93,7 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: 
 def log_task_differences(
     header: DitHeader[WanConfig], task: WanTask, path: Path, target: torch.dtype | None = None
 ) -> None:
-    """Log what is unusual about a transformer's file: its dtype, its size, or an ambiguous version.
+    """Log anything unusual about a transformer's file: its dtype, its size, or an ambiguous version.
 
     Tensors of some versions are alike, so that only --task tells them apart. `target` is the compute dtype.
     Warns if a large file stays in float32, as A14B was released.

@@ -420,7 +420,7 @@ class Wan(OneTransformer):
         # control images of a single image
         num_leading = len(request.control_images)
         frames += num_leading
-        # an end image is one more latent frame behind the video
+        # an end image is one more latent frame after the video
         if not is_single_image and appends_end(self.files.task, request):
             frames += 1
         start = noise.draw((batch, channels, frames, *area))

@@ -397,7 +397,7 @@ def _load_flowformer(checkpoint: Checkpoint, device: torch.device) -> tuple[Raft
 
 
 def _plan_gimm(checkpoint: Checkpoint, kind: str, settings: ModeSettings) -> LoadPlan[GimmConfig]:
-    """Plan the loading of a mode's main file. Raises CheckpointError if it belongs to the other mode."""
+    """Plan the loading of a mode's main file. Raises CheckpointError if it is for the other mode."""
     plan = read_gimm(checkpoint)
     # only files for RAFT have layers that project its features; FlowFormer's are used unchanged
     if bool(plan.config.synthesis.projections) != (kind == WITH_RAFT):

@@ -160,7 +160,7 @@ class RunHistory:
     def add(self, row: Row) -> None:
         """Add a row, whose key determines its kind. A start clears the ending of an earlier run."""
         step = row["step"]
-        # a message leaves the current activity as it is; any other row ends it
+        # a message does not change the current activity; any other row ends it
         self.doing = self.doing if "message" in row else str(row.get("doing", ""))
         if "loss" in row:
             self._add_step(step, row)
@@ -381,7 +381,7 @@ class History:
             append_text(self.path, "".join(self._buffered_lines))
         except Exception:
             # the last line in the file may be incomplete: the next attempt starts on a new line
-            # only the first waiting line (if any) gets one line break in front, however often it was tried
+            # only the first waiting line (if any) gets one line break before it, however often it was tried
             self._buffered_lines[:1] = [f"\n{line.lstrip()}" for line in self._buffered_lines[:1]]
             raise
         self._buffered_lines.clear()

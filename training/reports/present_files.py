@@ -50,7 +50,7 @@ def _replace_missing_files(
             continue
         replacement = _find_replacement(path.name, run_history, folder, best)
         if replacement is None or (exists and run_history.saved[replacement] != best_step):
-            continue  # nothing to use, or nothing better than the existing file
+            continue  # no candidate, or none better than the existing file
         arguments[index] = str(path.with_name(replacement))
         reason = "is not the best file" if exists else "is not there any more"
         notes.append(f"{path.name} {reason}: {replacement} takes its place.")

@@ -128,7 +128,7 @@ def write_split_state(folder: Path, state: SavedState) -> None:
     split: dict[str, Tensor] = {}
     for prefix, tensors in _tensors(state):
         for name in [name for name, value in tensors.items() if is_split(value)]:
-            split[f"{prefix}/{name}"] = tensors.pop(name)  # they go into files of their own
+            split[f"{prefix}/{name}"] = tensors.pop(name)  # they go into separate files
     if distributed.get_rank() == 0:
         check_space(folder, sum(tensor.numel() * tensor.dtype.itemsize for tensor in split.values()))
         write_state(folder, state, lambda temporary: _write_files(temporary, split))

@@ -145,7 +145,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
     """Read a state folder that this program or another trainer saved.
 
     Raises:
-        CheckpointError: If it is damaged or holds no state.
+        CheckpointError: If it is damaged or contains no state.
         OptionError: If it is not a folder.
     """
     if not folder.is_dir():
@@ -164,7 +164,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         return _read_foreign(folder)
     with errors_name_the_state(folder):
         content = _read_content(folder, verify_checksum=True)
-        if "files" in content:  # tensors in files of their own, of a split transformer
+        if "files" in content:  # tensors of a split transformer, in separate files
             _check_files(folder, content["files"])
         state = SavedState(folder, Progress.of_state(content.pop("progress")), **content)
         check_types(state)
