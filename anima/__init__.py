@@ -7,7 +7,7 @@ files: transformers in both layouts, separate adapter files
 lllite: a ControlNet-LLLite in use: its files, and how it is attached
 lllite_modules: the small networks of a ControlNet-LLLite
 model: Cosmos-Predict2's transformer for images, with the adapter
-names: Anima's names everywhere, from scripts to tensors
+names: its names everywhere, from scripts to tensors
 options: own options for caching, training and generation
 text_encoder: Qwen3 (0.6B), and T5's tokenizer without T5
 """

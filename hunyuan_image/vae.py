@@ -299,7 +299,7 @@ def load_vae(
         tile: Edge of a tile in pixels; None computes images as a whole.
 
     Raises:
-        CheckpointError: If the file is damaged or holds another model.
+        CheckpointError: If the file is damaged or contains another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)

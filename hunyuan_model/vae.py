@@ -208,7 +208,7 @@ def load_vae(
 
     Raises:
         OptionError: For invalid sizes.
-        CheckpointError: If the file is damaged or holds another model.
+        CheckpointError: If the file is damaged or contains another model.
     """
     if chunk_size is not None and chunk_size < 1:
         raise OptionError(

@@ -10,7 +10,7 @@ dit_checkpoints: transformer files: what one is, order of fused rows, loading
 family: the model, described for the shared loops
 files: paths of a run, VAEs, Qwen3-VL with its own tokenizer
 model: the transformer: one sequence of images, sound and text
-names: what it is called everywhere, from the license to tensors
+names: its names everywhere, from the license to tensors
 options: own options for caching, training and generation
 places: positions on a clock that text, images and sound share
 presentation: what the text encoder sees before a prompt

@@ -132,7 +132,7 @@ def present_media(
 def _present_clip_frames(
     vision_tower: nn.Module, frames: Tensor, preprocessing: Preprocessing
 ) -> tuple[list[PromptPiece], PatchedImages]:
-    """Return the time and tokens of each frame group of a clip, as pieces of the prompt, and its patches."""
+    """Return the prompt pieces (time and tokens) of each frame group of a clip, and the clip's patches."""
     group_size = int(vision_tower.config.temporal_patch_size)  # type: ignore[union-attr,arg-type]
     sampled = sample_clip_frames(len(frames), group_size)
     patches = cut_clip(vision_tower, frames[list(sampled.indices)], preprocessing.clips)

@@ -278,7 +278,7 @@ def load_video_vae(
     """Load the video VAE of MiniMax-H3 from the official file, ComfyUI's file or diffusers' folder.
 
     `dtype` is the dtype of the decoder's layers; the encoder is always float32. `tile` is the edge of a tile
-    in pixels; None computes whole frames. Raises CheckpointError if the file is damaged or holds another
+    in pixels; None computes whole frames. Raises CheckpointError if the file is damaged or contains another
     model.
     """
     with open_checkpoint(path) as checkpoint:

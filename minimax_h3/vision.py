@@ -212,7 +212,7 @@ def resized_sides(
 
 
 def _limit_pixels(num_frames: int, limits: Limits, token_size: int) -> int:
-    """Return the maximum number of pixels of a whole clip, also if the limits are for single frames."""
+    """Return the maximum number of pixels of a whole clip, even if the limits are for single frames."""
     if not limits.max_tokens_per_frame:
         return limits.max_pixels
     pixels_per_frame = min(limits.max_tokens_per_frame * token_size**2, limits.max_pixels // num_frames)

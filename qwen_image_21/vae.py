@@ -448,7 +448,7 @@ def read_vae_config(path: Path) -> QwenImage21VaeConfig:
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = None) -> QwenImage21Vae:
     """Load the VAE from a file or folder; `tile` is the edge of a tile in pixels, None for whole images.
 
-    Raises CheckpointError if the file is damaged or holds another model.
+    Raises CheckpointError if the file is damaged or contains another model.
     """
     path = inside(path, FOLDER)
     with open_checkpoint(path) as checkpoint:

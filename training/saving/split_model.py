@@ -215,7 +215,7 @@ def _allocate_tensors_to_load(
     """Return the tensors into which the sharded tensors of a state are loaded, and put them into the state.
 
     1. Weights are loaded into the run's own tensors.
-    2. Weights that the run lacks, or has in another shape, become meta tensors, which are not loaded.
+    2. Weights that the run lacks, or has in a different shape, become meta tensors, which are not loaded.
     3. Moments of the optimizer get new tensors, with this process's rows if the run splits their weight.
     """
     if not saved.files:

@@ -1,4 +1,4 @@
-"""Write, find, check and read states: folders with all that a run needs to continue as if never stopped.
+"""Write, find, check and read states: folders with all a run needs to continue as if it had never stopped.
 
 A state folder contains one file of tensors and plain values, and its checksum. It is written under a
 temporary name and then renamed, so an existing one is complete. Random states are not stored, because
@@ -421,7 +421,7 @@ def _decode_optimizer(optimizer: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 def share_of_files(folder: Path) -> list[Path]:
-    """Return the weight files of a state that this process checks: with n processes every n-th file."""
+    """Return the weight files of a state that this process checks: with n processes, every n-th file."""
     paths = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
     if not distributed.is_initialized():
         return paths
