@@ -134,7 +134,7 @@ def _check_layer(name: str, layer: Any, width: int, path: Path | None) -> None:
 
 @dataclass(frozen=True)
 class UnregisteredModule:
-    """Holds a network so that the module with this attribute does not count it among its submodules."""
+    """Wraps a network so that the module with this attribute does not register it as a submodule."""
 
     lllite: AttachedLllite
 

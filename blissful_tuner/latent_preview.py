@@ -166,7 +166,7 @@ class LatentPreviews:
 
     @torch.no_grad()
     def write(self, take: Callable[[], Shot | None]) -> None:
-        """Replace the preview file atomically by the next preview."""
+        """Replace the preview file atomically with the next preview."""
         with self.optional():
             shot = take()
             if shot is None:

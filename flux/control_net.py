@@ -1,4 +1,4 @@
-"""A ControlNet of FLUX.1 next to the transformer, in diffusers' class: files, and what it adds to blocks.
+"""A FLUX.1 ControlNet beside the transformer, in diffusers' class: its files, and what it adds to blocks.
 
 Its residuals are added to the image tokens after the blocks, as diffusers' transformer does: each of its n
 residuals serves ceil(blocks / n) consecutive blocks. It sees the control image as latents of the autoencoder.

@@ -153,7 +153,7 @@ class RowConvolution(nn.Module):
 
 
 def compute_in_rows(network: nn.Module, rows: int) -> None:
-    """Replace a network's 3x3 convolutions by ones that compute `rows` rows at a time."""
+    """Replace a network's 3x3 convolutions with ones that compute `rows` rows at a time."""
     for module in list(network.modules()):
         for name, layer in module.named_children():
             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):

@@ -176,7 +176,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
     @property
     def latent_frames(self) -> tuple[PlacedImage, ...]:
-        """Images of --latent_frame."""
+        """Return the images of --latent_frame with their latent frame indices."""
         return tuple(read_placed_image("latent_frame", text) for text in self.latent_frame or ())
 
     @property

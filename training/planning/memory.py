@@ -141,7 +141,7 @@ class StepPrediction:
 
     @property
     def takes_turns(self) -> bool:
-        """Whether the DiTs are on the device one at a time, because of samples or an inactive expert."""
+        """Whether only one DiT at a time is on the device, because of samples or an inactive expert."""
         return self.num_sample_only_dits > 0 or (
             self.num_further_dits > 0 and self.options.by_expert.offload_inactive_dit
         )

@@ -63,7 +63,7 @@ def plan_several_cards(
         return SingleGpuRun(added_flags, counter.heads, options.can_swap, divide)
 
     def rehearse_runs() -> Iterator[SingleGpuRun]:
-        """Yield the run with its own options, then with one more option that saves memory at a time."""
+        """Yield the run with its own options, then with memory-saving options added one at a time."""
         undivided = replace(options, speed=with_division(options.speed, Division(1)))
         yield estimate_on_one_gpu(undivided, ())
         added_flags: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
-"""Keep a run's reports as lines of a file next to its results; its page is made from this file alone.
+"""Keep a run's reports as lines of a file next to its results, from which alone its page is made.
 
-`OUTPUT_NAME-history.jsonl` has one JSON object a line: first the number of the run, then its settings, steps,
-validations, samples, saved files, messages and its end as they happen. Lines are appended. A resumed run
-drops the lines of steps after its state, which are trained again, and lines that cannot be read, such as
+`OUTPUT_NAME-history.jsonl` has one JSON object per line: first the number of the run, then its settings,
+steps, validations, samples, saved files, messages and its end as they happen. Lines are appended. A resumed
+run drops the lines of steps after its state, which are trained again, and lines that cannot be read, such as
 the last one of a killed run.
 """
 
@@ -500,7 +500,7 @@ def _finite_or_none(value: Any) -> float | None:
 
 
 def _to_storable(value: Any) -> Any:
-    """Replace NaN and infinite numbers by None for JSON, and round other numbers to 7 digits."""
+    """Replace NaN and infinite numbers with None for JSON, and round other numbers to 7 digits."""
     if isinstance(value, Mapping):
         return {name: _to_storable(item) for name, item in value.items()}
     if isinstance(value, float):
