@@ -182,7 +182,7 @@ def check_levels(levels: Collection[str], has_shift: bool) -> None:
 def resolve_generation(
     options: Any, own_options: Krea2GenerationOptions
 ) -> tuple[Any, Krea2GenerationOptions]:
-    """Resolve the image size from --width and --height, warn about LoRAs trained with other --kv_cache.
+    """Resolve the image size from its options, and warn about LoRAs trained with a different --kv_cache.
 
     Raises OptionError if --image_size gives another size, or two options set the noise levels.
     """
