@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the options of the guides, and do what flux_generate_image.py does with the same."""
+    """Read the options of the guides, and run flux_generate_image.py with them."""
     minimal = read_minimal(__doc__, argv)
 
     def make(family: "Flux", options: "GenerationOptions") -> None:

@@ -13,7 +13,7 @@ from protocols.families import identify
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the options of the guides, and do what lumina_generate_image.py does with the same."""
+    """Read the options of the guides, and run lumina_generate_image.py with them."""
     with name_as_typed(TYPED):
         generate_image(translate_to_generation_argv(read_minimal(__doc__, argv)))
 

@@ -1,7 +1,7 @@
-"""The adapter of Anima: T5's tokens, embedded by a table of its own, attend to the states of Qwen3.
+"""The adapter of Anima: T5's tokens, embedded by its own table, attend to the states of Qwen3.
 
-Its output takes the place of T5's states, with which Cosmos-Predict2 was trained. It is in the transformer's
-file, or in one of its own. Source: the released model, and diffusers' AnimaTextConditioner.
+Its output replaces T5's states, on which Cosmos-Predict2 was trained. It is in the transformer's file, or in
+a separate one. Source: the released model, and diffusers' AnimaTextConditioner.
 """
 # Letters: T tokens of T5, S states of the language model, N heads, D head width, C = N * D
 
@@ -35,7 +35,7 @@ class AdapterAttention(nn.Module):
         self, x: Tensor, source: Tensor, rotary: Tensor, source_rotary: Tensor, attention: AttentionChoice
     ) -> Tensor:
         """Return the attention of x, 1 T C, to `source`, 1 S C; both have rotary positions from 0."""
-        # x: 1 T C    source: 1 T C or 1 S text_dim, whose rows have positions of their own, from 0
+        # x: 1 T C    source: 1 T C or 1 S text_dim, whose rows have their own positions, from 0
         heads = (-1, *self.q_norm.normalized_shape)
         query = self.q_norm(run_in_weight_dtype(self.q_proj, x).unflatten(-1, heads))
         key = self.k_norm(run_in_weight_dtype(self.k_proj, source).unflatten(-1, heads))

@@ -39,7 +39,7 @@ QUERY_WEIGHTS = {
 NAME_RULES = {"released": (), "diffusers": tensor_patterns(ANIMA)}
 ADAPTER_PREFIX = f"{ADAPTER}."
 ADAPTER_NORM = "out_proj.weight"
-CONNECTOR = "anima_v2_connector."  # prefix in a community format that replaces the adapter by another network
+CONNECTOR = "anima_v2_connector."  # prefix in a format that replaces the adapter with another network
 COSMOS_14B_WIDTH = 5120  # width of Cosmos-Predict2 14B
 
 
@@ -172,7 +172,7 @@ def read_dit_header(checkpoint: Checkpoint, adapter: Path | None = None) -> DitH
     """Return the dimensions, tensor naming and dtype of a transformer and its text adapter.
 
     The text adapter, part of Anima, turns the text encoder's states into those the blocks take. `adapter` is
-    its file if the transformer's file does not hold it. Raises CheckpointError for another model's file, and
+    its file if the transformer's file does not have it. Raises CheckpointError for another model's file, and
     if there is no text adapter.
     """
     if adapter is None:
@@ -223,7 +223,7 @@ class AnimaFiles(QwenImageFiles):
         Raises CheckpointError if the transformer's files have none, or are another model's.
         """
         adapter = self.dit_header().config.adapter
-        assert adapter is not None  # `read_dit_header` refuses a model without
+        assert adapter is not None  # `read_dit_header` rejects a model without
         return adapter
 
     @property

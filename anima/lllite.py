@@ -1,4 +1,4 @@
-"""ControlNet-LLLite of Anima in use: read from files, attached to the transformer, and written."""
+"""ControlNet-LLLite for Anima in use: read from files, attached to the transformer, and saved."""
 
 import random
 import re
@@ -64,7 +64,7 @@ class AttachedLllite(AnimaLllite):
         self.takes_mask = plan.config.cond_in_channels == MASKED_CHANNELS
         self.hides_masked = plan.config.hides_masked
         self.multiplier = 1.0  # strength of the modules; 0 turns them off
-        # of the present call, and of blocks that a backward pass computes again: what the trunk makes of the
+        # of the current call, and of blocks that a backward pass computes again: the trunk's output for the
         # control images, B L E (None: the base alone), and the strength of a sample
         self.condition: Tensor | None = None
         self.strength = 1.0
@@ -88,7 +88,7 @@ class AttachedLllite(AnimaLllite):
         trunk = self.lllite_conditioning1
         inputs = controls * 2 - 1  # 0..1 to -1..1
         if self.takes_mask:
-            assert mask is not None  # whoever gives control images gives it too
+            assert mask is not None  # given together with the control images
             if self.hides_masked:
                 inputs = inputs * (1 - mask)
             inputs = torch.cat([inputs, mask * 2 - 1], dim=1)
@@ -134,7 +134,7 @@ def _check_layer(name: str, layer: Any, width: int, path: Path | None) -> None:
 
 @dataclass(frozen=True)
 class UnregisteredModule:
-    """Holds a network so that the module with this attribute does not count it among its submodules."""
+    """Wraps a network so that the module with this attribute does not register it as a submodule."""
 
     lllite: AttachedLllite
 
@@ -193,7 +193,7 @@ def _check_kind(checkpoint: Checkpoint, option: str) -> None:
 
 
 def _shape_of(checkpoint: Checkpoint, name: str, axes: int) -> tuple[int, ...]:
-    """Return a tensor's shape. Raises CheckpointError if it is missing or has not this number of axes."""
+    """Return a tensor's shape. Raises CheckpointError if it is missing or has a different number of axes."""
     info = checkpoint.tensors.get(name)
     if info is None or len(info.shape) != axes or 0 in info.shape:
         raise CheckpointError(
@@ -253,7 +253,7 @@ def check_mask(path: Path, config: LlliteConfig, mask: Path | None) -> None:
 
 
 def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
-    """Raise CheckpointError if the file was made for a transformer with another number of blocks."""
+    """Raise CheckpointError if the file was made for a transformer with a different number of blocks."""
     depth: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
     if plan.num_blocks != depth:
         raise CheckpointError(
@@ -318,7 +318,7 @@ def _initial_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
         return _config_from_options(options)
     try:
         return check_file(path, WEIGHTS).config
-    except (UserError, OSError):  # the check of the training says what is wrong with it
+    except (UserError, OSError):  # the check at the start of training reports what is wrong with it
         return _config_from_options(options)
 
 

@@ -1,6 +1,6 @@
 """ControlNet-LLLite for Anima (its second form): small networks that change the inputs of single layers.
 
-One trunk turns the control image into tokens, which all modules share. A module in front of a layer:
+One trunk turns the control image into tokens, which all modules share. A module before a layer:
 
     l = condition + depth_embed                               # B L E
     gamma, beta = halves of cond_to_film(l)                   # each B L M
@@ -38,8 +38,8 @@ class LlliteConfig:
     use_aspp: bool = False
     dilations: tuple[int, ...] = DILATIONS
     layers: tuple[str, ...] = TARGETS["self_attn_q_pre"]  # layers of a block that get a module
-    cond_in_channels: int = 3  # of control images; 4: with a mask of what is painted anew
-    hides_masked: bool = False  # whether what the mask marks is gray in the control image
+    cond_in_channels: int = 3  # of control images; 4: with a mask of the inpainted area
+    hides_masked: bool = False  # whether the masked area is gray in the control image
 
 
 def make_norm(channels: int) -> nn.GroupNorm:

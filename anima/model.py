@@ -48,7 +48,7 @@ class AnimaTokens:
     rotary: Tensor  # turns by position, L 1 D/2 2, or B L 1 D/2 2
     # B T C each, usually one; and T float32: how many equal rows each row stands for, None: one each
     text_tokens: tuple[tuple[Tensor, Tensor | None], ...]
-    time: Tensor  # B C float32, behind its activation
+    time: Tensor  # B C float32, after its activation
     shifts: Tensor  # B 3C float32, added to the shift, scale and gate of every branch
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
@@ -239,7 +239,7 @@ class AnimaModel(BlockNetwork):
         self.config = config
         self.attention = attention
         dim = config.dim
-        assert config.adapter is not None  # `anima.files` refuses a file without it
+        assert config.adapter is not None  # `anima.files` rejects a file without it
         # a channel more than the latents have, for a mask of padding, which is 0 everywhere
         columns = (config.channels + 1) * PATCH**2
         # the Identity and index 1 reproduce the names in the file

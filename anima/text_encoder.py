@@ -118,8 +118,8 @@ class AnimaTextEncoder(LanguageModelEncoder):
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode prompts with Qwen3, and add T5's token ids and mask; all four tensors are on the CPU.
 
-        Gradients flow to the trained parts of Qwen3. If parts of a prompt have weights, T5's mask holds them
-        in float32. Raises CheckpointError if a tokenizer has more tokens than the network.
+        Gradients flow to the trained parts of Qwen3. If parts of a prompt have weights, T5's mask contains
+        them in float32. Raises CheckpointError if a tokenizer has more tokens than the network.
         """
         tokenizer = self._read_t5
         assert tokenizer is not None  # call `load` first
@@ -130,7 +130,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
             used = tokens.cut(self.t5_max_tokens)
             if len(used.ids) < len(tokens.ids):
                 left_out = len(tokens.ids) - len(used.ids)
-                text = "%d of T5's tokens of the prompt are cut off, %d are used: %.60s"
+                text = "%d of T5's tokens of the prompt are cut off; %d are used: %.60s"
                 logger.info(text, left_out, self.t5_max_tokens, prompt.text)
             ids, mask = (rows[0].to(torch.int32) for rows in fill_rows([used.ids], self.t5_max_tokens, PAD))
             if prompt.spans:

@@ -52,7 +52,7 @@ def make_guidance(
     experts: Sequence[Expert] = ONE_EXPERT,
     run: RunPasses = run_passes,
 ) -> Guidance:
-    """Return the function that runs the network passes of a step and combines them to the guided velocity.
+    """Return the function that runs the network passes of a step and combines them into the guided velocity.
 
     Args:
         prepared: The request with all values resolved.
@@ -97,7 +97,7 @@ def make_guidance(
 
 
 class _NagOverrides:
-    """Makes the overrides with which positive passes steer attention away from --nag_prompt.
+    """Makes the overrides that steer the attention of positive passes away from --nag_prompt.
 
     A section has one object, because overrides are compared by identity.
     """
@@ -262,7 +262,7 @@ class _StepPlanner:
             index: Index of the step.
             skips_layers: Whether the options skip layers in this step.
         """
-        if skips_layers:  # the user's layers replace the blocks that the model leaves out by itself
+        if skips_layers:  # the user's layers replace the blocks that the model skips by default
             return self._pass_without_layers if self._options.slg_mode == "uncond" else NEGATIVE
         skips = self._rules.negative_skips
         step = self._prepared.first_step + index
@@ -272,7 +272,7 @@ class _StepPlanner:
 
 
 def reject_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> None:
-    """Raise OptionError if the options replace the guidance formula of a model that requires its own."""
+    """Raise OptionError if the options replace the guidance formula of a model that needs its own."""
     replacing = {
         "--cfgzerostar_scaling": options.cfgzerostar_scaling,
         "--perp_neg": options.perp_neg is not None,
@@ -439,10 +439,10 @@ def _parse_steps(text: str, steps: int) -> range:
 
 
 def read_or_explain(read: Callable[[str], Number], text: str, reason: str) -> Number:
-    """Convert a text to a number with `read`.
+    """Convert a string to a number with `read`.
 
     Raises:
-        ValueError: If the text is not a number; the message is `reason` with the text.
+        ValueError: If the string is not a number; the message is `reason` with the string.
     """
     try:
         return read(text)

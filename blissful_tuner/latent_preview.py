@@ -166,7 +166,7 @@ class LatentPreviews:
 
     @torch.no_grad()
     def write(self, take: Callable[[], Shot | None]) -> None:
-        """Replace the preview file atomically by the next preview."""
+        """Replace the preview file atomically with the next preview."""
         with self.optional():
             shot = take()
             if shot is None:
@@ -196,7 +196,7 @@ class LatentPreviews:
                 )
 
     def _stop_using_vae(self, why: str) -> None:
-        """Make later previews without the decoder, or no more previews if there is no other way; log why."""
+        """Make later previews without the decoder, or disable them if there is no alternative; log why."""
         self.vae = None
         self.has_ended = not self.latent.preview_factors
         consequence = (

@@ -75,7 +75,7 @@ class Drawing:
         return self._expand(text, prompt_name, ())
 
     def _expand(self, text: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> str:
-        """Draw the alternatives and wildcards of a text; `keys` are the wildcards that led to it."""
+        """Draw the alternatives and wildcards of a text; `enclosing_wildcards` led to it."""
         if self.options.prompt_alternatives:
             text = select_alternatives(text, lambda weights: self._choose(sum_weights(weights, prompt_name)))
         if self.options.prompt_wildcards is None:
@@ -90,7 +90,7 @@ class Drawing:
         return "".join([*pieces, self._unescape_plain(text[position:])])
 
     def _unescape_plain(self, text: str) -> str:
-        """Unescape text outside of wildcards; without alternatives, backslashes stay."""
+        """Unescape text outside wildcards; without alternatives, backslashes stay."""
         return unescape(text) if self.options.prompt_alternatives else text
 
     def _draw(self, key: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> str:
@@ -197,7 +197,7 @@ def _describe_draws(draws: Sequence[tuple[str, str]]) -> str:
 def find_file(folder: Path, key: str, prompt_name: str) -> Path:
     """Return the text file of a wildcard, named by `key`, such as animals/birds.
 
-    Files outside of the folder are rejected, even if a link in the folder leads to them.
+    Files outside the folder are rejected, even if a link in the folder leads to them.
 
     Raises:
         OptionError: If there is no such file.

@@ -73,7 +73,7 @@ def _make_step_cache(options: StepCacheOptions) -> StepCaching | None:
     if options.teacache_threshold:
         return TeaCache(options.teacache_threshold, options.teacache_coefficients)
     skips_passes = options.magcache_threshold and options.magcache_k  # nothing is skipped if one is 0
-    # without measured ratios there is nothing to go by
+    # without measured ratios there is no basis for skipping
     if options.magcache_mag_ratios is not None and skips_passes:
         return MagCache(
             options.magcache_mag_ratios,

@@ -238,7 +238,7 @@ def _read_config(read_channels: Callable[[str], tuple[int, int]]) -> TaehvConfig
     first_width, latent_channels = read_channels("1")
     next_widths = [read_channels(str(first + 5))[0] for first in STAGES]
     widths = (first_width, next_widths[0], next_widths[1], next_widths[2])
-    # each frame that a growth makes of a frame takes `width` of its output channels
+    # each frame that a growth layer derives from one frame uses `width` of its output channels
     growth_channels = [read_channels(f"{first + 4}.conv")[0] for first in STAGES]
     strides = (
         growth_channels[0] // widths[0],

@@ -33,7 +33,7 @@ class Fibo2Config(LuminaConfig):
     """Dimensions of a Fibo 2.0 transformer, read from a checkpoint's tensors."""
 
     time_hidden: int = 1024  # width between the layers that embed the time
-    max_gist: int = 512  # tokens that the Perceiver makes of a text, at most
+    max_gist: int = 512  # maximum number of tokens that the Perceiver makes from a text
     perceiver_layers: int = 2
     injections: tuple[int, ...] = (6, 14, 22, 30, 38)  # blocks that read the text
     patch_size: int = 1  # in packed latents

@@ -48,7 +48,7 @@ class TextBundle(NamedTuple):
 class TextStates(NamedTuple):
     """Text states of a batch, with their lengths."""
 
-    states: Tensor  # B T n W, without padding behind the longest
+    states: Tensor  # B T n W, without padding after the longest
     counts: tuple[int, ...]  # real tokens of each sample
 
     def bundle(self, number: int) -> TextBundle:
@@ -386,7 +386,7 @@ class Fibo2Model(BlockNetwork):
         return image
 
     def _make_gist(self, text: TextStates, num_image_tokens: int, dtype: torch.dtype) -> "Gist":
-        """Return the gist tokens of texts, with lengths that include the image tokens in front of them."""
+        """Return the gist tokens of texts, with lengths that include the image tokens before them."""
         counts = [self.config.count_gist(count) for count in text.counts]
         device = text.states.device
         gist_lengths = lengths = None

@@ -31,7 +31,7 @@ class ModulationRows(nn.Module):
 
     def __init__(self, first: int, count: int) -> None:
         super().__init__()
-        # a tensor: with a number for each block, each block would be compiled by itself. Not on the meta
+        # a tensor: with a number for each block, each block would be compiled separately. Not on the meta
         # device, on which networks are built
         self.row_indices = torch.arange(first, first + count, device="cpu")
 

@@ -51,7 +51,7 @@ class FluxConfig:
     num_heads: int
     double_blocks: int
     single_blocks: int
-    token_dim: int  # numbers in a token: latent channels x 2 x 2
+    token_dim: int  # width of a token: latent channels x 2 x 2
     text_dim: int  # width of T5's states
     pooled_dim: int = 0  # width of CLIP-L's pooled output; 0: the model takes none
     freq_dim: int = 256

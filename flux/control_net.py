@@ -1,4 +1,4 @@
-"""A ControlNet of FLUX.1 next to the transformer, in diffusers' class: files, and what it adds to blocks.
+"""A FLUX.1 ControlNet beside the transformer, in diffusers' class: its files, and what it adds to blocks.
 
 Its residuals are added to the image tokens after the blocks, as diffusers' transformer does: each of its n
 residuals serves ceil(blocks / n) consecutive blocks. It sees the control image as latents of the autoencoder.
@@ -173,7 +173,7 @@ def load_network(
 def build_network(settings: Mapping[str, Any]) -> FluxControlNetModel:
     """Build diffusers' ControlNet with these arguments."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # to developers: diffusers moves a class of its own
+        warnings.simplefilter("ignore", FutureWarning)  # to developers: diffusers moves one of its classes
         return FluxControlNetModel(**settings)
 
 
@@ -212,7 +212,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
     if "controlnet_mode_embedder.weight" in names:
         raise CheckpointError(
             f"{CONTROL_NET} {path} is a Union ControlNet that needs the kind of each control image, "
-            f"which datasets do not state.\n  Give one of a single kind, or without modes: {FITTING_FILES}.",
+            f"which datasets do not state.\n  Give one for a single kind, or without modes: {FITTING_FILES}.",
             path,
         )
     _check_dimensions(path, names, config)

@@ -68,7 +68,7 @@ TEXTS_AGAIN = "flux_cache_text_encoder_outputs.py"
 POOLED, STATES, MASK = "l_pooled", "t5_out", "t5_attn_mask"  # names in caches
 NAME = "FLUX.1 or Chroma"  # in messages
 CHROMA_SCALE = 4.0  # default guidance scale of Chroma; FLUX.1 is distilled and needs none
-CLIP_L_WIDTH = 768  # numbers of its pooled text
+CLIP_L_WIDTH = 768  # width of its pooled text
 
 
 @dataclass(frozen=True)

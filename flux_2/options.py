@@ -82,7 +82,7 @@ def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict
 def generation_options(options: Flux2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of the generation script that make a sample with the models of a training run.
 
-    `Placeholder` values stand for files that the user has to name.
+    `Placeholder` values represent files that the user has to name.
 
     Args:
         options: Options of the training.

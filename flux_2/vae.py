@@ -112,7 +112,7 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | N
     """Load FLUX.2's autoencoder from a file or folder.
 
     `tile` is the edge of a tile in pixels; None computes images as a whole.
-    Raises CheckpointError if the file is damaged or holds another model.
+    Raises CheckpointError if the file is damaged or contains another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)

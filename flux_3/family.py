@@ -122,8 +122,8 @@ class Flux3(pictures.ModelOfImages):
             if len(states) % TEXT_LENGTH_MULTIPLE:
                 raise CacheError(
                     f"{batch.keys[0]}: {TEXT_STATES_KEY} in its cache has {len(states)} tokens, not a "
-                    f"multiple of {TEXT_LENGTH_MULTIPLE}. The transformer was trained with texts that are "
-                    f"padded so. Cache again with {remedy}."
+                    f"multiple of {TEXT_LENGTH_MULTIPLE}. The transformer was trained with texts padded "
+                    f"to such a length. Cache again with {remedy}."
                 )
         references = pictures.references_of(batch, LATENT.channels, 1, LATENT_CACHING_SCRIPT)
         return {TEXT_STATES_KEY: batch.tensors[TEXT_STATES_KEY], **references}
@@ -139,8 +139,8 @@ class Flux3(pictures.ModelOfImages):
         """Predict the velocity, B C 1 H W float32.
 
         The conditions are ctx_vec, T D for each sample, and latents_control_0, ..., B C 1 h w each. The
-        distilled transformer predicts the mean velocity up to the step's end, which
-        `overrides.step_position` has.
+        distilled transformer predicts the mean velocity up to the step's end, given
+        by `overrides.step_position`.
         """
         next_timesteps = None
         if dit.config.is_flow_map:  # type: ignore[union-attr]
@@ -164,7 +164,7 @@ class Flux3(pictures.ModelOfImages):
         """Fill in a request's open fields; without a size, the first reference image determines it.
 
         A single reference is put on a canvas of whole tokens, and the result is cropped to its region.
-        Raises OptionError for a different solver than Euler's with the distilled model.
+        Raises OptionError for a solver other than Euler's with the distilled model.
         """
         if self.is_distilled:
             request = self._drop_guidance_scale(request)
@@ -195,7 +195,7 @@ class Flux3(pictures.ModelOfImages):
         if request.guidance_scale in (None, flux_3_options.GUIDANCE_OF_DISTILLED):
             return request
         logger.warning(
-            "the guidance scale %g is ignored: %s is distilled, its guidance is built in",
+            "the guidance scale %g is ignored: %s is distilled, so its guidance is built in",
             request.guidance_scale,
             self.files.dit_path,
         )

@@ -61,7 +61,7 @@ class Flux3Tokens:
     grid: tuple[int, int]  # rows, columns of the image's tokens
     modalities: tuple[str, ...]  # modalities that are there, in the order of their tokens
     counts: tuple[int, ...]  # number of this process's tokens, by modality
-    rotary: Tensor  # rotations of these tokens, L+R+T+T' 1 D/2 2, or with B in front
+    rotary: Tensor  # rotations of these tokens, L+R+T+T' 1 D/2 2, or with a leading B
     vector: Tensor  # B S 7 C float32: modulation rows of each modality, and its embedded time
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice

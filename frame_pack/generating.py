@@ -171,7 +171,7 @@ def _decode_overlapping(vae: HunyuanVae, latents: Tensor, slices: Iterable[slice
 
 
 def decode_part(encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-    """Decode the latents of a `PreviewPiece` at once to pixels, 1 3 F H W, which may lie outside of -1..1."""
+    """Decode the latents of a `PreviewPiece` at once to pixels, 1 3 F H W, which may lie outside -1..1."""
     return encoders.vae.decode_unclamped(latents / VAE_LATENT.scale)
 
 

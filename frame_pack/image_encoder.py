@@ -166,7 +166,7 @@ class SiglipVision(nn.Module):
 def load_siglip(path: Path, device: torch.device, dtype: torch.dtype = torch.float16) -> SiglipVision:
     """Load SigLIP's image tower; fp8 weights are dequantized, and a CPU computes in float32.
 
-    Raises CheckpointError if the file is damaged or holds another model.
+    Raises CheckpointError if the file is damaged or contains another model.
     """
     dtype = replace_slow_float16(device, dtype, "SigLIP")
     with open_checkpoint(path) as checkpoint:

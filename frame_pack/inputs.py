@@ -110,7 +110,7 @@ def read_alpha(path: Path, size: Size) -> Tensor | None:
     return latent_mask(image[..., 3].contiguous(), size[1], size[0]) if image.shape[2] == 4 else None
 
 
-# one frame: what is transparent counts as a mask, as in training, so its colors stay
+# one frame: transparency counts as a mask, as in training, so its colors stay
 def _encode_embeddings(
     encoders: MediaEncoders, path: Path, prepared: Prepared, on_white: bool = True
 ) -> Tensor:

@@ -33,7 +33,7 @@ def one_frame_indices(settings: OneFrame, controls: int, window: int) -> Indices
         )
     typed = settings.control_indices[:controls]
     control_indices = (*typed, *[0] * (controls - len(typed)))
-    # black frames are at the indices of history behind a section that starts at index 1
+    # black frames are at the history indices after a section that starts at index 1
     black = history_indices_after(1 + window)
     return Indices(
         clean=(*control_indices, *black.clean) if settings.has_post else control_indices,

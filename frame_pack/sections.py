@@ -21,7 +21,7 @@ from frame_pack.options import FRAMES_PER_SECOND
 from modules.errors import OptionError
 from modules.media.pixels import cross_fade
 
-LATENT_STRIDE = 4  # frames in a latent frame; the first one holds a single frame
+LATENT_STRIDE = 4  # frames in a latent frame; the first one covers a single frame
 FRAMES_2X = 2  # latent frames of the past seen at half resolution
 FRAMES_4X = 16  # latent frames of the past seen at quarter resolution
 FURTHEST = 999  # maximum number of sections between the start image and a section; usually at most 3
@@ -299,7 +299,7 @@ def decoding_slices(sections: int, window: int) -> tuple[slice, ...]:
 def blend_overlaps(clips: Iterable[Tensor], overlap: int) -> Iterator[Tensor]:
     """Join clips that repeat the last `overlap` frames of the previous clip, with a linear cross-fade.
 
-    Yields pieces in playing order, and holds at most two clips at a time. `clips` are B C F H W in playing
+    Yields pieces in playing order, and keeps at most two clips in memory. `clips` are B C F H W in playing
     order. Raises ValueError if a clip is shorter than `overlap`.
     """
     tail: Tensor | None = None

@@ -153,7 +153,7 @@ class RowConvolution(nn.Module):
 
 
 def compute_in_rows(network: nn.Module, rows: int) -> None:
-    """Replace a network's 3x3 convolutions by ones that compute `rows` rows at a time."""
+    """Replace a network's 3x3 convolutions with ones that compute `rows` rows at a time."""
     for module in list(network.modules()):
         for name, layer in module.named_children():
             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
@@ -299,7 +299,7 @@ def load_vae(
         tile: Edge of a tile in pixels; None computes images as a whole.
 
     Raises:
-        CheckpointError: If the file is damaged or holds another model.
+        CheckpointError: If the file is damaged or contains another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)

@@ -295,7 +295,7 @@ class HunyuanVideo(OneTransformer):
         frame_noise = [
             noise.draw((batch, channels, 1, rows, columns), torch.bfloat16) for _ in range(latent_frames)
         ]
-        # keys of `prompts` and `inputs` are section numbers; a video has the section 0
+        # keys of `prompts` and `inputs` are section numbers; a video has section 0
         conditions = dict(inputs.get(0, {}))
         guidance = GUIDANCE_UNIT * (prepared.embedded_guidance or 0.0)
         conditions["guidance"] = torch.full((1,), guidance, dtype=self.files.compute_dtype())

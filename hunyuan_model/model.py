@@ -198,8 +198,8 @@ def count_real_tokens(
 ) -> tuple[int, list[int] | None, SampleLengths | None]:
     """Return the tokens of the longest text, those of each sample, and the lengths of whole sequences.
 
-    The last two are None if all texts are equally long. A sequence has `num_tokens_before` tokens in front
-    of the text.
+    The last two are None if all texts are equally long. A sequence has `num_tokens_before` tokens before
+    the text.
     """
     longest, counts = real_tokens(mask)
     if counts is None:

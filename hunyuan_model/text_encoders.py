@@ -53,10 +53,10 @@ PROMPT_TOKENS = 256  # states of the language model that are kept
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """Chat template for the language model: a system text, then the prompt as the user's message.
+    """Chat template for the language model: a system message, then the prompt as the user's message.
 
     Attributes:
-        system: The system text.
+        system: The system message.
         crop_start: Number of tokens before the prompt, whose states are cut off; None to count them.
         after: Text after the prompt.
     """
@@ -89,7 +89,7 @@ VIDEO_TEMPLATE = PromptTemplate(
 
 
 def select_template(system: str | None) -> PromptTemplate:
-    """Return the template with a custom system text; None for the default template for videos."""
+    """Return the template with a custom system message; None for the default template for videos."""
     return VIDEO_TEMPLATE if system is None else PromptTemplate(system)
 
 
@@ -124,7 +124,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
         """Set up the encoder; `load` reads the files.
 
         Args:
-            path: File or folder of the model, or of a release that holds it in its subfolder `text_encoder`.
+            path: File or folder of the model, or of a release that has it in its subfolder `text_encoder`.
             dtype: Compute dtype.
             tokenizer: Folder or file of the tokenizer.
             template: Chat around each prompt.
@@ -150,7 +150,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
         return f"{-1 - self.use.states[0]} layers skipped" + (", normed" if self.use.final_norm else "")
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Warn if the tokenizer splits the template into other tokens than the model's own."""
+        """Warn if the tokenizer splits the template into different tokens than the model's own tokenizer."""
         super().check_tokenizer(tokenizer)
         if self.use.dropped is None:
             message = "system prompt: %s (%d tokens before the prompt, which are cut off)"

@@ -129,7 +129,7 @@ def refine_tokens(
 def mean_text(text: Tensor, counts: Sequence[int] | None) -> Tensor:
     """Return the mean of each text's states, B T D to B D float32, without padding; zeros for an empty text.
 
-    `counts` holds the number of real states of each text; None means that all are real.
+    `counts` has the number of real states of each text; None means that all are real.
     """
     if counts is None:
         return text.float().mean(dim=1)

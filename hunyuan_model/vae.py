@@ -150,7 +150,7 @@ class HunyuanVae(nn.Module):
             del span  # free it before the next one is computed
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        """Return the moments B 2Z f h w, float32, of pixels that need no cut in time."""
+        """Return the moments B 2Z f h w, float32, of pixels that need not be cut in time."""
         if self.tiling is None or max(pixels.shape[-2:]) <= self.tiling.edge:
             return self._moments(pixels)
         return compute_in_tiles(
@@ -158,7 +158,7 @@ class HunyuanVae(nn.Module):
         )
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Return the pixels B 3 F H W, float32, of latents that need no cut in time."""
+        """Return the pixels B 3 F H W, float32, of latents that need not be cut in time."""
         if self.tiling is None or max(latents.shape[-2:]) <= self.tiling.edge // PIXELS:
             return self._pixels(latents)
         return compute_in_tiles(
@@ -203,12 +203,12 @@ def load_vae(
         chunk_size: Number of frames that a layer computes at a time; None for as many as fit into 2**26
             values.
         tile: Edge of a tile in pixels, rounded down to a multiple of 8; turns tiling on.
-        tiling: AxisTiling clips into tiles as the released VAE does.
+        tiling: Cut clips into tiles as the released VAE does.
         tile_frames: Length of a tile in frames, a multiple of 16.
 
     Raises:
         OptionError: For invalid sizes.
-        CheckpointError: If the file is damaged or holds another model.
+        CheckpointError: If the file is damaged or contains another model.
     """
     if chunk_size is not None and chunk_size < 1:
         raise OptionError(
@@ -236,8 +236,8 @@ def load_vae(
 def encode_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list[CacheEntry]:
     """Encode clips in one batch, and return the cache entry of each.
 
-    Each entry holds a posterior sample seeded by the clip's name, not in model space, in the VAE's dtype.
-    With `with_image`, it also holds the first frame encoded alone, for image-to-video training.
+    Each entry has a posterior sample seeded by the clip's name, not in model space, in the VAE's dtype.
+    With `with_image`, it also has the first frame encoded alone, for image-to-video training.
     """
     generators = [posterior_generator(key) for key in media.keys]
     pixels = byte_clips(media.frames)

@@ -65,7 +65,7 @@ class ClipNorm(nn.GroupNorm):
         super().__init__(groups, width, eps=EPS)
 
     def scale_and_offset(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
-        """Return factor and offset, B C 1 1 1 float32, such that x * factor + offset is the normalized clip.
+        """Return factor and offset, B C 1 1 1 float32, so that x * factor + offset is the normalized clip.
 
         `x` is B C T H W, processed in chunks of `chunk` frames.
         """

@@ -52,7 +52,7 @@ def read_vae(checkpoint: Checkpoint) -> dialects.LoadPlan[HunyuanVaeConfig]:
     if "encoder.conv_in.conv.weight" not in names or "quant_conv.weight" not in names:
         raise dialects.make_wrong_kind_error(checkpoint, "a HunyuanVideo VAE", "--vae", RELEASE)
     sources = list_tensor_sources(checkpoint)
-    if "encoder.down.0.block.0.conv1.conv.weight" in names:  # ComfyUI's file, with names of its own
+    if "encoder.down.0.block.0.conv1.conv.weight" in names:  # ComfyUI's file, with its own names
         levels_up = dialects.count(sources, r"decoder\.up\.\d+")
         sources = dialects.rename_sources(sources, lambda name: _translate_comfy_name(name, levels_up))
         as_matrices(sources, r".+\.attentions\.0\.to_.+\.weight")

@@ -230,7 +230,7 @@ class Krea2(pictures.ModelOfImages):
         mu_values = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
         for name, mu in mu_values.items():
             check_mu(mu, f"--{name}")
-        # a guidance scale of 1 is no guidance
+        # a guidance scale of 1 turns guidance off
         if prepared.guidance_scale == (1.0,) and self._says_raw():
             logger.warning(
                 "%s is raw, whose pictures are blurred without guidance. Give Turbo, a LoRA that makes it "
@@ -238,7 +238,7 @@ class Krea2(pictures.ModelOfImages):
                 self.files.dit,
                 DEFAULTS.guidance_scale,
             )
-        check_levels(mu_values, request.flow_shift is not None)  # refuses them together with a flow shift
+        check_levels(mu_values, request.flow_shift is not None)  # rejects them together with a flow shift
         if request.flow_shift is not None:
             return prepared
         if "mu" in mu_values and len(mu_values) > 1:

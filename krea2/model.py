@@ -8,7 +8,7 @@ References that attend only to each other, at time 0, are the same in all passes
 and values are computed once (`Krea2Model.compute_keys_values`).
 """
 # Letters: B batch, R tokens of references, L of the image, T of text, n states of each, N heads, D head
-# width, C = N * D, S 1, or 2 if there are references: time 0, theirs, stands before the image's
+# width, C = N * D, S 1, or 2 if there are references: time 0, theirs, comes before the image's
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -85,7 +85,7 @@ class GatedAttention(GroupedAttention):
         self.wv = nn.Linear(dim, rows, bias=False)
         self.qknorm = QueryKeyScales(config)
         self.head_width = config.head_width
-        # keys and values of the references in front, 1 R K D; see `runtime/kv_cache.py`
+        # keys and values of the leading references, 1 R K D; see `runtime/kv_cache.py`
         self.cached_keys_values: Sequence[Tensor] = ()
 
     def heads(self, x: Tensor) -> Heads:
@@ -311,7 +311,7 @@ class Krea2Model(BlockNetwork):
         self.attention = attention
         dim, text_dim = config.dim, config.text_dim
         self.first = nn.Linear(config.channels * PATCH**2, dim)
-        # the Identity stands for GELU, so that layers keep the file's numbers
+        # the Identity takes GELU's place, so that layers keep their numbers in the file
         self.tmlp = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.Identity(), nn.Linear(dim, dim))
         self.tproj = nn.Sequential(nn.Identity(), nn.Linear(dim, ROWS * dim))
         self.txtfusion = TextFusion(config)
@@ -453,7 +453,7 @@ class Krea2Model(BlockNetwork):
     ) -> Krea2Text:
         """Embed a text; `arguments` are its states `text`, and `text_mask`, true for real tokens.
 
-        `num_image_tokens` counts the tokens in front of the text that attend to all.
+        `num_image_tokens` counts the tokens before the text that attend to all.
         """
         longest, counts = count_real_tokens(arguments["text_mask"])
         states = arguments["text"][:, :longest]

@@ -182,7 +182,7 @@ def check_levels(levels: Collection[str], has_shift: bool) -> None:
 def resolve_generation(
     options: Any, own_options: Krea2GenerationOptions
 ) -> tuple[Any, Krea2GenerationOptions]:
-    """Resolve the image size from --width and --height, and warn about LoRAs trained with another --kv_cache.
+    """Resolve the image size from its options, and warn about LoRAs trained with a different --kv_cache.
 
     Raises OptionError if --image_size gives another size, or two options set the noise levels.
     """
@@ -212,13 +212,13 @@ def _check_sides(own_options: Krea2GenerationOptions, height: int, width: int) -
 
 
 def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
-    """Warn if edit LoRAs were trained with another --kv_cache setting."""
+    """Warn if edit LoRAs were trained with a different --kv_cache setting."""
     how, mend = ("without", "Leave it out") if kv_cache else ("with", "Give it")
     for path, metadata in metadata_of_files(loras):
         trained_with = metadata.get("ss_kv_cache", str(kv_cache))
         if metadata.get("ss_edit") == "True" and trained_with != str(kv_cache):
             logger.warning(
-                f"{path} was trained {how} --kv_cache, as its metadata say: its references attend to "
+                f"{path} was trained {how} --kv_cache, as its metadata says: its references attend to "
                 f"each other differently. {mend} here too"
             )
 

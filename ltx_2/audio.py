@@ -36,7 +36,7 @@ from modules.installation import hide_packages
 logger = logging.getLogger(__name__)
 
 # As trained: the official reader's defaults, which no release changes
-RATE = 16000  # samples a second of what is encoded
+RATE = 16000  # samples per second of encoded audio
 HOP = 160  # samples from one mel frame to the next
 WINDOW = 1024  # samples of a mel frame
 MIN_MAGNITUDE = 1e-5  # lower limit of magnitudes before the logarithm
@@ -264,8 +264,8 @@ def _read_generator(
 def load_audio_vae(path: Path, device: torch.device, option: str = "--audio_vae") -> AudioVae:
     """Load the audio VAE of LTX-2 or LTX-2.3 from the official file, its audio part, or diffusers' folder.
 
-    `option` is the option that named the path. Raises CheckpointError if the file is damaged or holds another
-    model.
+    `option` is the option that named the path. Raises CheckpointError if the file is damaged or contains
+    another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_audio_vae(checkpoint, option)
@@ -277,8 +277,8 @@ def load_audio_vae(path: Path, device: torch.device, option: str = "--audio_vae"
 def load_vocoder(path: Path, device: torch.device, option: str = "--audio_vae") -> Vocoder:
     """Load the vocoder of LTX-2 or LTX-2.3 from any file that `read_vocoder` accepts.
 
-    `option` is the option that named the path. Raises CheckpointError if the file is damaged or holds another
-    model.
+    `option` is the option that named the path. Raises CheckpointError if the file is damaged or contains
+    another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vocoder(checkpoint, option)

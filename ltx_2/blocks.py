@@ -124,7 +124,7 @@ class StreamConditioning:
     embedded_timestep: Tensor  # B S C float32
     # B 1 2 C float32: shift and scale of the text, 0 without dependence on the timestep; None: not modulated
     text_modulation: Tensor | None
-    num_conditioning_tokens: int = 0  # leading tokens with a timestep of their own
+    num_conditioning_tokens: int = 0  # leading tokens with their own timestep
     token_timesteps: TokenTimesteps | None = None  # replaces `num_conditioning_tokens`
     cross: CrossInputs | None = None  # None: there is no attention to another stream
     token_range: "TokenShard | None" = None  # the tokens that this process has; None if it has all

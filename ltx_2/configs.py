@@ -64,7 +64,7 @@ class StreamConfig:
 
     dim: int
     ffn_dim: int
-    channels: int  # numbers per token: those of a latent pixel, or of an audio frame
+    channels: int  # width of a token: that of a latent pixel, or of an audio frame
     text_dim: int  # width of the text states, before projection if `LtxConfig.projects_text`
     ff_bias: bool = True  # whether feed-forward layers have a bias; in LTX-2.5, those of video do not
 
@@ -78,7 +78,7 @@ class LtxConfig:
     num_heads: int  # number of heads in both streams and in the attention between them
     num_layers: int
     cross_dim: int  # width of the attention between the streams
-    projects_text: bool  # LTX-2.0: states are projected here; later versions do so in front of the connectors
+    projects_text: bool  # LTX-2.0: states are projected here; later versions do so before the connectors
     has_head_gates: bool  # LTX-2.3: heads have gates
     modulates_text: bool  # LTX-2.3: attention to the text is modulated too
     modulates_text_by_timestep: bool = True  # with `modulates_text`; False: by constants

@@ -646,7 +646,7 @@ class Ltx2(Ltx2Media):
         return paths
 
     def _check_no_clean_frames(self, request: Request, media: Ltx2GivenMedia) -> None:
-        """Raise OptionError if a medium gives frames of the result, next to references that are denoised."""
+        """Raise OptionError if media give frames of the result while references are denoised."""
         medium = (
             request.image_path
             or self.drive_video

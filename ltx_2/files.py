@@ -211,7 +211,7 @@ class Ltx2Files(TransformerFiles):
             )
 
     def audio_identity(self) -> dict[str, str]:
-        """Return the checksum of the audio VAE, by name. Its dtype does not count: it is always float32."""
+        """Return the checksum of the audio VAE, by name. Its dtype is ignored: it is always float32."""
         return {"audio_vae": fingerprint(self.audio_path("audio_vae"))}
 
     def load_audio(self, device: torch.device, decodes: bool) -> tuple[AudioVae, Vocoder | None]:
@@ -326,7 +326,7 @@ class Ltx2Files(TransformerFiles):
                 )
 
     def _check_caption_release(self, batch: Batch, config: LtxConfig) -> None:
-        """Raise CacheError if captions were encoded by the Gemma of another release than the transformer."""
+        """Raise CacheError if captions were encoded by the Gemma of a different release."""
         for cache in batch.made_by:  # caches of other tools have no records
             is_gemma_4 = "gemma4" in cache.encoder
             if cache.part == GEMMA_USE.name and is_gemma_4 != (config.kind == "2.5"):

@@ -1,4 +1,4 @@
-"""Gemma 4, the text model of LTX-2.5: its settings, and whether a file is that of the release.
+"""Gemma 4, the text model of LTX-2.5: its settings, and whether a file belongs to the release.
 
 Source: transformers' Gemma4UnifiedTextConfig, and the released reader for the metadata of files.
 """

@@ -1,6 +1,6 @@
 """Clean parts of clips: select the latents that stay clean, have time 0 and are excluded from the loss.
 
-Training draws them for each clip (`CleanLatentRules`); a generation takes them from its options. Positions
+Training draws them for each clip (`CleanLatentRules`); generation takes them from its options. Positions
 do not change. Source: the released trainer of LTX-2, and the fork of musubi-tuner whose options these are.
 """
 # Letters: B batch, F H W latents of a video, T latents of the audio
@@ -154,7 +154,7 @@ class CleanFrameRule:
         elif self.strategy == "random":
             is_clean = _select_lowest(scores, self.count)
         else:
-            scores[:, ends] = 2.0  # above all random numbers: drawn frames lie between the ends
+            scores[:, ends] = 2.0  # greater than any random number: frames are drawn between the ends
             is_clean = _select_lowest(scores, self.count) | ends
         return is_clean & (draws < self.probability)[:, None]
 
@@ -205,14 +205,14 @@ class RandomDraws(NamedTuple):
 
     @classmethod
     def make(cls, batch_size: int, generator: torch.Generator) -> "RandomDraws":
-        """Draw the numbers of all rules, so that a rule that is off does not shift those of the others."""
+        """Draw the numbers for all rules, so that turning a rule off does not change those of the others."""
         rows = torch.rand((8, batch_size), generator=generator)
         return cls(rows[:2], rows[2], rows[3], rows[4], rows[5:7], rows[7])
 
 
 @dataclass(frozen=True)
 class CleanLatentRules:
-    """Rules by which a training keeps parts of clips clean: inputs at time 0, which have no loss."""
+    """Rules for keeping parts of clips clean in training: inputs at time 0, excluded from the loss."""
 
     ends: ClipEndRule | None = None
     region: MaskRule | None = None
@@ -440,7 +440,7 @@ def insert_guides(tensors: Conditions, _: str, __: torch.Generator) -> Condition
 def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
     """Return which latents a batch's masks select to stay clean, B F H W bool.
 
-    Raises DatasetError if there are no masks, or if one gives every latent.
+    Raises DatasetError if there are no masks, or if one marks every latent as clean.
     """
     masks = batch.tensors.get(MASK)
     if not isinstance(masks, Tensor):

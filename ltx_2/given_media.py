@@ -1,4 +1,4 @@
-"""Parts of a result that a generation takes from other media: their latents, and which of them are kept.
+"""Parts of a result that are taken from other media: their latents, and which of them are kept.
 
 Kept latents are clean in all steps and have time 0, marked as in `given`. Source: the released
 pipelines, and the fork of musubi-tuner whose options these are.
@@ -50,7 +50,7 @@ def with_request_values(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMed
     A mask without --inpaint_source applies to the request's only reference.
 
     Raises:
-        OptionError: If a value cannot be parsed, or a mask has no clip, or a clip no mask.
+        OptionError: If a value cannot be parsed, or there is a mask without a clip, or a clip without a mask.
     """
     media = override_options(media, _read_request_values(request.extra))
     if media.inpaint_mask is not None and media.inpaint_source is None:
@@ -148,7 +148,7 @@ def count_extension_frames(media: Ltx2GivenMedia, name: str, latent: LatentSpec)
     count = 1 if is_single_image(path) else count_frames_up_to(path, requested or 10**6)
     if requested is not None and count < requested:
         raise OptionError(
-            f"--{name} {path}: it has {count} frames, --{name}_frames asks for {requested}. Give fewer"
+            f"--{name} {path}: it has {count} frames, but --{name}_frames asks for {requested}. Give fewer"
         )
     count = (count - 1) // latent.frame_step * latent.frame_step + 1
     if name == "extend_suffix" and count == 1:
@@ -228,7 +228,7 @@ def encode_images(
 def _encode_parts(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Encode, latent: LatentSpec, crf: int
 ) -> Iterator[CleanPart]:
-    """Encode the media that fix parts of the images one by one; arguments are those of `encode_images`."""
+    """Encode the media that fix parts of the images one by one; arguments as for `encode_images`."""
     size = (prepared.width, prepared.height)
     _, _, num_latent_frames, rows, columns = latent.shape(prepared.frames, prepared.height, prepared.width)
     region = media.region
@@ -320,8 +320,8 @@ def _read_mask_frames(mask: Path, prepared: Prepared, latent: LatentSpec) -> Ten
         white = white.expand(-1, prepared.frames, -1, -1)
     if white.shape[1] < prepared.frames:
         raise OptionError(
-            f"--inpaint_mask {mask}: it has {white.shape[1]} frames, {prepared.frames} are "
-            "made. Give a picture, or a clip as long as the result"
+            f"--inpaint_mask {mask}: it has {white.shape[1]} frames, but {prepared.frames} "
+            "are generated. Give a picture, or a clip as long as the result"
         )
     return white
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from modules.errors import OptionError
 from modules.options import OF_REQUEST, Options, of_request, option
 
-FEATHER = 16  # pixels, half of a latent: what is generated beside a latent hardly changes more of it
+FEATHER = 16  # pixels, half of a latent: content generated next to a latent hardly changes more of it
 
 
 class Rectangle(NamedTuple):
@@ -176,7 +176,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
     @property
     def latent_frames(self) -> tuple[PlacedImage, ...]:
-        """Images of --latent_frame."""
+        """Return the images of --latent_frame with their latent frame indices."""
         return tuple(read_placed_image("latent_frame", text) for text in self.latent_frame or ())
 
     @property

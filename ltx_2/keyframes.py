@@ -202,7 +202,7 @@ def append_training_keyframes(
     if clean_tokens.keyframe_noise is not None:
         fractions = clean_fraction(weights, keyframes)
         keyframe_sigmas = sigmas.view(-1, 1, 1, 1, 1) * (1 - fractions)
-        # a clip that may not see a keyframe gets pure noise for it: the clean one would show what is to learn
+        # a clip that may not see a keyframe gets pure noise for it: the clean one would reveal the target
         keyframe_sigmas = keyframe_sigmas.masked_fill(fractions == 0, 1)
         noise = clean_tokens.keyframe_noise.to(keyframes.device)
         keyframes = ((1 - keyframe_sigmas) * keyframes + keyframe_sigmas * noise).to(image.dtype)

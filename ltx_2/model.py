@@ -82,7 +82,7 @@ class StreamInputs:
     freq_dim: int  # width of the timesteps' sinusoids
     num_clean_frames: int  # leading latent frames that are clean
     references: LtxReferences
-    # a timestep for each token; None: only conditioning tokens have a timestep of their own
+    # a timestep for each token; None: only conditioning tokens have their own timestep
     token_timesteps: TokenTimesteps | None = None
     keyframe_indices: Sequence[int] = ()  # frame index of each image in the last latent frames
     num_generated_keyframes: int = 0  # how many of these images are denoised
@@ -98,7 +98,7 @@ class StreamInputs:
 
     @property
     def num_conditioning_tokens(self) -> int:
-        """Return the number of leading tokens with a timestep of their own: references, then clean frames."""
+        """Return the number of leading tokens with their own timestep: references, then clean frames."""
         in_clean_frames = self.num_clean_frames * self.latents.shape[-1] * self.latents.shape[-2]
         return in_clean_frames + self.references.num_tokens
 

@@ -108,7 +108,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         except ValueError:
             typed = f"--video-conditioning {' '.join(words)}"
             raise OptionError(f"{typed}: give a file and its strength, from 0 to 1") from None
-        # the common strength applies if it is set, or if some references have no strength of their own
+        # the common strength applies if it is set, or if some references have no individual strength
         if self.reference_strength != 1 or len(words) < 2 * len(self.paths) or not words:
             strengths.add(self.reference_strength)
         if len(strengths) > 1:

@@ -23,7 +23,7 @@ class TokenPositions(NamedTuple):
 
     dim: int  # channels of all heads, N * D
     grid: tuple[int, ...]  # latent frames, rows and columns of a video, or the number of audio latents
-    # frame rate of each sample, or one for all; () for audio, whose latents have a rate of their own
+    # frame rate of each sample, or one for all; () for audio, whose latents have their own rate
     fps: tuple[float, ...] = ()
     time_only: bool = False  # without rows and columns: all tokens of a frame share its rotation
     # factors on the sides and the seconds of a reference, so that it covers the same range as its target

@@ -67,7 +67,7 @@ class SourcePasting:
             yield weight * source.to(chunk.device) + (1 - weight) * decoded
 
     def _read_frames(self) -> Iterator[NDArray[numpy.uint8]]:
-        """Yield the source's frames as they were encoded, H W 3, black outside of their region."""
+        """Yield the source's frames as they were encoded, H W 3, black outside their region."""
         path, region = self._source
         for frame in video_frames(path):
             canvas = numpy.zeros((self.prepared.height, self.prepared.width, 3), numpy.uint8)

@@ -134,7 +134,7 @@ def load_video_vae(
 
     `tile` is the edge of a tile in pixels; None computes whole frames.
 
-    Raises CheckpointError if the file is damaged or holds another model.
+    Raises CheckpointError if the file is damaged or contains another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_video_vae(checkpoint)

@@ -92,7 +92,7 @@ TYPED = {
 
 
 def translate_to_generation_argv(options: LuminaMinimalOptions) -> list[str]:
-    """Return the arguments of lumina_generate_image.py with which it does what the options here ask for."""
+    """Return the arguments of lumina_generate_image.py that are equivalent to these options."""
     model, image = options.model, options.picture
     values = {
         "--pretrained_model_name_or_path": model.pretrained_model_name_or_path,

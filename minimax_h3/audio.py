@@ -186,8 +186,8 @@ def _read_decoder_settings(shape: Shape, stages: int, blocks: int) -> dict[str, 
 def load_audio_vae(path: Path, device: torch.device, option: str = "--audio_vae") -> H3AudioVae:
     """Load the audio VAE of MiniMax-H3: a file, or diffusers' folder.
 
-    `option` is the option that named the path. Raises CheckpointError if the file is damaged or holds another
-    model.
+    `option` is the option that named the path. Raises CheckpointError if the file is damaged or contains
+    another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_audio_vae(checkpoint, option)

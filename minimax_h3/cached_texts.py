@@ -189,7 +189,7 @@ class H3CachingEncoder(H3TextEncoder):
                 "--teacher_conditions subject_ref shows images of the subject to the teacher, and nothing "
                 "else. Give the table control_directory, or name images in `references` of its rows."
             )
-        # a caption of its own for the teacher, if the dataset has one
+        # a separate caption for the teacher, if the dataset has one
         text = prompt.text_with_references
         if text is None:
             text = describe_subjects(prompt.text, len(images), is_still=len(clip) == 1)

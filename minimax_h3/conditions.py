@@ -80,7 +80,7 @@ def add_condition_noise(
 
 
 def is_visual(key: str) -> bool:
-    """Return whether a cache key holds latents of an image or clip, to which noise is added, not of audio."""
+    """Return whether a cache key is for latents of an image or clip, which get noise, not for audio."""
     match = _REFERENCE_KEY.fullmatch(key)
     if match is not None:
         return match[2] != AUDIO

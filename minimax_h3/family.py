@@ -293,7 +293,7 @@ class MiniMaxH3(OneTransformer):
         return {**texts, **media_conditions(batch, self.files.task, latents), **self._make_clean_fractions()}
 
     def _make_clean_fractions(self) -> Conditions:
-        """Return the training's fractions of clean signal as a condition; {} outside of training."""
+        """Return the training's fractions of clean signal as a condition; {} outside training."""
         if not isinstance(self.options, H3TrainingOptions):
             return {}
         loss = self.options.loss

@@ -2,7 +2,7 @@
 
 An image is `<Picture i>: ` and a vision block. A clip is `<Video n>: ` and, for each pair of its frames, two
 per second, `<T seconds>` and a vision block. Audio is `<Audio n>: ` alone: the encoder does not hear it. The
-prompt follows as it was typed. Rows of a vision block, including its two borders, have the tag of images, 0;
+prompt follows unchanged. Rows of a vision block, including its two borders, have the tag of images, 0;
 all others that of texts, 1. Each text is tokenized separately. Source: the released code, as in diffusers.
 
     prompt = replace(prompt, presented=present_keyframes([first, last]))      # H W 3 uint8, on the canvas
@@ -132,7 +132,7 @@ def present_media(
 def _present_clip_frames(
     vision_tower: nn.Module, frames: Tensor, preprocessing: Preprocessing
 ) -> tuple[list[PromptPiece], PatchedImages]:
-    """Return the time and tokens of each frame group of a clip, as pieces of the prompt, and its patches."""
+    """Return the prompt pieces (time and tokens) of each frame group of a clip, and the clip's patches."""
     group_size = int(vision_tower.config.temporal_patch_size)  # type: ignore[union-attr,arg-type]
     sampled = sample_clip_frames(len(frames), group_size)
     patches = cut_clip(vision_tower, frames[list(sampled.indices)], preprocessing.clips)

@@ -1,4 +1,4 @@
-"""Numbers of the released MiniMax-H3 that are not in its tensors."""
+"""Constants of the released MiniMax-H3 that its tensors do not show."""
 
 # statistics of the latents of videos and of audio, by channel
 LATENTS_MEAN = (

@@ -366,7 +366,7 @@ DEFAULT: dict[str, Any] = {
 def _give(args: argparse.Namespace, name: str, other_name: str, value: Any) -> None:
     """Set a shared option to the value of another trainer's option, `other_name`.
 
-    Raises OptionError if the shared option is given too, with another value.
+    Raises OptionError if the shared option is also given, with a different value.
     """
     given = getattr(args, name)
     given = tuple(given) if isinstance(given, list) else given

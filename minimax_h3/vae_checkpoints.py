@@ -1,7 +1,7 @@
 """Files of MiniMax-H3's video VAE: recognize their dialects, read dimensions from the tensors.
 
 Module names are those of the released file, whose rows of queries, keys and values are interleaved by head.
-diffusers stores them separately, and the halves of the feed-forward's first layer in the other order.
+diffusers stores them separately, and the halves of the feed-forward's first layer in reverse order.
 
 No tensor shows the strides of levels, the length of clips, or the statistics of latents. They come from
 config.json in diffusers' folder; otherwise they are those of the release.
@@ -105,7 +105,7 @@ class _DeclaredInfo:
     latents_std: tuple[float, ...] = LATENTS_STD
 
 
-# key of config.json -> our field, and the type of its numbers
+# key of config.json -> our field, and its numeric type
 _KEYS: Mapping[str, tuple[str, type]] = {
     "temporal_downsample_factors": ("time_strides", int),
     "spatial_downsample_factors": ("space_strides", int),
@@ -191,7 +191,7 @@ def _read_levels(shapes: DitShapes, declared: _DeclaredInfo) -> tuple[H3VaeLevel
     if not len(space_strides) == len(time_strides) == len(prefixes):
         raise CheckpointError(
             f"{shapes.path}: its config.json has strides of {len(space_strides)} and {len(time_strides)} "
-            f"levels, its encoder has {len(prefixes)}. Copy the folder again.",
+            f"levels, but its encoder has {len(prefixes)}. Copy the folder again.",
             shapes.path,
         )
     levels = []
@@ -224,9 +224,9 @@ def _check(checkpoint: Checkpoint, config: H3VideoVaeConfig, channels: int, patc
     if config.head_width < 1 or config.dim % config.head_width:
         error = f"a decoder of width {config.dim} has no heads of {config.head_width}"
     elif channels != config.latent_channels:
-        error = f"its decoder takes {channels} channels, its latents have {config.latent_channels}"
+        error = f"its decoder takes {channels} channels, but its latents have {config.latent_channels}"
     elif patch != patch_width:
-        error = f"its decoder makes patches of {patch} numbers, its encoder takes {patch_width}"
+        error = f"its decoder produces patches of width {patch}, but its encoder takes {patch_width}"
     elif not len(config.latents_mean) == len(config.latents_std) == config.latent_channels:
         error = (
             f"{len(config.latents_mean)} means and {len(config.latents_std)} deviations for "

@@ -103,7 +103,7 @@ class H3VideoVae(nn.Module):
                 f"{frames} frames of {height} x {width}: the VAE takes one frame or {config.clip_frames}n + "
                 f"{config.tail}, with sides that are multiples of {step}"
             )
-        # an image is a clip by itself; a video is encoded in clips of equal length, the last one filled up
+        # an image is a clip by itself; a video is encoded in clips of equal length, the last one padded
         if frames == 1:
             return self._encode_clip(pixels)
         clips = pixels.split(config.clip_frames, dim=2)
@@ -174,7 +174,7 @@ class H3VideoVae(nn.Module):
         has_overlap = config.num_dropped_latents > 0
         num_clips = (padded.shape[2] + config.num_dropped_latents) // clip_latents - int(has_overlap)
         frames_left = self._count_frames(latents.shape[2])
-        clip_frames = clip_latents * config.time_stride  # including the padding in front
+        clip_frames = clip_latents * config.time_stride  # including the leading padding
         previous: Tensor | None = None  # frames of the previous clip that overlap with this one
         for index in range(num_clips):
             start = index * clip_latents
@@ -278,7 +278,7 @@ def load_video_vae(
     """Load the video VAE of MiniMax-H3 from the official file, ComfyUI's file or diffusers' folder.
 
     `dtype` is the dtype of the decoder's layers; the encoder is always float32. `tile` is the edge of a tile
-    in pixels; None computes whole frames. Raises CheckpointError if the file is damaged or holds another
+    in pixels; None computes whole frames. Raises CheckpointError if the file is damaged or contains another
     model.
     """
     with open_checkpoint(path) as checkpoint:

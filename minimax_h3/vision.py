@@ -3,7 +3,7 @@
 Limits of sizes and colors are those of the preprocessor files in the model's folder, else the released ones.
 Source: the image and video processors of Qwen3-VL in transformers, and the released preprocessor files.
 """
-# Letters: F frames, T pairs of frames, H W pixels, P patches, K numbers of a patch
+# Letters: F frames, T pairs of frames, H W pixels, P patches, K values in a patch
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,7 +72,7 @@ def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[st
                 content = parse_json(read_text(file))
             except (OSError, ValueError) as error:
                 raise _make_error(file, str(error)) from error
-            # the shared file has a section for each; a file of its own has the settings at the top
+            # the shared file has a section for each; a separate file has the settings at the top
             settings = content.get(part) if part and isinstance(content, dict) else content
             # the shared file lacks this section: look in the next file
             if part and settings is None:
@@ -130,7 +130,7 @@ def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> PatchedImages:
     """Cut a clip, F H W 3 uint8, into the vision tower's patches, which cover two frames each.
 
     Each pair counts as an image: its tokens follow its time in the prompt. The last frame may be repeated.
-    Raises MediaError if frames are too long and narrow.
+    Raises MediaError if frames are too elongated.
     """
     config: Any = tower.config
     merge_size = config.spatial_merge_size
@@ -191,9 +191,7 @@ def resized_sides(
         scale = max(token_size / height, token_size / width)
         height, width = int(height * scale), int(width * scale)
     if max(height, width) > MAX_RATIO * min(height, width):
-        raise MediaError(
-            f"frames of {width}x{height} are too long and narrow for the text encoder. Crop them."
-        )
+        raise MediaError(f"frames of {width}x{height} are too elongated for the text encoder. Crop them.")
     max_pixels = _limit_pixels(num_frames, limits, token_size)
     pixels = num_frames * height * width
     rounded_frames = round(num_frames / group_size) * group_size
@@ -214,7 +212,7 @@ def resized_sides(
 
 
 def _limit_pixels(num_frames: int, limits: Limits, token_size: int) -> int:
-    """Return the maximum number of pixels of a whole clip, also if the limits are for single frames."""
+    """Return the maximum number of pixels of a whole clip, even if the limits are for single frames."""
     if not limits.max_tokens_per_frame:
         return limits.max_pixels
     pixels_per_frame = min(limits.max_tokens_per_frame * token_size**2, limits.max_pixels // num_frames)

@@ -8,7 +8,7 @@ in all steps of a generation: their keys and values are computed once for each t
 (`MossImageModel.compute_keys_values`).
 """
 # Letters: B batch, R tokens of references, L of the image, T of text, N heads, D head width, C = N * D, F
-# width of a feed-forward, S 1, or 2 if there are references: time 0, theirs, stands before the image's
+# width of a feed-forward, S 1, or 2 if there are references: time 0, theirs, comes before the image's
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -124,7 +124,7 @@ class MossImageBlock(GroupedAttention):
         self.proj = nn.ModuleDict({name: nn.Linear(dim, dim, bias=False) for name in "qkvo"})
         self.proj["ffn_up_gate"] = nn.Linear(dim, 2 * config.ffn_dim, bias=False)  # values, then their gates
         self.proj["ffn_down"] = nn.Linear(config.ffn_dim, dim, bias=False)
-        # keys and values of the references in front, B R N D; see `runtime/kv_cache.py`
+        # keys and values of the leading references, B R N D; see `runtime/kv_cache.py`
         self.cached_keys_values: Sequence[Tensor] = ()
 
     def heads(self, x: Tensor) -> Heads:

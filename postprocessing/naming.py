@@ -131,7 +131,7 @@ def is_image(path: Path) -> bool:
     """Return whether a file is a single image, judged by its suffix; animations count as videos."""
     try:
         return path.suffix.lower() in image_suffixes() and not is_animation(path)
-    except MediaError:  # reading the file will say what is wrong
+    except MediaError:  # reading the file will report what is wrong
         return True
 
 

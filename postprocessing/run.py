@@ -165,7 +165,7 @@ def run_image(
 
 
 def save_pngs(frames: Iterable[OutputFrame], folder: Path) -> Iterator[OutputFrame]:
-    """Yield frames, and write each one as a PNG file named by its index."""
+    """Yield frames, and write each one as a PNG file named after its index."""
     for index, frame in enumerate(frames):
         write_png(folder / f"{index:06d}.png", in_eight_bits(frame.pixels))
         yield frame

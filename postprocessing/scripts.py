@@ -1,4 +1,4 @@
-"""Make the script of a tool: read the command line, then run the chain."""
+"""Create the script of a tool: read the command line, then run the chain."""
 
 from collections.abc import Sequence
 

@@ -226,7 +226,7 @@ class PostTools:
 
 
 def _describe_clip(frame: Frame, rate: Fraction | None) -> Clip:
-    """Return size, dtype and rate of a clip from its first frame; `rate` None stands for an image."""
+    """Return size, dtype and rate of a clip from its first frame; `rate` is None for an image."""
     height, width = frame.shape[:2]
     return Clip(
         path=Path("the video"),

@@ -1,7 +1,7 @@
 """Read ahead and write behind in separate threads, with bounded queues in between.
 
-The work in between (stages with their networks) stays in the thread that calls. An error in any thread ends
-all of them and is raised there.
+The work in between (stages with their networks) stays in the calling thread, where an error in any thread
+is raised after it ends all of them.
 """
 
 import threading
@@ -39,7 +39,7 @@ class BoundedQueue(Generic[T]):
         """Append an item; wait while the queue is full.
 
         Raises:
-            Closed: If the reader has stopped.
+            QueueClosed: If the reader has stopped.
         """
         with self._changed:
             while len(self._items) >= self._max_items and not self._is_closed:

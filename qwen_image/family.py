@@ -272,7 +272,7 @@ def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenI
     files = files_of(options, version, version.encoder_settings)
     if not version.has_layers:
         return QwenImage(files, version, options)
-    # each batch then has the clean image in front of its layers
+    # each batch then has the clean image before its layers
     probability = float(options.remove_first_image_from_target)
     return QwenImageLayered(
         files,

@@ -63,7 +63,7 @@ EDIT_SETTINGS = replace(
     dropped=64,
     pictures=ImagePromptFormat(_SHOWN, read=partial(read_reference, area=MEGAPIXEL), max_images=1),
 )
-# it sees several, which prompts call by their numbers
+# it sees several, which prompts refer to by number
 PLUS_SETTINGS = replace(
     EDIT_SETTINGS,
     pictures=ImagePromptFormat("Picture {number}: " + _SHOWN, read=partial(read_reference, area=SHOWN_AREA)),

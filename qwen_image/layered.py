@@ -71,7 +71,7 @@ class QwenImageLayered(ModelOfImages):
     files: QwenImageFiles
     options: Any = NO_OPTIONS  # set for trainings only
     edit: QwenImageReferenceOptions = QwenImageReferenceOptions()
-    omits_first_image: bool = False  # the image in front of the layers is not generated anew
+    omits_first_image: bool = False  # the image before the layers is not generated
     keeps_norms: bool = False  # guidance keeps the norm of each token, as in musubi-tuner
 
     lora_module: str = field(default=LORA[0].network_module, init=False)

@@ -106,7 +106,7 @@ def _check_hashes(batch: Batch, index: int, count: int) -> None:
                 f"{key}: {name} in its cache is not {count} hashes of {HASH_BYTES} bytes. Cache again with "
                 f"{made_by}."
             )
-    # hashes of the images behind the latents, and of those the text encoder saw
+    # hashes of the images that were encoded as latents, and of those the text encoder saw
     encoded = batch.tensors[HASHES][index]
     seen = batch.tensors[SEEN_HASHES][index]
     differing = [number for number in range(count) if not torch.equal(encoded[number], seen[number])]

@@ -59,7 +59,7 @@ def count_tokens(shape: Sequence[int]) -> int:
     return shape[-2] * shape[-1]
 
 
-# sides are multiples of 2 latent pixels: a token of the text encoder's vision tower stands for 2 x 2
+# sides are multiples of 2 latent pixels: a token of the text encoder's vision tower represents 2 x 2
 LATENT = LatentSpec(channels=64, stride=(1, 16, 16), pixel_step=32, frame_step=1, has_alpha=True)
 NOISE = NoiseSpec(count_tokens=count_tokens)
 DIT = DitSpec(

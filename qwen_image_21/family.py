@@ -178,7 +178,7 @@ class QwenImage21(pictures.ModelOfImages):
         if shift is None:
             tokens = count_tokens(LATENT.shape(1, prepared.height, prepared.width))
             shift = size_shift(tokens, SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS)
-        # Turbo, recognized by its file, has noise levels of its own
+        # Turbo, recognized by its file, has its own noise levels
         turbo = find_turbo(self.files.dit)
         if turbo is not None and prepared.steps == len(turbo.levels):
             levels = stretch_levels(torch.tensor(turbo.levels, dtype=torch.float64), shift, TERMINAL)

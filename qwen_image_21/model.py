@@ -358,7 +358,7 @@ class QwenImage21Layout(NamedTuple):
 class PrefixTokens(NamedTuple):
     """Tokens of texts with the tokens of their references inserted."""
 
-    x: Tensor  # B P C, with padding behind
+    x: Tensor  # B P C, with padding at the end
     prefixes: tuple[Prefix, ...]
 
 
@@ -450,7 +450,7 @@ class QwenImage21Model(BlockNetwork):
     ) -> Hidden:
         """Embed an image and its prefix (text and references) as tokens, B L+P C, for the blocks.
 
-        Returned with the blocks' other inputs. A second text is that of negative attention.
+        Returned with the blocks' other inputs. A second text is for negative attention.
 
         Args:
             noisy: B Z 1 H W.

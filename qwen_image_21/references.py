@@ -67,8 +67,8 @@ def read_shown(path: Path, target: Size | None = None) -> Tensor:
 def add_reference_images(prepared: Prepared, options: QwenImage21ReferenceOptions) -> Prepared:
     """Add the request's reference images to all prompts, and check its mask.
 
-    Raises OptionError if there are too many, if the result cannot be held to the first one, or if the mask
-    cannot be read.
+    Raises OptionError if there are too many, if the result cannot be anchored to the first one, or if the
+    mask cannot be read.
     """
     paths = prepared.request.control_images
     mask = prepared.request.extra.get(MASK)

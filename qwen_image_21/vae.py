@@ -379,7 +379,7 @@ def _read_levels(
 
 
 def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel], is_down: bool) -> None:
-    """Raise CheckpointError if levels do not fit each other, or scale height and width by another factor.
+    """Raise CheckpointError if levels do not fit each other, or scale height and width by a different factor.
 
     `half` is encoder or decoder, and `is_down` true for the encoder.
     """
@@ -405,9 +405,9 @@ def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel],
 
 
 def _read_statistics(checkpoint: Checkpoint, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the latents' mean and deviation from config.json next to the file, or else as released.
+    """Return the latents' mean and deviation from config.json next to the file, or else the released ones.
 
-    Raises CheckpointError unless there is a number for each channel. Without config.json, only the released
+    Raises CheckpointError unless there is a value for each channel. Without config.json, only the released
     number of channels is accepted.
     """
     path, settings = declared_settings(checkpoint, CLASSES)
@@ -440,7 +440,7 @@ def _are_numbers(values: Any, length: int, minimum: float) -> bool:
 def read_vae_config(path: Path) -> QwenImage21VaeConfig:
     """Read the VAE's dimensions from the header of a file, or of a release folder's `vae`.
 
-    Raises CheckpointError if it is missing, damaged or another model.
+    Raises CheckpointError if it is missing, damaged or for another model.
     """
     return read_once(inside(path, FOLDER), read_vae).config
 
@@ -448,7 +448,7 @@ def read_vae_config(path: Path) -> QwenImage21VaeConfig:
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = None) -> QwenImage21Vae:
     """Load the VAE from a file or folder; `tile` is the edge of a tile in pixels, None for whole images.
 
-    Raises CheckpointError if the file is damaged or holds another model.
+    Raises CheckpointError if the file is damaged or contains another model.
     """
     path = inside(path, FOLDER)
     with open_checkpoint(path) as checkpoint:

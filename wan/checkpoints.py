@@ -93,9 +93,9 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: 
 def log_task_differences(
     header: DitHeader[WanConfig], task: WanTask, path: Path, target: torch.dtype | None = None
 ) -> None:
-    """Log what is unusual about a transformer's file: its dtype, its size, or an ambiguous version.
+    """Log anything unusual about a transformer's file: its dtype, its size, or an ambiguous version.
 
-    Tensors of some versions are alike, so that only --task tells them apart. `target` is the compute dtype.
+    Tensors of some versions are alike, so only --task tells them apart. `target` is the compute dtype.
     Warns if a large file stays in float32, as A14B was released.
     """
     config = header.config
@@ -143,7 +143,7 @@ def _is_wan(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 def _read_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     """Read config and dialect of a checkpoint; raise CheckpointError for a variant that is not supported.
 
-    The dialect is whose tensor names it has: those of diffusers or of the official code.
+    The dialect says whose tensor names the file has: diffusers' or those of the official code.
     """
     names = checkpoint.tensors
     shapes = _list_shapes(checkpoint)
@@ -172,7 +172,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
 def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: Path) -> DitHeader[WanConfig]:
     """Return the header of a transformer combined with VACE's blocks from a separate file (--vace).
 
-    Raises CheckpointError if that file is not VACE's or has another size, or if the transformer has such
+    Raises CheckpointError if that file is not VACE's or has a different size, or if the transformer has such
     blocks itself.
     """
     path = checkpoint.path

@@ -227,7 +227,7 @@ class WanClipVision(nn.Module):
 def load_clip(path: Path, device: torch.device, dtype: torch.dtype = torch.float16) -> WanClipVision:
     """Load the image tower. On a CPU it computes in float32 instead of float16.
 
-    Raises CheckpointError if the file is damaged or holds another model.
+    Raises CheckpointError if the file is damaged or contains another model.
     """
     dtype = replace_slow_float16(device, dtype, "CLIP")
 

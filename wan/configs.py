@@ -115,7 +115,7 @@ class WanConfig:
 
 
 # Kinds of models, with and without attention to image features -> channels that the network takes: noise 16;
-# a mask of 4 and an image of 16; a control video of 16. The 5B model has a VAE of its own, of 48 channels.
+# a mask of 4 and an image of 16; a control video of 16. The 5B model has its own VAE, with 48 channels.
 # Fun-Control of Wan2.1 takes the image without its mask, that of Wan2.2 with it.
 INPUT_CHANNELS: dict[bool, dict[str, int]] = {
     True: {"i2v": 36, "fun-control": 48},

@@ -120,8 +120,8 @@ class Wan(OneTransformer):
     def latent(self) -> LatentSpec:
         """Latent space of the task.
 
-        With one-frame inference, a sample has several latent frames though it makes a single image: one for
-        each control image, and one for the image itself.
+        With one-frame inference, a sample has several latent frames although it generates a single image:
+        one for each control image, and one for the image itself.
         """
         latent = LATENT_SPECS[self.files.task.kind]
         return replace(latent, in_sections=True) if self.condition_kind == ONE_FRAME else latent
@@ -420,7 +420,7 @@ class Wan(OneTransformer):
         # control images of a single image
         num_leading = len(request.control_images)
         frames += num_leading
-        # an end image is one more latent frame behind the video
+        # an end image is one more latent frame after the video
         if not is_single_image and appends_end(self.files.task, request):
             frames += 1
         start = noise.draw((batch, channels, frames, *area))
@@ -474,7 +474,7 @@ def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:
-    """Make the description of Wan (files, options, noise) for wan_train_network.py and its other trainers."""
+    """Describe the family for wan_train_network.py and Wan's other training scripts."""
     files = select_files(options)
     if options.first_frame_probability is None:  # resolved here, because its value is recorded and compared
         options = replace(options, first_frame_probability=files.task.first_frame_probability)

@@ -132,7 +132,7 @@ class WanFiles(TransformerFiles):
         return load_vae(self.vae_path, device, dtype, self.vae_cache_cpu, tile=self.vae_tile)
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if the VAE is not the one of the task's latents."""
+        """Raise CheckpointError if the VAE does not produce the task's latents."""
         config = read_once(self.vae_path, read_vae).config
         check_latents(config, LATENT_SPECS[self.task.kind], self.vae_path, f"--task {self.task.name}")
 
@@ -355,7 +355,7 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
 def find_boundary(
     options: WanTrainingOptions | WanGenerationOptions, files: WanFiles, release_boundary: float | None = None
 ) -> float | None:
-    """Return the timestep from which on the high-noise expert is used; None if nothing sets one.
+    """Return the lowest timestep at which the high-noise expert is used; None if nothing sets one.
 
     --timestep_boundary comes first, then `release_boundary`, the boundary in a release's files, then the
     task's default. Raises OptionError if --dit_high_noise is given for a task with one expert.
@@ -406,7 +406,7 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
 
 
 def _select_image_kind(options: WanLatentCachingOptions) -> str | None:
-    """Return the kind of condition that the switches ask for."""
+    """Return the kind of condition that the switches request."""
     if options.flf2v:
         return "flf2v"
     if options.vace:

@@ -74,7 +74,7 @@ class CrossAttention(SelfAttention):
         heads = (self.num_heads, -1)
         q = self.norm_q(run_in_weight_dtype(self.q, x)).unflatten(-1, heads)
         attended_texts = []
-        for text, repeats in tokens.text_tokens:  # repeats: how many equal padding rows a row stands for
+        for text, repeats in tokens.text_tokens:  # repeats: how many equal padding rows a row represents
             k = self.norm_k(run_in_weight_dtype(self.k, text)).unflatten(-1, heads)
             v = run_in_weight_dtype(self.v, text).unflatten(-1, heads)
             attended_texts.append(_attend(q, k, v, tokens, repeats=repeats))  # B L N D

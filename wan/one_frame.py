@@ -310,7 +310,7 @@ def _read_features(batch: Batch, task: WanTask, positions: int) -> Tensor:
 
 @lru_cache  # once, not with every batch
 def note_clips() -> None:
-    """Warn that --one_frame is given although the caches hold videos."""
+    """Warn that --one_frame is given although the caches contain videos."""
     logger.warning(
         "--one_frame is given, but the caches are not those of single images: videos are learned, and "
         "samples are pictures. Cache again with %s, or leave --one_frame out",

@@ -159,9 +159,9 @@ def pad_texts(
     can_merge = attention is not None and attention.mode == SDPA.mode
     num_rows = length
     if can_merge and text[0].device.type == "cpu":
-        num_rows = min(longest + 1, length)  # one more row, which stands for all padding
+        num_rows = min(longest + 1, length)  # one more row, which represents all padding
     padded = [functional.pad(rows, (0, 0, 0, num_rows - len(rows))) for rows in text]
-    # autocast in float16 rejects cached texts in bfloat16 here, and has nothing to add to equal dtypes
+    # autocast in float16 rejects cached texts in bfloat16 here, and changes nothing for equal dtypes
     with torch.autocast(text[0].device.type, enabled=False):
         stacked = torch.stack(padded)
     if num_rows == length:

@@ -53,7 +53,7 @@ class VaceRequest:
             _check_mask_shape(self.mask, prepared.request.control_path, prepared)
             # raises if the mask cannot be used
             read_mask(self.mask, prepared.width, prepared.height, prepared.frames)
-        # 1.0 is the default; one number stands for all layers if their scales are equal
+        # 1.0 is the default; one number is used for all layers if their scales are equal
         if set(self.scales) != {1.0}:
             different = self.scales if len(set(self.scales)) > 1 else self.scales[:1]
             metadata["vace_scale"] = ", ".join(f"{scale:g}" for scale in different)
@@ -89,7 +89,7 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
             "the clip: leave one of them out, or give the video to --src_video"
         )
     _check_images(mask, references)
-    # nothing to follow is allowed, because VACE also generates from text alone
+    # a control is optional, because VACE also generates from text alone
     scale = request.extra.get(SCALE, "1")
     if request.control_path is None and not references and request.source is None:
         unused_scale = "" if scale in _DEFAULT_SCALES else f"--vace_scale {scale} acts on nothing: "

@@ -172,7 +172,7 @@ def load_vae(
 ) -> WanVae:
     """Load the VAE of Wan2.1 or of Wan2.2 from any of its file layouts; the tensors show which one it is.
 
-    Raises CheckpointError if the file is damaged or holds another model.
+    Raises CheckpointError if the file is damaged or contains another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)

@@ -210,7 +210,7 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
                 f"tensors are missing.\n  Give {release.files} to --vae.",
                 path,
             )
-        for layer in layers:  # after the scales, which name what is missing
+        for layer in layers:  # after the scales, whose check names what is missing
             if layer.layers and not _has_shortcut(layer, half == "encoder"):
                 raise CheckpointError(
                     f"{path}: a stage from {layer.width_in} to {layer.width_out} channels can have no "

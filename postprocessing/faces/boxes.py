@@ -169,7 +169,7 @@ def alignment(landmarks: NDArray[np.float32], size: int) -> Matrix | None:
         return None
     # the determinant of a scaled rotation is the square of the scale
     scale = math.sqrt(abs(float(np.linalg.det(matrix[:, :2]))))
-    # landmarks in one point, or far apart, are no face
+    # landmarks at one point, or far apart, do not form a face
     return matrix.astype(np.float64) if 1e-3 < scale < 1e3 else None
 
 

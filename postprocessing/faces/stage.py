@@ -89,7 +89,7 @@ Plane = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Restored:
-    """A restored face, and the mask with which it is pasted."""
+    """A restored face, and the mask for pasting it."""
 
     face: Plane  # S S 3, RGB, 0..1
     mask: Plane  # S S, 0..1: opacity of the face

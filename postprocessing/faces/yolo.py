@@ -28,7 +28,7 @@ VARIANT_STEPS = ((4, *STEPS), (*STEPS, 64))  # of variants for small and for lar
 GRAY = 114  # gray around images that are not square
 MAX_OVERLAP = 0.7
 MAX_FOUND = 300
-BOX, POINTS = 4, 5  # numbers of a box; landmarks of a face
+BOX, POINTS = 4, 5  # values in a box; landmarks of a face
 SELECTED_ROW_WIDTHS = (6, 6 + 3 * POINTS)  # values per row in files that already suppress overlapping boxes
 TASKS = ("detect", "pose", "segment")
 CLASSES_SHOWN = 8
@@ -40,7 +40,7 @@ class YoloLayout:
 
     side: int  # side of the square input image
     classes: int | None  # None: the file does not say
-    landmarks: int  # numbers of each landmark; 0: no landmarks of faces
+    landmarks: int  # values in each landmark; 0: no face landmarks
 
 
 class _Faces(NamedTuple):
@@ -101,7 +101,7 @@ class YoloDetector:
 
         Versions differ: candidates are rows or columns, or the file has selected the best boxes already.
         """
-        # possible numbers of candidates: one for each cell of the grids, whose steps depend on the version
+        # possible candidate counts: one for each cell of the grids, whose steps depend on the version
         candidate_counts = []
         for steps in (STEPS, *VARIANT_STEPS):
             cells = [(self.layout.side // step) ** 2 for step in steps]
@@ -206,7 +206,7 @@ def load_yolo(model: OnnxModel, layout: YoloLayout) -> YoloDetector:
         listed = ", ".join(str(name) for name in list(names.values())[:CLASSES_SHOWN])
         others = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
         logger.warning(
-            "%s finds not one kind of thing but %s%s: all of them count.", model.path.name, listed, others
+            "%s finds several kinds of objects, %s%s: all of them count.", model.path.name, listed, others
         )
     return detector
 

@@ -365,7 +365,7 @@ def _check_match(files: ModeFiles, synthesis: SynthesisConfig, channels: "_MapCh
         expected = (synthesis.quarter, synthesis.eighth, channels.matching)
     if channels != expected:
         raise CheckpointError(
-            f"{files.flow} does not fit {files.main.name}: it makes maps of {channels.quarter} and "
+            f"{files.flow} does not fit {files.main.name}: it produces maps of {channels.quarter} and "
             f"{channels.eighth} channels. Give both files of one release.",
             files.flow,
         )
@@ -397,7 +397,7 @@ def _load_flowformer(checkpoint: Checkpoint, device: torch.device) -> tuple[Raft
 
 
 def _plan_gimm(checkpoint: Checkpoint, kind: str, settings: ModeSettings) -> LoadPlan[GimmConfig]:
-    """Plan the loading of a mode's main file. Raises CheckpointError if it belongs to the other mode."""
+    """Plan the loading of a mode's main file. Raises CheckpointError if it is for the other mode."""
     plan = read_gimm(checkpoint)
     # only files for RAFT have layers that project its features; FlowFormer's are used unchanged
     if bool(plan.config.synthesis.projections) != (kind == WITH_RAFT):

@@ -73,7 +73,7 @@ class SelfAffinity(nn.Module):
             return partial(_apply_to_positions, weights.matmul)
 
         def attend(v: Tensor) -> Tensor:
-            # four axes: with fewer there is no kernel that leaves out the table
+            # four axes: with fewer, no kernel avoids computing the table
             return scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])[0, 0]
 
         return partial(_apply_to_positions, attend)

@@ -102,7 +102,7 @@ def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:
-    """Sample an image where the flow of each pixel points; outside of the image, its edge is repeated.
+    """Sample an image where the flow of each pixel points; outside the image, its edge is repeated.
 
     Args:
         image: Image, B C H W.
@@ -172,7 +172,7 @@ def _weigh_neighbor(
         y: Vertical positions of the targets.
         column: Column of the neighbor.
         row: Row of the neighbor.
-        size: Height and width of the image; outside of it the weight is 0.
+        size: Height and width of the image; outside it the weight is 0.
     """
     height, width = size
     weight = (1 - (x - column).abs()) * (1 - (y - row).abs())

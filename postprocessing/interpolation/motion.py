@@ -133,7 +133,7 @@ class MotionField(nn.Module):
         )
 
     def splat_weights(self, forward_flow: Tensor, backward_flow: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights with which the pixels of each image are splatted, 1 1 H W each.
+        """Return the splatting weights of the pixels of each image, 1 1 H W each.
 
         Weights are larger where both flows agree and where the flow is smooth.
         """

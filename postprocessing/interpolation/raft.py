@@ -259,7 +259,7 @@ class Raft(nn.Module):
 
 
 def upsampling_mask(hidden: int, width: int) -> nn.Sequential:
-    """Return the layers that predict the weights with which `upsample_flow` mixes neighbors, times four."""
+    """Return the layers that predict four times the weights that `upsample_flow` gives to neighbors."""
     return nn.Sequential(conv(hidden, width), nn.ReLU(), conv(width, 9 * SCALE**2, 1))
 
 

@@ -103,7 +103,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
             return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
 
         network = load_planned(plan, kind.build, device=device, dtype=dtype_of, what=MODEL_OPTION)
-    if device != META:  # on the meta device there are no values to arrange
+    if device != META:  # tensors on the meta device have no values to rearrange
         set_memory_format(network, device)
     return Upscaler(kind, plan.config, network)
 

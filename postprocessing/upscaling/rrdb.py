@@ -2,7 +2,7 @@
 
 Sources: Wang et al. 2018, arXiv 1809.00219 (ESRGAN); Wang et al. 2021, arXiv 2107.10833 (Real-ESRGAN: for
 small factors, pixel unshuffle comes first); Rakotonirina and Rasoanaivo 2020,
-arXiv 2001.08073 (ESRGAN+: the shortcuts of 1x1).
+arXiv 2001.08073 (ESRGAN+: 1x1 shortcuts).
 """
 
 from dataclasses import dataclass, replace

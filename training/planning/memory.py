@@ -62,7 +62,7 @@ class StepPrediction:
     workspace: memory_plan.MemoryPart
     host_optimizer_bytes: int = 0  # bytes of the optimizer's states in host memory
     host_average_bytes: int = 0  # bytes of a whole model's average in host memory
-    num_further_dits: int = 0  # transformers that are trained, each like the one that was rehearsed
+    num_further_dits: int = 0  # trained transformers, each like the one that was rehearsed
     num_sample_only_dits: int = 0  # transformers that only samples need
     texts: LiveTextEncoders | None = None  # encoded in each step
     network: str = "LoRA"  # name of the trained network
@@ -86,7 +86,7 @@ class StepPrediction:
     def _list_other_models(
         self, moment: dry.BytesByKind, swap: memory_plan.OffloadedWeights
     ) -> list[memory_plan.MemoryPart]:
-        """Return the memory of the transformers that were not rehearsed, and of what is trained in them.
+        """Return the memory of the transformers that were not rehearsed, and of their trained weights.
 
         Args:
             moment: Bytes by kind at the peak of the rehearsed step.
@@ -110,7 +110,7 @@ class StepPrediction:
         return parts
 
     def _list_host_parts(self) -> list[memory_plan.MemoryPart]:
-        """Return what is in host memory alone: states of the optimizer, and the average of the weights."""
+        """Return what is only in host memory: states of the optimizer, and the average of the weights."""
         parts = []
         if self.host_optimizer_bytes:
             note = "those of one weight at a time are on the device"
@@ -133,7 +133,7 @@ class StepPrediction:
             swap: Effect of swapping its blocks.
         """
         count = self.num_further_dits + self.num_sample_only_dits
-        if self.takes_turns:  # host memory holds all weights of each, even of the one on the device
+        if self.takes_turns:  # host memory contains all weights of each, even of the one on the device
             host = (1 + count) * weights - swap.host
             return memory_plan.MemoryPart("further transformers", 0, host, "they take turns on the device")
         device = count * (weights - swap.saved)
@@ -141,7 +141,7 @@ class StepPrediction:
 
     @property
     def takes_turns(self) -> bool:
-        """Whether the DiTs are on the device one at a time, because of samples or an inactive expert."""
+        """Whether only one DiT at a time is on the device, because of samples or an inactive expert."""
         return self.num_sample_only_dits > 0 or (
             self.num_further_dits > 0 and self.options.by_expert.offload_inactive_dit
         )

@@ -1,6 +1,6 @@
 """Rehearse a training step on tensors without content.
 
-It runs the code of the real step and counts the device's bytes at every place.
+It runs the code of a real step and counts the bytes in use on the device throughout.
 """
 
 import contextlib
@@ -254,7 +254,7 @@ def _as_measured(phase_peaks: Mapping[str, dry.BytesByKind], _: dry.Counts) -> M
 
 
 def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger) -> None:
-    """Add --training_adapter of each expert; only the first is enabled, the other ones only take memory."""
+    """Add --training_adapter of each expert; only the first is enabled; the others just take memory."""
     with disable_modes():  # the file has real tensors
         uses = [read_adapter(options, expert, family.experts) for expert in family.experts]
     is_compiled = options.speed.compilation.choice is not None
@@ -352,7 +352,7 @@ def _make_learning_groups(
 ) -> list[dict[str, Any]]:
     """Add the network and adapters, or select trained weights of the DiT; return the optimizer's groups.
 
-    The arguments 0 are seeds, which do not matter where tensors have no values.
+    The arguments 0 are seeds, which do not matter because tensors have no values.
     """
     learner = find_learner(family, options.network, options.features.lora_replacement)
     if options.network is None or learner.make is None:
@@ -391,7 +391,7 @@ def list_states(optimizer: Optimizer) -> list[Tensor]:
 def estimate_state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
     """Return the device bytes of the states of an optimizer that cannot be stepped on tensors without memory.
 
-    They are known by the class's name, or measured in a real step on small weights on the CPU.
+    They are looked up by the class's name, or measured in a real step on small weights on the CPU.
     """
     name = type(optimizer).__name__
     bytes_per_element = STATE_BYTES.get(name)
@@ -434,7 +434,7 @@ def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
 
 
 def empty_like_on_device(tensor: Tensor, ledger: dry.Ledger) -> Tensor:
-    """Replace a tensor of a batch by an empty one on the device; integer tensors (masks) keep values."""
+    """Replace a tensor of a batch with an empty one on the device; integer tensors (masks) keep values."""
     if not tensor.is_floating_point():
         return tensor
     with ledger.allocating(dry.BATCH):

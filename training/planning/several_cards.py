@@ -63,7 +63,7 @@ def plan_several_cards(
         return SingleGpuRun(added_flags, counter.heads, options.can_swap, divide)
 
     def rehearse_runs() -> Iterator[SingleGpuRun]:
-        """Yield the run with its own options, then with one more option that saves memory at a time."""
+        """Yield the run with its own options, then with memory-saving options added one at a time."""
         undivided = replace(options, speed=with_division(options.speed, Division(1)))
         yield estimate_on_one_gpu(undivided, ())
         added_flags: tuple[str, ...] = ()
@@ -82,7 +82,7 @@ def _divide_prediction(
     num_gpus: int,
     division: Division,
 ) -> StepPrediction:
-    """Return the prediction for each of several cards, from the one for a single card.
+    """Return the prediction for each of several cards, derived from that for a single card.
 
     Args:
         family: The model family.
@@ -97,7 +97,7 @@ def _divide_prediction(
     """
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, num_gpus)
-    if division != Division(num_gpus):  # more than plain data parallelism: the ways may not support it
+    if division != Division(num_gpus):  # beyond plain data parallelism: the method may not support it
         uses = list_run_uses(family, options)
         for check in with_division(options.speed, division).modes.hooks.check_uses:
             check(uses)

@@ -1,7 +1,7 @@
 """Draw the page of a training in a separate process, which the training starts and never waits for.
 
-The process ends when its training ends or is killed, because its standard input is closed then. Before, it
-draws the page for the last time.
+The process ends when its training ends or is killed, because its standard input is closed then. Before it
+ends, it draws the page a last time.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def wait_for_page(history: Path, seconds: float = PAGE_SECONDS) -> Path | None:
 
     Args:
         history: The history of the run.
-        seconds: Time after which the page is returned in any case.
+        seconds: Seconds after which the page is returned in any case.
 
     Returns:
         The path of the page; None if there is no page.

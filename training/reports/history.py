@@ -1,8 +1,8 @@
-"""Keep a run's reports as lines of a file next to its results; its page is made from this file alone.
+"""Keep a run's reports as lines of a file next to its results, from which alone its page is made.
 
-`OUTPUT_NAME-history.jsonl` has one JSON object a line: first the number of the run, then its settings, steps,
-validations, samples, saved files, messages and its end as they happen. Lines are appended. A resumed run
-drops the lines of steps after its state, which are trained again, and lines that cannot be read, such as
+`OUTPUT_NAME-history.jsonl` has one JSON object per line: first the number of the run, then its settings,
+steps, validations, samples, saved files, messages and its end as they happen. Lines are appended. A resumed
+run drops the lines of steps after its state, which are trained again, and lines that cannot be read, such as
 the last one of a killed run.
 """
 
@@ -160,7 +160,7 @@ class RunHistory:
     def add(self, row: Row) -> None:
         """Add a row, whose key determines its kind. A start clears the ending of an earlier run."""
         step = row["step"]
-        # a message leaves the current activity as it is; any other row ends it
+        # a message does not change the current activity; any other row ends it
         self.doing = self.doing if "message" in row else str(row.get("doing", ""))
         if "loss" in row:
             self._add_step(step, row)
@@ -381,7 +381,7 @@ class History:
             append_text(self.path, "".join(self._buffered_lines))
         except Exception:
             # the last line in the file may be incomplete: the next attempt starts on a new line
-            # only the first waiting line (if any) gets one line break in front, however often it was tried
+            # only the first waiting line (if any) gets one line break before it, however often it was tried
             self._buffered_lines[:1] = [f"\n{line.lstrip()}" for line in self._buffered_lines[:1]]
             raise
         self._buffered_lines.clear()
@@ -500,7 +500,7 @@ def _finite_or_none(value: Any) -> float | None:
 
 
 def _to_storable(value: Any) -> Any:
-    """Replace NaN and infinite numbers by None for JSON, and round other numbers to 7 digits."""
+    """Replace NaN and infinite numbers with None for JSON, and round other numbers to 7 digits."""
     if isinstance(value, Mapping):
         return {name: _to_storable(item) for name, item in value.items()}
     if isinstance(value, float):

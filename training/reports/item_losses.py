@@ -1,4 +1,4 @@
-"""The losses of each image and clip of a run: read them, compare the items, and show them on the page.
+"""Losses of each image and clip of a run: read them, compare the items, and show them on the page.
 
 `OUTPUT_NAME-items.jsonl` has a line for each use of an item in training; other processes write
 `OUTPUT_NAME-items-1.jsonl` and so on. A loss depends on the noise level more than on the item. So each loss

@@ -43,13 +43,13 @@ DROPPED = ("lr", "avr_loss", "keys_scaled", "average_key_norm", "mem", "sample",
 PRIVATE = "resume"  # text option that may be a path; options with a path type are private too
 # indices into the 1-D tensor of a step's values
 LOSS_COLUMN = 0
-REQUEST_COLUMNS = slice(1, 4)  # numbers of processes that request an end, a save, and samples
+REQUEST_COLUMNS = slice(1, 4)  # counts of processes that request an end, a save, and samples
 WEIGHT_NORM_COLUMNS = slice(-4, -1)  # values of a `NormReport`, only with --scale_weight_norms
 GRADIENT_NORM_COLUMN = -1
 
 
 class MetricColumns:
-    """Which entries of the 1-D tensor of a step's values belong to which named loss or metric.
+    """Maps entries of the 1-D tensor of a step's values to named losses and metrics.
 
     The tensor has the loss, the requests, a sum for each name, a count for each name, and then the norms.
     """

@@ -317,7 +317,7 @@ def list_files(run_history: RunHistory, folder: Path) -> list[tuple[int, list[st
             status = (folder / name).stat()
             if stat.S_ISREG(status.st_mode):
                 weights_hash = _read_weights_hash(folder / name, status.st_mtime_ns, status.st_size)
-                # without a hash of the weights in its metadata, a file stands alone
+                # without a hash of the weights in its metadata, a file is not grouped with others
                 by_weights.setdefault((step, weights_hash or name), []).append(name)
     return [(step, names) for (step, _), names in by_weights.items()]
 

@@ -1,4 +1,4 @@
-"""Replace deleted files in a run's commands by saved files that exist."""
+"""Replace deleted files in a run's commands with saved files that exist."""
 
 import shlex
 from dataclasses import replace
@@ -34,7 +34,7 @@ def current_commands(run_history: RunHistory, folder: Path, name: str = "") -> l
 def _replace_missing_files(
     command: PageCommand, run_history: RunHistory, folder: Path, best: str | None
 ) -> PageCommand:
-    """Replace saved files in a command by the best existing one if they were deleted or are not the best."""
+    """Replace saved files in a command with the best existing one if they are deleted or not the best."""
     try:
         arguments = shlex.split(command.bash)
     except ValueError:  # an edited history
@@ -50,7 +50,7 @@ def _replace_missing_files(
             continue
         replacement = _find_replacement(path.name, run_history, folder, best)
         if replacement is None or (exists and run_history.saved[replacement] != best_step):
-            continue  # nothing to use, or nothing better than the existing file
+            continue  # no candidate, or none better than the existing file
         arguments[index] = str(path.with_name(replacement))
         reason = "is not the best file" if exists else "is not there any more"
         notes.append(f"{path.name} {reason}: {replacement} takes its place.")

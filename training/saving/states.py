@@ -1,4 +1,4 @@
-"""Write, find, check and read states: folders with all that a run needs to continue as if never stopped.
+"""Write, find, check and read states: folders with all a run needs to continue as if it had never stopped.
 
 A state folder contains one file of tensors and plain values, and its checksum. It is written under a
 temporary name and then renamed, so an existing one is complete. Random states are not stored, because
