@@ -134,8 +134,8 @@ def read_control_mask(path: Path, width: int, height: int) -> dict[str, Tensor]:
     frame = read_mask(path)
     if frame.shape[:2] != (height, width):
         frame = resize_frame(frame, (width, height), "nearest")
-    is_set = torch.from_numpy(frame[:, :, 0] >= 128)  # H W; a mask has equal channels
-    return {CONTROL_MASK: is_set[None, None].to(torch.uint8)}
+    is_generated = torch.from_numpy(frame[:, :, 0] >= 128)  # H W; a mask has equal channels
+    return {CONTROL_MASK: is_generated[None, None].to(torch.uint8)}
 
 
 def draw_control_mask(width: int, height: int, seed: int) -> dict[str, Tensor]:

@@ -69,27 +69,27 @@ def prepare_request(
         OptionError: For invalid settings.
     """
     typed_settings = request.extra.get("one_frame")
-    is_single_image = typed_settings is not None
+    is_one_frame = typed_settings is not None
     one_frame = None if typed_settings is None else parse_one_frame(typed_settings)
-    if is_single_image and is_f1:
+    if is_one_frame and is_f1:
         raise OptionError(
             "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
         )
-    request = _drop_unusable_media(request, is_f1, is_single_image)
-    sections = _count_sections(request, defaults, window, is_single_image)
+    request = _drop_unusable_media(request, is_f1, is_one_frame)
+    sections = _count_sections(request, defaults, window, is_one_frame)
     width, height, _ = requests.size_of(request, defaults)
-    frames = 1 if is_single_image else video_frames(sections, window)
+    frames = 1 if is_one_frame else video_frames(sections, window)
     # one section is denoised at a time, so the length of the whole video is not limited
     requests.check_size((width, height, min(frames, video_frames(1, window))), latent)
     request = _keep_used_controls(request)
     settings = FramePackRequest(
-        _list_images(request, sections, is_single_image),
+        _list_images(request, sections, is_one_frame),
         one_frame,
         request.control_images,
         _read_paths(request.extra, "control_image_mask_path"),
     )
     # --one_frame_auto_resize
-    if matches_control_shape and is_single_image:
+    if matches_control_shape and is_one_frame:
         images = (*settings.controls, *settings.images)
         width, height = _select_bucket(images, width, height, latent.pixel_step)
     elif matches_control_shape:
@@ -98,15 +98,15 @@ def prepare_request(
     if flow_shift is None:
         *_, rows, columns = latent.shape(1, height, width)
         # the released schedule depends on the number of tokens that are denoised together
-        flow_shift = compute_flow_shift(count_tokens(1 if is_single_image else window, rows, columns))
+        flow_shift = compute_flow_shift(count_tokens(1 if is_one_frame else window, rows, columns))
     prepared = requests.resolve_request(
         request, defaults, (width, height, frames), flow_shift, default_negative=""
     )
     metadata = {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
-    if not is_single_image:  # in seconds at 30 frames per second, as in --video_seconds, regardless of --fps
+    if not is_one_frame:  # in seconds at 30 frames per second, as in --video_seconds, regardless of --fps
         metadata["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
     prompts = {}
-    for index, prompt in enumerate(_read_prompts(request, sections, is_single_image)):
+    for index, prompt in enumerate(_read_prompts(request, sections, is_one_frame)):
         prompts[index] = replace(prepared.prompts[0], positive=prompt)
     return replace(
         prepared,
@@ -146,27 +146,25 @@ def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest)
         )
 
 
-def _read_prompts(request: requests.Request, sections: int, is_single_image: bool) -> list[requests.Prompt]:
+def _read_prompts(request: requests.Request, sections: int, is_one_frame: bool) -> list[requests.Prompt]:
     """Return the prompt of each section, in playing order, with its text for CLIP if --prompt_2 is given."""
-    texts = _texts_by_section(request.prompt, "--prompt", sections, is_single_image)
+    texts = _texts_by_section(request.prompt, "--prompt", sections, is_one_frame)
     if request.second_prompt is None:
         return [requests.Prompt(text) for text in texts]
-    second = _texts_by_section(request.second_prompt, "--prompt_2", sections, is_single_image)
+    second = _texts_by_section(request.second_prompt, "--prompt_2", sections, is_one_frame)
     return [requests.Prompt(text, second=for_clip) for text, for_clip in zip(texts, second, strict=True)]
 
 
-def _drop_unusable_media(request: requests.Request, is_f1: bool, is_single_image: bool) -> requests.Request:
+def _drop_unusable_media(request: requests.Request, is_f1: bool, is_one_frame: bool) -> requests.Request:
     """Drop media that FramePack cannot use from the request, with a warning.
 
     Raises OptionError if a file cannot be opened.
     """
     reason = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
-    request = requests.keep_usable_media(
-        request, {"end_image_path": not is_f1 and not is_single_image}, reason
-    )
+    request = requests.keep_usable_media(request, {"end_image_path": not is_f1 and not is_one_frame}, reason)
     if request.end_image_path is not None:
         _check_image("--end_image_path", request.end_image_path)
-    if is_single_image and request.source is not None:
+    if is_one_frame and request.source is not None:
         raise OptionError(
             f"--{request.source.option} {request.source.path} and --one_frame_inference: a single picture is "
             "made from --image_path and --control_image_path. Leave one of them out"
@@ -175,12 +173,12 @@ def _drop_unusable_media(request: requests.Request, is_f1: bool, is_single_image
 
 
 def _count_sections(
-    request: requests.Request, defaults: SamplingDefaults, window: int, is_single_image: bool
+    request: requests.Request, defaults: SamplingDefaults, window: int, is_one_frame: bool
 ) -> int:
     """Return a request's number of sections, from --video_sections, --video_seconds or its frames."""
     typed_sections = request.extra.get("video_sections")
     seconds = request.extra.get("video_seconds")
-    if is_single_image:
+    if is_one_frame:
         if typed_sections not in (None, "1"):
             logger.warning("--video_sections %s is ignored because a single picture is made", typed_sections)
         return 1
@@ -244,7 +242,7 @@ def _keep_used_controls(request: requests.Request) -> requests.Request:
     return request
 
 
-def _list_images(request: requests.Request, sections: int, is_single_image: bool) -> tuple[Path, ...]:
+def _list_images(request: requests.Request, sections: int, is_one_frame: bool) -> tuple[Path, ...]:
     """Return each section's start image; raise OptionError if one is missing or cannot be read."""
     typed_paths = request.extra.get("image_path") or None
     if typed_paths is None and request.image_path is not None:
@@ -253,7 +251,7 @@ def _list_images(request: requests.Request, sections: int, is_single_image: bool
     if typed_paths is None and request.first_image is not None:
         return (request.first_image,) * sections
     entries = _texts_by_section(
-        require(typed_paths, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_single_image
+        require(typed_paths, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_one_frame
     )
     paths = tuple(to_path("--image_path", path) for path in entries)
     for path in dict.fromkeys(paths):  # sections share images: check each once
@@ -261,11 +259,11 @@ def _list_images(request: requests.Request, sections: int, is_single_image: bool
     return paths
 
 
-def _texts_by_section(text: str, option: str, sections: int, is_single_image: bool) -> tuple[str, ...]:
+def _texts_by_section(text: str, option: str, sections: int, is_one_frame: bool) -> tuple[str, ...]:
     """Return the part of a text for each section, in playing order; warn of parts for other sections."""
     entries = parse_section_texts(text, option)
     used: tuple[str, ...] = (entries[0],)
-    if not is_single_image:
+    if not is_one_frame:
         used = tuple(select_entry(entries, index, sections) for index in range(sections))
     unused: dict[str, int] = {}
     for index, entry in entries.items():

@@ -170,7 +170,6 @@ def _select_media_path(options: RequestOptions, line: Mapping[str, Any], name: s
     return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
 
-
 def _collect_extras(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
     """Return the family's own settings as text, by option name; lists become one line per item."""
     extra = {}

@@ -533,7 +533,7 @@ class _LowRank(NamedTuple):
         """Return the input axes of the weight (with the kernel), and the number of outputs."""
         return self.down.shape[1:], len(self.up)
 
-    def format_duration(self) -> str:
+    def describe_size(self) -> str:
         return f"{len(self.up)} x {self.down.shape[1]}"
 
     def reshaped_as(self, first: "_LowRank") -> "_LowRank":
@@ -569,7 +569,7 @@ def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) 
             if change.size != first.size:
                 raise CheckpointError(
                     f"{summand.lora.path} does not fit {summands[0].lora.path}: {name} changes "
-                    f"{change.format_duration()} there, {first.format_duration()} here. Give LoRAs for one "
+                    f"{change.describe_size()} there, {first.describe_size()} here. Give LoRAs for one "
                     "model.",
                     summand.lora.path,
                 )

@@ -415,13 +415,13 @@ class Wan(OneTransformer):
         """
         request = prepared.request
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
-        is_single_image = ONE_FRAME in request.extra
+        is_one_frame = ONE_FRAME in request.extra
         # a frame for each control image precedes the clip and is cut off at the end: references of VACE or
         # control images of a single image
         num_leading = len(request.control_images)
         frames += num_leading
         # an end image is one more latent frame after the video
-        if not is_single_image and appends_end(self.files.task, request):
+        if not is_one_frame and appends_end(self.files.task, request):
             frames += 1
         start = noise.draw((batch, channels, frames, *area))
         conditions = dict(inputs.get(0, {}))
@@ -439,7 +439,7 @@ class Wan(OneTransformer):
                 overrides=Overrides(num_clean_frames=first_latents.shape[2]),
             )
         latents = yield section
-        if is_single_image:
+        if is_one_frame:
             return latents[:, :, prepared.family_settings.target_index].unsqueeze(2)
         return latents[:, :, num_leading:]
 
