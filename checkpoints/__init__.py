@@ -4,7 +4,7 @@ changing: plan another file, or several with an index
 containers: read safetensors and torch files without running code
 dialects: translate names of files to ours, join parts
 dits: load transformers of every family
-embedding_files: read textual inversion files, the vectors of a word
+embedding_files: files of embeddings, the vectors of a word
 encoders: find encoders in Hugging Face's layout
 file_hashes: hashes of a model's file, and where they are kept
 filling: fill a network from an open file
@@ -12,13 +12,13 @@ finite: find NaN or infinite weights while reading
 first_bytes: recognize files that are not models by how they begin
 gguf_files: read GGUF files, with bounded memory
 kinds: recognize model files by the names of tensors
-marks: recognize packed weights by marks in a file
+marks: recognize packed weights by what a file says
 metadata_text: print the metadata of a safetensors file
 model_files: check model files and folders given by options
-model_folders: check the settings in a transformers folder against its weights
+model_folders: what a folder of transformers says, held against its weights
 opening: open model files in any container
 quantizing: write layers in 8 bits, or 16 again
-shard_options: names and maximum sizes of a model's shards
+shard_options: names and sizes of a model's parts
 shards: cut a model into files with an index
 stored/: linear layers with weights in 8 or 4 bits
 tokenizers: find and read the tokenizer of a text encoder

@@ -303,8 +303,8 @@ class _TensorLoader:
         # one buffer for all reads, because temporary tensors would fragment the heap
         buffer_bytes = 0
         for name in self._dtypes if self._device.type != "meta" else ():
-            infos = [self._checkpoint.tensors[part] for part in self._sources[name].names]
-            buffer_bytes = max(buffer_bytes, sum(info.size_bytes + _ALIGNMENT for info in infos))
+            parts = [self._checkpoint.tensors[part] for part in self._sources[name].names]
+            buffer_bytes = max(buffer_bytes, sum(info.size_bytes + _ALIGNMENT for info in parts))
         if self._device.type == "cuda":
             self.read_buffer = empty_pinned([buffer_bytes], torch.uint8)
         else:

@@ -8,9 +8,9 @@ family: FLUX.1 and Chroma, described for the shared loops
 files: transformer files and paths of a run, each checked
 kontext/: the variant that edits a reference image
 model: the transformer, with the names of published checkpoints
-names: its names everywhere, from scripts to tensors
+names: what it is called everywhere, from scripts to tensors
 official_options: the image guides' command line, in our words
 options: own options for caching, training and generation
 spec: latents, noise and names in the transformer
-workflow: ComfyUI nodes that generate its samples
+workflow: the nodes of ComfyUI that make its samples
 """

@@ -4,7 +4,7 @@ configs: dimensions of a transformer, latents, names of parts
 family: FLUX.2, described for the shared loops
 files: transformer files and paths of a run, each checked
 model: blocks over images and text, with one modulation
-names: its names everywhere, from scripts to tensors
+names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
 vae: FLUX.2's autoencoder and its files
 versions: releases and what each takes, as data

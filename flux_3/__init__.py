@@ -4,7 +4,7 @@ configs: dimensions of a transformer, latents, noise, names of parts
 family: FLUX 3, described for the shared loops
 files: transformers in both layouts, the autoencoder and the text encoder
 model: blocks of each kind of tokens alone, then joint blocks
-names: its names everywhere
+names: what FLUX 3 is called everywhere
 options: own options for caching, training and generation
-references: sizes of reference images, and a single image on its canvas
+references: sizes of reference images, and one on its canvas
 """

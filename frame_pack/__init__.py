@@ -10,7 +10,7 @@ generating: denoises section by section, or a single image
 image_encoder: SigLIP: an image to 729 vectors
 inputs: images of a request, encoded for its sections
 model: the transformer, with the names of published checkpoints
-names: its names everywhere, from scripts to tensors
+names: what it is called everywhere, from scripts to tensors
 one_frame: single images: one target frame with an index
 options: own options for each task; texts by section
 requests: sections and their texts, settled before loading

@@ -1,6 +1,6 @@
 """From options and a prompt to videos and pictures; read run.py first.
 
-latent_masks: keep parts of a picture equal to a reference
+latent_masks: hold parts of a picture to a reference
 asking: ask for lines at the console, with history
 comparing: every prompt with every LoRA at every strength
 conversation: the prompts that a user types at the console
@@ -12,7 +12,7 @@ expert_memory: host memory of experts that wait
 experts: the networks that denoise, and take turns
 grid_options: options of sheets and of tools/compare.py
 line_options: long names of options in prompt and sample lines
-making: make the videos of jobs: encode, denoise, decode, write
+making: make the videos of jobs: texts, denoising, pixels, files
 memory: predict memory by rehearsing each phase
 named_prompts: JSON prompts from files, `@caption.json`
 options: options of the generation scripts that all families share

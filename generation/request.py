@@ -109,7 +109,6 @@ def make_request(
     if solver not in options.solvers:
         raise OptionError(f"--sample_solver {solver} (in a prompt line): use {', '.join(options.solvers)}")
     high_noise = line.get("guidance_scale_high_noise", options.guidance_scale_high_noise)
-    control_image_paths = line.get("control_image_path", options.control_image_path) or ()
     height, width = options.video_size or (None, None)  # None: the model's default, or a reference's size
     request = Request(
         prompt=texts["prompt"] or "",
@@ -131,9 +130,7 @@ def make_request(
         image_path=_select_media_path(options, line, "image_path"),
         end_image_path=_select_media_path(options, line, "end_image_path"),
         control_path=_select_media_path(options, line, "control_path"),
-        control_images=tuple(
-            to_path("--control_image_path", str(path)) for path in control_image_paths if str(path)
-        ),
+        control_images=_list_control_images(options, line),
         source=_select_source(options.source, line),
         extra=_collect_extras(options, line) if options.extras else {},
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
@@ -168,6 +165,12 @@ def _select_media_path(options: RequestOptions, line: Mapping[str, Any], name: s
     """Return the path in a shared media option; None if it is empty or the family has its own option."""
     value = None if name in options.extras else line.get(name, getattr(options, name))
     return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
+
+
+def _list_control_images(options: RequestOptions, line: Mapping[str, Any]) -> tuple[Path, ...]:
+    """Return the paths of the control images; an empty path leaves an image out."""
+    paths = line.get("control_image_path", options.control_image_path) or ()
+    return tuple(to_path("--control_image_path", str(path)) for path in paths if str(path))
 
 
 def _collect_extras(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:

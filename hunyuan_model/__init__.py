@@ -7,7 +7,7 @@ family: HunyuanVideo and SkyReels V1, described for the shared loops
 files: paths of a run, each checked against its option
 joining: video and text tokens side by side, written once
 model: the transformer, with the names of published checkpoints
-names: its names everywhere, from scripts to tensors
+names: what it is called everywhere, from scripts to tensors
 official_options: the release's command line, in our words
 options: own options for caching, training and generation
 spec: latents, guidance and names in the transformer

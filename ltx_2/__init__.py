@@ -18,7 +18,7 @@ keyframes: images that guide a video at one of its frames
 media: the family's half of latents, images and sound
 model: the transformer around the blocks
 model_options: options of files, how they run, and of guidance
-names: its names everywhere, from scripts to tensors
+names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
 reference_options: options of references (IC-LoRA)
 references: clips and images that a clip is made from

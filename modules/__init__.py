@@ -3,7 +3,7 @@
 atomic_write: write to a temporary name, then rename
 attention/: attention: one function over a table of back ends
 backups: copy a file to NAME.bak before it changes
-bars: progress bars in one style
+bars: progress bars of one look
 card_builds: choose the build of torch for this machine's card
 chat_templates: render a model's chat template within bounds
 command: what every script shares: logging, clean error output, exit codes
@@ -15,7 +15,7 @@ control_codes: text for a console
 devices: choose devices, name dtypes, send tensors, free and measure memory
 downloading: receive a file from a site, continued and bounded
 environment: the virtual environment of the scripts that set up
-error_output: find the error message in our programs' output
+error_output: the message in what a program of ours has printed
 errors: errors that a user can correct
 extensions: load what installed packages bring, if it is named
 file_batches: write many small files in the time of few
@@ -34,7 +34,7 @@ media/: images and videos on disk, and their pixels
 minimal_options: options that the minimal inference scripts share
 memory_limit: bound a process that runs a stranger's file
 mistyped: name our option for another program's
-nvidia_driver: NVIDIA cards, and why torch does not see them
+nvidia_driver: cards of NVIDIA, and why torch does not see them
 onnx_models: run ONNX files in bounded memory and time
 open_files: replace files that another program has open, on Windows
 option_checks: check values by limits, relations and places
@@ -61,8 +61,8 @@ text_encodings: guess the encoding of a file not in UTF-8
 text_files: text files that a user names, read safely
 typed_command: commands that are values of options: their words
 user_files: small files for this user, outside of their folders
-varints: read variable-length integers
+varints: read whole numbers of varying length
 version: the version of Reelsmith
-yaml_files: read other people's YAML within limits
-zip_files: list the contents of a stranger's zip file, bounded
+yaml_files: YAML texts of somebody else, bounded
+zip_files: read a stranger's zip file's list, bounded
 """

@@ -5,7 +5,7 @@ family: MOSS-Image, described for the shared loops
 files: transformers in all layouts, the language model, FLUX.2's autoencoder
 layouts: captions with boxes, which follow their image to its bucket
 model: the transformer, with one modulation for all blocks
-names: its names everywhere, from scripts to tensors
+names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
 references: images to edit, as the text encoder sees them
 schedule: noise levels of a generation

@@ -1,13 +1,13 @@
 """Qwen-Image: read family.py first, then model.py.
 
-caches: check that caches match the trained release
+caches: trainings check that caches are of their release
 configs: dimensions of a transformer, latents, names of parts
 family: Qwen-Image, described for the shared loops
 files: releases as data; transformer files; paths, each checked
-layered: Qwen-Image-Layered, which splits images into layers
+layered: Qwen-Image-Layered, which takes images apart into layers
 model: double blocks over image and text tokens
-names: its names everywhere, from scripts to tensors
+names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
-references: images to edit: sizes, masks, which parts are kept
-workflow: ComfyUI nodes that generate its samples
+references: images to edit: sizes, masks, what of them stays
+workflow: the nodes of ComfyUI that make its samples
 """

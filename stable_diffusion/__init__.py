@@ -1,16 +1,16 @@
 """Stable Diffusion 1.x, 2.x, XL. Read run.py, then making.py for gen_img.py; family.py for the loops.
 
-asking: prompt lines to requested pictures: variants, seeds, settings
+asking: requested pictures: variants, seeds and numbers settled
 assembling: load the checkpoint and all that acts on it
-attention: a U-Net's attention with the back end that a training chooses
-beside_unet: a network that runs next to a U-Net and sees its calls
-checkpoints: the U-Net and the VAE in a file: dimensions and names
+attention: a U-Net's attention by the back end of training
+beside_unet: what stands next to a U-Net and sees its calls
+checkpoints: U-Net and VAE of a file: dimensions and names
 contract: records that the parts hand to each other
-control_net: add residuals from guide images to the U-Net's features
+control_net: add to the U-Net's features after guide images
 control_net_files: files of ControlNets: recognize, translate, load
 control_net_learning: a ControlNet in training: a copy of the U-Net's half
 control_net_options: options of training a ControlNet
-diffusers_parts: classes of diffusers, imported on first use
+diffusers_parts: classes of diffusers, imported when they are called for
 family: the description that the shared loops call
 files: which Stable Diffusion a checkpoint is, by tensor names
 folders: folders in the layout of diffusers
@@ -25,14 +25,14 @@ lines: lines of prompts: options, variants, where they come from
 lllite_learning: a ControlNet-LLLite in training
 lllite_modules: the small networks of ControlNet-LLLite, and their names
 lllites: ControlNet-LLLites in the U-Net during a batch
-layer_texts: separate text states for each cross-attention of the U-Net (XTI)
+layer_texts: states of texts for each cross-attention of the U-Net (XTI)
 loading: load a checkpoint: kind, networks, tokenizers
 loras: LoRAs folded into weights, or added at run time
 making: A batch of pictures: texts, start, the denoising loop, pixels
-minimal_inpainting: repaint with the options of sd-scripts' small script
+minimal_inpainting: repaint by the options of sd-scripts' small script
 minimal_options: these options, and the same for gen_img.py
 model_upscaler: enlarge the first stage with SwinIR or ESRGAN
-names: names of the models, from scripts to tensors
+names: what it is called everywhere, from scripts to tensors
 noise: the schedule that is trained, varied noise, loss factors
 network_options: options of LoRAs, ControlNets, and networks that steer
 options: all options of gen_img.py
@@ -54,7 +54,7 @@ towers: text encoders that caption pictures, and may learn
 training_files: the checkpoint of a training, network by network
 training_options: options of training and of its caches
 whole_files: write a whole checkpoint after a training
-whole_folders: write a whole checkpoint as a folder in diffusers' layout
+whole_folders: write it as a folder in diffusers' layout
 whole_options: options of training a whole checkpoint
-workflow: the ComfyUI nodes that make its samples
+workflow: the nodes of ComfyUI that make its samples
 """

@@ -1,4 +1,4 @@
-"""Prepare clips in CogVideoX form: choose frames and sizes, encode, and write the folders that trainers read.
+"""Prepare clips in CogVideoX form: choose frames and sizes, encode, write the folders that trainers read.
 
 clips: items and their files; frames, sizes, encoding
 models: VAE and text encoders of a diffusers pipeline

@@ -1,4 +1,4 @@
-"""Cut footage into the clips of a dataset: find scenes, choose clips, write them, and list them.
+"""Cut footage into the clips of a dataset: find scenes, choose clips, write them and a list of them.
 
 clips: read all pictures of a video, choose its clips
 options: options of cutting footage into clips

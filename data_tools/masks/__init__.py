@@ -1,7 +1,7 @@
-"""Make masks for the pictures and clips of a folder, and change individual masks.
+"""Make masks for the pictures and clips of a folder, and change single ones.
 
 options: options of tools/mask.py: what to find, the masks' shape
-places: locate masks; accept, invert, remove, replace, undo
+places: where masks lie; accept, invert, remove, replace, undo
 run: make the masks that a folder lacks
 seen: find the foreground, faces or a color
 shaping: from a network's values to a mask; steady clips

@@ -1,11 +1,11 @@
 """Cached items in the order of training.
 
-checks: whether cached entries are what the run needs
+checks: whether cached entries are what is asked for
 example: find the files of one training item
 finding: find training items by names of cache files
-given_parts: regions and times of items that training may keep clean
+given_parts: regions and times of items that a training may give
 items: training items, and what is encoded while training
-order: order of batches, captions of samples, validation items
+order: order of batches, captions of samples, what is validated on
 reading: read, verify and stack cached items when they are needed
 starting: check caches and sources before a model is loaded
 """

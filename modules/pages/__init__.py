@@ -1,6 +1,6 @@
-"""HTML pages: one file each, with a common style sheet.
+"""HTML pages: one file each, of one style sheet.
 
 charts: draw curves over steps, with axes
-language: show text in the language of a page
-page: write a page as one file, with embedded pictures
+language: texts in the language of a page
+page: write a page of one file, with embedded pictures
 """

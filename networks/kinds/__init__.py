@@ -17,7 +17,7 @@ lora_algebra: the product of a LoRA's factors
 oft: inputs that are rotated block by block
 oft_layer: the layer of an OFT
 oft_rotation: the rotations of an OFT
-tlora: ranks that are active depending on each sample's noise level
+tlora: ranks that act by the noise of each sample
 """
 
 import os

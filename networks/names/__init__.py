@@ -1,5 +1,5 @@
 """Describe the names of networks' modules in every layout; each family lists its own in names.py.
 
-layouts: records of names and their order; renaming of tensors
-texts: paths of text encoders' modules, as published and in diffusers
+layouts: how names and their order are written down, renaming tensors
+texts: published paths of text encoders' modules, and diffusers' ones
 """

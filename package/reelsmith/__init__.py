@@ -2,10 +2,10 @@
 
 __main__: python -m reelsmith, the same as reelsmith
 api: the functions of `import reelsmith`
-command_run: run a command in a separate process
+command_run: a command in a process of its own
 commands: words to scripts, and the list of all
 events: what a running command reports, as records
-typed_words: convert keyword arguments to words of a command
+typed_words: keyword arguments as words of a command
 """
 
 from typing import TYPE_CHECKING

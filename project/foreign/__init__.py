@@ -1,14 +1,14 @@
 """Projects of other trainers, which `new --from` reads.
 
 contract: a program's record, readers of values
-rules: meaning of keys that several trainers share
+rules: what keys mean that several trainers have
 reading: recognizes a file, reads its keys by their rules
-project: what a file asks for, what is reported about it
+project: what a file asks for, what is told of it
 taking: takes a value by its rule, or says why not
 naming: the model that the keys name
 places: datasets of a list, and the described folders
 settling: what becomes of values for a model and script
-learning: which networks are trained, at which rates
+learning: which networks learn, at which rates
 optimizing: the optimizer, and the arguments it has here
 named: keys that the script knows by the same name
 lengths: steps, epochs as steps, warm-up

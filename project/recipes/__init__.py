@@ -1,4 +1,4 @@
-"""Training values in a file, with the data they were tried on and the measured figures.
+"""Values of a training in a file, with what they were tried on and its figures.
 
 options: which recipe to save, and where
 reading: reads a recipe, and refuses all but its values

@@ -7,5 +7,5 @@ host_memory: pinned and shared memory, copies, loaded networks
 joining: processes of a launcher, which agree on values
 sharding: split blocks over processes by FSDP
 swap_plan: choose which weights stay in host memory
-turns: networks that take turns on a device
+turns: networks take turns on a device
 """

@@ -14,7 +14,7 @@ from runtime.ways.context_parallel import CONTEXT_PARALLEL
 from runtime.ways.contract import WayToRun
 from runtime.ways.shard_base import SHARD_BASE
 
-# in the order of their options in --help, one per line
+# in the order of their options in --help, one a line
 # fmt: off
 WAYS: tuple[WayToRun, ...] = (
     SHARD_BASE,

@@ -10,9 +10,9 @@ ema: keep an average of the trained weights
 ema_weights: compute this average of the weights
 embedding: train embedding vectors of a new word
 embedding_rows: these vectors and their parameter group
-encoded_captions: captions that are encoded before the network is loaded
-guided: move the target away from the prediction for the empty prompt
-hooks: what features add to a run and read from it
+encoded_captions: captions that are encoded before the network loads
+guided: target away from the prediction for the empty prompt
+hooks: what features add to and read of a run
 inpainting: train an inpainting model
 ip_noise: add noise to the input that is not predicted
 item_losses: record the loss of each image and clip
@@ -21,7 +21,7 @@ leco: learn from prompts alone
 leco_file: read a file of such prompts
 leco_options: options of LECO's scripts
 leco_passes: latents and passes of LECO
-mask_prior: keep the base model's prediction outside masks
+mask_prior: keep the base model's prediction outside of masks
 on_end: start a command when the run is over
 output_preservation: keep the base model's prediction for some tables
 preference: learn from pairs of a preferred and a rejected item
@@ -40,7 +40,7 @@ teacher_balance: correct the teacher's loss for --timestep_focus
 teacher_errors: compare magnitude and direction of two predictions
 teacher_model: another frozen model as a teacher, with its LoRAs
 teacher_options: options of the teacher
-teacher_passes: compare with the teacher inside and outside its band
+teacher_passes: compare with the teacher inside and outside of its band
 tread: let tokens bypass the middle blocks
 tread_routes: draw the tokens that bypass the middle blocks
 tread_runner: run the blocks of such a pass

@@ -1,6 +1,6 @@
-"""Plan the memory of a training run.
+"""The memory of a training run.
 
-memory: predict the memory of a step, advise on what fits
+memory: predict the memory of a step, advise what fits
 rehearsal: rehearse a training step on tensors without content
-several_cards: compare ways to train on several cards
+several_cards: the ways in which several cards train
 """
