@@ -73,7 +73,7 @@ def prepare_bucket_latents(options: BucketLatentOptions) -> None:
     """
     content = read_metadata(options.in_json)
     record = _FAMILY.options_record("LatentCaching")
-    family = _FAMILY.make_family("latent_caching", record.usual(ckpt=options.model_name_or_path))
+    family = _FAMILY.make_family("latent_caching", record.from_defaults(ckpt=options.model_name_or_path))
     config = for_family(_make_dataset(options), family)
     # `_make_dataset` writes one table
     (table,) = config.datasets

@@ -305,7 +305,7 @@ def test_the_image_is_seen_as_without_a_second_text() -> None:
 
     with torch.no_grad():
         seen = block(embedded.x, embedded.tokens)
-        without = block(embedded.x, replace(embedded.tokens, image=None))
+        without = block(embedded.x, replace(embedded.tokens, image_tokens=None))
 
     assert torch.equal(without, block.o.bias.expand_as(without))  # type: ignore[union-attr, operator]
     assert not torch.allclose(seen, without, atol=1e-3)

@@ -292,7 +292,7 @@ def family(step: int, first: int = 1, in_sections: bool = False) -> Any:
             lengths=ClipLengths(step, first), in_sections=in_sections, holds_audio=False, has_layers=False
         ),
         references=None,
-        abilities=SimpleNamespace(references="", match_audio_schedule=False, show_media=False),
+        abilities=SimpleNamespace(references="", match_audio_schedule=False, takes_row_references=False),
     )
 
 

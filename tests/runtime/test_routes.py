@@ -95,7 +95,7 @@ def run_by_hand(dit: WanModel, inputs: dict[str, Any]) -> Tensor:
     for sample in range(BATCH):
         own = replace(
             tokens,
-            texts=tuple((text[sample : sample + 1], repeats) for text, repeats in tokens.texts),
+            text_tokens=tuple((text[sample : sample + 1], repeats) for text, repeats in tokens.text_tokens),
             modulation=tokens.modulation[sample : sample + 1],
         )
         places = chosen[sample]

@@ -53,7 +53,7 @@ RECORDS = {
 
 
 def inversion_family(kind: str, folder: Path, **values: Any) -> StableDiffusion:
-    options = RECORDS[kind].usual(token_string=WORD, **values)
+    options = RECORDS[kind].from_defaults(token_string=WORD, **values)
     return with_inversion(make_family(kind, folder, options=options, text_training=TextEncoderTraining({})))
 
 

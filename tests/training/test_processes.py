@@ -28,7 +28,7 @@ import torch
 from training.processes import make_accelerator
 from training.run_options import AcceleratorOptions
 from training.processes import largest_of_processes
-accelerator = make_accelerator(AcceleratorOptions.usual(ddp_timeout=5))
+accelerator = make_accelerator(AcceleratorOptions.from_defaults(ddp_timeout=5))
 total = torch.tensor([float(accelerator.process_index + 1)])
 torch.distributed.all_reduce(total)
 # as --blocks_to_swap auto is agreed on
