@@ -289,7 +289,7 @@ def family(step: int, first: int = 1, in_sections: bool = False) -> Any:
     """The facts of a family that change a configuration."""
     return SimpleNamespace(
         latent=SimpleNamespace(
-            lengths=ClipLengths(step, first), in_sections=in_sections, holds_audio=False, has_layers=False
+            lengths=ClipLengths(step, first), in_sections=in_sections, caches_audio=False, has_layers=False
         ),
         references=None,
         abilities=SimpleNamespace(references="", match_audio_schedule=False, takes_row_references=False),
