@@ -10,7 +10,7 @@ TOKENS = "https://huggingface.co/settings/tokens"
 
 
 def describe_login() -> str:
-    """Return one sentence about the login at the Hugging Face Hub."""
+    """Return one sentence that says whether a login for the Hugging Face Hub was found."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return say("HF_HUB_OFFLINE is set: nothing is loaded. Start the page without it.")
     for name in VARIABLES:

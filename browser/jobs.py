@@ -512,8 +512,8 @@ class JobQueue:
     def _store_known_jobs(self, waiting: "Counter[str]", before: "Counter[str]") -> None:
         """Store which waiting jobs the user knows about, outside the queue's own folder.
 
-        The user knows about jobs added with a button, and about lines added to the text file while a queue
-        runs that the user has started.
+        The user knows about jobs that were added with a button, and about lines that were added to the text
+        file while the queue ran on the user's request.
 
         Args:
             waiting: Number of waiting jobs of each line after a change.

@@ -89,7 +89,11 @@ class GgufFile(HeaderFile):
         self._rename_like_transformers()
 
     def _read_tensor(self, reader: "_HeaderReader", model_shapes: Mapping[str, tuple[int, ...]]) -> str:
-        """Read the name, shape and type of the next tensor, but not its position; return its name."""
+        """Read the name, shape and type of the next tensor from the header; return its name.
+
+        The offset that follows is read by the caller. `model_shapes` are shapes by name, where the header
+        stores others.
+        """
         check_count(self.path, len(self.tensors))
         name = reader.read_string(MAX_TENSOR_NAME)
         axes = reader.read_number("I")

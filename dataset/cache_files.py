@@ -156,8 +156,8 @@ def text_file_name(stem: str, tag: str, number: int = 0) -> str:
     """Return the name of a text cache, such as `clip_wan_te.safetensors`, which all items of a source share.
 
     `number` is the index of the caption. Additional captions are in `clip_wan_te.caption2.safetensors` and so
-    on; other programs ignore these names. EMPTY stands for the empty prompt of a source whose reference
-    images a text encoder sees: `clip_wan_te.empty.safetensors`.
+    on; other programs ignore these names. With EMPTY, the cache is that of the empty prompt, encoded with
+    the source's reference images: `clip_wan_te.empty.safetensors`.
     """
     if number == EMPTY:
         return f"{stem}_{empty_text_name(tag)}"
@@ -288,7 +288,7 @@ class Entry:
 
     @property
     def grids(self) -> frozenset[Grid]:
-        """Sizes in the names of latents: frames, height and width."""
+        """Sizes that the tensor names of latents end in: frames, height and width."""
         return frozenset(grid for grid in map(grid_in_name, self.shapes) if grid is not None)
 
     @property

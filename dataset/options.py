@@ -33,7 +33,7 @@ DATASET_FILE = KeyFile(
 
 
 class CheckPageOptions(Options):
-    """The page of --check."""
+    """The HTML page of dataset items that --check writes on request."""
 
     html: Path | None = option(
         "with --check: also write an HTML page of all items: frames with the crop, caption "

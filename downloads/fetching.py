@@ -81,7 +81,7 @@ class DownloadProgress:
     _file: ProgressFile = field(default_factory=ProgressFile)
 
     def note(self, have: int, size_bytes: int) -> None:
-        """Record that `have` of the current file's `size_bytes` have arrived."""
+        """Record the progress of the current file: `have` of its `size_bytes` bytes have arrived."""
         self._file.note(self.complete + have, self.total, "B")
         if have == size_bytes:
             self.complete += size_bytes

@@ -152,7 +152,7 @@ TEXT_DTYPE = torch.bfloat16  # dtype of the language model, as released
 
 @dataclass(frozen=True)
 class HunyuanImageFiles(TransformerFiles):
-    """Files of a run with its own VAE, Qwen2.5-VL's language model and ByT5."""
+    """Model files of HunyuanImage: transformer, VAE, the language model of Qwen2.5-VL, and ByT5."""
 
     vae_chunk_size: int | None = None
     text_encoder: Path | None = None

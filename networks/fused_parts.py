@@ -455,7 +455,7 @@ def _is_low_rank_matrix(factors: Factors) -> bool:
 
 
 def _sort_by_rows(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[FactorsOfRows]:
-    """Return the factors of the parts with their rows in the fused weight, in the order of the rows."""
+    """Pair the factors of each part of a fused layer with its rows in the fused weight; sort by rows."""
     parts = [FactorsOfRows(rows, piece.factors) for rows, piece in zip(slices, pieces, strict=True)]
     return sorted(parts, key=lambda part: part.rows.start)
 

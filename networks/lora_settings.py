@@ -509,7 +509,7 @@ def read_rates(argument: str, text: Any) -> PatternValues:
 
 
 def _make_readers_of_kinds() -> dict[str, Reader]:
-    """Return the readers of the --network_args that enable a kind, and of the numbers that the kind takes."""
+    """Return the readers of the --network_args that enable kinds of networks and set their parameters."""
     readers: dict[str, Reader] = {}
     for kind in SWITCHES.values():
         if kind.numbers:

@@ -395,7 +395,10 @@ def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: flo
 
 
 def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float) -> ModelSet:
-    """Ask the user on a terminal for one of a family's models."""
+    """Ask the user on a terminal for the task, which selects one of a family's models.
+
+    `memory` is the graphics card's GiB, for the table of tasks.
+    """
     tasks = [model.task for model in models]
 
     def read(text: str) -> str:

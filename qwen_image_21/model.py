@@ -80,7 +80,7 @@ class Prefix:
 
     @property
     def segments(self) -> list[Segment]:
-        """Return the consecutive texts and references of the prefix, in order."""
+        """Split the tokens before the noisy image into runs of text and reference images, in order."""
         segments: list[Segment] = []
         start = 0  # of the next segment, in the prefix
         text_start = 0  # of the next run of text, in the text alone

@@ -174,7 +174,7 @@ def train_network(
     lora_format: LoraFormat | None = None,
     list_auxiliary_tensors: ListTensors = dict,
 ) -> Trainable:
-    """Move a network that is attached to its DiT to the device in float32; return it as a `Trainable`.
+    """Prepare an attached network, such as a LoRA, for training: on the device, in float32.
 
     Args:
         network: The network.

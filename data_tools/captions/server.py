@@ -63,7 +63,7 @@ PARAMETER_REPLACEMENTS: Mapping[str, str | None] = {
 
 
 class _RetryableError(Exception):
-    """A request that may be repeated."""
+    """A failure of a request that may succeed if the request is repeated."""
 
     def __init__(self, reason: str, wait_seconds: float | None) -> None:
         """Store the reason, and how long the server asks to wait; None if it does not say."""

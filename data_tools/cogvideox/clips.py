@@ -90,9 +90,9 @@ class PreparedItem:
         return {key: int(info[key]) for key in ("num_frames", "height", "width")}
 
     def has_media_files(self, needs_latents: bool, needs_image_latents: bool) -> bool:
-        """Return whether the clip's files exist and are newer than the clip itself.
+        """Return whether the files that were made from the source clip exist and are newer than it.
 
-        The arguments say whether it needs VAE moments of the clip and of its first frame.
+        The arguments say whether VAE moments of the clip and of its first frame are needed.
         """
         kinds = [VIDEOS, IMAGES]
         if needs_latents:

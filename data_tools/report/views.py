@@ -177,7 +177,7 @@ def _show(display: str, file: Path, frames: NDArray[np.uint8], fps: float, debug
 
 
 def _caption(source: MediaSource) -> str:
-    """Return a caption of a source as training could use it, with one draw of all random changes."""
+    """Return a caption of a source as one training step might use it, after drawing its random changes."""
     table = source.table
     return changed_caption(
         source.caption or "", table.changes, table, step=1, total_steps=1, generator=_make_rng(source)

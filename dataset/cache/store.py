@@ -190,7 +190,7 @@ def may_be_mixed(table: DatasetTable, names: Collection[str] | None = None) -> b
 
 
 def npz_names(family: Caches) -> NpzNames:
-    """Return what the names in npz files depend on: cache tag, latent space and text keys of a family."""
+    """Return the properties of a family that determine the names of npz files and of their arrays."""
     has_npz = family.latent.npz is not None
     # text_keys is not read without need, because for some families it requires options for all encoders
     return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())

@@ -323,7 +323,7 @@ class CellFinder:
         Args:
             path: A file, or one part of several.
             column: Column, from `cell_column`.
-            finds_nulls: Whether to return None for a null cell; row groups with null cells have to be read.
+            finds_nulls: Whether null cells are returned as None, for which their row groups have to be read.
 
         Raises:
             DatasetError: If a row group is too large to be read at once.

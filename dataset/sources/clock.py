@@ -185,7 +185,7 @@ class _Timing:
 
 
 class _TimingComparison:
-    """Comparison of the timing of a clip and its companion (control clip or mask), by their headers."""
+    """Comparison of a clip's frame times with those of its control clip or mask, from file headers."""
 
     def __init__(self, path: Path, clip: Path, table: DatasetTable, fps: float) -> None:
         self._path, self._clip_path = path, clip

@@ -43,7 +43,7 @@ class InputRotation(Protocol):
 
     @property
     def factor_name(self) -> str:
-        """Name of the only part, which contains the values of the rotation."""
+        """Name of the only tensor of a module, which contains the values of its rotation."""
 
     @property
     def title(self) -> str:

@@ -123,7 +123,7 @@ class ShardedBlocks:
 
 
 def _sum_gradients(blocks: Sequence[nn.Module]) -> None:
-    """Add up the gradients of all processes; the loss is already divided by their micro-batches."""
+    """Make FSDP sum gradients over processes, not average them: the loss is already divided."""
     for block in blocks:
         block.register_forward_pre_hook(_fill_gradients, with_kwargs=True)
         block.set_gradient_divide_factor(1.0)  # type: ignore[operator]
