@@ -89,9 +89,9 @@ def test_files_arrive_whole_in_a_new_folder_below_the_first_root(served: Served,
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("../a.png", "holds the character '/'"),
-        ("..\\a.png", "holds the character"),
-        ("C:a.png", "holds the character ':'"),
+        ("../a.png", "contains the character '/'"),
+        ("..\\a.png", "contains the character"),
+        ("C:a.png", "contains the character ':'"),
         ("a\0.png", "holds"),
         ("a\n.png", "holds"),
         ("\u202egnp.exe", "holds a control code"),

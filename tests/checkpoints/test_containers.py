@@ -112,7 +112,7 @@ def test_pickled_code_is_refused_and_not_run(
     content = {"a": torch.ones(2), "b": Code()}
     path = write(tmp_path / "a.pth", content, _use_new_zipfile_serialization=is_zip)
 
-    with pytest.raises(CheckpointError, match="holds program code in addition to its tensors and is refused"):
+    with pytest.raises(CheckpointError, match="contains program code in addition to its tensors and is refused"):
         open_checkpoint(path)
 
     assert capfd.readouterr().out == ""

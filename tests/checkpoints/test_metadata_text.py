@@ -31,7 +31,7 @@ def test_a_file_without_metadata_is_an_empty_object(
     show_metadata.main([str(tmp_path / "lora.safetensors")])  # also without --model
     said = capsys.readouterr()
     assert json.loads(said.out) == {}
-    assert "holds no metadata" in said.err
+    assert "contains no metadata" in said.err
 
 
 def test_codes_of_a_terminal_are_written_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
