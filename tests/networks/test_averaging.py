@@ -150,7 +150,7 @@ def test_a_file_larger_than_a_lora_is_written_tensor_by_tensor_without_hashes(
 @pytest.mark.parametrize(
     ("sizes", "arguments", "words"),
     [
-        ({"rank": 3}, (), ("contains another network", "equal ranks")),
+        ({"rank": 3}, (), ("contains a different network", "equal ranks")),
         ({"alpha": 2.0}, (), ("alpha differs", "equal alphas")),
         ({}, ("--output_file", "out.pth"), ("--output_file", ".safetensors")),
     ],
