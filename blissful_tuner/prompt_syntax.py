@@ -121,8 +121,7 @@ class Drawing:
         if len(enclosing_wildcards) == MAX_WILDCARD_ROUNDS:
             chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*enclosing_wildcards[:4], key))
             raise OptionError(
-                f"--prompt_wildcards: {prompt_name} is drawn by wildcards that draw one a different more "
-                "than "
+                f"--prompt_wildcards: {prompt_name} is drawn by wildcards that draw one another more than "
                 f"{MAX_WILDCARD_ROUNDS} times ({chain} ...). Remove the wildcard that leads back from "
                 "its file"
             )
@@ -264,7 +263,7 @@ def _read_content(path: Path, prompt_name: str) -> str:
         raise OptionError(f"{prompt_name}: {path}: {error.strerror}") from None
     character = bad_character(content)
     if character is not None:
-        raise OptionError(f"{prompt_name}: {path} contains {character}")
+        raise OptionError(f"{prompt_name}: {path} holds {character}")
     return content
 
 

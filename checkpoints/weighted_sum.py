@@ -77,7 +77,7 @@ class MergeModelsOptions(Options, title="what to do"):
                 "for each, in the same order"
             )
         if not all(map(math.isfinite, self.ratios)):
-            raise OptionError("--ratios: give numbers, such as 0.5 0.5, not nan or inf")
+            raise OptionError("--ratios: give numbers, such as 0.5 0.5; nan and inf are none")
         total = sum(self.ratios)
         if abs(total - 1) > ROUNDED_SUM:
             raise OptionError(

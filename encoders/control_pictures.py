@@ -62,7 +62,7 @@ def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> 
     """
     if len(media.control) > 1:
         raise DatasetError(
-            f"{media.table.name}: {len(media.control)} control pictures for one picture. Leave one for "
+            f"{media.table.name}: {len(media.control)} control pictures for one; one is seen. Leave one for "
             "each picture"
         )
     rgb_controls = rearrange(media.control[0][..., :3], "b 1 h w c -> b c h w")

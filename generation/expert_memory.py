@@ -137,7 +137,7 @@ class ExpertSchedule:
                 "there. --offload_inactive_dit keeps one at a time."
             )
         if free_host_bytes is not None and plan.host > free_host_bytes:
-            smaller = "" if self.in_fp8 else " --fp8_scaled halves their size."
+            smaller = "" if self.in_fp8 else " --fp8_scaled halves what they take."
             notes.append(
                 f"The host has {format_gib(free_host_bytes)} GiB free, and {format_gib(plan.host)} are "
                 "asked for: experts "

@@ -356,7 +356,7 @@ class ExpertOffloader:
             dit, host_copy = prefetch.future.result()
         except (torch.OutOfMemoryError, MemoryError):
             logger.info(
-                "There was not enough memory to read the %s ahead: it is loaded now",
+                "There was no memory to read the %s ahead: it is loaded now",
                 self.experts[expert].description,
             )
             return

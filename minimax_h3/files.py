@@ -151,8 +151,7 @@ class H3TextEncoder(LanguageModelEncoder):
         tags += [TEXT_TAG] * len(tokens.ids)
         if len(ids) > self.maximum:
             raise MediaError(
-                f"the prompt with its pictures and clips has {len(ids)} tokens, but at most "
-                f"{self.maximum} are allowed. "
+                f"the prompt with its pictures and clips has {len(ids)} tokens, {self.maximum} are the most. "
                 "Give fewer or smaller references: --reference_image_short_edge, --reference_video_short_edge"
             )
         num_rows = len(network.get_parameter(self.embedding)) + sum(word.word.count for word in self.words)

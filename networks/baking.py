@@ -122,8 +122,8 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
         kind = next(kind for kind in kinds_of_parts(to_approximate[need_weight[0]]) if kind.needs_weight)
         raise OptionError(
             f"--bake: {lora.path} is {named(kind)} ({need_weight[0]}), whose change depends on the weights "
-            "that it was trained for. Add --dit with the model's file, and after it those of the text "
-            "encoders that it changes"
+            "that it was trained for. Add --dit with the model's file; after it those of the text encoders "
+            "that it changes"
         )
     losses: dict[str, Loss] = {}
     with open_weights(baking.models if need_weight else (), family) as weights:

@@ -330,7 +330,7 @@ def _describe_unused_reference_folders(
         if reference_folder in described or not _list_media_files(reference_folder):
             continue
         text = (
-            f"{reference_folder}: left out. A folder of this name contains what pictures are made from, and "
+            f"{reference_folder}: left out. A folder of this name holds what pictures are made from, and "
             f"{model_name} does not edit{remedy}. If it is to be learned, rename it"
         )
         lines.append(warning(text))

@@ -495,7 +495,6 @@ def _check_texts(request: Request) -> None:
         character = bad_character(text or "")
         if character is not None:
             raise OptionError(
-                f"{name} {text!r} is not UTF-8 text, it contains {character}: set the terminal or the file "
-                "to "
+                f"{name} {text!r} is not UTF-8 text, it holds {character}: set the terminal or the file to "
                 "UTF-8"
             )

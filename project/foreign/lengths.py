@@ -176,7 +176,7 @@ def _resolve_warmup(project: ForeignProject, steps: int) -> None:
     scheduler = training.get("lr_scheduler", "constant")
     if training.get("lr_warmup_steps") and scheduler in _SCHEDULES_WITHOUT_WARMUP:
         training["lr_scheduler"] = _SCHEDULES_WITHOUT_WARMUP[scheduler]
-        project.report_change("lr_scheduler", training["lr_scheduler"], f"{scheduler}, after the warm-up")
+        project.report_change("lr_scheduler", training["lr_scheduler"], f"{scheduler}, behind the warm-up")
 
 
 def _set_warmup_fraction(project: ForeignProject, key: str, fraction: float, steps: int) -> None:

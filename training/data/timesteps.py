@@ -92,7 +92,7 @@ def draw(
     u = torch.rand(batch_size, generator=generator, dtype=torch.float64)
     if options.num_timestep_buckets is not None:
         if first_sample is None:
-            raise ValueError("first_sample is required with num_timestep_buckets")
+            raise ValueError("with num_timestep_buckets the number of the first sample is needed")
         u = _stratify(u, options.num_timestep_buckets, seed, first_sample)
     fractions = fractions_of_uniform(options, low + u * (high - low), noise_spec, flow_shift)
     redraw_rejected = functools.partial(
