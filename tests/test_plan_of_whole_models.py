@@ -8,7 +8,7 @@ import torch
 
 from modules.options import read_options
 from modules.parser import add_options
-from project.kinds.whole_model import FREE
+from project.kinds.whole_model import GIB_BESIDES_WEIGHTS
 from protocols.families import FAMILIES
 from runtime.planning import dry_run as dry
 from tests.manifests import tensor_list, write_hollow
@@ -112,5 +112,9 @@ def test_the_cards_of_the_page_follow_from_its_numbers() -> None:
     assert sorted(cards) == [16, 24, 48, 80]
     assert {*MODELS} <= rows.keys()
     for card, (narrow, wide) in cards.items():
-        assert narrow == {name for name, columns in rows.items() if columns[0] <= card - FREE}, card
-        assert wide == {name for name, columns in rows.items() if max(columns[1:3]) <= card - FREE}, card
+        assert narrow == {
+            name for name, columns in rows.items() if columns[0] <= card - GIB_BESIDES_WEIGHTS
+        }, card
+        assert wide == {
+            name for name, columns in rows.items() if max(columns[1:3]) <= card - GIB_BESIDES_WEIGHTS
+        }, card

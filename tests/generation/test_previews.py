@@ -13,7 +13,7 @@ from torch import Tensor
 import fpack_generate_video
 import wan_generate_video
 from frame_pack.generating import video_sections
-from frame_pack.sections import ANTI_DRIFTING, F1, Order
+from frame_pack.sections import ANTI_DRIFTING, F1, GenerationOrder
 from generation.denoise import make_latents
 from generation.run import generate
 from modules.errors import CheckpointError, OptionError
@@ -91,7 +91,7 @@ def test_latents_are_the_same_bits_with_previews_in_every_family(
 
 
 @pytest.mark.parametrize("order", [ANTI_DRIFTING, F1], ids=["anti-drifting", "f1"])
-def test_what_is_shown_of_sections_is_the_part_of_the_video_that_is_finished(order: Order) -> None:
+def test_what_is_shown_of_sections_is_the_part_of_the_video_that_is_finished(order: GenerationOrder) -> None:
     generator, window = torch.Generator().manual_seed(1), 2
 
     class Noise:
