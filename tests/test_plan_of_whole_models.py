@@ -112,9 +112,6 @@ def test_the_cards_of_the_page_follow_from_its_numbers() -> None:
     assert sorted(cards) == [16, 24, 48, 80]
     assert {*MODELS} <= rows.keys()
     for card, (narrow, wide) in cards.items():
-        assert narrow == {
-            name for name, columns in rows.items() if columns[0] <= card - GIB_BESIDES_WEIGHTS
-        }, card
-        assert wide == {
-            name for name, columns in rows.items() if max(columns[1:3]) <= card - GIB_BESIDES_WEIGHTS
-        }, card
+        room = card - GIB_BESIDES_WEIGHTS
+        assert narrow == {name for name, columns in rows.items() if columns[0] <= room}, card
+        assert wide == {name for name, columns in rows.items() if max(columns[1:3]) <= room}, card

@@ -115,7 +115,7 @@ def test_what_is_shown_of_sections_is_the_part_of_the_video_that_is_finished(ord
     assert so_far[0] is None
     for made, part in enumerate(so_far[1:], 1):
         assert part is not None
-        full = video[:, :, -made * window :] if order.in_front else video[:, :, : made * window + 1]
+        full = video[:, :, -made * window :] if order.prepends_sections else video[:, :, : made * window + 1]
         assert torch.equal(part, full)
 
 
