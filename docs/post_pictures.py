@@ -33,7 +33,7 @@ from modules.media.reading import Frame, read_image, video_frames  # noqa: E402
 from modules.media.writing import write_png, write_video  # noqa: E402
 from modules.parser import Parser  # noqa: E402
 from pocket import drawing  # noqa: E402
-from postprocessing.chain_options import read_tool  # noqa: E402
+from postprocessing.chain_options import parse_tool  # noqa: E402
 from postprocessing.contract import Clip, to_pixels, to_tensor  # noqa: E402
 from postprocessing.interpolation.stage import make_interpolation  # noqa: E402
 from postprocessing.upscaling.rrdb import RrdbConfig, RRDBNet  # noqa: E402
@@ -252,7 +252,7 @@ def interpolated(folder: Path, given: Sequence[OutputFrame], threshold: str) -> 
     """Return the pictures that the tool makes of given ones, each marked as kept, repeated or made."""
     words = ["GIMMVFI", "--model", str(write_gimm_r(folder / "gimm")), "--mode", "gimmvfi_r"]
     words += ["--factor", str(FACTOR), "--scene_threshold", threshold]
-    stage = make_interpolation(read_tool(words, "--then")[1], CPU)
+    stage = make_interpolation(parse_tool(words, "--then")[1], CPU)
     clip = Clip(Path("clip.mkv"), SIDE, SIDE, Fraction(RATE_OF_CLIP), len(given), False)
     starts = {each.start for each in given}
     shown = []

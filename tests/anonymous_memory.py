@@ -93,7 +93,7 @@ class Networks:
         from checkpoints import filling
         from generation import denoise as denoising
 
-        begin, denoise, read = filling._Filling.__init__, denoising.denoise, PromptRewriter._read
+        begin, denoise, read = filling._TensorLoader.__init__, denoising.denoise, PromptRewriter._read
 
         def read_and_noted(*arguments: Any) -> Any:
             model, tokenizer = read(*arguments)
@@ -111,7 +111,7 @@ class Networks:
             self.note("denoise")
             return denoise(*arguments, **named)
 
-        filling._Filling.__init__, denoising.denoise = filled, denoised
+        filling._TensorLoader.__init__, denoising.denoise = filled, denoised
         PromptRewriter._read = read_and_noted
 
 

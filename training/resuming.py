@@ -317,7 +317,7 @@ def _saved_habits(saved: states.SavedState, habits: Mapping[str, Any]) -> dict[s
         current = habits.get(name)
         # an option that is off now counts as unchanged, however its default is written
         saved_habits[name] = default if current else current
-    return saved_habits | saved.changeable_settings
+    return saved_habits | saved.habits
 
 
 def _reject_differences(

@@ -216,7 +216,7 @@ def collect_state(model: TrainedModel) -> states.SavedState:
         folder=Path(),
         progress=plan.progress,
         identity=plan.settings.identity,
-        changeable_settings=plan.settings.habits,
+        habits=plan.settings.habits,
         parts=parts,
         optimizer=optimizer,
         schedule=model.schedule.state_dict(),

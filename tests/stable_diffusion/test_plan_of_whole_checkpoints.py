@@ -60,7 +60,9 @@ def test_an_average_counts_what_learns_alone(tmp_path: Path) -> None:
 
     def average(*words: str) -> int:
         typed = ("--ema_decay", "0.9", "--learning_rate_te1", "0", "--learning_rate_te2", "0", *words)
-        return predict(*read_training("sdxl", model, *typed), batch_of("sdxl"), torch.device("cpu")).average
+        return predict(
+            *read_training("sdxl", model, *typed), batch_of("sdxl"), torch.device("cpu")
+        ).host_average_bytes
 
     embeddings = average("--block_lr", ",".join(["1e-5", *["0"] * count]))
     blocks = average("--block_lr", ",".join(["0", *["1e-5"] * count]))

@@ -94,7 +94,7 @@ def test_the_streams_are_judged_apart_and_added(own: bool) -> None:
     torch.testing.assert_close(loss, (0.5 * image + 3 * heard).mean())  # float32, another order of sums
     fed, timesteps, overrides = family.__dict__["told"]
     assert fed.shape == (2, 24 + 24)
-    assert overrides.joint == JOINT
+    assert overrides.audio_video_shapes == JOINT
     assert noisy.audio is not None
     assert torch.equal(timesteps, torch.stack([noisy.timesteps, noisy.audio.timesteps], dim=1))
     assert torch.equal(noisy.sigmas, noisy.audio.sigmas) != own
@@ -119,7 +119,7 @@ def test_clips_without_any_sound_are_an_ordinary_batch() -> None:
 
     fed, timesteps, overrides = family.__dict__["told"]
     assert noisy.audio is None
-    assert (fed.shape, timesteps.shape, overrides.joint) == ((2, *JOINT.image), (2,), None)
+    assert (fed.shape, timesteps.shape, overrides.audio_video_shapes) == ((2, *JOINT.image), (2,), None)
 
 
 def test_a_guided_target_has_a_scale_for_each_stream_and_the_levels_of_each() -> None:

@@ -417,12 +417,31 @@ def test_two_things_that_answer_one_question_are_refused_by_name(
 
 # fields of the records that say nothing of how an output is judged, or that belong to an entry of the table
 WITHOUT_SAY = {
-    Batch: {"tensors", "captions", "keys", "made_by", "text_metadata", "undropped", "view", "empty_text"}
+    Batch: {
+        "tensors",
+        "captions",
+        "keys",
+        "made_by",
+        "text_metadata",
+        "undropped",
+        "condition_set",
+        "empty_text",
+    }
     # of pairs; in the weights of a `NoisyBatch`; the entry "preserved"
     | {"rejected", "loss_weights", "attributes"}
     # of which `given` is made: tests/ltx_2/test_given.py
-    | {"given_times", "crop_regions"},
-    NoisyBatch: {"batch", "noise", "sigmas", "timesteps", "levels", "expert", "number", "notes", "given"},
+    | {"clean_times", "crop_regions"},
+    NoisyBatch: {
+        "batch",
+        "noise",
+        "sigmas",
+        "timesteps",
+        "levels",
+        "expert",
+        "number",
+        "notes",
+        "clean_tokens",
+    },
     LossRule: {"options", "prediction", "as_base", "always_runs_base_model", "base_target_attributes"}
     | {"targets", "passes", "replaces_default_pass"}  # functions of targets
     | {"in_lockstep", "learning_pass", "seed", "seed_networks"},

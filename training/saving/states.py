@@ -56,7 +56,7 @@ class SavedState:
     folder: Path
     progress: Progress
     identity: dict[str, Any]  # settings that must be equal in a resumed run
-    changeable_settings: dict[str, Any]  # settings that a resumed run may change, with a warning
+    habits: dict[str, Any]  # settings that a resumed run may change, with a warning
     parts: dict[str, Mapping[str, Tensor]]  # state dicts of the trained modules, and the average
     optimizer: dict[str, Any]  # see `optimizer_state`
     schedule: dict[str, Any]

@@ -159,12 +159,12 @@ def test_a_state_moved_aside_by_a_killed_run_is_found_again(tmp_path: Path) -> N
 
 
 def test_numbers_of_numpy_do_not_make_a_state_unreadable(tmp_path: Path) -> None:
-    write_state(tmp_path / "x-state", replace(state(), changeable_settings={"--rate": np.float64(0.5)}))
+    write_state(tmp_path / "x-state", replace(state(), habits={"--rate": np.float64(0.5)}))
 
     read = read_state(tmp_path / "x-state")
 
     assert isinstance(read, SavedState)
-    assert read.changeable_settings == {"--rate": 0.5}
+    assert read.habits == {"--rate": 0.5}
 
 
 def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
