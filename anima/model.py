@@ -19,14 +19,12 @@ from torch import Tensor, nn
 from anima.adapter import AnimaAdapter, embed_prompts
 from anima.configs import DIT, PATCH, TEXT_ROWS, AnimaConfig
 from modules.attention.attend import attend
-from modules.devices import send_ahead
 from modules.layers.half_rope import rotate_halves
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm, TwoLayerMlp, activation_dtype, run_in_weight_dtype
 from modules.layers.rope import (
     GridTable,
-    cos_and_sin,
-    rotation_angles,
+    axis_rotations,
     select_rotations,
     sinusoid,
     spread_over_grid,
@@ -344,7 +342,7 @@ class AnimaModel(BlockNetwork):
         for size, width, ratio in zip(sizes, self.config.rotary_widths, self.config.rope_ratios, strict=True):
             theta = self.config.rope_theta * ratio ** (width / (width - 2))
             places = torch.arange(size, dtype=torch.float64)
-            axes.append(send_ahead(cos_and_sin(rotation_angles(places, width, theta)).float(), device))
+            axes.append(axis_rotations(places, width, theta, device))
         return spread_over_grid(axes).unsqueeze(1)
 
 

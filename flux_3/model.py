@@ -22,14 +22,12 @@ from torch import Tensor, nn
 from flux_2.model import PairNorm, PixelFinalLayer, SharedModulation, gate_half, number_embedding
 from flux_3.configs import AXES, DIT, Flux3Config
 from modules.attention.attend import CombineAttention, SampleLengths, SecondText, attend, make_lengths
-from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, activation_dtype, run_in_weight_dtype
 from modules.layers.rope import (
     GridTable,
-    cos_and_sin,
+    axis_rotations,
     rotate,
-    rotation_angles,
     select_rotations,
     sinusoid,
     spread_over_grid,
@@ -488,10 +486,7 @@ class Flux3Model(BlockNetwork):
     def _make_grid_table(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
         """Return a grid's rotary pairs from the positions along each axis, float64 on the CPU."""
         width = self.config.head_width // AXES
-        pairs = []
-        for axis in positions:
-            pair = cos_and_sin(rotation_angles(axis, width, self.config.rope_theta)).float()
-            pairs.append(send_ahead(pair, device))
+        pairs = [axis_rotations(axis, width, self.config.rope_theta, device) for axis in positions]
         return spread_over_grid(pairs).unsqueeze(1)
 
 

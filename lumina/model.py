@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from lumina.blocks import JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.configs import DIT, LuminaConfig
 from modules.attention.attend import SecondText, make_lengths
-from modules.devices import send_ahead
 from modules.layers.norms import RMSNorm, activation_dtype, run_in_weight_dtype
-from modules.layers.rope import GridTable, cos_and_sin, rotation_angles, spread_over_grid
+from modules.layers.rope import GridTable, axis_rotations, spread_over_grid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import BlockNetwork, Hidden
@@ -253,8 +252,7 @@ class LuminaModel(BlockNetwork):
     def _rotate_axis(self, positions: Sequence[int], width: int, device: torch.device) -> Tensor:
         """Return the (cosine, sine) pairs of `width` channels for positions along one axis."""
         exact = torch.tensor(positions, dtype=torch.float64)
-        pairs = cos_and_sin(rotation_angles(exact, width, self.config.rope_theta))
-        return send_ahead(pairs.float(), device)
+        return axis_rotations(exact, width, self.config.rope_theta, device)
 
 
 def count_real_tokens(mask: Tensor) -> tuple[int, tuple[int, ...]]:

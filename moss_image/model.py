@@ -24,11 +24,10 @@ from krea2.model import Krea2Tokens, attend_rotated
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens
 from lumina.model import count_real_tokens
 from modules.attention.attend import SampleLengths, SecondText, attend, make_lengths
-from modules.devices import send_ahead
 from modules.layers.half_rope import rotate_halves
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import RMSNorm, activation_dtype, run_float32, run_in_weight_dtype
-from modules.layers.rope import GridTable, cos_and_sin, rotation_angles, sinusoid, spread_over_grid
+from modules.layers.rope import GridTable, axis_rotations, sinusoid, spread_over_grid
 from modules.speed_options import SDPA, AttentionChoice
 from moss_image.configs import AXES, DIT, MossImageConfig
 from protocols.steps import NO_OVERRIDES, Overrides
@@ -466,10 +465,7 @@ class MossImageModel(BlockNetwork):
     def _grid_rotations(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
         """Return a grid's rotary pairs, n 1 D/2 2 float32, from float64 positions along each axis."""
         width = self.config.head_width // AXES
-        pairs = []
-        for axis in positions:
-            pair = cos_and_sin(rotation_angles(axis, width, self.config.rope_theta)).float()
-            pairs.append(send_ahead(pair, device))
+        pairs = [axis_rotations(axis, width, self.config.rope_theta, device) for axis in positions]
         return spread_over_grid(pairs).unsqueeze(1)
 
 

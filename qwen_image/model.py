@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from hunyuan_model import blocks
 from hunyuan_model.joining import gelu
 from hunyuan_model.model import check_sizes, count_real_tokens, from_patches, rotary_widths
-from modules.devices import send_ahead
 from modules.layers.modulation import modulate
 from modules.layers.norms import (
     Float32LayerNorm,
@@ -30,7 +29,7 @@ from modules.layers.norms import (
     run_float32,
     run_in_weight_dtype,
 )
-from modules.layers.rope import GridTable, cos_and_sin, rotation_angles, sinusoid, spread_over_grid
+from modules.layers.rope import GridTable, axis_rotations, sinusoid, spread_over_grid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from qwen_image.configs import DIT, PATCH, QwenImageConfig
@@ -302,8 +301,7 @@ class QwenImageModel(BlockNetwork):
     def _axis_rotations(self, first: int, size: int, width: int, device: torch.device) -> Tensor:
         """Return rotary pairs, size width/2 2, for `size` consecutive positions from `first` on."""
         positions = torch.arange(first, first + size, dtype=torch.float64)
-        pairs = cos_and_sin(rotation_angles(positions, width, self.config.rope_theta))
-        return send_ahead(pairs.float(), device)
+        return axis_rotations(positions, width, self.config.rope_theta, device)
 
 
 def cut_patches(latents: Tensor) -> Tensor:

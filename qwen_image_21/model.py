@@ -26,7 +26,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from modules.attention.attend import SecondText, attend, attend_causally
-from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import (
     CenteredRMSNorm,
@@ -38,9 +37,8 @@ from modules.layers.norms import (
 )
 from modules.layers.rope import (
     GridTable,
-    cos_and_sin,
+    axis_rotations,
     rotate,
-    rotation_angles,
     select_rotations,
     sinusoid,
     spread_over_grid,
@@ -598,8 +596,7 @@ class QwenImage21Model(BlockNetwork):
     def _axis_rotations(self, first: int, size: int, width: int, device: torch.device) -> Tensor:
         """Return rotary pairs, size width/2 2, for consecutive positions on one axis."""
         positions = torch.arange(first, first + size, dtype=torch.float64)
-        pairs = cos_and_sin(rotation_angles(positions, width, self.config.rope_theta))
-        return send_ahead(pairs.float(), device)
+        return axis_rotations(positions, width, self.config.rope_theta, device)
 
     def _text_rotations(self, first: int, size: int, device: torch.device) -> Tensor:
         """Return rotary pairs of consecutive text tokens, whose position is equal on all axes."""

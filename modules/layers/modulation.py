@@ -76,7 +76,7 @@ def split_segments(split: Split, rows: Sequence[Tensor], *tokens: Tensor) -> lis
     if num_segments == 1:
         return [(*tokens, *rows)]
     if isinstance(split, Tensor):
-        row_of_each_token = [row.gather(1, _expand_indices(split, row)) for row in rows]
+        row_of_each_token = [row.gather(1, expand_indices(split, row)) for row in rows]
         return [(*tokens, *row_of_each_token)]
     starts = (split,) if isinstance(split, int) else split
     assert len(starts) == num_segments - 1, f"{num_segments} rows for the segments that begin at {starts}"
@@ -96,7 +96,7 @@ def _expand_to_tokens(rows: Tensor, tokens: Tensor, split: Split) -> Tensor:
     return torch.cat([row.expand_as(part) for part, row in parts], dim=1)
 
 
-def _expand_indices(indices: Tensor, rows: Tensor) -> Tensor:
+def expand_indices(indices: Tensor, rows: Tensor) -> Tensor:
     """Repeat the indices of rows, B L, over the channels: B L C."""
     return indices.unsqueeze(2).expand(-1, -1, rows.shape[2])
 
@@ -107,7 +107,7 @@ def _sum_segments(gradients: Tensor, rows: Tensor, split: Split) -> Tensor:
         return gradients.sum_to_size(rows.shape)
     if isinstance(split, Tensor):
         return torch.zeros_like(rows, dtype=gradients.dtype).scatter_add(
-            1, _expand_indices(split, rows), gradients
+            1, expand_indices(split, rows), gradients
         )
     parts = split_segments(split, [rows], gradients)
     return torch.cat([part.sum_to_size(row.shape) for part, row in parts], dim=1)

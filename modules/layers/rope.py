@@ -107,6 +107,16 @@ def cos_and_sin(angles: Tensor) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
+def axis_rotations(positions: Tensor, width: int, theta: float, device: torch.device) -> Tensor:
+    """Return the (cosine, sine) pairs of positions on one axis, n width/2 2 float32 on `device`.
+
+    The angles are computed on the host in the dtype of `positions`. `width` and `theta` are those of
+    `rotation_angles`.
+    """
+    pairs = cos_and_sin(rotation_angles(positions, width, theta))
+    return send_ahead(pairs.float(), device)
+
+
 float32_table = functools.partial(rotary_table, dtype=torch.float32)
 # values of --rope_func
 TABLES: dict[str, Callable[..., Tensor]] = {"default": rotary_table, "comfy": float32_table}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules.layers.modulation import expand_indices
 from protocols.steps import Overrides
 from runtime.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
@@ -82,7 +83,7 @@ class _TokenBypass:
         elif number == self._blocks.stop and self._all_tokens is not None:
             x, hidden.tokens = self._all_tokens
             self._all_tokens = None
-            hidden.x = x.scatter(1, _expand_indices(self._kept_indices, x), hidden.x.to(x.dtype))
+            hidden.x = x.scatter(1, expand_indices(self._kept_indices, x), hidden.x.to(x.dtype))
 
     def _take_out_tokens(self, hidden: Hidden) -> None:
         """Replace the tokens in `hidden` by those that the routed blocks process; remember all tokens.
@@ -103,8 +104,4 @@ class _TokenBypass:
         self._kept_indices = torch.cat(kept_indices, dim=1).to(x.device)
         self._all_tokens = x, tokens
         hidden.tokens = tokens.select(self._kept_indices, num_dropped)
-        hidden.x = x.gather(1, _expand_indices(self._kept_indices, x))
-
-
-def _expand_indices(indices: Tensor, x: Tensor) -> Tensor:
-    return indices.unsqueeze(2).expand(-1, -1, x.shape[2])
+        hidden.x = x.gather(1, expand_indices(self._kept_indices, x))
