@@ -196,20 +196,19 @@ def describe_file(text: str) -> str:
         size_bytes = path.stat().st_size
         if suffix != ".safetensors":  # only safetensors files have a header that is read here
             return say("%(size_bytes)s; what it is, Prepare looks up", size_bytes=gigabytes(size_bytes))
-        wrong_beginning = _describe_wrong_beginning(path)
-        if wrong_beginning:
-            return wrong_beginning
         with path.open("rb") as file:
+            wrong_beginning = _describe_wrong_beginning(file.read(16))
+            if wrong_beginning:
+                return wrong_beginning
+            file.seek(0)
             header = read_tensor_header(file.read, size_bytes)
     except (OSError, ValueError) as error:
         return say("It cannot be read: %(error)s. Download or copy it again.", error=error)
     return _describe_header(header, size_bytes)
 
 
-def _describe_wrong_beginning(path: Path) -> str:
+def _describe_wrong_beginning(first_bytes: bytes) -> str:
     """Describe a file that is empty, or a Git LFS pointer or HTML page instead of a model; "" for others."""
-    with path.open("rb") as file:
-        first_bytes = file.read(16)
     if not first_bytes:
         return say("It is empty. Download or copy it again.")
     return translate_line(f"It {describe_beginning(first_bytes)}") if is_pointer_or_page(first_bytes) else ""

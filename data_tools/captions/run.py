@@ -356,21 +356,23 @@ def _make_captions(
     answers = captioner(list(reasons), backend.read_frames)
     with contextlib.closing(answers), Bar(len(reasons), "captions", unit="caption") as bar:
         for location, answer in answers:
-            try:
-                if not isinstance(answer, str):
-                    raise answer  # errors other than those below, such as SystemExit, end the run
+            error = None if isinstance(answer, str) else answer
+            if isinstance(answer, str):
                 failure_limit.note_answer()
                 caption = backend.postprocess(location, answer)
-                if not caption:
-                    raise NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
-                is_hand_written = reasons[location] == HAND_WRITTEN  # the caption that is replaced
-                if not location.write(caption, is_hand_written, records[location.file.parent]):
-                    num_changed += 1
-            except (MediaError, NoCaptionError) as error:
+                if caption:
+                    is_hand_written = reasons[location] == HAND_WRITTEN  # the caption that is replaced
+                    if not location.write(caption, is_hand_written, records[location.file.parent]):
+                        num_changed += 1
+                else:
+                    error = NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
+            if isinstance(error, (MediaError, NoCaptionError)):
                 failures.append(Failure.of(location.source, error))
                 logger.warning("%s", failures[-1])
-                if isinstance(error, NoCaptionError):
-                    failure_limit.note_failure(error)
+            elif error is not None:  # it ends the run, and may be SystemExit
+                raise error
+            if isinstance(error, NoCaptionError):
+                failure_limit.note_failure(error)
             bar.update()
     return failures, num_changed
 

@@ -99,12 +99,14 @@ class Interpolator:
         for frame in frames:
             current = _CachedFrame(frame, self._encode_frame)
             if previous is not None:
-                has_cut = self._has_cut(previous, current)
+                # equal frames need neither networks nor a scene's measure
+                is_same = np.array_equal(previous.output.pixels, current.output.pixels)
+                has_cut = not is_same and self._has_cut(previous, current)
                 num_cuts += has_cut
                 if has_cut and num_cuts <= MAX_LOGGED_CUTS:
                     text = "A new scene begins at %s: the picture before it is repeated."
                     logger.info(text, clock_time(frame.start))
-                yield from self._fill_gap(previous, current, clip.is_deep, repeats=has_cut)
+                yield from self._fill_gap(previous, current, clip.is_deep, repeats=is_same or has_cut)
             num_frames += 1
             previous = current
         if previous is None:
@@ -120,8 +122,8 @@ class Interpolator:
     ) -> Iterator[OutputFrame]:
         """Yield the first of two frames, then the frames to insert before the second one.
 
-        Inserted frames are interpolated, in 16 bits if `is_deep`. With `repeats`, and between equal frames,
-        they are copies of the first frame.
+        Inserted frames are interpolated, in 16 bits if `is_deep`. With `repeats`, they are copies of the
+        first frame.
         """
         factor = self._options.factor
         start = first.output.start
@@ -129,7 +131,7 @@ class Interpolator:
         # each output frame lasts one step
         yield replace(first.output, seconds=step)
         new_pixels: Iterator[Pixels]
-        if repeats or first.equals(second):
+        if repeats:
             new_pixels = repeat(first.output.pixels, factor - 1)
         else:
             new_pixels = self._interpolate(first, second, is_deep)
@@ -153,9 +155,7 @@ class Interpolator:
     def _has_cut(self, first: "_CachedFrame", second: "_CachedFrame") -> bool:
         """Return whether a new scene begins with the second frame, if --scene_threshold is above 0."""
         threshold = self._options.scene_threshold
-        if threshold <= 0 or first.equals(second):
-            return False
-        return threshold <= scene_distance(first.thumbnail, second.thumbnail)
+        return 0 < threshold <= scene_distance(first.thumbnail, second.thumbnail)
 
     def _measure_margins(self, height: int, width: int) -> tuple[int, int, int, int]:
         across, down = (-side % self._options.alignment for side in (width, height))
@@ -187,10 +187,6 @@ class _CachedFrame:
     def __init__(self, output: OutputFrame, encode: Callable[[Pixels], Frame]) -> None:
         self.output = output
         self._encode = encode
-
-    def equals(self, following: "_CachedFrame") -> bool:
-        """Return whether two frames have the same pixels."""
-        return np.array_equal(self.output.pixels, following.output.pixels)
 
     @cached_property
     def frame(self) -> Frame:
