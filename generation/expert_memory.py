@@ -45,7 +45,7 @@ class ExpertSchedule:
     """Order in which the experts of a run are used.
 
     Attributes:
-        order: Indices of experts, from `plan_turns`.
+        order: Indices of experts, from `list_expert_order`.
     """
 
     order: tuple[int, ...] = ()

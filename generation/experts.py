@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 PAUSE = 0.2  # seconds between checks for Ctrl-C while waiting, which Windows needs
 
-Check = Callable[[], None]  # called now and then while loading; may raise `ReadingStopped`
+Check = Callable[[], None]  # called now and then while loading; may raise to end the loading
 
 
 class PrefetchCancelled(Exception):

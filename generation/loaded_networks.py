@@ -78,7 +78,7 @@ class Session:
     _logged_media: set[bool] = field(default_factory=set)  # values of `images` whose load was logged
 
     def encode_texts(self, prompts: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
-        """Encode the prompts of each section, as listed by `wanted_texts`.
+        """Encode the prompts of each section, as listed by `select_prompts`.
 
         Each text encoder is loaded once and encodes each new prompt alone, because its conditions must not
         depend on another prompt. Before the next encoder is loaded, it is freed or, with `keep`, moved to the

@@ -408,7 +408,7 @@ def _is_excluded_by_arguments(module_with_path: ModuleWithPath, name: str, setti
         # a rank of 0 excludes the module
         return not rank
     # Without conv_dim, convolutions get no LoRA by default, but that does not exclude those of a file: any
-    # rank above 0 makes `_find_size` accept them
+    # rank above 0 makes `_size_by_block_and_type` accept them
     with_convolutions = replace(settings, conv_rank=settings.conv_rank or 1)
     size = _size_by_block_and_type(module_with_path.path, module_with_path.module, with_convolutions)
     return size is None or not size.rank

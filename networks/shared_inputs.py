@@ -106,7 +106,7 @@ class SharedInput:
             parts = product.split(self.ranks, -1)
             self._products = dict(zip(self.layers, parts, strict=True))
         assert self._frozen_input is not None
-        frozen_input = self._frozen_input  # read first, because `_take` may forget it
+        frozen_input = self._frozen_input  # read first, because `_pop_product` may forget it
         return frozen_input, self._pop_product(layer)
 
     def compute(self, layer: GroupedLayer, x: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ class PixelEdit:
     """A change of the decoded pixels of a result that is not made in its latents."""
 
     apply: "Callable[[Iterator[Tensor]], Iterator[Tensor]]"  # chunks of pixels, 1 3 F H W in -1..1
-    metadata: Mapping[str, str]  # added to that of the written result, as `own_metadata` is
+    metadata: Mapping[str, str]  # added to that of the written result, as `extra_metadata` is
 
 
 logger = logging.getLogger(__name__)

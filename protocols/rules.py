@@ -405,8 +405,9 @@ class AudioLearning:
 class ReferenceRules:
     """Rules for how a family uses reference images: the control images of an item or a request.
 
-    Each image has its own size: that of the target, or what the keys of its table or `own_shape` set. If the
-    family uses clips as references, only `maximum`, `clips` and the fields below `clips` count.
+    Each image has its own size: that of the target, or what the keys of its table or `keeps_aspect_ratio`
+    set. If the family uses clips as references, only `max_references`, `clips` and the fields below `clips`
+    count.
     """
 
     max_references: int  # maximum number of references per item or request

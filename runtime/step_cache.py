@@ -4,7 +4,7 @@
     with run_around(dit_at, cache.run) as cached_at:
         denoise(family, cached_at, section, ...)
 
-Each pass of a step (positive, negative, with skipped layers) has its own rule and residual, by `Turn.which`.
+Each pass of a step (positive, negative, with skipped layers) has its own rule and residual, by `pass_key`.
 A residual is on the device of the tokens. It is freed before the blocks of its pass run again, and by
 `forget`.
 
@@ -191,7 +191,7 @@ class MagCacheRule:
         """Return whether the error accumulated since the last computed pass allows another skip.
 
         The first steps (the fraction `retention`, at least one) and the last step are never skipped.
-        `signal`, which other rules compare, is not needed.
+        `first_block_input`, which other rules compare, is not needed.
         """
         last_step = self._last
         self._last = step_position.step
@@ -239,7 +239,7 @@ class TeaCacheRule:
     def should_skip(self, step_position: StepPosition, first_block_input: FirstBlockInput) -> bool:
         """Return whether the changes since the last computed pass add up to less than the threshold.
 
-        `signal` computes what is compared: the input of the first block's attention.
+        `first_block_input` computes what is compared: the input of the first block's attention.
         """
         if step_position.step == step_position.num_steps - 1:  # the last step is computed
             self._before = None

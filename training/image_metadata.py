@@ -139,7 +139,7 @@ def _split_tags(caption: str) -> list[str]:
 
 @dataclass(frozen=True)
 class _ImageCounts:
-    """Numbers of images in dataset tables; repeats are counted, except in `of_table`."""
+    """Numbers of images in dataset tables; repeats are counted, except in `num_by_table`."""
 
     num_by_table: Mapping[int, int]  # number of images by the table's index
     num_learned: int

@@ -61,8 +61,8 @@ class QuantizationFormat(Protocol):
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
         """Compute x W^T + b in autocast's dtype, or in that of x without autocast; differentiable in x and b.
 
-        Implementations must not save a 16-bit copy of the weight for the backward pass; `multiply_value` is
-        an implementation for any form.
+        Implementations must not save a 16-bit copy of the weight for the backward pass;
+        `dequantize_and_multiply` is an implementation for any form.
         """
         ...
 

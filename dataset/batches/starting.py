@@ -41,9 +41,7 @@ DECODED_OTHERWISE = "%s is of an earlier version: %s. Cache again: only such cac
 MAX_DECODED = 100  # clips of which a frame is decoded
 MAX_READ, MAX_READ_BYTES = 1000, 1 << 30  # limits of what is read from caches: takes a few seconds
 MAX_LISTED = 50_000  # files of a folder, captions among them
-UNKNOWN_ENCODERS: Mapping[
-    str, Mapping[str, str]
-] = {}  # `own_encoders` if the encoders are unknown in training
+UNKNOWN_ENCODERS: Mapping[str, Mapping[str, str]] = {}  # for a training run that does not know its encoders
 
 
 def check_caches(

@@ -292,7 +292,7 @@ class BlockSwap:
             slot.is_changed = True  # they are stepped as soon as their gradients are complete
 
     def _pack(self, tensor: Tensor) -> Tensor | SavedWeight:
-        """Return what autograd stores: a `Kept` for a weight in a slot, otherwise the tensor itself."""
+        """Return what autograd stores: a `SavedWeight` for a weight in a slot, else the tensor itself."""
         slot, index = self._owners.get(tensor.untyped_storage().data_ptr(), (None, 0))
         if slot is None:
             return tensor.detach()

@@ -283,7 +283,7 @@ Method = Callable[..., Tensor]
 
 
 def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> None:
-    """Make blocks run their methods `spec.token_wise` on at most `tokens` tokens at a time, to save memory.
+    """Make blocks run `spec.token_wise_methods` on at most `tokens` tokens at a time, to save memory.
 
     These methods map (x: B L C, ...) to B L C'. This affects only train mode with gradients enabled. Call
     after LoRA, and before compilation and `checkpoint_blocks`. Results differ only by the order of summation

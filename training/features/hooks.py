@@ -471,7 +471,7 @@ class RunFeatures:
     # given all captions, return a note on those from which nothing is learned, or ""; raises DatasetError
     caption_checks: list[Callable[[Sequence[str]], str]] = field(default_factory=list)
     embedding_words: list[str] = field(default_factory=list)  # trained words that have their own files
-    base_target_attributes: set[str] = field(default_factory=set)  # see `kept_samples` in targets/passes.py
+    base_target_attributes: set[str] = field(default_factory=set)  # see targets/passes.py
     further_models: "list[FurtherModel]" = field(default_factory=list)  # frozen, as large as the trained one
     average: AverageInfo | None = None
     # given a transformer's expert, return the LoRAs to merge while it is loaded, whether it is trained or not
