@@ -147,21 +147,21 @@ def compute_file_weights(count: int, options: AveragingOptions) -> list[float]:
     decay goes from --beta to --beta2; with --sigma_rel it is (1 - 1/k)^(gamma + 1).
     """
     weights = [1.0]
-    for k in range(2, count + 1):
-        decay = _compute_decay(k, count, options)
+    for decay in _list_decays(count, options):
         weights = [*(weight * decay for weight in weights), 1 - decay]
     return weights
 
 
-def _compute_decay(k: int, count: int, options: AveragingOptions) -> float:
-    """Return the factor on the average so far when file k of `count` files is added, counted from 1."""
+def _list_decays(count: int, options: AveragingOptions) -> list[float]:
+    """Return the factors on the average so far when the files 2 to `count` are added."""
+    files = range(2, count + 1)
     if options.sigma_rel is not None:
         power = find_gamma(options.sigma_rel) + 1
-        return float((1 - 1 / k) ** power)
+        return [float((1 - 1 / k) ** power) for k in files]
     last_beta = options.beta if options.beta2 is None else options.beta2
     difference = last_beta - options.beta
     num_steps = max(count - 2, 1)  # 1 for two files, to avoid a division by 0
-    return options.beta + difference * (k - 2) / num_steps
+    return [options.beta + difference * (k - 2) / num_steps for k in files]
 
 
 def find_gamma(sigma_rel: float) -> float:
