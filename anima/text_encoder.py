@@ -130,7 +130,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
             used = tokens.cut(self.t5_max_tokens)
             if len(used.ids) < len(tokens.ids):
                 left_out = len(tokens.ids) - len(used.ids)
-                text = "%d of T5's tokens of the prompt are cut off, %d are used: %.60s"
+                text = "%d of T5's tokens of the prompt are cut off; %d are used: %.60s"
                 logger.info(text, left_out, self.t5_max_tokens, prompt.text)
             ids, mask = (rows[0].to(torch.int32) for rows in fill_rows([used.ids], self.t5_max_tokens, PAD))
             if prompt.spans:

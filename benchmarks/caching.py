@@ -103,8 +103,7 @@ def main() -> None:
     waiting = args.clips * args.seconds
     print(
         f"{args.clips} clips of {args.frames} frames at {args.source_size[0]}x{args.source_size[1]}: "
-        f"{taken:.2f} s,"
-        f" of which {waiting:.2f} s waiting for the encoder"
+        f"{taken:.2f} s, of which {waiting:.2f} s waiting for the encoder"
     )
     print(f"peak memory {peak_bytes() / 1e9:.2f} GB, {before / 1e9:.2f} GB before the run")
     print(f"ratio {taken / waiting:.3f}")

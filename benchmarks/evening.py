@@ -189,8 +189,8 @@ def _find_model(family: str, task: str) -> ModelSet:
     name = f"{family} {task}"
     if name not in names:
         raise OptionError(
-            f"--family {family} --task {task} is no model that a folder trains.{did_you_mean(name, names)} "
-            "tools/download.py --list shows all"
+            f"--family {family} --task {task} is not a model that a folder "
+            f"trains.{did_you_mean(name, names)} tools/download.py --list shows all"
         )
     return names[name]
 

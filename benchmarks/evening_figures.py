@@ -65,7 +65,7 @@ def _read_count(value: Any) -> int:
 
 def _read_number(limit: float, value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > limit:
-        raise ValueError("is no number that can be")
+        raise ValueError("is not a number that can be")
     return float(value)
 
 
@@ -106,14 +106,14 @@ def _read_version(value: Any) -> str:
     text = _read_text(".{0,40}", value)
     number, _, build = text.partition("+")
     if clean_version(number) != number or re.fullmatch(r"|cpu|xpu|cu\d+|rocm[\d.]+", build) is None:
-        raise ValueError("is no version")
+        raise ValueError("is not a version")
     return text
 
 
 def _read_name(value: Any) -> str:
     text = _read_text(f".{{0,{MAX_NAME}}}", value)
     if clean_name(text) != text:
-        raise ValueError("is no name of a product")
+        raise ValueError("is not a name of a product")
     return text
 
 
@@ -244,9 +244,9 @@ def _read_record(record: type[Record], value: Any) -> Record:
     """Return a record of the values in a table, each checked. Raises ValueError that names the key."""
     declared = {each.name: each.metadata["read"] for each in fields(record)}  # type: ignore[arg-type]
     if not isinstance(value, dict):
-        raise ValueError("is no table")
+        raise ValueError("is not a table")
     for name in value.keys() ^ declared.keys():
-        what = "is missing" if name in declared else "is no figure"
+        what = "is missing" if name in declared else "is not a figure"
         raise ValueError(f"{shorten(escape_control_codes(str(name)), 40)} {what}")
     values = {}
     for name, read in declared.items():
@@ -298,10 +298,10 @@ def parse_figures(text: str, name: str) -> EveningFigures:
             raise ValueError(f"version is {figures.version}, not {VERSION}")
         models = {(model.family, model.task) for model in model_sets()}
         if (figures.family, figures.task) not in models:
-            raise ValueError(f"{figures.family} {figures.task} is no model of the catalogue")
+            raise ValueError(f"{figures.family} {figures.task} is not a model of the catalogue")
     except (ValueError, RecursionError) as error:
         raise FiguresError(
-            f"{name} is no file of figures: {error}. benchmarks/evening.py makes figures.json"
+            f"{name} is not a file of figures: {error}. benchmarks/evening.py makes figures.json"
         ) from None
     return figures
 

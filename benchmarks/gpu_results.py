@@ -46,7 +46,7 @@ def read_results(path: Path) -> Results:
         found = json.loads(path.read_text(encoding="utf-8"))
         return Results(found["head"], found["rows"], path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path} is no result file of benchmarks/gpu.py: {error}") from None
+        raise SystemExit(f"{path} is not a result file of benchmarks/gpu.py: {error}") from None
 
 
 def continue_results(path: Path | None, head: Figures) -> Results:

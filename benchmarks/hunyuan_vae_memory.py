@@ -56,8 +56,7 @@ def _compare(what: str, tiling: str, clips: tuple[tuple[int, int, int], ...]) ->
         frames, height, width = clip
         print(
             f"{what} in {tiling}, {frames:3} frames of {height:3} x {width:3}: peak {peaks[-1] / 1e6:6.1f} "
-            "MB, "
-            f"ratio {peaks[-1] / peaks[0]:.3f}",
+            f"MB, ratio {peaks[-1] / peaks[0]:.3f}",
             flush=True,
         )
     return max(peaks) / peaks[0]

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.stdout.flush()
     for info in files:
         if not info.error and not info.metadata and not options.json:
-            sys.stderr.write(f"{escape_control_codes(str(info.path))} holds no metadata\n")
+            sys.stderr.write(f"{escape_control_codes(str(info.path))} contains no metadata\n")
     failed = [info.error for info in files if info.error]
     if failed:
         raise MediaError("\n".join(failed))
@@ -93,7 +93,7 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
         suffixes = VIDEOS | {TENSORS, ".png", ".wav"}
         inside = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and file.is_file())
         if not inside:
-            raise MediaError(f"{path} holds no video, PNG, WAV or safetensors file. Give another folder")
+            raise MediaError(f"{path} contains no video, PNG, WAV or safetensors file. Give another folder")
         files += inside
     return files
 

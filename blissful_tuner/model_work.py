@@ -137,7 +137,7 @@ def _make_dtype_error(name: str) -> OptionError:
             "fp16 or bf16"
         )
     guess = did_you_mean(name, DTYPES)
-    return OptionError(f"--dtype {name} is no dtype. Use fp32, fp16 or bf16.{guess}")
+    return OptionError(f"--dtype {name} is not a dtype. Use fp32, fp16 or bf16.{guess}")
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,7 @@ class Drawing:
         if self.characters > MAX_WILDCARD_CHARACTERS:
             raise OptionError(
                 f"--prompt_wildcards: {prompt_name} makes a prompt of more than "
-                f"{MAX_WILDCARD_CHARACTERS >> 20} "
-                "million characters. Draw fewer or shorter lines"
+                f"{MAX_WILDCARD_CHARACTERS >> 20} million characters. Draw fewer or shorter lines"
             )
         return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*enclosing_wildcards, key))
 
@@ -121,8 +120,8 @@ class Drawing:
         if len(enclosing_wildcards) == MAX_WILDCARD_ROUNDS:
             chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*enclosing_wildcards[:4], key))
             raise OptionError(
-                f"--prompt_wildcards: {prompt_name} is drawn by wildcards that draw one another more than "
-                f"{MAX_WILDCARD_ROUNDS} times ({chain} ...). Remove the wildcard that leads back from "
+                f"--prompt_wildcards: {prompt_name} is drawn by wildcards that draw one another more "
+                f"than {MAX_WILDCARD_ROUNDS} times ({chain} ...). Remove the wildcard that leads back from "
                 "its file"
             )
         if len(self.drawn) == MAX_WILDCARD_DRAWS:
@@ -161,8 +160,7 @@ def sum_weights(weights: Sequence[float], prompt_name: str) -> tuple[float, ...]
     if not 0 < cumulative_weights[-1] <= MAX_DRAW_WEIGHT:
         raise OptionError(
             f"{prompt_name}: the weights of the texts to draw from add up to {cumulative_weights[-1]:g}. "
-            "Give one "
-            f"of them more than 0, and all together at most {MAX_DRAW_WEIGHT:g}"
+            f"Give one of them more than 0, and all together at most {MAX_DRAW_WEIGHT:g}"
         )
     return cumulative_weights
 
@@ -206,8 +204,8 @@ def find_file(folder: Path, key: str, prompt_name: str) -> Path:
     if _FORBIDDEN.search(key) or any(part.strip() in {"", ".", ".."} for part in parts):
         raise OptionError(
             f"{prompt_name}: {shown} does not name a file in --prompt_wildcards {folder}. Write the file's "
-            "name "
-            "without .txt, and folders below that one with /: __animals/birds__. For a plain __ write \\__"
+            "name without .txt, and folders below that one with /: __animals/birds__. For a plain __ write "
+            "\\__"
         )
     path = folder.joinpath(*parts[:-1], f"{parts[-1]}.txt")
     try:
@@ -263,7 +261,7 @@ def _read_content(path: Path, prompt_name: str) -> str:
         raise OptionError(f"{prompt_name}: {path}: {error.strerror}") from None
     character = bad_character(content)
     if character is not None:
-        raise OptionError(f"{prompt_name}: {path} holds {character}")
+        raise OptionError(f"{prompt_name}: {path} contains {character}")
     return content
 
 

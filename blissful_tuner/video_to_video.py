@@ -306,8 +306,7 @@ def _load_saved_latents(
     if saved.latents.shape[1] != latent.channels:
         raise CheckpointError(
             f"{_name_source(source)}: the latents have {saved.latents.shape[1]} channels, "
-            f"{rules.model_label} has "
-            f"{latent.channels}",
+            f"{rules.model_label} has {latent.channels}",
             source.path,
         )
     return saved.latents

@@ -96,7 +96,7 @@ class BinFolder:
                     return bin_folder
         raise OutputError(
             say(
-                "%(path)s is on another disk than %(places)s. Delete it by hand",
+                "%(path)s is on a different disk than %(places)s. Delete it by hand",
                 path=path,
                 places=self.folders[0],
             )
@@ -154,7 +154,7 @@ def rename_into(path: Path, target: Path, bin_folder: Path) -> None:
         OSError: If the path cannot be renamed; EXDEV if `bin_folder` is on another disk.
     """
     if bin_folder.is_symlink():
-        raise OutputError(f"{bin_folder} is a link: make it a folder")
+        raise OutputError(f"{bin_folder} is a link: replace it with a folder")
     is_new = not bin_folder.exists()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

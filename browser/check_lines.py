@@ -17,7 +17,10 @@ FAULTS = (
     say("%(n)s folders have files that are not used"),
     say("%(n)s folders are not searched"),
     say("%(n)s are transparent and filled with white"),
-    say("%(n)s have frames of several sizes: those of another shape than the first are cropped to its shape"),
+    say(
+        "%(n)s have frames of several sizes: those of a different shape than the first are cropped to its "
+        "shape"
+    ),
     say("%(n)s give no item"),
     say("%(n)s give no item of some lengths"),
     say("%(n)s are HDR, and their brightness is not converted: they look pale. Convert them to SDR first"),
@@ -72,7 +75,7 @@ FAULTS = (
     say(
         "%(n)s clips have a rate far from that of the model; source_fps = %(auto)s plays them at their speed"
     ),
-    say("%(n)s clips have another rate than source_fps says; write source_fps = %(auto)s"),
+    say("%(n)s clips have a different rate than source_fps says; write source_fps = %(auto)s"),
     say(
         "%(n)s control clips or masks differ from their clips in number of frames and duration; their "
         "frames at the clip's times are taken, and their last frame after their end"
@@ -136,7 +139,7 @@ LINES_OF_CHECKS = (
         "accumulation"
     ),
     say("%(file)s is empty (0 bytes)"),
-    say("%(file)s is no image that can be read, or it is damaged"),
+    say("%(file)s is not an image that can be read, or it is damaged"),
     say("%(file)s: read as %(encoding)s"),
     say("Give the checkpoint of a transformer to %(option)s."),
     say(
@@ -180,7 +183,7 @@ FILE_KINDS = (
     say("%(what)s, which is not supported yet"),
     say("%(what)s, which is not supported: use v1.3 or v1.4"),
     say("%(what)s, which is not supported"),
-    say("%(what)s, another network than %(other)s's"),
+    say("%(what)s, a different network than %(other)s's"),
     say("%(what)s, without Anima's adapter"),
     say("a VAE of LTX-Video or LTX-2; LTX-Video is not supported yet"),
     say("a ControlNet in diffusers layout; one of FLUX.1 is for flux_train_network.py"),

@@ -117,14 +117,14 @@ def write_batch(text: str, size: int) -> str:
     try:
         document = tomlkit.parse(text)
     except TOMLKitError as error:
-        raise ValueError(f"it is no TOML: {error}") from None
+        raise ValueError(f"it is not TOML: {error}") from None
     for table in _list_tables(document):  # a table's own size would take precedence over [general]
         table.pop(BATCH, None)
     if GENERAL not in document:  # the new table goes to the top of the file
         document = tomlkit.parse(f"[{GENERAL}]\n\n{tomlkit.dumps(document)}")
     general = document[GENERAL]
     if not isinstance(general, Table):
-        raise ValueError(f"[{GENERAL}] is no table")
+        raise ValueError(f"[{GENERAL}] is not a table")
     if BATCH in general:
         general[BATCH] = size
     else:

@@ -406,7 +406,7 @@ class DatasetPages:
             self.datasets.start_measuring(dataset, reads_whole_files, model if model in MODELS else None)
             return Response(status_code=204)
         except ValueError as error:
-            return answer_text(f"This is no request: {error}", 400)
+            return answer_text(f"This is not a request: {error}", 400)
 
     def change_caption(self, dataset: FoundDataset, request: Request, body: bytes) -> Response:
         """Save or undo the caption of one file, as the JSON body says (`Captions.change`)."""
@@ -417,14 +417,14 @@ class DatasetPages:
             status, answer = self.write_caption(dataset, request.path_params["item"], query)
             return answer_json(answer, status)
         except ValueError as error:
-            return answer_text(f"This is no request: {error}", 400)
+            return answer_text(f"This is not a request: {error}", 400)
 
 
 def _parse_object(body: bytes) -> dict[str, Any]:
     """Parse the JSON object in the body of a request. Raises ValueError if the body is not a JSON object."""
     query = parse_json(body.decode())
     if not isinstance(query, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not an object")
     return query
 
 

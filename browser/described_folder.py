@@ -383,9 +383,9 @@ def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
         document = tomlkit.parse(text)
         training_table = document[TRAINING_TABLE]
     except TOMLKitError as error:
-        raise ValueError(f"it is no TOML: {error}") from None
+        raise ValueError(f"it is not TOML: {error}") from None
     if not isinstance(training_table, Table):
-        raise ValueError(f"[{TRAINING_TABLE}] is no table")
+        raise ValueError(f"[{TRAINING_TABLE}] is not a table")
     for name, value in changes.items():
         tables = _list_tables_with(document, name)
         if value is None:

@@ -164,7 +164,7 @@ class LeftOut:
             except OSError as error:
                 if error.errno != errno.EXDEV:  # EXDEV: renaming cannot move a file to another disk
                     raise
-                raise OutputError(f"{path} is on another disk than {target}. Move it by hand") from None
+                raise OutputError(f"{path} is on a different disk than {target}. Move it by hand") from None
 
 
 def _list_exclusive_captions(path: Path) -> list[Path]:

@@ -448,7 +448,7 @@ class JobQueue:
                     self.problem = ""
                 except (UserError, OSError) as error:
                     if str(error) != self.problem:
-                        logger.warning("no job can be begun: %s", error)
+                        logger.warning("cannot start a job: %s", error)
                     self.problem = str(error)
 
     def start_next(self) -> None:
@@ -558,7 +558,7 @@ class JobQueue:
             content = _QueueContent([], [], stored["last"], stored["worker"])
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             path = self.folder / STATE
-            raise OutputError(f"{path} is damaged ({error}). Remove it, and lines of jobs that ran") from None
+            raise OutputError(f"{path} is damaged ({error}). Remove it, and lines of finished jobs") from None
         content.entries = self._read_entries()
         self._match_jobs(content, jobs)
         return content, stored_text
@@ -638,7 +638,7 @@ def _check_stored(stored: Any) -> None:
     numbers = [stored["last"], *(row["id"] for row in stored["jobs"])]
     for number in numbers:
         if type(number) is not int or not 0 <= number < MAX_JOBS:  # the number becomes a part of file names
-            raise ValueError(f"{number!r} is no number of a job")
+            raise ValueError(f"{number!r} is not a number of a job")
     for row in (stored, *stored["jobs"]):
         for name, kind in STORED_TYPES.items():
             if name in row and not isinstance(row[name], kind):

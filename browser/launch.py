@@ -171,7 +171,7 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
         reason = bad_character(word)
         if reason is not None:
             raise OptionError(
-                f"{shorten(word, 80)!r} holds {reason}. No program can be given it: leave it out"
+                f"{shorten(word, 80)!r} contains {reason}. It cannot be passed to a program: leave it out"
             )
     # the line without its Python, which is replaced by the one that runs this program
     script_argv = [*argv[1:]] if argv[:1] in (["python"], ["python3"]) else [*argv]
@@ -473,7 +473,7 @@ def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int
                 return command, num_words
     raise OptionError(
         say(
-            "%(word)s is no command of this program.%(hint)s A job is a line such as "
+            "%(word)s is not a command of this program.%(hint)s A job is a line such as "
             "python wan_train_network.py ..., with `accelerate launch ...` before it if needed",
             word=f"{shorten(name, 80)!r}",
             hint=_suggest_command(name, argv),

@@ -137,7 +137,7 @@ class MaskPages:
             query = parse_json(body.decode())
             texts = {name: str(query.get(name, "")) for name in ("folder", "id", "have")}
         except (ValueError, AttributeError) as error:
-            return answer_json({"error": f"This is no request: {error}"}, 400)
+            return answer_json({"error": f"This is not a request: {error}"}, 400)
         if action not in (*MASK_ACTIONS, "undo"):
             return answer_json({"error": say("There is no such request.")}, 404)
 

@@ -107,7 +107,7 @@ def _parse(text: str) -> Any:
     try:
         return tomlkit.parse(text)
     except TOMLKitError as error:
-        raise ValueError(f"{DATASET_FILE} is no TOML: {error}") from None
+        raise ValueError(f"{DATASET_FILE} is not TOML: {error}") from None
 
 
 def _list_tables_of(document: Any, base: Path, folder: Path) -> Iterator[Any]:

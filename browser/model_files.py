@@ -62,7 +62,7 @@ class ModelPart:
     def state(self) -> str:
         """Text about the part's state: on disk, partly on disk, to load, or not the released file."""
         if self.has_other_size:
-            return say("another file than the released one, by its size")
+            return say("a different file than the released one, by its size")
         if self.is_there:
             return say("ready")
         return (
@@ -304,7 +304,7 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
         if name not in parts:
             raise OptionError(
                 say(
-                    "%(name)s is no part of %(title)s on disk (any more). Look at it again.",
+                    "%(name)s is not part of %(title)s on disk (any more). Look at it again.",
                     name=name,
                     title=say(files.model.title),
                 )
@@ -314,7 +314,7 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
     paths = _list_files_on_disk([parts[name].component for name in chosen], models)
     for path in paths:
         if not real_path(path.parent).is_relative_to(real_path(models)):
-            raise OutputError(f"{path.parent} is a link to another place than {models}: remove it there")
+            raise OutputError(f"{path.parent} is a link to a different place than {models}: remove it there")
     folder = bin_folder.move_in(f"models {files.name}", models, paths)
     for path in paths:
         _remove_empty(path.parent, models)

@@ -188,7 +188,7 @@ def describe_file(text: str) -> str:
             return say("a folder; Prepare looks into it")
         if suffix not in MODEL_SUFFIXES:
             return say(
-                "This is no model file: their names end in %(names)s.",
+                "This is not a model file: their names end in %(names)s.",
                 names=join(", ", sorted(MODEL_SUFFIXES)),
             )
         if not path.is_file():

@@ -108,11 +108,11 @@ LINES = (
     ),
     say("and describe it again, as its lists have commas then:"),
     say(
-        "%(folder)s: left out. A folder of this name holds what pictures are made from, and %(model)s "
+        "%(folder)s: left out. A folder of this name contains what pictures are made from, and %(model)s "
         "does not edit, --task %(task)s does. If it is to be learned, rename it"
     ),
     say(
-        "%(folder)s: left out. A folder of this name holds what pictures are made from, and %(model)s "
+        "%(folder)s: left out. A folder of this name contains what pictures are made from, and %(model)s "
         "does not edit. If it is to be learned, rename it"
     ),
     say("%(folder)s: left out. Runs write into a folder of this name: rename it"),
@@ -258,7 +258,7 @@ PLACEHOLDER_TEXTS = (
         "table in dataset.toml %(key)s"
     ),
     say("%(file)s is empty (0 bytes)"),
-    say("%(file)s is no image that can be read, or it is damaged"),
+    say("%(file)s is not an image that can be read, or it is damaged"),
     say("%(file)s: its caption cannot be read. Save it as UTF-8"),
     say("a file of that name"),
     say("the file of that name"),

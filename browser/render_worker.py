@@ -329,7 +329,7 @@ class RenderWorker:
                         return
                 except (UserError, OSError, ValueError) as error:
                     if str(error) != self.problem:
-                        logger.warning("no result can be made: %s", error)
+                        logger.warning("cannot generate a result: %s", error)
                     self.problem = str(error)
                     wait_seconds = RETRY_SECONDS
                 with self._changed:

@@ -728,7 +728,7 @@ class ResultPages:
     def start_from(self, result: Result, _: Form) -> Response:
         """Respond with the path of an image, or of a clip's last frame, which is written as an image."""
         if result.kind == "sound":
-            raise OptionError(say("A sound is no picture to start from."))
+            raise OptionError(say("A sound is not a picture to start from."))
         if result.kind == "clip":
             result = self.write_last_frame(result)
         return answer_json({"path": str(result.path), "name": result.path.name})
@@ -745,7 +745,7 @@ class ResultPages:
         is_current = path.is_file() and not path.is_symlink() and path.stat().st_mtime >= result.changed
         if not is_current:
             if path.is_symlink() or path.is_dir():
-                raise OptionError(say("%(path)s is no picture. Remove it first.", path=path))
+                raise OptionError(say("%(path)s is not a picture. Remove it first.", path=path))
             frame = _read_last_frame(result.path)
             write_png(path, frame, {f"{PREFIX}last_frame_of": result.path.name})
         self.folders.list_all()  # makes the new image available to requests

@@ -535,8 +535,8 @@ def _check_sample_line(settings: ResultSettings, prompt: str, negative_prompt: s
     if " --" in f" {prompt}" or " --" in f" {negative_prompt}":
         raise OptionError(say("Its text has two dashes behind a blank, which a line takes for an option."))
     if prompt.startswith("#") or not prompt:
-        raise OptionError(say("A line that begins with # is no prompt."))
+        raise OptionError(say("A line that begins with # is not a prompt."))
     if any(settings.get(name) for name in MEDIA_OPTIONS):
         raise OptionError(
-            say("It began from a picture, of which the file holds only the name: write it by hand.")
+            say("It began from a picture, of which the file contains only the name: write it by hand.")
         )

@@ -378,7 +378,7 @@ class RunButtons:
     def _check_control_image(self, path: str, original_path: str, folder: Path) -> None:
         """Raise OptionError if the user has typed a path that is not a file below the roots of the page."""
         if path != original_path and not self.site.runs.is_inside(folder / path):
-            raise OptionError(say("%(path)s is no file in the folders that this page shows.", path=path))
+            raise OptionError(say("%(path)s is not a file in the folders that this page shows.", path=path))
 
     def score(self, tracked_run: TrackedRun, form: Form) -> str:
         """Queue the command that scores the samples of a run."""

@@ -451,11 +451,11 @@ def share_page(page: Path, copy: Path) -> None:
         require_regular_file(page)
         text = page.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        reason = getattr(error, "strerror", None) or "it is not text"
         problem = "is a folder" if page.is_dir() else f"cannot be read ({reason})"
         raise UserError(f"{page} {problem}. Give a page that this program wrote, a .html file.") from None
     if GENERATOR not in text[:2000]:  # searches the head of the page
-        raise UserError(f"{page} is not a page of this program, or an older one. Make it again.")
+        raise UserError(f"{page} is not a page of this program, or is from an older version. Make it again.")
     write_text(copy, _FILE_LINK.sub("<a>", drop_private(text)))
     logger.info("wrote %s", copy)
 

@@ -255,7 +255,7 @@ def _check_number(title: str, name: str, text: str) -> None:
     if name in INTEGER_FIELDS and parse_integer(text, MAX_NUMBER) is None:
         raise OptionError(
             say(
-                "%(title)s %(name)s: %(text)s is no whole number above 0, such as %(usual)s.",
+                "%(title)s %(name)s: %(text)s is not a whole number above 0, such as %(usual)s.",
                 title=title,
                 name=name,
                 text=shorten(text, 40),
@@ -265,7 +265,7 @@ def _check_number(title: str, name: str, text: str) -> None:
     if name in GUIDANCE_FIELDS and not NUMBER.fullmatch(text):
         raise OptionError(
             say(
-                "%(title)s %(name)s: %(text)s is no number, such as 4 or 3.5.",
+                "%(title)s %(name)s: %(text)s is not a number, such as 4 or 3.5.",
                 title=title,
                 name=name,
                 text=shorten(text, 40),
@@ -283,7 +283,7 @@ def edit_sampling_intervals(text: str, fields: Mapping[str, str]) -> str:
         if typed_interval and number is None:
             raise OptionError(
                 say(
-                    "Made after every: %(every)s is no whole number above 0, such as 200.",
+                    "Made after every: %(every)s is not a whole number above 0, such as 200.",
                     every=shorten(typed_interval, 40),
                 )
             )

@@ -139,7 +139,7 @@ class _BoundedBody:
         message = await self.receive()
         self.received_bytes += len(message.get("body", b""))
         if self.received_bytes > self.max_bytes:
-            raise HTTPException(413, f"A request has at most {self.max_bytes:,} bytes.")
+            raise HTTPException(413, f"A request can have at most {self.max_bytes:,} bytes.")
         return message
 
 

@@ -72,7 +72,7 @@ def _read_or_make_token() -> PageToken:
         try:
             write_user_file(FILE, f"{_make_token()}\n")
         except OSError as error:
-            logger.info("The token is new at each start, as it cannot be kept: %s", error)
+            logger.info("The token changes at each start, because it cannot be stored: %s", error)
             return PageToken(_make_token())
         secret = _read_stored_token()  # another server may have written it first
     return PageToken(_make_token()) if secret is None else PageToken(secret, user_folder() / FILE)

@@ -94,7 +94,7 @@ def check_file_name(name: str) -> None:
         reason = say("the character %(match)s", match=f"{forbidden[0]!r}")
     if reason is not None:
         raise OptionError(
-            say("%(name)s holds %(reason)s: give it a plain name", name=f"{name!r}", reason=reason)
+            say("%(name)s contains %(reason)s: give it a plain name", name=f"{name!r}", reason=reason)
         )
     if not name.strip() or name.startswith(".") or name != name.strip() or name.endswith("."):
         raise OptionError(
@@ -173,14 +173,14 @@ def _check_caption(path: Path) -> None:
     except OSError:  # `read_content` raises it for larger files; this file was just written
         raise OptionError(
             say(
-                "%(path)s has more than %(most_caption_bytes)s KiB: it is no caption",
+                "%(path)s has more than %(most_caption_bytes)s KiB: it is not a caption",
                 path=path,
                 most_caption_bytes=MAX_CAPTION_BYTES >> 10,
             )
         ) from None
     reason = bad_character(text)
     if reason is not None or "\0" in text:
-        raise OptionError(f"{path} holds {reason or 'a null character'}: it is no text")
+        raise OptionError(f"{path} contains {reason or 'a null character'}: it is not text")
 
 
 def name_upload_folder(top: Path, day: date) -> str:
@@ -249,7 +249,7 @@ class FileUploads:
         path = real_path(root) / name
         if path.exists() or path.is_symlink():
             raise OptionError(
-                say("%(path)s is no folder below those that are shown. Choose another name", path=path)
+                say("%(path)s is not a folder below those that are shown. Choose another name", path=path)
             )
         if is_closed(self.runs, path):
             raise OptionError(

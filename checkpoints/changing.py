@@ -156,7 +156,7 @@ def plan_change(
         notes.append(f"only tensors are written, not {', '.join(checkpoint.left_out[:6])}")
     dropped = [name for name in checkpoint.tensors if not change.selected.selects(name)]
     if dropped:
-        notes.append(f"{len(dropped)} of {len(checkpoint.tensors)} tensors are left out, as asked for")
+        notes.append(f"{len(dropped)} of {len(checkpoint.tensors)} tensors are left out, as requested")
     return NewFile(tensors, metadata, read, tuple(notes))
 
 
@@ -250,7 +250,7 @@ def _cast(
         ) from error
     if not is_finite(converted) and is_finite(tensor):
         raise CheckpointError(
-            f"{checkpoint.path}: {name} has values that {dtype_name(dtype)} cannot hold. Use --dtype "
+            f"{checkpoint.path}: {name} has values that {dtype_name(dtype)} cannot represent. Use --dtype "
             f"{'fp32' if dtype == torch.bfloat16 else 'bf16'}, or --exclude_keys {name}.",
             checkpoint.path,
         )
@@ -383,7 +383,7 @@ def gather(path: Path) -> Checkpoint:
     for key in checkpoint.metadata:
         values = {metadata[key] for metadata in checkpoint.metadata_by_file.values() if key in metadata}
         if len(values) > 1:
-            logger.warning("%s: its files differ in %s; the last file counts", path, key)
+            logger.warning("%s: its files differ in %s; the last file takes precedence", path, key)
     if repeated:
         logger.info(
             "%s: %d tensors are in two files, equal in both: %s ...", path, len(repeated), repeated[0]

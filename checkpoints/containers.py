@@ -145,7 +145,7 @@ class SafetensorsFile(HeaderFile):
             self._offsets[name] = start + begin
         described_size = start + _check_contiguous(spans)
         if described_size != size:
-            raise ValueError(f"the file has {size} bytes, it describes {described_size}")
+            raise ValueError(f"the file has {size} bytes, but its header describes {described_size}")
 
     def _read_entry(self, name: str, entry: Any) -> TensorInfo:
         """Return the dtype and shape of a tensor from its JSON object in the header.
@@ -207,7 +207,7 @@ class TorchFile:
         self._tensors, self.left_out = _find_tensors(content, set())
         if not self._tensors:
             raise CheckpointError(
-                f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.",
+                f"{path} contains no named tensors ({type(content).__name__}). Give a model's state dict.",
                 path,
             )
         self.tensors = {
@@ -222,7 +222,7 @@ class TorchFile:
         try:
             "".join(self.tensors).encode("utf-8")
         except UnicodeEncodeError as error:  # such a name can be neither displayed nor written
-            raise _make_damage_error(path, f"a tensor's name is no text ({error})") from error
+            raise _make_damage_error(path, f"a tensor's name is not text ({error})") from error
         for name, info in self.tensors.items():
             if len(name) > MAX_TENSOR_NAME:
                 reason = f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}"
@@ -297,7 +297,7 @@ def _explain_unpickling_error(path: Path, error: pickle.UnpicklingError) -> Chec
     forbidden_class = re.search(r"GLOBAL ([\w.]+)", str(error))
     request = "" if forbidden_class is None else f"It asks for {forbidden_class[1]}. "
     return CheckpointError(
-        f"{path} holds program code in addition to its tensors and is refused: opening it would run that "
+        f"{path} contains program code in addition to its tensors and is refused: opening it would run that "
         f"code.\n  {request}Use a safetensors version of the file.",
         path,
     )
@@ -344,7 +344,9 @@ def _check_program(path: Path, limit_factor: int) -> None:
                 raise ValueError(_TOO_LONG)
 
 
-_DENSE_ONLY_ADVICE = "Only plain weights can be read: save them as dense tensors, best in a safetensors file."
+_DENSE_ONLY_ADVICE = (
+    "Only plain weights can be read: save them as dense tensors, preferably in a safetensors file."
+)
 
 
 def _check_dense(content: Any, path: Path) -> None:

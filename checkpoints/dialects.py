@@ -260,8 +260,8 @@ class DitShapes:
         if len(shape) != axes or 0 in shape:
             sizes = " x ".join(map(str, self.shapes[name])) or "a single number"
             raise CheckpointError(
-                f"{self.path} does not fit {self.model}: {name} is {sizes}, {axes} axes are needed. Give a "
-                "file of that model in the shapes of its release.",
+                f"{self.path} does not fit {self.model}: {name} is {sizes}, but {axes} axes are needed. Give "
+                "a file of that model in the shapes of its release.",
                 self.path,
             )
         return shape

@@ -57,7 +57,7 @@ def read_embedding(path: Path, option: str) -> Mapping[str, Any]:
     with torch.serialization.safe_globals([ParameterDict]):  # files of the paper's own code contain one
         content = load_pickled(path)
     if not isinstance(content, Mapping):
-        raise reject_embedding(path, option, f"it holds a {type(content).__name__}")
+        raise reject_embedding(path, option, f"it contains a {type(content).__name__}")
     tables = {}
     try:
         for name, value in content.items():
@@ -78,7 +78,7 @@ def describe_content(content: Mapping[str, Any]) -> str:
         return "it is empty"
     first_names = ", ".join(shorten(name, 60) for name in sorted(content)[:4])
     dots = ", ..." if len(content) > 4 else ""
-    return f"it holds {first_names}{dots}"
+    return f"it contains {first_names}{dots}"
 
 
 def to_rows(
@@ -104,10 +104,10 @@ def to_rows(
         # checked again, because rows with a stride of 0 share memory and may be larger than the file
         size_bytes = tensor.numel() * tensor.element_size()
         if not is_rows or not 0 < size_bytes <= MAX_EMBEDDING_BYTES:
-            raise reject(path, option, f"{shorten(name, 60)} is no row of vectors: {tuple(tensor.shape)}")
+            raise reject(path, option, f"{shorten(name, 60)} is not a row of vectors: {tuple(tensor.shape)}")
         if not tensor.float().isfinite().all():  # cast, because fp8 has no isfinite
             raise CheckpointError(
-                f"{option} {path}: it holds values that are NaN or infinite. Fetch or train it again.",
+                f"{option} {path}: it contains values that are NaN or infinite. Fetch or train it again.",
                 path,
             )
     return {name: torch.atleast_2d(tensor.float()) for name, tensor in tensors.items()}

@@ -161,7 +161,7 @@ def check_state_width(
     """
     if dit_width not in (None, width):
         raise CheckpointError(
-            f"{option} {path} gives states of {width} numbers, {dit_path} takes {dit_width}. Give {give}.",
+            f"{option} {path} gives states of width {width}, but {dit_path} takes {dit_width}. Give {give}.",
             path,
         )
 

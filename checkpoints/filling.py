@@ -247,8 +247,8 @@ def _log_quantization(quantized: QuantizedLoading, loader: "_TensorLoader", netw
             if not is_finite_error:
                 format_name = "" if quantized.form is None else quantized.form.name
                 raise CheckpointError(
-                    f"{network_name}: {name} has NaN or infinite values, which {format_name} cannot hold. "
-                    "Copy the file again."
+                    f"{network_name}: {name} has NaN or infinite values, which {format_name} cannot "
+                    "represent. Copy the file again."
                 )
         logger.info(
             "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)",

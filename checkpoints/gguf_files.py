@@ -72,7 +72,7 @@ class GgufFile(HeaderFile):
         reader.read_bytes(4)
         version = reader.read_number("I")
         if version not in (2, 3):
-            raise ValueError(f"its version is {version}, 2 and 3 are known")
+            raise ValueError(f"its version is {version}, but only 2 and 3 are supported")
         num_tensors = reader.read_number("Q")
         num_keys = reader.read_number("Q")
         model_shapes = self._read_keys(reader, num_keys)
@@ -105,7 +105,9 @@ class GgufFile(HeaderFile):
             raise ValueError(f"{name} has the impossible shape {file_shape}")
         shape = model_shapes.get(name, file_shape)
         if math.prod(shape) != math.prod(file_shape) or not all(length > 0 for length in shape):
-            raise ValueError(f"{name} lies as {file_shape}, and {_SHAPE_KEY} says {shorten(str(shape), 60)}")
+            raise ValueError(
+                f"{name} is stored as {file_shape}, but {_SHAPE_KEY} says {shorten(str(shape), 60)}"
+            )
         self.tensors[name] = self._make_info(name, reader.read_number("I"), file_shape, shape)
         return name
 
@@ -162,8 +164,8 @@ class GgufFile(HeaderFile):
             kind = KINDS.get(type_number) or kind_of_package(type_number)
         except ImportError:
             raise CheckpointError(
-                f"{self.path}: {name} is of GGUF type {type_number}, which the package gguf may read; it is "
-                "not installed. Run: pip install gguf",
+                f"{self.path}: {name} is of GGUF type {type_number}, which the package gguf may read, but it "
+                "is not installed. Run: pip install gguf",
                 self.path,
             ) from None
         if kind is None:
@@ -175,7 +177,7 @@ class GgufFile(HeaderFile):
             )
         if not file_shape or file_shape[-1] % kind.weights:
             raise ValueError(
-                f"{name} has the shape {file_shape}, {kind.name} is stored in rows of {kind.weights}"
+                f"{name} has the shape {file_shape}, but {kind.name} is stored in rows of {kind.weights}"
             )
         return TensorInfo(torch.uint8, value_shape, _make_packing(kind, file_shape, shape))
 
@@ -285,7 +287,7 @@ class _HeaderReader:
         if value_type == _STRING:
             return self.read_string()
         if value_type != _ARRAY:
-            raise ValueError(f"a value is of the unknown kind {value_type}")
+            raise ValueError(f"a value has the unknown type {value_type}")
         item_type = self.read_number("I")
         count = self.read_number("Q")
         if item_type in _NUMBERS:

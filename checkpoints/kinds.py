@@ -10,7 +10,7 @@ from protocols.families import Marks, family_marks
 _PREFIXES = ("model.diffusion_model.", "control_model.", "model.model.", "module.", "netG.", "net_g.", "net.")
 
 _NOT_YET = "which is not supported yet"
-_HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, another network than HunyuanVideo's, {_NOT_YET}"
+_HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, a different network than HunyuanVideo's, {_NOT_YET}"
 _OF_LTX = "a VAE of LTX-Video or LTX-2; LTX-Video is not supported yet"
 _VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
 
@@ -28,7 +28,7 @@ NOT_YET: Marks = (
 NOT_YET_BY_NAME: Marks = (
     (
         "h3image",
-        "MiniMax-H3-Image, whose heads are for fixed noise levels: another model than MiniMax-H3, "
+        "MiniMax-H3-Image, whose heads are for fixed noise levels: a different model than MiniMax-H3, "
         f"{_NOT_YET}",
     ),
 )

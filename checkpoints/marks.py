@@ -146,7 +146,7 @@ def _parse(read: Callable[[str], Tensor], tensors: Mapping[str, TensorInfo], nam
     """Parse the JSON object that a tensor contains as text; raise ValueError if there is none."""
     info = tensors[name]
     if info.dtype != torch.uint8 or info.size_bytes > _MAX_BYTES:
-        raise ValueError(f"{name} is no text: {info.dtype} of {info.size_bytes:,} bytes")
+        raise ValueError(f"{name} is not text: {info.dtype} of {info.size_bytes:,} bytes")
     return _parse_json(bytes(read(name).flatten().tolist()), name)
 
 
@@ -154,7 +154,7 @@ def _parse_json(text: str | bytes, name: str) -> dict[str, Any]:
     try:
         return _require_table(parse_json(text if isinstance(text, str) else text.decode()))
     except ValueError as error:
-        raise ValueError(f"{name} is no JSON text ({error})") from error
+        raise ValueError(f"{name} is not JSON ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class _QuantizedLayer:
         size = self.get_number("convrot_groupsize", default=256)
         if size not in GROUPS or columns % size:
             raise ValueError(
-                f"has {columns} columns, rotated in groups of {size}; those of {GROUPS} are read"
+                f"has {columns} columns, rotated in groups of {size}; only groups of {GROUPS} are supported"
             )
         return size
 

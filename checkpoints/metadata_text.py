@@ -31,12 +31,12 @@ def show_metadata(options: ShowMetadataOptions) -> None:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
     except ValueError as error:
         raise CheckpointError(
-            f"{path} is no safetensors file: {error}. Files of torch (.ckpt, .pt) hold no metadata, and "
-            "blissful_tuner/metaview.py shows those of images and videos.",
+            f"{path} is not a safetensors file: {error}. Files of torch (.ckpt, .pt) contain no metadata, "
+            "and blissful_tuner/metaview.py shows those of images and videos.",
             path,
         ) from error
     if not metadata:
-        sys.stderr.write(f"{escape_control_codes(str(path))} holds no metadata\n")
+        sys.stderr.write(f"{escape_control_codes(str(path))} contains no metadata\n")
     values = {name: _parse_value(text) for name, text in sorted(metadata.items())}
     text = json.dumps(values, indent=2, ensure_ascii=False)
     sys.stdout.write(f"{escape_control_codes(text)}\n")

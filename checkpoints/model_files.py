@@ -38,7 +38,7 @@ def require_file(path: Path | None, option: str, why: str, default: Path | None 
     """
     if path is None:
         command = quote_command(["python", "tools/download.py", "--list"])
-        raise OptionError(f"{option} is missing: {why}. {command} shows where it is from")
+        raise OptionError(f"{option} is missing: {why}. {command} shows where to get it")
     if not path.exists():
         named = f"{option} is not given, and its default" if path == default else option
         # `owner/name`: the first part is not a folder here, and the second has no suffix of a file

@@ -141,8 +141,8 @@ def require_matching_shapes(
     for name, tensor in parameters.items():
         if is_exact and tuple(tensor.shape) not in stored_shapes:
             raise CheckpointError(
-                f"{option} {folder}: by {CONFIG} {name} has the shape {list(tensor.shape)}, which none of "
-                "the tensors in its weights has. Take both from one release",
+                f"{option} {folder}: according to {CONFIG}, {name} has the shape {list(tensor.shape)}, which "
+                "none of the tensors in its weights has. Take both from one release",
                 folder,
             )
 
@@ -191,10 +191,12 @@ def _check_counts(path: Path, content: Any, max_layers: int, max_heads: int = MA
     """Raise CheckpointError if settings ask for more layers or attention heads than are allowed."""
     for name, number in _list_numbers(content):
         if "heads" in name and number > max_heads:
-            raise CheckpointError(f"{path}: {name} is {number:,}, and at most {max_heads} are taken", path)
+            raise CheckpointError(f"{path}: {name} is {number:,}, but at most {max_heads} are allowed", path)
         is_count = any(word in name for word in ("layers", "depth", "blocks", "stages"))
         if is_count and number > max_layers:
-            raise CheckpointError(f"{path}: {name} is {number:,}, and at most {max_layers:,} go here", path)
+            raise CheckpointError(
+                f"{path}: {name} is {number:,}, but at most {max_layers:,} are allowed", path
+            )
 
 
 def _list_numbers(content: Any, name: str = "") -> Iterator[tuple[str, int | float]]:

@@ -214,7 +214,7 @@ def open_checkpoint(
                         path,
                     )
         if not locations:
-            raise CheckpointError(f"{path} holds no tensors.", path)
+            raise CheckpointError(f"{path} contains no tensors.", path)
     except BaseException:
         for file in files:
             file.close()

@@ -471,7 +471,7 @@ def _declare_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: b
     info = checkpoint.tensors[name]
     if len(name.encode()) > _MAX_GGUF_NAME_BYTES or info.dtype not in _GGUF_TYPE_NAMES:
         raise CheckpointError(
-            f"{checkpoint.path}: {name[:60]} of {dtype_name(info.dtype)} has no place in a GGUF "
+            f"{checkpoint.path}: {name[:60]} of {dtype_name(info.dtype)} cannot be stored in a GGUF "
             "file: names have up to 127 bytes, and tensors are floats. Use --form int8, convrot or fp8.",
             checkpoint.path,
         )
@@ -501,7 +501,7 @@ def _write_bf16(
     """Write quantized weights in bfloat16 and others unchanged; return the number of quantized weights."""
     dequantized = dequantized_on_read(checkpoint, device)
     if dequantized is checkpoint:
-        text = f"{options.model} has no quantized weights. Give a file that has, or another --form."
+        text = f"{options.model} has no quantized weights. Give a file that has some, or another --form."
         raise CheckpointError(text, options.model)
     tensors: dict[str, TensorInfo] = {}
     num_quantized = 0

@@ -193,8 +193,8 @@ class TokenizerFiles:
                 return file
         names = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
         raise CheckpointError(
-            f"{self.option} {path}: the folder has none of {', '.join(self.names)} (it holds {names}). Give "
-            f"{self._describe()}.",
+            f"{self.option} {path}: the folder has none of {', '.join(self.names)} (it contains {names}). "
+            f"Give {self._describe()}.",
             path,
         )
 
@@ -316,6 +316,6 @@ def _read_field(message: bytes, number: int) -> Iterator[bytes]:
                 case 5:  # 32 bits
                     offset += 4
                 case _:
-                    raise ValueError(f"a field of the unknown kind {wire_type}")
+                    raise ValueError(f"a field of the unknown type {wire_type}")
     except IndexError:
         raise ValueError("it ends inside a field") from None

@@ -77,7 +77,7 @@ class MergeModelsOptions(Options, title="what to do"):
                 "for each, in the same order"
             )
         if not all(map(math.isfinite, self.ratios)):
-            raise OptionError("--ratios: give numbers, such as 0.5 0.5; nan and inf are none")
+            raise OptionError("--ratios: give numbers, such as 0.5 0.5, not nan or inf")
         total = sum(self.ratios)
         if abs(total - 1) > ROUNDED_SUM:
             raise OptionError(
@@ -189,8 +189,7 @@ def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_onl
         hint = f"{other.path.name} is an inpainting model: give it as the first of --models."
     raise CheckpointError(
         f"{other.path} does not fit {first.path}: {format_count(len(wrong), 'tensor')} of other sizes, such "
-        "as "
-        f"{wrong[0]}, {list(shapes[1])} and not {list(shapes[0])}. {hint}",
+        f"as {wrong[0]}, {list(shapes[1])} and not {list(shapes[0])}. {hint}",
         other.path,
     )
 

@@ -154,7 +154,7 @@ def _read_caption(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read: {error}. Save it as UTF-8") from None
     if bad_character(text):
-        raise DatasetError(f"{path} holds {bad_character(text)}. Correct it")
+        raise DatasetError(f"{path} contains {bad_character(text)}. Fix it")
     return text
 
 

@@ -412,7 +412,7 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
         shapes = {name: tuple(map(int, content[name]["shape"])) for name in sorted(content)}
         end = max((info["data_offsets"][1] for info in content.values()), default=0)
         if end != size - start:
-            raise ValueError(f"its tensors have {end} bytes, it has {size - start}")
+            raise ValueError(f"its tensors have {end} bytes, but the file has {size - start}")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise _damage_error(path, error) from error
     return Entry(path, metadata, shapes)

@@ -120,7 +120,7 @@ def _plan_download(file: ReleasedFile, options: DownloadOptions) -> PlannedDownl
     target = options.to / file.name
     if not real_path(target.parent).is_relative_to(real_path(options.to)):
         raise OutputError(
-            f"{target.parent} is a link to another place than {options.to}. Download to a folder of its own "
+            f"{target.parent} links to a different place than {options.to}. Download to a folder of its own "
             "with --to, and move the files."
         )
     if target.is_dir():
@@ -296,7 +296,7 @@ def _check_content(path: Path, kind: str) -> str | None:
         opened = open_file(path)
         opened.close()
         if kind == "safetensors" and not opened.tensors:
-            return "it holds no tensors"
+            return "it contains no tensors"
     with path.open("rb") as file:
         start = file.read(16)
     match kind:

@@ -114,7 +114,7 @@ def read_autoencoder(
 def _check_levels(checkpoint: Checkpoint, kind: AutoencoderKind, part: str, num_levels: int) -> None:
     if num_levels != LEVELS:
         raise CheckpointError(
-            f"{checkpoint.path}: {part} has {num_levels} levels, that of FLUX has {LEVELS}. The file "
+            f"{checkpoint.path}: {part} has {num_levels} levels, but that of FLUX has {LEVELS}. The file "
             f"holds another model, or tensors are missing. Give {kind.release}.",
             checkpoint.path,
         )
@@ -127,7 +127,7 @@ def _check_kind(checkpoint: Checkpoint, kind: AutoencoderKind, channels: int, is
     quant_conv = " and a quant_conv" if is_quantized else ""
     expected = "one" if kind.is_quantized else "none"
     raise CheckpointError(
-        f"{checkpoint.path}: this VAE has {channels} latent channels{quant_conv}, {kind.what} has "
+        f"{checkpoint.path}: this VAE has {channels} latent channels{quant_conv}, but {kind.what} has "
         f"{kind.channels} and {expected}. Give {kind.release}.",
         checkpoint.path,
     )

@@ -144,8 +144,8 @@ def plan_clip_text(
     positions = shape("embeddings.position_embedding.weight", 2)[0]
     if positions < CLIP_TOKENS:
         raise CheckpointError(
-            f"{network.path} takes {positions} tokens, {CLIP_TOKENS} are needed. Give {naming.release} to "
-            f"{naming.option}.",
+            f"{network.path} takes {positions} tokens, but {CLIP_TOKENS} are needed. Give {naming.release} "
+            f"to {naming.option}.",
             network.path,
         )
     for name in ("num_attention_heads", "layer_norm_eps"):  # a missing one gets its default below

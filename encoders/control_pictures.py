@@ -62,7 +62,7 @@ def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> 
     """
     if len(media.control) > 1:
         raise DatasetError(
-            f"{media.table.name}: {len(media.control)} control pictures for one; one is seen. Leave one for "
+            f"{media.table.name}: {len(media.control)} control pictures for one picture. Leave one for "
             "each picture"
         )
     rgb_controls = rearrange(media.control[0][..., :3], "b 1 h w c -> b c h w")
@@ -90,9 +90,8 @@ def controls_of(batch: Batch, latents: Tensor, stride: int, network_name: str) -
     image_size = tuple(stride * length for length in latents.shape[-2:])
     if controls.dtype != torch.uint8 or tuple(controls.shape[-2:]) != image_size:
         raise CacheError(
-            f"{batch.keys[0]}: its control picture has {format_shape(controls.shape[-2:])} rows and "
-            "columns, the "
-            f"picture {format_shape(image_size)}. Cache latents again."
+            f"{batch.keys[0]}: its control picture has {format_shape(controls.shape[-2:])} rows and columns, "
+            f"the picture {format_shape(image_size)}. Cache latents again."
         )
     return {CONTROL_PIXELS: controls}
 

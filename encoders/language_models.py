@@ -401,7 +401,7 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
             path,
         )
     raise CheckpointError(
-        f"{path} has only {all_layers} layers, {abs(state)} are needed. "
+        f"{path} has only {all_layers} layers, but {abs(state)} are needed. "
         f"Give {model.files} to {model.option}.",
         path,
     )

@@ -353,8 +353,8 @@ def _check_references(paths: Sequence[Path], rules: ReferenceRules, model_name: 
     option = "--control_image_path (--ci in a prompt line)"
     if len(paths) > rules.max_references:
         raise OptionError(
-            f"{option}: {len(paths)} reference pictures, {model_name} takes {rules.max_references} at most. "
-            f"Leave out {' '.join(map(str, paths[rules.max_references :]))}"
+            f"{option}: {len(paths)} reference pictures, but {model_name} takes {rules.max_references} at "
+            f"most. Leave out {' '.join(map(str, paths[rules.max_references :]))}"
         )
     for path in paths:
         width, height = image_size(path)

@@ -120,7 +120,7 @@ def read_caption(text: str) -> dict[str, Any] | None:
         return read_object(text)
     except ValueError as error:
         raise CaptionError(
-            f"the caption {shorten(text, 60)}: {error}. Correct it; a plain text must not begin with {{"
+            f"the caption {shorten(text, 60)}: {error}. Fix it; a plain text must not begin with {{"
         ) from None
 
 

@@ -208,7 +208,7 @@ class Fibo2(pictures.ModelOfImages):
         mask = prepared.request.extra.get(MASK)
         if mask and len(paths) != 1:
             raise OptionError(
-                f"--mask_path {mask}: it needs one image of --control_image_path, there are {len(paths)}"
+                f"--mask_path {mask}: it needs one --control_image_path, but there are {len(paths)}"
             )
         if not paths:
             return prompt

@@ -212,7 +212,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
     if "controlnet_mode_embedder.weight" in names:
         raise CheckpointError(
             f"{CONTROL_NET} {path} is a Union ControlNet that needs the kind of each control image, "
-            f"which datasets do not state.\n  Give one of a single kind, or without modes: {FITTING_FILES}.",
+            f"which datasets do not state.\n  Give one for a single kind, or without modes: {FITTING_FILES}.",
             path,
         )
     _check_dimensions(path, names, config)

@@ -270,7 +270,7 @@ class Flux(ModelOfImages):
         control = batch.tensor(CONTROL)
         if control.shape != latents.shape:
             raise CacheError(
-                f"{batch.keys[0]}: {CONTROL} in its cache is of another size than its image's. Cache "
+                f"{batch.keys[0]}: {CONTROL} in its cache is of a different size than its image's. Cache "
                 "again with flux_cache_latents.py."
             )
         return {CONTROL: control}
@@ -281,8 +281,8 @@ class Flux(ModelOfImages):
         batch_size, length = batch.tensor(STATES).shape[:2]
         if batch.tensor(MASK).shape != (batch_size, length):
             raise CacheError(
-                f"{batch.keys[0]}: {MASK} in its cache is of another length than {STATES}. Cache again with "
-                f"{TEXTS_AGAIN}."
+                f"{batch.keys[0]}: {MASK} in its cache is of a different length than {STATES}. Cache again "
+                f"with {TEXTS_AGAIN}."
             )
         maximum = self.files.t5_tokens
         if length > maximum:

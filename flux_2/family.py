@@ -190,7 +190,7 @@ class Flux2(pictures.ModelOfImages):
         if not version.is_distilled or request.guidance_scale in (None, 1.0):
             return request
         logger.warning(
-            "the guidance scale %g is ignored: --model_version %s is distilled, its guidance is %s",
+            "the guidance scale %g is ignored: --model_version %s is distilled, so its guidance is %s",
             request.guidance_scale,
             self.files.model_version,
             "--embedded_cfg_scale" if has_embedded_guidance else "built in",

@@ -122,8 +122,8 @@ class Flux3(pictures.ModelOfImages):
             if len(states) % TEXT_LENGTH_MULTIPLE:
                 raise CacheError(
                     f"{batch.keys[0]}: {TEXT_STATES_KEY} in its cache has {len(states)} tokens, not a "
-                    f"multiple of {TEXT_LENGTH_MULTIPLE}. The transformer was trained with texts that are "
-                    f"padded so. Cache again with {remedy}."
+                    f"multiple of {TEXT_LENGTH_MULTIPLE}. The transformer was trained with texts padded "
+                    f"to such a length. Cache again with {remedy}."
                 )
         references = pictures.references_of(batch, LATENT.channels, 1, LATENT_CACHING_SCRIPT)
         return {TEXT_STATES_KEY: batch.tensors[TEXT_STATES_KEY], **references}
@@ -195,7 +195,7 @@ class Flux3(pictures.ModelOfImages):
         if request.guidance_scale in (None, flux_3_options.GUIDANCE_OF_DISTILLED):
             return request
         logger.warning(
-            "the guidance scale %g is ignored: %s is distilled, its guidance is built in",
+            "the guidance scale %g is ignored: %s is distilled, so its guidance is built in",
             request.guidance_scale,
             self.files.dit_path,
         )

@@ -135,7 +135,7 @@ def _warn_of_caches_without_f1() -> None:
 def _warn_of_caches_with_f1() -> None:
     logger.warning(
         "the sections in the caches are for FramePack-F1 (%s --f1), but --f1 is not given: samples are "
-        "generated in another order than the model learns. Give --f1, or cache again without it if --dit "
+        "generated in a different order than the model learns. Give --f1, or cache again without it if --dit "
         "is not F1.",
         LATENTS_AGAIN,
     )

@@ -48,7 +48,7 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
         return
     if table.kind != "video":
         raise DatasetError(
-            f"{table.name}: FramePack learns from clips, these are images. Give a video_directory or "
+            f"{table.name}: FramePack learns from clips, but these are images. Give a video_directory or "
             "video_jsonl_file, or --one_frame to learn how to make an image from its control images."
         )
     if table.has_control:
@@ -64,18 +64,16 @@ def _check_clip_lengths(table: MediaTable) -> None:
     if table.max_frames is not None and table.max_frames < minimum:
         raise DatasetError(
             f"{table.name}: max_frames = {table.max_frames} is less than a section takes: {minimum}, 4 x "
-            f"{table.window} "
-            f"(fp_latent_window_size) + 1. Set max_frames = {video_frames(4, table.window)} for up to 4 "
-            "sections."
+            f"{table.window} (fp_latent_window_size) + 1. Set max_frames = {video_frames(4, table.window)} "
+            "for up to 4 sections."
         )
     short = [frames for frames in table.target_frames if frames < minimum]
     if short:
         raise DatasetError(
             f"{table.name}: target_frames = {list(table.target_frames)}, but clips of "
-            f"{', '.join(map(str, short))} frames are too "
-            f"short: a section takes {minimum}, 4 x {table.window} (fp_latent_window_size) + 1. Use "
-            "target_frames of 4 x "
-            f"{table.window} x n + 1, such as [{video_frames(4, table.window)}], or frame_extraction = "
+            f"{', '.join(map(str, short))} frames are too short: a section takes {minimum}, 4 x "
+            f"{table.window} (fp_latent_window_size) + 1. Use target_frames of 4 x {table.window} x n + 1, "
+            f"such as [{video_frames(4, table.window)}], or frame_extraction = "
             '"full".'
         )
     for frames in table.target_frames:
@@ -93,7 +91,7 @@ def _check_clip_lengths(table: MediaTable) -> None:
 def _check_images(table: MediaTable) -> None:
     if table.kind != "image":
         raise DatasetError(
-            f"{table.name}: --one_frame caches images that have control images, these are videos. Leave "
+            f"{table.name}: --one_frame caches images that have control images, but these are videos. Leave "
             "--one_frame out, or give an image_directory or image_jsonl_file."
         )
     if not table.has_control:
@@ -112,8 +110,8 @@ def count_sections(table: MediaTable, frames: int) -> int:
     if sections == 0:
         raise MediaError(
             f"{frames} usable frames (4 n + 1 of the clip's) are too few: a section takes "
-            f"{_count_least_frames(table)}, "
-            f"4 x {table.window} (fp_latent_window_size) + 1. Use a longer clip, or take this one out"
+            f"{_count_least_frames(table)}, 4 x {table.window} (fp_latent_window_size) + 1. Use a longer "
+            "clip, or take this one out"
         )
     return sections
 

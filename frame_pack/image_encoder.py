@@ -76,8 +76,7 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
     if len(patches) != 4 or patches[1] != 3 or patches[2] != patches[3]:
         raise CheckpointError(
             f"{checkpoint.path}: the patch embedding has shape {list(patches)}, but a SigLIP for images of "
-            "one size has "
-            f"[width, 3, side, side]. Give {FILES} to {ENCODER_OPTION}.",
+            f"one size has [width, 3, side, side]. Give {FILES} to {ENCODER_OPTION}.",
             checkpoint.path,
         )
     dim, patch = patches[0], patches[2]

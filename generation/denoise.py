@@ -57,7 +57,7 @@ def denoise(
     schedule = solver.schedule
     has_edit_reference = section.edit_reference is not None
     assert not (has_edit_reference and section.overrides.audio_video_shapes), (
-        "an anchor holds a picture alone"
+        "an anchor contains only a picture"
     )
     is_joint = (
         section.overrides.audio_video_shapes is not None

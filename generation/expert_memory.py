@@ -133,15 +133,13 @@ class ExpertSchedule:
         if may_stay and device_memory is not None and bytes_with_all_experts <= device_memory.usable:
             notes.append(
                 f"The device has room for all experts at once, {format_gib(bytes_with_all_experts)} GiB: "
-                "they stay "
-                "there. --offload_inactive_dit keeps one at a time."
+                "they stay there. --offload_inactive_dit keeps one at a time."
             )
         if free_host_bytes is not None and plan.host > free_host_bytes:
-            smaller = "" if self.in_fp8 else " --fp8_scaled halves what they take."
+            smaller = "" if self.in_fp8 else " --fp8_scaled halves their size."
             notes.append(
-                f"The host has {format_gib(free_host_bytes)} GiB free, and {format_gib(plan.host)} are "
-                "asked for: experts "
-                f"will be loaded again instead of waiting.{smaller}"
+                f"The host has {format_gib(free_host_bytes)} GiB free, and {format_gib(plan.host)} are asked "
+                f"for: experts will be loaded again instead of waiting.{smaller}"
             )
         return notes
 

@@ -165,9 +165,8 @@ class ExpertOffloader:
         free_host_bytes = self.free_host_memory()
         if free_host_bytes is not None and weights > free_host_bytes:
             raise MemoryPlanError(
-                "the transformer would have to wait in host memory, which has "
-                f"{format_gib(free_host_bytes)} GiB "
-                f"free; it takes {format_gib(weights)} GiB"
+                f"the transformer would have to wait in host memory, which has {format_gib(free_host_bytes)} "
+                f"GiB free; it takes {format_gib(weights)} GiB"
             )
         try:
             for dit, host_copy in on_device:
@@ -356,7 +355,7 @@ class ExpertOffloader:
             dit, host_copy = prefetch.future.result()
         except (torch.OutOfMemoryError, MemoryError):
             logger.info(
-                "There was no memory to read the %s ahead: it is loaded now",
+                "There was not enough memory to read the %s ahead: it is loaded now",
                 self.experts[expert].description,
             )
             return

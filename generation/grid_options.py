@@ -105,7 +105,7 @@ def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
     if option is None:
         keys = sorted({line_option.key for line_option in line_options.values()})
         raise OptionError(
-            f"--sheet {name}: it is no option of a prompt line. Use one of prompt, {', '.join(keys)}"
+            f"--sheet {name}: it is not an option of a prompt line. Use one of prompt, {', '.join(keys)}"
         )
     texts = split_values(values_text)
     return Axis(option.key, option, tuple(texts), _read_values(name, option, texts))

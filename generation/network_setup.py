@@ -387,7 +387,7 @@ def _without(speed: GenerationSpeedOptions, name: str) -> GenerationSpeedOptions
 def _check_rounding(files: Sequence[Path], device: torch.device) -> None:
     """Raise OptionError if weights cannot be quantized to 8 bits on this device while loading."""
     if device.type == "mps":
-        raise OptionError("Apple's GPUs have no numbers of 8 bits.")
+        raise OptionError("Apple's GPUs do not support 8-bit formats.")
     for path in files:
         with contextlib.closing(open_checkpoint(path)) as checkpoint:
             infos = checkpoint.tensors.values()

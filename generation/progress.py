@@ -289,7 +289,7 @@ class GrowingVideo:
         except Exception as error:
             self._has_failed = True
             self._edge = None
-            stays = f" {self.path} is not updated any more." if self.path.exists() else ""
+            stays = f" {self.path} is no longer updated." if self.path.exists() else ""
             reason = f"{type(error).__name__}: {error}"
             logger.warning(
                 "The preview of the video has failed (%s). The video is still generated.%s", reason, stays

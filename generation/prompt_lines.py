@@ -98,7 +98,7 @@ def read_switch(text: str) -> int:
 def _read_rate(text: str) -> int:
     rate = parse_int(text)
     if not 1 <= rate <= MAX_FPS:
-        raise ValueError(f"{text} is no frame rate: give a number from 1 to {MAX_FPS}")
+        raise ValueError(f"{text} is not a frame rate: give a number from 1 to {MAX_FPS}")
     return rate
 
 
@@ -295,7 +295,7 @@ def split_line(line: str) -> SplitLine:
             return SplitLine(f"--{parts[0]}", parts[1:])
         return SplitLine(text, parts)
     if len(prompt_options) > 1 or text.strip():
-        raise OptionError(f"--{PROMPT}: the line has two prompts. Write one, in front or behind --{PROMPT}")
+        raise OptionError(f"--{PROMPT}: the line has two prompts. Write one, before or after --{PROMPT}")
     other_options = [part for part in parts if part is not prompt_options[0]]
     return SplitLine(unquote(prompt_options[0].partition(" ")[2].strip()), other_options)
 

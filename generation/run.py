@@ -305,7 +305,7 @@ def _print_plan(family: Family, options: GenerationOptions, device: torch.device
     if cards > 1:
         from generation.multi_process import plan_ways  # only with --plan
 
-        assert device_memory is not None, "several cards have a size, as --plan is read"
+        assert device_memory is not None, "--plan gives each of several cards a size"
         plan_ways(family, options, device, cards=cards, device_memory=device_memory)
     else:
         from generation.memory import plan_generation  # only with --plan

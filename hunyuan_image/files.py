@@ -115,13 +115,13 @@ def _read_config(shapes: DitShapes) -> HunyuanImageConfig:
     dim, in_dim, rows, columns = shapes.shape_of("img_in.proj.weight", axes=4)
     if (rows, columns) != (1, 1):
         raise CheckpointError(
-            f"{shapes.path} has patches of {rows} x {columns}; {MODEL_LABEL} has patches of one latent "
-            f"pixel.\n  Give {RELEASED_FILES} to {DIT_OPTION}.",
+            f"{shapes.path} has patches of {rows} x {columns}, but {MODEL_LABEL} has patches of one "
+            f"latent pixel.\n  Give {RELEASED_FILES} to {DIT_OPTION}.",
             shapes.path,
         )
     if in_dim != LATENT.channels:
         raise CheckpointError(
-            f"{shapes.path} takes {in_dim} latent channels, {MODEL_LABEL} takes {LATENT.channels}.\n"
+            f"{shapes.path} takes {in_dim} latent channels, but {MODEL_LABEL} takes {LATENT.channels}.\n"
             f"  Give {RELEASED_FILES} to {DIT_OPTION}.",
             shapes.path,
         )

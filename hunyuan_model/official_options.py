@@ -185,8 +185,8 @@ def _warn_of_untrained_size(size: tuple[int, int], resolution: str | None) -> No
             trained, key=lambda other: abs(other[0] - height) + abs(other[1] - width)
         )
         logger.warning(
-            "--video-size %d %d (height width) is none of the sizes that the model was trained for. Nearest: "
-            "%d %d",
+            "--video-size %d %d (height width) is not one of the sizes that the model was trained for. "
+            "The nearest is %d %d",
             height,
             width,
             nearest_height,

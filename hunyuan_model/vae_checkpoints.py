@@ -93,7 +93,7 @@ def _read_widths(
     if num_levels != levels:
         raise CheckpointError(
             f"{checkpoint.path}: {start} has {num_levels} levels, HunyuanVideo's has {levels}. "
-            f"The file holds another model, or tensors are missing. Give {RELEASE} to --vae.",
+            f"The file contains another model, or tensors are missing. Give {RELEASE} to --vae.",
             checkpoint.path,
         )
     shape = dialects.make_shape_reader(checkpoint, sources)

@@ -218,7 +218,7 @@ def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
         trained_with = metadata.get("ss_kv_cache", str(kv_cache))
         if metadata.get("ss_edit") == "True" and trained_with != str(kv_cache):
             logger.warning(
-                f"{path} was trained {how} --kv_cache, as its metadata say: its references attend to "
+                f"{path} was trained {how} --kv_cache, as its metadata says: its references attend to "
                 f"each other differently. {mend} here too"
             )
 

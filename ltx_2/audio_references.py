@@ -101,7 +101,7 @@ def check_batch(batch: Batch, strategy: ReferenceStrategy, option: str) -> None:
         lacking.append("reference_audio_directory")
     if lacking:
         raise DatasetError(
-            f"{batch.keys[0]}: {option} learns from a reference in each batch, and this one has none. Add a "
+            f"{batch.keys[0]}: {option} learns from a reference in each batch, but this one has none. Add a "
             f"file of its name to {' and to '.join(lacking)} of its table, and cache again"
         )
 
@@ -118,7 +118,7 @@ def find_audio_reference(request: Request) -> Path | None:
         return None
     if len(names) > 1:
         raise OptionError(
-            f"--{REFERENCE_AUDIO_OPTION}: {len(names)} files, and one is taken. Give one of them"
+            f"--{REFERENCE_AUDIO_OPTION}: {len(names)} files, but only one is taken. Give one of them"
         )
     path = to_path(f"--{REFERENCE_AUDIO_OPTION}", names[0])
     if not path.is_file():

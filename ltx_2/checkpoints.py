@@ -62,7 +62,7 @@ def _read_config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
         fits = all(width % (2 * config.num_heads) == 0 for width in widths)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{path}: its record of settings cannot be read ({error!r}). Copy the file, or the "
+            f"{path}: its stored settings cannot be read ({error!r}). Copy the file, or the "
             f"config.json next to it, again.",
             path,
         ) from None

@@ -148,7 +148,7 @@ def count_extension_frames(media: Ltx2GivenMedia, name: str, latent: LatentSpec)
     count = 1 if is_single_image(path) else count_frames_up_to(path, requested or 10**6)
     if requested is not None and count < requested:
         raise OptionError(
-            f"--{name} {path}: it has {count} frames, --{name}_frames asks for {requested}. Give fewer"
+            f"--{name} {path}: it has {count} frames, but --{name}_frames asks for {requested}. Give fewer"
         )
     count = (count - 1) // latent.frame_step * latent.frame_step + 1
     if name == "extend_suffix" and count == 1:
@@ -320,8 +320,8 @@ def _read_mask_frames(mask: Path, prepared: Prepared, latent: LatentSpec) -> Ten
         white = white.expand(-1, prepared.frames, -1, -1)
     if white.shape[1] < prepared.frames:
         raise OptionError(
-            f"--inpaint_mask {mask}: it has {white.shape[1]} frames, {prepared.frames} are "
-            "made. Give a picture, or a clip as long as the result"
+            f"--inpaint_mask {mask}: it has {white.shape[1]} frames, but {prepared.frames} "
+            "are generated. Give a picture, or a clip as long as the result"
         )
     return white
 

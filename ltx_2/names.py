@@ -145,7 +145,7 @@ LTX_2 = FamilyNames(
 )
 
 LORA = (LTX_2,)
-_LTX_09 = "the transformer of LTX-Video 0.9, another network than LTX-2's, which is not supported yet"
+_LTX_09 = "the transformer of LTX-Video 0.9, a different network than LTX-2's, which is not supported yet"
 _OF_LTX_2 = "the connectors of LTX-2, a part of its text encoder"
 MARKS: Marks = (
     ("audio_patchify_proj.weight", "an LTX-2 transformer (--dit)"),

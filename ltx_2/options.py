@@ -238,7 +238,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         facts=FREE,
     )
     ltx_version_check_mode: str = option(
-        "if the file is another release than --ltx_version: off, warn or error",
+        "if the file is a different release than --ltx_version: off, warn or error",
         default="warn",
         choices=("off", "warn", "error"),
         ignored_without="ltx_version",

@@ -344,7 +344,7 @@ def resolve_reference_factors(options: Ltx2GivenReferences, loras: Sequence[Path
     factors = read_reference_factors(loras)
     if not factors and options.paths and options.reference_downscale is None:
         logger.info(
-            "no LoRA records how much smaller its references were: --reference_downscale counts, or 1"
+            "no LoRA records how much smaller its references were: --reference_downscale is used, or 1"
         )
     for option, factor in factors.items():
         typed = getattr(options, option)

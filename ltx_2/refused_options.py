@@ -80,7 +80,7 @@ SAMPLES_SO = "a training encodes the texts and pictures of its samples itself."
 AUDIO_NAMES_SO = "a file of the clip's name is its sound, whatever it ends with."
 AUDIO_SO = (
     "sound keeps its speed, clips without it do not affect the sound of other clips in their batch, and a "
-    "video file holds its sound."
+    "video file contains its sound."
 )
 WORK_SO = "processes share the work, and weights wait in host memory, where that is of use."
 

@@ -81,7 +81,7 @@ def read_settings(
     are_possible = all(0 < number < math.inf for number in numbers)
     if kind not in ("default", "linear") or not are_possible:
         listed = ", ".join(map(str, numbers))
-        raise ValueError(f"rotary frequencies of type {kind}, numbers {listed}")
+        raise ValueError(f"rotary frequencies of type {kind}, values {listed}")
     rope_scaling = None
     if stretch != 1:
         rope_scaling = {"rope_type": "linear", "factor": stretch}

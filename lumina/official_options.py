@@ -49,7 +49,7 @@ class LuminaImageOptions(Options, title="what to make"):
     gemma2_max_token_length: int = option("tokens of a prompt that are read", default=DEFAULT_TOKENS)
     discrete_flow_shift: float = option("time shift of the schedule", default=6.0)
     cfg_trunc_ratio: float = option(
-        "leave guidance out once the noisy image holds this share of data", default=CFG_TRUNC_RATIO
+        "leave guidance out once the noisy image contains this share of data", default=CFG_TRUNC_RATIO
     )
     renorm_cfg: float = option("largest norm of a guided prediction; 0: no limit", default=RENORM_CFG)
     interactive: bool = option("ask for prompts; quit ends")

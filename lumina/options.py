@@ -87,7 +87,7 @@ class LuminaGenerationOptions(Options, title=NAME):
     text: LuminaTextOptions
     add_system_prompt_to_negative_prompt: bool = option("put the system prompt before negative prompts too")
     cfg_trunc_ratio: float = option(
-        "leave guidance out once the noisy image holds this share of data, 0 to 1; 1 keeps guidance to "
+        "leave guidance out once the noisy image contains this share of data, 0 to 1; 1 keeps guidance to "
         "the end (--ctr in a prompt line)",
         default=CFG_TRUNC_RATIO,
         facts=of_request("cfg_trunc_ratio"),
@@ -108,7 +108,7 @@ def check_trunc_ratio(ratio: float, option: str) -> None:
     """Raise OptionError unless a ratio is between 0 and 1."""
     if not 0 <= ratio <= 1:
         raise OptionError(
-            f"{option} {ratio:g}: give a share from 0 to 1; guidance ends when the picture holds so much. "
+            f"{option} {ratio:g}: give a share from 0 to 1; guidance ends when the picture contains so much. "
             "0.25 is usual, 1 keeps guidance to the end"
         )
 

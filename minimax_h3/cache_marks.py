@@ -76,7 +76,7 @@ def check_cache_metadata(path: Path | str, metadata: Mapping[str, str], task: st
     cached_format = metadata.get(FORMAT_KEY, FORMAT)
     if cached_format != FORMAT:
         raise CacheError(
-            f"{path}: the text is cached in the format {cached_format:.40}, and {FORMAT} is needed. Cache "
+            f"{path}: the text is cached in the format {cached_format:.40}, but {FORMAT} is needed. Cache "
             f"again with {TEXTS_AGAIN}."
         )
 

@@ -162,8 +162,8 @@ def _check_positions(config: H3Config, path: Path) -> None:
     turned = 2 * AXES * config.frequencies
     if not 0 < turned <= config.head_width:
         raise CheckpointError(
-            f"{path}: {config.frequencies} frequencies for each of {AXES} axes turn {turned} channels, heads "
-            f"have {config.head_width}. Give the file with its config.json, or copy it again.",
+            f"{path}: {config.frequencies} frequencies for each of {AXES} axes turn {turned} channels, but "
+            f"heads have {config.head_width}. Give the file with its config.json, or copy it again.",
             path,
         )
 
@@ -182,9 +182,9 @@ def _read_config(shapes: DitShapes) -> H3Config:
     )
     if not fits or patch % PATCH**2:
         raise CheckpointError(
-            f"{shapes.path}: {rows} rows of queries, keys and values, {inner} columns behind them, heads of "
-            f"{head_width}, {modulation} rows of modulation and patches of {patch} numbers do not fit "
-            f"each other. Copy the file again.",
+            f"{shapes.path}: {rows} rows of queries, keys and values, {inner} columns after them, heads of "
+            f"{head_width}, {modulation} rows of modulation and patches of width {patch} do not fit "
+            f"together. Copy the file again.",
             shapes.path,
         )
     is_pruned = "adaln_t_table" in shapes.shapes

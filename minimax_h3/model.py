@@ -425,7 +425,8 @@ class H3Model(nn.Module):
             raise ValueError(f"latents of {tuple(noisy.shape[1:])}: {config.channels} channels, even sides")
         if audio.shape[1] != config.audio_channels or audio.shape[2] != 2:
             raise ValueError(
-                f"sound of {tuple(audio.shape[1:])}: {config.audio_channels} numbers, 2 channels"
+                f"sound of {tuple(audio.shape[1:])}: width {config.audio_channels} and 2 channels "
+                "are expected"
             )
 
     def _embed_images(self, latents: Tensor) -> Tensor:

@@ -415,7 +415,7 @@ def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, 
     if options.guidance.nag.is_on:
         raise OptionError(
             f"--nag_scale {options.guidance.nag.nag_scale:g}: {NAME} has one attention for text, audio and "
-            "images, and none to the text alone. Leave it out"
+            "images together, and none for the text alone. Leave it out"
         )
     request = replace(
         request,

@@ -215,7 +215,7 @@ def _parse_references(line: str, origin: str) -> list[Any]:
     try:
         row = parse_json(line)
     except ValueError as error:
-        raise OptionError(f"{origin} is no JSON ({error})") from None
+        raise OptionError(f"{origin} is not JSON ({error})") from None
     entries = row.get("references") if isinstance(row, dict) else None
     if not isinstance(entries, list) or not entries:
         raise OptionError(
@@ -235,7 +235,9 @@ def _read_reference(origin: str, file: Path, entry: Any) -> H3Reference:
     kind = entry.get("type", "")
     is_audio_path = audio is None or isinstance(audio, str)
     if not isinstance(kind, str) or not is_audio_path:
-        raise OptionError(f'{origin}: "type" or "audio_path" is no text. Give texts, or leave them out')
+        raise OptionError(
+            f'{origin}: "type" or "audio_path" is not a string. Give strings, or leave them out'
+        )
     fields: dict[str, str] = {}
     if kind:
         fields["type"] = kind
@@ -261,7 +263,7 @@ def _make_reference(origin: str, text: str, fields: Mapping[str, str]) -> H3Refe
     audio = fields.get("audio")
     if audio is not None and kind != VIDEO:
         raise OptionError(
-            f"{origin}: an audio file belongs to a video, and {path} is of type {kind}. Leave it out"
+            f"{origin}: an audio file belongs to a video, but {path} is of type {kind}. Leave it out"
         )
     if kind == AUDIO:
         _check_has_audio(origin, path)

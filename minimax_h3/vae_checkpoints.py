@@ -191,7 +191,7 @@ def _read_levels(shapes: DitShapes, declared: _DeclaredInfo) -> tuple[H3VaeLevel
     if not len(space_strides) == len(time_strides) == len(prefixes):
         raise CheckpointError(
             f"{shapes.path}: its config.json has strides of {len(space_strides)} and {len(time_strides)} "
-            f"levels, its encoder has {len(prefixes)}. Copy the folder again.",
+            f"levels, but its encoder has {len(prefixes)}. Copy the folder again.",
             shapes.path,
         )
     levels = []
@@ -224,9 +224,9 @@ def _check(checkpoint: Checkpoint, config: H3VideoVaeConfig, channels: int, patc
     if config.head_width < 1 or config.dim % config.head_width:
         error = f"a decoder of width {config.dim} has no heads of {config.head_width}"
     elif channels != config.latent_channels:
-        error = f"its decoder takes {channels} channels, its latents have {config.latent_channels}"
+        error = f"its decoder takes {channels} channels, but its latents have {config.latent_channels}"
     elif patch != patch_width:
-        error = f"its decoder makes patches of {patch} numbers, its encoder takes {patch_width}"
+        error = f"its decoder produces patches of width {patch}, but its encoder takes {patch_width}"
     elif not len(config.latents_mean) == len(config.latents_std) == config.latent_channels:
         error = (
             f"{len(config.latents_mean)} means and {len(config.latents_std)} deviations for "

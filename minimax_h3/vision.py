@@ -78,7 +78,7 @@ def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[st
             if part and settings is None:
                 continue
             if not isinstance(settings, dict):
-                raise _make_error(file, "it is no object")
+                raise _make_error(file, "it is not an object")
             return file, settings
     return Path(), {}
 
@@ -91,7 +91,7 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
     file, settings = source
     sizes = settings.get("size") or {}
     if not isinstance(sizes, dict):
-        raise _make_error(file, '"size" is no object')
+        raise _make_error(file, '"size" is not an object')
     min_pixels = sizes.get("shortest_edge", settings.get("min_pixels", released.min_pixels))
     max_pixels = sizes.get("longest_edge", settings.get("max_pixels", released.max_pixels))
     are_integers = type(min_pixels) is int and type(max_pixels) is int
@@ -191,9 +191,7 @@ def resized_sides(
         scale = max(token_size / height, token_size / width)
         height, width = int(height * scale), int(width * scale)
     if max(height, width) > MAX_RATIO * min(height, width):
-        raise MediaError(
-            f"frames of {width}x{height} are too long and narrow for the text encoder. Crop them."
-        )
+        raise MediaError(f"frames of {width}x{height} are too elongated for the text encoder. Crop them.")
     max_pixels = _limit_pixels(num_frames, limits, token_size)
     pixels = num_frames * height * width
     rounded_frames = round(num_frames / group_size) * group_size

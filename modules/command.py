@@ -262,7 +262,7 @@ def _check_launcher() -> None:
         is_number = value.isascii() and value.removeprefix("-").isdigit() and len(value) < MAX_DIGITS
         if not is_number:
             raise OptionError(
-                f"the environment has {name}={shorten_word(value)}, which is no number. {_REMEDY}, which "
+                f"the environment has {name}={shorten_word(value)}, which is not a number. {_REMEDY}, which "
                 "set it"
             )
     for rank_name, size_name in zip(RANK, COUNT, strict=True):

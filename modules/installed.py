@@ -32,7 +32,7 @@ def require_installed(place: str, name: str, remedy: str) -> None:
     if package.isidentifier() and _find_top(package) is None:
         why = describe_missing(ModuleNotFoundError(name=package))
     else:
-        why = f"{name} is no module of an installed package"
+        why = f"{name} is not a module of an installed package"
     raise OptionError(
         f"{place}: {why}.\n  A file names what installed packages have, and no other code. If it is your "
         f"own, {remedy}"

@@ -134,7 +134,7 @@ def _read_input(path: Path, session: Any) -> Shape:
         inputs_text = (
             ", ".join(f"{model_input.name}: {model_input.type}" for model_input in inputs[:4]) or "nothing"
         )
-        raise CheckpointError(f"{path} cannot be used: it takes {inputs_text}, and not images alone.", path)
+        raise CheckpointError(f"{path} cannot be used: it takes {inputs_text}, not just images.", path)
     shape = _read_shape(inputs[0])
     if any(size is not None and size > limits.MAX_ONNX_SIDE for size in shape[1:]):
         raise CheckpointError(

@@ -49,11 +49,13 @@ def check_characters(option: str, value: Any) -> None:
     texts = value if isinstance(value, (list, tuple)) else [value]
     for text in texts:
         if isinstance(text, Path) and "\0" in str(text):  # other bytes are allowed, even invalid UTF-8
-            raise OptionError(f"--{option} holds the character NUL (\\u0000), which no file's name can have")
+            raise OptionError(
+                f"--{option} contains the character NUL (\\u0000), which no file's name can have"
+            )
         character = bad_character(text) if isinstance(text, str) else None
         if character is not None:
             raise OptionError(
-                f"--{option} holds {character}: set the terminal, or the file that it comes from, to UTF-8"
+                f"--{option} contains {character}: set the terminal, or the file that it comes from, to UTF-8"
             )
 
 

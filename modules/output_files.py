@@ -34,11 +34,11 @@ def check_output_name(option: str, name: str, is_new: bool = True) -> None:
     size = len(name.encode("utf-8", "surrogateescape"))
     reason = ""
     if "/" in name or "\\" in name:
-        reason = "it holds a folder, which --output_dir names"
+        reason = "it contains a folder, which --output_dir names"
     elif not name.strip() or set(name.strip()) == {"."}:
         reason = "it names no file"
     elif escape_control_codes(name) != name or "\n" in name or "\t" in name:
-        reason = "it holds control codes"
+        reason = "it contains control codes"
     elif name.lower().endswith(".safetensors"):
         reason = "files get their ending by themselves"
     elif size > MAX_OF_OUTPUT_NAME:

@@ -327,7 +327,7 @@ class Parser(argparse.ArgumentParser):
             return ""
         has_two_dashes = word.startswith("--")
         if self._takes_value(before) and not has_two_dashes:
-            return f"{word} is no option. A value that begins with - goes behind =: {before}={word}"
+            return f"{word} is not an option. A value that begins with - goes behind =: {before}={word}"
         if not advice and not has_two_dashes and path_exists(Path(word)):
             advice = f" Of the file of this name write ./{word}"
         return f"Unknown option {name}.{advice or guess_option(flags, name.lstrip('-'))}"
@@ -359,7 +359,7 @@ class Parser(argparse.ArgumentParser):
 
             ours = find_our_option(str(value).lower().replace(" ", "_"), choices)
             near = f" Did you mean {ours}?" if ours else did_you_mean(str(value), choices)
-            raise argparse.ArgumentError(action, f"{shown} is no choice. Use {', '.join(choices)}.{near}")
+            raise argparse.ArgumentError(action, f"{shown} is not a choice. Use {', '.join(choices)}.{near}")
 
     def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
         """Count an option's values as argparse does, but name the expected values if there are too few."""

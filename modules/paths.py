@@ -41,7 +41,7 @@ def expand_path(text: str, base: Path | None = None) -> Path:
     whose name includes them exists. Raises ValueError with the reason if no file can have the name.
     """
     if "\0" in text:
-        raise ValueError("it holds the character NUL (\\u0000), which no file's name can have")
+        raise ValueError("it contains the character NUL (\\u0000), which no file's name can have")
     plain = strip_quotes(text)
     if plain != text and path_exists(Path(text) if base is None else base / text):
         plain = text
@@ -127,8 +127,8 @@ def explain_path(text: str) -> str | None:
         meant = "".join(_ESCAPES.get(character, character) for character in text)
         forward = meant.replace(_BACKSLASH, "/")
         return (
-            f"it holds control characters, as TOML and JSON read {signs} in double quotes. Write a path of "
-            f"Windows with forward slashes, {forward}, or in TOML in single quotes, '{meant}'"
+            f"it contains control characters, as TOML and JSON read {signs} in double quotes. Write a path "
+            f"of Windows with forward slashes, {forward}, or in TOML in single quotes, '{meant}'"
         )
     if is_address(text) or _HUB.match(text):
         return "this is an address. Download the file first and give its path"
@@ -142,7 +142,7 @@ def explain_path(text: str) -> str | None:
     match = _VARIABLE.search(text)
     if match is not None and not path_exists(Path(text[: match.end()])):
         return (
-            f"{match[0]} is no folder, and no variable was put in its place. Bash and PowerShell replace "
+            f"{match[0]} is not a folder, and no variable was put in its place. Bash and PowerShell replace "
             "$NAME outside of single quotes, cmd replaces %NAME%. Set it, or write the path out"
         )
     if os.name != "nt" and _DRIVE.match(text):

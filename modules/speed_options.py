@@ -34,8 +34,7 @@ class VaeOptions(Options):
         if size is not None and (not MIN_TILE <= size <= MAX_TILE or size % TILE_STEP):
             raise OptionError(
                 f"--vae_spatial_tile_sample_min_size {format_number(size)}: give a multiple of {TILE_STEP}, "
-                "at "
-                f"least {MIN_TILE} and at most {MAX_TILE}"
+                f"at least {MIN_TILE} and at most {MAX_TILE}"
             )
 
     @property

@@ -53,7 +53,7 @@ def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
     try:
         status = os.stat(path)  # noqa: PTH116  # takes half the time of `path.stat`
     except ValueError:  # a NUL character, by which the system ends names
-        raise OSError(errno.EINVAL, "its name holds a character that no file name can have") from None
+        raise OSError(errno.EINVAL, "its name contains a character that no file name can have") from None
     mode = status.st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
@@ -324,7 +324,7 @@ def bad_character(text: str) -> str | None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        return f"half a character (\\u{ord(text[error.start]):04x}), which is no text"
+        return f"half a character (\\u{ord(text[error.start]):04x}), which is not text"
     return None
 
 

@@ -99,4 +99,4 @@ def _explain_missing(option: str, program: str) -> str:
         return f'is a script. Start it with Python: {option} "python {program}"'
     if path.is_file():
         return f"is a file that may not be executed, or is not below ./. Give ./{program}, or chmod +x it"
-    return "is no program that can be started here. Correct the name, or give the whole path"
+    return "is not a program that can be started here. Correct the name, or give the whole path"

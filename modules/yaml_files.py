@@ -80,7 +80,7 @@ def _check_nodes(root: yaml.Node) -> None:
         child = next((child for child in children if id(child) not in sizes), None)
         if child is not None:
             if id(child) in open_ids:
-                raise ValueError("it has an alias to what the alias is in")
+                raise ValueError("it has an alias to a node that contains the alias")
             path.append((child, _list_children(child)))
             continue
         path.pop()

@@ -33,7 +33,7 @@ def find_layout_errors(text: str, size: Size) -> list[str]:
             errors.append(f"{name} is {layout[name]!r}, the model was trained with {default}")
     items = layout.get("items", [])
     if not isinstance(items, list):
-        return [*errors, "items is no list"]
+        return [*errors, "items is not a list"]
     for number, item in enumerate(items, 1):
         errors += [f"item {number}: {fault}" for fault in _find_item_errors(item, size)]
     return errors

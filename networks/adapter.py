@@ -218,8 +218,8 @@ def _reject_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
         network_alpha = float(alphas[name])
         if file_alpha != network_alpha:
             raise CheckpointError(
-                f"--network_weights {path} has alpha {file_alpha:g}, as its header or {PEFT_FILE} says, the "
-                f"network {network_alpha:g}.\n  Give --network_alpha {file_alpha:g}.",
+                f"--network_weights {path} has alpha {file_alpha:g}, according to its header or {PEFT_FILE}, "
+                f"but the network has {network_alpha:g}.\n  Give --network_alpha {file_alpha:g}.",
                 path,
             )
 

@@ -304,7 +304,7 @@ def _find_in_metadata_keys(
             continue
         if _to_finite_or_none(text) is None:
             value = repr(str(text)[:_MAX_SHOWN])
-            warnings.append(f"its metadata have {full_key} {value}, which is no number: not used")
+            warnings.append(f"its metadata have {full_key} {value}, which is not a number: not used")
             continue
         rank_keys = [_Key(network, rank_name) for rank_name in _RANK_NAMES_BY_ALPHA[name]]
         use_rslora = text_by_key.get(_Key(network, "userslora"), "")
@@ -480,7 +480,7 @@ def read_alphas(
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"
-            "  Correct lora_alpha or alpha_pattern in them, or give another LoRA.",
+            "  Fix lora_alpha or alpha_pattern in them, or give another LoRA.",
             path,
         ) from error
     tensors: dict[str, Tensor] = {}
@@ -541,7 +541,7 @@ def _read_rules(config: Mapping[str, Any]) -> _AlphaRules:
     values = {key: _to_finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
     keys = [key for key in values if not _PLAIN_PATH.fullmatch(key)]
     if sum(map(len, keys)) > MAX_EXPRESSIONS:
-        raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in all")
+        raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in total")
     expressions = {key: _compile_expression(key) for key in keys}
     default = None if config.get("lora_alpha") is None else _to_finite(config["lora_alpha"])
     positions = {key: position for position, key in enumerate(values)}
@@ -611,12 +611,12 @@ def _compile_expression(key: str) -> Callable[[str], bool]:
         # the key may name a module or the end of its path
         pattern = regex.compile(rf"(.*\.)?({key})$")  # as PEFT does
     except regex.error as error:
-        raise ValueError(f"the key {key!r} is no regular expression: {error}") from None
+        raise ValueError(f"the key {key!r} is not a regular expression: {error}") from None
 
     def matches(path: str) -> bool:
         try:
             return pattern.match(path, timeout=MAX_SEARCH_SECONDS) is not None
         except TimeoutError:
-            raise ValueError(f"the key {key!r} takes too long to search {path} for") from None
+            raise ValueError(f"the key {key!r} takes too long to match against {path}") from None
 
     return matches

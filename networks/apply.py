@@ -728,7 +728,7 @@ class LoraPatch:
         family = select_family(self._modules, self._family or LIKELY_MODEL)
         if self._path is not None and family is None and not lora.encoder:
             return CheckpointError(
-                f"{self._model} is no transformer that a LoRA could be added to: it has modules such as "
+                f"{self._model} is not a transformer that a LoRA could be added to: it has modules such as "
                 f"{list_some(list(self._modules), 3)}.\n  Give the model's own file.",
                 self._path,
             )

@@ -198,16 +198,14 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     """
     selected = _without_copies(files)
     if len(selected) < 2:
-        raise CheckpointError(
-            f"{selected[0].path} is the only file that is left: give two or more of one run"
-        )
+        raise CheckpointError(f"{selected[0].path} is the only file left: give two or more of one run")
     if len({file.metadata.get("ss_session_id") for file in selected}) > 1:
-        logger.warning("The files are of different runs; an average of those rarely makes sense.")
+        logger.warning("The files are from different runs; an average of those rarely makes sense.")
     first = selected[0]
     is_network = any("." in name for name in first.tensors)  # names in a cache of latents have no dots
     if not is_network:
         raise CheckpointError(
-            f"{first.path} holds no network: it has {list_some(list(first.tensors), 3)}.\n"
+            f"{first.path} contains no network: it has {list_some(list(first.tensors), 3)}.\n"
             "  Give the saved LoRAs or models of one run.",
             first.path,
         )
@@ -226,9 +224,11 @@ def _without_copies(files: Sequence[Checkpoint]) -> list[Checkpoint]:
         is_ema = "ss_ema_decay" in file.metadata
         model_hash = file.metadata.get("sshs_model_hash", "")  # "" is never taken for a copy
         if is_ema and has_plain_files:
-            logger.warning("%s is left out: it is an average (EMA) already.", file.path)
+            logger.warning("%s is left out: it is already an average (EMA).", file.path)
         elif model_hash and model_hash in path_by_hash:
-            logger.warning("%s is left out: it holds the same as %s.", file.path, path_by_hash[model_hash])
+            logger.warning(
+                "%s is left out: it contains the same tensors as %s.", file.path, path_by_hash[model_hash]
+            )
         else:
             path_by_hash[model_hash] = file.path
             selected.append(file)
@@ -263,7 +263,8 @@ def _reject_other_network(file: Checkpoint, first: Checkpoint) -> None:
     else:
         return
     raise CheckpointError(
-        f"{file.path} holds another network than {first.path}: {difference}.\n  {_advise(file, first)}",
+        f"{file.path} contains a different network than {first.path}: {difference}.\n  "
+        f"{_advise(file, first)}",
         file.path,
     )
 

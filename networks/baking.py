@@ -122,8 +122,8 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
         kind = next(kind for kind in kinds_of_parts(to_approximate[need_weight[0]]) if kind.needs_weight)
         raise OptionError(
             f"--bake: {lora.path} is {named(kind)} ({need_weight[0]}), whose change depends on the weights "
-            "that it was trained for. Add --dit with the model's file; after it those of the text encoders "
-            "that it changes"
+            "that it was trained for. Add --dit with the model's file, and after it those of the text "
+            "encoders that it changes"
         )
     losses: dict[str, Loss] = {}
     with open_weights(baking.models if need_weight else (), family) as weights:
@@ -319,6 +319,5 @@ def _describe_losses(losses: Mapping[str, Loss], num_modules: int, rank: int) ->
     advice = "; a higher rank loses less" if total_error > HIGH_LOSS else ""
     return (
         f"{len(losses)} of {format_count(num_modules, 'module')} at rank {rank}: {100 * total_error:.2g} % "
-        "of "
-        f"the change is lost, at most {100 * relative_errors[worst]:.2g} % ({worst}){advice}"
+        f"of the change is lost, at most {100 * relative_errors[worst]:.2g} % ({worst}){advice}"
     )

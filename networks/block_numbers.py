@@ -55,7 +55,7 @@ class BlockSettings:
             first_argument = next(iter(self.arguments))
             raise OptionError(
                 f"--network_args {first_argument}: the blocks of this model have no such numbers. Give ranks "
-                "and rates by names (network_reg_dims, network_reg_lrs)"
+                "and rates by name (network_reg_dims, network_reg_lrs)"
             )
         for name, values in self.values_by_argument.items():
             if len(values) != numbered.count:
@@ -197,7 +197,7 @@ def _read_numbers(name: str, arguments: Sequence[str], is_integer: bool = False)
             kind = "whole numbers" if is_integer else "numbers"
             curves = f", or one of {', '.join(_CURVES)}" if name in RATES else ""
             raise OptionError(
-                f"--network_args {name}: {text.strip()!r} is no number of at least 0. Write {kind} with "
+                f"--network_args {name}: {text.strip()!r} is not a number of at least 0. Write {kind} with "
                 f"commas between them{curves}"
             )
         numbers.append(number)

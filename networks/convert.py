@@ -291,7 +291,7 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
         example = next(iter(stored), "none")
         raise CheckpointError(
             f"{source} has no module to rename from {direction}, such as {example}.\n"
-            f"  Give a LoRA for {HUNYUAN_IMAGE.name}; --reverse is the way back.",
+            f"  Give a LoRA for {HUNYUAN_IMAGE.name}; --reverse converts back.",
             source,
         )
     save_tensors(output, renamed, add_hashes(renamed, metadata) if metadata else {})
@@ -401,16 +401,16 @@ def convert_file(
         _convert_one(lora, output, conversion)
     elif baking is not None and baking.models:
         raise OptionError(
-            f"--input {source} holds two LoRAs, one for each expert, and --dit is the model of one.\n"
-            "  Take one with --expert high_noise or low_noise."
+            f"--input {source} contains two LoRAs, one for each expert, and --dit is the model of one.\n"
+            "  Choose one with --expert high_noise or low_noise."
         )
     elif target == "diffusers":
         _convert_both_experts(lora.loras_by_expert, output, conversion)
     else:
         raise OptionError(
-            f"--input {source} holds two LoRAs, one for each expert, and --target {target} has no form "
+            f"--input {source} contains two LoRAs, one for each expert, and --target {target} has no form "
             "for that.\n  Add --output_high_noise FILE to write two files, or --expert high_noise or "
-            "low_noise to take one."
+            "low_noise to write one."
         )
 
 

@@ -200,7 +200,7 @@ def _extract_blocks(
                 kind = kind_of(checkpoint.tensors)
                 hint = f" It is {kind}." if kind else ""
                 raise CheckpointError(
-                    f"{checkpoint.path} has no blocks of {weights.model}, as {weights.example}.{hint}\n"
+                    f"{checkpoint.path} has no blocks of {weights.model}, such as {weights.example}.{hint}\n"
                     "  Give a model with the published names to --model_org and --model_tuned.",
                     checkpoint.path,
                 )

@@ -181,5 +181,5 @@ def shape_with_core(a: tuple[int, ...], b: tuple[int, ...], core: tuple[int, ...
         shape = (a[1], b[1], *core[2:])
     if not (are_matrices and have_equal_rank):
         shape_list = [list(factor) for factor in (a, b, core) if factor is not None]
-        raise MismatchError(f"factors of {shape_list} have no product")
+        raise MismatchError(f"factors of {shape_list} cannot be multiplied")
     return shape

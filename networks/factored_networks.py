@@ -45,8 +45,8 @@ def layer_of(module: Factored, path: str, factors: Factors, product: Product) ->
     is_trainable = UNTRAINABLE_FACTORS.isdisjoint(shapes)
     if not is_trainable or read_delta(factors).change_shape() not in (shape, matrix_shape):
         raise CheckpointError(
-            f"--dim_from_weights: {path} has {shapes}, with which this layer of {list(shape)} cannot be "
-            "trained"
+            f"--dim_from_weights: {path} has {shapes}, which cannot be trained on this layer of "
+            f"shape {list(shape)}"
         )
     rank = rank_of(factors)
     alpha: float = rank or 1  # by default, alpha / rank is 1

@@ -61,7 +61,7 @@ class LoraFormat:
         if left_out:
             reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
             raise OptionError(
-                f"--lora_format {self.name} cannot hold {len(reasons)} of the network's modules: "
+                f"--lora_format {self.name} cannot store {len(reasons)} of the network's modules: "
                 f"{list_some(reasons, 3)}. {_OTHERWISE}, or leave them out with --network_args "
                 "exclude_patterns"
             )

@@ -228,7 +228,7 @@ def _find_slices_of_parts(
     elif UP in delta.factors:
         num_rows = len(delta.factors[UP])
     else:
-        raise FusionError("its change is no matrix")
+        raise FusionError("its change is not a matrix")
     slices: dict[RelatedModule, slice | Tensor] = {}
     for related, part_rows in known_rows.items():
         rows = find_rows_of_part(related.part, part_rows, num_rows)
@@ -386,8 +386,7 @@ def _estimate_rows(siblings: Sequence[WeightPart], known_rows: Mapping[int | Non
         if not part_rows and part.default_height > reference.default_height:
             logger.info(
                 f"{part.foreign_path} is not in the file; it is assumed to have {part.default_height} times "
-                "as "
-                "many rows as the parts next to it"
+                "as many rows as the parts next to it"
             )
     return total
 
@@ -467,7 +466,7 @@ def _check_magnitudes(factors_of_parts: Sequence[Factors], num_rows: int) -> Non
     for factors in factors_of_parts:
         if MAGNITUDES not in factors or read_delta(factors).has_input_magnitudes:
             raise FusionError(
-                f"only {MAGNITUDE_KIND_NAME} magnitudes by output, for all of its rows, can be put together"
+                f"only {MAGNITUDE_KIND_NAME} magnitudes by output, for all of its rows, can be joined"
             )
     if sum(len(factors[MAGNITUDES]) for factors in factors_of_parts) != num_rows:
         raise FusionError(
@@ -563,7 +562,7 @@ def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matr
         if isinstance(rows, slice):
             slices.append(rows)
     if len(slices) < len(pieces):
-        raise FusionError("its parts are no matrices, or do not fit the rows of the weight")
+        raise FusionError("its parts are not matrices, or do not fit the rows of the weight")
     parts = _sort_by_rows(pieces, slices)
     ranges = [(part.rows.start, part.rows.stop) for part in parts]
     if _cover_all_rows(ranges, num_rows):
@@ -680,7 +679,7 @@ def _resolve_part(name: str, factors: Factors) -> Factors:
     if delta.has_input_magnitudes:
         raise CheckpointError(
             f"{name} is a part of a joined layer whose {MAGNITUDE_KIND_NAME} magnitudes are by input: they "
-            "belong to the whole layer, which this model has in parts.\n"
+            "belong to the whole layer, which this model has in separate parts.\n"
             "  Convert the file with the program that made it."
         )
     start, stop = deltas.read_row_range(factors)
@@ -734,7 +733,7 @@ def stack_rows(
             reordered = delta.select_rows(row_order)
         if reordered is None:
             raise CheckpointError(
-                f"{path} cannot be used: {name} has {num_rows} rows, and its program has them by head, "
+                f"{path} cannot be used: {name} has {num_rows} rows, which its program orders by head, "
                 f"{rule.head_width} of each query, key and value.\n  Give a plain LoRA that was trained for "
                 "this model.",
                 path,
@@ -774,5 +773,5 @@ def mend_split_alphas(
             corrected[f"{name}.alpha"] = alpha * num_parts
             num_corrected += 1
     if num_corrected:
-        logger.info(f"{path}: the alphas of {num_corrected} modules with split factors are set right")
+        logger.info(f"{path}: the alphas of {num_corrected} modules with split factors are corrected")
     return corrected

@@ -196,7 +196,7 @@ class LoraFile:
 def _make_several_error(path: Path) -> CheckpointError:
     """Return the error for a file with a LoRA for each expert, where one LoRA is needed."""
     return CheckpointError(
-        f"{path} holds two LoRAs, one for the high-noise and one for the low-noise expert of a model.\n"
+        f"{path} contains two LoRAs, one for the high-noise and one for the low-noise expert of a model.\n"
         "  Take them apart with convert_lora.py --input FILE --output LOW --output_high_noise HIGH --target "
         "default and give one; merge_lora.py can choose one with --expert.",
         path,
@@ -234,7 +234,7 @@ def read_lora(
         metadata = dict(checkpoint.metadata)
     if is_written_here and path.is_file() and is_damaged(path, metadata):
         raise CheckpointError(
-            f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.",
+            f"{path} is damaged: its data do not match the checksum stored with them. Copy it again.",
             path,
         )
     if unsupported is not None:
@@ -400,8 +400,7 @@ def _recognize(
     if is_in_comfyui_names and any(kind.has_frozen_norms(native.tensors, metadata) for kind in KINDS):
         metadata = {**metadata, NORMS_FORM: FROZEN_NORMS}
         logger.info(
-            f"{path}: its {MAGNITUDE_KIND_NAME} magnitudes are in ComfyUI's form, as its writer has them "
-            "there"
+            f"{path}: its {MAGNITUDE_KIND_NAME} magnitudes are in ComfyUI's form, as its program writes them"
         )
     if not native.tensors and not native.text_tensors:
         raise _make_no_lora_error(path, stored)
@@ -434,8 +433,8 @@ def _reject_clash(path: Path, native: NativeTensors) -> None:
         first, second = clash
         raise CheckpointError(
             f"{path} changes one layer under two names: {first} and {second}.\n"
-            "  They are of two programs, or for two networks. Remove the tensors of one of them from the "
-            "file.",
+            "  They come from two programs, or are for two networks. Remove the tensors of one of them from "
+            "the file.",
             path,
         )
 
@@ -845,15 +844,16 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
         if match is not None and match[1] != newest_release:
             logger.info(
                 f"{lora.path} was trained for {match[1]}, as its metadata say, and is used on "
-                f"{newest_release}: "
-                "most of what it has learned carries over, what it adds may be weaker or stronger"
+                f"{newest_release}: most of what it has learned carries over, but its effect may be weaker "
+                "or stronger"
             )
     trained_family = read_family(lora.metadata)
     if trained_family is None or trained_family is model or trained_family.name in model.compatible_families:
         return
     logger.warning(
         f"{lora.path} was trained for {trained_family.name}, as {lora.evidence} say, and is used on a "
-        f"{model.name} model. The names are the same, what it has learned is not: do not expect much of it."
+        f"{model.name} model. The names are the same, but what it has learned is not: do not expect much "
+        "of it."
     )
 
 
@@ -878,6 +878,6 @@ def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
     says = "name says" if expert_of(lora.metadata, Path()) is None else "metadata say"
     logger.warning(
         f"{lora.path} was trained for the {in_words(lora.expert)}, as its {says}, and is loaded into the "
-        f"{in_words(expert)}: what it has learned is about other noise levels. Give the file for the "
+        f"{in_words(expert)}: what it has learned is for other noise levels. Give the file for the "
         f"{in_words(expert)}, if there is one."
     )

@@ -173,14 +173,14 @@ class OwnNetwork(nn.Module):
         # its magnitudes are relative to different norms than in training
         if lora.has_frozen_norms:
             raise CheckpointError(
-                f"--network_weights {path} is a DoRA in ComfyUI's form, which goes by the model's weights.\n"
-                "  Bring it back first: convert_lora.py --target default --dit MODEL.",
+                f"--network_weights {path} is a DoRA in ComfyUI's form, which depends on the model's "
+                "weights.\n  Convert it back first: convert_lora.py --target default --dit MODEL.",
                 path,
             )
         file_rule = rank_rule_of(lora.metadata)
         if file_rule is not None and file_rule != self.settings.rank_rule:
             logger.warning(
-                f"--network_weights {path} is {named(file_rule.kind)}, and continues with other ranks at "
+                f"--network_weights {path} is {named(file_rule.kind)}, and continues with different ranks at "
                 f"each level: give the --network_args that it was trained with, {file_rule.in_words()}"
             )
         return lora
@@ -390,7 +390,7 @@ def _reject_other_sizes(
     # the first modules are enough for a message
     for name in misfits[:3]:
         in_file = _describe_shapes(file_modules[name])
-        lines += f"  {name} has {in_file}, here {_describe_shapes(network_modules[name])}\n"
+        lines += f"  {name} has {in_file}, but here {_describe_shapes(network_modules[name])}\n"
     advice = _advise(file_modules, network_modules[misfits[0]], misfits[0])
     raise CheckpointError(
         f"--network_weights {path} does not fit this network in {len(misfits)} of {len(file_modules)} "

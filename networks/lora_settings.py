@@ -457,7 +457,7 @@ def _read_pairs(number_type: type[int] | type[float], argument: str, text: Any) 
         if not equals or not pattern.strip() or number is None:
             restriction = " that are whole" if number_type is int else ""
             raise OptionError(
-                f"--network_args {argument}: {part.strip()!r} is no pair; write pattern=number,"
+                f"--network_args {argument}: {part.strip()!r} is not a pair; write pattern=number,"
                 f"pattern=number, with numbers of at least 0{restriction}"
             )
         pairs.append((_compile(argument, pattern.strip()), number))
@@ -495,7 +495,7 @@ def _compile(argument: str, pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise OptionError(
-            f"--network_args {argument}: {pattern!r} is not a regular expression ({error}). Correct it, or "
+            f"--network_args {argument}: {pattern!r} is not a regular expression ({error}). Fix it, or "
             "leave it out"
         ) from None
 

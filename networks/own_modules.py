@@ -477,7 +477,7 @@ def build_from_tensors(
         is_of_kind = any(part in factors for part in kind.marks)
         if not is_of_kind:
             raise CheckpointError(
-                f"--dim_from_weights: {module_name} has {', '.join(factors)}, which is another kind of "
+                f"--dim_from_weights: {module_name} has {', '.join(factors)}, which are for another kind of "
                 "network.\n  Give the --network_module that the file was trained with."
             )
         module = modules_by_name[module_name].module if module_name in modules_by_name else None

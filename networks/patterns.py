@@ -65,7 +65,7 @@ def describe_unfit(pattern: str, names: Iterable[str]) -> str:
     runs = dict.fromkeys(run for name in numberless_names for run in _list_runs(name.split("_")))
     similar = difflib.get_close_matches(text[:MAX_CHARACTERS], list(runs), MAX_EXAMPLES, cutoff=0.5)
     examples = similar or list(numberless_names)[:MAX_EXAMPLES]
-    return f"'{pattern}' fits no name, and changes nothing. Near it are {', '.join(examples)} (N: a number)"
+    return f"'{pattern}' fits no name, and changes nothing. Similar: {', '.join(examples)} (N: a number)"
 
 
 def _list_runs(words: list[str]) -> Iterator[str]:

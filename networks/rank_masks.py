@@ -51,7 +51,7 @@ class RankMask:
             axis: Axis of the ranks.
         """
         masks = self.masks
-        assert masks is not None, "the levels of a pass are set before it"
+        assert masks is not None, "the noise levels must be set before each pass"
         is_mask_per_sample = len(masks) > 1
         if is_mask_per_sample and len(masks) != len(hidden):
             rows_per_sample, remainder = divmod(len(hidden), len(masks))

@@ -93,12 +93,12 @@ class ResizeOptions(Options):
         if self.dynamic_method == RATIO and self.dynamic_param < 1:
             raise OptionError(
                 f"--dynamic_param {self.dynamic_param:g}: with --dynamic_method {RATIO} the largest "
-                "direction is divided by it, so it is at least 1. 10 is usual"
+                "direction is divided by it, so it must be at least 1. 10 is usual"
             )
         if self.dynamic_method != RATIO and self.dynamic_param > 1:
             raise OptionError(
                 f"--dynamic_param {self.dynamic_param:g}: with --dynamic_method {self.dynamic_method} it is "
-                "a share, up to 1. 0.9 is usual"
+                "a fraction of at most 1. 0.9 is usual"
             )
 
 
@@ -181,8 +181,8 @@ def _read_plain_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str], lis
         modules = find_factors(shapes)
         if not modules:
             raise CheckpointError(
-                f"{path} has no LoRA: no two factors such as x.lora_down.weight and x.lora_up.weight.\n"
-                "  Give a LoRA file to --model.",
+                f"{path} has no LoRA: it contains no two factors such as x.lora_down.weight and "
+                "x.lora_up.weight.\n  Give a LoRA file to --model.",
                 path,
             )
         is_written_here = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
@@ -243,7 +243,7 @@ def _reject_other_alphas(source: Path, metadata: Mapping[str, str]) -> None:
         raise CheckpointError(
             f"{source} has modules without an alpha of their own: {holders[0]} has it for all, together with "
             "their rank.\n"
-            f"  Write alphas beside the factors first: {command}",
+            f"  Store alphas next to the factors first: {command}",
             source,
         )
 

@@ -149,7 +149,7 @@ class TextLoras:
             if parameter.dtype.itemsize == 1 and patch.changes_parameter(published_parameter(name)):
                 raise CheckpointError(
                     f"{uses[0].lora.path} changes the text encoder {label}, whose weights are kept in 8 "
-                    "bits.\n  Leave out the option that keeps it in fp8, or give a LoRA for the DiT alone.",
+                    "bits.\n  Leave out the option that keeps it in fp8, or give a LoRA for the DiT only.",
                     uses[0].lora.path,
                 )
         patch.bake(network, published_parameter)

@@ -77,7 +77,7 @@ def masked_changes(dit: nn.Module, uses: Sequence[WeightedLora]) -> Mapping[str,
             assert rule is not None  # else it is merged
             raise CheckpointError(
                 f"{uses[0].lora.path} says that it is {named(rule.kind)}, and has more for {name} than two "
-                "factors of a layer, which no mask of ranks is for.\n"
+                "factors of a layer, which rank masks do not support.\n"
                 "  Give the file as the training wrote it.",
                 uses[0].lora.path,
             )

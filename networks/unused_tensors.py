@@ -67,7 +67,7 @@ def explain_unused_tensor(family: FamilyNames | None, key: str) -> UnusedReason:
         network_prefix = path.partition(".")[0]
         network = key[: key.index(network_prefix)] + network_prefix
         return UnusedReason(f"are of another network, {network}, and are ignored")
-    return UnusedReason("are no part of a LoRA and are ignored", _UNKNOWN_CONSEQUENCE)
+    return UnusedReason("are not part of a LoRA and are ignored", _UNKNOWN_CONSEQUENCE)
 
 
 def _advise_on_word(key: str) -> str:
@@ -96,7 +96,7 @@ def _explain_whole_weight(name: str, leaf: str) -> UnusedReason:
         kind = "norms"
     return UnusedReason(
         f"are whole {kind} of the model, no changes of them, and are ignored",
-        f"whole {kind} are no part of a LoRA, and it was trained together with them. Save the change "
+        f"whole {kind} are not part of a LoRA, and it was trained together with them. Save the change "
         "alone with its program.",
     )
 

@@ -40,8 +40,7 @@ def check_weights(options: WeightCheckOptions) -> None:
     if damaged:
         raise CheckpointError(
             f"{options.file}: {format_count(len(damaged), 'tensor')} with values that are NaN or infinite, "
-            "such "
-            f"as {damaged[0]}. Take an earlier file, and train with a lower learning rate.",
+            f"such as {damaged[0]}. Take an earlier file, and train with a lower learning rate.",
             options.file,
         )
 

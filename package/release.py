@@ -91,7 +91,8 @@ def check_files(folder: Path) -> None:
     found_names = {path.name for path in _files_of(folder)}
     if found_names != names:
         raise UserError(
-            f"{folder} holds {', '.join(sorted(found_names)) or 'nothing'}, not {' and '.join(sorted(names))}"
+            f"{folder} contains {', '.join(sorted(found_names)) or 'nothing'}, not "
+            f"{' and '.join(sorted(names))}"
         )
     for name in sorted(names):
         metadata = _read_metadata(folder / name)
@@ -109,7 +110,7 @@ def write_checksums(folder: Path) -> None:
     """
     files = [path for path in _files_of(folder) if path.name != CHECKSUMS]
     if not files:
-        raise UserError(f"{folder} holds no file. Build into it: python -m build --outdir {folder}")
+        raise UserError(f"{folder} contains no file. Build into it: python -m build --outdir {folder}")
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
     # bytes: on Windows a text would have \r\n, which sha256sum takes as part of the names
     (folder / CHECKSUMS).write_bytes("".join(lines).encode())

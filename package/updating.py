@@ -103,7 +103,7 @@ def update(root: Path, file: Path | None) -> None:
         raise UserError(f"{root} is a clone of git. Type update without a file")
     if not is_clone and file is None:
         raise UserError(
-            f"{root} is no clone of git. Download the zip file of the newer version, and type update with "
+            f"{root} is not a clone of git. Download the zip file of the newer version, and type update with "
             "its path (on Windows you can drop it on Reelsmith.bat)"
         )
     if file is not None and not file.is_file():
@@ -534,7 +534,7 @@ def _unpack(file: Path, folder: Path) -> list[str]:
         *(NotImplementedError, RuntimeError, ValueError, OverflowError, MemoryError),
     ) as error:
         reason = escape_control_codes(str(error))[:200]
-        raise UserError(f"{file.name} is no whole zip file ({reason}). Download it again") from None
+        raise UserError(f"{file.name} is not a whole zip file ({reason}). Download it again") from None
     return sorted(entries)
 
 
@@ -773,7 +773,7 @@ def _read_plan(path: Path) -> FileChange:
         change = FileChange(**parse_json(read_text(path, MAX_OF_NOTE)))
         names = [*change.replaced, *change.added, *change.digests, *change.beside, *change.beside.values()]
         if any(map(_find_name_error, names)):
-            raise ValueError("a name of no version")
+            raise ValueError("a name that no version has")
     except (OSError, ValueError, TypeError, AttributeError):
         raise UserError(
             f"{path}, the note of the last update, cannot be read, and nothing was changed. The files of the "

@@ -232,7 +232,7 @@ def find_tool(name: str) -> Tool:
         if name.lower().removesuffix(".py") in {tool.name.lower(), *tool.aliases}:
             return tool
     names = [tool.name for tool in TOOLS]
-    raise OptionError(f"{name} is no tool. Use {', '.join(names)}.{did_you_mean(name, names)}")
+    raise OptionError(f"{name} is not a tool. Use {', '.join(names)}.{did_you_mean(name, names)}")
 
 
 def find_content_hiding_tool(tools: Sequence[ToolOptions]) -> str | None:

@@ -50,7 +50,6 @@ def describe_control_pairs(
         errors += f". Without a picture: {list_some([path.name for path in controls.unmatched])}"
     return warning(
         f"{control_folder}: left out, as {kind.title} learns no control pictures. "
-        f"{len(pictures) - len(missing)} of {len(pictures)} pictures have one there{errors}. "
-        f"--train {control_kind.name} trains "
-        f"{control_kind.title} on such pairs (docs/control.md)"
+        f"{len(pictures) - len(missing)} of {len(pictures)} pictures have one there{errors}. --train "
+        f"{control_kind.name} trains {control_kind.title} on such pairs (docs/control.md)"
     )

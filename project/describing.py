@@ -181,8 +181,7 @@ def explain_size(model: ModelSet, media: list[Media]) -> str:
         reduced = f", reduced to the area of {format_shape(default)} that the model's page has"
     return (
         f"the size of a typical file, {typical.path.name} ({format_shape(typical.size)}){span}{reduced}. "
-        "Every "
-        "file keeps its own shape, at this area (resolution in dataset.toml)"
+        "Every file keeps its own shape, at this area (resolution in dataset.toml)"
     )
 
 

@@ -136,7 +136,7 @@ def _add_captions_of_list(
             f"{path.name}: {count_of_rows} for files that are not here: {list_some(missing_names)}"
         )
     if files_without_text:
-        caption_lists.lines.append(f"{path.name}: no text as caption for {list_some(files_without_text)}")
+        caption_lists.lines.append(f"{path.name}: no text caption for {list_some(files_without_text)}")
 
 
 def _is_text(caption: Any, place: str) -> bool:

@@ -330,7 +330,7 @@ def _describe_unused_reference_folders(
         if reference_folder in described or not _list_media_files(reference_folder):
             continue
         text = (
-            f"{reference_folder}: left out. A folder of this name holds what pictures are made from, and "
+            f"{reference_folder}: left out. A folder of this name contains what pictures are made from, and "
             f"{model_name} does not edit{remedy}. If it is to be learned, rename it"
         )
         lines.append(warning(text))
@@ -870,8 +870,7 @@ def _replace_clips_by_first_frames(folder: Path, content: FolderContent, model_n
         names = name_some(list(content.first_frames.values()))
         content.report_lines.append(
             f"{names}: {model_name} learns pictures alone. The first frame of each clip is written as a "
-            "picture "
-            f"with its caption into {folder / FIRST_FRAMES}"
+            f"picture with its caption into {folder / FIRST_FRAMES}"
         )
 
 

@@ -39,14 +39,12 @@ def describe_length(setup: RunSetup) -> list[str]:
     if steps < TYPICAL_STEPS:
         lines.append(
             f"{steps:,} steps: published adapters took {TYPICAL_STEPS:,} to 30,000, as 1,000 left most of "
-            "the "
-            f"distillation. --max_train_steps {TYPICAL_STEPS} --overwrite"
+            f"the distillation. --max_train_steps {TYPICAL_STEPS} --overwrite"
         )
     if len(setup.media) < describing.MIN_FILES_FOR_VALIDATION or not setup.may_hold_out_validation:
         lines.append(
             f"From {describing.MIN_FILES_FOR_VALIDATION} files on, a tenth is held back: an adapter is done "
-            "when their loss, "
-            "the validation loss, falls no more"
+            "when their loss, the validation loss, falls no more"
         )
     else:
         lines.append(

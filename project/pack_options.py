@@ -55,13 +55,13 @@ def find_error_of_name(name: str, on_windows: bool) -> str:
     if name != "/".join(parts) or name.startswith("/") or ".." in parts or not parts:
         return "it leads out of the folder"
     if "\\" in name or escape_control_codes(name) != name or any(sign in name for sign in "\n\t\0"):
-        return "it holds a backslash or control codes"
+        return "it contains a backslash or control codes"
     if any(part.startswith(".") for part in parts):
         return "it is hidden"
     try:
         size = len(name.encode("utf-8"))
     except UnicodeEncodeError:
-        return "it is no UTF-8"
+        return "it is not UTF-8"
     if size > MAX_OF_NAME:
         return f"it has {size} bytes, and {MAX_OF_NAME} are the most"
     if on_windows:

@@ -94,7 +94,7 @@ def relocate_toml(
     try:
         document = tomlkit.parse(text)
     except TOMLKitError as error:
-        raise ValueError(f"it is no TOML: {error}") from None
+        raise ValueError(f"it is not TOML: {error}") from None
     paths_outside: list[str] = []  # as `key = value`; filled by `relocate`
 
     def relocate(key: str, value: str) -> str:

@@ -191,7 +191,7 @@ def _explain_missing(project: Project, models: Path) -> str:
     return (
         f"{project.missing_model_files[0]} is missing{size}. Add {options}, or run\n"
         f"  {quote_command(project.download_command)}\n"
-        f"If it lies elsewhere, correct its path in {project.folder / RUN_FILE}"
+        f"If it is elsewhere, correct its path in {project.folder / RUN_FILE}"
     )
 
 
@@ -602,8 +602,8 @@ def _require_script(argv: Sequence[str]) -> Path:
     script = find_own_script(argv)
     if script is None or script not in _scripts_of_runs():
         raise OptionError(
-            f"{quote_command(argv)} is no command of a run, which downloads, caches, trains and generates. "
-            f"Correct {RUN_FILE}."
+            f"{quote_command(argv)} is not a command of a run, which downloads, caches, trains and "
+            f"generates. Correct {RUN_FILE}."
         )
     return script
 

@@ -92,7 +92,7 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
     if reason or "/" in name:
         raise ValueError(f"its name is {name!r}: {reason or 'it leads out of the folder'}")
     if not isinstance(modification_times, dict):
-        raise TypeError(f"{MANIFEST} has no table of times")
+        raise TypeError(f"{MANIFEST} has no table of modification times")
     return dict(manifest)
 
 
@@ -127,7 +127,7 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
         if not reason and entry.is_dir():
             reason = "it is a folder"
         if not reason and mode and not stat.S_ISREG(mode):
-            reason = "it is no regular file"
+            reason = "it is not a regular file"
         if not reason and (entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED):
             reason = "it is compressed or encrypted"
         if not reason and fold_name(name) in names:
@@ -142,7 +142,7 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
         raise ValueError(f"{conflict!r} is a file and a folder")
     total = sum(entry.file_size for entry in entries)
     if total > size_bytes:  # members are not compressed, so they cannot be larger than the archive
-        raise ValueError(f"it says that it holds {format_size(total)}, and has {format_size(size_bytes)}")
+        raise ValueError(f"it says that it contains {format_size(total)}, and has {format_size(size_bytes)}")
 
 
 def _read_member(file: Any) -> bytes:

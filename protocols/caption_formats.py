@@ -60,7 +60,7 @@ class CaptionFormat:
                 continue
             if name not in keys:
                 near = difflib.get_close_matches(name, keys, 1, CERTAIN)
-                errors.append(f"{name} is no key of a caption" + (f": {near[0]} is meant" if near else ""))
+                errors.append(f"{name} is not a key of a caption" + (f": {near[0]} is meant" if near else ""))
             elif value is not None and not isinstance(value, keys[name].kind):
                 errors.append(f"{name} is {_name_type(value)}, not {_NAMES[keys[name].kind]}")
         for key in self.keys:

@@ -225,8 +225,8 @@ class Batch:
                     )
                 if width != expected:
                     raise CacheError(
-                        f"{where} is {width} numbers wide, {network_path} takes {expected}. Cache again with "
-                        f"{remedy}."
+                        f"{where} is {width} numbers wide, but {network_path} takes {expected}. Cache again "
+                        f"with {remedy}."
                     )
 
     def tensor(self, name: str) -> Tensor:

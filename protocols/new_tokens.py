@@ -45,7 +45,7 @@ def find_error(word: str) -> str:
         return f"has capitals, which the text encoders read as small letters. Give {word.lower()}"
     if word[-1].isdigit():
         return (
-            "ends with a digit: with one behind it, a word means one of its vectors. Give another, such as "
+            "ends with a digit: followed by one, a word means one of its vectors. Give another, such as "
             f"{word.rstrip('0123456789') or 'mycat'}"
         )
     misread = next((character for character in word if character in STRANGE), None)

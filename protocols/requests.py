@@ -461,8 +461,7 @@ def check_values(request: Request) -> None:
         if count is not None and not 1 <= count <= maximum:
             raise OptionError(
                 f"{option} {format_number(count)} (--{prompt_flag} in a prompt line): give a number from 1 "
-                "to "
-                f"{maximum}"
+                f"to {maximum}"
             )
     for name, (option, prompt_flag, maximum) in VALUES.items():
         value = getattr(request, name)
@@ -495,6 +494,6 @@ def _check_texts(request: Request) -> None:
         character = bad_character(text or "")
         if character is not None:
             raise OptionError(
-                f"{name} {text!r} is not UTF-8 text, it holds {character}: set the terminal or the file to "
-                "UTF-8"
+                f"{name} {text!r} is not UTF-8 text, it contains {character}: set the terminal or the file "
+                "to UTF-8"
             )

@@ -108,7 +108,7 @@ def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[
     controls = [name for name in names if name.startswith("control_")]
     if controls:
         raise CheckpointError(
-            f"{checkpoint.path} holds a ControlNet ({controls[0]}), which is not supported yet.\n"
+            f"{checkpoint.path} contains a ControlNet ({controls[0]}), which is not supported yet.\n"
             f"  Give {FILES}.",
             checkpoint.path,
         )

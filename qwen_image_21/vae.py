@@ -397,8 +397,8 @@ def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel],
             error = f"a level of its {half} from {widths} can have no shortcut"
     if error is not None:
         raise CheckpointError(
-            f"{checkpoint.path}: {error}. It holds another model than {MODEL_KIND}, or tensors are missing. "
-            f"Give {FILES}.",
+            f"{checkpoint.path}: {error}. It holds a different model than {MODEL_KIND}, or tensors are "
+            f"missing. Give {FILES}.",
             checkpoint.path,
         )
 

@@ -138,8 +138,8 @@ def cards_or_size(text: str) -> str:
     match = re.fullmatch(rf"([1-9][0-9]{{0,3}}x(?=.*[1-9]))?{MEMORY}", text.strip(), re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no memory of cards. Give the GiB of one, such as 24; 2x24 for two; or nothing "
-            "for the card of this machine"
+            f"{text!r} is not an amount of card memory. Give the GiB of one, such as 24; 2x24 for two; or "
+            "nothing for the card of this machine"
         )
     return f"{match[1] or ''}{match[2]}".lower()
 

@@ -340,7 +340,7 @@ class StableDiffusion(ModelOfImages):
             return set_image_to_repaint(request, super().keep_media, who)
         if MASK_PATH in request.extra and self.options is NO_OPTIONS:
             raise OptionError(
-                f"--mask_path {request.extra[MASK_PATH]}: {self.files.path} is no inpainting checkpoint. "
+                f"--mask_path {request.extra[MASK_PATH]}: {self.files.path} is not an inpainting checkpoint. "
                 "gen_img.py repaints with it; or give an inpainting checkpoint"
             )
         sees = self._control_network is not None

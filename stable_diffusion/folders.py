@@ -110,7 +110,7 @@ def _check_schedule(schedule: Mapping[str, Any], file: Path) -> None:
         if not is_same:
             raise CheckpointError(
                 f"{file}: {name} is {shorten(str(declared), MAX_QUOTED)}; Stable Diffusion was trained with "
-                f"{'none' if default is None else default}, and no other noise is made here. Give another "
+                f"{'none' if default is None else default}, and no other noise is supported. Give another "
                 "model, or the settings that it was trained with.",
                 file,
             )
@@ -270,13 +270,13 @@ def _check_levels(config: Mapping[str, Any], file: Path) -> None:
     text_width = config["cross_attention_dim"]
     are_lists = all(isinstance(names, list | tuple) and len(names) for names in (down, up))
     if not are_lists or not all(isinstance(name, str) for name in (*down, *up)):
-        wrong = f"down_block_types or up_block_types is no list of names ({down!r}, {up!r})"
+        wrong = f"down_block_types or up_block_types is not a list of names ({down!r}, {up!r})"
     elif not len(down) == len(up) == len(config["block_out_channels"]):
         wrong = "down_block_types, up_block_types and block_out_channels have different lengths"
     elif type(layers) is not int and not _are_counts(layers, len(down)):
         wrong = f"layers_per_block is {layers!r}, neither a number nor one for each level"
     elif type(text_width) is not int:
-        wrong = f"cross_attention_dim is {text_width!r}, no number"
+        wrong = f"cross_attention_dim is {text_width!r}, not a number"
     else:
         return
     raise CheckpointError(f"{file}: {shorten(wrong, MAX_QUOTED)}. Copy the file again.", file)

@@ -106,7 +106,9 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
     hint = f" Or give {BUILT_IN_UPSCALER}, which takes SwinIR and ESRGAN files (model=FILE)."
     module = import_user_module(OPTION, MODULE_ALIASES.get(name, name), BUILT_IN_UPSCALER, hint)
     if not callable(getattr(module, "create_upscaler", None)):
-        raise OptionError(f"{OPTION} {name} has no create_upscaler(...), so it makes no upscaler.{hint}")
+        raise OptionError(
+            f"{OPTION} {name} has no create_upscaler(...), so it cannot make an upscaler.{hint}"
+        )
     try:
         upscaler = module.create_upscaler(**parse_upscaler_args(args or ""))
         takes_latents = bool(upscaler.support_latents()) if hasattr(upscaler, "support_latents") else False

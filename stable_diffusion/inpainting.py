@@ -85,7 +85,7 @@ def set_image_to_repaint(
     if mask is not None:
         if path is None:
             raise OptionError(
-                f"the mask {mask} needs the image that is repainted where it is white ({_OPTIONS})"
+                f"the mask {mask} needs the image that is repainted where the mask is white ({_OPTIONS})"
             )
         _check_image("the mask", Path(mask))
     return replace(usable, image_path=path)

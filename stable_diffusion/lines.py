@@ -392,7 +392,7 @@ def import_prompter(name: str) -> ModuleType:
         try:
             spec.loader.exec_module(module)
         except Exception as error:  # the module may run arbitrary code
-            why = f"{type(error).__name__}: {error}. Correct it, or use --from_file"
+            why = f"{type(error).__name__}: {error}. Fix it, or use --from_file"
             raise OptionError(f"--from_module {name} cannot be imported: {why}") from error
     else:
         remedy = " Correct it, or use --from_file"
@@ -475,4 +475,4 @@ def _yield_prompts(call_prompter: Callable[[int], Any], name: str) -> Iterator[L
 
 
 def _prompter_error(subject: str, error: Exception) -> UserError:
-    return UserError(f"{subject} failed: {type(error).__name__}: {error}. Correct the module")
+    return UserError(f"{subject} failed: {type(error).__name__}: {error}. Fix the module")

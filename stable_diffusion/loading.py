@@ -216,8 +216,8 @@ def find_checkpoint(ckpt: Path) -> Path:
             return ckpt
         names = ", ".join(sorted(file.name for file in ckpt.iterdir())[:8]) or "nothing"
         raise CheckpointError(
-            f"--ckpt {ckpt}: the folder is not in the layout of diffusers; it has no unet (it holds {names})."
-            f"\n  Give {EXPECTED_FILE}.",
+            f"--ckpt {ckpt}: the folder is not in the layout of diffusers; it has no unet (it contains "
+            f"{names}).\n  Give {EXPECTED_FILE}.",
             ckpt,
         )
     if ckpt.exists() or not _is_of_hub(ckpt):

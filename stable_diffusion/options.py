@@ -139,7 +139,7 @@ class ImageInputOptions(Options, title="prompts", must_give=True):
         if not self.interactive and all(source is None for source in sources):
             raise OptionError(
                 "There is no prompt: give --prompt, --from_file, --from_module or --interactive, or "
-                "--image_path with images whose metadata holds their prompts"
+                "--image_path with images whose metadata contains their prompts"
             )
         check_seed("--seed", self.seed)
         if self.from_module is not None and self.from_module.endswith(".py"):

@@ -123,9 +123,8 @@ def check_regions(num_parts: int, num_loras: int, is_folded: bool) -> None:
     if num_loras and num_loras != num_parts:
         raise OptionError(
             f"the prompt has {format_count(num_parts, 'part')} between AND, --network_weights "
-            f"{format_count(num_loras, 'LoRA')}. With regions (--mask_path) LoRA 1 belongs to part 1, LoRA "
-            "2 to "
-            "part 2 and so on, without those that are folded into the checkpoint: give as many LoRAs as "
+            f"{format_count(num_loras, 'LoRA')}. With regions (--mask_path) LoRA 1 belongs to part 1, LoRA 2 "
+            "to part 2 and so on, without those that are folded into the checkpoint: give as many LoRAs as "
             "parts, or leave the mask out"
         )
 

@@ -326,8 +326,8 @@ def to_image(pixels: Tensor, label: str) -> Image.Image:
     """Convert pixels, 3 H W, to an image; NaN becomes black, with a warning that names the image."""
     if not bool(pixels.isfinite().all()):
         logger.warning(
-            "%s: the image has NaN or infinite pixels, they are black. A number was too large for 16 bits: "
-            "try --no_half_vae, then --bf16 instead of --fp16",
+            "%s: the image has NaN or infinite pixels, which become black. A number was too large for 16 "
+            "bits: try --no_half_vae, then --bf16 instead of --fp16",
             label,
         )
         pixels = pixels.nan_to_num(-1, -1, -1)

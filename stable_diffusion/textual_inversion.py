@@ -292,7 +292,7 @@ def _read_extended(path: Path, cross_attentions: Sequence[str]) -> LearnedWord:
     unexpected = sorted(content.keys() - tensors.keys())
     if missing or unexpected:
         wrong_name = (missing or unexpected)[0]
-        raise _reject_extended(path, XTI_OPTION, f"{shorten(wrong_name, 60)} is missing or strange")
+        raise _reject_extended(path, XTI_OPTION, f"{shorten(wrong_name, 60)} is missing or unexpected")
     vectors = tuple(to_rows(path, XTI_OPTION, tensors, _reject_extended).values())
     if len({rows.shape for rows in vectors}) > 1:
         raise _reject_extended(path, XTI_OPTION, "its layers have vectors of unequal numbers or widths")
@@ -334,7 +334,7 @@ def _select_tensors(
         if tensors.keys() >= set(names):
             unused = tensors.keys() - set(names)
             if unused:
-                logger.warning("%s: %s: not used are %s.", option, path, list_some(sorted(unused)))
+                logger.warning("%s: %s: unused: %s.", option, path, list_some(sorted(unused)))
             return {name: tensors[name] for name in names}, None
     if len(tensors) == 1 and len(content) == 1:
         (placeholder_token,) = tensors

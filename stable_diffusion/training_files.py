@@ -164,7 +164,7 @@ class TrainingFiles:
         if self.unet_input is UnetInput.INPAINTING:
             raise CheckpointError(
                 f"--ckpt {self.path} is a checkpoint for images, and --train_inpainting needs one for "
-                "inpainting: its U-Net has no input for a mask, and what is trained here could not hold one. "
+                "inpainting: its U-Net has no input for a mask, and what is trained here cannot contain one. "
                 "Give an inpainting checkpoint, or make one first by training all weights of this one: "
                 f"{'sdxl_train.py' if self.kind is SDXL else 'fine_tune.py'} --train_inpainting.",
                 self.path,

@@ -159,7 +159,7 @@ def test_a_rented_card_installs_nothing_for_a_file_that_is_no_packed_folder(
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=PATIENCE)
 
     assert (done.returncode, [*checkout.iterdir()]) == (2, [])
-    assert f"rented.sh: '{''.join(words)}' is no packed folder" in done.stderr
+    assert f"rented.sh: '{''.join(words)}' is not a packed folder" in done.stderr
 
 
 class Recorded:

@@ -141,7 +141,7 @@ def sweep(name: str, kind: str, chosen: list[str], folder: Path) -> list[str]:
             wrong.append(f"{script} --{action.dest}: {verdict} {shown}")
         elif entry and verdict in {ACTS, SAYS, REJECTS}:
             wrong.append(
-                f"{script} --{action.dest}: {verdict} ({shown}), so {entry} is no entry of acts.toml"
+                f"{script} --{action.dest}: {verdict} ({shown}), so {entry} is not an entry of acts.toml"
             )
     return wrong
 

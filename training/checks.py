@@ -265,7 +265,7 @@ def reject_foreign_module(family: Family, options: TrainingOptions) -> None:
     if module != family.lora_module and owner not in ("", family.name):
         # its rules name layers of another model, and its files would name another model
         raise OptionError(
-            f"--network_module {module} is for another model than this script trains. Give "
+            f"--network_module {module} is for a different model than this script trains. Give "
             f"{family.lora_module}, or leave the option out"
         )
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # advice for each key; {key} and {value} are replaced
-_TO_NETWORK = 'it is no option of the training; write network_args = ["{key}={value}"]'
+_TO_NETWORK = 'it is not an option of the training; write network_args = ["{key}={value}"]'
 _TO_LAUNCHER = "it is for accelerate launch: type it there"
 _OTHER_FORM = "it is a choice of the page, which network_module and network_args stand for"
 _ADVICE: Mapping[str, str] = {

@@ -454,8 +454,8 @@ def _require_room(size: int, room: int) -> None:
     if size > room:
         raise MemoryPlanError(
             f"both transformers do not fit on the device: one takes {format_gib(size)} GiB, "
-            f"{format_gib(room)} GiB are "
-            "left next to it. Use --offload_inactive_dit, so that they take turns, or --blocks_to_swap"
+            f"{format_gib(room)} GiB are left next to it. Use --offload_inactive_dit, so that they take "
+            "turns, or --blocks_to_swap"
         )
 
 

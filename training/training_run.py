@@ -134,7 +134,7 @@ class Requests:
             return
         if status.st_size > MAX_REQUEST_BYTES:  # a request is an empty or small file
             self._ignored_files[path] = modified_ns
-            logger.warning("%s asks for nothing: it holds %d bytes.", path, status.st_size)
+            logger.warning("%s asks for nothing: it contains %d bytes.", path, status.st_size)
             return
         self._pending_files[path] = modified_ns
         if kind == SAMPLE and not self.can_sample:

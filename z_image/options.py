@@ -59,7 +59,7 @@ class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
         "the known tuner",
     )
     cfg_trunc_ratio: float = option(
-        "leave guidance out once the noisy image holds this share of data, 0 to 1 (--ctr in a prompt "
+        "leave guidance out once the noisy image contains this share of data, 0 to 1 (--ctr in a prompt "
         "line); cfg_truncation of the official pipeline",
         default=CFG_TRUNC_RATIO,
         facts=of_request("cfg_trunc_ratio"),

@@ -147,7 +147,7 @@ def parse_caption(answer: str, was_cut: bool) -> str:
     caption = extract_caption(_TOKENS.sub(" ", answer), _MAX_CHARACTERS)
     if not caption:
         why = ", and --max_new_tokens ended it: raise that" if was_cut else ""
-        raise NoCaptionError(f"the model's answer holds no text{why}")
+        raise NoCaptionError(f"the model's answer contains no text{why}")
     return caption
 
 

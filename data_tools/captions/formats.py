@@ -70,7 +70,7 @@ class JsonCaptioner:
         start, end = answer.find("{"), answer.rfind("}")
         if start < 0 or end < start:
             hint = "" if start < 0 else ", as it does not end: raise --max_new_tokens"
-            raise NoCaptionError(f"the answer holds no JSON object{hint}: {shorten(answer, SHOWN)!r}")
+            raise NoCaptionError(f"the answer contains no JSON object{hint}: {shorten(answer, SHOWN)!r}")
         try:
             caption = read_object(answer[start : end + 1])
         except ValueError as error:

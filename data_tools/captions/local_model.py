@@ -87,9 +87,8 @@ class LocalModel:
             answers = self.generate_answers(batch)
         except torch.OutOfMemoryError:
             raise MemoryPlanError(
-                f"{len(batch)} at a time with up to {self.ask_options.num_frames} frames do not fit into "
-                "the memory. "
-                "Lower --batch_size, --num_frames or --max_pixels; what is written already stays."
+                f"{len(batch)} at a time with up to {self.ask_options.num_frames} frames do not fit into the "
+                "memory. Lower --batch_size, --num_frames or --max_pixels; what is written already stays."
             ) from None
         except Exception as error:  # the processor or the model rejects an input: find out which one
             if len(batch) == 1:

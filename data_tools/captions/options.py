@@ -62,8 +62,9 @@ class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
             parts = urlsplit("")
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise OptionError(
-                "--api_base holds a user's name, a password, or what follows ? or #. Give the address alone, "
-                "such as http://localhost:8000/v1, and a key in the environment variable OPENAI_API_KEY"
+                "--api_base contains a user's name, a password, or what follows ? or #. Give the address "
+                "alone, such as http://localhost:8000/v1, and a key in the environment variable "
+                "OPENAI_API_KEY"
             )
         if not is_address:
             raise OptionError(f"--api_base {self.api_base}: give an address such as http://localhost:8000/v1")
@@ -140,7 +141,7 @@ class WordingOptions(Options, title="the text that is written"):
             for old, new in getattr(self, name):
                 character = bad_character(old + new)
                 if character is not None:
-                    raise OptionError(f"--{name} holds {character}: set the terminal to UTF-8")
+                    raise OptionError(f"--{name} contains {character}: set the terminal to UTF-8")
                 if not old:
                     raise OptionError(f'--{name} "" {new!r}: say what to replace')
         for pattern, new in self.replace_regex:

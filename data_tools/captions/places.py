@@ -351,8 +351,7 @@ def describe_missing_extensions(config: DatasetConfig) -> list[str]:
         if table.directory and not table.caption_extension:
             messages.append(
                 f"{table.name} has no caption_extension, so its captions are {DEFAULT_EXTENSION} files next "
-                "to "
-                f"its {table.kind}s. For caching, add this line to the table (or to [general]): "
+                f"to its {table.kind}s. For caching, add this line to the table (or to [general]): "
                 f'caption_extension = "{DEFAULT_EXTENSION}"'
             )
     return messages

@@ -405,8 +405,7 @@ class _FailureLimit:
         if not self._has_answer and self._num_failures == MAX_INITIAL_FAILURES:
             raise UserError(
                 f"None of the first {MAX_INITIAL_FAILURES} got a caption, the last one because {error}. "
-                "Nothing "
-                "more is tried. Try another model, or other options."
+                "Nothing more is tried. Try another model, or other options."
             )
 
 
@@ -456,9 +455,8 @@ def edit_captions(
     if emptied:
         raise DatasetError(
             f"{format_count(len(emptied), 'caption')} would be empty and stay as they are, such as "
-            f"{emptied[0].location.display_path}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, "
-            "or remove "
-            "them and have new ones made."
+            f"{emptied[0].location.display_path}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, or "
+            "remove them and have new ones made."
         )
 
 

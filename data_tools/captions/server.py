@@ -47,8 +47,8 @@ MAX_ATTEMPTS = 6  # of a request
 RETRIED_STATUSES = frozenset({408, 409, 425, 429, *range(500, 600)})  # status codes of passing failures
 FATAL_STATUSES = {  # status codes that every further request would get too -> reason
     401: "the key is missing or wrong",
-    403: "the key has no right to this",
-    404: "it knows no such model or path",
+    403: "the key does not permit this",
+    404: "it has no such model or path",
 }
 JPEG_QUALITY = 92
 NO_PROXIES: Any = {"http": None, "https": None}  # a proxy could not reach a local server
@@ -106,8 +106,8 @@ class ApiServer:
         key = environment.get(KEY_VARIABLE, "").strip()
         if not all("!" <= character <= "~" for character in key):
             raise OptionError(
-                f"{KEY_VARIABLE} holds a blank, a line break or a letter that no key has. Set it to the key "
-                "alone."
+                f"{KEY_VARIABLE} contains a blank, a line break or a character that no key has. Set it to "
+                "the key alone."
             )
         if key and parts.scheme == "http" and not self._is_local:
             logger.warning(
@@ -283,7 +283,7 @@ class ApiServer:
                 "the address."
             )
         if isinstance(error, requests.Timeout) or isinstance(cause, TimeoutError):
-            why = f"there is no whole answer within {self.timeout:g} s (--api_timeout)"
+            why = f"there is no complete answer within {self.timeout:g} s (--api_timeout)"
         return _RetryableError(f"the connection broke: {why}", wait_seconds=None)
 
     def _post(self, parameters: Any) -> "_Response":

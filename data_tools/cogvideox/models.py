@@ -93,7 +93,7 @@ def describe_networks(options: EncodingOptions) -> PipelineNetworks:
         return describe_cogvideox_networks(folder, options)
     if vae_class not in PIPELINE_FAMILIES:
         names = ", ".join((*PIPELINE_FAMILIES, COGVIDEOX))
-        text = f"--model_id {options.model_id}: its VAE is {vae_class}; known are {names}"
+        text = f"--model_id {options.model_id}: its VAE is {vae_class}; supported: {names}"
         raise CheckpointError(text, folder)
     family = PIPELINE_FAMILIES[vae_class]
     # only for CogVideoX can the number of tokens be chosen

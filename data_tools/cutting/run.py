@@ -307,7 +307,7 @@ class Cutter:
             if paths:
                 raise OutputError(
                     f"{source} was cut in another way ({why}), and there are clips {edit}, such as "
-                    f"{paths[0].name}. Cutting again would make them wrong: move them away, or choose "
+                    f"{paths[0].name}. Cutting again would invalidate them: move them away, or choose "
                     "another --output."
                 )
 

@@ -146,8 +146,8 @@ def _select_display(debug: DebugOptions, folder: Path) -> str:
             return WINDOW
     except cv2.error:
         reason = (
-            "opencv-python-headless has none. For windows: pip uninstall opencv-python-headless, then pip "
-            "install opencv-python"
+            "opencv-python-headless cannot open any. To get one: pip uninstall opencv-python-headless, then "
+            "pip install opencv-python"
         )
     logger.info("pictures cannot be shown in a window (%s); writing them to %s", reason, folder)
     return "image"

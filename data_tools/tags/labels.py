@@ -77,7 +77,7 @@ def _read_mapping(text: str) -> tuple[Label, ...]:
     """Read tags from JSON: {index: {"tag": ..., "category": ...}}. Raises ValueError if malformed."""
     content = parse_json(text, no_repeats=True)
     if not isinstance(content, dict) or len(content) > _MAX_TAGS:
-        raise ValueError("it has to be an object of numbers and tags")
+        raise ValueError("it must be an object of numbers and tags")
     labels = []
     # indices are positions in the tagger's output, so none may be missing
     for index in range(len(content)):

@@ -82,7 +82,7 @@ class Tagger:
             if tags:
                 results.append((location, separator.join(tags)))
             else:
-                results.append((location, NoCaptionError("no tag is as probable as --thresh asks")))
+                results.append((location, NoCaptionError("no tag is as probable as --thresh requires")))
         return results
 
     def predict_probabilities(self, frames: Sequence[Frame]) -> FloatArray:
@@ -211,7 +211,7 @@ def _read_input_layout(model: OnnxModel, path: Path) -> tuple[int, bool]:
     is_square = len(shape) == 4 and 3 in (shape[1], shape[3]) and sides[0] == sides[1]
     if not is_square or sides[0] is None:
         raise CheckpointError(
-            f"{path} takes {list(shape)}, and not square pictures of one size: it is no tagger that goes "
+            f"{path} takes {list(shape)}, and not square pictures of one size: it is not a tagger that goes "
             f"with selected_tags.csv or {MAPPING_NAME}",
             path,
         )

@@ -116,6 +116,6 @@ def _check_words(name: str, text: str) -> None:
     """Raise OptionError if the value of an option does not fit in one line of a caption."""
     character = bad_character(text)
     if character is not None:
-        raise OptionError(f"--{name} holds {character}: set the terminal to UTF-8")
+        raise OptionError(f"--{name} contains {character}: set the terminal to UTF-8")
     if len(text) > MAX_WORDS or len(text.splitlines()) > 1:
         raise OptionError(f"--{name}: give one line of at most {MAX_WORDS} characters")

@@ -147,7 +147,7 @@ def _read_replacements(text: str) -> dict[str, str]:
     for pair in filter(None, re.split(r"(?<!\\);", text)):
         tags = [re.sub(r"\\([,;])", r"\1", tag).strip() for tag in re.split(r"(?<!\\),", pair)]
         if len(tags) != 2 or not all(tags):
-            raise OptionError(f"--tag_replacement: {pair!r} has to be two tags, the old and the new one")
+            raise OptionError(f"--tag_replacement: {pair!r} must be two tags, the old and the new one")
         old_tag, new_tag = tags
         replacements[old_tag] = new_tag
     return replacements

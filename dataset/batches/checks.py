@@ -72,7 +72,8 @@ def check_channels(
     if without_fps:
         logger.warning(
             "%s, and maybe others, was made by another program and does not record its frame rate: %g "
-            "frames per second are assumed. If it was cached at another rate (target_fps), cache it here: %s",
+            "frames per second are assumed. If it was cached at a different rate (target_fps), cache it "
+            "here: %s",
             without_fps[0],
             latent.default_fps,
             commands.latents,
@@ -205,7 +206,7 @@ def latent_errors(
         bucket = bucket_of(table, tuple(record.options["size"]), latent.pixel_step, item.latent_path)
         made_for = record.options["bucket"]
         if tuple(made_for) != bucket:
-            yield f"made for {format_shape(made_for)} pixels, {table.name} asks for {format_shape(bucket)}"
+            yield f"made for {format_shape(made_for)} pixels, but {table.name} needs {format_shape(bucket)}"
         yield from _find_changed_keys(table, tensors, record.options, latent)
         if record.parts != item.num_latent_files:
             yield f"{record.parts} files of its clip belong together, {item.num_latent_files} are there"
@@ -240,7 +241,7 @@ def _find_mask_errors(
         expected = "alpha_mask = true"
     else:
         expected = "no mask" if allowed_origins == {None} else "a mask for it"
-    yield f"the mask of its loss is from {mask_origin or 'nowhere'}, {table.name} has {expected}"
+    yield f"its loss mask is from {mask_origin or 'nowhere'}, but {table.name} has {expected}"
 
 
 def _find_shape_errors(
@@ -255,9 +256,8 @@ def _find_shape_errors(
         expected[1] = len(tensors[data.FRAME_INDICES])  # a single image with its control images as frames
     if shape != expected:
         yield (
-            f"its latents have the shape {format_shape(shape)}, {item.table.name} asks for "
-            f"{format_shape(expected)} "
-            f"({frames} frames of {width}x{height})"
+            f"its latents have the shape {format_shape(shape)}, but {item.table.name} needs "
+            f"{format_shape(expected)} ({frames} frames of {width}x{height})"
         )
     yield from _find_companion_errors(tensors, shape, expected)
 
@@ -272,14 +272,13 @@ def _find_companion_errors(
     rejected = tensors.get(data.REJECTED_LATENTS)
     if rejected is not None and list(rejected.shape) != shape:
         yield (
-            f"the latents of its worse one are {format_shape(rejected.shape)}, its own are "
+            f"the latents of its worse one are {format_shape(rejected.shape)}, but its own are "
             f"{format_shape(shape)}"
         )
     mask = tensors.get(data.LOSS_MASK)
     if mask is not None and list(mask.shape) != expected[1:]:
         yield (
-            f"the mask of its loss is {format_shape(mask.shape)}, its latents are "
-            f"{format_shape(expected[1:])}"
+            f"its loss mask is {format_shape(mask.shape)}, but its latents are {format_shape(expected[1:])}"
         )
 
 
@@ -345,17 +344,18 @@ def audio_errors(
     shape = tuple(tensors[data.AUDIO_LATENTS].shape)
     if item.audio_latent_shape and shape != item.audio_latent_shape:
         yield (
-            f"its latents have the shape {shape}, a clip of its frames and rate has {item.audio_latent_shape}"
+            f"its latents have the shape {shape}, but a clip of its frames and rate has "
+            f"{item.audio_latent_shape}"
         )
     if record is None:
         return
     has_reference = HAS_REFERENCE in record.options
     if has_reference and table.reference_audio_directory is None:
-        yield f"it was made with a reference, {table.name} has no reference_audio_directory"
+        yield f"it was made with a reference, but {table.name} has no reference_audio_directory"
     elif not has_reference and table.reference_audio_directory is not None:
         companions = _current_companions(item)
         if companions is not None and companions.has_reference_audio:
-            yield f"it was made without a reference, now {table.name} has one for it"
+            yield f"it was made without a reference, but {table.name} now has one for it"
     num_files = len(record.files) - has_reference  # the reference comes last
     is_from_file = num_files > 1  # the clip and a separate audio file
     if table.directory is not None and is_from_file != (table.audio_directory is not None):
@@ -377,7 +377,7 @@ def _find_source_changes(
     table = item.table
     rate = record.options.get("source_fps")
     if table.kind == "video" and rate != table.source_fps:
-        yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
+        yield f"made for source_fps = {rate}, but {table.name} has {table.source_fps}"
     if table.directory is not None and (table.index, item.key) not in checks.checked:
         # records of early versions list no files: then there is nothing to compare
         file = checks.changed_file(folders[: len(record.files)], record.files)
@@ -401,9 +401,9 @@ def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterat
     num_expected = None if num_now is None else min(num_now, rules.max_references)
     if table.directory is None:  # a list
         if num_expected is not None and num_expected != num_cached:
-            yield f"{made_with}, now {table.source} names {num_now}"
+            yield f"{made_with}, but {table.source} now names {num_now}"
     elif num_cached and table.control_directory is None:
-        yield f"it was made with reference pictures, {table.name} has no control_directory"
+        yield f"it was made with reference pictures, but {table.name} has no control_directory"
     elif num_expected is not None and num_cached < num_expected:
         yield f"{made_with}, now its image has {num_expected}"
 

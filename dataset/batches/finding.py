@@ -560,8 +560,8 @@ def _explain_empty(table: DatasetTable) -> str:
 def _explain_others(folder: Path, name: str) -> str:
     """Explain why the text cache `name` of another model cannot be used."""
     return (
-        f"no text cache in {folder} for this model: {name} holds what the text encoder of another model made "
-        "of the caption, which this model cannot read"
+        f"no text cache in {folder} for this model: {name} contains what the text encoder of another model "
+        "made of the caption, which this model cannot read"
     )
 
 
@@ -592,7 +592,7 @@ def _warn_left_out(listing: FoundItems, commands: CachingCommands) -> None:
     gone = [folder / stem for folder, stem in listing.unlisted_caches if stem not in listing.listed[folder]]
     if gone:
         logger.warning(
-            "%d sources have caches but are gone, or in no list (the first: %s): they are left out.",
+            "%d sources have caches but are gone, or are in no list (the first: %s): they are left out.",
             len(gone),
             gone[0],
         )

@@ -63,7 +63,7 @@ class BatchOrder:
         if unused:
             logger.warning(
                 "%d regularization images are not used because fewer other images are trained in an "
-                "epoch. More num_repeats of those would use more.",
+                "epoch. Raise their num_repeats to use more.",
                 unused,
             )
 

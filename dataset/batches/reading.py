@@ -151,7 +151,7 @@ def _unpack_inner_audio(
     if not isinstance(audio, Tensor) or not isinstance(is_heard, Tensor):
         lacking = data.INNER_AUDIO if audio is None else data.AUDIO_PRESENT
         raise CacheError(
-            f"{path}: it has no {lacking}, which the model needs with every clip, also with a silent one. "
+            f"{path}: it has no {lacking}, which the model needs for every clip, even a silent one. "
             f"Cache again with: {commands.latents}"
         )
     tensors[data.AUDIO_LATENTS] = audio.squeeze(2) if audio.ndim > 4 else audio  # B C T M
@@ -322,7 +322,7 @@ class _Reader:
                 maker = entry.metadata.get("architecture", "")
                 made_for = f" (made for {maker})" if maker else ""
                 raise CacheError(
-                    f"{path}: the text cache is incomplete, it has no {', '.join(absent)}{made_for}"
+                    f"{path}: the text cache is incomplete; it has no {', '.join(absent)}{made_for}"
                 )
             records = text_records(entry)
             for record in records.values():
@@ -513,7 +513,7 @@ def _check_shapes(items: Sequence[_ItemTensors], name: str, commands: CachingCom
         shape = item.tensors[name].shape
         if shape != expected:
             raise CacheError(
-                f"{item.path}: {name} has the shape {format_shape(shape)}, in {first.path} it has "
+                f"{item.path}: {name} has the shape {format_shape(shape)}, but in {first.path} it has "
                 f"{format_shape(expected)}.\n  Make both again with the same options: {commands.get(is_text)}"
             )
 

@@ -103,7 +103,7 @@ def _require_table(connection: sqlite3.Connection) -> None:
     """
     statements = [sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master LIMIT 3")]
     if sorted(map(str, statements)) != sorted(_STATEMENTS):
-        raise sqlite3.DatabaseError("it has other tables than a shard")
+        raise sqlite3.DatabaseError("its tables are not those of a shard")
 
 
 def open_shard(path: Path) -> sqlite3.Connection:

@@ -186,7 +186,7 @@ def _copy(
             if not dry_run:
                 path = target.folder / name
                 logger.warning(
-                    "%s is in both forms, with other contents: the %s replaces it", path, entry_noun
+                    "%s is in both forms, with different contents: the %s replaces it", path, entry_noun
                 )
         copied += 1
         size_bytes += len(data)

@@ -226,7 +226,7 @@ class AudioWork:
         source_files = _source_files(source)
         if len(source_files) != len(record.files):
             raise CacheError(
-                f"{file}: it was made from {len(record.files)} files, now there are {len(source_files)}"
+                f"{file}: it was made from {len(record.files)} files, but there are now {len(source_files)}"
             )
         for identity, (path, origin) in zip(record.files, source_files, strict=True):
             if not records.is_unchanged(identity, path, origin):

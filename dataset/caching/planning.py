@@ -552,7 +552,7 @@ class SourcePlanner:
         if grid not in header.grids:
             stored = ", ".join(format_shape(stored) for stored in sorted(header.grids)) or "no latents"
             raise IncompatibleCache(
-                f"{path}: it holds {stored}, this configuration writes {format_shape(grid)}"
+                f"{path}: it contains {stored}, this configuration writes {format_shape(grid)}"
             )
 
     def _check_unrecorded_tensors(self, path: Path, header: Entry) -> None:
@@ -618,7 +618,7 @@ class SourcePlanner:
         """Describe which source files have changed since a cache was made; None if all are unchanged."""
         parts = self.cache_settings.source_files(self.source)
         if len(parts) != len(files):
-            return f"it was made from {len(files)} source files, now there are {len(parts)}"
+            return f"it was made from {len(files)} source files, but there are now {len(parts)}"
         changed = []
         for index, ((path, _), identity) in enumerate(zip(parts, files, strict=True)):
             if not self._is_unchanged(index, identity):

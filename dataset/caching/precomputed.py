@@ -65,7 +65,7 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
 
 def _require_image_moments(sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError if moments of first frames are missing."""
-    kind = "moments of first frames are missing, which this model's image-to-video caches hold"
+    kind = "moments of first frames are missing, which this model's image-to-video caches contain"
     errors = []
     for source in sources:
         image = None if source.precomputed is None else source.precomputed.image
@@ -220,12 +220,12 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
     if isinstance(tensors, Tensor) and len(encoder.keys) == 1:
         tensors = dict.fromkeys(encoder.keys, tensors)  # a file with a single tensor does not name it
     if not isinstance(tensors, dict):
-        raise _UnfitEmbeds(f"it holds {type(tensors).__name__}, not tensors by name")
+        raise _UnfitEmbeds(f"it contains {type(tensors).__name__}, not tensors by name")
     conditions: dict[str, Tensor | list[Tensor]] = {}
     for key in encoder.keys:
         tensor = tensors.get(key)
         if not isinstance(tensor, Tensor) or _shape_of(tensor) != declared[key]:
-            raise _UnfitEmbeds(f"its {key} is not what {note.name} says")
+            raise _UnfitEmbeds(f"its {key} does not match {note.name}")
         copied = tensor.clone()  # because a memory-mapped file can change
         conditions[key] = [copied] if key in encoder.variable_length else copied
     return conditions

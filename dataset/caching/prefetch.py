@@ -49,7 +49,9 @@ class Failure:
         return self.reason if str(self.path) in self.reason else f"{self.path}: {self.reason}"
 
 
-SIZE_CHANGES = "have frames of several sizes: those of another shape than the first are cropped to its shape"
+SIZE_CHANGES = (
+    "have frames of several sizes: those of a different shape than the first are cropped to its shape"
+)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def check_names(path: Path, names: Sequence[str]) -> None:
         DatasetError: If there are too many columns, or if a name occurs twice.
     """
     if len(names) > MAX_COLUMNS:
-        raise DatasetError(f"{path} has {len(names):,} columns, at most {MAX_COLUMNS:,} are read")
+        raise DatasetError(f"{path} has {len(names):,} columns, but at most {MAX_COLUMNS:,} are read")
     twice = next((name for name, count in Counter(names).items() if count > 1 and name), None)
     if twice is not None:
-        raise DatasetError(f"{path}: the column {twice!r} is there twice; rename one of them")
+        raise DatasetError(f"{path}: the column {twice!r} occurs twice; rename one of them")

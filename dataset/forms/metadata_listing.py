@@ -111,7 +111,7 @@ def find_image(key: str, folder: Path | None, images_of_folders: dict[Path, dict
         images_of_folders[parent] = {image.stem: image for image in images}
     if path.name not in images_of_folders[parent]:
         in_folder = "" if folder is None else f" in {folder}"
-        raise ValueError(f"there is no such picture{in_folder}: correct the key or remove the entry")
+        raise ValueError(f"there is no such picture{in_folder}: fix the key or remove the entry")
     return images_of_folders[parent][path.name]
 
 

@@ -164,7 +164,7 @@ class NpzStore:
             self._warned.add(untagged.name)
             logger.warning(
                 "%s: latents of an older program, whose name does not say the model. Remove such files if "
-                "they are of another model than %s.",
+                "they are of a different model than %s.",
                 untagged,
                 self.tag,
             )

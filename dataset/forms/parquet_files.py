@@ -376,7 +376,7 @@ def _check_group_size(path: Path, column: str, size_bytes: int) -> None:
     """Raise DatasetError if the cells of a row group are too large to be read at once."""
     if size_bytes > MAX_GROUP_BYTES:
         raise DatasetError(
-            f"{path}: a row group holds {size_bytes / 1e9:.1f} GB of {column}, at most "
+            f"{path}: a row group contains {size_bytes / 1e9:.1f} GB of {column}, at most "
             f"{MAX_GROUP_BYTES / 1e9:.1f} GB are read at a time. Write it again with "
             "row_group_size=100."
         )

@@ -479,7 +479,7 @@ def check_text(text: str, position: str) -> None:
         raise DatasetError(f"{position} holds {bad}. Correct the line.")
     if len(text) > MAX_CAPTION_BYTES:
         raise DatasetError(
-            f"{position} has {len(text):,} characters, at most {MAX_CAPTION_BYTES:,} are read. Shorten it."
+            f"{position} has {len(text):,} characters; at most {MAX_CAPTION_BYTES:,} are read. Shorten it."
         )
 
 

@@ -77,7 +77,7 @@ def _select_columns(table: DatasetTable, path_column: str | None, columns: Seque
     if media is None and table.kind not in columns:
         default = ", ".join((*default_media, table.kind))
         raise DatasetError(
-            f"{table.name}: none of the columns {default} is there. Name the one with the paths: "
+            f"{table.name}: none of the columns {default} exists. Name the one with the paths: "
             f"path_column = ... It has {_shown(columns)}."
         )
     for key, name in named.items():

@@ -154,7 +154,7 @@ def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> Ta
             last_key = key
             sample_files = files_by_key.setdefault(key, {})
             if extension in sample_files:
-                index.faults.append((key, f"{member.name} is there twice"))
+                index.faults.append((key, f"{member.name} occurs twice"))
             elif f".{extension}" in (rules.caption_suffix, ".json"):
                 sample_files[extension] = _read_text(file, member)
             else:
@@ -162,7 +162,7 @@ def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> Ta
     except TarDamage as damage:
         if damage.is_no_tar:
             raise DatasetError(
-                f"{tar} is no tar, or it is damaged at its beginning. Make it again."
+                f"{tar} is not a tar, or it is damaged at its beginning. Make it again."
             ) from None
         index.damage = _describe_damage(damage, files_by_key, last_key)
     _add_samples(index, files_by_key, rules)
@@ -229,7 +229,7 @@ def _read_text(file: BinaryIO, member: Member) -> _MemberText:
         return _MemberText("", "is not UTF-8 text")
     bad = bad_character(text)
     if bad:
-        return _MemberText("", f"holds {bad}")
+        return _MemberText("", f"contains {bad}")
     return _MemberText(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
@@ -399,7 +399,7 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
         if info is None:
             break
         if info.size < 0 or tar.offset <= offset:
-            raise TarDamage(f"it is damaged at byte {offset:,}: a size is no number")
+            raise TarDamage(f"it is damaged at byte {offset:,}: a size is not a number")
         offset = tar.offset
         tar.members = []  # type: ignore[attr-defined]  # typeshed lacks it; `tarfile` would store all members
         if info.isreg() and not info.issparse():

@@ -42,7 +42,7 @@ PIECE = 1 << 20  # bytes that are read at once
 def check_tar(path: Path) -> None:
     """Raise MediaError if a downloaded file is not a tar, as its first header shows."""
     if not tarfile.is_tarfile(path):
-        raise MediaError(f"{path} is no tar.")
+        raise MediaError(f"{path} is not a tar.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class TarMember:
             while remaining:
                 piece = file.read(min(PIECE, remaining))
                 if not piece:
-                    raise OSError(errno.EIO, "the tar is shorter than it was", str(self.container))
+                    raise OSError(errno.EIO, "the tar is shorter than before", str(self.container))
                 remaining -= len(piece)
                 yield piece
 
@@ -121,7 +121,7 @@ def _read_samples(
     num_without_media = 0
     example_without_media = ""
     unusable = f"tars of {table.name} cannot be used"
-    incomplete = f"tars of {table.name} cannot be read to their end"
+    incomplete = f"tars of {table.name} cannot be read to the end"
     unusable_sample = f"samples of {table.name} cannot be used"
     for tar in tars:
         try:
@@ -142,7 +142,7 @@ def _read_samples(
             example_without_media = str(name_parts(tar, index.keys_without_media[0]))
     if num_without_media:
         logger.warning(
-            "%s: %d samples, such as %s, hold no %s and are not used.",
+            "%s: %d samples, such as %s, contain no %s and are not used.",
             table.name,
             num_without_media,
             example_without_media,
@@ -231,10 +231,10 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
                 tars |= dict.fromkeys(_list_tars(table, name))
             except MediaError as error:
                 faults.append(
-                    media_source.Fault(f"tars of {table.name} cannot be had", str(error), is_fatal=False)
+                    media_source.Fault(f"tars of {table.name} cannot be loaded", str(error), is_fatal=False)
                 )
             except DatasetError as error:
-                faults.append(media_source.Fault(f"names in {table.name} are of no tar", str(error)))
+                faults.append(media_source.Fault(f"names in {table.name} match no tar", str(error)))
     return list(tars)
 
 
@@ -256,7 +256,7 @@ def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
     has_pattern = protocol_of(name) not in HTTP and has_wildcard(name)
     addresses = _find_remote(name) if has_pattern else [name]
     if not addresses:
-        raise DatasetError(f"{hide_secrets(name)}: no file there fits.")
+        raise DatasetError(f"{hide_secrets(name)}: no file matches.")
     for address in addresses:
         target = download_folder(table) / media_source.local_name(address)
         if not target.is_file():

@@ -90,7 +90,7 @@ def read_span_audios(local: MediaSource, spans: Sequence[Span], fps: float, spec
             if local.table.audio == REQUIRED:
                 raise MediaError(f'{reason}; audio = "required" asks for it') from None
             if local.audio is not None:
-                raise MediaError(f"{reason}. Give another file, or take it out") from None
+                raise MediaError(f"{reason}. Give another file, or remove it") from None
             silence_reason = str(reason)
     counts = [round(frames / rate * spec.rate) for _, frames in spans]
     return SpanAudios(tuple(torch.zeros(spec.channels, count) for count in counts), silence_reason)
@@ -105,11 +105,11 @@ def count_frames(path: Path, fps: float) -> int:
     info = track_info(path)
     if info is None or info.end is None:
         why = "it has no track of sound" if info is None else "it is empty, or does not say how long it is"
-        raise MediaError(f"{path}: {why}. Convert it to WAV or FLAC, or take it out")
+        raise MediaError(f"{path}: {why}. Convert it to WAV or FLAC, or remove it")
     count = int(info.end * Fraction(fps))
     if not 0 < count <= MAX_FRAMES:
         # a number above MAX_FRAMES comes from a wrong header
-        error = "days long, says its header" if count > 0 else f"shorter than a frame, {1 / fps:.2g} s"
+        error = "days long according to its header" if count > 0 else f"shorter than a frame, {1 / fps:.2g} s"
         raise MediaError(f"{path}: its sound is {error}. Take it out")
     return count
 

@@ -84,7 +84,7 @@ def read_caption_file(path: Path) -> CaptionContent | None:
         ) from error
     bad = bad_character(caption)
     if bad is not None:
-        raise DatasetError(f"{path}: this caption holds {bad}. Save it as UTF-8.")
+        raise DatasetError(f"{path}: this caption contains {bad}. Save it as UTF-8.")
     return CaptionContent(caption, encoding)
 
 

@@ -102,7 +102,7 @@ def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: i
                 names = f"{earlier.name} before {later.name}"
                 return f"{path.name} was read in the order of names as texts, now in that of numbers: {names}"
             if had_other_orientation(path):
-                return f"{path.name} was read without the mirroring that it states, now with it"
+                return f"{path.name} was read without the mirroring that it states, but is now read with it"
             if decoder_version > 1:  # since version 2, colors and pixel shapes are respected
                 continue
             ignored = _formerly_ignored(

@@ -199,9 +199,7 @@ def decode_source(
     """
     with fetch(source) as local:
         if source.precomputed is not None:
-            raise MediaError(
-                f"{source.path}: its latents are given (load_tensors), so that no frames are read"
-            )
+            raise MediaError(f"{source.path}: its latents are given (load_tensors), so no frames are read")
         if source.table.kind == "image":
             with IMAGES.hold(planned_bytes(local)):
                 media = _decode_image(

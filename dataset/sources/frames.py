@@ -242,7 +242,7 @@ def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
         clip for clip in sources if isinstance(clip.table.source_fps, float) and not clip.remote_or_packed
     ]
     step = ceil_div(len(clips), MAX_CHECKED_FILES) or 1  # evenly spaced among all clips
-    kind = 'clips have another rate than source_fps says; write source_fps = "auto"'
+    kind = 'clips have a different rate than source_fps says; write source_fps = "auto"'
     errors = []
     for source in clips[::step]:
         try:

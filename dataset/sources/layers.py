@@ -91,7 +91,9 @@ def find_layer_errors(table: DatasetTable, sources: Iterable[MediaSource]) -> li
             example = f"{source.stem}_1.png" if table.directory else "image_path_1"
             text = f"{source.path}: it has no layers, such as {example}"
             if table.directory and source.stem.rpartition("_")[2].isdecimal():  # named like a layer
-                text += ". It is no layer itself: it has a caption, or there is no picture without its number"
+                text += (
+                    ". It is not a layer itself: it has a caption, or there is no picture without its number"
+                )
             errors.append(Fault(kind, text, source.stem))
         elif table.directory and len(set(stems)) < len(stems):  # such as cat_1.png and cat_1.webp
             doubled = next(stem for stem in stems if stems.count(stem) > 1)

@@ -271,7 +271,7 @@ def _describe_captions(
         caption, owner = misnamed[0]
         wanted = f"{split_name(owner)[0]}{wanted_suffix}"
         example = f"{caption} of {owner}, which reads {wanted}"
-        hint = f"captions under another name than their {table.holds}: {example}; rename them"
+        hint = f"captions under a different name than their {table.holds}: {example}; rename them"
         by_hint[hint] = [name for name, _ in misnamed]
     return by_hint
 

@@ -44,7 +44,7 @@ def read_tensor(path: Path) -> Tensor:
     except CheckpointError as error:
         raise MediaError(str(error)) from error
     if not isinstance(content, Tensor):
-        raise MediaError(f"{path} holds {type(content).__name__}, not a tensor")
+        raise MediaError(f"{path} contains {type(content).__name__}, not a tensor")
     return content
 
 
@@ -62,8 +62,8 @@ def read_moments(path: Path, latent: LatentSpec) -> Tensor:
     shape = format_shape(moments.shape)
     if moments.ndim != 4 or not moments.numel() or not moments.is_floating_point():
         raise MediaError(
-            f"{path} holds {shape or 'a number'} of {moments.dtype}, not moments of a VAE (channels x frames "
-            "x height x width)"
+            f"{path} contains {shape or 'a number'} of {moments.dtype}, not moments of a VAE (channels x "
+            "frames x height x width)"
         )
     if moments.shape[0] != 2 * latent.channels:
         raise MediaError(

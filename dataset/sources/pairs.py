@@ -68,7 +68,7 @@ def require_equal_size(source: MediaSource, size: Size, rejected_size: Size) -> 
     """Raise MediaError if the rejected item of a source has a different width or height in pixels."""
     if size != rejected_size:
         raise MediaError(
-            f"{source.path} has {format_shape(size)} pixels, its worse one, {source.rejected}, has "
+            f"{source.path} has {format_shape(size)} pixels, but its worse one, {source.rejected}, has "
             f"{format_shape(rejected_size)}: both of a pair need one size. Make both alike"
         )
 
@@ -105,6 +105,6 @@ def read_rejected_clip(
         if len(frames) == count:
             return np.stack(frames)
     raise MediaError(
-        f"{local.path} gives {count} frames, its worse one, {local.rejected}, only {len(frames)}: "
+        f"{local.path} gives {count} frames, but its worse one, {local.rejected}, only {len(frames)}: "
         "both of a pair need one length. Cut the longer one"
     )

@@ -81,7 +81,7 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
     if without_any:
         logger.warning(
             "%s: %d of %d images have no reference picture and are trained without one, such as %s. Add it, "
-            "or move the image to a table of its own, if that is not meant",
+            "or move the image to a table of its own, if that is not intended",
             table.name,
             len(without_any),
             num_sources,

@@ -77,7 +77,7 @@ def _locate(text: Any, file: Path, position: str) -> Path:
         if path.exists():
             return path
     raise DatasetError(
-        f"{position}: {in_working_folder}: no such file, nor in the folder of {file.name}. Correct it"
+        f"{position}: {in_working_folder}: no such file, nor in the folder of {file.name}. Fix it"
     )
 
 

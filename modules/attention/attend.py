@@ -248,7 +248,7 @@ def attend(
             f"lengths are for self-attention only, not for {query.shape[1]} queries and {key.shape[1]} keys"
         )
     if repeats is not None and (backend.module or lengths is not None):
-        raise ValueError("repeats are for sdpa, without lengths")
+        raise ValueError("repeats need sdpa and no lengths")
     # sdpa needs no cast: torch's own function follows autocast
     if backend.module and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)

@@ -321,7 +321,7 @@ def _build_transform(profile: _Profile) -> _ProfileTransform:
             return _ProfileTransform(None if _is_identity(transform, mode) else transform)
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
             rejection = f"its color profile cannot be used ({error})"
-    logger.warning("%s: %s. Its numbers are taken as sRGB", profile.path, rejection)
+    logger.warning("%s: %s. Its values are treated as sRGB", profile.path, rejection)
     return _ProfileTransform(None, rejection)
 
 

@@ -274,7 +274,7 @@ def square_width(frame: Any, stream: Any) -> int:
 
 
 def _no_frames(path: Path) -> MediaError:
-    return MediaError(f"no frames in {path}: it holds none that can be decoded")
+    return MediaError(f"no frames in {path}: it contains none that can be decoded")
 
 
 def turn_upright(pixels: Turned, orientation: Orientation) -> Turned:

@@ -231,7 +231,7 @@ def require_media(path: Path) -> None:
                     return
         except (MediaError, av.FFmpegError):
             pass
-    raise MediaError(f"{path} is no picture, clip or sound that is read here.")
+    raise MediaError(f"{path} is not a picture, clip or sound that is read here.")
 
 
 def is_cover(stream: Any) -> bool:
@@ -265,7 +265,7 @@ def reading(path: Path) -> Iterator[None]:
     except UnidentifiedImageError:
         if _is_video(path):
             raise MediaError(f"{path} is a video, and an image is needed") from None
-        raise MediaError(f"{path} is no image that can be read, or it is damaged") from None
+        raise MediaError(f"{path} is not an image that can be read, or it is damaged") from None
     except Image.DecompressionBombError:  # Pillow checks the size first, with a limit above ours
         raise MediaError(
             f"{path} has more than the {MAX_PIXELS / 1e6:.0f} million pixels that are read. Make the picture "

@@ -62,7 +62,7 @@ def with_norms(
     if lora.has_frozen_norms:
         raise CheckpointError(
             f"{lora.path} is a DoRA in ComfyUI's form, which other programs read differently.\n"
-            "  Add --dit with the model's file; after it those of the text encoders that it changes.",
+            "  Add --dit with the model's file, and after it those of the text encoders that it changes.",
             lora.path,
         )
     logger.warning(

@@ -130,8 +130,8 @@ class OftKind(NetworkKind):
             return
         raise CheckpointError(
             f"{path} is an OFT with {kind}, as {PEFT_FILE} says, which is not supported.\n"
-            f"  Supported is PEFT's default, the series of {TERMS} terms. Train with that, or merge with "
-            "PEFT.",
+            f"  Only PEFT's default, the series of {TERMS} terms, is supported. Train with that, or merge "
+            "with PEFT.",
             path,
         )
 

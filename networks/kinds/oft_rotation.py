@@ -108,7 +108,7 @@ def find_misfit(values: Tensor, weight: Tensor, name: str) -> str:
     assert size is not None
     if weight.ndim != 2:
         return (
-            f"{name} is no linear layer, and programs do not agree on what an OFT does with others.\n"
+            f"{name} is not a linear layer, and programs do not agree on what an OFT does with others.\n"
             "  Give a file that rotates linear layers alone."
         )
     width = weight.shape[1]

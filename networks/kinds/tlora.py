@@ -89,8 +89,8 @@ class TLoraKind(NetworkKind):
         minimum = values.get(MIN_RANK, default.minimum)
         if minimum > rank:
             raise OptionError(
-                f"--network_args {MIN_RANK}={minimum}: the rank is {rank}, and at least so many ranks would "
-                f"act at all levels of noise. Give less than --network_dim, such as {default.minimum}"
+                f"--network_args {MIN_RANK}={minimum}: the rank is {rank}, and at least that many ranks "
+                f"would act at all noise levels. Give less than --network_dim, such as {default.minimum}"
             )
         power = values.get(ALPHA, default.power)
         # active ranks grow with (1 - level)^power, which is 1 at every level if the power is 0
@@ -125,7 +125,7 @@ class TLoraKind(NetworkKind):
         if rule is None or rule.minimum < 1 or not 0 < rule.power < math.inf:
             raise CheckpointError(
                 f"{path or 'a LoRA'}: its metadata say {SWITCH}=True with {MIN_RANK}={min_text!r} and "
-                f"{ALPHA}={power_text!r}, which are no rank from 1 and no number above 0. Copy it again.",
+                f"{ALPHA}={power_text!r}, not a rank of at least 1 and a number above 0. Copy it again.",
                 path,
             )
         return rule

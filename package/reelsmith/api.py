@@ -177,7 +177,7 @@ def command(words: str, *operands: object, **options: Any) -> CommandRun:
     """
     scripts = {each.name: each.path.relative_to(ROOT) for each in find_commands(ROOT)}
     if words not in scripts:
-        raise UserError(f"{words!r} is no command.{did_you_mean(words, scripts)}")
+        raise UserError(f"{words!r} is not a command.{did_you_mean(words, scripts)}")
     return _check_script(scripts[words], options, operands).start()
 
 
@@ -219,7 +219,7 @@ def _find_entry(model: str) -> FamilyEntry:
     found = entries.get(str(model).replace("-", "_"))
     if found is None:
         raise UserError(
-            f"{model!r} is no model.{did_you_mean(str(model), entries)} There are {', '.join(entries)}"
+            f"{model!r} is not a model.{did_you_mean(str(model), entries)} There are {', '.join(entries)}"
         )
     return found
 

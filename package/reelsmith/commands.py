@@ -190,7 +190,7 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
         hint = f" Did you mean {PROGRAM} {' or '.join(suggestions)}?"
     if by_other_words and not suggestions:
         hint += f" There are {', '.join(by_other_words.values())}."
-    return f"{typed or words[0]!r} is no command.{hint}"
+    return f"{typed or words[0]!r} is not a command.{hint}"
 
 
 def _list_matching(commands: Sequence[ScriptCommand], typed: str, script: str) -> list[str]:

@@ -116,7 +116,7 @@ def _format_option(name: str, value: Any, action: argparse.Action | None) -> lis
         if action.nargs == 0 and not isinstance(value, bool | None):
             raise OptionError(f"{flag} is a switch: give True or False, not {value!r}")
         if value is True and action.nargs not in (0, "?", "*"):
-            raise OptionError(f"{flag} is no switch: give its value in place of True")
+            raise OptionError(f"{flag} is not a switch: give its value in place of True")
     if value is False and isinstance(action, argparse.BooleanOptionalAction):
         return [f"--no-{flag[2:]}"]
     if value is None or value is False:

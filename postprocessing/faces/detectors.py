@@ -101,7 +101,7 @@ def _read_layout(path: Path, model: OnnxModel, side: int | None, option: str) ->
     layout = read_layout(path, model, side)
     if layout is None:
         raise CheckpointError(
-            f"{path} is an ONNX file, but neither a YuNet nor a YOLO for boxes: it gives "
+            f"{path} is an ONNX file, but neither a YuNet nor a YOLO for boxes: its outputs are "
             f"{shapes_text(model.outputs)}.\n  Give {RELEASED_FILES} to {option}.",
             path,
         )
@@ -116,7 +116,7 @@ def _reject_pickled_yolo(path: Path, option: str) -> None:
         return  # the code that opens the file next reports the error
     if b"ultralytics" in start or b"models.yolo" in start:
         raise CheckpointError(
-            f"{path} is a YOLO as ultralytics saves it (AGPL-3.0): only that program can open it.\n  "
+            f"{path} is a YOLO in the format of ultralytics (AGPL-3.0): only that program can open it.\n  "
             f"Export it where that is installed, with yolo export model={path.name} format=onnx, and "
             f"give the .onnx file to {option}.",
             path,

@@ -215,7 +215,7 @@ def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: 
 
     restorer, parse = load_networks(options, model, parsenet, device=device, dtype=dtype)
     if isinstance(restorer, CodeFormer) and network_options.seed is not None:
-        logger.warning("--seed is ignored because CodeFormer draws nothing at random.")
+        logger.warning("--seed is ignored because CodeFormer uses no random numbers.")
     logger.info("%s; %s.", LICENSES[options.mode], PARSENET_LICENSE)
     compile_parts(network_options, (restorer, parse))
     return Restorer(

@@ -206,7 +206,7 @@ def load_yolo(model: OnnxModel, layout: YoloLayout) -> YoloDetector:
         listed = ", ".join(str(name) for name in list(names.values())[:CLASSES_SHOWN])
         others = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
         logger.warning(
-            "%s finds not one kind of thing but %s%s: all of them count.", model.path.name, listed, others
+            "%s finds several kinds of objects, %s%s: all of them count.", model.path.name, listed, others
         )
     return detector
 

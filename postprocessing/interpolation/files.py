@@ -365,7 +365,7 @@ def _check_match(files: ModeFiles, synthesis: SynthesisConfig, channels: "_MapCh
         expected = (synthesis.quarter, synthesis.eighth, channels.matching)
     if channels != expected:
         raise CheckpointError(
-            f"{files.flow} does not fit {files.main.name}: it makes maps of {channels.quarter} and "
+            f"{files.flow} does not fit {files.main.name}: it produces maps of {channels.quarter} and "
             f"{channels.eighth} channels. Give both files of one release.",
             files.flow,
         )

@@ -41,7 +41,7 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     if adapter is not None:
         if str(adapter).lower().replace("_", "") == "controlnet":
             return ForeignRun("controlnet", f"adapter.type = {adapter}")
-        raise UnsupportedRun(f"adapter.type = {adapter}: no adapter of this kind is trained here")
+        raise UnsupportedRun(f"adapter.type = {adapter}: this kind of adapter cannot be trained here")
     if kind.lower() in _EMBEDDING_TYPES or any(
         key.startswith(f"{_FIRST_PROCESS}.embedding.") for key in values
     ):

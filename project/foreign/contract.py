@@ -162,7 +162,7 @@ def number(minimum: float = 0, maximum: float = 1e9) -> Callable[[Any], float]:
             with contextlib.suppress(ValueError):
                 value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError("it is no number")
+            raise ValueError("it is not a number")
         if not minimum <= value <= maximum:
             raise ValueError(f"it has to be {minimum:.12g} to {maximum:.12g}")
         return value
@@ -177,7 +177,7 @@ def integer(minimum: int = 0, maximum: int = MAX_STEPS) -> Callable[[Any], int]:
     def read(value: Any) -> int:
         found = of_number(value)
         if found != int(found):
-            raise ValueError("it is no whole number")
+            raise ValueError("it is not a whole number")
         return int(found)
 
     return read
@@ -361,7 +361,7 @@ def read_text(value: Any) -> str:
         UnsetValue: If the text is empty.
     """
     if not isinstance(value, str):
-        raise ValueError("it is no text")
+        raise ValueError("it is not text")
     if is_off(value):
         raise UnsetValue("it is empty")
     return value.strip()
@@ -371,5 +371,5 @@ def read_folder(value: Any) -> Path:
     """Convert a text to a path. Raises ValueError for other values, and UnsetValue for an empty text."""
     text = read_text(value)
     if "\0" in text:
-        raise ValueError("no folder has a name with NUL")
+        raise ValueError("a folder name cannot contain NUL")
     return Path(text)

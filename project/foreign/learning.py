@@ -27,7 +27,7 @@ def remove_unsuitable_rates(project: ForeignProject, kind: RunKind) -> None:
         return
     if project.replaces_optimizer:
         for name in project.optimizer_arguments:
-            project.report_omitted_key(project.file_key_of(name), "it is of that optimizer")
+            project.report_omitted_key(project.file_key_of(name), "it belongs to that optimizer")
         project.optimizer_arguments = {}
 
 

@@ -101,8 +101,7 @@ def _select_steps(
     default_note = f", as {project.title} has it" if chosen.key in project.assumed_defaults else ""
     project.change_lines.append(
         f"{chosen.key} = {chosen.number}{default_note}: max_train_steps = {steps}, with {epoch.steps} in an "
-        "epoch "
-        f"of {epoch.num_files} files here"
+        f"epoch of {epoch.num_files} files here"
     )
     return steps
 
@@ -176,7 +175,7 @@ def _resolve_warmup(project: ForeignProject, steps: int) -> None:
     scheduler = training.get("lr_scheduler", "constant")
     if training.get("lr_warmup_steps") and scheduler in _SCHEDULES_WITHOUT_WARMUP:
         training["lr_scheduler"] = _SCHEDULES_WITHOUT_WARMUP[scheduler]
-        project.report_change("lr_scheduler", training["lr_scheduler"], f"{scheduler}, behind the warm-up")
+        project.report_change("lr_scheduler", training["lr_scheduler"], f"{scheduler}, after the warm-up")
 
 
 def _set_warmup_fraction(project: ForeignProject, key: str, fraction: float, steps: int) -> None:

@@ -43,7 +43,7 @@ def select_model_of_project(
         if guessed is not None:
             models.append(FileModel(_MODEL_KIND, *guessed))
             project.change_lines.append(
-                f"no key says another model: --family {guessed[0]} --task {guessed[1]}"
+                f"no key names another model: --family {guessed[0]} --task {guessed[1]}"
             )
     # the default task would be a wrong guess for a variant that is not known
     if has_unknown_variant:

@@ -58,7 +58,7 @@ def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
 
 def _read_scheduler(value: Any) -> str:
     if value == "COSINE_WITH_RESTARTS":
-        raise ValueError("it rises as slowly as it falls there, and begins anew at once here")
+        raise ValueError("there it rises as slowly as it falls, and here it restarts at once")
     return read_scheduler(value)
 
 

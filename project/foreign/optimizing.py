@@ -28,7 +28,7 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
     training = project.training_options
     if training.get("optimizer_type") is None:
         for name in project.optimizer_arguments:
-            project.report_omitted_key(project.file_key_of(name), "no key says of which optimizer")
+            project.report_omitted_key(project.file_key_of(name), "no key names its optimizer")
         project.optimizer_arguments = {}
         return
     if not memory:

@@ -211,9 +211,9 @@ def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iter
         ValueError: If there are too many values, or tables nested too deeply.
     """
     if depth > MAX_DEPTH:
-        raise ValueError(f"{show(key)} is nested more than {MAX_DEPTH} deep, which no project is")
+        raise ValueError(f"{show(key)} is nested more than {MAX_DEPTH} levels deep, more than any project")
     if next(counter) > MAX_KEYS:
-        raise ValueError(f"it has more than {MAX_KEYS} keys, which no project has")
+        raise ValueError(f"it has more than {MAX_KEYS} keys, more than any project")
     if isinstance(content, dict):
         separator = "" if not key or key.endswith(":") else "."
         for name, value in content.items():

@@ -162,14 +162,14 @@ def _parse_recipe(name: str, content: Mapping[str, Any]) -> TrainingRecipe:
     for key in content:
         if key not in (*TEXT_KEYS, *TABLE_KEYS):
             raise ValueError(
-                f"{_show(key)} is no key of a recipe. It has {', '.join(TEXT_KEYS)}, and the tables "
+                f"{_show(key)} is not a key of a recipe. It has {', '.join(TEXT_KEYS)}, and the tables "
                 f"{' and '.join(f'[{table}]' for table in TABLE_KEYS)}"
             )
     texts = {key: _read_text(key, content.get(key)) for key in TEXT_KEYS}
     tables = {key: content.get(key, {}) for key in TABLE_KEYS}
     for key, table in tables.items():
         if not isinstance(table, dict):
-            raise ValueError(f"{key} is no table: write [{key}] and its keys below")
+            raise ValueError(f"{key} is not a table: write [{key}] and its keys below")
     return TrainingRecipe(
         name=name,
         training=check_values(tables["training"], texts["family"], texts["task"], texts["train"]),
@@ -193,7 +193,7 @@ def _read_text(key: str, value: Any) -> str:
     if len(value) > MAX_OF_TEXT or escape_control_codes(value) != value or len(value.splitlines()) > 1:
         raise ValueError(f"{_show(key)} has to be a line of at most {MAX_OF_TEXT} characters")
     if "://" in value:
-        raise ValueError(f"{_show(key)} holds an address, and a recipe has none")
+        raise ValueError(f"{_show(key)} contains an address, which a recipe must not")
     return value.strip()
 
 
@@ -213,7 +213,7 @@ def find_recipe_model(family: str, task: str) -> ModelSet:
     if (family, task) not in models:
         names = [f"{one} {other}" for one, other in models]
         raise ValueError(
-            f"{_show(f'{family} {task}')} is no model.{did_you_mean(f'{family} {task}', names)} "
+            f"{_show(f'{family} {task}')} is not a model.{did_you_mean(f'{family} {task}', names)} "
             "python reelsmith.py download --list names all"
         )
     return models[family, task]
@@ -345,5 +345,5 @@ def _read_number(name: str, value: Any, kind: Any) -> float | int:
     if kind is int and type(value) is not int:
         raise ValueError(f"{name} = {value}: give a whole number")
     if value != value or value in (float("inf"), float("-inf")):
-        raise ValueError(f"{name} = {value} is no number")
+        raise ValueError(f"{name} = {value} is not a number")
     return value

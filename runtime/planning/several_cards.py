@@ -190,8 +190,7 @@ def print_layouts(
         memory = min(plans, key=lambda plan: plan.device)
         lines.append(
             f"No way fits: {memory.worst.name} takes {format_gib(memory.device)} GiB at least. Run with "
-            "--plan "
-            f"{total} to see what makes it smaller, or use more or larger cards."
+            f"--plan {total} to see what makes it smaller, or use more or larger cards."
         )
     show(memory, escape_control_codes("\n".join(lines)))
 

@@ -179,7 +179,7 @@ def reject_other_splits() -> None:
         if _asks_for_split(variable):
             raise OptionError(
                 f"accelerate launch asks for {options[0].replaces[variable]} "
-                f"({variable}={os.environ[variable]}): the loops here never hand it the model. Choose plain "
+                f"({variable}={os.environ[variable]}): the loops here never pass it the model. Choose plain "
                 f"multi-GPU ({LAUNCH}, or run accelerate config again) and give "
                 f"{', or '.join(record.answer for record in options)} over those processes"
             )

@@ -122,8 +122,8 @@ def change_machine(**values: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
-        (change(note="hello"), "note is no figure"),
-        (change(task="t2v-9B"), "no model of the catalogue"),
+        (change(note="hello"), "note is not a figure"),
+        (change(task="t2v-9B"), "not a model of the catalogue"),
         (change(family="../wan"), "family"),
         (change(steps=-1), "steps"),
         (change(steps=True), "steps"),

@@ -85,7 +85,7 @@ def test_files_of_another_disk_go_into_the_bin_that_is_there(tmp_path: Path) -> 
         assert not (tmp_path / FOLDER).exists()
 
         (file,) = make(other, "own.html")
-        with pytest.raises(OutputError, match=r"own.html is on another disk than .*Delete it by hand"):
+        with pytest.raises(OutputError, match=r"own.html is on a different disk than .*Delete it by hand"):
             BinFolder(tmp_path / FOLDER).move_in("own", other, [file])
         assert file.is_file()
         assert not (tmp_path / FOLDER).exists()

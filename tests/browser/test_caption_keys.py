@@ -80,7 +80,7 @@ def test_a_field_changes_its_value_alone_and_the_text_the_fields(served: Served,
         assert part in written
     caption = json.loads(written)
     assert caption["lighting"] == {"conditions": 'night, "dark"', "own": 1.5, "shadows": "long"}
-    assert find_caption_errors(written) == ["own_key is no key of a caption"]
+    assert find_caption_errors(written) == ["own_key is not a key of a caption"]
 
 
 def test_entries_are_added_filled_and_removed(served: Served, folder: Path) -> None:

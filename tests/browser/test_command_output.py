@@ -23,7 +23,7 @@ def job(folder: Path, text: str) -> Job:
     ("line", "names", "remedy", "files_to_leave_out"),
     [
         (
-            "left out: /x/bad.png is no image that can be read, or it is damaged",
+            "left out: /x/bad.png is not an image that can be read, or it is damaged",
             ("bad.png",),
             "out",
             ("bad.png",),

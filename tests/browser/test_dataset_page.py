@@ -263,7 +263,7 @@ def test_what_others_wrote_meanwhile_is_shown_and_not_overwritten(page: Page, tm
         ("[]", 400),
         ("[" * 100_000, 400),
     ],
-    ids=["zero", "no text", "long", "no command", "no object", "nested"],
+    ids=["zero", "no text", "long", "no command", "not an object", "nested"],
 )
 def test_a_wrong_request_changes_nothing(kept: Page, body: Any, status: int) -> None:
     file = kept.file("c.mp4")

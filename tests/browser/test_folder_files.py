@@ -54,7 +54,7 @@ def test_rows_have_sizes_captions_and_why_a_file_cannot_be_read(served: Served) 
     assert news["counts"] == {"": 4, "uncaptioned": 3}
     assert (files["a.png"]["size"], files["a.png"]["caption"]["text"]) == ([100, 40], "a cat")
     assert (files["c.mp4"]["frames"], files["c.mp4"]["caption"]["text"]) == (9, "")
-    assert files["d.png"]["faults"] == ["is no image that can be read, or it is damaged"]
+    assert files["d.png"]["faults"] == ["is not an image that can be read, or it is damaged"]
     assert files["d.png"]["pictures"][0]["address"] is None
     image = served.ask(files["c.mp4"]["pictures"][0]["address"])
     assert (image.headers["content-type"], image.body[:3]) == ("image/jpeg", b"\xff\xd8\xff")

@@ -863,7 +863,7 @@ def test_prompts_of_other_programs_are_read_where_they_are_plain() -> None:
     "tags",
     [
         {},
-        {"prompt": "a text that is no graph"},
+        {"prompt": "a text that is not a graph"},
         {"prompt": json.dumps({"1": {"class_type": "Other", "inputs": {}}})},
         {"prompt": json.dumps({"1": {"class_type": "K", "inputs": {"positive": ["1", 0]}}})},
         {"prompt": json.dumps({"1": {"class_type": "K", "inputs": {"positive": [{}]}}})},

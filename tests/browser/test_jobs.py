@@ -134,10 +134,10 @@ REJECTED = (
     ("python wan_train_network.py --dit 'x", "No closing quotation"),
     ("python wan_train_network.py --dit 'a\0b'", "the character NUL"),
     ("python wan_train_network.py --dit '\ud800'", "half a character"),
-    ("ü" * 100, "is no command of this program"),
-    ("x" * 300, "is no command of this program"),
-    (f"python {'x' * 300}.py", "is no command of this program"),
-    (f"reelsmith {'ü' * 300}", "is no command of this program"),
+    ("ü" * 100, "is not a command of this program"),
+    ("x" * 300, "is not a command of this program"),
+    (f"python {'x' * 300}.py", "is not a command of this program"),
+    (f"reelsmith {'ü' * 300}", "is not a command of this program"),
     (r"python tools\compare.py", r"\c in 'python tools"),
     (r"python wan_train_network.py --dit C:\models\x.safetensors", "Write / between folders"),
     *((f"python wan_train_network.py {sign}x", f"'{sign}'") for sign in ";&|>$`~*"),
@@ -305,7 +305,7 @@ def test_no_module_is_taken_from_the_folder_of_a_job(line: str, tmp_path: Path) 
 def test_pages_refuse_and_show_lines_that_are_no_jobs(tmp_path: Path) -> None:
     with serve_runs(tmp_path) as served:
         message = served.ask("/queue/add", "POST", urlencode({"line": "bash x"}), Origin=served.url)
-        assert (message.status, "&#39;bash&#39; is no command" in message.text) == (422, True)
+        assert (message.status, "&#39;bash&#39; is not a command" in message.text) == (422, True)
         assert not (tmp_path / "reelsmith-queue" / QUEUE).exists()
         (tmp_path / "reelsmith-queue").mkdir(exist_ok=True)
         (tmp_path / "reelsmith-queue" / QUEUE).write_text("bash x\n", encoding="utf-8")
@@ -488,7 +488,7 @@ def test_the_page_is_worked_with_keys_and_keeps_what_is_typed(queue: JobQueue) -
         page.fill("#words", "bash x")
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
-        page.wait_for_selector("#said >> text=/bash.* is no command/")
+        page.wait_for_selector("#said >> text=/bash.* is not a command/")
         page.evaluate("htmx.trigger(document.body, 'fresh')")
         page.wait_for_timeout(500)
         assert page.input_value("#words") == "bash x"
@@ -684,7 +684,7 @@ def test_a_word_of_300_letters_in_the_text_file_shuts_no_page(tmp_path: Path) ->
     write_run(tmp_path)
     with serve_runs(tmp_path) as served:
         page = served.ask("/queue")
-        assert (page.status, page.text.count("is no command of this program")) == (200, 2)
+        assert (page.status, page.text.count("is not a command of this program")) == (200, 2)
         assert ask(served, "add", line="z" * 300) == 422
         assert served.ask("/compare").status == 200
 

@@ -257,7 +257,7 @@ def test_a_command_that_another_machine_or_folder_wrote_is_read_before_it_is_que
         assert "x in" in page.inner_text("form.add .note >> nth=0")
         page.fill("#words", "bash x")
         page.click("text=/^Add$/")
-        page.wait_for_selector("#said >> text=/bash.* is no command/")
+        page.wait_for_selector("#said >> text=/bash.* is not a command/")
         page.click("text=Start the queue")  # it stands in what the buttons change
         page.click("text=Pause the queue")
         assert page.input_value("#words") == "bash x"

@@ -87,7 +87,7 @@ def test_a_task_is_on_disk_when_all_of_its_parts_are(models: Path) -> None:
 def test_files_of_another_size_and_unfinished_downloads_are_told_apart(models: Path) -> None:
     component = known_components()["wan_vae"]
     write_sparse(models / VAE, 1000)
-    assert read_model_part(component, models).state == "another file than the released one, by its size"
+    assert read_model_part(component, models).state == "a different file than the released one, by its size"
     (models / VAE).unlink()
 
     write_sparse(models / f".{VAE}.0123456789ab.part", 200_000_000)
@@ -176,7 +176,7 @@ def test_only_parts_of_the_task_can_be_removed_and_nothing_behind_links(tmp_path
     files = find_task(models, "wan", "t2v-1.3B")
     assert files is not None
     for path in ("../outside.txt", str(outside), "wan2.1_t2v_14B_bf16.safetensors"):
-        with pytest.raises(OptionError, match="is no part of Wan2.1 t2v-1.3B on disk"):
+        with pytest.raises(OptionError, match="is not part of Wan2.1 t2v-1.3B on disk"):
             remove_parts(models, files, [path], BinFolder(tmp_path / "bin"))
     with pytest.raises(OptionError, match="Tick what is to be removed"):
         remove_parts(models, files, [], BinFolder(tmp_path / "bin"))

@@ -245,7 +245,7 @@ HISTORIES: dict[str, dict[str, Any]] = {  # keys of the rows that have them -> o
     "sums that overflow": {"loss": 1e308, "seconds": 1e308, "step": 3},
     "opposite infinities": {"loss": -1e308},
     "halves of characters": {"samples": "\ud800", "files": {"0": "\ud800.png"}, "prompts": {"0": "\ud800"}},
-    "bytes that are no text": {"files": {"0": "\udc80.png"}, "saved": "\udc80.safetensors"},
+    "bytes that are not text": {"files": {"0": "\udc80.png"}, "saved": "\udc80.safetensors"},
     "places that cannot be": {"written_in": "/\ud800", "working_folder": "/a\0b", "model": "\ud800"},
 }
 

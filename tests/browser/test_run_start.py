@@ -88,7 +88,7 @@ def test_a_described_folder_is_a_draft_with_the_address_of_its_training(tmp_path
     [
         ("[training]\n", None),  # another program's
         ("[reelsmith]\ncommands = [[]]\n", "it has no 'training'"),
-        ('[training]\noutput_dir = "o"\noutput_name = "../x"\n[reelsmith]\n', "it holds a folder"),
+        ('[training]\noutput_dir = "o"\noutput_name = "../x"\n[reelsmith]\n', "it contains a folder"),
         ("[training\n", "Expected ']'"),
     ],
 )

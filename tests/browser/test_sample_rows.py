@@ -105,11 +105,11 @@ def test_options_of_a_prompt_are_taken_as_they_are_typed() -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ({"width_1": "wide"}, "Sample 1 width: wide is no whole number above 0"),
-        ({"frames_2": "0"}, "Sample 2 frames: 0 is no whole number above 0"),
+        ({"width_1": "wide"}, "Sample 1 width: wide is not a whole number above 0"),
+        ({"frames_2": "0"}, "Sample 2 frames: 0 is not a whole number above 0"),
         ({"steps_1": "-3"}, "Sample 1 steps: -3"),
-        ({"height_1": "9" * 5000}, "Sample 1 height: 9+... .* is no whole number"),
-        ({"guidance_1": "strong"}, "Sample 1 guidance: strong is no number, such as 4 or 3.5"),
+        ({"height_1": "9" * 5000}, "Sample 1 height: 9+... .* is not a whole number"),
+        ({"guidance_1": "strong"}, "Sample 1 guidance: strong is not a number, such as 4 or 3.5"),
         ({"seed_1": "1 --w 5"}, "Sample 1 seed: 1 --w 5: leave out the dashes"),
         ({"seed_3": "5"}, "Sample 3: write its prompt."),
         ({"prompt_3": "# no prompt"}, "Sample 3: a line that begins with # is a comment"),
@@ -128,7 +128,7 @@ def test_how_often_is_written_into_run_toml() -> None:
     assert 'sample_prompts = "prompts.txt"\n' in edit_sampling_intervals(
         without, {"every": "9", "first": "yes"}
     )
-    with pytest.raises(OptionError, match="often is no whole number"):
+    with pytest.raises(OptionError, match="often is not a whole number"):
         edit_sampling_intervals(RUN, {"every": "often"})
 
 

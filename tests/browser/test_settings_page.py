@@ -195,7 +195,7 @@ def test_files_of_another_disk_go_into_the_second_place(
     assert folder.parent == second
     assert not first.exists()
     (tmp_path / "models" / "y.pth").write_bytes(b"1")
-    with pytest.raises(OutputError, match="is on another disk than"):
+    with pytest.raises(OutputError, match="is on a different disk than"):
         BinFolder(first).move_in("models", tmp_path / "models", [tmp_path / "models" / "y.pth"])
     assert (tmp_path / "models" / "y.pth").is_file()
 

@@ -89,12 +89,12 @@ def test_files_arrive_whole_in_a_new_folder_below_the_first_root(served: Served,
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("../a.png", "holds the character '/'"),
-        ("..\\a.png", "holds the character"),
-        ("C:a.png", "holds the character ':'"),
-        ("a\0.png", "holds"),
-        ("a\n.png", "holds"),
-        ("\u202egnp.exe", "holds a control code"),
+        ("../a.png", "contains the character '/'"),
+        ("..\\a.png", "contains the character"),
+        ("C:a.png", "contains the character ':'"),
+        ("a\0.png", "contains"),
+        ("a\n.png", "contains"),
+        ("\u202egnp.exe", "contains a control code"),
         (".a.png", "begins or ends with a dot"),
         ("a.png.", "begins or ends with a dot"),
         ("", "is empty"),
@@ -133,14 +133,14 @@ def test_heic_is_taken_or_refused_as_the_reader_here_can(served: Served) -> None
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.png", b"<script>alert(1)</script>", "a.png is no image that can be read"),
+        ("a.png", b"<script>alert(1)</script>", "a.png is not an image that can be read"),
         ("a.png", b"", "a.png is empty"),
         ("a.mp4", b"\x00\x00\x00\x18ftypmp42" + b"\0" * 99, "a.mp4"),
         ("a.mp4", b"#EXTM3U\n/etc/passwd\n", "a.mp4"),
         ("a.wav", b"RIFF", "a.wav"),
         ("a.txt", "Caf\u00e9".encode("cp1252"), "a.txt is not UTF-8: save it as UTF-8"),
         ("a.txt", b"x" * 70_000, "a.txt has more than 64 KiB"),
-        ("a.txt", b"a\0b", "it is no text"),
+        ("a.txt", b"a\0b", "it is not text"),
     ],
 )
 def test_content_is_judged_whatever_the_name_says(

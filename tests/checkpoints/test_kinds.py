@@ -39,7 +39,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("Kandinsky5Transformer3DModel", {"num_text_blocks": 1, "num_visual_blocks": 1}, "Kandinsky 5"),
     ("Kandinsky6Transformer3DModel", {"num_text_blocks": 1, "num_visual_blocks": 1}, "Kandinsky 6"),
     ("Kandinsky6SRTransformer3DModel", {"num_visual_blocks": 1}, "upscaling transformer of Kandinsky 6"),
-    ("LTXVideoTransformer3DModel", ONE, "LTX-Video 0.9, another network"),
+    ("LTXVideoTransformer3DModel", ONE, "LTX-Video 0.9, a different network"),
     ("AutoencoderKLLTXVideo", {}, "a VAE of LTX-Video"),
     ("AutoencoderKLLTX2Video", {}, "a VAE of LTX-Video or LTX-2"),
     ("AutoencoderKLLTX2Audio", {}, "a VAE of LTX-Video or LTX-2"),

@@ -69,7 +69,7 @@ BAD = {
     "unknown": (marked({"format": "int3"}), "m.0 is in the unknown form 'int3'.*known are.*nvfp4"),
     "no_json": (marked(torch.ones(9, dtype=torch.uint8)), "m.0.comfy_quant is no JSON"),
     "deep": (marked(torch.full((60_000,), 91, dtype=torch.uint8)), "m.0.comfy_quant (is no JSON|has tables)"),
-    "long": (marked(torch.zeros(1 << 17, dtype=torch.uint8)), "m.0.comfy_quant is no text"),
+    "long": (marked(torch.zeros(1 << 17, dtype=torch.uint8)), "m.0.comfy_quant is not text"),
     "list": (marked([1]), "in place of a table"),
     "no_format": (marked({}), "m.0: its mark cannot be read"),
     "no_scales": (marked({"format": "nvfp4"}), "m.0 has a weight of"),

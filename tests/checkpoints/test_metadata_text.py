@@ -31,7 +31,7 @@ def test_a_file_without_metadata_is_an_empty_object(
     show_metadata.main([str(tmp_path / "lora.safetensors")])  # also without --model
     said = capsys.readouterr()
     assert json.loads(said.out) == {}
-    assert "holds no metadata" in said.err
+    assert "contains no metadata" in said.err
 
 
 def test_codes_of_a_terminal_are_written_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,7 +44,7 @@ def test_codes_of_a_terminal_are_written_out(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("model.ckpt", "is no safetensors file"), ("nowhere.safetensors", "nowhere"), ("folder", "folder")],
+    [("model.ckpt", "is not a safetensors file"), ("nowhere.safetensors", "nowhere"), ("folder", "folder")],
 )
 def test_what_has_no_header_is_an_error(name: str, reason: str, tmp_path: Path) -> None:
     torch.save(TENSORS, tmp_path / "model.ckpt")

@@ -317,7 +317,7 @@ def test_clips_and_controls_that_change_their_size_are_told(
     table = dataclasses.replace(config.datasets[0], control_directory=tmp_path / "controls")
     config = DatasetConfig(config.path, (table,))
     change = "clip_0: 64x32, from frame 4 on 32x64"
-    kind = "1 clip has frames of several sizes: those of another shape than the first are cropped"
+    kind = "1 clip has frames of several sizes: those of a different shape than the first are cropped"
 
     for _ in range(2):
         before = check_caching(ToyFamily(), config, 1, False)

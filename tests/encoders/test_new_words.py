@@ -126,7 +126,7 @@ def test_files_of_other_programs_and_models(tmp_path: Path) -> None:
     assert not give({"t5xxl": torch.ones(2, width)}, clip, t5).words  # CLIP reads it as text
     for content, why in (
         ({"qwen3_4b": torch.ones(1, 8), "clip_g": torch.ones(1, 8)}, "clip_g, qwen3_4b. .*take t5xxl"),
-        ({"t5xxl": torch.ones(1, 2, 3)}, "no row of vectors"),
+        ({"t5xxl": torch.ones(1, 2, 3)}, "not a row of vectors"),
         ({"t5xxl": torch.full((1, width), torch.nan)}, "NaN"),
     ):
         with pytest.raises(CheckpointError, match=why):

@@ -194,7 +194,7 @@ def test_the_hubs_copy_is_used_where_there_is_no_other(
 
 def test_what_is_no_tokenizer_is_refused(model: Path, kind: Kind) -> None:
     files = kind.encoder(model).source.files
-    with pytest.raises(CheckpointError, match=rf"{files.option}.*it holds model\.safetensors"):
+    with pytest.raises(CheckpointError, match=rf"{files.option}.*it contains model\.safetensors"):
         kind.load(model.parent, model)
     with pytest.raises(CheckpointError, match="no such file or folder"):
         kind.load(model.parent / "nowhere", model)

@@ -232,7 +232,7 @@ def assert_whole(folder: Path) -> None:
         elif path.name == "index.jsonl":  # of caches: written at once
             assert all(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
         else:
-            assert path.name in {FILE, CHECKSUM}, f"{path} is no finished file"
+            assert path.name in {FILE, CHECKSUM}, f"{path} is not a finished file"
     for state in folder.glob("x*-state"):
         assert isinstance(read_state(state), SavedState)
 

@@ -115,7 +115,7 @@ def test_an_edit_without_what_it_needs_is_refused(edit: dict[str, Any], words: s
         ({"objects": [{"description": "a"}]}, ["short_description is missing"]),
         (
             {"short_description": "a", "lightning": {}, "mood": "calm"},
-            ["lightning is no key of a caption: lighting is meant", "mood is no key of a caption"],
+            ["lightning is not a key of a caption: lighting is meant", "mood is not a key of a caption"],
         ),
         (
             {"short_description": "a", "objects": "a cat", "lighting": ["sun"]},
@@ -127,7 +127,7 @@ def test_an_edit_without_what_it_needs_is_refused(edit: dict[str, Any], words: s
         ),
         (
             {"edit_instruction": "x", "short_descripton": "a"},
-            ["short_descripton is no key of a caption: short_description is meant"],
+            ["short_descripton is not a key of a caption: short_description is meant"],
         ),
     ],
 )

@@ -59,7 +59,7 @@ def test_the_states_are_those_of_the_pipeline(
     [
         (
             '{"short_descripton": "a"}',
-            "short_descripton is no key of a caption: short_description is meant",
+            "short_descripton is not a key of a caption: short_description is meant",
         ),
         ('{"short_description": 3}', "short_description is a number, not a text"),
         ("{}", "short_description is missing"),

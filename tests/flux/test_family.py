@@ -193,7 +193,7 @@ def test_caches_of_texts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="mask of padding was not used .* for --apply_t5_attn_mask"):
         replace(dev, files=replace(dev.files, masks_text=True)).batch_conditions(latents, batch)
     for name, wrong, says in (
-        ("t5_attn_mask", torch.ones(1, 9), "of another length than t5_out"),
+        ("t5_attn_mask", torch.ones(1, 9), "of a different length than t5_out"),
         ("l_pooled", torch.zeros(1, 24, dtype=torch.int64), "whole numbers"),
         ("l_pooled", torch.zeros(1, 7), "l_pooled in its cache is 7 numbers wide"),
     ):

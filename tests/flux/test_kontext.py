@@ -156,7 +156,7 @@ def test_a_batch_needs_its_texts_and_a_reference_that_is_one(tmp_path: Path) -> 
     ("names", "message"),
     [
         (["none.png"], r"--control_image_path .*none.png: no such file"),
-        (["text.png"], r"--control_image_path: .*text.png is no image.*Give an image file"),
+        (["text.png"], r"--control_image_path: .*text.png is not an image.*Give an image file"),
         (["."], r"--control_image_path: .*Give an image file"),
         (["dot.png"], r"dot.png: 1 x 1 pixels are too few, each side needs at least 16"),
         (["huge.png"], r"huge.png has more than the 134 million pixels that are read. Make the picture sm"),

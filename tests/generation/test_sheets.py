@@ -176,7 +176,7 @@ def test_values_with_commas_can_be_written(text: str, values: list[str]) -> None
         (["--sheet"], ["--sheet takes one or two axes, 0 are given"]),
         (["--sheet", "seed=1", "s=1", "g=1"], ["--sheet takes one or two axes, 3 are given"]),
         (["--sheet", "seed"], ["--sheet seed: no values are given"]),
-        (["--sheet", "sead=1,2"], ["--sheet sead: it is no option of a prompt line", "seed"]),
+        (["--sheet", "sead=1,2"], ["--sheet sead: it is not an option of a prompt line", "seed"]),
         (["--sheet", "lora_multiplier=1,2"], ["--sheet lora_multiplier", "tools/compare.py"]),
         (["--sheet", "s=1,x"], ["--sheet s: 'x' is not a whole number"]),
         (["--sheet", "s=1,1"], ["--sheet s: the value '1' is given twice"]),

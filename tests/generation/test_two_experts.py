@@ -224,7 +224,7 @@ def test_loras_for_an_expert_that_is_not_given_are_refused(tmp_path: Path) -> No
         uses_of(ONE_EXPERT, [], [path])
     with pytest.raises(OptionError, match="use --lora_weight_high_noise"):
         uses_of(BOTH[1:], [path], [])
-    with pytest.raises(CheckpointError, match="holds two LoRAs"):
+    with pytest.raises(CheckpointError, match="contains two LoRAs"):
         uses_of(ONE_EXPERT, [two], [])
 
 

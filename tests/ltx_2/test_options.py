@@ -107,7 +107,7 @@ def test_the_dtype_of_texts_has_two_names() -> None:
             "strength 0.5 and 1",
         ),
         ("ltx2_generate_video", ("--duration-head-path", "a"), "Give --video_length"),
-        ("ltx2_generate_video", ("--output_name", "a/b"), "it holds a folder"),
+        ("ltx2_generate_video", ("--output_name", "a/b"), "it contains a folder"),
         ("ltx2_generate_video", ("--height", "512"), "give both"),
         ("ltx2_generate_video", ("--ltx2_mode", "v", "--drive_video", "."), "no sound is made"),
         ("ltx2_generate_video", ("--ltx_mode", "a", "--sample_disable_audio"), "nothing would be made"),

@@ -47,13 +47,13 @@ def _parser() -> Parser:
         ),
         (
             "--prompt -dark",
-            "-dark is no option. A value that begins with - goes behind =: --prompt=-dark",
+            "-dark is not an option. A value that begins with - goes behind =: --prompt=-dark",
         ),
         ("--fast --promt -1", "Unknown option --promt. Did you mean --prompt?"),
         ("--save_path", "argument --save_path: expected one argument"),
         (
             "--save_path x --codec prorse",
-            "argument --codec: prorse is no choice. Use h264, prores. Did you mean prores?",
+            "argument --codec: prorse is not a choice. Use h264, prores. Did you mean prores?",
         ),
         ("--size 832x480", "--size 832x480: give height and width: --size 480 832"),
         ("--size=832×480", "--size 832×480: give height and width: --size 480 832"),

@@ -43,7 +43,7 @@ def test_no_module_of_the_working_folder_is_found(tmp_path: Path, monkeypatch: p
 
     for name in ("hostile", "package", "package.inner", "spread", "spread.inner"):
         assert find_installed(name) is None
-        with pytest.raises(OptionError, match=f"{name} is no module of an installed package"):
+        with pytest.raises(OptionError, match=f"{name} is not a module of an installed package"):
             require_installed("run.toml", name, "type it")
     assert not (tmp_path / "ran").exists()
 

@@ -25,7 +25,7 @@ HOSTILE = {
     "a float of nothing": 'a: !!float ""',
     "no timestamp": "a: !!timestamp x",
     "no date": "a: 2001-99-99",
-    "no switch": "a: !!bool x",
+    "not a switch": "a: !!bool x",
     "code": "a: !!python/object/apply:os.system [x]",
     "a tag renamed": '%TAG ! tag:yaml.org,2002:\n---\na: !int ""',
     "a list as a key": "? [1, 2]\n: 3",

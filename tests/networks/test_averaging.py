@@ -150,7 +150,7 @@ def test_a_file_larger_than_a_lora_is_written_tensor_by_tensor_without_hashes(
 @pytest.mark.parametrize(
     ("sizes", "arguments", "words"),
     [
-        ({"rank": 3}, (), ("holds another network", "equal ranks")),
+        ({"rank": 3}, (), ("contains a different network", "equal ranks")),
         ({"alpha": 2.0}, (), ("alpha differs", "equal alphas")),
         ({}, ("--output_file", "out.pth"), ("--output_file", ".safetensors")),
     ],
@@ -191,7 +191,9 @@ def test_files_of_a_cache_are_no_networks(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_file({"latents_1x8x8_bfloat16": torch.ones(2)}, tmp_path / f"{name}.safetensors")
     words = ("a.safetensors", "b.safetensors", "--output_file", "out.safetensors")
-    assert_one_message(*run_here("lora_post_hoc_ema.py", *words, folder=tmp_path), "holds no network", "Give")
+    assert_one_message(
+        *run_here("lora_post_hoc_ema.py", *words, folder=tmp_path), "contains no network", "Give"
+    )
 
 
 @pytest.mark.parametrize("given", [["one", "one"], ["none*"], ["one", "none"]])

@@ -98,7 +98,7 @@ def test_curves_and_short_lists_are_those_of_known_trainers(caplog: pytest.LogCa
         ({"block_dims": "4,4"}, "2 numbers, this model has 25"),
         ({"block_alphas": "4,4"}, "needs block_dims"),
         ({"block_lr_zero_threshold": "0.1"}, "needs one of"),
-        ({"up_lr_weight": "1,x"}, "no number of at least 0"),
+        ({"up_lr_weight": "1,x"}, "not a number of at least 0"),
     ],
 )
 def test_wrong_lists_are_refused(arguments: dict[str, str], reason: str) -> None:

@@ -204,14 +204,14 @@ def test_a_file_of_diffusers_for_both_transformers_acts_here_as_there(tmp_path: 
 def test_one_part_has_to_be_chosen(tmp_path: Path, pair: Pair) -> None:
     both = join(pair, tmp_path / "both.safetensors")
 
-    with pytest.raises(CheckpointError, match="holds two LoRAs, one for the high-noise and one for"):
+    with pytest.raises(CheckpointError, match="contains two LoRAs, one for the high-noise and one for"):
         read_lora(both)
     use = WeightedLora(read_lora(both, by_expert=True))
     assert use.lora.family() is WAN
     for expert in (None, ""):
-        with pytest.raises(CheckpointError, match="holds two LoRAs"):
+        with pytest.raises(CheckpointError, match="contains two LoRAs"):
             use.for_expert(expert)
-    with pytest.raises(CheckpointError, match="holds two LoRAs"):
+    with pytest.raises(CheckpointError, match="contains two LoRAs"):
         LoraPatch([use])
 
 

@@ -118,7 +118,7 @@ def test_keys_that_cannot_be_used_are_listed_loudly_if_they_are_many(
         assert read_lora(saved).tensors.keys() == tensors.keys()
 
     assert "1 tensor of a text encoder is ignored: lora_te_x.lora_down.weight" in caplog.text
-    assert f"{number} of {len(tensors) + number + 1} tensors are no part of a LoRA" in caplog.text
+    assert f"{number} of {len(tensors) + number + 1} tensors are not part of a LoRA" in caplog.text
     assert "params0" in caplog.text
     assert ("IS USED ONLY IN PART" in caplog.text) == is_loud
 
@@ -196,7 +196,7 @@ def test_the_first_of_several_keys_counts_as_in_peft() -> None:
 
 
 def test_what_is_no_expression_is_named() -> None:
-    with pytest.raises(ValueError, match="is no regular expression"):
+    with pytest.raises(ValueError, match="is not a regular expression"):
         alphas(["a**"])
 
 

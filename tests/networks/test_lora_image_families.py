@@ -345,7 +345,7 @@ def test_a_pattern_that_fits_nothing_is_told_with_the_nearest_names(caplog: pyte
         "--network_args exclude_patterns",
         "--network_args network_reg_dims",
     ]
-    assert "Near it are blocks_N, " in said[0]
+    assert "Similar: blocks_N, " in said[0]
     assert "img_attn" in said[1]
 
 
@@ -378,7 +378,7 @@ def test_modules_and_ranks_are_the_recorded_ones(family: str, which: str) -> Non
         ({"train_blocks": "triple"}, "give one of all, double, single"),
         ({"in_dims": "[1,2]"}, "write 5 ranks"),
         ({"img_attn_dims": "4"}, "Did you mean img_attn_dim"),
-        ({"network_reg_dims": "img_attn"}, "is no pair"),
+        ({"network_reg_dims": "img_attn"}, "is not a pair"),
         ({"network_reg_lrs": "(=1e-3"}, "is not a regular expression"),
         ({"ggpo_sigma": "0.1"}, "need each other"),
         ({"split_qkv": "True", "dora_wd": "True"}, "cannot be used together"),

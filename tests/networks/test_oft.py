@@ -290,7 +290,7 @@ def test_files_that_cannot_be_used_are_refused(
 def test_convolutions_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "oft.safetensors"
     save_file({"diffusion_model.patch_embedding.oft_R.weight": torch.zeros(16, 6)}, path)
-    with pytest.raises(CheckpointError, match="is no linear layer"):
+    with pytest.raises(CheckpointError, match="is not a linear layer"):
         LoraPatch([WeightedLora(read_lora(path))])("patch_embedding.weight", torch.zeros(8, 16, 1, 2, 2))
 
 

@@ -128,7 +128,7 @@ def test_the_alpha_counts_wherever_a_file_has_it(
     check(model, path, {"single_blocks.0.linear2": wanted})
 
     assert ("no alpha in it: the rank is taken" in caplog.text) == (alpha == RANK)
-    assert ("is no number" in caplog.text) == ("nan" in metadata.values())
+    assert ("is not a number" in caplog.text) == ("nan" in metadata.values())
     with open_checkpoint(path) as checkpoint:
         assert ("alpha 16" in str(describe_lora(checkpoint))) == (alpha == 16)
     # a conversion writes the strength for good, and nothing that could count twice

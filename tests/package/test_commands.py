@@ -58,22 +58,22 @@ def test_each_command_has_its_own_words_and_none_hides_another() -> None:
     ("typed", "answer"),
     [
         ("train", "train: which one? train hv, train wan"),
-        ("train wn --task x", f"'train wn' is no command. {MEANT}"),
-        ("wan train", f"'wan train' is no command. {MEANT}"),
-        ("mrege", "'mrege' is no command. Did you mean python reelsmith.py merge?"),
-        ("./wan_train_network.py --task x", f"'./wan_train_network.py x' is no command. {MEANT}"),
-        ("--task", "'--task' is no command."),
+        ("train wn --task x", f"'train wn' is not a command. {MEANT}"),
+        ("wan train", f"'wan train' is not a command. {MEANT}"),
+        ("mrege", "'mrege' is not a command. Did you mean python reelsmith.py merge?"),
+        ("./wan_train_network.py --task x", f"'./wan_train_network.py x' is not a command. {MEANT}"),
+        ("--task", "'--task' is not a command."),
         (
             "train pony",
-            "'train pony' is no command. Did you mean python reelsmith.py run FOLDER? "
+            "'train pony' is not a command. Did you mean python reelsmith.py run FOLDER? "
             "There are train hv, train wan.",
         ),
-        ("cache pony", "'cache pony' is no command. There are cache latents wan."),
-        ("cache wan", "'cache wan' is no command. Did you mean python reelsmith.py cache latents wan?"),
-        ("trian photos", "'trian photos' is no command. Did you mean python reelsmith.py train?"),
-        ("version", "'version' is no command. Did you mean python reelsmith.py --version?"),
-        ("resume photos", "'resume photos' is no command. Did you mean python reelsmith.py run FOLDER?"),
-        ("teapot --help", "'teapot' is no command."),
+        ("cache pony", "'cache pony' is not a command. There are cache latents wan."),
+        ("cache wan", "'cache wan' is not a command. Did you mean python reelsmith.py cache latents wan?"),
+        ("trian photos", "'trian photos' is not a command. Did you mean python reelsmith.py train?"),
+        ("version", "'version' is not a command. Did you mean python reelsmith.py --version?"),
+        ("resume photos", "'resume photos' is not a command. Did you mean python reelsmith.py run FOLDER?"),
+        ("teapot --help", "'teapot' is not a command."),
     ],
 )
 def test_other_words_are_answered_with_what_was_meant(

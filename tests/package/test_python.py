@@ -153,7 +153,7 @@ def test_the_examples_of_the_page_run_in_their_order(folder: Path, capfd: pytest
         ({"netwrk_dim": 16}, "Unknown option --netwrk_dim. Did you mean --network_dim?"),
         ({"network_dim": "x"}, "argument --network_dim: x is not a whole number. Give one, such as 1."),
         ({"network_dim": 0}, "--network_dim 0: give a number of at least 1 (the rank)"),
-        ({"dit": True}, "--dit is no switch: give its value in place of True"),
+        ({"dit": True}, "--dit is not a switch: give its value in place of True"),
         ({"sdpa": 1}, "--sdpa is a switch: give True or False, not 1"),
         ({"config": "missing.toml"}, "--config_file missing.toml: cannot be read"),
         ({"help": True}, "the options ask for the help alone"),
@@ -170,9 +170,11 @@ def test_a_wrong_option_is_an_exception_with_the_message_of_the_command(
 
 
 def test_names_that_do_not_exist_are_told_with_the_nearest(folder: Path) -> None:
-    with pytest.raises(reelsmith.UserError, match="'wam' is no model. Did you mean wan"):
+    with pytest.raises(reelsmith.UserError, match="'wam' is not a model. Did you mean wan"):
         reelsmith.generate("wam")
-    with pytest.raises(reelsmith.UserError, match="'finetune wn' is no command. Did you mean finetune wan"):
+    with pytest.raises(
+        reelsmith.UserError, match="'finetune wn' is not a command. Did you mean finetune wan"
+    ):
         reelsmith.command("finetune wn")
     # an option of one of the two caching commands
     with pytest.raises(reelsmith.UserError, match="--t55. Did you mean --t5?"):
@@ -180,7 +182,7 @@ def test_names_that_do_not_exist_are_told_with_the_nearest(folder: Path) -> None
     with pytest.raises(reelsmith.UserError, match="--vea. Did you mean --vae?"):
         reelsmith.cache("wan", dataset="dataset.toml", vea="vae.safetensors", t5="t5.safetensors")
     for wrong in (None, 3):
-        with pytest.raises(reelsmith.UserError, match=f"{wrong} is no model. There are wan"):
+        with pytest.raises(reelsmith.UserError, match=f"{wrong} is not a model. There are wan"):
             reelsmith.train(wrong)  # type: ignore[arg-type]
     with pytest.raises(reelsmith.UserError, match=r"not 'output/fox'. To continue one .* resume="):
         reelsmith.resume("output/fox")  # type: ignore[arg-type]

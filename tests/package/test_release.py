@@ -132,7 +132,7 @@ def test_checksums_are_those_that_sha256sum_reads(tmp_path: Path) -> None:
 def test_files_of_another_version_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         release.check_files(tmp_path / "none")
-    with pytest.raises(UserError, match="holds no file"):
+    with pytest.raises(UserError, match="contains no file"):
         release.write_checksums(tmp_path)
     (tmp_path / "reelsmith_trainer-0.0.1-py3-none-any.whl").touch()
     with pytest.raises(UserError, match=r"holds reelsmith_trainer-0\.0\.1"):

@@ -137,7 +137,7 @@ def test_half_a_zip_file_changes_nothing(tmp_path: Path) -> None:
     root = write(tmp_path / "root", OLD)
     file = pack(tmp_path / "new.zip", NEW)
     file.write_bytes(file.read_bytes()[:-30])
-    with pytest.raises(UserError, match=r"new\.zip is no whole zip file .* Download it again"):
+    with pytest.raises(UserError, match=r"new\.zip is not a whole zip file .* Download it again"):
         update(root, file)
     for missing in (tmp_path / "none.zip", root):
         with pytest.raises(UserError, match="no such file"):
@@ -149,9 +149,9 @@ def test_half_a_zip_file_changes_nothing(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[place : place + 4] = b"\xff" * 4
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"new\.zip is no whole zip file .* Download it again"):
+    with pytest.raises(UserError, match=r"new\.zip is not a whole zip file .* Download it again"):
         update(root, file)
-    with pytest.raises(UserError, match="is no clone of git. Download the zip file"):
+    with pytest.raises(UserError, match="is not a clone of git. Download the zip file"):
         update(root, None)
     assert read(root) == OLD
 
@@ -376,7 +376,7 @@ def test_a_name_that_is_no_text_and_a_list_that_is_too_long_are_refused(tmp_path
     root = write(tmp_path / "root", OLD)
     file = pack(tmp_path / "odd.zip", {**NEW, "wan/ü.py": ""})
     file.write_bytes(file.read_bytes().replace("ü".encode(), b"\xff\xfe"))
-    with pytest.raises(UserError, match=r"odd\.zip is no whole zip file"):
+    with pytest.raises(UserError, match=r"odd\.zip is not a whole zip file"):
         update(root, file)
     assert read(root) == OLD
 

@@ -52,7 +52,7 @@ def test_each_tool_has_its_own_options() -> None:
     ("words", "message"),
     [
         (["--then"], r"^--then: the name of a tool is missing\. Give upscaler"),
-        (["--then", "facefx"], r"^--then facefx: facefx is no tool.*Did you mean facefix\?"),
+        (["--then", "facefx"], r"^--then facefx: facefx is not a tool.*Did you mean facefix\?"),
         (["--then", "facefix", "-y"], r"^--then facefix: -y holds for the whole run\. Write it before"),
         (["--then", "facefix", "--model="], r"^--then facefix: --model is empty"),
         (["--then", "facefix", "model=x", "weight=0.7"], r"--weight 0\.7 is for --mode codeformer"),

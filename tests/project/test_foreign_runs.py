@@ -409,7 +409,7 @@ def test_a_text_for_a_number_is_told_in_words(tmp_path: Path, capsys: pytest.Cap
     wrong = {"epoch": "two", "network_dim": "eight", "noise_offset": "some"}
     found = describe(photos, {**KOHYA, **wrong}, capsys)
     for key, value in wrong.items():
-        assert f"{key} = {value}: it is no number" in found.told
+        assert f"{key} = {value}: it is not a number" in found.told
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def test_only_commands_of_ours_are_run(words: list[str], collected: Path, tmp_pa
     text = (collected / "run.toml").read_text(encoding="utf-8")
     changed = re.sub("^commands.*$", f"commands = [[], {words}]", text, flags=re.MULTILINE)
     (tmp_path / "run.toml").write_text(changed, encoding="utf-8")
-    assert_one_message(*run_here("run_project.py", tmp_path, folder=tmp_path), "is no command", "Correct")
+    assert_one_message(*run_here("run_project.py", tmp_path, folder=tmp_path), "is not a command", "Correct")
 
 
 def test_no_code_of_the_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,10 +570,10 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--family lumina --model_file dit=a --model_file dit=b", "dit: a and b are given. Give one of them"),
         ("--family wan --task t2v-1.4B", "--task t2v-1.4B: choose from t2v-1.3B, "),
         ("--family lumina --card 12", "--memory 12"),
-        ("--family lumina --output_name ../x", "it holds a folder"),
+        ("--family lumina --output_name ../x", "it contains a folder"),
         ("--family lumina --output_name CON", "on Windows CON is a device"),
         ("--family lumina --output_name a:b", "names on Windows cannot have the character :"),
-        ("--family lumina --output_name a\x1b[2J", "it holds control codes"),
+        ("--family lumina --output_name a\x1b[2J", "it contains control codes"),
         ("--family lumina --trigger_word a\x1b]0;x\x07", "a control code or a line break"),
         ("--family lumina --trigger_word a\u2028b", "a control code or a line break"),
         ("--family framepack --task f1", "--task f1 learns from clips of at least 1.2 seconds"),
@@ -650,7 +650,7 @@ def test_a_folder_around_that_of_the_folders_of_repeats_names_it(tmp_path: Path)
 @pytest.mark.parametrize(("word", "meant"), [("models", "download --list"), ("gui", "browser")])
 def test_a_command_of_another_name_is_known(word: str, meant: str, tmp_path: Path) -> None:
     said = run_program(sys.executable, ROOT / "reelsmith.py", word, folder=tmp_path, check=False).stderr
-    assert f"'{word}' is no command. Did you mean " in said
+    assert f"'{word}' is not a command. Did you mean " in said
     assert f"{meant}?" in said
 
 

@@ -163,7 +163,7 @@ def test_what_holds_to_a_picture_is_not_ignored_in_silence(files: TinyModel, tmp
     with pytest.raises(OptionError, match=r"a.png \(in a prompt line\): leave --rcm_threshold out"):
         prepare(family_of(files, rcm_threshold=0.1), tmp_path / "a.png", **masked)
     masked["extra"] = {"mask_path": str(tmp_path / "text.png")}
-    with pytest.raises(OptionError, match=r"--mask_path: .*text.png is no image.*Give an image file"):
+    with pytest.raises(OptionError, match=r"--mask_path: .*text.png is not an image.*Give an image file"):
         prepare(family_of(files), tmp_path / "a.png", **masked)
 
 

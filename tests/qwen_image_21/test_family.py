@@ -201,7 +201,7 @@ def test_the_release_has_32_blocks(tmp_path: Path) -> None:
 
 def test_a_control_net_is_refused_by_name(tmp_path: Path) -> None:
     path = write_dit(tmp_path, {**tiny_state(), "control_img_in.weight": torch.zeros(2, 2)})
-    with pytest.raises(CheckpointError, match="holds a ControlNet"):
+    with pytest.raises(CheckpointError, match="contains a ControlNet"):
         load_dit(path, CPU)
 
 

@@ -392,11 +392,11 @@ def test_more_layers_than_tensors_are_refused_before_they_are_made(tmp_path: Pat
     ("settings", "says"),
     [
         ({"down_block_types": ["DownBlock2D"] * 100_000}, "different lengths"),
-        ({"up_block_types": 5}, "no list of names"),
-        ({"down_block_types": [["DownBlock2D"]] * 4}, "no list of names"),
+        ({"up_block_types": 5}, "not a list of names"),
+        ({"down_block_types": [["DownBlock2D"]] * 4}, "not a list of names"),
         ({"layers_per_block": [2]}, "neither a number nor one for each level"),
         ({"layers_per_block": "two"}, "neither a number nor one for each level"),
-        ({"cross_attention_dim": [64]}, "no number"),
+        ({"cross_attention_dim": [64]}, "not a number"),
     ],
 )
 def test_levels_that_do_not_go_together_are_refused_in_a_line(

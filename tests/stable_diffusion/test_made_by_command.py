@@ -90,7 +90,7 @@ MISTAKES: dict[str, tuple[str, str, list[str], str]] = {
         ["--sample_prompts", "samples.txt", "--sample_every_n_steps", "1"],
         "--cn edges/none.png: no such picture. Correct the path",
     ),
-    "a strength that is no number": (
+    "a strength that is not a number": (
         CONTROL_NET,
         "sd1",
         ["--sample_prompts", "strong.txt", "--sample_every_n_steps", "1"],

@@ -143,7 +143,7 @@ HOSTILE = (
     ("--ckpt BAD/nan.safetensors", "NaN or infinite"),
     ("--network_weights BAD/nan_lora.safetensors", "NaN or infinite"),
     ("--textual_inversion_embeddings BAD/nan_word.safetensors", "NaN or infinite"),
-    ("--textual_inversion_embeddings BAD/empty_word.safetensors", "no row of vectors"),
+    ("--textual_inversion_embeddings BAD/empty_word.safetensors", "not a row of vectors"),
     ("--ckpt BAD/bad_config", "config.json cannot be read"),
     ("--ckpt BAD/wide_config", "cannot build a network of these dimensions"),
     ("--ckpt BAD/hostile_config", "os.system"),

@@ -210,7 +210,7 @@ def test_stable_diffusion_1_and_2_train_from_caches(folder: Path, version: str) 
         (["--blocks_to_swap", "2"], "a U-Net"),
         (["--weighted_captions"], "captions are read as they are"),
         (["--network_args", "block_dims=4,4"], "2 numbers, this model has"),
-        (["--network_args", "up_lr_weight=no"], "no number of at least 0"),
+        (["--network_args", "up_lr_weight=no"], "not a number of at least 0"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(folder: Path, words: list[str], reason: str) -> None:

@@ -328,7 +328,7 @@ def test_previews_refuse_the_network_module_of_another_model(preview: str, tmp_p
     toy.write_caches(tmp_path)
     words = ["--network_module", "networks.lora_flux_2", preview]
 
-    with pytest.raises(OptionError, match="networks.lora_flux_2 is for another model than this script"):
+    with pytest.raises(OptionError, match="networks.lora_flux_2 is for a different model than this script"):
         train_network(toy.ToyFamily(), toy.toy_options(tmp_path, *words))
 
 

@@ -36,13 +36,13 @@ def timestep_options_of_table(options: TimestepOptions, table: DatasetTable) -> 
     if has_window and options.timestep_focus is not None:
         raise DatasetError(
             f"{table.name}: {_describe_table_keys(table)} with --timestep_focus {options.timestep_focus:g}: "
-            "a window leaves levels out, and a focus draws from all of them, from some more often. Leave out "
-            "one of the two"
+            "a window leaves levels out, while a focus draws from all of them, but some more often. Leave "
+            "out one of the two"
         )
     if has_window and low is not None and high is not None and low >= high:
         raise DatasetError(
             f"{table.name}: its levels would be --min_timestep {low} --max_timestep {high}, one of them from "
-            "the options of the training, and nothing lies between. Give the table both keys"
+            "the training options, and nothing lies between them. Give the table both keys"
         )
     return replace(options, min_timestep=low, max_timestep=high, flow_shift=flow_shift)
 
@@ -113,9 +113,8 @@ def _check_table(
     lowest = min(expert.min_timestep for expert in experts)
     raise DatasetError(
         f"{table.name}: {_describe_table_keys(table)}: only levels from {lowest:g} on are trained (the "
-        f"{experts[0].description}), and this table has none of them. Widen its window, leave the table "
-        "out, or "
-        "train both transformers"
+        f"{experts[0].description}), and this table has none of them. Widen its window, leave the table out, "
+        "or train both transformers"
     )
 
 
@@ -170,5 +169,5 @@ def explain_ignored_options(
         if training_tables and all(getattr(table, name) is not None for table in training_tables):
             reasons[name] = "each table of the dataset has its own"
     if not any(times.has_window for times in list_timestep_options(options, tables)):
-        reasons["preserve_distribution_shape"] = "there is neither --min_timestep nor --max_timestep"
+        reasons["preserve_distribution_shape"] = "neither --min_timestep nor --max_timestep is set"
     return reasons

@@ -92,7 +92,7 @@ def draw(
     u = torch.rand(batch_size, generator=generator, dtype=torch.float64)
     if options.num_timestep_buckets is not None:
         if first_sample is None:
-            raise ValueError("with num_timestep_buckets the number of the first sample is needed")
+            raise ValueError("first_sample is required with num_timestep_buckets")
         u = _stratify(u, options.num_timestep_buckets, seed, first_sample)
     fractions = fractions_of_uniform(options, low + u * (high - low), noise_spec, flow_shift)
     redraw_rejected = functools.partial(
@@ -173,8 +173,7 @@ def find_shift(options: TimestepOptions, noise_spec: NoiseSpec, shape: Sequence[
     if noise_spec.count_tokens is None:
         raise OptionError(
             f"--timestep_sampling {options.timestep_sampling}: the shift of this model does not follow the "
-            "size. "
-            "Use shift with --discrete_flow_shift"
+            "size. Use shift with --discrete_flow_shift"
         )
     # FLUX.2 has a token for each latent pixel, FLUX.1 one for 2 x 2
     if options.timestep_sampling == "flux2_shift" and noise_spec.count_tokens(_FOUR_PIXELS) != 4:
@@ -404,10 +403,9 @@ def _explain_no_draws(options: TimestepOptions, expert: Expert) -> OptionError:
         f"no timestep of this run reaches the {expert.description}, which is trained from "
         f"{expert.min_timestep:g} "
         f"{'on' if expert.max_timestep == math.inf else f'to {expert.max_timestep:g}'}: of "
-        f"{NUM_SCANNED_DRAWS} draws "
-        f"of --timestep_sampling {options.timestep_sampling} none lies there. Leave this transformer out, "
-        "or change --min_timestep, --max_timestep, --discrete_flow_shift (or the dataset's keys of these "
-        "names) or --timestep_boundary"
+        f"{NUM_SCANNED_DRAWS} draws of --timestep_sampling {options.timestep_sampling} none lies there. "
+        "Leave this transformer out, or change --min_timestep, --max_timestep, --discrete_flow_shift (or the "
+        "dataset's keys of these names) or --timestep_boundary"
         + (". This sampler counts the first two from the noisy end" if counts_from_noisy_end else "")
     )
 

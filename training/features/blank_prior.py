@@ -55,8 +55,8 @@ def _join(run: "RunFeatures", options: BlankPriorOptions) -> None:
     """Register --blank_prior_weight: a second pass keeps the base model's prediction for the empty prompt."""
     if run.options.is_fused:
         raise OptionError(
-            "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "
-            "and fused gradients are freed at once. Leave out one of the two"
+            "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added up, "
+            "but fused gradients are freed immediately. Leave out one of the two"
         )
     target = StepTarget(
         option=f"--blank_prior_weight {options.weight:g}",

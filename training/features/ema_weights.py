@@ -102,7 +102,7 @@ class WeightAverage:
     def restore(self, saved: SavedState) -> None:
         """Load the average of a saved state; if the state has none, start with the current weights."""
         if AVERAGE not in saved.parts:
-            logger.info("The state holds no average (EMA): it begins at step %d.", saved.progress.step)
+            logger.info("The state contains no average (EMA): it begins at step %d.", saved.progress.step)
             self.begin()
             return
         tensors = saved.parts[AVERAGE]

@@ -114,7 +114,7 @@ class EmbeddingOptions(
         facts=FREE,
     )
     embedding_only: bool = option(
-        "train the word alone, without a LoRA: OUTPUT_NAME.safetensors holds its vectors",
+        "train the word alone, without a LoRA: OUTPUT_NAME.safetensors contains its vectors",
         needs="train_embedding",
         excludes=("embedding_lr", "embedding_until", "embedding_file"),
         hint="the vectors are all that is trained and saved, with --learning_rate",
@@ -212,8 +212,8 @@ def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
         lora_options.append("lora_per_expert")
     if lora_options:
         raise OptionError(
-            f"--embedding_only trains no LoRA, whose options these are: --{', --'.join(lora_options)}. Leave "
-            "out one or the other"
+            f"--embedding_only trains no LoRA, but these are LoRA options: --{', --'.join(lora_options)}. "
+            "Leave out one or the other"
         )
     if name not in (None, options.train_embedding):
         logger.warning(
@@ -236,7 +236,7 @@ def _join(run: "RunFeatures", options: EmbeddingOptions) -> None:
     if caches_texts:
         raise OptionError(
             "--cache_text_encoder_outputs: with --train_embedding the outputs of the text encoders change as "
-            "the vectors of the word learn, so that they cannot be cached. Leave out one of the two"
+            "the vectors of the word are trained, so they cannot be cached. Leave out one of the two"
         )
     run.info.at_start["new word"] = _describe(options)
     run.needs.add(LIVE_TEXTS)

@@ -153,8 +153,8 @@ def _join(run: "RunFeatures", options: InpaintingOptions) -> None:
     if caching is not None and caching.caches_latents:
         flag = "--cache_latents_to_disk" if caching.cache_latents_to_disk else "--cache_latents"
         raise OptionError(
-            f"{flag} with {SWITCH}: each step hides another part of an image, which the VAE encodes in that "
-            "step. Leave out one of the two"
+            f"{flag} with {SWITCH}: each step hides a different part of an image, which the VAE encodes in "
+            "that step. Leave out one of the two"
         )
     subset = run.options.subset
     masks_weight_loss = subset is not None and subset.masked_loss

@@ -141,9 +141,7 @@ class ItemLossRecorder:
         self._run_or_stop_recording(read, self._write, self._write_images)
         self._process = None
         if not self._count and self.progress.step > 0 and not self._has_failed:
-            logger.warning(
-                "--item_losses recorded nothing: what this run learns is not one picture at a time."
-            )
+            logger.warning("--item_losses recorded nothing: this run does not learn one picture at a time.")
 
     def observe(
         self, passes: TrainingPasses, noisy_batch: "NoisyBatch", comparisons: list[TargetComparison]
@@ -244,7 +242,7 @@ class ItemLossRecorder:
         except Exception as error:  # an error of a disk or device must not end the training
             self._has_failed = True
             self._arriving.clear()
-            logger.warning("--item_losses records no more, the training continues: %s", error)
+            logger.warning("--item_losses stops recording, but the training continues: %s", error)
 
 
 def make_thumbnails(table: DatasetTable, cache_tag: str, keys: Sequence[str]) -> dict[str, ItemImage]:

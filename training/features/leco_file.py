@@ -133,7 +133,7 @@ def _read_sliders(
 def _list_tables(location: str, content: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
     tables = content.get(key, [])
     if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
-        raise OptionError(f"{location}: {key} is no list of tables. Write [[{key}]] for each entry")
+        raise OptionError(f"{location}: {key} is not a list of tables. Write [[{key}]] for each entry")
     return tables
 
 
@@ -197,7 +197,7 @@ def _read_slider(
     neutrals = _list_neutrals(location, path, entry if has_own_neutrals else values)
     resolutions = values.get("resolutions")
     if resolutions is not None and not (isinstance(resolutions, list) and resolutions):
-        raise OptionError(f"{location}: resolutions = {resolutions!r} is no list. Write [512, 768]")
+        raise OptionError(f"{location}: resolutions = {resolutions!r} is not a list. Write [512, 768]")
     sizes = [_read_resolution(location, value) for value in resolutions or [values.get("resolution", 512)]]
     strength = _read_number(location, values, "multiplier", signed=True)
     for neutral, (height, width) in product(neutrals, sizes):
@@ -246,7 +246,7 @@ def _list_neutrals(location: str, path: Path, values: Mapping[str, Any]) -> list
     neutrals = [] if single is None else [single]
     listed = values.get("neutrals", [])
     if not isinstance(listed, list) or not all(isinstance(prompt, str) for prompt in listed):
-        raise OptionError(f'{location}: neutrals = {listed!r} is no list of prompts. Write ["a", "b"]')
+        raise OptionError(f'{location}: neutrals = {listed!r} is not a list of prompts. Write ["a", "b"]')
     neutrals += listed
     name = _read_text(location, values, "neutral_prompt_file")
     if name is not None:
@@ -254,7 +254,7 @@ def _list_neutrals(location: str, path: Path, values: Mapping[str, Any]) -> list
             lines = read_text(path.parent / name).splitlines()
         except (OSError, ValueError) as error:
             raise OptionError(
-                f"{location}: neutral_prompt_file {path.parent / name} cannot be read ({error}). Correct it"
+                f"{location}: neutral_prompt_file {path.parent / name} cannot be read ({error}). Fix it"
             ) from None
         neutrals += [line.strip() for line in lines if line.strip()]
     return neutrals or [""]
@@ -280,7 +280,7 @@ def _read_shared_fields(location: str, values: Mapping[str, Any], is_square: boo
 def _read_text(location: str, values: Mapping[str, Any], key: str) -> str | None:
     text = values.get(key)
     if text is not None and not isinstance(text, str):
-        raise OptionError(f'{location}: {key} = {text!r} is no text. Write {key} = "a prompt"')
+        raise OptionError(f'{location}: {key} = {text!r} is not text. Write {key} = "a prompt"')
     return text
 
 

@@ -56,7 +56,7 @@ class SampleScorer:
         if self._has_unscored_samples:
             self._start_process()
         if self._process is not None:
-            logger.info("The last samples are scored")
+            logger.info("Scoring the last samples")
             self._wait_for_process()
 
     def log_samples(

@@ -88,8 +88,8 @@ def _join(run: "RunFeatures", options: SliderOptions) -> None:
     path = options.path
     if run.options.is_fused:
         raise OptionError(
-            "--slider with --fused_backward_pass: the gradients of its two strengths are added, and fused "
-            "gradients are freed at once. Leave out one of the two"
+            "--slider with --fused_backward_pass: the gradients of its two strengths are added up, but fused "
+            "gradients are freed immediately. Leave out one of the two"
         )
     _check_tables(run, path)
     file = read_sliders(path)

@@ -88,7 +88,7 @@ def _read_slider(location: str, table: Mapping[str, Any]) -> Slider:
     if table["positive"] == table["negative"]:
         raise OptionError(
             f"{location}: positive and negative are equal, so there is nothing to slide between. Write two "
-            "ends"
+            "different captions"
         )
     if "anchor_weight" in table and "anchor" not in table:
         raise OptionError(

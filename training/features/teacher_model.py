@@ -126,8 +126,8 @@ def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFa
     """
     if len(family.experts) > 1:
         raise OptionError(
-            "--teacher dit: two transformers are trained, and one cannot teach both. Train them one at a "
-            "time, each with its own teacher"
+            "--teacher dit: two transformers are trained, and one teacher cannot teach both. Train them one "
+            "at a time, each with its own teacher"
         )
     if options.teacher_dit is None:
         _check_loras(family, options)

@@ -154,7 +154,7 @@ def tracker_arguments(options: TrackerOptions) -> dict[str, Any]:
             )
         if not isinstance(table, dict):
             raise UserError(
-                f"--log_tracker_config {path}: {name} = {table!r} stands outside a table; write it under "
+                f"--log_tracker_config {path}: {name} = {table!r} is outside a table; write it under "
                 f"[{next(iter(options.trackers), 'wandb')}]"
             )
     return tables

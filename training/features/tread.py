@@ -61,11 +61,11 @@ def check_tread(options: TreadOptions, family: "Family", counts: Sequence[int]) 
     name = f"--tread {options.tread:g}"
     reason = ""
     if family.abilities.trains_audio:
-        reason = "its blocks have a second stream, the sound, which would need a choice of its own"
+        reason = "its blocks have a second stream, the sound, whose tokens would need their own choice"
     elif family.dit.second_list:
         reason = "a second stream of blocks adds to all tokens of the first one"
     elif family.dit.has_additions:
-        reason = "the ControlNet adds to all tokens behind each block"
+        reason = "the ControlNet adds to all tokens after each block"
     if reason:
         raise OptionError(f"{name}: the model {family.name} cannot leave out tokens: {reason}. Leave it out")
     if not counts:
@@ -116,8 +116,8 @@ def _register(run: "RunFeatures", options: TreadOptions) -> None:
     dividing_option = run.options.speed.modes.divides_tokens
     if dividing_option:
         raise OptionError(
-            f"--tread {options.tread:g} with {dividing_option}: each process has some of the "
-            "tokens, and --tread leaves out tokens of the whole clip. Leave out one of the two"
+            f"--tread {options.tread:g} with {dividing_option}: each process has only some of the "
+            "tokens, but --tread selects from those of the whole clip. Leave out one of the two"
         )
     run.info.targets.append(_describe(options))
     run.info.in_files |= given_values(options)

@@ -40,8 +40,8 @@ def _join(run: "RunFeatures", options: WorkflowOptions) -> None:
         )
     if run.merge is not None:
         raise OptionError(
-            "--save_workflow with --base_weights: samples show the model with these LoRAs merged in, which "
-            "the workflow would load without them. Leave out one of the two"
+            "--save_workflow with --base_weights: samples show the model with these LoRAs merged in, but "
+            "the workflow would load it without them. Leave out one of the two"
         )
     run.on.start.append(_start)
     run.on.check_files.append(_check)
@@ -51,8 +51,8 @@ def _join(run: "RunFeatures", options: WorkflowOptions) -> None:
 def _start(run: "RunFeatures") -> None:
     if run.embedding_words:
         raise OptionError(
-            "--save_workflow with --train_embedding: ComfyUI takes a learned word by another name than the "
-            "samples' prompts have. Leave out one of the two"
+            "--save_workflow with --train_embedding: ComfyUI takes a learned word by a different name than "
+            "the samples' prompts have. Leave out one of the two"
         )
 
 

@@ -76,9 +76,8 @@ def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
     """
     if others.sampling is not None:
         raise OptionError(
-            f"{FLAG} with {family.abilities.sampling_dit_option}: its workflow has the transformers that "
-            "learn, and "
-            "samples are made with another one. Leave out one of the two"
+            f"{FLAG} with {family.abilities.sampling_dit_option}: its workflow has the trained "
+            "transformers, but samples are made with another one. Leave out one of the two"
         )
     if not family.abilities.has_comfy_nodes:
         raise OptionError(
@@ -87,7 +86,7 @@ def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
     try:
         return cast("HasComfyNodes", family).comfy_model()
     except OptionError as error:
-        raise OptionError(f"{FLAG}: of the nodes of ComfyUI, {error}. Leave it out") from None
+        raise OptionError(f"{FLAG}: for ComfyUI's nodes, {error}. Leave it out") from None
 
 
 def plan_workflows(plan: PlannedRun) -> "Workflows":

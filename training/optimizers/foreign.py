@@ -57,14 +57,15 @@ def renumber(
         raise RenumberingError("in which order that program numbers the layers of this network is not known")
     if not fitting:
         raise RenumberingError(
-            "it is of other tensors. Use the --optimizer_type, --network_args and learning rates of that run"
+            "it belongs to different tensors. Use the --optimizer_type, --network_args and learning rates of "
+            "that run"
         )
     # several orders may fit, because layers have equal shapes: they must give each parameter the same state
     numberings = []
     for renumbered in fitting:
         numberings.append({number: id(moments) for number, moments in renumbered["state"].items()})
     if any(numbering != numberings[0] for numbering in numberings):
-        raise RenumberingError("in which order that program numbers the factors of a layer is not known")
+        raise RenumberingError("the order in which that program numbers the factors of a layer is unknown")
     return fitting[0]
 
 

@@ -113,7 +113,7 @@ def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
         )
     for key in arguments.keys() - {"step_rules"}:
         if not isinstance(arguments[key], (int, float)) or not abs(arguments[key]) < LARGEST_ARGUMENT:
-            raise OptionError(f"--lr_scheduler_args {key}={arguments[key]}: give a number, as {key}=1")
+            raise OptionError(f"--lr_scheduler_args {key}={arguments[key]}: give a number, such as {key}=1")
 
 
 def count_steps(steps: int | float, total_steps: int) -> int:
@@ -349,7 +349,7 @@ LrSchedule = CurveSchedule | ImportedSchedule | OptimizerRates
 
 def _explain_other_schedule(name: str) -> str:
     return (
-        f"the saved learning-rate schedule is of another kind than {name}: use --lr_scheduler and "
+        f"the saved learning-rate schedule is of a different kind than {name}: use --lr_scheduler and "
         "--lr_scheduler_type of that run"
     )
 
@@ -372,14 +372,14 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
     )
     if scheduler_class is ReduceLROnPlateau:
         raise OptionError(
-            "--lr_scheduler_type ReduceLROnPlateau: needs a value after each epoch; use a curve that "
+            "--lr_scheduler_type ReduceLROnPlateau needs a value after each epoch; use a curve that "
             "depends on the step alone"
         )
     # a function is rejected, because it could do anything with the arguments
     if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, LRScheduler):
         raise OptionError(
             f"--lr_scheduler_type {type_name}: is not a learning-rate scheduler. Give a subclass of "
-            "torch.optim.lr_scheduler.LRScheduler, as CosineAnnealingLR, or leave it out and use "
+            "torch.optim.lr_scheduler.LRScheduler, such as CosineAnnealingLR, or leave it out and use "
             "--lr_scheduler."
         )
     check_arguments("--lr_scheduler_args", scheduler_class, options.arguments(), {"optimizer"})

@@ -186,10 +186,10 @@ def check_arguments(
         if key in names:
             continue
         if key == "lr":
-            raise OptionError(f"{option} lr: give the learning rate to --learning_rate")
+            raise OptionError(f"{option} lr: set the learning rate with --learning_rate")
         raise OptionError(
             f"{option} {key}={value}: {getattr(target_class, '__name__', target_class)} has no such argument."
-            f"{did_you_mean(key, names)} Use some of {', '.join(names)}."
+            f"{did_you_mean(key, names)} The arguments are: {', '.join(names)}."
         )
 
 
@@ -228,11 +228,12 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise OptionError(
             f"--optimizer_type {name}: is not an optimizer class. Give a subclass of torch.optim.Optimizer, "
-            "as AdamW"
+            "such as AdamW"
         )
     if optimizer_class.__name__ in UNUSABLE:
         raise OptionError(
-            f"--optimizer_type {name}: {UNUSABLE[optimizer_class.__name__]}. Use another optimizer, as AdamW"
+            f"--optimizer_type {name}: {UNUSABLE[optimizer_class.__name__]}. Use another optimizer, such as "
+            "AdamW"
         )
     return optimizer_class
 
@@ -302,8 +303,8 @@ def _select_adafactor_arguments(
         return arguments, None
     if options.max_grad_norm != 0:
         logger.warning(
-            f"Adafactor clips by itself: --max_grad_norm {options.max_grad_norm} clips twice; 0 is usual "
-            "here."
+            f"Adafactor clips gradients itself: --max_grad_norm {options.max_grad_norm} clips them twice; 0 "
+            "is usual here."
         )
     if arguments.get("clip_threshold", 1.0) != 1.0:
         logger.warning("Adafactor: clip_threshold=1.0 is usual.")
@@ -441,7 +442,7 @@ def _require_equal_names(saved_groups: Sequence[Sequence[str]], groups: Sequence
     missing = ", ".join(sorted(saved_names - names)[:3]) or "none"
     new = ", ".join(sorted(names - saved_names)[:3]) or "none"
     raise CheckpointError(
-        f"the saved optimizer state belongs to other parameters (only in the state: {missing}; only in "
+        f"the saved optimizer state belongs to different parameters (only in the state: {missing}; only in "
         f"this run: {new}; in groups of {[*map(len, saved_groups)]} there and {[*map(len, groups)]} here).\n"
         "  Use the network options, or --trainable_modules, of the run that made it, or start a new run "
         "from what was trained"

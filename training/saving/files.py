@@ -366,8 +366,8 @@ def _move_or_copy(entry: Path, target: Path, folder: Path, keeps_original: bool)
             _copy(entry, target)
     except OSError as error:
         raise OutputError(
-            f"{entry} cannot be moved to {folder}: {error.strerror or error}. Close the programs that "
-            "show it, or give another --output_name, or --overwrite."
+            f"{entry} cannot be moved to {folder}: {error.strerror or error}. Close any program that "
+            "has it open, give another --output_name, or use --overwrite."
         ) from error
 
 

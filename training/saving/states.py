@@ -153,7 +153,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         similar_names = ""
         advice = ""
         if folder.is_file():
-            error = "a file, and a state is a folder"
+            error = "it is a file, but a state is a folder"
             advice = f" To begin with the trained weights, give {FRESH_START}."
         else:
             similar_names = explain_missing(folder)
@@ -239,7 +239,7 @@ def to_builtin_types(value: Any, name: str) -> Any:
         return value.item()
     raise OptionError(
         f"the optimizer keeps a {type(value).__name__} in {name}, which cannot be saved.\n"
-        "  Leave out --save_state, or use another --optimizer_type."
+        "  Leave out --save_state, or use a different --optimizer_type."
     )
 
 
@@ -278,7 +278,7 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     misshaped = [name for name in common if weights[name].shape != tensors[name].shape]
     if missing or unexpected or misshaped:
         raise CheckpointError(
-            f"it holds another network: {len(missing)} tensors missing {missing[:2]}, "
+            f"it contains another network: {len(missing)} tensors missing {missing[:2]}, "
             f"{len(unexpected)} unexpected "
             f"{unexpected[:2]}, {len(misshaped)} of another shape {sorted(misshaped)[:2]}.\n"
             "  Use --network_module, --network_dim and --network_args, or the --dit, of the run that saved "
@@ -295,7 +295,7 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         is_wide = tensor.is_floating_point() and tensor.element_size() > 1
         if is_wide and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name} holds values that are NaN or infinite.\n  {REMEDY}")
+            raise CheckpointError(f"{name} contains values that are NaN or infinite.\n  {REMEDY}")
 
 
 def shorten_value(value: Any) -> str:

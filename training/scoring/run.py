@@ -144,7 +144,7 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
     rows = run.list_samples()
     if not rows:
         raise NothingFoundError(
-            f"{run.history}: the run has no samples that could be scored. Train with --sample_prompts "
+            f"{run.history}: the run has no samples to score. Train with --sample_prompts "
             "prompts.txt --sample_every_n_steps 200, at the steps that are saved."
         )
     dataset = _find_dataset(options, run)
@@ -296,7 +296,7 @@ def open_run(path: Path) -> ScoredRun:
     try:
         session = read_session(history_path)
         if session is None:
-            raise OptionError(f"{history_path}: this is not the history of a training")
+            raise OptionError(f"{history_path}: this is not the history of a training run")
         run_history = read_history(history_path, session)
     except OSError as error:
         raise OptionError(f"{history_path} cannot be read: {error.strerror or error}") from None

@@ -73,7 +73,7 @@ def test_an_object_is_found_in_what_models_say_around_it(answer: str, tmp_path: 
 @pytest.mark.parametrize(
     ("wrong", "fault"),
     [
-        ("a red square", "holds no JSON object"),
+        ("a red square", "contains no JSON object"),
         ('{"short_description": "a red', "raise --max_new_tokens"),
         ('{"short_description": "a", "objects": [}', "it is no JSON"),
         ('{"objects": []}', "short_description is missing"),

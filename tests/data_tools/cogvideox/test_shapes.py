@@ -161,7 +161,7 @@ class Harmful:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (Harmful(), "holds program code in addition to its tensors and is refused"),
+        (Harmful(), "contains program code in addition to its tensors and is refused"),
         (b"no file of torch", r"video_latents.00001\.pt"),
         ({"latents": torch.zeros(1)}, "holds dict, not a tensor"),
         (torch.zeros(32, 4, 4), "holds 32x4x4 of torch.float32, not moments"),

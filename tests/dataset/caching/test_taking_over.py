@@ -139,7 +139,7 @@ def test_training_names_caches_of_another_model_and_what_takes_them_over(tmp_pat
     assert_one_message(
         code,
         said,
-        "_f2k4b_te.safetensors holds what the text encoder of another model made of the caption",
+        "_f2k4b_te.safetensors contains what the text encoder of another model made of the caption",
     )
     assert "moss_image_cache_text_encoder_outputs.py" in said
 

@@ -278,7 +278,7 @@ def test_a_cut_tar_gives_what_is_before_the_cut_wherever_it_is(tmp_path: Path) -
 
 def test_a_damaged_picture_is_called_by_its_place_in_the_tar(tmp_path: Path) -> None:
     (one,), _ = listed(tmp_path, write_tar(tmp_path / "t.tar", {"x/1.png": b"no picture"}))
-    with pytest.raises(MediaError, match=r"t.tar.x.1.png is no image"):
+    with pytest.raises(MediaError, match=r"t.tar.x.1.png is not an image"):
         decode_source(one, 16.0)
 
 

@@ -66,10 +66,10 @@ def test_all_media_that_are_read_keep_their_ending() -> None:
 def test_what_is_no_media_is_not_kept(content: bytes, tmp_path: Path, site: Site) -> None:
     (site.folder / "cat.png").write_bytes(content)
     with pytest.raises(
-        MediaError, match=r"/cat.png: it is no picture, clip or sound .* Nothing of it is kept"
+        MediaError, match=r"/cat.png: it is not a picture, clip or sound .* Nothing of it is kept"
     ):
         download(f"{site.url}/cat.png", tmp_path / "kept" / "cat.png", check=check_media)
-    with pytest.raises(MediaError, match="it is no tar"):
+    with pytest.raises(MediaError, match="it is not a tar"):
         download(f"{site.url}/cat.png", tmp_path / "kept" / "a.tar", check=check_tar)
     assert not [*(tmp_path / "kept").iterdir()]
 

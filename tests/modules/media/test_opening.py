@@ -101,7 +101,7 @@ def test_a_picture_that_is_a_program_is_no_picture(tmp_path: Path) -> None:
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n"
     (tmp_path / "picture.png").write_bytes(postscript)
 
-    with pytest.raises(MediaError, match=r"picture\.png is no image that can be read"):
+    with pytest.raises(MediaError, match=r"picture\.png is not an image that can be read"):
         image_size(tmp_path / "picture.png")
 
 

@@ -181,7 +181,7 @@ def test_files_that_are_no_detectors_are_named_as_what_they_are(tmp_path: Path) 
 
     for name, write, said in (
         ("taehv.pth", write_taehv, "not a detector of faces"),
-        ("text.onnx", lambda path: path.write_text("hello, this is no model"), "is no ONNX file"),
+        ("text.onnx", lambda path: path.write_text("hello, this is not a model"), "is no ONNX file"),
         ("empty.onnx", lambda path: path.touch(), "is no ONNX file"),
         ("page.pth", lambda path: path.write_text("<html><body>log in"), "is a web page"),
         ("gone.onnx", lambda path: path, "there is no such file"),

@@ -342,7 +342,7 @@ def test_options_that_all_tables_replace_are_named(tmp_path: Path) -> None:
     assert list_unused_options(alone, takes_guidance=True, shifts_table=False, tables=tables) == []
     (line,) = list_unused_options(alone, takes_guidance=True, shifts_table=False)
     assert line == (
-        "--preserve_distribution_shape has no effect: there is neither --min_timestep nor --max_timestep."
+        "--preserve_distribution_shape has no effect: neither --min_timestep nor --max_timestep is set."
     )
 
 
