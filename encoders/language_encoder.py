@@ -95,7 +95,7 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
         return files.read(file)
     for part in (file, merges):
         files.check_bytes(part)
-    with files.explain(file):
+    with files.convert_errors(file):
         tokenizer = Tokenizer(models.BPE.from_file(str(file), str(merges)))
     # vocab.json and merges.txt lack these settings, which a tokenizer.json contains
     tokenizer.normalizer = normalizers.NFC()

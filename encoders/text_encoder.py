@@ -210,7 +210,7 @@ class TokenizerSource:
     def _use_json(self, tokenizer: Tokenizer, file: Path) -> TextTokenizer:
         """Return the tokenizer of a tokenizer.json, with a begin token if one is configured."""
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
-        with self.files.explain(file):
+        with self.files.convert_errors(file):
             # the ids of an empty text are those that the tokenizer itself adds
             empty: list[int] = tokenizer.encode("").ids
             tokenizer.encode("a b")  # a tokenizer that fails for every text raises its error here
@@ -223,7 +223,7 @@ class TokenizerSource:
             )
 
         def read(text: str) -> Tokens:
-            with self.files.explain(file):
+            with self.files.convert_errors(file):
                 encoded = tokenizer.encode(text, add_special_tokens=self.adds_own)
             # char_spans: the characters that each token stands for; None for special tokens
             char_spans: list[CharSpan] = [None] * len(added_begin)
@@ -254,7 +254,7 @@ class TokenizerSource:
             )
 
         def read(text: str) -> Tokens:
-            with self.files.explain(origin):
+            with self.files.convert_errors(origin):
                 ids: list[int] = processor.encode(text)
                 surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
             # the pieces cover the text without gaps; only white space at its start may be dropped

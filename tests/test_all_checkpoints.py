@@ -316,7 +316,9 @@ def test_quantised_files_are_called_so_before_any_size_is_judged(
     state = packed(load_file(kind.write(tmp_path, kind.state())), form, marks)
     save_file(state, tmp_path / "packed.safetensors")
 
-    message = "in the unknown form 'int3'; those known are .*nvfp4" if marks else rf"not supported \({form}"
+    message = (
+        "has the unknown format 'int3'; known formats are .*nvfp4" if marks else rf"not supported \({form}"
+    )
     with pytest.raises(CheckpointError, match=message):
         read_once(tmp_path / "packed.safetensors", kind.checkpoints.read_dit_header)
 

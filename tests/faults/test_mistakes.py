@@ -140,7 +140,7 @@ FILES = (
     wrong(
         GENERATIONS,
         "--lora_weight model/dit.safetensors",
-        "is no LoRA for a video or image model",
+        "is not a LoRA for a video or image model",
         "Give a LoRA",
     ),
     wrong(GENERATIONS, "--lora_weight BAD/other_lora.safetensors", "is not known", "Give the file"),
@@ -180,11 +180,13 @@ FILES = (
     wrong((HV_TRAIN, FP_TRAIN), SAMPLED, "--text_encoder1 is missing", without=["--text_encoder1"]),
     wrong(FP_TRAIN, SAMPLED, "--image_encoder is missing", without=["--image_encoder"]),
     wrong(
-        NETWORK_TRAININGS, "--network_weights model/dit.safetensors", "is no LoRA for a video or image model"
+        NETWORK_TRAININGS,
+        "--network_weights model/dit.safetensors",
+        "is not a LoRA for a video or image model",
     ),
     wrong(NETWORK_TRAININGS, "--network_weights BAD/other_lora.safetensors", "is not known", "Give the file"),
     wrong(NETWORK_TRAININGS, "--sample_lora BAD/other_lora.safetensors", "is not known", "Give the file"),
-    wrong(TRAININGS, "--sample_lora model/dit.safetensors", "is no LoRA for a video or image model"),
+    wrong(TRAININGS, "--sample_lora model/dit.safetensors", "is not a LoRA for a video or image model"),
     wrong(NETWORK_TRAININGS, "--network_module networks.lokr --network_args factor=0", "factor=0"),
     wrong(NETWORK_TRAININGS, "--network_module networks.loha --network_dropout 0.1", "for LoRAs only"),
     wrong(NETWORK_TRAININGS, "--network_module networks.oft --network_args rank_dropout=0.1", "has no ranks"),
