@@ -202,10 +202,12 @@ class Anima(ModelOfImages):
 
     # generation
 
-    def keep_media(self, request: Request, who: str) -> Request:
+    def keep_media(self, request: Request, model_name: str) -> Request:
         """Return the request without unused media; training a ControlNet-LLLite uses the control image."""
-        sees = self.custom_network is not None
-        return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
+        is_controlled = self.custom_network is not None
+        return control_pictures.keep_control(
+            request, super().keep_media, model_name, takes_control=is_controlled
+        )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Return the pixels of the control image, and its mask, for a ControlNet-LLLite.

@@ -124,7 +124,7 @@ class AttachedLllite(AnimaLllite):
 def _check_layer(name: str, layer: Any, width: int, path: Path | None) -> None:
     """Raise CheckpointError unless a transformer's layer exists and has inputs of this width."""
     if layer is None or layer.in_features != width:
-        has = "has no such layer" if layer is None else f"takes {layer.in_features} there"
+        has = "has no such layer" if layer is None else f"takes {layer.in_features} channels in this layer"
         raise CheckpointError(
             f"{path} does not fit the transformer: it is made for {name.removeprefix(PREFIX)} with "
             f"inputs of {width} numbers, and the model {has}. Give {LLLITE_FILES} for this model.",
@@ -372,7 +372,8 @@ def _check_start(options: AnimaLlliteTrainingOptions) -> None:
     for name, (of_options, of_file) in sizes.items():
         if of_options != of_file:
             raise OptionError(
-                f"--{name} is {of_options}, {path} has {of_file}, with which it is trained on. Give the same"
+                f"--{name} is {of_options}, but {path}, whose training continues, has {of_file}. Give the "
+                "same"
             )
 
 

@@ -116,7 +116,7 @@ class AnimaAttention(nn.Module):
         return run_in_weight_dtype(self.output_proj, attended.flatten(2))
 
     def attend_text(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
-        """Return the cross-attention, B L C, of image tokens to all text rows, including rows of zeros."""
+        """Return the cross-attention, B L C, of image tokens to all text tokens, including zero padding."""
         query = self.query(x)
         of_texts = []
         for text, repeats in tokens.text_tokens:
@@ -289,7 +289,7 @@ class AnimaModel(BlockNetwork):
         tokens = AnimaTokens(
             grid,
             rotary=self._rotary.get_table(grid, noisy.device),
-            text_tokens=tuple(self._read_text(dtype, **prompt) for prompt in prompts),
+            text_tokens=tuple(self._embed_prompt(dtype, **prompt) for prompt in prompts),
             time=functional.silu(time.float()),
             shifts=self.t_embedder[1](waves),
             dtype=dtype,
@@ -310,21 +310,25 @@ class AnimaModel(BlockNetwork):
         if noisy.shape[-2] % PATCH or noisy.shape[-1] % PATCH:
             raise ValueError(f"latents of {tuple(noisy.shape[-2:])} cannot be cut into patches of {PATCH}")
 
-    def _read_text(
+    def _embed_prompt(
         self, dtype: torch.dtype, states: Tensor, states_mask: Tensor, ids: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Return a text's rows from the LLM adapter, B T context_dim, and repetitions of the padding row."""
-        rows = embed_prompts(
+        """Embed prompts with the LLM adapter, padded to TEXT_ROWS tokens; arguments as in `embed`.
+
+        Returns the embeddings, B T context_dim, and the number of tokens that each of the T stands for, T;
+        None if each stands for itself. On a CPU all padding may be stored as one token (`pad_texts`).
+        """
+        embeddings = embed_prompts(
             self.llm_adapter,
             states,
             count_real(states_mask),
             ids=ids,
             weights=weights,
-            rows=TEXT_ROWS,
+            max_tokens=TEXT_ROWS,
             attention=self.attention,
         )
-        text, repeats = pad_texts(rows, TEXT_ROWS, self.attention)
-        return text.to(dtype), repeats
+        padded, repeats = pad_texts(embeddings, TEXT_ROWS, self.attention)
+        return padded.to(dtype), repeats
 
     def unembed(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
         """Turn tokens B L C into the velocity, B Z 1 H W in float32."""

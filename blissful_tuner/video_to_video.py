@@ -64,8 +64,8 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
         return request
     if request.frames not in (None, 1):
         raise OptionError(
-            f"{option_text} and --video_length {request.frames}: one image is made from one image. Give "
-            "--video_length 1, or a video to --video_path"
+            f"{option_text} and --video_length {request.frames}: the result of an image is a single image. "
+            "Give --video_length 1, or a video to --video_path"
         )
     return replace(request, frames=1)
 

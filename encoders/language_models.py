@@ -39,14 +39,14 @@ logger = logging.getLogger(__name__)
 
 SPEC = DitSpec(block_lists=("layers",))
 WORKING = 3 << 29  # bytes needed in addition to the weights, for prompts of normal length
-Q_ROWS = "self_attn.q_proj.weight"
+Q_PROJ = "self_attn.q_proj.weight"
 # tensors of a layer that distinguish the models
 Q_BIAS = "self_attn.q_proj.bias"  # Qwen2.5
 Q_NORM = "self_attn.q_norm.weight"  # Qwen3 and Gemma
 FEED_NORM = "pre_feedforward_layernorm.weight"  # Gemma
 SCALAR = "layer_scalar"  # Gemma 4
 LINEAR = "linear_attn.A_log"  # Qwen3.5, most of whose layers are Gated DeltaNets
-_MARKS = (Q_BIAS, Q_NORM, FEED_NORM, SCALAR, LINEAR)
+_DISTINGUISHING_TENSORS = (Q_BIAS, Q_NORM, FEED_NORM, SCALAR, LINEAR)
 # position embeddings of the vision tower; only they distinguish Qwen3-VL from Qwen3
 TOWER_POSITIONS = f"visual.{POSITIONS}"
 # beginnings of names in other parts of the same model
@@ -104,9 +104,7 @@ class LanguageModel:
         [Mapping[str, Any], int, int, Mapping[str, tuple[int, ...]]], Mapping[str, Any]
     ] = lambda *_: {}
     config_key: str = ""  # metadata key under which its file may contain a config.json; "": none
-    min_transformers: str = (
-        ""  # first version of transformers with its classes; "": all supported versions have them
-    )
+    min_transformers: str = ""  # first version of transformers with its classes; "": all supported ones
     first_attention_layer: int = 0  # first layer with attention; its tensors show the number of heads
     partial_rotary_factor: float = 1.0  # fraction of a head's channels with rotary embedding
     query_chunks: int = 1  # 2: the query projection also has gates of the same size
@@ -288,9 +286,12 @@ def read_language_model(
     """
     path = checkpoint.path
     layer = f"layers.{model.first_attention_layer}."  # prefix of a layer with attention
-    network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_ROWS}", OTHER_TENSORS)
+    network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_PROJ}", OTHER_TENSORS)
     # tensors that only some models have, such as biases and norms, tell the models apart
-    if network is None or model.distinguishing_tensors != _list_marks(network, checkpoint, layer):
+    if (
+        network is None
+        or _list_distinguishing_tensors(network, checkpoint, layer) != model.distinguishing_tensors
+    ):
         raise make_wrong_kind_error(checkpoint, model.what, model.option, model.files)
     sources = list_tensor_sources(network)
     wrong_sizes = CheckpointError(
@@ -302,7 +303,7 @@ def read_language_model(
     states = states or all_states(all_layers)
     num_layers = _count_layers_before(states[-1], all_layers, path, model)  # only these are loaded
     vocabulary, dim = shape("embed_tokens.weight", 2)
-    query_rows = shape(f"{layer}{Q_ROWS}", 2)[0] // model.query_chunks
+    query_rows = shape(f"{layer}{Q_PROJ}", 2)[0] // model.query_chunks
     key_rows = shape(f"{layer}self_attn.k_proj.weight", 2)[0]
     # settings that the shapes do not show, from a config.json if there is one
     config_json = read_network_config(
@@ -407,17 +408,17 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
     )
 
 
-def _list_marks(network: Checkpoint, file: Checkpoint, layer: str) -> tuple[str, ...]:
+def _list_distinguishing_tensors(network: Checkpoint, file: Checkpoint, layer: str) -> tuple[str, ...]:
     """Return the names of the tensors in a file that distinguish the supported language models.
 
     `layer` is the prefix of the first layer with attention; models with LINEAR have no attention in layer 0.
     """
-    marks = [mark for mark in _MARKS if f"{layer}{mark}" in network.tensors]
+    found = [tensor for tensor in _DISTINGUISHING_TENSORS if f"{layer}{tensor}" in network.tensors]
     if f"layers.0.{LINEAR}" in network.tensors:
-        return (*marks, LINEAR)  # only one model has it, so the vision tower need not be looked up
+        return (*found, LINEAR)  # only one model has it, so the vision tower need not be looked up
     if any(name.endswith(TOWER_POSITIONS) for name in file.tensors):
-        marks.append(TOWER_POSITIONS)
-    return tuple(marks)
+        found.append(TOWER_POSITIONS)
+    return tuple(found)
 
 
 def _read_config_constants(

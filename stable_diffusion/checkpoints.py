@@ -365,7 +365,7 @@ class _BandedConv2d:
     num_bands: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the convolution of x, B C H W."""
+        """Return the convolution of x, B C H W, computed band by band into one result tensor."""
         conv = self.conv
         pad_rows, pad_columns = (int(size) for size in conv.padding)  # number of zeros on each side
         num_rows = (x.shape[2] + 2 * pad_rows - conv.kernel_size[0]) // conv.stride[0] + 1  # of the result

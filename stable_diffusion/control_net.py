@@ -95,19 +95,20 @@ class ControlNets:
 
         Args:
             index: Index of the ControlNet.
-            call: The U-Net call; its row r belongs to image r modulo B.
+            call: The U-Net call; its rows are the passes of guidance, each with all B images.
             guides: Guide images of this ControlNet, B 3 H W.
-            num_parts: Number of parts of the prompt, whose text states are concatenated.
+            num_parts: Number of parts of the prompt (texts between AND), whose text states are concatenated.
         """
         network = self._networks[index]
         dtype = self._model.dtype
         num_rows = len(call.sample)
         part_length = call.context.shape[1] // num_parts
+        last_part = call.context[:, -part_length:]
         down, middle = network(
             # without the channels of mask and masked image
             call.sample[:, : network.config.in_channels].to(dtype),
             torch.full((), call.timestep, dtype=torch.float32, device=call.sample.device),
-            encoder_hidden_states=call.context[:, -part_length:].to(dtype),  # the last part
+            encoder_hidden_states=last_part.to(dtype),
             controlnet_cond=guides.repeat(num_rows // len(guides), 1, 1, 1),
             conditioning_scale=self._uses[index].multiplier,
             added_cond_kwargs=dict(call.added),

@@ -364,7 +364,7 @@ def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
             negative = metadata.get("negative-prompt", "")
             lines.append(Line(path.name, metadata["prompt"], negative, image_number=index))
         else:
-            logger.warning("%s is left out because its metadata have no prompt", path)
+            logger.warning("%s is skipped because its metadata contains no prompt", path)
     if not lines:
         raise OptionError(
             "There is no prompt, and the pictures of --image_path have none in their metadata. Give --prompt "
@@ -395,7 +395,7 @@ def import_prompter(name: str) -> ModuleType:
             why = f"{type(error).__name__}: {error}. Fix it, or use --from_file"
             raise OptionError(f"--from_module {name} cannot be imported: {why}") from error
     else:
-        remedy = " Correct it, or use --from_file"
+        remedy = " Fix it, or use --from_file"
         module = import_user_module("--from_module", name, "package.module, or FILE.py", remedy)
     if not callable(getattr(module, "get_prompter", None)):
         raise OptionError(

@@ -53,14 +53,10 @@ class Lllites:
             layers = []
             for name, module in network.named_children():
                 assert isinstance(module, LlliteModule)
-                layers.append(
-                    (
-                        find_layer(
-                            model.unet, name, dimensions=module.dimensions, path=use.path, option=OPTION
-                        ),
-                        module,
-                    )
+                layer = find_layer(
+                    model.unet, name, dimensions=module.dimensions, path=use.path, option=OPTION
                 )
+                layers.append((layer, module))
             self._layers.append(layers)
 
     @contextlib.contextmanager

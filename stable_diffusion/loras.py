@@ -244,21 +244,23 @@ def _add_layers(
     targets: Sequence[_LoraTarget], uses: Sequence[WeightedLora], model: Model
 ) -> AdjustableLoras:
     """Add layers of LoRAs next to those of the networks, the first of which is the U-Net."""
-    # for each network, for each LoRA: its added layers by module name
-    layers_by_target = [_attach_loras(target, uses, model) for target in targets]
-    for index, use in enumerate(uses):
-        added = [layer for by_lora in layers_by_target for layer in by_lora[index].values()]
-        _log_added(use, added)
+    layers_by_lora: list[list[LoraBranch]] = [[] for _ in uses]  # in all networks
+    unet_layers: list[dict[str, LoraBranch]] = []  # for each LoRA, by diffusers' module path
+    for target in targets:
+        attached = _attach_loras(target, uses, model)
+        for lora_layers, layers in zip(layers_by_lora, attached, strict=True):
+            lora_layers += layers.values()
+        if target is targets[0]:
+            for layers in attached:
+                unet_layers.append({layer.target.module_path: layer for layer in layers.values()})
+    for use, lora_layers in zip(uses, layers_by_lora, strict=True):
+        _log_added(use, lora_layers)
 
     def apply_strengths(multipliers: Multipliers) -> None:
-        for by_lora in layers_by_target:
-            for layers, multiplier in zip(by_lora, multipliers, strict=True):
-                for layer in layers.values():
-                    layer.multiplier = multiplier
+        for lora_layers, multiplier in zip(layers_by_lora, multipliers, strict=True):
+            for layer in lora_layers:
+                layer.multiplier = multiplier
 
-    unet_layers = [
-        {layer.target.module_path: layer for layer in layers.values()} for layers in layers_by_target[0]
-    ]
     defaults = tuple(use.multiplier for use in uses)
     return AdjustableLoras(defaults, apply_strengths, unet_layers)
 
@@ -273,11 +275,11 @@ def _merge(targets: Sequence[_LoraTarget], uses: Sequence[WeightedLora], roundin
             patch.check()
 
 
-def _log_added(use: WeightedLora, parts: Sequence[LoraBranch]) -> None:
+def _log_added(use: WeightedLora, layers: Sequence[LoraBranch]) -> None:
     """Log how many modules a LoRA changes, and how many of them are recomputed at each step."""
-    anew = sum(part.needs_full_matrix for part in parts)
+    anew = sum(layer.needs_full_matrix for layer in layers)
     hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
-    modules = format_count(len(parts), "module")
+    modules = format_count(len(layers), "module")
     logger.info(f"{use.lora.path}: added to {modules}, strength {use.multiplier:g}{hint}")
 
 
@@ -312,18 +314,18 @@ def _make_folding(
 def _attach_loras(
     target: _LoraTarget, uses: Sequence[WeightedLora], model: Model
 ) -> list[dict[str, LoraBranch]]:
-    """Attach each file's LoRA to a network; return the added layers of each file by module name."""
-    changeable = find_parameters(target.network, target.published_module)
-    files: list[dict[str, LoraBranch]] = []
+    """Attach LoRAs to a network; return the added layers of each LoRA by module name."""
+    parameters = find_parameters(target.network, target.published_module)
+    layers_by_lora: list[dict[str, LoraBranch]] = []
     for use in uses:
-        fitted = [fit_lora(part.lora, changeable, OPTION) for part in uses_for([use], target.prefix)]
-        parts: dict[str, LoraBranch] = {}
-        for name, delta in (fitted[0] if fitted else {}).items():
-            parts[name] = LoraBranch(changeable[name], delta, 1.0, use.lora.has_frozen_norms)
-        files.append(parts)
-    for layer in attach_branches(files, changeable):
+        layers: dict[str, LoraBranch] = {}
+        for part in uses_for([use], target.prefix):  # the LoRA's part for this network, if it has one
+            for name, delta in fit_lora(part.lora, parameters, OPTION).items():
+                layers[name] = LoraBranch(parameters[name], delta, 1.0, use.lora.has_frozen_norms)
+        layers_by_lora.append(layers)
+    for layer in attach_branches(layers_by_lora, parameters):
         layer.switch_on(model.device, model.dtype)
-    return files
+    return layers_by_lora
 
 
 def _as_json(metadata: Mapping[str, str]) -> str:

@@ -155,5 +155,5 @@ def _map_open_clip_layer(prefix: str, layer: int, source_layer: int) -> dict[str
 
 
 def _list_fused_weights(open_clip_name: str) -> list[str]:
-    """Return the names of the weights here that are fused into one of OpenCLIP's tensors."""
+    """Return the names of the CLIP weights that one of OpenCLIP's tensors contains, fused."""
     return [name for name, _ in open_clip_names(open_clip_name)]

@@ -73,10 +73,11 @@ def make_scheduler(
         settings["rescale_betas_zero_snr"] = True
     elif zero_terminal_snr:
         settings["trained_betas"] = _make_zero_snr_betas()
-    settings_of_some: dict[str, Any] = {"steps_offset": steps_offset, "clip_sample": False}
+    # settings that only some classes have
+    optional_settings: dict[str, Any] = {"steps_offset": steps_offset, "clip_sample": False}
     if zero_terminal_snr:
-        settings_of_some["timestep_spacing"] = "trailing"
-    for name, value in settings_of_some.items():
+        optional_settings["timestep_spacing"] = "trailing"
+    for name, value in optional_settings.items():
         if name in parameters:
             settings[name] = value
     with _no_warnings_to_developers():
@@ -114,7 +115,7 @@ def check_sampling(zero_terminal_snr: bool, predicts_velocity: bool) -> None:
     if zero_terminal_snr and not predicts_velocity:
         raise OptionError(
             "--zero_terminal_snr needs a model that predicts v, but this one predicts noise. Leave it out, "
-            "or add --v_parameterization if the model was trained so"
+            "or add --v_parameterization if the model was trained that way"
         )
 
 

@@ -253,7 +253,7 @@ def test_a_mask_belongs_to_a_file_for_inpainting(tmp_path: Path) -> None:
             check_mask(path, check_file(path, "--lllite_weights").config, mask)
     with pytest.raises(OptionError, match="is for masks, which control images of 3 channels lack"):
         options_of(lllite_inpaint_masked_input=True)
-    with pytest.raises(OptionError, match="--lllite_cond_in_channels is 3, .*4.safetensors has 4"):
+    with pytest.raises(OptionError, match="is 3, but .*4.safetensors, whose training continues, has 4"):
         describe_lllite(options_of(network_weights=tmp_path / "4.safetensors")).check()
     five = {**load_file(path), "lllite_conditioning1.conv1.weight": torch.zeros(12, 5, 4, 4)}
     save_file(five, tmp_path / "five.safetensors")

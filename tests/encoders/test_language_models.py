@@ -105,7 +105,7 @@ def expected(
     model: Any, encoder: LanguageModelEncoder, prompts: Sequence[str]
 ) -> list[tuple[Tensor, Tensor]]:
     """The joined states of the whole network, rows padded as the encoder's, and the masks."""
-    use, tokenizer = encoder.use, encoder._loaded.get()[1]
+    use, tokenizer = encoder.settings, encoder._loaded.get()[1]
     rows = [tokenizer.read(f"{use.before}{prompt}{use.after}").ids for prompt in prompts]
     dropped = encoder.count_template_tokens(tokenizer)
     length = max(map(len, rows)) if use.pad is None else dropped + use.maximum
@@ -200,7 +200,7 @@ def test_files_cut_behind_the_states_serve_and_shorter_ones_are_refused(tmp_path
 
     assert len(encoder.network.layers) == 3  # type: ignore[arg-type]
     assert_close(ours, expected(model, encoder, ["a rabbit"])[0][0])
-    with pytest.raises(CheckpointError, match=r"has only 3 layers, 4 are needed.*--text_encoder"):
+    with pytest.raises(CheckpointError, match=r"has only 3 layers, but 4 are needed.*--text_encoder"):
         load_language_model(path, QWEN3, CPU, torch.float32, (2, 4))
 
 
