@@ -284,7 +284,7 @@ def family_for_training(options: AnimaLearningOptions) -> Anima:
     if isinstance(options, AnimaFullTrainingOptions) and options.llm_adapter_lr is None:
         logger.warning(
             "the adapter is trained too, which the authors of %s advise against. Give --llm_adapter_lr 0 to "
-            "leave it as it is",
+            "keep it unchanged",
             NAME,
         )
     model = Anima(_make_files(options, options.qwen3), options)

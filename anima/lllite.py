@@ -197,8 +197,8 @@ def _shape_of(checkpoint: Checkpoint, name: str, axes: int) -> tuple[int, ...]:
     info = checkpoint.tensors.get(name)
     if info is None or len(info.shape) != axes or 0 in info.shape:
         raise CheckpointError(
-            f"{checkpoint.path} is not {MODEL_KIND} as known: {name} is missing or has another shape. "
-            "Copy or download it again.",
+            f"{checkpoint.path} is not {MODEL_KIND}, or is damaged: {name} is missing or has an unexpected "
+            "shape. Copy or download it again.",
             checkpoint.path,
         )
     return info.shape
@@ -211,7 +211,7 @@ def _read_dilations(checkpoint: Checkpoint) -> tuple[int, ...]:
     if all(1 <= dilation <= MAX_DILATION for dilation in dilations):
         return dilations
     raise CheckpointError(
-        f"{checkpoint.path} is not {MODEL_KIND} as known: lllite.aspp_dilations of its metadata is "
+        f"{checkpoint.path} is damaged: lllite.aspp_dilations in its metadata is "
         f"{shorten(stored, 60)!r}. Copy or download it again.",
         checkpoint.path,
     )
@@ -325,8 +325,8 @@ def _initial_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
 def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values: bool) -> AttachedLllite:
     """Build a ControlNet-LLLite for a transformer, and attach it.
 
-    With `with_values`, they get the weights of --network_weights. Raises CheckpointError if the file does not
-    fit.
+    With `with_values` it gets the weights of --network_weights, if given. Raises CheckpointError if the file
+    does not fit.
     """
     dropout = options.lllite_dropout or 0.0
     path = options.network_weights

@@ -23,6 +23,7 @@ from encoders.new_words import (
     GrowingEmbedding,
     ModelWord,
     NewWord,
+    WordEncoder,
     compile_words,
     select_vectors,
     takes_words,
@@ -314,8 +315,8 @@ class Inversion:
             if width != expected:
                 path = self.word_options.weights or self.word_options.lora
                 raise CheckpointError(
-                    f"{path}: its vectors {encoder.vector_keys[0]} have {width} numbers, this text encoder "
-                    f"takes {expected}. Give a file that was made for this model.",
+                    f"{path}: its vectors {encoder.vector_keys[0]} have width {width}, but this text encoder "
+                    f"takes width {expected}. Give a file that was made for this model.",
                     path,
                 )
 
@@ -374,18 +375,28 @@ def invert_encoders(word: WordToLearn, encoders: Sequence[TextEncoder]) -> Custo
         encoders: All text encoders of a model; those without this ability tokenize the word as text.
     """
     word_encoders = [encoder for encoder in encoders if takes_words(encoder)]
-
-    def read_vectors(path: Path, option: str) -> Mapping[str, Tensor] | None:
-        content = find_in_lora(path, word.text)
-        if content is None:
-            if word.weights is None:  # a LoRA to continue training from need not have the word
-                return None
-            content = read_embedding(path, option)
-        stored_word = ModelWord(word.text, content=content, source=path, option=option)
-        with quiet():  # `select_vectors` logs words that prompts may use
-            return select_vectors(stored_word, word_encoders)
-
     inverted = []
     for encoder in word_encoders:
         inverted.append(InvertedEncoder(encoder.word_keys[0], encoder.embedding, encoder.tokenize_word))
-    return Inversion(word, inverted, read_vectors).describe()
+    return Inversion(word, inverted, partial(_read_start_vectors, word, word_encoders)).describe()
+
+
+def _read_start_vectors(
+    word: WordToLearn, encoders: Sequence[WordEncoder], path: Path, option: str
+) -> Mapping[str, Tensor] | None:
+    """Return the vectors from which to train a word, by encoder; None if a LoRA does not contain it.
+
+    Args:
+        word: The word.
+        encoders: The text encoders.
+        path: An embedding file, or a LoRA file with embeddings of words.
+        option: Option that names the path, for messages.
+    """
+    content = find_in_lora(path, word.text)
+    if content is None and word.weights is None:  # the path is that of a LoRA to continue
+        return None
+    if content is None:
+        content = read_embedding(path, option)
+    stored_word = ModelWord(word.text, content=content, source=path, option=option)
+    with quiet():  # `select_vectors` logs words that prompts may use
+        return select_vectors(stored_word, encoders)

@@ -188,9 +188,9 @@ def _read_delta_layers(
     # q and k have the same number of rows; v has one head for each value of A_log
     key_rows = (shapes[f"{delta}in_proj_qkv.weight"][0] - value_heads * value_width) // 2
     if type(key_width) is not int or key_width < 1 or key_rows < key_width or key_rows % key_width:
-        raise ValueError(f"linear_key_head_dim {key_width} for {key_rows} rows of keys")
+        raise ValueError(f"linear_key_head_dim {key_width} for {key_rows} key rows")
     if value_heads % (key_rows // key_width):
-        raise ValueError(f"linear_key_head_dim {key_width} for {value_heads} heads of values")
+        raise ValueError(f"linear_key_head_dim {key_width} for {value_heads} value heads")
     kinds = []
     for index in range(num_layers):
         # other layers have attention to all tokens

@@ -21,7 +21,7 @@ from stable_diffusion.lines import (
     enumerates,
     expand,
     read_line,
-    split_seeds,
+    read_line_seeds,
 )
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import check_regions, split_parts
@@ -129,7 +129,7 @@ class RequestBuilder:
         if line.is_from_metadata:  # in the metadata of an image, options and variants are not parsed
             seeds = self.seeds.for_line(None)
             return [(next(seeds), line.text) for _ in range(count)]
-        line_seeds = split_seeds(line.text)
+        line_seeds = read_line_seeds(line.text)
         seeds = self.seeds.for_line(line_seeds)
         has_all_variants = enumerates(line.text)  # `{e$$...}`: an image of each variant, all with one seed
         num_used = 1 if has_all_variants else count
@@ -165,7 +165,7 @@ class RequestBuilder:
             _check_has_parts(num_parts)
         if values.get("clip_prompt") and not self.options.guides.clip_guidance_scale:
             logger.warning(
-                "--c is only noted in the file: without --clip_guidance_scale CLIP does not read it"
+                "--c is only recorded in the file: without --clip_guidance_scale CLIP does not read it"
             )
         settings = resolve_settings(self.options, values, self.kind, image)
         return RequestedImage(
@@ -196,7 +196,7 @@ def check_line(options: GenImgOptions, line: Line) -> None:
     """Raise OptionError if a line has errors that can be found without a model."""
     if line.is_from_metadata:  # without options and variants
         return
-    split_seeds(line.text)  # raises if a seed is not a number
+    read_line_seeds(line.text)  # raises if a seed is not a number
     any_variant = expand(line.text, Random(0))[0]  # all variants have the same options
     values = read_line(any_variant, line.label)
     num_parts = len(split_parts(values["prompt"]))

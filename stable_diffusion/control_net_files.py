@@ -223,8 +223,8 @@ def _read_config(
 ) -> dict[str, Any]:
     """Return the configuration of ControlNetModel: sizes from the file, the rest from the U-Net."""
     unknown_sizes = CheckpointError(
-        f"{checkpoint.path} is not a ControlNet that is known: the sizes of its tensors are those of no "
-        f"such network. Give {EXPECTED_FILE} to {OPTION}.",
+        f"{checkpoint.path} is not a ControlNet of a supported kind: its tensors have unexpected sizes. "
+        f"Give {EXPECTED_FILE} to {OPTION}.",
         checkpoint.path,
     )
     # returns the shape of a tensor; raises `unknown_sizes` if the tensor is missing

@@ -351,7 +351,7 @@ class StableDiffusion(ModelOfImages):
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Return the conditions of a request's images, for inpainting or for a trained control network."""
         if self.inpaints:
-            return {0: self._encode_painted(encoders, prepared)}
+            return {0: self._encode_for_inpainting(encoders, prepared)}
         return {0: {} if self._control_network is None else control_pictures.sample_controls(prepared)}
 
     # inpainting
@@ -378,7 +378,7 @@ class StableDiffusion(ModelOfImages):
         """Return whether a request must encode images before denoising, as for inpainting models."""
         return self.inpaints or super().needs_media(prepared)
 
-    def _encode_painted(self, encoders: MediaEncoders, prepared: Prepared) -> Conditions:
+    def _encode_for_inpainting(self, encoders: MediaEncoders, prepared: Prepared) -> Conditions:
         """Encode the image to repaint and its mask as conditions, in the same way as gen_img.py."""
         generator = torch.Generator().manual_seed(prepared.seed)
         shape = self.latent.shape(1, prepared.height, prepared.width)
@@ -722,7 +722,7 @@ class StableDiffusion(ModelOfImages):
             height, width = prepared.height, prepared.width
             # original size, crop offset and target size
             conditions[SIZES] = torch.tensor([(height, width, 0, 0, height, width)], dtype=torch.float32)
-        first_sample = solver.seen(0)  # the start noise, scaled for the U-Net's first call
+        first_sample = solver.scaled_sample(0)  # the start noise, scaled for the U-Net's first call
         section = prompts[0].section(first_sample, conditions)
         denoised_latents = yield replace(section, solver=solver)
         return denoised_latents
@@ -754,7 +754,7 @@ class StableDiffusion(ModelOfImages):
             draw()  # skip the posterior that `encode_source` samples
         noise = draw()[None, :, None]
         if self.inpaints:
-            draw()  # skip the posterior that `_encode_painted` samples
+            draw()  # skip the posterior that `_encode_for_inpainting` samples
         return ScaledSolver(
             solver,
             noise * solver.noise_level,
@@ -868,7 +868,7 @@ def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
 
 
 def with_control_net(
-    model: StableDiffusion, path: Path | None, new_layers_lr: float | None, checkpoints: bool
+    model: StableDiffusion, path: Path | None, new_layers_lr: float | None, gradient_checkpointing: bool
 ) -> StableDiffusion:
     """Return the model for training a ControlNet.
 
@@ -876,7 +876,7 @@ def with_control_net(
         model: The model.
         path: File to start from; None copies the U-Net.
         new_layers_lr: Learning rate of the layers that the U-Net does not have; None uses the common rate.
-        checkpoints: Whether to use gradient checkpointing.
+        gradient_checkpointing: Whether to use gradient checkpointing.
     """
     from stable_diffusion.control_net_learning import MODULE, describe_control_net  # only to train one
 
@@ -885,7 +885,7 @@ def with_control_net(
         model.files,
         path=path,
         new_layers_lr=new_layers_lr,
-        checkpoints=checkpoints,
+        gradient_checkpointing=gradient_checkpointing,
     )
     return replace(model, custom_network=network, lora_module=MODULE)
 

@@ -218,8 +218,8 @@ def _read_dimensions(checkpoint: Checkpoint, name: str) -> LlliteDimensions:
         info = tensors.get(f"{name}.{ending}")
         if info is None or len(info.shape) not in axes or 0 in info.shape:
             raise CheckpointError(
-                f"{checkpoint.path} is not {A_LLLITE} as known: {name}.{ending} is missing or has another "
-                "shape. Copy or download it again.",
+                f"{checkpoint.path} is not {A_LLLITE}, or is damaged: {name}.{ending} is missing or has an "
+                "unexpected shape. Copy or download it again.",
                 checkpoint.path,
             )
         return info.shape

@@ -268,10 +268,10 @@ class ScaledSolver:
         """
         first = self.solver.first_index
         if self.from_noise:
-            return self.seen(first), first
+            return self.scaled_sample(first), first
         noisy = self.solver.add_noise(first, clean.squeeze(2), self.noise.to(clean).squeeze(2))
         self.sample = noisy.unsqueeze(2)
-        return self.seen(first), first
+        return self.scaled_sample(first), first
 
     def clean(self, sigma: float, noisy: Tensor, output: Tensor) -> Tensor:
         """Predict the clean latents from the U-Net's output at a noise level.
@@ -284,7 +284,7 @@ class ScaledSolver:
         share = max(1 - sigma**2, MIN_SHARE) ** 0.5  # fraction of data in the sample
         return share * noisy - sigma * output if self.predicts_v else (noisy - sigma * output) / share
 
-    def seen(self, index: int) -> Tensor:
+    def scaled_sample(self, index: int) -> Tensor:
         """Return the current sample, 1 4 1 h w, scaled as the U-Net's input at an index of the schedule."""
         return self.solver.model_input(index, self.sample.squeeze(2)).unsqueeze(2)
 
@@ -292,7 +292,7 @@ class ScaledSolver:
         """Take one step; return the next sample scaled for the U-Net or, after the last step, the result."""
         del sample  # scaled for the U-Net; the scheduler needs the unscaled one
         self.sample = self.solver.step(index, velocity, self.sample.to(velocity.device))
-        return self.seen(index + 1) if index + 1 < self.schedule.num_steps else self.sample
+        return self.scaled_sample(index + 1) if index + 1 < self.schedule.num_steps else self.sample
 
 
 # One call of the U-Net as the denoising loop sees it, and classifier-free guidance.

@@ -51,7 +51,7 @@ class DeepShrinks:
         label = requests[0].label
         if shrink.ds_depth_2 is not None and shrink.ds_timesteps_2 >= shrink.ds_timesteps_1:
             logger.warning(
-                "%s: --ds_depth_2 never acts: it would from --ds_timesteps_1 (%d) down to --ds_timesteps_2 "
+                "%s: --ds_depth_2 never acts: it acts from --ds_timesteps_1 (%d) down to --ds_timesteps_2 "
                 "(%d). Give a lower --ds_timesteps_2.",
                 label,
                 shrink.ds_timesteps_1,

@@ -376,8 +376,8 @@ class ImageVectors:
             pooled_width = text_network.text_projection.out_features
         if width != pooled_width:
             raise CheckpointError(
-                f"{OPTION}: the image encoder {self._path} makes vectors of {width} numbers, the pooled "
-                f"state of {model.path} has {pooled_width}. Give {RELEASE}.",
+                f"{OPTION}: the image encoder {self._path} produces vectors of width {width}, but the pooled "
+                f"state of {model.path} has width {pooled_width}. Give {RELEASE}.",
                 self._path,
             )
         return image_encoder

@@ -308,7 +308,7 @@ def cut_into_chunks(parts: Sequence[WeightedText], tokenize: Tokenize) -> list[C
                 ids, weights = [], []
             ids.append(token)
             weights.append(part.weight)
-    if ids or not chunks:  # no empty chunk if only blanks follow the last BREAK
+    if ids or not chunks:  # no empty chunk if only white space follows the last BREAK
         chunks.append(Chunk(tuple(ids), tuple(weights)))
     return chunks
 

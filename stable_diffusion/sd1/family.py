@@ -34,7 +34,7 @@ def family_for_training(options: Sd1TrainingOptions) -> family.StableDiffusion:
             model,
             options.controlnet_model_name_or_path,
             new_layers_lr=None,
-            checkpoints=options.gradient_checkpointing,
+            gradient_checkpointing=options.gradient_checkpointing,
         )
     return model
 

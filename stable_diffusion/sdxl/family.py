@@ -38,7 +38,7 @@ def family_for_training(options: SdxlLearningOptions) -> family.StableDiffusion:
             model,
             options.controlnet_model_name_or_path,
             new_layers_lr=options.control_net_lr,
-            checkpoints=options.gradient_checkpointing,
+            gradient_checkpointing=options.gradient_checkpointing,
         )
     return model
 

@@ -344,7 +344,7 @@ def test_a_file_that_is_trained_on_keeps_its_dilations(tmp_path: Path, with_valu
     found = {layer.dilation for layer in trunk.aspp.modules() if isinstance(layer, nn.Conv2d)}
     assert found == {(1, 1), (2, 2), (3, 3), (6, 6)}
     save_file(state, path, {"lllite.aspp_dilations": "0,1,2,4"})
-    with pytest.raises(CheckpointError, match="aspp_dilations of its metadata is '0,1,2,4'"):
+    with pytest.raises(CheckpointError, match="aspp_dilations in its metadata is '0,1,2,4'"):
         made.check()
 
 

@@ -384,7 +384,7 @@ def test_mistakes_are_named(folder: Path) -> None:
     save_file({"clip_l": torch.zeros(1, 8), "clip_g": torch.zeros(1, 8)}, folder / "xl.safetensors")
 
     assert "knows this word already" in rejection(script, folder, *words, "--token_string", "a")
-    assert "its vectors have 9 numbers" in rejection(script, folder, *words, "--weights", "wide.safetensors")
+    assert "its vectors have width 9" in rejection(script, folder, *words, "--weights", "wide.safetensors")
     assert "--weights xl.safetensors" in rejection(script, folder, *words, "--weights", "xl.safetensors")
     assert "--num_vectors_per_token" in rejection(script, folder, *words, "--num_vectors_per_token", "76")
     assert "number of vectors" in rejection(script, folder, *words, "--network_dim", "4")
