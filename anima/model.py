@@ -71,7 +71,7 @@ class AnimaTokens:
         return replace(self, rotary=select_rotations(self.rotary, kept, num_left_out))
 
 
-class BranchRows(NamedTuple):
+class BranchModulation(NamedTuple):
     """Shift, scale and gate of a branch of a block, each B 1 C float32."""
 
     shift: Tensor
@@ -139,16 +139,16 @@ class AnimaFeedForward(nn.Module):
         return run_in_weight_dtype(self.layer2, functional.gelu(run_in_weight_dtype(self.layer1, x)))
 
 
-def make_modulation(config: AnimaConfig, rows: int) -> nn.Sequential:
-    """Return the layers that compute `rows` modulation vectors from `AnimaTokens.time`, already activated."""
+def make_modulation(config: AnimaConfig, num_vectors: int) -> nn.Sequential:
+    """Return the layers that compute modulation vectors from `AnimaTokens.time`, already activated."""
     return nn.Sequential(
         nn.Identity(),
         nn.Linear(config.dim, config.modulation_dim, bias=False),
-        nn.Linear(config.modulation_dim, rows * config.dim, bias=False),
+        nn.Linear(config.modulation_dim, num_vectors * config.dim, bias=False),
     )
 
 
-def compute_rows(layers: nn.Module, time: Tensor) -> Tensor:
+def compute_modulation(layers: nn.Module, time: Tensor) -> Tensor:
     """Compute modulation vectors, B n*C float32, from the time embedding, B C, with `make_modulation`."""
     _, first, second = layers.children()
     return run_in_weight_dtype(second, run_in_weight_dtype(first, time)).float()
@@ -179,10 +179,10 @@ class AnimaBlock(nn.Module):
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         return self.feed(x, tokens.dtype, *self.modulation(self.adaln_modulation_mlp, tokens))
 
-    def modulation(self, layers: nn.Module, tokens: AnimaTokens) -> BranchRows:
+    def modulation(self, layers: nn.Module, tokens: AnimaTokens) -> BranchModulation:
         """Return the shift, scale and gate of one branch of the block."""
-        rows = compute_rows(layers, tokens.time) + tokens.shifts
-        return BranchRows(*rows.unsqueeze(1).chunk(3, dim=-1))
+        vectors = compute_modulation(layers, tokens.time) + tokens.shifts
+        return BranchModulation(*vectors.unsqueeze(1).chunk(3, dim=-1))
 
     def modulated_input(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
         """Return the block's modulated input of self-attention, B L C, from its input x, B L C."""
@@ -205,9 +205,10 @@ class AnimaFinalLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
         """Return the patches of the velocity for image tokens x, B L C."""
-        rows = compute_rows(self.adaln_modulation, tokens.time)
-        rows = rows + tokens.shifts[:, : rows.shape[1]]  # the first two of its three rows
-        shift, scale = rows.unsqueeze(1).chunk(2, dim=-1)
+        vectors = compute_modulation(self.adaln_modulation, tokens.time)
+        # `shifts` are for shift, scale and gate; this layer has no gate
+        vectors = vectors + tokens.shifts[:, : vectors.shape[1]]
+        shift, scale = vectors.unsqueeze(1).chunk(2, dim=-1)
         return run_in_weight_dtype(self.linear, modulate(self.norm(x), shift, scale, tokens.dtype))
 
 

@@ -214,7 +214,7 @@ class Inversion:
         for encoder in self.encoders:
             embedding = token_embeddings[encoder.vector_key]
             # called in each forward pass of the encoder: returns the current vectors of the new tokens
-            embedding.rows = partial(vectors.join, encoder.vector_keys)
+            embedding.get_new_vectors = partial(vectors.join, encoder.vector_keys)
             if with_values:
                 # to compare the length of trained vectors with, in the log
                 mean_norm = float(embedding.weight.detach().float().norm(dim=1).mean())

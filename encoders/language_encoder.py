@@ -33,8 +33,8 @@ from encoders.language_models import (
     LanguageModel,
     all_states,
     load_language_model,
+    plan_streamed_layers,
     read_language_model,
-    streamed_layers,
 )
 from encoders.language_states import language_states
 from encoders.picture_prompts import (
@@ -375,8 +375,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             plan = read_language_model(
                 checkpoint, settings.model, settings.state_indices, settings.final_norm, settings.pre_norm
             )
-            layers, size = streamed_layers(plan, self.dtype, self.form, free_bytes)
-        return layers * size
+            num_streamed, layer_bytes = plan_streamed_layers(plan, self.dtype, self.form, free_bytes)
+        return num_streamed * layer_bytes
 
     def find_token(self, tokenizer: TextTokenizer, token: str) -> int:
         """Return the id of a token.

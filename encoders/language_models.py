@@ -314,10 +314,7 @@ def read_language_model(
         defaults=model.defaults,
         embedded_config=network.metadata.get(model.config_key),
     )
-    if Q_NORM in model.distinguishing_tensors:  # the norm of queries has one value for each channel of a head
-        head_dim = shape(f"{layer}{Q_NORM}", 1)[0]
-    else:
-        head_dim = head_width(path, query_rows, config_json, _read_head_width(config_json, model))
+    head_dim = _find_head_dim(path, model, shape, config_json, query_rows)
     _check_heads(path, head_dim, query_rows=query_rows, key_rows=key_rows, dim=dim, model=model)
     shapes = {name: network.tensors[source.names[0]].shape for name, source in sources.items()}
     constants = _read_config_constants(
@@ -344,6 +341,19 @@ def read_language_model(
         settings=constants.settings,
     )
     return LoadPlan(config, network, sources, _list_unused_names(config, all_layers))
+
+
+def _find_head_dim(
+    path: Path,
+    model: LanguageModel,
+    shape: Callable[..., tuple[int, ...]],
+    config_json: Mapping[str, Any],
+    query_rows: int,
+) -> int:
+    """Return the width of an attention head: from the norm of queries, or from config.json."""
+    if Q_NORM in model.distinguishing_tensors:  # it has one value for each channel of a head
+        return shape(f"layers.{model.first_attention_layer}.{Q_NORM}", 1)[0]
+    return head_width(path, query_rows, config_json, _read_head_width(config_json, model))
 
 
 def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
@@ -587,7 +597,7 @@ def load_language_model(
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, model, states, final_norm, pre_norm)
-        num_streamed, layer_bytes = streamed_layers(plan, dtype, form, free_bytes)
+        num_streamed, layer_bytes = plan_streamed_layers(plan, dtype, form, free_bytes)
         streamed_weights = host_weights(SwapPlan(SPEC, num_streamed), device)
         name_in_messages = f"the language model ({model.option})"
         if num_streamed:
@@ -614,10 +624,17 @@ def load_language_model(
     return network
 
 
-def streamed_layers(
+class StreamedLayers(NamedTuple):
+    """How many layers stay in host memory, each copied to the device before it runs, and a layer's size."""
+
+    num_streamed: int
+    layer_bytes: int
+
+
+def plan_streamed_layers(
     plan: LoadPlan[LanguageConfig], dtype: torch.dtype, form: str | None, free_bytes: int | None
-) -> tuple[int, int]:
-    """Return the number of layers that have to stay in host memory, and the size of one layer in bytes.
+) -> StreamedLayers:
+    """Return how many layers have to stay in host memory because the device has too little.
 
     Args:
         plan: The plan of the language model.
@@ -627,7 +644,7 @@ def streamed_layers(
     """
     config = plan.config
     if free_bytes is None or config.num_layers < 2:
-        return 0, 0
+        return StreamedLayers(0, 0)
     layer_bytes = 0
     for name in plan.sources:
         if name.startswith("layers.0."):
@@ -636,4 +653,5 @@ def streamed_layers(
     embedding_bytes = config.vocabulary * config.dim * dtype.itemsize
     excess = config.num_layers * layer_bytes + embedding_bytes + WORKING - free_bytes  # bytes that do not fit
     num_streamed = max(math.ceil(excess / layer_bytes), 0)
-    return min(num_streamed, config.num_layers - 1), layer_bytes  # one layer must be on the device to run
+    max_streamed = config.num_layers - 1  # one layer must be on the device to run
+    return StreamedLayers(min(num_streamed, max_streamed), layer_bytes)

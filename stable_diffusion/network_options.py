@@ -25,7 +25,7 @@ VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the l
 
 
 @dataclass(frozen=True)
-class ControlUse:
+class ControlSpec:
     """File, strength and active steps of one ControlNet or ControlNet-LLLite."""
 
     path: Path
@@ -88,12 +88,12 @@ class ControlOptions(Options, title="ControlNet"):
         return "--control_net_lllite_models" if self.control_net_lllite_models else "--control_net_models"
 
     @property
-    def uses(self) -> tuple[ControlUse, ...]:
+    def specs(self) -> tuple[ControlSpec, ...]:
         """Path, preprocessor, strength and step fraction of each ControlNet, with defaults filled in."""
         paths = self.control_net_models or self.control_net_lllite_models or ()
         count = len(paths)
         return tuple(
-            ControlUse(path, read_preparation(preparation), multiplier, ratio)
+            ControlSpec(path, read_preparation(preparation), multiplier, ratio)
             for path, preparation, multiplier, ratio in zip(
                 paths,
                 self.control_net_preps or ("none",) * count,
@@ -135,14 +135,14 @@ def check_control(
     Raises:
         OptionError: If guide images are missing, or the options cannot be combined.
     """
-    if guidance_option is not None and options.uses:
+    if guidance_option is not None and options.specs:
         raise OptionError(
             f"{guidance_option} and {options.flag} both take the pictures of --guide_image_path: leave one "
             "of them out"
         )
     if guidance_option is not None and not guides:
         raise OptionError(f"{guidance_option} needs --guide_image_path: a picture, or a folder of them")
-    if not options.uses:
+    if not options.specs:
         if guides and guidance_option is None:
             raise OptionError(
                 "--guide_image_path needs --control_net_models, --control_net_lllite_models, "

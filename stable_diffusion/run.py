@@ -250,7 +250,7 @@ def generate(options: GenImgOptions, load: LoadGenerator = assemble) -> None:
     freeze_libraries()
     device = select_device(options.device)
     make_folder(options.output.outdir, "--outdir")
-    inputs = find_inputs(options.prompts, len(options.control.uses))
+    inputs = find_inputs(options.prompts, len(options.control.specs))
     highres = prepare_highres(options.highres)
 
     def load_run(lines: Sequence[Line] | None = None) -> Run:
