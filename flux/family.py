@@ -336,15 +336,17 @@ class Flux(ModelOfImages):
 
     # generation
 
-    def keep_media(self, request: requests.Request, who: str) -> requests.Request:
+    def keep_media(self, request: requests.Request, model_name: str) -> requests.Request:
         """Return the request without unused media; a ControlNet in training uses the control image."""
-        sees = self.custom_network is not None
-        return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
+        is_controlled = self.custom_network is not None
+        return control_pictures.keep_control(
+            request, super().keep_media, model_name, takes_control=is_controlled
+        )
 
     def needs_media(self, prepared: requests.Prepared) -> bool:
         """Return whether there is a control image, or denoising starts from an image."""
-        sees = prepared.request.control_path is not None or self._control_image is not None
-        return sees or super().needs_media(prepared)
+        takes_control = prepared.request.control_path is not None or self._control_image is not None
+        return takes_control or super().needs_media(prepared)
 
     def request_conditions(
         self, encoders: MediaEncoders, prepared: requests.Prepared

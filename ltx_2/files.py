@@ -285,10 +285,10 @@ class Ltx2Files(TransformerFiles):
         encoder.check()
         # refuse the other generation of Gemma: LTX-2.5 reads texts with Gemma 4, earlier versions with Gemma
         # 3 (GEMMA_USE)
-        if config is not None and (config.kind == "2.5") != (encoder.use is not GEMMA_USE):
+        if config is not None and (config.kind == "2.5") != (encoder.settings is not GEMMA_USE):
             raise OptionError(
-                f"{encoder.path} is {encoder.use.model.what}, {self.dit_path} is of LTX-{config.kind}, which "
-                "reads texts with another one. Give the text encoder of its release"
+                f"{encoder.path} is {encoder.settings.model.what}, {self.dit_path} is of LTX-{config.kind}, "
+                "which reads texts with another one. Give the text encoder of its release"
             )
         with open_connectors(encoder.connectors, encoder.path) as checkpoint:
             connectors = read_connectors(checkpoint, self.streams).config.streams

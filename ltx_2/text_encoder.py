@@ -213,7 +213,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
 
         Raises CheckpointError if a file is of another kind, or the connectors take states of another width.
         """
-        model = self.use.model
+        model = self.settings.model
         with open_checkpoint(self.path) as checkpoint:
             gemma = read_language_model(checkpoint, model, ALL_STATES).config
         config = self._read_connectors_config()

@@ -101,7 +101,7 @@ class H3CachingEncoder(H3TextEncoder):
     @property
     def identity(self) -> Mapping[str, str]:
         """Return what the text states depend on besides the text: the task and the sizes of references."""
-        info = {"task": self.task, "teacher": self.teacher, "blank": repr(self.use.blank)}
+        info = {"task": self.task, "teacher": self.teacher, "blank": repr(self.settings.blank)}
         info["stored"] = None if self.states_dtype is None else dtype_name(self.states_dtype)
         info["reference_edges"] = (
             " ".join(map(str, self.short_edges)) if self.abilities.encodes_media else None
@@ -115,7 +115,7 @@ class H3CachingEncoder(H3TextEncoder):
         self.teacher = teacher
         self.states_dtype = states_dtype
         rows = () if teacher is None else TEACHER_KEYS[teacher]
-        self.keys = self.use.keys | set(rows)
+        self.keys = self.settings.keys | set(rows)
         self.variable_length = self.variable_length | set(rows)
 
     def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]:

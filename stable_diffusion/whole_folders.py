@@ -158,13 +158,13 @@ def make_folder_writer(
         checkpoint: The source checkpoint.
         networks: The trained networks, by name.
         model_type: What the trained model predicts.
-        form: Form of each network's files.
+        form: Whether each network is saved as one file or as shards.
 
     Raises:
         CheckpointError: If a tokenizer is missing.
     """
     opened = ExitStack()
-    # the checkpoint's own VAE, not that of --vae
+    # vae=None: the saved VAE is the checkpoint's own, not that of --vae
     checkpoint_plan = opened.enter_context(replace(checkpoint, vae=None).open_plan())
     plans = list_plans(checkpoint_plan)
     files = {network: _plan_file(network, plans) for network in plans}
