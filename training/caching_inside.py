@@ -89,7 +89,7 @@ class TablePlan:
     texts: TensorLocation
 
     @property
-    def uses_plain_cache(self) -> bool:
+    def reads_cache_files(self) -> bool:
         """Whether latents and texts come from ordinary cache files, which need no store."""
         return self.latents is self.texts is TensorLocation.CACHE
 
@@ -107,7 +107,7 @@ def prepare_sources(
     config: DatasetConfig,
     options: CachingInRunOptions | None,
     device: torch.device,
-    texts: LiveTextEncoders | None = None,
+    live_encoders: LiveTextEncoders | None = None,
     commands: CachingCommands = NO_COMMANDS,
     needs: Collection[str] = (),
     on_media: Sequence[OnMedia] = (),
@@ -121,7 +121,7 @@ def prepare_sources(
         config: The dataset, as read from its file.
         options: Options of caching; None for a script that trains from caches alone.
         device: Device for encoding.
-        texts: Encoders that run during training; their outputs are not cached.
+        live_encoders: Encoders that run during training; their outputs are not cached.
         commands: Commands to show if a cache cannot be used.
         needs: What the active features need in batches, as names such as NO_DATASET.
         on_media: Functions that change the tensors of images that are encoded at each step.
@@ -129,7 +129,9 @@ def prepare_sources(
     Raises:
         UserError: If items cannot be cached in this way, or a file cannot be used.
     """
-    plans = plan_tables(family, config, options, () if texts is None else texts.keys, needs=needs)
+    plans = plan_tables(
+        family, config, options, () if live_encoders is None else live_encoders.keys, needs=needs
+    )
     stores = open_stores(family, plans)
     if options is not None:
         with quiet() if NO_DATASET in needs else nullcontext():  # such a dataset is a placeholder
@@ -146,9 +148,11 @@ def prepare_sources(
         logger.info(
             "Caches in host memory: %s. Batches are read by no other process.", format_size(size_bytes)
         )
-    tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
+    tables = list_live_tables(family.cache_tag, plans, needs_captions=live_encoders is not None)
     if os.environ.get("RANK", "0") == "0":  # all processes have the same tables
-        _warn_of_live(family, config, tables, encoders=() if texts is None else texts.encoders)
+        _warn_of_live(
+            family, config, tables, encoders=() if live_encoders is None else live_encoders.encoders
+        )
     media_encoder = None
     if any(table.live_buckets is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
@@ -264,7 +268,8 @@ def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
     """Open the cache stores of the dataset tables; tables with ordinary cache files need no store."""
     names = npz_names(family)
     return Stores(
-        names, {plan.table.index: stores_for_plan(plan, names) for plan in plans if not plan.uses_plain_cache}
+        names,
+        {plan.table.index: stores_for_plan(plan, names) for plan in plans if not plan.reads_cache_files},
     )
 
 
@@ -396,7 +401,7 @@ def _share_entries(stores: Sequence[MemoryStore]) -> None:
 UNET_ONLY = "--network_train_unet_only"
 
 
-def find_live_texts(
+def find_live_encoders(
     family: Family, options: TrainingOptions, config: DatasetConfig
 ) -> LiveTextEncoders | None:
     """Return the text encoders that run during training; None if all text outputs are cached.
@@ -405,13 +410,13 @@ def find_live_texts(
         OptionError: If caching is requested for captions that change, or a required encoder is missing.
     """
     needs_none = NO_DATASET in options.features.needs
-    texts = None if needs_none else _select_live_texts(family, options, config)
-    if texts is None:
+    live_encoders = None if needs_none else _select_live_encoders(family, options, config)
+    if live_encoders is None:
         return None
-    return replace(texts, adds_empty_prompt=EMPTY_PROMPT in options.features.needs)
+    return replace(live_encoders, adds_empty_prompt=EMPTY_PROMPT in options.features.needs)
 
 
-def _select_live_texts(
+def _select_live_encoders(
     family: Family, options: TrainingOptions, config: DatasetConfig
 ) -> LiveTextEncoders | None:
     """Return the text encoders that run during training: for varying captions, to be trained, or uncached.
@@ -431,15 +436,15 @@ def _select_live_texts(
         )
     # whole text encoders are trained along with a whole transformer
     if options.full_dit is not None:
-        full_texts = _select_full_texts(family, caches_texts)
-        if full_texts is not None:
-            return full_texts
+        fully_trained = _select_fully_trained_encoders(family, caches_texts)
+        if fully_trained is not None:
+            return fully_trained
     if LIVE_TEXTS in options.features.needs:
-        return _texts_with_new_word(family, options)
+        return _select_new_word_encoders(family, options)
     if varying is not None or _trains_text_loras(options):
-        texts = _varying_or_trained_texts(family, options, varies=varying is not None)
-        if texts is not None:
-            return texts
+        live_encoders = _select_for_varying_captions_or_loras(family, options, varies=varying is not None)
+        if live_encoders is not None:
+            return live_encoders
     if caches_texts or not options.is_for_images:
         return None
     # image trainers need no caches: without any, texts are encoded while training
@@ -451,7 +456,7 @@ def _select_live_texts(
     return LiveTextEncoders(_require_text_encoders(family, "there are no text caches"))
 
 
-def _texts_with_new_word(family: Family, options: TrainingOptions) -> LiveTextEncoders:
+def _select_new_word_encoders(family: Family, options: TrainingOptions) -> LiveTextEncoders:
     """Return all text encoders, for a run in which they learn the embedding of a new word."""
     encoders = _require_text_encoders(family, "they learn a new word")
     trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
@@ -467,7 +472,7 @@ def _texts_with_new_word(family: Family, options: TrainingOptions) -> LiveTextEn
     )
 
 
-def _varying_or_trained_texts(
+def _select_for_varying_captions_or_loras(
     family: Family, options: TrainingOptions, varies: bool
 ) -> LiveTextEncoders | None:
     """Return the text encoders whose captions vary or that get a LoRA; None if caches replace them.
@@ -492,7 +497,7 @@ def _varying_or_trained_texts(
     return None
 
 
-def _select_full_texts(family: Family, caches_texts: bool) -> LiveTextEncoders | None:
+def _select_fully_trained_encoders(family: Family, caches_texts: bool) -> LiveTextEncoders | None:
     """Return the text encoders if some of them are fully fine-tuned; otherwise None.
 
     Raises:

@@ -39,7 +39,7 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, log_activity: Call
     """
     source = sampler.source
     text, error = source.text, source.fault
-    if source.process == 0:
+    if source.process_index == 0:
         text, error = _read_prompts(source.path, text)
     if num_processes > 1:
         text, error = broadcast_object_list([text, error])
@@ -54,7 +54,7 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, log_activity: Call
     # if one process fails, all processes keep the earlier prompts, and the first one logs the reason
     errors = [error] if num_processes == 1 else gather_object([error])
     error = next(filter(None, errors), "")
-    if source.process == 0:
+    if source.process_index == 0:
         _log_outcome(edited, error)
     return sampler if error else edited
 
@@ -126,11 +126,11 @@ def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sam
             f"new texts cannot be encoded while the model is split over processes "
             f"({session.blocks.asked_by}). End the training and continue it to take them"
         )
-    if source.process == 0:
+    if source.process_index == 0:
         warn_of_unused(entries, session.family, source.path)
     if num_new_texts:
         log_activity("encoding edited prompts")
-    encoded = encode_samples(session, entries, edited_requests, decodes=sampler.writes)
+    encoded = encode_samples(session, entries, edited_requests, decodes=sampler.writes_files)
     samples = unchanged_samples | {sample.index: sample for sample in encoded}
     return replace(
         sampler, samples=[samples[index] for index in sorted(samples)], prompts=prompts_of(entries)

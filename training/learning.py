@@ -47,12 +47,12 @@ from training.saver import restore
 from training.saving.files import MinuteClock, Saver
 from training.saving.states import ForeignState, SavedState
 from training.trainable import (
-    Rates,
+    LearningRates,
     Trainable,
     join_experts,
+    prepare_network,
     seed_networks,
     share_network,
-    train_network,
 )
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
 from training.validation import Validation
@@ -80,7 +80,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     """
     accelerator = plan.accelerator
     loading = Loading(plan, swap)
-    encoders = {} if plan.texts is None else plan.texts.networks_with_new_word
+    encoders = {} if plan.live_encoders is None else plan.live_encoders.networks_with_new_word
     # networks that features train in addition to the LoRA, such as the vectors of a new word
     auxiliary_learners = [
         make(encoders, plan.progress.seed, True) for make in plan.features.on.auxiliary_learners
@@ -480,12 +480,12 @@ class Learners:
             self.trainables.append(self._train_full(dit))
             return
         network_options = experts.network_for(options, expert) or options.network
-        texts = self.plan.texts
+        live_encoders = self.plan.live_encoders
         network = learner.make(
             network_options,
             dit,
             self.plan.progress.seed,
-            encoders={} if texts is None else texts.networks_for(learner.is_embedding),
+            encoders={} if live_encoders is None else live_encoders.networks_for(learner.is_embedding),
             in_dit=options.parts is None or options.parts.trains_dit,
             resumed={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )
@@ -493,9 +493,9 @@ class Learners:
             # a further DiT: its network uses the parameters of the first one's
             self.trainables = [share_network(self.trainables[0], network, device)]
             return
-        trainable = train_network(
+        trainable = prepare_network(
             network,
-            self._list_rates(),
+            self._learning_rates_of_network(),
             max_norm=network_options.scale_weight_norms,
             device=device,
             lora_format=self.plan.lora_format,
@@ -538,7 +538,7 @@ class Learners:
             form = SavedForm(options.full_dit.shard_bytes)
             full = train_split_dit(dit, options.optimizer.learning_rate, parts, rates, form)
         else:
-            full = train_full(self.plan.family, options, dit, self.plan.texts)
+            full = train_full(self.plan.family, options, dit, self.plan.live_encoders)
         return arrange_weights(full, options.optimizer, self.plan.family.dit)
 
     def _saved_tensors(self, saved: SavedState | ForeignState, expert: Expert) -> dict[str, Tensor]:
@@ -548,23 +548,19 @@ class Learners:
             return {**saved.parts.get(part, {})}
         return {**saved.network}
 
-    def _list_rates(self) -> Rates:
-        """Return the learning rates of a network: overall, of the DiT's part, and of each text encoder."""
-        options, texts = self.plan.options, self.plan.texts
-        rate, parts = options.optimizer.learning_rate, options.parts
-        if parts is None:
-            return rate, None, None
-        text_rates = None
-        if texts is not None and texts.learning_encoders:
-            by_encoder = dict(
-                zip(
-                    texts.trainable_prefixes,
-                    parts.text_rates(len(texts.trainable_prefixes), rate),
-                    strict=True,
-                )
-            )
-            text_rates = [by_encoder[encoder.lora_prefix] for encoder in texts.learning_encoders]
-        return rate, parts.unet_lr, text_rates
+    def _learning_rates_of_network(self) -> LearningRates:
+        """Return the learning rates of the network's layers in the DiT and in the trained text encoders."""
+        parts, live_encoders = self.plan.options.parts, self.plan.live_encoders
+        default = self.plan.options.optimizer.learning_rate
+        if parts is None:  # no text encoder can be trained
+            return LearningRates(default)
+        if live_encoders is None or not live_encoders.learning_encoders:
+            return LearningRates(default, dit=parts.unet_lr)
+        # --text_encoder_lr has a value for each encoder that could be trained
+        prefixes = live_encoders.trainable_prefixes
+        rates = dict(zip(prefixes, parts.text_rates(len(prefixes), default), strict=True))
+        trained_rates = [rates[encoder.lora_prefix] for encoder in live_encoders.learning_encoders]
+        return LearningRates(default, dit=parts.unet_lr, text_encoders=trained_rates)
 
 
 def _make_stepping(

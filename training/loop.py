@@ -330,9 +330,11 @@ def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
     seed_networks(run.model.trainable, run.progress.seed, noisy_batch.number, run.device)
     if run.memory is not None:
         run.memory.see_batch(noisy_batch.noise.numel())
-    if run.plan.texts is not None:
+    if run.plan.live_encoders is not None:
         with run.autocast():
-            noisy_batch = replace(noisy_batch, batch=run.plan.texts.add_to(noisy_batch.batch))
+            noisy_batch = replace(
+                noisy_batch, batch=run.plan.live_encoders.add_encoded_captions(noisy_batch.batch)
+            )
     return noisy_batch.to(run.device)
 
 
@@ -599,7 +601,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
                 sampler.make(
                     model.sample_dits.on_device,
                     run.autocast,
-                    mark=run.progress.sample_pending,
+                    occasion=run.progress.sample_pending,
                     check=raise_if_stopped,
                     show_progress=run.reporter.log_activity,
                 )

@@ -42,7 +42,7 @@ from training.features.contract import EMPTY_PROMPT, LIVE_TEXTS, PRESERVE_OUTPUT
 from training.features.hooks import RunFeatures
 from training.learner import Learner
 from training.noise_options import TimestepOptions
-from training.optimizers.stepping import check_fused_backward, check_offload, check_split
+from training.optimizers.stepping import check_fused_backward, check_offload, check_sharded_optimizer
 from training.options import TrainingOptions
 from training.other_models import NO_OTHERS, OtherFamilies
 from training.processes import make_accelerator
@@ -88,7 +88,7 @@ class TrainingPlan:
     steps: StepPlan
     table_times: Mapping[int, TimestepOptions]  # by the group of tables with equal timestep options
     sources: BatchSources  # where batches are read from
-    texts: LiveTextEncoders | None  # encoded while training; None: all come from caches
+    live_encoders: LiveTextEncoders | None  # encoded while training; None: all come from caches
     changes: Mapping[str, str]  # settings that --resume_changed allows to differ from the state
     adapter: str | None  # --training_adapter with a hash of its content at the start of the run
 
@@ -170,22 +170,24 @@ def make_plan(
         _check_tables(config)  # a whole model takes no table with keys for a network
     if family.abilities.one_sample:
         _check_batch_sizes(family.abilities.one_sample, config)
-    texts: LiveTextEncoders | None = None
+    live_encoders: LiveTextEncoders | None = None
     may_encode = _may_encode(options, config)
     if may_encode:
-        from training.caching_inside import find_live_texts  # most runs read caches alone
+        from training.caching_inside import find_live_encoders  # most runs read caches alone
 
-        texts = find_live_texts(family, options, config)
+        live_encoders = find_live_encoders(family, options, config)
     for check_texts in features.on.texts:
-        check_texts(texts)
-    lora_format = select_lora_format(family, learner.lora, () if texts is None else texts.learning_encoders)
+        check_texts(live_encoders)
+    lora_format = select_lora_format(
+        family, learner.lora, () if live_encoders is None else live_encoders.learning_encoders
+    )
     # the data: its sources, items, their order, and the steps that follow from it
     sources = _find_sources(
         family,
         options,
         config=config,
         device=accelerator.device,
-        texts=texts,
+        live_encoders=live_encoders,
         commands=commands,
         features=features,
         may_encode=may_encode,
@@ -195,7 +197,7 @@ def make_plan(
         config,
         sources,
         accelerator=accelerator,
-        has_live_texts=texts is not None,
+        has_live_texts=live_encoders is not None,
         view=features.view,
         trusts_caches=options.caching is not None and options.caching.skip_cache_check,
     )
@@ -243,7 +245,7 @@ def make_plan(
         steps=steps,
         table_times=timestep_options_by_group(options.timesteps, config.datasets),
         sources=sources,
-        texts=texts,
+        live_encoders=live_encoders,
         changes={},
         adapter=adapter,
     )
@@ -300,12 +302,12 @@ def _find_sources(
     options: TrainingOptions,
     config: DatasetConfig,
     device: torch.device,
-    texts: LiveTextEncoders | None,
+    live_encoders: LiveTextEncoders | None,
     commands: CachingCommands,
     features: RunFeatures,
     may_encode: bool,
 ) -> BatchSources:
-    """Return where batches are read from, except for the text tensors that `texts` encodes.
+    """Return where batches are read from, except for the text tensors that `live_encoders` encode.
 
     With `may_encode`, the run may also write caches, or encode images and texts while it trains.
     """
@@ -317,7 +319,7 @@ def _find_sources(
             config,
             options.caching,
             device=device,
-            texts=texts,
+            live_encoders=live_encoders,
             commands=commands,
             needs=features.needs,
             on_media=features.on.media,
@@ -389,7 +391,7 @@ def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Acce
         if options.full_dit.offloads_states:
             check_offload(options.optimizer.optimizer_type)
         if splits_full_model(options):
-            check_split(options.speed.modes.splits_weights, options.optimizer.optimizer_type)
+            check_sharded_optimizer(options.speed.modes.splits_weights, options.optimizer.optimizer_type)
     compilation = options.speed.compilation.choice
     if compilation is not None:
         from runtime.compile import check_compilation  # only with --compile

@@ -24,7 +24,7 @@ from runtime.planning.device_memory import device_memory_to_plan
 from training.caching_inside import (
     TablePlan,
     TensorLocation,
-    find_live_texts,
+    find_live_encoders,
     list_live_tables,
     open_stores,
     plan_tables,
@@ -100,16 +100,20 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     # check the options and features with this dataset
     config = read_config(options, family, learner)
     counters = findings.load_token_counters(family.text_encoders)
-    texts = find_live_texts(family, options, config)
+    live_encoders = find_live_encoders(family, options, config)
     features = begin_run(options, family, config.datasets)
     for check_texts in features.on.texts:
-        check_texts(texts)
+        check_texts(live_encoders)
     for check_model in features.on.check:
         check_model(family, family.block_counts() if family.dit_files else ())  # (): the depth is unknown
     learner.check()
     # find the faults of the dataset
     plans = plan_tables(
-        family, config, options.caching, () if texts is None else texts.keys, needs=features.needs
+        family,
+        config,
+        options.caching,
+        () if live_encoders is None else live_encoders.keys,
+        needs=features.needs,
     )
     result = _check_dataset(family, options, config, plans, commands, counters=counters, workers=workers)
     for read in (*features.caption_checks, *learner.caption_checks):
@@ -145,7 +149,7 @@ def _check_dataset(
     if seed is None:
         seed = options.loop.seed or 0
     validation = options.validation.validation_split, seed
-    if all(plan.uses_plain_cache for plan in plans):  # the caches were made before the training
+    if all(plan.reads_cache_files for plan in plans):  # the caches were made before the training
         return check.check_training(
             config,
             family.cache_tag,
@@ -240,12 +244,12 @@ def _plan(
     if options.full_dit is not None:
         reject_quantized_bases(family)
     config = read_config(options, family, learner)
-    texts = find_live_texts(family, options, config)
+    live_encoders = find_live_encoders(family, options, config)
     for check_texts in options.features.on.texts:
-        check_texts(texts)
+        check_texts(live_encoders)
     for check_model in options.features.on.check:
         check_model(family, family.block_counts())
-    noisy_batch = _read_for_plan(family, options, commands, config=config, texts=texts)
+    noisy_batch = _read_for_plan(family, options, commands, config=config, live_encoders=live_encoders)
     sample_files: Sequence[Path] = ()
     if others.sampling is not None and options.samples.sample_prompts is not None:
         sample_files = others.sampling.dit_files
@@ -261,7 +265,7 @@ def _plan(
             device=device,
             room=room,
             num_sample_only_dits=num_sample_only_dits,
-            texts=texts,
+            live_encoders=live_encoders,
             tables=config.datasets,
         )
         return
@@ -276,13 +280,13 @@ def _plan(
         num_gpus=num_gpus,
         room=room,
         num_sample_only_dits=num_sample_only_dits,
-        texts=texts,
+        live_encoders=live_encoders,
         tables=config.datasets,
     )
 
 
 def _require_caches_on_disk(
-    plans: Sequence[TablePlan], commands: CachingCommands, texts: LiveTextEncoders | None
+    plans: Sequence[TablePlan], commands: CachingCommands, live_encoders: LiveTextEncoders | None
 ) -> None:
     """Raise OptionError if a table's latents or texts are not in files, which --plan could read."""
     if any(plan.latents is TensorLocation.LIVE for plan in plans):
@@ -294,7 +298,7 @@ def _require_caches_on_disk(
         return
     switches = "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk"
     scripts = f"{commands.latents}\n  {commands.text}"
-    if texts is not None and texts.trained_encoders:  # their outputs cannot be cached
+    if live_encoders is not None and live_encoders.trained_encoders:  # their outputs cannot be cached
         switches = "--cache_latents_to_disk"
         scripts = commands.latents
     raise OptionError(
@@ -308,14 +312,16 @@ def _read_for_plan(
     options: TrainingOptions,
     commands: CachingCommands,
     config: DatasetConfig,
-    texts: LiveTextEncoders | None,
+    live_encoders: LiveTextEncoders | None,
 ) -> NoisyBatch:
     """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
-    live = () if texts is None else texts.keys  # texts that are encoded at each step, not cached
+    live = (
+        () if live_encoders is None else live_encoders.keys
+    )  # texts that are encoded at each step, not cached
     plans = plan_tables(family, config, options.caching, live, needs=options.features.needs)
-    _require_caches_on_disk(plans, commands, texts)
+    _require_caches_on_disk(plans, commands, live_encoders)
     stores = open_stores(family, plans)
-    tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
+    tables = list_live_tables(family.cache_tag, plans, needs_captions=live_encoders is not None)
     listed = find_items(
         config,
         family.cache_tag,

@@ -149,10 +149,10 @@ def prepare_run(
             from training.planning.memory import prepare_memory  # other runs need no planner
 
             swap, memory = prepare_memory(plan)
-        if plan.texts is not None:
+        if plan.live_encoders is not None:
             blocks = make_block_sharder(options.speed, accelerator.device)
-            plan.texts.load(accelerator.device, blocks)
-            stack.callback(plan.texts.free)
+            plan.live_encoders.load(accelerator.device, blocks)
+            stack.callback(plan.live_encoders.free)
         logs = _make_logs(plan, swap)
         reporter = make_reporter(plan, next_steps, memory)
         model = load_model(plan, swap)
@@ -246,7 +246,7 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
         blocks=make_block_sharder(options.speed, accelerator.device),
     )
     if (
-        plan.texts and plan.texts.trained_encoders
+        plan.live_encoders and plan.live_encoders.trained_encoders
     ):  # encoders that learn: prompts are encoded anew for each sample
-        return replace(sampler, encode_again=plan.texts.encode_again)
+        return replace(sampler, encode_again=plan.live_encoders.encode_again)
     return sampler

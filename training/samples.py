@@ -70,9 +70,10 @@ class Sample:
     entry: Mapping[str, Any]  # settings of the prompt in the file
     prepared: Prepared
     is_seeded: bool  # False: a new seed is drawn each time
-    prompts: Mapping[int, EncodedPrompts]
-    inputs: Mapping[int, Conditions]
-    texts: Mapping[int, Prompts] = field(default_factory=dict)  # the texts whose encodings are `prompts`
+    # by section of the sample
+    encoded_prompts: Mapping[int, EncodedPrompts]
+    encoded_media: Mapping[int, Conditions]
+    prompts: Mapping[int, Prompts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,19 @@ class PromptSource:
     """The prompt file of a run's samples, and this process's share of its entries."""
 
     path: Path
-    process: int
-    processes: int
-    together: bool  # all processes make every sample
+    process_index: int
+    num_processes: int
+    is_joint: bool  # all processes make every sample together
     text: str = ""  # contents of the file when it was last read
     fault: str = ""  # why the last attempt to read it failed; empty if it did not
 
     def prompt_indices(self, count: int) -> list[int]:
         """Return the indices of the prompts that this process generates, if the file has `count` prompts."""
         indices = list(range(count))
-        return indices if self.together else indices[self.process :: self.processes]
+        return indices if self.is_joint else indices[self.process_index :: self.num_processes]
 
 
+# given the prompts and their encodings by section, return encodings with the present text encoders
 EncodeAgain = Callable[[Mapping[int, Prompts], Mapping[int, EncodedPrompts]], Mapping[int, EncodedPrompts]]
 
 
@@ -117,7 +119,7 @@ class Sampler:
     encode_again: EncodeAgain | None = None
     # draws the seed of a sample that has none; processes that make it together agree on one
     draw_seed: Callable[[], int] = draw_local_seed
-    writes: bool = True  # False: another process writes the files, and this one only helps to generate
+    writes_files: bool = True  # False: another process writes the files, and this one only helps to generate
 
     @property
     def first_values(self) -> dict[str, Any]:
@@ -129,7 +131,7 @@ class Sampler:
         self,
         get_dit: DitOf,
         autocast: Autocast,
-        mark: str,
+        occasion: str,
         check: Callable[[], None],
         show_progress: Callable[[str], None] = lambda _: None,
     ) -> list[Path]:
@@ -140,7 +142,7 @@ class Sampler:
         Args:
             get_dit: Returns the network of an expert by its index, in evaluation mode and on its device.
             autocast: Opens the autocast context of a pass.
-            mark: Part of the file names: `e000001` at the end of an epoch, `000020` at a step.
+            occasion: Part of the file names: `e000001` at the end of an epoch, `000020` at a step.
             check: Called after each step; what it raises ends the samples.
             show_progress: Called with the sample and its step in words.
         """
@@ -156,12 +158,12 @@ class Sampler:
                 check=check,
                 show_progress=show_progress,
             )
-            if not self.writes:
+            if not self.writes_files:
                 continue
             seed_suffix = f"_{sample.prepared.seed}" if sample.is_seeded else ""
             date = time.strftime("%Y%m%d%H%M%S")
-            stem = f"{self.name}_{mark}_{sample.index:02d}_{date}{seed_suffix}"
-            path = self._write(latents, sample.prepared, stem, f"{self.name}_{mark}{self.weights}")
+            stem = f"{self.name}_{occasion}_{sample.index:02d}_{date}{seed_suffix}"
+            path = self._write(latents, sample.prepared, stem, f"{self.name}_{occasion}{self.weights}")
             logger.info("Sample %s", path)
             paths.append(path)
         return paths
@@ -187,10 +189,10 @@ class Sampler:
             show_progress: Called with a description of the progress.
         """
         experts, prepared = self.session.family.experts, sample.prepared
-        prompts = sample.prompts
+        encoded_prompts = sample.encoded_prompts
         if self.encode_again is not None:  # text encoders are trained, so their outputs have changed
             with autocast():
-                prompts = self.encode_again(sample.texts, prompts)
+                encoded_prompts = self.encode_again(sample.prompts, encoded_prompts)
         with (
             preview_clip(self.previews, prepared.fps) as (watchers, preview_section),
             _show_steps(
@@ -205,8 +207,8 @@ class Sampler:
                 self.session.family,
                 lambda timestep: get_dit(expert_at(timestep, experts)),
                 prepared,
-                prompts,
-                inputs=sample.inputs,
+                encoded_prompts,
+                inputs=sample.encoded_media,
                 device=self.session.device,
                 watchers=[on_step, *watchers],
                 on_section=on_section,
@@ -345,9 +347,9 @@ def prepare_samples(
     """
     source = PromptSource(
         prompt_file,
-        process=process,
-        processes=processes,
-        together=together,
+        process_index=process,
+        num_processes=processes,
+        is_joint=together,
         text=read_sample_file(prompt_file),
     )
     entries, all_prepared = parse_requests(family, source.text, prompt_file)
@@ -375,7 +377,7 @@ def prepare_samples(
         prompts=prompts_of(entries),
         previews=previews,
         draw_seed=draw_together if together else draw_local_seed,
-        writes=writes,
+        writes_files=writes,
     )
 
 
@@ -402,9 +404,9 @@ def encode_samples(
         decodes: Whether this process decodes samples.
         loads_media: Whether to load the VAE even if no sample has an image.
     """
-    texts = [select_prompts(prepared) for prepared in requests.values()]
-    encoded = session.encode_texts(texts)
-    inputs = _encode_media(session, [*requests.values()], decodes=decodes, loads=loads_media)
+    prompts = [select_prompts(prepared) for prepared in requests.values()]
+    encoded_prompts = session.encode_texts(prompts)
+    encoded_media = _encode_media(session, [*requests.values()], decodes=decodes, loads=loads_media)
     samples: list[Sample] = []
     for position, (entry_index, prepared) in enumerate(requests.items()):
         sample = Sample(
@@ -412,9 +414,9 @@ def encode_samples(
             entries[entry_index],
             prepared,
             is_seeded=entries[entry_index].get("seed") is not None,
-            prompts=encoded[position],
-            inputs=inputs[position],
-            texts=texts[position],
+            encoded_prompts=encoded_prompts[position],
+            encoded_media=encoded_media[position],
+            prompts=prompts[position],
         )
         samples.append(sample)
     return samples

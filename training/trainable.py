@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,16 @@ from networks.names.layouts import KNOWN
 from protocols.loading import TensorInfo
 from training.learner import Learner
 
-# learning rates: the default, that of the DiT's part, those of each trained text encoder; None: the default
-Rates = tuple[float, float | None, Sequence[float] | None]
 ListTensors = Callable[[], Mapping[str, Tensor]]
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata
+
+
+class LearningRates(NamedTuple):
+    """Learning rates of a network that may have layers in the DiT and in text encoders."""
+
+    default: float
+    dit: float | None = None  # None: the default
+    text_encoders: Sequence[float] | None = None  # of each trained text encoder; None: the default
 
 
 @dataclass
@@ -165,9 +171,9 @@ def seed_networks(trainable: Trainable, seed: int, number: int, device: torch.de
         torch.mps.manual_seed(global_seed)
 
 
-def train_network(
+def prepare_network(
     network: TrainableNetwork,
-    rates: Rates,
+    rates: LearningRates,
     max_norm: float | None,
     device: torch.device,
     learner: Learner,
@@ -178,7 +184,7 @@ def train_network(
 
     Args:
         network: The network.
-        rates: Learning rates of its parts.
+        rates: Learning rates of its layers in the DiT and in text encoders.
         max_norm: Limit on the norm of weights; None for no limit.
         device: Device of the run.
         learner: Description of the kind of network, with its function to write files if it has its own.
@@ -191,7 +197,7 @@ def train_network(
     if lora_format is not None and lora_format.name != KNOWN:  # the known format supports all modules
         lora_format.check(network.module)
     network.module.to(device=device, dtype=torch.float32)
-    groups, names = network.parameter_groups(*rates)
+    groups, names = network.parameter_groups(rates.default, rates.dit, rates.text_encoders)
     if not any(group["params"] for group in groups):
         raise OptionError(
             "the network has no parameters to train: check include_patterns and exclude_patterns in "
@@ -250,7 +256,7 @@ def join_experts(trainables: Mapping[str, Trainable]) -> Trainable:
     )
 
 
-def train_dit(
+def prepare_dit(
     dit: nn.Module,
     learning_rate: float,
     name_parts: Sequence[str] = (),

@@ -152,9 +152,9 @@ class Validation:
             # constant, so that wildcards are the same each time; at the last step, so captions are complete
             place = RunPosition(seed=0, micro_batch=0, step=1, total_steps=1)
             batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), place))
-        if plan.texts is not None:
+        if plan.live_encoders is not None:
             with autocast():
-                batch = plan.texts.add_to(batch)
+                batch = plan.live_encoders.add_encoded_captions(batch)
         return batch
 
     def _add_noise(self, batch: Batch, sigma: float, key: str, given_frames: int) -> NoisyBatch:

@@ -38,7 +38,7 @@ from training.features.embedding_rows import make_word_vectors
 from training.learner import find_learner
 from training.saving.files import Names, find_results
 from training.targets.passes import training_loss
-from training.trainable import train_network
+from training.trainable import LearningRates, prepare_network
 
 __all__ = ("folder",)
 
@@ -70,7 +70,7 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
         word, of_word, False, texts.networks_with_new_word, seed=3, has_initial_values=True
     )
     learner = find_learner(family, NetworkOptions.from_defaults())
-    trainable = train_network(network, (1.0, None, None), max_norm=None, device=CPU, learner=learner)
+    trainable = prepare_network(network, LearningRates(1.0), max_norm=None, device=CPU, learner=learner)
     trainable = rows.add_to(trainable, learning_rate=1.0, total_steps=2, device=CPU)
     plain_rows = {name: Parameter(tensor.detach().clone()) for name, tensor in rows.module.named_parameters()}
     plain_parameters = [*twin.parameters(), *plain_rows.values()]
@@ -82,7 +82,7 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     plain = torch.optim.SGD([{"params": [*twin.parameters()], "lr": 1.0}, of_rows])
 
     for _ in range(2):
-        found = replace(noisy_batch, batch=texts.add_to(noisy_batch.batch))
+        found = replace(noisy_batch, batch=texts.add_encoded_captions(noisy_batch.batch))
         training_loss(family, unet, found, contextlib.nullcontext).backward()
         torch.nn.utils.clip_grad_norm_(trainable.parameters, 1.0)
         tensors = {**noisy_batch.batch.tensors, **encode_plainly(kind, tmp_path / kind, plain_rows)}

@@ -58,7 +58,7 @@ def other_words(folder: Path) -> list[object]:
 def teacher_of(run: TrainingRun) -> Any:
     """Return the model that teaches, of the function of the hooks."""
     (compare,) = run.features.on.target
-    return compare.__self__.teach.__self__  # type: ignore[attr-defined]
+    return compare.__self__.predict_target.__self__  # type: ignore[attr-defined]
 
 
 def compare_losses(

@@ -26,7 +26,7 @@ from training.features.teacher_passes import (
     Band,
     TeacherComparison,
     TeacherTarget,
-    teach_as_base,
+    predict_as_base_model,
     with_teacher_inputs,
 )
 from training.loss import LossRule, NoisyBatch
@@ -117,7 +117,7 @@ def test_a_sample_at_the_lowest_level_is_guided() -> None:
 
 def test_an_anchor_has_its_weight_and_its_balance() -> None:
     band = Band(0.0, 0.5)
-    teaching = TeacherComparison(TeacherTarget(0.7, band=band, anchor_weight=0.5), teach_as_base)
+    teaching = TeacherComparison(TeacherTarget(0.7, band=band, anchor_weight=0.5), predict_as_base_model)
     step = Step(targets=[teaching.compare])
     noisy_batch = replace(make_batch(0.5, 0.6), notes={BALANCE: 2.0})
 

@@ -34,7 +34,7 @@ from training.features.slider import SliderOptions
 from training.features.slider_file import Slider, SliderFile
 from training.features.slider_passes import SliderTarget, slider_passes
 from training.features.teacher_options import TeacherOptions
-from training.features.teacher_passes import Band, TeacherComparison, TeacherTarget, teach_as_base
+from training.features.teacher_passes import Band, TeacherComparison, TeacherTarget, predict_as_base_model
 from training.features.tread import TreadOptions, check_tread
 from training.features.tread_runner import Route, bypassing_blocks
 from training.loss import MASK, LossRule, NoisyAudio, NoisyBatch
@@ -207,7 +207,7 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
     changes: dict[str, Any] = {
         "guided": partial(with_guided_target, GUIDED),
         "mask_prior_weight": partial(compare_outside_masks, MASK_PRIOR),
-        "teacher": TeacherComparison(TEACHER, teach_as_base).compare,
+        "teacher": TeacherComparison(TEACHER, predict_as_base_model).compare,
     }
     rule = LossRule(
         LossOptions.from_defaults(loss_type="l1") if "loss_type" in names else L2,

@@ -325,7 +325,7 @@ def check_fused_backward(optimizer_type: str, processes: int) -> None:
             "before any weight is stepped. Use one process, or leave it out"
         )
     if not can_step_one_parameter(find_optimizer(optimizer_type)):
-        _reject("--fused_backward_pass", optimizer_type)
+        _reject_optimizer("--fused_backward_pass", optimizer_type)
 
 
 def check_offload(optimizer_type: str) -> None:
@@ -338,14 +338,14 @@ def check_offload(optimizer_type: str) -> None:
             f"come to the GPU page by page. Leave {option} out"
         )
     if not can_step_one_parameter(kind):
-        _reject(option, optimizer_type)
+        _reject_optimizer(option, optimizer_type)
 
 
-def check_split(option: str, optimizer_type: str) -> None:
-    """Reject optimizers that cannot train a transformer that is split over processes.
+def check_sharded_optimizer(option: str, optimizer_type: str) -> None:
+    """Reject optimizers that cannot train a transformer whose weights FSDP shards over processes.
 
     Args:
-        option: The option that splits the transformer, for the message.
+        option: The option that shards the transformer, for the message.
         optimizer_type: Value of --optimizer_type.
 
     Raises:
@@ -361,10 +361,10 @@ def check_split(option: str, optimizer_type: str) -> None:
         )
     kind = find_optimizer(optimizer_type)
     if not (is_elementwise(kind) or can_step_one_parameter(kind)):
-        _reject(option, optimizer_type)
+        _reject_optimizer(option, optimizer_type)
 
 
-def _reject(option: str, optimizer_type: str) -> None:
+def _reject_optimizer(option: str, optimizer_type: str) -> None:
     """Raise OptionError: the optimizer cannot step each weight separately, as `option` needs."""
     name = find_optimizer(optimizer_type).__name__.lower()
     reasons = (reason for ending, reason in WHY_NOT_SINGLE.items() if name.endswith(ending))

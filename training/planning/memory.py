@@ -64,7 +64,7 @@ class StepPrediction:
     host_average_bytes: int = 0  # bytes of a whole model's average in host memory
     num_further_dits: int = 0  # trained transformers, each like the one that was rehearsed
     num_sample_only_dits: int = 0  # transformers that only samples need
-    texts: LiveTextEncoders | None = None  # encoded in each step
+    live_encoders: LiveTextEncoders | None = None  # encoded in each step
     network: str = "LoRA"  # name of the trained network
 
     def phase(self, blocks: int) -> memory_plan.Phase:
@@ -185,7 +185,7 @@ def predict(
     noisy_batch: NoisyBatch,
     device: torch.device,
     num_sample_only_dits: int = 0,
-    texts: LiveTextEncoders | None = None,
+    live_encoders: LiveTextEncoders | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
     tables: Sequence[DatasetTable] = (),
 ) -> StepPrediction:
@@ -200,7 +200,7 @@ def predict(
         noisy_batch: The batch, on the CPU.
         device: Device of the run; nothing is allocated on it.
         num_sample_only_dits: Number of transformers that only samples use.
-        texts: Text encoders that are loaded during training; None for none.
+        live_encoders: Text encoders that are loaded during training; None for none.
         watch: `TokenCounter.watch` if several devices are to share the step.
         tables: Tables of the dataset.
     """
@@ -214,18 +214,18 @@ def predict(
     shape: Shape = (count, *size)
     try:
         with quiet():
-            for encoder in () if texts is None else texts.encoders:
+            for encoder in () if live_encoders is None else live_encoders.encoders:
                 encoder.load(META)
             phase_peaks, host_activation_bytes = rehearse(
-                family, options, dit, noisy_batch, texts=texts, watch=watch, tables=tables
+                family, options, dit, noisy_batch, live_encoders=live_encoders, watch=watch, tables=tables
             )
             trained_networks = [dit]
-            if texts is not None:
-                trained_networks += [encoder.network for encoder in texts.learning_encoders]
+            if live_encoders is not None:
+                trained_networks += [encoder.network for encoder in live_encoders.learning_encoders]
             trained_sizes = _list_trained_sizes(trained_networks)
     finally:
-        if texts is not None:
-            texts.free()
+        if live_encoders is not None:
+            live_encoders.free()
     host_optimizer_bytes = host_average_bytes = 0
     if options.full_dit is not None and options.features.average is not None:
         host_average_bytes = 4 * sum(trained_sizes)  # float32; frozen weights are not averaged
@@ -248,7 +248,7 @@ def predict(
         host_average_bytes=host_average_bytes,
         num_further_dits=len(family.experts) - 1,
         num_sample_only_dits=num_sample_only_dits,
-        texts=texts,
+        live_encoders=live_encoders,
         network=find_learner(family, options.network, options.features.lora_replacement).label,
     )
 
@@ -349,7 +349,7 @@ def plan_one_card(
     device: torch.device,
     room: DeviceMemory | None,
     num_sample_only_dits: int,
-    texts: LiveTextEncoders | None,
+    live_encoders: LiveTextEncoders | None,
     tables: Sequence[DatasetTable],
 ) -> None:
     """Print how much memory a step of the run needs on a single GPU, and what would save memory.
@@ -363,7 +363,7 @@ def plan_one_card(
         device: Device of the run.
         room: Memory of the GPU; None if unknown.
         num_sample_only_dits: Number of transformers that only samples need.
-        texts: Text encoders that are loaded.
+        live_encoders: Text encoders that are loaded.
         tables: Tables of the dataset.
     """
     prediction = predict(
@@ -372,7 +372,7 @@ def plan_one_card(
         noisy_batch,
         device=device,
         num_sample_only_dits=num_sample_only_dits,
-        texts=texts,
+        live_encoders=live_encoders,
         tables=tables,
     )
     compiled = [] if options.speed.compilation.choice is None else [COMPILED]
@@ -476,7 +476,7 @@ def _rehearse_largest(plan: TrainingPlan) -> StepPrediction:
         plan.options,
         noisy_batch,
         plan.accelerator.device,
-        texts=plan.texts,
+        live_encoders=plan.live_encoders,
         tables=plan.config.datasets,
     )
 
@@ -500,7 +500,7 @@ def suggest_changes(
         noisy_batch=noisy_batch,
         device=device,
         num_sample_only_dits=prediction.num_sample_only_dits,
-        texts=prediction.texts,
+        live_encoders=prediction.live_encoders,
     )
     rehearsals = [
         (flags, partial(rehearse_with, changed_options))

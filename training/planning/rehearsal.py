@@ -69,7 +69,7 @@ class Rehearsal:
     steps: ParameterSteps | None  # steps single weights; None: all are stepped at once
     states: list[Tensor]  # stand-ins for the average, and for states that a rehearsal cannot make
     blocks: Mapping[str, list[nn.Module]]  # all blocks, by the name of their list
-    texts: LiveTextEncoders | None = None  # encoded in each step, without content
+    live_encoders: LiveTextEncoders | None = None  # encoded in each step, without content
     # with --fused_backward_pass, once the optimizer has its states
     fused: FusedBackward | None = None
     tables: Sequence[DatasetTable] = ()  # of the dataset
@@ -101,9 +101,9 @@ class Rehearsal:
         self.ledger.begin_phase("text encoders")
         self.ledger.forget_peaks()
         self.ledger.is_backward = False
-        if self.texts is not None:
+        if self.live_encoders is not None:
             with autocast_of(self.options, self.ledger.device)():
-                batch = self.texts.add_to(noisy_batch.batch)
+                batch = self.live_encoders.add_encoded_captions(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
         self.ledger.begin_phase("forward outside the blocks")
         autocast = autocast_of(self.options, self.ledger.device)
@@ -205,7 +205,7 @@ def rehearse(
     options: TrainingOptions,
     dit: nn.Module,
     noisy_batch: NoisyBatch,
-    texts: LiveTextEncoders | None = None,
+    live_encoders: LiveTextEncoders | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
     tables: Sequence[DatasetTable] = (),
 ) -> tuple[dict[str, dry.BytesByKind], int]:
@@ -218,12 +218,12 @@ def rehearse(
         options: Options of the run.
         dit: The network as loaded, on the meta device; do not use it afterwards.
         noisy_batch: Batch on the CPU.
-        texts: Text encoders that run in each step, on the meta device too.
+        live_encoders: Text encoders that run in each step, on the meta device too.
         watch: Given the network, returns the function that computes memory with all blocks from a few.
         tables: Tables of the dataset.
     """
     with dry.dry_run() as ledger:
-        rehearsal = set_up_trainable(family, options, dit, ledger=ledger, texts=texts)
+        rehearsal = set_up_trainable(family, options, dit, ledger=ledger, live_encoders=live_encoders)
         rehearsal.tables = tables
         phase_peaks = rehearsal.measure_step()  # first: the states that it creates count in the other phases
         device_batch = noisy_batch.moved(lambda tensor: empty_like_on_device(tensor, ledger))
@@ -272,18 +272,18 @@ def set_up_trainable(
     options: TrainingOptions,
     dit: nn.Module,
     ledger: dry.Ledger,
-    texts: LiveTextEncoders | None = None,
+    live_encoders: LiveTextEncoders | None = None,
 ) -> Rehearsal:
     """Prepare a DiT without values for a rehearsed step, which predicts the memory of a real one.
 
     The network is added, the blocks are wrapped and the optimizer is made in the order of a real run.
     """
     dry.allocate_empty_weights(dit, ledger)
-    for encoder in () if texts is None else texts.encoders:
+    for encoder in () if live_encoders is None else live_encoders.encoders:
         for module in dry.modules_in(encoder):
             dry.allocate_empty_weights(module.requires_grad_(False), ledger, dry.TEXTS)
     dit.requires_grad_(False)
-    groups = _make_learning_groups(family, options, dit, ledger=ledger, texts=texts)
+    groups = _make_learning_groups(family, options, dit, ledger=ledger, live_encoders=live_encoders)
     blocks = family.dit.blocks(dit)
     dry.keep_kernels(recomputed_parts(dit, family.dit))
     dry.track_blocks(blocks, ledger)
@@ -310,7 +310,7 @@ def set_up_trainable(
         steps=_single_steps(options, optimizer, parameters),
         states=average,
         blocks=blocks,
-        texts=texts,
+        live_encoders=live_encoders,
     )
 
 
@@ -348,7 +348,7 @@ def _make_learning_groups(
     dit: nn.Module,
     *,
     ledger: dry.Ledger,
-    texts: LiveTextEncoders | None,
+    live_encoders: LiveTextEncoders | None,
 ) -> list[dict[str, Any]]:
     """Add the network and adapters, or select trained weights of the DiT; return the optimizer's groups.
 
@@ -356,7 +356,7 @@ def _make_learning_groups(
     """
     learner = find_learner(family, options.network, options.features.lora_replacement)
     if options.network is None or learner.make is None:
-        trainable = train_full(family, options, dit, texts, writes=False)
+        trainable = train_full(family, options, dit, live_encoders, writes=False)
         trainable = arrange_weights(trainable, options.optimizer, family.dit)
         return [dict(group) for group in trainable.groups]
     network_options = options.network
@@ -366,14 +366,14 @@ def _make_learning_groups(
         network_options,
         dit,
         0,
-        encoders={} if texts is None else texts.networks_for(learner.is_embedding),
+        encoders={} if live_encoders is None else live_encoders.networks_for(learner.is_embedding),
         in_dit=options.parts is None or options.parts.trains_dit,
         with_values=False,
     )
     dry.allocate_empty_weights(network.module, ledger, dry.NETWORK)
     _add_adapters(family, options, dit, ledger)
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
-    word_encoders = {} if texts is None else texts.networks_with_new_word
+    word_encoders = {} if live_encoders is None else live_encoders.networks_with_new_word
     # features may train something next to the network, such as the vectors of a new word
     for make in begin_run(options, family).on.auxiliary_learners:
         auxiliary = make(word_encoders, 0, False)

@@ -35,8 +35,8 @@ from training.trainable import (
     Trainable,
     WrittenFile,
     open_unused,
+    prepare_dit,
     saved_dtypes,
-    train_dit,
     unused_infos,
     written_dtypes,
 )
@@ -61,7 +61,7 @@ def train_split_dit(
         part_rates: Different learning rates, by a part of the parameter's name.
         form: Form of saved files: one file or several.
     """
-    trainable = train_dit(dit, learning_rate, name_parts, part_rates, form)
+    trainable = prepare_dit(dit, learning_rate, name_parts, part_rates, form)
     # split weight -> parameter with the rows of this process
     local_parameters = {weight: trained_rows(weight) for weight in trainable.parameters if is_split(weight)}
     groups = [
