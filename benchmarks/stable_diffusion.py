@@ -356,7 +356,7 @@ def started_step(folder: Path, args: argparse.Namespace) -> Iterator[Step]:
         prepare_run(family, options) as run,
         contextlib.closing(run.feed.start(0, 0)) as micro_batches,
     ):
-        groups = run.steps.groups(0)
+        groups = run.steps.batches_by_step(0)
 
         def step() -> None:
             advance(run, next(groups), micro_batches)

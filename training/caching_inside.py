@@ -136,18 +136,7 @@ def prepare_sources(
     if options is not None:
         with quiet() if NO_DATASET in needs else nullcontext():  # such a dataset is a placeholder
             _encode_planned_tables(family, config, plans, options=options, device=device, stores=stores)
-    # each process has encoded a part of the items: their caches in memory are exchanged
-    memory_stores: list[MemoryStore] = []
-    for store_pair in stores.custom_stores.values():
-        memory_stores += [store for store in store_pair if isinstance(store, MemoryStore)]
-    if memory_stores:
-        _share_entries(memory_stores)
-    caches_in_memory = any(store.entries for store in memory_stores)
-    if caches_in_memory:
-        size_bytes = sum(store.size_bytes for store in memory_stores)
-        logger.info(
-            "Caches in host memory: %s. Batches are read by no other process.", format_size(size_bytes)
-        )
+    caches_in_memory = _exchange_memory_caches(stores)
     tables = list_live_tables(family.cache_tag, plans, needs_captions=live_encoders is not None)
     if os.environ.get("RANK", "0") == "0":  # all processes have the same tables
         _warn_of_live(
@@ -166,6 +155,22 @@ def prepare_sources(
         # the encoder and caches in memory are in this process, so no worker process can read batches
         must_stay_in_process=media_encoder is not None or caches_in_memory,
     )
+
+
+def _exchange_memory_caches(stores: Stores) -> bool:
+    """Give all processes the caches in memory that each has encoded a part of; return if there are any."""
+    memory_stores: list[MemoryStore] = []
+    for store_pair in stores.custom_stores.values():
+        memory_stores += [store for store in store_pair if isinstance(store, MemoryStore)]
+    if memory_stores:
+        _share_entries(memory_stores)
+    has_entries = any(store.entries for store in memory_stores)
+    if has_entries:
+        size_bytes = sum(store.size_bytes for store in memory_stores)
+        logger.info(
+            "Caches in host memory: %s. Batches are read by no other process.", format_size(size_bytes)
+        )
+    return has_entries
 
 
 def _encode_planned_tables(
@@ -226,20 +231,35 @@ def plan_tables(
     """
     if NO_DATASET in needs:  # the table is a placeholder that is not trained on
         return [TablePlan(table, TensorLocation.MEMORY, TensorLocation.MEMORY) for table in config.datasets]
-    to_disk_by_name = {
-        "latents": options is not None and options.cache_latents_to_disk,
-        "text_encoder_outputs": options is not None and options.cache_text_encoder_outputs_to_disk,
-    }
-    for name, to_disk in to_disk_by_name.items():
-        if to_disk and family.latent.npz is None:
-            raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; leave out _to_disk")
-    # texts are live only if all of them are; otherwise the others are read from caches
-    texts = TensorLocation.LIVE if live and family.text_keys.issubset(live) else TensorLocation.CACHE
-    if texts is TensorLocation.CACHE and options is not None and options.caches_texts:
-        texts = TensorLocation.NPZ if options.cache_text_encoder_outputs_to_disk else TensorLocation.MEMORY
+    if options is not None and family.latent.npz is None:
+        _reject_npz(options)
+    texts = _locate_texts(family, options, live)
     if LIVE_MEDIA in needs:  # the feature that needs it has already rejected --cache_latents
         return [TablePlan(table, TensorLocation.LIVE, texts) for table in config.datasets]
     return [TablePlan(table, _locate_latents(family, table, options), texts) for table in config.datasets]
+
+
+def _reject_npz(options: CachingInRunOptions) -> None:
+    """Raise OptionError if the options ask for caches in npz files, for a model that has none."""
+    to_disk_by_name = {
+        "latents": options.cache_latents_to_disk,
+        "text_encoder_outputs": options.cache_text_encoder_outputs_to_disk,
+    }
+    for name, to_disk in to_disk_by_name.items():
+        if to_disk:
+            raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; leave out _to_disk")
+
+
+def _locate_texts(
+    family: Caches, options: CachingInRunOptions | None, live: Collection[str]
+) -> TensorLocation:
+    """Return where the text encoder outputs of all tables come from; `live` are encoded at each step."""
+    # only if all outputs are live: otherwise the rest is read from caches
+    if live and family.text_keys.issubset(live):
+        return TensorLocation.LIVE
+    if options is None or not options.caches_texts:
+        return TensorLocation.CACHE
+    return TensorLocation.NPZ if options.cache_text_encoder_outputs_to_disk else TensorLocation.MEMORY
 
 
 def _locate_latents(
@@ -419,10 +439,14 @@ def find_live_encoders(
 def _select_live_encoders(
     family: Family, options: TrainingOptions, config: DatasetConfig
 ) -> LiveTextEncoders | None:
-    """Return the text encoders that run during training: for varying captions, to be trained, or uncached.
+    """Return the text encoders that run during training; None if all their outputs come from caches.
 
-    Returns:
-        The encoders; None if all texts come from caches.
+    They run in the first of these cases that applies:
+
+    1. Whole text encoders are trained along with the whole transformer.
+    2. They learn a new word.
+    3. Captions vary, or text encoders get a LoRA.
+    4. An image trainer finds no caches of their outputs.
 
     Raises:
         OptionError: If caches are requested for texts that change, or if a required encoder is not given.
@@ -434,7 +458,6 @@ def _select_live_encoders(
             f"--cache_text_encoder_outputs: captions of {varying.name} vary (shuffle_caption, wildcards, tag "
             "dropout or token warm-up), so that they cannot be cached. Leave out one of the two"
         )
-    # whole text encoders are trained along with a whole transformer
     if options.full_dit is not None:
         fully_trained = _select_fully_trained_encoders(family, caches_texts)
         if fully_trained is not None:
@@ -447,7 +470,6 @@ def _select_live_encoders(
             return live_encoders
     if caches_texts or not options.is_for_images:
         return None
-    # image trainers need no caches: without any, texts are encoded while training
     stores = Stores(npz_names(family))
     cache_ending = text_file_name("", family.cache_tag)
     for table in config.datasets:

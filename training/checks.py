@@ -345,19 +345,19 @@ def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
 
 
 def select_lora_format(
-    family: Family, lora: NetworkOptions | None, texts: Sequence[LearningEncoder] = ()
+    family: Family, lora: NetworkOptions | None, trained_encoders: Sequence[LearningEncoder] = ()
 ) -> LoraFormat | None:
     """Return the file format of saved LoRAs, which the options choose; None if no LoRA is trained.
 
     Args:
         family: The model family.
         lora: Options of the LoRA; None if none is trained.
-        texts: Text encoders that are trained, as far as they are known.
+        trained_encoders: Text encoders that are trained, as far as they are known.
     """
     if lora is None:
         return None
     module = lora.network_module or family.lora_module
-    names = {encoder.lora_prefix: encoder.name for encoder in texts}
+    names = {encoder.lora_prefix: encoder.name for encoder in trained_encoders}
     return select_format(lora, family.name, module, names)
 
 

@@ -346,8 +346,8 @@ def set_up_network(
         loop: Options of the training loop.
         device: Device of the run.
         compilation: How to compile; None does not compile.
-        host: Host memory of swapped weights.
-        blocks: Place that the blocks were loaded into, if they are split over processes.
+        host: Host memory with the weights of swapped blocks; None if none is swapped.
+        blocks: What split the blocks over processes while they were loaded; None if they are complete.
     """
     cpu_offload = loop.gradient_checkpointing_cpu_offload
     checkpointing: network_setup.Checkpointing | None = None  # None: the blocks keep their activations

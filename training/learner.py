@@ -65,7 +65,7 @@ class Learner:
     check: Callable[[], None] = lambda: None  # raises UserError if the file to start from cannot be used
     # given the dataset, and the attribute of tables whose target is the base model's prediction, return the
     # dataset to train on. Raises DatasetError
-    check_data: Callable[[DatasetConfig, str], DatasetConfig] = lambda config, kept: config
+    check_data: Callable[[DatasetConfig, str], DatasetConfig] = lambda config, preserve_attribute: config
     caption_checks: Sequence[ReadCaptions] = ()  # each returns a note on captions that teach nothing
     sentences: Sequence[str] = ()  # replace the captions
     start_option: str = "network_weights"  # option for the file to start from; "": the option of the model
@@ -167,18 +167,22 @@ def _make_custom_network(
     return ForeignNetwork(module.requires_grad_(True), dit)
 
 
-def _check_data(custom: CustomNetwork, config: DatasetConfig, kept: str) -> DatasetConfig:
+def _check_data(custom: CustomNetwork, config: DatasetConfig, preserve_attribute: str) -> DatasetConfig:
     """Check the tables for a family's own network: control images, or images of a new word.
 
-    Returns the dataset, in which images need no captions if sentences replace them. `kept` is the name of
-    the attribute with which a table asks for the base model's prediction.
+    Returns the dataset, in which images need no captions if sentences replace them.
+
+    Args:
+        custom: The family's network.
+        config: The dataset.
+        preserve_attribute: Name of the attribute with which a table asks for the base model's prediction.
     """
     if not custom.in_text_encoders:
         from dataset.control_pairs import check_pairs  # other trainings read caches alone
 
         check_pairs(config, custom.label)
         return config
-    _check_word_tables(custom, config, kept)
+    _check_word_tables(custom, config, preserve_attribute)
     if not custom.sentences:
         return config
     # class_tokens is the caption of images without a caption file: "" makes such files unnecessary
@@ -186,13 +190,13 @@ def _check_data(custom: CustomNetwork, config: DatasetConfig, kept: str) -> Data
     return replace(config, datasets=tables)
 
 
-def _check_word_tables(custom: CustomNetwork, config: DatasetConfig, kept: str) -> None:
+def _check_word_tables(custom: CustomNetwork, config: DatasetConfig, preserve_attribute: str) -> None:
     """Raise DatasetError for tables from which a word's embedding cannot learn.
 
     Args:
         custom: The embedding.
         config: The dataset.
-        kept: Name of the attribute with which a table asks for the base model's prediction.
+        preserve_attribute: Name of the attribute with which a table asks for the base model's prediction.
     """
     for table in config.datasets:
         if table.is_reg:
@@ -200,8 +204,8 @@ def _check_word_tables(custom: CustomNetwork, config: DatasetConfig, kept: str) 
                 f"{table.name}: {custom.label} learns nothing from regularization images, as their captions "
                 "lack the word. Leave them out"
             )
-        if kept in table.attributes:
+        if preserve_attribute in table.attributes:
             raise DatasetError(
-                f"{table.name}: {kept} compares a network in the transformer with the model without it, and "
-                f"{custom.label} has none there. Leave it out"
+                f"{table.name}: {preserve_attribute} compares a network in the transformer with the model "
+                f"without it, and {custom.label} has none there. Leave it out"
             )

@@ -337,7 +337,7 @@ class Loading:
             _wrap_unmerged(dit, patch, t_loras, device, compute_dtype)
         warn_if_emulated(device, compute_dtype, "the transformer")
         dit.requires_grad_(False)
-        if blocks is not None and plan.splits_model:
+        if blocks is not None and plan.shards_model:
             blocks.split(dit)
         return UnpreparedNetwork(dit, family, index, expert, host=host, blocks=blocks)
 
@@ -386,23 +386,23 @@ class Loading:
     def set_up_blocks(self, network: UnpreparedNetwork) -> None:
         """Compile, checkpoint and swap the blocks of a network; divide its tokens among processes."""
         options, device = self.plan.options, self.plan.accelerator.device
-        dit, family = network.dit, network.family
         experts.set_up_network(
-            dit,
-            family.dit,
+            network.dit,
+            network.family.dit,
             options.loop,
             device,
             compilation=options.speed.compilation.choice,
             host=network.host,
             blocks=network.blocks,
         )
-        if options.speed.modes.hooks.finish_network:
-            finish_network(dit, options.speed, device)
+        divides_tokens = bool(options.speed.modes.hooks.finish_network)
+        if divides_tokens:
+            finish_network(network.dit, options.speed, device)
 
     def _add_frozen_loras(self, network: UnpreparedNetwork, has_samples: bool) -> None:
-        """Add --training_adapter and, for samples, --sample_lora and the LoRAs of a family's stages.
+        """Add --training_adapter and, for samples, --sample_lora and the LoRAs of a family's denoising stages.
 
-        All of them are disabled, until a step or a sample enables its own.
+        All of them are disabled: a training step enables the adapter, a sample the others.
         """
         options, family = self.plan.options, network.family
         dit, expert = network.dit, network.expert
@@ -411,8 +411,8 @@ class Loading:
         if family is self.plan.family and options.frozen.training_adapter is not None:
             adapter = experts.read_adapter(options, expert, family.experts)
         sample_files = options.samples.loras() if has_samples else []
-        has_stages = has_samples and bool(stage_files_of(dit))
-        if adapter is None and not sample_files and not has_stages:
+        uses_stage_loras = has_samples and bool(stage_files_of(dit))
+        if adapter is None and not sample_files and not uses_stage_loras:
             return
         from networks.gated_loras import add_loras, add_stage_loras  # only with LoRA files
         from networks.loading import read_use
@@ -422,7 +422,7 @@ class Loading:
         if sample_files:
             loras = [read_use(path, expert.name, multiplier) for path, multiplier in sample_files]
             self.sample_loras.append(add_loras(dit, loras, is_compiled))
-        if has_stages:
+        if uses_stage_loras:
             add_stage_loras(dit, is_compiled)
 
 
@@ -530,13 +530,13 @@ class Learners:
     def _train_full(self, dit: nn.Module) -> Trainable:
         options = self.plan.options
         assert options.full_dit is not None  # without a network, the model itself is trained
-        if self.plan.splits_model:
-            from training.saving.split_model import train_split_dit  # only if it is split
+        if self.plan.shards_model:
+            from training.saving.split_model import prepare_sharded_dit  # only if it is split
 
             rates = part_rates_of(self.plan.family)
             parts = options.full_dit.name_parts
             form = SavedForm(options.full_dit.shard_bytes)
-            full = train_split_dit(dit, options.optimizer.learning_rate, parts, rates, form)
+            full = prepare_sharded_dit(dit, options.optimizer.learning_rate, parts, rates, form)
         else:
             full = train_full(self.plan.family, options, dit, self.plan.live_encoders)
         return arrange_weights(full, options.optimizer, self.plan.family.dit)
@@ -566,21 +566,21 @@ class Learners:
 def _make_stepping(
     plan: TrainingPlan, trainable: Trainable, optimizer: Optimizer, scaler: torch.amp.GradScaler
 ) -> stepping.StepAfterBackward | stepping.FusedBackward:
-    """Return the object that steps the weights: all at once, one by one, or inside the backward pass."""
+    """Return the object that steps the weights: all together, one by one, or inside the backward pass."""
     options, max_norm = plan.options, plan.options.optimizer.max_grad_norm
-    full_dit, split_weights = options.full_dit, trainable.split_weights
+    full_dit, sharded_weights = options.full_dit, trainable.sharded_weights
     optimizer_class = type(optimizer)
-    is_in_bf16 = full_dit is not None and full_dit.full_bf16
+    rounds_to_bf16 = full_dit is not None and full_dit.full_bf16
+    offloads_states = full_dit is not None and full_dit.offloads_states
     # an optimizer that needs whole matrices gathers the rows of split ones, one weight at a time
-    gathers = bool(split_weights) and not stepping.is_elementwise(optimizer_class)
+    gathers_weights = bool(sharded_weights) and not stepping.is_elementwise(optimizer_class)
     parameter_steps: stepping.ParameterSteps | None = None  # steps each parameter by itself
-    offloads = full_dit is not None and full_dit.offloads_states
-    if options.is_fused or gathers or is_in_bf16 or offloads:
+    if options.is_fused or gathers_weights or rounds_to_bf16 or offloads_states:
         if stepping.can_step_one_parameter(optimizer_class):
             parameter_steps = stepping.ParameterSteps(
-                optimizer, trainable.names, plan.progress, split_weights, offloads_states=offloads
+                optimizer, trainable.names, plan.progress, sharded_weights, offloads_states=offloads_states
             )
-        else:  # the other options have been refused for such an optimizer
+        else:  # only --full_bf16: such an optimizer was rejected with the other options
             logger.warning(
                 "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
             )
@@ -592,7 +592,7 @@ def _make_stepping(
             scaler,
             networks=trainable.all_networks,
             parameter_steps=parameter_steps,
-            split_weights=split_weights,
+            sharded_weights=sharded_weights,
         )
     if max_norm > 0:
         logger.warning(

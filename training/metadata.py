@@ -30,7 +30,7 @@ RESOLUTION = "1280x720"
 IMAGE_RESOLUTION = "1024x1024"
 
 
-def continued_sizes(model: TrainedModel, expert_name: str) -> dict[str, str]:
+def continued_sizes_metadata(model: TrainedModel, expert_name: str) -> dict[str, str]:
     """Return the metadata of rank and alpha if a file or state decided them instead of the options.
 
     Args:

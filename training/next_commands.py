@@ -38,10 +38,10 @@ BAKED_RANK = 64  # rank of a plain LoRA that is converted from a network of full
 EXTRACTED_RANK = 32  # rank of a LoRA that is extracted from a whole model
 COMFYUI_TOOL = "ComfyUI"
 STARTING = {"initial_step", "initial_epoch"}
-# generation options of a sample; `Request` names their values alike, except for `OTHER_NAMES`
 SCALES = ("guidance_scale", f"guidance_scale_{HIGH_NOISE}")
-OF_SAMPLES = ("infer_steps", *SCALES, "flow_shift", "sample_solver", "seed", "negative_prompt")
-OTHER_NAMES = {"infer_steps": "steps", "sample_solver": "solver"}
+# generation options that reproduce a sample, and the fields of `Request` that have other names
+OPTIONS_OF_SAMPLES = ("infer_steps", *SCALES, "flow_shift", "sample_solver", "seed", "negative_prompt")
+FIELD_BY_OPTION = {"infer_steps": "steps", "sample_solver": "solver"}
 
 
 @dataclass(frozen=True)
@@ -212,16 +212,19 @@ class NextSteps:
 
     def _start_from_trained_files(self, steps: int) -> PageCommand:
         """Return the command that starts a new run of so many steps from the trained files."""
-        option = self.plan.learner.start_option or self._trained_option()
+        # the option that reads trained weights: --network_weights for a LoRA, --dit for a whole model
+        start_option = self.plan.learner.start_option or self._trained_option()
         experts: Sequence[str] = self.plan.names.expert_names
         if self.plan.options.network is None:
             experts = [expert.name for expert in self.plan.family.experts]
-        # options that start a run from trained files, one for each file
-        options = [f"{option}_{HIGH_NOISE}" if expert == HIGH_NOISE else option for expert in experts]
-        options = options or [option]  # without experts there is one file
-        arguments = [*self._run_arguments(RESUMING | STARTING | {*options}), "--max_train_steps", str(steps)]
-        files = self.plan.names.files(self.plan.names.name).values()
-        for option, file in zip(options, files, strict=False):
+        # with a file for each expert, that for high noise has its own option
+        start_options = [
+            f"{start_option}_{HIGH_NOISE}" if expert == HIGH_NOISE else start_option for expert in experts
+        ] or [start_option]
+        replaced_options = RESUMING | STARTING | {*start_options}
+        arguments = [*self._run_arguments(without=replaced_options), "--max_train_steps", str(steps)]
+        trained_files = self.plan.names.files(self.plan.names.name).values()
+        for option, file in zip(start_options, trained_files, strict=False):
             arguments += [f"--{option}", str(file)]
         if not self.plan.options.saving.saves_state_at_end:
             arguments.append("--save_state_on_train_end")
@@ -275,7 +278,7 @@ class NextSteps:
         spellings = self.command.entry.spellings
         folder_flag = spellings.get("save_path", "--save_path")
         sample_arguments = [
-            *say_sample(self.sample, spellings),
+            *arguments_of_sample(self.sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
         generate = self.plan.learner.generate  # None: the model's own script generates with the file
@@ -357,7 +360,7 @@ class NextSteps:
         return [*arguments[:index], flag, str(file), *arguments[index + 2 :]]
 
 
-def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
+def arguments_of_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
     """Return the command-line arguments that reproduce a sample.
 
     Args:
@@ -368,12 +371,12 @@ def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = 
     values = {
         "prompt": sample.get("prompt") or Placeholder("what it should show"),
         "video_size": size if len(size) == 2 else None,
-        **{name: sample.get(OTHER_NAMES.get(name, name)) for name in OF_SAMPLES},
+        **{name: sample.get(FIELD_BY_OPTION.get(name, name)) for name in OPTIONS_OF_SAMPLES},
     }
     flags = spellings or {}
-    spelled = {flags.get(name, f"--{name}"): value for name, value in values.items()}
-    spelled.pop("", None)  # options that the script does not have are spelled ""
-    return option_argv(spelled)
+    value_by_flag = {flags.get(name, f"--{name}"): value for name, value in values.items()}
+    value_by_flag.pop("", None)  # options that the script does not have
+    return option_argv(value_by_flag)
 
 
 def _command(title: str, arguments: Sequence[str], note: str = "") -> PageCommand:
@@ -402,22 +405,23 @@ def plan_next_steps(plan: TrainingPlan, sampler: "Sampler | None", command: Trai
         folders = (table.cache_directory for table in plan.config.datasets)
         cache_options = recall_options(folders, command.family, command.entry)
     cached_with = {option.name: option.value for option in cache_options}
-    return NextSteps(plan, command, sample=say_example(plan, cached_with), cache_options=cache_options)
+    sample = example_values(plan, cached_with)
+    return NextSteps(plan, command, sample=sample, cache_options=cache_options)
 
 
-def say_example(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the caption and the files of the first training item, by the field names of `Request`.
+def example_values(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the caption and the files of the first training item, which a command can generate from.
 
-    Key `example` has an `ExampleItem` for values that only some families use, `cached_with` the options that
-    made the caches.
+    Keys are field names of `Request`, and two that only some families read: `example`, with all files of the
+    item, and `cached_with`, the options that made the caches.
     """
     item = plan.training[0]
     example = find_example(item, plan.sources.stores)
-    takes_references = item.table.references is not None
+    has_references = item.table.references is not None
     return {
         # a longer caption would flood the console, and systems limit the length of a command
         "prompt": example.caption if len(example.caption or "") <= MAX_EXAMPLE_CHARACTERS else None,
-        "control_images": example.controls if takes_references else (),
+        "control_images": example.controls if has_references else (),
         "example": example,
         "cached_with": cached_with,
     }

@@ -363,23 +363,27 @@ def read_training(
         options = read_options(TrainingOptions, args)
         family_options = read_options(record, args)
         if args.options_of_file:
-            log_idle(args, options, family_options)
+            log_options_without_effect(args, options, family_options)
     return options, family_options, list_script_options(command.parser, family_options, options)
 
 
-def log_idle(args: argparse.Namespace, *records: Options) -> None:
+def log_options_without_effect(args: argparse.Namespace, *records: Options) -> None:
     """Log in one line which options of a --config_file have no effect because another one is not given.
 
-    These options have their defaults, which files of other programs spell out. If such an option has another
-    value, it is rejected or has its own line (`list_unused_options`).
+    Only options with their default values are listed: files of other programs spell these out. Such an option
+    with another value is rejected, or has its own line (`list_unused_options`).
+
+    Args:
+        args: The parsed command line and config file.
+        records: The options records made from it.
     """
-    idle = [name for record in records for name in list_idle(record, args.options_of_file)]
-    if idle:
-        is_single = len(idle) == 1
+    names = [name for record in records for name in list_idle(record, args.options_of_file)]
+    if names:
+        is_single = len(names) == 1
         logger.info(
             "%s: %s %s no effect, as the %s not given.",
             args.config_file,
-            ", ".join(idle),
+            ", ".join(names),
             "has" if is_single else "have",
             "option that it belongs to is" if is_single else "options that they belong to are",
         )

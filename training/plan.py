@@ -110,9 +110,9 @@ class TrainingPlan:
         return self.others.sampling or self.family
 
     @property
-    def splits_model(self) -> bool:
+    def shards_model(self) -> bool:
         """Whether a trained transformer is split over the processes."""
-        return splits_full_model(self.options)
+        return shards_full_model(self.options)
 
 
 def _name_files(family: Family, options: TrainingOptions, features: RunFeatures) -> Names:
@@ -131,7 +131,7 @@ def _name_files(family: Family, options: TrainingOptions, features: RunFeatures)
     )
 
 
-def splits_full_model(options: TrainingOptions) -> bool:
+def shards_full_model(options: TrainingOptions) -> bool:
     """Return whether the full model is trained and each process holds a part of it."""
     return options.full_dit is not None and bool(options.speed.modes.splits_weights) and have_joined()
 
@@ -337,10 +337,10 @@ def _find_sources(
 def join_processes(
     family: Family, options: TrainingOptions, config: DatasetConfig
 ) -> Iterator[tuple[Accelerator, OtherProcesses | None]]:
-    """Start the processes, and check the options against the device.
+    """Join the run's processes, and check the options against the device.
 
-    Yields the accelerator, and `OtherProcesses`, which is None for a single process. During the block no
-    other run can use the name of this one, and the processes monitor each other.
+    Yields the accelerator, and `OtherProcesses`, which is None for a single process. During the block the
+    processes monitor each other, and no other run can use the output folder and name of this one.
     """
     accelerator = make_accelerator(options.accelerator)
     # an option that divides work over processes has no effect in one
@@ -390,7 +390,7 @@ def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Acce
     if options.full_dit is not None:
         if options.full_dit.offloads_states:
             check_offload(options.optimizer.optimizer_type)
-        if splits_full_model(options):
+        if shards_full_model(options):
             check_sharded_optimizer(options.speed.modes.splits_weights, options.optimizer.optimizer_type)
     compilation = options.speed.compilation.choice
     if compilation is not None:
@@ -547,15 +547,17 @@ def _warn_of_missing(
         )
 
 
-def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, progress: Progress) -> StepPlan:
-    """Plan the steps of the run; epochs, if given, replace steps."""
+def _plan_steps(
+    options: TrainingOptions, order: BatchOrder, num_processes: int, progress: Progress
+) -> StepPlan:
+    """Plan the steps of the run; --max_train_epochs, if given, replaces --max_train_steps."""
     loop, speed = options.loop, options.speed
     steps = StepPlan(
         num_batches=order.num_batches,
-        processes=count_groups(speed, processes),
+        data_parallel_size=count_groups(speed, num_processes),
         processes_per_batch=speed.modes.num_peers,
-        accumulation=loop.gradient_accumulation_steps,
-        in_lockstep=bool(speed.modes.splits_weights) and processes > 1,
+        accumulation_steps=loop.gradient_accumulation_steps,
+        in_lockstep=bool(speed.modes.splits_weights) and num_processes > 1,
         total_steps=loop.max_train_steps,
         first_epoch=progress.plan_epoch,
         first_position=progress.plan_position,
@@ -594,5 +596,5 @@ def skip_to_initial_step(options: StartOptions, progress: Progress, plan: StepPl
     epoch = step // plan.steps_per_epoch
     # position: number of micro-batches of the epoch that are passed over
     progress.step, progress.epoch = step, epoch
-    progress.position = (step - plan.steps_until(epoch)) * plan.group_size
+    progress.position = (step - plan.steps_until(epoch)) * plan.batches_per_step
     logger.info("Beginning at step %d, epoch %d.", step, epoch + 1)

@@ -35,6 +35,7 @@ from training.data.live import LiveTextEncoders
 from training.data.table_times import describe_times
 from training.experts import describe_few_steps
 from training.features.composing import begin_run
+from training.features.hooks import RunFeatures
 from training.learner import Learner, ReadCaptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
@@ -77,9 +78,9 @@ def show_preview(
         conclude(show_datasets(family, config, DEBUG_VIEW, max(1, os.cpu_count() or 1)))
         return 0
     if options.loop.check:
-        return _check(family, options, learner, commands)
+        return _print_check(family, options, learner, commands)
     if os.environ.get("RANK", "0") == "0":  # only one process prints
-        _plan(family, options, learner, commands=commands, others=others)
+        _print_plan(family, options, learner, commands=commands, others=others)
     return 0
 
 
@@ -91,7 +92,9 @@ def _list_tables(family: Family, options: TrainingOptions, learner: Learner) -> 
     return read_config(options, family, learner).datasets
 
 
-def _check(family: Family, options: TrainingOptions, learner: Learner, commands: CachingCommands) -> int:
+def _print_check(
+    family: Family, options: TrainingOptions, learner: Learner, commands: CachingCommands
+) -> int:
     """Print the items that would be trained on, and write the page (--check); returns the exit code."""
     from data_tools.report import check, findings  # only with --check
 
@@ -102,10 +105,8 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     counters = findings.load_token_counters(family.text_encoders)
     live_encoders = find_live_encoders(family, options, config)
     features = begin_run(options, family, config.datasets)
-    for check_texts in features.on.texts:
-        check_texts(live_encoders)
-    for check_model in features.on.check:
-        check_model(family, family.block_counts() if family.dit_files else ())  # (): the depth is unknown
+    block_counts = family.block_counts() if family.dit_files else ()  # (): unknown
+    _check_features(features, family, live_encoders, block_counts)
     learner.check()
     # find the faults of the dataset
     plans = plan_tables(
@@ -130,6 +131,19 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     result = replace(result, tail=(*result.tail, *lines))
     code: int = check.print_check(result, family, config, page=options.loop.page, workers=workers)
     return code
+
+
+def _check_features(
+    features: RunFeatures,
+    family: Family,
+    live_encoders: LiveTextEncoders | None,
+    block_counts: Sequence[int],
+) -> None:
+    """Raise OptionError if a feature cannot be used with the text encoders or the transformer of this run."""
+    for check_texts in features.on.texts:
+        check_texts(live_encoders)
+    for check_model in features.on.check:
+        check_model(family, block_counts)
 
 
 def _check_dataset(
@@ -225,12 +239,13 @@ def describe_run(options: TrainingOptions, learner: Learner, num_validation: int
         limit = "" if max_steps is None else f" (--max_validation_steps {max_steps})"
         lines.append(f"Each validation measures {format_count(measured, 'batch')} of one item{limit}")
     rate = describe_learning_rate(options, learner)
-    if "HIGH" in rate or "LOW" in rate:
+    is_unusual = "HIGH" in rate or "LOW" in rate  # as `describe_learning_rate` writes
+    if is_unusual:
         lines.append(f"Learning rate: {rate}")
     return lines
 
 
-def _plan(
+def _print_plan(
     family: Family,
     options: TrainingOptions,
     learner: Learner,
@@ -245,11 +260,8 @@ def _plan(
         reject_quantized_bases(family)
     config = read_config(options, family, learner)
     live_encoders = find_live_encoders(family, options, config)
-    for check_texts in options.features.on.texts:
-        check_texts(live_encoders)
-    for check_model in options.features.on.check:
-        check_model(family, family.block_counts())
-    noisy_batch = _read_for_plan(family, options, commands, config=config, live_encoders=live_encoders)
+    _check_features(options.features, family, live_encoders, family.block_counts())
+    noisy_batch = _read_largest_batch(family, options, commands, config=config, live_encoders=live_encoders)
     sample_files: Sequence[Path] = ()
     if others.sampling is not None and options.samples.sample_prompts is not None:
         sample_files = others.sampling.dit_files
@@ -307,7 +319,7 @@ def _require_caches_on_disk(
     )
 
 
-def _read_for_plan(
+def _read_largest_batch(
     family: Family,
     options: TrainingOptions,
     commands: CachingCommands,

@@ -110,23 +110,25 @@ def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def norm_of_gradients(parameters: Iterable[Parameter], split: Collection[Tensor] = ()) -> Tensor:
+def norm_of_gradients(parameters: Iterable[Parameter], sharded: Collection[Tensor] = ()) -> Tensor:
     """Return the norm of all gradients together, in float32.
 
     For bf16 gradients, torch would round the norm to 3 digits.
 
     Args:
         parameters: The trained parameters.
-        split: Parameters whose rows are spread over the processes; if there are any, all processes must call
+        sharded: Parameters whose rows are spread over the processes; if any, all processes must call
             this.
     """
-    if split:
+    if sharded:
         parameters = list(parameters)
         # each process has some rows of the split gradients, and all of the others
-        split_square = norm_of_gradients(parameter for parameter in parameters if parameter in split).square()
-        torch.distributed.all_reduce(split_square)
-        unsplit = norm_of_gradients(parameter for parameter in parameters if parameter not in split)
-        return (split_square + unsplit.square()).sqrt()
+        sharded_square = norm_of_gradients(
+            parameter for parameter in parameters if parameter in sharded
+        ).square()
+        torch.distributed.all_reduce(sharded_square)
+        unsharded = norm_of_gradients(parameter for parameter in parameters if parameter not in sharded)
+        return (sharded_square + unsharded.square()).sqrt()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if all(gradient.dtype == torch.float32 for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)
@@ -140,7 +142,7 @@ def sum_over_processes(parameters: list[Parameter], numbers: Tensor) -> Tensor:
         gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         torch.distributed.all_reduce(flat)
-        totals = flat.split([gradient.numel() for gradient in gradients])
+        totals = flat.sharded([gradient.numel() for gradient in gradients])
         for gradient, total in zip(gradients, totals, strict=True):
             gradient.copy_(total.view_as(gradient))
     torch.distributed.all_reduce(numbers)

@@ -105,6 +105,9 @@ def prepare_run(
 ) -> Iterator[TrainingRun]:
     """Yield a run for which everything is loaded; on exit, end its logs and wait for uploads.
 
+    The order keeps models out of memory that are not needed together: samples' prompts are encoded first,
+    then text encoders that stay are loaded, then the trained transformers.
+
     Args:
         family: The model family.
         options: Options of the run.
@@ -119,11 +122,11 @@ def prepare_run(
     learner = find_learner(family, options.network, options.features.lora_replacement)
     config = read_config(options, family, learner)  # its errors are reported before processes are started
     with contextlib.ExitStack() as stack:
-        # `processes` watches the other processes of the run; None if there are none
-        accelerator, processes = stack.enter_context(join_processes(family, options, config))
+        # `other_processes` watches them; None if this is the only process
+        accelerator, other_processes = stack.enter_context(join_processes(family, options, config))
         end.is_due = accelerator.is_main_process
-        if processes is not None:
-            processes.at_end = lambda reason: act_at_end(end, LostProcessError(reason))
+        if other_processes is not None:
+            other_processes.at_end = lambda reason: act_at_end(end, LostProcessError(reason))
         plan = make_plan(
             family,
             options,
@@ -141,8 +144,8 @@ def prepare_run(
         if options.samples.sample_prompts is not None:
             sampler = _make_sampler(plan, options.samples.sample_prompts)
         next_steps = plan_next_steps(plan, sampler, command)
-        if processes is not None:
-            processes.advice = next_steps.after_loss
+        if other_processes is not None:
+            other_processes.advice = next_steps.after_loss
         swap = options.speed.swap
         memory: MemoryWatch | None = None
         if accelerator.device.type == "cuda" or swap.is_auto:
@@ -171,7 +174,7 @@ def prepare_run(
         closing = contextlib.closing(publisher) if publisher is not None else contextlib.nullcontext()
         with closing, logs, reporter:
             show_start(run, file_dtype(options, model.dits.networks[0]))
-            with contextlib.nullcontext() if processes is None else processes.explain():
+            with contextlib.nullcontext() if other_processes is None else other_processes.explain():
                 yield run
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and plan.progress.step >= plan.steps.total_steps:
@@ -245,8 +248,7 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
         together=plan.steps.works_together,
         blocks=make_block_sharder(options.speed, accelerator.device),
     )
-    if (
-        plan.live_encoders and plan.live_encoders.trained_encoders
-    ):  # encoders that learn: prompts are encoded anew for each sample
+    # outputs of trained text encoders change, so that prompts are encoded anew for each sample
+    if plan.live_encoders and plan.live_encoders.trained_encoders:
         return replace(sampler, encode_again=plan.live_encoders.encode_again)
     return sampler

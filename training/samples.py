@@ -125,7 +125,9 @@ class Sampler:
     def first_values(self) -> dict[str, Any]:
         """Settings of the first sample for the commands on the page; empty without samples."""
         first = self.samples[0] if self.samples else None
-        return {} if first is None else sample_values(first.prepared, first.is_seeded, self.session.family)
+        return (
+            {} if first is None else settings_to_repeat(first.prepared, first.is_seeded, self.session.family)
+        )
 
     def make(
         self,
@@ -641,8 +643,8 @@ def _refuse_dit(expert: int) -> nn.Module:
     raise AssertionError("training samples use the network that is being trained")
 
 
-def sample_values(prepared: Prepared, is_seeded: bool, family: Family) -> dict[str, Any]:
-    """Return the values that make a sample, by field name, for a command that generates it again."""
+def settings_to_repeat(prepared: Prepared, is_seeded: bool, family: Family) -> dict[str, Any]:
+    """Return the settings of a sample by field name of `Request`, for a command that generates it again."""
     request = prepared.request
     values = vars(request) | {
         name: getattr(prepared, name) for name in ("frames", "steps", "embedded_guidance")

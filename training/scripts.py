@@ -103,7 +103,7 @@ def training_script(
                 family_options=family_options,
                 family=family,
             )
-            others = _make_other_families(entry, model.abilities.sampling_dit_option, family_options)
+            others = _find_other_families(entry, model.abilities.sampling_dit_option, family_options)
             exit_code = train_network(model, options, command, others=others)
         if exit_code:
             raise SystemExit(exit_code)
@@ -111,25 +111,27 @@ def training_script(
     return Script.of_family(family, train)
 
 
-def _make_other_families(entry: FamilyEntry, sample_apart: str, family_options: Any) -> "OtherFamilies":
-    """Return the family with the transformers for samples, and a function that makes the family of a teacher.
+def _find_other_families(
+    entry: FamilyEntry, sampling_dit_option: str, family_options: Any
+) -> "OtherFamilies":
+    """Return the model that generates samples, if it is another one, and a function that makes teachers.
 
     Args:
         entry: Entry of the trained family.
-        sample_apart: The family's option for transformers that only samples use; "" if it has none.
+        sampling_dit_option: Option of transformers that only samples use; "" if the family has none.
         family_options: The record of the family's options.
     """
     from training.other_models import OtherFamilies  # it loads torch
 
     sampling: Any = None  # the family whose transformers make the samples
-    if option_values(family_options).get(sample_apart.removeprefix("--")) is not None:
+    if option_values(family_options).get(sampling_dit_option.removeprefix("--")) is not None:
         sampling = import_own(f"{entry.room}.family").family_for_samples(family_options)
 
-    @cache  # so that it logs only once
-    def make_other(dit: Any) -> Any:
+    @cache  # so that making the same model again logs nothing
+    def with_other_dit(dit: Any) -> Any:
         return entry.make_family("training", replace(family_options, dit=dit))
 
-    return OtherFamilies(sampling, make_other)
+    return OtherFamilies(sampling, with_other_dit)
 
 
 def _warn_of_unused(options: TrainingOptions, family_options: Any) -> None:

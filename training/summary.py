@@ -22,7 +22,7 @@ from runtime.planning.device_memory import MemoryWatch
 from training.checks import describe_learning_rate
 from training.data.table_times import describe_times
 from training.learner import Learner
-from training.metadata import continued_sizes
+from training.metadata import continued_sizes_metadata
 from training.next_commands import NextSteps
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
@@ -98,7 +98,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
         run: The run.
         dtype: Dtype of saved models; None leaves it unchanged.
     """
-    split = run.model.trainable.split_weights  # this process's rows of a weight -> the whole weight
+    split = run.model.trainable.sharded_weights  # this process's rows of a weight -> the whole weight
     parameters = [split.get(parameter, parameter) for parameter in run.parameters]
     rows = [*_make_learning_rows(run, parameters), *_make_writing_rows(run, parameters, dtype)]
     show_box(f"Training {run.plan.names.name}", rows)
@@ -118,7 +118,7 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     sizes: tuple[list[int], list[float]] | None = None
     trainable = run.model.trainable
     if options.network is not None and any(
-        continued_sizes(run.model, part) for part in trainable.written_files
+        continued_sizes_metadata(run.model, part) for part in trainable.written_files
     ):
         sizes = trainable.sizes()
     model_keys = ("architecture", "task", "sd_model_name")
@@ -158,13 +158,14 @@ def _describe_rates(options: TrainingOptions, trainable: Trainable, learner: Lea
     described_default = describe_learning_rate(options, learner)
     # in full fine-tuning all parts may have rates other than --learning_rate
     is_replaced = options.network is None and bool(names_by_rate) and default not in names_by_rate
-    has_one_rate = len(names_by_rate) < 2
     # at 0, only a part without a rate of its own uses --learning_rate
-    uses_default = not is_replaced and (default != 0 or default in names_by_rate)
-    if has_one_rate and uses_default:
+    is_unused = is_replaced or (default == 0 and default not in names_by_rate)
+    if len(names_by_rate) < 2 and not is_unused:
         return described_default
-    parts = "\n".join(f"{rate:g}: {_shorten_list(names)}" for rate, names in names_by_rate.items())
-    return parts if default == 0 or is_replaced else f"{described_default}\n{parts}"
+    lines = "\n".join(f"{rate:g}: {_shorten_list(names)}" for rate, names in names_by_rate.items())
+    if is_replaced or default == 0:
+        return lines
+    return f"{described_default}\n{lines}"
 
 
 def _shorten_list(names: Sequence[str]) -> str:

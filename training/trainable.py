@@ -70,7 +70,7 @@ class Trainable:
     max_norm: float | None = None  # value of --scale_weight_norms
     by_expert: Sequence[Sequence[Parameter]] = ()  # the parameters of each expert, if each has its own
     # for a DiT that is split over processes: parameter with this process's rows -> the split weight
-    split_weights: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    sharded_weights: Mapping[Tensor, Tensor] = field(default_factory=dict)
     strength: Strength = field(default_factory=Strength)
     # number of steps for which a part of `modules` is trained; parts without an entry are trained to the end
     freeze_at_step: Mapping[str, int] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Trainable:
     @property
     def names(self) -> dict[Tensor, str]:
         """Return the name of each parameter as `PART.NAME_IN_MODULE`."""
-        rows = {weight: part for part, weight in self.split_weights.items()}
+        rows = {weight: part for part, weight in self.sharded_weights.items()}
         return {
             rows.get(parameter, parameter): f"{part}.{name}"
             for part, module in self.modules.items()

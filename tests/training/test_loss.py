@@ -91,7 +91,7 @@ def test_given_frames_are_clean_and_left_out_of_the_loss() -> None:
     latents = latents * torch.tensor([1.0, 2, 3]).view(3, 1, 1)
     mask = torch.tensor([1.0, 0.5, 0.25]).view(1, 3, 1, 1).expand(2, 3, 2, 2)
     plain = noisy_batch(latents=latents, **{LOSS_MASK: mask})
-    batch = replace(plain, noise=torch.ones_like(latents), given_frames=1)
+    batch = replace(plain, noise=torch.ones_like(latents), num_clean_frames=1)
     dit, family = Constant(), Told()
 
     errors = errors_of(batch, dit, family)
@@ -102,7 +102,7 @@ def test_given_frames_are_clean_and_left_out_of_the_loss() -> None:
     assert not torch.equal(dit.noisy[:, :, 1:], clean[:, :, 1:])
     each = (0.5 - (1 - clean[:, 0, :, 0, 0])).square()  # B F
     torch.testing.assert_close(errors, (0.5 * each[:, 1] + 0.25 * each[:, 2]) / 2)
-    errors_of(replace(batch, given_frames=0), dit, family)
+    errors_of(replace(batch, num_clean_frames=0), dit, family)
     assert family.__dict__["given"] == 0
 
 

@@ -55,7 +55,7 @@ def make_plan(options: TrainingOptions, folder: str, name: str, **family: str) -
         learner=find_learner(model, options.network),
         family=model,
         progress=Progress(42, 7, 12.5),
-        steps=StepPlan(num_batches=3, processes=1, accumulation=1, total_steps=6),
+        steps=StepPlan(num_batches=3, data_parallel_size=1, accumulation_steps=1, total_steps=6),
         order=SimpleNamespace(num_items=6),
         network_module=module,
         config=SimpleNamespace(datasets=[table]),

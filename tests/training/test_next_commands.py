@@ -285,7 +285,7 @@ def test_a_caption_that_no_terminal_takes_is_left_out(
     plan: Any = SimpleNamespace(training=[item], sources=SimpleNamespace(stores=None))
     monkeypatch.setattr(following, "find_example", lambda *_: ExampleItem(caption))
 
-    assert following.say_example(plan, {})["prompt"] == (caption if is_told else None)
+    assert following.example_values(plan, {})["prompt"] == (caption if is_told else None)
 
 
 @pytest.mark.parametrize("removed", [(), ("--save_last_n_steps", 2)], ids=["all kept", "old ones removed"])

@@ -132,9 +132,9 @@ def test_a_teacher_that_knows_the_first_frame_is_not_compared_there(
     frames: int, given: int, expected: int
 ) -> None:
     family = toy.ToyFamily(teacher_only_conditions=(FIRST_FRAME,))
-    noisy_batch = replace(make_batch(0.5, frames=frames), given_frames=given)
+    noisy_batch = replace(make_batch(0.5, frames=frames), num_clean_frames=given)
 
-    assert with_teacher_inputs(family, noisy_batch, "").given_frames == expected
+    assert with_teacher_inputs(family, noisy_batch, "").num_clean_frames == expected
 
 
 @pytest.mark.parametrize("attributes", [(), (frozenset(), frozenset({PRESERVE_OUTPUT}))])

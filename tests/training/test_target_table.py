@@ -186,7 +186,7 @@ def make_batch(names: tuple[str, ...]) -> NoisyBatch:
         timesteps=1000 * sigmas,
         weights=weights,
         levels=LEVELS,
-        given_frames=1 if "given_frames" in names else 0,
+        num_clean_frames=1 if "given_frames" in names else 0,
         perturbation=0.2 * draw(*SHAPE) if "perturbation" in names else None,
         audio=audio,
     )
@@ -255,7 +255,7 @@ class ByHand:
 
     def streams(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]]:
         """Of each stream: noised input and velocity, B N; how much places count; weights; levels; scale."""
-        noisy_batch, given = self.noisy_batch, self.noisy_batch.given_frames
+        noisy_batch, given = self.noisy_batch, self.noisy_batch.num_clean_frames
         latents = toy.LATENT.to_model(self.batch.tensor("latents"))
         share = noisy_batch.sigmas.view(-1, 1, 1, 1, 1)
         noise = noisy_batch.noise

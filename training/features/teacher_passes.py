@@ -227,8 +227,8 @@ def _weighted_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tens
     weights = mask_weights(noisy_batch.batch, prediction)
     if weights is not None:
         prediction = prediction * weights.sqrt()  # the root, because the norm squares it
-    # the first `given_frames` latent frames are clean
-    return (prediction[:, :, noisy_batch.given_frames :], *audios)
+    # the first `num_clean_frames` latent frames are clean
+    return (prediction[:, :, noisy_batch.num_clean_frames :], *audios)
 
 
 def with_teacher_inputs(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBatch:
@@ -240,9 +240,9 @@ def with_teacher_inputs(family: Trains, noisy_batch: NoisyBatch, view: str) -> N
         view: Name of the additional conditions that the teacher gets; "" for none.
     """
     has_first = FIRST_FRAME in family.teacher_only_conditions and noisy_batch.noise.shape[2] > 1
-    given_frames = max(noisy_batch.given_frames, int(has_first))
+    num_clean_frames = max(noisy_batch.num_clean_frames, int(has_first))
     batch = replace(noisy_batch.batch.restore_dropped(family.teacher_only_conditions), condition_set=view)
-    return replace(noisy_batch, batch=batch, given_frames=given_frames)
+    return replace(noisy_batch, batch=batch, num_clean_frames=num_clean_frames)
 
 
 def predict_as_base_model(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
