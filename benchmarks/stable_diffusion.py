@@ -345,7 +345,7 @@ def started_step(folder: Path, args: argparse.Namespace) -> Iterator[Step]:
     elif args.learns == FULL:
         record = entry.options_record("FullTraining" if args.kind == "sdxl" else "FineTuning")
         options, family_options, _ = read_image_training(
-            "", record, CHECKPOINT_TRAINER, typed, learner=FullDitOptions
+            "", record, CHECKPOINT_TRAINER, typed, trained_options=FullDitOptions
         )
     else:
         typed += ["--network_dim", str(RANK), "--network_alpha", str(ALPHA), "--network_train_unet_only"]

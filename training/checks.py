@@ -31,8 +31,8 @@ from runtime.offload.swap_plan import check_swap
 from runtime.ways.contract import RunUses
 from training.data.table_times import explain_ignored_options
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter
-from training.learner import Learner
 from training.learning_options import FIND_RATE
+from training.network_spec import NetworkSpec
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, make_optimizer
 from training.options import TrainingOptions
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_before_loading(
-    family: Family, options: TrainingOptions, learner: Learner, others: OtherFamilies = NO_OTHERS
+    family: Family, options: TrainingOptions, network_spec: NetworkSpec, others: OtherFamilies = NO_OTHERS
 ) -> None:
     """Check everything about a run that can be checked before networks are loaded.
 
@@ -59,7 +59,7 @@ def check_before_loading(
     Args:
         family: The model family.
         options: Options of the run.
-        learner: Description of what the run trains: a kind of network, or the whole DiT.
+        network_spec: Description of what the run trains: a kind of network, or the whole DiT.
         others: Models in addition to the trained one.
 
     Raises:
@@ -90,9 +90,9 @@ def check_before_loading(
     check_schedule(options, options.loop.known_steps)
 
     with quiet():
-        select_lora_format(family, learner.lora)  # only for its errors
-    learner.check()
-    if learner.lora is not None:
+        select_lora_format(family, network_spec.lora_options)  # only for its errors
+    network_spec.check_initial_file()
+    if network_spec.lora_options is not None:
         check_networks(family, options)
     if options.parts is not None or (options.network is not None and options.network.network_args):
         rates = _list_rates(options)
@@ -434,24 +434,24 @@ def list_unused_options(
     return list_without_effect(options, family_options, reasons)
 
 
-def describe_learning_rate(options: TrainingOptions, learner: Learner) -> str:
+def describe_learning_rate(options: TrainingOptions, network_spec: NetworkSpec) -> str:
     """Describe the learning rate, with the usual one if it is far from that.
 
     Args:
         options: Options of the run.
-        learner: What the run trains.
+        network_spec: What the run trains.
     """
     optimizer = options.optimizer
     parts = options.parts
-    is_full = learner.make is None
+    is_full = network_spec.make_network is None
     rate = optimizer.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
     text = f"{rate:g}"
     name = (optimizer.optimizer_type or "AdamW").rpartition(".")[2].lower()
-    usual_rates = learner.default_rate
+    usual_rates = network_spec.default_rate
     finds_rate_itself = name.startswith(FIND_RATE) and optimizer.arguments().get("relative_step") is not False
     # the default rates are for Adam; full models are often trained with Adafactor and a fixed rate
     is_comparable = "adam" in name or (is_full and name == "adafactor")
     if not is_comparable or finds_rate_itself or usual_rates.low <= rate <= usual_rates.high:
         return text
     level = "LOW" if rate < usual_rates.low else "HIGH"
-    return f"{text}, which is {level} for {learner.rate_label}: {usual_rates.usual} is usual"
+    return f"{text}, which is {level} for {network_spec.rate_label}: {usual_rates.usual} is usual"

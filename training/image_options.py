@@ -87,7 +87,7 @@ def read_image_training(
     record: type[R],
     defaults: ImageTrainerDefaults,
     argv: Sequence[str] | None,
-    learner: type[Options] = TrainedNetworkOptions,
+    trained_options: type[Options] = TrainedNetworkOptions,
 ) -> tuple[TrainingOptions, R, list[ScriptOption]]:
     """Read the options of a script that trains an image model.
 
@@ -100,9 +100,9 @@ def read_image_training(
             and fill fields of the record with these option names.
         defaults: Differences between image families.
         argv: Command line; None for that of the process.
-        learner: Record with the options of what is trained: by default, of a network such as a LoRA.
+        trained_options: Record with the options of what is trained: by default, of a network such as a LoRA.
     """
-    command = read_command_line(argv, partial(_build_parser, doc, record, defaults, learner))
+    command = read_command_line(argv, partial(_build_parser, doc, record, defaults, trained_options))
     parser = command.parser
     args = fill_arguments(command)
     read_options(ConsoleOptions, args).apply()
@@ -130,10 +130,10 @@ def read_image_training(
 
 
 def _build_parser(
-    doc: str | None, record: type[Options], defaults: ImageTrainerDefaults, learner: type[Options]
+    doc: str | None, record: type[Options], defaults: ImageTrainerDefaults, trained_options: type[Options]
 ) -> Parser:
     """Return a parser with the options of every image trainer and those of a family."""
-    parser = image_training_parser(doc, defaults, learner)
+    parser = image_training_parser(doc, defaults, trained_options)
     add_options(parser, record)
     return parser
 
@@ -166,14 +166,14 @@ class OtherNames(Options, title="other names"):
 
 
 def image_training_parser(
-    doc: str | None, defaults: ImageTrainerDefaults, learner: type[Options] = TrainedNetworkOptions
+    doc: str | None, defaults: ImageTrainerDefaults, trained_options: type[Options] = TrainedNetworkOptions
 ) -> Parser:
     """Return a parser with all options that every image trainer has.
 
     Args:
         doc: The script's docstring.
         defaults: Differences between image families.
-        learner: Record with the options of what is trained: a network, or a whole model.
+        trained_options: Record with the options of what is trained: a network, or a whole model.
     """
     default = {
         "timestep_sampling": defaults.timestep_sampling,
@@ -185,9 +185,9 @@ def image_training_parser(
     choices = {"timestep_sampling": defaults.samplers, "weighting_scheme": (*WEIGHTINGS, UNIFORM)}
     settings = {name: {"choices": values} for name, values in choices.items()} | dict(defaults.settings)
     script: dict[str, Any] = {"defaults": default, "refused": defaults.refused}
-    parser = training_parser(doc, learner, settings=settings, **script)
+    parser = training_parser(doc, trained_options, settings=settings, **script)
     learner_options: tuple[type[Options], ...] = LORA_OPTIONS
-    if learner is not TrainedNetworkOptions:
+    if trained_options is not TrainedNetworkOptions:
         learner_options = FULL_MODEL_OPTIONS if defaults.whole is None else defaults.whole
     add_options(parser, ImageModelOptions, *learner_options, PredictionOptions, **script)
     add_options(parser, SubsetOptions, CachingInRunOptions, **script)

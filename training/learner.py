@@ -1,6 +1,6 @@
 """What a run trains: a LoRA, another network that the family creates, or the model itself.
 
-`find_learner` decides this once for a run and returns a record for all other code.
+`find_network_spec` decides this once for a run and returns a record for all other code.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,40 +49,42 @@ class MakeNetwork(Protocol):
 
 
 @dataclass(frozen=True)
-class Learner:
+class NetworkSpec:
     """What a run trains: functions and texts with which the network is made, checked, saved and described."""
 
     label: str  # "LoRA", "ControlNet-LLLite"
     rate_label: str  # "a LoRA": what `default_rate` is usual for
     default_rate: DefaultRate
-    make: MakeNetwork | None  # None: the model itself is trained
+    make_network: MakeNetwork | None  # None: the model itself is trained
     is_embedding: bool = False  # whether the network belongs to text encoders that learn a new word
-    lora: NetworkOptions | None = None  # None: the network has no ranks, arguments and formats of a LoRA
+    lora_options: NetworkOptions | None = (
+        None  # None: the network has no ranks, arguments and formats of a LoRA
+    )
     description: str = ""  # description with sizes, for boxes; "" if the options describe it
     architecture_suffix: str = "lora"  # suffix of the architecture in the metadata
-    values: Mapping[str, Any] = field(default_factory=dict)  # metadata entries of its files
-    write: WritesNetwork | None = None  # None: files are written like those of LoRAs, or of the model
-    check: Callable[[], None] = lambda: None  # raises UserError if the file to start from cannot be used
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # metadata entries of its files
+    write_file: WritesNetwork | None = None  # None: files are written like those of LoRAs, or of the model
+    check_initial_file: Callable[[], None] = lambda: None  # raises UserError if it cannot be used
     # given the dataset, and the attribute of tables whose target is the base model's prediction, return the
     # dataset to train on. Raises DatasetError
     check_data: Callable[[DatasetConfig, str], DatasetConfig] = lambda config, preserve_attribute: config
     caption_checks: Sequence[ReadCaptions] = ()  # each returns a note on captions that teach nothing
-    sentences: Sequence[str] = ()  # replace the captions
+    caption_choices: Sequence[str] = ()  # replace the captions; one is drawn for each sample
     start_option: str = "network_weights"  # option for the file to start from; "": the option of the model
     # see `MadeNetwork.generate`; None: the model's own script generates with it
-    generate: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]] | None = None
+    generation_command: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]] | None = None
 
 
-FULL_MODEL = Learner(
-    label="model", rate_label="a whole model", default_rate=FULL_RATE, make=None, start_option=""
+FULL_MODEL = NetworkSpec(
+    label="model", rate_label="a whole model", default_rate=FULL_RATE, make_network=None, start_option=""
 )
 
 
-def find_learner(
+def find_network_spec(
     family: Trains,
     network: NetworkOptions | None,
     lora_replacement: Callable[[Described], CustomNetwork] | None = None,
-) -> Learner:
+) -> NetworkSpec:
     """Return a description of what a run trains (a LoRA, another network, or the model) and how to create it.
 
     Args:
@@ -97,34 +99,34 @@ def find_learner(
     custom = custom_network_of(family) if family.abilities.has_custom_network else None
     if custom is not None:
         return _describe_custom_network(custom)
-    return Learner(
+    return NetworkSpec(
         label="LoRA",
         rate_label="a LoRA",
         default_rate=LORA_RATE,
-        make=partial(_make_lora, family.lora_module),
-        lora=network,
+        make_network=partial(_make_lora, family.lora_module),
+        lora_options=network,
     )
 
 
-def _describe_custom_network(custom: CustomNetwork) -> Learner:
-    """Return the `Learner` of a network that the model family defines, such as a ControlNet."""
+def _describe_custom_network(custom: CustomNetwork) -> NetworkSpec:
+    """Return the `NetworkSpec` of a network that the model family defines, such as a ControlNet."""
     # captions should contain the trained word, unless the run learns from sentences of its own
     reads_captions = custom.in_text_encoders and not custom.sentences
-    return Learner(
+    return NetworkSpec(
         label=custom.label,
         rate_label=custom.label,
         default_rate=custom.default_rate,
-        make=partial(_make_custom_network, custom),
+        make_network=partial(_make_custom_network, custom),
         description=custom.description,
         architecture_suffix=custom.architecture_suffix,
-        values=custom.values,
-        write=custom.write,
-        check=custom.check,
+        metadata=custom.values,
+        write_file=custom.write,
+        check_initial_file=custom.check,
         check_data=partial(_check_data, custom),
         caption_checks=(custom.check_captions,) if reads_captions else (),
-        sentences=custom.sentences,
+        caption_choices=custom.sentences,
         start_option=custom.start_option,
-        generate=custom.generate,
+        generation_command=custom.generate,
     )
 
 

@@ -56,7 +56,7 @@ from training.trainable import (
 )
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
 from training.validation import Validation
-from training.whole_checkpoint import train_full
+from training.whole_checkpoint import prepare_full_model
 
 if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.apply import LoraPatch
@@ -88,17 +88,17 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     initial_lora = None if plan.options.network is None else plan.options.network.network_weights
     if initial_lora is not None:
         _check_initial_lora(plan, initial_lora, auxiliary_learners)
-    learners = Learners(plan, auxiliary_learners)
+    builder = TrainableBuilder(plan, auxiliary_learners)
     networks: list[nn.Module] = []
     for index in range(len(plan.family.experts)):
         network = loading.load(plan.family, index)
-        learners.add(network.dit, network.expert)
+        builder.add(network.dit, network.expert)
         loading.set_up_network(network)
         networks.append(network.dit)
     sample_networks: Sequence[nn.Module] = networks
     if loading.has_sample_only_networks:
-        sample_networks = _load_sample_networks(loading, learners, networks)
-    trainable = learners.join()
+        sample_networks = _load_sample_networks(loading, builder, networks)
+    trainable = builder.join()
     optimizer, optimizer_name = _make_optimizer(plan, trainable)
     schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
     averaging = find_averaging_optimizer(optimizer)
@@ -107,8 +107,8 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
     model = TrainedModel(
         plan=plan,
-        dits=experts.ExpertNetworks(networks, loading.copies, loading.adapters),
-        sample_dits=experts.ExpertNetworks(sample_networks, loading.copies, loading.sample_loras),
+        dits=experts.ExpertNetworks(networks, loading.host_copies, loading.adapters),
+        sample_dits=experts.ExpertNetworks(sample_networks, loading.host_copies, loading.sample_loras),
         loading=loading,
         trainable=trainable,
         optimizer=optimizer,
@@ -149,13 +149,13 @@ def _check_initial_lora(
 
 
 def _load_sample_networks(
-    loading: "Loading", learners: "Learners", networks: Sequence[nn.Module]
+    loading: "Loading", builder: "TrainableBuilder", networks: Sequence[nn.Module]
 ) -> list[nn.Module]:
     """Load the networks that only samples use; return all networks of samples, by expert.
 
     Args:
         loading: Loads the networks.
-        learners: The trained parts.
+        builder: The trained parts.
         networks: Networks that are trained.
     """
     plan = loading.plan
@@ -167,7 +167,7 @@ def _load_sample_networks(
         if file not in network_by_file:
             network = loading.load(plan.sample_family, index)
             if not uses_trained:
-                learners.add(network.dit, network.expert)
+                builder.add(network.dit, network.expert)
             loading.set_up_network(network)
             network_by_file[file] = network.dit
         sample_networks.append(network_by_file[file].eval())
@@ -251,8 +251,8 @@ def _make_feed(model: TrainedModel) -> Feed:
         weighted_by=options.weighted_by,
         audio=family.audio_learning if trains_audio(family) else None,
         batch_hooks=tuple(features.on.batch),
-        caption_choices=plan.learner.sentences,
-        view=features.view,
+        caption_choices=plan.network_spec.caption_choices,
+        condition_set=features.condition_set,
     )
     return Feed(
         order=plan.order,
@@ -290,7 +290,9 @@ class Loading:
     swap: SwapOptions  # auto is resolved
     sample_loras: "list[AddedLoras]" = field(default_factory=list)
     adapters: "list[AddedLoras]" = field(default_factory=list)  # --training_adapter in trained networks
-    copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # host copies of networks that take turns
+    host_copies: dict[nn.Module, HostCopy] = field(
+        default_factory=dict
+    )  # host copies of networks that take turns
 
     has_sample_only_networks: bool = field(init=False)  # whether samples need networks that are not trained
     takes_turns: bool = field(init=False)  # whether one network is on the device at a time
@@ -379,7 +381,7 @@ class Loading:
         if self.plan.quantization is not None and device.type == "cpu":
             keep_heap_small()  # else temporary whole weights fragment the heap
         if self.takes_turns:
-            self.copies[dit] = HostCopy(dit, device, network.host)
+            self.host_copies[dit] = HostCopy(dit, device, network.host)
         elif network.index + 1 < len(family.experts) and device.type == "cuda":
             _require_room(bytes_on(dit, device), spare_bytes(device))
 
@@ -400,7 +402,7 @@ class Loading:
             finish_network(network.dit, options.speed, device)
 
     def _add_frozen_loras(self, network: UnpreparedNetwork, has_samples: bool) -> None:
-        """Add --training_adapter and, for samples, --sample_lora and the LoRAs of a family's denoising stages.
+        """Add --training_adapter and, for samples, --sample_lora and LoRAs of a family's denoising stages.
 
         All of them are disabled: a training step enables the adapter, a sample the others.
         """
@@ -460,7 +462,7 @@ def _require_room(size: int, room: int) -> None:
 
 
 @dataclass
-class Learners:
+class TrainableBuilder:
     """Create the trained parameters of each network one after the other, and join them."""
 
     plan: TrainingPlan
@@ -475,17 +477,17 @@ class Learners:
         All DiTs share one network, unless each expert has its own (--lora_per_expert).
         """
         options, device = self.plan.options, self.plan.accelerator.device
-        learner = self.plan.learner
-        if options.network is None or learner.make is None:
+        network_spec = self.plan.network_spec
+        if options.network is None or network_spec.make_network is None:
             self.trainables.append(self._train_full(dit))
             return
         network_options = experts.network_for(options, expert) or options.network
         live_encoders = self.plan.live_encoders
-        network = learner.make(
+        network = network_spec.make_network(
             network_options,
             dit,
             self.plan.progress.seed,
-            encoders={} if live_encoders is None else live_encoders.networks_for(learner.is_embedding),
+            encoders={} if live_encoders is None else live_encoders.networks_for(network_spec.is_embedding),
             in_dit=options.parts is None or options.parts.trains_dit,
             resumed={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )
@@ -499,7 +501,7 @@ class Learners:
             max_norm=network_options.scale_weight_norms,
             device=device,
             lora_format=self.plan.lora_format,
-            learner=learner,
+            network_spec=network_spec,
             list_auxiliary_tensors=self._list_auxiliary_tensors if self.auxiliary_learners else dict,
         )
         self.trainables.append(trainable)
@@ -538,7 +540,7 @@ class Learners:
             form = SavedForm(options.full_dit.shard_bytes)
             full = prepare_sharded_dit(dit, options.optimizer.learning_rate, parts, rates, form)
         else:
-            full = train_full(self.plan.family, options, dit, self.plan.live_encoders)
+            full = prepare_full_model(self.plan.family, options, dit, self.plan.live_encoders)
         return arrange_weights(full, options.optimizer, self.plan.family.dit)
 
     def _saved_tensors(self, saved: SavedState | ForeignState, expert: Expert) -> dict[str, Tensor]:

@@ -126,10 +126,12 @@ class NextSteps:
             if saved is None and not file.exists():
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
-        trains_model = self.plan.learner.make is None  # the model itself, not a network added to it
+        trains_model = (
+            self.plan.network_spec.make_network is None
+        )  # the model itself, not a network added to it
         if trains_model and saved is not None and self._can_extract:
             commands.append(self._extract(file))
-        lora = self.plan.learner.lora
+        lora = self.plan.network_spec.lora_options
         if lora is not None:
             # other programs read some kinds only as a plain LoRA
             plain_kind = next((kind for kind in lora.kinds if kind.plain_title), None)
@@ -140,33 +142,38 @@ class NextSteps:
                 needs_conversion &= is_for_comfyui and self.converted_for != COMFYUI_TOOL
             if plain_kind is not None or needs_conversion:
                 lora_files = self.plan.names.files(self.plan.names.stem_of(file)).values()
-                commands += [self._convert(path, plain_kind) for path in lora_files]
+                if plain_kind is not None:
+                    commands += [self._make_plain(path, plain_kind) for path in lora_files]
+                else:
+                    commands += [self._convert_names(path) for path in lora_files]
         return [*commands, _command("This run, as it was started", self._run_arguments())]
 
-    def _convert(self, file: Path, plain_kind: NetworkKind | None) -> PageCommand:
-        """Return the command that converts a trained file for other tools.
+    def _make_plain(self, file: Path, kind: NetworkKind) -> PageCommand:
+        """Return the command that converts a trained network of another kind to a plain LoRA."""
+        # the LoRA depends on the model's weights
+        arguments = ["--bake", str(BAKED_RANK), "--dit", self._find_dit(file)]
+        return self._convert(file, "plain", arguments, kind.plain_title, kind.elsewhere)
 
-        Args:
-            file: The trained file.
-            plain_kind: Kind of the network if it is to become a plain LoRA; None to change its format alone.
-        """
+    def _convert_names(self, file: Path) -> PageCommand:
+        """Return the command that converts a LoRA to the tensor names of the tool `converted_for`."""
         network = self.plan.options.network
-        arguments = ["--target", "other" if self.converted_for else "default"]
-        if plain_kind is not None:  # the change depends on the model's weights, so --dit is needed
-            title, note = plain_kind.plain_title, plain_kind.elsewhere
-            name_suffix = "plain"
-            arguments += ["--bake", str(BAKED_RANK), "--dit", self._find_dit(file)]
-        else:
-            title, note = f"Convert the LoRA for {self.converted_for}", ""
-            tool = self.converted_for.lower()
-            name_suffix = tool if tool.isalpha() else "converted"  # no spaces or signs in a file name
-            # only ComfyUI reads these kinds; other tools need them as the factors of a LoRA
-            is_comfyui_kind = network is not None and network.kind.is_for_comfyui_alone
-            if is_comfyui_kind and self.converted_for != COMFYUI_TOOL:
-                arguments += ["--bake", str(BAKED_RANK)]
+        tool = self.converted_for.lower()
+        name_suffix = tool if tool.isalpha() else "converted"  # no spaces or signs in a file name
+        arguments: list[str] = []
+        # only ComfyUI reads these kinds; other tools need them as the factors of a LoRA
+        is_comfyui_kind = network is not None and network.kind.is_for_comfyui_alone
+        if is_comfyui_kind and self.converted_for != COMFYUI_TOOL:
+            arguments = ["--bake", str(BAKED_RANK)]
+        return self._convert(file, name_suffix, arguments, f"Convert the LoRA for {self.converted_for}")
+
+    def _convert(
+        self, file: Path, name_suffix: str, arguments: Sequence[str], title: str, note: str = ""
+    ) -> PageCommand:
         output = file.with_name(f"{file.stem}_{name_suffix}.safetensors")
         files = ["--input", str(file), "--output", str(output)]
-        return _command(title, ["python", "convert_lora.py", *files, *arguments], note)
+        target = "other" if self.converted_for else "default"
+        words = ["python", "convert_lora.py", *files, "--target", target, *arguments]
+        return _command(title, words, note)
 
     @property
     def _can_extract(self) -> bool:
@@ -213,7 +220,7 @@ class NextSteps:
     def _start_from_trained_files(self, steps: int) -> PageCommand:
         """Return the command that starts a new run of so many steps from the trained files."""
         # the option that reads trained weights: --network_weights for a LoRA, --dit for a whole model
-        start_option = self.plan.learner.start_option or self._trained_option()
+        start_option = self.plan.network_spec.start_option or self._trained_option()
         experts: Sequence[str] = self.plan.names.expert_names
         if self.plan.options.network is None:
             experts = [expert.name for expert in self.plan.family.experts]
@@ -281,7 +288,9 @@ class NextSteps:
             *arguments_of_sample(self.sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
-        generate = self.plan.learner.generate  # None: the model's own script generates with the file
+        generate = (
+            self.plan.network_spec.generation_command
+        )  # None: the model's own script generates with the file
         if generate is not None:
             arguments = [*generate(file, self.sample, [*arguments, *sample_arguments])]
             return _command("Generate with it", [*launcher, *arguments], note)

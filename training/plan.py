@@ -40,7 +40,7 @@ from training.experts import check_computing, log_experts, module_of
 from training.features.composing import begin_run
 from training.features.contract import EMPTY_PROMPT, LIVE_TEXTS, PRESERVE_OUTPUT, REJECTED_ONES
 from training.features.hooks import RunFeatures
-from training.learner import Learner
+from training.network_spec import NetworkSpec
 from training.noise_options import TimestepOptions
 from training.optimizers.stepping import check_fused_backward, check_offload, check_sharded_optimizer
 from training.options import TrainingOptions
@@ -71,7 +71,7 @@ class TrainingPlan:
     family: Family
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
     features: RunFeatures  # what the active features contribute
-    learner: Learner
+    network_spec: NetworkSpec
     network_module: str  # as in --network_module; empty if the model itself is trained
     names: Names  # names of the saved files
     others: OtherFamilies
@@ -141,7 +141,7 @@ def make_plan(
     options: TrainingOptions,
     commands: CachingCommands,
     *,
-    learner: Learner,
+    network_spec: NetworkSpec,
     config: DatasetConfig,
     accelerator: Accelerator,
     others: OtherFamilies = NO_OTHERS,
@@ -152,7 +152,7 @@ def make_plan(
         family: The model family.
         options: Options of the run.
         commands: Caching commands, for messages.
-        learner: Description of what the run trains: a kind of network, or the whole DiT.
+        network_spec: Description of what the run trains: a kind of network, or the whole DiT.
         config: The dataset, as read from its file.
         accelerator: The processes of the run.
         others: Models in addition to the trained one, such as transformers that only samples use.
@@ -163,7 +163,9 @@ def make_plan(
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = initial_progress(options, saved)
     quantization = check_computing(family, options, accelerator.device)
-    check_before_loading(family, options, learner, others)  # early: encoding the dataset may take minutes
+    check_before_loading(
+        family, options, network_spec, others
+    )  # early: encoding the dataset may take minutes
     # what features and live text encoders need of the data
     features = begin_run(options, family, config.datasets)
     if options.network is None:
@@ -179,7 +181,7 @@ def make_plan(
     for check_texts in features.on.texts:
         check_texts(live_encoders)
     lora_format = select_lora_format(
-        family, learner.lora, () if live_encoders is None else live_encoders.learning_encoders
+        family, network_spec.lora_options, () if live_encoders is None else live_encoders.learning_encoders
     )
     # the data: its sources, items, their order, and the steps that follow from it
     sources = _find_sources(
@@ -198,11 +200,11 @@ def make_plan(
         sources,
         accelerator=accelerator,
         has_live_texts=live_encoders is not None,
-        view=features.view,
+        condition_set=features.condition_set,
         trusts_caches=options.caching is not None and options.caching.skip_cache_check,
     )
     training, validation = _split_items(options, config, items, progress.seed)
-    _check_items(features, learner, training)
+    _check_items(features, network_spec, training)
     if is_main:
         _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
@@ -228,7 +230,7 @@ def make_plan(
         family=family,
         options=options,
         features=features,
-        learner=learner,
+        network_spec=network_spec,
         network_module=module_of(family, options),
         names=_name_files(family, options, features),
         others=others,
@@ -272,9 +274,9 @@ def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) ->
     return replace(plan, changes=changes, steps=steps)
 
 
-def _check_items(features: RunFeatures, learner: Learner, training: Sequence[TrainingItem]) -> None:
+def _check_items(features: RunFeatures, network_spec: NetworkSpec, training: Sequence[TrainingItem]) -> None:
     """Warn of captions that lack a word to learn, and of rejected items that this run does not use."""
-    for read in (*features.caption_checks, *learner.caption_checks):
+    for read in (*features.caption_checks, *network_spec.caption_checks):
         from training.token_captions import check_captions  # only to learn a word
 
         check_captions(read, training)
@@ -399,13 +401,13 @@ def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Acce
         check_compilation(compilation, accelerator.device)
 
 
-def read_config(options: TrainingOptions, family: Family, learner: Learner) -> DatasetConfig:
+def read_config(options: TrainingOptions, family: Family, network_spec: NetworkSpec) -> DatasetConfig:
     """Read the data of a training run: --dataset_config, or --train_data_dir and its companions.
 
     Args:
         options: Options of the run.
         family: The model family.
-        learner: Description of the kind of network, or of the whole DiT, that the run trains.
+        network_spec: Description of the kind of network, or of the whole DiT, that the run trains.
 
     Raises:
         UserError: If the data cannot be used, or if the noise levels of a table cannot be trained.
@@ -424,7 +426,7 @@ def read_config(options: TrainingOptions, family: Family, learner: Learner) -> D
     if EMPTY_PROMPT in options.features.needs and not (brings_empty_text(family) and family.empty_text()):
         config = with_empty_prompts(config)
     check_timesteps(options.timesteps, config.datasets, family)
-    return for_family(learner.check_data(config, PRESERVE_OUTPUT), family)
+    return for_family(network_spec.check_data(config, PRESERVE_OUTPUT), family)
 
 
 def _find_items(
@@ -434,7 +436,7 @@ def _find_items(
     *,
     accelerator: Accelerator,
     has_live_texts: bool,
-    view: str,
+    condition_set: str,
     trusts_caches: bool,
 ) -> Sequence[TrainingItem]:
     """Find the cached training items by their file names, check their caches, and return them.
@@ -445,7 +447,7 @@ def _find_items(
         sources: Where batches are read from.
         accelerator: The processes of the run.
         has_live_texts: Whether texts are encoded during training.
-        view: Name of the additional conditions that a batch must offer; "" for none.
+        condition_set: Name of the additional conditions that a batch must offer; "" for none.
         trusts_caches: Whether texts may come from another checkpoint (--skip_cache_check).
 
     Raises:
@@ -480,7 +482,7 @@ def _find_items(
         sources.stores,
         has_live_texts=has_live_texts,
         process=(accelerator.process_index, accelerator.num_processes),
-        view=view,
+        condition_set=condition_set,
         trained_encoder_ids=trained_encoder_ids,
     )
     if accelerator.process_index == 0:

@@ -36,8 +36,8 @@ from training.data.table_times import describe_times
 from training.experts import describe_few_steps
 from training.features.composing import begin_run
 from training.features.hooks import RunFeatures
-from training.learner import Learner, ReadCaptions
 from training.loss import NoisyBatch
+from training.network_spec import NetworkSpec, ReadCaptions
 from training.options import TrainingOptions
 from training.other_models import NO_OTHERS, OtherFamilies
 from training.plan import read_config
@@ -54,7 +54,7 @@ DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=Non
 def show_preview(
     family: Family,
     options: TrainingOptions,
-    learner: Learner,
+    network_spec: NetworkSpec,
     commands: CachingCommands,
     others: OtherFamilies = NO_OTHERS,
 ) -> int:
@@ -63,37 +63,39 @@ def show_preview(
     Args:
         family: The model family.
         options: Options of the run.
-        learner: Description of what the training would train: a kind of network, or the whole DiT.
+        network_spec: Description of what the training would train: a kind of network, or the whole DiT.
         commands: Commands to show if caches are missing.
         others: Models in addition to the trained one.
     """
     show = options.features.show  # set by a feature that shows something instead of training
     if show is not None:
-        show(options, family, partial(_list_tables, family, options, learner))
+        show(options, family, partial(_list_tables, family, options, network_spec))
         return 0
     if options.subset is not None and options.subset.debug_dataset:
         from data_tools.report.views import show_datasets  # only with --debug_dataset
 
-        config = read_config(options, family, learner)
+        config = read_config(options, family, network_spec)
         conclude(show_datasets(family, config, DEBUG_VIEW, max(1, os.cpu_count() or 1)))
         return 0
     if options.loop.check:
-        return _print_check(family, options, learner, commands)
+        return _print_check(family, options, network_spec, commands)
     if os.environ.get("RANK", "0") == "0":  # only one process prints
-        _print_plan(family, options, learner, commands=commands, others=others)
+        _print_plan(family, options, network_spec, commands=commands, others=others)
     return 0
 
 
-def _list_tables(family: Family, options: TrainingOptions, learner: Learner) -> Sequence[DatasetTable]:
+def _list_tables(
+    family: Family, options: TrainingOptions, network_spec: NetworkSpec
+) -> Sequence[DatasetTable]:
     """Return the tables of the dataset; nothing if none is given."""
     is_of_folders = options.subset is not None and options.subset.replaces_toml
     if options.loop.dataset_config is None and not is_of_folders:
         return ()
-    return read_config(options, family, learner).datasets
+    return read_config(options, family, network_spec).datasets
 
 
 def _print_check(
-    family: Family, options: TrainingOptions, learner: Learner, commands: CachingCommands
+    family: Family, options: TrainingOptions, network_spec: NetworkSpec, commands: CachingCommands
 ) -> int:
     """Print the items that would be trained on, and write the page (--check); returns the exit code."""
     from data_tools.report import check, findings  # only with --check
@@ -101,13 +103,13 @@ def _print_check(
     reject_foreign_module(family, options)
     workers = max(1, os.cpu_count() or 1)
     # check the options and features with this dataset
-    config = read_config(options, family, learner)
+    config = read_config(options, family, network_spec)
     counters = findings.load_token_counters(family.text_encoders)
     live_encoders = find_live_encoders(family, options, config)
     features = begin_run(options, family, config.datasets)
     block_counts = family.block_counts() if family.dit_files else ()  # (): unknown
     _check_features(features, family, live_encoders, block_counts)
-    learner.check()
+    network_spec.check_initial_file()
     # find the faults of the dataset
     plans = plan_tables(
         family,
@@ -117,14 +119,14 @@ def _print_check(
         needs=features.needs,
     )
     result = _check_dataset(family, options, config, plans, commands, counters=counters, workers=workers)
-    for read in (*features.caption_checks, *learner.caption_checks):
+    for read in (*features.caption_checks, *network_spec.caption_checks):
         _note_captions_without_word(read, result.tables)
     if options.samples.sample_prompts is not None or _encodes_captions(plans):
         result.tables[0].errors += counters.find_offline_errors(counters.offline_errors)
     # add lines about the run
     lines = _describe_each("Timesteps of the tables:", describe_times(options.timesteps, config.datasets))
     lines += _describe_each("Targets:", features.describe_targets())
-    lines += describe_run(options, learner=learner, num_validation=result.num_held_back)
+    lines += describe_run(options, network_spec=network_spec, num_validation=result.num_held_back)
     few_steps = describe_few_steps(family, options) if family.has_dit_files else ""
     if few_steps:
         lines.append(few_steps)
@@ -224,12 +226,12 @@ def _describe_plans(plans: Sequence[TablePlan]) -> list[str]:
     return lines
 
 
-def describe_run(options: TrainingOptions, learner: Learner, num_validation: int) -> list[str]:
+def describe_run(options: TrainingOptions, network_spec: NetworkSpec, num_validation: int) -> list[str]:
     """Return lines of --check about a run's validation and its learning rate.
 
     Args:
         options: Options of the run.
-        learner: Description of what the run trains, with its usual learning rates.
+        network_spec: Description of what the run trains, with its usual learning rates.
         num_validation: Number of items for validation.
     """
     lines = []
@@ -238,7 +240,7 @@ def describe_run(options: TrainingOptions, learner: Learner, num_validation: int
         measured = num_validation if max_steps is None else min(num_validation, max_steps)
         limit = "" if max_steps is None else f" (--max_validation_steps {max_steps})"
         lines.append(f"Each validation measures {format_count(measured, 'batch')} of one item{limit}")
-    rate = describe_learning_rate(options, learner)
+    rate = describe_learning_rate(options, network_spec)
     is_unusual = "HIGH" in rate or "LOW" in rate  # as `describe_learning_rate` writes
     if is_unusual:
         lines.append(f"Learning rate: {rate}")
@@ -248,7 +250,7 @@ def describe_run(options: TrainingOptions, learner: Learner, num_validation: int
 def _print_plan(
     family: Family,
     options: TrainingOptions,
-    learner: Learner,
+    network_spec: NetworkSpec,
     *,
     commands: CachingCommands,
     others: OtherFamilies,
@@ -258,7 +260,7 @@ def _print_plan(
     family.check_named_files()  # first: caches are made with them
     if options.full_dit is not None:
         reject_quantized_bases(family)
-    config = read_config(options, family, learner)
+    config = read_config(options, family, network_spec)
     live_encoders = find_live_encoders(family, options, config)
     _check_features(options.features, family, live_encoders, family.block_counts())
     noisy_batch = _read_largest_batch(family, options, commands, config=config, live_encoders=live_encoders)

@@ -142,7 +142,7 @@ def sum_over_processes(parameters: list[Parameter], numbers: Tensor) -> Tensor:
         gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         torch.distributed.all_reduce(flat)
-        totals = flat.sharded([gradient.numel() for gradient in gradients])
+        totals = flat.split([gradient.numel() for gradient in gradients])
         for gradient, total in zip(gradients, totals, strict=True):
             gradient.copy_(total.view_as(gradient))
     torch.distributed.all_reduce(numbers)

@@ -24,9 +24,9 @@ from runtime.ways.composing import make_block_sharder
 from training.checks import check_before_loading
 from training.features.composing import act_at_end, end_of_run
 from training.features.hooks import RunEnd
-from training.learner import find_learner
 from training.learning import load_model, make_run
 from training.loop import train
+from training.network_spec import find_network_spec
 from training.next_commands import NO_COMMAND, TrainingCommand, plan_next_steps
 from training.options import TrainingOptions
 from training.other_models import NO_OTHERS, OtherFamilies
@@ -69,16 +69,16 @@ def train_network(
     """
     for change in options.features.on.family:  # features may replace parts of the family
         family = change(family)
-    learner = find_learner(family, options.network, options.features.lora_replacement)
+    network_spec = find_network_spec(family, options.network, options.features.lora_replacement)
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:  # `reelsmith run` checks the training before it caches
-        read_config(options, family, learner)
-        check_before_loading(family, options, learner, others)
+        read_config(options, family, network_spec)
+        check_before_loading(family, options, network_spec, others)
         return 0
     if options.exits_before_training:
         from training.previews import show_preview  # trains nothing
 
         commands = command.caching_commands(options.loop.dataset_config, family)
-        return show_preview(family, options, learner, commands, others)
+        return show_preview(family, options, network_spec, commands, others)
     dynamo()  # the first optimizer step would import it; import it earlier, so that it is frozen too
     freeze_libraries()
     with end_of_run(options.features) as end:
@@ -119,8 +119,10 @@ def prepare_run(
         UserError: If the options, the data or a file cannot be used.
     """
     end = end or RunEnd(options.features)
-    learner = find_learner(family, options.network, options.features.lora_replacement)
-    config = read_config(options, family, learner)  # its errors are reported before processes are started
+    network_spec = find_network_spec(family, options.network, options.features.lora_replacement)
+    config = read_config(
+        options, family, network_spec
+    )  # its errors are reported before processes are started
     with contextlib.ExitStack() as stack:
         # `other_processes` watches them; None if this is the only process
         accelerator, other_processes = stack.enter_context(join_processes(family, options, config))
@@ -131,7 +133,7 @@ def prepare_run(
             family,
             options,
             command.caching_commands(options.loop.dataset_config, family),
-            learner=learner,
+            network_spec=network_spec,
             config=config,
             accelerator=accelerator,
             others=others,

@@ -87,7 +87,9 @@ def make_saver(
             names=plan.names,
             is_lora=plan.options.network is not None,
             release=plan.family.release,
-            metadata=_metadata_now(plan, next(iter(metadata.values())), plan.learner.architecture_suffix),
+            metadata=_metadata_now(
+                plan, next(iter(metadata.values())), plan.network_spec.architecture_suffix
+            ),
             prompts=[prompt for prompt in prompts if prompt],
         )
         publisher = publisher.for_run(published)

@@ -62,7 +62,7 @@ def training_script(
     entry = FAMILIES[family]
     if ExpertTrainingOptions in extra_options:
         extra_options = [*extra_options, *options_by_expert()]
-    learner = FullDitOptions if full_dit else TrainedNetworkOptions
+    trained_options = FullDitOptions if full_dit else TrainedNetworkOptions
     sampling_settings = {"choices": samplers, **changes.settings.get("timestep_sampling", {})}
     changes = replace(changes, settings={**changes.settings, "timestep_sampling": sampling_settings})
 
@@ -71,13 +71,13 @@ def training_script(
         record = entry.options_record(kind)
         if images is None:
             options, family_options, script_options = read_training(
-                about, record, argv, learner=learner, shared=extra_options, changes=changes
+                about, record, argv, trained_options=trained_options, shared=extra_options, changes=changes
             )
         else:
             from training.image_options import read_image_training  # only for image models
 
             options, family_options, script_options = read_image_training(
-                about, record, images, argv, learner=learner
+                about, record, images, argv, trained_options=trained_options
             )
         with name_as_typed(options.typed_names):
             if full_dit:

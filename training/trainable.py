@@ -22,7 +22,7 @@ from networks.formats import LoraFormat
 from networks.metadata import save_network
 from networks.names.layouts import KNOWN
 from protocols.loading import TensorInfo
-from training.learner import Learner
+from training.network_spec import NetworkSpec
 
 ListTensors = Callable[[], Mapping[str, Tensor]]
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata
@@ -176,7 +176,7 @@ def prepare_network(
     rates: LearningRates,
     max_norm: float | None,
     device: torch.device,
-    learner: Learner,
+    network_spec: NetworkSpec,
     lora_format: LoraFormat | None = None,
     list_auxiliary_tensors: ListTensors = dict,
 ) -> Trainable:
@@ -187,7 +187,7 @@ def prepare_network(
         rates: Learning rates of its layers in the DiT and in text encoders.
         max_norm: Limit on the norm of weights; None for no limit.
         device: Device of the run.
-        learner: Description of the kind of network, with its function to write files if it has its own.
+        network_spec: Description of the kind of network, with its function to write files if it has its own.
         lora_format: Format of the saved files; None keeps the network's own tensor names.
         list_auxiliary_tensors: Returns additional tensors for a LoRA's file when it is saved.
 
@@ -208,8 +208,8 @@ def prepare_network(
     save_lora = save_network if lora_format is None else lora_format.save
 
     def save(path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        if learner.write is not None:
-            learner.write(network.module, path, dtype, metadata)
+        if network_spec.write_file is not None:
+            network_spec.write_file(network.module, path, dtype, metadata)
         else:
             save_lora(network.module, path, dtype, metadata, list_auxiliary_tensors())
 
@@ -217,7 +217,7 @@ def prepare_network(
         modules=modules,
         groups=groups,
         group_names=tuple(names),
-        written_files={"": WrittenFile(save, learner.architecture_suffix, network)},
+        written_files={"": WrittenFile(save, network_spec.architecture_suffix, network)},
         networks=[network],
         max_norm=max_norm,
     )

@@ -16,7 +16,7 @@ from training.options import TrainingOptions
 from training.trainable import Trainable, WrittenFile, learns_by_name, prepare_dit, reject_no_match
 
 
-def train_full(
+def prepare_full_model(
     family: Described,
     options: TrainingOptions,
     dit: nn.Module,

@@ -35,7 +35,7 @@ from tests.tiny.stable_diffusion import write_sd1, write_sdxl
 from training.data.live import LiveTextEncoders
 from training.features.embedding import EmbeddingOptions
 from training.features.embedding_rows import make_word_vectors
-from training.learner import find_learner
+from training.learner import find_network_spec
 from training.saving.files import Names, find_results
 from training.targets.passes import training_loss
 from training.trainable import LearningRates, prepare_network
@@ -69,8 +69,10 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     rows = make_word_vectors(
         word, of_word, False, texts.networks_with_new_word, seed=3, has_initial_values=True
     )
-    learner = find_learner(family, NetworkOptions.from_defaults())
-    trainable = prepare_network(network, LearningRates(1.0), max_norm=None, device=CPU, learner=learner)
+    network_spec = find_network_spec(family, NetworkOptions.from_defaults())
+    trainable = prepare_network(
+        network, LearningRates(1.0), max_norm=None, device=CPU, network_spec=network_spec
+    )
     trainable = rows.add_to(trainable, learning_rate=1.0, total_steps=2, device=CPU)
     plain_rows = {name: Parameter(tensor.detach().clone()) for name, tensor in rows.module.named_parameters()}
     plain_parameters = [*twin.parameters(), *plain_rows.values()]

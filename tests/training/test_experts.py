@@ -24,7 +24,7 @@ from tests.runtime.offload.test_turns import taking_turns
 from tests.training import toy
 from tests.training.test_resume import train_in_two_processes
 from training.experts import ExpertNetworks
-from training.learner import find_learner
+from training.learner import find_network_spec
 from training.loop import take_step
 from training.run import prepare_run, train_network
 from training.trainable import share_network
@@ -75,7 +75,7 @@ def test_a_shared_network_has_the_same_parameters_in_both(tmp_path: Path, module
         (1e-2, None, None),
         None,
         torch.device("cpu"),
-        find_learner(BOTH, NetworkOptions.from_defaults()),
+        find_network_spec(BOTH, NetworkOptions.from_defaults()),
     )
     trainable = share_network(trainable, second, torch.device("cpu"))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.training.toy import ToyFamily, toy_options, train_toy, write_caches, write_prompts
-from training.learner import FULL_MODEL, find_learner
+from training.learner import FULL_MODEL, find_network_spec
 from training.previews import describe_run
 from training.reports.history import History
 from training.reports.pauses import StepClock
@@ -94,7 +94,7 @@ def test_a_rate_and_an_alpha_that_were_forgotten_are_judged(
     # 2e-6 is the default
     options = toy_options(tmp_path, "--learning_rate", "2e-6", "--network_dim", 32, *words.split())
 
-    said = describe_learning_rate(options, find_learner(ToyFamily(), options.network))
+    said = describe_learning_rate(options, find_network_spec(ToyFamily(), options.network))
     assert said == rate if "which" not in rate else said.startswith(rate)
     assert options.network is not None
     assert alpha in str(judge_alpha(options.network))
@@ -135,7 +135,7 @@ def test_a_check_tells_of_validation_and_of_an_unusual_rate(
     tmp_path: Path, words: str, held: int, lines: list[str]
 ) -> None:
     options = toy_options(tmp_path, *words.split())
-    assert describe_run(options, find_learner(ToyFamily(), options.network), held) == lines
+    assert describe_run(options, find_network_spec(ToyFamily(), options.network), held) == lines
 
 
 def test_a_resumed_run_counts_its_own_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

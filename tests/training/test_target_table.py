@@ -59,7 +59,7 @@ CARRIED = (
     "weights",
     "network_multiplier",
     "has_empty_text",
-    "given_frames",
+    "num_clean_frames",
     "perturbation",
     "audio",
     "loss_type",
@@ -186,7 +186,7 @@ def make_batch(names: tuple[str, ...]) -> NoisyBatch:
         timesteps=1000 * sigmas,
         weights=weights,
         levels=LEVELS,
-        num_clean_frames=1 if "given_frames" in names else 0,
+        num_clean_frames=1 if "num_clean_frames" in names else 0,
         perturbation=0.2 * draw(*SHAPE) if "perturbation" in names else None,
         audio=audio,
     )

@@ -179,7 +179,7 @@ class NoiseSampler:
     audio: AudioLearning | None = None  # None: the family has no sound
     # functions of this object and a drawn micro-batch that return the micro-batch to use instead
     batch_hooks: Sequence[Callable[["NoiseSampler", NoisyBatch], NoisyBatch]] = ()
-    view: str = ""  # additional conditions of a feature, as `Batch.condition_set`
+    condition_set: str = ""  # additional conditions of a feature, as `Batch.condition_set`
     caption_choices: Sequence[str] = ()  # replace captions: one is drawn for each sample
 
     def add_noise(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
@@ -247,7 +247,7 @@ class NoiseSampler:
             batch = replace(batch, captions=captions)
         if self.noise_spec.change_conditions is not None:
             generator = seed_generator(self.seed, "varied inputs", number)
-            tensors = self.noise_spec.change_conditions(batch.tensors, self.view, generator)
+            tensors = self.noise_spec.change_conditions(batch.tensors, self.condition_set, generator)
             batch = replace(batch, tensors=tensors)
         return batch
 

@@ -103,7 +103,7 @@ def _join(run: "RunFeatures", options: TeacherOptions) -> None:
     if options.teacher == OTHER_DIT or options.teacher_weight == 1:
         run.keeps_few_step_ability = True
     run.needs.add(DROPPED_CAPTIONS)  # the teacher reads the captions before dropout
-    run.view = options.view  # conditions that only the teacher gets
+    run.condition_set = options.condition_set  # conditions that only the teacher gets
     # metadata of the saved files
     run.info.in_files |= {**given_values(options), "teacher_weight": options.teacher_weight}
     if options.teacher_dit is not None:

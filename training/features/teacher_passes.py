@@ -68,7 +68,7 @@ class TeacherTarget:
     band: Band | None = None  # None: all levels
     anchor_weight: float = 1.0  # factor on the loss outside the band
     split: Split | None = None  # None: squared differences, or those of --loss_type
-    view: str = ""  # `Batch.condition_set` inside the band
+    condition_set: str = ""  # `Batch.condition_set` inside the band
 
 
 def make_target(options: TeacherOptions) -> TeacherTarget:
@@ -85,7 +85,7 @@ def make_target(options: TeacherOptions) -> TeacherTarget:
         band=band,
         anchor_weight=options.teacher_anchor_weight,
         split=split,
-        view=options.view,
+        condition_set=options.condition_set,
     )
 
 
@@ -147,7 +147,7 @@ class TeacherComparison:
         self, passes: TrainingPasses, noisy_batch: NoisyBatch, is_inside: Sequence[bool]
     ) -> TargetComparison:
         """Compare with a teacher that gets all known inputs; samples outside its band have weight 0."""
-        teacher_batch = with_teacher_inputs(passes.family, noisy_batch, self.target.view)
+        teacher_batch = with_teacher_inputs(passes.family, noisy_batch, self.target.condition_set)
         target = self.predict_target(passes, teacher_batch)
         weights = [self.target.weight * inside for inside in is_inside]
         return TargetComparison(
@@ -231,17 +231,19 @@ def _weighted_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tens
     return (prediction[:, :, noisy_batch.num_clean_frames :], *audios)
 
 
-def with_teacher_inputs(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBatch:
+def with_teacher_inputs(family: Trains, noisy_batch: NoisyBatch, condition_set: str) -> NoisyBatch:
     """Return the batch with all inputs, including those that the trained network does not get.
 
     Args:
         family: The model family.
         noisy_batch: Batch with noise and timesteps.
-        view: Name of the additional conditions that the teacher gets; "" for none.
+        condition_set: Name of the additional conditions that the teacher gets; "" for none.
     """
     has_first = FIRST_FRAME in family.teacher_only_conditions and noisy_batch.noise.shape[2] > 1
     num_clean_frames = max(noisy_batch.num_clean_frames, int(has_first))
-    batch = replace(noisy_batch.batch.restore_dropped(family.teacher_only_conditions), condition_set=view)
+    batch = replace(
+        noisy_batch.batch.restore_dropped(family.teacher_only_conditions), condition_set=condition_set
+    )
     return replace(noisy_batch, batch=batch, num_clean_frames=num_clean_frames)
 
 

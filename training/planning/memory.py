@@ -31,8 +31,8 @@ from training.data.feed import BatchSources, NoiseSampler
 from training.data.live import LiveTextEncoders
 from training.experts import placement_of
 from training.features.contract import EMPTY_PROMPT, REJECTED_ONES
-from training.learner import find_learner
 from training.loss import NoisyBatch
+from training.network_spec import find_network_spec
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.planning.rehearsal import STEP, rehearse
@@ -252,7 +252,7 @@ def predict(
         num_further_dits=len(family.experts) - 1,
         num_sample_only_dits=num_sample_only_dits,
         live_encoders=live_encoders,
-        network=find_learner(family, options.network, options.features.lora_replacement).label,
+        network=find_network_spec(family, options.network, options.features.lora_replacement).label,
     )
 
 
@@ -341,7 +341,7 @@ def read_largest(
         noise,
         perturbations=options.features.on.noise,
         audio=AudioLearning(),
-        view=options.features.view,
+        condition_set=options.features.condition_set,
     )
     return randomness.add_noise(batch, 0, 0)  # as the first micro-batch of a run
 

@@ -26,8 +26,8 @@ from training.data.live import LiveTextEncoders
 from training.experts import AUTOCAST, TRAINING_ADAPTER, read_adapter, set_up_network
 from training.features.composing import begin_run
 from training.features.hooks import LearningPass
-from training.learner import find_learner
 from training.loss import Autocast, LossRule, NoisyBatch
+from training.network_spec import find_network_spec
 from training.optimizers.optimizer import arrange_weights, find_averaging_optimizer, make_optimizer
 from training.optimizers.stepping import (
     FusedBackward,
@@ -39,7 +39,7 @@ from training.options import TrainingOptions
 from training.processes import fill_missing_gradients
 from training.steps import Progress
 from training.targets.passes import training_loss
-from training.whole_checkpoint import train_full
+from training.whole_checkpoint import prepare_full_model
 
 logger = logging.getLogger(__name__)
 
@@ -360,19 +360,19 @@ def _make_learning_groups(
 
     The arguments 0 are seeds, which do not matter because tensors have no values.
     """
-    learner = find_learner(family, options.network, options.features.lora_replacement)
-    if options.network is None or learner.make is None:
-        trainable = train_full(family, options, dit, live_encoders, writes=False)
+    network_spec = find_network_spec(family, options.network, options.features.lora_replacement)
+    if options.network is None or network_spec.make_network is None:
+        trainable = prepare_full_model(family, options, dit, live_encoders, writes=False)
         trainable = arrange_weights(trainable, options.optimizer, family.dit)
         return [dict(group) for group in trainable.groups]
     network_options = options.network
     if not network_options.dim_from_weights:
         network_options = replace(network_options, network_weights=None)  # the file is not read
-    network = learner.make(
+    network = network_spec.make_network(
         network_options,
         dit,
         0,
-        encoders={} if live_encoders is None else live_encoders.networks_for(learner.is_embedding),
+        encoders={} if live_encoders is None else live_encoders.networks_for(network_spec.is_embedding),
         in_dit=options.parts is None or options.parts.trains_dit,
         with_values=False,
     )
