@@ -31,8 +31,8 @@ from runtime.offload.swap_plan import check_swap
 from runtime.ways.contract import RunUses
 from training.data.table_times import explain_ignored_options
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter
+from training.learner import NetworkSpec
 from training.learning_options import FIND_RATE
-from training.network_spec import NetworkSpec
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, make_optimizer
 from training.options import TrainingOptions
@@ -327,20 +327,20 @@ def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
 
     Only kinds that rotate inputs are compared.
     """
-    in_file = kind_of_files(lora.tensors, ROTATING)
-    trained = network.kind if network.kind in ROTATING else None
-    if in_file is trained:
+    kind_of_file = kind_of_files(lora.tensors, ROTATING)
+    kind_of_network = network.kind if network.kind in ROTATING else None
+    if kind_of_file is kind_of_network:
         return
     name = f"--network_weights {network.network_weights}"
-    if in_file is not None:
+    if kind_of_file is not None:
         raise OptionError(
-            f"{name} is {named(in_file)}: it is trained on with --network_module {in_file.network_module}. "
-            "Give that"
+            f"{name} is {named(kind_of_file)}: to continue training it, give --network_module "
+            f"{kind_of_file.network_module}"
         )
-    assert trained is not None
+    assert kind_of_network is not None
     raise OptionError(
-        f"{name} is no {trained.name}, so that --network_module {trained.network_module} cannot train it on. "
-        "Leave the module out, or give the one that made the file"
+        f"{name} is not {named(kind_of_network)}, so --network_module {kind_of_network.network_module} "
+        "cannot continue training it. Leave the module out, or give the one that made the file"
     )
 
 

@@ -40,9 +40,9 @@ class MakeNetwork(Protocol):
         seed: int,
         *,
         encoders: Mapping[str, nn.Module],
-        in_dit: bool,
-        resumed: Mapping[str, Tensor] | None = None,
-        with_values: bool = True,
+        trains_dit: bool,
+        resumed_tensors: Mapping[str, Tensor] | None = None,
+        has_initial_values: bool = True,
     ) -> TrainableNetwork:
         """Return the network, whose modules are attached to those of the model."""
         ...
@@ -137,15 +137,17 @@ def _make_lora(
     seed: int,
     *,
     encoders: Mapping[str, nn.Module],
-    in_dit: bool,
-    resumed: Mapping[str, Tensor] | None = None,
-    with_values: bool = True,
+    trains_dit: bool,
+    resumed_tensors: Mapping[str, Tensor] | None = None,
+    has_initial_values: bool = True,
 ) -> TrainableNetwork:
     """Make a LoRA (or a network of its kind) and attach it to the model.
 
-    `module` is the network module of the family's LoRAs. `with_values` is for other makers and not used.
+    `module` is the network module of the family's LoRAs. `has_initial_values` is for other makers, not used.
     """
-    return make_network(options, module, dit, seed, encoders=encoders, trains_dit=in_dit, resumed=resumed)
+    return make_network(
+        options, module, dit, seed, encoders=encoders, trains_dit=trains_dit, resumed=resumed_tensors
+    )
 
 
 def _make_custom_network(
@@ -155,17 +157,17 @@ def _make_custom_network(
     seed: int,
     *,
     encoders: Mapping[str, nn.Module],
-    in_dit: bool,
-    resumed: Mapping[str, Tensor] | None = None,
-    with_values: bool = True,
+    trains_dit: bool,
+    resumed_tensors: Mapping[str, Tensor] | None = None,
+    has_initial_values: bool = True,
 ) -> TrainableNetwork:
     """Make a network that the model family defines; all arguments are those of other networks' makers.
 
-    `options` and `resumed` are not used: the settings of such a network are in the record `custom`.
+    `options` and `resumed_tensors` are not used: the settings of such a network are in the record `custom`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "network"))
-        module = custom.make(nn.ModuleDict(encoders) if custom.in_text_encoders else dit, with_values)
+        module = custom.make(nn.ModuleDict(encoders) if custom.in_text_encoders else dit, has_initial_values)
     return ForeignNetwork(module.requires_grad_(True), dit)
 
 

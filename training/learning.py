@@ -488,8 +488,8 @@ class TrainableBuilder:
             dit,
             self.plan.progress.seed,
             encoders={} if live_encoders is None else live_encoders.networks_for(network_spec.is_embedding),
-            in_dit=options.parts is None or options.parts.trains_dit,
-            resumed={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
+            trains_dit=options.parts is None or options.parts.trains_dit,
+            resumed_tensors={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )
         if self.trainables and not options.by_expert.lora_per_expert:
             # a further DiT: its network uses the parameters of the first one's

@@ -457,7 +457,7 @@ def _log_report(run: TrainingRun, step: StepReport | None) -> None:
 def _restart_step_timing(run: TrainingRun) -> None:
     if run.memory is not None:
         run.memory.after_pause()
-    run.delayed_reports.last = run.delayed_reports.moment(run.device.type)
+    run.delayed_reports.last_time_stamp = run.delayed_reports.time_stamp(run.device.type)
     run.logs.clock.skips_next_step = True
 
 

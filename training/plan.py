@@ -40,7 +40,7 @@ from training.experts import check_computing, log_experts, module_of
 from training.features.composing import begin_run
 from training.features.contract import EMPTY_PROMPT, LIVE_TEXTS, PRESERVE_OUTPUT, REJECTED_ONES
 from training.features.hooks import RunFeatures
-from training.network_spec import NetworkSpec
+from training.learner import NetworkSpec
 from training.noise_options import TimestepOptions
 from training.optimizers.stepping import check_fused_backward, check_offload, check_sharded_optimizer
 from training.options import TrainingOptions

@@ -36,8 +36,8 @@ from training.data.table_times import describe_times
 from training.experts import describe_few_steps
 from training.features.composing import begin_run
 from training.features.hooks import RunFeatures
+from training.learner import NetworkSpec, ReadCaptions
 from training.loss import NoisyBatch
-from training.network_spec import NetworkSpec, ReadCaptions
 from training.options import TrainingOptions
 from training.other_models import NO_OTHERS, OtherFamilies
 from training.plan import read_config

@@ -24,9 +24,9 @@ from runtime.ways.composing import make_block_sharder
 from training.checks import check_before_loading
 from training.features.composing import act_at_end, end_of_run
 from training.features.hooks import RunEnd
+from training.learner import find_network_spec
 from training.learning import load_model, make_run
 from training.loop import train
-from training.network_spec import find_network_spec
 from training.next_commands import NO_COMMAND, TrainingCommand, plan_next_steps
 from training.options import TrainingOptions
 from training.other_models import NO_OTHERS, OtherFamilies

@@ -21,8 +21,8 @@ from protocols.full_model import trains_checkpoint
 from runtime.planning.device_memory import MemoryWatch
 from training.checks import describe_learning_rate
 from training.data.table_times import describe_times
+from training.learner import NetworkSpec
 from training.metadata import continued_sizes_metadata
-from training.network_spec import NetworkSpec
 from training.next_commands import NextSteps
 from training.options import TrainingOptions
 from training.plan import TrainingPlan

@@ -22,7 +22,7 @@ from networks.formats import LoraFormat
 from networks.metadata import save_network
 from networks.names.layouts import KNOWN
 from protocols.loading import TensorInfo
-from training.network_spec import NetworkSpec
+from training.learner import NetworkSpec
 
 ListTensors = Callable[[], Mapping[str, Tensor]]
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata

@@ -31,8 +31,8 @@ from training.data.feed import BatchSources, NoiseSampler
 from training.data.live import LiveTextEncoders
 from training.experts import placement_of
 from training.features.contract import EMPTY_PROMPT, REJECTED_ONES
+from training.learner import find_network_spec
 from training.loss import NoisyBatch
-from training.network_spec import find_network_spec
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.planning.rehearsal import STEP, rehearse

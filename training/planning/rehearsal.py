@@ -26,8 +26,8 @@ from training.data.live import LiveTextEncoders
 from training.experts import AUTOCAST, TRAINING_ADAPTER, read_adapter, set_up_network
 from training.features.composing import begin_run
 from training.features.hooks import LearningPass
+from training.learner import find_network_spec
 from training.loss import Autocast, LossRule, NoisyBatch
-from training.network_spec import find_network_spec
 from training.optimizers.optimizer import arrange_weights, find_averaging_optimizer, make_optimizer
 from training.optimizers.stepping import (
     FusedBackward,
@@ -373,8 +373,8 @@ def _make_learning_groups(
         dit,
         0,
         encoders={} if live_encoders is None else live_encoders.networks_for(network_spec.is_embedding),
-        in_dit=options.parts is None or options.parts.trains_dit,
-        with_values=False,
+        trains_dit=options.parts is None or options.parts.trains_dit,
+        has_initial_values=False,
     )
     dry.allocate_empty_weights(network.module, ledger, dry.NETWORK)
     _add_adapters(family, options, dit, ledger)
