@@ -198,8 +198,8 @@ def _encode_planned_tables(
         )  # no warning: files of other programs are expected here
     elif options.vae_batch_size > 1:
         logger.warning(
-            "--vae_batch_size %d has no effect: this run caches no images, because their caches are "
-            "there, or because they change each time",
+            "--vae_batch_size %d has no effect: this run caches no images, because they are "
+            "cached already, or because they change each time",
             options.vae_batch_size,
         )
     text_tables = tuple(plan.table for plan in plans if plan.texts.is_made)
@@ -688,7 +688,7 @@ class LiveMedia:
         )
         if media.bucket != item.bucket[:2]:
             sides = "x".join(map(str, media.size))
-            raise DatasetError(f"{source.path} has {sides} pixels now, not those that it had at the start")
+            raise DatasetError(f"{source.path} has {sides} pixels now, a different size than at the start")
         return media.cut(media.spans[0])
 
     def _encode(

@@ -74,7 +74,7 @@ def check_before_loading(
     if sampling is not None:
         sampling.check_named_files()
         option = family.abilities.sampling_dit_option
-        require_equal_shapes(sampling, family, option, "what is trained is not for both")
+        require_equal_shapes(sampling, family, option, "what is trained would not fit both")
 
     check_experts(family, options)
     if options.speed.modes.hooks.check_uses:
@@ -430,7 +430,7 @@ def list_unused_options(
         if not takes_guidance:
             reasons["guidance_scale"] = "this model has no input for embedded guidance"
     if parts is not None and parts.have_own_rates:
-        reasons["learning_rate"] = "all parts that learn have rates of their own"
+        reasons["learning_rate"] = "all trained parts have their own rates"
     return list_without_effect(options, family_options, reasons)
 
 

@@ -76,10 +76,10 @@ def _log_outcome(edited: Sampler, error: str) -> None:
     """Log that samples are made of the edited prompts, or a warning if `error` says why not."""
     if error:
         reason = shorten(" ".join(error.split()), MAX_ERROR_CHARACTERS)
-        logger.warning("The edited sample prompts are not taken; the earlier ones stay: %s", reason)
+        logger.warning("The edited sample prompts are not used; the earlier ones are kept: %s", reason)
         return
     num_prompts = format_count(len(edited.prompts), "prompt")
-    logger.info("Samples are made of the edited %s: %s.", edited.source.path, num_prompts)
+    logger.info("Samples are generated from the edited %s: %s.", edited.source.path, num_prompts)
 
 
 def _read_prompts(path: Path, previous_text: str) -> tuple[str, str]:

@@ -512,7 +512,7 @@ def _replace_fused_groups(args: argparse.Namespace) -> None:
         return
     if args.fused_backward_pass:
         raise OptionError(
-            f"--fused_optimizer_groups {groups} with --fused_backward_pass: both say when weights are "
+            f"--fused_optimizer_groups {groups} with --fused_backward_pass: both set when weights are "
             "stepped. Give --fused_backward_pass alone, which takes less memory"
         )
     args.fused_backward_pass = True

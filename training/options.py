@@ -130,7 +130,7 @@ class TrainingOptions(Options, must_give=True):
         rank = None if self.network is None else self.network.network_dim
         module = None if self.network is None else self.network.network_module
         if (module is None or module.startswith(RANKED_NETWORKS)) and rank is not None and rank > MAX_RANK:
-            raise OptionError(f"--network_dim {rank}: {MAX_RANK} is the most. Usual ranks are 4 to 128.")
+            raise OptionError(f"--network_dim {rank}: {MAX_RANK} is the maximum. Usual ranks are 4 to 128.")
         if self.is_fused:
             self._check_fused()
         # `features` raises OptionError if features do not fit the options; one that only shows something

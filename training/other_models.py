@@ -49,8 +49,8 @@ def require_equal_shapes(other: Family, trained: Family, option: str, consequenc
             for name, shape in shapes_of(other.load_dit(UNUSED, index)).items():
                 if shapes.get(name, shape) != shape:
                     raise CheckpointError(
-                        f"{option}: its {name} has the shape {list(shape)}, in the trained transformer "
-                        f"{list(shapes[name])}, so that {consequence}. Give the file that belongs to it"
+                        f"{option}: its {name} has the shape {list(shape)}, but in the trained transformer "
+                        f"{list(shapes[name])}, so {consequence}. Give the file that belongs to it"
                     )
 
 

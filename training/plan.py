@@ -286,7 +286,7 @@ def _check_items(features: RunFeatures, network_spec: NetworkSpec, training: Seq
         if names:
             logger.warning(
                 "%s: worse_directory has no effect in this run: it is for --preference. The better ones are "
-                "learned as ever",
+                "learned as usual",
                 ", ".join(names),
             )
 

@@ -316,8 +316,8 @@ def _require_caches_on_disk(
         switches = "--cache_latents_to_disk"
         scripts = commands.latents
     raise OptionError(
-        "--plan rehearses a batch from caches on disk, and this training makes others: make them first, "
-        f"with {switches}, or with\n  {scripts}"
+        "--plan rehearses a batch from caches on disk, which this training does not have yet: make them "
+        f"first, with {switches}, or with\n  {scripts}"
     )
 
 

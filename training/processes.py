@@ -70,7 +70,7 @@ def make_accelerator(options: AcceleratorOptions) -> Accelerator:
             acts_on_cuda("--cuda_cudnn_benchmark", "convolutions", device)
         if options.ddp_timeout is not None and count == 1:
             logger.warning(
-                "--ddp_timeout %d has no effect with one process, which waits for no other.",
+                "--ddp_timeout %d has no effect with one process, which has no others to wait for.",
                 options.ddp_timeout,
             )
     if (

@@ -373,7 +373,7 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
     If the clips changed, the current epoch starts again in their order; if only the size of a step changed,
     it continues with the remaining clips.
     """
-    logger.info("--resume_changed: %d differ from the saved run:", len(changes))
+    logger.info("--resume_changed: %d settings differ from the saved run:", len(changes))
     for change in changes.values():
         logger.info("  %s", change)
     progress.changes += [f"step {progress.step}: {change}" for change in changes.values()]
@@ -387,7 +387,7 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
         progress.position = 0
     if BATCHES in changes:
         progress.position = 0
-        logger.info("  Epoch %d begins again, with the clips of now.", progress.epoch + 1)
+        logger.info("  Epoch %d begins again, with the current clips.", progress.epoch + 1)
     # steps are counted anew from here
     progress.plan_epoch, progress.plan_position = progress.epoch, progress.position
     progress.plan_step = progress.step

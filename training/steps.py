@@ -78,7 +78,7 @@ def check_types(record: Any) -> None:
             kinds.append(int)
         value = getattr(record, name)
         if Any not in kinds and not isinstance(value, tuple(kinds)):
-            raise TypeError(f"{name} is of the kind {type(value).__name__}")
+            raise TypeError(f"{name} is of the type {type(value).__name__}")
 
 
 @dataclass

@@ -285,7 +285,9 @@ def prepare_dit(
         if learns:
             by_rate.setdefault(rate, []).append(parameter)
     if not by_rate and not name_parts:
-        raise OptionError("all parts have the learning rate 0, so that nothing would be learned: give one")
+        raise OptionError(
+            "all parts have the learning rate 0, so nothing would be learned: give a rate above 0"
+        )
     if not by_rate:
         reject_no_match(dit, name_parts)
 

@@ -112,7 +112,9 @@ def _train_checkpoint(
             groups.add(encoder.name, encoder_rate if is_used else 0.0, parameter)
     if not groups.params:
         rate_owner = "a part" if parts.have_own_rates else "--learning_rate"
-        raise OptionError(f"nothing learns: all learning rates are 0. Give a rate above 0 to {rate_owner}")
+        raise OptionError(
+            f"nothing is trained: all learning rates are 0. Give a rate above 0 to {rate_owner}"
+        )
     written_files: dict[str, WrittenFile] = {}
     if as_folder is not None:
         written_files[""] = WrittenFile(family.checkpoint_writer(networks, as_folder, shard_bytes).write)

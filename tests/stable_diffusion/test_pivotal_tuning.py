@@ -227,7 +227,7 @@ def test_a_run_continues_with_the_word_of_a_lora(folder: Path) -> None:
     first = load_file(folder / "output" / "more.safetensors")[name]
     again = next((folder / "output").glob("cat.before-*")) / "cat.safetensors"
     assert (first - load_file(again)[name]).abs().max() < 0.06  # a step of AdamW at this rate
-    assert lost.count(f"brings the word {WORD}, which is not trained on") == 1
+    assert lost.count(f"contains the word {WORD}, which is not trained further") == 1
     assert not any("bundle_emb" in key for key in load_file(folder / "output" / "cat.safetensors"))
 
 

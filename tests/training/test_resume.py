@@ -277,7 +277,7 @@ def test_a_state_of_a_known_tuner_gives_weights_and_optimizer_and_counts_from_ze
     else:
         assert max(moments) < 1
         assert "the weights alone are restored" in caplog.text
-        assert "in which order that program numbers the layers" in caplog.text
+        assert "the order in which that program numbers the layers" in caplog.text
 
 
 def test_a_state_with_more_modules_than_the_default_goes_on_with_them(tmp_path: Path) -> None:

@@ -76,12 +76,12 @@ WORDS = {
 ONLY = "--network_train_unet_only"
 PRESERVED = "custom_attributes.diff_output_preservation = true"
 REJECTED = {
-    ("guided", "teacher"): "are two answers to one question",
+    ("guided", "teacher"): "both choose what is learned instead of the clip",
     **{(name, "preference"): "has no place for another target" for name in TARGETS[:4]},
     **{(name, "slider"): "a slider learns from its captions alone" for name in TARGETS[:5]},
-    ("preference", "preserved"): "cannot be had with --preference",
-    ("slider", "preserved"): "cannot be had with --slider",
-    ("slider", "network_multiplier"): "cannot be had with --slider",
+    ("preference", "preserved"): "cannot be used with --preference",
+    ("slider", "preserved"): "cannot be used with --slider",
+    ("slider", "network_multiplier"): "cannot be used with --slider",
     ("tread", "audio"): "second stream, the sound",
 }
 SHAPE = (4, toy.LATENT.channels, 2, 2, 2)

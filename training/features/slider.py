@@ -49,13 +49,13 @@ def _check_tables(run: "RunFeatures", path: Path) -> None:
     for table in run.tables:
         if PRESERVE_OUTPUT in table.attributes:
             raise OptionError(
-                f"{table.name}: {PRESERVE_OUTPUT} cannot be had with --slider {path}, which learns "
+                f"{table.name}: {PRESERVE_OUTPUT} cannot be used with --slider {path}, which learns "
                 "its own captions and not those of the table. Leave it out; an anchor in the slider's file "
                 "keeps what a caption makes"
             )
         if table.network_multiplier != 1:
             raise OptionError(
-                f"{table.name}: network_multiplier cannot be had with --slider {path}, which learns at the "
+                f"{table.name}: network_multiplier cannot be used with --slider {path}, which learns at the "
                 "strengths 1 and -1. Leave out one of the two"
             )
 

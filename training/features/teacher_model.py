@@ -152,7 +152,7 @@ def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFa
             "model that the trained one was made from"
         )
     with _renaming_dit_option("--teacher_dit"):
-        require_equal_shapes(teacher, family, name, "the caches of one are not for the other")
+        require_equal_shapes(teacher, family, name, "caches of one cannot be used for the other")
     _check_loras(teacher, options)
 
 

@@ -261,7 +261,7 @@ def _require_weight(parts: Mapping[str, Mapping[str, Tensor]], name: str, shape:
     part, _, weight_name = name.partition(".")
     weight = parts.get(part, {}).get(weight_name)
     if weight is None or weight.shape != shape:
-        raise CheckpointError(f"its optimizer has {name} of {[*shape]}, and this run has not.\n  {REMEDY}")
+        raise CheckpointError(f"its optimizer has {name} of {[*shape]}, but this run does not.\n  {REMEDY}")
 
 
 def _writable_parts(saved: SavedState) -> dict[str, dict[str, Tensor]]:

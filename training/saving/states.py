@@ -174,7 +174,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         has_epochs = 0 <= progress.plan_epoch <= progress.epoch <= MAX_COUNT
         has_steps = 0 <= progress.plan_step <= progress.step <= MAX_COUNT
         if not (has_epochs and has_steps):
-            raise ValueError("its counts of steps and epochs do not go together")
+            raise ValueError("its counts of steps and epochs are inconsistent")
         return state
 
 
