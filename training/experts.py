@@ -335,8 +335,8 @@ def set_up_network(
     loop: LoopOptions,
     device: torch.device,
     compilation: Compilation | None = None,
-    host: HostWeights | None = None,
-    blocks: BlockSharder | None = None,
+    host_weights: HostWeights | None = None,
+    block_sharder: BlockSharder | None = None,
 ) -> None:
     """Compile the blocks, checkpoint them, and set up swapped or split ones. Call after attaching a LoRA.
 
@@ -349,8 +349,8 @@ def set_up_network(
         loop: Options of the training loop.
         device: Device of the run.
         compilation: How to compile; None does not compile.
-        host: Host memory with the weights of swapped blocks; None if none is swapped.
-        blocks: What split the blocks over processes while they were loaded; None if they are complete.
+        host_weights: Host memory with the weights of swapped blocks; None if none is swapped.
+        block_sharder: What split the blocks over processes while they were loaded; None if they are complete.
     """
     cpu_offload = loop.gradient_checkpointing_cpu_offload
     checkpointing: network_setup.Checkpointing | None = None  # None: the blocks keep their activations
@@ -361,10 +361,10 @@ def set_up_network(
         spec,
         device,
         compilation=compilation,
-        host=host,
+        host=host_weights,
         checkpointing=checkpointing,
         in_pieces=cpu_offload,
-        blocks=blocks,
+        blocks=block_sharder,
     )
     dit.train(loop.gradient_checkpointing)  # only checkpointing depends on the mode: there is no dropout
 

@@ -278,8 +278,10 @@ class UnpreparedNetwork:
     family: Family
     index: int  # index of its expert
     expert: Expert
-    host: "HostWeights | None"  # holds swapped weights; None: all weights are on the device
-    blocks: BlockSharder | None  # splits blocks over processes; None: each process has the whole network
+    host_weights: "HostWeights | None"  # holds swapped weights; None: all weights are on the device
+    block_sharder: (
+        BlockSharder | None
+    )  # splits blocks over processes; None: each process has the whole network
 
 
 @dataclass
@@ -312,8 +314,8 @@ class Loading:
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
         # where the weights are kept: in host memory if they are swapped, or split over processes
-        host = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
-        blocks = (
+        host_weights = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
+        block_sharder = (
             make_block_sharder(options.speed, device)
             if options.speed.modes.hooks.make_block_sharder
             else None
@@ -331,7 +333,9 @@ class Loading:
         # a DoRA learns the norms of the weights, which include merged LoRAs
         must_merge = network_options is not None and network_options.decomposes
         leave_unmerged = None if patch is None or must_merge else patch.leave_unmerged
-        placement = replace(placement, patch=patch, leave_unmerged=leave_unmerged, host=host, blocks=blocks)
+        placement = replace(
+            placement, patch=patch, leave_unmerged=leave_unmerged, host=host_weights, blocks=block_sharder
+        )
         dit = family.load_dit(placement, index)
         experts.check_dtype(family, options, compute_dtype_of(dit))
         compute_dtype = experts.AUTOCAST.get(options.accelerator.mixed_precision) or compute_dtype_of(dit)
@@ -339,9 +343,11 @@ class Loading:
             _wrap_unmerged(dit, patch, t_loras, device, compute_dtype)
         warn_if_emulated(device, compute_dtype, "the transformer")
         dit.requires_grad_(False)
-        if blocks is not None and plan.shards_model:
-            blocks.split(dit)
-        return UnpreparedNetwork(dit, family, index, expert, host=host, blocks=blocks)
+        if block_sharder is not None and plan.shards_model:
+            block_sharder.split(dit)
+        return UnpreparedNetwork(
+            dit, family, index, expert, host_weights=host_weights, block_sharder=block_sharder
+        )
 
     def _read_merged(
         self, loras: MergedLoras, network: NetworkOptions, family: Family, index: int
@@ -381,7 +387,7 @@ class Loading:
         if self.plan.quantization is not None and device.type == "cpu":
             keep_heap_small()  # else temporary whole weights fragment the heap
         if self.takes_turns:
-            self.host_copies[dit] = HostCopy(dit, device, network.host)
+            self.host_copies[dit] = HostCopy(dit, device, network.host_weights)
         elif network.index + 1 < len(family.experts) and device.type == "cuda":
             _require_room(bytes_on(dit, device), spare_bytes(device))
 
@@ -394,8 +400,8 @@ class Loading:
             options.loop,
             device,
             compilation=options.speed.compilation.choice,
-            host=network.host,
-            blocks=network.blocks,
+            host_weights=network.host_weights,
+            block_sharder=network.block_sharder,
         )
         divides_tokens = bool(options.speed.modes.hooks.finish_network)
         if divides_tokens:

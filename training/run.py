@@ -155,8 +155,8 @@ def prepare_run(
 
             swap, memory = prepare_memory(plan)
         if plan.live_encoders is not None:
-            blocks = make_block_sharder(options.speed, accelerator.device)
-            plan.live_encoders.load(accelerator.device, blocks)
+            block_sharder = make_block_sharder(options.speed, accelerator.device)
+            plan.live_encoders.load(accelerator.device, block_sharder)
             stack.callback(plan.live_encoders.free)
         logs = _make_logs(plan, swap)
         reporter = make_reporter(plan, next_steps, memory)
@@ -248,7 +248,7 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
         weights=weights,
         preview=options.samples.preview,
         together=plan.steps.works_together,
-        blocks=make_block_sharder(options.speed, accelerator.device),
+        block_sharder=make_block_sharder(options.speed, accelerator.device),
     )
     # outputs of trained text encoders change, so that prompts are encoded anew for each sample
     if plan.live_encoders and plan.live_encoders.trained_encoders:

@@ -322,7 +322,7 @@ def prepare_samples(
     weights: str = "",
     preview: PreviewOptions = NO_PREVIEW,
     together: bool = False,
-    blocks: BlockSharder | None = None,
+    block_sharder: BlockSharder | None = None,
 ) -> Sampler:
     """Read and check the prompts, and encode this process's share of prompts and images.
 
@@ -339,9 +339,9 @@ def prepare_samples(
         has_metadata: Whether files of samples get metadata.
         weights: Addition to the model's name in metadata, if samples use other weights or LoRAs.
         preview: Options of previews.
-        together: Whether all processes generate every sample and the first one writes it; `blocks` then
+        together: Whether all processes generate every sample and the first one writes it; `block_sharder` then
             splits the text encoders over them.
-        blocks: Splits blocks over processes; None keeps them complete.
+        block_sharder: Splits blocks over processes; None keeps them complete.
 
     Raises:
         OptionError: If a file that samples need is not given, or if a prompt cannot be used.
@@ -358,7 +358,9 @@ def prepare_samples(
     if process == 0:
         warn_of_unused(entries, family, prompt_file)
         _remove_unfinished(folder, name)
-    session = Session(family, device, ExpertOffloader(family.experts, device, _refuse_dit), blocks=blocks)
+    session = Session(
+        family, device, ExpertOffloader(family.experts, device, _refuse_dit), blocks=block_sharder
+    )
     requests = {index: all_prepared[index] for index in source.prompt_indices(len(entries))}
     writes = not together or process == 0
     # the process that decodes samples loads the VAE now, so that a wrong file is found before the training

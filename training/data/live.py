@@ -46,17 +46,17 @@ class LiveTextEncoders:
         """Names of all tensors that the loaded encoders compute, which caches need not contain."""
         return frozenset().union(*(encoder.keys for encoder in self.encoders))
 
-    def load(self, device: torch.device, blocks: BlockSharder | None = None) -> None:
+    def load(self, device: torch.device, block_sharder: BlockSharder | None = None) -> None:
         """Load all encoders with frozen weights; the caller adds what is trained in them.
 
         Args:
             device: Device of the run.
-            blocks: Splits the blocks of untrained encoders over processes; None keeps them complete.
+            block_sharder: Splits the blocks of untrained encoders over processes; None keeps them complete.
         """
         for encoder in self.encoders:
             is_frozen = not self._is_trained(encoder)
-            if blocks is not None and can_divide(encoder) and is_frozen:
-                encoder.blocks = blocks
+            if block_sharder is not None and can_divide(encoder) and is_frozen:
+                encoder.blocks = block_sharder
             encoder.load(device)
         for encoder in self.trained_encoders:
             encoder.network.requires_grad_(False)
