@@ -28,9 +28,9 @@ def generation_script(
     Args:
         family: Name of the family.
         defaults: Defaults of the family for shared options.
-        about: The script's docstring.
-        settle: Checks and changes the shared and the family's options after they are parsed.
-        add_more: Changes the parser after the family's options are added.
+        docstring: Docstring of the script, for --help.
+        adjust_options: Checks and changes the shared and the family's options after they are parsed.
+        change_parser: Changes the parser after the family's options are added.
     """
     entry = FAMILIES[family]
 

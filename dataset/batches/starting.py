@@ -51,7 +51,7 @@ def check_caches(
     stores: Stores,
     has_live_texts: bool,
     process: tuple[int, int] = (0, 1),
-    view: str = "",
+    condition_set: str = "",
     trained_encoder_ids: Mapping[str, Mapping[str, str]] = UNKNOWN_ENCODERS,
 ) -> None:
     """Read caches before training begins: all caches of a small dataset, a sample of a large one.
@@ -70,7 +70,7 @@ def check_caches(
         stores: Stores of the run.
         has_live_texts: Whether captions are encoded while training.
         process: Rank of this process, and number of processes; each reads a part.
-        view: Part of a batch that a teacher sees (`Batch.condition_set`); "" if there is no teacher.
+        condition_set: Part of a batch that a teacher sees (`Batch.condition_set`); "" if there is no teacher.
         trained_encoder_ids: Identities of the trained model's text encoders by name, if cached texts are
             compared with them.
 
@@ -101,8 +101,8 @@ def check_caches(
         if item.cache_info.has_cached_texts and not has_live_texts:
             latents = family.latent.to_model(batch.tensor("latents"))
             family.batch_conditions(latents, batch)  # raises CacheError if the texts do not fit the model
-            if view:
-                family.batch_conditions(latents, replace(batch, condition_set=view))
+            if condition_set:
+                family.batch_conditions(latents, replace(batch, condition_set=condition_set))
         for tensors in batch.tensors.values():
             tensor_list = tensors if isinstance(tensors, list) else [tensors]
             size_bytes += sum(tensor.nbytes for tensor in tensor_list)

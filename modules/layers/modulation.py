@@ -64,8 +64,8 @@ def split_segments(split: Split, rows: Sequence[Tensor], *tokens: Tensor) -> lis
     """Split tokens into segments of equal modulation.
 
     Args:
-        split: Where segments begin: one index, several, or the index of the modulation row of each token.
-        rows: Modulation tensors, each B S C with a row for each of S segments.
+        split: Where the segments begin: one index, several, or the index of the modulation row of each token.
+        modulation: Tensors of shift, scale or gate, each B S C with a row for each of S segments.
         *tokens: Token tensors, each B L C.
 
     Returns:
@@ -89,7 +89,7 @@ def split_segments(split: Split, rows: Sequence[Tensor], *tokens: Tensor) -> lis
 
 
 def _expand_to_tokens(rows: Tensor, tokens: Tensor, split: Split) -> Tensor:
-    """Return one row for each token, B L C, or B 1 C if one row serves all tokens."""
+    """Repeat a modulation row for each token of its segment: B L C, or B 1 C if all tokens share one row."""
     parts = split_segments(split, [rows], tokens)
     if len(parts) == 1:
         return parts[0][1]
@@ -97,7 +97,7 @@ def _expand_to_tokens(rows: Tensor, tokens: Tensor, split: Split) -> Tensor:
 
 
 def expand_indices(indices: Tensor, rows: Tensor) -> Tensor:
-    """Repeat the indices of rows, B L, over the channels: B L C."""
+    """Repeat the row index of each token, B L, over the channels of the modulation: B L C."""
     return indices.unsqueeze(2).expand(-1, -1, rows.shape[2])
 
 

@@ -135,7 +135,7 @@ def test_texts_of_several_lines_are_left_to_the_text(tmp_path: Path) -> None:
     ("typed", "message"),
     [
         ({"network_dim": "x"}, "run.toml: network_dim = 'x': expected a whole number"),
-        ({"network_dim": "9999"}, "--network_dim 9999: 4096 is the most. Usual ranks are 4 to 128."),
+        ({"network_dim": "9999"}, "--network_dim 9999: 4096 is the maximum. Usual ranks are 4 to 128."),
         (
             {"loss_type": "hub"},
             "run.toml: loss_type = 'hub': choose from l1, l2, huber, smooth_l1. Did you mean",

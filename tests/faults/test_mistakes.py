@@ -99,7 +99,7 @@ NAMES = (
     wrong(TRAININGS, "--xm_best_of_k 2", "the best of several noises is not built"),
     wrong(TRAININGS, "--save_precision bfloat16", "Did you mean bf16?"),
     wrong(TRAININGS, "--config_file dataset.toml", "describes a data set", "give it to --dataset_config"),
-    wrong(TRAININGS, "--config_file t.yaml", "t.yaml is no TOML file"),
+    wrong(TRAININGS, "--config_file t.yaml", "t.yaml is not a TOML file"),
     wrong(GENERATIONS, "--cfg 5 --num_frames 9", "mean --guidance_scale?", "mean --video_length?"),
     wrong(GENERATIONS, "--lora x", "Unknown option --lora. Did you mean --lora_weight?"),
     wrong(GENERATIONS, "--frame 3", "Unknown option --frame. Did you mean --video_length?"),

@@ -121,7 +121,7 @@ def test_gradients_of_the_rows_are_those_of_autograd(kind: str, tmp_path: Path) 
     unet: Any = family.load_dit(Placement(CPU)).requires_grad_(False)
     rows, texts = make_rows(family)
 
-    found = replace(noisy_batch, batch=texts.add_to(noisy_batch.batch))
+    found = replace(noisy_batch, batch=texts.add_encoded_captions(noisy_batch.batch))
     loss = training_loss(family, unet, found, contextlib.nullcontext)
     loss.backward()
 
@@ -158,7 +158,7 @@ def test_rows_alone_are_the_whole_table_with_its_old_rows_copied_back(tmp_path: 
 
     def learn(optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
-        states = texts.add_to(batch).tensor("hidden_state")
+        states = texts.add_encoded_captions(batch).tensor("hidden_state")
         (states - target).square().mean().backward()
         optimizer.step()
 

@@ -19,7 +19,7 @@ from protocols.family import Abilities
 from protocols.rules import ONE_EXPERT
 from tests.training.toy import TWO_EXPERTS, Killed, killed_at, toy_options, write_caches
 from training import next_commands as following
-from training.learner import find_learner
+from training.learner import find_network_spec
 from training.learning_options import FullDitOptions
 from training.next_commands import NextSteps, TrainingCommand
 from training.options import (
@@ -58,7 +58,7 @@ def plan_of(options: TrainingOptions, folder: Path, family: str = "hunyuan_video
     return SimpleNamespace(
         options=options,
         features=options.features,
-        learner=find_learner(model, options.network),
+        network_spec=find_network_spec(model, options.network),
         names=Names(folder, "x"),
         steps=SimpleNamespace(total_steps=40),
         accelerator=SimpleNamespace(num_processes=processes),
@@ -285,7 +285,7 @@ def test_a_caption_that_no_terminal_takes_is_left_out(
     plan: Any = SimpleNamespace(training=[item], sources=SimpleNamespace(stores=None))
     monkeypatch.setattr(following, "find_example", lambda *_: ExampleItem(caption))
 
-    assert following.say_example(plan, {})["prompt"] == (caption if is_told else None)
+    assert following.example_values(plan, {})["prompt"] == (caption if is_told else None)
 
 
 @pytest.mark.parametrize("removed", [(), ("--save_last_n_steps", 2)], ids=["all kept", "old ones removed"])

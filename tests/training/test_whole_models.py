@@ -231,7 +231,9 @@ def krea2_options(folder: Path, *more: str) -> tuple[Any, TrainingOptions]:
     record = FAMILIES_BY_NAME["krea2"].options_record("FullTraining")
     dit = str(folder / "model" / "dit.safetensors")
     words = ["--dit", dit, "--dataset_config", "d.toml", "--output_dir", str(folder / "new")]
-    options, own, _ = read_training("", record, [*words, "--output_name", "x", *more], learner=FullDitOptions)
+    options, own, _ = read_training(
+        "", record, [*words, "--output_name", "x", *more], trained_options=FullDitOptions
+    )
     return own, options
 
 
