@@ -285,7 +285,7 @@ def compare_sources(
                 items,
                 missing_text_caches,
                 tag,
-                finds_audio=trains_audio and table.kind == "video" and table.audio != IGNORE,
+                checks_audio=trains_audio and table.kind == "video" and table.audio != IGNORE,
             )
         warnings = (
             (differences.without_latents, "no latents", "not cached, too short or unreadable: left out"),
@@ -314,11 +314,11 @@ def _find_differences(
     items: Sequence[TrainingItem],
     missing_text_caches: Collection[str],
     tag: str,
-    finds_audio: bool,
+    checks_audio: bool,
 ) -> _SourceDifferences:
     """Compare the sources of a folder, by stem, with the training items from its caches.
 
-    `missing_text_caches` are file names whose sources have latents, but no item. `finds_audio` says
+    `missing_text_caches` are file names whose sources have latents, but no item. `checks_audio` says
     whether clips with audio must have cached audio.
     """
     cached = {item.source_stem for item in items}
@@ -327,7 +327,7 @@ def _find_differences(
         if stem not in cached and text_file_name(stem, tag) not in missing_text_caches:
             without_latents.append(str(source.path))
     uncached_audio: list[str] = []
-    if finds_audio:
+    if checks_audio:
         silent = {item.source_stem for item in items if not item.has_cached_audio}
         uncached_audio = [*map(str, list_silent(sources.values(), silent))]
     return _SourceDifferences(without_latents, sorted(cached - sources.keys()), uncached_audio)

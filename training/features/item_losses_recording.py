@@ -255,7 +255,7 @@ def make_thumbnails(table: DatasetTable, cache_tag: str, keys: Sequence[str]) ->
         keys: Keys of the items, which are the names of their cache files; items of other tables are ignored.
     """
     keys_by_stem = _group_keys_by_source(table, cache_tag, keys)
-    if not keys_by_stem or table.is_of_audio:
+    if not keys_by_stem or table.is_audio_only:
         return {}
     errors: list[Fault] = []
     sources: list[MediaSource] = []
