@@ -30,7 +30,7 @@ DEFAULTS = ScriptDefaults(
     media=frozenset({"image_path"}),
     size=(512, 768),
     has_sound=True,
-    by_model={"attn_mode": ""},  # whether torch is given counts
+    defaults_from_model={"attn_mode": ""},  # whether torch is given counts
     spellings={"save_path": ("--output_dir",), "fp8": ("--fp8_base",)},
     line_options={
         **GENERATION_OPTIONS,

@@ -28,7 +28,7 @@ DEFAULTS = ScriptDefaults(
     splits_attention=True,
     size=SIZE,
     has_sound=True,
-    by_model={
+    defaults_from_model={
         **dict.fromkeys(("video_size", "video_length"), ""),
         "image_path": "picture that the clip begins with",
         "end_image_path": "picture that it ends with; alone too",

@@ -72,7 +72,7 @@ def warn_of_unused_sources(
         jobs: Videos or images to generate.
     """
     used = {job.prepared.request.source.option for job in jobs if job.prepared.request.source is not None}
-    for name, default in options.of_script.items():
+    for name, default in options.script_defaults.items():
         needed = USED_WITH.get(name, {*SOURCES})  # the sources with which this option has an effect
         is_given = name in typed or getattr(options, name) != default
         if is_given and not needed & used:
@@ -387,7 +387,9 @@ class _SectionPreview:
             prepared = self.job.prepared
             tags = as_tags(self.job.metadata or run.metadata(prepared) or {})
             decoding_bytes = None if run.predicted is None else run.predicted.decoding
-            self.video = GrowingVideo(run.session, self.path, prepared.fps, needed=decoding_bytes, tags=tags)
+            self.video = GrowingVideo(
+                run.session, self.path, prepared.fps, needed_bytes=decoding_bytes, tags=tags
+            )
         self.video.add(section.previous_piece)
 
 
@@ -410,21 +412,21 @@ def decode_all(
     # with --save_audio also for families without audio, to warn that there is none
     has_audio = run.family.abilities.trains_audio and trains_audio(run.family)
     if has_audio or output.save_audio is not None:
-        jobs = {job.label: job for job in denoised}
-        tracks = _decode_audio(run, jobs, failures)
+        jobs_by_label = {job.label: job for job in denoised}
+        tracks = _decode_audio(run, jobs_by_label, failures)
         # without jobs whose audio could not be decoded
-        denoised = [job for job in jobs.values() if job.label not in failures.reasons]
+        denoised = [job for job in jobs_by_label.values() if job.label not in failures.reasons]
     with run.session.media(with_image_encoder=False, needed_again=False) as encoders:
         for job in denoised:
             with failures.collect_errors(job.label), keep_on_failure(job):
                 assert job.latents is not None, "it is denoised"
                 pixels = decode(run.family, encoders, job.latents, job.prepared.visible_region)
-                metadata, edit = job.metadata, job.prepared.edit
-                if edit is not None:  # a change of the decoded pixels
-                    pixels = edit.apply(pixels)
-                    if metadata is not None:  # the latents do not have it
-                        changes = {f"bt_{name}": text for name, text in edit.metadata.items()}
-                        metadata = {**metadata, **changes}
+                metadata, pixel_edit = job.metadata, job.prepared.edit
+                if pixel_edit is not None:
+                    pixels = pixel_edit.apply(pixels)
+                if pixel_edit is not None and metadata is not None:
+                    edit_metadata = {f"bt_{name}": value for name, value in pixel_edit.metadata.items()}
+                    metadata = {**metadata, **edit_metadata}
                 path = outputs.save_pixels(
                     output,
                     str(job.stem),

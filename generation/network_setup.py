@@ -34,7 +34,7 @@ from runtime.run_blocks import stage_files_of
 from runtime.ways.composing import finish_network, make_block_sharder
 
 if TYPE_CHECKING:  # loaded only for LoRA files, and for networks that take turns
-    from networks.apply import LoraPatch, OriginalWeights
+    from networks.apply import Change, LoraPatch, OriginalWeights
     from networks.loading import WeightedLora
     from runtime.offload.turns import HostCopy
 
@@ -92,14 +92,14 @@ class DitLoader:
         speed = self.options.speed
         # T-LoRAs mask ranks by timestep, so they are not merged but wrap the layers
         loras, t_loras = self._split(self.loras_by_expert[expert] if self.loras_by_expert else ())
-        merging: LoraPatch | None = None
+        lora_patch: LoraPatch | None = None
         if loras and not self.originals:
             from networks import apply, rounding  # only with LoRAs
 
             rule = rounding.LoraRounding(self.options.lora_rounding)
-            merging = apply.LoraPatch(loras, rounding=rule, family=family.name)
+            lora_patch = apply.LoraPatch(loras, rounding=rule, family=family.name)
         # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
-        patch = self.originals[expert] if self.originals else merging
+        patch = self.originals[expert] if self.originals else lora_patch
         host = host_weights or swapped_weights(family.dit, speed.swap, self.device)
         # of several processes, each may load only some of the blocks
         blocks = make_block_sharder(speed, self.device) if speed.modes.hooks.make_block_sharder else None
@@ -107,7 +107,7 @@ class DitLoader:
             self.device,
             attention=speed.attention.choice,
             patch=patch,
-            leave_unmerged=merging.leave_unmerged if merging else None,
+            leave_unmerged=lora_patch.leave_unmerged if lora_patch else None,
             quantization=self.quantization,
             host=host,
             blocks=blocks,
@@ -117,14 +117,17 @@ class DitLoader:
         warn_if_emulated(self.device, compute_dtype_of(dit), "the transformer")
         if patch is not None:
             patch.check()
-        if merging is not None and merging.unmerged:
-            from networks.unmerged_loras import add_unmerged  # only with LoRAs of quantized layers
-
-            add_unmerged(dit, merging.unmerged, self.device, compute_dtype_of(dit))
+        unmerged_changes: list[Mapping[str, Sequence[Change]]] = []
+        if lora_patch is not None and lora_patch.unmerged:  # LoRAs of quantized layers
+            unmerged_changes.append(lora_patch.unmerged)
         if t_loras:
-            from networks.unmerged_loras import add_unmerged, masked_changes  # only with T-LoRAs
+            from networks.unmerged_loras import masked_changes  # only with T-LoRAs
 
-            add_unmerged(dit, masked_changes(dit, t_loras), self.device, compute_dtype_of(dit))
+            unmerged_changes.append(masked_changes(dit, t_loras))
+        for changes in unmerged_changes:
+            from networks.unmerged_loras import add_unmerged  # only with LoRAs that are not merged
+
+            add_unmerged(dit, changes, self.device, compute_dtype_of(dit))
         dit.eval().requires_grad_(False)
         if stage_files_of(dit):
             from networks.gated_loras import add_stage_loras  # only with LoRAs of stages

@@ -219,7 +219,7 @@ def explain_lack(advice: str) -> Iterator[None]:
     """Turn an out-of-memory error in the `with` block into a UserError.
 
     Args:
-        advice: Sentence about what was saved and how to continue.
+        advice: Sentence for the message: which results are kept, and how to continue.
     """
     try:
         yield

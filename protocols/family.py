@@ -173,14 +173,14 @@ class DitSpec:
     block_numbering: NumberedBlocks | None = None  # None: this model does not support block_dims and the like
     keep_float32: tuple[str, ...] = ()
     # attribute of a list of layers in blocks: with changing sizes, only these layers are compiled
-    compiled_list: str = ""
+    compiled_layers_attribute: str = ""
     # ending of the path of a layer in blocks -> number of equally high matrices fused in its weight
     num_fused_matrices: Mapping[str, int] = field(default_factory=dict, compare=False)
     # groups of modules with the same input, as endings of their paths: LoRAs multiply the input only once
     shared_inputs: tuple[tuple[str, ...], ...] = ()
     # attribute of a list of layers in blocks: if it has several layers, each is checkpointed instead of the
     # block
-    checkpointed_list: str = ""
+    checkpointed_layers_attribute: str = ""
     further_blocks: tuple[str, ...] = ()  # other lists of blocks, such as those for the text alone
     # large layers that turn inputs into tokens, for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()

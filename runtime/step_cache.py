@@ -233,8 +233,8 @@ class TeaCacheRule:
             coefficients: Coefficients of the polynomial, highest power first.
         """
         self._threshold, self._coefficients = threshold, coefficients
-        self._distance = 0.0
-        self._before: Tensor | None = None
+        self._accumulated_change = 0.0
+        self._previous_input: Tensor | None = None
 
     def should_skip(self, step_position: StepPosition, first_block_input: FirstBlockInput) -> bool:
         """Return whether the changes since the last computed pass add up to less than the threshold.
@@ -242,18 +242,18 @@ class TeaCacheRule:
         `first_block_input` computes what is compared: the input of the first block's attention.
         """
         if step_position.step == step_position.num_steps - 1:  # the last step is computed
-            self._before = None
+            self._previous_input = None
             return False
-        before = self._before
-        self._before = first_block_input()
-        if before is None or step_position.step == 0:
-            self._distance = 0.0
+        previous_input = self._previous_input
+        self._previous_input = first_block_input()
+        if previous_input is None or step_position.step == 0:
+            self._accumulated_change = 0.0
             return False
-        change = polynomial(self._coefficients, float(relative_change(before, self._before)))
-        self._distance += max(change, 0.0)  # a fitted polynomial may dip below zero
-        if self._distance < self._threshold:
+        change = polynomial(self._coefficients, float(relative_change(previous_input, self._previous_input)))
+        self._accumulated_change += max(change, 0.0)  # a fitted polynomial may dip below zero
+        if self._accumulated_change < self._threshold:
             return True
-        self._distance = 0.0
+        self._accumulated_change = 0.0
         return False
 
 

@@ -28,8 +28,15 @@ def modulate(
 ) -> Tensor:
     """Return normed * (1 + scale) + shift, computed in the dtype of scale and rounded to `dtype`.
 
-    `normed` is B L C. `shift` and `scale` are B S C, a row for each of S segments; None means 0. `split` is
-    where segments begin: one index, several, or the index of the row of each token.
+    Compiled code gets plain operators, which the compiler fuses. Eager code calls an autograd function that
+    needs one kernel for computation and cast.
+
+    Args:
+        normed: Normed tokens, B L C.
+        shift: B S C, a row for each of S segments of tokens; None means 0.
+        scale: Likewise.
+        dtype: Dtype of the result.
+        split: Where the segments begin: one index, several, or the index of the row of each token.
     """
     if scale is None:
         return normed.to(dtype)

@@ -105,7 +105,7 @@ class OtherStreams:
         return chapters
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write all packets before the given second of the new file; None: all remaining packets."""
+        """Copy the packets of the copied streams that start before a time of the new file; None copies the rest."""
         while self._next_packet is not None:
             packet = self._next_packet
             time = packet.pts if packet.dts is None else packet.dts

@@ -60,7 +60,7 @@ class ShardedBlocks:
             keep_heap_small()  # otherwise freed blocks fragment the heap and save no memory
 
     def watch(self, network: nn.Module) -> Callable[[str], None]:
-        """Return a function to call with the name of each filled tensor; it splits complete blocks."""
+        """Return a function to call with the name of each loaded tensor; it splits a block once it is complete."""
         blocks = _blocks_of(network)
         owners = {f"{path}.{name}": path for path, block in blocks.items() for name in block.state_dict()}
         waiting = Counter(owners.values())

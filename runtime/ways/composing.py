@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OF_LAUNCHER = ("ACCELERATE_USE_", "PARALLELISM_CONFIG_")  # prefixes of variables that make accelerate split
+SPLIT_VARIABLE_PREFIXES = (
+    "ACCELERATE_USE_",
+    "PARALLELISM_CONFIG_",
+)  # prefixes of variables that make accelerate split
 
 
 def options_of_ways(is_training: bool) -> type[Options]:
@@ -168,24 +171,25 @@ def reject_other_splits() -> None:
     accelerate splits only a model that a script passes to it. The loops here never do, so nothing would be
     split.
     """
-    if not any(name.startswith(OF_LAUNCHER) for name in os.environ):
+    if not any(name.startswith(SPLIT_VARIABLE_PREFIXES) for name in os.environ):
         return
     options_by_variable: dict[str, list[type[WayOptions]]] = {}
-    for way in WAYS:
-        for variable in way.options.replaces:
-            options_by_variable.setdefault(variable, []).append(way.options)
+    for mode in WAYS:
+        for variable in mode.options.accelerate_features:
+            options_by_variable.setdefault(variable, []).append(mode.options)
     # a variable with several remedies comes last, because it is set together with a more specific one
     for variable, options in sorted(options_by_variable.items(), key=lambda item: len(item[1])):
-        if _asks_for_split(variable):
+        if _splits_model(variable):
+            feature = options[0].accelerate_features[variable]
             raise OptionError(
-                f"accelerate launch asks for {options[0].replaces[variable]} "
+                f"accelerate launch asks for {feature} "
                 f"({variable}={os.environ[variable]}): the loops here never pass it the model. Choose plain "
                 f"multi-GPU ({LAUNCH}, or run accelerate config again) and give "
-                f"{', or '.join(record.answer for record in options)} over those processes"
+                f"{', or '.join(record.accelerate_advice for record in options)} over those processes"
             )
 
 
-def _asks_for_split(variable: str) -> bool:
+def _splits_model(variable: str) -> bool:
     """Return whether an environment variable of accelerate's launcher is set so that it splits the model."""
     value = os.environ.get(variable, "0").lower()
     # a switch is on with 1; a number of processes splits the model only if it is 2 or more

@@ -21,8 +21,8 @@ class ContextParallelOptions(
     WayOptions,
     keeps_pixels=True,
     shares="tokens",
-    answer="--context_parallel N, which splits the tokens",
-    replaces={
+    accelerate_advice="--context_parallel N, which splits the tokens",
+    accelerate_features={
         "PARALLELISM_CONFIG_CP_SIZE": "accelerate's context parallelism (ring attention)",
         "PARALLELISM_CONFIG_SP_SIZE": "DeepSpeed's sequence parallelism",
         "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",

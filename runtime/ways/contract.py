@@ -87,27 +87,29 @@ class WayOptions(Options):
         in_training: Whether training runs have the options too.
         keeps_pixels: Whether a generation gives bit-identical pixels.
         shares: Word for what the processes share.
-        answer: The option and its effect, for users who ask accelerate's launcher to split the model.
-        replaces: Name of accelerate's feature, by the environment variable that requests it.
+        accelerate_advice: The option to use instead, and its effect, for users who ask accelerate's launcher
+            to split the model.
+        accelerate_features: Features of accelerate's launcher that the option replaces: the environment
+            variable that requests the feature -> its name.
     """
 
     in_training: ClassVar[bool]
     keeps_pixels: ClassVar[bool]
     shares: ClassVar[str]
-    answer: ClassVar[str]
-    replaces: ClassVar[Mapping[str, str]]
+    accelerate_advice: ClassVar[str]
+    accelerate_features: ClassVar[Mapping[str, str]]
 
     def __init_subclass__(
         cls,
         in_training: bool = True,
         keeps_pixels: bool = False,
         shares: str = "",
-        answer: str = "",
-        replaces: Mapping[str, str] | None = None,
+        accelerate_advice: str = "",
+        accelerate_features: Mapping[str, str] | None = None,
     ) -> None:
         super().__init_subclass__()
         cls.in_training, cls.keeps_pixels, cls.shares = in_training, keeps_pixels, shares
-        cls.answer, cls.replaces = answer, replaces or {}
+        cls.accelerate_advice, cls.accelerate_features = accelerate_advice, accelerate_features or {}
 
 
 @dataclass(frozen=True)
