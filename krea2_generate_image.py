@@ -62,7 +62,9 @@ DEFAULTS = ScriptDefaults(
     },
     output_types=PICTURE_OUTPUTS,
 )
-main = generation_script("krea2", DEFAULTS, __doc__, settle=resolve_generation, add_more=_take_prompt)
+main = generation_script(
+    "krea2", DEFAULTS, __doc__, adjust_options=resolve_generation, change_parser=_take_prompt
+)
 
 
 if __name__ == "__main__":

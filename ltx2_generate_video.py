@@ -128,7 +128,7 @@ def reject_image_options(shared: GenerationOptions) -> None:
         raise OptionError(f"{options}: sound alone has no pictures. Leave out what is for these")
 
 
-main = generation_script("ltx_2", DEFAULTS, __doc__, settle=settle)
+main = generation_script("ltx_2", DEFAULTS, __doc__, adjust_options=settle)
 
 
 if __name__ == "__main__":

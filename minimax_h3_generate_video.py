@@ -63,7 +63,7 @@ DEFAULTS = ScriptDefaults(
     },
     output_types=("video", "images", "latent", "both", "latent_images"),
 )
-main = generation_script("minimax_h3", DEFAULTS, __doc__, settle=resolve_generation)
+main = generation_script("minimax_h3", DEFAULTS, __doc__, adjust_options=resolve_generation)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ DEFAULTS = ScriptDefaults(
     },
     output_types=PICTURE_OUTPUTS,
 )
-main = generation_script("qwen_image_21", DEFAULTS, __doc__, settle=resolve_generation)
+main = generation_script("qwen_image_21", DEFAULTS, __doc__, adjust_options=resolve_generation)
 
 
 if __name__ == "__main__":

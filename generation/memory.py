@@ -199,6 +199,7 @@ def predict_text_encoding(
     """
     prompts = select_prompts(prepared, options.guidance)
     phases: list[memory_plan.Phase] = []
+    # encoder outputs by prompt
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([prompts])}
     for encoder in family.text_encoders():
         encoder.load(META)

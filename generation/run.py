@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from blissful_tuner.metadata import read_decoded_metadata, read_frame_rate, read_shown, read_stored_seed
+from blissful_tuner.metadata import (
+    read_decoded_metadata,
+    read_frame_rate,
+    read_stored_seed,
+    read_visible_region,
+)
 from generation.experts import ExpertOffloader
 from generation.loaded_networks import Session
 from generation.making import decode, make_outputs, make_tracks
@@ -116,7 +121,7 @@ def _decode_file(
         return save_pixels(
             output,
             stem,
-            decode(run.family, encoders, saved.latents, _read_shown_part(run.family, path, saved)),
+            decode(run.family, encoders, saved.latents, _read_visible_region(run.family, path, saved)),
             fps=fps,
             metadata=None if output.no_metadata else metadata,
             post=run.post,
@@ -125,13 +130,13 @@ def _decode_file(
         )
 
 
-def _read_shown_part(family: Family, path: Path, saved: "SavedLatents") -> Box | None:
+def _read_visible_region(family: Family, path: Path, saved: "SavedLatents") -> Box | None:
     """Return the region to crop decoded pixels to, if the file's metadata name one; None for all pixels.
 
     Raises:
         CheckpointError: If the region exceeds the decoded pixels.
     """
-    box = read_shown(saved.metadata)
+    box = read_visible_region(saved.metadata)
     if box is None:
         return None
     *_, rows, columns = saved.latents.shape

@@ -203,9 +203,8 @@ _SIGNATURES = re.compile(
     r"|key-pair-id|token|access_token|hdnts|hdnea|sig",
     re.IGNORECASE,
 )
-_AZURE_SIGNATURE_PARTS = re.compile(
-    r"s[eiprtv]|sr[ts]|spr|sip|sdd|sk(oid|tid|t|e|s|v)", re.IGNORECASE
-)  # only next to `sig`
+# these belong to a signature only next to `sig`
+_AZURE_SIGNATURE_PARTS = re.compile(r"s[eiprtv]|sr[ts]|spr|sip|sdd|sk(oid|tid|t|e|s|v)", re.IGNORECASE)
 
 
 def is_address(text: str) -> bool:

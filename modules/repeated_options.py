@@ -114,14 +114,15 @@ def join_options(
     """
     accepted = accepted_options(record)
     name_by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
-    # public name -> flag and value; a flag that the command does not know stands for itself
+    # name of an option, or its flag if the command does not know it -> flag and value
     joined = {name_by_flag.get(flag, flag): (flag, value) for flag, value in chosen.items()}
     for option in repeated:
         name = next(find_names(option, accepted, name_by_flag), None)
         if name is None:
             continue
         flags = accepted[name].flags
-        flag, value = joined.get(name, (flags[-1], option.value))  # the last flag is --NAME
+        default_flag = flags[-1]  # --NAME
+        flag, value = joined.get(name, (default_flag, option.value))
         if isinstance(value, Placeholder):
             value = option.value
         if option.typed in flags:

@@ -105,7 +105,7 @@ class OtherStreams:
         return chapters
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Copy the packets of the copied streams that start before a time of the new file; None copies the rest."""
+        """Write the packets of the copied streams up to a time of the new file; None: all that are left."""
         while self._next_packet is not None:
             packet = self._next_packet
             time = packet.pts if packet.dts is None else packet.dts
