@@ -328,7 +328,7 @@ def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
 
 
 def _is_same_clip(run: GenerationRun, cell: GenerationJob) -> bool:
-    """Return whether existing output files with this name belong to the same clip; True if there are none."""
+    """Return whether existing output files of a cell are the clip that it makes; True if there are none."""
     video, latents = _files(run, cell)
     settings = _select_making_settings(as_tags(cell.metadata or {}))
     try:

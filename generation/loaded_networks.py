@@ -265,8 +265,8 @@ def decode_tracks(
                 audio = family.decode_audio(networks, latents[label].to(device))
                 if not is_finite(audio.samples):
                     raise UserError(
-                        "The sound's decoder made values that are NaN or infinite of good latents: nothing "
-                        "would be heard. Give --vae_dtype float32"
+                        "The audio decoder produced NaN or infinite values from valid latents. Use "
+                        "--vae_dtype float32"
                     )
                 tracks[label] = audio.samples.float().cpu().numpy(), audio.rate
     finally:

@@ -55,9 +55,8 @@ if TYPE_CHECKING:  # it is loaded only if prompts are rewritten
 logger = logging.getLogger(__name__)
 
 NOT_FINITE = (
-    "What the model made is NaN or infinite: nothing would be seen, and nothing is written. Usual causes: "
-    "--dit_dtype float16 (give bfloat16), a LoRA whose training diverged, a strength or a guidance that is "
-    "far too high"
+    "The model produced NaN or infinite values, so nothing is written. Usual causes: --dit_dtype float16 "
+    "(give bfloat16), a LoRA whose training diverged, a strength or guidance that is far too high"
 )
 
 
@@ -490,7 +489,7 @@ def make_tracks(
     output = run.options.output
     if not audios or not trains_audio(run.family):
         if output.save_audio is not None:
-            logger.warning("--save_audio %s is ignored because nothing with sound is made", output.save_audio)
+            logger.warning("--save_audio %s is ignored because no result has sound", output.save_audio)
         return {}
     if not output.writes_audio:
         logger.info("The sound is left out because PNG files have none: --save_audio wav writes it")
@@ -499,7 +498,7 @@ def make_tracks(
 
 
 def decode(
-    family: Family, encoders: MediaEncoders, latents: Tensor, shown: Box | None = None
+    family: Family, encoders: MediaEncoders, latents: Tensor, visible_region: Box | None = None
 ) -> Iterator[Tensor]:
     """Decode latents to chunks of pixels, with a progress bar over the frames.
 
@@ -509,7 +508,7 @@ def decode(
         family: The model family.
         encoders: The media encoders.
         latents: Latents, 1 C F h w.
-        shown: Region to which the pixels are cropped; None for all pixels.
+        visible_region: Region to which the pixels are cropped; None for all pixels.
 
     Raises:
         UserError: If pixels are NaN or infinite.
@@ -519,7 +518,7 @@ def decode(
     for pixels in track(chunks, "Decoding", frames, size=lambda chunk: chunk.shape[2], unit=FRAMES):
         if not bool(is_finite(pixels)):
             raise UserError(
-                "The VAE made values that are NaN or infinite of good latents: nothing would be seen. Give "
-                "--vae_dtype bfloat16 or float32"
+                "The VAE produced NaN or infinite values from valid latents. Use --vae_dtype bfloat16 or "
+                "float32"
             )
-        yield pixels if shown is None else shown.of(pixels)
+        yield pixels if visible_region is None else visible_region.of(pixels)

@@ -139,7 +139,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
         check_launch(speed, launched, _uses_of(family, options))
     if launched == 1:
         flags = " and ".join(speed.modes.flags)
-        logger.warning("%s has no effect with one process, which does all. Use %s", flags, LAUNCH)
+        logger.warning("%s has no effect with one process, which does all the work. Use %s", flags, LAUNCH)
         generate(family, options, select_device(options.device))
         return
     check_together(family, options)
@@ -209,8 +209,8 @@ def check_together(family: Family, options: GenerationOptions) -> None:
         check(uses)
     if options.sheet.sheet is not None:
         raise OptionError(
-            f"--sheet and {flags} cannot be used together: a sheet is made by one process, which has the "
-            f"whole weights. Use --from_file with a line for each, or leave {flags} out"
+            f"--sheet and {flags} cannot be used together: a sheet is made by a single process, which needs "
+            f"the complete weights. Use --from_file with a line for each, or leave {flags} out"
         )
     # only the first process runs the tools: it alone would leave out a line that they cannot process
     if options.post.tools:

@@ -299,7 +299,7 @@ def _warn_of_missing_experts(
             ]
             if missing and lora_use.lora.expert == FOR_BOTH:
                 logger.warning(
-                    "%s was trained for both experts and is used in one of them: give it to %s too",
+                    "%s was trained for both experts and is used for only one of them: give it to %s too",
                     lora_use.lora.path,
                     " and ".join(missing),
                 )
@@ -325,7 +325,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
         try:
             checks[name](speed)
         except OptionError as error:
-            logger.warning("--optimized goes without --%s here. %s", name, error)
+            logger.warning("--optimized skips --%s here. %s", name, error)
             speed = _without(speed, name)
             left_out.append(name)
     _log_preset(options, left_out)
@@ -371,10 +371,10 @@ def _log_preset(options: GenerationOptions, left_out: Sequence[str]) -> None:
     parts = [f"--optimized sets {' '.join(used) or 'nothing'}"]
     if left_out:
         names = ", ".join(as_typed(values, name) for name in left_out)
-        parts.append(f"left out, as the warnings above say why: {names}")
+        parts.append(f"skipped, see the warnings above: {names}")
     if speed.not_by_preset:
         names = ", ".join(f"--{name}" for name in speed.not_by_preset)
-        parts.append(f"left to what you gave: {names}")
+        parts.append(f"as you set them: {names}")
     logger.info("%s", "; ".join(parts))
 
 

@@ -296,7 +296,7 @@ class GenerationOptions(Options, title="run"):
                 path = self.output.save_path / self.output.file_name
                 raise OptionError(
                     f"--save_path {path} with {conflict}: one file has room for one result. Give a folder, "
-                    f"such as {path.with_suffix('')}; results get names of their own there"
+                    f"such as {path.with_suffix('')}; results get their own names there"
                 )
 
     def _check_sheet(self) -> None:

@@ -310,7 +310,7 @@ class GrowingVideo:
             if not self.path.is_file():
                 raise
             if not self._is_locked:  # Windows: a file that a player has open may not be replaceable
-                logger.warning("%s Replacing it is tried again after each section.", error)
+                logger.warning("%s It is retried after each section.", error)
             self._is_locked = True
         if is_first:
             logger.info("Preview: %s, updated after each section", self.path)

@@ -200,7 +200,7 @@ def _select_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | 
         check_share("--vd in a prompt line", line["denoise"])
     if not sources:
         if "denoise" in line:
-            logger.warning("--vd %g is ignored because the line starts from no video (--v)", line["denoise"])
+            logger.warning("--vd %g is ignored because the line has no source video (--v)", line["denoise"])
         return None
     check_one_source(sources)
     ((name, path),) = sources.items()
@@ -300,7 +300,7 @@ def _warn_of_edit_loras(paths: Iterable[Path]) -> None:
     """Warn if a request without an image uses LoRAs that were trained for image editing."""
     for path, option in find_edit_loras(paths):
         logger.warning(
-            "%s learned edits of pictures%s, and there is no picture: the result is made from the text "
+            "%s was trained to edit images%s, but there is no image: the result is made from the text "
             "alone. Give --control_image_path (--ci in a prompt line)",
             path,
             option,

@@ -145,8 +145,8 @@ def _read_visible_region(family: Family, path: Path, saved: "SavedLatents") -> B
     fits_in_width = 0 < box.width <= columns * column_stride - box.left
     if not fits_in_height or not fits_in_width:
         raise CheckpointError(
-            f"--latent_path {path}: its metadata name a part of the picture that it does not have "
-            f"({box.width} x {box.height} pixels from {box.left}, {box.top}). Make the latents again",
+            f"--latent_path {path}: its metadata name a region outside the image ({box.width} x "
+            f"{box.height} pixels from {box.left}, {box.top}). Make the latents again",
             path,
         )
     return box
@@ -170,7 +170,7 @@ def check_latents(family: Family, path: Path) -> "SavedLatents":
             path,
         )
     check_latent_space(
-        saved, family.source, path, f"--latent_path {path}", "Decode them as those of that model"
+        saved, family.source, path, f"--latent_path {path}", "Decode them with the script of that model"
     )
     if saved.audio is not None:
         _check_audio(family, path, saved.audio, latent_frames)
@@ -374,7 +374,7 @@ def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
     post.check()
     if post.hides_content and options.output.output_type in LATENT_OUTPUTS:
         logger.warning(
-            "The latents of --output_type %s hold the video as it is before %s.",
+            "The latents of --output_type %s contain the video before %s.",
             options.output.output_type,
             " and ".join(options.post.tools.labels),
         )
@@ -424,7 +424,7 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
         ignored = {"--offload_inactive_dit": one_at_a_time, "--lazy_loading": lazy}
         for option, is_given in ignored.items():
             if is_given:
-                logger.warning("%s is ignored because a single transformer takes no turns", option)
+                logger.warning("%s is ignored because there is only one transformer", option)
         one_at_a_time = False
         lazy = False
     # several processes may each hold some of the blocks of every network
@@ -566,7 +566,7 @@ def save_merged_model(
         if index in merged:
             merge_into_file(files[index], loras_by_expert[index], targets[index], device, rounding=rounding)
         else:
-            logger.warning(f"There is no LoRA for the {expert.description}: {files[index]} is used as it is")
+            logger.warning(f"There is no LoRA for the {expert.description}: {files[index]} is used unchanged")
 
 
 def make_lines(run: GenerationRun) -> None:

@@ -164,10 +164,10 @@ def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, 
             SAMPLE_OPTIONS,
             where,
             find=find_sample_option,
-            no_use="Samples of a training have no use for it",
+            no_use="It has no effect in samples of a training",
         )
     except OptionError as error:
-        raise OptionError(f"{where} {line.strip()!r}: {error}. Correct the line") from None
+        raise OptionError(f"{where} {line.strip()!r}: {error}. Fix the line") from None
 
 
 def read_sample_prompts(path: Path) -> list[dict[str, Any]]:

@@ -154,13 +154,13 @@ class OutputOptions(Options, title="output"):
         check_place("--save_path", self.save_path)
         if self.save_path.exists():
             raise OptionError(
-                f"--save_path {self.save_path} exists already, and is kept. Give another name, or a folder, "
-                "in which results get names of their own"
+                f"--save_path {self.save_path} already exists and is not overwritten. Give another name, or "
+                "a folder, in which results get their own names"
             )
         if self.output_type in UNDECODED:
             raise OptionError(
-                f"--save_path {self.save_path} with --output_type {self.output_type}: latents get names of "
-                f"their own. Give a folder for them, such as {self.save_path.with_suffix('')}"
+                f"--save_path {self.save_path} with --output_type {self.output_type}: latents get their own "
+                f"names. Give a folder for them, such as {self.save_path.with_suffix('')}"
             )
         if self.save_path.suffix.lower() not in WRITTEN:
             default = self.save_path.with_suffix(".png" if self.pictures else self.format.suffix)

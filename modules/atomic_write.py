@@ -245,7 +245,7 @@ def remove_leftovers(
 
 
 def _read_claim(entry: os.DirEntry[str]) -> re.Match[str] | None:
-    """Return the mark of the writer in a claim file; None for any other file, or if it cannot be read."""
+    """Return the match of a process's id in a claim file; None for any other file, or if it is unreadable."""
     if not entry.name.endswith(_CLAIMED) or not entry.is_file(follow_symlinks=False):
         return None
     try:

@@ -81,27 +81,28 @@ def height_width(two_pairs: re.Match[str]) -> tuple[str, str]:
     return (two_pairs[3], two_pairs[1]) if is_width_first else (two_pairs[1], two_pairs[3])
 
 
-def check_path(option: str, path: Path, place: str, hint: str) -> None:
+def check_path(option: str, path: Path, required: str, hint: str) -> None:
     """Raise OptionError if an option cannot take a path.
 
-    `place` is what has to exist ("file", "folder", or "there" for both), or what will be made ("new folder",
-    "new file", or "safetensors" for a new file of that kind). `hint` is advice for a path that has to exist.
+    `required` is what has to exist ("file", "folder", or "there" for either), or what will be written ("new
+    folder", "new file", or "safetensors" for a new file of that kind). `hint` is advice for a path that has
+    to exist.
     """
-    if place == "safetensors":
+    if required == "safetensors":
         check_output_file(option, path)
-    elif place == "new file":
+    elif required == "new file":
         check_place(option, path)
-    elif place == "new folder":
+    elif required == "new folder":
         if path_exists(path) and not path.is_dir():
             raise OptionError(f"{option} {path}: it is a file; give a folder, it will be created")
     elif not path_exists(path):
-        kind = "folder" if place == "folder" else "file"
+        kind = "folder" if required == "folder" else "file"
         remedy = hint or "the path of an existing one"
         raise OptionError(f"{option} {path}: no such {kind}.{explain_missing(path)} Give {remedy}")
-    elif place == "folder" and not path.is_dir():
+    elif required == "folder" and not path.is_dir():
         raise OptionError(f"{option} {path}: it is a file. Give the folder that it is in: {path.parent}")
-    elif place not in ("folder", "there") and path.is_dir():
-        raise OptionError(f"{option} {path}: is a folder. Give {hint or f'a {place}'}")
+    elif required not in ("folder", "there") and path.is_dir():
+        raise OptionError(f"{option} {path}: is a folder. Give {hint or f'a {required}'}")
 
 
 def check_numbers(option: str, value: Any) -> None:

@@ -77,7 +77,7 @@ class ShardedBlocks:
         return count_loaded
 
     def split(self, network: nn.Module) -> None:
-        """Split the blocks of a network that was loaded without this object."""
+        """Split the blocks that `watch` has not split while the network was loaded."""
         from torch.distributed.fsdp import FSDPModule
 
         for block in _blocks_of(network).values():
