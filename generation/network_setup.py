@@ -27,7 +27,7 @@ from protocols.families import HIGH_NOISE
 from protocols.family import Family
 from protocols.loading import Placement
 from protocols.rules import Expert
-from runtime.network_setup import set_up_network, swapped_weights
+from runtime.network_setup import make_host_weights, set_up_network
 from runtime.offload.swap_plan import HostWeights
 from runtime.options import GenerationSpeedOptions
 from runtime.run_blocks import stage_files_of
@@ -70,7 +70,7 @@ class DitLoader:
         host_weights = None
         if self.device.type != "cpu":
             swap = self.options.speed.swap
-            host_weights = swapped_weights(self.family.dit, swap, self.device, all_weights=True)
+            host_weights = make_host_weights(self.family.dit, swap, self.device, all_weights=True)
         with separate_stream(self.device):  # not in the queue of the expert that runs
             dit = self(expert, host_weights, check)
             return dit, HostCopy(dit, self.device, host_weights)
@@ -100,7 +100,7 @@ class DitLoader:
             lora_patch = apply.LoraPatch(loras, rounding=rule, family=family.name)
         # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
         patch = self.originals[expert] if self.originals else lora_patch
-        host = host_weights or swapped_weights(family.dit, speed.swap, self.device)
+        host = host_weights or make_host_weights(family.dit, speed.swap, self.device)
         # of several processes, each may load only some of the blocks
         blocks = make_block_sharder(speed, self.device) if speed.modes.hooks.make_block_sharder else None
         placement = Placement(

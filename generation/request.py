@@ -45,7 +45,7 @@ LorasInWords = Mapping[str, Sequence[tuple[str, float]]]  # expert -> file name 
 
 _LORA_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
 
-TURN = 0.9  # fraction of a period that RIFLEx's slowed frequency completes over the video
+RIFLEX_PERIOD_FRACTION = 0.9  # fraction of a period that RIFLEx's slowed frequency completes over the video
 
 
 def draw_seed() -> int:
@@ -320,9 +320,9 @@ def _with_riflex(prepared: Prepared, options: SteadierOptions) -> Prepared:
         return prepared
     from modules.layers.rope import SlowedFrequency  # only with --riflex_index
 
-    # over the whole video the frequency completes less than a period (TURN), so that motion does not repeat
-    # the option counts frequencies from 1
-    return replace(prepared, slow_frames=SlowedFrequency(index - 1, prepared.frames / TURN))
+    # a frequency that completes less than one period over the whole video does not repeat motion
+    period = prepared.frames / RIFLEX_PERIOD_FRACTION
+    return replace(prepared, slow_frames=SlowedFrequency(index - 1, period))  # the option counts from 1
 
 
 @dataclass(frozen=True)

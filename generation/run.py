@@ -546,13 +546,15 @@ def save_merged_model(
     if has_several_experts:
         targets = [path.with_name(f"{path.stem}_{expert.name}{path.suffix}") for expert in experts]
     # an expert without LoRAs is left out; a model of one network is written even without LoRAs
-    merged = [index for index in range(len(files)) if loras_by_expert[index] or not has_several_experts]
-    if not merged:
+    merged_indices = [
+        index for index in range(len(files)) if loras_by_expert[index] or not has_several_experts
+    ]
+    if not merged_indices:
         raise OptionError("--save_merged_model has nothing to merge: give --lora_weight or the like")
     from networks.apply import check_loras_fit  # only with --save_merged_model
     from networks.merging import merge_into_file
 
-    for index in merged:
+    for index in merged_indices:
         sources = [*files, *(lora_use.lora.path for lora_use in loras_by_expert[index])]
         reject_replacing("--save_merged_model", targets[index], sources)
         second_file = family.file_beside(files[index])
@@ -563,7 +565,7 @@ def save_merged_model(
             )
         check_loras_fit(files[index], loras_by_expert[index])
     for index, expert in enumerate(experts):
-        if index in merged:
+        if index in merged_indices:
             merge_into_file(files[index], loras_by_expert[index], targets[index], device, rounding=rounding)
         else:
             logger.warning(f"There is no LoRA for the {expert.description}: {files[index]} is used unchanged")
