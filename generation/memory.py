@@ -225,7 +225,7 @@ def _with_fewer_weights(
     processes = memory_plan.sharing_processes(options.speed)
     if processes > 1 and can_divide(encoder):
         network = encoder.network
-        (split,) = memory_plan.swaps_of(network, spec_of(network), options.speed.swap, processes)
+        (split,) = memory_plan.predict_swaps(network, spec_of(network), options.speed.swap, processes)
         note = split.words(0, "").removeprefix("; ")  # written to follow another note; here it stands alone
         weights = replace(weights, device=weights.device - split.saved, note=note)
     elif device_memory is not None and phase.device > device_memory.usable and is_layered(encoder):
@@ -269,7 +269,7 @@ def predict_denoising(
     dit.eval().requires_grad_(False)
     weights = memory_plan.dtypes_of(dit)
     processes = memory_plan.sharing_processes(speed)
-    swaps = memory_plan.swaps_of(dit, family.dit, speed.swap, processes)
+    swaps = memory_plan.predict_swaps(dit, family.dit, speed.swap, processes)
     blocks = family.dit.blocks(dit)
     extrapolate = watch(dit)
     if prepared.stage_lora_strengths:

@@ -551,7 +551,7 @@ def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, pro
     steps = StepPlan(
         num_batches=order.num_batches,
         processes=count_groups(speed, processes),
-        processes_per_batch=speed.modes.num_peers,
+        processes_per_batch=speed.modes.processes_per_model,
         accumulation=loop.gradient_accumulation_steps,
         in_lockstep=bool(speed.modes.splits_weights) and processes > 1,
         total_steps=loop.max_train_steps,

@@ -151,7 +151,9 @@ def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> i
     return launched
 
 
-def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1) -> list[OffloadedWeights]:
+def predict_swaps(
+    dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1
+) -> list[OffloadedWeights]:
     """Return the effect of every possible --blocks_to_swap from 0 on, with the other options of `swap`.
 
     Args:

@@ -75,11 +75,11 @@ def count_groups(speed: SpeedOptions, processes: int, passes: int = 1) -> int:
     Raises:
         OptionError: If the processes cannot be divided into such groups.
     """
-    group_size = speed.modes.num_peers * passes  # peers share a micro-batch
+    group_size = speed.modes.processes_per_model * passes
     if processes % group_size:
-        typed = " ".join(speed.modes.peer_counts)
+        typed = " ".join(speed.modes.process_counts_by_option)
         raise OptionError(
-            f"{typed}: {processes} processes make no groups of {group_size}. Start a multiple of "
+            f"{typed}: {processes} processes cannot form groups of {group_size}. Start a multiple of "
             f"{group_size}: accelerate launch --multi_gpu --num_processes {group_size}"
         )
     return processes // group_size
@@ -92,7 +92,7 @@ def count_shared_passes(speed: SpeedOptions, processes: int) -> int:
     """
     if not speed.modes.divides_passes:
         return 1
-    passes = max(processes // speed.modes.num_peers, 1)
+    passes = max(processes // speed.modes.processes_per_model, 1)
     count_groups(speed, processes, passes)
     return passes
 
@@ -109,7 +109,7 @@ def lay_out(speed: SpeedOptions, shares_passes: bool) -> "ProcessGrid":
     processes = distributed.get_world_size()
     passes = count_shared_passes(speed, processes) if shares_passes else 1
     groups = count_groups(speed, processes, passes)
-    return ProcessGrid(distributed.get_rank(), groups, passes, speed.modes.num_peers)
+    return ProcessGrid(distributed.get_rank(), groups, passes, speed.modes.processes_per_model)
 
 
 def make_block_sharder(speed: SpeedOptions, device: "torch.device") -> "BlockSharder | None":

@@ -67,7 +67,7 @@ def _join(run: RunModes, options: ContextParallelOptions) -> None:
     typed = f"--context_parallel {options.context_parallel}"
     run.flags.append(typed)
     run.divides_tokens = typed
-    run.peer_counts[typed] = options.context_parallel
+    run.process_counts_by_option[typed] = options.context_parallel
     run.hooks.check_launch.append(partial(_check_launch, options))
     run.hooks.finish_network.append(_finish)
 

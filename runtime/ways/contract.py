@@ -148,7 +148,7 @@ class RunModes:
     divides_tokens: str = ""  # option by which each process has some of the tokens of a clip; "" if off
     divides_passes: str = ""  # option by which the remaining processes share the passes of a step; "" if off
     # option -> number of processes that share a micro-batch, or a pass of a step
-    peer_counts: dict[str, int] = field(default_factory=dict)
+    process_counts_by_option: dict[str, int] = field(default_factory=dict)
     single_process_effects: dict[str, str] = field(
         default_factory=dict
     )  # option -> what a single process does with it
@@ -158,9 +158,9 @@ class RunModes:
     hooks: ModeHooks = field(default_factory=ModeHooks)
 
     @property
-    def num_peers(self) -> int:
-        """Number of processes that work together on one model."""
-        return prod(self.peer_counts.values())
+    def processes_per_model(self) -> int:
+        """Number of processes that compute one pass together, on the same micro-batch."""
+        return prod(self.process_counts_by_option.values())
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
