@@ -354,7 +354,7 @@ def parse_option_line(
     options: Mapping[str, LineOption],
     source_name: str,
     find: Callable[[str], LineOption | None],
-    no_use: str = "It has no effect in lines of this script",
+    unsupported_hint: str = "It has no effect in lines of this script",
 ) -> dict[str, Any]:
     """Parse a prompt line, `a cat --w 832 --d 7`, into its prompt and the values of its options, by key.
 
@@ -363,7 +363,7 @@ def parse_option_line(
         options: Options of a line, by their letters.
         source_name: Name of the line in warnings.
         find: Returns an option by its name, or None.
-        no_use: End of the warning about an option that exists only for other scripts.
+        unsupported_hint: End of the warning about an option that exists only for other scripts.
 
     Raises:
         OptionError: If a value cannot be parsed.
@@ -389,7 +389,7 @@ def parse_option_line(
         option = find(name)
         if option is None:
             is_of_other_script = find_option(name, OF_ALL_SCRIPTS) is not None
-            hint = no_use if is_of_other_script else suggest(name, options, usable_names())
+            hint = unsupported_hint if is_of_other_script else suggest(name, options, usable_names())
             unknown = shorten(name_and_value.strip(), MAX_LINE_SHOWN)
             logger.warning("%s: the unknown option --%s is ignored. %s", displayed_line, unknown, hint)
             continue

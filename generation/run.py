@@ -517,7 +517,7 @@ def check_models(run: GenerationRun) -> None:
         if run.options.speed.swap.blocks_to_swap:
             check_swap(run.family.dit, run.options.speed.swap.number, counts)
         layers = run.options.guidance.skipped_layers
-        num_blocks = sum(counts[:-1] if run.family.dit.second_list else counts)  # without side blocks
+        num_blocks = sum(counts[:-1] if run.family.dit.side_list else counts)  # without side blocks
         if layers and max(layers) >= num_blocks:
             raise OptionError(
                 f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {num_blocks - 1}"

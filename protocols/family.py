@@ -157,7 +157,7 @@ class DitSpec:
     block_lists: tuple[str, ...]  # attribute names of the nn.ModuleLists that contain the blocks
     # the second of two lists, if its blocks process a second stream (`Hidden.control_tokens`). They are
     # spread evenly: each runs before the first block of its share of the other list
-    second_list: str = ""
+    side_list: str = ""
     has_additions: bool = False  # whether a ControlNet adds to all tokens (`Hidden.block_residuals`)
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names that are never stored in fp8
     # storage form -> parts of parameter names, for other forms with different exclusions
@@ -219,7 +219,7 @@ class DitSpec:
             counts: Number of blocks in each list.
         """
         indices = list(range(sum(counts)))
-        if not self.second_list:
+        if not self.side_list:
             return indices
         main, side = counts
         share = ceil_div(main, max(side, 1))  # blocks of the main list per block of the side list

@@ -33,7 +33,7 @@ class TokenCounter(TorchDispatchMode):
         self.heads = 0  # the largest number that divides the heads of every self-attention
 
     def watch(self, dit: nn.Module) -> Extrapolate:
-        """Count the tokens in the passes of a network; return `extrapolate`, which counts queries as it runs them."""
+        """Count the tokens in passes of a network; return `extrapolate`, which then also counts queries."""
         inner = runner_of(dit)
 
         def run(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
@@ -61,8 +61,7 @@ class TokenCounter(TorchDispatchMode):
 def divide_tokens(
     peaks_by_phase: Mapping[str, BytesByKind], num_gpus: int, counter: TokenCounter
 ) -> dict[str, BytesByKind]:
-    """Return the memory of a dry run, by phase, for a GPU that has 1 / `num_gpus` of the tokens in the
-    blocks.
+    """Return the memory of a dry run, by phase, for one of several GPUs that share the tokens in the blocks.
 
     Outside the blocks the GPU works on all tokens, which are gathered after the blocks. Tokens that no GPU
     divides, such as those of a text used only as keys and values, are few and counted as divided.
