@@ -450,12 +450,12 @@ def _decode_audio(
     """Decode the audio of each video; return the tracks by label. An error fails only its own video."""
 
     @contextmanager
-    def note(label: str) -> Iterator[None]:
+    def collect_errors(label: str) -> Iterator[None]:
         with failures.collect_errors(label), keep_on_failure(jobs[label]):
             yield
 
     return make_tracks(
-        run, {label: job.audio for label, job in jobs.items() if not job.prepared.is_still}, note
+        run, {label: job.audio for label, job in jobs.items() if not job.prepared.is_still}, collect_errors
     )
 
 
@@ -474,14 +474,14 @@ def keep_on_failure(job: GenerationJob) -> Iterator[None]:
 def make_tracks(
     run: GenerationRun,
     latents: Mapping[str, Tensor | None],
-    note: Callable[[str], AbstractContextManager[object]],
+    collect_errors: Callable[[str], AbstractContextManager[object]],
 ) -> Mapping[str, Track]:
     """Decode the audio of the clips that are written with audio; return the tracks by label.
 
     Args:
         run: The run.
         latents: Audio latents in model space, 1 C T M, by label; None for clips without audio.
-        note: Returns a context manager for a label that records errors of the clip.
+        collect_errors: Returns a context manager for a label that records errors of the clip.
     """
     audios = {label: audio for label, audio in latents.items() if audio is not None}
     output = run.options.output
@@ -492,7 +492,7 @@ def make_tracks(
     if not output.writes_audio:
         logger.info("The sound is left out because PNG files have none: --save_audio wav writes it")
         return {}
-    return decode_tracks(run.family, audios, run.session.device, note)
+    return decode_tracks(run.family, audios, run.session.device, collect_errors)
 
 
 def decode(

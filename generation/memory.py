@@ -167,11 +167,13 @@ def _predict_all_decoding(
     if options.output.output_type not in UNDECODED and not prepared.is_audio_alone:
         pixels.append(predict_decoding(family, prepared, cublas_workspace))
     audio: list[memory_plan.Phase] = []
-    joint = None if prepared.is_still else prepared.audio_video_shapes  # sizes of image and audio latents
-    if joint is not None and trains_audio(family) and options.output.writes_audio:
+    joint_shapes = (
+        None if prepared.is_still else prepared.audio_video_shapes
+    )  # sizes of image and audio latents
+    if joint_shapes is not None and trains_audio(family) and options.output.writes_audio:
         networks = family.audio_networks(META, decodes=True)
         with rehearsing(networks) as ledger:
-            family.decode_audio(networks, torch.empty(1, *joint.audio))
+            family.decode_audio(networks, torch.empty(1, *joint_shapes.audio))
             audio.append(make_phase("decoding sound", ledger, cublas_workspace))
     return [*audio, *pixels]
 

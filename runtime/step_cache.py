@@ -184,8 +184,8 @@ class MagCacheRule:
         """
         self._ratios, self._retention = ratios, retention
         self._threshold, self._max_skips = threshold, max_skips
-        self._last: int | None = None  # step of the last call
-        self._forget()
+        self._last_step: int | None = None  # step of the last call
+        self._reset()
 
     def should_skip(self, step_position: StepPosition, first_block_input: FirstBlockInput) -> bool:
         """Return whether the error accumulated since the last computed pass allows another skip.
@@ -193,12 +193,12 @@ class MagCacheRule:
         The first steps (the fraction `retention`, at least one) and the last step are never skipped.
         `first_block_input`, which other rules compare, is not needed.
         """
-        last_step = self._last
-        self._last = step_position.step
+        last_step = self._last_step
+        self._last_step = step_position.step
         first_skippable = max(int(self._retention * step_position.num_steps), 1)
         may_skip = first_skippable <= step_position.step < step_position.num_steps - 1
         if last_step is None or not may_skip:
-            self._forget()
+            self._reset()
             return False
         # the product of the ratios is the predicted change in size of the residual; 1 means no error. There
         # are several ratios to multiply if some steps did not have this pass
@@ -208,10 +208,10 @@ class MagCacheRule:
             self._skipped += 1
         if self._error <= self._threshold and self._skipped <= self._max_skips:
             return True
-        self._forget()
+        self._reset()
         return False
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._ratio, self._error, self._skipped = 1.0, 0.0, 0
 
 
