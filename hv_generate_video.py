@@ -47,7 +47,7 @@ def settle(
     return options, family_options
 
 
-main = generation_script("hunyuan_video", DEFAULTS, __doc__, settle=settle)
+main = generation_script("hunyuan_video", DEFAULTS, __doc__, adjust_options=settle)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ DEFAULTS = ScriptDefaults(
     fps=IMAGE_FPS,
     guidance_scale=5.5,
     infer_steps=28,
-    by_model={
+    defaults_from_model={
         **dict.fromkeys(("video_size", "width", "height", "y1", "y2"), ""),
         "flow_shift": "time shift of the schedule, e^mu, in place of --mu; default: by size, of Turbo e^1.15",
         "guidance_scale": "weight of the prompt: negative + weight * (positive - negative); 1 turns guidance "
@@ -62,7 +62,9 @@ DEFAULTS = ScriptDefaults(
     },
     output_types=PICTURE_OUTPUTS,
 )
-main = generation_script("krea2", DEFAULTS, __doc__, settle=resolve_generation, add_more=_take_prompt)
+main = generation_script(
+    "krea2", DEFAULTS, __doc__, adjust_options=resolve_generation, change_parser=_take_prompt
+)
 
 
 if __name__ == "__main__":

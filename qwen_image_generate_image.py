@@ -29,7 +29,7 @@ DEFAULTS = ScriptDefaults(
         "f": LineOption("output_layers", parse_int),
     },
     output_types=PICTURE_OUTPUTS,
-    by_model={"output_layers": ""},  # of no use to other releases, which warn of it
+    defaults_from_model={"output_layers": ""},  # of no use to other releases, which warn of it
 )
 main = generation_script("qwen_image", DEFAULTS, __doc__)
 

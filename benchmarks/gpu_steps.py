@@ -29,7 +29,7 @@ from protocols.data import AUDIO_LATENTS, HAS_AUDIO, AudioVideoShapes, Batch
 from protocols.family import audio_of
 from protocols.requests import Prepared, Request, resolve_request
 from protocols.steps import EncodedPrompts
-from runtime.network_setup import swapped_weights
+from runtime.network_setup import make_host_weights
 from runtime.planning.memory_plan import workspace
 from training.experts import placement_of, set_up_network
 from training.loss import NoisyAudio, NoisyBatch
@@ -67,7 +67,7 @@ def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
     batch = random_batch(row, family)
     planned = row.planned or plan_of_training(row, options, family, device)
     begun = time.monotonic()
-    host = swapped_weights(family.dit, options.speed.swap, device)
+    host = make_host_weights(family.dit, options.speed.swap, device)
     form = options.speed.fp8.quantization
     placement = placement_of(options, device, form and prepare(form, device))
     dit = NoisyFamily(family).load_dit(replace(placement, host=host)).requires_grad_(False)

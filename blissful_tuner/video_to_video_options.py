@@ -25,7 +25,7 @@ USED_WITH = {  # options that only apply to some sources
 
 
 # options whose defaults differ between scripts: `SourceOptions.of_script`
-OF_SCRIPT = (*SHARES, "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise", "i2_extra_noise")
+SCRIPT_DEPENDENT_OPTIONS = (*SHARES, "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise", "i2_extra_noise")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class SourceOptions(Options, title="video or image to start from"):
         "noise added to the noisy image of --i2i_path", minimum=0, maximum=MAX_NOISE, hint=DEFAULT_NOISE
     )
     # the script's defaults, by option
-    of_script: Mapping[str, Any] = option(name="usual_sources", default={})
+    script_defaults: Mapping[str, Any] = option(name="usual_sources", default={})
 
     @property
     def share(self) -> str:

@@ -298,8 +298,8 @@ def find_flag(key: str, defaults: ScriptDefaults) -> str:
     if key == "denoise":
         return f"--{defaults.source.share}"
     name = SIZE if key in SIDE_POSITIONS else key
-    spelled = defaults.spelled.get(name)
-    return spelled[0] if spelled else f"--{name}"
+    flags = defaults.flags_by_option.get(name)
+    return flags[0] if flags else f"--{name}"
 
 
 def to_command_options(values: Mapping[str, Any], defaults: ScriptDefaults) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def to_command_options(values: Mapping[str, Any], defaults: ScriptDefaults) -> d
 
 def _find_key(flag: str, defaults: ScriptDefaults) -> str:
     """Return the option key of a flag in any of its spellings."""
-    for key, flags in defaults.spelled.items():
+    for key, flags in defaults.flags_by_option.items():
         if flag in flags:
             return key
     if flag in ("--strength", "--v2v_denoise", "--denoise_strength"):

@@ -138,8 +138,8 @@ class ExpertSchedule:
         if free_host_bytes is not None and plan.host > free_host_bytes:
             smaller = "" if self.in_fp8 else " --fp8_scaled halves their size."
             notes.append(
-                f"The host has {format_gib(free_host_bytes)} GiB free, and {format_gib(plan.host)} are asked "
-                f"for: experts will be loaded again instead of waiting.{smaller}"
+                f"The host has {format_gib(free_host_bytes)} GiB free, but {format_gib(plan.host)} are "
+                f"needed: experts will be loaded again instead of waiting.{smaller}"
             )
         return notes
 

@@ -157,7 +157,7 @@ class DitSpec:
     block_lists: tuple[str, ...]  # attribute names of the nn.ModuleLists that contain the blocks
     # the second of two lists, if its blocks process a second stream (`Hidden.control_tokens`). They are
     # spread evenly: each runs before the first block of its share of the other list
-    second_list: str = ""
+    side_list: str = ""
     has_additions: bool = False  # whether a ControlNet adds to all tokens (`Hidden.block_residuals`)
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names that are never stored in fp8
     # storage form -> parts of parameter names, for other forms with different exclusions
@@ -173,14 +173,14 @@ class DitSpec:
     block_numbering: NumberedBlocks | None = None  # None: this model does not support block_dims and the like
     keep_float32: tuple[str, ...] = ()
     # attribute of a list of layers in blocks: with changing sizes, only these layers are compiled
-    compiled_list: str = ""
+    compiled_layers_attribute: str = ""
     # ending of the path of a layer in blocks -> number of equally high matrices fused in its weight
     num_fused_matrices: Mapping[str, int] = field(default_factory=dict, compare=False)
     # groups of modules with the same input, as endings of their paths: LoRAs multiply the input only once
     shared_inputs: tuple[tuple[str, ...], ...] = ()
     # attribute of a list of layers in blocks: if it has several layers, each is checkpointed instead of the
     # block
-    checkpointed_list: str = ""
+    checkpointed_layers_attribute: str = ""
     further_blocks: tuple[str, ...] = ()  # other lists of blocks, such as those for the text alone
     # large layers that turn inputs into tokens, for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()
@@ -219,7 +219,7 @@ class DitSpec:
             counts: Number of blocks in each list.
         """
         indices = list(range(sum(counts)))
-        if not self.second_list:
+        if not self.side_list:
             return indices
         main, side = counts
         share = ceil_div(main, max(side, 1))  # blocks of the main list per block of the side list

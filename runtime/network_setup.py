@@ -24,7 +24,7 @@ class Checkpointing:
     inputs_on_host: bool = False
 
 
-def swapped_weights(
+def make_host_weights(
     spec: DitSpec, swap: SwapOptions, device: torch.device, all_weights: bool = False
 ) -> HostWeights | None:
     """Return host memory for swapped weights, or None if no weights are swapped.

@@ -479,10 +479,10 @@ def unet_spec(config: Mapping[str, Any]) -> DitSpec:
         ),
         # recompute the blocks of a transformer, up to ten of them; its norm and projections, which launch
         # half of the kernels of a transformer with one block, keep their activations
-        checkpointed_list="transformer_blocks",
+        checkpointed_layers_attribute="transformer_blocks",
         lora_lists=("down_blocks", "mid_block", "up_blocks"),
         conv_lora_modules=(".resnets.", ".downsamplers.", ".upsamplers."),
         # inductor turns the sizes of a convolution's input into constants, and fails on transposed queries
         # whose length is a height times a width; inside these layers a length is one number
-        compiled_list="transformer_blocks",
+        compiled_layers_attribute="transformer_blocks",
     )

@@ -21,7 +21,7 @@ from protocols.data import CAPTION
 from protocols.family import Family, part_rates_of, trains_audio
 from protocols.loading import BlockSharder
 from protocols.rules import Expert
-from runtime.network_setup import swapped_weights
+from runtime.network_setup import make_host_weights
 from runtime.offload.turns import HostCopy
 from runtime.options import SwapOptions
 from runtime.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
@@ -314,7 +314,7 @@ class Loading:
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
         # where the weights are kept: in host memory if they are swapped, or split over processes
-        host_weights = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
+        host_weights = make_host_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
         block_sharder = (
             make_block_sharder(options.speed, device)
             if options.speed.modes.hooks.make_block_sharder

@@ -557,7 +557,7 @@ def _plan_steps(
     steps = StepPlan(
         num_batches=order.num_batches,
         data_parallel_size=count_groups(speed, num_processes),
-        processes_per_batch=speed.modes.num_peers,
+        processes_per_batch=speed.modes.processes_per_model,
         accumulation_steps=loop.gradient_accumulation_steps,
         in_lockstep=bool(speed.modes.splits_weights) and num_processes > 1,
         total_steps=loop.max_train_steps,

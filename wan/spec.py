@@ -89,7 +89,7 @@ DIT = DitSpec(
 VACE_DIT = replace(
     DIT,
     block_lists=("blocks", "vace_blocks"),
-    second_list="vace_blocks",
+    side_list="vace_blocks",
     # the released sizes have 5 or 2 blocks for one of VACE
     swap_counts=lambda blocks: (blocks - blocks // 6, blocks // 6),
     input_layers=(*DIT.input_layers, "vace_patch_embedding"),

@@ -542,7 +542,7 @@ def _draw_crop(source: MediaSource, size: Size, fit: Fit, rng: random.Random) ->
                 size,
                 fit.bucket,
                 face=face,
-                sides=augmentation.face_crop_range,
+                side_per_face=augmentation.face_crop_range,
                 rng=rng,
                 anywhere=augmentation.random_crop,
             )

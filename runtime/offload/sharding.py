@@ -60,22 +60,24 @@ class ShardedBlocks:
             keep_heap_small()  # otherwise freed blocks fragment the heap and save no memory
 
     def watch(self, network: nn.Module) -> Callable[[str], None]:
-        """Return a function to call with the name of each filled tensor; it splits complete blocks."""
+        """Return a function to call with the name of each loaded tensor, which splits complete blocks."""
         blocks = _blocks_of(network)
-        owners = {f"{path}.{name}": path for path, block in blocks.items() for name in block.state_dict()}
-        waiting = Counter(owners.values())
+        block_path_of = {
+            f"{path}.{name}": path for path, block in blocks.items() for name in block.state_dict()
+        }
+        num_missing = Counter(block_path_of.values())
 
-        def note(name: str) -> None:
-            path = owners.get(name)
+        def count_loaded(name: str) -> None:
+            path = block_path_of.get(name)
             if path is not None:
-                waiting[path] -= 1
-                if not waiting[path]:
+                num_missing[path] -= 1
+                if not num_missing[path]:
                     self._split(blocks[path])
 
-        return note
+        return count_loaded
 
     def split(self, network: nn.Module) -> None:
-        """Split the blocks of a network that was loaded without this object."""
+        """Split the blocks that `watch` has not split while the network was loaded."""
         from torch.distributed.fsdp import FSDPModule
 
         for block in _blocks_of(network).values():

@@ -151,7 +151,9 @@ def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> i
     return launched
 
 
-def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1) -> list[OffloadedWeights]:
+def predict_swaps(
+    dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1
+) -> list[OffloadedWeights]:
     """Return the effect of every possible --blocks_to_swap from 0 on, with the other options of `swap`.
 
     Args:
@@ -422,7 +424,7 @@ def resolve_swap(
 
 def advise(
     prediction: Predicted,
-    cheaper: Sequence[tuple[str, Callable[[], Predicted]]],
+    memory_savers: Sequence[tuple[str, Callable[[], Predicted]]],
     usable: int,
     swapped: int = 0,
     can_swap: bool = True,
@@ -432,7 +434,7 @@ def advise(
 
     Args:
         prediction: The prediction with the current options.
-        cheaper: Unused options, and the prediction with each option and all before it.
+        memory_savers: Unused options, each with a function that predicts a run with it and all before it.
         usable: Usable bytes of the device.
         swapped: Number of blocks that the options swap.
         can_swap: Whether blocks can be swapped.
@@ -442,7 +444,7 @@ def advise(
         The lines, and the last prediction if even that one does not fit.
     """
     lines: list[str] = []
-    for name, predict in cheaper:
+    for name, predict in memory_savers:
         prediction = predict()
         needed = prediction.device(swapped)
         if needed <= usable:
@@ -452,7 +454,7 @@ def advise(
         fitting_swap = _describe_fitting_swap(prediction, usable, phase) if can_swap else None
         if fitting_swap is not None:
             return [*lines, fitting_swap], None
-    if not cheaper and can_swap:
+    if not memory_savers and can_swap:  # swapping blocks is the only remedy
         fitting_swap = _describe_fitting_swap(prediction, usable, phase)
         if fitting_swap is not None:
             return [fitting_swap], None

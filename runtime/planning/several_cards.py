@@ -113,19 +113,19 @@ def _choose_num_swapped(prediction: Swappable, device_memory: DeviceMemory) -> i
 
 def _list_divisions(cards: int, is_training: bool) -> list[Division]:
     """Return the divisions of a run over GPUs, ordered by how little the GPUs wait for each other."""
-    # gathering blocks overlaps with computation, exchanging tokens does not. A generation whose processes
-    # share anything makes one clip at a time, and each process computes all tokens unless tokens are shared
+    # a generation whose processes share anything makes one clip at a time, so all of them share its tokens
     contexts = [count for count in range(2, cards + 1) if cards % count == 0] if is_training else [cards]
-    blocks = [Division(cards, shards=True)]
-    tokens = [Division(cards, False, count) for count in contexts]
-    both = [Division(cards, True, count) for count in contexts]
-    divisions = [*blocks, *tokens, *both] if is_training else [*tokens, *blocks, *both]
-    by_options: dict[tuple[str, ...], Division] = {(): Division(cards)}  # without options: undivided
-    for division in divisions:
-        by_options.setdefault(
-            _options_of_division(division), division
-        )  # equal options mean the same division
-    return list(by_options.values())
+    split_blocks = [Division(cards, shards=True)]
+    split_tokens = [Division(cards, context=count) for count in contexts]
+    split_both = [Division(cards, shards=True, context=count) for count in contexts]
+    if is_training:  # gathering blocks overlaps with computation, exchanging tokens does not
+        divisions = [*split_blocks, *split_tokens, *split_both]
+    else:  # unless tokens are split, each process computes all of them
+        divisions = [*split_tokens, *split_blocks, *split_both]
+    division_by_options: dict[tuple[str, ...], Division] = {(): Division(cards)}  # without options: undivided
+    for division in divisions:  # equal options mean the same division
+        division_by_options.setdefault(_options_of_division(division), division)
+    return list(division_by_options.values())
 
 
 def _options_of_division(division: Division) -> tuple[str, ...]:

@@ -20,8 +20,8 @@ class ShardBaseOptions(
     WayOptions,
     keeps_pixels=True,
     shares="weights",
-    answer="--shard_base, which splits the model",
-    replaces={
+    accelerate_advice="--shard_base, which splits the model",
+    accelerate_features={
         "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
         "ACCELERATE_USE_FSDP": "accelerate's FSDP",
         "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM (tensor and pipeline parallelism)",

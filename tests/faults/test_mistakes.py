@@ -291,7 +291,7 @@ TOGETHER = (
     wrong(GENERATIONS, "--save_path bell.mp3", "--save_path bell.mp3", "written as WAV: give bell.wav"),
     wrong(GENERATIONS, "--save_path made.gif", "--save_path made.gif", "Give made.mp4"),
     wrong(GENERATIONS, "--save_path a.mp4 --num_videos 2", "a.mp4 with --num_videos 2", "such as a"),
-    wrong(GENERATIONS, "--save_path a.mp4 --output_type latent", "names of their own", "such as a"),
+    wrong(GENERATIONS, "--save_path a.mp4 --output_type latent", "their own names", "such as a"),
     wrong(GENERATIONS, "--prompt prompts.txt", "prompts.txt is a file", "give --from_file prompts.txt"),
     wrong(CONVERT, "a b c", "a b c: 3 words without an option", without=["--input", "--output"]),
     wrong(GENERATIONS, "a dog", "a dog belongs to no option", "in quotes"),

@@ -160,7 +160,7 @@ def test_a_file_of_sound_without_sound_is_told(
 
     assert make(model, tmp_path, *words) == ["1"]
 
-    told = "--save_audio wav is ignored because nothing with sound is made"
+    told = "--save_audio wav is ignored because no result has sound"
     assert [message for message in caplog.messages if "--save_audio" in message] == [told]
 
 

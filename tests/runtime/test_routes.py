@@ -14,7 +14,7 @@ from wan.model import WanModel
 
 SIZE = (1, 8, 8, 5)
 BATCH = 2
-ROUTED = [tiny for tiny in DITS if not tiny.spec.second_list and "ltx" not in tiny.name]
+ROUTED = [tiny for tiny in DITS if not tiny.spec.side_list and "ltx" not in tiny.name]
 
 
 def draw_half(grid: tuple[int, ...]) -> Tensor:

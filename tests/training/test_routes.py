@@ -100,7 +100,7 @@ def family_with(**changes: Any) -> Any:
     return SimpleNamespace(**{**plain, **changes})
 
 
-SIDE_STREAM = DitSpec(("blocks", "others"), second_list="others")
+SIDE_STREAM = DitSpec(("blocks", "others"), side_list="others")
 
 
 @pytest.mark.parametrize(

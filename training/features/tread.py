@@ -62,7 +62,7 @@ def check_tread(options: TreadOptions, family: "Family", counts: Sequence[int]) 
     reason = ""
     if family.abilities.trains_audio:
         reason = "its blocks have a second stream, the sound, whose tokens would need their own choice"
-    elif family.dit.second_list:
+    elif family.dit.side_list:
         reason = "a second stream of blocks adds to all tokens of the first one"
     elif family.dit.has_additions:
         reason = "the ControlNet adds to all tokens after each block"

@@ -210,7 +210,7 @@ def predict(
     dit = _load_dit_without_values(family, options)
     # weigh it for each number of swapped blocks
     processes = memory_plan.sharing_processes(options.speed)
-    swaps = memory_plan.swaps_of(dit, family.dit, options.speed.swap, processes)
+    swaps = memory_plan.predict_swaps(dit, family.dit, options.speed.swap, processes)
     weight_dtypes = memory_plan.dtypes_of(dit)
     block_weights = memory_plan.weights_by_block(dit, family.dit)
     count, _, *size = noisy_batch.noise.shape  # B C F H W

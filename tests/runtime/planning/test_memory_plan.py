@@ -24,11 +24,11 @@ from runtime.planning.memory_plan import (
     advise,
     parts_of,
     plan_swapped_bytes,
+    predict_swaps,
     print_plan,
     resolve_swap,
     show,
     swap_for,
-    swaps_of,
     verdict,
 )
 from tests.training.toy import toy_options
@@ -49,7 +49,7 @@ def test_swapped_blocks_leave_the_device_but_for_the_places_they_pass_through() 
     # as much device memory as three blocks take
     assert found == OffloadedWeights(host=5 << 20, slot_bytes=2 << 20)
     assert found.saved == 3 << 20
-    saved = [each.saved for each in swaps_of(model(), SPEC, SwapOptions(blocks_to_swap=0))]
+    saved = [each.saved for each in predict_swaps(model(), SPEC, SwapOptions(blocks_to_swap=0))]
     assert saved == [0, 1 << 20, 2 << 20, 3 << 20, 4 << 20, 4 << 20]  # two places are always needed
 
 

@@ -66,7 +66,7 @@ def test_processes_are_grouped_by_tokens_and_passes() -> None:
 
     assert (count_groups(tokens, 6), count_shared_passes(tokens, 6)) == (3, 1)
     assert (count_groups(both, 6, passes=3), count_shared_passes(both, 6)) == (1, 3)
-    with pytest.raises(OptionError, match="--context_parallel 2: 3 processes make no groups of 2"):
+    with pytest.raises(OptionError, match="--context_parallel 2: 3 processes cannot form groups of 2"):
         count_groups(tokens, 3)
 
 
