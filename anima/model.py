@@ -283,7 +283,7 @@ class AnimaModel(BlockNetwork):
         patches = functional.pad(patches, (0, PATCH**2))
         waves = sinusoid(sigmas, self.config.dim, torch.float32)
         time = self.t_embedding_norm(waves)
-        prompts = overrides.texts(
+        prompts = overrides.text_inputs(
             len(noisy), states=states, states_mask=states_mask, ids=ids, weights=weights
         )
         tokens = AnimaTokens(
@@ -294,7 +294,7 @@ class AnimaModel(BlockNetwork):
             shifts=self.t_embedder[1](waves),
             dtype=dtype,
             attention=self.attention,
-            combine_attention=overrides.steer,
+            combine_attention=overrides.combine_attention,
         )
         # the residual stream of the released weights leaves float16's range (ComfyUI, pull request 12249)
         stream_dtype = torch.float32 if dtype == torch.float16 else dtype

@@ -682,7 +682,7 @@ class LanguageModelFiles(TransformerFiles):
                 width=self.text_width(),
                 dit_path=self.dit,
                 dit_width=None if config is None else config.text_dim,
-                give=model.files,
+                fits=model.files,
             )
             if use.pictures is not None and use.pictures.loads_tower_at_once:
                 self.check_tower()

@@ -294,7 +294,7 @@ def _read_or_infer_settings(path: Path, checkpoint: Checkpoint, config: FluxConf
     transformer_head = config.dim // config.num_heads
     if head_width != transformer_head:
         raise CheckpointError(
-            f"{CONTROL_NET} {path}: heads of {head_width} numbers, those of the transformer have "
+            f"{CONTROL_NET} {path}: its heads have width {head_width}, those of the transformer "
             f"{transformer_head}. Give the folder with its config.json",
             path,
         )

@@ -261,7 +261,7 @@ class FluxFiles(AutoencoderFiles):
                 width=read_once(path, clip.read_width),
                 dit_path=self.dit,
                 dit_width=pooled_dim,
-                give=clip.release,
+                fits=clip.release,
             )
         if self.t5xxl is not None or needed:
             path = T5TextEncoder(self.t5xxl_path).path
@@ -271,7 +271,7 @@ class FluxFiles(AutoencoderFiles):
                 width=read_once(path, t5.read_width),
                 dit_path=self.dit,
                 dit_width=text_dim,
-                give=t5.kind.release,
+                fits=t5.kind.release,
             )
         if self.clip_l_tokenizer is not None:
             clip.tokenizer.check_option_value(self.clip_l_tokenizer)

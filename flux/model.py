@@ -74,11 +74,11 @@ class FluxFinalLayer(HunyuanFinalLayer):
         if config.approximator is not None:
             self.adaLN_modulation = make_modulation(config, "final")
 
-    def rows(self, vector: Tensor) -> tuple[Tensor, ...]:
+    def modulation(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Return shift and scale, each B 1 C float32."""
         if isinstance(self.adaLN_modulation, ModulationRows):
             return self.adaLN_modulation(vector)
-        return super().rows(vector)
+        return super().modulation(vector)
 
 
 class FluxModel(BlockNetwork):
@@ -182,7 +182,7 @@ class FluxModel(BlockNetwork):
             chroma_modulation = self._compute_chroma_modulation(timesteps, scale)
         takes_guidance = self.config.has_guidance and overrides.embedded_guidance
         texts = []
-        for prompt in overrides.texts(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled):
+        for prompt in overrides.text_inputs(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled):
             text, lengths = self._embed_text(prompt["t5"], prompt["t5_mask"], len(rotary), dtype)
             vector = chroma_modulation
             if vector is None:
@@ -192,7 +192,7 @@ class FluxModel(BlockNetwork):
         hidden = join_tokens(
             images,
             texts,
-            overrides.steer,
+            overrides.combine_attention,
             grid=grids[0].sizes,
             rotary=rotary,
             dtype=dtype,

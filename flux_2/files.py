@@ -35,7 +35,7 @@ DIALECTS: dict[str, tuple[str, Names]] = {
     "official": ("double_stream_modulation_img.lin.weight", ()),
     "diffusers": ("double_stream_modulation_img.linear.weight", tensor_patterns(FLUX_2)),
 }
-HEADS = "double_blocks.0.img_attn.norm.query_norm.scale"
+QUERY_NORM = "double_blocks.0.img_attn.norm.query_norm.scale"
 
 
 def _find_dialect(names: Container[str]) -> str | None:
@@ -68,9 +68,9 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
 def _read_config(shapes: DitShapes) -> Flux2Config:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     dim, channels = shapes.shape_of("img_in.weight")
-    (head_dim,) = shapes.shape_of(HEADS, axes=1)
+    (head_dim,) = shapes.shape_of(QUERY_NORM, axes=1)
     ffn_dim = shapes.shape_of("double_blocks.0.img_mlp.2.weight")[1]
-    # the rotary embedding turns pairs of channels on each axis
+    # rotary embedding: every axis rotates pairs of channels
     has_whole_heads = dim % head_dim == 0 and head_dim % (2 * AXES) == 0
     # the feed-forward is gated: its first layer computes the values and their gates
     if not has_whole_heads or shapes.shape_of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:

@@ -203,21 +203,21 @@ class Flux3(pictures.ModelOfImages):
 
     def _measure_reference(self, images: Sequence[Path]) -> tuple[Size, Box | None]:
         """Return the first reference's size and its region on the canvas, or None if it fills the canvas."""
-        from flux_3.references import canvas_of, fit_among  # only with reference images
+        from flux_3.references import canvas_of, fit_one_of_several  # only with reference images
 
         step = LATENT.pixel_step
         if len(images) > 1:
-            return fit_among(images[0], step).bucket, None
+            return fit_one_of_several(images[0], step).bucket, None
         canvas = canvas_of(images[0], step)
         fills_canvas = canvas.image == canvas.size
         return canvas.size, None if fills_canvas else Box(*canvas.corner, *canvas.image)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
-        from flux_3.references import read_among, read_on_canvas  # only with reference images
+        from flux_3.references import read_on_canvas, read_one_of_several  # only with reference images
 
         paths = prepared.request.control_images
-        read = read_on_canvas if len(paths) == 1 else read_among
+        read = read_on_canvas if len(paths) == 1 else read_one_of_several
         conditions: dict[str, Tensor | list[Tensor]] = {}
         for number, path in enumerate(paths):
             frames = read(path, LATENT.pixel_step)

@@ -382,7 +382,7 @@ class Flux3Model(BlockNetwork):
         images = [self._embed_image(IMAGE, noisy).to(dtype)]
         images += [self._embed_image(REFERENCES, latents).to(dtype) for latents in references]
         texts = []
-        for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask):
+        for arguments in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask):
             texts.append(self._embed_text(arguments, dtype))
         num_images = sum(image.shape[1] for image in images)
         # in the order of the tokens
@@ -407,8 +407,8 @@ class Flux3Model(BlockNetwork):
             text_lengths=texts[0].lengths_after(0),
         )
         if len(texts) > 1:
-            assert overrides.steer is not None  # it comes with a second text
-            tokens = _add_second_text(tokens, texts[1], num_images, overrides.steer)
+            assert overrides.combine_attention is not None  # the second text is the NAG text
+            tokens = _add_second_text(tokens, texts[1], num_images, overrides.combine_attention)
         x = torch.cat([*images, *(embedded.states for embedded in texts)], dim=1)
         return Hidden(x, tokens)
 
@@ -494,7 +494,12 @@ def _add_second_text(
     tokens: Flux3Tokens, text: Flux3Text, num_images: int, combine_attention: CombineAttention
 ) -> Flux3Tokens:
     """Return the block inputs with a second text, for negative attention, whose tokens come last."""
-    second = SecondText(num_images, text.states.shape[1], text.lengths_after(num_images), combine_attention)
+    second = SecondText(
+        num_image_tokens=num_images,
+        num_text_tokens=text.states.shape[1],
+        lengths=text.lengths_after(num_images),
+        combine_attention=combine_attention,
+    )
     return replace(tokens, second_text=second, second_lengths=text.lengths_after(0))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from checkpoints.opening import fingerprint
 from encoders.files import OneTransformer
 from frame_pack import caching
-from frame_pack.batches import HISTORY, TEXT_KEYS, compare_order, read_conditions
+from frame_pack.batches import HISTORY, TEXT_KEYS, read_conditions, warn_of_other_section_order
 from frame_pack.configs import DIT, FRAMEPACK, FRAMEPACK_F1
 from frame_pack.files import FramePackFiles
 from frame_pack.generating import decode_video, one_frame_section, video_sections
@@ -204,7 +204,7 @@ class FramePack(OneTransformer):
         """Return a batch's conditions: all cached tensors except the target, and guidance (B)."""
         guidance = torch.full((len(latents),), GUIDANCE_UNIT * self.trained_guidance, device=latents.device)
         conditions = read_conditions(batch, self.files.dit_header().config, self.files.dit_path)
-        compare_order(batch, self.is_f1, self.one_frame is not None)
+        warn_of_other_section_order(batch, self.is_f1, self.one_frame is not None)
         return {**conditions, "guidance": guidance}
 
     def predict(

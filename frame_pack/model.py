@@ -215,7 +215,7 @@ class CleanEmbedding(nn.Module):
         self.proj, self.proj_2x, self.proj_4x = patches(1), patches(2), patches(4)
 
     def forward(self, latents: Tensor, downsampling: int) -> Tensor:
-        """Embed latents, B in_dim F H W, as tokens, B l C; `times` (1, 2 or 4) is the coarseness.
+        """Embed latents, B in_dim F H W, as tokens, B l C; `downsampling` is 1, 2 or 4.
 
         Incomplete patches are padded with the border's values.
         """
@@ -348,7 +348,7 @@ class FramePackModel(BlockNetwork):
         guidance_input = guidance if overrides.embedded_guidance else None
         num_before_text = rotary.shape[-4] + image.shape[1]
         texts = []
-        for prompt in overrides.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
+        for prompt in overrides.text_inputs(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
             longest, counts, lengths = count_real_tokens(prompt["llama_mask"], num_before_text, noisy.device)
             states = prompt["llama"][:, :longest]
             text = self.context_embedder(states, timesteps, counts, dtype=dtype, attention=self.attention)
@@ -358,7 +358,7 @@ class FramePackModel(BlockNetwork):
         return join_tokens(
             video,
             texts,
-            overrides.steer,
+            overrides.combine_attention,
             FramePackTokens,
             grid=grid,
             rotary=rotary,

@@ -208,7 +208,7 @@ class FramePackGenerationOptions(Options, title="FramePack"):
 
 
 def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     text = options.text
     latents = options.vae.file.command_options()
     latents["--image_encoder"] = options.image_encoder or Placeholder("IMAGE_ENCODER_FILE")

@@ -122,9 +122,9 @@ class HunyuanImage(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields, with adaptive projected guidance for its later steps.
+        """Resolve a request, with adaptive projected guidance (APG) after the first steps.
 
-        An image with quoted text keeps plain guidance for longer.
+        A prompt with quoted text, which the image shows, has more steps with plain guidance.
         """
         prepared = self.resolve_image(request, FLOW_SHIFT)
         options = self.projection

@@ -490,7 +490,7 @@ class Ltx2(Ltx2Media):
             )
         if joint is None:
             raise OptionError(
-                f"--{REFERENCE_AUDIO_OPTION} {path}: no sound is made after it. Give --ltx2_mode av, and "
+                f"--{REFERENCE_AUDIO_OPTION} {path}: no sound is generated from it. Give --ltx2_mode av, and "
                 "more than one frame"
             )
         if media.drive_audio is not None:
@@ -540,8 +540,8 @@ class Ltx2(Ltx2Media):
             raise OptionError(f"{option} and --drive_video: the video has all frames. Give one of them")
         if self.reference_strength < 1:
             raise OptionError(
-                f"{option} and --reference_strength {self.reference_strength:g}: references that are "
-                "denoised take their places. Leave one of them out"
+                f"{option} and --reference_strength {self.reference_strength:g}: denoised "
+                "references replace them. Leave one of them out"
             )
 
     def _make_joint(self, prepared: Prepared) -> AudioVideoShapes | None:

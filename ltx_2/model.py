@@ -283,7 +283,7 @@ class LtxModel(nn.Module):
         self._check(latents, texts)
         first_latents = next(iter(latents.values()))
         dtype = activation_dtype(first_latents.device, self.compute_dtype)
-        prompts = overrides.texts(len(first_latents), text=texts[VIDEO], audio_text=texts[AUDIO])
+        prompts = overrides.text_inputs(len(first_latents), text=texts[VIDEO], audio_text=texts[AUDIO])
         has_cross_attention = len(latents) == 2 and not overrides.isolate_modalities
         hidden_states = {}
         streams = {}
@@ -317,7 +317,7 @@ class LtxModel(nn.Module):
             audio_grid=tuple(latents[AUDIO].shape[2:]) if AUDIO in latents else (),
             dtype=dtype,
             attention=self.attention,
-            combine_text_attention=overrides.steer,
+            combine_text_attention=overrides.combine_attention,
             returns_reference_velocity=VIDEO in streams and video_references.timestep_fraction > 0,
         )
         return Hidden(tokens.join(hidden_states), tokens)

@@ -60,8 +60,8 @@ def select_reference_frames(frames: Tensor, rules: ReferenceRules, frame_step: i
 
 
 def count_reference_frames(frames: int, rules: ReferenceRules, frame_step: int) -> int:
-    """Return how many of a reference's `frames` are encoded: every n-th, to fill whole latent frames."""
-    # frame 0, then every `time_factor`-th from frame 1, cut to a whole number of latent frames
+    """Return how many of a reference's `frames` are encoded: subsampled, then cut to whole latent frames."""
+    # frame 0, then every `time_factor`-th from frame 1
     count = 1 + len(range(1, frames, rules.time_factor))
     maximum = min(count, rules.max_frames or count)
     return (maximum - 1) // frame_step * frame_step + 1

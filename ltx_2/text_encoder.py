@@ -166,7 +166,7 @@ def prompt_key(stream: str) -> str:
 
 
 class Ltx2TextEncoder(LanguageModelEncoder):
-    """Gemma with the connectors, which give each prompt 1024 rows per stream."""
+    """Gemma with the connectors, which return 1024 states per prompt and stream."""
 
     abilities = EncoderAbilities(
         offloads_layers=True, shardable=True, has_text_layers=True, accepts_new_words=True
@@ -190,10 +190,10 @@ class Ltx2TextEncoder(LanguageModelEncoder):
             connectors: File of the connectors, or a release's folder.
             dtype: Compute dtype of Gemma, and dtype of the connectors' weights.
             tokenizer: Folder or file of the tokenizer.
-            form: Form of Gemma's weights in memory, such as a quantized one; None keeps that of the file.
+            form: Storage format of Gemma's weights in memory, such as a quantized one; None keeps the file's.
             on_cpu: Run on the CPU.
-            streams: Streams to make texts for.
-            use: Version of Gemma.
+            streams: Streams (video, audio) whose text states the connectors compute.
+            use: Settings of the Gemma version.
         """
         super().__init__(use, path, dtype, tokenizer, form=form, on_cpu=on_cpu)
         self.connectors = inside(connectors, "connectors")
@@ -201,7 +201,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         self.keys = frozenset({*map(prompt_key, self.streams), MASK})
         self.variable_length = frozenset()
         self.weighted_states_key = prompt_key(self.streams[0])
-        self.pads_left = False  # in the connectors' output a prompt's own rows come first
+        self.pads_left = False  # the connectors' output begins with the prompt's tokens
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -211,7 +211,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
     def check(self) -> None:
         """Check that Gemma's file fits the connectors.
 
-        Raises CheckpointError if a file is of another kind, or the connectors take states of another width.
+        Raises CheckpointError if a file is of another kind, or the connectors require another state width.
         """
         model = self.use.model
         with open_checkpoint(self.path) as checkpoint:

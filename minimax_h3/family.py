@@ -425,8 +425,8 @@ class MiniMaxH3(OneTransformer):
                 "ref2va": "references (--ref)",
             }
             raise OptionError(
-                f"--task {task} takes {needed[task]}, and this request is one of {media.task}. Give --task "
-                f"{media.task}, or leave it out"
+                f"--task {task} requires {needed[task]}, but the media of this request are for {media.task}. "
+                f"Give --task {media.task}, or leave it out"
             )
         # each task has its own transformer
         replace(self.files, task=task).check(("dit",))

@@ -21,11 +21,11 @@ UNIFORM, NONE = "uniform", "none"  # the only sampler and weighting
 RANK = 16  # default rank and alpha of a LoRA
 # --h3_teacher_conditions -> --teacher_sees
 CONDITION_SETS = {"first,last": FIRST_LAST, "ref": CLIP, "subject_ref": SUBJECT}
-LEVELS = (
+WHY_UNIFORM = (
     "the noise of pictures and sound follows one even base time, as in a generation. "
     "--timestep_focus draws more from a range of it. Leave it out"
 )
-SHIFTS = "give the shifts of pictures and of sound by --h3_shift_video and --h3_shift_audio"
+OTHER_SHIFTS = "give the shifts of pictures and of sound by --h3_shift_video and --h3_shift_audio"
 _PARTS = "of a clip that is made, the first and last frame and references are given: --task. Leave it out"
 _PROBABLY = "the loss has no such term; --teacher, --guided_target and the priors are its further targets"
 _VALIDATED = "tables with validation = true are measured. Put them into --dataset_config"
@@ -289,14 +289,14 @@ def base_time(text: str) -> float | int:
         return float(text)
 
 
-def in_thousandths(name: str, share: float) -> int:
+def in_thousandths(name: str, fraction: float) -> int:
     """Convert a fraction to integer thousandths; `name` is its option, for messages.
 
     Raises OptionError outside 0..1, or for more than three decimals.
     """
-    thousandths = share * THOUSAND
-    if not 0 <= share <= 1 or abs(thousandths - round(thousandths)) > 1e-6:
-        raise OptionError(f"{name} {share:g}: give a base time from 0 to 1 with three digits at most")
+    thousandths = fraction * THOUSAND
+    if not 0 <= fraction <= 1 or abs(thousandths - round(thousandths)) > 1e-6:
+        raise OptionError(f"{name} {fraction:g}: give a base time from 0 to 1, with three decimals at most")
     return round(thousandths)
 
 
@@ -335,17 +335,17 @@ def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> d
     `samplers` and `weightings` are all values of the shared options --timestep_sampling and
     --weighting_scheme.
     """
-    # the released schedule allows one way to draw noise levels; other values are refused with a reason
+    # the released schedule allows one way to draw noise levels; the values are the error messages
     other_samplers = {*samplers} - {UNIFORM}
     other_weightings = {*weightings} - {NONE}
     return {
         "defaults": {"timestep_sampling": UNIFORM},
         "settings": {
             **SETTINGS,
-            "timestep_sampling": {"refused": dict.fromkeys(other_samplers, LEVELS)},
-            "weighting_scheme": {"choices": (NONE,), "refused": dict.fromkeys(other_weightings, LEVELS)},
+            "timestep_sampling": {"refused": dict.fromkeys(other_samplers, WHY_UNIFORM)},
+            "weighting_scheme": {"choices": (NONE,), "refused": dict.fromkeys(other_weightings, WHY_UNIFORM)},
         },
-        "refused": {"discrete_flow_shift": SHIFTS},
+        "refused": {"discrete_flow_shift": OTHER_SHIFTS},
         "translate": translate,
     }
 

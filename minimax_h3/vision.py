@@ -22,7 +22,7 @@ from modules.text_files import parse_json, read_text
 
 IMAGE_FILE, CLIP_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
 BOTH_FILE = "processor_config.json"  # written by transformers 5, with settings for images and for clips
-PARTS = {IMAGE_FILE: "image_processor", CLIP_FILE: "video_processor"}
+SECTIONS = {IMAGE_FILE: "image_processor", CLIP_FILE: "video_processor"}
 COLOR_SETTINGS = ("image_mean", "image_std")
 MAX_PIXELS = 1 << 40  # largest valid limit in a preprocessor file
 MAX_ENLARGED = 1 << 24  # largest valid size in a preprocessor file to which small images are enlarged
@@ -63,20 +63,23 @@ def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
 
 
 def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[str, Any]]:
-    """Return the first preprocessor file for images or clips, and its settings; {} without any file."""
+    """Return the first preprocessor file for images or clips, and its settings; {} without any file.
+
+    In each folder, the file `name` is tried first, then the section for it in a file for both.
+    """
     for folder in folders:
-        for file, part in ((folder / name, None), (folder / BOTH_FILE, PARTS[name])):
+        for file, section in ((folder / name, None), (folder / BOTH_FILE, SECTIONS[name])):
             if not file.is_file():
                 continue
             try:
                 content = parse_json(read_text(file))
             except (OSError, ValueError) as error:
                 raise _make_error(file, str(error)) from error
-            # the shared file has a section for each; a separate file has the settings at the top
-            settings = content.get(part) if part and isinstance(content, dict) else content
-            # the shared file lacks this section: look in the next file
-            if part and settings is None:
-                continue
+            settings = content
+            if section is not None and isinstance(content, dict):
+                settings = content.get(section)
+            if section is not None and settings is None:
+                continue  # no such section: try the next folder
             if not isinstance(settings, dict):
                 raise _make_error(file, "it is not an object")
             return file, settings

@@ -189,20 +189,21 @@ class MossImage(pictures.ModelOfImages):
         """Return which blocks the negative pass skips, and when; raise OptionError for unknown blocks."""
         blocks = own.read_blocks(request.extra.get("negative_skip_blocks", self.skips.blocks))
         missing: list[int] = []
-        # the default is for the released model: of a smaller one, blocks that it lacks are left out silently
         is_default = blocks == own.read_blocks(own.SKIPPED)
         if self.files.dit is not None:
             num_layers = self.files.dit_header().config.num_layers
             missing = sorted(block for block in blocks if block >= num_layers)
-            if missing and not is_default:
+            if missing and not is_default:  # the default fits the released model
                 raise OptionError(
                     f"--negative_skip_blocks {','.join(map(str, missing))}: {self.files.dit_path} has the "
                     f"blocks 0 to {num_layers - 1}"
                 )
         start, end = self.skips.start, self.skips.end
-        # the option is named in warnings only if the user changed it
-        is_asked = blocks and not (is_default and (start, end) == (0, 1))
-        option = f"--negative_skip_blocks {','.join(map(str, sorted(blocks)))}" if is_asked else ""
+        # warnings name the option only if the user changed it
+        is_changed = not is_default or (start, end) != (0, 1)
+        option = ""
+        if blocks and is_changed:
+            option = f"--negative_skip_blocks {','.join(map(str, sorted(blocks)))}"
         return NegativeSkips(blocks - frozenset(missing), start, end, option)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:

@@ -22,7 +22,7 @@ from encoders.picture_prompts import ImagePromptFormat
 from flux_2.vae import Flux2Vae, load_vae, read_vae
 from modules.errors import CheckpointError
 from moss_image.configs import AXES, MossImageConfig
-from moss_image.model import END_ROWS, ROWS, MossImageModel
+from moss_image.model import END_MODULATION_ROWS, MODULATION_ROWS, MossImageModel
 from moss_image.names import MOSS_IMAGE
 from moss_image.options import NAME
 from moss_image.references import SHOWN_PIXELS, read_shown, shrink
@@ -98,8 +98,8 @@ def _read_config(shapes: DitShapes) -> MossImageConfig:
         and width % (2 * AXES) == 0
         and shapes.shape_of("layers.0.proj.q.weight") == (dim, dim)
         and shapes.shape_of("layers.0.proj.ffn_up_gate.weight")[0] == 2 * ffn_dim
-        and shapes.shape_of(IDENTIFYING_TENSOR) == (ROWS * dim, dim)
-        and shapes.shape_of("video_head_modulation.weight") == (END_ROWS * dim, dim)
+        and shapes.shape_of(IDENTIFYING_TENSOR) == (MODULATION_ROWS * dim, dim)
+        and shapes.shape_of("video_head_modulation.weight") == (END_MODULATION_ROWS * dim, dim)
     )
     if not fits:
         raise CheckpointError(

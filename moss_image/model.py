@@ -34,8 +34,8 @@ from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.kv_cache import compute_keys_values, use_keys_values
 from runtime.run_blocks import BlockNetwork, Hidden
 
-ROWS = 6  # that modulate all blocks: shift, scale and gate of attention, then of feed-forward
-END_ROWS = 2  # that modulate the final norm: shift and scale
+MODULATION_ROWS = 6  # that modulate all blocks: shift, scale and gate of attention, then of feed-forward
+END_MODULATION_ROWS = 2  # that modulate the final norm: shift and scale
 GATE_CAP, VALUE_CAP = 4.0, 25.0  # limits of the two halves of a feed-forward layer, as in training
 
 Grid = tuple[int, int]  # rows and columns of an image's tokens
@@ -145,7 +145,7 @@ class MossImageBlock(GroupedAttention):
     def forward(self, x: Tensor, tokens: MossImageTokens) -> Tensor:  # type: ignore[override]
         """Apply the block to tokens x, B R+L+T C."""
         # x: B R+L+T C
-        shift, scale, gate, *feed_rows = tokens.time[:, :ROWS].unbind(1)  # each B S C
+        shift, scale, gate, *feed_rows = tokens.time[:, :MODULATION_ROWS].unbind(1)  # each B S C
         h = modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
         branch = run_in_weight_dtype(self.proj["o"], self.attend_tokens(h, tokens))
         x = add_gated(x, gate, branch, tokens.modulation_split)
@@ -234,11 +234,11 @@ class MossImageModel(BlockNetwork):
             nn.Identity(),
             nn.Linear(dim, dim),
         )
-        self.shared_block_modulation = nn.Linear(dim, ROWS * dim)
+        self.shared_block_modulation = nn.Linear(dim, MODULATION_ROWS * dim)
         self.layers = nn.ModuleList(MossImageBlock(config) for _ in range(config.num_layers))
         self.final_norm_video = RMSNorm(dim, config.eps)
         self.final_linear_video = nn.Linear(dim, config.channels, bias=False)
-        self.video_head_modulation = nn.Linear(dim, END_ROWS * dim)
+        self.video_head_modulation = nn.Linear(dim, END_MODULATION_ROWS * dim)
         self._rotary = GridTable[MossImageLayout](self._make_table)
         self._text_rotary = GridTable[int](self._make_text_table)
 
@@ -348,7 +348,7 @@ class MossImageModel(BlockNetwork):
         grid = self.grid_of(noisy)
         images = [self.embed_image(latents).to(stream_dtype) for latents in (*references, noisy)]
         texts = []
-        for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask):
+        for arguments in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask):
             texts.append(self._embed_text(arguments, stream_dtype))
         x = torch.cat([*images, *(embedded.states for embedded in texts)], dim=1)
         num_references = sum(math.prod(sides) for sides in reference_grids)
@@ -366,12 +366,17 @@ class MossImageModel(BlockNetwork):
             modulation_split=num_references,
             num_isolated=num_isolated,
         )
-        if overrides.steer is not None:  # there is a second text, for negative attention
+        if overrides.combine_attention is not None:  # there is a NAG text
             second = texts[1]
             lengths = second.lengths(num_images - num_isolated)
             tokens = replace(
                 tokens,
-                second_text=SecondText(num_images, second.states.shape[1], lengths, overrides.steer),
+                second_text=SecondText(
+                    num_image_tokens=num_images,
+                    num_text_tokens=second.states.shape[1],
+                    lengths=lengths,
+                    combine_attention=overrides.combine_attention,
+                ),
                 second_rotary=self._make_table(
                     MossImageLayout(grid, reference_grids, second.states.shape[1], second.text_lengths),
                     device=x.device,
@@ -411,8 +416,8 @@ class MossImageModel(BlockNetwork):
         waves = sinusoid(timesteps, self.config.freq_dim)
         # no SiLU after the second layer
         time = run_float32(second, functional.silu(run_float32(first, waves)))
-        rows = run_float32(self.shared_block_modulation, time).unflatten(1, (ROWS, -1))
-        end_rows = run_float32(self.video_head_modulation, time).unflatten(1, (END_ROWS, -1))
+        rows = run_float32(self.shared_block_modulation, time).unflatten(1, (MODULATION_ROWS, -1))
+        end_rows = run_float32(self.video_head_modulation, time).unflatten(1, (END_MODULATION_ROWS, -1))
         return torch.cat([rows, end_rows], dim=1)
 
     def _embed_times(self, timesteps: Tensor, has_references: bool) -> Tensor:
@@ -427,7 +432,7 @@ class MossImageModel(BlockNetwork):
         """Turn tokens B R+L+T C into the velocity, B Z 1 H W in float32."""
         rows, columns = tokens.grid
         image = x[:, tokens.num_references : tokens.num_references + tokens.image]
-        shift, scale = tokens.time[:, ROWS:, -1].chunk(END_ROWS, dim=1)  # each B 1 C
+        shift, scale = tokens.time[:, MODULATION_ROWS:, -1].chunk(END_MODULATION_ROWS, dim=1)  # each B 1 C
         h = modulate(self.final_norm_video(image), shift, scale, tokens.dtype)
         pixels = run_in_weight_dtype(self.final_linear_video, h).float()
         return rearrange(pixels, "b (h w) z -> b z 1 h w", h=rows, w=columns)

@@ -244,7 +244,7 @@ class NoiseSource(Protocol):
 
 @dataclass(frozen=True)
 class EncoderAbilities:
-    """Abilities that only some text encoders have."""
+    """Optional features of a text encoder, as flags."""
 
     trainable: bool = False  # the encoder is a `LearningEncoder`
     has_text_layers: bool = False  # the encoder is an `EncoderWithTextLayers`

@@ -216,9 +216,10 @@ VALUES = {
 }
 
 
-def size_of(request: Request, usual: SamplingDefaults) -> tuple[int, int, int]:
+def size_of(request: Request, defaults: SamplingDefaults) -> tuple[int, int, int]:
     """Return width, height and number of frames of a request; unset values are the family's defaults."""
-    return request.width or usual.width, request.height or usual.height, request.frames or usual.frames
+    width = request.width or defaults.width
+    return width, request.height or defaults.height, request.frames or defaults.frames
 
 
 def resolve_request(

@@ -64,7 +64,7 @@ class NagText:
     """The negative text of normalized attention guidance (NAG); a pass attends to it too."""
 
     text: Conditions  # by the family's cache names; inside a network, by names of its arguments
-    steer: "CombineAttention"
+    combine_attention: "CombineAttention"
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,11 @@ class Overrides:
         return replace(self, nag=replace(self.nag, text=rename(self.nag.text)))
 
     @property
-    def steer(self) -> "CombineAttention | None":
+    def combine_attention(self) -> "CombineAttention | None":
         """How the negative attention text acts on attention; None without such a text."""
-        return None if self.nag is None else self.nag.steer
+        return None if self.nag is None else self.nag.combine_attention
 
-    def texts(self, batch: int, **text: Any) -> list[dict[str, Any]]:
+    def text_inputs(self, batch: int, **text: Any) -> list[dict[str, Any]]:
         """Return the network's text arguments for the prompt, then those of the negative attention text.
 
         A negative attention text of one sample is used for all samples of the batch. Without one, only the

@@ -236,7 +236,7 @@ class QwenImageModel(BlockNetwork):
             first_clean = embedded[0].shape[1]  # references follow the image
         vector = blocks.apply_silu(vector, dtype)
         texts = []
-        for prompt in overrides.texts(len(noisy), text=text, text_mask=text_mask):
+        for prompt in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask):
             longest, _, lengths = count_real_tokens(prompt["text_mask"], num_image_tokens, noisy.device)
             states = self.txt_norm(prompt["text"][:, :longest].to(dtype))
             text_tokens = run_in_weight_dtype(self.txt_in, states).to(dtype)
@@ -246,7 +246,7 @@ class QwenImageModel(BlockNetwork):
         return blocks.join_tokens(
             embedded,
             texts,
-            overrides.steer,
+            overrides.combine_attention,
             QwenTokens,
             grid=(noisy.shape[2], *grids[0][1:]),
             dtype=dtype,

@@ -473,7 +473,7 @@ class QwenImage21Model(BlockNetwork):
         if is_prefix_cached:  # the blocks still need the positions of the prefix
             prefixes = order_prefixes(text_mask, slots, references)
         else:
-            for prompt in overrides.texts(len(noisy), text=text, text_mask=text_mask, slots=slots):
+            for prompt in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask, slots=slots):
                 if prompt["slots"] is None:  # a second text has its references where the first one has them
                     prompt["slots"] = slots
                 embedded.append(self.embed_prefix(dtype, **prompt, references=references))
@@ -492,11 +492,16 @@ class QwenImage21Model(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
         )
-        if overrides.steer is not None:  # there is a second text, for negative attention
+        if overrides.combine_attention is not None:  # there is a NAG text
             second = embedded[1]
             tokens = replace(
                 tokens,
-                second_text=SecondText(num_image_tokens, second.x.shape[1], None, overrides.steer),
+                second_text=SecondText(
+                    num_image_tokens=num_image_tokens,
+                    num_text_tokens=second.x.shape[1],
+                    lengths=None,
+                    combine_attention=overrides.combine_attention,
+                ),
                 second_segments=list_segments(second.prefixes),
                 second_rotary=self._make_table(layout._replace(prefixes=second.prefixes), device=x.device),
             )

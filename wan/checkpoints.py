@@ -322,13 +322,13 @@ def _describe_difference(config: WanConfig, task: WanTask) -> str:
     has_image = task.model_kind in INPUT_CHANNELS[True] or task.kind == "flf2v"
     if config.has_image != has_image:
         return (
-            f"img_emb, which takes features of an image, is {'there' if config.has_image else 'missing'}; "
-            f"{task.name} has {'it' if has_image else 'none'}."
+            f"img_emb, the projection of image features, is {'present' if config.has_image else 'missing'}; "
+            f"{task.name} has {'one' if has_image else 'none'}."
         )
-    # the remaining difference: only models with a first and a last image have position embeddings
+    # the only other difference: models with a first and a last image have position embeddings
     if config.image_positions:
-        return f"img_emb.emb_pos has places for two images, {task.name} is conditioned on one."
-    return f"img_emb.emb_pos is missing, with which {task.name} tells two images apart."
+        return f"img_emb.emb_pos has positions for two images, {task.name} is conditioned on one."
+    return f"img_emb.emb_pos, by which {task.name} distinguishes two images, is missing."
 
 
 def make_dit(config: WanConfig, *settings: Any) -> WanModel:

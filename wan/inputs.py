@@ -143,7 +143,7 @@ def appends_end(task: WanTask, request: Request) -> bool:
     return task.kind == "i2v" and task.version == "2.1" and request.end_image_path is not None
 
 
-def take_inputs(task: WanTask, request: Request) -> Request:
+def keep_task_media(task: WanTask, request: Request) -> Request:
     """Return the request with only the media that the task takes. Raises OptionError if one is missing."""
     if task.requires_image:
         require(request.first_image, "--image_path", f"--task {task.name} starts from an image")

@@ -311,7 +311,7 @@ class WanModel(BlockNetwork):
             num_clean_tokens=num_clean_patches * rows * columns,
             dtype=dtype,
             attention=self.attention,
-            combine_attention=overrides.steer,
+            combine_attention=overrides.combine_attention,
         )
         return Hidden(rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens)
 

@@ -73,28 +73,28 @@ def _check_mask_shape(mask: Path, clip: Path, prepared: Prepared) -> None:
         )
 
 
-def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
-    """Return the request with its references as separate images, and VACE's own settings.
+def read_vace_request(request: Request, layers: int) -> tuple[Request, VaceRequest]:
+    """Return the request with its reference images as a list of paths, and VACE's settings.
 
     `layers` is the number of VACE's blocks. Raises OptionError if a file is missing or unused.
     """
     _refuse_images(request)
-    references = split_comma_paths(request.control_images)  # one option may name several, with commas
+    references = split_comma_paths(request.control_images)  # an option may list several, with commas
     mask = _read_mask_path(request)
     if len(references) > MAX_REFERENCES:
         raise OptionError(f"{len(references)} reference pictures: give at most {MAX_REFERENCES}")
     if references and request.source is not None:
         raise OptionError(
-            f"--{request.source.option} {request.source.path} with reference pictures, which come before "
-            "the clip: leave one of them out, or give the video to --src_video"
+            f"--{request.source.option} {request.source.path} with reference pictures, which are placed "
+            "before the clip: leave one of them out, or give the video to --src_video"
         )
     _check_images(mask, references)
     # a control is optional, because VACE also generates from text alone
     scale = request.extra.get(SCALE, "1")
     if request.control_path is None and not references and request.source is None:
-        unused_scale = "" if scale in _DEFAULT_SCALES else f"--vace_scale {scale} acts on nothing: "
+        unused_scale = "" if scale in _DEFAULT_SCALES else f"--vace_scale {scale} has no effect: "
         logger.warning(
-            "%sneither --src_video nor --src_ref_images is given, and the video is made from the text alone",
+            "%sneither --src_video nor --src_ref_images is given: the video is generated from the text alone",
             unused_scale,
         )
     settings = VaceRequest(mask, read_scales(scale, layers))

@@ -20,7 +20,9 @@ from wan.spec import VACE_DIT, WanTokens
 
 
 class WanVaceBlock(WanAttentionBlock):
-    """A block of the second stack: it returns the next control stream and a hint for Wan's block.
+    """A block of VACE's stack, which processes the control: it returns the next control tokens and a hint.
+
+    The hint is added to the output of a block of Wan's own stack.
 
     Streams and hints are B L C float32.
     """

@@ -121,8 +121,8 @@ class WanCausalConv(nn.Conv3d):
 def _prepend_previous_frames(x: Tensor, previous_frames: Tensor | None, norm: RmsNorm | None) -> Tensor:
     """Return x preceded by the last two frames before it, B C T+2 H W; missing frames are zeros.
 
-    With `norm`, x is normalized and passed through SiLU first, as `before` was. The result is written into
-    one tensor, so that no concatenation copies it again.
+    With `norm`, x is normalized and passed through SiLU first, as `previous_frames` was. The result is
+    written into one tensor, so that no concatenation copies it again.
     """
     batch, channels, frames, height, width = x.shape
     earlier = TIME_KERNEL - 1  # frames that the convolution sees before the current one

@@ -137,7 +137,7 @@ def test_encoders_of_another_width_are_refused(tmp_path: Path) -> None:
     other = write_dit(tmp_path / "other", tiny_state("dev"))
     files = FluxFiles(models.dit, clip_l=models.clip_l, t5xxl=models.t5xxl)
 
-    with pytest.raises(CheckpointError, match="--clip_l .* gives states of"):
+    with pytest.raises(CheckpointError, match="--clip_l .* produces states of"):
         Flux(replace(files, dit=other)).check_files(media=False)
     Flux(files).check_files(media=False)
     with pytest.raises(OptionError, match="--ae"):

@@ -191,7 +191,7 @@ def test_files_of_another_version_are_refused(klein: TinyFlux2, dev: TinyFlux2, 
     with pytest.raises(OptionError, match=r"of width 4096, not that of --model_version klein-4b.*klein-9b"):
         Flux2Files(wide, model_version="klein-4b").dit_header()
     narrow = replace(klein, dit=write_dit(tmp_path / "narrow", tiny_state(text_dim=96)))
-    with pytest.raises(CheckpointError, match=r"gives states of 192 numbers, .* takes 96. Give qwen_3_4b"):
+    with pytest.raises(CheckpointError, match=r"produces states of width 192, .* takes 96. Give qwen_3_4b"):
         prepare(family_of(narrow))
     mistral = write_text_encoder(tmp_path / "mistral", "dev")
     with pytest.raises(CheckpointError, match=r"not a Qwen3 language model.*(.|\n)*--text_encoder"):

@@ -158,7 +158,7 @@ def test_files_that_do_not_belong_together_are_refused_before_anything_loads(tmp
     HunyuanImage(files).check_files(media=True)
 
     other = replace(files, dit=write_dit(tmp_path, tiny_state(text_dim=32), name="other"))
-    with pytest.raises(CheckpointError, match="gives states of 64 numbers, .* takes 32"):
+    with pytest.raises(CheckpointError, match="produces states of width 64, .* takes 32"):
         HunyuanImage(other).check_files(media=True)
     with pytest.raises(OptionError, match="--byt5"):
         HunyuanImage(replace(files, byt5=None)).check_files(media=True)

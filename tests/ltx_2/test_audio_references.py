@@ -580,7 +580,7 @@ def test_batches_without_the_voice_that_they_need_are_refused(tmp_path: Path) ->
     [
         ("--reference_audio {0}/none.wav", "none.wav"),
         ("--reference_audio {0}/dull.png --ltx2_mode av", "dull.png"),
-        ("--reference_audio {0}/a.wav", "no sound is made after it. Give --ltx2_mode av"),
+        ("--reference_audio {0}/a.wav", "no sound is generated from it. Give --ltx2_mode av"),
         ("--reference_audio {0}/a.wav --ltx2_mode av --ic_lora_strategy none", "Leave one of them out"),
         ("--reference_audio {0}/a.wav --ltx2_mode av --drive_audio {0}/a.wav", "all of the sound"),
         ("--audio_ref_identity_guidance_scale 3", "no reference is given. Give --reference_audio"),

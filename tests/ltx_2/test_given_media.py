@@ -516,7 +516,7 @@ def test_kept_audio_changes_the_rest_as_in_diffusers(release: TinyRelease, tmp_p
             "--keyframe 0:{0}/mask.png --reference_video {0}/clip --reference_strength 0.5",
             "cannot be combined with given frames",
         ),
-        ("--audio_prefix {0}/mask.png", "no sound is made. Give --ltx2_mode av"),
+        ("--audio_prefix {0}/mask.png", "no sound is generated. Give --ltx2_mode av"),
         ("--extend_prefix {0}/mask.png --ltx2_mode audio", "sound alone has no pictures"),
         ("--extend_prefix {0}/mask.png --drive_video {0}/clip --ltx2_mode av", "the video has all frames"),
         ("--inpaint_source {0}/clip --inpaint_mask {0}/mask.png --inpaint_threshold 1", "it keeps nothing"),
