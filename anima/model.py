@@ -59,7 +59,7 @@ class AnimaTokens:
         return replace(self, rotary=shard.slice_rotary(self.rotary), shard=shard)
 
     @property
-    def first_image(self) -> int:
+    def first_noisy_token(self) -> int:
         """Return the index of the first token of the noisy latents, whose tokens form `grid`."""
         return 0
 

@@ -75,7 +75,7 @@ class Flux3Tokens:
         return self.counts
 
     @property
-    def first_image(self) -> int:
+    def first_noisy_token(self) -> int:
         """Return the index of the first token of the noisy latents, whose tokens form `grid`."""
         return 0
 

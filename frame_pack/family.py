@@ -77,7 +77,7 @@ UNCUT = 16 * 2**20  # frames per tile: more than any clip has, so that clips are
 class FramePack(OneTransformer):
     """Description of FramePack for one run, built by the `family_for_...` functions below.
 
-    FramePack-F1 has the same networks and another order of sections; its files do not show the difference.
+    FramePack-F1 has the same networks, but generates sections in another order; its files do not show this.
     """
 
     files: FramePackFiles

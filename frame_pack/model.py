@@ -136,7 +136,7 @@ class FramePackTokens(HunyuanTokens):
     """Inputs of the blocks; the noisy latents are the last tokens of the video, after clean context."""
 
     @property
-    def first_image(self) -> int:
+    def first_noisy_token(self) -> int:
         """Return the index of the first token of the noisy latents."""
         return self.num_video_tokens - math.prod(self.grid)
 

@@ -54,7 +54,7 @@ class HunyuanTokens:
         return replace(self, rotary=shard.slice_rotary(self.rotary), shard=shard)
 
     @property
-    def first_image(self) -> int:
+    def first_noisy_token(self) -> int:
         """Index of the first token of the latents to learn, which is the first token of `grid`."""
         return 0
 

@@ -57,7 +57,7 @@ class Krea2Tokens(LuminaTokens):
         return replace(super().cut(shard), modulation_split=shard.count_among_first(self.num_references))
 
     @property
-    def first_image(self) -> int:
+    def first_noisy_token(self) -> int:
         """Return the index of the image's first token, which follows the references."""
         return self.num_references
 

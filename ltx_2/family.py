@@ -258,7 +258,7 @@ class Ltx2(Ltx2Media):
         """Raise DatasetError if a table has control media: references of LTX-2 have separate keys."""
         if table.has_control:
             raise DatasetError(
-                f"{table.name}: LTX-2 follows no control clips. What a clip is made from is a reference: "
+                f"{table.name}: LTX-2 has no control clips. The source of a clip is a reference: "
                 "name its folder reference_directory, not control_directory, and in lists reference_path."
             )
         if table.guides and not self.files.has_images:
@@ -278,14 +278,14 @@ class Ltx2(Ltx2Media):
     def _encode_clips(self, vae: Any, media: MediaBatch) -> dict[str, Tensor]:
         """Return the latents of clips, references and guides, B C F H W each, by cache key."""
         frames = {"latents": media.frames}
-        guides = media.table.guides
-        references = media.references[: len(media.references) - len(guides)]
-        for index, reference in enumerate(references):
+        guide_keys = media.table.guides
+        num_references = len(media.references) - len(guide_keys)  # the guides come last
+        for index, reference in enumerate(media.references[:num_references]):
             assert self.references is not None
             frames[reference_key(index)] = select_reference_frames(
                 reference, self.references, self.latent.frame_step
             )
-        frames |= dict(zip(guides, media.references[len(references) :], strict=True))
+        frames |= dict(zip(guide_keys, media.references[num_references:], strict=True))
         latents = {}
         for name, clips in frames.items():
             latents[name] = vae.encode(to_pixels(clips.to(vae.device))).to(self.vae_dtype)

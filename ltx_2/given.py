@@ -376,7 +376,7 @@ def _add_keyframes(
 
 @dataclass(frozen=True)
 class GuideImages:
-    """Guide images, one for each clip of a batch: keyframes next to the clips, or latent frames of theirs."""
+    """Guide images, one for each clip of a batch: keyframes next to the clip, or one of its latent frames."""
 
     latents: Tensor  # B C 1 H W, in the form of latents in caches
     index: int  # index of its frame, or of the latent frame that it replaces
@@ -422,7 +422,7 @@ def _add_guide_weights(weights: Tensor | None, guide: GuideImages, batch: Batch)
 
 
 def insert_guides(tensors: Conditions, _: str, __: torch.Generator) -> Conditions:
-    """Return the batch's tensors, with guide images put in place of the latent frames they guide."""
+    """Return the batch's tensors, with the last guide image inserted as a latent frame if it replaces one."""
     if LATENT_GUIDE not in tensors or GUIDES not in tensors:
         return tensors
     latents, guide, guides = (tensors[name] for name in ("latents", LATENT_GUIDE, GUIDES))

@@ -93,7 +93,7 @@ class StreamInputs:
         return self.make_sinusoids(self.timesteps)
 
     def make_sinusoids(self, timesteps: Tensor) -> Tensor:
-        """Return timesteps' sinusoids, n to n freq_dim, with float32 angles as in training."""
+        """Return the sinusoidal embeddings of n timesteps, n freq_dim, with float32 angles as in training."""
         return sinusoid(timesteps, self.freq_dim, torch.float32)
 
     @property

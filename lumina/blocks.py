@@ -52,7 +52,7 @@ class LuminaTokens:
         return replace(self, shard=shard)
 
     @property
-    def first_image(self) -> int:
+    def first_noisy_token(self) -> int:
         """Return the index of the first token of the noisy latents, whose tokens form `grid`."""
         return 0
 

@@ -139,7 +139,7 @@ class H3Caching:
             self._check_length(frames, table.name, MediaError)
 
     def metadata(self, files: H3Files, media: MediaBatch) -> dict[str, str]:
-        """Return the metadata of one item's cache file, with the keys of other trainers' caches."""
+        """Return the metadata of one item's cache file, under the keys that other trainers use too."""
         identity = files.vae_identity()
         (span,) = media.spans
         metadata = {

@@ -25,7 +25,7 @@ from moss_image.configs import AXES, MossImageConfig
 from moss_image.model import END_MODULATION_ROWS, MODULATION_ROWS, MossImageModel
 from moss_image.names import MOSS_IMAGE
 from moss_image.options import NAME
-from moss_image.references import SHOWN_PIXELS, read_shown, shrink
+from moss_image.references import SHOWN_PIXELS, read_encoder_image, shrink
 from networks.names.layouts import joined_tensors
 from protocols.loading import TensorSource
 
@@ -56,7 +56,7 @@ ENCODER_SETTINGS = LanguageEncoderSettings(
     batch_size=1,  # so that a state does not depend on other prompts, to the last bit
     pictures=ImagePromptFormat(
         "Picture {number}: <|vision_start|>{tokens}<|vision_end|>",
-        read=read_shown,
+        read=read_encoder_image,
         show=shrink,
         min_pixels=32 * 32,
         max_pixels=SHOWN_PIXELS,

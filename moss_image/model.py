@@ -285,9 +285,12 @@ class MossImageModel(BlockNetwork):
     def compute_keys_values(
         self, references: Sequence[Tensor], text_mask: Tensor, overrides: Overrides = NO_OVERRIDES
     ) -> dict[MossImageBlock, Sequence[Tensor]]:
-        """Return each block's keys and values of clean references, computed without image and text.
+        """Run the blocks on the references alone, and return each block's keys and values of their tokens.
 
-        `references` are latents B Z 1 h w, `text_mask` is B T; `overrides` has skipped blocks.
+        Args:
+            references: Clean latents, B Z 1 h w each.
+            text_mask: B T; the lengths of the texts shift the rotary positions.
+            overrides: Blocks to skip.
         """
         device = references[0].device
         dtype = activation_dtype(device, self.compute_dtype)
@@ -295,8 +298,7 @@ class MossImageModel(BlockNetwork):
         images = [self.embed_image(latents).to(select_stream(dtype)) for latents in references]
         x = torch.cat(images, dim=1)
         _, counts = count_real_tokens(text_mask)
-        text_lengths = RefinedText(x, counts).text_lengths  # depends only on `counts`
-        # no image and no text: the keys and values are those of references alone
+        text_lengths = RefinedText(x, counts).text_lengths
         layout = MossImageLayout(
             (0, 0), tuple(map(self.grid_of, references)), num_text_tokens=0, text_lengths=text_lengths
         )
@@ -389,7 +391,7 @@ class MossImageModel(BlockNetwork):
         return self._rotary.get_table(layout, text.states.device)
 
     def _embed_text(self, arguments: Mapping[str, Any], stream: torch.dtype) -> RefinedText:
-        """Return a refined text in the dtype `stream`; `arguments` are its states `text`, and `text_mask`."""
+        """Refine a text's states in the dtype `stream`; `arguments` has `text`, the states, and `text_mask`."""
         longest, counts = count_real_tokens(arguments["text_mask"])
         states = arguments["text"][:, :longest]
         text = RefinedText(states, counts)

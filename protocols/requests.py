@@ -184,10 +184,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PixelEdit:
-    """A change of the decoded pixels of a result that is not made in its latents."""
+    """An edit of the decoded pixels of a result; its latents stay as generated."""
 
     apply: "Callable[[Iterator[Tensor]], Iterator[Tensor]]"  # chunks of pixels, 1 3 F H W in -1..1
-    metadata: Mapping[str, str]  # added to that of the written result, as `extra_metadata` is
+    metadata: Mapping[str, str]  # added to the metadata of the written file
 
 
 logger = logging.getLogger(__name__)

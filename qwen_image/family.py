@@ -145,7 +145,7 @@ class QwenImage(ModelOfImages):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Return what cached latents depend on: the VAE and its input range, 0..255 in earlier versions."""
+        """Return what cached latents depend on: the VAE, and the range of its input pixels."""
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:

@@ -64,7 +64,7 @@ class QwenImage21(pictures.ModelOfImages):
     files: QwenImage21Files
     options: Any = NO_OPTIONS  # set for trainings only
     edit: own.QwenImage21ReferenceOptions = own.QwenImage21ReferenceOptions()
-    keeps_prefix: bool = True  # keys and values of prompts and references are computed once for all steps
+    caches_prefix: bool = True  # keys and values of prompts and references are computed once for all steps
 
     few_steps: ClassVar = FEW_STEPS
     abilities: ClassVar = Abilities(detects_few_steps=True)
@@ -225,17 +225,15 @@ class QwenImage21(pictures.ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only denoising section, with a cache for keys and values of texts and references.
+        """Yield the only denoising section; with a mask, the result keeps the first image outside of it.
 
-        --no_kv_cache leaves the cache out.
-
-        With a mask, the result keeps the first image outside of it.
+        Without --no_kv_cache, keys and values of texts and references are computed in the first step only.
         """
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
             section = replace(section, edit_reference=read_edit_reference(prepared, first))
-        if self.keeps_prefix:
+        if self.caches_prefix:
             # an empty cache, which the network fills in the first step
             section = replace(section, overrides=Overrides(section_cache={}))
         return (yield section)
@@ -264,7 +262,7 @@ def family_for_training(options: own.QwenImage21TrainingOptions) -> QwenImage21:
 def family_for_generation(options: own.QwenImage21GenerationOptions) -> QwenImage21:
     """Describe the family for qwen_image_21_generate_image.py."""
     files = _make_files(options, options.dit_dtype or options.dtype)
-    return QwenImage21(files, edit=options.references, keeps_prefix=not options.no_kv_cache)
+    return QwenImage21(files, edit=options.references, caches_prefix=not options.no_kv_cache)
 
 
 def _make_files(options: own.QwenImage21ModelOptions, dtype: str | None) -> QwenImage21Files:

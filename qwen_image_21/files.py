@@ -32,7 +32,7 @@ from qwen_image_21.configs import FEW_STEPS, QwenImage21Config, default_axes
 from qwen_image_21.model import QwenImage21Model
 from qwen_image_21.names import QWEN_IMAGE_21
 from qwen_image_21.options import BLANK, NAME
-from qwen_image_21.references import lay_on_white, read_shown
+from qwen_image_21.references import lay_on_white, read_encoder_image
 from qwen_image_21.vae import QwenImage21Vae, load_vae, read_vae_config
 
 KEY = "vl_embed"  # key in musubi-tuner's caches
@@ -65,7 +65,7 @@ ENCODER_SETTINGS = LanguageEncoderSettings(
     batch_size=1,  # so that a state does not depend on other prompts, to the last bit
     pictures=ImagePromptFormat(
         "<image{number}><|vision_start|>{tokens}<|vision_end|>",
-        read=read_shown,
+        read=read_encoder_image,
         show=lay_on_white,
         hash_images=hash_images,
         min_pixels=1,  # no limits: the images already have their final sizes

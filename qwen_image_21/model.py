@@ -122,7 +122,7 @@ class QwenImage21Tokens:
     shard: "TokenShard | None" = None  # the tokens that this process has; None: all
 
     @property
-    def first_image(self) -> int:
+    def first_noisy_token(self) -> int:
         """Return the index of the generated image's first token, which is always 0."""
         return 0
 

@@ -73,7 +73,7 @@ class WanExpertOptions(Options):
 
 _CACHE_CPU = "keep the VAE's features between frames in host memory"
 # in caches of single images: positions in time of the images and their control images
-PLACES_KEY = "f_indices"
+FRAME_INDICES_KEY = "f_indices"
 ONE_FRAME = "one_frame"  # a kind of caches, and the name of --one_frame_inference in Request.extra
 
 
@@ -412,8 +412,8 @@ def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict
     task = TASKS[options.task]
     one_frame = options.one_frame or ONE_FRAME in (sample.get("extra") or {})
     if sample.get("example"):
-        # only caches of --one_frame have positions of frames
-        one_frame |= PLACES_KEY in sample["example"].cached
+        # only caches of --one_frame have frame indices
+        one_frame |= FRAME_INDICES_KEY in sample["example"].cached
         inputs = _list_item_inputs(task, one_frame, sample)
     else:
         inputs = _list_sample_inputs(options, sample)
@@ -423,8 +423,7 @@ def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict
         "--end_image_path": Placeholder("END_IMAGE_FILE") if task.kind == "flf2v" else None,
         "--control_path": Placeholder("CONTROL_FILE") if task.has_control else None,
     }
-    # in this mode the control images replace all other inputs
-    if one_frame:
+    if one_frame:  # the control images replace all other inputs
         needed = {
             "--one_frame_inference": "default",
             "--control_image_path": Placeholder("CONTROL_IMAGE_FILE"),
@@ -452,11 +451,11 @@ def _list_sample_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) 
 
 
 def _list_item_inputs(task: WanTask, one_frame: bool, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the images and clips that a training item was cached with, by option of generation."""
+    """Return the generation options that repeat the images and clips of a cached training item."""
     example = sample["example"]
     control = next(iter(example.controls), None)
     if one_frame:
-        return {"--one_frame_inference": example.places, "--control_image_path": example.controls}
+        return {"--one_frame_inference": example.one_frame_settings, "--control_image_path": example.controls}
     if task.kind == VACE:
         return {
             "--src_video": control,
@@ -464,6 +463,6 @@ def _list_item_inputs(task: WanTask, one_frame: bool, sample: Mapping[str, Any])
             "--src_ref_images": example.references,
         }
     return {
-        "--image_path": example.picture if task.requires_image else None,
+        "--image_path": example.image if task.requires_image else None,
         "--control_path": control if task.has_control else None,
     }

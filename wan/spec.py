@@ -130,8 +130,8 @@ class WanTokens:
         )
 
     @property
-    def first_image(self) -> int:
-        """Index of the first token of the latents to learn, which is the first token of `grid`."""
+    def first_noisy_token(self) -> int:
+        """Index of the first token of the noisy latents, which is the first token of `grid`."""
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> "WanTokens":
