@@ -161,7 +161,7 @@ class Flux3(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; without a size, the first reference image determines it.
+        """Resolve a request; without a size, the first reference image determines it.
 
         A single reference is put on a canvas of whole tokens, and the result is cropped to its region.
         Raises OptionError for a solver other than Euler's with the distilled model.
@@ -169,17 +169,14 @@ class Flux3(pictures.ModelOfImages):
         if self.is_distilled:
             request = self._drop_guidance_scale(request)
         request = self.keep_media(request, self.called)
-        sides = (request.width, request.height)
-        has_size = None not in sides
+        has_size = None not in (request.width, request.height)
         if not request.control_images or has_size:
             return self.resolve_image(request, SHIFT, "")
         (width, height), region = self._measure_reference(request.control_images)
+        if request.width is not None or request.height is not None:
+            region = None  # the result is not as large as the canvas, so nothing is cropped
         sized = replace(request, width=request.width or width, height=request.height or height)
-        prepared = self.resolve_image(sized, SHIFT, "")
-        if sides == (None, None):
-            return replace(prepared, visible_region=region)
-        # with one side from the user, the result is not as large as the canvas, so nothing is cropped
-        return replace(prepared, visible_region=None)
+        return replace(self.resolve_image(sized, SHIFT, ""), visible_region=region)
 
     def _drop_guidance_scale(self, request: Request) -> Request:
         """Return the request without a guidance scale, which a distilled model does not use.
@@ -189,7 +186,7 @@ class Flux3(pictures.ModelOfImages):
         if request.solver not in (None, "euler"):
             raise OptionError(
                 f"--sample_solver {request.solver} with {self.files.dit_path}: the distilled model predicts "
-                "the mean velocity of each step, which only Euler's method takes as it is. Give "
+                "the mean velocity of each step, which only Euler's method uses unchanged. Give "
                 "--sample_solver vanilla, or leave it out"
             )
         if request.guidance_scale in (None, flux_3_options.GUIDANCE_OF_DISTILLED):

@@ -105,7 +105,7 @@ def _make_sample_table(
 ) -> Tensor:
     """Return one sample's rotary table, L 1 D/2 2, for all latents of its window.
 
-    `indices` are the frame indices of each stretch, a run of latents of one resolution.
+    `indices` are the frame indices of each group of latents with one resolution.
     """
     rows = torch.arange(layout.rows) * layout.scale
     columns = torch.arange(layout.columns) * layout.scale
@@ -113,12 +113,12 @@ def _make_sample_table(
     for group, frames in zip(layout.latent_groups, indices, strict=True):
         axes = []
         for positions, width in zip((torch.tensor(frames), rows, columns), widths, strict=True):
-            axes.append(send_ahead(_average_turns(positions, width, theta, group.downsampling), device))
+            axes.append(send_ahead(_average_rotations(positions, width, theta, group.downsampling), device))
         parts.append(spread_over_grid(axes))
     return torch.cat(parts).unsqueeze(1)
 
 
-def _average_turns(positions: Tensor, width: int, theta: float, downsampling: int) -> Tensor:
+def _average_rotations(positions: Tensor, width: int, theta: float, downsampling: int) -> Tensor:
     """Average the rotations along one axis over cells: ceil(n / coarseness) x width/2 x 2 float32.
 
     Cosines and sines are averaged, not positions, as in training, so coarse rotations also shrink vectors.

@@ -242,9 +242,9 @@ class Ltx2(Ltx2Media):
         is_v2v = "v2v" in (strategy, preset) or VIDEO in self.strategy.needs
         if self.references is not None and (is_v2v or self.references.factors[:2] != (1, 1)):
             names |= factor_metadata(self.references)
-        is_before = self.audio_references.is_before
-        if AUDIO in self.strategy.needs or (self.strategy.takes_audio and is_before):
-            names[NEGATIVE_POSITIONS] = TRUE if is_before else FALSE
+        ends_before_audio = self.audio_references.ends_before_audio
+        if AUDIO in self.strategy.needs or (self.strategy.takes_audio and ends_before_audio):
+            names[NEGATIVE_POSITIONS] = TRUE if ends_before_audio else FALSE
         return self.metadata_of(names)
 
     # encoding
@@ -391,7 +391,7 @@ class Ltx2(Ltx2Media):
         strengths: Any,
         device: torch.device,
     ) -> LtxReferences:
-        """Return the video's references with noise, strengths and time factor, as the network takes them.
+        """Return the video's references with noise, strengths and time factor, as an input of the network.
 
         Args:
             references: Clean latents.
@@ -961,7 +961,7 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         reference_attention=options.references.attention,
         strategy=STRATEGIES["none" if options.ic_lora_strategy == "none" else AUTO],
         audio_references=AudioReferenceRules(
-            bool(audio_options.is_before), identity_scale=audio_options.identity_scale
+            bool(audio_options.ends_before_audio), identity_scale=audio_options.identity_scale
         ),
     )
 

@@ -283,12 +283,12 @@ class Ltx2Files(TransformerFiles):
             return
         encoder = self.text_encoder()
         encoder.check()
-        # refuse the other generation of Gemma: LTX-2.5 reads texts with Gemma 4, earlier versions with Gemma
-        # 3 (GEMMA_USE)
-        if config is not None and (config.kind == "2.5") != (encoder.use is not GEMMA_USE):
+        # LTX-2.5 encodes texts with Gemma 4, earlier versions with Gemma 3
+        is_gemma_3 = encoder.use is GEMMA_USE
+        if config is not None and is_gemma_3 == (config.kind == "2.5"):
             raise OptionError(
                 f"{encoder.path} is {encoder.use.model.what}, {self.dit_path} is of LTX-{config.kind}, which "
-                "reads texts with another one. Give the text encoder of its release"
+                "needs a different one. Give the text encoder of its release"
             )
         with open_connectors(encoder.connectors, encoder.path) as checkpoint:
             connectors = read_connectors(checkpoint, self.streams).config.streams

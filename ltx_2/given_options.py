@@ -195,8 +195,8 @@ def _mask_names(switch: str) -> dict[str, str]:
 
 FIRST, REFERENCES = "ltx2_first_frame_conditioning_p", "ic_lora_ref_probability"
 DIRECTION = "ltx2_train_direction"
-# keys of a condition in a recipe -> options, by stream and type; "" is a switch
-RECIPES: Mapping[tuple[str, str], Mapping[str, str]] = {
+# by stream and type of a condition: its keys -> options; the option at "" switches the type on
+CONDITION_OPTIONS: Mapping[tuple[str, str], Mapping[str, str]] = {
     ("video", "first_frame"): {"probability": FIRST},
     ("video", "reference"): {"probability": REFERENCES},
     ("video", "spatial_crop"): _mask_names(_CROP),
@@ -247,7 +247,7 @@ def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
     if len(is_generated) == 2:
         direction = _DIRECTIONS.get((is_generated["video"], is_generated["audio"]))
         if direction is None:
-            raise OptionError(f"{source}: is_generated = false of both streams: nothing would be learned")
+            raise OptionError(f"{source}: is_generated = false for both streams: nothing would be learned")
         values[DIRECTION] = direction
     return values
 
@@ -255,13 +255,12 @@ def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
 def _read_condition(condition: Any, stream: str, source: str) -> dict[str, Any]:
     """Return the option values of one condition in a --ltx2_conditioning_config file.
 
-    `RECIPES` maps the keys of each condition type to options; its key "" names the option that switches the
-    type on.
+    `stream` is video or audio; `source` describes the condition's position in the file, for messages.
     """
     kind = condition.get("type") if isinstance(condition, dict) else None
-    option_names = RECIPES.get((stream, str(kind)))
+    option_names = CONDITION_OPTIONS.get((stream, str(kind)))
     if option_names is None:
-        known = [known for known_stream, known in RECIPES if known_stream == stream]
+        known = [known for known_stream, known in CONDITION_OPTIONS if known_stream == stream]
         raise OptionError(f"{source}: type {kind!r} is not known here, only {', '.join(known)}")
     settings = {key: value for key, value in condition.items() if key != "type"}
     if "p" in settings and "probability" in settings:

@@ -498,10 +498,12 @@ def _add_clean_tokens(inputs: StreamInputs, overrides: Overrides) -> StreamInput
 def _list_audio_positions(inputs: StreamInputs, dim: int, time_only: bool) -> tuple[TokenPositions, ...]:
     """Return the positions of audio references, then of the audio itself; `dim` is the rotated width."""
     references = inputs.references
-    is_before = isinstance(references, LtxAudioReferences) and references.is_before
+    ends_before_audio = isinstance(references, LtxAudioReferences) and references.ends_before_audio
     positions = []
     for count in references.token_counts:
-        positions.append(TokenPositions(dim, (count,), time_only=time_only, is_before=is_before))
+        positions.append(
+            TokenPositions(dim, (count,), time_only=time_only, ends_before_audio=ends_before_audio)
+        )
     positions.append(TokenPositions(dim, (inputs.latents.shape[2],), time_only=time_only))
     return tuple(positions)
 

@@ -92,7 +92,7 @@ _OF_AUDIO = {
     "video_modality_scale",
     "audio_modality_scale",
     "audio_rescale_scale",
-    "is_before",
+    "ends_before_audio",
     "is_hidden_from_video",
     "is_without_text",
     "identity_scale",

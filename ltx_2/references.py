@@ -76,13 +76,15 @@ def check_references(
     is shorter than a reference.
     """
     for path in paths:
-        count = 1 if is_single_image(path) else count_frames_up_to(path, frames)
-        needed = count_reference_frames(count, rules, latent.frame_step)
+        num_frames = 1 if is_single_image(path) else count_frames_up_to(path, frames)
+        num_encoded = count_reference_frames(num_frames, rules, latent.frame_step)
         if mask is None or is_single_image(mask):
             continue
-        # a mask has the frames of the result, of which a reference may have fewer
-        mask_frames = count_frames_up_to(mask, (needed - 1) * rules.time_factor + 1)
-        check_mask_length(mask, count_reference_frames(mask_frames, rules, latent.frame_step), needed)
+        # the mask must be as long as the encoded frames; it is subsampled in the same way
+        max_mask_frames = (num_encoded - 1) * rules.time_factor + 1
+        mask_frames = count_frames_up_to(mask, max_mask_frames)
+        num_encoded_of_mask = count_reference_frames(mask_frames, rules, latent.frame_step)
+        check_mask_length(mask, num_encoded_of_mask, num_encoded)
 
 
 def check_mask_length(mask: Path, frames: int, needed: int) -> None:

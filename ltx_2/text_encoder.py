@@ -219,10 +219,10 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         config = self._read_connectors_config()
         width = gemma.dim * len(all_states(gemma.num_layers))
         check_state_width(model.option, self.path, width, self.connectors, config.text_dim, model.files)
-        # learned registers, repeated, fill a text up to ROWS states
+        # learned registers are repeated to fill a text up to ROWS states
         if any(ROWS % connector.num_registers for connector in config.streams.values()):
             raise CheckpointError(
-                f"{self.connectors}: its connectors have a number of registers that does not divide {ROWS}. "
+                f"{self.connectors}: the number of registers of its connectors does not divide {ROWS}. "
                 f"Give {FILES} to {OPTION}.",
                 self.connectors,
             )

@@ -306,6 +306,7 @@ def translate(args: argparse.Namespace) -> None:
     Raises OptionError if both are given with different values, or if options contradict each other.
     """
     _read_bounds(args)
+    # shared option -> (the other trainer's option, value)
     shared = {**_translate_guidance(args), **_translate_teacher(args), **_translate_focus(args)}
     if args.max_validation_items is not None:
         shared["max_validation_steps"] = "--max_validation_items", args.max_validation_items
@@ -314,16 +315,15 @@ def translate(args: argparse.Namespace) -> None:
     # the default counts as given only if it was typed
     if args.h3_convrot_int8_bwd != "bf16" or "h3_convrot_int8_bwd" in args.typed_options:
         shared["convrot_int8_bwd"] = "--h3_convrot_int8_bwd", args.h3_convrot_int8_bwd
-    # error messages then name the option that the user typed
-    names = dict(getattr(args, "typed_names", {}))
-    typed = {*args.typed_options}
+    typed_names = dict(getattr(args, "typed_names", {}))  # error messages name the option that was typed
+    typed_options = {*args.typed_options}
     for name, (other_name, value) in shared.items():
-        _give(args, name, other_name, value)
-        names[f"--{name}"] = other_name
+        _set_shared_option(args, name, other_name, value)
+        typed_names[f"--{name}"] = other_name
         if other_name.removeprefix("--") in args.typed_options:
-            typed.add(name)
-    args.typed_names = names
-    args.typed_options = frozenset(typed)
+            typed_options.add(name)
+    args.typed_names = typed_names
+    args.typed_options = frozenset(typed_options)
     _select_rank(args)
     _check_view(args)
     warn_of_clean_shares(args)
@@ -363,16 +363,16 @@ DEFAULT: dict[str, Any] = {
 }
 
 
-def _give(args: argparse.Namespace, name: str, other_name: str, value: Any) -> None:
+def _set_shared_option(args: argparse.Namespace, name: str, other_name: str, value: Any) -> None:
     """Set a shared option to the value of another trainer's option, `other_name`.
 
     Raises OptionError if the shared option is also given, with a different value.
     """
     given = getattr(args, name)
     given = tuple(given) if isinstance(given, list) else given
-    # a default value may be replaced if the user did not give the option
-    untyped = () if name in args.typed_options else (DEFAULT.get(name), None, False)
-    if given not in (value, *untyped):
+    # a default value may be replaced if the user did not type the option
+    replaceable = () if name in args.typed_options else (DEFAULT.get(name), None, False)
+    if given not in (value, *replaceable):
         raise OptionError(f"--{name} {given} and {other_name} mean the same, and differ: give one of them")
     setattr(args, name, value)
 
@@ -424,14 +424,14 @@ def _translate_teacher(args: argparse.Namespace) -> Shared:
         shared["teacher_sees"] = "--h3_teacher_conditions", CONDITION_SETS[args.h3_teacher_conditions]
     name = "--h3_teacher_condition_sigma_max"
     shared["teacher_max_timestep"] = name, in_thousandths(name, args.h3_teacher_condition_sigma_max)
-    # weights left at their defaults stay with the shared options' defaults
+    # weights that were not changed keep the shared options' defaults
     for own_name, shared_name in weight_names.items():
         if getattr(args, own_name) != getattr(defaults, own_name) or own_name in args.typed_options:
             shared[shared_name] = f"--{own_name}", getattr(args, own_name)
     if "teacher_anchor_weight" in shared and args.h3_teacher_condition_sigma_max == 1:
         raise OptionError(
-            "--h3_teacher_preservation_weight with --h3_teacher_condition_sigma_max 1: the teacher knows "
-            "more at all levels, so that nothing is preserved. Leave one of the two out"
+            "--h3_teacher_preservation_weight with --h3_teacher_condition_sigma_max 1: the teacher has "
+            "its conditions at all noise levels, so nothing is preserved. Leave one of the two out"
         )
     return shared
 

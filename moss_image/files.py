@@ -75,8 +75,8 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
         raise make_wrong_kind_error(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     if RESCALED in checkpoint.metadata:
         raise CheckpointError(
-            f"{checkpoint.path}: its weights were rescaled for float16, as its metadata say ({RESCALED}), "
-            f"and LoRAs for it fit no other file. Here float16 needs no such file: give {FILES}.",
+            f"{checkpoint.path}: its weights were rescaled for float16, as its metadata says ({RESCALED}), "
+            f"and LoRAs for it fit no other file. Float16 needs no rescaled file here: give {FILES}.",
             checkpoint.path,
         )
     dialect = "comfy" if STACKED_QKV_WEIGHT in names else "released"

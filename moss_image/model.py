@@ -391,7 +391,7 @@ class MossImageModel(BlockNetwork):
         return self._rotary.get_table(layout, text.states.device)
 
     def _embed_text(self, arguments: Mapping[str, Any], stream: torch.dtype) -> RefinedText:
-        """Refine a text's states in the dtype `stream`; `arguments` has `text`, the states, and `text_mask`."""
+        """Refine a text's states, `text` in `arguments` with `text_mask`, in the dtype `stream`."""
         longest, counts = count_real_tokens(arguments["text_mask"])
         states = arguments["text"][:, :longest]
         text = RefinedText(states, counts)

@@ -95,14 +95,14 @@ def log_task_differences(
 ) -> None:
     """Log anything unusual about a transformer's file: its dtype, its size, or an ambiguous version.
 
-    Tensors of some versions are alike, so only --task tells them apart. `target` is the compute dtype.
+    Some versions have the same tensors, so only --task distinguishes them. `target` is the compute dtype.
     Warns if a large file stays in float32, as A14B was released.
     """
     config = header.config
     if target == torch.float32 and header.block_dtype == target and config.dim >= TASKS["ti2v-5B"].dim:
         logger.warning(
-            "%s is in float32, and is kept so: twice the memory of bfloat16, and slow. --dit_dtype bfloat16 "
-            "rounds it while it is read",
+            "%s is in float32 and stays so, which is slow and needs twice the memory of bfloat16. Give "
+            "--dit_dtype bfloat16 to convert it while it is read",
             path.name,
         )
     if config.dim != task.dim:

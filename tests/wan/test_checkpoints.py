@@ -169,7 +169,7 @@ def test_a_large_file_that_stays_in_float32_is_warned_about(
 
     log_task_differences(read_once(path, read_dit_header), TASKS["i2v-A14B"], path, target)
 
-    assert ("--dit_dtype bfloat16 rounds it" in caplog.text) == (target == torch.float32)
+    assert ("--dit_dtype bfloat16 to convert it" in caplog.text) == (target == torch.float32)
 
 
 def test_a_file_says_what_it_is(tmp_path: Path) -> None:

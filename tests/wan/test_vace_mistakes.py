@@ -171,7 +171,7 @@ TRAINING: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "latents for Fun-Control": (
         "*_wan.safetensors",
         for_fun_control,
-        "16 channels in the cache, VACE takes 32",
+        "16 channels in the cache, but VACE takes 32",
     ),
     "captions of another encoder": ("*_te.safetensors", widen, "t5 in its cache is 64 numbers wide"),
     "no captions": ("*_te.safetensors", Path.unlink, "wan_cache_text_encoder_outputs.py"),
