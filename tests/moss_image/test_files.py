@@ -61,7 +61,7 @@ def test_time_and_modulation_stay_in_float32(tmp_path: Path) -> None:
 def test_weights_that_were_rescaled_for_float16_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "moss_fp16_fix.safetensors"
     save_file(tiny_state(), path, metadata={"kohakumoss_fp16_fix": "16"})
-    with pytest.raises(CheckpointError, match="rescaled for float16.*needs no such file"):
+    with pytest.raises(CheckpointError, match="rescaled for float16.*needs no rescaled file"):
         load_dit(path, CPU)
 
 
