@@ -502,14 +502,13 @@ class Ltx2(Ltx2Media):
     def _check_media(self, request: Request, media: Ltx2GivenMedia) -> None:
         """Raise OptionError if the request's media contradict each other or cannot be opened."""
         if request.image_path is not None and self.drive_video is not None:
-            raise OptionError("--image_path and --drive_video: the video has all frames. Give one of them")
+            raise OptionError("--image_path and --drive_video: the video sets all frames. Give one of them")
         if self.drive_video is not None and self.stages is not None:
             raise OptionError("--drive_video and --sample_two_stage: its images stay. Give one of them")
         self._check_generated_keyframes()
-        media_options = {**media.image_files, "drive_video": self.drive_video}
         if request.source is not None and (media.image_files or media.audio_files):
             raise OptionError(
-                f"--{request.source.option} and given parts of the result: these start from noise. Leave "
+                f"--{request.source.option} and given parts of the result, which start from noise: leave "
                 "one of them out"
             )
         if self.stages is not None and TEMPORAL in self.stages.upscalers and media.image_files:
@@ -518,9 +517,8 @@ class Ltx2(Ltx2Media):
                 "Leave one of them out"
             )
         if media.image_files and self.drive_video is not None:
-            raise OptionError(
-                f"--drive_video and --{next(iter(media_options))}: the video has all frames. Give one of them"
-            )
+            option = next(iter(media.image_files))
+            raise OptionError(f"--drive_video and --{option}: the video sets all frames. Give one of them")
         if request.image_path is not None:
             check_opens("image_path", request.image_path, is_image=True)
         if self.drive_video is not None:
@@ -537,7 +535,7 @@ class Ltx2(Ltx2Media):
                 f"{option}: LTX-{self.version} has no embedding that marks them. Use LTX-2.5, or leave it out"
             )
         if self.drive_video is not None:
-            raise OptionError(f"{option} and --drive_video: the video has all frames. Give one of them")
+            raise OptionError(f"{option} and --drive_video: the video sets all frames. Give one of them")
         if self.reference_strength < 1:
             raise OptionError(
                 f"{option} and --reference_strength {self.reference_strength:g}: denoised "

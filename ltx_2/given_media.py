@@ -287,7 +287,7 @@ def _read_on_canvas(path: Path, region: Rectangle, prepared: Prepared) -> Tensor
 def make_unchanged_mask(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> Tensor:
     """Return which latents of --inpaint_source stay unchanged, F H W bool, or F 1 1 for whole frames.
 
-    Either a time span is generated anew, or a mask says what stays: white, or black if inverted.
+    Either a time span is generated anew, or a mask marks the unchanged area: white, or black if inverted.
 
     Raises:
         OptionError: If the mask keeps all or nothing, or is a clip with too few frames.
@@ -306,9 +306,9 @@ def make_unchanged_mask(media: Ltx2GivenMedia, prepared: Prepared, latent: Laten
             f"--inpaint_mask {media.inpaint_mask}: it keeps {amount} of the clip. White is kept: "
             "give another mask, or --inpaint_invert, which keeps black"
         )
-    # the first latent frame covers one frame, every other one frame_step frames, all of which must stay
-    groups = is_unchanged[1:].unflatten(0, (-1, latent.frame_step)).all(1)
-    return torch.cat([is_unchanged[:1], groups])
+    # a latent frame, except the first, covers several frames, and stays unchanged if all of them do
+    later_latent_frames = is_unchanged[1:].unflatten(0, (-1, latent.frame_step)).all(1)
+    return torch.cat([is_unchanged[:1], later_latent_frames])
 
 
 def _read_mask_frames(mask: Path, prepared: Prepared, latent: LatentSpec) -> Tensor:

@@ -157,22 +157,21 @@ class Ltx2GivenParts(Options, title="given parts of clips"):
         draws_none = self.video_anchor_strategy == "random" and not self.video_anchor_count
         if self.video_anchor_training and draws_none:
             raise OptionError("--video_anchor_strategy random: give --video_anchor_count 1 or more")
-        interior, most = self.keyframe_random_interior_p, self.keyframe_max_random_interior
-        if bool(interior) != bool(most):
+        interior_p, max_interior = self.keyframe_random_interior_p, self.keyframe_max_random_interior
+        if bool(interior_p) != bool(max_interior):
             raise OptionError(
-                f"--keyframe_random_interior_p {interior:g} and --keyframe_max_random_interior {most}: give "
-                "both above 0, or none of them"
+                f"--keyframe_random_interior_p {interior_p:g} and --keyframe_max_random_interior "
+                f"{max_interior}: give both above 0, or neither"
             )
-        # each of these draws keyframes for a sample
-        ends = self.keyframe_first_frame_p or self.keyframe_last_frame_p
-        if self.keyframe_endpoint_training and not (ends or interior):
+        has_keyframes = self.keyframe_first_frame_p or self.keyframe_last_frame_p or interior_p
+        if self.keyframe_endpoint_training and not has_keyframes:
             raise OptionError(
                 "--keyframe_endpoint_training with --keyframe_first_frame_p 0 and --keyframe_last_frame_p 0: "
-                "nothing would be shown. Give one above 0"
+                "there would be no keyframes. Give one above 0"
             )
         if self.video_anchor_strength < 1 and not self.ltx2_graded_conditioning:
             raise OptionError(
-                f"--video_anchor_strength {self.video_anchor_strength:g}: frames that are partly given need "
+                f"--video_anchor_strength {self.video_anchor_strength:g}: partly clean frames need "
                 "--ltx2_graded_conditioning"
             )
 

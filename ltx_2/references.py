@@ -354,7 +354,7 @@ def resolve_reference_factors(options: Ltx2GivenReferences, loras: Sequence[Path
             logger.info("--%s %d, as the LoRA says", option, factor)
             options = override_options(options, {option: factor})
         elif typed != factor:
-            logger.warning("--%s %d: the LoRA has learned with %d", option, typed, factor)
+            logger.warning("--%s %d: the LoRA was trained with %d", option, typed, factor)
     return options
 
 

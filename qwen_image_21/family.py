@@ -165,7 +165,7 @@ class QwenImage21(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; by default, the image size determines the noise levels.
+        """Resolve a request; noise levels depend on the flow shift, by default that of the image size.
 
         Raises OptionError if a size or a number cannot be used, or guidance has no negative prompt.
         """
@@ -178,12 +178,11 @@ class QwenImage21(pictures.ModelOfImages):
         if shift is None:
             tokens = count_tokens(LATENT.shape(1, prepared.height, prepared.width))
             shift = size_shift(tokens, SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS)
-        # Turbo, recognized by its file, has its own noise levels
-        turbo = find_turbo(self.files.dit)
-        if turbo is not None and prepared.steps == len(turbo.levels):
-            levels = stretch_levels(torch.tensor(turbo.levels, dtype=torch.float64), shift, TERMINAL)
-            return replace(prepared, flow_shift=shift, sigmas=(*levels.tolist(), 0.0))
+        turbo = find_turbo(self.files.dit)  # recognized by its file
         if turbo is not None:
+            if prepared.steps == len(turbo.levels):
+                levels = stretch_levels(torch.tensor(turbo.levels, dtype=torch.float64), shift, TERMINAL)
+                return replace(prepared, flow_shift=shift, sigmas=(*levels.tolist(), 0.0))
             logger.warning(
                 "Turbo was distilled for its own %d noise levels: with %d steps they are evenly spaced, and "
                 "images get worse",

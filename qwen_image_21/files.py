@@ -285,16 +285,22 @@ def _read_levels(index: Path) -> tuple[float, ...] | None:
         raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
     if levels is None:
         return None
-    is_list = isinstance(levels, list) and 0 < len(levels) <= MAX_LEVELS
-    if not is_list or not all(type(level) in (int, float) and 0 < level <= 1 for level in levels):
-        levels = [0, 0]  # not falling, so the error below is raised
-    if any(level <= next_level for level, next_level in itertools.pairwise(levels)):
+    if not _are_falling_levels(levels):
         raise CheckpointError(
             f"{index}: sample_sigmas must be falling numbers from 1 down to above 0, at most {MAX_LEVELS}. "
             "Copy the file of the release again.",
             index,
         )
     return tuple(map(float, levels))
+
+
+def _are_falling_levels(levels: Any) -> bool:
+    """Return whether a value of a JSON file is a list of falling noise levels in 0..1, without 0."""
+    if not isinstance(levels, list) or not 0 < len(levels) <= MAX_LEVELS:
+        return False
+    if not all(type(level) in (int, float) and 0 < level <= 1 for level in levels):
+        return False
+    return all(level > next_level for level, next_level in itertools.pairwise(levels))
 
 
 @dataclass(frozen=True)

@@ -363,19 +363,19 @@ class WanModel(BlockNetwork):
         clean = torch.zeros_like(velocity[:, :, :given_frames])
         return torch.cat([clean, velocity[:, :, given_frames:]], dim=2)
 
-    def _embed_times(self, timesteps: Tensor, has_given: bool) -> tuple[Tensor, Tensor]:
+    def _embed_times(self, timesteps: Tensor, has_clean_frames: bool) -> tuple[Tensor, Tensor]:
         """Return the embedded times, B S C, and their modulation, B S 6 C.
 
         S is 1, or 2 if there are clean frames, whose time 0 comes first. Each distinct time is embedded once,
         not once for each token as in the released code.
         """
-        if has_given:
+        if has_clean_frames:
             timesteps = torch.cat([timesteps, timesteps.new_zeros(1)])  # B+1: time 0 is embedded once for all
         time = run_float32(self.time_embedding[0], sinusoid(timesteps, self.config.freq_dim))
         time = run_float32(self.time_embedding[2], functional.silu(time))
         modulation = run_float32(self.time_projection[1], functional.silu(time)).unflatten(1, (6, -1))
         time, modulation = time.to(self._precision), modulation.to(self._precision)
-        if not has_given:
+        if not has_clean_frames:
             return time.unsqueeze(1), modulation.unsqueeze(1)
         return _pair_with_last(time), _pair_with_last(modulation)
 

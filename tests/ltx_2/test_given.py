@@ -502,7 +502,7 @@ def test_a_recipe_that_is_wrong_or_contradicts_an_option_is_refused(
         ("av --keyframe_endpoint_training --keyframe_random_interior_p 1", "give both above 0"),
         (
             "av --keyframe_endpoint_training --keyframe_first_frame_p 0 --keyframe_last_frame_p 0",
-            "nothing would be shown",
+            "there would be no keyframes",
         ),
         ("av --video_anchor_training --video_anchor_strength 0.5", "--ltx2_graded_conditioning"),
         ("av --video_anchor_training --video_anchor_strategy random --video_anchor_count 0", "1 or more"),

@@ -518,7 +518,7 @@ def test_kept_audio_changes_the_rest_as_in_diffusers(release: TinyRelease, tmp_p
         ),
         ("--audio_prefix {0}/mask.png", "no sound is generated. Give --ltx2_mode av"),
         ("--extend_prefix {0}/mask.png --ltx2_mode audio", "sound alone has no pictures"),
-        ("--extend_prefix {0}/mask.png --drive_video {0}/clip --ltx2_mode av", "the video has all frames"),
+        ("--extend_prefix {0}/mask.png --drive_video {0}/clip --ltx2_mode av", "the video sets all frames"),
         ("--inpaint_source {0}/clip --inpaint_mask {0}/mask.png --inpaint_threshold 1", "it keeps nothing"),
     ],
 )
