@@ -270,7 +270,7 @@ class AnimaModel(BlockNetwork):
             states_mask: B S, 1 for real ones, which come first.
             ids: T5's tokens, B T'.
             weights: B T', 0 for padding after the tokens, 1 or a weight for each token.
-            overrides: Changes to this call; their second text (negative attention) has the last four too.
+            overrides: Changes to this call; a NAG text has the last four too.
 
         Raises:
             ValueError: If sizes do not match.

@@ -321,8 +321,8 @@ class Fibo2Model(BlockNetwork):
             timesteps: B, 0..1000.
             text: States of the language model, B T n W.
             text_mask: B T, true or 1 for real tokens, which come first.
-            overrides: Changes to this call; their second text has arguments named text and text_mask, and its
-                gist follows that of the first text.
+            overrides: Changes to this call. A text for normalized attention guidance (NAG) has arguments
+                named text and text_mask too; its gist follows that of the prompt.
             references: Clean latents of images to edit, each B Z 1 h w of its own size.
 
         Raises:

@@ -94,7 +94,7 @@ def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFile
         make=partial(make_control_net, options),
         check=partial(_check_can_train, options, files),
         generate=_make_generation_command,
-        default_rate=DefaultRate(5e-7, "1e-5", 5e-4),  # the lowest, a typical and the highest one
+        default_rate=DefaultRate(5e-7, "1e-5", 5e-4),  # lowest, typical, highest
         write=_write_control_net,
         start_option=CONTROL_NET.removeprefix("--"),
     )

@@ -227,14 +227,14 @@ class Flux2Model(BlockNetwork):
     ) -> Hidden:
         """Embed images and text as tokens, B L+T C; return them with the blocks' other inputs.
 
-        References come after the image; a second text, for negative attention, after the first one.
+        References follow the image; the text of normalized attention guidance (NAG) follows the prompt.
 
         Args:
             noisy: B Z 1 H W.
             timesteps: B, 0..1000.
             text: States of the language model, B T text_dim, including padding.
             guidance: B, not scaled; None leaves it out. Ignored by a model without guidance.
-            overrides: Changes to this call; their second text has an argument named text.
+            overrides: Changes to this call; a NAG text has an argument named text too.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
 
         Raises:

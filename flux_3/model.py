@@ -363,7 +363,7 @@ class Flux3Model(BlockNetwork):
     ) -> Hidden:
         """Return the tokens of image, references and text, B L+R+T C, and the other inputs of the blocks.
 
-        A second text, for negative attention, is embedded too, and its tokens come last.
+        A second text, for normalized attention guidance (NAG), is embedded too; its tokens come last.
 
         Args:
             noisy: B Z 1 H W.
@@ -371,7 +371,7 @@ class Flux3Model(BlockNetwork):
             text: States of the language model, B T text_dim, including those of padding to a multiple of 80.
             text_mask: B T, true or 1 for these states; further ones fill up the batch.
             next_timesteps: B, where the step ends; required by a distilled model, and by no other.
-            overrides: Changes to this call; their second text has arguments named text and text_mask.
+            overrides: Changes to this call; a NAG text has arguments named text and text_mask.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
 
         Raises:
@@ -493,7 +493,7 @@ class Flux3Model(BlockNetwork):
 def _add_second_text(
     tokens: Flux3Tokens, text: Flux3Text, num_images: int, combine_attention: CombineAttention
 ) -> Flux3Tokens:
-    """Return the block inputs with a second text, for negative attention, whose tokens come last."""
+    """Return the block inputs with a second text, for normalized attention guidance, whose tokens come last."""
     second = SecondText(
         num_image_tokens=num_images,
         num_text_tokens=text.states.shape[1],

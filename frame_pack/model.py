@@ -321,7 +321,7 @@ class FramePackModel(BlockNetwork):
             clean_latents_4x: Finished latents to embed at quarter resolution.
             clean_latent_4x_indices: Their indices, B n.
             position_scale: Factor for positions along rows and columns.
-            overrides: Changes to this call; their second text has arguments named llama, llama_mask and
+            overrides: Changes to this call; a NAG text has arguments named llama, llama_mask and
                 clip_l.
 
         Raises:

@@ -118,8 +118,8 @@ class HunyuanVideoModel(BlockNetwork):
             clip_l: Pooled CLIP state, B pooled_dim.
             guidance: B, as in the model's training (1000 times the scale in generation); ignored by a model
                 without guidance embedding.
-            overrides: Changes to this call; their second text has arguments named llama, llama_mask and
-                clip_l, and its tokens follow those of the first text.
+            overrides: Changes to this call; a NAG text has arguments named llama, llama_mask and
+                clip_l, and its tokens follow those of the prompt.
 
         Raises:
             ValueError: If sizes do not match.

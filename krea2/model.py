@@ -108,7 +108,7 @@ class GatedAttention(GroupedAttention):
         rotated = rotate(query, rotary), rotate(key, rotary), value
         return attend_rotated(self, rotated, tokens, lengths)
 
-    def see_text(self, x: Tensor, choice: AttentionChoice, lengths: SampleLengths | None) -> Tensor:
+    def attend_text(self, x: Tensor, choice: AttentionChoice, lengths: SampleLengths | None) -> Tensor:
         """Return the self-attention of text tokens x, B T C, without positions."""
         query, key, value = self.heads(x)
         return self.gated(x, attend(query, *repeat_kv_heads(query, key, value), choice, lengths).flatten(2))
@@ -183,7 +183,7 @@ class TextBlock(StreamBlock):
 
     def forward(self, x: Tensor, choice: AttentionChoice, lengths: SampleLengths | None = None) -> Tensor:
         """Apply the block to states x, B T C."""
-        x = x + self.attn.see_text(self.prenorm(x), choice, lengths)
+        x = x + self.attn.attend_text(self.prenorm(x), choice, lengths)
         output: Tensor = x + self.mlp(self.postnorm(x))
         return output
 
@@ -209,7 +209,7 @@ class TextFusion(nn.Module):
         return x
 
 
-class Table(nn.Module):
+class ModulationOffset(nn.Module):
     """A layer's learned offset to the modulation that all layers share."""
 
     def __init__(self, *shape: int) -> None:
@@ -222,7 +222,7 @@ class Krea2Block(StreamBlock):
 
     def __init__(self, config: Krea2Config) -> None:
         super().__init__(config)
-        self.mod = Table(MODULATION_ROWS * config.dim)
+        self.mod = ModulationOffset(MODULATION_ROWS * config.dim)
 
     def modulation(self, tokens: Krea2Tokens) -> tuple[Tensor, ...]:
         """Return scale, shift and gate for attention and for the feed-forward, each B S C float32."""
@@ -261,7 +261,7 @@ class LastLayer(nn.Module):
         super().__init__()
         self.norm = CenteredNorm(config.dim, config.eps)
         self.linear = nn.Linear(config.dim, config.channels * PATCH**2)
-        self.modulation = Table(2, config.dim)
+        self.modulation = ModulationOffset(2, config.dim)
 
     def forward(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         """Project image tokens x, B L C, to patches of the velocity."""
@@ -401,10 +401,10 @@ class Krea2Model(BlockNetwork):
             timesteps: B, 0..1000.
             text: States of the language model, B T n text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
-            overrides: Changes to this call; their second text has arguments named text and text_mask, and its
-                tokens follow those of the first text.
+            overrides: Changes to this call. A text for normalized attention guidance (NAG) has arguments
+                named text and text_mask too; its tokens follow those of the prompt.
             references: Clean latents of images to edit, each B Z 1 h w of its own size.
-            isolated: References attend only to each other.
+            isolated: Whether references attend only to each other.
 
         Raises:
             ValueError: If sizes do not match.

@@ -234,8 +234,8 @@ class LtxModel(nn.Module):
             audio_text: States for the audio stream, B T text_dim.
             has_audio: B, whether each sample has audio; other samples' audio does not influence their video.
                 None: all samples have audio.
-            overrides: Changes to this call; their second text has arguments named text and audio_text. Their
-                given frames have the time 0, and their velocity is 0.
+            overrides: Changes to this call; a NAG text has arguments named text and audio_text. Clean
+                frames have the time 0, and their velocity is 0.
             references: References of video and audio. If those of the video are noisy, its velocity is B Z N:
                 the velocity of their tokens, then that of the video's tokens.
             keyframes: Frame indices in the video of the single images in the last latent frames of `noisy`.
@@ -477,7 +477,7 @@ class LtxModel(nn.Module):
                 channels *= stream_latents.shape[3]  # an audio token joins all frequency bins of one time
             if channels != config.channels:
                 raise ValueError(
-                    f"{channels} numbers in a token of {title}, the model takes {config.channels}"
+                    f"{title} tokens of width {channels}, but the model requires {config.channels}"
                 )
 
 

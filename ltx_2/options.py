@@ -350,21 +350,21 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     def _check_direction(self) -> None:
         """Raise OptionError if --ltx2_train_direction keeps a stream clean that other options change."""
         direction = self.ltx2_train_direction
-        clean_title = None
         # v2a trains audio from clean images, a2v images from clean audio
+        clean_title = None
         if direction == "v2a" and self.given.gives_images:
-            clean_title = "the images"
+            clean_title = "the images are"
         elif direction == "a2v" and self.given.gives_audio:
-            clean_title = "the audio"
+            clean_title = "the audio is"
         if clean_title is not None:
             raise OptionError(
-                f"--ltx2_train_direction {direction}: all of {clean_title} is given. Leave the options of "
-                "given parts out"
+                f"--ltx2_train_direction {direction}: {clean_title} always clean. Leave out the options "
+                "for parts of them"
             )
         if AUDIO in self.strategy.needs and direction == "a2v":
             raise OptionError(
-                f"{self.strategy_option} and --ltx2_train_direction a2v: all of the audio is given, and none "
-                "is made after a reference. Leave one of them out"
+                f"{self.strategy_option} and --ltx2_train_direction a2v: the audio is always clean, so none "
+                "is generated from a reference. Leave one of them out"
             )
 
     @property

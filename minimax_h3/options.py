@@ -403,13 +403,13 @@ def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, 
 
     Raises OptionError if another option contradicts them, or for guidance, which is built into the model.
     """
-    options: Any = shared
+    options: Any = shared  # the generation scripts' shared options
     request = options.request
     check_guidance(request.guidance_scale, "--guidance_scale")
-    shares_passes = options.speed.modes.divides_passes
-    if shares_passes:
+    option = options.speed.modes.divides_passes
+    if option:
         raise OptionError(
-            f"{shares_passes} shares the passes with and without the prompt among processes, and "
+            f"{option} shares the passes with and without the prompt among processes, and "
             f"{NAME} has one pass for each step. Use --context_parallel: processes share the tokens"
         )
     if options.guidance.nag.is_on:

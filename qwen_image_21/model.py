@@ -167,7 +167,7 @@ class QwenImage21Attention(nn.Module):
 
     def attend_tokens(self, heads: tuple[Tensor, ...], tokens: QwenImage21Tokens) -> Tensor:
         """Return the self-attention of all tokens, B L+P N D, from their query, key and value heads."""
-        # a second text, for negative attention; this process's shard of the tokens
+        # a second text, for normalized attention guidance (NAG); this process's shard of the tokens
         second, shard = tokens.second_text, tokens.shard
         if shard is not None:
             # exchange tokens for heads: each process attends with all tokens and some heads
@@ -448,7 +448,7 @@ class QwenImage21Model(BlockNetwork):
     ) -> Hidden:
         """Embed an image and its prefix (text and references) as tokens, B L+P C, for the blocks.
 
-        Returned with the blocks' other inputs. A second text is for negative attention.
+        Returned with the blocks' other inputs. A second text is for normalized attention guidance (NAG).
 
         Args:
             noisy: B Z 1 H W.
@@ -456,7 +456,7 @@ class QwenImage21Model(BlockNetwork):
             text: States of the language model, B T text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
             slots: B n ascending, on the host: the text token before which each reference is inserted.
-            overrides: Changes to this call; their second text has arguments named text, text_mask and slots.
+            overrides: Changes to this call; a NAG text has arguments named text, text_mask and slots.
             references: Clean latents of n images to edit, each B Z 1 h w of its own size.
             is_prefix_cached: Leave out the prefix, because the blocks have stored its keys and values.
 
