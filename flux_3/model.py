@@ -493,7 +493,7 @@ class Flux3Model(BlockNetwork):
 def _add_second_text(
     tokens: Flux3Tokens, text: Flux3Text, num_images: int, combine_attention: CombineAttention
 ) -> Flux3Tokens:
-    """Return the block inputs with a second text, for normalized attention guidance, whose tokens come last."""
+    """Return the block inputs with the text of normalized attention guidance; its tokens come last."""
     second = SecondText(
         num_image_tokens=num_images,
         num_text_tokens=text.states.shape[1],

@@ -545,13 +545,13 @@ class Ltx2(Ltx2Media):
     def _make_joint(self, prepared: Prepared) -> AudioVideoShapes | None:
         """Return the joint shape of video and audio latents; None without audio, as for a single image."""
         audio = self.audio
-        is_alone = not self.files.has_images
-        if audio is None or not self.makes_audio or (prepared.frames <= 1 and not is_alone):
+        trains_only_audio = not self.files.has_images
+        if audio is None or not self.makes_audio or (prepared.frames <= 1 and not trains_only_audio):
             return None
         _, channels, length, rows, columns = self.latent.shape(
             prepared.frames, prepared.height, prepared.width
         )
-        image = (channels, 0 if is_alone else length, rows, columns)
+        image = (channels, 0 if trains_only_audio else length, rows, columns)
         return AudioVideoShapes(image, audio.shape(prepared.frames, prepared.fps))
 
     def _resolve_guidance(self, request: Request, references: RequestReferences) -> rules.GuidanceRules:
@@ -890,8 +890,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     options = with_recipe(options)
     files = files_of(options, options.model.streams)
     check_version(files, options)
-    # if only audio is trained, video latents are placeholders, and the noise level depends on the audio
-    is_alone = not files.has_images
+    trains_only_audio = not files.has_images  # video latents are then placeholders
     log_ignored(
         files.streams,
         options,
@@ -903,19 +902,19 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     learning = rules.AudioLearning(
         options.video_loss_weight,
         options.audio_loss_weight,
-        options.independent_audio_timestep or is_alone,
-        rules.IMAGE_STREAM if is_alone else CLEAN_STREAMS[options.ltx2_train_direction],
+        options.independent_audio_timestep or trains_only_audio,
+        rules.IMAGE_STREAM if trains_only_audio else CLEAN_STREAMS[options.ltx2_train_direction],
     )
     noise = replace(
         NOISE,
         first_frame_probability=options.first_frame_probability,
         shifted_logit=shifted_logit(options.sigmas, files),
         clean_token_rule=make_clean_latent_rules(options.given),
-        # masks either select the given latents, or keep weighting the loss; guide images are put in anyway
+        # both insert guide images; a mask selects clean latents instead of weighting the loss
         change_conditions=select_clean_latents_by_mask if options.given.ltx2_inpaint_mask else insert_guides,
     )
     strategy = options.strategy
-    takes_images = strategy.takes_images and not is_alone
+    takes_images = strategy.takes_images and not trains_only_audio
     if not strategy.takes_audio:
         warn_of_unused(options.audio_references, options.strategy_option)
     return Ltx2(

@@ -139,15 +139,15 @@ class NoisyReferences:
         parts = self.noisy.split(counts, dim=2)
         return [part.unflatten(2, clean.shape[2:]) for part, clean in zip(parts, references, strict=True)]
 
-    def pack_velocity(self, velocity: Tensor, picture: Tensor, sigma: Tensor) -> Tensor:
+    def pack_velocity(self, velocity: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
         """Return the velocity of the video, followed by that of the references, as one flat tensor.
 
         Args:
             velocity: B C N of the references' tokens, then the video's.
-            picture: Latents of the video, B C F H W, for their shape.
+            latents: Latents of the video, B C F H W, for their shape.
             sigma: The video's noise level, B.
         """
-        counts = [self.clean.shape[2], picture[0, 0].numel()]
+        counts = [self.clean.shape[2], latents[0, 0].numel()]
         # the references' tokens come first
         reference_velocity, image_velocity = velocity.split(counts, dim=2)
         reference_velocity = velocity_of_references(
@@ -157,7 +157,7 @@ class NoisyReferences:
             strength=self.strength,
             sigma=sigma,
         )
-        return pack(image_velocity.unflatten(2, picture.shape[2:]), reference_velocity)
+        return pack(image_velocity.unflatten(2, latents.shape[2:]), reference_velocity)
 
 
 def split_audio(latents: Tensor, joint: AudioVideoShapes | None) -> tuple[Tensor, Tensor | None]:

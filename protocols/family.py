@@ -213,7 +213,7 @@ class DitSpec:
     def execution_order(self, counts: Sequence[int]) -> list[int]:
         """Return the indices of all blocks in the order in which they run.
 
-        Indices count over all lists, in the order of `block_lists`.
+        Indices count over all lists, in the order of `block_lists`; blocks of `second_list` are interleaved.
 
         Args:
             counts: Number of blocks in each list.
@@ -221,10 +221,14 @@ class DitSpec:
         indices = list(range(sum(counts)))
         if not self.second_list:
             return indices
-        main, side = counts
-        share = ceil_div(main, max(side, 1))  # blocks of the main list per block of the side list
-        # side block k gets the sort key k * share - 0.5, just before main block k * share
-        return sorted(indices, key=lambda index: index if index < main else (index - main) * share - 0.5)
+        num_main, num_side = counts
+        interval = ceil_div(num_main, max(num_side, 1))  # main blocks per side block
+
+        def sort_key(index: int) -> float:
+            # side block k runs just before main block k * interval
+            return index if index < num_main else (index - num_main) * interval - 0.5
+
+        return sorted(indices, key=sort_key)
 
     def blocks_in_order(self, dit: nn.Module) -> list[nn.Module]:
         """Return all blocks of a network in the order in which they run."""

@@ -29,7 +29,7 @@ def encode_together(
 ) -> list[CacheEntry]:
     """Encode all items in one batch: latents, control videos, and the image condition of `condition_kind`.
 
-    Without an image encoder there are no image features: Wan2.2 takes none.
+    Without an image encoder there are no image features; Wan2.2 uses none.
 
     Args:
         encoders: VAE and image encoder.

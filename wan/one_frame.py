@@ -209,13 +209,13 @@ def check_table(table: MediaTable, has_features: bool) -> None:
     """
     if table.kind != "image" or not table.has_control:
         raise DatasetError(
-            f"{table.name}: --one_frame learns images from control images. Give an image_directory with a "
+            f"{table.name}: --one_frame trains on images with control images. Give an image_directory with a "
             "control_directory, or control_path in every line of a list."
         )
     if has_features and len(table.clean_indices) > MAX_FEATURES:
         raise DatasetError(
             f"{table.name}: fp_1f_clean_indices asks for {len(table.clean_indices)} control images; with "
-            f"features of images (--clip) Wan2.1 takes {MAX_FEATURES} at most."
+            f"features of images (--clip) Wan2.1 allows {MAX_FEATURES} at most."
         )
     if not table.has_post:
         logger.info("%s: fp_1f_no_post is ignored because only FramePack has that frame", table.name)

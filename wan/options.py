@@ -158,8 +158,8 @@ class WanModelOptions(Options, title="Wan"):
     def __post_init__(self) -> None:
         if self.dit_dtype is not None and self.mixed_precision_transformer:
             raise OptionError(
-                f"--dit_dtype {self.dit_dtype} with --mixed_precision_transformer, which keeps those of the "
-                "file: leave one of them out"
+                f"--dit_dtype {self.dit_dtype} with --mixed_precision_transformer, which keeps the file's "
+                "dtypes: leave one of them out"
             )
         if self.vace is not None and TASKS[self.task].kind != VACE:
             raise OptionError(
@@ -171,11 +171,12 @@ class WanModelOptions(Options, title="Wan"):
                 "--text_as_image_tokens is ignored because --task %s is not one of Fun-Control of Wan2.1",
                 self.task,
             )
-        # each of two transformers needs a file of VACE's blocks, and a single one takes only one such file;
-        # other_transformers: for high noise, or (in training) only for samples
-        other_transformers = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
-        if self.vace is not None and (self.vace_high_noise is None) != (other_transformers == (None, None)):
-            missing = "--vace_high_noise" if self.vace_high_noise is None else "--dit_high_noise"
+        # a second transformer, for high noise or (in training) only for samples, needs its own VACE blocks
+        second_dits = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
+        has_second_dit = second_dits != (None, None)
+        has_second_vace = self.vace_high_noise is not None
+        if self.vace is not None and has_second_vace != has_second_dit:
+            missing = "--dit_high_noise" if has_second_vace else "--vace_high_noise"
             raise OptionError(
                 "--vace with two transformers: each has blocks of VACE, --vace and --vace_high_noise. "
                 f"Give {missing} too"

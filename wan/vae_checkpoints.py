@@ -124,9 +124,9 @@ def check_latents(
             f"is {RELEASES[config.latent_channels].description}; {needed_by} needs {release.description}"
         )
     elif has_alpha and not latent.has_alpha:
-        difference = f"is a VAE of pixels with alpha; {needed_by} needs one of pixels without"
+        difference = f"is a VAE for pixels with alpha; {needed_by} needs one without"
     elif latent.has_alpha and not has_alpha:
-        difference = f"is a VAE of pixels without alpha; {needed_by} needs its own, of pixels with alpha"
+        difference = f"is a VAE for pixels without alpha; {needed_by} needs one with alpha"
     else:
         return
     raise CheckpointError(f"{path} {difference}.\n  Give {files or release.files} to --vae.", path)

@@ -549,7 +549,10 @@ def test_a_changed_voice_is_cached_again_and_nothing_else(other: Project) -> Non
         (["--ltx2_mode", "v"], ["this run has no sound that could be made after it"]),
         (["--ltx2_mode", "v", "--lora_target_preset", "audio_ref_ic"], ["Give --ltx2_mode av"]),
         (["--ltx2_mode", "audio", "--ic_lora_strategy", "av_ic"], ["Give --ltx2_mode av"]),
-        (["--ic_lora_strategy", "av_ic"], ["--ic_lora_strategy av_ic learns from", "to reference_directory"]),
+        (
+            ["--ic_lora_strategy", "av_ic"],
+            ["--ic_lora_strategy av_ic needs a reference", "to reference_directory"],
+        ),
         (
             ["--lora_target_preset", "audio_ref_ic", "--ltx2_train_direction", "a2v"],
             ["the audio is always clean"],
