@@ -237,10 +237,10 @@ class Flux(ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return what the transformer is given in training: text states, guidance (B) and control latents.
+        """Return the conditions of a training batch: text states, guidance (B) and control latents.
 
-        Raises CacheError if a cached tensor is missing or does not fit the transformer, or if T5 read the
-        captions with other settings than this training has.
+        Raises CacheError if a cached tensor is missing or does not fit the transformer, or if T5 encoded
+        the captions with different settings.
         """
         control = self._read_control(latents, batch)
         batch.check(dict.fromkeys(sorted(self.text_keys), TEXTS_AGAIN), "the transformer")

@@ -141,14 +141,14 @@ class Flux2Files(LanguageModelFiles):
     def dit_header(self) -> DitHeader[Flux2Config]:
         """Read the transformer file's header; raise OptionError if it belongs to another release."""
         header: DitHeader[Flux2Config] = super().dit_header()
-        takes_guidance = self.version.defaults.embedded_guidance is not None
+        needs_guidance = self.version.defaults.embedded_guidance is not None
         other_version = None  # the first version with the file's width, if the width is not the expected one
         if header.config.dim != self.version.dim:
             versions = (name for name, version in VERSIONS.items() if version.dim == header.config.dim)
             other_version = next(versions, None)
-        if header.config.has_guidance != takes_guidance or other_version is not None:
-            # with the expected width, the file differs in whether it takes guidance as an input
-            fitting = other_version or ("klein-4b" if takes_guidance else "dev")
+        if header.config.has_guidance != needs_guidance or other_version is not None:
+            # with the expected width, only the guidance input differs
+            fitting = other_version or ("klein-4b" if needs_guidance else "dev")
             raise OptionError(
                 f"--dit {self.dit_path} is {describe(header)} of width {header.config.dim}, not that of "
                 f"--model_version {self.model_version}. Give the version of the file, such as {fitting}, or "

@@ -369,13 +369,13 @@ class Flux3Model(BlockNetwork):
             noisy: B Z 1 H W.
             timesteps: B, 0..1000.
             text: States of the language model, B T text_dim, including those of padding to a multiple of 80.
-            text_mask: B T, true or 1 for these states; further ones fill up the batch.
-            next_timesteps: B, where the step ends; required by a distilled model, and by no other.
+            text_mask: B T, true or 1 for these states; the others only align the batch.
+            next_timesteps: B, where the step ends; only for a distilled model, which requires it.
             overrides: Changes to this call; a NAG text has arguments named text and text_mask.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
 
         Raises:
-            ValueError: If sizes do not match, or `next_timesteps` is missing or not taken by the model.
+            ValueError: If sizes do not match, or `next_timesteps` is missing or not supported.
         """
         self._check_inputs((noisy, *references), text, text_mask, next_timesteps)
         dtype = activation_dtype(noisy.device, self.compute_dtype)

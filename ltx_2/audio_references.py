@@ -42,7 +42,7 @@ class RequestReferences:
 
     @property
     def are_given(self) -> bool:
-        """Return whether there are any reference recordings."""
+        """Return whether there are any references."""
         return bool(self.images) or self.audio is not None
 
 

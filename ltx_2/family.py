@@ -60,8 +60,8 @@ from ltx_2.options import (
     Ltx2LatentCachingOptions,
     Ltx2TextCachingOptions,
     Ltx2TrainingOptions,
+    apply_conditioning_config,
     log_ignored,
-    with_recipe,
 )
 from ltx_2.reference_options import MAX_REFERENCES
 from ltx_2.references import (
@@ -328,9 +328,8 @@ class Ltx2(Ltx2Media):
             image_timesteps, audio_timesteps = timesteps.unbind(1)
         num_frames = image.shape[2]
         clean_tokens = overrides.clean_tokens or CleanTokens()
-        has_training_keyframes = (
-            clean_tokens.keyframes is not None
-        )  # a generation has them in the noisy video
+        # in training; in a generation the keyframes are part of the noisy video
+        has_training_keyframes = clean_tokens.keyframes is not None
         if has_training_keyframes:
             image, overrides = self._append_keyframes(image, clean_tokens, image_timesteps, overrides)
         references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]
@@ -887,7 +886,7 @@ def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
 
 def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     """Return the family for LTX-2's training scripts, with its noise, loss and reference options."""
-    options = with_recipe(options)
+    options = apply_conditioning_config(options)
     files = files_of(options, options.model.streams)
     check_version(files, options)
     trains_only_audio = not files.has_images  # video latents are then placeholders

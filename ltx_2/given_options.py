@@ -210,7 +210,7 @@ CONDITION_OPTIONS: Mapping[tuple[str, str], Mapping[str, str]] = {
 _DIRECTIONS = {(True, True): "joint", (True, False): "a2v", (False, True): "v2a"}
 
 
-def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
+def read_conditioning_config(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
     """Return the option values that a --ltx2_conditioning_config file sets, by option name.
 
     The file has a table for each stream: whether it is generated, and which parts of it are given.

@@ -42,11 +42,11 @@ def check_keyframes(images: Sequence[PlacedImage], frames: int) -> None:
 def encode_keyframes(
     images: Sequence[PlacedImage], prepared: Prepared, encode: Callable[[Tensor], Tensor], crf: int
 ) -> dict[str, Tensor]:
-    """Return the conditions of keyframes: their latents, frame indices and given shares; {} without any.
+    """Return the conditions of keyframes: latents, frame indices and clean weights; {} without any.
 
     Args:
         images: The keyframes.
-        prepared: The request, or a stage's request: gives width and height.
+        prepared: The request, or a stage's request, for width and height.
         encode: Encodes pixels 1 3 F H W.
         crf: H.264 quality to which the images are compressed first.
     """

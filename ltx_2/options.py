@@ -18,7 +18,7 @@ from ltx_2.audio_reference_options import (
     find_strategy,
 )
 from ltx_2.given_media_options import Ltx2GivenMedia
-from ltx_2.given_options import Ltx2GivenParts, check_value, read_recipe
+from ltx_2.given_options import Ltx2GivenParts, check_value, read_conditioning_config
 from ltx_2.model_options import (
     AUDIO,
     VIDEO,
@@ -323,7 +323,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         self._check_streams()
         self._check_direction()
         if self.given.ltx2_conditioning_config is not None:
-            with_recipe(self)
+            apply_conditioning_config(self)
 
     def _check_streams(self) -> None:
         """Raise OptionError if options need a stream, video or audio, that --ltx2_mode leaves out."""
@@ -378,7 +378,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         return find_strategy(self.ic_lora_strategy, self.lora_target_preset)[0]
 
 
-def with_recipe(options: R) -> R:
+def apply_conditioning_config(options: R) -> R:
     """Return the options with the settings of --ltx2_conditioning_config applied and this option unset.
 
     Raises:
@@ -388,7 +388,7 @@ def with_recipe(options: R) -> R:
     if path is None:
         return options
     source = f"--ltx2_conditioning_config {path}"
-    values = read_recipe(path, options.model.streams)
+    values = read_conditioning_config(path, options.model.streams)
     # options of both records can be set by the file
     for record in (options, options.given):
         for field in fields(record):
@@ -398,7 +398,7 @@ def with_recipe(options: R) -> R:
                 typed = getattr(record, field.name)
                 if is_set(record, field) and typed != values[name]:
                     raise OptionError(
-                        f"--{name} {typed} and {source}, which says {values[name]}: give one of them"
+                        f"--{name} {typed} and {source}, which sets {values[name]}: give one of them"
                     )
     return override_options(options, {**values, "ltx2_conditioning_config": None})
 

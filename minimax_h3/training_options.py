@@ -393,13 +393,12 @@ def _translate_guidance(args: argparse.Namespace) -> Shared:
         name = "--h3_guidance_loss_sigma_min"
         lowest = in_thousandths(name, args.h3_guidance_loss_sigma_min)
         shared["guided_target_min_timestep"] = name, lowest
-    # these shared losses use the same cache of the empty prompt
-    shared_scales = [getattr(args, name, None) for name in ("guided_target", "blank_prior_weight")]
-    is_needed = scale or any(shared_scales)
-    if args.h3_guidance_loss_uncond_cache is not None and not is_needed:
+    # shared losses use the same cache of the empty prompt
+    uses_cache = scale or getattr(args, "guided_target", None) or getattr(args, "blank_prior_weight", None)
+    if args.h3_guidance_loss_uncond_cache is not None and not uses_cache:
         raise OptionError(
-            f"--h3_guidance_loss_uncond_cache {args.h3_guidance_loss_uncond_cache}: it is for "
-            "--h3_guidance_loss_scale (or --guided_target, --blank_prior_weight). Give that, or leave it out"
+            f"--h3_guidance_loss_uncond_cache {args.h3_guidance_loss_uncond_cache}: it has no effect without "
+            "--h3_guidance_loss_scale, --guided_target or --blank_prior_weight. Give one, or leave it out"
         )
     return shared
 

@@ -97,8 +97,8 @@ def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
     # 16: a head divides into whole pairs of channels for images, rows and columns (see `rotary_widths`)
     if dim % head_dim or head_dim % 16 or token_dim % PATCH**2:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, heads of {head_dim} and tokens of {token_dim} numbers are not "
-            f"those of {MODEL_KIND}. Copy the file again.",
+            f"{shapes.path}: width {dim}, heads of {head_dim} and tokens of width {token_dim} do not "
+            f"fit {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     shapes.shape_of(QUERY_WEIGHT)  # raises if it is missing

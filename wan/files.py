@@ -388,12 +388,12 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     if files.vae is not None:
         release = RELEASES[read_once(files.vae_path, read_vae).config.latent_channels]
     if release is None:
-        logger.info("Sizes are those of %s; for others give --vae", WAN_2_1.description)
+        logger.info("Sizes are those of %s; give --vae for other ones", WAN_2_1.description)
     if release is not WAN_2_2:
         return replace(files, task=TASKS["t2v-14B"]), condition_kind
     if condition_kind == VACE:
         raise OptionError(
-            f"--vace: --vae {options.vae.vae} is {WAN_2_2.description}; VACE has that of Wan2.1"
+            f"--vace: --vae {options.vae.vae} is {WAN_2_2.description}; VACE needs that of Wan2.1"
         )
     if condition_kind is not None:
         switch = "--clip" if options.clip is not None else "--i2v"

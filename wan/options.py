@@ -316,28 +316,27 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
     def _check_vace_options(self) -> None:
         """Raise OptionError if an option is given that only VACE uses."""
         task = TASKS[self.task]
-        can_make_one_frame = task.requires_image and not task.has_control
-        # prompt lines may ask for one frame too, which uses control images
-        reads_lines = self.from_file is not None or self.interactive
-        one_frame = self.one_frame_inference is not None or (can_make_one_frame and reads_lines)
-        control_images = None if one_frame else self.control_image_path
-        unused = None  # the first option that this task does not use
-        if self.src_mask:
-            unused = MASK
-        elif self.vace_scale != (1.0,):  # not the default
-            unused = SCALE
-        elif self.control_path and not task.has_control:
-            unused = "control_path"
-        elif control_images:
-            unused = "control_image_path"
-        if unused is not None:
-            alone = ""
-            if can_make_one_frame and unused == "control_image_path":
-                alone = " without --one_frame_inference"
-            raise OptionError(
-                f"--{unused}: --task {self.task} has no use for it{alone}. Use --task vace-1.3B, vace-14B or "
-                "vace-A14B, with a checkpoint of VACE"
-            )
+        supports_one_frame = task.requires_image and not task.has_control
+        # a single frame is generated from control images; prompt lines may ask for it too
+        reads_prompt_lines = self.from_file is not None or self.interactive
+        may_make_one_frame = self.one_frame_inference is not None or (
+            supports_one_frame and reads_prompt_lines
+        )
+        unused_options = {
+            MASK: self.src_mask,
+            SCALE: self.vace_scale != (1.0,),  # the default
+            "control_path": self.control_path and not task.has_control,
+            "control_image_path": self.control_image_path and not may_make_one_frame,
+        }
+        for name, is_unused in unused_options.items():
+            if is_unused:
+                condition = ""
+                if supports_one_frame and name == "control_image_path":
+                    condition = " without --one_frame_inference"
+                raise OptionError(
+                    f"--{name}: --task {self.task} does not use it{condition}. Use --task vace-1.3B, "
+                    "vace-14B or vace-A14B, with a checkpoint of VACE"
+                )
 
 
 def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:

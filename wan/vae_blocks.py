@@ -273,7 +273,7 @@ class WanVaeHalf(nn.Module):
         self.head = nn.ModuleDict({"0": RmsNorm(width_out), "2": WanCausalConv(width_out, channels_out)})
 
     def forward(self, x: Tensor, frame_cache: FrameCache | None) -> Tensor:
-        """Return the result for the next chunk x of a clip; None as `memory` if x is the whole clip."""
+        """Return the result for the next chunk x of a clip; `frame_cache` is None if x is the whole clip."""
         x = self.conv1(x, frame_cache)
         order = [*self.downsamples, *self.middle] if self.is_encoder else [*self.middle, *self.upsamples]
         for layer in order:

@@ -325,8 +325,8 @@ TOGETHER = (
 SPELLED = (
     wrong(GENERATIONS, "--nf4 --fp8", "--nf4 and --fp8 exclude each other"),
     wrong(GENERATIONS, "--nf4_base --fp8", "--nf4_base and --fp8 exclude each other"),
-    wrong(WAN, "--src_video none.mp4", "--src_video: --task t2v-1.3B has no use for it"),
-    wrong(WAN, "--control_pa none.mp4", "--control_path: --task t2v-1.3B has no use for it"),
+    wrong(WAN, "--src_video none.mp4", "--src_video: --task t2v-1.3B does not use it"),
+    wrong(WAN, "--control_pa none.mp4", "--control_path: --task t2v-1.3B does not use it"),
     wrong(WAN, "--noise_mode sideways", "--noise_mode"),
 )
 MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "kind": OF_ANOTHER_KIND, "path": MISTYPED}

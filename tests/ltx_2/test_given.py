@@ -29,7 +29,7 @@ from ltx_2.given import (
     covered_fractions,
 )
 from ltx_2.given_options import Ltx2GivenParts
-from ltx_2.options import Ltx2TrainingOptions, with_recipe
+from ltx_2.options import Ltx2TrainingOptions, apply_conditioning_config
 from modules.errors import DatasetError, OptionError
 from protocols.data import AUDIO_LATENTS, Batch
 from tests.ltx_2.release import dit_config
@@ -448,7 +448,7 @@ def options_with(folder: Path, recipe: str, *words: str) -> Ltx2TrainingOptions:
     path.write_text(recipe, encoding="utf-8")
     words = "--ltx2_mode", "av", "--ltx2_conditioning_config", str(path), *words
     options: Ltx2TrainingOptions = read_own("ltx2_train_network", *words)
-    return with_recipe(options)
+    return apply_conditioning_config(options)
 
 
 def test_a_recipe_sets_the_options(tmp_path: Path) -> None:
