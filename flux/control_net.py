@@ -228,7 +228,7 @@ def _check_dimensions(path: Path, tensors: Mapping[str, TensorInfo], config: Flu
     # dimension -> its size in the ControlNet and in the transformer
     sizes = {
         "width": (tensors[CONTROL_EMBEDDER].shape[0], config.dim),
-        "numbers of a token": (tensors[CONTROL_EMBEDDER].shape[1], config.token_dim),
+        "token width": (tensors[CONTROL_EMBEDDER].shape[1], config.token_dim),
         "text": (count_inputs("context_embedder.weight"), config.text_dim),
         "pooled text": (count_inputs("time_text_embed.text_embedder.linear_1.weight"), config.pooled_dim),
     }

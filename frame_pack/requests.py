@@ -203,12 +203,14 @@ def _count_sections_of_frames(frames: int, window: int) -> int:
     full_frames = video_frames(max(sections, 1), window)
     if sections == 0:
         raise OptionError(
-            f"{frames} frames are less than a section: the least with --latent_window_size {window} are "
-            f"{full_frames}"
+            f"{frames} frames are less than a section, which has at least {full_frames} with "
+            f"--latent_window_size {window}"
         )
     if frames != full_frames:
         logger.warning(
-            "%d frames are made %d: a video has whole sections behind its first frame", frames, full_frames
+            "%d frames are rounded to %d: a video has whole sections after its first frame",
+            frames,
+            full_frames,
         )
     return sections
 

@@ -214,8 +214,8 @@ def move_ic_loras_to_first_stage(shared: Any, own_options: Any) -> tuple[Any, An
         )
     if not both_stages and shared.lora_rounding != "auto":
         raise OptionError(
-            f"--lora_rounding {shared.lora_rounding}: {first_stage[0][0]} is an IC-LoRA, which is added "
-            "beside the weights and not merged into them. Leave the option out"
+            f"--lora_rounding {shared.lora_rounding}: {first_stage[0][0]} is an IC-LoRA, which is not "
+            "merged into the weights. Leave the option out"
         )
     logger.info(
         "%s: an IC-LoRA, which only the first stage uses, as in the official pipeline",

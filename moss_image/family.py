@@ -157,7 +157,7 @@ class MossImage(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields, with its noise levels and the blocks that the negative pass skips.
+        """Resolve a request, with its noise levels and the blocks that the negative pass skips.
 
         Raises OptionError if a size or a number cannot be used.
         """
@@ -175,15 +175,15 @@ class MossImage(pictures.ModelOfImages):
         if schedule == own.SIMPLE or prepared.solver != "euler":
             return prepared
         levels = snap_levels(prepared.steps, prepared.flow_shift)
-        made = len(levels) - 1
-        if made < prepared.steps:
+        num_steps = len(levels) - 1
+        if num_steps < prepared.steps:
             logger.warning(
-                "%d of the %d steps are made: the official noise levels are whole thousandths, and equal "
-                "ones are left out. --moss_schedule simple makes all",
-                made,
+                "%d of the %d steps are taken: the official noise levels are whole thousandths, and equal "
+                "ones are skipped. --moss_schedule simple takes all",
+                num_steps,
                 prepared.steps,
             )
-        return replace(prepared, steps=made, sigmas=levels)
+        return replace(prepared, steps=num_steps, sigmas=levels)
 
     def _select_skips(self, request: Request) -> NegativeSkips:
         """Return which blocks the negative pass skips, and when; raise OptionError for unknown blocks."""

@@ -246,8 +246,8 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
     if vace_layers and (layers % vace_layers or vace_dim != VACE_DIM):
         raise CheckpointError(
             f"{path}: {vace_layers} VACE blocks next to {layers} blocks, and a vace_patch_embedding for "
-            f"{vace_dim} channels. Each block of VACE belongs to the same number of other blocks, and they "
-            f"take {VACE_DIM} channels. Download it again.",
+            f"{vace_dim} channels. Each VACE block must belong to the same number of other blocks, and "
+            f"the embedding must have {VACE_DIM} channels. Download it again.",
             path,
         )
     if vace_layers:

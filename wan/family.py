@@ -217,18 +217,18 @@ class Wan(OneTransformer):
             one_frame.check_table(table, self.files.clip is not None)
         elif table.has_control and len(table.clean_indices) > 1:
             raise DatasetError(
-                f"{table.name}: Wan takes one control video or image for each item, fp_1f_clean_indices asks "
-                f"for {len(table.clean_indices)}. Remove fp_1f_clean_indices, or give --one_frame."
+                f"{table.name}: Wan uses one control video or image for each item, but fp_1f_clean_indices "
+                f"asks for {len(table.clean_indices)}. Remove fp_1f_clean_indices, or give --one_frame."
             )
         elif table.has_control and self.files.task.kind == "ti2v":
             raise DatasetError(
-                f"{table.name}: Wan2.2 TI2V-5B takes no control videos. Remove the table's control_directory "
-                "or control_path, or cache with the VAE of another model."
+                f"{table.name}: Wan2.2 TI2V-5B does not use control videos. Remove the table's "
+                "control_directory or control_path, or cache with the VAE of another model."
             )
         elif self.condition_kind == VACE and not (table.has_control or table.has_references):
             raise DatasetError(
-                f"{table.name}: --vace, and nothing that VACE could learn from. Give control_directory or "
-                "reference_directory; for LoRAs of texts alone cache without --vace, and train --task t2v-..."
+                f"{table.name}: --vace needs control media or references. Give control_directory or "
+                "reference_directory; for text-to-video LoRAs cache without --vace, and train --task t2v-..."
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:

@@ -126,7 +126,7 @@ def _read_order(request: Request, option: str) -> FrameOrder:
         )
     if len(settings.control_indices or (DEFAULT_CONTROL,)) != len(images):
         raise OptionError(
-            f"{option}: {len(images)} control images. Give as many places, as in control_index=0+2 for two"
+            f"{option}: {len(images)} control images. Give as many positions, as in control_index=0+2 for two"
         )
     try:
         return order_frames(settings.control_indices, settings.target_index)

@@ -310,7 +310,7 @@ def test_a_strength_of_a_line_counts_in_the_text_encoders_too(
             {"controlnet_mode_embedder.weight": torch.zeros(4, 128)},
             "is a Union ControlNet that needs the kind",
         ),
-        ({"controlnet_x_embedder.weight": torch.zeros(128, 16)}, "numbers of a token 16 and 64"),
+        ({"controlnet_x_embedder.weight": torch.zeros(128, 16)}, "token width 16 and 64"),
         ({"controlnet_x_embedder.weight": None}, "--controlnet_model_name_or_path"),
     ],
 )

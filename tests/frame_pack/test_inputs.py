@@ -185,7 +185,8 @@ def test_samples_say_frames_which_are_made_whole_sections(
     assert settle(picture, frames=85).frames == 73
     assert "85 frames are made 73" in caplog.text
     with pytest.raises(
-        OptionError, match="33 frames are less than a section: the least with --latent_window_size 9 are 37"
+        OptionError,
+        match="33 frames are less than a section, which has at least 37 with --latent_window_size 9",
     ):
         settle(picture, frames=33)
 

@@ -627,7 +627,7 @@ def test_positions_come_from_loras_and_contradictions_are_told(
     typed = Ltx2GivenAudioReference(ends_before_audio=False)
     assert resolve_reference_positions(typed, [before]).ends_before_audio is False
     assert "was trained with --audio_ref_use_negative_positions" in caplog.text
-    with pytest.raises(OptionError, match="do not work together"):
+    with pytest.raises(OptionError, match="the values must be equal"):
         resolve_reference_positions(default, [before, beside])
     with pytest.raises(OptionError, match="true or false"):
         resolve_reference_positions(default, [odd])

@@ -52,7 +52,7 @@ def test_equal_levels_are_left_out_and_told(family: MossImage, caplog: pytest.Lo
     assert not caplog.records
     prepared = prepare(family, steps=500)
     assert prepared.steps == len(prepared.sigmas) - 1 == GOLDEN["evaluations"]["500"]
-    assert "415 of the 500 steps are made" in caplog.text
+    assert "415 of the 500 steps are taken" in caplog.text
 
 
 def test_the_simple_schedule_is_that_of_the_solver(family: MossImage) -> None:

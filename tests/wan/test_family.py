@@ -221,7 +221,7 @@ def test_a_table_with_several_control_images_for_one_item_is_refused(family_of: 
     family.check_table(MediaTable("data.toml", "image", has_control=True, clean_indices=(0,)))
     family.check_table(MediaTable("data.toml", "image", clean_indices=(0, 10)))  # there are none
     with pytest.raises(
-        DatasetError, match=r"^data\.toml: Wan takes one control.* fp_1f_clean_indices asks for 2"
+        DatasetError, match=r"^data\.toml: Wan uses one control.* fp_1f_clean_indices asks for 2"
     ):
         family.check_table(MediaTable("data.toml", "image", has_control=True, clean_indices=(0, 10)))
 

@@ -116,7 +116,7 @@ def test_a_request_that_cannot_be_meant(folder: Path, case: str) -> None:
 
 
 CACHING = {
-    "nothing to learn from": ("", "nothing that VACE could learn from"),
+    "nothing to learn from": ("", "--vace needs control media or references"),
     "masks without control": ('control_mask_directory = "masks"\n', "Give control_directory"),
 }
 
