@@ -203,7 +203,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
     # reject ControlNets of other kinds
     if hint is not None:
         raise CheckpointError(
-            f"{CONTROL_NET} {path} sees pixels ({hint}), as those of XLabs do; caches hold latents of "
+            f"{CONTROL_NET} {path} sees pixels ({hint}), as those of XLabs do; caches contain latents of "
             f"control pictures.\n  Give one that sees latents: {FITTING_FILES}.",
             path,
         )

@@ -278,7 +278,7 @@ def translate_older_options(args: argparse.Namespace) -> None:
 
 
 def caching_options(options: FluxLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     latents = {
         "--ae": options.vae.vae or Placeholder("AE_FILE"),
         CONTROL_NET: options.controlnet,

@@ -238,10 +238,13 @@ class Ltx2(Ltx2Media):
             names |= replace_synonyms(Ltx2TrainingOptions, {"ltx_mode": self.options.model.ltx_mode})
         strategy = getattr(self.options, "ic_lora_strategy", None)
         preset = getattr(self.options, "lora_target_preset", None)
-        # references of unscaled size are recorded only if the training is known to use them
-        is_v2v = "v2v" in (strategy, preset) or VIDEO in self.strategy.needs
-        if self.references is not None and (is_v2v or self.references.factors[:2] != (1, 1)):
-            names |= factor_metadata(self.references)
+        # factors of 1 are recorded only if the training is known to use references
+        uses_references = "v2v" in (strategy, preset) or VIDEO in self.strategy.needs
+        references = self.references
+        if references is not None:
+            is_scaled = (references.size_factor, references.time_factor) != (1, 1)
+            if uses_references or is_scaled:
+                names |= factor_metadata(references)
         ends_before_audio = self.audio_references.ends_before_audio
         if AUDIO in self.strategy.needs or (self.strategy.takes_audio and ends_before_audio):
             names[NEGATIVE_POSITIONS] = TRUE if ends_before_audio else FALSE

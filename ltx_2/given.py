@@ -90,7 +90,7 @@ class ClipEndRule:
         if self.prefix + self.suffix >= count:
             raise DatasetError(
                 f"{sample_names[0]} has {count} {unit}, and {self.prefix} at its start and "
-                f"{self.suffix} at its end are given: nothing would be learned. Give fewer, or longer clips"
+                f"{self.suffix} at its end stay clean: nothing would be learned. Give fewer, or longer clips"
             )
         is_prefix = make_ends_mask(count, self.prefix, 0) & (prefix_draws < self.prefix_p)[:, None]
         is_suffix = make_ends_mask(count, 0, self.suffix) & (suffix_draws < self.suffix_p)[:, None]
@@ -452,7 +452,7 @@ def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
     for key, is_sample_clean in zip(batch.keys, is_clean, strict=True):
         if is_sample_clean.all():
             raise DatasetError(
-                f"{key}: its mask gives the whole clip, or it has no mask: nothing would be learned. Its "
+                f"{key}: its mask keeps the whole clip, or it has no mask: nothing would be learned. Its "
                 f"mask needs {'white' if rule.is_inverted else 'black'} parts"
             )
     return is_clean

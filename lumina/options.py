@@ -144,7 +144,7 @@ TRAINER: Mapping[str, Any] = {
 
 
 def caching_options(options: LuminaTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     return {"--ae": options.vae.vae or Placeholder("AE_FILE")}, _list_text_options(options.text)
 
 

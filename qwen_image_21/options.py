@@ -131,7 +131,7 @@ def resolve_generation(
 
 
 def caching_options(options: QwenImage21TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     return dict(options.vae.file.command_options()), dict(options.text.command_options("QWEN3_VL_FILE"))
 
 

@@ -230,7 +230,7 @@ def fold_mask(mask: Tensor) -> Tensor:
 
     Mask values are not rounded: the release applies the threshold of 0.5 to the clip alone. As in the
     release, the frames nearest to the middles of L equal parts are used, although the first latent frame
-    holds only one frame.
+    contains only one frame.
     """
     step, rows, columns = LATENT.stride
     frames = (mask.shape[2] - 1) // step + 1

@@ -213,7 +213,8 @@ class ZImage(ModelOfImages):
         lowest_scale = min(prepared.guidance_scale)
         if lowest_scale < 0:
             logger.warning(
-                "--guidance_scale %g (--l in a prompt line): it counts from 0 here; below 0 guidance is off",
+                "--guidance_scale %g (--l in a prompt line): 0 turns guidance off here, and so does anything "
+                "below 0",
                 lowest_scale,
             )
         solver = prepared.solver

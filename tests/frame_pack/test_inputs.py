@@ -229,7 +229,7 @@ def test_a_video_does_not_take_the_shape_of_its_image(
 ) -> None:
     prepared = settle(picture, width=64, height=64, matches_control_shape=True)
     assert (prepared.width, prepared.height) == (64, 64)
-    assert "--one_frame_auto_resize is ignored because a video is made" in caplog.text
+    assert "--one_frame_auto_resize is ignored because a video is generated" in caplog.text
 
 
 def test_a_length_that_another_one_replaces_is_told(caplog: pytest.LogCaptureFixture) -> None:

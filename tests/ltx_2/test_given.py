@@ -395,7 +395,7 @@ def test_one_draw_is_for_both_ends_unless_one_has_its_own() -> None:
         (
             CleanLatentRules(mask=MaskRule(1, False)),
             {"tensors": {"given_mask": torch.ones(2, 4, 2, 3)}},
-            "a: its mask gives the whole clip",
+            "a: its mask keeps the whole clip",
         ),
         (CleanLatentRules(audio_intervals=MaskRule(1, False)), {"length": 9}, "needs a file of its name"),
         (CleanLatentRules(audio_ends=ClipEndRule(9, 0, 1, 1, True)), {"length": 9}, "9 latents of audio"),
