@@ -208,10 +208,10 @@ def _list_keyframes(prompt: Prompt) -> list[Tensor]:
         return [clip[0][..., :3], clip[-1][..., :3]]
     if not prompt.image_pixels:
         raise MediaError(
-            "it is a single picture, which has no first and last frame, and there are no control pictures to "
-            "show. Give the table control_directory, or cache it with --task t2va."
+            "a single picture has no first and last frame, and its table has no control pictures. "
+            "Give the table control_directory, or cache it with --task t2va."
         )
-    # `frames` are the control images, which a still image has in place of keyframes
+    # the control images of a still image
     return [frame[..., :3] for frame in prompt.image_pixels]
 
 

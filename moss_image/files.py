@@ -91,11 +91,11 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
 def _read_config(shapes: DitShapes) -> MossImageConfig:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     dim, channels = shapes.shape_of("video_embedder.weight")
-    (width,) = shapes.shape_of("layers.0.q_norm.weight", axes=1)
+    (head_dim,) = shapes.shape_of("layers.0.q_norm.weight", axes=1)
     ffn_dim = shapes.shape_of("layers.0.proj.ffn_down.weight")[1]
     fits = (
-        dim % width == 0
-        and width % (2 * AXES) == 0
+        dim % head_dim == 0
+        and head_dim % (2 * AXES) == 0
         and shapes.shape_of("layers.0.proj.q.weight") == (dim, dim)
         and shapes.shape_of("layers.0.proj.ffn_up_gate.weight")[0] == 2 * ffn_dim
         and shapes.shape_of(IDENTIFYING_TENSOR) == (MODULATION_ROWS * dim, dim)
@@ -103,14 +103,14 @@ def _read_config(shapes: DitShapes) -> MossImageConfig:
     )
     if not fits:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those of "
-            f"{MODEL_KIND}. Copy the file again.",
+            f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} are not those "
+            f"of {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     return MossImageConfig(
         dim=dim,
         ffn_dim=ffn_dim,
-        num_heads=dim // width,
+        num_heads=dim // head_dim,
         num_layers=shapes.count_blocks("layers"),
         refiner_blocks=shapes.count_blocks("text_embedder.blocks"),
         channels=channels,

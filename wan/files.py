@@ -78,9 +78,9 @@ class WanFiles(TransformerFiles):
         second_config = headers[second].config
         if second_config != config:
             raise CheckpointError(
-                f"{second} {paths[second]} is not of the model of {first} {paths[first]}:\n"
+                f"{second} {paths[second]} belongs to a different model than {first} {paths[first]}:\n"
                 f"  it has {_name_size(second_config)}, the other has {_name_size(config)}.\n"
-                "  Give the two transformers of one model.",
+                "  Give two transformers of the same model.",
                 paths[second],
             )
 

@@ -185,7 +185,7 @@ class ZImage(ModelOfImages):
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        """Predict the velocity, B C 1 H W float32: the negative of the network's own output.
+        """Predict the velocity, noise minus data, B C 1 H W float32.
 
         The network predicts data minus noise, and its time runs from 0 (noise) to 1. The condition is
         llm_embed, T D for each sample.
@@ -194,13 +194,13 @@ class ZImage(ModelOfImages):
         name_inputs = partial(
             name_text_and_mask, argument="caption", name=TEXT_STATES_KEY, device=noisy.device
         )
-        direction = dit(
+        data_minus_noise = dit(
             noisy.squeeze(2),
             1 - timesteps.float() / NUM_TRAIN_TIMESTEPS,
             **name_inputs(cond),
             overrides=overrides.rename_nag(name_inputs),
         )
-        return -direction.unsqueeze(2)
+        return -data_minus_noise.unsqueeze(2)
 
     # generation
 
