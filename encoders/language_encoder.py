@@ -371,7 +371,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
         return network
 
-    def waiting_bytes(self, free_bytes: int) -> int:
+    def offloaded_bytes(self, free_bytes: int) -> int:
         """Return the size of the layers that stay in host memory if `free_bytes` of the device are free."""
         if self.on_cpu:
             return 0

@@ -145,7 +145,7 @@ class HunyuanImage(ModelOfImages):
 
 def family_for_latent_caching(options: HunyuanImageLatentCachingOptions) -> HunyuanImage:
     """Describe the family for hunyuan_image_cache_latents.py, which needs only the VAE."""
-    return HunyuanImage(HunyuanImageFiles().add_rows(options.vae))
+    return HunyuanImage(HunyuanImageFiles().add_vae_options(options.vae))
 
 
 def family_for_text_caching(options: HunyuanImageTextCachingOptions) -> HunyuanImage:
@@ -158,14 +158,14 @@ def family_for_training(options: HunyuanImageTrainingOptions) -> HunyuanImage:
     files = HunyuanImageFiles(dit_option="--pretrained_model_name_or_path").add_dit(
         options.dit, options.dit_dtype
     )
-    files = files.add_rows(options.vae).add_text(options.text)
+    files = files.add_vae_options(options.vae).add_text(options.text)
     return HunyuanImage(files, options=options)
 
 
 def family_for_generation(options: HunyuanImageGenerationOptions) -> HunyuanImage:
     """Describe the family for hunyuan_image_generate_image.py."""
     files = HunyuanImageFiles().add_dit(options.dit, options.dit_dtype)
-    files = files.add_rows(options.vae).add_text(options.text)
+    files = files.add_vae_options(options.vae).add_text(options.text)
     return HunyuanImage(files, options.projection)
 
 

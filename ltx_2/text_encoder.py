@@ -262,10 +262,10 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         """Return the connectors."""
         return self.network.get_submodule("connectors")
 
-    def waiting_bytes(self, free_bytes: int) -> int:
+    def offloaded_bytes(self, free_bytes: int) -> int:
         """Return how many bytes of Gemma stay in host memory next to the connectors."""
         self.check()
-        return super().waiting_bytes(max(free_bytes - self._count_connector_bytes(), 0))
+        return super().offloaded_bytes(max(free_bytes - self._count_connector_bytes(), 0))
 
     def compute(
         self,

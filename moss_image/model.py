@@ -259,27 +259,25 @@ class MossImageModel(BlockNetwork):
         Args:
             inputs: Noisy latents B Z 1 H W, timesteps B, text states B T C and the mask of the text B T, as
                 far as they are not in `named_inputs`.
-            overrides: Changes to this call, with the cache, and the step and pass of the call (`turn`).
+            overrides: Changes to this call, with the cache, and its position: the step and the pass.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
             isolated: Whether references attend only to each other.
             named_inputs: Further inputs by name; with references, the mask of the text is one of them.
         """
         cache = overrides.section_cache if isolated and references else None
-        # without a cache, references are computed in this call; so they are with NAG, whose second text would
-        # need other positions
+        # references are computed in this call without a cache, and with NAG, whose text needs other positions
         if cache is None or overrides.step_position is None or overrides.nag is not None:
             return super().forward(
                 *inputs, overrides=overrides, references=references, isolated=isolated, **named_inputs
             )
-        pass_name = (
-            overrides.step_position.pass_key
-        )  # identifies the pass, such as the negative one, in all steps
-        if pass_name not in cache:
+        # identifies the pass, such as the negative one, in all steps
+        pass_key = overrides.step_position.pass_key
+        if pass_key not in cache:
             # compute only the references, and keep the keys and values of their tokens
             skips = Overrides(skip_blocks=overrides.skip_blocks)
-            cache[pass_name] = self.compute_keys_values(references, named_inputs["text_mask"], skips)
+            cache[pass_key] = self.compute_keys_values(references, named_inputs["text_mask"], skips)
         # the attentions use the stored keys and values, so that the call gets no references
-        with use_keys_values(cache[pass_name], self.attentions()):
+        with use_keys_values(cache[pass_key], self.attentions()):
             return super().forward(*inputs, overrides=overrides, isolated=isolated, **named_inputs)
 
     def compute_keys_values(

@@ -283,7 +283,7 @@ def identify(path: Path, family: str | None = None) -> str | None:
     if path.is_file() and path.suffix != ".json":
         from checkpoints.opening import open_file  # only for hints
 
-        # checked here once: each family would take a second to reject a malicious file
+        # once, because each family would need a second to reject a malicious file
         try:
             open_file(path).close()
         except CheckpointError:
@@ -295,9 +295,10 @@ def identify(path: Path, family: str | None = None) -> str | None:
             continue
         hint: str | None = import_own(f"{entry.room}.files").identify(path)
         if hint is not None:
-            # a hint that begins like this names a model that the family's scripts accept
-            is_of_family = entry.script and hint.startswith("it is ")
-            return f"{hint}. {describe_scripts(name)}" if is_of_family else hint
+            # such a hint names a model that the family's scripts accept
+            if entry.script and hint.startswith("it is "):
+                return f"{hint}. {describe_scripts(name)}"
+            return hint
     return None
 
 

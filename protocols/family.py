@@ -351,8 +351,8 @@ def has_text_layers(encoder: TextEncoder) -> TypeGuard[EncoderWithTextLayers]:
 class LayeredEncoder(TextEncoder, Protocol):
     """A text encoder that keeps some layers in host memory if they do not all fit on a CUDA device."""
 
-    def waiting_bytes(self, room: int) -> int:
-        """Return how many bytes of layers stay in host memory if the device has `room` bytes free."""
+    def offloaded_bytes(self, free_bytes: int) -> int:
+        """Return how many bytes of layers stay in host memory if the device has `free_bytes`."""
 
 
 def is_layered(encoder: TextEncoder) -> TypeGuard[LayeredEncoder]:

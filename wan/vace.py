@@ -206,7 +206,7 @@ def read_mask(path: Path, width: int, height: int, frames: int) -> Tensor:
     mask = ((pixels[:, :1] + 1) / 2).clamp(0, 1)
     if not bool((mask > 0.5).any()):
         raise OptionError(
-            f"--src_mask {path}: it is black. Make the parts white that are to be new, or leave it out"
+            f"--src_mask {path}: it is black. Paint the parts to generate white, or leave it out"
         )
     return mask
 

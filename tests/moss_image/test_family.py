@@ -93,7 +93,7 @@ def test_skipping_has_a_window_of_steps(family: MossImage) -> None:
         [],
     ]
     skips = NegativeSkips(frozenset({1}), 0.01, 1.0)  # the first step is not in it
-    assert [skips.acts(index, 50) for index in (0, 1, 49)] == [False, True, True]
+    assert [skips.is_active(index, 50) for index in (0, 1, 49)] == [False, True, True]
 
 
 def test_skipping_that_has_no_effect_is_told(family: MossImage, caplog: pytest.LogCaptureFixture) -> None:
