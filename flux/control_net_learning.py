@@ -211,8 +211,7 @@ def _check_options_fit_file(
     for name, (number, stored) in typed.items():
         if number is not None and number != stored:
             raise OptionError(
-                f"--{name} is {number}, {controlnet} has {stored}, with which it is trained on. "
-                "Leave the option out"
+                f"--{name} is {number}, but {controlnet} has {stored}, which stays so. Leave the option out"
             )
 
 

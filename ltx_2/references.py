@@ -321,8 +321,8 @@ def read_reference_factors(loras: Sequence[Path]) -> dict[str, int]:
             if first_factor != factor:
                 text = next(metadata[name] for name in names if name in metadata)
                 raise OptionError(
-                    f"--lora_weight {path} has learned references with {names[0]} {text}, {first_path} with "
-                    f"{first_factor}: they do not work together. Give one of them"
+                    f"--lora_weight {path} was trained on references with {names[0]} {text}, {first_path} "
+                    f"with {first_factor}: they do not work together. Give one of them"
                 )
     return factors
 

@@ -260,7 +260,7 @@ class MiniMaxH3(OneTransformer):
         width = self.files.dit_header().config.text_dim
         if states.shape[1] != width:
             raise CacheError(
-                f"{path}: its states are {states.shape[1]} numbers wide, {self.files.dit_path} takes "
+                f"{path}: its states have width {states.shape[1]}, but {self.files.dit_path} requires "
                 f"{width}. Make the file with {TEXTS_AGAIN} --uncond_output and Qwen3-VL (32B)."
             )
         return {KEY: states, TAGS: tags}

@@ -409,8 +409,9 @@ def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
     option = "--image_size" if latent.is_of_images else "--video_size"
     if num_pixels > MAX_PIXELS:
         raise OptionError(
-            f"{option} {height} {width}: {frames} such frames at once are {num_pixels / 1e9:.0f} thousand "
-            f"million pixels, {MAX_PIXELS / 1e9:.0f} are the most. Lower it, or the length of the video."
+            f"{option} {height} {width}: {frames} frames of this size have {num_pixels / 1e9:.0f} billion "
+            f"pixels, but at most {MAX_PIXELS / 1e9:.0f} billion are allowed. Lower the size, or the video's "
+            "length."
         )
     nearest_height = max(step, round(height / step) * step)
     nearest_width = max(step, round(width / step) * step)

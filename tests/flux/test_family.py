@@ -195,7 +195,7 @@ def test_caches_of_texts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for name, wrong, says in (
         ("t5_attn_mask", torch.ones(1, 9), "of a different length than t5_out"),
         ("l_pooled", torch.zeros(1, 24, dtype=torch.int64), "whole numbers"),
-        ("l_pooled", torch.zeros(1, 7), "l_pooled in its cache is 7 numbers wide"),
+        ("l_pooled", torch.zeros(1, 7), "l_pooled in its cache has width 7"),
     ):
         with pytest.raises(CacheError, match=says):
             dev.batch_conditions(latents, Batch({**texts, name: wrong}, ("a",), ("a",)))

@@ -220,7 +220,7 @@ def test_states_of_another_encoder_or_without_padding_are_refused(folder: Path) 
     for tokens in (33, 40, 120):
         with pytest.raises(CacheError, match=f"{tokens} tokens, not a multiple of 80.*{again}"):
             conditions(tokens)
-    with pytest.raises(CacheError, match=f"8 numbers wide.*{again}"):
+    with pytest.raises(CacheError, match=f"has width 8.*{again}"):
         conditions(80, width=8)
 
 

@@ -222,7 +222,7 @@ def test_states_of_another_encoder_are_refused_with_what_to_do(family: Krea2) ->
 
     assert conditions(3, 12, CONFIG.text_dim)["krea2_vl_embed"][0].shape == (3, 12, CONFIG.text_dim)
     for shape, words in (
-        ((3, 12, 8), "8 numbers wide"),
+        ((3, 12, 8), "has width 8"),
         ((3, 4, 64), "is 3x4x64, not 12"),
         ((3, 64), "is 3x64"),
     ):

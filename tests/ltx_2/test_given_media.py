@@ -508,7 +508,7 @@ def test_kept_audio_changes_the_rest_as_in_diffusers(release: TinyRelease, tmp_p
         ("--extend_prefix {0}/clip --extend_prefix_frames 99", "asks for 99"),
         ("--keyframe 17:{0}/mask.png", "it has the frames 0 to 16"),
         ("--keyframe 1:{0}/none.png", "none.png"),
-        ("--keyframe {0}/mask.png", "give a number, a file and if you like its strength"),
+        ("--keyframe {0}/mask.png", "give a number, a file and optionally its strength"),
         ("--keyframe 0:{0}/mask.png:2", "give a number, a file"),
         ("--latent_frame 3:{0}/mask.png", "the result has the latent frames 0 to 2"),
         ("--keyframe 0:{0}/mask.png --ltx2_mode audio", "--keyframe with --ltx2_mode audio"),

@@ -173,7 +173,7 @@ TRAINING: dict[str, tuple[str, Callable[[Path], None], str]] = {
         for_fun_control,
         "16 channels in the cache, but VACE takes 32",
     ),
-    "captions of another encoder": ("*_te.safetensors", widen, "t5 in its cache is 64 numbers wide"),
+    "captions of another encoder": ("*_te.safetensors", widen, "t5 in its cache has width 64"),
     "no captions": ("*_te.safetensors", Path.unlink, "wan_cache_text_encoder_outputs.py"),
 }
 
