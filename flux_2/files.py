@@ -75,8 +75,8 @@ def _read_config(shapes: DitShapes) -> Flux2Config:
     # the feed-forward is gated: its first layer computes the values and their gates
     if not has_whole_heads or shapes.shape_of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} are not "
-            f"those of {MODEL_LABEL}. Copy the file again.",
+            f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} do not "
+            f"fit {MODEL_LABEL}. Copy the file again.",
             shapes.path,
         )
     return Flux2Config(

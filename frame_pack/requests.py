@@ -131,7 +131,7 @@ def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest)
     typed = ",".join(map(str, paddings))
     sections = len(settings.images)
     if paddings and settings.one_frame is not None:
-        logger.warning("--latent_paddings %s is ignored because a single picture is made", typed)
+        logger.warning("--latent_paddings %s is ignored because a single picture is generated", typed)
     elif len(paddings) > sections:
         logger.warning(
             "--latent_paddings %s: only the first %d count, as there are no more sections; that played first "
@@ -176,7 +176,9 @@ def _count_sections(
     seconds = request.extra.get("video_seconds")
     if is_one_frame:
         if typed_sections not in (None, "1"):
-            logger.warning("--video_sections %s is ignored because a single picture is made", typed_sections)
+            logger.warning(
+                "--video_sections %s is ignored because a single picture is generated", typed_sections
+            )
         return 1
     if typed_sections is not None or seconds is not None:
         number = None if typed_sections is None else int(typed_sections)

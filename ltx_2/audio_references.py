@@ -118,7 +118,7 @@ def find_audio_reference(request: Request) -> Path | None:
         return None
     if len(names) > 1:
         raise OptionError(
-            f"--{REFERENCE_AUDIO_OPTION}: {len(names)} files, but only one is taken. Give one of them"
+            f"--{REFERENCE_AUDIO_OPTION}: {len(names)} files, but only one is supported. Give one of them"
         )
     path = to_path(f"--{REFERENCE_AUDIO_OPTION}", names[0])
     if not path.is_file():

@@ -411,7 +411,7 @@ class Ltx2(Ltx2Media):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Check a request; fill in its size, guidance, references, audio and stages.
+        """Check and resolve a request: size, guidance, references, audio and stages.
 
         Raises OptionError or MediaError for what LTX-2 cannot generate.
         """

@@ -175,7 +175,7 @@ def _read_references(request: Request) -> Iterator[H3Reference]:
     if len(used_options) > 1:
         listed = " and ".join(f"--{name}" for name in used_options)
         raise OptionError(
-            f"{listed}: their order would be unknown. Name all references in one of these used_options"
+            f"{listed}: their order would be unknown. Name all references in one of these options"
         )
     if int(request.extra.get(INDEX, 0)) and JSONL not in used_options:
         logger.warning("--%s is ignored because --%s is not given", INDEX, JSONL)

@@ -359,9 +359,9 @@ class WanModel(BlockNetwork):
         )
         if not tokens.num_clean_tokens:
             return velocity
-        given_frames = tokens.num_clean_tokens // (rows * columns) * pf  # clean frames, which are first
-        clean = torch.zeros_like(velocity[:, :, :given_frames])
-        return torch.cat([clean, velocity[:, :, given_frames:]], dim=2)
+        num_clean_frames = tokens.num_clean_tokens // (rows * columns) * pf  # these come first
+        clean = torch.zeros_like(velocity[:, :, :num_clean_frames])
+        return torch.cat([clean, velocity[:, :, num_clean_frames:]], dim=2)
 
     def _embed_times(self, timesteps: Tensor, has_clean_frames: bool) -> tuple[Tensor, Tensor]:
         """Return the embedded times, B S C, and their modulation, B S 6 C.

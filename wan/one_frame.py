@@ -96,11 +96,11 @@ def prepare(
     """
     check_one_frame(task)
     option = f"--one_frame_inference {request.extra[ONE_FRAME]!r}"
-    request = _take_images(task, request, option)
+    request = _keep_used_images(task, request, option)
     order = _read_order(request, option)
     width, height, frames = size_of(request, defaults)
     if frames not in (1, defaults.frames):
-        logger.warning("--video_length %d is ignored because a single picture is made", frames)
+        logger.warning("--video_length %d is ignored because a single picture is generated", frames)
     check_size((width, height, len(order.frame_positions)), latent)
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
     negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
@@ -134,12 +134,12 @@ def _read_order(request: Request, option: str) -> FrameOrder:
         raise OptionError(f"{option}: {error}") from None
 
 
-def _take_images(task: WanTask, request: Request, option: str) -> Request:
+def _keep_used_images(task: WanTask, request: Request, option: str) -> Request:
     """Return the request with only the images that the task takes. Raises OptionError if one is missing."""
     if request.source is not None:
         raise OptionError(
-            f"--{request.source.option} {request.source.path} and {option}: a single picture is made from "
-            "--control_image_path. Leave one of them out"
+            f"--{request.source.option} {request.source.path} and {option}: a single picture is generated "
+            "from --control_image_path. Leave one of them out"
         )
     usable = {
         "image_path": task.uses_clip_features,
@@ -172,11 +172,10 @@ def _list_feature_images(request: Request) -> list[Path]:
 def encode_request(
     encoders: MediaEncoders, prepared: Prepared, task: WanTask
 ) -> dict[str, Tensor | list[Tensor]]:
-    """Encode the control images of a request: `condition_latents` 1 20 F h w and the times of its F frames.
+    """Return the conditions of a request: its control images, the F frame indices, and CLIP features.
 
-    Returns these, and CLIP features if the task has them.
-
-    All are on the CPU. Control images are scaled to cover the target's size and cropped.
+    Control images are in `condition_latents`, 1 20 F h w; features are only for tasks that have them. All are
+    on the CPU. Control images are scaled to cover the target's size and cropped.
     """
     request = prepared.request
     order = prepared.family_settings
