@@ -100,9 +100,9 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
     are_integers = type(min_pixels) is int and type(max_pixels) is int
     if not are_integers or not 0 < min_pixels <= max_pixels <= MAX_PIXELS or min_pixels > MAX_ENLARGED:
         raise _make_error(file, f"sizes of {min_pixels} to {max_pixels} pixels")
-    # 768: the released processor's default
-    # 0: no limit for the tokens of a frame
-    tokens = settings.get("max_video_tokens", 768) if settings.get("cap_pixels_per_frame") is True else 0
+    tokens = 0  # no limit for the tokens of a frame
+    if settings.get("cap_pixels_per_frame") is True:
+        tokens = settings.get("max_video_tokens", 768)  # the released processor's default
     if type(tokens) is not int or not 0 <= tokens <= MAX_PIXELS:
         raise _make_error(file, f'"max_video_tokens" is {tokens!r}')
     colors = {name: settings[name] for name in COLOR_SETTINGS if settings.get(name) is not None}

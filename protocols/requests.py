@@ -230,9 +230,9 @@ def resolve_request(
     default_negative: str | None,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> Prepared:
-    """Replace everything that a request leaves open by a family's defaults.
+    """Return the request with every unset value replaced by the family's default.
 
-    It is for families that generate a video in one section. The embedded guidance is dropped if the model
+    Only for families that generate a video in one section. The embedded guidance is dropped if the model
     has no input for it.
 
     Args:

@@ -151,14 +151,14 @@ def _keep_used_images(task: WanTask, request: Request, option: str) -> Request:
     if not request.control_images:
         hint = semicolon_hint(request.extra.get(ONE_FRAME, ""))
         raise OptionError(
-            f"{option}: give the images that the picture is made from to --control_image_path{hint}"
+            f"{option}: give the images that the picture is generated from to --control_image_path{hint}"
         )
     for path in request.control_images:
         check_opens("control_image_path", path, is_image=True)
     if task.kind == "flf2v" and len(_list_feature_images(request)) != MAX_FEATURES:
         raise OptionError(
-            f"{option}: --task {task.name} sees two images. Give --image_path and --end_image_path, or two "
-            "control images and neither of these"
+            f"{option}: --task {task.name} needs two images. Give --image_path and --end_image_path, or two "
+            "control images without these"
         )
     return request
 

@@ -43,7 +43,7 @@ def wrong(scripts: str | Sequence[str], line: str, *words: str, without: Sequenc
 
 NUMBERS = (
     wrong((WAN, HV), "--video_length 0", "--video_length 0", "from 1"),
-    wrong((WAN, HV), "--video_size 16384 16384 --video_length 81", "--video_size 16384 16384", "Lower the size"),
+    wrong((WAN, HV), "--video_size 16384 16384 --video_length 81", "16384 16384: 81", "Lower the size"),
     wrong(GENERATIONS, "--video_size 33 47", "--video_size 33 47", "Nearest"),
     wrong(GENERATIONS, "--video_size 832x480", "give height and width: --video_size 480 832"),
     wrong(WAN, "--video_size=480,832", "give height and width: --video_size 480 832"),

@@ -246,7 +246,7 @@ def test_the_release_has_28_blocks(tmp_path: Path) -> None:
     full = write_hollow(tmp_path / "whole.safetensors", tensors)
     assert Krea2Files(full).dit_header().config.num_layers == 28
     cut = {name: one for name, one in tensors.items() if not name.startswith("blocks.27.")}
-    with pytest.raises(CheckpointError, match="27 of 28 blocks of blocks are there"):
+    with pytest.raises(CheckpointError, match="only 27 of 28 blocks of blocks exist"):
         Krea2Files(write_hollow(tmp_path / "cut.safetensors", cut)).dit_header()
 
 
