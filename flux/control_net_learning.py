@@ -167,8 +167,8 @@ def _check_can_train(options: FluxControlNetTrainingOptions, files: FluxFiles) -
     config = files.dit_header().config
     if config.kind == CHROMA:
         raise OptionError(
-            f"{files.dit_path} is Chroma, and ControlNets of FLUX.1 take its embeddings of time and pooled "
-            "text, which Chroma does not have. Give FLUX.1 dev or schnell"
+            f"{files.dit_path} is Chroma, which lacks the embeddings of time and pooled text that "
+            "ControlNets of FLUX.1 use. Give FLUX.1 dev or schnell"
         )
     if options.controlnet is None:
         _check_can_copy_blocks(options, files)

@@ -624,16 +624,16 @@ class Ltx2(Ltx2Media):
     def _resolve_references(self, request: Request, media: Ltx2GivenMedia) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
         if media.inpaint_source is not None and self.input_media.inpaint_source is None:
-            return ()  # no inpainting clip was typed: the reference itself was taken as that clip
+            return ()  # no inpainting clip was typed: the reference itself serves as one
         names = request.extra.get("reference_video", "").split("\n")
         paths = tuple(to_path("--reference_video", name) for name in names if name)
         if not paths:
             return ()
         if self.references is None:
-            raise OptionError("--ic_lora_strategy none: references are given. Leave them or the option out")
+            raise OptionError("--ic_lora_strategy none with references: leave one of them out")
         if len(paths) > MAX_REFERENCES:
             raise OptionError(
-                f"--reference_videos: {len(paths)} references, at most {MAX_REFERENCES} are taken"
+                f"--reference_videos: {len(paths)} references, but at most {MAX_REFERENCES} are supported"
             )
         for path in paths:
             check_opens("reference_video", path, is_image=is_single_image(path))

@@ -175,7 +175,7 @@ def _check_region(region: Rectangle, prepared: Prepared, latent: LatentSpec) -> 
         )
     if any(number % step for number in region):
         logger.warning(
-            "--outpaint_region %s: not in multiples of %d: pixels of its edges are made anew",
+            "--outpaint_region %s is not in multiples of %d: pixels at its edges are generated",
             region_text,
             step,
         )

@@ -136,5 +136,6 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         _ = self.strength, self.attention
         if len(self.paths) > MAX_REFERENCES:
             raise OptionError(
-                f"--reference_videos: {len(self.paths)} references, at most {MAX_REFERENCES} are taken"
+                f"--reference_videos: {len(self.paths)} references, but at most {MAX_REFERENCES} are "
+                "supported"
             )

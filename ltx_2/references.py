@@ -91,7 +91,7 @@ def check_mask_length(mask: Path, frames: int, needed: int) -> None:
     """Raise OptionError if a mask has fewer frames than the `needed` ones that are encoded of a reference."""
     if frames < needed:
         raise OptionError(
-            f"--conditioning-attention-mask {mask}: {frames} frames are taken of it, {needed} of a "
+            f"--conditioning-attention-mask {mask}: {frames} of its frames are used, but {needed} of a "
             "reference. Give a picture, or a clip as long as the reference"
         )
 

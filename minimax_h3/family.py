@@ -403,14 +403,14 @@ class MiniMaxH3(OneTransformer):
                 nearest = {min(max(count, MIN_FRAMES), MAX_FRAMES) for count in nearest}
             remedy = " or ".join(map(str, sorted(nearest)))
             raise OptionError(
-                f"--video_length {frames}: {NAME} makes {lengths} frames, or one. Give {remedy}"
+                f"--video_length {frames}: {NAME} generates {lengths} frames, or one. Give {remedy}"
             )
         if not self.any_length and not MIN_FRAMES <= frames <= MAX_FRAMES:
             is_sample = isinstance(self.options, H3TrainingOptions)
             option = "h3_allow_experimental_sample_duration" if is_sample else "allow_experimental_duration"
             raise OptionError(
                 f"--video_length {frames}: {NAME} was trained with {MIN_FRAMES} to {MAX_FRAMES} frames, 5 "
-                f"to 15 seconds. Give --{option} to make other lengths"
+                f"to 15 seconds. Give --{option} to allow other lengths"
             )
 
     def _check_media(self, request: Request, media: H3Media) -> None:

@@ -153,10 +153,10 @@ class FamilyEntry:
         cache_texts = build_command("text_encoder_outputs", "TextCaching", text_options)
         return quote_command([*cache_latents, *switches]), quote_command(cache_texts)
 
-    def generation_words(
+    def generation_argv(
         self, family_options: Any, sample: Mapping[str, Any], typed: Mapping[str, str] | None = None
     ) -> list[str]:
-        """Return the words of a generation command that uses the same models as a training run.
+        """Return the command line of a generation that uses the same models as a training run.
 
         Options of the training are repeated if the generation script has them too.
 

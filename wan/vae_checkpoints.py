@@ -209,16 +209,16 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
             space_factor *= layer_rows
         if (time_factor, space_factor) != (frame_stride, pixel_stride):
             raise CheckpointError(
-                f"{path}: its {half} scales time by {time_factor} and space by {space_factor}, that of "
-                f"{release.name} by {frame_stride} and {pixel_stride}. It holds another model, or "
+                f"{path}: its {half} scales time by {time_factor} and space by {space_factor}, the one of "
+                f"{release.name} by {frame_stride} and {pixel_stride}. The file contains another model, or "
                 f"tensors are missing.\n  Give {release.files} to --vae.",
                 path,
             )
         for layer in layers:  # after the scales, whose check names what is missing
             if layer.layers and not _has_shortcut(layer, half == "encoder"):
                 raise CheckpointError(
-                    f"{path}: a stage from {layer.width_in} to {layer.width_out} channels can have no "
-                    f"shortcut. It holds another model.\n  Give {release.files} to --vae.",
+                    f"{path}: a stage from {layer.width_in} to {layer.width_out} channels cannot have "
+                    f"a shortcut. The file contains another model.\n  Give {release.files} to --vae.",
                     path,
                 )
 

@@ -338,13 +338,13 @@ def test_swapped_files_are_refused() -> None:
 @pytest.mark.parametrize(
     ("dit", "high", "message"),
     [
-        ("a_high_noise.st", None, "--dit a_high_noise.st is used for all noise levels, but .* much noise"),
+        ("a_high_noise.st", None, "--dit a_high_noise.st is used for all noise levels, but .* high noise"),
         (
             None,
             "a_low_noise.st",
-            "--dit_high_noise a_low_noise.st is used for much noise, but .* little noise",
+            "--dit_high_noise a_low_noise.st is used for high noise, but .* low noise",
         ),
-        ("a_high_noise.st", "b.st", "--dit a_high_noise.st is used for little noise"),
+        ("a_high_noise.st", "b.st", "--dit a_high_noise.st is used for low noise"),
         ("a.st", "a.st", "are the same file"),
         ("a_low_noise.st", "a_high_noise.st", None),
         ("a_low_noise.st", None, None),
