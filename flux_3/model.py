@@ -96,7 +96,7 @@ class Flux3Tokens:
     def select(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
         """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.
 
-        `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
+        `kept` are the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
         of_image, *others = self.counts
         lengths = None if self.lengths is None else self.lengths.shorten(num_left_out)

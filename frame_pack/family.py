@@ -87,9 +87,8 @@ class FramePack(OneTransformer):
     paddings: tuple[int, ...] = ()  # --latent_paddings
     # images generated from control images, in place of clips: in caches, and in training samples
     one_frame: OneFrame | None = None
-    matches_control_shape: bool = (
-        False  # --one_frame_auto_resize: a single image gets its control image's aspect ratio
-    )
+    # --one_frame_auto_resize: a single image gets its control image's aspect ratio
+    matches_control_shape: bool = False
     rope_threshold: float | None = None  # timestep from which on `rope_factor` is used
     rope_factor: float = 1.0  # factor on positions along rows and columns
     trained_guidance: float = 1.0  # embedded guidance in training

@@ -119,7 +119,7 @@ def _make_sample_table(
 
 
 def _average_rotations(positions: Tensor, width: int, theta: float, downsampling: int) -> Tensor:
-    """Average the rotations along one axis over cells: ceil(n / coarseness) x width/2 x 2 float32.
+    """Average the rotations along one axis over cells: ceil(n / downsampling) x width/2 x 2 float32.
 
     Cosines and sines are averaged, not positions, as in training, so coarse rotations also shrink vectors.
     The mean over a cell of the grid equals the mean along this axis, because an axis's rotations do not

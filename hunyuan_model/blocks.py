@@ -55,13 +55,13 @@ class HunyuanTokens:
 
     @property
     def first_noisy_token(self) -> int:
-        """Index of the first token of the latents to learn, which is the first token of `grid`."""
+        """Index of the first token of the noisy latents, which is the first token of `grid`."""
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the inputs for the tokens at the ascending positions `kept`, B K.
 
-        Only tokens of the latents to learn are left out.
+        Only tokens of the noisy latents are left out.
         """
         lengths = None if self.lengths is None else self.lengths.shorten(num_left_out)
         return replace(self, rotary=select_rotations(self.rotary, kept, num_left_out), lengths=lengths)

@@ -263,9 +263,8 @@ class LtxAttention(nn.Module):
     def project(self, x: Tensor, attended: Tensor) -> Tensor:
         """Gate the attention output, B L N D, by tokens x, B L C, and project it to B L C."""
         if hasattr(self, "to_gate_logits"):
-            gates = (
-                2 * run_in_weight_dtype(self.to_gate_logits, x).sigmoid()
-            )  # B L N; zero logits give gates of 1
+            # B L N; zero logits give gates of 1
+            gates = 2 * run_in_weight_dtype(self.to_gate_logits, x).sigmoid()
             attended = attended * gates.unsqueeze(-1).to(attended.dtype)
         return run_in_weight_dtype(self.to_out[0], attended.flatten(2))
 

@@ -187,7 +187,8 @@ def with_noisy_references(
     Args:
         sections: The sections; those without references are yielded unchanged.
         strength: Fraction of each reference at the start; the rest is noise, drawn token by token.
-        joint: Shapes of video and audio, for sections whose overrides have no `joint`; None without audio.
+        joint: Shapes of video and audio, for sections whose overrides have no `audio_video_shapes`; None
+            without audio.
         noise: Source of the noise.
     """
     section = next(sections)

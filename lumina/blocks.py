@@ -59,7 +59,7 @@ class LuminaTokens:
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.
 
-        `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
+        `kept` are the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
         lengths = None if self.lengths is None else self.lengths.shorten(num_left_out)
         return replace(self, rotary=select_rotations(self.rotary, kept, num_left_out), lengths=lengths)

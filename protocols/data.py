@@ -503,9 +503,8 @@ class AudioSpec:
     # whether caches of latents also contain the clip's audio, or silence: `INNER_AUDIO` and `AUDIO_PRESENT`
     is_in_latent_cache: bool = False
     takes_references: bool = False  # whether tables may have reference_audio_directory: `REFERENCE_AUDIO`
-    reference_dropout_rate: float = (
-        0.0  # fraction of training batches that leave these and other references out
-    )
+    # fraction of training batches that leave these and other references out
+    reference_dropout_rate: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -418,9 +418,8 @@ class Abilities:
     trains_audio: bool = False  # the family is a `HearsAudio`: in some runs its clips can have audio
     takes_fps: bool = False  # the frame rate is an input of the model, in runs without audio too
     detects_few_steps: bool = False  # the family is a `KnowsFewSteps`
-    match_audio_schedule: bool = (
-        False  # clips are read by their timestamps by default, as with source_fps = "auto"
-    )
+    # clips are read by their timestamps by default, as with source_fps = "auto"
+    match_audio_schedule: bool = False
     takes_row_references: bool = False  # rows of lists may have `references` (`MediaBatch.row_references`)
     sampling_dit_option: str = ""  # option that names a separate, frozen transformer for training samples
     trains_with_guides: bool = False  # clips are trained with images that guide them (`data.GUIDES`)
@@ -429,16 +428,14 @@ class Abilities:
     one_sample: str = ""  # why training batches have one sample: completes "batch_size 2: ..."
     reads_empty_prompt: bool = False  # the family is a `BringsEmptyText`
     has_part_rates: bool = False  # the family is a `RatesParts`
-    has_text_encoders: bool = (
-        False  # the checkpoint contains the text encoders, which a training run can then use
-    )
+    # the checkpoint contains the text encoders, which a training run can then use
+    has_text_encoders: bool = False
     trains_checkpoint: bool = False  # the family is a `protocols.full_model.TrainsCheckpoint`
-    has_custom_network: bool = False  # the family is a `protocols.family_networks.MakesNetwork`
+    has_custom_network: bool = False  # the family is a `protocols.family_networks.HasCustomNetwork`
     inpaints: bool = False  # the family is an `Inpaints` of the training feature for inpainting
     adjusts_captions: bool = False  # the family is a `FitsCaptions`
-    has_comfy_nodes: bool = (
-        False  # it has `comfy_model`, see `HasComfyNodes` in training/features/workflow_nodes.py
-    )
+    # it has `comfy_model`, see `HasComfyNodes` in training/features/workflow_nodes.py
+    has_comfy_nodes: bool = False
 
 
 class Described(Protocol):

@@ -48,9 +48,8 @@ class Prompt:
     # for a caption that is cached: frames of its clip in training, F H W C uint8, and its references
     clip: "Tensor | None" = field(default=None, compare=False)
     media: tuple[Any, ...] = ()
-    text_with_references: str | None = (
-        None  # for a caption that is cached: encoded with its references instead of it
-    )
+    # for a caption that is cached: encoded with its references instead of it
+    text_with_references: str | None = None
     # images, clips and audio that the family puts in front of the text, in order, as its own records
     media_before_text: tuple[Any, ...] = ()
 
@@ -140,14 +139,12 @@ class Prepared:
     flow_shift: float
     guidance_scale: tuple[float, ...]  # one for each of `Family.experts`, in their order; 1: no guidance
     embedded_guidance: float | None  # None: the model has no input for it
-    slow_frames: "SlowedFrequency | None" = (
-        None  # slowed frequency of the frames' positions (RIFLEx), for long videos
-    )
+    # slowed frequency of the frames' positions (RIFLEx), for long videos
+    slow_frames: "SlowedFrequency | None" = None
     first_step: int = 0  # first step that is run; above 0 for video-to-video; set by the shared loop
     rules: GuidanceRules = NO_GUIDANCE_RULES  # the model's own guidance rules
-    audio_video_shapes: AudioVideoShapes | None = (
-        None  # shapes of image and audio latents; None: there is no audio
-    )
+    # shapes of image and audio latents; None: there is no audio
+    audio_video_shapes: AudioVideoShapes | None = None
     audio_shift: float = 1.0  # time shift from the noise levels of images to those of audio
     sigmas: tuple[float, ...] = ()  # noise levels of all steps, then 0; (): those of the solver
     # timestep at the beginning of each step, if there is a source and the sections have their own solver;

@@ -133,7 +133,7 @@ class QwenImage21Tokens:
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.
 
-        `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
+        `kept` are the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
         num_image_tokens = self.num_image_tokens - num_left_out
         rotary = select_rotations(self.rotary, kept, num_left_out)

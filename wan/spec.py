@@ -135,7 +135,7 @@ class WanTokens:
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> "WanTokens":
-        """Return the inputs for a subset of the tokens; only tokens of the latents to learn may be missing.
+        """Return the inputs for a subset of the tokens; only tokens of the noisy latents may be missing.
 
         `kept` are the ascending positions of the kept tokens, B K; `num_left_out` tokens are missing.
         """

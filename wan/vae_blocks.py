@@ -172,7 +172,7 @@ class WanFrameAttention(nn.Module):
         self.proj = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, frame_cache: FrameCache | None) -> Tensor:
-        """Add the attention within each frame to x, B C T H W. `memory` is unused."""
+        """Add the attention within each frame to x, B C T H W. `frame_cache` is unused."""
         batch, channels, _, height, width = x.shape
         frames = x.transpose(1, 2).flatten(0, 1)  # B*T C H W
         qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)  # B*T 1 H*W 3C
