@@ -59,7 +59,7 @@ class AnimaTokens:
         return replace(self, rotary=shard.slice_rotary(self.rotary), shard=shard)
 
     @property
-    def first_image(self) -> int:
+    def first_noisy_token(self) -> int:
         """Return the index of the first token of the noisy latents, whose tokens form `grid`."""
         return 0
 
@@ -271,7 +271,7 @@ class AnimaModel(BlockNetwork):
             states_mask: B S, 1 for real ones, which come first.
             ids: T5's tokens, B T'.
             weights: B T', 0 for padding after the tokens, 1 or a weight for each token.
-            overrides: Changes to this call; their second text (negative attention) has the last four too.
+            overrides: Changes to this call; a NAG text has the last four too.
 
         Raises:
             ValueError: If sizes do not match.
@@ -284,7 +284,7 @@ class AnimaModel(BlockNetwork):
         patches = functional.pad(patches, (0, PATCH**2))
         waves = sinusoid(sigmas, self.config.dim, torch.float32)
         time = self.t_embedding_norm(waves)
-        prompts = overrides.texts(
+        prompts = overrides.text_inputs(
             len(noisy), states=states, states_mask=states_mask, ids=ids, weights=weights
         )
         tokens = AnimaTokens(
@@ -295,7 +295,7 @@ class AnimaModel(BlockNetwork):
             shifts=self.t_embedder[1](waves),
             dtype=dtype,
             attention=self.attention,
-            combine_attention=overrides.steer,
+            combine_attention=overrides.combine_attention,
         )
         # the residual stream of the released weights leaves float16's range (ComfyUI, pull request 12249)
         stream_dtype = torch.float32 if dtype == torch.float16 else dtype

@@ -268,7 +268,7 @@ class _StepPlanner:
             return self._pass_without_layers if self._options.slg_mode == "uncond" else NEGATIVE
         skips = self._rules.negative_skips
         step = self._prepared.first_step + index
-        if skips.blocks and skips.acts(step, self._prepared.steps):
+        if skips.blocks and skips.is_active(step, self._prepared.steps):
             return self._negative_with_model_skips
         return NEGATIVE
 

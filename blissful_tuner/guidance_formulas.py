@@ -332,7 +332,10 @@ def _measure_norms(velocity: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NormalizedGuidance:
-    """Normalized attention guidance for `NagText.steer`. Equal settings are equal, to reuse compiled code."""
+    """Normalized attention guidance, for `NagText.combine_attention`.
+
+    Equal settings are equal, to reuse compiled code.
+    """
 
     scale: float
     tau: float

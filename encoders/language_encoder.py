@@ -366,7 +366,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
         return network
 
-    def waiting_bytes(self, free_bytes: int) -> int:
+    def offloaded_bytes(self, free_bytes: int) -> int:
         """Return the size of the layers that stay in host memory if `free_bytes` of the device are free."""
         if self.on_cpu:
             return 0
@@ -690,7 +690,7 @@ class LanguageModelFiles(TransformerFiles):
                 width=self.text_width(),
                 dit_path=self.dit,
                 dit_width=None if config is None else config.text_dim,
-                give=model.files,
+                fits=model.files,
             )
             if settings.pictures is not None and settings.pictures.loads_tower_at_once:
                 self.check_tower()

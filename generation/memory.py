@@ -231,7 +231,7 @@ def _with_fewer_weights(
         note = split.words(0, "").removeprefix("; ")  # written to follow another note; here it stands alone
         weights = replace(weights, device=weights.device - split.saved, note=note)
     elif device_memory is not None and phase.device > device_memory.usable and is_layered(encoder):
-        waiting = encoder.waiting_bytes(device_memory.usable)
+        waiting = encoder.offloaded_bytes(device_memory.usable)
         if waiting:
             on_device = weights.device - waiting
             weights = replace(weights, device=on_device, host=waiting, note="copied layer by layer")

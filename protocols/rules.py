@@ -119,7 +119,7 @@ class NegativeSkips:
     end: float = 1.0
     option: str = ""  # option that sets the blocks, for messages; "": the blocks are not from an option
 
-    def acts(self, index: int, num_steps: int) -> bool:
+    def is_active(self, index: int, num_steps: int) -> bool:
         """Return whether the blocks are skipped in a step.
 
         Args:

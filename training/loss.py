@@ -189,7 +189,7 @@ def mean_over_noisy_latents(errors: Tensor, given: Tensor) -> Tensor:
 
     Args:
         errors: Error of each element, B C F H W, or B C T M of audio.
-        given: How clean each position is, from 0 (noisy) to WHOLE (clean), B 1 F H W or B 1 T 1.
+        given: How clean each position is, from 0 (noisy) to FULLY_CLEAN, B 1 F H W or B 1 T 1.
     """
     is_noisy = (clean_fraction(given, errors) == 0).expand_as(errors).flatten(1)
     sums = torch.where(is_noisy, errors.flatten(1), 0).sum(1)
@@ -319,7 +319,7 @@ def blend_clean_latents(noisy: Tensor, clean: Tensor, cleanness: Tensor | None) 
     Args:
         noisy: Noisy latents of a stream, B C ....
         clean: The same without noise.
-        cleanness: How clean each position is, from 0 (noisy) to WHOLE (clean); None if all are noisy.
+        cleanness: How clean each position is, from 0 (noisy) to FULLY_CLEAN; None if all are noisy.
     """
     if cleanness is None:
         return noisy

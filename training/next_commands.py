@@ -310,7 +310,7 @@ class NextSteps:
             with quiet():  # creating the record again would repeat its warnings
                 family_options = fill_options(family_options, self.cache_options)
             typed = {**{option.name: option.typed for option in self.cache_options}, **typed}
-        arguments = command.entry.generation_words(family_options, self.sample, typed)
+        arguments = command.entry.generation_argv(family_options, self.sample, typed)
         return [*arguments, *option_argv(say_for_generation(self.plan.options.speed))]
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:

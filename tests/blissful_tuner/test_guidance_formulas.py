@@ -158,7 +158,7 @@ def test_without_guidance_each_step_is_one_pass_with_the_same_tweaks() -> None:
     (overrides,) = set(network.overrides)
     assert overrides.nag is not None
     assert overrides.nag.text is network.section.nag
-    assert overrides.nag.steer == NormalizedGuidance(5.0, 3.5, 0.5)
+    assert overrides.nag.combine_attention == NormalizedGuidance(5.0, 3.5, 0.5)
 
 
 RULE = Projection(after_step=-1, scale=10.0, momentum=-0.5, norm_limit=10.0)

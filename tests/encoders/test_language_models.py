@@ -431,8 +431,8 @@ def test_as_many_layers_wait_in_host_memory_as_do_not_fit(tmp_path: Path) -> Non
         kept = load_language_model(path, QWEN3, CPU, torch.bfloat16, form=form).get_submodule("layers.0")
         assert small[form] == sum(one.nbytes for one in (*kept.parameters(), *kept.buffers()))
     encoder = LanguageModelEncoder(Z_IMAGE, path)
-    assert encoder.waiting_bytes(0) == (LAYERS - 2) * sizes[0]  # its last layer is not run
-    assert LanguageModelEncoder(Z_IMAGE, path, on_cpu=True).waiting_bytes(0) == 0
+    assert encoder.offloaded_bytes(0) == (LAYERS - 2) * sizes[0]  # its last layer is not run
+    assert LanguageModelEncoder(Z_IMAGE, path, on_cpu=True).offloaded_bytes(0) == 0
 
 
 @pytest.mark.parametrize("form", [None, "fp8", "nf4"])

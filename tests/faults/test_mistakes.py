@@ -43,7 +43,7 @@ def wrong(scripts: str | Sequence[str], line: str, *words: str, without: Sequenc
 
 NUMBERS = (
     wrong((WAN, HV), "--video_length 0", "--video_length 0", "from 1"),
-    wrong((WAN, HV), "--video_size 16384 16384 --video_length 81", "--video_size 16384 16384", "Lower it"),
+    wrong((WAN, HV), "--video_size 16384 16384 --video_length 81", "16384 16384: 81", "Lower the size"),
     wrong(GENERATIONS, "--video_size 33 47", "--video_size 33 47", "Nearest"),
     wrong(GENERATIONS, "--video_size 832x480", "give height and width: --video_size 480 832"),
     wrong(WAN, "--video_size=480,832", "give height and width: --video_size 480 832"),
@@ -327,8 +327,8 @@ TOGETHER = (
 SPELLED = (
     wrong(GENERATIONS, "--nf4 --fp8", "--nf4 and --fp8 exclude each other"),
     wrong(GENERATIONS, "--nf4_base --fp8", "--nf4_base and --fp8 exclude each other"),
-    wrong(WAN, "--src_video none.mp4", "--src_video: --task t2v-1.3B has no use for it"),
-    wrong(WAN, "--control_pa none.mp4", "--control_path: --task t2v-1.3B has no use for it"),
+    wrong(WAN, "--src_video none.mp4", "--src_video: --task t2v-1.3B does not use it"),
+    wrong(WAN, "--control_pa none.mp4", "--control_path: --task t2v-1.3B does not use it"),
     wrong(WAN, "--noise_mode sideways", "--noise_mode"),
 )
 MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "kind": OF_ANOTHER_KIND, "path": MISTYPED}

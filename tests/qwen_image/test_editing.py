@@ -125,7 +125,7 @@ def test_templates_are_those_of_the_releases() -> None:
     [
         (["dot.png"], "edit-2511", r"dot.png: 1 x 1 pixels are too few, each side needs at least 16"),
         (["good.png"] * 2, "edit", r"2 reference pictures, but Qwen-Image-Edit takes 1 at most"),
-        (["good.png"], "original", r"--control_image_path: Qwen-Image makes pictures from texts alone."),
+        (["good.png"], "original", r"--control_image_path: Qwen-Image generates pictures from text alone."),
     ],
 )
 def test_a_picture_that_cannot_be_used_is_refused(

@@ -242,9 +242,9 @@ def test_the_next_command_has_the_word_by_the_name_of_its_file(
     ("word", "told"),
     [
         ("Zorb", "Give zorb"),
-        ("a zorb", "has blanks"),
+        ("a zorb", "has spaces"),
         ("zorb1", "ends with a digit"),
-        ("zorb(x)", "holds ("),
+        ("zorb(x)", "contains ("),
         ("", "is empty"),
     ],
 )

@@ -173,7 +173,7 @@ def test_two_transformers_are_generated_with_by_the_files_for_each(
     generation = ["wan_generate_video.py", "--dit", "low", "--dit_high_noise", "high"]
     steps = next_steps(tmp_path, ["--ema_decay", "0.9", "--sample_ema"], guidance_scale_high_noise=4.0)
     loras = [(Path("distilled.safetensors"), 0.8)]
-    entry: Any = SimpleNamespace(generation_words=lambda *_: generation, spellings={})
+    entry: Any = SimpleNamespace(generation_argv=lambda *_: generation, spellings={})
     steps = replace(steps, command=replace(steps.command, entry=entry), sample_loras=loras)
     steps.plan.family.experts = TWO_EXPERTS
     steps.plan.names = Names(tmp_path, "x", parts)
@@ -296,7 +296,7 @@ def test_a_killed_run_names_the_file_that_was_saved_last(removed: tuple[object, 
     options = toy_options(tmp_path, *saves, has_page=True)
     entry: Any = SimpleNamespace(
         caching_commands=lambda *_: ("cache", "cache"),
-        generation_words=lambda *_: ["toy_generate.py"],
+        generation_argv=lambda *_: ["toy_generate.py"],
         spellings={},
     )
 

@@ -176,7 +176,7 @@ def test_a_line_that_says_nothing_is_made_as_the_generation_script_makes_it(
         alone = ["--prompt", "a cat", "--seed", "7", *GENERATION.get(name, [])]
         printed = settings_to_repeat(sample, True, family)
         for values, words in ((media, alone), (printed, arguments_of_sample(printed))):
-            script, *argv = entry.generation_words(own, values)
+            script, *argv = entry.generation_argv(own, values)
             import_module(script.removesuffix(".py")).main(
                 [*argv, *words, "--save_path", "made"],
                 lambda family, options: found.append(prepare_line(family, options, {})),
@@ -211,7 +211,7 @@ def test_a_line_sets_the_noise_levels_of_krea_2(
         for one in (family, family_for_samples(own)):
             ((said,), (sample,)) = read_requests(one, Path("prompts.txt"))
             printed = settings_to_repeat(sample, True, one)
-            script, *argv = entry.generation_words(own, printed)
+            script, *argv = entry.generation_argv(own, printed)
             import_module(script.removesuffix(".py")).main(
                 [*argv, *arguments_of_sample(printed), "--save_path", "made"],
                 lambda family, options: made.append(prepare_line(family, options, {})),
