@@ -162,7 +162,7 @@ def check_state_width(
     if dit_width not in (None, width):
         raise CheckpointError(
             f"{option} {path} produces hidden states of width {width}, but {dit_path} takes width "
-            f"{dit_width}. Give {give}.",
+            f"{dit_width}. Give {fits}.",
             path,
         )
 
