@@ -225,7 +225,7 @@ def _make_settings(blank: str) -> LanguageEncoderSettings:
 class H3CachingFiles(H3Files):
     """Files of a run that caches texts."""
 
-    teacher: str | None = None
+    teacher_conditions: str | None = None
     states_dtype: torch.dtype | None = None  # dtype of cached states; None for that of the text encoder
     blank: str = BLANK  # replaces the empty prompt
     short_edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)

@@ -361,7 +361,7 @@ def _read_tokenizer(source: TokenizerFiles, file: Path) -> dict[str, bytes]:
     merges = find_merges(file)
     if merges is not None:
         return {"vocab.json": source.read_bytes(file), "merges.txt": source.read_bytes(merges)}
-    with source.explain(file):
+    with source.convert_errors(file):
         content = parse_json(source.read_bytes(file).decode("utf-8"))
         model = content["model"]
         vocabulary = dict(model["vocab"])
