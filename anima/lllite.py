@@ -225,7 +225,7 @@ def load_lllite(
         plan = read_lllite(checkpoint, option)
         _check_blocks(plan.config, path, dit)
         build = partial(AttachedLllite, scale=multiplier)
-        attached = load_planned(plan, build, device=device, dtype=dtype, what=MODEL_KIND)
+        attached = load_planned(plan, build, device=device, dtype=dtype, label=MODEL_KIND)
     attached.attach_to(dit, path)
     return attached
 
@@ -238,7 +238,7 @@ def check_file(path: Path, option: str) -> LllitePlan:
     with open_checkpoint(require_file(path, option, "")) as checkpoint:
         plan = read_lllite(checkpoint, option)
         build = partial(AttachedLllite, scale=1.0)
-        load_planned(plan, build, device=torch.device("meta"), dtype=torch.float32, what=MODEL_KIND)
+        load_planned(plan, build, device=torch.device("meta"), dtype=torch.float32, label=MODEL_KIND)
     return plan.config
 
 
@@ -335,7 +335,7 @@ def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values
         with open_checkpoint(path) as checkpoint:
             plan = read_lllite(checkpoint, WEIGHTS)
             _check_blocks(plan.config, path, dit)
-            attached = load_planned(plan, build, torch.device("cpu"), torch.float32, what=MODEL_KIND)
+            attached = load_planned(plan, build, torch.device("cpu"), torch.float32, label=MODEL_KIND)
     else:
         attached = build(_plan_for(dit, _initial_config(options)))
     attached.attach_to(dit, path)

@@ -486,5 +486,5 @@ def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
 def _weigh(prompt: Prompt) -> Prompt:
     """Parse the weights in a prompt; in its second text, of which CLIP makes one vector, they are removed."""
     text, spans = parse_weights(prompt.text)
-    second = None if prompt.second is None else parse_weights(prompt.second)[0]
-    return replace(prompt, text=text, spans=spans, second=second)
+    second = None if prompt.prompt_2 is None else parse_weights(prompt.prompt_2)[0]
+    return replace(prompt, text=text, weighted_spans=spans, prompt_2=second)

@@ -212,7 +212,7 @@ class ResultTile:
         return say("larger: %(state)s", state=name_state(self.job.state))
 
     @property
-    def mark(self) -> str:
+    def change_key(self) -> str:
         """Key that changes when anything that the tile shows has changed."""
         text = f"{self.result.changed} {self.result.size_bytes} {self.job_text}"
         return short_digest(text, 6)

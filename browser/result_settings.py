@@ -107,7 +107,7 @@ class ResultSettings:
         return find_family(self.get("model_type"))
 
     @property
-    def facts(self) -> str:
+    def summary(self) -> str:
         """Size, length, steps, guidance and seed in one line."""
         frames = self.get("video_length")
         guidance = self.get("embedded_cfg_scale") or self.get("guidance_scale")

@@ -57,7 +57,7 @@ def find_network(
             "of that encoder alone.",
             checkpoint.path,
         )
-    return checkpoint.without_prefix(prefix, others=other_prefixes)
+    return checkpoint.without_prefix(prefix, ignored_prefixes=other_prefixes)
 
 
 def head_width(path: Path, rows: int, config: Mapping[str, Any], default_width: int) -> int:

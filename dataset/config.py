@@ -50,7 +50,7 @@ OF_SUBSETS = {
     name: "is a key of tables with [[datasets.subsets]] (docs/image_datasets.md), and there are none. Leave "
     "it out, or write the file with them"
     for name, key in SUBSET_KEYS.items()
-    if name not in KEYS and key.place != SUBSET
+    if name not in KEYS and key.allowed_in != SUBSET
 }
 
 # A table of audio files is read as a table of clips with 25 black frames a second, which no network sees.
@@ -150,7 +150,7 @@ def _check_cache_folders(tables: Sequence[DatasetTable], errors: list[str]) -> N
         nearest_existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
         if nearest_existing is not None and not nearest_existing.is_dir():
             errors.append(
-                f"{table.place}: cache_directory = {folder}: {nearest_existing} is a file; name a "
+                f"{table.location}: cache_directory = {folder}: {nearest_existing} is a file; name a "
                 "folder, which is made if it is not there"
             )
         if table.download_directory is not None or is_limited():
@@ -158,13 +158,13 @@ def _check_cache_folders(tables: Sequence[DatasetTable], errors: list[str]) -> N
         is_shared = table.cache_format in SHARED_CACHES
         if is_shared and table.kind == "video":
             key = f'cache_format = "{table.cache_format}"'
-            errors.append(f'{table.place}: {key} is for tables of pictures; use "files" or "shards"')
+            errors.append(f'{table.location}: {key} is for tables of pictures; use "files" or "shards"')
         first = first_tables.setdefault(folder_id(folder), table)
         may_share = first is table or (is_shared and first.cache_format == table.cache_format)
         if not may_share:
-            second = table.place.removeprefix("[[datasets]] ")
+            second = table.location.removeprefix("[[datasets]] ")
             errors.append(
-                f"{first.place} and {second} share the cache directory {folder}; "
+                f"{first.location} and {second} share the cache directory {folder}; "
                 "give each its own cache_directory (the default is the folder of the images or videos)"
             )
 
@@ -177,11 +177,11 @@ def _find_forbidden_folders(table: DatasetTable) -> list[str]:
     cache, downloads = table.cache_directory, table.download_directory
     error = describe_outside(cache)
     if error is not None:
-        return [f"{table.place}: caches go to cache_directory = {cache}, and {error}"]
+        return [f"{table.location}: caches go to cache_directory = {cache}, and {error}"]
     if downloads is None or real_path(downloads).is_relative_to(real_path(cache)):
         return []
     return [
-        f"{table.place}: download_directory = {downloads} lies outside of cache_directory = {cache}, and a "
+        f"{table.location}: download_directory = {downloads} lies outside of cache_directory = {cache}, and a "
         f"file may name no other place for downloads. Take it out of the file: {cache / 'downloads'} is used "
         "then. If you want them there, type it for the command that caches: "
         f"--download_directory {downloads}"
@@ -219,7 +219,7 @@ def _with_keys_in_general(path: Path, content: Table, errors: list[str]) -> Tabl
 
     Some guides omit this heading. Errors about keys that may stand only in [[datasets]] go to `errors`.
     """
-    general_keys = {name for name, key in SUBSET_KEYS.items() if key.place != SUBSET}
+    general_keys = {name for name, key in SUBSET_KEYS.items() if key.allowed_in != SUBSET}
     general_keys |= {name for name, key in KEYS.items() if key.in_general}
     general_keys |= {*OTHER_NAMES, *forms.OTHER_SPELLINGS}
     general = content.get("general", {})

@@ -270,7 +270,7 @@ class DatasetTable:
     attributes: frozenset[str] = frozenset()
     # --- derived in __post_init__
     # where the table is in the dataset file, for messages
-    place: str = field(init=False, repr=False, compare=False)
+    location: str = field(init=False, repr=False, compare=False)
     # items with the same index may share a batch; subsets of one entry have the same index
     batch_group: int = field(init=False, repr=False, compare=False)
     # min_timestep, max_timestep or discrete_flow_shift is set
@@ -307,7 +307,7 @@ class DatasetTable:
     @property
     def name(self) -> str:
         """Return the table's name for messages: `data.toml, [[datasets]] 2 (clips)`."""
-        return f"{self.config_path}, {self.place} ({self.source})"
+        return f"{self.config_path}, {self.location} ({self.source})"
 
     @property
     def guides(self) -> tuple[Guide, ...]:
@@ -381,7 +381,7 @@ class DatasetTable:
     @property
     def learns_edits(self) -> bool:
         """Return whether these are images for a model that was trained to edit reference images."""
-        return self.kind == "image" and self.references is not None and self.references.edits
+        return self.kind == "image" and self.references is not None and self.references.edits_images
 
     def seen_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
         """Return the settings on which the text encoder's view of reference images depends, by name.

@@ -78,7 +78,7 @@ _COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq")
 class LanguageModel:
     """A released language model: how its files are recognized, and settings that its tensors do not show."""
 
-    what: str  # for messages, such as "a Llama language model"
+    description: str  # for messages, such as "a Llama language model"
     option: str  # option for its file
     files: str  # names of suitable files, for messages
     class_prefix: str  # classes in transformers, without "Config" and "Model"
@@ -112,7 +112,7 @@ class LanguageModel:
 
 
 LLAMA = LanguageModel(
-    what="a Llama language model",
+    description="a Llama language model",
     option="--text_encoder1",
     files=(
         "the folder text_encoder of HunyuanVideo, llava-llama-3-8b-v1_1-transformers or "
@@ -127,7 +127,7 @@ LLAMA = LanguageModel(
     skip_option="--hidden_state_skip_layer",
 )
 QWEN25_VL = LanguageModel(
-    what="the language model of Qwen2.5-VL",
+    description="the language model of Qwen2.5-VL",
     option="--text_encoder",
     files="qwen_2.5_vl_7b.safetensors of Comfy-Org, or the folder of Qwen/Qwen2.5-VL-7B-Instruct,",
     class_prefix="Qwen2_5_VLText",
@@ -143,7 +143,7 @@ QWEN25_VL = LanguageModel(
     settings={"use_sliding_window": False},
 )
 QWEN3 = LanguageModel(
-    what="a Qwen3 language model",
+    description="a Qwen3 language model",
     option="--text_encoder",
     files="qwen_3_4b.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-4B,",
     class_prefix="Qwen3",
@@ -156,7 +156,7 @@ QWEN3 = LanguageModel(
     settings={"use_sliding_window": False},
 )
 QWEN3_VL = LanguageModel(
-    what="the language model of Qwen3-VL",
+    description="the language model of Qwen3-VL",
     option="--text_encoder",
     files="qwen3vl_4b_bf16.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-VL-4B-Instruct,",
     class_prefix="Qwen3VLText",
@@ -206,7 +206,7 @@ def _read_delta_layers(
 
 
 QWEN35 = LanguageModel(
-    what="the language model of Qwen3.5",
+    description="the language model of Qwen3.5",
     option="--text_encoder",
     files="qwen3.5_9b_bf16.safetensors of Comfy-Org, or the folder text_encoder of MOSS-Image,",
     class_prefix="Qwen3_5Text",
@@ -292,10 +292,10 @@ def read_language_model(
         network is None
         or _list_distinguishing_tensors(network, checkpoint, layer) != model.distinguishing_tensors
     ):
-        raise make_wrong_kind_error(checkpoint, model.what, model.option, model.files)
+        raise make_wrong_kind_error(checkpoint, model.description, model.option, model.files)
     sources = list_tensor_sources(network)
     wrong_sizes = CheckpointError(
-        f"{path}: its tensors do not have the sizes of {model.what}. Give {model.files} to {model.option}.",
+        f"{path}: its tensors do not have the sizes of {model.description}. Give {model.files} to {model.option}.",
         path,
     )
     shape = make_shape_reader(network, sources, wrong_sizes)
@@ -531,7 +531,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
     classes = config.model.class_prefix
     if not hasattr(transformers, f"{classes}Model"):
         raise OptionError(
-            f"{config.model.what} needs transformers {config.model.min_transformers} or later, not "
+            f"{config.model.description} needs transformers {config.model.min_transformers} or later, not "
             f"{transformers.__version__}: pip install --upgrade transformers"
         )
     transformers_config = getattr(transformers, f"{classes}Config")(**settings)
@@ -615,7 +615,7 @@ def load_language_model(
             build_language_model,
             device=device,
             dtype=lambda name, _: torch.float32 if name.endswith(float32_suffixes) else dtype,
-            what=name_in_messages,
+            label=name_in_messages,
             form=form,
             host=streamed_weights,
             blocks=blocks,

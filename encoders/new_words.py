@@ -99,7 +99,7 @@ class WordEncoder(TextEncoder, Protocol):
     embedding: str  # name of the weight of the token embeddings in the network
     # keys of its vectors in embedding files: first the key that is written, then others that are read
     word_keys: tuple[str, ...]
-    words: Sequence[EncoderWord]
+    added_words: Sequence[EncoderWord]
     learns_word: bool  # gradients flow through the network
 
     @property
@@ -130,7 +130,7 @@ def give_words(encoders: Sequence[TextEncoder], words: Sequence[ModelWord]) -> N
         # a new word, which is learned: each encoder gets rows for it
         if word.content is None:
             for encoder in word_encoders:
-                encoder.words = (*encoder.words, EncoderWord(NewWord(word.text, word.count)))
+                encoder.added_words = (*encoder.added_words, EncoderWord(NewWord(word.text, word.count)))
                 encoder.learns_word = True
             continue
         # a word from a file: its vectors for each of the encoders
@@ -139,7 +139,10 @@ def give_words(encoders: Sequence[TextEncoder], words: Sequence[ModelWord]) -> N
             rows = vectors.get(encoder.word_keys[0])  # the first key names the encoder, others are aliases
             if rows is not None:  # a file need not have vectors for all text encoders
                 new_word = NewWord(word.text, len(rows))
-                encoder.words = (*encoder.words, EncoderWord(new_word, rows, word.source, word.option))
+                encoder.added_words = (
+                    *encoder.added_words,
+                    EncoderWord(new_word, rows, word.source, word.option),
+                )
 
 
 def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str, Tensor]:

@@ -127,7 +127,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
             path,
         )
     prefix = names[0].removesuffix(PATCHES)
-    network = checkpoint.without_prefix(prefix, others=("",))  # all other tensors are left out
+    network = checkpoint.without_prefix(prefix, ignored_prefixes=("",))  # all other tensors are left out
     sources = list_tensor_sources(network)
     other_tower = CheckpointError(
         f"{path}: its vision tower is not that of {tower.name}. Give {model.files} with its config.json.",
@@ -198,7 +198,7 @@ def load_vision_tower(
     with open_checkpoint(path) as checkpoint:
         plan = read_vision_tower(checkpoint, model)
         what = f"the vision tower ({model.option})"
-        tower = load_planned(plan, build_vision_tower, device=device, dtype=dtype, what=what)
+        tower = load_planned(plan, build_vision_tower, device=device, dtype=dtype, label=what)
     angles: Any = tower.rotary_pos_emb
     angles.to(device)
     return tower

@@ -348,16 +348,16 @@ class FileTextEncoder(ABC, Generic[Network]):
     name: str  # name in messages and cache records
     keys: frozenset[str]  # keys of the conditions that `encode` returns
     variable_length: frozenset[str] = frozenset()  # keys whose tensors have the length of the prompt
-    what: str = "the text encoder"  # name in the log
+    description: str = "the text encoder"  # name in the log
     source: TokenizerSource
-    maximum: int  # longest prompt in tokens, not counting dropped template tokens
+    max_length: int  # longest prompt in tokens, not counting dropped template tokens
     weighted_states_key: str = ""  # key of the states that prompt weights multiply; "": no weights
     pads_left: bool = False  # padding is on the left, up to `maximum`
     logs_truncation: ClassVar[bool] = False  # whether each prompt that is too long is logged
     embedding: str = "embed_tokens.weight"  # name of the token embeddings in the network
     # keys of its vectors in embedding files (see `encoders.new_words.WordEncoder`)
     word_keys: tuple[str, ...] = ()
-    words: Sequence[EncoderWord] = ()  # additional words (textual inversion)
+    added_words: Sequence[EncoderWord] = ()  # additional words (textual inversion)
     learns_word: bool = False  # whether an additional word is trained: gradients flow through the network
     # returns the number of template tokens before the prompt, whose states are dropped; None: there are none
     count_template_tokens: Callable[[TextTokenizer], int] | None = None
@@ -412,7 +412,7 @@ class FileTextEncoder(ABC, Generic[Network]):
 
     def write(self, prompt: Prompt) -> TemplatedPrompt:
         """Return the prompt in the template; by default, there is no template."""
-        return TemplatedPrompt(prompt.text, prompt.text, prompt.spans)
+        return TemplatedPrompt(prompt.text, prompt.text, prompt.weighted_spans)
 
     def token_counter(self) -> CountTokens:
         """Return a function that counts a text's tokens, including those of the template; loads no weights.
@@ -420,10 +420,10 @@ class FileTextEncoder(ABC, Generic[Network]):
         Raises:
             CheckpointError: If the tokenizer is not on this machine; it is not downloaded.
         """
-        tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
-        if self.words:
+        tokenizer = self.source.load(self.tokenizer, self.path, self.description, may_download=False)
+        if self.added_words:
             # tokens are only counted, so any ids will do
-            tokenizer = tokenizer.with_words(name_ids([word.word for word in self.words], 0))
+            tokenizer = tokenizer.with_words(name_ids([word.word for word in self.added_words], 0))
         count_template_tokens = self.count_template_tokens
         num_template_tokens = 0 if count_template_tokens is None else count_template_tokens(tokenizer)
         token_bytes = 0
@@ -435,7 +435,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             try:
                 written = self.write(Prompt(text))
             except CaptionError:  # reported when the text is encoded, and by --check
-                return TokenCount(text, tokens=0, limit=self.maximum, num_read=len(text), size_bytes=0)
+                return TokenCount(text, tokens=0, limit=self.max_length, num_read=len(text), size_bytes=0)
             tokens = tokenizer.read(written.text)
             # a prompt that is too long loses its last tokens, but not the template and end token after it
             num_suffix_tokens = tokens.count_after(written.suffix_start)
@@ -443,15 +443,15 @@ class FileTextEncoder(ABC, Generic[Network]):
             # for each of these tokens: how many characters of the prompt end with it
             ends = [0 if span is None else span[1] - written.start for span in spans_before_suffix]
             length = len(written.prompt)
-            max_tokens_read = num_template_tokens + self.maximum - num_suffix_tokens
+            max_tokens_read = num_template_tokens + self.max_length - num_suffix_tokens
             characters_read = count_covered_characters(ends, max_tokens_read, length)
             num_tokens = max(len(tokens.ids) - num_template_tokens, 0)
             # caches contain the states of these tokens; encoders of fixed length pad to `maximum`
-            num_stored = min(num_tokens, self.maximum) if self.variable_length else self.maximum
+            num_stored = min(num_tokens, self.max_length) if self.variable_length else self.max_length
             return TokenCount(
                 written.prompt,
                 tokens=num_tokens,
-                limit=self.maximum,
+                limit=self.max_length,
                 num_read=min(max(characters_read, 0), length),
                 size_bytes=num_stored * token_bytes,
             )
@@ -464,12 +464,12 @@ class FileTextEncoder(ABC, Generic[Network]):
 
     def _read(self, device: torch.device) -> tuple[Network, TextTokenizer]:
         # the tokenizer is loaded first, so that an error in it is reported before gigabytes are read
-        tokenizer = self.source.load(self.tokenizer, self.path, self.what)
+        tokenizer = self.source.load(self.tokenizer, self.path, self.description)
         if self.check_tokenizer is not None:
             self.check_tokenizer(tokenizer)
         network = self.load_network(device)
-        if self.words:
-            ids = grow_table(network, self.embedding, self.words)
+        if self.added_words:
+            ids = grow_table(network, self.embedding, self.added_words)
             tokenizer = tokenizer.with_words(ids)
         return network, tokenizer
 
@@ -480,7 +480,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             CheckpointError: If the tokenizer is not on this machine; it is not downloaded.
         """
         with quiet():  # the tokenizer is logged when the encoder is loaded
-            tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
+            tokenizer = self.source.load(self.tokenizer, self.path, self.description, may_download=False)
         tokens = tokenizer.read(f" {text.strip()}")  # inside a text, most tokens begin with a space
         # without the tokens that the tokenizer adds, which have no span in the text
         return [
@@ -535,12 +535,14 @@ class FileTextEncoder(ABC, Generic[Network]):
         cut_tokens = []
         for tokens, prompt in zip(all_tokens, written, strict=True):
             # only the tokens of the prompt's own text are limited
-            max_tokens = num_template_tokens + prompt.num_image_tokens + self.maximum
+            max_tokens = num_template_tokens + prompt.num_image_tokens + self.max_length
             cut_tokens.append(tokens.cut(max_tokens, prompt.suffix_start))
         if self.logs_truncation:
             self._log_truncated(written, all_tokens, cut_tokens)
         token_ids = [tokens.ids for tokens in cut_tokens]
-        vocabulary = len(network.get_parameter(self.embedding)) + sum(word.word.count for word in self.words)
+        vocabulary = len(network.get_parameter(self.embedding)) + sum(
+            word.word.count for word in self.added_words
+        )
         check_ids(token_ids, vocabulary, self.path, self.source.files.option)
         results = compute(network, tokenizer, token_ids, num_template_tokens)
         if not self.weighted_states_key:  # the family does not support weights such as (cat:1.2)
@@ -563,14 +565,14 @@ class FileTextEncoder(ABC, Generic[Network]):
                 logger.info(
                     "%d tokens of the prompt are cut off, %d are used: %.60s",
                     left_out,
-                    self.maximum,
+                    self.max_length,
                     prompt.prompt,
                 )
 
     def weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
         """Multiply the states of a prompt's tokens by their weights."""
         if self.pads_left:  # padding before the prompt has weight 1
-            weights = [1.0] * (self.maximum - len(weights)) + [*weights]
+            weights = [1.0] * (self.max_length - len(weights)) + [*weights]
         states: Any = conditions[self.weighted_states_key]
         if isinstance(states, Tensor):
             return {**conditions, self.weighted_states_key: weigh_tokens(states, weights)}

@@ -167,7 +167,7 @@ def load_network(
     with _open(path) as checkpoint:
         settings = read_control_net(path, checkpoint, config)
         plan = LoadPlan(settings, checkpoint, list_tensor_sources(checkpoint))
-        return load_planned(plan, build_network, device, dtype, what=CONTROL_NET)
+        return load_planned(plan, build_network, device, dtype, label=CONTROL_NET)
 
 
 def build_network(settings: Mapping[str, Any]) -> FluxControlNetModel:

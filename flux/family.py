@@ -93,7 +93,7 @@ class Flux(ModelOfImages):
     name: str = field(default="flux", init=False)
     cache_tag: str = field(default="flux", init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
     abilities: ClassVar = Abilities(detects_few_steps=True, has_custom_network=True, has_comfy_nodes=True)
     few_steps: ClassVar = FewSteps(
         base="FLUX.1 dev (for Chroma on Chroma1-HD)",
@@ -295,7 +295,7 @@ class Flux(ModelOfImages):
     def _check_t5_masking(self, batch: Batch) -> None:
         """Raise CacheError if caches and this training differ in whether the padding of T5 is masked."""
         uses_mask = self.files.uses_mask
-        for record in batch.made_by:
+        for record in batch.cache_origins:
             mask = record.encoder.get("t5_mask")
             if mask not in (None, "used" if uses_mask else "not used"):  # None: cached by another program
                 option = configs.CHROMA if self.files.kind == configs.CHROMA else "--apply_t5_attn_mask"
@@ -412,7 +412,7 @@ class Flux(ModelOfImages):
     def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs FLUX.1. Raises OptionError for Chroma and for models that edit images."""
         if self.references is not None or self.files.kind == configs.CHROMA:
-            raise OptionError(f"of {self.called}, only those of FLUX.1 dev and schnell are known here")
+            raise OptionError(f"of {self.display_name}, only those of FLUX.1 dev and schnell are known here")
         from flux.workflow import FLUX as FLUX_NODES  # only with --save_workflow
 
         return FLUX_NODES

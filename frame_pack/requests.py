@@ -148,7 +148,7 @@ def _read_prompts(request: requests.Request, sections: int, is_one_frame: bool) 
     if request.second_prompt is None:
         return [requests.Prompt(text) for text in texts]
     second = _split_by_section(request.second_prompt, "--prompt_2", sections, is_one_frame)
-    return [requests.Prompt(text, second=for_clip) for text, for_clip in zip(texts, second, strict=True)]
+    return [requests.Prompt(text, prompt_2=for_clip) for text, for_clip in zip(texts, second, strict=True)]
 
 
 def _drop_unusable_media(request: requests.Request, is_f1: bool, is_one_frame: bool) -> requests.Request:

@@ -87,7 +87,7 @@ class PhasePrediction:
         ):  # between steps only the weights are in memory
             where = name
             bytes_by_kind = {dry.WEIGHTS: weights, dry.TEMPORARY: work_between}
-        note = self.weights + swap.words(count, "of buffers")
+        note = self.weights + swap.format_note(count, "of buffers")
         parts = memory_plan.parts_of(bytes_by_kind, swap, {dry.WEIGHTS: note, dry.TEMPORARY: where})
         return memory_plan.Phase(
             "denoising", (*parts, *self.expert_schedule.parts(weights, swap), self.cublas_workspace)
@@ -97,7 +97,7 @@ class PhasePrediction:
         """Return the memory plan of all phases with a number of swapped blocks."""
         return memory_plan.MemoryPlan((*self.before, self.phase(blocks), *self.after), tuple(remarks))
 
-    def device(self, blocks: int) -> int:
+    def device_bytes(self, blocks: int) -> int:
         """Return the device memory of denoising, in bytes, with this number of swapped blocks."""
         return self.phase(blocks).device
 
@@ -228,8 +228,10 @@ def _with_fewer_weights(
     if processes > 1 and can_divide(encoder):
         network = encoder.network
         (split,) = memory_plan.predict_swaps(network, spec_of(network), options.speed.swap, processes)
-        note = split.words(0, "").removeprefix("; ")  # written to follow another note; here it stands alone
-        weights = replace(weights, device=weights.device - split.saved, note=note)
+        note = split.format_note(0, "").removeprefix(
+            "; "
+        )  # written to follow another note; here it stands alone
+        weights = replace(weights, device=weights.device - split.saved_device_bytes, note=note)
     elif device_memory is not None and phase.device > device_memory.usable and is_layered(encoder):
         waiting = encoder.offloaded_bytes(device_memory.usable)
         if waiting:
@@ -507,7 +509,7 @@ def predict_largest_request(
             )
             predictions.append((stage, prediction))
     # by the bytes on the device with 0 swapped blocks
-    return max(predictions, key=lambda candidate: candidate[1].device(0))
+    return max(predictions, key=lambda candidate: candidate[1].device_bytes(0))
 
 
 def suggest_options(
@@ -520,7 +522,7 @@ def suggest_options(
 ) -> list[str]:
     """Return changes of options that make all phases fit, cheapest first; apply them cumulatively."""
     lines = _suggest_for_other_phases(prediction, device_memory.usable)
-    if prediction.device(0) <= device_memory.usable:  # denoising fits without swapped blocks
+    if prediction.device_bytes(0) <= device_memory.usable:  # denoising fits without swapped blocks
         return lines
     speed = options.speed
 
@@ -545,7 +547,7 @@ def suggest_options(
     if cheapest is not None:
         maximum = cheapest.max_swapped_blocks
         limit = f"even --blocks_to_swap {maximum} leaves" if can_swap else "what is above leaves"
-        lines.append(f"fewer frames or a smaller size: {limit} {format_gib(cheapest.device(maximum))}")
+        lines.append(f"fewer frames or a smaller size: {limit} {format_gib(cheapest.device_bytes(maximum))}")
     return lines
 
 

@@ -75,12 +75,12 @@ class Krea2(pictures.ModelOfImages):
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=KREA_2, init=False)
     text_keys: frozenset[str] = field(default=KREA_2_SETTINGS.keys, init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
 
     @property
     def edits(self) -> bool:
         """Return whether this run edits images."""
-        return self.references is not None and self.references.edits
+        return self.references is not None and self.references.edits_images
 
     @property
     def name(self) -> str:
@@ -181,7 +181,7 @@ class Krea2(pictures.ModelOfImages):
     def _check_template(self, batch: Batch) -> None:
         """Raise CacheError unless captions and training agree on whether there are images to edit."""
         encoder_settings = self.files.encoder_settings
-        for cache in batch.made_by:
+        for cache in batch.cache_origins:
             fingerprint = cache.encoder.get(encoder_settings.template_key, encoder_settings.fingerprint)
             if cache.part == encoder_settings.name and fingerprint != encoder_settings.fingerprint:
                 how, words = ("without pictures", " with --edit") if self.edits else ("for edits", "")
@@ -333,7 +333,7 @@ def _make_rules(options: Any, is_edit: bool | None) -> ReferenceRules | None:
         return None
     area = None if getattr(options, "match_target_res", False) else MEGAPIXEL
     return ReferenceRules(
-        MAX_REFERENCES, seen_by_text=True, edits=bool(is_edit), keeps_aspect_ratio=True, max_area=area
+        MAX_REFERENCES, seen_by_text=True, edits_images=bool(is_edit), keeps_aspect_ratio=True, max_area=area
     )
 
 

@@ -940,7 +940,7 @@ def _resolve_training_references(options: Ltx2TrainingOptions) -> rules.Referenc
     dropped = 1 - options.ic_lora_ref_probability
     is_v2v = options.strategy is STRATEGIES["v2v"]
     edits = dropped > 0 or is_v2v or VIDEO in options.strategy.needs
-    return replace(make_rules(options.references), dropout_probability=dropped, edits=edits)
+    return replace(make_rules(options.references), dropout_probability=dropped, edits_images=edits)
 
 
 def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:

@@ -585,13 +585,13 @@ def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[
         latents["--ltx2_video_vae"] = options.vae.file.vae or Placeholder("VIDEO_VAE_FILE")
         if AUDIO in options.model.streams:
             latents["--ltx2_audio_vae"] = options.vae.audio_vae or Placeholder("AUDIO_VAE_FILE")
-    texts = options.text.words(checkpoint)
-    return {**model, **latents, **options.references.words()}, {**model, **texts}
+    texts = options.text.as_options(checkpoint)
+    return {**model, **latents, **options.references.as_options()}, {**model, **texts}
 
 
 def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
     """Return the options for caching texts with a release's text encoder, whose file is a placeholder."""
-    return Ltx2TextOptions.from_defaults().words(options.model.ltx2_checkpoint)
+    return Ltx2TextOptions.from_defaults().as_options(options.model.ltx2_checkpoint)
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -606,7 +606,7 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
     return {
         **latents,
         # None leaves an option out: the reference factors are in the LoRA's metadata
-        **dict.fromkeys(options.references.words()),
+        **dict.fromkeys(options.references.as_options()),
         "--reference_video": reference,
         "--reference_audio": extra.get("reference_audio"),
         f"--{IDENTITY_SCALE}": options.audio_references.identity_scale or None,

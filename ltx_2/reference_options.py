@@ -31,7 +31,7 @@ class Ltx2ReferenceOptions(Options, title="references (IC-LoRA)"):
         facts=HABIT,
     )
 
-    def words(self) -> dict[str, int | None]:
+    def as_options(self) -> dict[str, int | None]:
         """Return the non-default options by their command-line names."""
         size, time = self.reference_downscale, self.reference_temporal_scale
         return {

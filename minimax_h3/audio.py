@@ -191,7 +191,7 @@ def load_audio_vae(path: Path, device: torch.device, option: str = "--audio_vae"
     with open_checkpoint(path) as checkpoint:
         plan = read_audio_vae(checkpoint, option)
         network = load_planned(
-            plan, build_audio_vae, device, torch.float32, what="the audio VAE of MiniMax-H3"
+            plan, build_audio_vae, device, torch.float32, label="the audio VAE of MiniMax-H3"
         )
     logger.info("Audio VAE: %s", path)
     return H3AudioVae(network)

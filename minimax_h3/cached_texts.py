@@ -102,7 +102,11 @@ class H3CachingEncoder(H3TextEncoder):
     @property
     def identity(self) -> Mapping[str, str]:
         """Return what the text states depend on besides the text: the task and the sizes of references."""
-        info = {"task": self.task, "teacher": self.teacher_conditions, "blank": repr(self.settings.blank)}
+        info = {
+            "task": self.task,
+            "teacher": self.teacher_conditions,
+            "blank": repr(self.settings.empty_prompt_text),
+        }
         info["stored"] = None if self.states_dtype is None else dtype_name(self.states_dtype)
         info["reference_edges"] = (
             " ".join(map(str, self.short_edges)) if self.abilities.encodes_media else None
@@ -218,7 +222,7 @@ def _list_keyframes(prompt: Prompt) -> list[Tensor]:
 @functools.cache  # cached, because uses are compared by identity
 def _make_settings(blank: str) -> LanguageEncoderSettings:
     """Return how the text encoder is used, with `blank` in place of an empty prompt."""
-    return H3_USE if blank == BLANK else replace(H3_USE, blank=blank)
+    return H3_USE if blank == BLANK else replace(H3_USE, empty_prompt_text=blank)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class H3Caching:
             )
         if self.task == REFERENCES:
             self._check_references(table)
-        elif table.shown:
+        elif table.reference_media:
             raise DatasetError(
                 f"{table.name}: its rows have references. Use --task {REFERENCES}, or leave them out"
             )
@@ -110,14 +110,14 @@ class H3Caching:
             )
 
     def _check_references(self, table: MediaTable) -> None:
-        if not table.shown:
+        if not table.reference_media:
             raise DatasetError(
                 f"{table.name}: --task {REFERENCES} makes clips from references. Name them in `references` "
                 "of the lines of video_jsonl_file"
             )
         from minimax_h3.cached_references import check_row_references  # only of ref2va
 
-        for media in table.shown:
+        for media in table.reference_media:
             check_row_references(
                 media,
                 table.name,

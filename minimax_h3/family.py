@@ -147,7 +147,7 @@ class MiniMaxH3(OneTransformer):
         views=(FIRST_LAST, CLIP, SUBJECT),
     )
     few_steps: ClassVar = FEW_STEPS
-    named: ClassVar = {
+    model_metadata: ClassVar = {
         "architecture": NAME,
         "implementation": "https://huggingface.co/MiniMaxAI/MiniMax-H3",
         "model_type": "minimax_h3",
@@ -163,9 +163,11 @@ class MiniMaxH3(OneTransformer):
     def metadata(self) -> Mapping[str, str]:
         """Return the model's metadata; full trainings add the row order of fused weights."""
         if not isinstance(self.options, H3FullTrainingOptions):
-            return self.metadata_of(self.named)
+            return self.metadata_of(self.model_metadata)
         frequencies = self.files.dit_header().config.frequencies
-        return self.metadata_of(self.named | {LAYOUT_KEY: STACKED, FREQUENCIES_KEY: str(frequencies)})
+        return self.metadata_of(
+            self.model_metadata | {LAYOUT_KEY: STACKED, FREQUENCIES_KEY: str(frequencies)}
+        )
 
     def few_steps_evidence(self) -> str:
         """Return the reason why every run counts as distilled: guidance is built into the model."""

@@ -75,11 +75,11 @@ class MossImage(pictures.ModelOfImages):
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=RELEASE, init=False)
     text_keys: frozenset[str] = field(default=frozenset({KEY}), init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
     name: str = field(default="moss_image", init=False)
     cache_tag: str = field(default="moss", init=False)
     defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
-    named: ClassVar = {
+    model_metadata: ClassVar = {
         "architecture": "MOSS-Image",
         "resolution": f"{SIDE}x{SIDE}",
         "implementation": "https://github.com/OpenMOSS/MOSS-Image",
@@ -121,7 +121,7 @@ class MossImage(pictures.ModelOfImages):
         config = self.files.dit_header().config
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen3.5 (9B)")
         # a cache that records no template is accepted
-        for cache in batch.made_by:
+        for cache in batch.cache_origins:
             fingerprint = cache.encoder.get(ENCODER_SETTINGS.template_key, ENCODER_SETTINGS.fingerprint)
             if cache.part == ENCODER_SETTINGS.name and fingerprint != ENCODER_SETTINGS.fingerprint:
                 raise CacheError(

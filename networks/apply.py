@@ -63,10 +63,10 @@ _BLOCK_ELEMENTS = 1 << 20  # elements of a weight that are changed at once: 4 MB
 class Change:
     """The effect of one LoRA on one parameter of a model, scaled by `use.multiplier`."""
 
-    use: WeightedLora
+    lora: WeightedLora
     delta: Delta
     parameter_name: str = "weight"  # or bias
-    rows: slice | None = None  # rows of the parameter that the LoRA is for; None: all
+    row_slice: slice | None = None  # rows of the parameter that the LoRA is for; None: all
     rotations: Tensor | None = None  # R - I of an input rotation; None until `to` computes it
 
     def change_shape(self) -> tuple[int, ...]:
@@ -102,7 +102,7 @@ class Change:
         Raises:
             CheckpointError: If the shapes differ.
         """
-        path = self.use.lora.path
+        path = self.lora.lora.path
         if self.delta.rotation is not None:  # its shape is not that of the weight
             return self._fit_rotation(related, weight, name, f"{option}{path} does not fit {model}")
         try:
@@ -118,7 +118,7 @@ class Change:
             raise CheckpointError(
                 f"{path}: the factors for {name} do not go together ({error}).", path
             ) from error
-        changed_rows = weight if change.rows is None else weight[change.rows]
+        changed_rows = weight if change.row_slice is None else weight[change.row_slice]
         expected = list(changed_rows.shape)
         is_dora = change.delta.normalization is not None
         if shape == expected and not is_dora:
@@ -142,7 +142,7 @@ class Change:
         Raises:
             CheckpointError: If the rotation does not fit.
         """
-        path = self.use.lora.path
+        path = self.lora.lora.path
         rotation = self.delta.rotation
         assert rotation is not None
         reason = rotation.find_misfit(self.delta.factors[rotation.factor_name], weight, name)
@@ -157,7 +157,7 @@ class Change:
                 f"of a published model.\n  Give {rotation.title} that was trained for this model.",
                 path,
             )
-        return self if rows == slice(0, len(weight)) else replace(self, rows=rows)
+        return self if rows == slice(0, len(weight)) else replace(self, row_slice=rows)
 
     def _describe_mismatch(self, shape: list[int], expected: list[int]) -> str:
         """Return why shape or DoRA magnitudes do not fit, as the end of "it has ..."; "" if they fit.
@@ -168,7 +168,7 @@ class Change:
         """
         can_be_reshaped = math.prod(shape) == math.prod(expected) and shape[:1] == expected[:1]
         if not can_be_reshaped:
-            families = " or ".join(family.name for family in self.use.lora.families())
+            families = " or ".join(family.name for family in self.lora.lora.families())
             kind = f" It is for {families}." if families else ""
             return f"{shape}, the model {expected}.{kind}\n  Give a LoRA that was trained for this model."
         magnitudes = self.delta.magnitudes
@@ -203,7 +203,7 @@ class Change:
         layer_start = rows.start - first_row  # row of the weight at which the layer begins
         layer_factors = {name: tensor for name, tensor in self.delta.factors.items() if name != ROW_RANGE}
         layer_rows = slice(layer_start, layer_start + layer_size[0])
-        return replace(self, delta=replace(self.delta, factors=layer_factors), rows=layer_rows)
+        return replace(self, delta=replace(self.delta, factors=layer_factors), row_slice=layer_rows)
 
     def _fit_to_related_module(self, related: RelatedModule, weight: Tensor) -> "Change":
         """Return the change for a weight that contains the LoRA's module, or is a part of it.
@@ -218,7 +218,7 @@ class Change:
         if rows is None:
             return self
         if related.is_part and isinstance(rows, slice):
-            return replace(self, rows=rows)
+            return replace(self, row_slice=rows)
         has_all_rows = rows == slice(0, self.change_shape()[0])
         if has_all_rows:
             return self
@@ -254,7 +254,7 @@ class Change:
     @property
     def replaces_weight(self) -> bool:
         """Return whether this change replaces the weight and all earlier changes, as in ComfyUI."""
-        return self.delta.replaces_weight and self.parameter_name == "weight" and self.use.multiplier != 0
+        return self.delta.replaces_weight and self.parameter_name == "weight" and self.lora.multiplier != 0
 
     def add_to(self, total: Tensor, block_rows: slice | None, weight: Tensor) -> None:
         """Add the change of one block of rows to `total`, the float32 sum of changes of these rows.
@@ -265,8 +265,8 @@ class Change:
             weight: These rows before any change, float32. A change that replaces the weight is written into
                 them.
         """
-        if self.rows is not None:
-            overlap = _find_overlap(self.rows, block_rows, len(total))
+        if self.row_slice is not None:
+            overlap = _find_overlap(self.row_slice, block_rows, len(total))
             if overlap is None:
                 return
             block_rows = overlap.in_change
@@ -294,16 +294,16 @@ class Change:
         elif delta.normalization is None:
             addition = delta.compute_change(total.device)
         else:
-            addition = delta.compute_normalized_change(weight, total.device, self.use.lora.has_frozen_norms)
+            addition = delta.compute_normalized_change(weight, total.device, self.lora.lora.has_frozen_norms)
         assert addition is not None
-        total.add_(addition.reshape(total.shape), alpha=self.use.multiplier)
+        total.add_(addition.reshape(total.shape), alpha=self.lora.multiplier)
 
     def _make_rotations(self, device: torch.device) -> Tensor:
         """Return R - I of the input rotation at the strength of the LoRA, on a device."""
         rotation = self.delta.rotation
         assert rotation is not None
         values = self.delta.factors[rotation.factor_name].to(device)
-        return rotation.compute_rotations(values, self.use.multiplier)
+        return rotation.compute_rotations(values, self.lora.multiplier)
 
     def to(self, device: torch.device) -> "Change":
         """Return the change with its factors on a device; an input rotation also gets its matrices."""
@@ -367,7 +367,7 @@ def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundCha
     for key, change, related in found_changes:
         if change.delta.rotation is not None and related is not None and related.is_part:
             part = FusedPiece(key, related.part, change.delta.factors)
-            rotated_parts.setdefault(id(change.use), []).append(part)
+            rotated_parts.setdefault(id(change.lora), []).append(part)
     # id of the `WeightedLora` -> keys of its parts with equal rotations
     equal_parts: dict[int, list[str]] = {}
     for use_id, parts in rotated_parts.items():
@@ -376,7 +376,7 @@ def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundCha
             equal_parts[use_id] = [part.name for part in parts]
     remaining: list[FoundChange] = []
     for found in found_changes:
-        joined_keys = equal_parts.get(id(found.change.use), [])
+        joined_keys = equal_parts.get(id(found.change.lora), [])
         if found.key not in joined_keys:
             remaining.append(found)
         elif found.key == joined_keys[0]:
@@ -423,7 +423,7 @@ def _sum_changes(
         change.add_to(total, rows, weight)
         if sample is not None:
             sampled_total = sample.of(total) if rows is None else total
-            sample.record_sum(change.use.lora.path, sampled_total)
+            sample.record_sum(change.lora.lora.path, sampled_total)
     return total
 
 
@@ -629,16 +629,16 @@ class LoraPatch:
         found_changes = self._find_changes(name)
         for key, change, _ in found_changes:
             if change.delta.rotation is not None:  # equal ones are joined next, which leaves only one key
-                self._applied_keys[id(change.use)].add(key)
+                self._applied_keys[id(change.lora)].add(key)
         fitted_changes: list[Change] = []
         for key, change, related in _join_equal_rotations(found_changes):
             if name.endswith(FIRST_LAYERS):
                 # such as a text-to-video LoRA for an image-to-video model: skip the layer, use the rest
                 channel_error = change.delta.describe_channel_mismatch(weight)
                 if channel_error is not None:
-                    self._channel_errors[id(change.use)] = channel_error
+                    self._channel_errors[id(change.lora)] = channel_error
                     continue
-            self._applied_keys[id(change.use)].add(key)
+            self._applied_keys[id(change.lora)].add(key)
             fitted = change.fit(related, weight, name, self._model)
             was_expanded = change.delta.has_row_range and not fitted.delta.has_row_range
             if was_expanded:  # each part (q, k, v) became the change of the whole layer: keep only the first
@@ -768,7 +768,7 @@ class LoraPatch:
             key = f"{OURS}{lora_module}.{parameter_name}"
             self._keys_in_model.add(key)
             for change in self._changes_by_key.get(key, []):
-                if change.use.selects(change.delta.factors, OURS + lora_module, OURS + module):
+                if change.lora.selects(change.delta.factors, OURS + lora_module, OURS + module):
                     changes.append(FoundChange(key, change, related))
         self._changes_by_parameter[name] = changes
         return changes
@@ -780,7 +780,7 @@ class LoraPatch:
         for key, changes in self._changes_by_key.items():
             module = key.partition(".")[0]
             for change in changes:
-                if change.use is not use:
+                if change.lora is not use:
                     continue
                 # an applied key may match only by the module's name in the model, which is not known here
                 if key in applied_keys or use.selects(change.delta.factors, module):

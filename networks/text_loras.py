@@ -26,7 +26,7 @@ from protocols.family import Family, TextEncoder, can_learn, has_text_layers
 logger = getLogger(__name__)
 
 
-def uses_for(
+def select_for_network(
     uses: Iterable[WeightedLora], prefix: str = "", prefixes: Collection[str] | None = None
 ) -> list[WeightedLora]:
     """Return the LoRAs for one network, with names as for a transformer; skip LoRAs without changes of it.
@@ -130,7 +130,7 @@ class TextLoras:
         """
         if self._uses and can_learn(encoder):
             prefix = encoder.lora_prefix
-            uses = uses_for(self._uses, prefix, {prefix, *self._known_prefixes})
+            uses = select_for_network(self._uses, prefix, {prefix, *self._known_prefixes})
             self._merge(uses, encoder.network, encoder.name)
         if self._text_side_uses and has_text_layers(encoder):
             self._merge(self._text_side_uses, encoder.text_layers, encoder.name)
@@ -169,7 +169,7 @@ def with_words_of(family: Family, uses: Iterable[Iterable[WeightedLora]]) -> Fam
     Raises:
         CheckpointError: If a word does not fit its text encoders.
     """
-    files = {use.lora.path: use.lora.words for use in chain(*uses) if use.lora.words}
+    files = {use.lora.path: use.lora.embeddings for use in chain(*uses) if use.lora.embeddings}
     return with_words(family, files, "--lora_weight") if files else family
 
 
@@ -252,9 +252,11 @@ class FullPatch:
         renamed_uses = rename_for_encoders(uses, str(model), prefixes)
         unet_names = [name for name in names if name.startswith(UNET)]
         # by the prefix of the network in LoRA files; "": the U-Net
-        self._patches = {"": LoraPatch(uses_for(renamed_uses), unet_names, model, rounding=rounding)}
+        self._patches = {
+            "": LoraPatch(select_for_network(renamed_uses), unet_names, model, rounding=rounding)
+        }
         for prefix in prefixes:
-            text_uses = uses_for(renamed_uses, prefix)
+            text_uses = select_for_network(renamed_uses, prefix)
             self._patches[prefix] = LoraPatch(text_uses, model=model, rounding=rounding)
 
     def changes_parameter(self, name: str) -> bool:

@@ -34,14 +34,14 @@ def add_unmerged(
     for name, weight_changes in changes.items():
         parameter = ChangedParameter(name, dit.get_submodule(name.removesuffix(".weight")))
         num_rows = len(parameter.unpacked)
-        branches = [LoraBranch(parameter, change.delta, change.use.multiplier) for change in weight_changes]
+        branches = [LoraBranch(parameter, change.delta, change.lora.multiplier) for change in weight_changes]
         for branch, change in zip(branches, weight_changes, strict=True):
-            branch.mask_ranks(dit, change.use.lora.metadata)
+            branch.mask_ranks(dit, change.lora.lora.metadata)
             # a rotation takes all inputs, and selects its outputs itself
             if branch.rotation is not None:
-                branch.output_rows = change.rows
-            elif change.rows is not None:  # only some of the outputs change: pad the others with zeros
-                padding = (change.rows.start, num_rows - change.rows.stop)
+                branch.output_rows = change.row_slice
+            elif change.row_slice is not None:  # only some of the outputs change: pad the others with zeros
+                padding = (change.row_slice.start, num_rows - change.row_slice.stop)
                 branch.apply_region = partial(functional.pad, pad=padding)
         layer = LoraWrapper(parameter, branches)
         layer.attach()

@@ -552,14 +552,14 @@ def _describe_distillation(setup: describing.RunSetup) -> list[str]:
     if few_steps is None or setup.kind.makes_training_adapter:
         return []
     subject = "It" if setup.model_info.task_contradiction else setup.model_name
-    text = f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}"
+    text = f"{subject} {few_steps.distillation_clause}, and training it as it is unlearns {few_steps.unlearned_pronoun}"
     target_hint = (
         "the comment signs from the lines of a target that keeps "
-        f"{few_steps.lost}, in [training] of {RUN_FILE}"
+        f"{few_steps.unlearned_pronoun}, in [training] of {RUN_FILE}"
     )
     if not setup.kind.supports_few_step_targets:
         return [warning(f"{text}. {few_steps.advice_for_full_training}")]
-    if few_steps.is_certain:  # families with only distilled models have no alternative
+    if few_steps.applies_to_all_files:  # families with only distilled models have no alternative
         text += f". Take {target_hint}"
     else:
         text += f". {few_steps.advice_for_lora}. Or take {target_hint}"

@@ -68,7 +68,7 @@ FOREIGN_SIZES = "reelsmith_said_sizes"
 # latent): F in caches, B F in batches and conditions, on the host
 FRAME_INDICES = "f_indices"
 
-LATENTS_MADE, AUDIO_MADE = "latents", "sound"  # `CacheOrigin.part` for caches of latents and of audio
+LATENTS_PART, AUDIO_PART = "latents", "sound"  # `CacheOrigin.part` for caches of latents and of audio
 
 
 def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ class Batch:
     tensors: Conditions
     captions: tuple[str, ...]
     keys: tuple[str, ...]  # names of the items, for messages
-    made_by: tuple[CacheOrigin, ...] = ()  # of all cache files that record their encoder
+    cache_origins: tuple[CacheOrigin, ...] = ()  # of all cache files that record their encoder
     loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () if all are 1
     # custom_attributes that are enabled in the table of each sample; () if no table has any
     attributes: tuple[frozenset[str], ...] = ()
@@ -258,7 +258,7 @@ class MediaTable:
     has_post: bool = True  # whether a black frame follows the control images
     flips: bool = False  # whether mirrored latents are cached too
     guides: tuple[str, ...] = ()  # names for the latents of guides, the last of `MediaBatch.references`
-    shown: tuple[
+    reference_media: tuple[
         tuple[ReferenceMedium, ...], ...
     ] = ()  # `MediaBatch.row_references` of each source; () if none has any
 

@@ -75,7 +75,7 @@ class QwenImage21(pictures.ModelOfImages):
     text_keys: frozenset[str] = field(default=ENCODER_SETTINGS.keys, init=False)
     name: str = field(default="qwen_image_21", init=False)
     cache_tag: str = field(default="qi21", init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
     references: ReferenceRules | None = field(default=REFERENCES, init=False)
 
     @property
@@ -128,7 +128,7 @@ class QwenImage21(pictures.ModelOfImages):
         batch.check({KEY: TEXTS_AGAIN, SLOTS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen3-VL (8B)")
-        for cache in batch.made_by:
+        for cache in batch.cache_origins:
             check_states(cache, ENCODER_SETTINGS.name)
         references = pictures.references_of(batch, self.latent.channels, 1, LATENTS_AGAIN)
         check_references(batch, references)

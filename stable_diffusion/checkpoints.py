@@ -327,7 +327,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
             prefix = vae_prefix
             break
     # others=("",): all tensors without this prefix belong to other networks
-    vae = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
+    vae = checkpoint.without_prefix(prefix, ignored_prefixes=("",)) if prefix else checkpoint
     stored_sources = list_tensor_sources(vae)
     num_levels = dialects.count(stored_sources, r"decoder\.up\.\d+")
     diffusers_names = map_vae_names_to_diffusers(stored_sources, num_levels=num_levels)

@@ -106,7 +106,7 @@ def load_control_net(
             dtype=lambda *_: dtype,
             patch=add_base if is_difference else None,
             ignore=plan.ignore,
-            what=OPTION,
+            label=OPTION,
         )
     return network.eval()
 
@@ -133,7 +133,7 @@ def _read_control_net(
         unet_config: Configuration of the U-Net.
         model_title: Name of the U-Net's model.
     """
-    bare = checkpoint.without_prefix(PREFIX, others=("",))  # the file may contain a whole model too
+    bare = checkpoint.without_prefix(PREFIX, ignored_prefixes=("",))  # the file may contain a whole model too
     _reject_similar(bare)
     translate = ldm_to_diffusers_translator(bare.tensors)
     sources = {}

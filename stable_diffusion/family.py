@@ -211,7 +211,7 @@ class StableDiffusion(ModelOfImages):
         return self.kind.name
 
     @property
-    def called(self) -> str:
+    def display_name(self) -> str:
         """Name of the model kind in messages."""
         return self.kind.title
 

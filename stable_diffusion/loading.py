@@ -196,7 +196,7 @@ def _plan_single_file(options: ModelOptions, path: Path, exit_stack: ExitStack) 
         )
     text_encoders = plan_text_encoders(checkpoint, model_type.kind)
     # others=("",): leave out all tensors without this prefix, which belong to other networks
-    unet_checkpoint = checkpoint.without_prefix(UNET, others=("",))
+    unet_checkpoint = checkpoint.without_prefix(UNET, ignored_prefixes=("",))
     unet = checkpoints.read_unet(unet_checkpoint, model_type.kind, _find_pooled_width(text_encoders))
     if options.vae is None:
         vae = checkpoints.read_vae(checkpoint, "--ckpt", model_type.kind.latent_scale)
@@ -336,7 +336,7 @@ def _make_networks(
 def _load_weights(networks: Sequence[_NetworkToLoad], device: torch.device) -> None:
     """Load weights from the open files; on the meta device, compare only names and shapes."""
     for network, plan, dtype, label in networks:
-        filled = load_planned(plan, partial(_keep, network), device=device, dtype=dtype, what=label)
+        filled = load_planned(plan, partial(_keep, network), device=device, dtype=dtype, label=label)
         filled.requires_grad_(False)
 
 

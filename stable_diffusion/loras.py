@@ -24,7 +24,7 @@ from networks.loading import LoraFile, WeightedLora, read_lora
 from networks.module_names import read_family
 from networks.names.texts import published_parameter, published_path
 from networks.rounding import LoraRounding
-from networks.text_loras import rename_for_encoders, uses_for
+from networks.text_loras import rename_for_encoders, select_for_network
 from stable_diffusion.contract import KINDS, Model, ModelKind
 from stable_diffusion.loading import CheckpointPlan
 from stable_diffusion.network_options import AddedNetworkOptions
@@ -145,7 +145,7 @@ def words_of(loras: Iterable[LoraFile]) -> tuple[LearnedWord, ...]:
     Raises:
         CheckpointError: If a word cannot be read.
     """
-    return read_lora_words({lora.path: lora.words for lora in loras if lora.words}, OPTION)
+    return read_lora_words({lora.path: lora.embeddings for lora in loras if lora.embeddings}, OPTION)
 
 
 def check_networks(loras: Sequence[LoraFile], checkpoint_plan: CheckpointPlan) -> None:
@@ -175,7 +175,7 @@ def _check_fit(
         weighted_loras: The LoRAs with their strengths.
         checkpoint: Path of the checkpoint, for messages.
     """
-    patch = LoraPatch(uses_for(weighted_loras, prefix), model=checkpoint)
+    patch = LoraPatch(select_for_network(weighted_loras, prefix), model=checkpoint)
     published_name = published_parameter if prefix else str  # only text encoders have other names here
     for name, source in plan.sources.items():
         tensors = [to_meta_tensor(plan.checkpoint.tensors[stored_name]) for stored_name in source.names]
@@ -270,7 +270,7 @@ def _add_layers(
 def _merge(targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], rounding: str) -> None:
     """Fold LoRAs permanently into network weights; `rounding` is the value of --lora_rounding."""
     for target in targets:
-        target_loras = uses_for(weighted_loras, target.prefix)
+        target_loras = select_for_network(weighted_loras, target.prefix)
         if target_loras:
             patch = LoraPatch(target_loras, rounding=LoraRounding(rounding))
             patch.bake(target.network, target.published)
@@ -295,7 +295,7 @@ def _make_folding(
     # keep a copy of the weights that LoRAs change, and check that the LoRAs fit
     originals = []
     for target in targets:
-        target_loras = uses_for(weighted_loras, target.prefix)
+        target_loras = select_for_network(weighted_loras, target.prefix)
         if target_loras:
             original = OriginalWeights(target_loras, target.published, rounding)
             original.keep(target.network)
@@ -308,7 +308,9 @@ def _make_folding(
             for weighted, multiplier in zip(weighted_loras, multipliers, strict=True)
         ]
         for target, original in originals:
-            effective = [weighted for weighted in uses_for(scaled, target.prefix) if weighted.multiplier]
+            effective = [
+                weighted for weighted in select_for_network(scaled, target.prefix) if weighted.multiplier
+            ]
             original.switch(target.network, effective)
 
     return apply_strengths
@@ -322,7 +324,9 @@ def _attach_loras(
     layers_by_lora: list[dict[str, LoraBranch]] = []
     for weighted in weighted_loras:
         layers: dict[str, LoraBranch] = {}
-        for part in uses_for([weighted], target.prefix):  # the LoRA's part for this network, if it has one
+        for part in select_for_network(
+            [weighted], target.prefix
+        ):  # the LoRA's part for this network, if it has one
             for name, delta in fit_lora(part.lora, parameters, OPTION).items():
                 layers[name] = LoraBranch(parameters[name], delta, 1.0, weighted.lora.has_frozen_norms)
         layers_by_lora.append(layers)

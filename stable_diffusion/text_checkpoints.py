@@ -36,7 +36,7 @@ SD2_LAYERS = 23
 USE = ClipNaming(
     option="--ckpt",
     release=f"{EXPECTED_FILE}",
-    what="CLIP",
+    description="CLIP",
     tokenizer=clip_tokenizer_files("--tokenizer_cache_dir", (".",)),
 )
 
@@ -119,7 +119,7 @@ def _select_part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
             f"  Give {EXPECTED_FILE}.",
             checkpoint.path,
         )
-    return checkpoint.without_prefix(prefix, others=("",))
+    return checkpoint.without_prefix(prefix, ignored_prefixes=("",))
 
 
 def _without_unused_layer(plan: LoadPlan[ClipTextConfig]) -> LoadPlan[ClipTextConfig]:

@@ -528,7 +528,7 @@ def _select_fully_trained_encoders(family: Family, caches_texts: bool) -> LiveTe
     if not trains_checkpoint(family):
         return None
     parts = family.learning_parts
-    encoders = family.text_encoders() if parts.texts else []
+    encoders = family.text_encoders() if parts.text_encoder_rates else []
     learning = [encoder for encoder in encoders if can_learn(encoder) and parts.learns(encoder.name)]
     if not learning:
         return None

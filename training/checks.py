@@ -251,7 +251,7 @@ def list_run_uses(family: Family, options: TrainingOptions, others: OtherFamilie
     takes_turns = len(family.experts) > 1 and options.by_expert.offload_inactive_dit
     return RunUses(
         takes_turns=("--offload_inactive_dit",) if takes_turns else (),
-        samples_apart="" if others.sampling is None else family.abilities.sampling_dit_option,
+        sampling_dit_option="" if others.sampling is None else family.abilities.sampling_dit_option,
         further_models=tuple(options.features.further_models),
         foreign_module=next((module for module in modules if module not in OWN_MODULES), ""),
         own_modules=OWN_MODULES,
@@ -454,4 +454,4 @@ def describe_learning_rate(options: TrainingOptions, network_spec: NetworkSpec) 
     if not is_comparable or finds_rate_itself or usual_rates.low <= rate <= usual_rates.high:
         return text
     level = "LOW" if rate < usual_rates.low else "HIGH"
-    return f"{text}, which is {level} for {network_spec.rate_label}: {usual_rates.usual} is usual"
+    return f"{text}, which is {level} for {network_spec.rate_label}: {usual_rates.default} is usual"

@@ -208,16 +208,14 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
         return ""
     rule = family.few_steps
     beginning = f"The transformer may be distilled for few steps ({why}). If it is, plain training unlearns"
-    if rule.is_certain:
-        beginning = f"The transformer {rule.distilled} ({why}). Plain training unlearns"
+    if rule.applies_to_all_files:
+        beginning = f"The transformer {rule.distillation_clause} ({why}). Plain training unlearns"
     if options.full_dit is not None:  # without a frozen model, there are no targets that keep the ability
-        return f"{beginning} {rule.lost}: {rule.cost}. {rule.advice_for_full_training}."
-    warning = f"{beginning} {rule.lost}: with the trained network {rule.cost}. {rule.advice_for_lora}."
+        return f"{beginning} {rule.unlearned_pronoun}: {rule.consequence}. {rule.advice_for_full_training}."
+    warning = f"{beginning} {rule.unlearned_pronoun}: with the trained network {rule.consequence}. {rule.advice_for_lora}."
     if rule.targets:
         targets = ", or ".join(target.options for target in rule.targets)
-        warning += (
-            f" If you train this one, docs/targets.md explains how to keep more of {rule.lost}: {targets}."
-        )
+        warning += f" If you train this one, docs/targets.md explains how to keep more of {rule.unlearned_pronoun}: {targets}."
     return warning
 
 
@@ -361,10 +359,10 @@ def set_up_network(
         spec,
         device,
         compilation=compilation,
-        host=host_weights,
+        host_weights=host_weights,
         checkpointing=checkpointing,
         in_pieces=cpu_offload,
-        blocks=block_sharder,
+        block_sharder=block_sharder,
     )
     dit.train(loop.gradient_checkpointing)  # only checkpointing depends on the mode: there is no dropout
 

@@ -334,7 +334,11 @@ class Loading:
         must_merge = network_options is not None and network_options.decomposes
         leave_unmerged = None if patch is None or must_merge else patch.leave_unmerged
         placement = replace(
-            placement, patch=patch, leave_unmerged=leave_unmerged, host=host_weights, blocks=block_sharder
+            placement,
+            patch=patch,
+            leave_unmerged=leave_unmerged,
+            host_weights=host_weights,
+            block_sharder=block_sharder,
         )
         dit = family.load_dit(placement, index)
         experts.check_dtype(family, options, compute_dtype_of(dit))

@@ -50,17 +50,19 @@ class TrainingCommand:
 
     script: str = "the training script"
     script_options: Sequence[ScriptOption] = ()
-    entry: FamilyEntry | None = None  # None: no script caches for this model or generates with it
+    family_entry: FamilyEntry | None = None  # None: no script caches for this model or generates with it
     family_options: Any = None  # record of the family's options
     family: str = ""  # name by which cache folders remember the options of its caching commands
 
     @property
-    def typed(self) -> dict[str, str]:
+    def typed_flags(self) -> dict[str, str]:
         """Return the flag that the user typed for each option, by the option's public name."""
         flags = {}
         for option in self.script_options:
             if option.is_changed:
-                flags[option.name] = option.words[0].partition("=")[0] if option.words else f"--{option.name}"
+                flags[option.name] = (
+                    option.arguments[0].partition("=")[0] if option.arguments else f"--{option.name}"
+                )
         return flags
 
     def caching_commands(self, dataset_config: Path | None, family: Family) -> CachingCommands:
@@ -69,15 +71,15 @@ class TrainingCommand:
         They contain the options that follow from the checkpoint, but not the files of existing caches, which
         may be of another model.
         """
-        if self.entry is None:  # no script makes caches for this model
+        if self.family_entry is None:  # no script makes caches for this model
             return NO_COMMANDS
         return CachingCommands(
             partial(
-                self.entry.caching_commands,
+                self.family_entry.caching_commands,
                 self.family_options,
                 dataset_config,
                 family.caching_switches,
-                self.typed,
+                self.typed_flags,
             )
         )
 
@@ -121,7 +123,7 @@ class NextSteps:
             if values[name] is not None:
                 folder_note += f" --{name} is written into no file: add it if you want it again."
         commands = [replace(resume, note=" ".join(filter(None, (resume.note, folder_note))))]
-        if self.command.entry is not None:
+        if self.command.family_entry is not None:
             generate = self._generate(file)
             if saved is None and not file.exists():
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
@@ -243,7 +245,7 @@ class NextSteps:
 
     def _trained_option(self) -> str:
         """Return the training option that names the file of the trained weights."""
-        entry, options = self.command.entry, self.command.family_options
+        entry, options = self.command.family_entry, self.command.family_options
         if entry is None or options is None:
             return "dit"
         names = (option_name(field) for field in fields(options) if field.name == entry.trained)
@@ -256,7 +258,7 @@ class NextSteps:
             for option in self.command.script_options
             if option.is_changed and option.is_typed and option.name not in without
         ]
-        arguments = [word for option in options for word in option.words]
+        arguments = [word for option in options for word in option.arguments]
         return [*self._launcher(), self.command.script, *arguments]
 
     def _launcher(self) -> list[str]:
@@ -281,8 +283,8 @@ class NextSteps:
         note = "The first sample again; change the prompt." if shows_sample else ""
         launcher = self._launcher() if self.plan.options.speed.modes.flags_for_generation else ["python"]
         arguments = self._generation_words
-        assert self.command.entry is not None
-        spellings = self.command.entry.spellings
+        assert self.command.family_entry is not None
+        spellings = self.command.family_entry.spellings
         folder_flag = spellings.get("save_path", "--save_path")
         sample_arguments = [
             *arguments_of_sample(self.sample, spellings),
@@ -304,13 +306,13 @@ class NextSteps:
     def _generation_words(self) -> list[str]:
         """Script and options that generate, except for the trained files and the sample."""
         command = self.command
-        assert command.entry is not None
-        family_options, typed = command.family_options, command.typed
+        assert command.family_entry is not None
+        family_options, typed = command.family_options, command.typed_flags
         if self.cache_options:
             with quiet():  # creating the record again would repeat its warnings
                 family_options = fill_options(family_options, self.cache_options)
-            typed = {**{option.name: option.typed for option in self.cache_options}, **typed}
-        arguments = command.entry.generation_argv(family_options, self.sample, typed)
+            typed = {**{option.name: option.flag for option in self.cache_options}, **typed}
+        arguments = command.family_entry.generation_argv(family_options, self.sample, typed)
         return [*arguments, *option_argv(say_for_generation(self.plan.options.speed))]
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
@@ -336,15 +338,15 @@ class NextSteps:
             ending: Suffix of the options for that transformer.
             files: The trained files.
         """
-        assert self.command.entry is not None
+        assert self.command.family_entry is not None
         arguments = [*arguments]
         loras: list[tuple[Path, float]] = []
         if self.plan.options.network is not None:
             loras += [(file, 1.0) for file in files]
         elif files:
-            arguments = self._replace_dit(arguments, f"{self.command.entry.trained}{ending}", files[0])
+            arguments = self._replace_dit(arguments, f"{self.command.family_entry.trained}{ending}", files[0])
         loras += self.sample_loras
-        spellings = self.command.entry.spellings
+        spellings = self.command.family_entry.spellings
         if loras:
             flag = spellings.get("lora_weight", "--lora_weight")
             arguments += [f"{flag}{ending}", *(str(path) for path, _ in loras)]
@@ -361,8 +363,8 @@ class NextSteps:
             name: Name of the option for the transformer.
             file: The trained file.
         """
-        assert self.command.entry is not None
-        flags = accepted_options(self.command.entry.options_record("Generation"))[name].flags
+        assert self.command.family_entry is not None
+        flags = accepted_options(self.command.family_entry.options_record("Generation"))[name].flags
         # without the option, which a release of one file does not need, it is added at the end
         index = next((index for index, word in enumerate(arguments) if word in flags), len(arguments))
         flag = arguments[index] if index < len(arguments) else f"--{name}"
@@ -410,9 +412,9 @@ def plan_next_steps(plan: TrainingPlan, sampler: "Sampler | None", command: Trai
     if not plan.accelerator.is_main_process:
         return NextSteps(plan, command, sample={})
     cache_options: Sequence[RepeatedOption] = ()
-    if command.entry is not None and plan.options.loop.dataset_config is not None:
+    if command.family_entry is not None and plan.options.loop.dataset_config is not None:
         folders = (table.cache_directory for table in plan.config.datasets)
-        cache_options = recall_options(folders, command.family, command.entry)
+        cache_options = recall_options(folders, command.family, command.family_entry)
     cached_with = {option.name: option.value for option in cache_options}
     sample = example_values(plan, cached_with)
     return NextSteps(plan, command, sample=sample, cache_options=cache_options)

@@ -225,7 +225,7 @@ class TrainingOptions(Options, must_give=True):
             reject_full(precision)
         stored = self.speed.fp8.quantization
         if stored is not None:
-            flags = "--fp8_base" if self.speed.fp8.fp8_base else stored.asked_by
+            flags = "--fp8_base" if self.speed.fp8.fp8_base else stored.option_name
             raise OptionError(
                 f"{flags}: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
                 f"{stored.form} would lose the steps; leave it out, or train a LoRA"
@@ -270,7 +270,7 @@ class ScriptOption(NamedTuple):
 
     name: str
     text: str
-    words: Sequence[str]  # flag and value; the flag as it was typed
+    arguments: Sequence[str]  # flag and value; the flag as it was typed
     is_changed: bool  # it differs from its default
     is_typed: bool = True  # False: its value follows from other options
 
@@ -310,7 +310,7 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
     return ScriptOption(
         name=action.dest,
         text=" ".join(texts),
-        words=option_argv({flag: True if is_switch else value}),
+        arguments=option_argv({flag: True if is_switch else value}),
         is_changed=is_changed,
         is_typed=not follows,
     )

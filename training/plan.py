@@ -74,7 +74,7 @@ class TrainingPlan:
     network_spec: NetworkSpec
     network_module: str  # as in --network_module; empty if the model itself is trained
     names: Names  # names of the saved files
-    others: OtherFamilies
+    other_families: OtherFamilies
     accelerator: Accelerator
     quantization: Quantization | None  # including which matrix products the device supports
     saved: SavedState | ForeignState | None
@@ -107,7 +107,7 @@ class TrainingPlan:
     @property
     def sample_family(self) -> Family:
         """Return the model that generates samples; some of its transformers may not be trained."""
-        return self.others.sampling or self.family
+        return self.other_families.sampling or self.family
 
     @property
     def shards_model(self) -> bool:
@@ -178,7 +178,7 @@ def make_plan(
         from training.caching_inside import find_live_encoders  # most runs read caches alone
 
         live_encoders = find_live_encoders(family, options, config)
-    for check_texts in features.on.texts:
+    for check_texts in features.on.on_text_encoders:
         check_texts(live_encoders)
     lora_format = select_lora_format(
         family, network_spec.lora_options, () if live_encoders is None else live_encoders.learning_encoders
@@ -233,7 +233,7 @@ def make_plan(
         network_spec=network_spec,
         network_module=module_of(family, options),
         names=_name_files(family, options, features),
-        others=others,
+        other_families=others,
         accelerator=accelerator,
         quantization=quantization,
         saved=saved,

@@ -142,7 +142,7 @@ def _check_features(
     block_counts: Sequence[int],
 ) -> None:
     """Raise OptionError if a feature cannot be used with the text encoders or the transformer of this run."""
-    for check_texts in features.on.texts:
+    for check_texts in features.on.on_text_encoders:
         check_texts(live_encoders)
     for check_model in features.on.check:
         check_model(family, block_counts)

@@ -67,7 +67,7 @@ class Sample:
     """One entry of the prompt file, at position `index`, with its encoded prompts and images."""
 
     index: int
-    entry: Mapping[str, Any]  # settings of the prompt in the file
+    settings: Mapping[str, Any]  # settings of the prompt in the file
     prepared: Prepared
     is_seeded: bool  # False: a new seed is drawn each time
     # by section of the sample

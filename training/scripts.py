@@ -99,7 +99,7 @@ def training_script(
             command = TrainingCommand(
                 script or default_script,
                 script_options,
-                entry=entry,
+                family_entry=entry,
                 family_options=family_options,
                 family=family,
             )

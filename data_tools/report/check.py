@@ -602,7 +602,7 @@ def _check_cached_items(
             text = str(error).splitlines()[0]
             findings.errors.append(Fault("cannot be used", text, item.source_stem))
         else:
-            difference = same_encoders.difference(batch.made_by)
+            difference = same_encoders.difference(batch.cache_origins)
             if difference is not None:
                 findings.info_lines += difference.splitlines()
 

@@ -162,7 +162,7 @@ def _current_seen_settings(item: TrainingItem, recorded: Mapping[str, Any]) -> d
     sees_clip = CLIP in recorded
     if companions is not None:
         further_text = companions.further_text
-        return item.table.visible_media_settings(sees_clip, companions.shown, further_text=further_text)
+        return item.table.visible_media_settings(sees_clip, companions.references, further_text=further_text)
     settings = item.table.visible_media_settings(sees_clip, reference_media=None)
     return settings | {key: recorded[key] for key in (MEDIA, FURTHER_TEXT.key) if key in recorded}
 
@@ -496,7 +496,7 @@ class SameEncoders:
         networks_differ = False  # not only settings such as the dtype
         for origin in made_by:
             first = self._first.setdefault(origin.part, origin)
-            if origin.part == data.LATENTS_MADE:
+            if origin.part == data.LATENTS_PART:
                 # only the keys of both: not all tables have image conditions
                 keys = (origin.encoder.keys() & first.encoder.keys()) - _OPTIONAL_CONDITIONS
             else:
@@ -505,7 +505,7 @@ class SameEncoders:
             if origin.part in self._warned or not changed:
                 continue
             self._warned.add(origin.part)
-            if first.part in (data.LATENTS_MADE, data.AUDIO_MADE):
+            if first.part in (data.LATENTS_PART, data.AUDIO_PART):
                 latents_differ = True
             else:
                 texts_differ = True

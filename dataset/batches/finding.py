@@ -225,7 +225,7 @@ def _item(
         table=table,
         bucket=file.bucket,
         cache_info=cache_info,
-        num_latent_files=file.parts,
+        num_latent_files=file.num_parts,
         num_captions=num_captions,
         reference_latent_sizes=file.references,
     )
@@ -383,7 +383,7 @@ def _is_edited(table: DatasetTable) -> bool:
     """Return whether the model edits the reference images or clips of a table."""
     if table.learns_edits:
         return True
-    return table.clip_references is not None and table.clip_references.edits
+    return table.clip_references is not None and table.clip_references.edits_images
 
 
 class _TextCaches:

@@ -104,7 +104,7 @@ def read_batch(
         tensors=tensors,
         captions=tuple(text.caption for text in texts),
         keys=tuple(item.key for item in items),
-        made_by=_list_makers(media, texts, further_texts=(*undropped_texts, *empty_texts)),
+        cache_origins=_list_makers(media, texts, further_texts=(*undropped_texts, *empty_texts)),
         loss_weights=() if set(weights) == {1.0} else weights,
         attributes=attributes if any(attributes) else (),
         undropped=_stack(undropped_texts, commands, is_text=True),
@@ -267,7 +267,7 @@ class _Reader:
         media = self._read_entry(
             item,
             path=item.latent_path,
-            part=data.LATENTS_MADE,
+            part=data.LATENTS_PART,
             key="latents",
             find_errors=latent_errors,
         )
@@ -275,7 +275,7 @@ class _Reader:
             audio = self._read_entry(
                 item,
                 path=item.audio_path,
-                part=data.AUDIO_MADE,
+                part=data.AUDIO_PART,
                 key=data.AUDIO_LATENTS,
                 find_errors=audio_errors,
             )

@@ -90,14 +90,14 @@ def check_caches(
         batch = read_batch(
             [item], family.latent, commands, checks=checks, captions=[caption_index], stores=stores
         )
-        for origin in batch.made_by:
+        for origin in batch.cache_origins:
             if origin.part in trained_encoder_ids:
                 _require_trained_encoder(origin, trained_encoder_ids[origin.part], commands)
             is_earlier = origin.has_separate_timing or origin.earlier_decoder_version is not None
             if is_earlier and caption_index == 0:  # further captions have the same latents
                 by_earlier_version.append((item, origin))
         clip = item.table.index, item.source_stem
-        num_windows[clip] = max((origin.windows for origin in batch.made_by), default=0)
+        num_windows[clip] = max((origin.windows for origin in batch.cache_origins), default=0)
         if item.cache_info.has_cached_texts and not has_live_texts:
             latents = family.latent.to_model(batch.tensor("latents"))
             family.batch_conditions(latents, batch)  # raises CacheError if the texts do not fit the model

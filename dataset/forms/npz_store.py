@@ -225,7 +225,7 @@ class NpzStore:
 
     def _endings(self) -> tuple[tuple[str, str], ...]:
         """Return pairs of an entry name's ending (without suffix) and its file name's ending."""
-        return (f"_{self.tag}_te", self.format.texts), (f"_{self.tag}", self.format.latents)
+        return (f"_{self.tag}_te", self.format.text_suffix), (f"_{self.tag}", self.format.latent_suffix)
 
     # --- latents ---
 

@@ -131,7 +131,7 @@ def media_table(
         has_post=not table.fp_1f_no_post,
         flips=table.augmentation.flip,
         guides=name_guides(table.guides) if has_guides else (),
-        shown=shown if any(shown) else (),  # empty if no row has any
+        reference_media=shown if any(shown) else (),  # empty if no row has any
     )
 
 

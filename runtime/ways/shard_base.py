@@ -59,10 +59,10 @@ def _check_uses(uses: RunUses) -> None:
             f"{uses.takes_turns[0]} and --shard_base cannot be used together: each process has a part of "
             "both transformers, and they stay on the devices. Leave one of the two options out"
         )
-    if uses.samples_apart:
+    if uses.sampling_dit_option:
         raise OptionError(
             "--shard_base: samples by further transformers need networks that take turns, which are not "
-            f"split over processes. Leave {uses.samples_apart} out"
+            f"split over processes. Leave {uses.sampling_dit_option} out"
         )
     if uses.foreign_module:
         raise OptionError(
@@ -84,7 +84,7 @@ def _make_sharded_blocks(device: "torch.device") -> "BlockSharder | None":
 
 def _join(run: RunModes, options: ShardBaseOptions) -> None:
     """Add --shard_base to the modes of a run; raise OptionError if blocks are swapped too."""
-    swap_flag = run.speed.swap.typed
+    swap_flag = run.speed.swap.used_flag
     if swap_flag:
         raise OptionError(
             f"--shard_base and {swap_flag} both say where the weights wait: in the other processes, "

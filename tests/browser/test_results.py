@@ -138,7 +138,7 @@ def test_settings_are_read_from_the_texts_of_a_file() -> None:
     assert settings is not None
     assert settings.get("prompt") == 'a "red" square\nmoving <b>left</b>'
     assert settings.loras == [("own-step00000002.safetensors", "0.75", "")]
-    assert settings.facts == "96 x 64 · 5 frames · 2 steps · guidance 3.5 · seed 7"
+    assert settings.summary == "96 x 64 · 5 frames · 2 steps · guidance 3.5 · seed 7"
     assert (settings.model, settings.family) == ("wan t2v-1.3B", "wan")
     rows = dict(settings.rows())
     assert rows["size"] == "96 x 64"

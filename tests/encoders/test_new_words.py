@@ -62,7 +62,7 @@ def test_weights_of_parts_count_the_tokens_of_a_word(tmp_path: Path) -> None:
     encoder.load(CPU)
     text = "a zorb in"
 
-    plain, weighed = encoded(encoder, Prompt(text), Prompt(text, spans=((2, 6, 2.0),)))
+    plain, weighed = encoded(encoder, Prompt(text), Prompt(text, weighted_spans=((2, 6, 2.0),)))
 
     states, heavy = plain["vlm_embed"], weighed["vlm_embed"]
     ratios = (heavy / states).mean(dim=1)

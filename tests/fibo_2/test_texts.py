@@ -149,7 +149,9 @@ def test_an_edit_has_its_pictures_inside_its_object(encoder: LanguageModelEncode
     pad = "<|image_pad|>"
     for text, count in zip(written, (1, 2), strict=True):
         expected = BriaFibo2Pipeline._get_edit_prompt("add a hat", count)
-        shown = text.removeprefix(ENCODER_SETTINGS.before).removesuffix(ENCODER_SETTINGS.after)
+        shown = text.removeprefix(ENCODER_SETTINGS.template_prefix).removesuffix(
+            ENCODER_SETTINGS.template_suffix
+        )
         assert shown.replace(pad * 6, pad) == expected
     with pytest.raises(MediaError, match="stands for a picture"):
         encoder.encode([Prompt(f"a {pad}", images=(tmp_path / "a.png",), image_size=(64, 96))])

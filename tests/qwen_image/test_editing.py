@@ -112,11 +112,17 @@ def test_every_text_of_a_request_sees_the_pictures(files: TinyModel, tmp_path: P
 
 def test_templates_are_those_of_the_releases() -> None:
     """Their tokens before the prompt, counted by the released tokenizer: 34 and 64."""
-    assert (QWEN_SETTINGS.dropped, EDIT_SETTINGS.dropped, PLUS_SETTINGS.dropped) == (34, 64, 64)
-    assert EDIT_SETTINGS.pictures is not None
-    assert PLUS_SETTINGS.pictures is not None
-    assert EDIT_SETTINGS.pictures.write(1, 2) == "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
-    assert PLUS_SETTINGS.pictures.write(2, 1) == "Picture 2: <|vision_start|><|image_pad|><|vision_end|>"
+    assert (
+        QWEN_SETTINGS.num_dropped_tokens,
+        EDIT_SETTINGS.num_dropped_tokens,
+        PLUS_SETTINGS.num_dropped_tokens,
+    ) == (34, 64, 64)
+    assert EDIT_SETTINGS.image_format is not None
+    assert PLUS_SETTINGS.image_format is not None
+    assert (
+        EDIT_SETTINGS.image_format.write(1, 2) == "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+    )
+    assert PLUS_SETTINGS.image_format.write(2, 1) == "Picture 2: <|vision_start|><|image_pad|><|vision_end|>"
     assert len({use.fingerprint for use in (QWEN_SETTINGS, EDIT_SETTINGS, PLUS_SETTINGS)}) == 3
 
 

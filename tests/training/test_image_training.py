@@ -418,7 +418,7 @@ def test_other_names_of_options_are_told_by_those_that_a_run_reads(monkeypatch: 
         "save_n_epoch_ratio": "3",
         "unet_lr": "1e-05",
     }
-    assert read(*(word for option in given if option.is_changed for word in option.words)) == options
+    assert read(*(word for option in given if option.is_changed for word in option.arguments)) == options
 
 
 def test_a_printed_command_has_what_other_names_stand_for() -> None:

@@ -386,7 +386,7 @@ class Feed:
             with contextlib.closing(noisy_batches):
                 for noisy_batch in noisy_batches:
                     if self.process == 0:  # one process warns; in shuffled epochs it gets items of all tables
-                        self.sources.encoders.warn(noisy_batch.batch.made_by)
+                        self.sources.encoders.warn(noisy_batch.batch.cache_origins)
                     yield noisy_batch
 
     def _read_in_workers(self, keys: Iterable[Key], num_workers: int) -> Generator[NoisyBatch]:

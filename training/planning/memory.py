@@ -73,7 +73,7 @@ class StepPrediction:
         # the phase of the step with the most memory, and its bytes by kind, such as weights and gradients
         phase_name, peak_bytes = dry.peak_of_phases(self.phase_peaks)
         notes = {
-            dry.WEIGHTS: self.weight_dtypes + offloaded.words(blocks, "to pass through"),
+            dry.WEIGHTS: self.weight_dtypes + offloaded.format_note(blocks, "to pass through"),
             dry.TEMPORARY: phase_name,
         }
         if self.host_activation_bytes:
@@ -107,8 +107,8 @@ class StepPrediction:
             parts.append(memory_plan.MemoryPart("what learns in them", self.num_further_dits * trained_bytes))
         # models of features, such as a teacher, count as large as the trained transformer
         for model in self.options.features.further_models:
-            device = peak_bytes.get(dry.WEIGHTS, 0) - offloaded.saved
-            parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, offloaded.host))
+            device = peak_bytes.get(dry.WEIGHTS, 0) - offloaded.saved_device_bytes
+            parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, offloaded.host_bytes))
         return parts
 
     def _list_host_parts(self) -> list[memory_plan.MemoryPart]:
@@ -136,10 +136,10 @@ class StepPrediction:
         """
         count = self.num_further_dits + self.num_sample_only_dits
         if self.takes_turns:  # host memory contains all weights of each, even of the one on the device
-            host = (1 + count) * weights - offloaded.host
+            host = (1 + count) * weights - offloaded.host_bytes
             return memory_plan.MemoryPart("further transformers", 0, host, "they take turns on the device")
-        device = count * (weights - offloaded.saved)
-        return memory_plan.MemoryPart("further transformers", device, count * offloaded.host, "")
+        device = count * (weights - offloaded.saved_device_bytes)
+        return memory_plan.MemoryPart("further transformers", device, count * offloaded.host_bytes, "")
 
     @property
     def takes_turns(self) -> bool:
@@ -166,7 +166,7 @@ class StepPrediction:
         """Return the memory plan of a step with `blocks` swapped blocks."""
         return memory_plan.MemoryPlan((self.phase(blocks),), tuple(remarks))
 
-    def device(self, blocks: int) -> int:
+    def device_bytes(self, blocks: int) -> int:
         """Return the device memory of a step with `blocks` swapped blocks, in bytes."""
         return self.phase(blocks).device
 
@@ -409,7 +409,7 @@ def suggest_larger_batch(prediction: StepPrediction, blocks: int, room: DeviceMe
     count = prediction.shape[0]
 
     def needed(batch_size: int) -> int:
-        return prediction.scaled(batch_size / count).device(blocks)
+        return prediction.scaled(batch_size / count).device_bytes(blocks)
 
     batch_size = count
     while batch_size < MAX_BATCH and needed(batch_size + 1) <= room.usable:
@@ -456,7 +456,7 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
     if room is not None and accelerator.is_main_process:
         watch = MemoryWatch(device)
         if prediction is not None:
-            needed = prediction.device(swap.number)
+            needed = prediction.device_bytes(swap.number)
             logger.info(
                 "Predicted peak of the device: %s GiB; %s can be used. --plan shows the parts.",
                 format_gib(needed),
@@ -566,7 +566,7 @@ def suggest_smaller_items(latent: LatentSpec, too_large: StepPrediction, room: D
     swap_flag = f" with --blocks_to_swap {swapped_blocks}" if can_swap else ""
     for key, value, shape in list_smaller_shapes(latent, too_large.shape):
         scale = prod(shape) / prod(too_large.shape)  # memory is taken to grow with the number of latents
-        if too_large.scaled(scale).device(swapped_blocks) <= room.usable:
+        if too_large.scaled(scale).device_bytes(swapped_blocks) <= room.usable:
             return [f"{key} {value} in --dataset_config{swap_flag} fits ({describe_batch(latent, shape)})"]
     return ["no smaller batch, clip or picture was found that fits"]
 

@@ -111,12 +111,12 @@ def _divide_prediction(
         uses = list_run_uses(family, options)
         for check in with_division(options.speed, division).modes.hooks.check_uses:
             check(uses)
-    if division.context > 1:  # so many cards share the tokens of a clip
+    if division.num_context_parallel > 1:  # so many cards share the tokens of a clip
         prediction = replace(
             prediction,
-            phase_peaks=divide_tokens(prediction.phase_peaks, division.context, counter),
-            host_activation_bytes=prediction.host_activation_bytes // division.context,
+            phase_peaks=divide_tokens(prediction.phase_peaks, division.num_context_parallel, counter),
+            host_activation_bytes=prediction.host_activation_bytes // division.num_context_parallel,
         )
-    if division.shards:  # the weights of blocks are spread over the cards
+    if division.shards_weights:  # the weights of blocks are spread over the cards
         prediction = replace(prediction, swaps=[share_blocks(prediction.block_weights, num_gpus)])
     return prediction
