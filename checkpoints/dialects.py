@@ -65,7 +65,7 @@ def load_planned(
         build: Makes the network from the plan's dimensions; called on the meta device.
         device: Device of the network.
         dtype: Dtype of all tensors, or a function of our name and the dtype in the file that returns it.
-        what: Option or name of the network, for messages.
+        label: Option or name of the network, for messages.
         form: Module of `checkpoints.stored` that quantizes linear layers; None keeps the file's form, except
             that fp8 is dequantized.
         host: Keeps some of the tensors in host memory.
@@ -153,9 +153,9 @@ def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) ->
         if weight is not None and weight.format.name != form:
             path = plan.checkpoint.path
             raise CheckpointError(
-                f"the text encoder is to be kept in {form}, but {path} is already in {weight.format.name}, and "
-                "rounding twice only loses quality. Leave out --text_encoder_form (or --fp8_...): "
-                "its form stays; or give the file in 16 bits.",
+                f"the text encoder is to be kept in {form}, but {path} is already in {weight.format.name}, "
+                "and rounding twice only loses quality. Leave out --text_encoder_form (or --fp8_...): its "
+                "form stays; or give the file in 16 bits.",
                 path,
             )
 

@@ -161,7 +161,7 @@ def load_module(
         patch: Takes a state-dict name, the weight before rounding, and the target dtype, and returns the
             changed weight, for example with LoRAs added.
         ignore: Patterns (`*`) of tensors in the file that may be unused.
-        what: Option or network, for messages.
+        label: Option or network, for messages.
         quantized: Which weights stay or become quantized, in which format; None if there are none.
         host: Keeps some of the tensors in host memory; their values are still computed on `device`.
         check: Called before each tensor, and may raise to stop loading; replaces the progress bar.

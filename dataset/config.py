@@ -181,10 +181,10 @@ def _find_forbidden_folders(table: DatasetTable) -> list[str]:
     if downloads is None or real_path(downloads).is_relative_to(real_path(cache)):
         return []
     return [
-        f"{table.location}: download_directory = {downloads} lies outside of cache_directory = {cache}, and a "
-        f"file may name no other place for downloads. Take it out of the file: {cache / 'downloads'} is used "
-        "then. If you want them there, type it for the command that caches: "
-        f"--download_directory {downloads}"
+        f"{table.location}: download_directory = {downloads} lies outside of cache_directory = {cache}, and "
+        f"a file may name no other place for downloads. Take it out of the file: {cache / 'downloads'} is "
+        "used then. If you want them there, type it for the command that caches: --download_directory "
+        f"{downloads}"
     ]
 
 

@@ -295,7 +295,8 @@ def read_language_model(
         raise make_wrong_kind_error(checkpoint, model.description, model.option, model.files)
     sources = list_tensor_sources(network)
     wrong_sizes = CheckpointError(
-        f"{path}: its tensors do not have the sizes of {model.description}. Give {model.files} to {model.option}.",
+        f"{path}: its tensors do not have the sizes of {model.description}. Give {model.files} to "
+        f"{model.option}.",
         path,
     )
     shape = make_shape_reader(network, sources, wrong_sizes)

@@ -287,8 +287,8 @@ class Ltx2Files(TransformerFiles):
         is_gemma_3 = encoder.settings is GEMMA_USE
         if config is not None and is_gemma_3 == (config.kind == "2.5"):
             raise OptionError(
-                f"{encoder.path} is {encoder.settings.model.description}, {self.dit_path} is of LTX-{config.kind}, "
-                "which needs a different one. Give the text encoder of its release"
+                f"{encoder.path} is {encoder.settings.model.description}, {self.dit_path} is of "
+                f"LTX-{config.kind}, which needs a different one. Give the text encoder of its release"
             )
         with open_connectors(encoder.connectors, encoder.path) as checkpoint:
             connectors = read_connectors(checkpoint, self.streams).config.streams

@@ -151,9 +151,9 @@ class H3TextEncoder(LanguageModelEncoder):
         tags += [TEXT_TAG] * len(tokens.ids)
         if len(ids) > self.max_length:
             raise MediaError(
-                f"the prompt with its pictures and clips has {len(ids)} tokens, but at most {self.max_length} "
-                "are allowed. Give fewer or smaller references: --reference_image_short_edge, "
-                "--reference_video_short_edge"
+                f"the prompt with its pictures and clips has {len(ids)} tokens, but at most "
+                f"{self.max_length} are allowed. Give fewer or smaller references: "
+                "--reference_image_short_edge, --reference_video_short_edge"
             )
         num_rows = len(network.get_parameter(self.embedding)) + sum(
             word.word.count for word in self.added_words

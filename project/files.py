@@ -552,10 +552,10 @@ def _describe_distillation(setup: describing.RunSetup) -> list[str]:
     if few_steps is None or setup.kind.makes_training_adapter:
         return []
     subject = "It" if setup.model_info.task_contradiction else setup.model_name
-    text = f"{subject} {few_steps.distillation_clause}, and training it as it is unlearns {few_steps.unlearned_pronoun}"
+    unlearned = few_steps.unlearned_pronoun
+    text = f"{subject} {few_steps.distillation_clause}, and training it as it is unlearns {unlearned}"
     target_hint = (
-        "the comment signs from the lines of a target that keeps "
-        f"{few_steps.unlearned_pronoun}, in [training] of {RUN_FILE}"
+        f"the comment signs from the lines of a target that keeps {unlearned}, in [training] of {RUN_FILE}"
     )
     if not setup.kind.supports_few_step_targets:
         return [warning(f"{text}. {few_steps.advice_for_full_training}")]

@@ -80,7 +80,8 @@ class FewSteps:
     def advice_for_lora(self) -> str:
         """Return the advice to users who train a LoRA on the distilled model, without the final period."""
         if not self.base:
-            return f"Give --training_adapter with {self.adapter}, or one of the targets that keep {self.unlearned_pronoun}"
+            targets = f"one of the targets that keep {self.unlearned_pronoun}"
+            return f"Give --training_adapter with {self.adapter}, or {targets}"
         advice = f"Train on {self.base}"
         if self.also:
             advice += f", whose LoRAs work on {self.also} too"

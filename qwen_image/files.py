@@ -46,8 +46,8 @@ QWEN_SETTINGS = LanguageEncoderSettings(
     model=QWEN25_VL,
     source=TokenizerSource(TOKENIZER, adds_own=False, read_file=read_qwen_tokenizer),
     max_length=1024,  # including the template's tokens after the prompt
-    template_prefix="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, "
-    "text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
+    template_prefix="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
     template_suffix="<|im_end|>\n<|im_start|>assistant\n",
     num_dropped_tokens=34,
     batch_size=1,  # so that a state does not depend on other prompts, to the last bit
@@ -56,8 +56,8 @@ _SHOWN = "<|vision_start|>{tokens}<|vision_end|>"
 # sizes as trained; the model sees one image
 EDIT_SETTINGS = replace(
     QWEN_SETTINGS,
-    template_prefix="<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, "
-    "objects, background), then explain how the user's text instruction should alter or modify the image. "
+    template_prefix="<|im_start|>system\nDescribe the key features of the input image (color, shape, size, "
+    "texture, objects, background), then explain how the user's text instruction should alter or modify the image. "
     "Generate a new image that meets the user's requirements while maintaining consistency with the original "
     "input where appropriate.<|im_end|>\n<|im_start|>user\n",
     num_dropped_tokens=64,

@@ -58,10 +58,10 @@ def set_up_network(
         spec: Names of the network's blocks.
         device: Device of the run.
         compilation: How to compile; None does not compile.
-        host: Host memory that the network was loaded with.
+        host_weights: Host memory that the network was loaded with.
         checkpointing: How to checkpoint; None keeps all activations.
         in_pieces: Whether token-wise parts are computed in pieces.
-        blocks: Place that the blocks were loaded into, if they are split over processes.
+        block_sharder: Splits the blocks over processes; None keeps them complete.
 
     Raises:
         OptionError: If the network has fewer blocks than are to be swapped.

@@ -207,15 +207,18 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
     if why is None:
         return ""
     rule = family.few_steps
+    unlearned = rule.unlearned_pronoun
     beginning = f"The transformer may be distilled for few steps ({why}). If it is, plain training unlearns"
     if rule.applies_to_all_files:
         beginning = f"The transformer {rule.distillation_clause} ({why}). Plain training unlearns"
     if options.full_dit is not None:  # without a frozen model, there are no targets that keep the ability
-        return f"{beginning} {rule.unlearned_pronoun}: {rule.consequence}. {rule.advice_for_full_training}."
-    warning = f"{beginning} {rule.unlearned_pronoun}: with the trained network {rule.consequence}. {rule.advice_for_lora}."
+        return f"{beginning} {unlearned}: {rule.consequence}. {rule.advice_for_full_training}."
+    warning = f"{beginning} {unlearned}: with the trained network {rule.consequence}. {rule.advice_for_lora}."
     if rule.targets:
         targets = ", or ".join(target.options for target in rule.targets)
-        warning += f" If you train this one, docs/targets.md explains how to keep more of {rule.unlearned_pronoun}: {targets}."
+        warning += (
+            f" If you train this one, docs/targets.md explains how to keep more of {unlearned}: {targets}."
+        )
     return warning
 
 

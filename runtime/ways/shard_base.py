@@ -35,7 +35,7 @@ class ShardBaseOptions(
         "with several processes (accelerate launch --multi_gpu --num_processes N): each keeps a part of "
         "every block of the transformer, frozen or trained, and of large text encoders, and gathers a block "
         "when it runs. Embeddings, LoRAs and the VAE are in every process",
-        facts={**OF_BLOCKS, "division": "shards"},
+        facts={**OF_BLOCKS, "division": "shards_weights"},
     )
 
 
