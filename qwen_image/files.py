@@ -57,9 +57,9 @@ _SHOWN = "<|vision_start|>{tokens}<|vision_end|>"
 EDIT_SETTINGS = replace(
     QWEN_SETTINGS,
     template_prefix="<|im_start|>system\nDescribe the key features of the input image (color, shape, size, "
-    "texture, objects, background), then explain how the user's text instruction should alter or modify the image. "
-    "Generate a new image that meets the user's requirements while maintaining consistency with the original "
-    "input where appropriate.<|im_end|>\n<|im_start|>user\n",
+    "texture, objects, background), then explain how the user's text instruction should alter or modify the "
+    "image. Generate a new image that meets the user's requirements while maintaining consistency with the "
+    "original input where appropriate.<|im_end|>\n<|im_start|>user\n",
     num_dropped_tokens=64,
     image_format=ImagePromptFormat(_SHOWN, read=partial(read_reference, area=MEGAPIXEL), max_images=1),
 )

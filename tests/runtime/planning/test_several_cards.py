@@ -31,11 +31,11 @@ class Card:
     def swaps(self) -> Sequence[OffloadedWeights]:
         return [OffloadedWeights(blocks * GIB, 0) for blocks in range(self.max_swapped_blocks + 1)]
 
-    def device(self, blocks: int) -> int:
+    def device_bytes(self, blocks: int) -> int:
         return int((self.gib - blocks) * GIB)
 
     def plan(self, blocks: int) -> MemoryPlan:
-        part = MemoryPart("weights", self.device(blocks), 2 * GIB + self.swaps[blocks].host_bytes)
+        part = MemoryPart("weights", self.device_bytes(blocks), 2 * GIB + self.swaps[blocks].host_bytes)
         return MemoryPlan((Phase("training step", (part,)),))
 
 

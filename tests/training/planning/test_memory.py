@@ -253,7 +253,7 @@ class Growing:
     def scaled(self, share: float) -> "Growing":
         return Growing(self.shape, self.samples * share)
 
-    def device(self, blocks: int) -> int:
+    def device_bytes(self, blocks: int) -> int:
         return round((2 + self.samples) * GIB)
 
 
