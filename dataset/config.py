@@ -150,7 +150,7 @@ def _check_cache_folders(tables: Sequence[DatasetTable], errors: list[str]) -> N
         nearest_existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
         if nearest_existing is not None and not nearest_existing.is_dir():
             errors.append(
-                f"{table.location}: cache_directory = {folder}: {nearest_existing} is a file; name a "
+                f"{table.label}: cache_directory = {folder}: {nearest_existing} is a file; name a "
                 "folder, which is made if it is not there"
             )
         if table.download_directory is not None or is_limited():
@@ -158,13 +158,13 @@ def _check_cache_folders(tables: Sequence[DatasetTable], errors: list[str]) -> N
         is_shared = table.cache_format in SHARED_CACHES
         if is_shared and table.kind == "video":
             key = f'cache_format = "{table.cache_format}"'
-            errors.append(f'{table.location}: {key} is for tables of pictures; use "files" or "shards"')
+            errors.append(f'{table.label}: {key} is for tables of pictures; use "files" or "shards"')
         first = first_tables.setdefault(folder_id(folder), table)
         may_share = first is table or (is_shared and first.cache_format == table.cache_format)
         if not may_share:
-            second = table.location.removeprefix("[[datasets]] ")
+            second = table.label.removeprefix("[[datasets]] ")
             errors.append(
-                f"{first.location} and {second} share the cache directory {folder}; "
+                f"{first.label} and {second} share the cache directory {folder}; "
                 "give each its own cache_directory (the default is the folder of the images or videos)"
             )
 
@@ -177,11 +177,11 @@ def _find_forbidden_folders(table: DatasetTable) -> list[str]:
     cache, downloads = table.cache_directory, table.download_directory
     error = describe_outside(cache)
     if error is not None:
-        return [f"{table.location}: caches go to cache_directory = {cache}, and {error}"]
+        return [f"{table.label}: caches go to cache_directory = {cache}, and {error}"]
     if downloads is None or real_path(downloads).is_relative_to(real_path(cache)):
         return []
     return [
-        f"{table.location}: download_directory = {downloads} lies outside of cache_directory = {cache}, and "
+        f"{table.label}: download_directory = {downloads} lies outside of cache_directory = {cache}, and "
         f"a file may name no other place for downloads. Take it out of the file: {cache / 'downloads'} is "
         "used then. If you want them there, type it for the command that caches: --download_directory "
         f"{downloads}"
