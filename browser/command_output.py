@@ -136,18 +136,25 @@ def _parse_line(line: str, names: Collection[str]) -> OutputLine:
             return OutputLine(text, needs_trigger_word=True)
         return OutputLine(text, remedy=RUN_COMMAND)
     found_names = _find_names(text, names)
-    is_error = text.startswith("left out: ") or "Something is wrong" in text
     encoding = NAMED_ENCODING.search(text)
     if encoding is not None and encoding[1] in ENCODING_NAMES:
         return OutputLine(text, found_names, remedy=REPAIR_CAPTIONS, encoding=encoding[1])
     if "not UTF-8" in text:
         return OutputLine(text, found_names, remedy=REPAIR_CAPTIONS)
+    is_error = text.startswith("left out: ") or "Something is wrong" in text
+    remedy = LEAVE_OUT_FILES if _may_leave_out(text, found_names, names) else ""
+    return OutputLine(text, found_names, remedy=remedy, is_error=is_error)
+
+
+def _may_leave_out(text: str, found_names: Sequence[str], names: Collection[str]) -> bool:
+    """Return whether a line names one unreadable file, or several equal ones, so that they can be left out.
+
+    `found_names` are the files in the line, `names` all files of the folder.
+    """
     # a line that is only a name is an item of a list of unreadable files
     is_unreadable = any(phrase in text for phrase in UNREADABLE_PHRASES) or text in names
     lists_copies = EQUAL_COPIES in text and len(found_names) > 1
-    if (is_unreadable and len(found_names) == 1) or lists_copies:
-        return OutputLine(text, found_names, remedy=LEAVE_OUT_FILES, is_error=is_error)
-    return OutputLine(text, found_names, is_error=is_error)
+    return (is_unreadable and len(found_names) == 1) or lists_copies
 
 
 def _find_names(text: str, names: Collection[str]) -> tuple[str, ...]:

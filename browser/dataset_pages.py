@@ -74,7 +74,7 @@ def passes_filters(file: File, search_terms: Sequence[str], filter_key: str) -> 
         return False
     if filter_key == "dropped":
         return bool(file["dropped"])
-    if filter_key == "told":  # files with messages of the report
+    if filter_key == "told":  # files about which the report has a message
         return bool(file["faults"] or file["remarks"])
     if filter_key == "uncaptioned":
         # a caption edited on the page counts instead of those that the report has read

@@ -167,7 +167,7 @@ def describe_underived_intervals(before: str, after: str) -> str:
     if not isinstance(steps, int) or steps < 1 or steps == old_options.get(MAX_TRAIN_STEPS):
         return ""
     underived = {}
-    for name, derived_value in change_steps(old_options, steps).changes.items():
+    for name, derived_value in change_steps(old_options, steps).new_values.items():
         is_untouched = new_options.get(name) == old_options.get(name)
         if name != MAX_TRAIN_STEPS and derived_value is not None and is_untouched:
             underived[name] = derived_value

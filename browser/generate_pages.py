@@ -594,12 +594,12 @@ class GeneratePages:
         source = self._select_source(settings, sources) or self.first_source(sources)
         recipe = self.find_recipe(source)
         rows = self.run_loras.list_rows(recipe)
-        lora_strengths: dict[str, str] = {}
+        lora_strengths: dict[str, str] = {}  # keyed by the path of the LoRA
         for row in rows:
-            matching_names = row.names & settings.loras.keys()
+            used_names = row.names & settings.loras.keys()  # LoRAs of the dropped file
             is_selected = any(Path(path).name in row.names for path in lora_strengths)
-            if matching_names and not is_selected:
-                lora_strengths[row.path] = settings.loras[min(matching_names)]
+            if used_names and not is_selected:
+                lora_strengths[row.path] = settings.loras[min(used_names)]
         field_values = dict(make_default_form(source, recipe, []).field_values)
         field_values |= settings.fields(recipe)
         return GenerateForm(
@@ -675,7 +675,7 @@ class GeneratePages:
             return -1
         lora_names = {Path(lora.path).name for lora in recipe.loras}
         if kind == "run":
-            lora_names |= self.run_loras.find_run_files(name)
+            lora_names |= self.run_loras.find_run_file_names(name)
         # 4 for each LoRA of the file: more than what is added below
         score = 4 * sum(name in lora_names for name in settings.loras)
         if kind == "run" or not (recipe.missing_files or recipe.unfilled_options):

@@ -140,7 +140,7 @@ class RunLoras:
         loras = self._loras_of_runs.get(run_id)
         return "" if loras is None else loras.family
 
-    def find_run_files(self, run_id: str) -> set[str]:
+    def find_run_file_names(self, run_id: str) -> set[str]:
         """Return the names of a run's files."""
         loras = self._loras_of_runs.get(run_id)
         return set() if loras is None else {name for row in loras.rows for name in row.names}

@@ -437,4 +437,4 @@ def list_key_changes(form: NewForm, before: NewForm, values: Mapping[str, Any]) 
     if form.steps == before.steps or not form.steps:
         return KeyChanges(changes)
     step_changes = change_steps(values, read_steps(form.steps))
-    return KeyChanges({**changes, **step_changes.changes}, step_changes.unchanged)
+    return KeyChanges({**changes, **step_changes.new_values}, step_changes.user_values)

@@ -168,14 +168,14 @@ class PreparePlan:
     """What the button Prepare will do: run a `new` command, or change keys of run.toml."""
 
     argv: list[str]  # arguments of the command; empty if keys of run.toml are changed instead
-    changes: KeyChanges = KeyChanges({})  # changed keys of run.toml
-    compares: bool = False  # the command shows the changes of a described folder
+    key_changes: KeyChanges = KeyChanges({})  # changed keys of run.toml
+    is_comparison: bool = False  # the command shows the changes of a described folder
 
     @property
     def text(self) -> str:
         """Text next to the button: the changed keys, or the command line."""
-        if self.changes.changes:
-            return self.changes.text
+        if self.key_changes.new_values:
+            return self.key_changes.text
         return format_command(self.argv)
 
 
@@ -918,10 +918,10 @@ class NewPages:
             return PreparePlan(make_new_argv(form, models))
         if described is not None:
             before = NewForm.from_described(described, models)
-            changes = list_key_changes(form, before, described.values)
-            if changes.changes and not list_changed_fields(form, before):
-                return PreparePlan([], changes)
-        return PreparePlan(make_new_argv(form, models, dry_run=True), compares=True)
+            key_changes = list_key_changes(form, before, described.values)
+            if key_changes.new_values and not list_changed_fields(form, before):
+                return PreparePlan([], key_changes)
+        return PreparePlan(make_new_argv(form, models, dry_run=True), is_comparison=True)
 
     def change(self, request: Request, form: Form) -> Response:
         """Carry out a button's action on the selected folder, and show the folder's page again."""
@@ -989,11 +989,11 @@ class NewPages:
             raise OptionError(reason)
         described, _ = self.try_read(folder)
         plan = self.plan_prepare(form, folder, described)
-        if plan.changes.changes:
+        if plan.key_changes.new_values:
             run_checksum = compute_checksum(read_content(folder / RUN_FILE))
-            change_keys(folder / RUN_FILE, plan.changes.changes, run_checksum)
-            return say("Written into %(text)s.", text=plan.changes.text)
-        kind = DRY_RUN if plan.compares else DESCRIBE
+            change_keys(folder / RUN_FILE, plan.key_changes.new_values, run_checksum)
+            return say("Written into %(text)s.", text=plan.key_changes.text)
+        kind = DRY_RUN if plan.is_comparison else DESCRIBE
         self.site.background_jobs.start(
             name_background_job(kind, folder), plan.argv, Path.cwd(), within=folder
         )

@@ -59,7 +59,7 @@ SIDES = ("width", "height")
 SIDE_POSITIONS = {
     "video_size_width": 1,
     "video_size_height": 0,
-}  # key of each side: its index in --video_size
+}  # key of each side -> its index in the values of --video_size
 SIZE = "video_size"
 # options that the form sets on its own, in addition to those of its fields
 # fmt: off
@@ -118,18 +118,19 @@ class ModelRecipe:
     def option_keys(self) -> dict[str, str]:
         """Option that each field of the form sets, by the field's name; only fields that the model uses."""
         keys = find_field_keys(self.defaults, self.extra_options)
+        unused_fields = []
         if not self.has_experts:
-            keys.pop("high_cfg", None)
+            unused_fields.append("high_cfg")  # CFG scale of the high-noise expert
         for name in ("start", "end", "control", "references"):
             is_in_command = name in self.required_images or bool(self.initial_texts.get(name))
             if not is_in_command and not self._may_accept(name):
-                keys.pop(name, None)
-        # only releases that split images into layers name this option
+                unused_fields.append(name)
+        # only the commands of releases that split images into layers have this option
         if not self.initial_texts.get("layers"):
-            keys.pop("layers", None)
-        if "redraw" not in keys:  # `share` is how much of `redraw` changes
-            keys.pop("share", None)
-        return keys
+            unused_fields.append("layers")
+        if "redraw" not in keys:  # `share` is the fraction of `redraw` that is generated anew
+            unused_fields.append("share")
+        return {name: key for name, key in keys.items() if name not in unused_fields}
 
     def _may_accept(self, name: str) -> bool:
         """Return whether the model can use an image that its command does not require."""
@@ -261,22 +262,28 @@ def list_extras(family: str) -> dict[str, str]:
     return request_extras(with_scripts()[family].options_record("Generation"))
 
 
-def find_field_keys(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict[str, str]:
-    """Return the option that each field sets in a script, by the name of the field.
+def find_field_keys(defaults: ScriptDefaults, extra_options: Mapping[str, str]) -> dict[str, str]:
+    """Return the option that each form field sets in a generation script, by the name of the field.
 
-    `extras` are the options that only this family's generation requests have.
+    The option is the first one in `FIELDS` that the script has as an option of prompt lines. Fields without
+    such an option are missing.
+
+    Args:
+        defaults: The script's defaults; they also tell which shared options it lacks.
+        extra_options: Options that only this family has.
     """
     declared = defaults.declared()
-    unsupported = {*declared["without"], *declared["refused"]}
+    unsupported_options = {*declared["without"], *declared["refused"]}
+    # width and height are not options of their own, but the values of --video_size
+    supported_anyway = {*extra_options, *SIDE_POSITIONS}
     keys = {}
     for name, candidates in FIELDS.items():
-        if name == "cfg" and defaults.embedded_guidance is None:  # `guidance` sets the CFG scale already
+        if name == "cfg" and defaults.embedded_guidance is None:  # the field `guidance` sets the CFG scale
             continue
-        if defaults.builds_in_guidance and name in ("negative", "guidance"):
+        if name in ("negative", "guidance") and defaults.builds_in_guidance:
             continue
         for key in candidates:
-            # width and height are not options of their own, but the values of --video_size
-            is_supported = key in extras or key in SIDE_POSITIONS or key not in unsupported
+            is_supported = key in supported_anyway or key not in unsupported_options
             if is_supported and find_option(key, defaults.line_options) is not None:
                 keys[name] = key
                 break

@@ -75,6 +75,7 @@ DOWNLOAD_UPSCALER = "upscaler"  # kind of a background job
 UPSCALE_FACTOR = 2  # factor for width and height
 UPSCALERS = "upscalers"  # subfolder of the models folder
 UPSCALER_SUFFIXES = (".pth", ".safetensors")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".gguf", ".sft")
 MAX_OF_PROMPTS = 1 << 20  # bytes of a prompt file
 MAX_TITLE_CHARACTERS = 160  # characters of a prompt in the list
 
@@ -633,10 +634,9 @@ class ResultPages:
         Raises OptionError or OutputError if that fails.
         """
         render_job = self.regenerator.regenerate(result, settings, seed)
-        suffixes = (".safetensors", ".pth", ".gguf", ".sft")  # files with weights
-        # session: the command line that loads the model
-        files = [word for word in render_job.session if Path(word).suffix in suffixes]
-        missing = [word for word in files if not Path(render_job.folder, word).exists()]
+        load_argv = render_job.session  # the command that loads the model
+        weight_files = [word for word in load_argv if Path(word).suffix in WEIGHT_SUFFIXES]
+        missing = [file for file in weight_files if not Path(render_job.folder, file).exists()]
         if missing:
             raise OptionError(
                 say("%(missing)s is missing: download the model first (Models).", missing=missing[0])

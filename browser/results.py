@@ -152,10 +152,11 @@ def _list_folder(folder: Path, changed: int, previous: Mapping[str, _ListedFile]
                 file = _read_entry(entry, previous.get(entry.name))
                 if file is not None:
                     files[entry.name] = file
-    # two changes within one clock tick have the same time: -1 lets the next request list a fresh folder
-    is_fresh = time.time() - changed / 1e9 < FRESH_SECONDS
+    # a later change within the same clock tick would not change the modification time, so a folder that has
+    # just changed is listed again by the next request: its recorded time, -1, equals no time
+    has_just_changed = time.time() - changed / 1e9 < FRESH_SECONDS
     results = _make_results(folder, heapq.nlargest(MAX_RESULTS, files.values()))
-    return _ListedFolder(-1 if is_fresh else changed, sorted(subfolders), results, entries=files)
+    return _ListedFolder(-1 if has_just_changed else changed, sorted(subfolders), results, entries=files)
 
 
 def _read_entry(entry: "os.DirEntry[str]", previous: _ListedFile | None) -> _ListedFile | None:

@@ -714,13 +714,13 @@ class RunButtons:
             )
         if not run_config.steps:  # 0: run.toml sets max_train_epochs instead
             raise OptionError(say("%(folder)s counts in epochs. Change max_train_epochs there.", folder=path))
-        changes = change_steps(read_described(run_config.folder).values, steps)
-        change_keys(path, changes.changes, checksum)
+        key_changes = change_steps(read_described(run_config.folder).values, steps)
+        change_keys(path, key_changes.new_values, checksum)
         self.tracked_runs.start(run_config.folder, find_start_argv(run_config, self.site.models))
         return say(
             "It is in the queue, to %(steps)s steps. Written into %(text)s.",
             steps=f"{steps:,}",
-            text=changes.text,
+            text=key_changes.text,
         )
 
     def check(self, tracked_run: TrackedRun, _: Form) -> str:

@@ -242,7 +242,7 @@ def test_only_files_that_a_run_takes_as_loras_are_offered(
     ((run, _),) = loras.refresh()
 
     assert loras.find_run_family(run.id) == "wan"
-    assert loras.find_run_files(run.id) == offered
+    assert loras.find_run_file_names(run.id) == offered
 
 
 def test_loras_of_other_models_stand_behind_a_word_with_the_reason(root: Path) -> None:
