@@ -23,7 +23,7 @@ NAMED_ENCODING = re.compile(r"name it: --repair_captions (\S+)$")
 LEAVE_OUT_FILES = "out"
 REPAIR_CAPTIONS = "repair"  # convert them to UTF-8
 RUN_COMMAND = "run"
-UNREADABLE_PHRASES = ("left out: ", "cannot be read", "no image that can be read", "is damaged")
+UNREADABLE_PHRASES = ("left out: ", "cannot be read", "not an image that can be read", "is damaged")
 _SUFFIXES = "|".join(sorted(suffix.lstrip(".") for suffix in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)))
 FILE_NAME = re.compile(rf"[^\s/\\]+\.(?:{_SUFFIXES})\b", re.IGNORECASE)
 # a line that equals the name of a file in the folder

@@ -603,15 +603,14 @@ def plan_jobs(comparison: Comparison, row_clips: Sequence[RowClips]) -> list[Pla
     """
     if comparison.problem:
         return []
-    rows_by_columns: dict[tuple[int, ...], list[ComparedPrompt]] = {}  # indices of columns without a clip
+    rows_by_missing_columns: dict[tuple[int, ...], list[ComparedPrompt]] = {}  # keyed by column indices
     for row, clips in zip(comparison.rows, row_clips, strict=True):
-        if row.line.splitlines() != [row.line] or row.line.startswith("#"):
-            continue  # cannot be a line of a prompt file
-        missing = [index for index, clip in enumerate(clips.with_lora) if clip.is_missing]
-        if missing:
-            rows_by_columns.setdefault(tuple(missing), []).append(row)
+        can_be_prompt_line = row.line.splitlines() == [row.line] and not row.line.startswith("#")
+        missing_columns = tuple(index for index, clip in enumerate(clips.with_lora) if clip.is_missing)
+        if can_be_prompt_line and missing_columns:
+            rows_by_missing_columns.setdefault(missing_columns, []).append(row)
     jobs = []
-    for missing_columns, rows in rows_by_columns.items():
+    for missing_columns, rows in rows_by_missing_columns.items():
         files = [comparison.columns[index] for index in missing_columns]
         jobs.append(_plan_job(comparison.sources[0], files, rows))
     return jobs

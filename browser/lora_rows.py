@@ -254,10 +254,10 @@ def check_family(path: Path, family: str) -> None:
     trained_on = read_family(texts)
     if trained_on is None:
         return
-    names_of_family = {
-        name for names in families_of_scripts(family) for name in (names.name, *names.compatible_families)
-    }
-    if trained_on.name not in names_of_family:
+    accepted_families = set()
+    for script_family in families_of_scripts(family):
+        accepted_families |= {script_family.name, *script_family.compatible_families}
+    if trained_on.name not in accepted_families:
         raise OptionError(
             say(
                 "%(name)s is a LoRA of %(name2)s, not of %(family)s.",

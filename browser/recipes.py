@@ -358,7 +358,7 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
     if not find_memory():  # CPUs are many times slower in 16 bits than in 32
         for flag in HALF_PRECISION_FLAGS:
             options.pop(flag, None)
-    return _split_command(
+    return _make_recipe_of_command(
         title=say(model.title),
         family=families[script],
         options=options,
@@ -372,7 +372,7 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
 def make_run_recipe(source: ComparableRun) -> ModelRecipe:
     """Return the recipe of a run, from the command in its history."""
     names = {Path(word).name for words in source.options.values() for word in words}
-    return _split_command(
+    return _make_recipe_of_command(
         title=source.run.name,
         family=source.family,
         options=source.options,
@@ -414,7 +414,7 @@ class _CommandOption:
         return not is_shown and self.key not in OPTIONS_OF_FORM
 
 
-def _split_command(
+def _make_recipe_of_command(
     title: str,
     family: str,
     options: Mapping[str, Sequence[str]],
@@ -423,7 +423,7 @@ def _split_command(
     is_placeholder: Callable[[str], bool],
     file_defaults: Mapping[str, Any],
 ) -> ModelRecipe:
-    """Split the options of a command into fixed options and options that fields show.
+    """Return a recipe from a command: each option is either fixed, or the initial value of a form field.
 
     Args:
         title: Name of the model or run.
@@ -444,21 +444,23 @@ def _split_command(
         values = [word for word in words if not is_placeholder(word)]
         has_placeholder = len(values) < len(words)
         command_options.append(_CommandOption(flag, key, field_name, values, has_placeholder))
-    fixed = [option for option in command_options if option.is_fixed]
+    fixed_options = [option for option in command_options if option.is_fixed]
     # fields for which the command has only a placeholder: the user has to fill them
-    unfilled = [option.field for option in command_options if option.has_placeholder and not option.is_size]
+    unfilled_fields = [
+        option.field for option in command_options if option.has_placeholder and not option.is_size
+    ]
     values_by_key = {option.key: option.values for option in command_options}
     initial_texts = _list_initial_texts(command_options, defaults)
     return ModelRecipe(
         title=title,
         family=family,
-        fixed_options={option.flag: option.values for option in fixed},
+        fixed_options={option.flag: option.values for option in fixed_options},
         initial_texts=initial_texts,
         folder=folder,
         missing_files=missing_files,
-        unfilled_options=[option.flag for option in fixed if option.has_placeholder],
+        unfilled_options=[option.flag for option in fixed_options if option.has_placeholder],
         loras=[*_read_loras(values_by_key, ""), *_read_loras(values_by_key, HIGH_NOISE)],
-        required_images=[name for name in unfilled if name in IMAGES],
+        required_images=[name for name in unfilled_fields if name in IMAGES],
         paths=[path for name in IMAGES for path in initial_texts.get(name, "").splitlines()],
         file_defaults=file_defaults,
     )
@@ -654,23 +656,34 @@ class RenderRequest:
         return [lora.strength.strip() for lora in self.loras if lora.expert == expert]
 
     def _line_values(self, seed: str) -> dict[str, str]:
-        """Return the options of the prompt line, by key, from the form's filled fields and a seed."""
-        recipe = self.recipe
+        """Return the options of the prompt line, by key, from the form's filled fields and a seed.
+
+        The callers add the reference images, which are a list.
+        """
         values = {}
-        for name, key in recipe.option_keys.items():
-            text = seed if name == "seed" else self._field_text(name)
-            is_added_elsewhere = name in ("references", "share")  # by the callers; with `redraw`
-            if not text or is_added_elsewhere:
+        for name, key in self.recipe.option_keys.items():
+            if name in ("references", "share"):  # `share` is set together with `redraw`
                 continue
-            if name == "redraw":  # the image or clip that is generated anew
-                is_clip = Path(text).suffix.lower() in VIDEO_SUFFIXES
-                if is_clip and recipe.defaults.source.takes_video:
-                    key = "video_path"
-                denoising_strength = self._field_text("share")
-                if denoising_strength:
-                    values["denoise"] = denoising_strength
-            values[key] = text
+            text = seed if name == "seed" else self._field_text(name)
+            if not text:
+                continue
+            if name == "redraw":
+                values |= self._make_redraw_options(text, key)
+            else:
+                values[key] = text
         return values
+
+    def _make_redraw_options(self, path: str, image_key: str) -> dict[str, str]:
+        """Return the options that redraw an image or clip, with the denoising strength if it is filled in.
+
+        `image_key` is the key of the option for images.
+        """
+        denoising_strength = self._field_text("share")
+        options = {"denoise": denoising_strength} if denoising_strength else {}
+        is_clip = Path(path).suffix.lower() in VIDEO_SUFFIXES
+        takes_video = is_clip and self.recipe.defaults.source.takes_video
+        options["video_path" if takes_video else image_key] = path
+        return options
 
     @property
     def session_argv(self) -> list[str]:

@@ -179,12 +179,11 @@ class LiveRunState:
 
         `kill_message` is the reason to show for a run that the page has killed; "" for all other runs.
         """
-        # histories of older versions have no start; the run's page has some of its values
-        start = run_history.start or Start(run.model, run.total_steps)
-        ending = run_history.ending
-        if ending is None and run_history.start is None:  # the summary also reads the page of an old history
-            ending = run.ending
-        state = find_state(run_history.start, ending, run.changed)
+        start, ending = run_history.start, run_history.ending
+        if start is None:  # written by an older version: the summary has the values from the run's page
+            ending = ending or run.ending
+        state = find_state(start, ending, run.changed)
+        start = start or Start(run.model, run.total_steps)
         trained_steps = run_history.loss or run_history.starts
         step = next(reversed(trained_steps)) if trained_steps else 0  # keys are steps in their order
         if state == DIED and kill_message:
