@@ -627,7 +627,7 @@ def _plan_job(
     if len(files[0].paths) > 1:  # each file is a pair: one for each expert of Wan 2.2
         argv += ["--lora_high_noise", *(str(file.paths[1]) for file in files)]
     for name, values in source.options.items():
-        if name not in OPTIONS_OF_COMPARISON:  # options that this job sets itself
+        if name not in OPTIONS_OF_COMPARISON:  # this job sets these itself
             argv += [name, *values]
     argv += ["--seed", DEFAULT_SEED, "--from_file", str(prompt_file), "--save_path", str(source.folder)]
     return PlannedJob(argv, prompt_file, prompts)

@@ -1123,9 +1123,10 @@ class NewPages:
         return ""
 
     def show_file_description(self, request: Request, form: Form) -> Response:
-        """Respond with a description of the file typed for a model option, and whether the page asks `new`.
+        """Respond with a description of the file typed for a model option.
 
-        `new` is asked whether the file fits the model only if the described folder uses another file.
+        The page then also requests whether the file fits the model (`show_misfit`), unless the described
+        folder already uses this file.
         """
         option = request.query_params.get("option", "")
         path = "".join(form.get(f"file_{option}", ()))

@@ -339,7 +339,7 @@ class ResultRegenerator:
                 return path
         render_job = self.find_render_job(result)
         if render_job is not None:
-            for word in render_job.session:  # command that loaded the model
+            for word in render_job.session:  # the command that loaded the model
                 if Path(word).name == name and Path(render_job.folder, word).is_file():
                     return word
         with self.site.runs.lock:

@@ -568,9 +568,9 @@ class RunButtons:
         """
         run, run_config = tracked_run.summary, tracked_run.run_config
         output = run.history.parent
-        paths = self.list_trained(run)
-        if run_config is not None and not run.history.exists():
-            paths = []  # a run.toml that never ran has no results; files with its name belong to another run
+        has_run = run_config is None or run.history.exists()
+        # a run.toml that never ran has no results: files with its name belong to another run
+        paths = self.list_trained(run) if has_run else []
         name = run.name.removesuffix(BEFORE_TRAINING)
         # history of the downloads and caching that `run` did before the training
         preparation_history = history_path(output, f"{name}{BEFORE_TRAINING}")

@@ -386,14 +386,14 @@ class TrackedRuns:
         if state.name == WAITING and job is not None:
             state = self._add_queue_position(state, job, waiting)
         # the list sorts runs by the time of their last change
-        times = [entry.changed for entry in (run_config, run, preparation) if entry is not None]
+        change_times = [entry.changed for entry in (run_config, run, preparation) if entry is not None]
         if job is not None and (job.state == RUNNING or state.job is job):
-            times.append(job.born)
+            change_times.append(job.born)
         if state.name == WAITING:
             with contextlib.suppress(OSError):
-                times.append((self.queue.folder / QUEUE).stat().st_mtime)
+                change_times.append((self.queue.folder / QUEUE).stat().st_mtime)
         summary = run_config.summary if run is None else run
-        return TrackedRun(replace(summary, changed=max(times)), state, run_config)
+        return TrackedRun(replace(summary, changed=max(change_times)), state, run_config)
 
     def _add_queue_position(self, state: RunState, job: Job, waiting: WaitingJobs) -> RunState:
         """Return the state of a waiting job with its position in the queue, and the reason why it waits."""
