@@ -118,8 +118,8 @@ def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
     for name, new_value in new_intervals.items():
         if name not in values or values[name] == new_value:
             continue
-        is_derived = values[name] == old_intervals.get(name)
-        if is_derived:
+        was_derived = values[name] == old_intervals.get(name)
+        if was_derived:
             changes[name] = new_value
         else:
             user_values[name] = values[name]

@@ -449,13 +449,10 @@ def _check_folder_of_run(program: Sequence[str], folder: Path, earlier: Sequence
 
 def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:
     """Return the command of this project that a line begins with, and the number of words in its name."""
-    first_word = "".join(argv[:1])
-    name = script_name = first_word
-    num_words = 1
-    if first_word == "-m":  # `python -m reelsmith.tools.mask`, as the installed package is run
-        name = " ".join(argv[:2])
-        script_name = name.removeprefix("-m reelsmith.").replace(".", "/")
-        num_words = 2
+    num_words = 2 if argv[:1] == ["-m"] else 1
+    name = " ".join(argv[:num_words])
+    # the installed package is run as `python -m reelsmith.tools.mask`
+    script_name = name.removeprefix("-m reelsmith.").replace(".", "/") if num_words == 2 else name
     script = find_script(script_name)
     if script is None and name.endswith(".py"):
         script = _find_script_file(folder / name)

@@ -608,7 +608,7 @@ class RenderRequest:
     def _check_text(self, name: str, text: str) -> None:
         """Raise OptionError if the text of a field is not a possible value of its option."""
         option = self.recipe.find_line_option(name)
-        assert option is not None, say("the model has the field")
+        assert option is not None, f"the model has no field {name}"
         try:
             value = option.read(text)
         except ValueError as error:

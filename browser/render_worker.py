@@ -312,13 +312,13 @@ class RenderWorker:
         Only one server of these folders generates at a time: it holds a lock file. After an error, or while
         another server has the lock, this thread tries again after some seconds.
         """
-        with contextlib.ExitStack() as held_lock:
+        with contextlib.ExitStack() as lock_of_server:
             has_lock = False
             while not self._is_ended:
                 wait_seconds = QUEUE_POLL_SECONDS
                 try:
                     if not has_lock:
-                        held_lock.enter_context(only_one(self.folder / ".maker.lock", waits=False))
+                        lock_of_server.enter_context(only_one(self.folder / ".maker.lock", waits=False))
                         has_lock = True
                         self._end_orphan()  # a generating process of a killed server
                     has_generated = self._generate_next()
@@ -327,7 +327,7 @@ class RenderWorker:
                         continue
                     if self._end_thread_if_idle():
                         return
-                except BlockingIOError:
+                except BlockingIOError:  # another server has the lock
                     self.problem = say("another server of these folders generates the results")
                     wait_seconds = RETRY_SECONDS
                     if self._end_thread_if_idle():

@@ -121,7 +121,7 @@ class TagEditor:
                 num_emptied += 1
         change = TagChange(old, new)
         try:
-            self.captions.save_all(edits, change.checksums)
+            self.captions.save_all(edits, on_saved=change.checksums.__setitem__)
         except ValueError as error:
             raise OptionError(str(error)) from None
         finally:  # a full disk may stop it between two captions
