@@ -308,7 +308,7 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
     if len(columns) > MAX_COLUMNS or len(rows) > MAX_ROWS:
         raise OptionError(
             say(
-                "%(max_columns)s files and %(most_rows)s prompts are the most: choose fewer",
+                "at most %(max_columns)s files and %(most_rows)s prompts can be compared: choose fewer",
                 max_columns=MAX_COLUMNS,
                 most_rows=MAX_ROWS,
             )

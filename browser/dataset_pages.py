@@ -445,7 +445,7 @@ def _with_stale_text(caches: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
 
 
 def _count_by_filter(files: Collection[File]) -> dict[str, int]:
-    """Return the number of files that pass each filter of the page, by the key of the filter in ONLY."""
+    """Return the number of files that pass each filter of the page, by the key of the filter in FILTERS."""
     return {name: sum(passes_filters(file, (), name) for file in files) for name in FILTERS}
 
 

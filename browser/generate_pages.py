@@ -626,7 +626,7 @@ class GeneratePages:
         selected_names = {name for row in selected_rows for name in row.names}
         for name in settings.loras:
             if name not in selected_names:
-                sentences.append(say("%(name)s, a LoRA of it, is not here.", name=name))
+                sentences.append(say("Its LoRA %(name)s is not here.", name=name))
         for field_name in IMAGES:
             option_key = recipe.option_keys.get(field_name, "")
             paths = settings.options.get(option_key, "").splitlines()

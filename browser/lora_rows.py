@@ -67,7 +67,7 @@ class LoraRow:
         return replace(self, reason=reason)
 
     def _with_copy_first(self, copy: str) -> "LoraRow":
-        """Return the row for a copy of its file, whose path is `copy`; the row's file becomes a copy."""
+        """Return the row with `copy`, a file with the same weights, as its file; its file becomes a copy."""
         high_path = ""
         if self.high_path:  # a pair: the copy has its own file for the high-noise expert
             high_path = copy.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")

@@ -239,7 +239,7 @@ class MaskReview:
         del changes[:-MAX_UNDONE]
 
     def _find_path(self, folder: Path, path: Path) -> MaskEntry | None:
-        """Return the image or clip with a path in a folder; None if it does not exist any more."""
+        """Return the image or clip of a folder with this path; None if it no longer exists."""
         for media_file in self.list_media(folder):
             if media_file.media_path == path:
                 return media_file

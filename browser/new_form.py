@@ -289,8 +289,8 @@ def hint_at_word(word: str) -> str:
     if word.strip().lower() not in COMMON_WORDS:
         return ""
     return say(
-        "Every model knows %(word)s already: what it draws for that word changes too. A made-up word changes "
-        "yours alone.",
+        "Every model already knows %(word)s: what it draws for that word changes too. A made-up "
+        "word changes only your subject.",
         word=word.strip(),
     )
 

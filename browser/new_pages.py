@@ -800,8 +800,8 @@ class NewPages:
         text = complete_home(text)
         if WINDOWS_PATH.match(text) and os.name != "nt":
             return say(
-                "%(text)s: that is a path of Windows, and this page runs elsewhere. Drop the files here, or "
-                "give a folder below %(roots)s.",
+                "%(text)s is a Windows path, but this page runs on another system. Drop the files "
+                "here, or give a folder below %(roots)s.",
                 text=text,
                 roots=roots,
             )

@@ -712,11 +712,11 @@ class ResultPages:
         upscaler = next((path for path in self.list_upscalers() if path.name == selected_name), None)
         earlier_job = self.find_upscale_jobs().get(str(result.path))
         if result.kind == "sound":
-            raise OptionError(say("A sound has no size."))
+            raise OptionError(say("An audio file has no size."))
         if upscaler is None:
             return self.show_upscale_dialog(result, say("Choose the file of an upscaler."))
         if earlier_job is not None and earlier_job.state in (WAITING, RUNNING):
-            return self.show_upscale_dialog(result, say("It is being enlarged already."))
+            return self.show_upscale_dialog(result, say("It is already being enlarged."))
         number = queue.add_and_begin(self.make_upscale_argv(result, upscaler), Path.cwd())
         message = say(
             "It is job %(number)s of the queue. The enlarged one will appear here when it is finished.",

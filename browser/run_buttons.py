@@ -317,7 +317,7 @@ class RunButtons:
         if state.background_job is not None:
             return say("ends the check")
         if state.name == WAITING and state.job is not None:
-            return say("takes job %(id)s out of %(queue)s", id=state.job.id, queue=QUEUE)
+            return say("removes job %(id)s from %(queue)s", id=state.job.id, queue=QUEUE)
         job = self.find_running_job(tracked_run)
         if job is not None:
             return say("Ctrl-C for job %(id)s of the queue", id=job.id)
@@ -697,7 +697,7 @@ class RunButtons:
             return self._extend_by_run_config(tracked_run.run_config, steps, "".join(form.get("have", ())))
         self.add_command(run, steps)
         return say(
-            "It is in the queue, to %(steps)s steps. All other options of its command stay.",
+            "It is in the queue and trains to %(steps)s steps. All other options of its command stay.",
             steps=f"{steps:,}",
         )
 
@@ -718,7 +718,7 @@ class RunButtons:
         change_keys(path, key_changes.new_values, checksum)
         self.tracked_runs.start(run_config.folder, find_start_argv(run_config, self.site.models))
         return say(
-            "It is in the queue, to %(steps)s steps. Written into %(text)s.",
+            "It is in the queue and trains to %(steps)s steps. Written into %(text)s.",
             steps=f"{steps:,}",
             text=key_changes.text,
         )
@@ -769,7 +769,7 @@ class RunButtons:
         self.samples.write(path, text, "".join(form.get("have", ())))
         if tracked_run.state.name in ACTIVE_STATES:
             return say(
-                "Written into %(name)s. The training takes it in its next round of samples.", name=path.name
+                "Written into %(name)s. The training uses it in its next round of samples.", name=path.name
             )
         return say("Written into %(name)s.", name=path.name)
 

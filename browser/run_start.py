@@ -398,7 +398,7 @@ class TrackedRuns:
     def _add_queue_position(self, state: RunState, job: Job, waiting: WaitingJobs) -> RunState:
         """Return the state of a waiting job with its position in the queue, and the reason why it waits."""
         position = waiting.numbers.index(job.id) + 1
-        text = say("place %(place)s in the queue", place=position)
+        text = say("position %(place)s in the queue", place=position)
         if waiting.is_paused:
             text = say("%(place)s, which is paused", place=text)
         reason = "" if waiting.is_paused else self.queue.problem

@@ -295,7 +295,7 @@ def test_answers_of_buttons_and_json_are_in_the_language(served: Served) -> None
 
 
 def test_a_text_is_english_for_programs_and_translated_where_it_is_shown() -> None:
-    text = say("place %(place)s in the queue", place=2)
+    text = say("position %(place)s in the queue", place=2)
     both = join(", ", (say("waiting"), text))
     count = say_count(1, "%(n)s picture", "%(n)s pictures")
 

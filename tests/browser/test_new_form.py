@@ -100,7 +100,7 @@ def test_a_complete_form_is_taken() -> None:
     ("word", "is_known"), [("cat", True), (" Woman ", True), ("mrsfluff", False), ("", False)]
 )
 def test_a_word_that_models_know_is_taken_with_a_hint(word: str, is_known: bool) -> None:
-    assert ("Every model knows" in hint_at_word(word)) == is_known
+    assert ("Every model already knows" in hint_at_word(word)) == is_known
     check_form(NewForm(**{**FORM.__dict__, "trigger": word.strip()}))
 
 

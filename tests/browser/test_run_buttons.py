@@ -526,7 +526,7 @@ def test_typed_steps_stay_and_the_page_follows_the_run(served: Served, tmp_path:
         page.wait_for_timeout(2500)
         assert page.get_by_label("up to").input_value() == "77"
         page.get_by_role("button", name="Train on").click()
-        page.get_by_text("It is in the queue, to 77 steps.").wait_for()
+        page.get_by_text("It is in the queue and trains to 77 steps.").wait_for()
         page.get_by_text("waiting, place 1").wait_for()
         page.get_by_role("button", name="Stop").click()
         page.get_by_text("It was removed from the queue").wait_for()
