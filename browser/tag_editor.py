@@ -52,7 +52,7 @@ def split_line(line: str) -> list[str]:
 
 
 def split_section(section: str) -> list[str]:
-    """Return the tags in a section, a part of a caption line between KEEP_TOKENS_SEPARATOR signs, stripped."""
+    """Return the tags in a section, the part of a caption line between two KEEP_TOKENS_SEPARATOR signs."""
     return [tag for part in section.split(SEPARATOR) if (tag := part.strip())]
 
 
