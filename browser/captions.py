@@ -285,7 +285,7 @@ def compute_checksum(content: bytes | None) -> str:
 
 
 def _encode(text: str, old_content: bytes) -> bytes:
-    """Return the new bytes of a caption file with `text` in place of the caption in `old_content`.
+    """Return the new bytes of a caption file with the caption in `old_content` replaced by `text`.
 
     Raises ValueError if the text cannot be stored.
     """

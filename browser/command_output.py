@@ -158,7 +158,7 @@ def _may_leave_out(text: str, found_names: Sequence[str], names: Collection[str]
 
 
 def _find_names(text: str, names: Collection[str]) -> tuple[str, ...]:
-    """Return those of `names` (files of a folder) that a printed line has, in its order, up to MAX_LINKS."""
+    """Return up to MAX_LINKS of the file names in `names` that a printed line contains, in its order."""
     if len(names) <= MAX_SEARCHED:
         contained = [name for name in names if name in text]
         found_names = [name for name in contained if _find_whole_name(name, text) >= 0]

@@ -85,7 +85,7 @@ LABELS = {
     "control": say("Follow"),
     "references": say("Edit"),
     "redraw": say("Redraw"),
-    "share": say("Share made anew"),
+    "share": say("Share to regenerate"),
     "count": say("How many"),
     "lora_file": say("LoRA file"),
     "lora_strength": say("Its strength"),
@@ -320,7 +320,7 @@ class GeneratePages:
         if preview is None or Path(name).suffix != preview.suffix:
             return Response(status_code=204)
         kind = {".png": "image/png", ".mp4": "video/mp4"}[preview.suffix]
-        try:  # read it at once, because the next preview replaces it
+        try:  # read it immediately: the next preview replaces it
             return Response(preview.read_bytes(), media_type=kind, headers={"cache-control": "no-store"})
         except OSError:
             return Response(status_code=204)
@@ -612,7 +612,7 @@ class GeneratePages:
     def describe_filling(self, settings: DroppedSettings, form: GenerateForm) -> str:
         """Say which program's settings have filled the form, and which of them are missing here.
 
-        `settings` are those of a dropped file; `form` is already filled with them.
+        `settings` come from a dropped file; `form` is already filled with them.
         """
         program = settings.program
         sentences = [say("Filled with the settings of a file made by %(program)s.", program=program)]

@@ -439,8 +439,8 @@ def _check_folder_of_run(program: Sequence[str], folder: Path, earlier: Sequence
     if is_typed and not (folder / described).exists() and not may_be_created(folder / described, earlier):
         raise OptionError(
             say(
-                "%(described)s: there is no such folder in %(folder)s, where relative paths "
-                "begin. Give its whole path",
+                "%(described)s: there is no such folder in %(folder)s, where relative paths begin. "
+                "Give its absolute path",
                 described=shorten(described, 80),
                 folder=folder,
             )

@@ -322,7 +322,7 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
 
 
 def _list_files_on_disk(components: Sequence[Component], models: Path) -> list[Path]:
-    """Return the existing files of some networks or tokenizers, with those of unfinished downloads."""
+    """Return the existing files of some networks or tokenizers, with the files of unfinished downloads."""
     paths = []
     for component in components:
         paths += [models / file.name for file in component.files]

@@ -575,7 +575,7 @@ class NewPages:
         }
 
     def collect_commands(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return the displayed command lines of a folder: those of run.toml, and of run, check and repair."""
+        """Return the displayed command lines of a folder: from run.toml, and for run, check and repair."""
         if folder is None:
             return {"repair_line": "", "commands": [], "run_command": "", "check_command": ""}
         # a folder that cannot be read as described may still list commands
@@ -609,14 +609,14 @@ class NewPages:
         download = download_values["download"]
         # if this page cannot download the missing files, `run` does when the training starts
         can_download = download_values["download_command"] != ""
-        return FolderProgress(
+        return replace(
+            self.find_missing_inputs(folder, described, check_job, command_output["new_lines"]),
             is_described=described is not None,
             description_job=command_output["new_job"],
             has_changes=bool(command_output["dry_run_job"] is not None and command_output["changes"]),
             download=download,
             missing_gigabytes=download_values["missing_gigabytes"] if can_download else "",
             download_failure=describe_failure(download) if can_download else "",
-            **self.find_missing_inputs(folder, described, check_job, command_output["new_lines"]),
             downloads_at_start=bool(download_values["licenses"]) and not can_download,
             check_job=check_job,
             is_check_old=command_output["is_check_old"],
@@ -628,27 +628,28 @@ class NewPages:
         described: DescribedFolder | None,
         check_job: Job | None,
         lines: Sequence[OutputLine],
-    ) -> dict[str, Any]:
-        """Return the fields of `FolderProgress` for missing captions and errors that `new` has reported.
+    ) -> FolderProgress:
+        """Return a progress that has only the missing captions and the errors that `new` has reported.
 
         `lines` were printed by `new` about files that still exist.
         """
+        progress = FolderProgress()
         description_job = self.find_background_job(DESCRIBE, folder)
         if folder is None or described is None or description_job is None or description_job.code != 0:
-            return {}  # `new` has reported nothing about this folder
+            return progress  # `new` has reported nothing about this folder
         line_kinds = {line.kind for line in lines}
-        missing: dict[str, Any] = {}
         content = read_media_folder(folder) or read_outer_folder(folder)
         if CAPTIONS in line_kinds and not described.trigger and content is not None:
-            missing["uncaptioned"] = content.num_uncaptioned
-            missing["only_pictures"] = not content.num_clips and not content.num_audios
+            only_pictures = not content.num_clips and not content.num_audios
+            progress = replace(progress, uncaptioned=content.num_uncaptioned, only_pictures=only_pictures)
         # a later check reports the errors that are left
         was_checked = (
             check_job is not None and check_job.log.stat().st_mtime > description_job.log.stat().st_mtime
         )
         if MEND in line_kinds and not was_checked:
-            missing["has_listed_errors"] = any(row.grade == BAD for row in make_checklist(None, lines).rows)
-        return missing
+            has_errors = any(row.grade == BAD for row in make_checklist(None, lines).rows)
+            progress = replace(progress, has_listed_errors=has_errors)
+        return progress
 
     def collect_command_output(
         self, folder: Path | None, background_jobs: Mapping[str, Job | None]
@@ -939,7 +940,7 @@ class NewPages:
         message = problem = ""
         try:
             message = self.actions[action](PressedButton(folder, sent_form, fields))
-        except ChangedMeanwhileError:
+        except ChangedMeanwhileError:  # since the page was built
             problem = say(
                 "The files of %(folder)s have changed in the meantime. Reload this page to see them.",
                 folder=folder,
@@ -951,7 +952,7 @@ class NewPages:
         if problem:
             keeps_typed_values = action == "describe"
             return self.answer(sent_form if keeps_typed_values else self.read_form(str(folder)), problem)
-        # success: the browser opens the page anew, and shows the message from the header
+        # success: the browser opens the page again, and shows the message from the header
         response = answer_move(f"/new?{encode_address({'folder': str(folder)})}")
         response.headers[MESSAGE_HEADER] = quote(message)
         return response
@@ -975,7 +976,7 @@ class NewPages:
     def prepare(self, button: PressedButton) -> str:
         """Describe a folder with the form's values, or change its files, and return a message.
 
-        Small changes are written at once; otherwise a `new` command starts, and the message is "".
+        Small changes are written directly; otherwise a `new` command starts, and the message is "".
         """
         folder, form = button.folder, button.form
         check_form(form)
@@ -1187,7 +1188,7 @@ def list_applied_remedies(
     """
     if description_job is None or not description_job.log.exists():
         return set()
-    # a log's modification time is that of the last output
+    # a log's modification time is the time of the last output
     described_at = description_job.log.stat().st_mtime
     succeeded = [job for job in jobs if job is not None and job.code == 0 and job.log.exists()]
     applied = [_split_line(job.line) for job in succeeded if job.log.stat().st_mtime > described_at]

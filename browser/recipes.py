@@ -61,7 +61,7 @@ SIDE_POSITIONS = {
     "video_size_height": 0,
 }  # key of each side -> its index in the values of --video_size
 SIZE = "video_size"
-# options that the form sets on its own, in addition to those of its fields
+# options that the form sets itself, in addition to the options of its fields
 # fmt: off
 OPTIONS_OF_FORM = {
     "prompt", "save_path", "lora_weight", "lora_multiplier", f"lora_weight_{HIGH_NOISE}",
@@ -182,8 +182,8 @@ class ModelRecipe:
     def find_default(self, name: str) -> str:
         """Return the value, as text, that is used if the field `name` is empty; "" if it is unknown.
 
-        `file_defaults` (of the model's files) takes precedence, then the default of the task, then that of
-        the generation script.
+        `file_defaults` (of the model's files) takes precedence, then the default of the task, then the
+        default of the generation script.
         """
         scale = self.defaults.guidance_scale
         values: dict[str, Any] = {
@@ -469,7 +469,7 @@ def _make_recipe_of_command(
 def _list_initial_texts(options: Sequence[_CommandOption], defaults: ScriptDefaults) -> dict[str, str]:
     """Return the initial values of the form's fields, by name.
 
-    They come from the options of a command; width and height default to those of the script.
+    They come from the options of a command; width and height default to the script's size.
     """
     height, width = (str(side) for side in defaults.size)
     texts = {"height": height, "width": width}

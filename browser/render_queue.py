@@ -187,7 +187,7 @@ class RenderQueue:
         with self._change():
             job = self.find(number)
             if job is None or job.state not in states:
-                raise OptionError(f"there is no result {number} that is {' or '.join(states)} (any more)")
+                raise OptionError(f"there is no result {number} that is {' or '.join(states)}")
             for name, value in values.items():
                 setattr(job, name, value)
             self._write(job)

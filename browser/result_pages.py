@@ -835,7 +835,7 @@ class ResultPages:
         if change is None:
             return answer_unknown()
         if result is None:
-            return answer_message(say("This file is not there any more."), is_rejected=True)
+            return answer_message(say("This file no longer exists."), is_rejected=True)
         try:
             return change(result, form)
         except (UserError, OSError, ValueError) as error:

@@ -39,7 +39,7 @@ class Result:
     path: Path
     changed: float  # when, in seconds since 1970
     size_bytes: int
-    shown_at: float = 0.0  # time for sorting: that of the file it was derived from
+    shown_at: float = 0.0  # time for sorting: the time of the file it was derived from
     layers: tuple[Path, ...] = ()  # the whole image first, then its layers from back to front
 
     @cached_property

@@ -749,7 +749,7 @@ class RunButtons:
         if job is not None:
             self.site.queue.stop(job.id)
             if job.stops:  # a stop was requested before: this second request kills the process
-                return say("Ended at once.")
+                return say("Ended immediately.")
             return say("Requested: it saves and ends after its current step.")
         # the queue did not start this training, but it watches for request files
         if run.state == RUNNING and run.start is not None and run.start.listens:

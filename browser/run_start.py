@@ -223,8 +223,8 @@ def _find_command_family(commands: Sequence[Sequence[str]]) -> str:
     """Return the family of a run's commands, as lists of runs name it; "" if they belong to no family.
 
     The catalogue's families are divided differently (`wan22`, `stable_diffusion`). For a ControlNet, an
-    embedding or a full model, the family is that of the caching commands, which are the same for all kinds of
-    runs.
+    embedding or a full model, the family is taken from the caching commands, which are the same for all kinds
+    of runs.
     """
     family_of_script = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
     family_of_script |= {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
@@ -679,7 +679,7 @@ def _find_latest_ended_state(
     job: Job | None,
     check: Job | None,
 ) -> RunState:
-    """Return the state of an inactive run: that of its job, histories or check, whichever ended last.
+    """Return the state of an inactive run: the state of its job, histories or check, whichever ended last.
 
     `preparation` is the history of the downloads and caching before the training.
     """

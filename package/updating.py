@@ -241,7 +241,7 @@ def _update_clone(root: Path) -> None:
 
 
 def _move_clone(root: Path, move: CloneMove) -> None:
-    """Let git change the files of a clone to those of another commit.
+    """Let git change the files of a clone to the files of another commit.
 
     If the process is killed meanwhile, the next start reads the two commits from UNFINISHED and finishes.
 
@@ -281,7 +281,7 @@ def _complete_move(root: Path, move: CloneMove) -> None:
 def _resume_clone_move(root: Path, lines: Sequence[str]) -> None:
     """Finish an update or a return of a clone that was killed while git changed files.
 
-    `lines` are those of UNFINISHED: the commits before and after, and "back" for a return.
+    `lines` come from UNFINISHED: the commits before and after, and "back" for a return.
 
     Raises:
         UserError: If git may still be running, or fails.
@@ -306,7 +306,7 @@ def _resume_clone_move(root: Path, lines: Sequence[str]) -> None:
 
 
 def _list_differing(root: Path, commit: str) -> set[str]:
-    """Return the paths of files that differ from those of a commit."""
+    """Return the paths of files that differ from a commit."""
     return set(_git(root, "diff", "--name-only", "--no-renames", "-z", commit).split("\0")) - {""}
 
 
