@@ -81,7 +81,7 @@ def test_bad_references_cost_their_pictures_alone(tmp_path: Path) -> None:
 
     message = assert_one_message(code, said, "3 of the sources could not be used; all others are done")
     for index, why in enumerate(
-        ("1x1 pixels, each side needs at least 16", "no image that can be read", "134 million pixels")
+        ("1x1 pixels, each side needs at least 16", "not an image that can be read", "134 million pixels")
     ):
         assert f"a reference picture of picture {index}.png cannot be used" in message
         assert why in message
