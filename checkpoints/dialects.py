@@ -153,9 +153,9 @@ def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) ->
         if weight is not None and weight.form.name != form:
             path = plan.checkpoint.path
             raise CheckpointError(
-                f"the text encoder is to be kept in {form}, but {path} is already in {weight.form.name}, and "
-                "rounding twice only loses quality. Leave out --text_encoder_form (or --fp8_...): "
-                "its form stays; or give the file in 16 bits.",
+                f"{form} is requested for the text encoder, but {path} is already in {weight.form.name}, and "
+                "rounding twice only loses quality. Leave out --text_encoder_form (or --fp8_...) to keep the "
+                "file's format, or give the 16-bit file.",
                 path,
             )
 

@@ -298,7 +298,7 @@ class _TensorLoader:
             self.on_host = host.allocate_on_host(module, infos)
         # False if another process writes the weights into memory that both share
         self._is_written_by_this_process = host is None or host.is_written_by_this_process
-        # scalar bools by name in the file; empty on the CPU, where values are checked at once
+        # scalar bools by name in the file; empty on the CPU, where values are checked immediately
         self.finite_checks: dict[str, Tensor] = {}
         self.rounding_errors: dict[str, Tensor] = {}  # relative rounding errors, by state-dict name
         self.rounded_formats: dict[str, str] = {}  # description of the form for the log, by state-dict name
@@ -566,7 +566,7 @@ def compress_names(names: Iterable[str]) -> list[str]:
     for name in names:
         match = re.search(r"(?<=\.)\d+(?=\.)", name)  # a number between two dots
         if match is None:
-            groups.setdefault((name, ""), [])  # a name without a number is a group of its own
+            groups.setdefault((name, ""), [])  # a name without a number forms its own group
         else:
             key = (name[: match.start()], name[match.end() :])
             groups.setdefault(key, []).append(int(match[0]))

@@ -23,7 +23,7 @@ from modules.speed_options import Quantization
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of float8_e4m3fn; larger values would become NaN
-# elements rounded at once: temporaries of a few MB instead of the size of the weight
+# elements rounded at a time: temporaries of a few MB instead of the size of the weight
 _BLOCK_ELEMENTS = 1 << 20
 
 

@@ -166,7 +166,7 @@ class _Int8Product(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1])
         of_x = None
         if ctx.needs_input_grad[0]:
-            make_product = _multiply_in_int8 if form.rounds_gradients else _multiply_dequantised
+            make_product = _multiply_in_int8 if form.rounds_gradients else _multiply_dequantized
             product = make_product(flat, codes, scale, form.group)
             in_features = codes.shape[1]
             of_x = _by_parts(product, flat, ctx.dtype, in_features)
@@ -189,7 +189,7 @@ def _multiply_in_int8(
     return product
 
 
-def _multiply_dequantised(
+def _multiply_dequantized(
     gradients: Tensor, codes: Tensor, scale: Tensor, group: int
 ) -> Callable[[slice], Tensor]:
     """Return a function that maps a slice of output gradients to input gradients, by dequantized weights."""

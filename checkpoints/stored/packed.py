@@ -24,7 +24,7 @@ from checkpoints.stored.forms import (
 )
 from checkpoints.stored.int8 import rotate
 
-_PIECE = 1 << 22  # values made at once: float32 temporaries of 16 MiB
+_PIECE = 1 << 22  # values decoded at a time: float32 temporaries of 16 MiB
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -57,7 +57,7 @@ class PackedRowFormat:
         out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
         if out.device.type == "meta":
             return out
-        num_rows = max(1, _PIECE // max(1, shape[1]))  # that are decoded at once
+        num_rows = max(1, _PIECE // max(1, shape[1]))  # that are decoded at a time
         for start in range(0, shape[0], num_rows):
             rows = slice(start, min(start + num_rows, shape[0]))
             row_tensors: list[Tensor | None] = []
