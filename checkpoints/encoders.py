@@ -50,7 +50,7 @@ def find_network(
     other_prefixes = (*excluded, *ALL_IN_ONE)
     strange = [name for name in checkpoint.tensors if not name.startswith((prefix, *other_prefixes))]
     if strange:
-        reject_quantized(checkpoint)  # a better message, if they are tensors of a quantized form
+        reject_quantized(checkpoint)  # a better message, if they are tensors of a quantized format
         raise CheckpointError(
             f"{checkpoint.path}: in addition to {prefix}{embeddings} and its network, it has {len(strange)} "
             f"tensors of an unknown network, such as {', '.join(strange[:3])}. Give a file with only this "

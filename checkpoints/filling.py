@@ -301,8 +301,8 @@ class _TensorLoader:
         # scalar bools by name in the file; empty on the CPU, where values are checked immediately
         self.finite_checks: dict[str, Tensor] = {}
         self.rounding_errors: dict[str, Tensor] = {}  # relative rounding errors, by state-dict name
-        self.rounded_formats: dict[str, str] = {}  # description of the form for the log, by state-dict name
-        self.kept_formats: list[str] = []  # form of each weight that stays as in the file
+        self.rounded_formats: dict[str, str] = {}  # description of the format for the log, by state-dict name
+        self.kept_formats: list[str] = []  # format of each weight that stays as in the file
         # one buffer for all reads, because temporary tensors would fragment the heap
         buffer_bytes = 0
         for name in self._dtypes if self._device.type != "meta" else ():
@@ -388,7 +388,7 @@ class _TensorLoader:
         return quantized_weight
 
     def _empty_quantized(self, name: str, plan: QuantizedLoading) -> QuantizedWeight:
-        """Return the quantized form of a layer's weight on the meta device."""
+        """Return the quantized format of a layer's weight on the meta device."""
         empty: QuantizedWeight | None = None
         if name in plan.quantized_in_file:
             empty = read_quantized_on_meta(self._sources[name], self._checkpoint.tensors)
@@ -566,7 +566,7 @@ def compress_names(names: Iterable[str]) -> list[str]:
     for name in names:
         match = re.search(r"(?<=\.)\d+(?=\.)", name)  # a number between two dots
         if match is None:
-            groups.setdefault((name, ""), [])  # a name without a number forms its own group
+            groups.setdefault((name, ""), [])  # a name without a number is a group by itself
         else:
             key = (name[: match.start()], name[match.end() :])
             groups.setdefault(key, []).append(int(match[0]))

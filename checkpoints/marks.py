@@ -435,7 +435,7 @@ def _describe_awq(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
 def _make_awq(weight: Tensor, scales: Tensor, zeros: Tensor) -> QuantizedWeight:
     form = PackedRowFormat("awq_w4a16", ("scale_blocks", "zeros"), packed.awq_rows)
     rows, num_bytes = weight.shape
-    # the file has a row of scales per group, the form a row per row of the weight
+    # the file has a row of scales per group, the format a row per row of the weight
     return QuantizedWeight(
         form, (rows, 2 * num_bytes), (weight, scales.t().contiguous(), zeros.t().contiguous())
     )
@@ -485,7 +485,7 @@ def _check_four_bits(layer: _QuantizedLayer, rows: Any, columns: Any, block: int
     """Raise ValueError if a bitsandbytes 4-bit weight does not match the sizes in its `QuantState`."""
     form = layer.settings["quant_type"]
     if form not in ("nf4", "fp4"):
-        raise ValueError(f"the form {str(form)[:60]!r}; nf4 and fp4 are read")
+        raise ValueError(f"the format {str(form)[:60]!r}; nf4 and fp4 are read")
     are_integers = type(rows) is int and type(columns) is int
     is_shape = are_integers and rows > 0 and columns > 0
     if not is_shape or columns % block or block % 2:

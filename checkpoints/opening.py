@@ -461,7 +461,7 @@ def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 
 def _without_packed(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the tensors without packed weights of known forms and their additional tensors."""
+    """Return the tensors without packed weights of known formats and their additional tensors."""
     packed: set[str] = set()
     for name, info in tensors.items():
         if info.packing is not None:

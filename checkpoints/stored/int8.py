@@ -50,7 +50,7 @@ class Int8:
 
     @property
     def log_description(self) -> str:
-        """Description of the form for the log."""
+        """Description of the format for the log."""
         rotated = f"rotated in groups of {self.group}" if self.group else "not rotated: no group divides them"
         return f"in int8 with a scale per row, {rotated}"
 
@@ -103,7 +103,7 @@ class Int8:
         return QuantizedWeight(self, (len(codes), parts[0].shape[1]), (codes, scales))
 
     def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
-        """Return this form, with the gradient rounding of the chosen form if that is int8 too."""
+        """Return this format, with the gradient rounding of the chosen format if that is int8 too."""
         if not isinstance(chosen, Int8):
             return self
         return replace(self, rounds_gradients=chosen.rounds_gradients)
@@ -113,7 +113,7 @@ class Int8:
 
 
 def form_of(quantization: Quantization) -> Int8:
-    """Return the form that the quantization's options describe."""
+    """Return the format that the quantization's options describe."""
     return Int8(rounds_gradients=quantization.int8_backward)
 
 

@@ -30,7 +30,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 
 @dataclass(frozen=True)
 class PackedRowFormat:
-    """Packed form that decodes any of its N rows to float32; each tensor has N rows or one."""
+    """Packed format that decodes any of its N rows to float32; each tensor has N rows or one."""
 
     name: str
     companions: tuple[str, ...] = ()
@@ -40,15 +40,15 @@ class PackedRowFormat:
 
     @property
     def log_description(self) -> str:
-        """Description of the form for the log."""
+        """Description of the format for the log."""
         return f"in {self.name}"
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """Raise NotImplementedError, because these forms can only be read from files."""
+        """Raise NotImplementedError, because these formats can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def empty(self, shape: Shape) -> QuantizedWeight:
-        """Raise NotImplementedError, because these forms can only be read from files."""
+        """Raise NotImplementedError, because these formats can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -106,7 +106,7 @@ class PackedRowFormat:
         return QuantizedWeight(self, shape, tuple(joined))
 
     def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
-        """Return this form, because no option changes how it computes."""
+        """Return this format, because no option changes how it computes."""
         return self
 
     def check_device(self, device: torch.device) -> None:
