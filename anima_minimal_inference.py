@@ -14,7 +14,7 @@ main = generation_script(
     "anima",
     replace(DEFAULTS, guidance_scale=3.5, infer_steps=50, flow_shift=5.0),
     __doc__,
-    add_more=lambda parser: parser.set_defaults(negative_prompt=""),
+    change_parser=lambda parser: parser.set_defaults(negative_prompt=""),
 )
 
 

@@ -19,7 +19,7 @@ DEFAULTS = ScriptDefaults(
     guidance_scale=GUIDANCE,
     infer_steps=STEPS,
     sample_solver="vanilla",
-    by_model={
+    defaults_from_model={
         "video_size": f"size in pixels; default: {SIDE} {SIDE}, with pictures to edit about a megapixel in "
         "the shape of the first",
         "flow_shift": "time shift of the schedule; default: by size, e^1.15 at 1024 x 1024",
@@ -30,7 +30,7 @@ DEFAULTS = ScriptDefaults(
     size=(SIDE, SIDE),
     pictures=True,
     media=frozenset({"control_image_path"}),
-    source=SourceDefaults(share="strength", denoise=0.75, takes_video=False),
+    source=SourceDefaults(strength_option="strength", denoise=0.75, takes_video=False),
     joins_guidance=True,
     line_options={
         **IMAGE_GENERATION_OPTIONS,

@@ -41,7 +41,7 @@ def settle(
     return options, replace(family_options, latent_window_size=window)
 
 
-main = generation_script("framepack", DEFAULTS, __doc__, settle=settle)
+main = generation_script("framepack", DEFAULTS, __doc__, adjust_options=settle)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from generation.scripts import generation_script
 from hunyuan_image_generate_image import DEFAULTS
 
 main = generation_script(
-    "hunyuan_image", DEFAULTS, __doc__, add_more=lambda parser: parser.set_defaults(negative_prompt="")
+    "hunyuan_image", DEFAULTS, __doc__, change_parser=lambda parser: parser.set_defaults(negative_prompt="")
 )
 
 

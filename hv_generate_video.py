@@ -24,7 +24,7 @@ DEFAULTS = ScriptDefaults(
     solver_names={"default": "vanilla", "dpm++": "dpm++", "dpm++sde": "dpm++sde"},
     embedded_guidance=6.0,
     media=frozenset({"image_path"}),
-    source=SourceDefaults(share="strength", denoise=0.8, pad_mode=None),
+    source=SourceDefaults(strength_option="strength", denoise=0.8, pad_mode=None),
     joins_guidance=True,
     blocks_to_swap=None,
     has_second_prompt=True,
@@ -47,7 +47,7 @@ def settle(
     return options, family_options
 
 
-main = generation_script("hunyuan_video", DEFAULTS, __doc__, settle=settle)
+main = generation_script("hunyuan_video", DEFAULTS, __doc__, adjust_options=settle)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from krea2.options import REPLACED, SIDE, resolve_generation
 
 
 def _read_one(text: str) -> int:
-    """Read --i of a prompt line, which is a number of pictures in the known tuner."""
+    """Read --i of a prompt line, which is a number of pictures in other tools."""
     if text != "1":
         raise ValueError(
             f"a line makes one picture, not {text}: repeat it, each time with another seed (--d)"
@@ -29,7 +29,7 @@ def _shift_options() -> dict[str, LineOption]:
 
 
 def _take_prompt(parser: argparse.ArgumentParser) -> None:
-    """Accept the prompt without its flag too, and leave the negative prompt empty, as in the known tuner."""
+    """Accept the prompt without its flag too, and leave the negative prompt empty, as other tools do."""
     parser.set_defaults(negative_prompt="")
     for action in parser._actions:
         if action.dest == "prompt":
@@ -40,7 +40,7 @@ DEFAULTS = ScriptDefaults(
     fps=IMAGE_FPS,
     guidance_scale=5.5,
     infer_steps=28,
-    by_model={
+    defaults_from_model={
         **dict.fromkeys(("video_size", "width", "height", "y1", "y2"), ""),
         "flow_shift": "time shift of the schedule, e^mu, in place of --mu; default: by size, of Turbo e^1.15",
         "guidance_scale": "weight of the prompt: negative + weight * (positive - negative); 1 turns guidance "
@@ -49,7 +49,7 @@ DEFAULTS = ScriptDefaults(
     },
     sample_solver="vanilla",
     media=frozenset({"control_image_path"}),
-    source=SourceDefaults(share="strength", denoise=0.75, takes_video=False),
+    source=SourceDefaults(strength_option="strength", denoise=0.75, takes_video=False),
     splits_attention=True,
     size=(SIDE, SIDE),
     pictures=True,
@@ -62,7 +62,9 @@ DEFAULTS = ScriptDefaults(
     },
     output_types=PICTURE_OUTPUTS,
 )
-main = generation_script("krea2", DEFAULTS, __doc__, settle=resolve_generation, add_more=_take_prompt)
+main = generation_script(
+    "krea2", DEFAULTS, __doc__, adjust_options=resolve_generation, change_parser=_take_prompt
+)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ DEFAULTS = ScriptDefaults(
     media=frozenset({"image_path"}),
     size=(512, 768),
     has_sound=True,
-    by_model={"attn_mode": ""},  # whether torch is given counts
+    defaults_from_model={"attn_mode": ""},  # whether torch is given counts
     spellings={"save_path": ("--output_dir",), "fp8": ("--fp8_base",)},
     line_options={
         **GENERATION_OPTIONS,
@@ -128,7 +128,7 @@ def reject_image_options(shared: GenerationOptions) -> None:
         raise OptionError(f"{options}: sound alone has no pictures. Leave out what is for these")
 
 
-main = generation_script("ltx_2", DEFAULTS, __doc__, settle=settle)
+main = generation_script("ltx_2", DEFAULTS, __doc__, adjust_options=settle)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ DEFAULTS = ScriptDefaults(
     splits_attention=True,
     size=SIZE,
     has_sound=True,
-    by_model={
+    defaults_from_model={
         **dict.fromkeys(("video_size", "video_length"), ""),
         "image_path": "picture that the clip begins with",
         "end_image_path": "picture that it ends with; alone too",
@@ -63,7 +63,7 @@ DEFAULTS = ScriptDefaults(
     },
     output_types=("video", "images", "latent", "both", "latent_images"),
 )
-main = generation_script("minimax_h3", DEFAULTS, __doc__, settle=resolve_generation)
+main = generation_script("minimax_h3", DEFAULTS, __doc__, adjust_options=resolve_generation)
 
 
 if __name__ == "__main__":

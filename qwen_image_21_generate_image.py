@@ -19,7 +19,7 @@ DEFAULTS = ScriptDefaults(
     side_step=32,
     guidance_scale=1.0,
     infer_steps=STEPS,
-    by_model={
+    defaults_from_model={
         "video_size": "size in pixels, multiples of 32; default: 1024 1024, with pictures to edit about a "
         "megapixel in the shape of the last one",
         "infer_steps": "number of denoising steps; default: for Turbo as many as it was distilled to (8), "
@@ -29,7 +29,7 @@ DEFAULTS = ScriptDefaults(
     },
     sample_solver="vanilla",
     media=frozenset({"control_image_path"}),
-    source=SourceDefaults(share="strength", denoise=0.8, pad_mode=None),
+    source=SourceDefaults(strength_option="strength", denoise=0.8, pad_mode=None),
     splits_attention=True,
     size=(SIDE, SIDE),
     pictures=True,
@@ -41,7 +41,7 @@ DEFAULTS = ScriptDefaults(
     },
     output_types=PICTURE_OUTPUTS,
 )
-main = generation_script("qwen_image_21", DEFAULTS, __doc__, settle=resolve_generation)
+main = generation_script("qwen_image_21", DEFAULTS, __doc__, adjust_options=resolve_generation)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ DEFAULTS = ScriptDefaults(
     infer_steps=25,
     sample_solver="vanilla",
     media=frozenset({"control_image_path"}),
-    source=SourceDefaults(share="strength", denoise=0.8, pad_mode=None),
+    source=SourceDefaults(strength_option="strength", denoise=0.8, pad_mode=None),
     size=(1328, 1328),
     pictures=True,
     line_options={
@@ -29,7 +29,7 @@ DEFAULTS = ScriptDefaults(
         "f": LineOption("output_layers", parse_int),
     },
     output_types=PICTURE_OUTPUTS,
-    by_model={"output_layers": ""},  # of no use to other releases, which warn of it
+    defaults_from_model={"output_layers": ""},  # of no use to other releases, which warn of it
 )
 main = generation_script("qwen_image", DEFAULTS, __doc__)
 

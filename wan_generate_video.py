@@ -15,7 +15,9 @@ from wan.options import MASK, SCALE
 
 DEFAULTS = ScriptDefaults(
     fps=16,
-    by_model={"fps": "frames per second of the video file; default: the task's, 24 for ti2v-5B, else 16"},
+    defaults_from_model={
+        "fps": "frames per second of the video file; default: the task's, 24 for ti2v-5B, else 16"
+    },
     output_types=("video", "images", "latent", "both", "latent_images"),
     has_experts=True,
     optimized={**FASTER, "fp16_accumulation": True, "rope_func": "comfy"},

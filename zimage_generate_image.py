@@ -10,7 +10,7 @@ DEFAULTS = ScriptDefaults(
     fps=IMAGE_FPS,
     guidance_scale=0.0,
     infer_steps=25,
-    by_model={
+    defaults_from_model={
         "guidance_scale": "weight of the prompt, counted from 0, which turns guidance off: positive + weight "
         "* (positive - negative), so that 4 is what models that count from 1 call 5; default: 4 for a file "
         "that is named as the base, else 0",
@@ -20,7 +20,7 @@ DEFAULTS = ScriptDefaults(
     flow_shift=3.0,
     sample_solver="vanilla",
     media=frozenset(),
-    source=SourceDefaults(share="strength", denoise=0.8, pad_mode=None),
+    source=SourceDefaults(strength_option="strength", denoise=0.8, pad_mode=None),
     size=(1024, 1024),
     pictures=True,
     line_options={

@@ -74,7 +74,7 @@ class Anima(ModelOfImages):
     lora_module: str = LORA[0].network_module
 
     name: str = field(default="anima", init=False)
-    named: ClassVar = {
+    model_metadata: ClassVar = {
         "architecture": "anima-preview",
         "implementation": "https://huggingface.co/circlestone-labs/Anima",
         "model_type": "anima",
@@ -91,13 +91,13 @@ class Anima(ModelOfImages):
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=RELEASE, init=False)
     text_keys: frozenset[str] = field(default=frozenset(INPUTS.values()), init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
 
     @property
     def metadata(self) -> Mapping[str, str]:
         """Return the model's metadata and its number of blocks, which LoRA names do not always show."""
         blocks = {} if self.files.dit is None else {SOURCE_BLOCKS[0]: str(*self.block_counts())}
-        return self.metadata_of({**self.named, **blocks})
+        return self.metadata_of({**self.model_metadata, **blocks})
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -202,10 +202,12 @@ class Anima(ModelOfImages):
 
     # generation
 
-    def keep_media(self, request: Request, who: str) -> Request:
+    def keep_media(self, request: Request, model_name: str) -> Request:
         """Return the request without unused media; training a ControlNet-LLLite uses the control image."""
-        sees = self.custom_network is not None
-        return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
+        is_controlled = self.custom_network is not None
+        return control_pictures.keep_control(
+            request, super().keep_media, model_name, takes_control=is_controlled
+        )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Return the pixels of the control image, and its mask, for a ControlNet-LLLite.
@@ -282,7 +284,7 @@ def family_for_training(options: AnimaLearningOptions) -> Anima:
     if isinstance(options, AnimaFullTrainingOptions) and options.llm_adapter_lr is None:
         logger.warning(
             "the adapter is trained too, which the authors of %s advise against. Give --llm_adapter_lr 0 to "
-            "leave it as it is",
+            "keep it unchanged",
             NAME,
         )
     model = Anima(_make_files(options, options.qwen3), options)

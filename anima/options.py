@@ -85,7 +85,7 @@ class AnimaTextOptions(Options):
     text_encoder_form: str | None = text_form_option()
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
-    def words(self) -> dict[str, Any]:
+    def as_options(self) -> dict[str, Any]:
         """Return the options that select the same text encoder in another script."""
         return {
             "--qwen3_tokenizer": self.text_encoder_tokenizer,
@@ -337,8 +337,8 @@ TRAINER: Mapping[str, Any] = {  # defaults of both training scripts, for `ImageT
 
 
 def caching_options(options: AnimaLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
-    texts = {"--qwen3": options.qwen3 or Placeholder("QWEN3_FILE"), **options.text.words()}
+    """Return a training's options for latent caching and for text caching, as values by option name."""
+    texts = {"--qwen3": options.qwen3 or Placeholder("QWEN3_FILE"), **options.text.as_options()}
     return options.vae.file.command_options(), texts
 
 
@@ -349,7 +349,7 @@ def generation_options(options: AnimaLearningOptions, sample: Mapping[str, Any])
         "--llm_adapter_path": options.llm_adapter_path,
         **options.vae.file.command_options(),
         "--text_encoder": options.qwen3 or Placeholder("QWEN3_FILE"),
-        **options.text.words(),
+        **options.text.as_options(),
         "--dit_dtype": options.dit_dtype,
     }
 

@@ -57,7 +57,7 @@ def make_use(maximum: int) -> LanguageEncoderSettings:
         states_key=STATES,
         model=QWEN3_SMALL,
         source=qwen_tokenizer("--qwen3_tokenizer", "Qwen/Qwen3-0.6B-Base"),
-        maximum=maximum,
+        max_length=maximum,
         batch_size=1,  # so that a state does not depend on other prompts, to the last bit
     )
 
@@ -86,7 +86,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
     @property
     def identity(self) -> Mapping[str, str]:
         """Return what the text states depend on besides the text; reads no weights."""
-        lengths = {"tokens": str(self.maximum), "t5_tokens": str(self.t5_max_tokens)}
+        lengths = {"tokens": str(self.max_length), "t5_tokens": str(self.t5_max_tokens)}
         return {**super().identity, "t5": T5_SOURCE.identity(self.t5_tokenizer, self.path), **lengths}
 
     def load(self, device: torch.device) -> None:
@@ -96,23 +96,26 @@ class AnimaTextEncoder(LanguageModelEncoder):
         super().load(device)
 
     def compute(
-        self, network: nn.Module, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int, *_: Any
+        self,
+        network: nn.Module,
+        tokenizer: TextTokenizer,
+        token_ids: Sequence[list[int]],
+        num_template_tokens: int,
+        *_: Any,
     ) -> list[Conditions]:
         """Return each prompt's states, `maximum` x C, and their int64 mask; both are 0 after its tokens.
-
-        `rows` are token ids of prompts; `dropped` is the number of first states to leave out.
 
         A prompt without tokens is not run: all of its states are zeros.
         """
         width = network.get_parameter(self.embedding).shape[1]
         conditions: list[Conditions] = []
-        for row in rows:
+        for ids in token_ids:
             states = torch.zeros(0, width, dtype=self.dtype)
-            if row:
-                (encoded,) = super().compute(network, tokenizer, [row], dropped)
+            if ids:
+                (encoded,) = super().compute(network, tokenizer, [ids], num_template_tokens)
                 (states,) = encoded[STATES]
-            mask = (torch.arange(self.maximum) < len(row)).to(torch.int64)
-            conditions.append({STATES: pad(states, (0, 0, 0, self.maximum - len(row))), MASK: mask})
+            mask = (torch.arange(self.max_length) < len(ids)).to(torch.int64)
+            conditions.append({STATES: pad(states, (0, 0, 0, self.max_length - len(ids))), MASK: mask})
         return conditions
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -133,7 +136,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
                 text = "%d of T5's tokens of the prompt are cut off; %d are used: %.60s"
                 logger.info(text, left_out, self.t5_max_tokens, prompt.text)
             ids, mask = (rows[0].to(torch.int32) for rows in fill_rows([used.ids], self.t5_max_tokens, PAD))
-            if prompt.spans:
+            if prompt.weighted_spans:
                 mask = mask.float()
                 mask[: len(used.ids)] *= torch.tensor(weights_of(written, used.char_spans))
             encoded.append({**conditions, IDS: ids, WEIGHTS: mask})

@@ -18,7 +18,7 @@ from benchmarks.gpu_results import GIB
 from benchmarks.gpu_rows import GENERATION, LATENTS, LOADING, TEXTS, TRAINING, Row
 from benchmarks.gpu_steps import Bench, generation, train_steps
 from benchmarks.process_memory import STATUS, is_known, peak, start_of_peak
-from runtime.network_setup import swapped_weights
+from runtime.network_setup import make_host_weights
 from training.experts import placement_of
 
 MIN_CALLS, MAX_CALLS = 2, 5  # timed calls
@@ -167,9 +167,9 @@ def _measure_loading(row: Row, path: Path, device: torch.device) -> Figures:
     options, family = training_family(row, path)
 
     def load() -> None:
-        host = swapped_weights(family.dit, options.speed.swap, device)
+        host = make_host_weights(family.dit, options.speed.swap, device)
         placement = placement_of(options, device, options.speed.fp8.quantization)
-        dit = family.load_dit(replace(placement, host=host))
+        dit = family.load_dit(replace(placement, host_weights=host))
         synchronize(device)
         del dit
         gc.collect()

@@ -29,7 +29,7 @@ from protocols.data import AUDIO_LATENTS, HAS_AUDIO, AudioVideoShapes, Batch
 from protocols.family import audio_of
 from protocols.requests import Prepared, Request, resolve_request
 from protocols.steps import EncodedPrompts
-from runtime.network_setup import swapped_weights
+from runtime.network_setup import make_host_weights
 from runtime.planning.memory_plan import workspace
 from training.experts import placement_of, set_up_network
 from training.loss import NoisyAudio, NoisyBatch
@@ -67,10 +67,10 @@ def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
     batch = random_batch(row, family)
     planned = row.planned or plan_of_training(row, options, family, device)
     begun = time.monotonic()
-    host = swapped_weights(family.dit, options.speed.swap, device)
+    host = make_host_weights(family.dit, options.speed.swap, device)
     form = options.speed.fp8.quantization
     placement = placement_of(options, device, form and prepare(form, device))
-    dit = NoisyFamily(family).load_dit(replace(placement, host=host)).requires_grad_(False)
+    dit = NoisyFamily(family).load_dit(replace(placement, host_weights=host)).requires_grad_(False)
     loading = time.monotonic() - begun
     assert options.network is not None
     network = make_network(options.network, family.lora_module, dit, seed=SEED)
@@ -134,7 +134,7 @@ def generation(row: Row, path: Path, device: torch.device, high: Path | None = N
 def plan_of_training(row: Row, options: Any, family: Any, device: torch.device) -> float:
     """Return the bytes of the device that the plan predicts for a training step."""
     prediction = predict(family, options, random_batch(row, family), device)
-    return prediction.device(options.speed.swap.number)
+    return prediction.device_bytes(options.speed.swap.number)
 
 
 def plan_of_generation(row: Row, options: Any, family: Any, path: Path, device: torch.device) -> float:

@@ -126,8 +126,8 @@ def choose(plan: Callable[[tuple[str, ...]], StepPrediction], usable: int) -> st
     It is int8 or nf4 if no block has to be swapped, else nf4 with the fewest blocks swapped. int8 is not
     planned if nf4, which is smaller, does not fit.
     """
-    if plan(NF4).device(0) <= usable:
-        way = INT8 if plan(INT8).device(0) <= usable else NF4
+    if plan(NF4).device_bytes(0) <= usable:
+        way = INT8 if plan(INT8).device_bytes(0) <= usable else NF4
         return cell(way, plan(way), 0)
     found = [(smallest_swap(plan(way), usable), way) for way in (NF4, OFFLOADED_NF4)]
     swaps = [(blocks, way) for blocks, way in found if blocks is not None]

@@ -264,7 +264,7 @@ def read_frame_rate(metadata: Mapping[str, str]) -> float | None:
     return rate if 0 < rate < math.inf else None
 
 
-def read_shown(metadata: Mapping[str, str]) -> Box | None:
+def read_visible_region(metadata: Mapping[str, str]) -> Box | None:
     """Return the stored region of the decoded pixels that forms the result; None if all of them do."""
     text = read_value(metadata, SHOWN) or ""
     if not re.fullmatch(r"[0-9]{1,5}( [0-9]{1,5}){3}", text):

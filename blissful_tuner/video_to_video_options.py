@@ -9,7 +9,7 @@ from modules.errors import OptionError
 from modules.options import Options, option
 from protocols.inputs import IMAGE, LATENTS, SOURCES, VIDEO
 
-SHARES = ("strength", "v2v_denoise")  # names of one option; each script uses one of them
+STRENGTH_OPTIONS = ("strength", "v2v_denoise")  # names of one option; each script uses one of them
 SPELLINGS = ("--strength", "--v2v_denoise", "--denoise_strength")
 MAX_NOISE = 10
 DEFAULT_NOISE = "0.01 to 0.05 are usual"
@@ -25,14 +25,20 @@ USED_WITH = {  # options that only apply to some sources
 
 
 # options whose defaults differ between scripts: `SourceOptions.of_script`
-OF_SCRIPT = (*SHARES, "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise", "i2_extra_noise")
+SCRIPT_DEPENDENT_OPTIONS = (
+    *STRENGTH_OPTIONS,
+    "v2v_noise_mode",
+    "v2v_pad_mode",
+    "v2v_extra_noise",
+    "i2_extra_noise",
+)
 
 
 @dataclass(frozen=True)
 class SourceDefaults:
     """Settings with which a family's script declares the options of a video or image to start from."""
 
-    share: str = "v2v_denoise"  # of SHARES: the name that the script's users know
+    strength_option: str = "v2v_denoise"  # of SHARES: the name that the script's users know
     denoise: float = 0.5
     pad_mode: str | None = "end"  # None: a short video is refused
     takes_image: bool = True  # whether there is an --i2i_path
@@ -42,13 +48,19 @@ class SourceDefaults:
         """Return the settings of `SourceOptions` for `add_options` in the script."""
         refused = {} if self.takes_image else {"i2i_path": _NO_IMAGE}
         refused |= {} if self.takes_video else dict.fromkeys(("video_path", "v2v_pad_mode"), _NO_VIDEO)
-        spelled = tuple(dict.fromkeys((f"--{self.share}", *SPELLINGS)))
-        unused_share = next(name for name in SHARES if name != self.share)
+        spelled = tuple(dict.fromkeys((f"--{self.strength_option}", *SPELLINGS)))
+        unused_share = next(name for name in STRENGTH_OPTIONS if name != self.strength_option)
         rejected_if_short = {"v2v_pad_mode": {"help": f"{_PAD}; default: it is refused"}}
-        defaults = {self.share: self.denoise, "v2v_pad_mode": self.pad_mode if self.takes_video else None}
+        defaults = {
+            self.strength_option: self.denoise,
+            "v2v_pad_mode": self.pad_mode if self.takes_video else None,
+        }
         return {
             "refused": refused,
-            "settings": {self.share: {"flags": spelled}, **({} if self.pad_mode else rejected_if_short)},
+            "settings": {
+                self.strength_option: {"flags": spelled},
+                **({} if self.pad_mode else rejected_if_short),
+            },
             "defaults": defaults,
             "without": (unused_share,) if self.takes_image else (unused_share, "i2_extra_noise"),
         }
@@ -89,7 +101,7 @@ class SourceOptions(Options, title="video or image to start from"):
         "noise added to the noisy image of --i2i_path", minimum=0, maximum=MAX_NOISE, hint=DEFAULT_NOISE
     )
     # the script's defaults, by option
-    of_script: Mapping[str, Any] = option(name="usual_sources", default={})
+    script_defaults: Mapping[str, Any] = option(name="usual_sources", default={})
 
     @property
     def share(self) -> str:

@@ -57,7 +57,7 @@ def find_network(
             "encoder.",
             checkpoint.path,
         )
-    return checkpoint.without_prefix(prefix, others=other_prefixes)
+    return checkpoint.without_prefix(prefix, ignored_prefixes=other_prefixes)
 
 
 def head_width(path: Path, rows: int, config: Mapping[str, Any], default_width: int) -> int:
@@ -149,7 +149,7 @@ def read_network_config(
 
 
 def check_state_width(
-    option: str, path: Path, width: int, dit_path: Path | None, dit_width: int | None, give: str
+    option: str, path: Path, width: int, dit_path: Path | None, dit_width: int | None, fits: str
 ) -> None:
     """Raise CheckpointError if the transformer takes hidden states of a different width than the encoder's.
 
@@ -159,12 +159,12 @@ def check_state_width(
         width: Width of the encoder's hidden states.
         dit_path: File of the transformer.
         dit_width: Width that the transformer takes; None without a transformer.
-        give: Description of encoders that fit, for the message.
+        fits: Description of encoders that fit, for the message.
     """
     if dit_width not in (None, width):
         raise CheckpointError(
             f"{option} {path} produces hidden states of width {width}, but {dit_path} takes width "
-            f"{dit_width}. Give {give}.",
+            f"{dit_width}. Give {fits}.",
             path,
         )
 

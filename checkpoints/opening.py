@@ -119,7 +119,7 @@ class Checkpoint(contextlib.ExitStack):
         """Return the full name of a tensor in its file, including removed prefixes."""
         return self._locations[name][1]
 
-    def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
+    def without_prefix(self, *prefixes: str, ignored_prefixes: Sequence[str] = ()) -> "Checkpoint":
         """Return a checkpoint with prefixes removed, each only if all tensors of the network have it.
 
         Tensors of other networks in an all-in-one file, whose prefixes are `others`, are ignored in this
@@ -130,7 +130,7 @@ class Checkpoint(contextlib.ExitStack):
         for prefix in prefixes:
             with_prefix = {name: where for name, where in locations.items() if name.startswith(prefix)}
             remaining = locations.keys() - with_prefix.keys()
-            if with_prefix and all(name.startswith(tuple(others)) for name in remaining):
+            if with_prefix and all(name.startswith(tuple(ignored_prefixes)) for name in remaining):
                 locations = {name.removeprefix(prefix): where for name, where in with_prefix.items()}
         return Checkpoint(self.path, locations, self._files, self.rejection)
 

@@ -272,7 +272,7 @@ class TableKey:
         rank: Order among LEARNING keys; lower ranks come first in states and metadata.
     """
 
-    form: ValueType
+    value_type: ValueType
     default: Any
     kinds: tuple[str, ...] = BOTH
     in_general: bool = False
@@ -385,7 +385,7 @@ class HasValueType(Protocol):
     """Protocol of a key in dataset files, of this program or of another one: its value has a `ValueType`."""
 
     @property
-    def form(self) -> ValueType:
+    def value_type(self) -> ValueType:
         """Type of the key's value."""
 
 
@@ -403,7 +403,7 @@ def parse_config(path: Path) -> dict[str, Any]:
     if path.suffix.lower() not in {".toml", ".json"}:
         hint = other_trainers().of_suffix(path.suffix)
         raise DatasetError(
-            f"{path}: a dataset configuration ends in .toml or .json, this ends in "
+            f"{path}: a dataset configuration ends in .toml or .json, but this ends in "
             f"{path.suffix or 'nothing'}{hint}"
         )
     try:
@@ -505,11 +505,11 @@ def read_keys(
             errors.append(f"{table_label}: {' and '.join(both)} are the same key; leave out one")
         else:
             try:
-                values[name] = keys[name].form.read(value)
+                values[name] = keys[name].value_type.read(value)
             except InvalidValue as invalid:
                 values[name] = INVALID
                 errors.append(
-                    f"{table_label}: {_explain(name, value, keys[name].form.allowed, str(invalid))}"
+                    f"{table_label}: {_explain(name, value, keys[name].value_type.allowed, str(invalid))}"
                 )
     return values
 

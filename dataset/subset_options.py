@@ -39,9 +39,9 @@ SAME = "same"  # the table's field has the name of the key
 class SubsetKey(NamedTuple):
     """One key of the layout of sd-scripts."""
 
-    form: forms.ValueType  # type of its value
+    value_type: forms.ValueType  # type of its value
     default: Any
-    place: str = ANYWHERE  # SUBSET, ANYWHERE or DATASET
+    allowed_in: str = ANYWHERE  # SUBSET, ANYWHERE or DATASET
     # field of the `DatasetTable` that gets the value: `name`, `changes.name`, `augmentation.name`,
     # `buckets.name`, or SAME; "": the value is converted first
     field: str = ""

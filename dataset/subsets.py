@@ -86,10 +86,10 @@ def read_subsets(
                 continue
             all_values.append(values)
             contradictions = _find_contradictions(values, is_masked)
-            errors += [f"{subset.place}: {line}" for line in contradictions]
+            errors += [f"{subset.location}: {line}" for line in contradictions]
             if contradictions:
                 continue
-            fields = _table_fields(values, subset.place, is_masked)
+            fields = _table_fields(values, subset.location, is_masked)
             table = DatasetTable(path, len(tables), "image", group=group, subset=subset.number, **fields)
             tables.append(table)
     if tables:
@@ -113,7 +113,7 @@ class _Subset:
     """The values of all keys of one subset."""
 
     number: int  # index in its [[datasets]], from 0
-    place: str  # position in the file, for messages
+    location: str  # position in the file, for messages
     values: Table
 
 
@@ -171,7 +171,7 @@ def _read_level(
     misplaced_reasons = {
         name: f"is for {other_tables}; move it there"
         for name, key in SUBSET_KEYS.items()
-        if key.place not in (level, ANYWHERE)
+        if key.allowed_in not in (level, ANYWHERE)
     }
     return read_keys(
         SUBSET_KEYS,
@@ -201,7 +201,7 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
     fields = by_record[""]  # the fields of the table itself
     metadata_file = fields.pop("metadata_file")
     return fields | {
-        "own": None if metadata_file is None else MetadataKeys(metadata_file),
+        "format_keys": None if metadata_file is None else MetadataKeys(metadata_file),
         "directory": None if from_json else values["image_dir"],
         "image_folder": values["image_dir"] if from_json else None,
         "control_directory": controls,

@@ -38,7 +38,7 @@ GROUPS = 32  # groups of group norms, as released; tensors do not show them
 class AutoencoderKind:
     """Properties of one of the released autoencoders with FLUX's layers."""
 
-    what: str = "the autoencoder of FLUX"
+    description: str = "the autoencoder of FLUX"
     option: str = "--ae"
     release: str = "ae.safetensors of FLUX.1 or the folder vae of its diffusers release"
     channels: int = 16  # latent channels
@@ -78,13 +78,13 @@ def read_autoencoder(
     """
     prefixes = ("first_stage_model.", "vae.")  # prefixes of the autoencoder in all-in-one files
     other_networks = [prefix for prefix in ALL_IN_ONE if prefix not in prefixes]
-    checkpoint = checkpoint.without_prefix(*prefixes, others=(*other_networks, "model."))
+    checkpoint = checkpoint.without_prefix(*prefixes, ignored_prefixes=(*other_networks, "model."))
     sources = list_tensor_sources(checkpoint)
     # 1. translate diffusers' names to those of the released file, and reject other models
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:
         levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
         sources = dialects.rename_sources(sources, lambda name: _from_diffusers(name, levels))
-    wrong_model = dialects.make_wrong_kind_error(checkpoint, kind.what, kind.option, kind.release)
+    wrong_model = dialects.make_wrong_kind_error(checkpoint, kind.description, kind.option, kind.release)
     if "encoder.down.0.block.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise wrong_model
     as_matrices(sources, ATTENTION)
@@ -127,7 +127,7 @@ def _check_kind(checkpoint: Checkpoint, kind: AutoencoderKind, channels: int, is
     quant_conv = " and a quant_conv" if is_quantized else ""
     expected = "one" if kind.is_quantized else "none"
     raise CheckpointError(
-        f"{checkpoint.path}: this VAE has {channels} latent channels{quant_conv}, but {kind.what} has "
+        f"{checkpoint.path}: this VAE has {channels} latent channels{quant_conv}, but {kind.description} has "
         f"{kind.channels} and {expected}. Give {kind.release}.",
         checkpoint.path,
     )
@@ -267,12 +267,12 @@ class ImageVae(nn.Module):
     def _moments(self, pixels: Tensor) -> Tensor:
         if pixels.dtype == torch.uint8:
             pixels = from_bytes(pixels.to(self.device))
-        return self.encoder(self.place(pixels)).float()
+        return self.encoder(self.cast_input(pixels)).float()
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        return self.decoder(self.place(latents)).float()
+        return self.decoder(self.cast_input(latents)).float()
 
-    def place(self, x: Tensor) -> Tensor:
+    def cast_input(self, x: Tensor) -> Tensor:
         """Convert a tensor to the VAE's device, dtype and memory format, which all layers preserve."""
         return x.to(self.device, self.dtype, memory_format=memory_formats(self.device)[1])
 
@@ -343,7 +343,7 @@ def load_autoencoder(
             lambda config: Autoencoder(config, tile),
             device=device,
             dtype=dtype,
-            what="the autoencoder of FLUX",
+            label="the autoencoder of FLUX",
         )
     set_memory_format(network, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))

@@ -123,7 +123,7 @@ class PooledClip(FileTextEncoder[ClipText]):
     """
 
     abilities = EncoderAbilities(accepts_new_words=True)
-    maximum = CLIP_TOKENS
+    max_length = CLIP_TOKENS
     embedding = "embeddings.token_embedding.weight"
     word_keys = ("clip_l",)
 
@@ -139,13 +139,13 @@ class PooledClip(FileTextEncoder[ClipText]):
         Args:
             path: File or folder of the model, or of a release with it in its subfolder `naming.folder`.
             dtype: Compute dtype.
-            tokenizer: Path from the tokenizer's option; None searches the usual places.
+            tokenizer: Path from the tokenizer's option; None searches near the model.
             naming: The family's names for the encoder in options, records and conditions.
         """
         super().__init__(inside(path, naming.folder), tokenizer)
         self.name = naming.name
         self.keys = naming.keys
-        self.what = naming.what
+        self.description = naming.description
         self.source = TokenizerSource(naming.tokenizer, read_file=_read_clip)
         self.naming = naming
         self.dtype = dtype
@@ -160,7 +160,7 @@ class PooledClip(FileTextEncoder[ClipText]):
 
     def write(self, prompt: Prompt) -> TemplatedPrompt:
         """Return the second text, or the prompt if it has none, without prompt weights."""
-        text = prompt.text if prompt.second is None else prompt.second
+        text = prompt.text if prompt.prompt_2 is None else prompt.prompt_2
         return TemplatedPrompt(text, text, ())
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
@@ -173,7 +173,7 @@ class PooledClip(FileTextEncoder[ClipText]):
     def load_network(self, device: torch.device) -> ClipText:
         """Load the text tower and log its file and dtype."""
         clip = load_clip_text(self.path, device, self.dtype, self.naming)
-        logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
+        logger.info("%s: %s, computing in %s", self.description, self.path, dtype_name(self.dtype))
         return clip
 
     def compute(

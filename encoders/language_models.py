@@ -39,14 +39,14 @@ logger = logging.getLogger(__name__)
 
 SPEC = DitSpec(block_lists=("layers",))
 WORKING = 3 << 29  # bytes needed in addition to the weights, for prompts of normal length
-Q_ROWS = "self_attn.q_proj.weight"
+Q_PROJ = "self_attn.q_proj.weight"
 # tensors of a layer that distinguish the models
 Q_BIAS = "self_attn.q_proj.bias"  # Qwen2.5
 Q_NORM = "self_attn.q_norm.weight"  # Qwen3 and Gemma
 FEED_NORM = "pre_feedforward_layernorm.weight"  # Gemma
 SCALAR = "layer_scalar"  # Gemma 4
 LINEAR = "linear_attn.A_log"  # Qwen3.5, most of whose layers are Gated DeltaNets
-_MARKS = (Q_BIAS, Q_NORM, FEED_NORM, SCALAR, LINEAR)
+_DISTINGUISHING_TENSORS = (Q_BIAS, Q_NORM, FEED_NORM, SCALAR, LINEAR)
 # position embeddings of the vision tower; only they distinguish Qwen3-VL from Qwen3
 TOWER_POSITIONS = f"visual.{POSITIONS}"
 # beginnings of names in other parts of the same model
@@ -78,7 +78,7 @@ _COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq")
 class LanguageModel:
     """A released language model: how its files are recognized, and settings that its tensors do not show."""
 
-    what: str  # for messages, such as "a Llama language model"
+    description: str  # for messages, such as "a Llama language model"
     option: str  # option for its file
     files: str  # names of suitable files, for messages
     class_prefix: str  # classes in transformers, without "Config" and "Model"
@@ -104,9 +104,7 @@ class LanguageModel:
         [Mapping[str, Any], int, int, Mapping[str, tuple[int, ...]]], Mapping[str, Any]
     ] = lambda *_: {}
     config_key: str = ""  # metadata key under which its file may contain a config.json; "": none
-    min_transformers: str = (
-        ""  # first version of transformers with its classes; "": all supported versions have them
-    )
+    min_transformers: str = ""  # first version of transformers with its classes; "": all supported ones
     first_attention_layer: int = 0  # first layer with attention; its tensors show the number of heads
     partial_rotary_factor: float = 1.0  # fraction of a head's channels with rotary embedding
     query_chunks: int = 1  # 2: the query projection also has gates of the same size
@@ -114,7 +112,7 @@ class LanguageModel:
 
 
 LLAMA = LanguageModel(
-    what="a Llama language model",
+    description="a Llama language model",
     option="--text_encoder1",
     files=(
         "the folder text_encoder of HunyuanVideo, llava-llama-3-8b-v1_1-transformers or "
@@ -129,7 +127,7 @@ LLAMA = LanguageModel(
     skip_option="--hidden_state_skip_layer",
 )
 QWEN25_VL = LanguageModel(
-    what="the language model of Qwen2.5-VL",
+    description="the language model of Qwen2.5-VL",
     option="--text_encoder",
     files="qwen_2.5_vl_7b.safetensors of Comfy-Org, or the folder of Qwen/Qwen2.5-VL-7B-Instruct,",
     class_prefix="Qwen2_5_VLText",
@@ -145,7 +143,7 @@ QWEN25_VL = LanguageModel(
     settings={"use_sliding_window": False},
 )
 QWEN3 = LanguageModel(
-    what="a Qwen3 language model",
+    description="a Qwen3 language model",
     option="--text_encoder",
     files="qwen_3_4b.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-4B,",
     class_prefix="Qwen3",
@@ -158,7 +156,7 @@ QWEN3 = LanguageModel(
     settings={"use_sliding_window": False},
 )
 QWEN3_VL = LanguageModel(
-    what="the language model of Qwen3-VL",
+    description="the language model of Qwen3-VL",
     option="--text_encoder",
     files="qwen3vl_4b_bf16.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-VL-4B-Instruct,",
     class_prefix="Qwen3VLText",
@@ -190,9 +188,9 @@ def _read_delta_layers(
     # q and k have the same number of rows; v has one head for each value of A_log
     key_rows = (shapes[f"{delta}in_proj_qkv.weight"][0] - value_heads * value_width) // 2
     if type(key_width) is not int or key_width < 1 or key_rows < key_width or key_rows % key_width:
-        raise ValueError(f"linear_key_head_dim {key_width} for {key_rows} rows of keys")
+        raise ValueError(f"linear_key_head_dim {key_width} for {key_rows} key rows")
     if value_heads % (key_rows // key_width):
-        raise ValueError(f"linear_key_head_dim {key_width} for {value_heads} heads of values")
+        raise ValueError(f"linear_key_head_dim {key_width} for {value_heads} value heads")
     kinds = []
     for index in range(num_layers):
         # other layers have attention to all tokens
@@ -208,7 +206,7 @@ def _read_delta_layers(
 
 
 QWEN35 = LanguageModel(
-    what="the language model of Qwen3.5",
+    description="the language model of Qwen3.5",
     option="--text_encoder",
     files="qwen3.5_9b_bf16.safetensors of Comfy-Org, or the folder text_encoder of MOSS-Image,",
     class_prefix="Qwen3_5Text",
@@ -288,13 +286,17 @@ def read_language_model(
     """
     path = checkpoint.path
     layer = f"layers.{model.first_attention_layer}."  # prefix of a layer with attention
-    network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_ROWS}", OTHER_TENSORS)
+    network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_PROJ}", OTHER_TENSORS)
     # tensors that only some models have, such as biases and norms, tell the models apart
-    if network is None or model.distinguishing_tensors != _list_marks(network, checkpoint, layer):
-        raise make_wrong_kind_error(checkpoint, model.what, model.option, model.files)
+    if (
+        network is None
+        or _list_distinguishing_tensors(network, checkpoint, layer) != model.distinguishing_tensors
+    ):
+        raise make_wrong_kind_error(checkpoint, model.description, model.option, model.files)
     sources = list_tensor_sources(network)
     wrong_sizes = CheckpointError(
-        f"{path}: its tensors do not have the sizes of {model.what}. Give {model.files} to {model.option}.",
+        f"{path}: its tensors do not have the sizes of {model.description}. Give {model.files} to "
+        f"{model.option}.",
         path,
     )
     shape = make_shape_reader(network, sources, wrong_sizes)
@@ -302,7 +304,7 @@ def read_language_model(
     states = states or all_states(all_layers)
     num_layers = _count_layers_before(states[-1], all_layers, path, model)  # only these are loaded
     vocabulary, dim = shape("embed_tokens.weight", 2)
-    query_rows = shape(f"{layer}{Q_ROWS}", 2)[0] // model.query_chunks
+    query_rows = shape(f"{layer}{Q_PROJ}", 2)[0] // model.query_chunks
     key_rows = shape(f"{layer}self_attn.k_proj.weight", 2)[0]
     # settings that the shapes do not show, from a config.json if there is one
     config_json = read_network_config(
@@ -313,10 +315,7 @@ def read_language_model(
         defaults=model.defaults,
         embedded_config=network.metadata.get(model.config_key),
     )
-    if Q_NORM in model.distinguishing_tensors:  # the norm of queries has one value for each channel of a head
-        head_dim = shape(f"{layer}{Q_NORM}", 1)[0]
-    else:
-        head_dim = head_width(path, query_rows, config_json, _read_head_width(config_json, model))
+    head_dim = _find_head_dim(path, model, shape, config_json, query_rows)
     _check_heads(path, head_dim, query_rows=query_rows, key_rows=key_rows, dim=dim, model=model)
     shapes = {name: network.tensors[source.names[0]].shape for name, source in sources.items()}
     constants = _read_config_constants(
@@ -343,6 +342,19 @@ def read_language_model(
         settings=constants.settings,
     )
     return LoadPlan(config, network, sources, _list_unused_names(config, all_layers))
+
+
+def _find_head_dim(
+    path: Path,
+    model: LanguageModel,
+    shape: Callable[..., tuple[int, ...]],
+    config_json: Mapping[str, Any],
+    query_rows: int,
+) -> int:
+    """Return the width of an attention head: from the norm of queries, or from config.json."""
+    if Q_NORM in model.distinguishing_tensors:  # it has one value for each channel of a head
+        return shape(f"layers.{model.first_attention_layer}.{Q_NORM}", 1)[0]
+    return head_width(path, query_rows, config_json, _read_head_width(config_json, model))
 
 
 def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
@@ -407,17 +419,17 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
     )
 
 
-def _list_marks(network: Checkpoint, file: Checkpoint, layer: str) -> tuple[str, ...]:
+def _list_distinguishing_tensors(network: Checkpoint, file: Checkpoint, layer: str) -> tuple[str, ...]:
     """Return the names of the tensors in a file that distinguish the supported language models.
 
     `layer` is the prefix of the first layer with attention; models with LINEAR have no attention in layer 0.
     """
-    marks = [mark for mark in _MARKS if f"{layer}{mark}" in network.tensors]
+    found = [tensor for tensor in _DISTINGUISHING_TENSORS if f"{layer}{tensor}" in network.tensors]
     if f"layers.0.{LINEAR}" in network.tensors:
-        return (*marks, LINEAR)  # only one model has it, so the vision tower need not be looked up
+        return (*found, LINEAR)  # only one model has it, so the vision tower need not be looked up
     if any(name.endswith(TOWER_POSITIONS) for name in file.tensors):
-        marks.append(TOWER_POSITIONS)
-    return tuple(marks)
+        found.append(TOWER_POSITIONS)
+    return tuple(found)
 
 
 def _read_config_constants(
@@ -520,7 +532,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
     classes = config.model.class_prefix
     if not hasattr(transformers, f"{classes}Model"):
         raise OptionError(
-            f"{config.model.what} needs transformers {config.model.min_transformers} or later, not "
+            f"{config.model.description} needs transformers {config.model.min_transformers} or later, not "
             f"{transformers.__version__}: pip install --upgrade transformers"
         )
     transformers_config = getattr(transformers, f"{classes}Config")(**settings)
@@ -586,7 +598,7 @@ def load_language_model(
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, model, states, final_norm, pre_norm)
-        num_streamed, layer_bytes = streamed_layers(plan, dtype, form, free_bytes)
+        num_streamed, layer_bytes = plan_streamed_layers(plan, dtype, form, free_bytes)
         streamed_weights = host_weights(SwapPlan(SPEC, num_streamed), device)
         name_in_messages = f"the language model ({model.option})"
         if num_streamed:
@@ -604,7 +616,7 @@ def load_language_model(
             build_language_model,
             device=device,
             dtype=lambda name, _: torch.float32 if name.endswith(float32_suffixes) else dtype,
-            what=name_in_messages,
+            label=name_in_messages,
             form=form,
             host=streamed_weights,
             blocks=blocks,
@@ -613,10 +625,17 @@ def load_language_model(
     return network
 
 
-def streamed_layers(
+class StreamedLayers(NamedTuple):
+    """How many layers stay in host memory, each copied to the device before it runs, and a layer's size."""
+
+    num_streamed: int
+    layer_bytes: int
+
+
+def plan_streamed_layers(
     plan: LoadPlan[LanguageConfig], dtype: torch.dtype, form: str | None, free_bytes: int | None
-) -> tuple[int, int]:
-    """Return the number of layers that have to stay in host memory, and the size of one layer in bytes.
+) -> StreamedLayers:
+    """Return how many layers have to stay in host memory because the device has too little.
 
     Args:
         plan: The plan of the language model.
@@ -626,7 +645,7 @@ def streamed_layers(
     """
     config = plan.config
     if free_bytes is None or config.num_layers < 2:
-        return 0, 0
+        return StreamedLayers(0, 0)
     layer_bytes = 0
     for name in plan.sources:
         if name.startswith("layers.0."):
@@ -635,4 +654,5 @@ def streamed_layers(
     embedding_bytes = config.vocabulary * config.dim * dtype.itemsize
     excess = config.num_layers * layer_bytes + embedding_bytes + WORKING - free_bytes  # bytes that do not fit
     num_streamed = max(math.ceil(excess / layer_bytes), 0)
-    return min(num_streamed, config.num_layers - 1), layer_bytes  # one layer must be on the device to run
+    max_streamed = config.num_layers - 1  # one layer must be on the device to run
+    return StreamedLayers(min(num_streamed, max_streamed), layer_bytes)

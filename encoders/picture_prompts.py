@@ -71,9 +71,7 @@ class ImagePromptFormat:
     min_pixels: int = 3136  # minimum number of pixels; smaller images are enlarged
     max_pixels: int = 12845056  # maximum number of pixels; larger images are shrunk
     between: str = ""  # text between two images
-    loads_tower_at_once: bool = (
-        True  # load the tower together with the encoder; False: once a prompt has images
-    )
+    loads_tower_at_once: bool = True  # load the tower with the encoder; False: once a prompt has images
 
     def select(self, pictures: Sequence[Shown]) -> Sequence[Shown]:
         """Return the first `max_images` images."""
@@ -129,7 +127,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
             path,
         )
     prefix = names[0].removesuffix(PATCHES)
-    network = checkpoint.without_prefix(prefix, others=("",))  # all other tensors are left out
+    network = checkpoint.without_prefix(prefix, ignored_prefixes=("",))  # all other tensors are left out
     sources = list_tensor_sources(network)
     other_tower = CheckpointError(
         f"{path}: its vision tower is not that of {tower.name}. Give {model.files} with its config.json.",
@@ -200,7 +198,7 @@ def load_vision_tower(
     with open_checkpoint(path) as checkpoint:
         plan = read_vision_tower(checkpoint, model)
         what = f"the vision tower ({model.option})"
-        tower = load_planned(plan, build_vision_tower, device=device, dtype=dtype, what=what)
+        tower = load_planned(plan, build_vision_tower, device=device, dtype=dtype, label=what)
     angles: Any = tower.rotary_pos_emb
     angles.to(device)
     return tower

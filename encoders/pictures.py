@@ -207,7 +207,7 @@ class ModelOfImages(OneTransformer):
 
         @property
         @abstractmethod
-        def called(self) -> str:
+        def display_name(self) -> str:
             """The model's name in messages."""
 
         @property
@@ -226,12 +226,12 @@ class ModelOfImages(OneTransformer):
         """Raise DatasetError if a table has clips or control images."""
         if table.kind != "image":
             raise DatasetError(
-                f"{table.name}: the table has clips, and {self.called} can only learn pictures. Give "
+                f"{table.name}: the table has clips, and {self.display_name} can only learn pictures. Give "
                 "image_directory or image_jsonl_file, or train a video model."
             )
         if table.has_control and self.references is None:
             raise DatasetError(
-                f"{table.name}: the table has control images, which {self.called} cannot take: "
+                f"{table.name}: the table has control images, which {self.display_name} cannot take: "
                 f"{self.to_edit}."
             )
 
@@ -262,7 +262,7 @@ class ModelOfImages(OneTransformer):
         `flow_shift` and `negative` (prompt) are the defaults of the model.
         """
         self.files.check()
-        request = self.keep_media(request, self.called)
+        request = self.keep_media(request, self.display_name)
         width, height, _ = size_of(request, self.defaults)
         size = *full_patches(width, height, self.latent), 1
         check_size(size, self.latent)
@@ -275,18 +275,21 @@ class ModelOfImages(OneTransformer):
         Raises:
             OptionError: If the model takes reference images, but those of the request cannot be used.
         """
-        rules = self.references  # None: the model takes no reference images
-        is_usable = {**NO_MEDIA, "control_images": rules is not None}  # by field of the request
-        request = keep_usable_media(request, is_usable, f"{model_name} does not take it")
-        if rules is not None and rules.edits and not request.control_images:
+        rules = self.references
+        accepts_references = rules is not None
+        usable_by_field = {**NO_MEDIA, "control_images": accepts_references}
+        request = keep_usable_media(request, usable_by_field, f"{model_name} does not take it")
+        if rules is None:
+            return request
+        if request.control_images:
+            _check_references(request.control_images, rules, model_name)
+        elif rules.edits_images:
             logger.warning(
-                "%s edits pictures, and %r names none (--control_image_path, --ci in a prompt line): it is "
-                "made from the text alone",
+                "%s edits pictures, but %r has none to edit (--control_image_path, --ci in a prompt line): "
+                "the picture is made from the text alone",
                 model_name,
                 shorten(request.prompt, 60),
             )
-        if rules is not None and request.control_images:
-            _check_references(request.control_images, rules, model_name)
         return request
 
     def needs_media(self, prepared: Prepared) -> bool:
@@ -305,7 +308,7 @@ class ModelOfImages(OneTransformer):
     @property
     def source(self) -> SourceRules:
         """Rules for starting from an image or from a latent file instead of noise."""
-        return SourceRules((IMAGE, LATENTS), self.called, False, self.same_latents)
+        return SourceRules((IMAGE, LATENTS), self.display_name, False, self.same_latents)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode an image, 1 1 H W 3 uint8, to latents in model space, 1 C 1 h w.

@@ -138,9 +138,7 @@ class TokenizerSource:
     begin: str = ""  # begin token, which is added if the tokenizer does not add it
     end: str = ""  # end token that the encoder was trained with; a tokenizer.json without it causes a warning
     adds_own: bool = True  # whether the special tokens of a tokenizer.json are added
-    may_be_inside: bool = (
-        False  # whether the checkpoint may contain a SentencePiece model or a tokenizer.json
-    )
+    may_be_inside: bool = False  # whether the checkpoint may contain the tokenizer's file as a tensor
     read_file: Callable[[TokenizerFiles, Path], Tokenizer] = TokenizerFiles.read
 
     def find(self, path: Path | None, checkpoint_path: Path) -> tuple[Path | None, bool]:
@@ -191,8 +189,8 @@ class TokenizerSource:
             file = self.files.download(checkpoint_path, may_download)
         logger.info("tokenizer of %s: %s", what, file)
         if file.suffix == ".json":
-            return self._use_json(self.read_file(self.files, file), file)
-        return self._read_pieces(self.files.read_bytes(file), file)
+            return self._from_tokenizer_json(self.read_file(self.files, file), file)
+        return self._from_sentencepiece(self.files.read_bytes(file), file)
 
     def _load_inside(self, checkpoint_path: Path) -> TextTokenizer:
         """Load the tokenizer that a checkpoint contains as a tensor of bytes."""
@@ -204,10 +202,10 @@ class TokenizerSource:
                 raise self.files.unreadable(checkpoint_path, error)
             model = checkpoint.read(name).view(torch.uint8).numpy().tobytes()
         if name.endswith(TOKENIZER_JSON):
-            return self._use_json(self.files.read(checkpoint_path, model), checkpoint_path)
-        return self._read_pieces(model, checkpoint_path)
+            return self._from_tokenizer_json(self.files.read(checkpoint_path, model), checkpoint_path)
+        return self._from_sentencepiece(model, checkpoint_path)
 
-    def _use_json(self, tokenizer: Tokenizer, file: Path) -> TextTokenizer:
+    def _from_tokenizer_json(self, tokenizer: Tokenizer, file: Path) -> TextTokenizer:
         """Return the tokenizer of a tokenizer.json, with a begin token if one is configured."""
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
         with self.files.convert_errors(file):
@@ -233,7 +231,7 @@ class TokenizerSource:
 
         return TextTokenizer(read, tokenizer.token_to_id, file)
 
-    def _read_pieces(self, model: bytes, origin: Path) -> TextTokenizer:
+    def _from_sentencepiece(self, model: bytes, origin: Path) -> TextTokenizer:
         """Build the tokenizer of a SentencePiece model, with begin and end tokens as configured.
 
         `origin` is the file of the model, for messages.
@@ -295,17 +293,17 @@ def fill_rows(
     return ids, mask
 
 
-def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, path: Path, option: str) -> None:
+def check_ids(token_ids: Sequence[Sequence[int]], vocabulary: int, path: Path, option: str) -> None:
     """Raise CheckpointError if a token id has no embedding in the encoder.
 
     Args:
-        rows: Token ids of texts.
-        vocabulary: Number of embeddings.
+        token_ids: Token ids of each text.
+        vocabulary: Number of the encoder's embeddings.
         path: File of the encoder, for the message.
         option: Option of the tokenizer, for the message.
     """
     # 0 if there are no texts or all are empty
-    largest = max((max(row, default=0) for row in rows), default=0)
+    largest = max((max(ids, default=0) for ids in token_ids), default=0)
     if largest >= vocabulary:
         raise CheckpointError(
             f"{path} knows {vocabulary} tokens, but its tokenizer has more (token {largest}). "
@@ -350,18 +348,16 @@ class FileTextEncoder(ABC, Generic[Network]):
     name: str  # name in messages and cache records
     keys: frozenset[str]  # keys of the conditions that `encode` returns
     variable_length: frozenset[str] = frozenset()  # keys whose tensors have the length of the prompt
-    what: str = "the text encoder"  # name in the log
+    description: str = "the text encoder"  # name in the log
     source: TokenizerSource
-    maximum: int  # longest prompt in tokens, not counting dropped template tokens
-    weighted_states_key: str = (
-        ""  # key of the states that prompt weights multiply; "": weights are not supported
-    )
+    max_length: int  # longest prompt in tokens, not counting dropped template tokens
+    weighted_states_key: str = ""  # key of the states that prompt weights multiply; "": no weights
     pads_left: bool = False  # padding is on the left, up to `maximum`
     logs_truncation: ClassVar[bool] = False  # whether each prompt that is too long is logged
     embedding: str = "embed_tokens.weight"  # name of the token embeddings in the network
     # keys of its vectors in embedding files (see `encoders.new_words.WordEncoder`)
     word_keys: tuple[str, ...] = ()
-    words: Sequence[EncoderWord] = ()  # additional words (textual inversion)
+    added_words: Sequence[EncoderWord] = ()  # additional words (textual inversion)
     learns_word: bool = False  # whether an additional word is trained: gradients flow through the network
     # returns the number of template tokens before the prompt, whose states are dropped; None: there are none
     count_template_tokens: Callable[[TextTokenizer], int] | None = None
@@ -416,7 +412,7 @@ class FileTextEncoder(ABC, Generic[Network]):
 
     def write(self, prompt: Prompt) -> TemplatedPrompt:
         """Return the prompt in the template; by default, there is no template."""
-        return TemplatedPrompt(prompt.text, prompt.text, prompt.spans)
+        return TemplatedPrompt(prompt.text, prompt.text, prompt.weighted_spans)
 
     def token_counter(self) -> CountTokens:
         """Return a function that counts a text's tokens, including those of the template; loads no weights.
@@ -424,10 +420,10 @@ class FileTextEncoder(ABC, Generic[Network]):
         Raises:
             CheckpointError: If the tokenizer is not on this machine; it is not downloaded.
         """
-        tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
-        if self.words:
+        tokenizer = self.source.load(self.tokenizer, self.path, self.description, may_download=False)
+        if self.added_words:
             # tokens are only counted, so any ids will do
-            tokenizer = tokenizer.with_words(name_ids([word.word for word in self.words], 0))
+            tokenizer = tokenizer.with_words(name_ids([word.word for word in self.added_words], 0))
         count_template_tokens = self.count_template_tokens
         num_template_tokens = 0 if count_template_tokens is None else count_template_tokens(tokenizer)
         token_bytes = 0
@@ -439,7 +435,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             try:
                 written = self.write(Prompt(text))
             except CaptionError:  # reported when the text is encoded, and by --check
-                return TokenCount(text, tokens=0, limit=self.maximum, num_read=len(text), size_bytes=0)
+                return TokenCount(text, tokens=0, limit=self.max_length, num_read=len(text), size_bytes=0)
             tokens = tokenizer.read(written.text)
             # a prompt that is too long loses its last tokens, but not the template and end token after it
             num_suffix_tokens = tokens.count_after(written.suffix_start)
@@ -447,15 +443,15 @@ class FileTextEncoder(ABC, Generic[Network]):
             # for each of these tokens: how many characters of the prompt end with it
             ends = [0 if span is None else span[1] - written.start for span in spans_before_suffix]
             length = len(written.prompt)
-            max_tokens_read = num_template_tokens + self.maximum - num_suffix_tokens
+            max_tokens_read = num_template_tokens + self.max_length - num_suffix_tokens
             characters_read = count_covered_characters(ends, max_tokens_read, length)
             num_tokens = max(len(tokens.ids) - num_template_tokens, 0)
             # caches contain the states of these tokens; encoders of fixed length pad to `maximum`
-            num_stored = min(num_tokens, self.maximum) if self.variable_length else self.maximum
+            num_stored = min(num_tokens, self.max_length) if self.variable_length else self.max_length
             return TokenCount(
                 written.prompt,
                 tokens=num_tokens,
-                limit=self.maximum,
+                limit=self.max_length,
                 num_read=min(max(characters_read, 0), length),
                 size_bytes=num_stored * token_bytes,
             )
@@ -468,12 +464,12 @@ class FileTextEncoder(ABC, Generic[Network]):
 
     def _read(self, device: torch.device) -> tuple[Network, TextTokenizer]:
         # the tokenizer is loaded first, so that an error in it is reported before gigabytes are read
-        tokenizer = self.source.load(self.tokenizer, self.path, self.what)
+        tokenizer = self.source.load(self.tokenizer, self.path, self.description)
         if self.check_tokenizer is not None:
             self.check_tokenizer(tokenizer)
         network = self.load_network(device)
-        if self.words:
-            ids = grow_table(network, self.embedding, self.words)
+        if self.added_words:
+            ids = grow_table(network, self.embedding, self.added_words)
             tokenizer = tokenizer.with_words(ids)
         return network, tokenizer
 
@@ -484,7 +480,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             CheckpointError: If the tokenizer is not on this machine; it is not downloaded.
         """
         with quiet():  # the tokenizer is logged when the encoder is loaded
-            tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
+            tokenizer = self.source.load(self.tokenizer, self.path, self.description, may_download=False)
         tokens = tokenizer.read(f" {text.strip()}")  # inside a text, most tokens begin with a space
         # without the tokens that the tokenizer adds, which have no span in the text
         return [
@@ -539,12 +535,14 @@ class FileTextEncoder(ABC, Generic[Network]):
         cut_tokens = []
         for tokens, prompt in zip(all_tokens, written, strict=True):
             # only the tokens of the prompt's own text are limited
-            max_tokens = num_template_tokens + prompt.num_image_tokens + self.maximum
+            max_tokens = num_template_tokens + prompt.num_image_tokens + self.max_length
             cut_tokens.append(tokens.cut(max_tokens, prompt.suffix_start))
         if self.logs_truncation:
             self._log_truncated(written, all_tokens, cut_tokens)
         token_ids = [tokens.ids for tokens in cut_tokens]
-        vocabulary = len(network.get_parameter(self.embedding)) + sum(word.word.count for word in self.words)
+        vocabulary = len(network.get_parameter(self.embedding)) + sum(
+            word.word.count for word in self.added_words
+        )
         check_ids(token_ids, vocabulary, self.path, self.source.files.option)
         results = compute(network, tokenizer, token_ids, num_template_tokens)
         if not self.weighted_states_key:  # the family does not support weights such as (cat:1.2)
@@ -567,14 +565,14 @@ class FileTextEncoder(ABC, Generic[Network]):
                 logger.info(
                     "%d tokens of the prompt are cut off, %d are used: %.60s",
                     left_out,
-                    self.maximum,
+                    self.max_length,
                     prompt.prompt,
                 )
 
     def weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
         """Multiply the states of a prompt's tokens by their weights."""
         if self.pads_left:  # padding before the prompt has weight 1
-            weights = [1.0] * (self.maximum - len(weights)) + [*weights]
+            weights = [1.0] * (self.max_length - len(weights)) + [*weights]
         states: Any = conditions[self.weighted_states_key]
         if isinstance(states, Tensor):
             return {**conditions, self.weighted_states_key: weigh_tokens(states, weights)}

@@ -25,7 +25,7 @@ from fibo_2.captions import (
     write_json,
 )
 from fibo_2.configs import STATES
-from fibo_2.references import read_shown, shrink
+from fibo_2.references import read_encoder_image, shrink
 from krea2.files import BESIDE
 from modules.control_codes import shorten
 from modules.text_files import looks_like_object
@@ -48,15 +48,15 @@ ENCODER_SETTINGS = LanguageEncoderSettings(
     source=replace(
         _SOURCE, files=replace(_SOURCE.files, folder="", folders=(*BESIDE, "processor", "../processor"))
     ),
-    maximum=MAX_TOKENS,
-    before="<|im_start|>user\n",
-    after="<|im_end|>\n<|im_start|>assistant\n",
-    stacked=STATES,
+    max_length=MAX_TOKENS,
+    template_prefix="<|im_start|>user\n",
+    template_suffix="<|im_end|>\n<|im_start|>assistant\n",
+    stacked_states=STATES,
     batch_size=1,  # so that a state does not depend on other prompts, to the last bit
-    pictures=ImagePromptFormat(
+    image_format=ImagePromptFormat(
         _SEEN.format(name="_{number}"),
         alone=_SEEN.format(name=""),
-        read=read_shown,
+        read=read_encoder_image,
         show=shrink,
         min_pixels=3136,
         max_pixels=1_605_632,  # limits of this release, which differ from those of Qwen3-VL
@@ -87,7 +87,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         # only JSON can say which texts the image shows
         if not caption.is_plain and has_drawn_texts(prompt.text):
             self._warn_of_texts(prompt.text)
-        written = super().write(Prompt(caption.text, spans=_move_spans(prompt, caption)))
+        written = super().write(Prompt(caption.text, weighted_spans=_move_spans(prompt, caption)))
         if not prompt.images:
             return written
         # the JSON's opening brace belongs before the image placeholders, so the text positions shift by one
@@ -163,8 +163,8 @@ def scale_states(states: Tensor) -> Tensor:
 
 def _move_spans(prompt: Prompt, caption: WrittenCaption) -> Spans:
     """Return the weighted spans of a prompt, moved to their positions in the written caption."""
-    if not prompt.spans or caption.text == prompt.text:
-        return prompt.spans
+    if not prompt.weighted_spans or caption.text == prompt.text:
+        return prompt.weighted_spans
     if not caption.is_plain:
         logger.warning(
             "the weights of parts of %s are ignored because its JSON was not as the model reads it: without "
@@ -173,7 +173,7 @@ def _move_spans(prompt: Prompt, caption: WrittenCaption) -> Spans:
         )
         return ()
     moved_spans = []
-    for start, end, weight in prompt.spans:
+    for start, end, weight in prompt.weighted_spans:
         # escaping in JSON lengthens the text, so measure the written prefix, without its two quotes
         new_start, new_end = (
             len(caption.before) + len(write_json(prompt.text[:position])) - 2 for position in (start, end)

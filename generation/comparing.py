@@ -50,7 +50,7 @@ from runtime.compile import check_compilation
 from runtime.planning.device_memory import device_memory_to_plan
 
 SEED = "0"  # default seed, because all columns need the same one
-FIRST_TIMESTEP = 1000.0
+MAX_TIMESTEP = 1000.0
 WITHOUT = "without LoRA"
 
 
@@ -328,7 +328,7 @@ def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
 
 
 def _is_same_clip(run: GenerationRun, cell: GenerationJob) -> bool:
-    """Return whether existing output files with this name belong to the same clip; True if there are none."""
+    """Return whether existing output files of a cell are the clip that it makes; True if there are none."""
     video, latents = _files(run, cell)
     settings = _select_making_settings(as_tags(cell.metadata or {}))
     try:
@@ -416,7 +416,7 @@ def _load_switched_networks(
     all_ready = [cell for _, encoded_jobs in columns for cell in encoded_jobs]
     with _begin_phase(run, all_ready, (), [originals]) as dit_at:
         for (_, encoded_jobs), uses in zip(columns, dit_uses, strict=True):
-            originals.switch(dit_at(FIRST_TIMESTEP), uses)
+            originals.switch(dit_at(MAX_TIMESTEP), uses)
             yield encoded_jobs, dit_at
 
 

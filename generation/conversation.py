@@ -56,7 +56,7 @@ def converse(run: GenerationRun, change_strengths: ChangeStrengths) -> None:
     remembers = run.options.remembers_lines  # options of a line apply to the lines after it
     ask = line_reader(
         ((character, option.key) for character, option in run.options.line_options.items()),
-        " Options hold for the prompts after it; an empty line quits." if remembers else "",
+        " Options apply to the prompts that follow; an empty line quits." if remembers else "",
     )
     is_shared = have_joined()  # several processes generate each prompt together
     if is_shared:

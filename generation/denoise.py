@@ -358,29 +358,29 @@ class _SectionDenoiser:
         """Return the latents of a section, whose inputs are on the device."""
         prepared, family = self.prepared, self.family
         # stages: requests that run one after another, each from the result of the previous one
-        stage = prepared.stages[section.stage] if prepared.stages else prepared
+        stage_request = prepared.stages[section.stage] if prepared.stages else prepared
         if section.solver is not None:  # a family's own solver may count several steps for one
-            stage = replace(stage, steps=section.solver.schedule.num_steps)
+            stage_request = replace(stage_request, steps=section.solver.schedule.num_steps)
         # a solver that adds noise continues the generator of the section's start
         solver = section.solver or solver_for(
-            stage.solver,
-            stage.steps,
-            stage.flow_shift,
+            stage_request.solver,
+            stage_request.steps,
+            stage_request.flow_shift,
             family.noise.table,
             draw=self.noise.draw,
-            levels=stage.sigmas,
-            audio_shift=stage.audio_shift,
+            levels=stage_request.sigmas,
+            audio_shift=stage_request.audio_shift,
         )
         # options of guidance and the step cache are for the first stage only
         guidance_options = PLAIN_GUIDANCE if section.stage else self.guidance_options
-        guidance = make_guidance(stage, guidance_options, family.experts, self.run)
+        guidance = make_guidance(stage_request, guidance_options, family.experts, self.run)
         start, first_step = section.noise, 0
         if section.source is not None and prepared.request.source is not None:
             start, first_step = _find_start(section, prepared, solver.schedule, self.extra_noise)
         with ExitStack() as stack:
-            if stage.stage_lora_strengths:
+            if stage_request.stage_lora_strengths:
                 dit = self.dit_at(float(solver.schedule.timesteps[0]))
-                stack.enter_context(_switch_on_stage_loras(dit, stage.stage_lora_strengths, device))
+                stack.enter_context(_switch_on_stage_loras(dit, stage_request.stage_lora_strengths, device))
             dit_at = self.dit_at
             if self.step_caches is not None and not section.stage:
                 dit_at = stack.enter_context(self.step_caches.section(dit_at))

@@ -107,7 +107,11 @@ class ExpertSchedule:
         note = "each is loaded when its steps begin"
         if not self.lazy:
             note = "in host memory, if it has room; else they are loaded again"
-        return (MemoryPart("experts that wait", 0, self.host_peak(weights, swap.host) - swap.host, note),)
+        return (
+            MemoryPart(
+                "experts that wait", 0, self.host_peak(weights, swap.host_bytes) - swap.host_bytes, note
+            ),
+        )
 
     def note_fit(
         self,
@@ -138,8 +142,8 @@ class ExpertSchedule:
         if free_host_bytes is not None and plan.host > free_host_bytes:
             smaller = "" if self.in_fp8 else " --fp8_scaled halves their size."
             notes.append(
-                f"The host has {format_gib(free_host_bytes)} GiB free, and {format_gib(plan.host)} are asked "
-                f"for: experts will be loaded again instead of waiting.{smaller}"
+                f"The host has {format_gib(free_host_bytes)} GiB free, but {format_gib(plan.host)} are "
+                f"needed: experts will be loaded again instead of waiting.{smaller}"
             )
         return notes
 

@@ -165,8 +165,8 @@ class ExpertOffloader:
         free_host_bytes = self.free_host_memory()
         if free_host_bytes is not None and weights > free_host_bytes:
             raise MemoryPlanError(
-                f"the transformer would have to wait in host memory, which has {format_gib(free_host_bytes)} "
-                f"GiB free; it takes {format_gib(weights)} GiB"
+                "the transformer would have to move to host memory, which has "
+                f"{format_gib(free_host_bytes)} GiB free; it needs {format_gib(weights)} GiB"
             )
         try:
             for dit, host_copy in on_device:
@@ -273,9 +273,7 @@ class ExpertOffloader:
         if host_copy is not None:  # the host has the weights already: only the device's memory is freed
             host_copy.free_device_memory()
         elif self.device.type == "cpu" or (free_host_bytes is not None and weights > free_host_bytes):
-            logger.info(
-                "The host has no room for a transformer that waits: it is loaded again when it is needed"
-            )
+            logger.info("The host has no room for the idle transformer: it is loaded again when it is needed")
             self._free(expert)
             return
         elif self.device.type == "cuda" and len(self.experts) > 1:

@@ -22,7 +22,7 @@ PROMPT = LineOption("prompt", str)
 # no axes, and why
 REJECTED = {
     "fps": "it changes no picture, and the cells of a sheet play at one rate. Leave it out",
-    "lora_multiplier": "it holds for a whole run. tools/compare.py makes a column of each strength",
+    "lora_multiplier": "it applies to a whole run. tools/compare.py makes a column of each strength",
 }
 
 
@@ -69,7 +69,7 @@ class SheetOptions(Options, title="comparison sheet"):
         if not 1 <= len(self.sheet) <= MAX_AXES:
             raise OptionError(
                 f"--sheet takes one or two axes, {len(self.sheet)} are given: write them as seed=1,2,3 "
-                "guidance_scale=3,5, a text with blanks in quotes"
+                "guidance_scale=3,5, a text with spaces in quotes"
             )
         axes = tuple(_read_axis(text, line_options) for text in self.sheet)
         if len({axis.option.key for axis in axes}) < len(axes):
@@ -78,7 +78,9 @@ class SheetOptions(Options, title="comparison sheet"):
             )
         cells = prod(len(axis.texts) for axis in axes)
         if cells > MAX_CELLS:
-            raise OptionError(f"--sheet has {cells} cells, {MAX_CELLS} are the most: give fewer values")
+            raise OptionError(
+                f"--sheet has {cells} cells, at most {MAX_CELLS} are possible: give fewer values"
+            )
         return axes
 
 
@@ -121,7 +123,7 @@ def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[V
         try:
             values.append(option.read(text))
         except ValueError as error:
-            raise OptionError(f"--sheet {name}: {error}. Correct that value") from None
+            raise OptionError(f"--sheet {name}: {error}. Fix that value") from None
         if option is PROMPT and not text:
             raise OptionError("--sheet prompt: one of the prompts is empty. Write it, or leave it out")
     return tuple(values)
@@ -202,7 +204,7 @@ def expand_patterns(patterns: tuple[Path, ...], flag: str = "--lora") -> tuple[P
         matches = [Path(name) for name in glob.glob(str(pattern))]  # noqa: PTH207 (of any folder)
         files = sort_by_numbers(match for match in matches if match.is_file())
         if not files:
-            hint = explain_missing(pattern) or " Give LoRA files or a pattern that fits some."
+            hint = explain_missing(pattern) or " Give LoRA files or a pattern that matches some."
             raise OptionError(f"{flag} {pattern}: no such file.{hint}")
         paths |= dict.fromkeys(files)
     return tuple(paths)

@@ -245,7 +245,7 @@ def decode_tracks(
     family: HearsAudio,
     latents: Mapping[str, Tensor],
     device: torch.device,
-    note: Callable[[str], AbstractContextManager[object]],
+    collect_errors: Callable[[str], AbstractContextManager[object]],
 ) -> dict[str, Track]:
     """Decode audio latents; return the track of each clip by label, without those that fail.
 
@@ -253,7 +253,7 @@ def decode_tracks(
         family: The model family.
         latents: Audio latents in model space, 1 C T M, by label.
         device: Device of the run.
-        note: Returns a context manager for a label that records errors of the clip.
+        collect_errors: Returns a context manager for a label that records errors of the clip.
     """
     tracks: dict[str, Track] = {}
     if not latents:
@@ -261,12 +261,12 @@ def decode_tracks(
     networks = family.audio_networks(device, decodes=True)
     try:
         for label in track(latents, "Decoding sound", len(latents), unit="clip"):
-            with note(label):
+            with collect_errors(label):
                 audio = family.decode_audio(networks, latents[label].to(device))
                 if not is_finite(audio.samples):
                     raise UserError(
-                        "The sound's decoder made values that are NaN or infinite of good latents: nothing "
-                        "would be heard. Give --vae_dtype float32"
+                        "The audio decoder produced NaN or infinite values from valid latents. Use "
+                        "--vae_dtype float32"
                     )
                 tracks[label] = audio.samples.float().cpu().numpy(), audio.rate
     finally:

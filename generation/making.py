@@ -55,9 +55,8 @@ if TYPE_CHECKING:  # it is loaded only if prompts are rewritten
 logger = logging.getLogger(__name__)
 
 NOT_FINITE = (
-    "What the model made is NaN or infinite: nothing would be seen, and nothing is written. Usual causes: "
-    "--dit_dtype float16 (give bfloat16), a LoRA whose training diverged, a strength or a guidance that is "
-    "far too high"
+    "The model produced NaN or infinite values, so nothing is written. Usual causes: --dit_dtype float16 "
+    "(give bfloat16), a LoRA whose training diverged, a strength or guidance that is far too high"
 )
 
 
@@ -72,7 +71,7 @@ def warn_of_unused_sources(
         jobs: Videos or images to generate.
     """
     used = {job.prepared.request.source.option for job in jobs if job.prepared.request.source is not None}
-    for name, default in options.of_script.items():
+    for name, default in options.script_defaults.items():
         needed = USED_WITH.get(name, {*SOURCES})  # the sources with which this option has an effect
         is_given = name in typed or getattr(options, name) != default
         if is_given and not needed & used:
@@ -218,7 +217,7 @@ class EncodedJob(NamedTuple):
     """A job with its encoded prompts and inputs, by section index."""
 
     job: GenerationJob
-    texts: Mapping[int, EncodedPrompts]
+    encoded_prompts: Mapping[int, EncodedPrompts]
     inputs: Mapping[int, Conditions]
 
 
@@ -297,10 +296,8 @@ def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem:
     # another program may have taken the stem in the meantime
     stem = outputs.free_stem(output.save_path, stem, [outputs.LATENT_SUFFIX])
     path = output.save_path / f"{stem}{outputs.LATENT_SUFFIX}"
-    joint = (
-        job.prepared.audio_video_shapes
-    )  # how latents of video and audio lie in one tensor; None without audio
-    image, audio = (latents, None) if joint is None else joint.split(latents)
+    joint_shapes = job.prepared.audio_video_shapes  # of video and audio in one tensor; None without audio
+    image, audio = (latents, None) if joint_shapes is None else joint_shapes.split(latents)
     outputs.save_latents(path, image, metadata, audio)
     until = "" if output.output_type in LATENT_OUTPUTS else ", kept until they are decoded"
     logger.info("Latents: %s%s", path, until)
@@ -387,7 +384,9 @@ class _SectionPreview:
             prepared = self.job.prepared
             tags = as_tags(self.job.metadata or run.metadata(prepared) or {})
             decoding_bytes = None if run.predicted is None else run.predicted.decoding
-            self.video = GrowingVideo(run.session, self.path, prepared.fps, needed=decoding_bytes, tags=tags)
+            self.video = GrowingVideo(
+                run.session, self.path, prepared.fps, needed_bytes=decoding_bytes, tags=tags
+            )
         self.video.add(section.previous_piece)
 
 
@@ -410,21 +409,21 @@ def decode_all(
     # with --save_audio also for families without audio, to warn that there is none
     has_audio = run.family.abilities.trains_audio and trains_audio(run.family)
     if has_audio or output.save_audio is not None:
-        jobs = {job.label: job for job in denoised}
-        tracks = _decode_audio(run, jobs, failures)
+        jobs_by_label = {job.label: job for job in denoised}
+        tracks = _decode_audio(run, jobs_by_label, failures)
         # without jobs whose audio could not be decoded
-        denoised = [job for job in jobs.values() if job.label not in failures.reasons]
+        denoised = [job for job in jobs_by_label.values() if job.label not in failures.reasons]
     with run.session.media(with_image_encoder=False, needed_again=False) as encoders:
         for job in denoised:
             with failures.collect_errors(job.label), keep_on_failure(job):
                 assert job.latents is not None, "it is denoised"
                 pixels = decode(run.family, encoders, job.latents, job.prepared.visible_region)
-                metadata, edit = job.metadata, job.prepared.edit
-                if edit is not None:  # a change of the decoded pixels
-                    pixels = edit.apply(pixels)
-                    if metadata is not None:  # the latents do not have it
-                        changes = {f"bt_{name}": text for name, text in edit.metadata.items()}
-                        metadata = {**metadata, **changes}
+                metadata, pixel_edit = job.metadata, job.prepared.edit
+                if pixel_edit is not None:
+                    pixels = pixel_edit.apply(pixels)
+                if pixel_edit is not None and metadata is not None:
+                    edit_metadata = {f"bt_{name}": value for name, value in pixel_edit.metadata.items()}
+                    metadata = {**metadata, **edit_metadata}
                 path = outputs.save_pixels(
                     output,
                     str(job.stem),
@@ -451,12 +450,12 @@ def _decode_audio(
     """Decode the audio of each video; return the tracks by label. An error fails only its own video."""
 
     @contextmanager
-    def note(label: str) -> Iterator[None]:
+    def collect_errors(label: str) -> Iterator[None]:
         with failures.collect_errors(label), keep_on_failure(jobs[label]):
             yield
 
     return make_tracks(
-        run, {label: job.audio for label, job in jobs.items() if not job.prepared.is_still}, note
+        run, {label: job.audio for label, job in jobs.items() if not job.prepared.is_still}, collect_errors
     )
 
 
@@ -475,29 +474,29 @@ def keep_on_failure(job: GenerationJob) -> Iterator[None]:
 def make_tracks(
     run: GenerationRun,
     latents: Mapping[str, Tensor | None],
-    note: Callable[[str], AbstractContextManager[object]],
+    collect_errors: Callable[[str], AbstractContextManager[object]],
 ) -> Mapping[str, Track]:
     """Decode the audio of the clips that are written with audio; return the tracks by label.
 
     Args:
         run: The run.
         latents: Audio latents in model space, 1 C T M, by label; None for clips without audio.
-        note: Returns a context manager for a label that records errors of the clip.
+        collect_errors: Returns a context manager for a label that records errors of the clip.
     """
     audios = {label: audio for label, audio in latents.items() if audio is not None}
     output = run.options.output
     if not audios or not trains_audio(run.family):
         if output.save_audio is not None:
-            logger.warning("--save_audio %s is ignored because nothing with sound is made", output.save_audio)
+            logger.warning("--save_audio %s is ignored because no result has sound", output.save_audio)
         return {}
     if not output.writes_audio:
         logger.info("The sound is left out because PNG files have none: --save_audio wav writes it")
         return {}
-    return decode_tracks(run.family, audios, run.session.device, note)
+    return decode_tracks(run.family, audios, run.session.device, collect_errors)
 
 
 def decode(
-    family: Family, encoders: MediaEncoders, latents: Tensor, shown: Box | None = None
+    family: Family, encoders: MediaEncoders, latents: Tensor, visible_region: Box | None = None
 ) -> Iterator[Tensor]:
     """Decode latents to chunks of pixels, with a progress bar over the frames.
 
@@ -507,7 +506,7 @@ def decode(
         family: The model family.
         encoders: The media encoders.
         latents: Latents, 1 C F h w.
-        shown: Region to which the pixels are cropped; None for all pixels.
+        visible_region: Region to which the pixels are cropped; None for all pixels.
 
     Raises:
         UserError: If pixels are NaN or infinite.
@@ -517,7 +516,7 @@ def decode(
     for pixels in track(chunks, "Decoding", frames, size=lambda chunk: chunk.shape[2], unit=FRAMES):
         if not bool(is_finite(pixels)):
             raise UserError(
-                "The VAE made values that are NaN or infinite of good latents: nothing would be seen. Give "
-                "--vae_dtype bfloat16 or float32"
+                "The VAE produced NaN or infinite values from valid latents. Use --vae_dtype bfloat16 or "
+                "float32"
             )
-        yield pixels if shown is None else shown.of(pixels)
+        yield pixels if visible_region is None else visible_region.of(pixels)

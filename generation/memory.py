@@ -51,7 +51,7 @@ from runtime.planning.device_memory import DeviceMemory, free_host_memory
 from runtime.run_blocks import spec_of
 
 META = torch.device("meta")
-FIRST_TIMESTEP = 1000.0
+MAX_TIMESTEP = 1000.0
 # number of frames after which a VAE that decodes four frames at a time has reached its peak
 DECODED = 13
 
@@ -87,7 +87,7 @@ class PhasePrediction:
         ):  # between steps only the weights are in memory
             where = name
             bytes_by_kind = {dry.WEIGHTS: weights, dry.TEMPORARY: work_between}
-        note = self.weights + swap.words(count, "of buffers")
+        note = self.weights + swap.format_note(count, "of buffers")
         parts = memory_plan.parts_of(bytes_by_kind, swap, {dry.WEIGHTS: note, dry.TEMPORARY: where})
         return memory_plan.Phase(
             "denoising", (*parts, *self.expert_schedule.parts(weights, swap), self.cublas_workspace)
@@ -97,7 +97,7 @@ class PhasePrediction:
         """Return the memory plan of all phases with a number of swapped blocks."""
         return memory_plan.MemoryPlan((*self.before, self.phase(blocks), *self.after), tuple(remarks))
 
-    def device(self, blocks: int) -> int:
+    def device_bytes(self, blocks: int) -> int:
         """Return the device memory of denoising, in bytes, with this number of swapped blocks."""
         return self.phase(blocks).device
 
@@ -167,11 +167,13 @@ def _predict_all_decoding(
     if options.output.output_type not in UNDECODED and not prepared.is_audio_alone:
         pixels.append(predict_decoding(family, prepared, cublas_workspace))
     audio: list[memory_plan.Phase] = []
-    joint = None if prepared.is_still else prepared.audio_video_shapes  # sizes of image and audio latents
-    if joint is not None and trains_audio(family) and options.output.writes_audio:
+    joint_shapes = (
+        None if prepared.is_still else prepared.audio_video_shapes
+    )  # sizes of image and audio latents
+    if joint_shapes is not None and trains_audio(family) and options.output.writes_audio:
         networks = family.audio_networks(META, decodes=True)
         with rehearsing(networks) as ledger:
-            family.decode_audio(networks, torch.empty(1, *joint.audio))
+            family.decode_audio(networks, torch.empty(1, *joint_shapes.audio))
             audio.append(make_phase("decoding sound", ledger, cublas_workspace))
     return [*audio, *pixels]
 
@@ -199,6 +201,7 @@ def predict_text_encoding(
     """
     prompts = select_prompts(prepared, options.guidance)
     phases: list[memory_plan.Phase] = []
+    # encoder outputs by prompt
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([prompts])}
     for encoder in family.text_encoders():
         encoder.load(META)
@@ -224,11 +227,13 @@ def _with_fewer_weights(
     processes = memory_plan.sharing_processes(options.speed)
     if processes > 1 and can_divide(encoder):
         network = encoder.network
-        (split,) = memory_plan.swaps_of(network, spec_of(network), options.speed.swap, processes)
-        note = split.words(0, "").removeprefix("; ")  # written to follow another note; here it stands alone
-        weights = replace(weights, device=weights.device - split.saved, note=note)
+        (split,) = memory_plan.predict_swaps(network, spec_of(network), options.speed.swap, processes)
+        note = split.format_note(0, "").removeprefix(
+            "; "
+        )  # written to follow another note; here it stands alone
+        weights = replace(weights, device=weights.device - split.saved_device_bytes, note=note)
     elif device_memory is not None and phase.device > device_memory.usable and is_layered(encoder):
-        waiting = encoder.waiting_bytes(device_memory.usable)
+        waiting = encoder.offloaded_bytes(device_memory.usable)
         if waiting:
             on_device = weights.device - waiting
             weights = replace(weights, device=on_device, host=waiting, note="copied layer by layer")
@@ -268,7 +273,7 @@ def predict_denoising(
     dit.eval().requires_grad_(False)
     weights = memory_plan.dtypes_of(dit)
     processes = memory_plan.sharing_processes(speed)
-    swaps = memory_plan.swaps_of(dit, family.dit, speed.swap, processes)
+    swaps = memory_plan.predict_swaps(dit, family.dit, speed.swap, processes)
     blocks = family.dit.blocks(dit)
     extrapolate = watch(dit)
     if prepared.stage_lora_strengths:
@@ -367,7 +372,10 @@ def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractC
 def _list_work_between_steps(
     family: Family, options: GenerationOptions, prepared: Prepared
 ) -> list[tuple[int, str]]:
-    """Return bytes and name of each network that runs between steps, for previews or to start a stage."""
+    """Return peak memory in bytes and name of each network that runs between steps, by a dry run of each.
+
+    Such networks decode previews, or make the input of the request's next stage.
+    """
     work_between_steps: list[tuple[int, str]] = []
     preview_vae = options.preview.preview_vae
     if preview_vae is not None:
@@ -375,11 +383,10 @@ def _list_work_between_steps(
         decoder = check_taehv(preview_vae, family.latent)
         preview_bytes = decoding_bytes(decoder, torch.float16, height, width)
         work_between_steps.append((preview_bytes, "decoding a preview"))
-    # networks that make the input of the request's next stage, each with the shape of its input
-    for load, shape in prepared.stage_start_networks:
+    for load, input_shape in prepared.stage_start_networks:
         network = load(META)
         with rehearsing(network) as ledger:
-            network(torch.empty(shape, dtype=compute_dtype_of(network), device=dry.ACCELERATOR))
+            network(torch.empty(input_shape, dtype=compute_dtype_of(network), device=dry.ACCELERATOR))
         _, bytes_by_kind = dry.peak_of_phases(ledger.peaks)
         work_between_steps.append((sum(bytes_by_kind.values()), type(network).__name__))
     return work_between_steps
@@ -395,12 +402,13 @@ def heaviest_step(
     """
     sort_keys = []
     for expert, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True):
-        for index, plan in enumerate(plans):
+        for step_index, plan in enumerate(plans):
             # the negative index prefers the first of equal steps
-            sort_keys.append((plan.max_together, len(plan.passes), expert.min_timestep, -index))
-    _, _, lowest, negative_index = max(sort_keys)
-    # a timestep of the expert that runs this step
-    timestep = FIRST_TIMESTEP if lowest == experts[noisiest(experts)].min_timestep else lowest
+            sort_keys.append((plan.max_together, len(plan.passes), expert.min_timestep, -step_index))
+    _, _, min_timestep, negative_index = max(sort_keys)
+    # any timestep that selects the expert of this step
+    is_noisiest = min_timestep == experts[noisiest(experts)].min_timestep
+    timestep = MAX_TIMESTEP if is_noisiest else min_timestep
     return Step(
         -negative_index,
         prepared.num_steps,
@@ -501,7 +509,7 @@ def predict_largest_request(
             )
             predictions.append((stage, prediction))
     # by the bytes on the device with 0 swapped blocks
-    return max(predictions, key=lambda candidate: candidate[1].device(0))
+    return max(predictions, key=lambda candidate: candidate[1].device_bytes(0))
 
 
 def suggest_options(
@@ -514,7 +522,7 @@ def suggest_options(
 ) -> list[str]:
     """Return changes of options that make all phases fit, cheapest first; apply them cumulatively."""
     lines = _suggest_for_other_phases(prediction, device_memory.usable)
-    if prediction.device(0) <= device_memory.usable:  # denoising fits without swapped blocks
+    if prediction.device_bytes(0) <= device_memory.usable:  # denoising fits without swapped blocks
         return lines
     speed = options.speed
 
@@ -539,7 +547,7 @@ def suggest_options(
     if cheapest is not None:
         maximum = cheapest.max_swapped_blocks
         limit = f"even --blocks_to_swap {maximum} leaves" if can_swap else "what is above leaves"
-        lines.append(f"fewer frames or a smaller size: {limit} {format_gib(cheapest.device(maximum))}")
+        lines.append(f"fewer frames or a smaller size: {limit} {format_gib(cheapest.device_bytes(maximum))}")
     return lines
 
 

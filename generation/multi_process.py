@@ -88,14 +88,14 @@ class _DividedRun:
         self.device_memory = device_memory
         self.counter = TokenCounter()
         with quiet():
-            self.full_network = predict_request(
+            self.full_prediction = predict_request(
                 family, options, prepared, device, device_memory=device_memory, watch=self.counter.watch
             )
 
     @cached_property
-    def shards(self) -> PhasePrediction:
+    def sharded_prediction(self) -> PhasePrediction:
         """Predict memory from a dry run with the network split over all GPUs."""
-        options = self._set_division(Division(self.cards, shards=True))
+        options = self._with_division(Division(self.cards, shards_weights=True))
         with quiet():
             return predict_request(
                 self.family, options, self.prepared, self.device, device_memory=self.device_memory
@@ -107,17 +107,19 @@ class _DividedRun:
         Raises:
             OptionError: If the model does not support this division.
         """
-        if division != Division(self.cards):
-            check_together(self.family, self._set_division(division))
-        prediction = self.shards if division.shards else self.full_network
-        if division.context == 1:
+        if division != Division(self.cards):  # not just one complete network on each GPU
+            check_together(self.family, self._with_division(division))
+        prediction = self.sharded_prediction if division.shards_weights else self.full_prediction
+        if division.num_context_parallel == 1:  # the tokens are not divided
             return prediction
         return replace(
             prediction,
-            peaks_by_phase=divide_tokens(prediction.peaks_by_phase, division.context, self.counter),
+            peaks_by_phase=divide_tokens(
+                prediction.peaks_by_phase, division.num_context_parallel, self.counter
+            ),
         )
 
-    def _set_division(self, division: Division) -> GenerationOptions:
+    def _with_division(self, division: Division) -> GenerationOptions:
         return replace(self.options, speed=with_division(self.options.speed, division))
 
 
@@ -139,7 +141,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
         check_launch(speed, launched, _uses_of(family, options))
     if launched == 1:
         flags = " and ".join(speed.modes.flags)
-        logger.warning("%s has no effect with one process, which does all. Use %s", flags, LAUNCH)
+        logger.warning("%s has no effect with one process, which does all the work. Use %s", flags, LAUNCH)
         generate(family, options, select_device(options.device))
         return
     check_together(family, options)
@@ -209,8 +211,8 @@ def check_together(family: Family, options: GenerationOptions) -> None:
         check(uses)
     if options.sheet.sheet is not None:
         raise OptionError(
-            f"--sheet and {flags} cannot be used together: a sheet is made by one process, which has the "
-            f"whole weights. Use --from_file with a line for each, or leave {flags} out"
+            f"--sheet and {flags} cannot be used together: a sheet is made by a single process, which needs "
+            f"the complete weights. Use --from_file with a line for each, or leave {flags} out"
         )
     # only the first process runs the tools: it alone would leave out a line that they cannot process
     if options.post.tools:

@@ -27,14 +27,14 @@ from protocols.families import HIGH_NOISE
 from protocols.family import Family
 from protocols.loading import Placement
 from protocols.rules import Expert
-from runtime.network_setup import set_up_network, swapped_weights
+from runtime.network_setup import make_host_weights, set_up_network
 from runtime.offload.swap_plan import HostWeights
 from runtime.options import GenerationSpeedOptions
 from runtime.run_blocks import stage_files_of
 from runtime.ways.composing import finish_network, make_block_sharder
 
 if TYPE_CHECKING:  # loaded only for LoRA files, and for networks that take turns
-    from networks.apply import LoraPatch, OriginalWeights
+    from networks.apply import Change, LoraPatch, OriginalWeights
     from networks.loading import WeightedLora
     from runtime.offload.turns import HostCopy
 
@@ -70,7 +70,7 @@ class DitLoader:
         host_weights = None
         if self.device.type != "cpu":
             swap = self.options.speed.swap
-            host_weights = swapped_weights(self.family.dit, swap, self.device, all_weights=True)
+            host_weights = make_host_weights(self.family.dit, swap, self.device, all_weights=True)
         with separate_stream(self.device):  # not in the queue of the expert that runs
             dit = self(expert, host_weights, check)
             return dit, HostCopy(dit, self.device, host_weights)
@@ -92,46 +92,54 @@ class DitLoader:
         speed = self.options.speed
         # T-LoRAs mask ranks by timestep, so they are not merged but wrap the layers
         loras, t_loras = self._split(self.loras_by_expert[expert] if self.loras_by_expert else ())
-        merging: LoraPatch | None = None
+        lora_patch: LoraPatch | None = None
         if loras and not self.originals:
             from networks import apply, rounding  # only with LoRAs
 
             rule = rounding.LoraRounding(self.options.lora_rounding)
-            merging = apply.LoraPatch(loras, rounding=rule, family=family.name)
+            lora_patch = apply.LoraPatch(loras, rounding=rule, family=family.name)
         # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
-        patch = self.originals[expert] if self.originals else merging
-        host = host_weights or swapped_weights(family.dit, speed.swap, self.device)
+        patch = self.originals[expert] if self.originals else lora_patch
+        host = host_weights or make_host_weights(family.dit, speed.swap, self.device)
         # of several processes, each may load only some of the blocks
         blocks = make_block_sharder(speed, self.device) if speed.modes.hooks.make_block_sharder else None
         placement = Placement(
             self.device,
             attention=speed.attention.choice,
             patch=patch,
-            leave_unmerged=merging.leave_unmerged if merging else None,
+            leave_unmerged=lora_patch.leave_unmerged if lora_patch else None,
             quantization=self.quantization,
-            host=host,
-            blocks=blocks,
+            host_weights=host,
+            block_sharder=blocks,
             check=check,
         )
         dit = family.load_dit(placement, expert)
         warn_if_emulated(self.device, compute_dtype_of(dit), "the transformer")
         if patch is not None:
             patch.check()
-        if merging is not None and merging.unmerged:
-            from networks.unmerged_loras import add_unmerged  # only with LoRAs of quantized layers
-
-            add_unmerged(dit, merging.unmerged, self.device, compute_dtype_of(dit))
+        unmerged_changes: list[Mapping[str, Sequence[Change]]] = []
+        if lora_patch is not None and lora_patch.unmerged:  # LoRAs of quantized layers
+            unmerged_changes.append(lora_patch.unmerged)
         if t_loras:
-            from networks.unmerged_loras import add_unmerged, masked_changes  # only with T-LoRAs
+            from networks.unmerged_loras import masked_changes  # only with T-LoRAs
 
-            add_unmerged(dit, masked_changes(dit, t_loras), self.device, compute_dtype_of(dit))
+            unmerged_changes.append(masked_changes(dit, t_loras))
+        for changes in unmerged_changes:
+            from networks.unmerged_loras import add_unmerged  # only with LoRAs that are not merged
+
+            add_unmerged(dit, changes, self.device, compute_dtype_of(dit))
         dit.eval().requires_grad_(False)
         if stage_files_of(dit):
             from networks.gated_loras import add_stage_loras  # only with LoRAs of stages
 
             add_stage_loras(dit, is_compiled=speed.compilation.choice is not None)
         set_up_network(
-            dit, family.dit, self.device, compilation=speed.compilation.choice, host=host, blocks=blocks
+            dit,
+            family.dit,
+            self.device,
+            compilation=speed.compilation.choice,
+            host_weights=host,
+            block_sharder=blocks,
         )
         if speed.modes.hooks.finish_network:
             finish_network(dit, speed, self.device)
@@ -296,7 +304,7 @@ def _warn_of_missing_experts(
             ]
             if missing and lora_use.lora.expert == FOR_BOTH:
                 logger.warning(
-                    "%s was trained for both experts and is used in one of them: give it to %s too",
+                    "%s was trained for both experts and is used for only one of them: give it to %s too",
                     lora_use.lora.path,
                     " and ".join(missing),
                 )
@@ -322,7 +330,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
         try:
             checks[name](speed)
         except OptionError as error:
-            logger.warning("--optimized goes without --%s here. %s", name, error)
+            logger.warning("--optimized skips --%s here. %s", name, error)
             speed = _without(speed, name)
             left_out.append(name)
     _log_preset(options, left_out)
@@ -368,10 +376,10 @@ def _log_preset(options: GenerationOptions, left_out: Sequence[str]) -> None:
     parts = [f"--optimized sets {' '.join(used) or 'nothing'}"]
     if left_out:
         names = ", ".join(as_typed(values, name) for name in left_out)
-        parts.append(f"left out, as the warnings above say why: {names}")
+        parts.append(f"skipped, see the warnings above: {names}")
     if speed.not_by_preset:
         names = ", ".join(f"--{name}" for name in speed.not_by_preset)
-        parts.append(f"left to what you gave: {names}")
+        parts.append(f"as you set them: {names}")
     logger.info("%s", "; ".join(parts))
 
 

@@ -16,7 +16,7 @@ from blissful_tuner.options import (
     SteadierOptions,
     StepCacheOptions,
 )
-from blissful_tuner.video_to_video_options import OF_SCRIPT
+from blissful_tuner.video_to_video_options import SCRIPT_DEPENDENT_OPTIONS
 from generation.grid_options import Axis, SheetOptions
 from generation.prompt_lines import LineOption, lines_of
 from generation.script_options import (
@@ -296,7 +296,7 @@ class GenerationOptions(Options, title="run"):
                 path = self.output.save_path / self.output.file_name
                 raise OptionError(
                     f"--save_path {path} with {conflict}: one file has room for one result. Give a folder, "
-                    f"such as {path.with_suffix('')}; results get names of their own there"
+                    f"such as {path.with_suffix('')}; results get their own names there"
                 )
 
     def _check_sheet(self) -> None:
@@ -418,7 +418,7 @@ def _select_recorded(
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> Parser:
     """Build the parser of a family's script with the shared options."""
     parser = Parser(description=description)
-    parser.shown_flags = {name: flags[0] for name, flags in defaults.spelled.items()}
+    parser.shown_flags = {name: flags[0] for name, flags in defaults.flags_by_option.items()}
     add_options(parser, GenerationOptions, **defaults.declared())
     parser.set_defaults(**script_values(parser, defaults))
     parser.changes_values = True  # by --optimized, --scheduler and what the model decides
@@ -434,10 +434,10 @@ def script_values(parser: Parser, defaults: ScriptDefaults) -> dict[str, Any]:
         "pictures": defaults.pictures,
         "solver_names": defaults.solver_names,
         "solvers": defaults.solvers,
-        "by_model": defaults.by_model,
+        "defaults_from_model": defaults.defaults_from_model,
         "preset": defaults.optimized,
         # defaults that differ between scripts, to tell whether an option was changed
-        "usual_sources": {name: parser.get_default(name) for name in OF_SCRIPT},
+        "usual_sources": {name: parser.get_default(name) for name in SCRIPT_DEPENDENT_OPTIONS},
         "riflex_frequencies": defaults.riflex_frequencies or 0,
         "riflex_beyond": defaults.riflex_beyond,
     }
@@ -463,7 +463,7 @@ def fill_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespa
                 f"{args.sample_solver} is given too: give one of them"
             )
         args.sample_solver = solver
-    for name in args.by_model.keys() - args.typed_options:
+    for name in args.defaults_from_model.keys() - args.typed_options:
         setattr(args, name, None)  # the default depends on the model, which is not known yet
     if args.optimized:
         _apply_preset(args)

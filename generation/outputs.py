@@ -309,7 +309,9 @@ def _save_audio(
 ) -> Path:
     """Write an audio file without a video."""
     if track is None:
-        raise OptionError(f"{stem}: the latents hold sound alone, which is not made here. Ask for sound")
+        raise OptionError(
+            f"{stem}: the latents contain only sound, which this run does not write. Request sound"
+        )
     name = options.file_name or free_stem(options.save_path, stem, [AUDIO_SUFFIX]) + AUDIO_SUFFIX
     path = options.save_path / name
     write_wav(path, track, metadata)
@@ -338,7 +340,9 @@ def _save_video(
     """
     suffix = options.format.suffix
     if suffix != f".{options.format.container}":
-        logger.warning("--codec %s is written as %s because mp4 cannot hold it", options.format.codec, suffix)
+        logger.warning(
+            "--codec %s is written as %s because mp4 does not support it", options.format.codec, suffix
+        )
     name = options.file_name or free_stem(options.save_path, stem, [suffix, *side_suffixes]) + suffix
     path = options.save_path / name
     first_frames = list(islice(frames, 1))  # read ahead for the size

@@ -225,7 +225,7 @@ class GrowingVideo:
     path: Path
     fps: float
     # device memory for decoding in bytes: if so much is free, the DiT stays on the device; None: unknown
-    needed: int | None = None
+    needed_bytes: int | None = None
     tags: Mapping[str, str] = field(default_factory=dict)  # stored in the preview
     join: Callable[..., None] = join_segments
     _segments: list[bytes] = field(default_factory=list)  # in playing order
@@ -244,12 +244,12 @@ class GrowingVideo:
         if self._has_failed:
             return
         clip = None
-        with self._end_on_error():
-            if self.session.dits.can_stay(self.needed):
+        with self._end_preview_on_error():
+            if self.session.dits.can_stay(self.needed_bytes):
                 clip = self._decode_next_to_dit(piece)
         if clip is None and not self._has_failed:
             clip = self._decode_without_dit(piece)
-        with self._end_on_error():
+        with self._end_preview_on_error():
             if clip is not None:
                 if self._grows_in_front not in (None, piece.is_prepended):
                     raise ValueError("a video can grow at one end only")
@@ -268,22 +268,22 @@ class GrowingVideo:
             logger.info(
                 "Too little memory to decode next to the transformer: it leaves the device during decoding"
             )
-            self.needed = None  # from now on, the DiT leaves the device before decoding
+            self.needed_bytes = None  # from now on, the DiT leaves the device before decoding
             return None
 
     def _decode_without_dit(self, piece: PreviewPiece) -> Tensor | None:
         """Decode a piece after moving the DiT to host memory; return None if decoding fails."""
         clip = None
         with ExitStack() as stack:
-            with self._end_on_error():  # if the DiT cannot be moved away, it stays where it was
+            with self._end_preview_on_error():  # if the DiT cannot be moved away, it stays where it was
                 stack.enter_context(self.session.dits.moved_to_host())
             if not self._has_failed:
-                with self._end_on_error():
+                with self._end_preview_on_error():
                     clip = self._decode(piece)
         return clip
 
     @contextmanager
-    def _end_on_error(self) -> Iterator[None]:
+    def _end_preview_on_error(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -310,7 +310,7 @@ class GrowingVideo:
             if not self.path.is_file():
                 raise
             if not self._is_locked:  # Windows: a file that a player has open may not be replaceable
-                logger.warning("%s Replacing it is tried again after each section.", error)
+                logger.warning("%s It is retried after each section.", error)
             self._is_locked = True
         if is_first:
             logger.info("Preview: %s, updated after each section", self.path)

@@ -251,7 +251,7 @@ def store_value(values: dict[str, Any], option: LineOption, value: Value) -> Non
 
 
 def parse_generation_line(
-    line: str, options: Mapping[str, LineOption] = GENERATION_OPTIONS, where: str = "the prompt line"
+    line: str, options: Mapping[str, LineOption] = GENERATION_OPTIONS, source_name: str = "the prompt line"
 ) -> dict[str, Any]:
     """Parse a line into `prompt` and its options by key; None cancels the command line's value.
 
@@ -260,12 +260,12 @@ def parse_generation_line(
     Args:
         line: The prompt line.
         options: Options of a line, by their letters.
-        where: Name of the line in warnings.
+        source_name: Name of the line in warnings.
 
     Raises:
         OptionError: If a value cannot be parsed.
     """
-    return parse_option_line(line, options, where, lambda word: find_option(word, options))
+    return parse_option_line(line, options, source_name, lambda word: find_option(word, options))
 
 
 @dataclass(frozen=True)
@@ -345,25 +345,25 @@ def _check_count(options: int) -> None:
     if options > MAX_LINE_OPTIONS:
         raise OptionError(
             f"it has {options:,} options, which are words behind --, and {MAX_LINE_OPTIONS} are the most. "
-            "Leave out those that are not meant"
+            "Remove those that are not meant as options"
         )
 
 
 def parse_option_line(
     line: str,
     options: Mapping[str, LineOption],
-    where: str,
+    source_name: str,
     find: Callable[[str], LineOption | None],
-    no_use: str = "Lines of this script have no use for it",
+    unsupported_hint: str = "It has no effect in lines of this script",
 ) -> dict[str, Any]:
     """Parse a prompt line, `a cat --w 832 --d 7`, into its prompt and the values of its options, by key.
 
     Args:
         line: The prompt line.
         options: Options of a line, by their letters.
-        where: Name of the line in warnings.
+        source_name: Name of the line in warnings.
         find: Returns an option by its name, or None.
-        no_use: End of the warning about an option that exists only for other scripts.
+        unsupported_hint: End of the warning about an option that exists only for other scripts.
 
     Raises:
         OptionError: If a value cannot be parsed.
@@ -371,7 +371,7 @@ def parse_option_line(
     line = _ONE_DASH.sub("--rcfg ", line)
     split = split_line(line)
     _check_count(len(split.options))
-    displayed_line = f"{where} {shorten(line.strip(), MAX_LINE_SHOWN)!r}"
+    displayed_line = f"{source_name} {shorten(line.strip(), MAX_LINE_SHOWN)!r}"
     if split.prompt.startswith("--"):
         logger.warning(
             "%s begins with --%s, which is taken as its text. Write the prompt first, or as --%s TEXT",
@@ -389,7 +389,7 @@ def parse_option_line(
         option = find(name)
         if option is None:
             is_of_other_script = find_option(name, OF_ALL_SCRIPTS) is not None
-            hint = no_use if is_of_other_script else suggest(name, options, usable_names())
+            hint = unsupported_hint if is_of_other_script else suggest(name, options, usable_names())
             unknown = shorten(name_and_value.strip(), MAX_LINE_SHOWN)
             logger.warning("%s: the unknown option --%s is ignored. %s", displayed_line, unknown, hint)
             continue
@@ -459,7 +459,7 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
     """
     if path.suffix.lower() in {".csv", ".json", ".jsonl", ".toml", ".yaml", ".yml"}:
         raise OptionError(
-            f"--from_file {path}: give a text file with a prompt on each line and its options behind it, "
+            f"--from_file {path}: give a text file with a prompt on each line and its options after it, "
             "such as: a cat --w 832 --h 480 --d 7"
         )
     lines = numbered_lines(read_prompt_file(path, "--from_file"))

@@ -45,7 +45,7 @@ LorasInWords = Mapping[str, Sequence[tuple[str, float]]]  # expert -> file name 
 
 _LORA_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
 
-TURN = 0.9  # fraction of a period that RIFLEx's slowed frequency completes over the video
+RIFLEX_PERIOD_FRACTION = 0.9  # fraction of a period that RIFLEx's slowed frequency completes over the video
 
 
 def draw_seed() -> int:
@@ -200,7 +200,7 @@ def _select_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | 
         check_share("--vd in a prompt line", line["denoise"])
     if not sources:
         if "denoise" in line:
-            logger.warning("--vd %g is ignored because the line starts from no video (--v)", line["denoise"])
+            logger.warning("--vd %g is ignored because the line has no source video (--v)", line["denoise"])
         return None
     check_one_source(sources)
     ((name, path),) = sources.items()
@@ -300,7 +300,7 @@ def _warn_of_edit_loras(paths: Iterable[Path]) -> None:
     """Warn if a request without an image uses LoRAs that were trained for image editing."""
     for path, option in find_edit_loras(paths):
         logger.warning(
-            "%s learned edits of pictures%s, and there is no picture: the result is made from the text "
+            "%s was trained to edit images%s, but there is no image: the result is made from the text "
             "alone. Give --control_image_path (--ci in a prompt line)",
             path,
             option,
@@ -320,9 +320,9 @@ def _with_riflex(prepared: Prepared, options: SteadierOptions) -> Prepared:
         return prepared
     from modules.layers.rope import SlowedFrequency  # only with --riflex_index
 
-    # over the whole video the frequency completes less than a period (TURN), so that motion does not repeat
-    # the option counts frequencies from 1
-    return replace(prepared, slow_frames=SlowedFrequency(index - 1, prepared.frames / TURN))
+    # a frequency that completes less than one period over the whole video does not repeat motion
+    period = prepared.frames / RIFLEX_PERIOD_FRACTION
+    return replace(prepared, slow_frames=SlowedFrequency(index - 1, period))  # the option counts from 1
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from blissful_tuner.metadata import read_decoded_metadata, read_frame_rate, read_shown, read_stored_seed
+from blissful_tuner.metadata import (
+    read_decoded_metadata,
+    read_frame_rate,
+    read_stored_seed,
+    read_visible_region,
+)
 from generation.experts import ExpertOffloader
 from generation.loaded_networks import Session
 from generation.making import decode, make_outputs, make_tracks
@@ -116,7 +121,7 @@ def _decode_file(
         return save_pixels(
             output,
             stem,
-            decode(run.family, encoders, saved.latents, _read_shown_part(run.family, path, saved)),
+            decode(run.family, encoders, saved.latents, _read_visible_region(run.family, path, saved)),
             fps=fps,
             metadata=None if output.no_metadata else metadata,
             post=run.post,
@@ -125,13 +130,13 @@ def _decode_file(
         )
 
 
-def _read_shown_part(family: Family, path: Path, saved: "SavedLatents") -> Box | None:
+def _read_visible_region(family: Family, path: Path, saved: "SavedLatents") -> Box | None:
     """Return the region to crop decoded pixels to, if the file's metadata name one; None for all pixels.
 
     Raises:
         CheckpointError: If the region exceeds the decoded pixels.
     """
-    box = read_shown(saved.metadata)
+    box = read_visible_region(saved.metadata)
     if box is None:
         return None
     *_, rows, columns = saved.latents.shape
@@ -140,8 +145,8 @@ def _read_shown_part(family: Family, path: Path, saved: "SavedLatents") -> Box |
     fits_in_width = 0 < box.width <= columns * column_stride - box.left
     if not fits_in_height or not fits_in_width:
         raise CheckpointError(
-            f"--latent_path {path}: its metadata name a part of the picture that it does not have "
-            f"({box.width} x {box.height} pixels from {box.left}, {box.top}). Make the latents again",
+            f"--latent_path {path}: its metadata name a region outside the image ({box.width} x "
+            f"{box.height} pixels from {box.left}, {box.top}). Make the latents again",
             path,
         )
     return box
@@ -165,7 +170,7 @@ def check_latents(family: Family, path: Path) -> "SavedLatents":
             path,
         )
     check_latent_space(
-        saved, family.source, path, f"--latent_path {path}", "Decode them as those of that model"
+        saved, family.source, path, f"--latent_path {path}", "Decode them with the script of that model"
     )
     if saved.audio is not None:
         _check_audio(family, path, saved.audio, latent_frames)
@@ -219,7 +224,7 @@ def explain_lack(advice: str) -> Iterator[None]:
     """Turn an out-of-memory error in the `with` block into a UserError.
 
     Args:
-        advice: Sentence about what was saved and how to continue.
+        advice: Sentence for the message: which results are kept, and how to continue.
     """
     try:
         yield
@@ -256,7 +261,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     # LoRAs are read first, so that a wrong file is reported immediately. --save_merged_model writes only the
     # DiT and needs no changes of text encoders
     loras_by_expert = expert_loras(family, options, with_texts=options.save_merged_model is None)
-    if any(lora_use.lora.words for loras in loras_by_expert for lora_use in loras):
+    if any(lora_use.lora.embeddings for loras in loras_by_expert for lora_use in loras):
         from networks.text_loras import with_words_of  # only with words in LoRA files
 
         family = with_words_of(family, loras_by_expert)
@@ -369,7 +374,7 @@ def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
     post.check()
     if post.hides_content and options.output.output_type in LATENT_OUTPUTS:
         logger.warning(
-            "The latents of --output_type %s hold the video as it is before %s.",
+            "The latents of --output_type %s contain the video before %s.",
             options.output.output_type,
             " and ".join(options.post.tools.labels),
         )
@@ -419,7 +424,7 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
         ignored = {"--offload_inactive_dit": one_at_a_time, "--lazy_loading": lazy}
         for option, is_given in ignored.items():
             if is_given:
-                logger.warning("%s is ignored because a single transformer takes no turns", option)
+                logger.warning("%s is ignored because there is only one transformer", option)
         one_at_a_time = False
         lazy = False
     # several processes may each hold some of the blocks of every network
@@ -512,7 +517,7 @@ def check_models(run: GenerationRun) -> None:
         if run.options.speed.swap.blocks_to_swap:
             check_swap(run.family.dit, run.options.speed.swap.number, counts)
         layers = run.options.guidance.skipped_layers
-        num_blocks = sum(counts[:-1] if run.family.dit.second_list else counts)  # without side blocks
+        num_blocks = sum(counts[:-1] if run.family.dit.side_list else counts)  # without side blocks
         if layers and max(layers) >= num_blocks:
             raise OptionError(
                 f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {num_blocks - 1}"
@@ -541,13 +546,15 @@ def save_merged_model(
     if has_several_experts:
         targets = [path.with_name(f"{path.stem}_{expert.name}{path.suffix}") for expert in experts]
     # an expert without LoRAs is left out; a model of one network is written even without LoRAs
-    merged = [index for index in range(len(files)) if loras_by_expert[index] or not has_several_experts]
-    if not merged:
+    merged_indices = [
+        index for index in range(len(files)) if loras_by_expert[index] or not has_several_experts
+    ]
+    if not merged_indices:
         raise OptionError("--save_merged_model has nothing to merge: give --lora_weight or the like")
     from networks.apply import check_loras_fit  # only with --save_merged_model
     from networks.merging import merge_into_file
 
-    for index in merged:
+    for index in merged_indices:
         sources = [*files, *(lora_use.lora.path for lora_use in loras_by_expert[index])]
         reject_replacing("--save_merged_model", targets[index], sources)
         second_file = family.file_beside(files[index])
@@ -558,10 +565,10 @@ def save_merged_model(
             )
         check_loras_fit(files[index], loras_by_expert[index])
     for index, expert in enumerate(experts):
-        if index in merged:
+        if index in merged_indices:
             merge_into_file(files[index], loras_by_expert[index], targets[index], device, rounding=rounding)
         else:
-            logger.warning(f"There is no LoRA for the {expert.description}: {files[index]} is used as it is")
+            logger.warning(f"There is no LoRA for the {expert.description}: {files[index]} is used unchanged")
 
 
 def make_lines(run: GenerationRun) -> None:

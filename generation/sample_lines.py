@@ -127,7 +127,7 @@ def _read_size(text: str) -> Mapping[str, int]:
     return {"height": sides["video_size_height"], "width": sides["video_size_width"]}
 
 
-_SIZE = prompt_lines.LineOption("size", _read_size)
+_SIZE_OPTION = prompt_lines.LineOption("size", _read_size)
 
 
 def fit_side(pixels: int, step: int) -> int:
@@ -142,7 +142,7 @@ def find_sample_option(word: str) -> prompt_lines.LineOption | None:
         return option
     by_name = {option.key: option for option in SAMPLE_OPTIONS.values()}
     by_name |= {key: SAMPLE_OPTIONS[character] for key, character in _CHARACTERS.items()}
-    by_name |= dict.fromkeys(("video_size", "image_size"), _SIZE)
+    by_name |= dict.fromkeys(("video_size", "image_size"), _SIZE_OPTION)
     by_name |= {"controlnet_image": SAMPLE_OPTIONS["cn"]}  # of other image trainers
     key = key_of(word, by_name)
     return None if key is None else by_name[key]
@@ -164,10 +164,10 @@ def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, 
             SAMPLE_OPTIONS,
             where,
             find=find_sample_option,
-            no_use="Samples of a training have no use for it",
+            unsupported_hint="It has no effect in samples of a training",
         )
     except OptionError as error:
-        raise OptionError(f"{where} {line.strip()!r}: {error}. Correct the line") from None
+        raise OptionError(f"{where} {line.strip()!r}: {error}. Fix the line") from None
 
 
 def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
@@ -268,34 +268,33 @@ def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Ma
 
 def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
     """Return the values of a prompt's table by key, converted. Raises OptionError if a type is wrong."""
-    kinds = _list_kinds()
+    types = _list_types()
     values: dict[str, Any] = {}
     for name, value in entry.items():
         key = name
         option = find_sample_option(name)
-        if key not in kinds and option is not None and option.key in kinds:
-            key = option.key  # a name of lines, such as steps
-        if key != name and key in entry:  # the entry also has the key itself, which takes precedence
-            continue
-        if option is _SIZE:  # keys of a single side take precedence over the size
+        if name not in types and option is not None and option.key in types:
+            key = option.key  # `name` is a name that prompt lines use, such as steps
+            if key in entry:  # the key itself takes precedence
+                continue
+        if option is _SIZE_OPTION:  # keys of a single side take precedence over the size
             sides = _read_sides(value, where)
             values |= {side: number for side, number in sides.items() if side not in entry}
-            continue
-        if key not in kinds:
-            hint = did_you_mean(key, kinds) or f" Known: {', '.join(sorted(kinds))}"
+        elif key in types:
+            values[key] = _convert(key, value, types[key], where)
+        else:
+            hint = did_you_mean(key, types) or f" Known: {', '.join(sorted(types))}"
             logger.warning("%s: the unknown key %s is ignored.%s", where, key, hint)
-            continue
-        values[key] = _convert(key, value, kinds[key], where)
     return values
 
 
-def _list_kinds() -> dict[str, type]:
+def _list_types() -> dict[str, type]:
     """Return the accepted type of each value in a prompt's TOML table, by key."""
-    kinds: dict[str, type] = {}
+    types: dict[str, type] = {}
     for option in SAMPLE_OPTIONS.values():
-        kinds[option.key] = list if option.repeats else type(option.read("1"))
-    kinds["prompt"] = str
-    return kinds
+        types[option.key] = list if option.repeats else type(option.read("1"))
+    types["prompt"] = str
+    return types
 
 
 def _convert(key: str, value: Any, kind: type, where: str) -> Any:

@@ -154,13 +154,13 @@ class OutputOptions(Options, title="output"):
         check_place("--save_path", self.save_path)
         if self.save_path.exists():
             raise OptionError(
-                f"--save_path {self.save_path} exists already, and is kept. Give another name, or a folder, "
-                "in which results get names of their own"
+                f"--save_path {self.save_path} already exists and is not overwritten. Give another name, or "
+                "a folder, in which results get their own names"
             )
         if self.output_type in UNDECODED:
             raise OptionError(
-                f"--save_path {self.save_path} with --output_type {self.output_type}: latents get names of "
-                f"their own. Give a folder for them, such as {self.save_path.with_suffix('')}"
+                f"--save_path {self.save_path} with --output_type {self.output_type}: latents get their own "
+                f"names. Give a folder for them, such as {self.save_path.with_suffix('')}"
             )
         if self.save_path.suffix.lower() not in WRITTEN:
             default = self.save_path.with_suffix(".png" if self.pictures else self.format.suffix)
@@ -286,9 +286,9 @@ class ScriptDefaults:
     lengths: ClipLengths = DEFAULT_LENGTHS
     pictures: bool = False  # the script makes single images; what only videos have is refused by name
     has_experts: bool = False  # whether there are models with two experts, and options for them
-    # options, of the family too, that are None where they are not given: their default is the model's own, or
-    # it counts who gave them -> their help, "" as it is
-    by_model: Mapping[str, str] = field(default_factory=dict)
+    # options, also of the family, that are None unless given, because their default depends on the model or
+    # because it matters whether they were given -> their help; "": as declared
+    defaults_from_model: Mapping[str, str] = field(default_factory=dict)
     has_sound: bool = False  # whether videos can have sound, and there is a --save_audio
     noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
     # options of a prompt line, by letter
@@ -309,8 +309,8 @@ class ScriptDefaults:
     optimized: Mapping[str, Any] = field(default_factory=lambda: {**FASTER, "fp8_fast": True})
 
     @property
-    def spelled(self) -> Mapping[str, tuple[str, ...]]:
-        """Option spellings of this script and of all image scripts."""
+    def flags_by_option(self) -> Mapping[str, tuple[str, ...]]:
+        """Flags of options that this script, or all image scripts, spell differently; the usual one first."""
         if not self.pictures:
             return dict(self.spellings)
         return {"video_size": ("--image_size",), "num_videos": ("--num_images",), **self.spellings}
@@ -345,7 +345,7 @@ class ScriptDefaults:
         }
 
     def _settings(self, source_settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return the changes of the family to shared options, by name: choices, help texts and flags.
+        """Return the family's changes to shared options, by name: choices, help texts and flags.
 
         Args:
             source_settings: Settings of the options of video-to-video.
@@ -353,13 +353,13 @@ class ScriptDefaults:
         settings = self._list_choices_and_helps()
         if self.pictures:
             settings["output_type"]["refused"] = dict.fromkeys(("video", "both"), NO_VIDEOS)
-        for name, about in self.by_model.items():
-            if about:
-                settings[name] = {"help": about}
-        with_flags = {}
-        for name, flags in self.spelled.items():
-            with_flags[name] = {**settings.get(name, {}), "flags": flags}
-        return {**settings, **source_settings, **with_flags}
+        for name, help_text in self.defaults_from_model.items():
+            if help_text:
+                settings[name] = {"help": help_text}
+        settings_with_flags = {}
+        for name, flags in self.flags_by_option.items():
+            settings_with_flags[name] = {**settings.get(name, {}), "flags": flags}
+        return {**settings, **source_settings, **settings_with_flags}
 
     def _list_choices_and_helps(self) -> dict[str, dict[str, Any]]:
         """Return the parser settings of options whose choices or help text differ in this script."""

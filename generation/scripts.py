@@ -15,10 +15,10 @@ from protocols.families import FAMILIES, Script
 def generation_script(
     family: str,
     defaults: ScriptDefaults,
-    about: str | None,
+    docstring: str | None,
     *,
-    settle: Callable[[GenerationOptions, Any], tuple[GenerationOptions, Any]] | None = None,
-    add_more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    adjust_options: Callable[[GenerationOptions, Any], tuple[GenerationOptions, Any]] | None = None,
+    change_parser: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> Script:
     """Return the script that generates with a family.
 
@@ -28,9 +28,9 @@ def generation_script(
     Args:
         family: Name of the family.
         defaults: Defaults of the family for shared options.
-        about: The script's docstring.
-        settle: Checks and changes the shared and the family's options after they are parsed.
-        add_more: Changes the parser after the family's options are added.
+        docstring: Docstring of the script, for --help.
+        adjust_options: Checks and changes the shared and the family's options after they are parsed.
+        change_parser: Changes the parser after the family's options are added.
     """
     entry = FAMILIES[family]
 
@@ -41,11 +41,11 @@ def generation_script(
             warnings = stack.enter_context(contextlib.ExitStack())
             warnings.enter_context(drop_repeated_warnings())
             options, family_options = read_generation(
-                about, defaults, record=record, argv=argv, add_more=add_more
+                docstring, defaults, record=record, argv=argv, add_more=change_parser
             )
             stack.enter_context(name_as_typed(options.typed_names))
-            if settle is not None:  # may change which options are named
-                options, family_options = settle(options, family_options)
+            if adjust_options is not None:  # may change which options were typed
+                options, family_options = adjust_options(options, family_options)
                 stack.enter_context(name_as_typed(options.typed_names))
             options.warn_of_ignored()
             if entry.notice:

@@ -367,7 +367,7 @@ def _make_metadata(run: GenerationRun, cells: JobByCell, paths: Mapping[CellInde
         if all(of_cell.get(key) == text for of_cell in cell_metadata)
     }
     metadata["bt_sheet"] = quote_command(run.options.sheet.sheet or ())
-    row_by_row = sorted(paths, key=lambda cell_index: cell_index[::-1])  # places are (column, row)
+    row_by_row = sorted(paths, key=lambda cell_index: cell_index[::-1])  # cell indices are (column, row)
     for column, row in row_by_row:
         indices = zip(run.options.axes, (column, row), strict=False)  # with one axis, the row is always 0
         axis_values = ", ".join(axis.describe(index) for axis, index in indices)

@@ -304,7 +304,7 @@ def load_vae(
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
         vae = load_planned(
-            plan, lambda config: HunyuanImageVae(config, tile), device, dtype, what=MODEL_LABEL
+            plan, lambda config: HunyuanImageVae(config, tile), device, dtype, label=MODEL_LABEL
         )
     set_memory_format(vae, device)  # memory layout of the convolutions' weights that is fast on this device
     if chunk_size is not None:

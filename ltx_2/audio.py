@@ -269,7 +269,7 @@ def load_audio_vae(path: Path, device: torch.device, option: str = "--audio_vae"
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_audio_vae(checkpoint, option)
-        network = load_planned(plan, build_audio_vae, device, torch.float32, what="the audio VAE of LTX-2")
+        network = load_planned(plan, build_audio_vae, device, torch.float32, label="the audio VAE of LTX-2")
     logger.info("Audio VAE: %s", path)
     return AudioVae(network)
 
@@ -282,7 +282,7 @@ def load_vocoder(path: Path, device: torch.device, option: str = "--audio_vae") 
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vocoder(checkpoint, option)
-        network = load_planned(plan, build_vocoder, device, torch.float32, what="the vocoder of LTX-2").to(
+        network = load_planned(plan, build_vocoder, device, torch.float32, label="the vocoder of LTX-2").to(
             device
         )
     rate = OUTPUT_RATE if "bwe_in_channels" in plan.config else _read_rate(plan.config)

@@ -40,7 +40,7 @@ from ltx_2.video_vae_blocks import VideoVaeConfig
 from modules.devices import select_compute_dtype
 from modules.errors import CacheError, OptionError
 from modules.speed_options import text_form
-from protocols.data import AUDIO_LATENTS, LATENTS_MADE, AudioSpec, Batch, LatentSpec
+from protocols.data import AUDIO_LATENTS, LATENTS_PART, AudioSpec, Batch, LatentSpec
 from protocols.family import TextEncoder
 from protocols.loading import Placement
 from protocols.rules import ShiftedLogit
@@ -244,18 +244,18 @@ class Ltx2Files(TransformerFiles):
     def _find_text_files(self) -> tuple[Path, Path | None]:
         """Return the path of Gemma, and that of the connectors if an option names it.
 
-        --ltx2_text_encoder_checkpoint names a file of connectors, or LTX-2.5's text encoder: Gemma 4 with the
-        projections.
+        --ltx2_text_encoder_checkpoint (`self.connectors`) names either the connectors, which need Gemma 3
+        from another option, or LTX-2.5's text encoder, Gemma 4 in a single file.
         """
-        typed = self.connectors
-        if typed is None or not read_once(require_file(typed, gemma_4.OPTION, ""), gemma_4.is_gemma_4):
-            return self._find_gemma_3(), typed
+        path = self.connectors
+        if path is None or not read_once(require_file(path, gemma_4.OPTION, ""), gemma_4.is_gemma_4):
+            return self._find_gemma_3(), path
         if self.gemma not in (None, GEMMA):
             raise OptionError(
-                f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {typed}. Leave "
+                f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {path}. Leave "
                 "--gemma_root or --gemma_safetensors out"
             )
-        return typed, None
+        return path, None
 
     def _find_gemma_3(self) -> Path:
         """Return the path of --gemma_root; raise OptionError if the transformer needs Gemma 4 instead."""
@@ -283,12 +283,12 @@ class Ltx2Files(TransformerFiles):
             return
         encoder = self.text_encoder()
         encoder.check()
-        # refuse the other generation of Gemma: LTX-2.5 reads texts with Gemma 4, earlier versions with Gemma
-        # 3 (GEMMA_USE)
-        if config is not None and (config.kind == "2.5") != (encoder.use is not GEMMA_USE):
+        # LTX-2.5 encodes texts with Gemma 4, earlier versions with Gemma 3
+        is_gemma_3 = encoder.settings is GEMMA_USE
+        if config is not None and is_gemma_3 == (config.kind == "2.5"):
             raise OptionError(
-                f"{encoder.path} is {encoder.use.model.what}, {self.dit_path} is of LTX-{config.kind}, which "
-                "reads texts with another one. Give the text encoder of its release"
+                f"{encoder.path} is {encoder.settings.model.description}, {self.dit_path} is of "
+                f"LTX-{config.kind}, which needs a different one. Give the text encoder of its release"
             )
         with open_connectors(encoder.connectors, encoder.path) as checkpoint:
             connectors = read_connectors(checkpoint, self.streams).config.streams
@@ -318,8 +318,8 @@ class Ltx2Files(TransformerFiles):
             raise CacheError(
                 f"{batch.keys[0]}: it has no sound, and --ltx2_mode audio learns nothing else. Leave it out"
             )
-        for cache in batch.made_by if self.has_images else ():
-            if cache.part == LATENTS_MADE and cache.encoder == NO_IMAGES:
+        for cache in batch.cache_origins if self.has_images else ():
+            if cache.part == LATENTS_PART and cache.encoder == NO_IMAGES:
                 raise CacheError(
                     f"{cache.path}: it was cached with --ltx2_mode audio and has no pictures. Cache again, "
                     "or train, with the mode of the other"
@@ -327,7 +327,7 @@ class Ltx2Files(TransformerFiles):
 
     def _check_caption_release(self, batch: Batch, config: LtxConfig) -> None:
         """Raise CacheError if captions were encoded by the Gemma of a different release."""
-        for cache in batch.made_by:  # caches of other tools have no records
+        for cache in batch.cache_origins:  # caches of other tools have no records
             is_gemma_4 = "gemma4" in cache.encoder
             if cache.part == GEMMA_USE.name and is_gemma_4 != (config.kind == "2.5"):
                 release = "LTX-2.5 (Gemma 4)" if is_gemma_4 else "LTX-2.3 or 2.0 (Gemma 3)"

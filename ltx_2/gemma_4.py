@@ -91,7 +91,7 @@ def _list_layer_types(num_layers: int, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 GEMMA_4 = LanguageModel(
-    what="a Gemma 4 language model",
+    description="a Gemma 4 language model",
     option=OPTION,
     files=f"{FILE}, or the folder of a release in diffusers' layout to --gemma_root",
     class_prefix="Gemma4UnifiedText",
@@ -119,7 +119,7 @@ GEMMA_4_USE = replace(
             unique_token="<|turn>",
         ),
     ),
-    record="gemma4",
+    record_prefix="gemma4",
 )
 
 

@@ -89,7 +89,7 @@ class Ltx2TextOptions(Options):
         is_there = self.gemma_root != GEMMA or self.gemma_root.is_dir()
         return self.gemma_root if self.gemma_safetensors is not None and is_there else None
 
-    def words(self, checkpoint: Path) -> dict[str, Any]:
+    def as_options(self, checkpoint: Path) -> dict[str, Any]:
         """Return the options that select the same text encoder in another script.
 
         `checkpoint` is the released file. A placeholder stands for a missing file.

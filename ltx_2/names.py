@@ -117,10 +117,10 @@ LTX_2 = FamilyNames(
     # the names of its official code, which ComfyUI, diffusers and the fork of musubi-tuner read, too
     default_format=COMFYUI,
     not_in_diffusers=(("DoRA", "diffusers leaves the magnitudes of LTX-2's DoRAs out"),),
-    versions=("ltx2", "ltx-2", "ltx_2"),
+    version_prefixes=("ltx2", "ltx-2", "ltx_2"),
     release_pattern=r"(?:architecture=ltx-|model_version=)(\d\.\d)",
     newest_release=("2.5", "keyframes_abs_pos_embedding"),
-    optional=tuple(ours for _, ours in (*_LTX_ALIASES, *_LTX_PARAMETERS) if _LTX_STREAM.search(ours)),
+    optional_paths=tuple(ours for _, ours in (*_LTX_ALIASES, *_LTX_PARAMETERS) if _LTX_STREAM.search(ours)),
     optional_description="a stream that this run is without (sound or pictures, --ltx2_mode)",
     parameters=_LTX_PARAMETERS,
     text_module_prefixes=(
@@ -128,8 +128,8 @@ LTX_2 = FamilyNames(
         "text_embedding_projection.",
     ),
     text_module_description="the text connectors",
-    unprefixed=("connectors.", "text_embedding_projection."),
-    numbered=(
+    unprefixed_paths=("connectors.", "text_embedding_projection."),
+    optimizer_numbering=(
         *((f"{prefix}caption_projection.", "linear_1 linear_2") for prefix in ("", "audio_")),
         (
             "transformer_blocks.{n}.",

@@ -14,7 +14,7 @@ CONFIG = "config"  # key of the metadata: settings of all parts, as JSON
 
 def own_part(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     """Return one part of an official file, without its name prefix; return other files unchanged."""
-    return checkpoint.without_prefix(prefix, others=("model.", *OTHER_NETWORKS))
+    return checkpoint.without_prefix(prefix, ignored_prefixes=("model.", *OTHER_NETWORKS))
 
 
 def read_settings(checkpoint: Checkpoint, part: str, class_name: str) -> Mapping[str, Any]:
@@ -38,5 +38,7 @@ def read_settings(checkpoint: Checkpoint, part: str, class_name: str) -> Mapping
             f"{checkpoint.path}: the settings in its metadata cannot be read ({error}). Copy the file again.",
             checkpoint.path,
         ) from error
-    # declared_settings returns the path of config.json and its settings
-    return settings or declared_settings(checkpoint, {class_name})[1]
+    if settings:
+        return settings
+    _, declared = declared_settings(checkpoint, {class_name})  # config.json
+    return declared

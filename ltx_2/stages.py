@@ -85,7 +85,7 @@ class TwoStages:
         for option, path in self.upscalers.items():
             scale_factors = read_scale_factors(path, option, latent.channels)
             frames *= scale_factors.frames
-            side *= scale_factors.side
+            side *= scale_factors.spatial
         return ScaleFactors(frames, side)
 
     def with_coarser_steps(self, latent: LatentSpec) -> LatentSpec:
@@ -93,7 +93,7 @@ class TwoStages:
         scale_factors = self.scale_factors(latent)
         return replace(
             latent,
-            pixel_step=latent.pixel_step * scale_factors.side.numerator,
+            pixel_step=latent.pixel_step * scale_factors.spatial.numerator,
             frame_step=latent.frame_step * scale_factors.frames,
         )
 
@@ -134,8 +134,8 @@ class TwoStages:
     def _make_first_stage(self, prepared: Prepared, latent: LatentSpec) -> Prepared:
         """Return the request of the small clip that the first stage generates."""
         scale_factors = self.scale_factors(latent)
-        width = int(prepared.width / scale_factors.side)
-        height = int(prepared.height / scale_factors.side)
+        width = int(prepared.width / scale_factors.spatial)
+        height = int(prepared.height / scale_factors.spatial)
         # the first frame has a latent frame to itself, so only the others are multiplied later
         frames = (prepared.frames - 1) // scale_factors.frames + 1
         joint = prepared.audio_video_shapes
@@ -156,18 +156,19 @@ class TwoStages:
     def _plan_upscaling(
         self, shape: tuple[int, int, int, int, int], dtype: torch.dtype
     ) -> tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...]:
-        """Return a loader for each upscaler, with the shape of the latents that it receives.
+        """Return a loader and the shape of the input latents, B C F H W, for each upscaler, in order.
 
-        `shape` is the shape of the first stage's latents, B C F H W. Upscalers run in order.
+        `shape` is the shape of the first stage's latents.
         """
         loaders = []
         for option, path in self.upscalers.items():
             batch, channels, length, rows, columns = shape
-            loaders.append((partial(load_upscaler, path, option, dtype), shape))
+            load = partial(load_upscaler, path, option, dtype)
+            loaders.append((load, shape))
             factors = read_scale_factors(path, option, channels)
             # the first latent frame stays single
             length = (length - 1) * factors.frames + 1
-            shape = (batch, channels, length, int(rows * factors.side), int(columns * factors.side))
+            shape = (batch, channels, length, int(rows * factors.spatial), int(columns * factors.spatial))
         return tuple(loaders)
 
 
@@ -181,9 +182,9 @@ def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
     if options.temporal_upsampler_path is not None:
         upscalers[TEMPORAL] = options.temporal_upsampler_path
     loras = []
-    path, first, second = options.lora
-    if path is not None and (first or second):  # a strength of 0 in both stages adds nothing
-        loras.append(StageLora(path, "--distilled_lora_path", first, second))
+    path, first_strength, second_strength = options.lora
+    if path is not None and (first_strength or second_strength):
+        loras.append(StageLora(path, "--distilled_lora_path", first_strength, second_strength))
     skips_second_stage = False
     if isinstance(options, Ltx2OfficialStages):
         for path, strength in options.first_loras:
@@ -213,8 +214,8 @@ def move_ic_loras_to_first_stage(shared: Any, own_options: Any) -> tuple[Any, An
         )
     if not both_stages and shared.lora_rounding != "auto":
         raise OptionError(
-            f"--lora_rounding {shared.lora_rounding}: {first_stage[0][0]} is an IC-LoRA, which is added "
-            "beside the weights and not merged into them. Leave the option out"
+            f"--lora_rounding {shared.lora_rounding}: {first_stage[0][0]} is an IC-LoRA, which is not "
+            "merged into the weights. Leave the option out"
         )
     logger.info(
         "%s: an IC-LoRA, which only the first stage uses, as in the official pipeline",

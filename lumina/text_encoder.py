@@ -47,7 +47,7 @@ def read_settings(
 
 
 GEMMA_2 = language_models.LanguageModel(
-    what="a Gemma 2 language model",
+    description="a Gemma 2 language model",
     option=GEMMA_OPTION,
     files=GEMMA_NAMES,
     class_prefix="Gemma2",
@@ -138,7 +138,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         self.system_prompt = system_prompt
         self.in_negative = in_negative
         self.padded_length = round_up(max_tokens, LENGTH_MULTIPLE)
-        self.maximum = max_tokens
+        self.max_length = max_tokens
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -147,7 +147,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
             config = read_gemma(checkpoint).config
         words = f"{config.num_heads} heads, theta {config.theta}, scaled by {config.settings[SCALAR]}"
         identity = self.identify(
-            "gemma2", config=words, dtype=dtype_name(self.dtype), tokens=str(self.maximum)
+            "gemma2", config=words, dtype=dtype_name(self.dtype), tokens=str(self.max_length)
         )
         return {**identity, "system_prompt": self.system_prompt}
 
@@ -155,7 +155,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         """Put the system prompt before the prompt; negative prompts get none unless the options say so."""
         has_system = self.system_prompt and (self.in_negative or not prompt.is_negative)
         before = f"{self.system_prompt} {PROMPT_START} " if has_system else ""
-        return TemplatedPrompt(before + prompt.text, prompt.text, prompt.spans, len(before))
+        return TemplatedPrompt(before + prompt.text, prompt.text, prompt.weighted_spans, len(before))
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raise CheckpointError if the tokenizer has no begin token."""
@@ -171,21 +171,28 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         return gemma
 
     def compute(
-        self, network: nn.Module, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
+        self,
+        network: nn.Module,
+        tokenizer: TextTokenizer,
+        token_ids: Sequence[list[int]],
+        num_template_tokens: int,
     ) -> list[Conditions]:
         """Return {"hidden_state": L C, "attention_mask": L, "input_ids": L int64} for each prompt.
 
         Args:
             network: Gemma 2.
             tokenizer: Not used.
-            rows: Token ids of the prompts, of their own lengths.
-            dropped: Not used, because the states of the system prompt are inputs of the model too.
+            token_ids: Token ids of each prompt, not padded.
+            num_template_tokens: Not used, because the states of the system prompt are inputs of the model
+                too.
         """
         device = network.get_parameter(self.embedding).device
         results: list[Conditions] = []
-        for first in range(0, len(rows), BATCH_SIZE):
+        for first in range(0, len(token_ids), BATCH_SIZE):
             # B L, padded to `padded_length`
-            input_ids, mask = fill_rows(rows[first : first + BATCH_SIZE], self.padded_length, PAD_TOKEN_ID)
+            input_ids, mask = fill_rows(
+                token_ids[first : first + BATCH_SIZE], self.padded_length, PAD_TOKEN_ID
+            )
             embeds = network.get_submodule("embed_tokens")(input_ids.to(device))
             states = language_states(network, embeds, mask.to(device), HIDDEN_STATES).cpu()  # B L C
             states = states * mask[..., None]  # 0 for padding

@@ -135,8 +135,7 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
         "sampling_rate": RATE,
         **_read_decoder_settings(shape, num_stages, num_blocks),
     }
-    # declared_settings returns the path of config.json and its settings
-    declared = declared_settings(checkpoint, {DIFFUSERS_CLASS})[1]
+    _, declared = declared_settings(checkpoint, {DIFFUSERS_CLASS})  # config.json
     for key in ("num_attention_heads", "latents_mean", "latents_std"):
         if declared.get(key) is not None:
             settings[key] = declared[key]
@@ -192,7 +191,7 @@ def load_audio_vae(path: Path, device: torch.device, option: str = "--audio_vae"
     with open_checkpoint(path) as checkpoint:
         plan = read_audio_vae(checkpoint, option)
         network = load_planned(
-            plan, build_audio_vae, device, torch.float32, what="the audio VAE of MiniMax-H3"
+            plan, build_audio_vae, device, torch.float32, label="the audio VAE of MiniMax-H3"
         )
     logger.info("Audio VAE: %s", path)
     return H3AudioVae(network)

@@ -84,12 +84,12 @@ H3_USE = LanguageEncoderSettings(
     states_key=KEY,
     model=replace(QWEN3_VL, files=TEXT_FILES, word_key="qwen3vl_32b"),
     source=TokenizerSource(TOKENIZER, adds_own=False, read_file=read_qwen_tokenizer),
-    maximum=MAX_TOKENS,
+    max_length=MAX_TOKENS,
     states=(LAYERS,),
     mask_key=TAGS,  # 1, the tag of texts, for each token
-    blank=BLANK,
+    empty_prompt_text=BLANK,
     batch_size=1,  # so that a state does not depend on other prompts
-    pictures=IMAGE_PROMPT,
+    image_format=IMAGE_PROMPT,
 )
 
 
@@ -149,19 +149,21 @@ class H3TextEncoder(LanguageModelEncoder):
         num_media_tokens = len(ids)
         ids += tokens.ids
         tags += [TEXT_TAG] * len(tokens.ids)
-        if len(ids) > self.maximum:
+        if len(ids) > self.max_length:
             raise MediaError(
-                f"the prompt with its pictures and clips has {len(ids)} tokens, but at most {self.maximum} "
-                "are allowed. Give fewer or smaller references: --reference_image_short_edge, "
-                "--reference_video_short_edge"
+                f"the prompt with its pictures and clips has {len(ids)} tokens, but at most "
+                f"{self.max_length} are allowed. Give fewer or smaller references: "
+                "--reference_image_short_edge, --reference_video_short_edge"
             )
-        num_rows = len(network.get_parameter(self.embedding)) + sum(word.word.count for word in self.words)
+        num_rows = len(network.get_parameter(self.embedding)) + sum(
+            word.word.count for word in self.added_words
+        )
         check_ids([ids], num_rows, self.path, self.source.files.option)
         (conditions,) = self.compute(
             network, tokenizer, token_ids=[ids], num_template_tokens=0, images=[presentation.images]
         )
         conditions = {**conditions, TAGS: [torch.tensor(tags)]}
-        if not prompt.spans:
+        if not prompt.weighted_spans:
             return conditions
         weights = weights_of(self.write(prompt), tokens.char_spans)
         return self.weigh(conditions, [1.0] * num_media_tokens + weights)

@@ -50,7 +50,7 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     reject_writing(path)
     with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path.parent)
+        _remove_leftovers_once(path.parent)
         check_space(path, size_bytes)
         temporary = temporary_name(path)
         try:
@@ -101,11 +101,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
-    """Yield an empty temporary folder next to `path`.
+    """Yield an empty temporary folder for files that belong together.
 
-    If the block succeeds, move the files in the folder next to `path` too. Use it for files that belong
-    together: none appears before all are written, and then they appear in the order of their names. No file
-    is replaced. `size_bytes` is the total size of the files, which is compared with the free space first.
+    If the block succeeds, move these files into the parent folder of `path`, in the order of their names, so
+    that none appears before all are written. Existing files are never replaced. `size_bytes` is the total
+    size of the files; it is compared with the free space first.
 
     Raises:
         OutputError: If the files cannot be written or one of their names is taken.
@@ -113,7 +113,7 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     reject_writing(path)
     with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path.parent)
+        _remove_leftovers_once(path.parent)
         check_space(path, size_bytes)
         temporary = temporary_name(path)
         temporary.mkdir()
@@ -245,7 +245,7 @@ def remove_leftovers(
 
 
 def _read_claim(entry: os.DirEntry[str]) -> re.Match[str] | None:
-    """Return the mark of the writer in a claim file; None for any other file, or if it cannot be read."""
+    """Return the match of a process's id in a claim file; None for any other file, or if it is unreadable."""
     if not entry.name.endswith(_CLAIMED) or not entry.is_file(follow_symlinks=False):
         return None
     try:
@@ -256,7 +256,7 @@ def _read_claim(entry: os.DirEntry[str]) -> re.Match[str] | None:
 
 
 # once per run and folder: listing a large cache takes longer than one write
-_sweep = lru_cache(maxsize=64)(remove_leftovers)
+_remove_leftovers_once = lru_cache(maxsize=64)(remove_leftovers)
 
 
 def give_name(file: Path, path: Path) -> None:

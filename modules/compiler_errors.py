@@ -24,7 +24,7 @@ def explain_compilation(error: Exception) -> str | None:
     remedy = "Update the compiler (g++ or clang; on a GPU Triton) and its headers"
     if folder is not None:
         remedy = (
-            f"{folder} has a blank in its path, which breaks the compiler's command: use a folder without one"
+            f"{folder} has a space in its path, which breaks the compiler's command: use a folder without one"
         )
     return (
         f"compiling the blocks failed: {shorten(cause, MAX_OF_CAUSE)}\n"

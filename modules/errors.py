@@ -85,5 +85,5 @@ _COMPILERS = ("torch._dynamo", "torch._inductor", "triton.")
 
 
 def is_of_compiler(error: BaseException) -> bool:
-    """Return whether an error comes from the compiler of torch or Triton, so that every call would fail."""
+    """Return whether an error comes from torch's compiler or Triton, so that every further call fails."""
     return any(cls.__module__.startswith(_COMPILERS) for cls in type(error).__mro__)

@@ -12,11 +12,13 @@ from modules.run_limits import reject_writing
 MAX_FLUSHES = 16  # maximum number of concurrent flushes
 
 
-def write_files(contents: Mapping[Path, bytes], note: Callable[[Path], None] = lambda path: None) -> None:
+def write_files(
+    contents: Mapping[Path, bytes], on_written: Callable[[Path], None] = lambda path: None
+) -> None:
     """Write many small files, each completely or not at all; flushes to disk overlap, which saves time.
 
-    No file is replaced before all new contents are on the disk. Existing files keep their mode. `note` is
-    called with each path once it has its new content. Raises OutputError, possibly after some files are
+    No file is replaced before all new contents are on the disk. Existing files keep their mode. `on_written`
+    is called with each path once it has its new content. Raises OutputError, possibly after some files are
     replaced.
     """
     temporaries: dict[Path, Path] = {}
@@ -34,7 +36,7 @@ def write_files(contents: Mapping[Path, bytes], note: Callable[[Path], None] = l
         for path, temporary in temporaries.items():
             with explain_errors(path):
                 replace_file(temporary, path)
-            note(path)
+            on_written(path)
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ TABLES = Path(__file__).with_name("option_tables.txt")  # one entry per line: ki
 
 @cache
 def _read_lines() -> Mapping[str, str]:
-    """Return the JSON of each entry by its kind and name; a script needs a few hundred of them."""
+    """Return the JSON text of each entry by its kind and name; only the entries in use are parsed."""
     lines = TABLES.read_text(encoding="utf-8").rstrip("\n").split("\n")
     return dict(line.split("\t", 1) for line in lines)
 

@@ -81,27 +81,28 @@ def height_width(two_pairs: re.Match[str]) -> tuple[str, str]:
     return (two_pairs[3], two_pairs[1]) if is_width_first else (two_pairs[1], two_pairs[3])
 
 
-def check_path(option: str, path: Path, place: str, hint: str) -> None:
+def check_path(option: str, path: Path, required: str, hint: str) -> None:
     """Raise OptionError if an option cannot take a path.
 
-    `place` is what has to exist ("file", "folder", or "there" for both), or what will be made ("new folder",
-    "new file", or "safetensors" for a new file of that kind). `hint` is advice for a path that has to exist.
+    `required` is what has to exist ("file", "folder", or "there" for either), or what will be written ("new
+    folder", "new file", or "safetensors" for a new file of that kind). `hint` is advice for a path that has
+    to exist.
     """
-    if place == "safetensors":
+    if required == "safetensors":
         check_output_file(option, path)
-    elif place == "new file":
+    elif required == "new file":
         check_place(option, path)
-    elif place == "new folder":
+    elif required == "new folder":
         if path_exists(path) and not path.is_dir():
             raise OptionError(f"{option} {path}: it is a file; give a folder, it will be created")
     elif not path_exists(path):
-        kind = "folder" if place == "folder" else "file"
+        kind = "folder" if required == "folder" else "file"
         remedy = hint or "the path of an existing one"
         raise OptionError(f"{option} {path}: no such {kind}.{explain_missing(path)} Give {remedy}")
-    elif place == "folder" and not path.is_dir():
+    elif required == "folder" and not path.is_dir():
         raise OptionError(f"{option} {path}: it is a file. Give the folder that it is in: {path.parent}")
-    elif place not in ("folder", "there") and path.is_dir():
-        raise OptionError(f"{option} {path}: is a folder. Give {hint or f'a {place}'}")
+    elif required not in ("folder", "there") and path.is_dir():
+        raise OptionError(f"{option} {path}: is a folder. Give {hint or f'a {required}'}")
 
 
 def check_numbers(option: str, value: Any) -> None:
@@ -215,8 +216,8 @@ def split_pairs(option: str, items: Sequence[str]) -> dict[str, str]:
     for item in items:
         if len(item) > MAX_OF_ARGUMENT:
             raise OptionError(
-                f"{option} {' '.join(item[:40].split())}...: {MAX_OF_ARGUMENT:,} characters are the most. "
-                "Write less, or leave it out"
+                f"{option} {' '.join(item[:40].split())}...: {MAX_OF_ARGUMENT:,} characters are allowed at "
+                "most. Write less, or leave it out"
             )
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
@@ -228,8 +229,8 @@ def split_pairs(option: str, items: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-# what stands between two settings in one word: a blank, or a comma or semicolon behind a value without "="
-_TWO_PAIRS = (
+# what separates two settings in one word: a space, or a comma or semicolon after a value without "="
+_GAP_BETWEEN_PAIRS = (
     re.compile(r"[^\s,;](?P<gap>\s+)(?=[A-Za-z_]\w*=[^=])"),
     re.compile(r"^[^=\[({]*(?P<gap>[,;]\s*)(?=[A-Za-z_]\w*\s*=[^=])"),
 )
@@ -242,19 +243,19 @@ def _check_single_pair(option: str, item: str, value: str) -> None:
     """
     if '"' in value or "'" in value:  # quoted values may contain separators
         return
-    for pattern in _TWO_PAIRS:
-        two_pairs = pattern.search(value)
-        if two_pairs is not None:
-            first_pair = item[: len(item) - len(value) + two_pairs.start("gap")]
+    for pattern in _GAP_BETWEEN_PAIRS:
+        second_pair = pattern.search(value)
+        if second_pair is not None:
+            first_pair = item[: len(item) - len(value) + second_pair.start("gap")]
             raise OptionError(
                 f"{option} {item!r}: write each KEY=VALUE as a word of its own, without a separator: "
-                f"{first_pair.strip()} {value[two_pairs.end('gap') :]}"
+                f"{first_pair.strip()} {value[second_pair.end('gap') :]}"
             )
     if value.rstrip().endswith((",", ";")):
         mark = value.rstrip()[-1]
         raise OptionError(
-            f"{option} {item!r}: a {'comma' if mark == ',' else 'semicolon'} is left behind the value. "
-            f"Settings are separated by blanks alone: {item.rstrip().rstrip(',; ')}"
+            f"{option} {item!r}: a {'comma' if mark == ',' else 'semicolon'} follows the value. Settings "
+            f"are separated by spaces only: {item.rstrip().rstrip(',; ')}"
         )
 
 

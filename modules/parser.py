@@ -327,9 +327,9 @@ class Parser(argparse.ArgumentParser):
             return ""
         has_two_dashes = word.startswith("--")
         if self._takes_value(before) and not has_two_dashes:
-            return f"{word} is not an option. A value that begins with - goes behind =: {before}={word}"
+            return f"{word} is not an option. A value that begins with - goes after =: {before}={word}"
         if not advice and not has_two_dashes and path_exists(Path(word)):
-            advice = f" Of the file of this name write ./{word}"
+            advice = f" For the file of this name, write ./{word}"
         return f"Unknown option {name}.{advice or guess_option(flags, name.lstrip('-'))}"
 
     def _looks_like_unknown_option(self, before: str, word: str) -> bool:

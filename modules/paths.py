@@ -203,7 +203,8 @@ _SIGNATURES = re.compile(
     r"|key-pair-id|token|access_token|hdnts|hdnea|sig",
     re.IGNORECASE,
 )
-_AZURE = re.compile(r"s[eiprtv]|sr[ts]|spr|sip|sdd|sk(oid|tid|t|e|s|v)", re.IGNORECASE)  # only next to `sig`
+# these belong to a signature only next to `sig`
+_AZURE_SIGNATURE_PARTS = re.compile(r"s[eiprtv]|sr[ts]|spr|sip|sdd|sk(oid|tid|t|e|s|v)", re.IGNORECASE)
 
 
 def is_address(text: str) -> bool:
@@ -241,11 +242,11 @@ def address_identity(address: str) -> str:
         return address
     parts = split_address(address)
     pairs = parse_qsl(parts.query, keep_blank_values=True)
-    is_azure = any(name.lower() == "sig" for name, _ in pairs)  # _AZURE counts only next to it
+    is_azure = any(name.lower() == "sig" for name, _ in pairs)
     pairs = [
         (name, value)
         for name, value in pairs
-        if not (_SIGNATURES.fullmatch(name) or (is_azure and _AZURE.fullmatch(name)))
+        if not (_SIGNATURES.fullmatch(name) or (is_azure and _AZURE_SIGNATURE_PARTS.fullmatch(name)))
     ]
     host = parts.netloc.rpartition("@")[2].lower()
     query = f"?{urlencode(pairs)}" if pairs else ""

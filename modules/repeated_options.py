@@ -41,7 +41,7 @@ class RepeatedOption(NamedTuple):
 
     name: str
     flags: tuple[str, ...]  # all spellings
-    typed: str  # the spelling that the user typed
+    flag: str  # the spelling that the user typed
     value: Any
 
 
@@ -114,18 +114,19 @@ def join_options(
     """
     accepted = accepted_options(record)
     name_by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
-    # public name -> flag and value; a flag that the command does not know stands for itself
+    # name of an option, or its flag if the command does not know it -> flag and value
     joined = {name_by_flag.get(flag, flag): (flag, value) for flag, value in chosen.items()}
     for option in repeated:
         name = next(find_names(option, accepted, name_by_flag), None)
         if name is None:
             continue
         flags = accepted[name].flags
-        flag, value = joined.get(name, (flags[-1], option.value))  # the last flag is --NAME
+        default_flag = flags[-1]  # --NAME
+        flag, value = joined.get(name, (default_flag, option.value))
         if isinstance(value, Placeholder):
             value = option.value
-        if option.typed in flags:
-            flag = option.typed
+        if option.flag in flags:
+            flag = option.flag
         joined[name] = flag, value
     return dict(joined.values())
 
@@ -137,7 +138,7 @@ def find_names(
 
     The name that matches the typed spelling comes first.
     """
-    spellings = (option.typed, f"--{option.name}", *option.flags)
+    spellings = (option.flag, f"--{option.name}", *option.flags)
     names = dict.fromkeys(name_by_flag[flag] for flag in spellings if flag in name_by_flag)
     for name in names:
         if accepted[name].is_switch == isinstance(option.value, bool):

@@ -29,10 +29,12 @@ QUEUE_FOLDER = "reelsmith-queue"
 def limit_variables(
     folders: Iterable[Path], typed: Collection[str] = (), command: str = ""
 ) -> dict[str, str]:
-    """Return the variables that limit a process, and those that it starts, to writing below these folders.
+    """Return the environment variables that let a process and its children write only below these folders.
 
-    `folders` has at least one. `typed` are the names of the options that may send something. `command` is
-    that of a run, for messages; empty for commands without an option that widens the limits.
+    Args:
+        folders: At least one folder; the first one is the run's.
+        typed: Names of the options that the user typed. Among them are those that permit network access.
+        command: Command line of a run, for messages; "" for commands that have no option to allow more.
     """
     import json  # here: all options import this file
 

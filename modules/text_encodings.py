@@ -79,9 +79,9 @@ class EncodingGuess:
 
 def guess_encoding(content: bytes) -> EncodingGuess | None:
     """Return the most probable encoding of bytes that are not UTF-8; None if they are probably not text."""
-    marked = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), None)
-    if marked is not None or b"\0" in content:
-        return _guess_utf16_or_32(content, marked)
+    utf_with_mark = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), None)
+    if utf_with_mark is not None or b"\0" in content:
+        return _guess_utf16_or_32(content, utf_with_mark)
     if _CONTROL.search(content):
         return None
     as_utf8 = content.decode("utf-8", "replace")

@@ -66,7 +66,7 @@ class Change:
     weighted_lora: WeightedLora
     delta: Delta
     parameter_name: str = "weight"  # or bias
-    rows: slice | None = None  # rows of the parameter that the LoRA is for; None: all
+    row_slice: slice | None = None  # rows of the parameter that the LoRA is for; None: all
     rotations: Tensor | None = None  # R - I of an input rotation; None until `to` computes it
 
     def change_shape(self) -> tuple[int, ...]:
@@ -118,7 +118,7 @@ class Change:
             raise CheckpointError(
                 f"{path}: the factors for {name} do not match each other ({error}).", path
             ) from error
-        changed_rows = weight if change.rows is None else weight[change.rows]
+        changed_rows = weight if change.row_slice is None else weight[change.row_slice]
         expected = list(changed_rows.shape)
         is_dora = change.delta.normalization is not None
         if shape == expected and not is_dora:
@@ -157,7 +157,7 @@ class Change:
                 f"of a published model.\n  Give {rotation.title} that was trained for this model.",
                 path,
             )
-        return self if rows == slice(0, len(weight)) else replace(self, rows=rows)
+        return self if rows == slice(0, len(weight)) else replace(self, row_slice=rows)
 
     def _describe_mismatch(self, shape: list[int], expected: list[int]) -> str:
         """Return why shape or DoRA magnitudes do not fit, as the end of "it has ..."; "" if they fit.
@@ -203,7 +203,7 @@ class Change:
         layer_start = rows.start - first_row  # row of the weight at which the layer begins
         layer_factors = {name: tensor for name, tensor in self.delta.factors.items() if name != ROW_RANGE}
         layer_rows = slice(layer_start, layer_start + layer_size[0])
-        return replace(self, delta=replace(self.delta, factors=layer_factors), rows=layer_rows)
+        return replace(self, delta=replace(self.delta, factors=layer_factors), row_slice=layer_rows)
 
     def _fit_to_related_module(self, related: RelatedModule, weight: Tensor) -> "Change":
         """Return the change for a weight that contains the LoRA's module, or is a part of it.
@@ -218,7 +218,7 @@ class Change:
         if rows is None:
             return self
         if related.is_part and isinstance(rows, slice):
-            return replace(self, rows=rows)
+            return replace(self, row_slice=rows)
         has_all_rows = rows == slice(0, self.change_shape()[0])
         if has_all_rows:
             return self
@@ -269,8 +269,8 @@ class Change:
             weight: These rows before any change, float32. A change that replaces the weight is written into
                 them.
         """
-        if self.rows is not None:
-            overlap = _find_overlap(self.rows, block_rows, len(total))
+        if self.row_slice is not None:
+            overlap = _find_overlap(self.row_slice, block_rows, len(total))
             if overlap is None:
                 return
             block_rows = overlap.in_change

@@ -501,7 +501,7 @@ def _bake_or_convert_magnitudes(lora: LoraFile, family: FamilyNames | None, conv
     if baking is not None and baking.rank is not None:
         return bake(lora, family, baking)
     # FramePack's own layout is that of diffusers, so ComfyUI's form of magnitudes does not apply to it
-    in_diffusers = family is not None and family.is_as_in_diffusers and family.start == IN_DIFFUSERS
+    in_diffusers = family is not None and family.is_as_in_diffusers and family.path_prefix == IN_DIFFUSERS
     is_for_comfyui = conversion.target == "other" and not in_diffusers
     for kind in KINDS:  # only DoRA changes the file
         lora = kind.convert_magnitudes(lora, family, baking, is_for_comfyui, conversion.target)
@@ -573,7 +573,7 @@ def _metadata_of_converted(lora: LoraFile, target: str, family: FamilyNames | No
         families = lora.families()
         if len(families) < 2 or not module_names.have_same_names(families):
             # the names alone may no longer show the family
-            metadata[TRAINED_ON] = family.written_version or family.name
+            metadata[TRAINED_ON] = family.written_base_model or family.name
     return metadata
 
 

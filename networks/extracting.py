@@ -144,7 +144,7 @@ def extract_model(options: ExtractOptions) -> None:
         )
     if family.network_module == FLUX_MODULE:  # its metadata depend on the variant
         return extract_flux(options)
-    is_stable_diffusion = bool(family.written_version)
+    is_stable_diffusion = bool(family.written_base_model)
     if is_stable_diffusion:
         raise CheckpointError(
             f"{options.model_org} contains only the U-Net of a Stable Diffusion checkpoint. Give complete "
@@ -269,7 +269,7 @@ def extract_full(options: ExtractOptions) -> None:
         arguments: dict[str, str] = {}
         if options.conv_dim is not None:
             arguments = {"conv_dim": str(options.conv_dim), "conv_alpha": str(float(options.conv_dim))}
-        names = BaseModelEntries("networks.lora", family.written_version, family.architecture)
+        names = BaseModelEntries("networks.lora", family.written_base_model, family.architecture)
         metadata = _make_metadata(options, names, is_v2=family is SD2, arguments=arguments)
         _write_lora_of_difference(
             options,

@@ -102,7 +102,7 @@ class LoraFormat:
             tensors: Tensors under our names, on the CPU.
         """
         if self.name == KNOWN:
-            if self.family is not None and self.family.always_underscored == "aliases":
+            if self.family is not None and self.family.underscored_names == "aliases":
                 from networks.writing import rename_to_aliases  # only for a few families
 
                 tensors = rename_to_aliases(tensors, self.family)

@@ -43,7 +43,7 @@ class FusedPiece(NamedTuple):
 class FactorsOfRows(NamedTuple):
     """The factors for some rows of a fused weight."""
 
-    rows: slice
+    row_slice: slice
     factors: Factors
 
 
@@ -473,7 +473,7 @@ def _is_low_rank_matrix(factors: Factors) -> bool:
 def _sort_by_rows(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[FactorsOfRows]:
     """Pair the factors of each part of a fused layer with its rows in the fused weight; sort by rows."""
     parts = [FactorsOfRows(rows, piece.factors) for rows, piece in zip(slices, pieces, strict=True)]
-    return sorted(parts, key=lambda part: part.rows.start)
+    return sorted(parts, key=lambda part: part.row_slice.start)
 
 
 def _check_magnitudes(factors_of_parts: Sequence[Factors], num_rows: int) -> None:
@@ -504,7 +504,7 @@ def _join_low_rank(parts: Sequence[FactorsOfRows], num_rows: int) -> Factors:
     scales = [scaling_of(part.factors) for part in parts]  # alpha / rank
     scale = scales[0]
     if any(other != scale for other in scales):
-        parts = [FactorsOfRows(part.rows, _fold_into_up(part.factors)) for part in parts]
+        parts = [FactorsOfRows(part.row_slice, _fold_into_up(part.factors)) for part in parts]
         scale = 1.0
     downs = [part.factors[DOWN] for part in parts]
     # parts that were cut from one LoRA have the same down factor
@@ -534,7 +534,7 @@ def _join_up_factors(parts: Sequence[FactorsOfRows], num_rows: int, rank: int, s
     first_column = 0
     for part in parts:
         up = part.factors[UP]
-        joined[part.rows, first_column : first_column + up.shape[1]] = up
+        joined[part.row_slice, first_column : first_column + up.shape[1]] = up
         if not shares_down:
             first_column += up.shape[1]
     return joined
@@ -562,7 +562,7 @@ def _stack_factor(parts: Sequence[FactorsOfRows], name: str, num_rows: int) -> T
     first = parts_with_tensor[0].factors[name]
     stacked = first.new_zeros(num_rows, *first.shape[1:])
     for part in parts_with_tensor:
-        stacked[part.rows] = part.factors[name]
+        stacked[part.row_slice] = part.factors[name]
     return stacked
 
 
@@ -581,7 +581,7 @@ def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matr
     if len(slices) < len(pieces):
         raise FusionError("its parts are not matrices, or do not fit the rows of the weight")
     parts = _sort_by_rows(pieces, slices)
-    ranges = [(part.rows.start, part.rows.stop) for part in parts]
+    ranges = [(part.row_slice.start, part.row_slice.stop) for part in parts]
     if _cover_all_rows(ranges, num_rows):
         layer = _restore_layer([part.factors for part in parts])
         if layer is not None:
@@ -633,7 +633,7 @@ def _check_full_matrices(part_deltas: Sequence[Delta], parts: Sequence[FactorsOf
     if any(delta.has_input_magnitudes for delta in part_deltas):
         raise FusionError(f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, so they belong to the parts")
     num_with_magnitudes = sum(delta.magnitudes is not None for delta in part_deltas)
-    covered_rows = sum(part.rows.stop - part.rows.start for part in parts)
+    covered_rows = sum(part.row_slice.stop - part.row_slice.start for part in parts)
     if num_with_magnitudes and (num_with_magnitudes < len(parts) or covered_rows < num_rows):
         raise FusionError(
             f"its parts have {MAGNITUDE_KIND_NAME} magnitudes for less than its {num_rows} rows"
@@ -644,7 +644,7 @@ def _write_rows(parts: Sequence[FactorsOfRows], values: Sequence[Tensor | None],
     """Write the values of each part into its rows of `total`, and return it."""
     for part, part_values in zip(parts, values, strict=True):
         if part_values is not None:
-            total[part.rows] = part_values
+            total[part.row_slice] = part_values
     return total
 
 
@@ -733,7 +733,7 @@ def stack_rows(
     Raises:
         CheckpointError: If the rows of a layer cannot be divided into heads, or cannot be reordered.
     """
-    has_rows_by_head = any(re.search(rule.mark, name) for name in names_in_file)
+    has_rows_by_head = any(re.search(rule.file_pattern, name) for name in names_in_file)
     if not has_rows_by_head:
         return tensors
     ending = rule.ending.replace(".", "_")

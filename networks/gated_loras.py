@@ -307,7 +307,7 @@ def frozen_product(module: nn.Module, x: Tensor) -> Tensor:
     """Return x W^T for the frozen weight of a Linear, without its bias and without LoRAs around it."""
     stored = quantized_weight_of(module)
     if stored is not None:
-        return stored.form.multiply(x, stored.tensors, stored.shape, None)
+        return stored.format.multiply(x, stored.tensors, stored.shape, None)
     weight = module.weight
     assert isinstance(weight, Tensor)
     return functional.linear(x.to(weight.dtype), weight)

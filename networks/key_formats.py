@@ -126,7 +126,7 @@ def to_native(
         unknown_names = describe_unknown(parsed.full_path for parsed in keys.of_dit.values())
 
     our_modules = _map_paths_to_our_names(keys.of_dit, families)
-    our_names = {key: f"{our_modules[parsed.path]}.{parsed.part}" for key, parsed in keys.of_dit.items()}
+    our_names = {key: f"{our_modules[parsed.path]}.{parsed.suffix}" for key, parsed in keys.of_dit.items()}
     text_names: dict[str, str] = {}
     if with_texts:
         text_family = _find_family_for_texts(keys.of_text_encoders, families, hint)
@@ -231,7 +231,7 @@ def _find_families(
     factors: dict[str, dict[str, Tensor]] = {}
     for key, parsed in keys.items():
         module = OURS + parsed.path.replace(".", "_")
-        factors.setdefault(module, {})[parsed.part] = tensors[key]
+        factors.setdefault(module, {})[parsed.suffix] = tensors[key]
     return families_of(factors, hint) if factors else []
 
 
@@ -260,7 +260,7 @@ def _may_be_underscored(family: FamilyNames, paths: Collection[str]) -> bool:
     LoRAs all tools write in this way (SDXL).
     """
     has_aliases = any(alias(path, family) != path for path in paths)
-    return not has_aliases or family.always_underscored == "aliases"
+    return not has_aliases or family.underscored_names == "aliases"
 
 
 def _map_paths_to_our_names(keys: Mapping[str, ParsedKey], families: Sequence[FamilyNames]) -> dict[str, str]:
@@ -440,6 +440,9 @@ def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
         if size is not None:
             widths.add(size[1])
     for family in FAMILIES:
-        if family.start == UNET_IN_DIFFUSERS and {width for width, _ in family.released} == widths:
+        if (
+            family.path_prefix == UNET_IN_DIFFUSERS
+            and {width for width, _ in family.released_sizes} == widths
+        ):
             return family
     return None

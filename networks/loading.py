@@ -98,7 +98,7 @@ class LoraFile:
     is_family_by_names: bool = False  # the family was inferred from tensor names, not read from metadata
     trusted_family: FamilyNames | None = None  # family of a file written by us; None for other programs
     changes_other_networks: bool = False  # if `encoder` is set: whether the file changes other networks too
-    words: BundledWords = field(default_factory=dict)  # trained words (embeddings) bundled for prompts
+    embeddings: BundledWords = field(default_factory=dict)  # trained words (embeddings) bundled for prompts
 
     @property
     def expert(self) -> str | None:
@@ -251,7 +251,7 @@ def read_lora(
         native = key_formats.read_own_names(stored, trained_family)
         if native is not None:
             lora = _build_lora(path, native, metadata, expert=None, is_written_here=True)
-            return replace(lora, words=words, trusted_family=trained_family)
+            return replace(lora, embeddings=words, trusted_family=trained_family)
     # any other file: recognize the dialect of each expert's names
     names_by_expert = key_formats.split_names(stored)
     if len(names_by_expert) > 1 and not by_expert:
@@ -267,7 +267,7 @@ def read_lora(
             is_written_here=is_written_here,
             family=family,
         )
-        loras[expert] = replace(lora, words=words)
+        loras[expert] = replace(lora, embeddings=words)
     if len(loras) == 1:
         return next(iter(loras.values()))
     dialects = sorted({lora.dialect for lora in loras.values()})
@@ -407,7 +407,7 @@ def _recognize(
         )
     if not native.tensors and not native.text_tensors:
         raise _make_no_lora_error(path, stored)
-    if native.family is not None and native.family.rejects_strangers:
+    if native.family is not None and native.family.rejects_unknown_names:
         _reject_unknown_modules(path, stored, native.family)
     _reject_clash(path, native)
     if native.family is not None and native.family.rows_by_head is not None:

@@ -36,7 +36,7 @@ from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.rank_masks import rank_rule_of
 from networks.rounding import LoraRounding
 from networks.tensor_names import find_networks
-from networks.text_loras import FullPatch, is_full, uses_for, warn_of_other_encoders
+from networks.text_loras import FullPatch, is_full, select_for_network, warn_of_other_encoders
 from networks.tool_options import FluxMergeOptions, FullMergeOptions, MergeOptions
 from networks.use_options import NEAREST
 from networks.writing import convert_to_our_layout, rename_to_aliases
@@ -118,7 +118,8 @@ def merge_flux(options: FluxMergeOptions) -> None:
     encoder_prefixes = {prefix for prefix in MODEL_PREFIXES.values() if prefix}
     # option that names a model -> the LoRAs that change it
     loras_by_model = {
-        name: uses_for(weighted_loras, prefix, encoder_prefixes) for name, prefix in MODEL_PREFIXES.items()
+        name: select_for_network(weighted_loras, prefix, encoder_prefixes)
+        for name, prefix in MODEL_PREFIXES.items()
     }
     for name, loras_of_model in loras_by_model.items():
         if loras_of_model and name not in options.targets:
@@ -218,9 +219,9 @@ def _metadata_of_sum(
     if family is None or family.name == "flux":
         module = "networks.lora_flux"
         version = "flux1"
-    elif family.written_version:  # Stable Diffusion
+    elif family.written_base_model:  # Stable Diffusion
         module = "networks.lora"
-        version = family.written_version
+        version = family.written_base_model
     else:
         module = f"networks.lora_{family.name}"
         version = family.name
@@ -630,6 +631,6 @@ def _truncate(change: _LowRank, rank: int) -> _LowRank:
 
 def in_known_names(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
     """Return the tensors under the names that other tools use for the family."""
-    if family is None or family.always_underscored != "aliases":
+    if family is None or family.underscored_names != "aliases":
         return tensors
     return rename_to_aliases(tensors, family)

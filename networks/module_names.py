@@ -136,7 +136,7 @@ def sizes_fit(family: FamilyNames, names: Iterable[str], size_of: SizeOf) -> boo
 
 def have_same_names(families: Sequence[FamilyNames]) -> bool:
     """Return whether all of these families have the same module names, as Stable Diffusion 1 and 2 do."""
-    layouts = {(family.aliases, family.parts, family.joined, family.further) for family in families}
+    layouts = {(family.aliases, family.parts, family.joined, family.more_modules) for family in families}
     return len(layouts) == 1
 
 
@@ -150,9 +150,9 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
     expected_sizes = list(_expected_sizes(family, sizes))
     block_numbers = _block_numbers(family, names)
     level = _CONTRADICTS
-    if not family.released:  # no known widths or depths to contradict
+    if not family.released_sizes:  # no known widths or depths to contradict
         level = _rate_block_numbers(block_numbers, {})
-    for width, depths in family.released:
+    for width, depths in family.released_sizes:
         if not width or all(_agrees(expected, width) for expected in expected_sizes):
             level = max(level, _rate_block_numbers(block_numbers, dict(depths)))
     if level == _CONTRADICTS and expected_sizes:
@@ -203,7 +203,7 @@ def _expected_sizes(family: FamilyNames, sizes: Mapping[str, tuple[int, int]]) -
         found = _find_module(name, family)
         path = "" if found is None else found.path
         is_cut = found is not None and found.is_cut
-        for end, rows, columns in family.sides:
+        for end, rows, columns in family.relative_sizes:
             if f".{path}".endswith(end) and (columns or not is_cut):
                 yield _ExpectedSize(size, 0 if is_cut else rows, columns)
                 break
@@ -227,7 +227,7 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
     longest = 0  # the longest matching prefix wins: "flux_2_dev" also begins with FLUX.1's "flux"
     likely: FamilyNames | None = None
     for family in FAMILIES:
-        for start in family.versions:
+        for start in family.version_prefixes:
             begins = version.lower().startswith(start) or architecture.lower().startswith(start)
             if begins and len(start) > longest:
                 longest = len(start)
@@ -267,7 +267,7 @@ def describe_text_module(name: str, family: FamilyNames | None = None) -> str:
 
 def is_unprefixed(path: str) -> bool:
     """Return whether some family's files have this path without a prefix such as `diffusion_model.`."""
-    return path.startswith(tuple(start for family in FAMILIES for start in family.unprefixed))
+    return path.startswith(tuple(start for family in FAMILIES for start in family.unprefixed_paths))
 
 
 def alias(name: str, family: FamilyNames) -> str:
@@ -511,7 +511,7 @@ def _tables(family: FamilyNames) -> _Tables:
         ),
         fused_elsewhere=_Table((part.part_path, part.fused_path) for part in family.joined),
         parts=_Table((part.fused_path, part) for part in (*family.parts, *family.joined)),
-        optional=_Table((path, path) for path in family.optional),
+        optional=_Table((path, path) for path in family.optional_paths),
     )
 
 
@@ -552,7 +552,7 @@ def _numbering(family: FamilyNames | None) -> _Table[tuple[int, int]]:
     """
     numbered = list(TEXTS_NUMBERED)
     if family is not None:
-        numbered += [(f"lora_unet_{start}", endings) for start, endings in family.numbered]
+        numbered += [(f"lora_unet_{start}", endings) for start, endings in family.optimizer_numbering]
     pairs: list[tuple[str, tuple[int, int]]] = []
     for index, (start, endings) in enumerate(numbered):
         pairs += [(start + ending, (index, place)) for place, ending in enumerate(endings.split())]

@@ -169,7 +169,7 @@ class ParsedKey(NamedTuple):
 
     path: str  # path of the module in the file, without prefixes: `blocks.0.attn1.to_q`
     full_path: str  # path of the module in the file, with prefixes
-    part: str  # our name of the part: `lora_down.weight`
+    suffix: str  # our name of the part: `lora_down.weight`
     dialect: str
 
 

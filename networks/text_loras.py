@@ -26,7 +26,7 @@ from protocols.family import Family, TextEncoder, can_learn, has_text_layers
 logger = getLogger(__name__)
 
 
-def uses_for(
+def select_for_network(
     weighted_loras: Iterable[WeightedLora], prefix: str = "", prefixes: Collection[str] | None = None
 ) -> list[WeightedLora]:
     """Return LoRAs reduced to their changes of one network, under names as in a LoRA for a transformer.
@@ -135,7 +135,7 @@ class TextLoras:
         """
         if self._weighted_loras and can_learn(encoder):
             prefix = encoder.lora_prefix
-            weighted_loras = uses_for(self._weighted_loras, prefix, {prefix, *self._known_prefixes})
+            weighted_loras = select_for_network(self._weighted_loras, prefix, {prefix, *self._known_prefixes})
             self._merge(weighted_loras, encoder.network, encoder.name)
         if self._connector_loras and has_text_layers(encoder):
             self._merge(self._connector_loras, encoder.text_layers, encoder.name)
@@ -176,9 +176,9 @@ def with_words_of(family: Family, weighted_loras: Iterable[Iterable[WeightedLora
         CheckpointError: If a word does not fit its text encoders.
     """
     files = {
-        weighted_lora.lora.path: weighted_lora.lora.words
+        weighted_lora.lora.path: weighted_lora.lora.embeddings
         for weighted_lora in chain(*weighted_loras)
-        if weighted_lora.lora.words
+        if weighted_lora.lora.embeddings
     }
     return with_words(family, files, "--lora_weight") if files else family
 
@@ -262,9 +262,11 @@ class FullPatch:
         renamed_loras = rename_for_encoders(weighted_loras, str(model), prefixes)
         unet_names = [name for name in names if name.startswith(UNET)]
         # by the prefix of the network in LoRA files; "": the U-Net
-        self._patches = {"": LoraPatch(uses_for(renamed_loras), unet_names, model, rounding=rounding)}
+        self._patches = {
+            "": LoraPatch(select_for_network(renamed_loras), unet_names, model, rounding=rounding)
+        }
         for prefix in prefixes:
-            text_loras = uses_for(renamed_loras, prefix)
+            text_loras = select_for_network(renamed_loras, prefix)
             self._patches[prefix] = LoraPatch(text_loras, model=model, rounding=rounding)
 
     def changes_parameter(self, name: str) -> bool:

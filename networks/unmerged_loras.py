@@ -41,9 +41,9 @@ def add_unmerged(
             branch.mask_ranks(dit, change.weighted_lora.lora.metadata)
             # a rotation takes all inputs, and selects its outputs itself
             if branch.rotation is not None:
-                branch.output_rows = change.rows
-            elif change.rows is not None:  # only some of the outputs change: pad the others with zeros
-                padding = (change.rows.start, num_rows - change.rows.stop)
+                branch.output_rows = change.row_slice
+            elif change.row_slice is not None:  # only some of the outputs change: pad the others with zeros
+                padding = (change.row_slice.start, num_rows - change.row_slice.stop)
                 branch.apply_region = partial(functional.pad, pad=padding)
         layer = LoraWrapper(parameter, branches)
         layer.attach()

@@ -67,9 +67,9 @@ def in_dialect(
             if written is not None:  # None: the kind is written like LoRAs
                 return written
     # ComfyUI reads diffusers' names for some families (their path prefix is not `diffusion_model.`)
-    elif not (family.is_as_in_diffusers and family.start != IN_COMFYUI):
+    elif not (family.is_as_in_diffusers and family.path_prefix != IN_COMFYUI):
         return _to_comfyui(modules, family)
-    prefix = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else diffusers_prefix
+    prefix = UNET_IN_DIFFUSERS if family.path_prefix == UNET_IN_DIFFUSERS else diffusers_prefix
     # families with fused parts: alpha / rank is folded exactly, by powers of two
     convert_factors = _in_toolkit if family.parts else _in_diffusers
     return write_modules(
@@ -82,7 +82,7 @@ def _to_comfyui(modules: Mapping[str, Factors], family: FamilyNames) -> Translat
 
     Plain LoRAs of weights that diffusers splits are written as for diffusers, all others with our modules.
     """
-    is_split_in_diffusers = family.parts and family.start == IN_DIFFUSERS
+    is_split_in_diffusers = family.parts and family.path_prefix == IN_DIFFUSERS
     plain_loras: dict[str, Factors] = {}
     other_modules: dict[str, Factors] = {}
     for name, factors in modules.items():
@@ -431,7 +431,7 @@ def _select_underscored_names(family: FamilyNames | None, target: str) -> str:
         return ""
     if target == "other" and family.underscored_in_comfyui:
         return "aliases"
-    return family.always_underscored
+    return family.underscored_names
 
 
 def _find_unreadable_in_comfyui(native: Mapping[str, Tensor]) -> dict[str, str]:

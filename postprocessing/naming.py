@@ -173,7 +173,10 @@ def log_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
     output = chain.run.output_path
     if any(not job.is_image for job in jobs) and form.suffix != f".{form.container}":
         logger.warning(
-            "--codec %s is written as %s because %s cannot hold it", form.codec, form.suffix, form.container
+            "--codec %s is written as %s because %s does not support it",
+            form.codec,
+            form.suffix,
+            form.container,
         )
     if output is None or len(jobs) != 1 or jobs[0].output.parent != output.parent:
         return

@@ -685,7 +685,8 @@ def _describe_targets(setup: RunSetup) -> list[str]:
         return []
     lines = [
         "",
-        f"# This model {few_steps.distilled}. Plain training unlearns {few_steps.lost}: see docs/targets.md.",
+        f"# This model {few_steps.distillation_clause}. Plain training unlearns "
+        f"{few_steps.unlearned_pronoun}: see docs/targets.md.",
     ]
     for target in few_steps.targets:
         lines.append(f"# To {target.about}:")

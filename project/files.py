@@ -552,17 +552,17 @@ def _describe_distillation(setup: describing.RunSetup) -> list[str]:
     if few_steps is None or setup.kind.makes_training_adapter:
         return []
     subject = "It" if setup.model_info.task_contradiction else setup.model_name
-    text = f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}"
+    unlearned = few_steps.unlearned_pronoun
+    text = f"{subject} {few_steps.distillation_clause}, and training it as it is unlearns {unlearned}"
     target_hint = (
-        "the comment signs from the lines of a target that keeps "
-        f"{few_steps.lost}, in [training] of {RUN_FILE}"
+        f"the comment signs from the lines of a target that keeps {unlearned}, in [training] of {RUN_FILE}"
     )
     if not setup.kind.supports_few_step_targets:
-        return [warning(f"{text}. {few_steps.instead_of_full}")]
-    if few_steps.is_certain:  # families with only distilled models have no alternative
+        return [warning(f"{text}. {few_steps.advice_for_full_training}")]
+    if few_steps.applies_to_all_files:  # families with only distilled models have no alternative
         text += f". Take {target_hint}"
     else:
-        text += f". {few_steps.instead}. Or take {target_hint}"
+        text += f". {few_steps.advice_for_lora}. Or take {target_hint}"
     with_adapter = find_adapted(setup.model)
     if with_adapter is not None:
         text += f". --task {with_adapter.task} downloads an adapter and trains with it"

@@ -115,7 +115,7 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
     if options.download:
         folders.append(options.models)
     # run.toml may come from a stranger: its commands can only write into these folders
-    with limit_run(folders, typed_options.keys(), own_command(*options.words)):
+    with limit_run(folders, typed_options.keys(), own_command(*options.as_arguments)):
         _run_or_check(options, _read_project(options.folder, typed_options), trace, end)
 
 
@@ -149,7 +149,7 @@ def _run_or_check(options: RunOptions, project: Project, trace: RunTrace, end: E
             _print_command(argv, project.folder)
         return
     # the command to repeat this run; the first two words are `run` and the folder as typed
-    repeat_argv = ["run", str(project.folder), *options.words[2:]]
+    repeat_argv = ["run", str(project.folder), *options.as_arguments[2:]]
     end.describe(
         partial(describe_run, project.output_folder, project.output_name, project.total_steps, time.time())
     )

@@ -68,7 +68,7 @@ FOREIGN_SIZES = "reelsmith_said_sizes"
 # latent): F in caches, B F in batches and conditions, on the host
 FRAME_INDICES = "f_indices"
 
-LATENTS_MADE, AUDIO_MADE = "latents", "sound"  # `CacheOrigin.part` for caches of latents and of audio
+LATENTS_PART, AUDIO_PART = "latents", "sound"  # `CacheOrigin.part` for caches of latents and of audio
 
 
 def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ class Batch:
     tensors: Conditions
     captions: tuple[str, ...]
     keys: tuple[str, ...]  # names of the items, for messages
-    made_by: tuple[CacheOrigin, ...] = ()  # of all cache files that record their encoder
+    cache_origins: tuple[CacheOrigin, ...] = ()  # of all cache files that record their encoder
     loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () if all are 1
     # custom_attributes that are enabled in the table of each sample; () if no table has any
     attributes: tuple[frozenset[str], ...] = ()
@@ -205,7 +205,7 @@ class Batch:
                 )
 
     def check_widths(self, widths: Mapping[str, int], network_path: Path, remedy: str) -> None:
-        """Raise CacheError if cached embeddings do not have the width that the network takes.
+        """Raise CacheError if cached embeddings do not have the width that the network requires.
 
         Args:
             widths: Size of the last axis that the network expects, by tensor name.
@@ -215,17 +215,17 @@ class Batch:
         for name, expected in widths.items():
             value = self.tensors[name]
             tensors = [value] if isinstance(value, Tensor) else value  # a list: lengths differ
-            where = f"{self.keys[0]}: {name} in its cache"
+            label = f"{self.keys[0]}: {name} in its cache"
             for tensor in tensors:
                 width = tensor.shape[-1] if tensor.ndim else 1
                 if not tensor.is_floating_point():  # token ids, as another program may cache them
                     raise CacheError(
-                        f"{where} has whole numbers ({tensor.dtype}), not states of a text encoder. Cache "
+                        f"{label} has integers ({tensor.dtype}), not states of a text encoder. Cache "
                         f"again with {remedy}."
                     )
                 if width != expected:
                     raise CacheError(
-                        f"{where} is {width} numbers wide, but {network_path} takes {expected}. Cache again "
+                        f"{label} has width {width}, but {network_path} requires {expected}. Cache again "
                         f"with {remedy}."
                     )
 
@@ -258,7 +258,7 @@ class MediaTable:
     has_post: bool = True  # whether a black frame follows the control images
     flips: bool = False  # whether mirrored latents are cached too
     guides: tuple[str, ...] = ()  # names for the latents of guides, the last of `MediaBatch.references`
-    shown: tuple[
+    reference_media: tuple[
         tuple[ReferenceMedium, ...], ...
     ] = ()  # `MediaBatch.row_references` of each source; () if none has any
 
@@ -503,9 +503,8 @@ class AudioSpec:
     # whether caches of latents also contain the clip's audio, or silence: `INNER_AUDIO` and `AUDIO_PRESENT`
     is_in_latent_cache: bool = False
     takes_references: bool = False  # whether tables may have reference_audio_directory: `REFERENCE_AUDIO`
-    reference_dropout_rate: float = (
-        0.0  # fraction of training batches that leave these and other references out
-    )
+    # fraction of training batches that leave these and other references out
+    reference_dropout_rate: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class QwenImageLayered(ModelOfImages):
     text_keys: frozenset[str] = field(default=QWEN_SETTINGS.keys, init=False)
     name: str = field(default=VERSION.name, init=False)
     cache_tag: str = field(default=VERSION.cache_tag, init=False)
-    called: str = field(default=VERSION.display_name, init=False)
+    display_name: str = field(default=VERSION.display_name, init=False)
     release: ModelRelease = field(default=VERSION.release, init=False)
 
     @property
@@ -163,7 +163,7 @@ class QwenImageLayered(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; by default, the input image's size sets the noise levels.
+        """Resolve a request to split an image; by default, the image's size sets the flow shift.
 
         Raises OptionError unless there is exactly one image, and for an invalid number of layers.
         """
@@ -173,14 +173,14 @@ class QwenImageLayered(ModelOfImages):
         source_size = image_size(path)
         area = None
         if request.width is None and request.height is None:
-            area = SIDE**2  # the image and its layers are of this size, as released
+            area = SIDE**2  # of the image and its layers, as released
             width, height = official_size(source_size, area)
             request = replace(request, width=width, height=height)
         width, height = full_patches(request.width or SIDE, request.height or SIDE, self.latent)
-        # the first frame is the image itself, unless only the layers are generated
+        # layers are frames; the image itself is an additional first frame, unless only layers are generated
         size = width, height, self._count_layers(request) + self.latent.has_full
         check_size(size, self.latent)
-        # how the image is resized before it is encoded
+        # the input image is resized to the target, or to the area, before it is encoded
         target = (width, height) if self.edit.resize_control_to_image_size else None
         resize = ReferenceResize(area, target)
         resized_width, resized_height = reference_size(source_size, resize.area, resize.target)
@@ -196,11 +196,11 @@ class QwenImageLayered(ModelOfImages):
     def _keep_image(self, request: Request) -> Request:
         """Return the request with only the image to split into layers; warn about dropped media."""
         usable_media = {**NO_MEDIA, "control_images": True}
-        request = keep_usable_media(request, usable_media, f"{self.called} does not take it")
+        request = keep_usable_media(request, usable_media, f"{self.display_name} does not take it")
         if len(request.control_images) != 1:
             raise OptionError(
                 f"--control_image_path (--ci in a prompt line): {len(request.control_images)} pictures, "
-                f"{self.called} takes one apart. Give exactly one"
+                f"{self.display_name} takes one apart. Give exactly one"
             )
         return request
 
@@ -239,7 +239,7 @@ class QwenImageLayered(ModelOfImages):
     @property
     def source(self) -> SourceRules:
         """Return what denoising may start from: saved latents of this model only."""
-        return SourceRules((LATENTS,), self.called, False, self.same_latents)
+        return SourceRules((LATENTS,), self.display_name, False, self.same_latents)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Yield the image and its layers, 1 4 1 H W each, each decoded alone."""

@@ -53,15 +53,13 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> DitSpe
         The spec for checkpointing and other wrappers: with it, a compiled block is recomputed as a whole.
     """
     parts: Sequence[nn.Module] = [*chain.from_iterable(spec.blocks(dit).values())]
-    outer_spec = replace(spec, checkpointed_list="")
-    # a spec with a compiled list compiles the layers of that list one by one, with sizes as variables unless
-    # the options ask for fixed sizes
-    if spec.compiled_list and choice.dynamic is not False:
-        outer_spec = spec
-        parts = [layer for part in parts for layer in getattr(part, spec.compiled_list, ())]
-        choice = replace(choice, dynamic=True)
-    elif spec.compiled_list:
+    outer_spec = replace(spec, checkpointed_layers_attribute="")
+    if spec.compiled_layers_attribute and choice.dynamic is False:
         choice = replace(choice, variants=choice.variants or VARIANTS_OF_EACH_SIZE)
+    elif spec.compiled_layers_attribute:  # compile layers of the blocks one by one, with dynamic sizes
+        outer_spec = spec
+        parts = [layer for part in parts for layer in getattr(part, spec.compiled_layers_attribute, ())]
+        choice = replace(choice, dynamic=True)
     compile_each(parts, choice)
     dit.register_forward_pre_hook(_find_clock().report)
     logger.info("The blocks are compiled with %s at their first use, which takes some time.", choice.backend)

@@ -45,7 +45,7 @@ class Hidden:
     # for each block B L' C, added to the first L' tokens of its result; None: nothing is added
     block_residuals: Sequence[Tensor | None] = ()
     control_tokens: Tensor | None = (
-        None  # B L C, input of the blocks of `DitSpec.second_list`; None: they do not run
+        None  # B L C, input of the blocks of `DitSpec.side_list`; None: they do not run
     )
     control_scales: Tensor | None = None  # B blocks: factor on the hint of each side block
     # called with its number before each block of the main stream, and after the last one; may change `x`
@@ -78,10 +78,10 @@ def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     spec = spec_of(dit)
     lists = spec.blocks(dit)
     blocks = list(chain.from_iterable(lists.values()))
-    num_main_blocks = len(blocks) - len(lists.get(spec.second_list, ()))  # the side list is the last one
+    num_main_blocks = len(blocks) - len(lists.get(spec.side_list, ()))  # the side list is the last one
     hint = None  # what the last side block adds to `x` after the next block
     counts = [len(blocks_of_list) for blocks_of_list in lists.values()]
-    for index in spec.execution_order(counts) if spec.second_list else range(len(blocks)):
+    for index in spec.execution_order(counts) if spec.side_list else range(len(blocks)):
         block = blocks[index]
         if index >= num_main_blocks:
             if hidden.control_tokens is not None:

@@ -184,8 +184,8 @@ class MagCacheRule:
         """
         self._ratios, self._retention = ratios, retention
         self._threshold, self._max_skips = threshold, max_skips
-        self._last: int | None = None  # step of the last call
-        self._forget()
+        self._last_step: int | None = None  # step of the last call
+        self._reset()
 
     def should_skip(self, step_position: StepPosition, first_block_input: FirstBlockInput) -> bool:
         """Return whether the error accumulated since the last computed pass allows another skip.
@@ -193,12 +193,12 @@ class MagCacheRule:
         The first steps (the fraction `retention`, at least one) and the last step are never skipped.
         `first_block_input`, which other rules compare, is not needed.
         """
-        last_step = self._last
-        self._last = step_position.step
+        last_step = self._last_step
+        self._last_step = step_position.step
         first_skippable = max(int(self._retention * step_position.num_steps), 1)
         may_skip = first_skippable <= step_position.step < step_position.num_steps - 1
         if last_step is None or not may_skip:
-            self._forget()
+            self._reset()
             return False
         # the product of the ratios is the predicted change in size of the residual; 1 means no error. There
         # are several ratios to multiply if some steps did not have this pass
@@ -208,10 +208,10 @@ class MagCacheRule:
             self._skipped += 1
         if self._error <= self._threshold and self._skipped <= self._max_skips:
             return True
-        self._forget()
+        self._reset()
         return False
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._ratio, self._error, self._skipped = 1.0, 0.0, 0
 
 
@@ -233,8 +233,8 @@ class TeaCacheRule:
             coefficients: Coefficients of the polynomial, highest power first.
         """
         self._threshold, self._coefficients = threshold, coefficients
-        self._distance = 0.0
-        self._before: Tensor | None = None
+        self._accumulated_change = 0.0
+        self._previous_input: Tensor | None = None
 
     def should_skip(self, step_position: StepPosition, first_block_input: FirstBlockInput) -> bool:
         """Return whether the changes since the last computed pass add up to less than the threshold.
@@ -242,18 +242,18 @@ class TeaCacheRule:
         `first_block_input` computes what is compared: the input of the first block's attention.
         """
         if step_position.step == step_position.num_steps - 1:  # the last step is computed
-            self._before = None
+            self._previous_input = None
             return False
-        before = self._before
-        self._before = first_block_input()
-        if before is None or step_position.step == 0:
-            self._distance = 0.0
+        previous_input = self._previous_input
+        self._previous_input = first_block_input()
+        if previous_input is None or step_position.step == 0:
+            self._accumulated_change = 0.0
             return False
-        change = polynomial(self._coefficients, float(relative_change(before, self._before)))
-        self._distance += max(change, 0.0)  # a fitted polynomial may dip below zero
-        if self._distance < self._threshold:
+        change = polynomial(self._coefficients, float(relative_change(previous_input, self._previous_input)))
+        self._accumulated_change += max(change, 0.0)  # a fitted polynomial may dip below zero
+        if self._accumulated_change < self._threshold:
             return True
-        self._distance = 0.0
+        self._accumulated_change = 0.0
         return False
 
 

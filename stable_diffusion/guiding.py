@@ -90,7 +90,7 @@ def load_vgg16(path: Path, last: int, device: torch.device, dtype: torch.dtype) 
         names = [f"{_START}{number}.{part}" for number in range(last + 1) for part in ("weight", "bias")]
         needed = {name: sources[name] for name in names if name in sources}
         plan = LoadPlan(layers, checkpoint, needed, ("*",))
-        return load_planned(plan, Vgg16, device=device, dtype=dtype, what=OPTION)
+        return load_planned(plan, Vgg16, device=device, dtype=dtype, label=OPTION)
 
 
 def _plan_layers(checkpoint: Checkpoint, last: int) -> list[_Layer]:
@@ -120,7 +120,7 @@ def _plan_layers(checkpoint: Checkpoint, last: int) -> list[_Layer]:
 
 CLIP_REPOSITORY = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 CLIP = ClipNaming(
-    what="CLIP (guidance)",
+    description="CLIP (guidance)",
     option="--clip_guidance_model",
     release=f"config.json and model.safetensors of a whole CLIP, as of {CLIP_REPOSITORY}",
 )
@@ -344,11 +344,9 @@ def _load_clip(path: Path, model: Model) -> FullClip:
         projection = checkpoint.read(_PROJECTION).to(device, dtype)
     text = load_clip_text(path, device, dtype, CLIP)
     text_encoder = model.text_encoders[0]
-    # start and end tokens have the highest ids of the vocabulary
-    if (
-        max(text_encoder.bos_token_id, text_encoder.eos_token_id)
-        >= text.embeddings.token_embedding.num_embeddings
-    ):
+    vocabulary = text.embeddings.token_embedding.num_embeddings
+    # start and end tokens have the highest ids of a vocabulary
+    if max(text_encoder.bos_token_id, text_encoder.eos_token_id) >= vocabulary:
         raise CheckpointError(
             f"{CLIP.option} {path}: it has fewer tokens than the tokenizer of {model.path}. Give "
             f"{CLIP.release}.",

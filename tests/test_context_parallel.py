@@ -277,7 +277,7 @@ def test_one_process_makes_no_groups_but_plans_for_them(project: Wide, kind: str
 
     said = run_here(*command, folder=project.folder)
 
-    assert_one_message(*said, "--context_parallel 2: 1 processes make no groups of 2")
+    assert_one_message(*said, "--context_parallel 2: 1 processes cannot form groups of 2")
     succeed_here(*command, "--plan", "24", folder=project.folder)
 
 

@@ -89,7 +89,7 @@ DIT = DitSpec(
 VACE_DIT = replace(
     DIT,
     block_lists=("blocks", "vace_blocks"),
-    second_list="vace_blocks",
+    side_list="vace_blocks",
     # the released sizes have 5 or 2 blocks for one of VACE
     swap_counts=lambda blocks: (blocks - blocks // 6, blocks // 6),
     input_layers=(*DIT.input_layers, "vace_patch_embedding"),
@@ -130,12 +130,12 @@ class WanTokens:
         )
 
     @property
-    def first_image(self) -> int:
-        """Index of the first token of the latents to learn, which is the first token of `grid`."""
+    def first_noisy_token(self) -> int:
+        """Index of the first token of the noisy latents, which is the first token of `grid`."""
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> "WanTokens":
-        """Return the inputs for a subset of the tokens; only tokens of the latents to learn may be missing.
+        """Return the inputs for a subset of the tokens; only tokens of the noisy latents may be missing.
 
         `kept` are the ascending positions of the kept tokens, B K; `num_left_out` tokens are missing.
         """

@@ -59,9 +59,9 @@ Z_IMAGE_USE = LanguageEncoderSettings(
     states_key=TEXT_STATES_KEY,
     model=QWEN3,
     source=qwen_tokenizer("--text_encoder_tokenizer", "Tongyi-MAI/Z-Image-Turbo"),
-    maximum=512,  # including the template's tokens
-    before=_BEFORE,
-    after=_AFTER,
+    max_length=512,  # including the template's tokens
+    template_prefix=_BEFORE,
+    template_suffix=_AFTER,
     states=(-2,),
     batch_size=1,  # so that a state does not depend on other prompts, to the last bit
 )
@@ -77,9 +77,8 @@ BASE = replace(DEFAULTS, steps=28, guidance_scale=4.0)
 BASE_NAME_PATTERN = r"(^|--)z[-_ ]?image([-_](base|bf16|fp16|fp32|fp8\w*))*$"
 logger = logging.getLogger(__name__)
 
-NUM_TRAIN_TIMESTEPS = (
-    1000  # timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / UNIT
-)
+# timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / UNIT
+NUM_TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class ZImage(ModelOfImages):
     even_steps: bool = False  # the noise levels of diffusers
 
     name: str = field(default="z_image", init=False)
-    named: ClassVar = {
+    model_metadata: ClassVar = {
         "architecture": "Z-Image",
         "resolution": "1024x1024",
         "implementation": "https://github.com/Tongyi-MAI/Z-Image",
@@ -129,7 +128,7 @@ class ZImage(ModelOfImages):
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=Z_IMAGE, init=False)
     text_keys: frozenset[str] = field(default=Z_IMAGE_USE.keys, init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -185,7 +184,7 @@ class ZImage(ModelOfImages):
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        """Predict the velocity, B C 1 H W float32: the negative of the network's own output.
+        """Predict the velocity, noise minus data, B C 1 H W float32.
 
         The network predicts data minus noise, and its time runs from 0 (noise) to 1. The condition is
         llm_embed, T D for each sample.
@@ -194,13 +193,13 @@ class ZImage(ModelOfImages):
         name_inputs = partial(
             name_text_and_mask, argument="caption", name=TEXT_STATES_KEY, device=noisy.device
         )
-        direction = dit(
+        data_minus_noise = dit(
             noisy.squeeze(2),
             1 - timesteps.float() / NUM_TRAIN_TIMESTEPS,
             **name_inputs(cond),
             overrides=overrides.rename_nag(name_inputs),
         )
-        return -direction.unsqueeze(2)
+        return -data_minus_noise.unsqueeze(2)
 
     # generation
 
@@ -213,7 +212,8 @@ class ZImage(ModelOfImages):
         lowest_scale = min(prepared.guidance_scale)
         if lowest_scale < 0:
             logger.warning(
-                "--guidance_scale %g (--l in a prompt line): it counts from 0 here; below 0 guidance is off",
+                "--guidance_scale %g (--l in a prompt line): 0 turns guidance off here, and so does anything "
+                "below 0",
                 lowest_scale,
             )
         solver = prepared.solver

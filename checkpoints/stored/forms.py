@@ -87,7 +87,7 @@ class QuantizationFormat(Protocol):
 class QuantizedWeight:
     """A quantized weight with its format, before or after it is put into a layer."""
 
-    form: QuantizationFormat
+    format: QuantizationFormat
     shape: Shape
     tensors: Tensors
 
@@ -99,7 +99,7 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantize the weight, out x in."""
-        return self.form.dequantize(self.tensors, self.shape, dtype)
+        return self.format.dequantize(self.tensors, self.shape, dtype)
 
 
 def form_of(quantization: Quantization) -> QuantizationFormat:
@@ -129,9 +129,9 @@ def rehearsed(quantization: Quantization | None) -> Quantization | None:
 def attach(layer: nn.Linear, stored: QuantizedWeight) -> None:
     """Replace the weight of a linear layer with a stored weight, which the layer uses from then on."""
     layer.weight = nn.Parameter(stored.weight, requires_grad=False)
-    for name, tensor in zip(stored.form.companions, stored.tensors[1:], strict=True):
+    for name, tensor in zip(stored.format.companions, stored.tensors[1:], strict=True):
         layer.register_buffer(name, tensor)
-    layer.form = stored.form  # type: ignore[assignment]
+    layer.form = stored.format  # type: ignore[assignment]
     # a method, not a partial: compiled code would know the layer by its partial, and be compiled per block
     layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
 
@@ -166,7 +166,7 @@ def dequantized_weight_of(layer: nn.Module, weight: Tensor) -> Tensor:
     stored = quantized_weight_of(layer)
     if stored is None:
         return weight
-    return stored.form.dequantize((weight, *stored.tensors[1:]), stored.shape, torch.float32)
+    return stored.format.dequantize((weight, *stored.tensors[1:]), stored.shape, torch.float32)
 
 
 def dequantize_and_multiply(

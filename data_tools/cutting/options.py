@@ -116,7 +116,7 @@ class CuttingOptions(Options, title="input and output"):
     scenes: SceneOptions
     lengths: LengthOptions
     choice: ChoiceOptions
-    form: ClipFormat
+    clip_format: ClipFormat
 
     def __post_init__(self) -> None:
         if self.input.is_dir() and real_path(self.input) == real_path(self.output):

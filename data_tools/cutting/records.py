@@ -72,7 +72,7 @@ def start_record(
     written: list[WrittenClip] = []
     for clip in clips:
         if not clip.dropped:
-            name = f"{stem}_{len(written) + 1:05d}{options.form.suffix}"
+            name = f"{stem}_{len(written) + 1:05d}{options.clip_format.suffix}"
             written.append(WrittenClip(name, clip))
     return CutRecord(
         stem,
@@ -89,7 +89,7 @@ def start_record(
 def _list_content_options(options: CuttingOptions) -> dict[str, Any]:
     """Return the options that decide which clips a source yields and what they contain."""
     values: dict[str, Any] = {}
-    for group in (options.scenes, options.lengths, options.choice, options.form):
+    for group in (options.scenes, options.lengths, options.choice, options.clip_format):
         values |= option_values(group)
     return values
 

@@ -354,7 +354,7 @@ class Cutter:
         missing = [written for written in record.clips if not os.path.lexists(self.output / written.name)]
         if not missing:
             return 0
-        video_format = self.options.form
+        video_format = self.options.clip_format
         info = source_info(source)
         codec = resolve_codec(video_format.codec, info.width, info.height)
         with contextlib.closing(self._decode_frames(source, "clips of", video_format.is_deep)) as frames:

@@ -117,7 +117,7 @@ def _list_latents(
             "file": file.file,
             "source": file.stem,
             "bucket": file.bucket,
-            "parts": file.parts,
+            "parts": file.num_parts,
             "references": file.references,
         }
         for file in files

@@ -46,7 +46,7 @@ TIMEOUT = datetime.timedelta(days=7)  # one process may take far longer than ano
 class NextCommand:
     """The command to run after a caching command, and a function that remembers this command's options."""
 
-    words: Sequence[str]  # the command line
+    argv: Sequence[str]  # the command line
     remember: Callable[[], None]  # writes the options of this command into the cache folders
 
 
@@ -251,11 +251,11 @@ def run_caching(
     costs: list[Row] = [("time", format_duration(time.monotonic() - started)), ("peak memory", peak_memory)]
     if options.shard.num_shards is None:
         heading = f"Next, {next_step}"
-        unknown_paths = missing_words(following.words)
+        unknown_paths = missing_words(following.argv)
         if unknown_paths:
             pronoun = "that path" if len(unknown_paths) == 1 else "those paths"
             heading += f" (fill in {' and '.join(unknown_paths)}: this command does not know {pronoun})"
-        conclude(report, costs, [(heading, quote_command(following.words))])
+        conclude(report, costs, [(heading, quote_command(following.argv))])
         return
     shard_rows: list[Row] = [
         ("this shard", f"{report.num_assigned} of {report.num_total} {noun}"),

@@ -232,7 +232,7 @@ class _Level:
 
 @dataclass(frozen=True)
 class _Prediction:
-    """The clean sample predicted at a noise level."""
+    """The network's prediction at one step: the noise level, and the predicted clean sample x0."""
 
     level: _Level
     x0: Tensor

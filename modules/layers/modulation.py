@@ -28,8 +28,15 @@ def modulate(
 ) -> Tensor:
     """Return normed * (1 + scale) + shift, computed in the dtype of scale and rounded to `dtype`.
 
-    `normed` is B L C. `shift` and `scale` are B S C, a row for each of S segments; None means 0. `split` is
-    where segments begin: one index, several, or the index of the row of each token.
+    Compiled code gets plain operators, which the compiler fuses. Eager code calls an autograd function that
+    needs one kernel for computation and cast.
+
+    Args:
+        normed: Normed tokens, B L C.
+        shift: B S C, a row for each of S segments of tokens; None means 0.
+        scale: Likewise.
+        dtype: Dtype of the result.
+        split: Where the segments begin: one index, several, or the index of the row of each token.
     """
     if scale is None:
         return normed.to(dtype)
@@ -60,56 +67,56 @@ def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: Split = 0) 
     return output
 
 
-def split_segments(split: Split, rows: Sequence[Tensor], *tokens: Tensor) -> list[tuple[Tensor, ...]]:
+def split_segments(split: Split, modulation: Sequence[Tensor], *tokens: Tensor) -> list[tuple[Tensor, ...]]:
     """Split tokens into segments of equal modulation.
 
     Args:
-        split: Where segments begin: one index, several, or the index of the modulation row of each token.
-        rows: Modulation tensors, each B S C with a row for each of S segments.
+        split: Where the segments begin: one index, several, or the index of the modulation row of each token.
+        modulation: Tensors of shift, scale or gate, each B S C with a row for each of S segments.
         *tokens: Token tensors, each B L C.
 
     Returns:
         For each segment its part of each token tensor, B L' C, followed by its row of each modulation tensor,
         B 1 C. If `split` has the row of each token, all tokens are one segment, with rows B L C.
     """
-    num_segments = rows[0].shape[1]
+    num_segments = modulation[0].shape[1]
     if num_segments == 1:
-        return [(*tokens, *rows)]
+        return [(*tokens, *modulation)]
     if isinstance(split, Tensor):
-        row_of_each_token = [row.gather(1, expand_indices(split, row)) for row in rows]
-        return [(*tokens, *row_of_each_token)]
+        modulation_of_each_token = [tensor.gather(1, expand_indices(split, tensor)) for tensor in modulation]
+        return [(*tokens, *modulation_of_each_token)]
     starts = (split,) if isinstance(split, int) else split
     assert len(starts) == num_segments - 1, f"{num_segments} rows for the segments that begin at {starts}"
     segments = []
     for index, (start, stop) in enumerate(pairwise((None, *starts, None))):
         segment_tokens = [tensor[:, start:stop] for tensor in tokens]
-        segment_rows = [row[:, index : index + 1] for row in rows]
-        segments.append((*segment_tokens, *segment_rows))
+        segment_modulation = [tensor[:, index : index + 1] for tensor in modulation]
+        segments.append((*segment_tokens, *segment_modulation))
     return segments
 
 
-def _expand_to_tokens(rows: Tensor, tokens: Tensor, split: Split) -> Tensor:
-    """Return one row for each token, B L C, or B 1 C if one row serves all tokens."""
-    parts = split_segments(split, [rows], tokens)
+def _expand_to_tokens(modulation: Tensor, tokens: Tensor, split: Split) -> Tensor:
+    """Repeat a modulation row for each token of its segment: B L C, or B 1 C if all tokens share one row."""
+    parts = split_segments(split, [modulation], tokens)
     if len(parts) == 1:
         return parts[0][1]
     return torch.cat([row.expand_as(part) for part, row in parts], dim=1)
 
 
-def expand_indices(indices: Tensor, rows: Tensor) -> Tensor:
-    """Repeat the indices of rows, B L, over the channels: B L C."""
-    return indices.unsqueeze(2).expand(-1, -1, rows.shape[2])
+def expand_indices(indices: Tensor, modulation: Tensor) -> Tensor:
+    """Repeat the row index of each token, B L, over the channels of the modulation: B L C."""
+    return indices.unsqueeze(2).expand(-1, -1, modulation.shape[2])
 
 
-def _sum_segments(gradients: Tensor, rows: Tensor, split: Split) -> Tensor:
+def _sum_segments(gradients: Tensor, modulation: Tensor, split: Split) -> Tensor:
     """Sum the gradients of tokens, B L C, over each segment, which gives the gradients of the rows."""
-    if rows.shape[1] == 1:
-        return gradients.sum_to_size(rows.shape)
+    if modulation.shape[1] == 1:
+        return gradients.sum_to_size(modulation.shape)
     if isinstance(split, Tensor):
-        return torch.zeros_like(rows, dtype=gradients.dtype).scatter_add(
-            1, expand_indices(split, rows), gradients
+        return torch.zeros_like(modulation, dtype=gradients.dtype).scatter_add(
+            1, expand_indices(split, modulation), gradients
         )
-    parts = split_segments(split, [rows], gradients)
+    parts = split_segments(split, [modulation], gradients)
     return torch.cat([part.sum_to_size(row.shape) for part, row in parts], dim=1)
 
 

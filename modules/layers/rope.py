@@ -123,10 +123,10 @@ TABLES: dict[str, Callable[..., Tensor]] = {"default": rotary_table, "comfy": fl
 
 
 class TableMaker(Protocol[Asked]):
-    """Makes the table for a layout of tokens, such as the frame, row and column counts."""
+    """Makes the table of rotary embeddings for a layout of tokens: the counts of frames, rows and columns."""
 
     def __call__(self, layout: Asked, /, *, device: torch.device) -> Tensor:
-        """Make the table of rotations for a layout of tokens, on a device."""
+        """Return the (cosine, sine) pairs of all tokens of a layout, on `device`."""
 
 
 def bind_rotary_table(

@@ -59,7 +59,7 @@ class _Gapless:
         self._next_index: int | None = None  # index of the next sample
 
     def fill_gap(self, frame: Any) -> Iterator[Any]:
-        """Yield a frame, renumbered to fill_gap the previous one, after silence for any missing samples."""
+        """Yield a frame, timed to follow the previous one, after silence for any missing samples."""
         rate = frame.sample_rate
         if frame.pts is not None:
             expected = round(frame.pts * (frame.time_base or self._time_base) * rate)
@@ -183,7 +183,7 @@ def is_text(stream: Any) -> bool:
 
 
 def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
-    """Add a subtitle stream to `target`, for the subtitles of `source`, a stream of another file.
+    """Add a subtitle stream to the container `target`, to copy `source`, a subtitle stream of another file.
 
     `suffix` is the suffix of the target file. Returns the new stream, and a function that converts packets of
     `source` to packets of the new stream.

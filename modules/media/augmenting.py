@@ -64,20 +64,20 @@ def fit_face(
     size: Size,
     bucket: Size,
     face: Face,
-    sides: tuple[float, float],
+    side_per_face: tuple[float, float],
     rng: random.Random,
     anywhere: bool = False,
 ) -> Fit:
     """Return the scale and crop of an image around a face.
 
-    The length of the bucket's short side, in lengths of the face, is drawn from the range `sides`. The image
-    always covers the bucket, and is not enlarged just to reach that ratio. The face is centered, or with
-    `anywhere` at a random position where it is fully visible.
+    The image is scaled so that the bucket's short side divided by the face's longer side is a random number
+    from the range `side_per_face`. It always covers the bucket, and is not enlarged just to reach that ratio.
+    The face is centered, or with `anywhere` at a random position where it is fully visible.
     """
     face_length = max(face.width, face.height, 1)
     covering_scale = max(bucket[0] / size[0], bucket[1] / size[1])
-    drawn_scale = min(bucket) / (face_length * rng.uniform(*sides))
-    scale = max(covering_scale, min(drawn_scale, 1.0))
+    random_scale = min(bucket) / (face_length * rng.uniform(*side_per_face))
+    scale = max(covering_scale, min(random_scale, 1.0))
     resized = (max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale)))
     crop = []
     for axis, (center, length) in enumerate(((face.x, face.width), (face.y, face.height))):

@@ -78,15 +78,15 @@ def fit_within(size: Size, area: int | None, step: int) -> Fit:
     With `area` None the size is kept. Sides become multiples of `step`.
     """
     width, height = size
-    how = "none"
+    interpolation = "none"
     if area is not None and width * height > area:
         scale = math.sqrt(area / (width * height))
         width = max(int(width * scale), step)
         height = max(int(height * scale), step)
-        how = "lanczos"
+        interpolation = "lanczos"
     crop = (width % step // 2, height % step // 2)
     bucket = (width // step * step, height // step * step)
-    return Fit((width, height), crop, bucket, how)
+    return Fit((width, height), crop, bucket, interpolation)
 
 
 # The buckets of image trainers: sizes between a shortest and a longest side, and the fit of an image.

@@ -237,7 +237,7 @@ def _read_opacity(image: Image.Image) -> NDArray[np.uint8] | None:
 
 
 def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
-    """Return the colors of an image as sRGB, H W 3, also below transparent pixels.
+    """Return the colors of an image as sRGB, H W 3, ignoring alpha.
 
     They are converted by the image's color profile, else by its gamma curve; without both they are sRGB.
     """

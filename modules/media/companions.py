@@ -69,7 +69,7 @@ class OtherStreams:
         self._tracks: dict[int, _Track] = {}  # by index of the source's stream
         self._packets: Iterator[Any] = iter(())  # packets of all copied streams
         self._next_packet: Any = None  # the next packet to write
-        self._num_sent = 0  # packets passed to FFmpeg, which may buffer them
+        self._num_muxed = 0  # packets passed to FFmpeg, which may buffer them
         self._num_failed = 0  # packets among them that failed
 
     @property
@@ -105,7 +105,7 @@ class OtherStreams:
         return chapters
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write all packets before the given second of the new file; None: all remaining packets."""
+        """Write the packets of the copied streams up to a time of the new file; None: all that are left."""
         while self._next_packet is not None:
             packet = self._next_packet
             time = packet.pts if packet.dts is None else packet.dts
@@ -129,9 +129,9 @@ class OtherStreams:
         try:
             target.mux(packet)
         except _list_damage_errors():
-            if not self._num_sent:
+            if not self._num_muxed:
                 raise
-            self._num_sent -= 1
+            self._num_muxed -= 1
             self._num_failed += 1
 
     def _read(self, streams: list[Any]) -> Iterator[Any]:
@@ -159,7 +159,7 @@ class OtherStreams:
             new_packet.stream = track.target
             try:
                 target.mux(new_packet)
-                self._num_sent += 1
+                self._num_muxed += 1
             except _list_damage_errors():
                 track.num_damaged += 1
 
@@ -180,7 +180,7 @@ class OtherStreams:
             self._add_attachment(target, stream, name)
         elif _is_generated(stream):
             return
-        elif self._can_hold(stream):
+        elif self._supports(stream):
             self._add_copy(target, stream, name)
         elif stream.type == "audio" and stream.codec_context is not None:
             added, convert = add_aac(target, stream)
@@ -250,7 +250,7 @@ class OtherStreams:
         samples = round(seconds_before * stream.codec_context.sample_rate)
         return open_delayed(stream, samples) if samples > 0 else None
 
-    def _can_hold(self, stream: Any) -> bool:
+    def _supports(self, stream: Any) -> bool:
         """Return whether the new file supports the stream, by writing a small file in memory."""
         rarely_played = _RARELY_PLAYED.get(self._suffix)
         context = stream.codec_context

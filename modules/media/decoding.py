@@ -125,7 +125,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
     # length as a tag
     end = declared_end(container, stream)
     tolerance = max(4 * (default_seconds or 0.1), 0.3)
-    # the last frame may be shown for long: only missing bytes prove that the file is cut
+    # a complete file may show its last frame for long
     if end is not None and last_start + tolerance < end and not _has_all_bytes(path):
         raise MediaError(
             f"{path} is cut short: it should last {float(end):.2f} s, the last of {num_frames} frames is "

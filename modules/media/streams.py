@@ -192,11 +192,12 @@ class Clock:
         self._offset = Fraction(0)  # added to the file's times
 
     def correct_start(self, time: Fraction | None) -> Fraction:
-        """Return the time at which the next image is shown.
+        """Return the corrected time at which the next image is shown.
 
-        `time` is what the file states; None if it states none.
+        A time near the grid of the constant rate is moved onto it. Times of the file that jump back, as in
+        joined files, continue after the last image. `time` is what the file states; None if it states none.
         """
-        expected = self._last_time + self._frame_seconds
+        expected = self._last_time + self._frame_seconds  # if frames come at the constant rate
         if time is None:
             time = expected - self._offset
         if self._grid_start is None:
@@ -214,7 +215,7 @@ class Clock:
             self._last_time = on_grid
         elif time > self._last_time:
             self._last_time = time
-        else:
+        else:  # times have to increase
             self._last_time += self._frame_seconds / 4
         return self._last_time
 

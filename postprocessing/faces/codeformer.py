@@ -52,14 +52,14 @@ class CodeFormerConfig:
     fused: tuple[int, ...]  # sizes at which the generator sees the encoder's features
 
     @property
-    def side(self) -> int:
+    def grid_size(self) -> int:
         """Side of the square of codebook entries that encodes a face."""
         return round(self.num_positions**0.5)
 
     @property
     def size(self) -> int:
         """Side of the face image in pixels."""
-        return self.side << sum(block.kind == RESIZE for block in self.encoder)
+        return self.grid_size << sum(block.kind == RESIZE for block in self.encoder)
 
 
 def _make_norm(width: int) -> nn.GroupNorm:
@@ -244,7 +244,7 @@ class CodeFormer(nn.Module):
         """
         latents, encoded = self._encode(faces)
         codes = self.quantize["embedding"](self._predict_codes(latents))
-        codes = rearrange(codes, "b (h w) c -> b c h w", h=self.config.side)
+        codes = rearrange(codes, "b (h w) c -> b c h w", h=self.config.grid_size)
         # adaptive instance normalization: the codes get the mean and standard deviation of the latents
         codes_mean, codes_std = _measure_statistics(codes)
         latents_mean, latents_std = _measure_statistics(latents.float())
@@ -253,7 +253,7 @@ class CodeFormer(nn.Module):
 
     def _generate(self, x: Tensor, encoded: Mapping[int, Tensor], fidelity: float) -> Tensor:
         """Run the generator on x, B C h w, and fuse the encoder's features, which are keyed by their size."""
-        size = self.config.side
+        size = self.config.grid_size
         is_doubled = False
         for block, part in zip(self.generator["blocks"], self.config.generator, strict=True):
             x = block(x)
@@ -346,8 +346,8 @@ def _is_possible(config: CodeFormerConfig) -> bool:
     doublings = sum(block.kind == RESIZE for block in config.generator)
     normed = [block for block in (*config.encoder, *config.generator) if block.kind != CONV]
     return (
-        config.side**2 == config.num_positions
-        and config.size == config.side << doublings
+        config.grid_size**2 == config.num_positions
+        and config.size == config.grid_size << doublings
         and set(config.fused) <= last_blocks(config).keys()
         and config.tokens % HEADS == 0
         and not any(block.width_in % GROUPS or block.width % GROUPS for block in normed)

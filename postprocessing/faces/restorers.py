@@ -274,7 +274,7 @@ def _load(
         return torch.float32 if name.startswith(float32_prefixes) else dtype
 
     with open_checkpoint(path) as checkpoint:
-        return load_planned(make_plan(checkpoint), build, device=device, dtype=dtype_of, what=what)
+        return load_planned(make_plan(checkpoint), build, device=device, dtype=dtype_of, label=what)
 
 
 # Find the files for restoring faces: the model, and next to it the detector and ParseNet.

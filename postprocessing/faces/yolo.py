@@ -38,7 +38,7 @@ CLASSES_SHOWN = 8
 class YoloLayout:
     """Input size, classes and landmarks of a YOLO network, which decide the columns of its output rows."""
 
-    side: int  # side of the square input image
+    input_size: int  # side of the square input image
     classes: int | None  # None: the file does not say
     landmarks: int  # values in each landmark; 0: no face landmarks
 
@@ -69,7 +69,7 @@ class YoloDetector:
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Detect objects in an image (H W 3, RGB) with at least this score, best first."""
-        image, factor, offset = letterbox(pixels, self.layout.side)
+        image, factor, offset = letterbox(pixels, self.layout.input_size)
         outputs = self.network.run(image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255))
         rows = self._decode(self._find_box_output(outputs), least_score)
         shift = np.array(offset, np.float32)
@@ -104,7 +104,7 @@ class YoloDetector:
         # possible candidate counts: one for each cell of the grids, whose steps depend on the version
         candidate_counts = []
         for steps in (STEPS, *VARIANT_STEPS):
-            cells = [(self.layout.side // step) ** 2 for step in steps]
+            cells = [(self.layout.input_size // step) ** 2 for step in steps]
             candidate_counts.append(sum(cells))
         num_rows, num_columns = output.shape
         if num_columns in SELECTED_ROW_WIDTHS and num_rows not in candidate_counts:
@@ -175,7 +175,7 @@ def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | 
             path,
         )
     return YoloLayout(
-        side=height or round_up(side or DEFAULT_SIDE, max(STEPS)),
+        input_size=height or round_up(side or DEFAULT_SIDE, max(STEPS)),
         classes=_count_classes(model),
         landmarks=_count_landmark_numbers(model),
     )
@@ -272,7 +272,7 @@ class YuNetDetector:
 
     path: Path
     network: OnnxModel
-    side: int | None
+    input_size: int | None
     canvas: tuple[int, int] | None = None  # width and height that the file requires; None for any size
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
@@ -345,7 +345,7 @@ class YuNetDetector:
 
     def _choose_scale(self, height: int, width: int) -> float:
         """Return the factor that reduces an image for detection."""
-        factor = 1.0 if self.side is None else min(1.0, self.side / max(height, width))
+        factor = 1.0 if self.input_size is None else min(1.0, self.input_size / max(height, width))
         if self.canvas is not None:
             factor = min(factor, self.canvas[0] / width, self.canvas[1] / height)
         return factor

@@ -276,7 +276,7 @@ class CostPerceiver(nn.Module):
         layer = self.input_layer
 
         def run(start: int, end: int) -> Tensor:
-            tokens = self.patch_embed(costs.rows(start, end)[:, None])
+            tokens = self.patch_embed(costs.correlate_rows(start, end)[:, None])
             return layer(self.latent_tokens.expand(end - start, -1, -1), layer.project_tokens(tokens))
 
         bytes_per_map = _estimate_map_bytes(self.config, height, width)

@@ -276,7 +276,7 @@ class Correlation:
         height, width = self._size
         return rearrange(torch.cat(products, dim=1), "(h w) c -> 1 c h w", h=height, w=width)
 
-    def rows(self, start: int, end: int) -> Tensor:
+    def correlate_rows(self, start: int, end: int) -> Tensor:
         """Return correlations n h w: positions `start` to `end` of the first image with all of the second."""
         rows = self._levels[0][start:end] if self._stores_volume else self._first[start:end] @ self._second
         return rows.unflatten(1, self._sizes[0])

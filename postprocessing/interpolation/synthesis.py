@@ -36,7 +36,7 @@ class RefinementConfig:
     first: int  # size of the first convolution
     upsample: tuple[int, int]
     width: int
-    side: int  # channels of the inner steps of a residual block
+    inner_channels: int  # channels of the inner steps of a residual block
     outputs: int
 
 
@@ -103,7 +103,7 @@ class Decoder(nn.Module):
         )
         self.convblock = nn.Sequential(
             prelu(2 * outer + other_channels, config.width, config.first),
-            *(Residual(config.width, config.side) for _ in range(3)),
+            *(Residual(config.width, config.inner_channels) for _ in range(3)),
             conv(config.width, config.outputs),
         )
 

@@ -102,7 +102,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
             """Return the dtype to load a tensor in: float32 for norms and attention biases."""
             return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
 
-        network = load_planned(plan, kind.build, device=device, dtype=dtype_of, what=MODEL_OPTION)
+        network = load_planned(plan, kind.build, device=device, dtype=dtype_of, label=MODEL_OPTION)
     if device != META:  # tensors on the meta device have no values to rearrange
         set_memory_format(network, device)
     return Upscaler(kind, plan.config, network)

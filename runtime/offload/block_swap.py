@@ -143,7 +143,7 @@ class BlockSwap:
         # slot and index of the weight in it, by the address of the weight's device memory
         self._owners: dict[int, tuple[Slot, int]] = {}
         self._expects_backward = False  # whether a backward pass follows, in which the order is reversed
-        self._skipped: frozenset[int] = frozenset()  # positions that this pass skips
+        self._skipped_positions: frozenset[int] = frozenset()  # positions that this pass skips
         # position of the running block, and whether it is in the backward pass
         self._current: tuple[int, bool] | None = None
 
@@ -161,7 +161,7 @@ class BlockSwap:
             return
         block = pool.blocks[position]
         if pool.slot_of(block) is None:
-            self._skipped = frozenset(skipped) - {position}
+            self._skipped_positions = frozenset(skipped) - {position}
             self._prefetch_from(position, backward=False)
         self._activate(pool, block, backward=False)
 
@@ -169,7 +169,7 @@ class BlockSwap:
         """Run the blocks with the previous runner; `runtime.run_blocks` calls this."""
         # with gradients a backward pass follows
         self._expects_backward = torch.is_grad_enabled()
-        self._skipped = frozenset(overrides.skip_blocks)
+        self._skipped_positions = frozenset(overrides.skip_blocks)
         self._current = None
         first = self._order[0]
         self._prefetch_from(next(self._route(first, False), first), False)
@@ -227,7 +227,7 @@ class BlockSwap:
     def _route(self, position: int, backward: bool) -> Iterator[int]:
         """Yield the positions to enter next, from this one on; positions of the next pass are predicted."""
         run_index = self._run_index[position]
-        entered = [index for index in self._order if index not in self._skipped]
+        entered = [index for index in self._order if index not in self._skipped_positions]
         if backward:
             yield from (index for index in reversed(entered) if self._run_index[index] <= run_index)
             yield from self._order

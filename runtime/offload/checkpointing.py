@@ -253,7 +253,11 @@ def recomputed_parts(dit: nn.Module, spec: DitSpec) -> list[nn.Module]:
     """Return the parts of a network that are recomputed, each by itself, in the order in which they run."""
     parts: list[nn.Module] = []
     for block in spec.blocks_in_order(dit):
-        layers = getattr(block, spec.checkpointed_list, ()) if spec.checkpointed_list else ()
+        layers = (
+            getattr(block, spec.checkpointed_layers_attribute, ())
+            if spec.checkpointed_layers_attribute
+            else ()
+        )
         parts += layers or [block]
     return parts
 

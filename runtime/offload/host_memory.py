@@ -37,7 +37,7 @@ PIN_CHUNK = 256 << 20  # bytes that are pinned at once, if a tensor is not large
 
 @dataclass(frozen=True)
 class LocalProcesses:
-    """The processes of one run on this machine, if there are several."""
+    """Rank of this process among those of the run on this machine, and the global rank of the first."""
 
     rank: int  # rank of this process among them
     first_global_rank: int  # global rank of this machine's first process

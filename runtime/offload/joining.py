@@ -64,7 +64,7 @@ def join_processes(
 
 
 def agree(value: T, group: "distributed.ProcessGroup | None" = None) -> T:
-    """Return the value of the first process of a group, by default of all processes.
+    """Broadcast the value of the first process of a group, by default of all processes, and return it.
 
     All of them must call this, after `join_processes`.
     """

@@ -45,14 +45,14 @@ TOKEN_GROUP = "_token_group"  # attribute of a network: the processes that share
 class ShardedBlocks:
     """The parts of a network's blocks that this process keeps while other processes keep the others."""
 
-    def __init__(self, device: torch.device, asked_by: str) -> None:
+    def __init__(self, device: torch.device, option_name: str) -> None:
         """Prepare to split blocks over all processes that have joined.
 
         Args:
             device: Device of this process.
-            asked_by: Option that requested the split, for messages.
+            option_name: Option that requested the split, for messages.
         """
-        self.asked_by = asked_by
+        self.option_name = option_name
         from torch.distributed.device_mesh import init_device_mesh  # not needed by a single process
 
         self._mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
@@ -60,22 +60,24 @@ class ShardedBlocks:
             keep_heap_small()  # otherwise freed blocks fragment the heap and save no memory
 
     def watch(self, network: nn.Module) -> Callable[[str], None]:
-        """Return a function to call with the name of each filled tensor; it splits complete blocks."""
+        """Return a function to call with the name of each loaded tensor, which splits complete blocks."""
         blocks = _blocks_of(network)
-        owners = {f"{path}.{name}": path for path, block in blocks.items() for name in block.state_dict()}
-        waiting = Counter(owners.values())
+        block_path_of = {
+            f"{path}.{name}": path for path, block in blocks.items() for name in block.state_dict()
+        }
+        num_missing = Counter(block_path_of.values())
 
-        def note(name: str) -> None:
-            path = owners.get(name)
+        def count_loaded(name: str) -> None:
+            path = block_path_of.get(name)
             if path is not None:
-                waiting[path] -= 1
-                if not waiting[path]:
+                num_missing[path] -= 1
+                if not num_missing[path]:
                     self._split(blocks[path])
 
-        return note
+        return count_loaded
 
     def split(self, network: nn.Module) -> None:
-        """Split the blocks of a network that was loaded without this object."""
+        """Split the blocks that `watch` has not split while the network was loaded."""
         from torch.distributed.fsdp import FSDPModule
 
         for block in _blocks_of(network).values():
@@ -236,7 +238,7 @@ def gather_block(block: nn.Module) -> None:
 
 def gather_weight(weight: Tensor) -> Tensor:
     """Return a full weight, in any dtype. A split weight is gathered, so all processes must call this."""
-    return gather_rows(local_rows(weight), weight) if is_split(weight) else weight
+    return gather_rows(local_rows(weight), weight) if is_sharded_weight(weight) else weight
 
 
 def local_rows(weight: Any) -> Tensor:
@@ -270,12 +272,12 @@ def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
     return gathered[: weight.shape[0] * row_bytes].view(part.dtype).view(weight.shape)
 
 
-def is_split(weight: Tensor) -> bool:
+def is_sharded_weight(weight: Tensor) -> bool:
     """Return whether a weight is a DTensor, of which this process keeps some rows."""
     return hasattr(weight, "to_local")
 
 
-def rows_of(weight: Any, full: Tensor) -> Tensor:
+def slice_local_rows(weight: Any, full: Tensor) -> Tensor:
     """Return a view of those rows of `full` that this process keeps of a split weight."""
     mesh = weight.device_mesh
     count = local_rows(weight).shape[0]
@@ -283,7 +285,7 @@ def rows_of(weight: Any, full: Tensor) -> Tensor:
     return full.narrow(0, min(first, weight.shape[0] - count), count)
 
 
-def as_split(weight: Any, part: Tensor) -> Tensor:
+def as_sharded(weight: Any, part: Tensor) -> Tensor:
     """Return a tensor that is split like a weight, made from this process's rows of it."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
@@ -313,6 +315,6 @@ def trained_rows(weight: Any) -> nn.Parameter:
 
 def set_weight(weight: Tensor, full: Tensor) -> None:
     """Set a weight in place; for a split weight, set this process's part."""
-    if is_split(weight):
-        weight, full = local_rows(weight), rows_of(weight, full)
+    if is_sharded_weight(weight):
+        weight, full = local_rows(weight), slice_local_rows(weight, full)
     weight.copy_(full)

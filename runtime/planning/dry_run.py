@@ -379,8 +379,8 @@ def _read_as_one(tensor: Tensor) -> bool | int | float:
 def _name_position(index: int, count: int) -> str:
     """Return the name of a block's position in its list.
 
-    Two positions at each end have names: the outermost block, and its neighbor, which is like all blocks
-    between.
+    The two blocks at each end have names of their own: the outermost one may differ from the rest, and its
+    neighbor stands for all blocks between.
     """
     if index == count - 1:  # including a lone block
         return "last"

@@ -22,8 +22,8 @@ Operator = Callable[..., Any]
 def planned(function: Operator) -> Operator:
     """Register a function that only allocates tensors as the operator `planned::<name>`.
 
-    It is one operator, like the kernel: selective checkpointing may keep its results, and a ledger knows its
-    name.
+    It is a single operator, like the kernel that it replaces, so that selective checkpointing may keep its
+    results and the ledger of a dry run recognizes it by name.
     """
     operator = torch.library.custom_op(f"planned::{function.__name__}", function, mutates_args=())
     operator.register_fake(function)
@@ -31,7 +31,7 @@ def planned(function: Operator) -> Operator:
 
 
 class _Attention(torch.autograd.Function):
-    """Buffers of flash attention: its result and the float32 log-sum-exp of each row.
+    """Flash attention that only allocates its buffers: the result and the float32 log-sum-exp of each row.
 
     The backward pass needs the three gradients, the dot product of gradient and result of each row in
     float32, and another float32 gradient of the queries, which accumulates over blocks of keys. Source: Dao
@@ -151,7 +151,7 @@ def _prefers_cudnn(query: Tensor, has_mask: bool) -> bool:
 
 
 def _in_float32(function: Operator) -> Operator:
-    """Return a stand-in for a function that autocast computes in float32 on CUDA, and not on a CPU."""
+    """Wrap a function so that a dry run on the CPU computes it in float32, as autocast does on CUDA."""
 
     def run(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():

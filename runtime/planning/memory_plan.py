@@ -95,7 +95,7 @@ def workspace(device: torch.device, is_training: bool) -> MemoryPart:
 class OffloadedWeights:
     """Bytes of weights that leave the device if blocks are swapped or split over processes."""
 
-    host: int  # bytes of weights that move to host memory
+    host_bytes: int  # bytes of weights that move to host memory
     slot_bytes: (
         int  # bytes of device slots through which weights are streamed, or in which blocks are gathered
     )
@@ -103,11 +103,11 @@ class OffloadedWeights:
     processes: int = 1  # number of processes that share the weights
 
     @property
-    def saved(self) -> int:
+    def saved_device_bytes(self) -> int:
         """Bytes of device memory that the swap saves: the moved weights minus the slots for streaming."""
-        return self.host + self.on_other_processes - self.slot_bytes
+        return self.host_bytes + self.on_other_processes - self.slot_bytes
 
-    def words(self, blocks: int, use_of_slots: str) -> str:
+    def format_note(self, blocks: int, use_of_slots: str) -> str:
         """Return the note of a memory plan about the swapped or split weights.
 
         Args:
@@ -117,7 +117,11 @@ class OffloadedWeights:
         if self.processes > 1:
             buffer = format_gib(self.slot_bytes)
             return f"; blocks split over {self.processes} processes, {buffer} to gather them"
-        return f"; {blocks} blocks swapped, {format_gib(self.slot_bytes)} {use_of_slots}" if self.host else ""
+        return (
+            f"; {blocks} blocks swapped, {format_gib(self.slot_bytes)} {use_of_slots}"
+            if self.host_bytes
+            else ""
+        )
 
 
 def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> OffloadedWeights:
@@ -151,7 +155,9 @@ def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> i
     return launched
 
 
-def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1) -> list[OffloadedWeights]:
+def predict_swaps(
+    dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1
+) -> list[OffloadedWeights]:
     """Return the effect of every possible --blocks_to_swap from 0 on, with the other options of `swap`.
 
     Args:
@@ -232,8 +238,8 @@ def parts_of(
         size = bytes_by_kind.get(kind, 0)
         host = 0
         if kind == dry_run.WEIGHTS:
-            size -= swap.saved
-            host = swap.host
+            size -= swap.saved_device_bytes
+            host = swap.host_bytes
         elif (
             kind == dry_run.ACTIVATIONS
         ):  # activations, some of which wait in host memory for the backward pass
@@ -308,14 +314,18 @@ class Swappable(Protocol):
     def max_swapped_blocks(self) -> int:
         """Largest number of blocks that can be swapped."""
 
-    def device(self, blocks: int, /) -> int:
+    def device_bytes(self, blocks: int, /) -> int:
         """Return the bytes of device memory with this number of swapped blocks."""
 
 
 def smallest_swap(prediction: Swappable, usable: int) -> int | None:
     """Return the smallest number of swapped blocks that fits into `usable` bytes; None if no number does."""
     return next(
-        (count for count in range(prediction.max_swapped_blocks + 1) if prediction.device(count) <= usable),
+        (
+            count
+            for count in range(prediction.max_swapped_blocks + 1)
+            if prediction.device_bytes(count) <= usable
+        ),
         None,
     )
 
@@ -346,11 +356,13 @@ def swap_for(
     if count is None:
         return maximum, (
             f"--blocks_to_swap auto: {maximum}, the largest possible number; even so "
-            f"{format_gib(prediction.device(maximum))} GiB are predicted; {usable}."
+            f"{format_gib(prediction.device_bytes(maximum))} GiB are predicted; {usable}."
         )
-    fewer = f"; with {count - 1} it would be {format_gib(prediction.device(count - 1))}" if count else ""
+    fewer = (
+        f"; with {count - 1} it would be {format_gib(prediction.device_bytes(count - 1))}" if count else ""
+    )
     return count, (
-        f"--blocks_to_swap auto: {count}. {format_gib(prediction.device(count))} GiB are predicted, "
+        f"--blocks_to_swap auto: {count}. {format_gib(prediction.device_bytes(count))} GiB are predicted, "
         f"{usable}{fewer}."
     )
 
@@ -422,7 +434,7 @@ def resolve_swap(
 
 def advise(
     prediction: Predicted,
-    cheaper: Sequence[tuple[str, Callable[[], Predicted]]],
+    memory_savers: Sequence[tuple[str, Callable[[], Predicted]]],
     usable: int,
     swapped: int = 0,
     can_swap: bool = True,
@@ -432,7 +444,7 @@ def advise(
 
     Args:
         prediction: The prediction with the current options.
-        cheaper: Unused options, and the prediction with each option and all before it.
+        memory_savers: Unused options, each with a function that predicts a run with it and all before it.
         usable: Usable bytes of the device.
         swapped: Number of blocks that the options swap.
         can_swap: Whether blocks can be swapped.
@@ -442,9 +454,9 @@ def advise(
         The lines, and the last prediction if even that one does not fit.
     """
     lines: list[str] = []
-    for name, predict in cheaper:
+    for name, predict in memory_savers:
         prediction = predict()
-        needed = prediction.device(swapped)
+        needed = prediction.device_bytes(swapped)
         if needed <= usable:
             return [*lines, f"{name}: {format_gib(needed)} GiB{phase} fits"], None
         remark = SMALL_FORMS if "fp8" in name else ""
@@ -452,7 +464,7 @@ def advise(
         fitting_swap = _describe_fitting_swap(prediction, usable, phase) if can_swap else None
         if fitting_swap is not None:
             return [*lines, fitting_swap], None
-    if not cheaper and can_swap:
+    if not memory_savers and can_swap:  # swapping blocks is the only remedy
         fitting_swap = _describe_fitting_swap(prediction, usable, phase)
         if fitting_swap is not None:
             return [fitting_swap], None
@@ -464,4 +476,4 @@ def _describe_fitting_swap(prediction: Swappable, usable: int, phase: str) -> st
     count = smallest_swap(prediction, usable)
     if count is None:
         return None
-    return f"--blocks_to_swap {count}: {format_gib(prediction.device(count))} GiB{phase} fits"
+    return f"--blocks_to_swap {count}: {format_gib(prediction.device_bytes(count))} GiB{phase} fits"

@@ -78,8 +78,8 @@ def plan_layouts(
     """
     for division in _list_divisions(cards, is_training):
         extra_options = _options_of_division(division)
-        num_parallel = cards // division.context
-        if division.shards and not is_training:
+        num_parallel = cards // division.num_context_parallel
+        if division.shards_weights and not is_training:
             num_parallel = 1  # all processes generate the same clip
         layout = GpuLayout(extra_options, division, num_parallel)
         try:
@@ -100,8 +100,10 @@ def plan_layouts(
 
 def _divide(run: SingleGpuRun, division: Division) -> Divided:
     """Return the memory of one GPU of a division; raise OptionError if the division is impossible."""
-    if run.heads % division.context:
-        raise OptionError(f"{run.heads} heads of attention are not divisible by {division.context}")
+    if run.heads % division.num_context_parallel:
+        raise OptionError(
+            f"{run.heads} heads of attention are not divisible by {division.num_context_parallel}"
+        )
     return run.divide(division)
 
 
@@ -113,19 +115,19 @@ def _choose_num_swapped(prediction: Swappable, device_memory: DeviceMemory) -> i
 
 def _list_divisions(cards: int, is_training: bool) -> list[Division]:
     """Return the divisions of a run over GPUs, ordered by how little the GPUs wait for each other."""
-    # gathering blocks overlaps with computation, exchanging tokens does not. A generation whose processes
-    # share anything makes one clip at a time, and each process computes all tokens unless tokens are shared
+    # a generation whose processes share anything makes one clip at a time, so all of them share its tokens
     contexts = [count for count in range(2, cards + 1) if cards % count == 0] if is_training else [cards]
-    blocks = [Division(cards, shards=True)]
-    tokens = [Division(cards, False, count) for count in contexts]
-    both = [Division(cards, True, count) for count in contexts]
-    divisions = [*blocks, *tokens, *both] if is_training else [*tokens, *blocks, *both]
-    by_options: dict[tuple[str, ...], Division] = {(): Division(cards)}  # without options: undivided
-    for division in divisions:
-        by_options.setdefault(
-            _options_of_division(division), division
-        )  # equal options mean the same division
-    return list(by_options.values())
+    split_blocks = [Division(cards, shards_weights=True)]
+    split_tokens = [Division(cards, num_context_parallel=count) for count in contexts]
+    split_both = [Division(cards, shards_weights=True, num_context_parallel=count) for count in contexts]
+    if is_training:  # gathering blocks overlaps with computation, exchanging tokens does not
+        divisions = [*split_blocks, *split_tokens, *split_both]
+    else:  # unless tokens are split, each process computes all of them
+        divisions = [*split_tokens, *split_blocks, *split_both]
+    division_by_options: dict[tuple[str, ...], Division] = {(): Division(cards)}  # without options: undivided
+    for division in divisions:  # equal options mean the same division
+        division_by_options.setdefault(_options_of_division(division), division)
+    return list(division_by_options.values())
 
 
 def _options_of_division(division: Division) -> tuple[str, ...]:
@@ -143,7 +145,7 @@ def _plan_memory(
     swapped = prediction.swaps[blocks]
     processes = layout.division.processes
     # the processes of a launcher share a copy of swapped blocks
-    host = processes * memory.host - (processes - 1) * swapped.host * is_training
+    host = processes * memory.host - (processes - 1) * swapped.host_bytes * is_training
     return replace(layout, memory=memory, host=host, fits=memory.device <= device_memory.usable)
 
 
@@ -203,7 +205,7 @@ def _advise(fitting: Sequence[GpuLayout], added: Sequence[str], is_training: boo
     )
     lines = [f"The cheapest that fits{on_each}:", f"  {command_of(best, added, sys.argv, is_training)}"]
     # a clip is finished soonest if as many GPUs as possible share its tokens
-    fastest = max(fitting, key=lambda layout: layout.division.context)
+    fastest = max(fitting, key=lambda layout: layout.division.num_context_parallel)
     if not is_training and fastest is not best:
         lines.append("One clip is made soonest by:")
         lines.append(f"  {command_of(fastest, added, sys.argv, is_training)}")

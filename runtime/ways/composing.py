@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OF_LAUNCHER = ("ACCELERATE_USE_", "PARALLELISM_CONFIG_")  # prefixes of variables that make accelerate split
+SPLIT_VARIABLE_PREFIXES = (
+    "ACCELERATE_USE_",
+    "PARALLELISM_CONFIG_",
+)  # prefixes of variables that make accelerate split
 
 
 def options_of_ways(is_training: bool) -> type[Options]:
@@ -72,11 +75,11 @@ def count_groups(speed: SpeedOptions, processes: int, passes: int = 1) -> int:
     Raises:
         OptionError: If the processes cannot be divided into such groups.
     """
-    group_size = speed.modes.num_peers * passes  # peers share a micro-batch
+    group_size = speed.modes.processes_per_model * passes
     if processes % group_size:
-        typed = " ".join(speed.modes.peer_counts)
+        typed = " ".join(speed.modes.process_counts_by_option)
         raise OptionError(
-            f"{typed}: {processes} processes make no groups of {group_size}. Start a multiple of "
+            f"{typed}: {processes} processes cannot form groups of {group_size}. Start a multiple of "
             f"{group_size}: accelerate launch --multi_gpu --num_processes {group_size}"
         )
     return processes // group_size
@@ -89,7 +92,7 @@ def count_shared_passes(speed: SpeedOptions, processes: int) -> int:
     """
     if not speed.modes.divides_passes:
         return 1
-    passes = max(processes // speed.modes.num_peers, 1)
+    passes = max(processes // speed.modes.processes_per_model, 1)
     count_groups(speed, processes, passes)
     return passes
 
@@ -106,7 +109,7 @@ def lay_out(speed: SpeedOptions, shares_passes: bool) -> "ProcessGrid":
     processes = distributed.get_world_size()
     passes = count_shared_passes(speed, processes) if shares_passes else 1
     groups = count_groups(speed, processes, passes)
-    return ProcessGrid(distributed.get_rank(), groups, passes, speed.modes.num_peers)
+    return ProcessGrid(distributed.get_rank(), groups, passes, speed.modes.processes_per_model)
 
 
 def make_block_sharder(speed: SpeedOptions, device: "torch.device") -> "BlockSharder | None":
@@ -168,24 +171,25 @@ def reject_other_splits() -> None:
     accelerate splits only a model that a script passes to it. The loops here never do, so nothing would be
     split.
     """
-    if not any(name.startswith(OF_LAUNCHER) for name in os.environ):
+    if not any(name.startswith(SPLIT_VARIABLE_PREFIXES) for name in os.environ):
         return
     options_by_variable: dict[str, list[type[WayOptions]]] = {}
-    for way in WAYS:
-        for variable in way.options.replaces:
-            options_by_variable.setdefault(variable, []).append(way.options)
+    for mode in WAYS:
+        for variable in mode.options.accelerate_features:
+            options_by_variable.setdefault(variable, []).append(mode.options)
     # a variable with several remedies comes last, because it is set together with a more specific one
     for variable, options in sorted(options_by_variable.items(), key=lambda item: len(item[1])):
-        if _asks_for_split(variable):
+        if _splits_model(variable):
+            feature = options[0].accelerate_features[variable]
             raise OptionError(
-                f"accelerate launch asks for {options[0].replaces[variable]} "
+                f"accelerate launch asks for {feature} "
                 f"({variable}={os.environ[variable]}): the loops here never pass it the model. Choose plain "
                 f"multi-GPU ({LAUNCH}, or run accelerate config again) and give "
-                f"{', or '.join(record.answer for record in options)} over those processes"
+                f"{', or '.join(record.accelerate_advice for record in options)} over those processes"
             )
 
 
-def _asks_for_split(variable: str) -> bool:
+def _splits_model(variable: str) -> bool:
     """Return whether an environment variable of accelerate's launcher is set so that it splits the model."""
     value = os.environ.get(variable, "0").lower()
     # a switch is on with 1; a number of processes splits the model only if it is 2 or more

@@ -21,8 +21,8 @@ class ContextParallelOptions(
     WayOptions,
     keeps_pixels=True,
     shares="tokens",
-    answer="--context_parallel N, which splits the tokens",
-    replaces={
+    accelerate_advice="--context_parallel N, which splits the tokens",
+    accelerate_features={
         "PARALLELISM_CONFIG_CP_SIZE": "accelerate's context parallelism (ring attention)",
         "PARALLELISM_CONFIG_SP_SIZE": "DeepSpeed's sequence parallelism",
         "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
@@ -36,7 +36,7 @@ class ContextParallelOptions(
         default=1,
         minimum=1,
         metavar="N",
-        facts={**SETTING, **OF_BLOCKS, "division": "context"},
+        facts={**SETTING, **OF_BLOCKS, "division": "num_context_parallel"},
     )
 
 
@@ -67,7 +67,7 @@ def _join(run: RunModes, options: ContextParallelOptions) -> None:
     typed = f"--context_parallel {options.context_parallel}"
     run.flags.append(typed)
     run.divides_tokens = typed
-    run.peer_counts[typed] = options.context_parallel
+    run.process_counts_by_option[typed] = options.context_parallel
     run.hooks.check_launch.append(partial(_check_launch, options))
     run.hooks.finish_network.append(_finish)
 

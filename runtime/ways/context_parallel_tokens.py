@@ -37,10 +37,11 @@ def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) ->
     group = device_mesh(grid, device).get_group("context")
     set_runner(network, functools.partial(_run_part, runner_of(network), group))
     setattr(network, TOKEN_GROUP, group)
-    # a LoRA's neuron dropout reads it, so that each part of the tokens has its own mask
+    # a LoRA's neuron dropout reads this attribute, so that each process's tokens get their own mask
+    index_in_group = grid.rank % grid.context
     for block in chain.from_iterable(spec_of(network).blocks(network).values()):
         for layer in block.modules():
-            setattr(layer, TOKEN_PART, grid.rank % grid.context)  # index of the process in its group
+            setattr(layer, TOKEN_PART, index_in_group)
 
 
 def _run_part(

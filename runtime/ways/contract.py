@@ -25,7 +25,7 @@ class SwapsBlocks(Protocol):
     """The part of the block-swap options that modes of running use."""
 
     @property
-    def typed(self) -> str:
+    def used_flag(self) -> str:
         """The option in use, as the user types it."""
 
 
@@ -58,7 +58,7 @@ class RunUses:
 
     takes_turns: tuple[str, ...] = ()  # options by which two transformers take turns on a device
     # in training runs: the option that names a separate model for samples
-    samples_apart: str = ""
+    sampling_dit_option: str = ""
     foreign_module: str = ""  # network module of another package
     own_modules: Collection[str] = ()  # network modules that can replace it
     further_models: tuple[FurtherModel, ...] = ()
@@ -76,8 +76,8 @@ class Division:
     """
 
     processes: int
-    shards: bool = False  # whether the weights of the blocks are split
-    context: int = 1  # number of GPUs that share the tokens of a clip
+    shards_weights: bool = False  # whether the weights of the blocks are split
+    num_context_parallel: int = 1  # number of GPUs that share the tokens of a clip
 
 
 class WayOptions(Options):
@@ -87,27 +87,29 @@ class WayOptions(Options):
         in_training: Whether training runs have the options too.
         keeps_pixels: Whether a generation gives bit-identical pixels.
         shares: Word for what the processes share.
-        answer: The option and its effect, for users who ask accelerate's launcher to split the model.
-        replaces: Name of accelerate's feature, by the environment variable that requests it.
+        accelerate_advice: The option to use instead, and its effect, for users who ask accelerate's launcher
+            to split the model.
+        accelerate_features: Features of accelerate's launcher that the option replaces: the environment
+            variable that requests the feature -> its name.
     """
 
     in_training: ClassVar[bool]
     keeps_pixels: ClassVar[bool]
     shares: ClassVar[str]
-    answer: ClassVar[str]
-    replaces: ClassVar[Mapping[str, str]]
+    accelerate_advice: ClassVar[str]
+    accelerate_features: ClassVar[Mapping[str, str]]
 
     def __init_subclass__(
         cls,
         in_training: bool = True,
         keeps_pixels: bool = False,
         shares: str = "",
-        answer: str = "",
-        replaces: Mapping[str, str] | None = None,
+        accelerate_advice: str = "",
+        accelerate_features: Mapping[str, str] | None = None,
     ) -> None:
         super().__init_subclass__()
         cls.in_training, cls.keeps_pixels, cls.shares = in_training, keeps_pixels, shares
-        cls.answer, cls.replaces = answer, replaces or {}
+        cls.accelerate_advice, cls.accelerate_features = accelerate_advice, accelerate_features or {}
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class RunModes:
     divides_tokens: str = ""  # option by which each process has some of the tokens of a clip; "" if off
     divides_passes: str = ""  # option by which the remaining processes share the passes of a step; "" if off
     # option -> number of processes that share a micro-batch, or a pass of a step
-    peer_counts: dict[str, int] = field(default_factory=dict)
+    process_counts_by_option: dict[str, int] = field(default_factory=dict)
     single_process_effects: dict[str, str] = field(
         default_factory=dict
     )  # option -> what a single process does with it
@@ -156,9 +158,9 @@ class RunModes:
     hooks: ModeHooks = field(default_factory=ModeHooks)
 
     @property
-    def num_peers(self) -> int:
-        """Number of processes that work together on one model."""
-        return prod(self.peer_counts.values())
+    def processes_per_model(self) -> int:
+        """Number of processes that compute one pass together, on the same micro-batch."""
+        return prod(self.process_counts_by_option.values())
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed

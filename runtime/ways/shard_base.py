@@ -20,8 +20,8 @@ class ShardBaseOptions(
     WayOptions,
     keeps_pixels=True,
     shares="weights",
-    answer="--shard_base, which splits the model",
-    replaces={
+    accelerate_advice="--shard_base, which splits the model",
+    accelerate_features={
         "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
         "ACCELERATE_USE_FSDP": "accelerate's FSDP",
         "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM (tensor and pipeline parallelism)",
@@ -35,7 +35,7 @@ class ShardBaseOptions(
         "with several processes (accelerate launch --multi_gpu --num_processes N): each keeps a part of "
         "every block of the transformer, frozen or trained, and of large text encoders, and gathers a block "
         "when it runs. Embeddings, LoRAs and the VAE are in every process",
-        facts={**OF_BLOCKS, "division": "shards"},
+        facts={**OF_BLOCKS, "division": "shards_weights"},
     )
 
 
@@ -59,10 +59,10 @@ def _check_uses(uses: RunUses) -> None:
             f"{uses.takes_turns[0]} and --shard_base cannot be used together: each process has a part of "
             "both transformers, and they stay on the devices. Leave one of the two options out"
         )
-    if uses.samples_apart:
+    if uses.sampling_dit_option:
         raise OptionError(
             "--shard_base: samples by further transformers need networks that take turns, which are not "
-            f"split over processes. Leave {uses.samples_apart} out"
+            f"split over processes. Leave {uses.sampling_dit_option} out"
         )
     if uses.foreign_module:
         raise OptionError(
@@ -84,7 +84,7 @@ def _make_sharded_blocks(device: "torch.device") -> "BlockSharder | None":
 
 def _join(run: RunModes, options: ShardBaseOptions) -> None:
     """Add --shard_base to the modes of a run; raise OptionError if blocks are swapped too."""
-    swap_flag = run.speed.swap.typed
+    swap_flag = run.speed.swap.used_flag
     if swap_flag:
         raise OptionError(
             f"--shard_base and {swap_flag} both say where the weights wait: in the other processes, "

@@ -97,7 +97,7 @@ def test_checksums_are_those_of_the_file_of_its_data_and_of_its_lora(
     assert found["hashes"][0]["sha256"] == hashlib.sha256(data).hexdigest()
     assert found["hashes"][0]["data_sha256"] == hashlib.sha256(data[start:]).hexdigest()
     assert found["lora_hashes"]["sshs_model_hash"] == metadata["sshs_model_hash"]
-    assert f"sshs_model_hash: {metadata['sshs_model_hash']} (as the metadata say)" in capsys.readouterr().out
+    assert f"sshs_model_hash: {metadata['sshs_model_hash']} (as the metadata says)" in capsys.readouterr().out
 
 
 # --- writing ---

@@ -56,16 +56,16 @@ def standing(**facts: Any) -> FolderProgress:
         ({"description_job": (RUNNING,)}, False, "Preparing …"),
         ({**DESCRIBED, "description_job": (FINISHED, 0), "has_changes": True}, False, "Look at the changes"),
         ({**CHECKED}, False, "Prepare"),  # something was typed since
-        ({**DESCRIBED, "to_load": "99 GB"}, True, "Download the model (99 GB)"),
-        ({**CHECKED, "to_load": "99 GB"}, True, "Download the model (99 GB)"),
+        ({**DESCRIBED, "missing_gigabytes": "99 GB"}, True, "Download the model (99 GB)"),
+        ({**CHECKED, "missing_gigabytes": "99 GB"}, True, "Download the model (99 GB)"),
         (
-            {**DESCRIBED, "to_load": "99 GB", "download": (RUNNING,)},
+            {**DESCRIBED, "missing_gigabytes": "99 GB", "download": (RUNNING,)},
             True,
             "Downloading the model, 11.2 of 34.8 GB …",
         ),
-        ({**DESCRIBED, "loads_at_start": True}, True, "Start"),
-        ({**DESCRIBED, "uncaptioned": 2, "to_load": "40 GB"}, True, "Write captions"),
-        ({**DESCRIBED, "has_listed_errors": True, "to_load": "40 GB"}, True, "Look at the files"),
+        ({**DESCRIBED, "downloads_at_start": True}, True, "Start"),
+        ({**DESCRIBED, "uncaptioned": 2, "missing_gigabytes": "40 GB"}, True, "Write captions"),
+        ({**DESCRIBED, "has_listed_errors": True, "missing_gigabytes": "40 GB"}, True, "Look at the files"),
         (DESCRIBED, True, "Check"),
         ({**DESCRIBED, "check_job": (RUNNING,)}, True, "Checking …"),
         ({**DESCRIBED, "check_job": (DIED, 1)}, True, "Check"),
@@ -96,7 +96,7 @@ def test_what_has_worked_and_what_is_to_be_mended_is_said() -> None:
         "Type a trigger word",
         "#trigger",
     )
-    assert standing(**DESCRIBED).mark != standing(**CHECKED).mark
+    assert standing(**DESCRIBED).change_key != standing(**CHECKED).change_key
 
 
 @pytest.fixture(scope="module")

@@ -361,7 +361,7 @@ def test_a_mixed_batch_has_zeros_where_a_clip_is_silent(tmp_path: Path, form: st
         assert not batch.tensor(FPS).is_floating_point()  # it stays on the host
         assert heard[0].any()
         assert not heard[1].any()
-        assert {made.part for made in batch.made_by} == {"latents", "sound", "t5"}
+        assert {made.part for made in batch.cache_origins} == {"latents", "sound", "t5"}
     silent = read_batch(found[1:2], PLAIN).tensors
     assert not {AUDIO_LATENTS, HAS_AUDIO} & silent.keys()
     ignored = make_set(tmp_path, batch_size=4, cache_format=form, audio="ignore")

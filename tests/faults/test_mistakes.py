@@ -43,7 +43,7 @@ def wrong(scripts: str | Sequence[str], line: str, *words: str, without: Sequenc
 
 NUMBERS = (
     wrong((WAN, HV), "--video_length 0", "--video_length 0", "from 1"),
-    wrong((WAN, HV), "--video_size 16384 16384 --video_length 81", "--video_size 16384 16384", "Lower it"),
+    wrong((WAN, HV), "--video_size 16384 16384 --video_length 81", "16384 16384: 81", "Lower the size"),
     wrong(GENERATIONS, "--video_size 33 47", "--video_size 33 47", "Nearest"),
     wrong(GENERATIONS, "--video_size 832x480", "give height and width: --video_size 480 832"),
     wrong(WAN, "--video_size=480,832", "give height and width: --video_size 480 832"),
@@ -99,7 +99,7 @@ NAMES = (
     wrong(TRAININGS, "--xm_best_of_k 2", "the best of several noises is not built"),
     wrong(TRAININGS, "--save_precision bfloat16", "Did you mean bf16?"),
     wrong(TRAININGS, "--config_file dataset.toml", "describes a data set", "give it to --dataset_config"),
-    wrong(TRAININGS, "--config_file t.yaml", "t.yaml is no TOML file"),
+    wrong(TRAININGS, "--config_file t.yaml", "t.yaml is not a TOML file"),
     wrong(GENERATIONS, "--cfg 5 --num_frames 9", "mean --guidance_scale?", "mean --video_length?"),
     wrong(GENERATIONS, "--lora x", "Unknown option --lora. Did you mean --lora_weight?"),
     wrong(GENERATIONS, "--frame 3", "Unknown option --frame. Did you mean --video_length?"),
@@ -291,7 +291,7 @@ TOGETHER = (
     wrong(GENERATIONS, "--save_path bell.mp3", "--save_path bell.mp3", "written as WAV: give bell.wav"),
     wrong(GENERATIONS, "--save_path made.gif", "--save_path made.gif", "Give made.mp4"),
     wrong(GENERATIONS, "--save_path a.mp4 --num_videos 2", "a.mp4 with --num_videos 2", "such as a"),
-    wrong(GENERATIONS, "--save_path a.mp4 --output_type latent", "names of their own", "such as a"),
+    wrong(GENERATIONS, "--save_path a.mp4 --output_type latent", "their own names", "such as a"),
     wrong(GENERATIONS, "--prompt prompts.txt", "prompts.txt is a file", "give --from_file prompts.txt"),
     wrong(CONVERT, "a b c", "a b c: 3 words without an option", without=["--input", "--output"]),
     wrong(GENERATIONS, "a dog", "a dog belongs to no option", "in quotes"),
@@ -327,8 +327,8 @@ TOGETHER = (
 SPELLED = (
     wrong(GENERATIONS, "--nf4 --fp8", "--nf4 and --fp8 exclude each other"),
     wrong(GENERATIONS, "--nf4_base --fp8", "--nf4_base and --fp8 exclude each other"),
-    wrong(WAN, "--src_video none.mp4", "--src_video: --task t2v-1.3B has no use for it"),
-    wrong(WAN, "--control_pa none.mp4", "--control_path: --task t2v-1.3B has no use for it"),
+    wrong(WAN, "--src_video none.mp4", "--src_video: --task t2v-1.3B does not use it"),
+    wrong(WAN, "--control_pa none.mp4", "--control_path: --task t2v-1.3B does not use it"),
     wrong(WAN, "--noise_mode sideways", "--noise_mode"),
 )
 MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "kind": OF_ANOTHER_KIND, "path": MISTYPED}

@@ -204,7 +204,7 @@ def test_a_preview_that_a_player_holds_is_replaced_later(
         video.add(piece)
         lengths.append(sum(1 for _ in video_frames(video.path)))
     assert lengths == [4 * WINDOW * count - 3 for count in (1, 1, 1, 4)]
-    assert caplog.text.count("permission denied. Replacing it is tried again after each section") == 1
+    assert caplog.text.count("permission denied. It is retried after each section") == 1
 
 
 # Where networks are meanwhile
@@ -248,7 +248,7 @@ def test_a_dit_for_which_the_host_has_no_room_stays_and_there_is_no_preview(
     made = session(family, "cuda", spare, host=-1)
     with dit_at_work(made):
         GrowingVideo(made, tmp_path / "film_progress.mp4", 16, 100).add(black_piece(family))
-    assert "would have to wait in host memory" in caplog.text
+    assert "would have to move to host memory" in caplog.text
     assert not list(tmp_path.iterdir())
     assert "decode" not in family.diary
 

@@ -203,8 +203,8 @@ def test_what_a_cpu_lacks_is_left_out_with_a_warning_each(
     assert options.speed.fp8.fp8_fast  # given by name: an error later
     assert {"attn_mode", "fp16_accumulation"}.isdisjoint(options.speed.by_preset)
     assert [line.split(". ")[0] for line in caplog.messages] == [
-        "--optimized goes without --attn_mode here",
-        "--optimized goes without --fp16_accumulation here",
+        "--optimized skips --attn_mode here",
+        "--optimized skips --fp16_accumulation here",
     ]
     assert "CUDA devices only" in caplog.messages[0]
 
@@ -214,12 +214,12 @@ def test_what_a_cpu_lacks_is_left_out_with_a_warning_each(
     [
         (
             ("--compile",),
-            "--optimized sets --fp8_scaled --rope_func; left out, as the warnings above say why: "
-            "--attn_mode, --fp16_accumulation; left to what you gave: --compile",
+            "--optimized sets --fp8_scaled --rope_func; skipped, see the warnings above: "
+            "--attn_mode, --fp16_accumulation; as you set them: --compile",
         ),
         (
             ("--compile", "--fp8", "--attn_mode", "torch", "--fp16_accumulation"),
-            "--optimized sets --rope_func; left to what you gave: --attn_mode, --compile, --fp8_scaled, "
+            "--optimized sets --rope_func; as you set them: --attn_mode, --compile, --fp8_scaled, "
             "--fp16_accumulation",
         ),
     ],
@@ -241,7 +241,7 @@ def read_images(tmp_path: Path, *words: str) -> GenerationOptions:
         pictures=True,
         output_types=PICTURE_OUTPUTS,
         media=frozenset(),
-        source=SourceDefaults(share="strength", takes_video=False),
+        source=SourceDefaults(strength_option="strength", takes_video=False),
         embedded_guidance=3.5,
         line_options=EMBEDDED_IMAGE_OPTIONS,
     )

@@ -167,4 +167,4 @@ def test_a_video_in_sections_has_no_preview_if_a_tool_hides(
 
     assert "Preview: " not in caplog.text
     assert caplog.text.count("There is no preview of the video") == 1
-    assert "The latents of --output_type both hold the video as it is before --post yolo_blur" in caplog.text
+    assert "The latents of --output_type both contain the video before --post yolo_blur" in caplog.text

@@ -180,9 +180,9 @@ def test_an_option_that_only_other_lines_have_is_not_taken_for_a_similar_one(
     parse_generation_line("a cat --end_image a.png --frames 9", IMAGE_GENERATION_OPTIONS)
     parse_sample_line("a cat --vd 0.5")
 
-    assert "--end_image a.png is ignored. Lines of this script have no use for it" in caplog.text
-    assert "--frames 9 is ignored. Lines of this script have no use for it" in caplog.text
-    assert "--vd 0.5 is ignored. Samples of a training have no use for it" in caplog.text
+    assert "--end_image a.png is ignored. It has no effect in lines of this script" in caplog.text
+    assert "--frames 9 is ignored. It has no effect in lines of this script" in caplog.text
+    assert "--vd 0.5 is ignored. It has no effect in samples of a training" in caplog.text
 
 
 def test_long_names_stand_in_entries_too(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_what_stands_behind_a_number_of_a_sample_is_told(caplog: pytest.LogCaptu
 
 @pytest.mark.parametrize("text", ["", "9" * 200])
 def test_a_seed_that_is_none_is_told(tmp_path: Path, text: str) -> None:
-    with pytest.raises(OptionError, match="--d[ :].*Correct the line"):
+    with pytest.raises(OptionError, match="--d[ :].*Fix the line"):
         parse_sample_line(f"a cat --d {text}")
     path = tmp_path / "samples.json"
     path.write_text(json.dumps([{"prompt": "a cat", "seed": text}]), encoding="utf-8")
@@ -362,7 +362,7 @@ def test_the_guides_name_of_the_guidance_scale_is_read_from_prompt_files(tmp_pat
 @pytest.mark.parametrize("dash", ["-", "\u2013", "\u2014", "-\u2014"])
 def test_an_option_behind_another_dash_is_refused_and_a_dash_in_a_text_is_not(dash: str) -> None:
     for parse in (parse_generation_line, parse_sample_line):
-        with pytest.raises(OptionError, match="two plain dashes. Write --w$|Write --w. Correct the line"):
+        with pytest.raises(OptionError, match="two plain dashes. Write --w$|Write --w. Fix the line"):
             parse(f"a cat {dash}w 64 --s 2")
         text = f"a cat {dash} w 64, {dash}i was there, x{dash}w 64, {dash}zz 3"
         assert parse(text)["prompt"] == text

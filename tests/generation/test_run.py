@@ -259,10 +259,10 @@ class BrokenFamily(ToyFamily):
 @pytest.mark.parametrize("output", ["video", "latent", "images"])
 def test_what_is_not_a_number_is_an_error_and_no_grey_video(output: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="What the model made is NaN or infinite"):
+    with pytest.raises(UserError, match="The model produced NaN or infinite"):
         generate(BrokenFamily(), options(out, "--prompt", "cat", "--output_type", output))
     assert list(out.iterdir()) == []
-    with pytest.raises(UserError, match=r"The VAE made values that are NaN(.|\n)*--latent_path"):
+    with pytest.raises(UserError, match=r"The VAE produced NaN(.|\n)*--latent_path"):
         generate(BrokenFamily(name="good"), options(out, "--prompt", "cat"))
     assert not list(out.glob("*.mp4"))
     path = tmp_path / "bad.safetensors"

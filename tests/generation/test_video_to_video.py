@@ -118,7 +118,7 @@ def test_lines_of_a_file_equal_single_runs(
 
     made = script.made(tmp_path / "file", *more, "--from_file", lines)
 
-    assert "--vd 0.3 is ignored because the line starts from no video" in caplog.text
+    assert "--vd 0.3 is ignored because the line has no source video" in caplog.text
     assert "--v2v_extra_noise" not in caplog.text  # other lines use it
     from_clip = ("--video_path", clip)
     single = {

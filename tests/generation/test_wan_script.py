@@ -281,5 +281,5 @@ def test_one_result_is_the_file_that_save_path_names(tmp_path: Path, t2v: TinyWa
     decode = ["--latent_path", str(made["a_latent.safetensors"]), "--vae", str(t2v.vae), "--save_path"]
     wan_generate_video.main([*decode, str(tmp_path / "new" / "b.mkv"), "--container", "mkv"])
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["b.mkv"]
-    with pytest.raises(OptionError, match=r"a\.MP4 exists already, and is kept"):
+    with pytest.raises(OptionError, match=r"a\.MP4 already exists and is not overwritten"):
         wan_generate_video.main([*words, str(tmp_path / "a.MP4")])

@@ -138,7 +138,7 @@ def test_caches_of_other_encoders_are_refused(tmp_path: Path) -> None:
         "byt5_mask": torch.zeros(1, 8),
     }
 
-    with pytest.raises(CacheError, match="vlm_embed in its cache is 65 numbers wide"):
+    with pytest.raises(CacheError, match="vlm_embed in its cache has width 65"):
         family.batch_conditions(torch.zeros(1, 64, 1, 2, 2), Batch(tensors, ("a",), ("a.png",)))
     del tensors["byt5_mask"]
     with pytest.raises(CacheError, match="byt5_mask"):

@@ -47,7 +47,7 @@ def _parser() -> Parser:
         ),
         (
             "--prompt -dark",
-            "-dark is not an option. A value that begins with - goes behind =: --prompt=-dark",
+            "-dark is not an option. A value that begins with - goes after =: --prompt=-dark",
         ),
         ("--fast --promt -1", "Unknown option --promt. Did you mean --prompt?"),
         ("--save_path", "argument --save_path: expected one argument"),
@@ -91,7 +91,7 @@ def test_a_mistake_is_one_message(words: str, message: str, capsys: pytest.Captu
         ("tools/split_video.py none.mp4 made", "--input none.mp4: no such file"),
         (
             "tools/split_video.py -x.mp4 made",
-            "Unknown option -x.mp4. Of the file of this name write ./-x.mp4",
+            "Unknown option -x.mp4. For the file of this name, write ./-x.mp4",
         ),
         ("tools/split_video.py -- -z.mp4 made", "--input -z.mp4: no such file"),
         ("convert_lora.py other --output y.safetensors --target other", "--input other: no such file"),
@@ -323,7 +323,7 @@ collect2: error: ld returned 1 exit status
             CPP_ERROR,
             "/tmp/a b",
             "compiling the blocks failed: /usr/bin/ld: cannot find -ltorch: No such file or directory\n"
-            "  /tmp/a b has a blank in its path, which breaks the compiler's command: use a folder without "
+            "  /tmp/a b has a space in its path, which breaks the compiler's command: use a folder without "
             "one. Or leave --compile, --dynamo_backend and --optimized out\n",
         ),
         (

@@ -176,7 +176,7 @@ def test_prores_in_mp4_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFix
 
     log_suffix(chain, plan_jobs(chain, Asked()))
 
-    assert caplog.messages == ["--codec prores is written as .mkv because mp4 cannot hold it"]
+    assert caplog.messages == ["--codec prores is written as .mkv because mp4 does not support it"]
 
 
 def test_of_a_folder_all_videos_and_pictures_but_no_results(tmp_path: Path) -> None:

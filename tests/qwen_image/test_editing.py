@@ -72,7 +72,7 @@ def test_a_request_without_a_picture_is_told_and_no_option_that_nobody_typed(
 ) -> None:
     of_training = replace(family_of(files), edit=AS_TRAINED)
     prepare(of_training)
-    assert "Qwen-Image-Edit-2509 edits pictures, and 'a hat' names none" in caplog.text
+    assert "Qwen-Image-Edit-2509 edits pictures, but 'a hat' has none" in caplog.text
     assert "ignored" not in caplog.text
     caplog.clear()
     prepare(family_of(files, "original"))
@@ -112,11 +112,17 @@ def test_every_text_of_a_request_sees_the_pictures(files: TinyModel, tmp_path: P
 
 def test_templates_are_those_of_the_releases() -> None:
     """Their tokens before the prompt, counted by the released tokenizer: 34 and 64."""
-    assert (QWEN_SETTINGS.dropped, EDIT_SETTINGS.dropped, PLUS_SETTINGS.dropped) == (34, 64, 64)
-    assert EDIT_SETTINGS.pictures is not None
-    assert PLUS_SETTINGS.pictures is not None
-    assert EDIT_SETTINGS.pictures.write(1, 2) == "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
-    assert PLUS_SETTINGS.pictures.write(2, 1) == "Picture 2: <|vision_start|><|image_pad|><|vision_end|>"
+    assert (
+        QWEN_SETTINGS.num_dropped_tokens,
+        EDIT_SETTINGS.num_dropped_tokens,
+        PLUS_SETTINGS.num_dropped_tokens,
+    ) == (34, 64, 64)
+    assert EDIT_SETTINGS.image_format is not None
+    assert PLUS_SETTINGS.image_format is not None
+    assert (
+        EDIT_SETTINGS.image_format.write(1, 2) == "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+    )
+    assert PLUS_SETTINGS.image_format.write(2, 1) == "Picture 2: <|vision_start|><|image_pad|><|vision_end|>"
     assert len({use.fingerprint for use in (QWEN_SETTINGS, EDIT_SETTINGS, PLUS_SETTINGS)}) == 3
 
 
@@ -124,8 +130,8 @@ def test_templates_are_those_of_the_releases() -> None:
     ("names", "version", "message"),
     [
         (["dot.png"], "edit-2511", r"dot.png: 1 x 1 pixels are too few, each side needs at least 16"),
-        (["good.png"] * 2, "edit", r"2 reference pictures, Qwen-Image-Edit takes 1 at most"),
-        (["good.png"], "original", r"--control_image_path: Qwen-Image makes pictures from texts alone."),
+        (["good.png"] * 2, "edit", r"2 reference pictures, but Qwen-Image-Edit takes 1 at most"),
+        (["good.png"], "original", r"--control_image_path: Qwen-Image generates pictures from text alone."),
     ],
 )
 def test_a_picture_that_cannot_be_used_is_refused(

@@ -43,7 +43,7 @@ def compilations() -> int:
 
 def forms_of(tiny: TinyDit) -> int:
     """Lists of blocks; the first block of a second stream has a layer more, some of Fibo 2.0 read texts."""
-    return len(tiny.spec.block_lists) + (bool(tiny.spec.second_list) or tiny.lora == "lora_fibo_2")
+    return len(tiny.spec.block_lists) + (bool(tiny.spec.side_list) or tiny.lora == "lora_fibo_2")
 
 
 def compile_and_train(tiny: TinyDit, dit: nn.Module) -> None:

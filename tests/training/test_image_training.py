@@ -131,7 +131,7 @@ def test_samples_that_preserve_the_output_are_refused_beside_a_slider(tmp_path: 
     slider.write_text("[[sliders]]\npositive = 'old'\nnegative = 'new'\nneutral = 'a'\n", encoding="utf-8")
 
     with pytest.raises(
-        OptionError, match="diff_output_preservation cannot be had with --slider .*own captions"
+        OptionError, match="diff_output_preservation cannot be used with --slider .*own captions"
     ):
         train_image_toy(tmp_path, ONLY, "--slider", slider)
 
@@ -418,7 +418,7 @@ def test_other_names_of_options_are_told_by_those_that_a_run_reads(monkeypatch: 
         "save_n_epoch_ratio": "3",
         "unet_lr": "1e-05",
     }
-    assert read(*(word for option in given if option.is_changed for word in option.words)) == options
+    assert read(*(word for option in given if option.is_changed for word in option.arguments)) == options
 
 
 def test_a_printed_command_has_what_other_names_stand_for() -> None:

@@ -155,7 +155,7 @@ class PlannedRun(Protocol):
         """Options of the run, which never change."""
 
     @property
-    def others(self) -> "OtherFamilies":
+    def other_families(self) -> "OtherFamilies":
         """Constructors of the family with other model files, such as the DiT of a teacher."""
 
     @property
@@ -414,7 +414,7 @@ class Hooks:
     # given the model and other models: raises UserError for files and packages. Loads no network
     check_files: "list[Callable[[Family, OtherFamilies], None]]" = field(default_factory=list)
     # given the text encoders that run during training: raises OptionError
-    texts: "list[Callable[[LiveTextEncoders | None], None]]" = field(default_factory=list)
+    on_text_encoders: "list[Callable[[LiveTextEncoders | None], None]]" = field(default_factory=list)
     # given the run with its items, before a network is loaded: raises UserError; texts are encoded here
     plan: list[Callable[[PlannedRun], None]] = field(default_factory=list)
     # given the records of all options, as they are resolved: entered before the first step
@@ -466,7 +466,7 @@ class RunFeatures:
     targets: list[StepTarget] = field(default_factory=list)
     # whether a target or a merged LoRA keeps the ability of a transformer that was distilled for few steps
     keeps_few_step_ability: bool = False
-    view: str = ""  # additional conditions of passes, as `Batch.condition_set`
+    condition_set: str = ""  # additional conditions of passes, as `Batch.condition_set`
     mask_input_option: str = ""  # option that uses the masks of tables as inputs instead of loss weights
     # given all captions, return a note on those from which nothing is learned, or ""; raises DatasetError
     caption_checks: list[Callable[[Sequence[str]], str]] = field(default_factory=list)

@@ -33,8 +33,8 @@ NOTES = {
     "no_dataset": say("The history does not name a dataset: --dataset_config gives one for the likeness."),
     "dataset_gone": say("The dataset %(path)s is not here: --dataset_config gives one for the likeness."),
     "cut": say(
-        "Prompts longer than the %(most)s tokens that the model reads: %(n)s of %(all)s. The rest of them is "
-        "not compared."
+        "Prompts longer than the %(most)s tokens that the model reads: %(n)s of %(all)s. Their "
+        "remaining tokens are not compared."
     ),
     "few": say(
         "Training pictures: %(n)s, too few to say from which cosine a sample is very near to one (%(least)s "
@@ -42,7 +42,7 @@ NOTES = {
     ),
     "faces": say("Likeness of faces is left out: no network here describes faces."),
     "no_tags": say("No prompt has tags, with commas between them, that the tagger knows."),
-    "sounds": say("Samples of sound alone are left out."),
+    "sounds": say("Samples with audio only are left out."),
 }
 
 
@@ -80,7 +80,7 @@ class StepScores:
     """Scores of the samples of one step, with the file saved at that step."""
 
     step: int
-    mark: str  # mark in the names of the samples
+    step_label: str  # mark in the names of the samples
     samples: tuple[SampleScore, ...]
     saved: str = ""  # name of the saved file; "": no file was kept
     loss: float | None = None  # validation loss, measured nearest to the step
@@ -226,7 +226,7 @@ def _read_row(values: Mapping[str, Any]) -> StepScores:
         )
     return StepScores(
         step=int(values["step"]),
-        mark=str(values["mark"]),
+        step_label=str(values["mark"]),
         samples=tuple(samples),
         saved=str(values["saved"]),
         loss=_finite_or_none(values["loss"]),
@@ -274,8 +274,8 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
     if without_copies:
         remark = say_count(
             num_copying,
-            "%(n)s file whose samples copy a training picture is left out",
-            "%(n)s files whose samples copy a training picture are left out",
+            "%(n)s file is left out because its samples copy a training picture",
+            "%(n)s files are left out because their samples copy a training picture",
         )
     else:
         remark = say("samples of all files copy training pictures")
@@ -437,7 +437,7 @@ def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSectio
         return None
     best = find_best(scores.rows, scores.unsampled)
     notes = [say("No saved file has samples.") if best is None else best.text, NO_TASTE]
-    missing = len(run_history.samples.keys() - {(row.step, row.mark) for row in scores.rows})
+    missing = len(run_history.samples.keys() - {(row.step, row.step_label) for row in scores.rows})
     if missing:
         notes.append(
             say_count(
@@ -498,7 +498,7 @@ def find_best_file(folder: Path, name: str, run_history: RunHistory) -> FoundFil
 
 def _is_from_run(row: StepScores, run_history: RunHistory) -> bool:
     """Return whether the scores of a step are for samples recorded in this history."""
-    samples = run_history.samples.get((row.step, row.mark))
+    samples = run_history.samples.get((row.step, row.step_label))
     return samples is not None and {sample.file for sample in row.samples} <= {*samples.files.values()}
 
 

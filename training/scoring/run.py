@@ -415,7 +415,7 @@ class SampleComparison:
                 if is_copy(open_path(path).open(), training.media[neighbor.media_index], self.num_frames):
                     return neighbor
             except (MediaError, OSError) as error:
-                logger.warning("%s is not looked at for copies: %s", path.name, error)
+                logger.warning("%s is not checked for copies: %s", path.name, error)
         return None
 
 
@@ -447,7 +447,7 @@ def _score_step(
     validated = run.run_history.nearest_validation(row.step)
     return StepScores(
         step=row.step,
-        mark=row.mark,
+        step_label=row.step_label,
         samples=tuple(samples),
         saved=_find_saved(run, row.step),
         loss=None if validated is None else validated.loss,

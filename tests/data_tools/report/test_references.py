@@ -105,5 +105,7 @@ def test_a_model_that_edits_is_told_that_no_image_has_a_reference(tmp_path: Path
             text = "\n".join(result.lines)
             assert text.count("nothing has a reference: this trains on texts alone") == number
             assert result.exit_code == 0
-    also_makes = with_references(load_dataset_config(tmp_path / "data.toml"), replace(RULES, edits=False))
+    also_makes = with_references(
+        load_dataset_config(tmp_path / "data.toml"), replace(RULES, edits_images=False)
+    )
     assert "nothing has a reference" not in "\n".join(check_caching(EditFamily(), also_makes, 1, False).lines)

@@ -34,7 +34,10 @@ USED = {
         "--teacher_dit x with --shard_base: the teacher would not be split",
     ),
     "turns": (RunUses(takes_turns=("--lazy_loading",)), "--lazy_loading and --shard_base"),
-    "samples": (RunUses(samples_apart="--sample_dit"), "--shard_base: samples .* Leave --sample_dit out"),
+    "samples": (
+        RunUses(sampling_dit_option="--sample_dit"),
+        "--shard_base: samples .* Leave --sample_dit out",
+    ),
     "module": (
         RunUses(foreign_module="lycoris.kohya", own_modules=("networks.lora", "networks.loha")),
         "--shard_base with --network_module lycoris.kohya: .* Use one of networks.lora, networks.loha",
@@ -66,7 +69,7 @@ def test_processes_are_grouped_by_tokens_and_passes() -> None:
 
     assert (count_groups(tokens, 6), count_shared_passes(tokens, 6)) == (3, 1)
     assert (count_groups(both, 6, passes=3), count_shared_passes(both, 6)) == (1, 3)
-    with pytest.raises(OptionError, match="--context_parallel 2: 3 processes make no groups of 2"):
+    with pytest.raises(OptionError, match="--context_parallel 2: 3 processes cannot form groups of 2"):
         count_groups(tokens, 3)
 
 

@@ -96,15 +96,15 @@ def test_a_smaller_batch_takes_what_its_size_says(whole: StepPrediction, tmp_pat
     """As a rehearsal of it does, but for the text, which does not shrink."""
     half = predict(*wan(tmp_path, *CHECKPOINTED), wan_batch(1, (3, 32, 64)), CPU)
 
-    assert whole.scaled(0.5).device(0) == pytest.approx(half.device(0), rel=0.01)
-    assert whole.scaled(0.5).device(0) < whole.device(0)
+    assert whole.scaled(0.5).device_bytes(0) == pytest.approx(half.device_bytes(0), rel=0.01)
+    assert whole.scaled(0.5).device_bytes(0) < whole.device_bytes(0)
 
 
 @pytest.mark.slow
 def test_an_average_of_the_weights_counts(whole: StepPrediction, tmp_path: Path) -> None:
     made = wan(tmp_path, *CHECKPOINTED, "--ema_decay", "0.5")
 
-    assert predict(*made, wan_batch(1, (3, 64, 64)), CPU).device(0) > whole.device(0)
+    assert predict(*made, wan_batch(1, (3, 64, 64)), CPU).device_bytes(0) > whole.device_bytes(0)
 
 
 def test_cheaper_options_come_one_after_the_other(tmp_path: Path) -> None:
@@ -125,7 +125,10 @@ def test_auto_swaps_nothing_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_a_swapped_block_leaves_the_prediction_and_goes_to_the_host(whole: StepPrediction) -> None:
-    steps = {whole.device(count) - whole.device(count + 1) for count in range(whole.max_swapped_blocks - 1)}
+    steps = {
+        whole.device_bytes(count) - whole.device_bytes(count + 1)
+        for count in range(whole.max_swapped_blocks - 1)
+    }
     assert len(steps) == 1
     assert steps.pop() > 0
     assert whole.phase(1).host > whole.phase(0).host == 0
@@ -137,8 +140,8 @@ def test_advice_ends_with_what_fits(tmp_path: Path) -> None:
     batch = wan_batch(1, (3, 16, 16))
     prediction = predict(family, options, batch, CPU)
     checkpointed = replace(options, loop=replace(options.loop, gradient_checkpointing=True))
-    needed = predict(family, checkpointed, batch, CPU).device(0)
-    assert needed < prediction.device(0)
+    needed = predict(family, checkpointed, batch, CPU).device_bytes(0)
+    assert needed < prediction.device_bytes(0)
     (line,) = suggest_changes(family, prediction, batch, room_for(needed), CPU)
     assert line.startswith("--gradient_checkpointing:")
     assert line.endswith("fits")

@@ -116,10 +116,10 @@ def counted(
                 for group in groups:
                     real.optimizer.add_param_group(dict(group))
                     real.parameters += group["params"]
-        found = real.measure_step()
+        found = real.rehearse_optimizer()
         with ledger.allocating(BATCH):
             moved = batch.moved(lambda tensor: tensor.clone() if tensor.is_floating_point() else tensor)
-        return found | real.measure(moved, real.counts)
+        return found | real.measure_passes(moved, real.num_blocks)
 
 
 def placement(options: TrainingOptions, device: str) -> Placement:
@@ -298,4 +298,4 @@ def test_a_full_size_step_fits_in_12_gib_with_all_that_saves_memory(tmp_path: Pa
     saving = ["--fp8_base", "--fp8_scaled", "--blocks_to_swap", "39", "--gradient_checkpointing_cpu_offload"]
     prediction = predict(*full_size(tmp_path, *saving), torch.device("cpu"))
     (tmp_path / "model.safetensors").unlink()
-    assert prediction.device(39) < 11.6 * GIB  # 11.48 when written
+    assert prediction.device_bytes(39) < 11.6 * GIB  # 11.48 when written

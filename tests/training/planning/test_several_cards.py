@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.planning.division import EXCHANGED, TokenCounter, divide_tokens
+from runtime.planning.division import NUM_EXCHANGE_BUFFERS, TokenCounter, divide_tokens
 from runtime.planning.dry_run import BATCH, IN_BLOCKS
 from tests.training.planning.test_rehearsal import CHECKPOINTED, LAYERS, wan, wan_batch
 from training.planning.memory import predict
@@ -23,7 +23,7 @@ def test_half_of_the_tokens_takes_what_a_clip_of_half_the_size_does(tmp_path: Pa
 
     found = divide_tokens(full.phase_peaks, 2, counter)
 
-    buffers = EXCHANGED * 3 * 64 * 64 * DIM * 2 // 2
+    buffers = NUM_EXCHANGE_BUFFERS * 3 * 64 * 64 * DIM * 2 // 2
     inside = [name for name in found if name.startswith(IN_BLOCKS)]
     assert len(inside) >= 2 * LAYERS - 2
     for name in inside:
@@ -40,5 +40,5 @@ def test_what_cards_share_is_counted_by_closed_forms(tmp_path: Path) -> None:
 
     tokens, config = 2 * 3 * 16 * 32, family.files.dit_header().config
     assert config.dim == DIM
-    assert (counter.heads, counter.largest) == (config.num_heads, tokens * DIM * 2)
-    assert counter.tokens == tokens * DIM * 4  # in float32
+    assert (counter.heads, counter.query_bytes) == (config.num_heads, tokens * DIM * 2)
+    assert counter.token_bytes == tokens * DIM * 4  # in float32
