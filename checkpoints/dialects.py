@@ -66,14 +66,14 @@ def load_planned(
         device: Device of the network.
         dtype: Dtype of all tensors, or a function of our name and the dtype in the file that returns it.
         label: Option or name of the network, for messages.
-        form: Module of `checkpoints.stored` that quantizes linear layers; None keeps the file's form, except
-            that fp8 is dequantized.
+        form: Module of `checkpoints.stored` that quantizes linear layers; None keeps the file's format,
+            except that fp8 is dequantized.
         host: Keeps some of the tensors in host memory.
         blocks: Splits blocks over processes; None for all blocks here.
 
     Raises:
         CheckpointError: If tensors are missing, unexpected, misshaped, NaN or infinite, or if the file stores
-            weights in a form other than `form`.
+            weights in a format other than `form`.
     """
     with on_meta_device():
         network = build(plan.config)
@@ -118,7 +118,7 @@ def _select_quantized_layers(
 
 
 def text_quantization(form: str) -> Quantization:
-    """Return the quantization of a text encoder for a form, the name of a module in `checkpoints.stored`."""
+    """Return the quantization of a text encoder to `form`, the name of a module in `checkpoints.stored`."""
     return Quantization("rows", float32_scales=True, form=form)
 
 
@@ -146,16 +146,16 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
 
 
 def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) -> None:
-    """Raise CheckpointError if one of the weights `names` is stored in a quantized form other than `form`."""
+    """Raise CheckpointError if a weight in `names` is stored in another quantized format than `form`."""
     tensors = plan.checkpoint.tensors
     for name in sorted(names):
         weight = read_quantized_on_meta(plan.sources[name], tensors)
         if weight is not None and weight.format.name != form:
             path = plan.checkpoint.path
             raise CheckpointError(
-                f"the text encoder is to be kept in {form}, but {path} is already in {weight.format.name}, "
-                "and rounding twice only loses quality. Leave out --text_encoder_form (or --fp8_...): its "
-                "form stays; or give the file in 16 bits.",
+                f"{form} is requested for the text encoder, but {path} is already in {weight.format.name}, "
+                "and rounding twice only loses quality. Leave out --text_encoder_form (or --fp8_...) to "
+                "keep the file's format, or give the 16-bit file.",
                 path,
             )
 
@@ -289,7 +289,7 @@ def make_wrong_kind_error(checkpoint: Checkpoint, right_kind: str, option: str, 
         give: Description of files of the right kind.
 
     Raises:
-        CheckpointError: If the file is quantized in an unsupported form, because its tensors may then be
+        CheckpointError: If the file is quantized in an unsupported format, because its tensors may then be
             those of the right kind under other names.
     """
     reject_quantized(checkpoint)

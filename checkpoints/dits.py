@@ -373,7 +373,7 @@ def _make_quantized_error(path: Path, flag: str, is_packed: bool) -> CheckpointE
     )
 
 
-# forms whose rounding is deterministic, so that stored layers equal newly rounded ones
+# formats whose rounding is deterministic, so that stored layers equal newly rounded ones
 _SAME_FORMS = {form.name for form in BASE_FORMS if form.rounds_in_one_way}
 
 
@@ -383,7 +383,7 @@ def have_chosen_form(
     sources: Mapping[str, TensorSource],
     checkpoint: Checkpoint,
 ) -> bool:
-    """Return whether all quantized weights of a file have the form that the options select."""
+    """Return whether all quantized weights of a file have the format that the options select."""
     if quantization.form not in _SAME_FORMS or quantization.int8_backward:
         return False
     stored = [read_quantized_on_meta(sources[name], checkpoint.tensors) for name in names]

@@ -5,7 +5,7 @@
         with on_meta_device():
             network = Network(config)
         dtype = lambda name, stored: torch.bfloat16
-        load_module(network, checkpoint, sources, device=device, dtype=dtype, what="--vae")
+        load_module(network, checkpoint, sources, device=device, dtype=dtype, label="--vae")
 
 Each tensor is renamed, merged with LoRAs, cast or quantized, and moved to its device. All mismatches are
 reported before any tensor is read. Host memory needs to fit only the network in its target dtype and one
@@ -176,7 +176,7 @@ def load_module(
         quantized.format.check_device(device)
     # compare names and shapes before any tensor is read
     targets = module.state_dict()
-    _check_fit(targets, checkpoint, sources, ignore=ignore, what=label)
+    _check_fit(targets, checkpoint, sources, ignore=ignore, label=label)
     dtypes, sizes = {}, {}
     for name in targets:
         infos = [checkpoint.tensors[stored_name] for stored_name in sources[name].names]
@@ -298,11 +298,11 @@ class _TensorLoader:
             self.on_host = host.allocate_on_host(module, infos)
         # False if another process writes the weights into memory that both share
         self._is_written_by_this_process = host is None or host.is_written_by_this_process
-        # scalar bools by name in the file; empty on the CPU, where values are checked at once
+        # scalar bools by name in the file; empty on the CPU, where values are checked immediately
         self.finite_checks: dict[str, Tensor] = {}
         self.rounding_errors: dict[str, Tensor] = {}  # relative rounding errors, by state-dict name
-        self.rounded_formats: dict[str, str] = {}  # description of the form for the log, by state-dict name
-        self.kept_formats: list[str] = []  # form of each weight that stays as in the file
+        self.rounded_formats: dict[str, str] = {}  # description of the format for the log, by state-dict name
+        self.kept_formats: list[str] = []  # format of each weight that stays as in the file
         # one buffer for all reads, because temporary tensors would fragment the heap
         buffer_bytes = 0
         for name in self._dtypes if self._device.type != "meta" else ():
@@ -388,7 +388,7 @@ class _TensorLoader:
         return quantized_weight
 
     def _empty_quantized(self, name: str, plan: QuantizedLoading) -> QuantizedWeight:
-        """Return the quantized form of a layer's weight on the meta device."""
+        """Return the quantized format of a layer's weight on the meta device."""
         empty: QuantizedWeight | None = None
         if name in plan.quantized_in_file:
             empty = read_quantized_on_meta(self._sources[name], self._checkpoint.tensors)
@@ -475,7 +475,7 @@ def _check_fit(
     sources: Mapping[str, TensorSource],
     *,
     ignore: Sequence[str],
-    what: str,
+    label: str,
 ) -> None:
     """Raise CheckpointError, with up to MAX_ERRORS lines, if tensors are missing, unexpected or misshaped."""
     # compare the names
@@ -508,7 +508,7 @@ def _check_fit(
             lines = [*lines[:MAX_ERRORS], f"  and {len(lines) - MAX_ERRORS:,} lines like these"]
         text = "\n".join(lines)
         raise CheckpointError(
-            f"{checkpoint.path} does not fit {what}:\n{text}\n  Give the complete file of that model.",
+            f"{checkpoint.path} does not fit {label}:\n{text}\n  Give the complete file of that model.",
             checkpoint.path,
         )
 
@@ -566,7 +566,7 @@ def compress_names(names: Iterable[str]) -> list[str]:
     for name in names:
         match = re.search(r"(?<=\.)\d+(?=\.)", name)  # a number between two dots
         if match is None:
-            groups.setdefault((name, ""), [])  # a name without a number is a group of its own
+            groups.setdefault((name, ""), [])  # a name without a number is a group by itself
         else:
             key = (name[: match.start()], name[match.end() :])
             groups.setdefault(key, []).append(int(match[0]))

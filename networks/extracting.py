@@ -531,9 +531,9 @@ def _find_family_of_both(pair: Pair) -> FamilyNames:
     for checkpoint in pair:
         if not is_full(checkpoint.tensors):
             raise CheckpointError(
-                f"{checkpoint.path} is not a single-file checkpoint of Stable Diffusion: it has no U-Net "
-                "together with text encoders, as model.diffusion_model... and cond_stage_model... or "
-                "conditioner...\n"
+                f"{checkpoint.path} is not a single-file checkpoint of Stable Diffusion: it does not contain "
+                "both a U-Net (model.diffusion_model...) and text encoders (cond_stage_model... or "
+                "conditioner...).\n"
                 "  Give such files to --model_org and --model_tuned.",
                 checkpoint.path,
             )
@@ -567,7 +567,7 @@ def _find_unchanged_texts(pair: Pair, minimum: float) -> set[str]:
     if unchanged:
         logger.info(
             f"{pair.tuned.path}: no value of {', '.join(sorted(unchanged))} has changed by more than "
-            f"{minimum:g}, so the LoRA has nothing for it"
+            f"{minimum:g}, so the LoRA does not change it"
         )
     return unchanged
 

@@ -131,10 +131,8 @@ def to_native(
     if with_texts:
         text_family = _find_family_for_texts(keys.of_text_encoders, families, hint)
         text_names = _map_text_keys_to_our_names(keys.of_text_encoders, text_family)
-    key_by_name: dict[str, str] = {}  # our name -> the first key that stands for it
-    for key, name in (our_names | text_names).items():
-        key_by_name.setdefault(name, key)
-    duplicate_keys: dict[str, str] = {}  # further keys of the same name -> the first key
+    key_by_name = _find_first_keys(our_names | text_names)
+    duplicate_keys: dict[str, str] = {}  # further keys of a name -> its first key
     for key, name in (our_names | text_names).items():
         if key_by_name[name] != key:
             duplicate_keys[key] = key_by_name[name]
@@ -152,6 +150,14 @@ def to_native(
         family_name=family_name,
         unknown_names=unknown_names,
     )
+
+
+def _find_first_keys(names: Mapping[str, str]) -> dict[str, str]:
+    """Map each of our names to the first key in the file with this name; `names` maps keys to our names."""
+    key_by_name: dict[str, str] = {}
+    for key, name in names.items():
+        key_by_name.setdefault(name, key)
+    return key_by_name
 
 
 def _count_joined_loras(joined_lora_counts: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
@@ -411,7 +417,7 @@ def _read_deltas_of_dit(modules: Mapping[str, Factors]) -> dict[str, Delta]:
 
 def _size_of(delta: Delta) -> tuple[int, int] | None:
     """Return rows and columns of the change of a weight; None if nothing is added, or for damaged factors."""
-    if delta.has_row_range:  # the factors are those of a larger layer
+    if delta.has_row_range:  # the factors belong to a larger layer
         size = delta.matrix_size()
         return None if size is None else (delta.count_rows() or 0, size[1])
     full = delta.factors.get("diff", delta.factors.get(SET_WEIGHT))

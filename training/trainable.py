@@ -204,7 +204,7 @@ def prepare_network(
             "--network_args"
         )
     # saved in a state: the network, and what a resumed run needs but a file of the network lacks
-    modules = {"network": network.module, **network.state_beside_file}
+    modules = {"network": network.module, **network.additional_state}
     save_lora = save_network if lora_format is None else lora_format.save
 
     def save(path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
