@@ -90,8 +90,8 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
         )
     if dim == COSMOS_14B_WIDTH:
         raise CheckpointError(
-            f"{shapes.path} is {dim} wide: it is Cosmos-Predict2 14B, and {NAME} was made from its 2B. Give "
-            f"{FILES}.",
+            f"{shapes.path} has width {dim}: it is Cosmos-Predict2 14B, but {NAME} was made from its 2B. "
+            f"Give {FILES}.",
             shapes.path,
         )
     rows, _ = shapes.shape_of("blocks.0.self_attn.q_proj.weight")
@@ -102,8 +102,8 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
     has_heads = rows == dim and dim % width == 0 and width % 2 == 0 and width // 6 >= 2
     if not has_heads or not has_patches:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, {rows} rows of queries, heads of {width}, patches of {columns} and "
-            f"{patch_width} numbers are not those of {MODEL_KIND}. Copy the file again.",
+            f"{shapes.path}: width {dim}, {rows} rows of queries, heads of {width}, patches of {columns} "
+            f"and {patch_width} values are not those of {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     return AnimaConfig(

@@ -126,8 +126,8 @@ def _check_layer(name: str, layer: Any, width: int, path: Path | None) -> None:
     if layer is None or layer.in_features != width:
         has = "has no such layer" if layer is None else f"takes {layer.in_features} channels in this layer"
         raise CheckpointError(
-            f"{path} does not fit the transformer: it is made for {name.removeprefix(PREFIX)} with "
-            f"inputs of {width} numbers, and the model {has}. Give {LLLITE_FILES} for this model.",
+            f"{path} does not fit the transformer: it is made for {name.removeprefix(PREFIX)} with inputs "
+            f"of {width} channels, but the model {has}. Give {LLLITE_FILES} for this model.",
             path,
         )
 
@@ -155,8 +155,8 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
     channels = _shape_of(checkpoint, f"{TRUNK}.conv1.weight", 4)[1]
     if channels not in {3, MASKED_CHANNELS}:
         raise CheckpointError(
-            f"{option} {checkpoint.path} takes control images of {channels} channels; known are 3, and "
-            f"{MASKED_CHANNELS} for inpainting. Give another file.",
+            f"{option} {checkpoint.path} takes control images of {channels} channels; only 3, and "
+            f"{MASKED_CHANNELS} for inpainting, are supported. Give another file.",
             checkpoint.path,
         )
     config = LlliteConfig(
@@ -257,8 +257,8 @@ def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
     depth: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
     if plan.num_blocks != depth:
         raise CheckpointError(
-            f"{path} is made for {plan.num_blocks} blocks, the transformer has {depth}: "
-            "each module has learned its place. Give the model that it was trained with, or another file.",
+            f"{path} is made for {plan.num_blocks} blocks, but the transformer has {depth}: each module was "
+            "trained for its own block. Give the model that it was trained with, or another file.",
             path,
         )
 

@@ -162,7 +162,7 @@ class LatentPreviews:
         needed = decoding_bytes(self.vae.config, select_dtype(self.device), height, width)
         if not self.has_room(needed):
             room = f"{needed / 2**20:,.0f} MiB free in addition to the transformer"
-            self._stop_using_vae(f"the device is not known to have {room}")
+            self._stop_using_vae(f"the device may not have {room}")
 
     @torch.no_grad()
     def write(self, take: Callable[[], Shot | None]) -> None:

@@ -304,7 +304,7 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
         hint="MagCache and TeaCache both decide which steps are skipped",
     )
     magcache_retention_ratio: float = option(
-        f"share of the steps, from the first on, in which nothing is skipped; default {RETENTION:g}",
+        f"fraction of the steps, from the first, in which nothing is skipped; default {RETENTION:g}",
         default=RETENTION,
         minimum=0,
         maximum=1,

@@ -115,7 +115,7 @@ def _check_levels(checkpoint: Checkpoint, kind: AutoencoderKind, part: str, num_
     if num_levels != LEVELS:
         raise CheckpointError(
             f"{checkpoint.path}: {part} has {num_levels} levels, but that of FLUX has {LEVELS}. The file "
-            f"holds another model, or tensors are missing. Give {kind.release}.",
+            f"contains another model, or tensors are missing. Give {kind.release}.",
             checkpoint.path,
         )
 

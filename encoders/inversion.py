@@ -258,7 +258,7 @@ class Inversion:
         if len(ids) != count:
             option_names = self.word_options.option_names
             logger.warning(
-                "%s %r has %s in text encoder %d, %s is %d: its vectors are %s.",
+                "%s %r has %s in text encoder %d, but %s is %d: its vectors are %s.",
                 option_names.init_word,
                 self.word_options.init_word,
                 format_count(len(ids), "token"),
@@ -301,7 +301,7 @@ class Inversion:
         num_stored = len(next(iter(vectors.values())))
         if num_stored != self.word.count:
             raise CheckpointError(
-                f"{option} {path}: it has {format_count(num_stored, 'vector')}, {option_names.count} is "
+                f"{option} {path}: it has {format_count(num_stored, 'vector')}, but {option_names.count} is "
                 f"{self.word.count}. Give {option_names.count} {num_stored}.",
                 path,
             )

@@ -323,8 +323,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         expected = self.settings.dropped
         if expected and counted != expected:
             logger.warning(
-                "the tokenizer makes %d tokens of the template before the prompt, the model's own makes %d: "
-                "prompts will be cut in the wrong place. Give the tokenizer of this model to %s.",
+                "the tokenizer splits the template before the prompt into %d tokens, but the model's own "
+                "into %d: prompts will be cut in the wrong place. Give the tokenizer of this model to %s.",
                 counted,
                 expected,
                 self.source.files.option,

@@ -198,7 +198,7 @@ class TokenizerSource:
             name = _find_inside(checkpoint) or ""
             info = checkpoint.tensors[name]
             if len(info.shape) != 1 or math.prod(info.shape) * info.dtype.itemsize > MAX_TOKENIZER_BYTES:
-                error = ValueError(f"{name} is too large, or not a row of bytes")
+                error = ValueError(f"{name} is too large, or not a 1D tensor of bytes")
                 raise self.files.unreadable(checkpoint_path, error)
             model = checkpoint.read(name).view(torch.uint8).numpy().tobytes()
         if name.endswith(TOKENIZER_JSON):

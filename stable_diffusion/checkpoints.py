@@ -219,7 +219,8 @@ def _read_pooled_settings(width: int, pooled: int, broken: Callable[[str], Excep
     waves, remainder = divmod(width - pooled, NUM_SIZE_CONDITIONS)
     if remainder or waves < 2 or waves % 2:
         raise broken(
-            f"label_emb takes {width} numbers, no pooled text of {pooled} and {NUM_SIZE_CONDITIONS} sizes"
+            f"label_emb takes width {width}, not that of a pooled text state ({pooled}) and "
+            f"{NUM_SIZE_CONDITIONS} sizes"
         )
     return {
         "addition_embed_type": "text_time",
@@ -321,13 +322,12 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
 
     The file may be a whole checkpoint, and have names of LDM or of any version of diffusers.
     """
-    prefix = ""
-    for vae_prefix in (VAE, "vae."):
-        if any(name.startswith(vae_prefix) for name in checkpoint.tensors):
-            prefix = vae_prefix
+    vae = checkpoint
+    for prefix in (VAE, "vae."):
+        if any(name.startswith(prefix) for name in checkpoint.tensors):
+            # others=("",): all tensors without this prefix belong to other networks
+            vae = checkpoint.without_prefix(prefix, others=("",))
             break
-    # others=("",): all tensors without this prefix belong to other networks
-    vae = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
     stored_sources = list_tensor_sources(vae)
     num_levels = dialects.count(stored_sources, r"decoder\.up\.\d+")
     diffusers_names = map_vae_names_to_diffusers(stored_sources, num_levels=num_levels)

@@ -334,8 +334,8 @@ def _check_fits_unet(
     if config["in_channels"] != 4 or config["conditioning_channels"] != 3:
         raise CheckpointError(
             f"{checkpoint.path} takes latents of {config['in_channels']} and guide images of "
-            f"{config['conditioning_channels']} channels; only ControlNets with 4 and 3 are supported, those "
-            f"of inpainting models are not. Give {EXPECTED_FILE} to {OPTION}.",
+            f"{config['conditioning_channels']} channels; only ControlNets with 4 and 3 are supported, not "
+            f"those of inpainting models. Give {EXPECTED_FILE} to {OPTION}.",
             checkpoint.path,
         )
     sizes = {

@@ -38,11 +38,11 @@ _KIND_BY_PREFIX = (
 # prefixes of unsupported models that share some of these names -> what the model is and why it cannot be
 # used; the first match counts
 _UNSUPPORTED_BY_PREFIX = (
-    ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3, which is another network"),
-    ("joint_blocks.", "the transformer of Stable Diffusion 3, which is another network"),
+    ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3, which has a different architecture"),
+    ("joint_blocks.", "the transformer of Stable Diffusion 3, which has a different architecture"),
     ("model.diffusion_model.double_blocks.", "FLUX or HunyuanVideo; their own scripts generate with it"),
     ("double_blocks.", "FLUX or HunyuanVideo; their own scripts generate with it"),
-    ("model.diffusion_model.clf.", "Stable Cascade, which is another network"),
+    ("model.diffusion_model.clf.", "Stable Cascade, which has a different architecture"),
     ("edm_mean", "Playground 2.5, whose noise follows another formula (EDM)"),
     ("edm_vpred.", "CosXL, whose noise follows another formula (EDM)"),
     ("depth_model.", "Stable Diffusion 2 with depth, which needs a depth map in addition to the picture"),

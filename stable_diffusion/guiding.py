@@ -307,8 +307,8 @@ def _check_clip(path: Path) -> None:
         projection = checkpoint.tensors.get(_PROJECTION)
         if projection is None or projection.shape != (width, dim):
             raise CheckpointError(
-                f"{CLIP.option} {checkpoint.path}: the projection of its texts ({_PROJECTION}, {width} x "
-                f"{dim}) is missing or of another size. Give {CLIP.release}.",
+                f"{CLIP.option} {checkpoint.path}: its text projection ({_PROJECTION}, {width} x {dim}) is "
+                f"missing or has a different size. Give {CLIP.release}.",
                 checkpoint.path,
             )
 

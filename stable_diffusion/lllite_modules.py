@@ -176,7 +176,7 @@ def find_layer(
     mismatch = "has no such layer" if width is None else f"takes {width} channels in this layer"
     raise CheckpointError(
         f"{path} does not fit --ckpt: it is made for {name.removeprefix(PREFIX)} with inputs of "
-        f"{dimensions.width} channels, and the model {mismatch}. Give one for {SDXL.title} to {option}.",
+        f"{dimensions.width} channels, but the model {mismatch}. Give one for {SDXL.title} to {option}.",
         path,
     )
 

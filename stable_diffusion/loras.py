@@ -133,8 +133,8 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
             logger.info(f"{path} says of itself:\n{_as_json(lora.metadata)}")
     if options.network_args:
         logger.warning(
-            f"--network_args {' '.join(options.network_args)} is ignored because the files say by their "
-            "tensors what they are"
+            f"--network_args {' '.join(options.network_args)} is ignored because the tensors in the files "
+            "show what they are"
         )
     return loras
 

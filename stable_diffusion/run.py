@@ -212,7 +212,7 @@ class Run:
             raise
         except Exception as error:
             pictures = format_count(len(batch), "picture")
-            logger.warning("A batch of %s failed and is made one by one: %s", pictures, error)
+            logger.warning("A batch of %s failed and is generated one by one: %s", pictures, error)
             return None
 
     def _generate_batch(self, batch: Sequence[RequestedImage]) -> list[Path]:

@@ -325,7 +325,7 @@ def check_batch(requests: Sequence[RequestedImage], sampler: str) -> None:
     if any(map(is_masked, requests)):
         raise OptionError(
             f"{requests[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) cannot be used with a "
-            "mask: what is kept of the picture has its full size. Leave one out"
+            "mask: the unmasked part of the picture has its full size. Leave one out"
         )
 
 

@@ -153,7 +153,8 @@ def check_start(model: Model, request: RequestedImage, start: SecondStageInput |
     if model.is_inpainting and not is_masked(request):
         raise OptionError(
             f"{request.label}: {model.path} is an inpainting checkpoint, which needs a picture and its "
-            "mask, and knows no regions of a prompt's parts. Take another checkpoint, or leave out AND"
+            "mask, and does not support regions for parts of a prompt. Use another checkpoint, or leave out "
+            "AND"
         )
 
 

@@ -145,8 +145,8 @@ def _with_projection(plan: LoadPlan[ClipTextConfig], checkpoint: Checkpoint) -> 
         width_axis, projection_axis = (1, 0) if is_linear else (0, 1)
         if len(shape) != 2 or shape[width_axis] != config.dim:
             raise CheckpointError(
-                f"--ckpt {checkpoint.path}: its {name} has {' x '.join(map(str, shape))} numbers; the text "
-                f"encoder is {config.dim} wide. Copy the file again.",
+                f"--ckpt {checkpoint.path}: its {name} is {' x '.join(map(str, shape))}, but the text "
+                f"encoder has width {config.dim}. Copy the file again.",
                 checkpoint.path,
             )
         source = list_tensor_sources(checkpoint)[name]

@@ -197,7 +197,7 @@ class LazyTextEncoder:
         path = self.files.path
         sources = tokenizers.find_tokenizer_files(self.files.tokenizer_cache_dir, path, are_open_clip)
         # a text encoder may use the tokenizer of an earlier one: all have the same vocabulary
-        local = [candidate for candidate in sources[self._index :: -1] if candidate[1] is not None]
+        local = [(source, file) for source, file in sources[self._index :: -1] if file is not None]
         source, file = local[0] if local else sources[0]
         if file is None:
             file = source.download(path, may_download=False)

@@ -109,7 +109,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
         facts=IDENTITY,
     )
     zero_terminal_snr: bool = option(
-        "train the last timestep on noise alone; for models that predict v", facts=HABIT
+        "train the last timestep on pure noise; for models that predict v", facts=HABIT
     )
     sample_sampler: str = option(
         "sampler for samples, as gen_img.py --sampler",

@@ -179,7 +179,7 @@ def test_a_text_that_is_too_long_is_cut_with_one_warning(caplog: pytest.LogCaptu
     assert torch.equal(found.context, texts.encode("a " * 75).context)
     (record,) = caplog.records
     message = record.getMessage()
-    assert "after 75 tokens; this end of it is not read: red cat\n" in message
+    assert "after 75 tokens; the rest is not read: red cat\n" in message
     assert message.endswith("Give --max_embeddings_multiples 2 to read all of it")
 
 
