@@ -424,19 +424,36 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         for first in range(0, len(token_ids), batch_size):
             batch = token_ids[first : first + batch_size]
             batch_images = images[first : first + batch_size]
-            padded_length = self._select_length(batch, num_template_tokens)
-            padded_ids, mask = fill_rows(batch, padded_length, pad, self.settings.pads_left)
-            states = self._run_network(network, tokenizer, padded_ids, mask=mask, images=batch_images)
-            states = states[:, num_template_tokens:].cpu()
-            mask = mask[:, num_template_tokens:]
-            for index, ids in enumerate(batch):
-                length = self._length_alone(ids, num_template_tokens) - num_template_tokens
-                conditions = self._make_conditions(states[index], mask[index], length)
-                if self.settings.image_positions_key:
-                    grids = batch_images[index].token_grids if batch_images else ()
-                    prompt_ids = ids[num_template_tokens:]
-                    conditions |= self._split_images(tokenizer, states[index], prompt_ids, grids)
-                results.append(conditions)
+            results += self._compute_batch(network, tokenizer, batch, batch_images, pad, num_template_tokens)
+        return results
+
+    def _compute_batch(
+        self,
+        network: nn.Module,
+        tokenizer: TextTokenizer,
+        batch: Sequence[list[int]],
+        images: Sequence[PatchedImages],
+        pad: int,
+        num_template_tokens: int,
+    ) -> list[Conditions]:
+        """Return the conditions of prompts that run together, without the padding that this takes.
+
+        `pad` is the id of the padding token; other arguments as in `compute`.
+        """
+        padded_length = self._select_length(batch, num_template_tokens)
+        padded_ids, mask = fill_rows(batch, padded_length, pad, self.settings.pads_left)
+        states = self._run_network(network, tokenizer, padded_ids, mask=mask, images=images)
+        states = states[:, num_template_tokens:].cpu()
+        mask = mask[:, num_template_tokens:]
+        results: list[Conditions] = []
+        for index, ids in enumerate(batch):
+            length = self._length_alone(ids, num_template_tokens) - num_template_tokens
+            conditions = self._make_conditions(states[index], mask[index], length)
+            if self.settings.image_positions_key:
+                grids = images[index].token_grids if images else ()
+                prompt_ids = ids[num_template_tokens:]
+                conditions |= self._split_images(tokenizer, states[index], prompt_ids, grids)
+            results.append(conditions)
         return results
 
     def _length_alone(self, ids: list[int], num_template_tokens: int) -> int:

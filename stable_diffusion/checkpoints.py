@@ -6,6 +6,7 @@ diffusers' classes take their dimensions as keyword arguments: `UnetSizes` and `
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,14 +128,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
     names = checkpoint.tensors
     sources = dialects.rename_sources(list_tensor_sources(checkpoint), ldm_to_diffusers_translator(names))
     layers_by_level = read_levels(names)
-
-    def broken(why: str) -> CheckpointError:
-        return CheckpointError(
-            f"--ckpt {checkpoint.path}: its U-Net is not that of Stable Diffusion, or is damaged: {why}.\n"
-            f"  Give {EXPECTED_FILE}.",
-            checkpoint.path,
-        )
-
+    broken = partial(_broken_unet_error, checkpoint.path)
     # returns the shape of a tensor by name; raises this error for another number of axes (4 by default)
     shape = dialects.make_shape_reader(checkpoint, sources, broken("a tensor has an unexpected shape"))
     # a tensor name may contain any number, so the count is checked before it sets the work
@@ -165,12 +159,27 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
     }
     if kind is SDXL:
         config |= _read_pooled_settings(shape("add_embedding.linear_1.weight", 2)[1], pooled, broken)
+    _check_level_widths(kind, widths, depths, broken)
+    return dialects.LoadPlan(config, checkpoint, sources)
+
+
+def _broken_unet_error(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"--ckpt {path}: its U-Net is not that of Stable Diffusion, or is damaged: {why}.\n"
+        f"  Give {EXPECTED_FILE}.",
+        path,
+    )
+
+
+def _check_level_widths(
+    kind: ModelKind, widths: Sequence[int], depths: UnetDepths, broken: Callable[[str], CheckpointError]
+) -> None:
+    """Raise the error that `broken` makes if norms or attentions cannot divide the channels of a level."""
     for width, level_depths in zip(widths, depths.down, strict=True):
         # levels without attention have no heads, and SD1 has a number of heads instead of their width
         divisor = SD1_HEADS if kind is SD1 else HEAD_WIDTH
         if width % GROUPS or (any(level_depths) and width % divisor):
             raise broken(f"a width of {width} channels cannot be divided into groups and heads")
-    return dialects.LoadPlan(config, checkpoint, sources)
 
 
 def _list_heads(kind: ModelKind, widths: Sequence[int]) -> tuple[int, ...]:

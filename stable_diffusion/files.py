@@ -81,25 +81,7 @@ def read_model_type(path: Path, names: Collection[str], metadata: Mapping[str, s
     Raises:
         CheckpointError: If the file is something else, with its real kind or the missing network.
     """
-    kind = _find_kind(names)
-    other_model = _describe_other(names, kind)
-    if other_model is not None:
-        raise CheckpointError(f"--ckpt {path} looks like {other_model}.\n  Give {EXPECTED_FILE}.", path)
-    missing = []
-    if not _has_prefix(names, UNET):
-        missing.append("U-Net")
-    if not _has_prefix(names, VAE):
-        missing.append("VAE")
-    if kind is None:
-        missing.append("text encoder")
-    if missing:
-        description = kind_of(names)
-        looks = f"; it looks like {description}" if description is not None else ""
-        raise CheckpointError(
-            f"--ckpt {path} has no {', no '.join(missing)}{looks}.\n  Give {EXPECTED_FILE}.",
-            path,
-        )
-    assert kind is not None
+    kind = _require_kind(path, names)
     declared = read_prediction(metadata)
     has_marker = V_PRED in names  # an empty tensor that marks models that predict v
     if declared.unknown and not has_marker:
@@ -119,6 +101,34 @@ def read_model_type(path: Path, names: Collection[str], metadata: Mapping[str, s
         zero_terminal_snr=ZTSNR in names or (predicts_velocity and declared.zero_terminal_snr),
         recorded_in=recorded_in,
     )
+
+
+def _require_kind(path: Path, names: Collection[str]) -> ModelKind:
+    """Return the kind of a file with tensors of these names.
+
+    Raises:
+        CheckpointError: If the file is something else, with its real kind or the missing network.
+    """
+    kind = _find_kind(names)
+    other_model = _describe_other(names, kind)
+    if other_model is not None:
+        raise CheckpointError(f"--ckpt {path} looks like {other_model}.\n  Give {EXPECTED_FILE}.", path)
+    missing = []
+    if not _has_prefix(names, UNET):
+        missing.append("U-Net")
+    if not _has_prefix(names, VAE):
+        missing.append("VAE")
+    if kind is None:
+        missing.append("text encoder")
+    if missing:
+        description = kind_of(names)
+        looks = f"; it looks like {description}" if description is not None else ""
+        raise CheckpointError(
+            f"--ckpt {path} has no {', no '.join(missing)}{looks}.\n  Give {EXPECTED_FILE}.",
+            path,
+        )
+    assert kind is not None
+    return kind
 
 
 def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:

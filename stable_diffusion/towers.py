@@ -308,16 +308,16 @@ class LazyTextEncoder:
         results: list[Conditions] = []
         first_chunk = 0  # index of the text's first chunk
         for chunks in chunks_by_text:
-            weights = list_token_weights(chunks)
-            text_states = []
-            for layer_states in states_by_layer:
-                joined = join_chunk_states(layer_states[first_chunk : first_chunk + len(chunks)])
-                text_states.append(apply_token_weights(joined, weights, WEIGHTING_MODE)[:length])
+            end_chunk = first_chunk + len(chunks)
+            text_states = [
+                _join_weighted(layer_states[first_chunk:end_chunk], chunks)[:length]
+                for layer_states in states_by_layer
+            ]
             conditions = {states_key: torch.cat(text_states).cpu()}
             if pooled is not None:  # only the first chunk's pooled state is used
                 conditions[POOLED] = pooled[first_chunk].cpu().clone()
             results.append(conditions)
-            first_chunk += len(chunks)
+            first_chunk = end_chunk
         return results
 
     def _run_encoder(self, chunk_ids: list[list[int]]) -> tuple[Tensor, Tensor | None]:
@@ -359,6 +359,11 @@ class LazyTextEncoder:
     def free(self) -> None:
         """Release the network and its tokenizer."""
         self._loaded.free()
+
+
+def _join_weighted(chunk_states: Tensor, chunks: Sequence[Chunk]) -> Tensor:
+    """Join the states of a text's chunks, K 77 C, to 75 K + 2, times the weights of their tokens."""
+    return apply_token_weights(join_chunk_states(chunk_states), list_token_weights(chunks), WEIGHTING_MODE)
 
 
 def _find_cut(text: str, tokenize: Callable[[str], list[int]], max_tokens: int) -> int:
