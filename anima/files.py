@@ -79,10 +79,10 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
 
 def _read_config(shapes: DitShapes) -> AnimaConfig:
     """Return the dimensions of an Anima transformer; raise CheckpointError for another model."""
-    dim, columns = shapes.shape_of("x_embedder.proj.1.weight")
-    patch_width, _ = shapes.shape_of("final_layer.linear.weight")
+    dim, input_width = shapes.shape_of("x_embedder.proj.1.weight")
+    output_width, _ = shapes.shape_of("final_layer.linear.weight")
     # other models with the same tensor names
-    if columns == patch_width + 2 * PATCH**2:
+    if input_width == output_width + 2 * PATCH**2:
         raise CheckpointError(
             f"{shapes.path} takes two channels more than latents have: it is Cosmos-Predict2 for videos, "
             f"which is not supported. Give {FILES}.",
@@ -94,27 +94,28 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
             f"Give {FILES}.",
             shapes.path,
         )
-    rows, _ = shapes.shape_of("blocks.0.self_attn.q_proj.weight")
-    (width,) = shapes.shape_of("blocks.0.self_attn.q_norm.weight", axes=1)
+    query_width, _ = shapes.shape_of("blocks.0.self_attn.q_proj.weight")
+    (head_dim,) = shapes.shape_of("blocks.0.self_attn.q_norm.weight", axes=1)
     # the embedder takes one channel more than the output has: the mask of padding
-    has_patches = patch_width % PATCH**2 == 0 and columns == patch_width + PATCH**2
+    has_patches = output_width % PATCH**2 == 0 and input_width == output_width + PATCH**2
     # frequencies come in pairs, and more than one of them are stretched on each axis
-    has_heads = rows == dim and dim % width == 0 and width % 2 == 0 and width // 6 >= 2
+    has_heads = query_width == dim and dim % head_dim == 0 and head_dim % 2 == 0 and head_dim // 6 >= 2
     if not has_heads or not has_patches:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, {rows} rows of queries, heads of {width}, patches of {columns} "
-            f"and {patch_width} values are not those of {MODEL_KIND}. Copy the file again.",
+            f"{shapes.path} does not have the sizes of {MODEL_KIND}: width {dim}, queries of width "
+            f"{query_width}, heads of width {head_dim}, patches of {input_width} values in the input and "
+            f"{output_width} in the output. Copy the file again.",
             shapes.path,
         )
     return AnimaConfig(
         dim=dim,
         ffn_dim=shapes.shape_of("blocks.0.mlp.layer1.weight")[0],
-        num_heads=dim // width,
+        num_heads=dim // head_dim,
         num_layers=shapes.count_blocks("blocks"),
         context_dim=shapes.shape_of("blocks.0.cross_attn.k_proj.weight")[1],
         modulation_dim=shapes.shape_of("blocks.0.adaln_modulation_mlp.1.weight")[0],
         adapter=_read_adapter(shapes),
-        channels=patch_width // PATCH**2,
+        channels=output_width // PATCH**2,
     )
 
 
@@ -127,11 +128,11 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
         return None
     start = f"{ADAPTER_PREFIX}blocks.0."
     vocabulary, dim = shapes.shape_of(f"{ADAPTER_PREFIX}embed.weight")
-    (width,) = shapes.shape_of(f"{start}cross_attn.q_norm.weight", axes=1)
+    (head_dim,) = shapes.shape_of(f"{start}cross_attn.q_norm.weight", axes=1)
     text_width = shapes.shape_of("blocks.0.cross_attn.k_proj.weight")[1]
-    if dim % width or width % 2 or dim != text_width:
+    if dim % head_dim or head_dim % 2 or dim != text_width:
         raise CheckpointError(
-            f"{shapes.path}: an adapter of width {dim} with heads of width {width} does not fit a "
+            f"{shapes.path}: an adapter of width {dim} with heads of width {head_dim} does not fit a "
             f"transformer that takes texts of width {text_width}. Give {ADAPTER_FILES} to {ADAPTER_OPTION}.",
             shapes.path,
         )
@@ -139,7 +140,7 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
         dim=dim,
         text_dim=shapes.shape_of(f"{start}cross_attn.k_proj.weight")[1],
         ffn_dim=shapes.shape_of(f"{start}mlp.0.weight")[0],
-        num_heads=dim // width,
+        num_heads=dim // head_dim,
         num_layers=shapes.count_blocks(f"{ADAPTER_PREFIX}blocks"),
         vocabulary=vocabulary,
     )
@@ -218,7 +219,7 @@ class AnimaFiles(QwenImageFiles):
         )
 
     def adapter_config(self) -> AdapterConfig:
-        """Return the dimensions of the adapter that turns T5's tokens and Qwen3's states into text rows.
+        """Return the dimensions of the adapter that turns T5's tokens and Qwen3's states into text tokens.
 
         Raises CheckpointError if the transformer's files have none, or are another model's.
         """

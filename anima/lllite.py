@@ -358,22 +358,23 @@ def _check_start(options: AnimaLlliteTrainingOptions) -> None:
     path = options.network_weights
     if path is None:
         return
-    stored, asked = check_file(path, WEIGHTS).config, _config_from_options(options)
+    stored = check_file(path, WEIGHTS).config
+    new = _config_from_options(options)
     sizes = {
-        "cond_emb_dim": (asked.cond_emb_dim, stored.cond_emb_dim),
-        "lllite_cond_dim": (asked.cond_dim, stored.cond_dim),
-        "lllite_cond_resblocks": (asked.resblocks, stored.resblocks),
-        "lllite_mlp_dim": (asked.mlp_dim, stored.mlp_dim),
-        "lllite_cond_in_channels": (asked.cond_in_channels, stored.cond_in_channels),
-        "lllite_inpaint_masked_input": (asked.hides_masked, stored.hides_masked),
-        "lllite_use_aspp": (asked.use_aspp, stored.use_aspp),
-        "lllite_target_layers": (sorted(asked.layers), sorted(stored.layers)),
+        "cond_emb_dim": (new.cond_emb_dim, stored.cond_emb_dim),
+        "lllite_cond_dim": (new.cond_dim, stored.cond_dim),
+        "lllite_cond_resblocks": (new.resblocks, stored.resblocks),
+        "lllite_mlp_dim": (new.mlp_dim, stored.mlp_dim),
+        "lllite_cond_in_channels": (new.cond_in_channels, stored.cond_in_channels),
+        "lllite_inpaint_masked_input": (new.hides_masked, stored.hides_masked),
+        "lllite_use_aspp": (new.use_aspp, stored.use_aspp),
+        "lllite_target_layers": (sorted(new.layers), sorted(stored.layers)),
     }
-    for name, (of_options, of_file) in sizes.items():
-        if of_options != of_file:
+    for name, (new_value, stored_value) in sizes.items():
+        if new_value != stored_value:
             raise OptionError(
-                f"--{name} is {of_options}, but {path}, whose training continues, has {of_file}. Give the "
-                "same"
+                f"--{name} is {new_value}, but {path}, whose training continues, has {stored_value}. "
+                "Give the same value."
             )
 
 

@@ -269,9 +269,10 @@ class AnimaModel(BlockNetwork):
             sigmas: B, 0..1, as the model takes them.
             states: States of the language model, B S text_dim.
             states_mask: B S, 1 for real ones, which come first.
-            ids: T5's tokens, B T'.
+            ids: Token ids of T5, B T'.
             weights: B T', 0 for padding after the tokens, 1 or a weight for each token.
-            overrides: Changes to this call; their second text (negative attention) has the last four too.
+            overrides: Changes to this call; a second text in them (for negative attention) has its own
+                `states`, `states_mask`, `ids` and `weights`.
 
         Raises:
             ValueError: If sizes do not match.

@@ -128,8 +128,8 @@ class AnimaTextEncoder(LanguageModelEncoder):
         assert tokenizer is not None  # call `load` first
         encoded: list[Conditions] = []
         for prompt, conditions in zip(prompts, super().encode(prompts), strict=True):
-            written = self.write(prompt)
-            tokens = tokenizer.read(written.text)
+            templated = self.apply_template(prompt)
+            tokens = tokenizer.read(templated.text)
             used = tokens.cut(self.t5_max_tokens)
             if len(used.ids) < len(tokens.ids):
                 left_out = len(tokens.ids) - len(used.ids)
@@ -138,7 +138,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
             ids, mask = (rows[0].to(torch.int32) for rows in fill_rows([used.ids], self.t5_max_tokens, PAD))
             if prompt.spans:
                 mask = mask.float()
-                mask[: len(used.ids)] *= torch.tensor(weights_of(written, used.char_spans))
+                mask[: len(used.ids)] *= torch.tensor(weights_of(templated, used.char_spans))
             encoded.append({**conditions, IDS: ids, WEIGHTS: mask})
         return encoded
 

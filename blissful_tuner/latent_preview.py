@@ -8,7 +8,7 @@ are bit-identical.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +142,7 @@ class LatentPreviews:
             except torch.OutOfMemoryError:
                 self._stop_using_vae("the device ran out of memory")
             else:
-                return Shot(lambda: (frame for chunk in chunks for frame in chunk().numpy()), fps, is_image)
+                return Shot(lambda: _copied_frames(chunks), fps, is_image)
         if not self.latent.preview_factors:
             return None
         step, rows, columns = self.latent.stride
@@ -264,6 +264,12 @@ class _ClipPreviews:
                 return
             shot = self.previews.take(latents(), self.fps)
             self.writer.put(lambda: shot)
+
+
+def _copied_frames(chunks: Sequence[Callable[[], Tensor]]) -> Iterator[Frame]:
+    """Yield the frames of chunks, each a function that waits for its copy, as from `copy_to_host`."""
+    for wait_for_chunk in chunks:
+        yield from wait_for_chunk().numpy()
 
 
 def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:

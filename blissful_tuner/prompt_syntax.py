@@ -460,7 +460,7 @@ def _read_weight(inside: str) -> tuple[str, float] | None:
     weight = float(number) if len(number) < 40 else float("inf")
     if abs(weight) > MAX_WEIGHT:
         raise OptionError(
-            f"--prompt_weighting: ({shorten(inside, 60)}) is a weight above {MAX_WEIGHT:g}; 0.5 to 1.5 are "
+            f"--prompt_weighting: ({shorten(inside, 60)}) has a weight beyond {MAX_WEIGHT:g}; 0.5 to 1.5 are "
             "usual. For a text with parentheses write \\( and \\)"
         )
     return text, weight

@@ -108,8 +108,10 @@ def write_vectors(
         metadata: Metadata of the file.
     """
     report_norms(module)
-    tensors = {name: rows.detach() for name, rows in module.named_parameters()}
-    infos = {name: TensorInfo(dtype or rows.dtype, tuple(rows.shape)) for name, rows in tensors.items()}
+    tensors = {name: vectors.detach() for name, vectors in module.named_parameters()}
+    infos = {}
+    for name, vectors in tensors.items():
+        infos[name] = TensorInfo(dtype or vectors.dtype, tuple(vectors.shape))
     stream_tensors(path, infos, lambda name: tensors[name].to(infos[name].dtype), metadata)
 
 

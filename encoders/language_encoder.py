@@ -289,7 +289,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             transformers=version("transformers").partition(".")[0] if self.settings.pre_norm else None,
         )
 
-    def write(self, prompt: Prompt) -> TemplatedPrompt:
+    def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
         """Insert a prompt into the template, and shift the spans of its weights accordingly."""
         settings = self.settings
         text = prompt.text
@@ -629,7 +629,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         placeholder = self.find_token(tokenizer, image_format.token)
         templated_prompts: list[TemplatedPrompt] = []
         for prompt, prompt_images in zip(prompts, images, strict=True):
-            templated = self.write(prompt)
+            templated = self.apply_template(prompt)
             # a typed placeholder would be taken for an image
             if prompt_images.token_grids and placeholder in tokenizer.read(templated.prompt).ids:
                 raise MediaError(
@@ -637,7 +637,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
                     f"{templated.prompt}"
                 )
             templated_prompts.append(_put_in_front(templated, prompt_images, image_format))
-        return self.encode_written(templated_prompts, functools.partial(self.compute, images=images))
+        return self.encode_templated(templated_prompts, functools.partial(self.compute, images=images))
 
 
 @dataclass(frozen=True)
@@ -736,17 +736,17 @@ def _read_all_images(
 
 
 def _put_in_front(
-    written: TemplatedPrompt, pictures: PatchedImages, image_format: ImagePromptFormat
+    templated: TemplatedPrompt, pictures: PatchedImages, image_format: ImagePromptFormat
 ) -> TemplatedPrompt:
     """Return the prompt with the placeholder tokens of its images before the text."""
     total = len(pictures.counts)
     inserted = ""
     for number, num_tokens in enumerate(pictures.counts, start=1):
         inserted += image_format.write(number, num_tokens, total)
-    return written._replace(
-        text=written.text[: written.start] + inserted + written.text[written.start :],
-        start=written.start + len(inserted),
-        suffix_start=written.suffix_start + len(inserted),
+    return templated._replace(
+        text=templated.text[: templated.start] + inserted + templated.text[templated.start :],
+        start=templated.start + len(inserted),
+        suffix_start=templated.suffix_start + len(inserted),
         num_image_tokens=sum(pictures.counts),
     )
 

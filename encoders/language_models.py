@@ -173,14 +173,13 @@ QWEN3_VL = LanguageModel(
 
 
 def _read_delta_layers(
-    config_json: Mapping[str, Any], num_layers: int, width: int, shapes: Mapping[str, tuple[int, ...]]
+    config_json: Mapping[str, Any], num_layers: int, _width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> Mapping[str, Any]:
     """Return the settings of Gated DeltaNet layers and the kinds of all layers, as transformers names them.
 
     Raises:
         ValueError: If a setting is missing or invalid.
     """
-    _ = width  # not used: heads of DeltaNet and attention layers differ in width
     delta = "layers.0.linear_attn."  # layer 0 of Qwen3.5 is a DeltaNet layer
     value_heads = shapes[f"{delta}A_log"][0]
     value_width = shapes[f"{delta}norm.weight"][0]

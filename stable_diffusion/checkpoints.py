@@ -114,13 +114,13 @@ class UnetDepths(NamedTuple):
     up: list[tuple[int, ...]]
 
 
-def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.LoadPlan[UnetSizes]:
+def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled_width: int) -> dialects.LoadPlan[UnetSizes]:
     """Infer the config of diffusers' U-Net from a single file's tensor shapes, and plan how to load it.
 
     Args:
         checkpoint: Tensors of the U-Net, without their prefix.
         kind: Kind of the checkpoint.
-        pooled: Width of SDXL's pooled text state; 0 for other kinds.
+        pooled_width: Width of SDXL's pooled text state; 0 for other kinds.
 
     Raises:
         CheckpointError: If tensors that determine a dimension are missing or contradictory.
@@ -158,7 +158,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
         **_make_depth_settings(depths.down, depths.up),
     }
     if kind is SDXL:
-        config |= _read_pooled_settings(shape("add_embedding.linear_1.weight", 2)[1], pooled, broken)
+        config |= _read_pooled_settings(shape("add_embedding.linear_1.weight", 2)[1], pooled_width, broken)
     _check_level_widths(kind, widths, depths, broken)
     return dialects.LoadPlan(config, checkpoint, sources)
 
@@ -223,12 +223,14 @@ def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> 
     )
 
 
-def _read_pooled_settings(width: int, pooled: int, broken: Callable[[str], Exception]) -> dict[str, Any]:
+def _read_pooled_settings(
+    width: int, pooled_width: int, broken: Callable[[str], Exception]
+) -> dict[str, Any]:
     """Return U-Net settings of SDXL's additional conditions: pooled text state and image sizes."""
-    waves, remainder = divmod(width - pooled, NUM_SIZE_CONDITIONS)
+    waves, remainder = divmod(width - pooled_width, NUM_SIZE_CONDITIONS)
     if remainder or waves < 2 or waves % 2:
         raise broken(
-            f"label_emb takes width {width}, not that of a pooled text state ({pooled}) and "
+            f"label_emb takes width {width}, not that of a pooled text state ({pooled_width}) and "
             f"{NUM_SIZE_CONDITIONS} sizes"
         )
     return {
@@ -294,16 +296,8 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
     ):
         raise other_network
     shape = dialects.make_shape_reader(vae, sources, other_network)
-    levels = {dialects.count(sources, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
     channels = shape("decoder.conv_in.weight")[1]
-    if channels != LATENT_CHANNELS or levels != {VAE_LEVELS}:
-        raise CheckpointError(
-            f"{option} {checkpoint.path}: this VAE has {channels} latent channels and "
-            f"{' and '.join(map(str, sorted(levels)))} levels; those of Stable Diffusion have "
-            f"{LATENT_CHANNELS} and {VAE_LEVELS}. It is of another model, or tensors are missing.\n"
-            f"  Give {EXPECTED_VAE}.",
-            checkpoint.path,
-        )
+    _check_vae_dimensions(checkpoint.path, option, sources, channels)
     widths = tuple(
         shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(VAE_LEVELS)
     )
@@ -324,6 +318,19 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
         "mid_block_add_attention": any(".mid_block.attentions." in name for name in sources),
     }
     return dialects.LoadPlan(config, vae, sources, IGNORED)
+
+
+def _check_vae_dimensions(path: Path, option: str, names: Collection[str], channels: int) -> None:
+    """Raise CheckpointError if a VAE has other latent channels or levels than those of Stable Diffusion."""
+    levels = {dialects.count(names, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
+    if channels != LATENT_CHANNELS or levels != {VAE_LEVELS}:
+        raise CheckpointError(
+            f"{option} {path}: this VAE has {channels} latent channels and "
+            f"{' and '.join(map(str, sorted(levels)))} levels; those of Stable Diffusion have "
+            f"{LATENT_CHANNELS} and {VAE_LEVELS}. It is of another model, or tensors are missing.\n"
+            f"  Give {EXPECTED_VAE}.",
+            path,
+        )
 
 
 def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:

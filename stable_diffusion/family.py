@@ -627,8 +627,8 @@ class StableDiffusion(ModelOfImages):
         """
         prepared = self.resolve_image(request, flow_shift=1.0)  # 1, because these models have no shift
         if request.source is None:
-            named = "--steps (--s in a prompt line)" if self.options is NO_OPTIONS else "--s"
-            check_sampler_steps(named, prepared.solver, prepared.steps)
+            option_name = "--steps (--s in a prompt line)" if self.options is NO_OPTIONS else "--s"
+            check_sampler_steps(option_name, prepared.solver, prepared.steps)
         else:
             # with an input image, the sampler's own timesteps decide at which step denoising starts
             timesteps = self._begin_sampling(prepared).solver.timesteps_of_steps

@@ -252,8 +252,8 @@ def read_chosen_vae(
         CheckpointError: If the VAE is missing or another network.
     """
     if option == "--ckpt" or path.is_dir():
-        vae_subfolder = path / "vae"
-        folder = vae_subfolder if not (path / "config.json").is_file() and vae_subfolder.is_dir() else path
+        is_whole_checkpoint = not (path / "config.json").is_file() and (path / "vae").is_dir()
+        folder = path / "vae" if is_whole_checkpoint else path
         return folders.read_folder_vae(folder, option, kind.latent_scale, exit_stack)
     if not path.exists() and _is_of_hub(path):
         path = find_model_folder(option, path.as_posix(), PATTERNS_VAE)

@@ -51,8 +51,8 @@ class DeepShrinks:
         label = requests[0].label
         if shrink.ds_depth_2 is not None and shrink.ds_timesteps_2 >= shrink.ds_timesteps_1:
             logger.warning(
-                "%s: --ds_depth_2 never acts: it acts from --ds_timesteps_1 (%d) down to --ds_timesteps_2 "
-                "(%d). Give a lower --ds_timesteps_2.",
+                "%s: --ds_depth_2 never acts: it would act from --ds_timesteps_1 (%d) down to "
+                "--ds_timesteps_2 (%d). Give a lower --ds_timesteps_2.",
                 label,
                 shrink.ds_timesteps_1,
                 shrink.ds_timesteps_2,
@@ -245,17 +245,17 @@ def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> di
         timesteps: Decreasing timesteps of the steps to run, to which indices refer.
         gradual: Options of Gradual Latent.
     """
-    growth: dict[int, float] = {}
+    ratio_after_step: dict[int, float] = {}
     ratio = gradual.gradual_latent_ratio
     last_growth: int | None = None
     for index, timestep in enumerate(timesteps):
         is_due = last_growth is None or index - last_growth >= gradual.gradual_latent_every_n_steps
         if timestep < (gradual.gradual_latent_timesteps or 0) and ratio < NEARLY_ONE and is_due:
-            steps = len(growth) + 1
-            ratio = min(gradual.gradual_latent_ratio + steps * gradual.gradual_latent_ratio_step, 1.0)
-            growth[index] = ratio
+            num_grown = len(ratio_after_step) + 1
+            ratio = min(gradual.gradual_latent_ratio + num_grown * gradual.gradual_latent_ratio_step, 1.0)
+            ratio_after_step[index] = ratio
             last_growth = index
-    return growth
+    return ratio_after_step
 
 
 def _warn_of_growth(
@@ -264,8 +264,9 @@ def _warn_of_growth(
     """Warn if Gradual Latent begins with latents of full size, or ends with smaller ones."""
     if first_size == full_size and gradual.gradual_latent_ratio < NEARLY_ONE:
         logger.warning(
-            "--gradual_latent_timesteps (--glt) does nothing to %d x %d pixels: it begins with multiples of "
-            "%d pixels. Give larger --W and --H, or a smaller --gradual_latent_ratio",
+            "--gradual_latent_timesteps (--glt) does nothing for %d x %d pixels: its first size, rounded to "
+            "multiples of %d pixels, is the same. Give larger --W and --H, or a smaller "
+            "--gradual_latent_ratio.",
             full_size[1] * STRIDE,
             full_size[0] * STRIDE,
             STEP * STRIDE,
@@ -297,10 +298,10 @@ def begin_small(
     full_size = _size(latents)
     unsharp = gradual.unsharp
     timesteps = sampler.schedule.timesteps[sampler.first_index :].tolist()
-    growth: dict[int, float] = {}  # step index in the whole schedule -> size ratio to which latents then grow
+    ratio_after_step: dict[int, float] = {}  # by index in the whole schedule
     for index, ratio in plan_growth(timesteps, gradual).items():
-        growth[sampler.first_index + index] = ratio
-    sizes = [scale_size(full_size, ratio) for ratio in growth.values()]
+        ratio_after_step[sampler.first_index + index] = ratio
+    sizes = [scale_size(full_size, ratio) for ratio in ratio_after_step.values()]
     # the blur pads by half of its width, which has to be less than the shortest enlarged side
     if unsharp is not None and sizes and unsharp.ksize // 2 >= min(sizes[0]):
         raise OptionError(
@@ -310,7 +311,11 @@ def begin_small(
     first_size = scale_size(full_size, gradual.gradual_latent_ratio)
     _warn_of_growth(full_size, first_size, sizes[-1] if sizes else first_size, gradual)
     growing = GrowingSteps(
-        sampler.scheduler, full_size, growth=growth, unsharp=unsharp, s_noise=gradual.gradual_latent_s_noise
+        sampler.scheduler,
+        full_size,
+        ratio_after_step=ratio_after_step,
+        unsharp=unsharp,
+        s_noise=gradual.gradual_latent_s_noise,
     )
     return resize_latents(latents, first_size), replace(sampler, wrap_step=growing)
 
@@ -334,8 +339,8 @@ class GrowingSteps:
     """Step function for euler_a that enlarges the sample before some steps, so noise has the new size."""
 
     scheduler: Any
-    full: Size
-    growth: Mapping[int, float]  # ratio, by the step's index in the schedule
+    full_size: Size
+    ratio_after_step: Mapping[int, float]  # ratio to the full size, by index in the schedule; none: no growth
     unsharp: Unsharp | None
     s_noise: float
 
@@ -348,10 +353,10 @@ class GrowingSteps:
             velocity: Output of the U-Net.
             sample: Noisy latents.
         """
-        if index not in self.growth:
+        if index not in self.ratio_after_step:
             return step(index, velocity, sample)
         unsharp = self.unsharp
-        size = scale_size(self.full, self.growth[index])
+        size = scale_size(self.full_size, self.ratio_after_step[index])
         sample = resize_latents(sample.float(), size)
         velocity = resize_latents(velocity.float(), size)
         stepped = step(index, velocity, sample)

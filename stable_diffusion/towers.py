@@ -302,7 +302,7 @@ class LazyTextEncoder:
             self._list_chunk_ids(chunk, loaded_tokenizer) for chunks in chunks_by_text for chunk in chunks
         ]
         states, pooled = self._run_encoder(chunk_ids)
-        # a trained word may have its own vector, so each text its own states, for each cross-attention
+        # if a trained word has a vector for each cross-attention, each text has states for each of them
         states_by_layer = states.chunk(self._num_layer_copies)  # each: the chunks of all texts, 77 C
         states_key = next(key for key in self.keys if key != POOLED)
         results: list[Conditions] = []
