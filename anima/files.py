@@ -12,7 +12,7 @@ from anima.configs import ADAPTER, PATCH, AdapterConfig, AnimaConfig
 from anima.model import AnimaModel
 from anima.names import ANIMA
 from anima.options import MAX_TOKENS, NAME, AnimaTextOptions
-from anima.text_encoder import T5_FILES, AnimaTextEncoder, make_use
+from anima.text_encoder import T5_FILES, AnimaTextEncoder, make_encoder_settings
 from checkpoints.dialects import DitShapes, join_parts, joined_shapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.model_files import read_once, require_file
@@ -199,7 +199,7 @@ class AnimaFiles(QwenImageFiles):
     adapter: Path | None = None
     t5_tokenizer: Path | None = None
     t5_max_tokens: int = MAX_TOKENS
-    encoder_settings: LanguageEncoderSettings = make_use(MAX_TOKENS)
+    encoder_settings: LanguageEncoderSettings = make_encoder_settings(MAX_TOKENS)
 
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
     called: ClassVar[str] = NAME
@@ -212,7 +212,7 @@ class AnimaFiles(QwenImageFiles):
             text_encoder_tokenizer=options.text_encoder_tokenizer,
             t5_tokenizer=options.t5_tokenizer_path,
             t5_max_tokens=options.t5_max_token_length,
-            encoder_settings=make_use(options.qwen3_max_token_length),
+            encoder_settings=make_encoder_settings(options.qwen3_max_token_length),
             text_dtype=select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
             text_form=text_form(options),
             text_on_cpu=options.text_encoder_cpu,

@@ -50,14 +50,14 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache  # one object for each length
-def make_use(maximum: int) -> LanguageEncoderSettings:
-    """Return the settings for using Qwen3 with at most `maximum` tokens of a prompt."""
+def make_encoder_settings(max_tokens: int) -> LanguageEncoderSettings:
+    """Return the settings for using Qwen3 with at most `max_tokens` tokens of a prompt."""
     return LanguageEncoderSettings(
         name="qwen3",
         states_key=STATES,
         model=QWEN3_SMALL,
         source=qwen_tokenizer("--qwen3_tokenizer", "Qwen/Qwen3-0.6B-Base"),
-        maximum=maximum,
+        maximum=max_tokens,
         batch_size=1,  # so that a state does not depend on other prompts, to the last bit
     )
 

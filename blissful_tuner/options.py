@@ -61,7 +61,7 @@ class GuidanceOptions(Options, title="guidance"):
         default="none",
         choices=CFG_SKIP_MODES,
         needs="cfg_apply_ratio",
-        hint="the share of the steps with guidance",
+        hint="the fraction of the steps with guidance",
     )
     cfg_apply_ratio: float | None = option(
         "with --cfg_skip_mode: fraction of the steps that keep guidance, 0 to 1",

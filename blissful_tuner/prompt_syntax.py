@@ -470,12 +470,12 @@ def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
     """Parse weights such as `(text:1.3)` in all prompts; return the prompts with plain text and weights."""
 
     def weigh_optional(prompt: Prompt | None) -> Prompt | None:
-        return None if prompt is None else _weigh(prompt)
+        return None if prompt is None else _parse_prompt_weights(prompt)
 
     weighted = {}
     for section, prompts in by_section.items():
         weighted[section] = Prompts(
-            _weigh(prompts.positive),
+            _parse_prompt_weights(prompts.positive),
             weigh_optional(prompts.negative),
             weigh_optional(prompts.blank),
             weigh_optional(prompts.nag),
@@ -483,7 +483,7 @@ def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
     return weighted
 
 
-def _weigh(prompt: Prompt) -> Prompt:
+def _parse_prompt_weights(prompt: Prompt) -> Prompt:
     """Parse the weights in a prompt; in its second text, of which CLIP makes one vector, they are removed."""
     text, spans = parse_weights(prompt.text)
     second = None if prompt.second is None else parse_weights(prompt.second)[0]

@@ -779,7 +779,7 @@ def family_for_text_caching(
     dtype = select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", torch.float32)
     assert dtype is not None
     files = TrainingFiles(kinds, options.ckpt, tokenizer_cache_dir=options.tokenizer_cache_dir, dtype=dtype)
-    return StableDiffusion(files, max_chunks=options.chunks, clip_skip=clip_skip)
+    return StableDiffusion(files, max_chunks=options.num_chunks, clip_skip=clip_skip)
 
 
 def family_for_training(
@@ -823,7 +823,7 @@ def family_for_training(
     return StableDiffusion(
         files,
         noise,
-        options.chunks,
+        options.num_chunks,
         clip_skip,
         sampler=options.sample_sampler,
         options=options,

@@ -87,8 +87,8 @@ def make_scheduler(
     return scheduler
 
 
-def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> float:
-    """Return the multistep weight of the derivative from `which` steps ago (0 is the latest).
+def _compute_lms_coefficient(scheduler: Any, order: int, index: int, steps_ago: int) -> float:
+    """Return the multistep weight of the derivative from `steps_ago` steps ago (0 is the latest).
 
     It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at
     those of the other derivatives. Three Gauss points are exact, because the degree is at most 3.
@@ -96,8 +96,11 @@ def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int)
     start, end = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
     levels = [float(scheduler.sigmas[index - back]) for back in range(order)]
     points, weights = np.polynomial.legendre.leggauss(3)
-    at = (start + end) / 2 + (end - start) / 2 * points
-    factors = [(at - level) / (levels[which] - level) for back, level in enumerate(levels) if back != which]
+    levels_at_points = (start + end) / 2 + (end - start) / 2 * points
+    factors = []
+    for back, level in enumerate(levels):
+        if back != steps_ago:
+            factors.append((levels_at_points - level) / (levels[steps_ago] - level))
     return float((end - start) / 2 * (weights * np.prod(factors, axis=0)).sum())
 
 

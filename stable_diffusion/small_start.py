@@ -363,7 +363,7 @@ class GrowingSteps:
         if unsharp is None and self.s_noise == 1:
             return stepped
         # split Euler's change of the sample from the noise that euler_a added: only the former is sharpened
-        change = self._change(index, velocity, sample)
+        change = self._compute_euler_change(index, velocity, sample)
         noise = stepped - (sample + change)
         if unsharp is None:
             denoised = sample + change
@@ -373,7 +373,7 @@ class GrowingSteps:
             denoised = sharpen(sample, unsharp) + change
         return denoised + self.s_noise * noise
 
-    def _change(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
+    def _compute_euler_change(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
         """Return Euler's change of the sample in a step, without the noise of euler_a."""
         scheduler = self.scheduler
         sigma, next_sigma = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
@@ -382,9 +382,9 @@ class GrowingSteps:
             derivative = sample * (sigma / (sigma**2 + 1)) + output / (sigma**2 + 1) ** 0.5
         else:
             derivative = output
-        up = next_sigma * (max(sigma**2 - next_sigma**2, 0.0) ** 0.5) / sigma
-        down = max(next_sigma**2 - up**2, 0.0) ** 0.5
-        return derivative * (down - sigma)
+        added_noise = next_sigma * (max(sigma**2 - next_sigma**2, 0.0) ** 0.5) / sigma
+        sigma_without_noise = max(next_sigma**2 - added_noise**2, 0.0) ** 0.5
+        return derivative * (sigma_without_noise - sigma)
 
 
 def resize_latents(latents: Tensor, size: Size) -> Tensor:
