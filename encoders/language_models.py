@@ -285,13 +285,7 @@ def read_language_model(
     """
     path = checkpoint.path
     layer = f"layers.{model.first_attention_layer}."  # prefix of a layer with attention
-    network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_PROJ}", OTHER_TENSORS)
-    # tensors that only some models have, such as biases and norms, tell the models apart
-    if (
-        network is None
-        or _list_distinguishing_tensors(network, checkpoint, layer) != model.distinguishing_tensors
-    ):
-        raise make_wrong_kind_error(checkpoint, model.what, model.option, model.files)
+    network = _find_language_model(checkpoint, model, layer)
     sources = list_tensor_sources(network)
     wrong_sizes = CheckpointError(
         f"{path}: its tensors do not have the sizes of {model.what}. Give {model.files} to {model.option}.",
@@ -340,6 +334,21 @@ def read_language_model(
         settings=constants.settings,
     )
     return LoadPlan(config, network, sources, _list_unused_names(config, all_layers))
+
+
+def _find_language_model(checkpoint: Checkpoint, model: LanguageModel, layer: str) -> Checkpoint:
+    """Return the language model's tensors in a file, without their prefix; raise CheckpointError for another.
+
+    `layer` is the prefix of a layer with attention.
+    """
+    network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_PROJ}", OTHER_TENSORS)
+    # tensors that only some models have, such as biases and norms, tell the models apart
+    if (
+        network is None
+        or _list_distinguishing_tensors(network, checkpoint, layer) != model.distinguishing_tensors
+    ):
+        raise make_wrong_kind_error(checkpoint, model.what, model.option, model.files)
+    return network
 
 
 def _find_head_dim(

@@ -121,7 +121,7 @@ def wide_adapter(state: dict[str, Tensor]) -> None:
         (video, "Cosmos-Predict2 for videos, which is not supported"),
         (connector, "another text encoder, which is not supported"),
         (without_adapter, f"has no adapter .* to {ADAPTER_OPTION} too"),
-        (odd_heads, "are not those of an Anima transformer"),
+        (odd_heads, "does not have the sizes of an Anima transformer"),
         (wide_adapter, f"does not fit a transformer that takes texts of width 48.* to {ADAPTER_OPTION}"),
     ],
 )
