@@ -566,9 +566,9 @@ def _split_frequencies(config: LanguageConfig) -> list[int]:
         # thirds; the first axes get the remainder
         return [(frequencies + 2 - axis) // 3 for axis in range(3)]
     time_share, row_share, _ = config.model.mrope_sixteenths  # in sixteenths
-    times = frequencies * time_share // 16
-    rows = frequencies * row_share // 16
-    return [times, rows, frequencies - times - rows]
+    num_time = frequencies * time_share // 16
+    num_row = frequencies * row_share // 16
+    return [num_time, num_row, frequencies - num_time - num_row]
 
 
 def load_language_model(

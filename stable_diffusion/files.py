@@ -122,9 +122,9 @@ def _require_kind(path: Path, names: Collection[str]) -> ModelKind:
         missing.append("text encoder")
     if missing:
         description = kind_of(names)
-        looks = f"; it looks like {description}" if description is not None else ""
+        resemblance = f"; it looks like {description}" if description is not None else ""
         raise CheckpointError(
-            f"--ckpt {path} has no {', no '.join(missing)}{looks}.\n  Give {EXPECTED_FILE}.",
+            f"--ckpt {path} has no {', no '.join(missing)}{resemblance}.\n  Give {EXPECTED_FILE}.",
             path,
         )
     assert kind is not None

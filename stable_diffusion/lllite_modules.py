@@ -82,9 +82,9 @@ class LlliteModule(nn.Module):
         height, width = controls.shape[2:]
         step = self.dimensions.reduction
         # the U-Net rounds its sizes up; an edge that is not a whole step is repeated, as strides round down
-        missing = (0, -width % step, 0, -height % step)
-        if any(missing):
-            controls = nn.functional.pad(controls, missing, mode="replicate")
+        padding = (0, -width % step, 0, -height % step)
+        if any(padding):
+            controls = nn.functional.pad(controls, padding, mode="replicate")
         embedding = self.conditioning1(controls)
         return embedding if self.dimensions.is_convolution else rearrange(embedding, "b e h w -> b (h w) e")
 

@@ -131,7 +131,7 @@ def _make_zero_snr_betas() -> list[float]:
     return [float(beta) for beta in betas]
 
 
-MIN_SHARE = 2**-24  # squared fraction of data at the last timestep
+MIN_SQUARED_ALPHA = 2**-24  # squared fraction of data at the last timestep
 MakeStep = Callable[[int, Tensor, Tensor], Tensor]  # index, velocity, sample -> next sample
 
 
@@ -284,7 +284,7 @@ class ScaledSolver:
             noisy: Input of the U-Net.
             output: Output of the U-Net, noise or v.
         """
-        share = max(1 - sigma**2, MIN_SHARE) ** 0.5  # fraction of data in the sample
+        share = max(1 - sigma**2, MIN_SQUARED_ALPHA) ** 0.5  # fraction of data in the sample
         return share * noisy - sigma * output if self.predicts_v else (noisy - sigma * output) / share
 
     def scaled_sample(self, index: int) -> Tensor:

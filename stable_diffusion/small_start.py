@@ -399,12 +399,12 @@ def sharpen(latents: Tensor, unsharp: Unsharp) -> Tensor:
 
     The blur is Gaussian, `ksize` by `ksize`, and mirrors the latents at the edges.
     """
-    places = torch.arange(unsharp.ksize, dtype=torch.float32) - unsharp.ksize // 2
-    row = torch.exp(-0.5 * (places / unsharp.sigma) ** 2)
+    radius = unsharp.ksize // 2
+    positions = torch.arange(unsharp.ksize, dtype=torch.float32) - radius
+    row = torch.exp(-0.5 * (positions / unsharp.sigma) ** 2)
     row = (row / row.sum()).to(latents.device, latents.dtype)
     images = latents.squeeze(2)
     channels = images.shape[1]
-    edge = unsharp.ksize // 2
     kernel = torch.outer(row, row).expand(channels, 1, -1, -1)
-    blurred = conv2d(pad(images, (edge,) * 4, mode="reflect"), kernel, groups=channels)
+    blurred = conv2d(pad(images, (radius,) * 4, mode="reflect"), kernel, groups=channels)
     return (images + (images - blurred) * unsharp.strength).unsqueeze(2)

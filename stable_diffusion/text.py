@@ -189,7 +189,7 @@ def warn_if_truncated(
             "a text is cut after %d tokens; the rest is not read: %s\n  Give --max_embeddings_multiples %d "
             "to read all of it",
             tokenizers.CHUNK_SIZE * max_chunks,
-            shorten(tokenizers.cut_text(parts, tokenize, max_chunks), MAX_QUOTED),
+            shorten(tokenizers.find_cut_off_text(parts, tokenize, max_chunks), MAX_QUOTED),
             num_chunks,
         )
 

@@ -313,7 +313,7 @@ def cut_into_chunks(parts: Sequence[WeightedText], tokenize: Tokenize) -> list[C
     return chunks
 
 
-def cut_text(parts: Sequence[WeightedText], tokenize: Tokenize, maximum: int) -> str:
+def find_cut_off_text(parts: Sequence[WeightedText], tokenize: Tokenize, maximum: int) -> str:
     """Return the words at the end of a text that do not fit into `maximum` chunks. This is slow."""
     words: list[WeightedText] = []
     begins_chunk = False
