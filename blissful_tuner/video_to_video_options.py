@@ -78,8 +78,8 @@ class SourceOptions(Options, title="video or image to start from"):
         "latent file of an earlier run (--output_type latent or both) to start from"
     )
     # None: the script has the other of SHARES
-    strength: float | None = option(_SHARE, minimum=0, maximum=1, hint="a share of the steps")
-    v2v_denoise: float | None = option(_SHARE, minimum=0, maximum=1, hint="a share of the steps")
+    strength: float | None = option(_SHARE, minimum=0, maximum=1, hint="a fraction of the steps")
+    v2v_denoise: float | None = option(_SHARE, minimum=0, maximum=1, hint="a fraction of the steps")
     v2v_noise_mode: str = option(
         "traditional: the value is a fraction of the steps; direct: it is the noise level of the first step",
         default="traditional",
@@ -124,7 +124,7 @@ def check_one_source(paths: Mapping[str, object]) -> None:
         )
 
 
-def check_share(option: str, share: float) -> None:
+def check_fraction(option: str, fraction: float) -> None:
     """Raise OptionError if a fraction is not between 0 and 1."""
-    if not 0 <= share <= 1:
-        raise OptionError(f"{option} {share:g}: give a share of the steps from 0 to 1")
+    if not 0 <= fraction <= 1:
+        raise OptionError(f"{option} {fraction:g}: give a fraction of the steps, from 0 to 1")

@@ -76,26 +76,26 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         self._has_warned = False  # whether a warning about texts that are not drawn has been logged
         self._logged_errors: set[str] = set()  # in keys of captions
 
-    def write(self, prompt: Prompt) -> TemplatedPrompt:
+    def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
         """Insert a caption or prompt as JSON into the template; a negative prompt is not turned into JSON.
 
         Raises CaptionError for invalid JSON, and for the JSON of an edit without an instruction.
         """
         if prompt.is_negative:
-            return super().write(prompt)
+            return super().apply_template(prompt)
         caption = write_edit(prompt.text) if prompt.images else write_caption(prompt.text)
         # only JSON can say which texts the image shows
         if not caption.is_plain and has_drawn_texts(prompt.text):
             self._warn_of_texts(prompt.text)
-        written = super().write(Prompt(caption.text, weighted_spans=_move_spans(prompt, caption)))
+        templated = super().apply_template(Prompt(caption.text, spans=_move_spans(prompt, caption)))
         if not prompt.images:
-            return written
+            return templated
         # the JSON's opening brace belongs before the image placeholders, so the text positions shift by one
-        start = written.start
-        return written._replace(
-            text=f"{written.text[:start]}{{{written.text[start:]}",
+        start = templated.start
+        return templated._replace(
+            text=f"{templated.text[:start]}{{{templated.text[start:]}",
             start=start + 1,
-            suffix_start=written.suffix_start + 1,
+            suffix_start=templated.suffix_start + 1,
         )
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:

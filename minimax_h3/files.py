@@ -165,7 +165,7 @@ class H3TextEncoder(LanguageModelEncoder):
         conditions = {**conditions, TAGS: [torch.tensor(tags)]}
         if not prompt.weighted_spans:
             return conditions
-        weights = weights_of(self.write(prompt), tokens.char_spans)
+        weights = weights_of(self.apply_template(prompt), tokens.char_spans)
         return self.weigh(conditions, [1.0] * num_media_tokens + weights)
 
     def _tokenize_pieces(
