@@ -563,11 +563,11 @@ def _overrides_text_cache(
         )
         return True
     # common guides cache all texts and do not ask to train text encoders, so these are left out
-    if options.parts is None or not options.parts.trains_dit:
+    if options.lora_parts is None or not options.lora_parts.trains_dit:
         raise OptionError(
             f"--cache_text_encoder_outputs: outputs of {names} change, as they are trained. Leave it out"
         )
-    log = logger.info if options.parts.text_encoder_lr is None else logger.warning
+    log = logger.info if options.lora_parts.text_encoder_lr is None else logger.warning
     log(
         "Text encoders do not learn (%s), because --cache_text_encoder_outputs keeps their outputs: only the "
         "transformer is trained, as with %s. To train both, leave out the caches.",
@@ -580,7 +580,7 @@ def _overrides_text_cache(
 def _trains_text_loras(options: TrainingOptions) -> bool:
     """Return whether the options train LoRAs of text encoders, if the family has trainable ones."""
     trains_lora = options.network is not None and options.features.lora_replacement is None
-    return options.parts is not None and options.parts.trains_texts and trains_lora
+    return options.lora_parts is not None and options.lora_parts.trains_texts and trains_lora
 
 
 def _require_text_encoders(family: Family, why: str) -> Sequence[TextEncoder]:
@@ -599,9 +599,9 @@ def _select_learning_encoders(
     Raises:
         OptionError: If only text encoders are to be trained, but none can be.
     """
-    if not _trains_text_loras(options) or options.network is None or options.parts is None:
+    if not _trains_text_loras(options) or options.network is None or options.lora_parts is None:
         return []
-    options.parts.text_rates(
+    options.lora_parts.text_rates(
         len(trainable_encoders), options.optimizer.learning_rate
     )  # raises if there are too many rates
     name = options.network.network_module or family.lora_module
@@ -613,7 +613,7 @@ def _select_learning_encoders(
         )
     switches = _encoder_switches(family, options)
     learning = [encoder for encoder in trainable_encoders if switches.get(encoder.lora_prefix, True)]
-    if not learning and not options.parts.trains_dit:
+    if not learning and not options.lora_parts.trains_dit:
         raise OptionError(
             "--network_train_text_encoder_only: this model has no text encoder that can be trained. Leave it "
             "out"

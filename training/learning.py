@@ -79,7 +79,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
         swap: Block swap of the plan, with auto resolved.
     """
     accelerator = plan.accelerator
-    loading = Loading(plan, swap)
+    loading = NetworkLoader(plan, swap)
     encoders = {} if plan.live_encoders is None else plan.live_encoders.networks_with_new_word
     # networks that features train in addition to the LoRA, such as the vectors of a new word
     auxiliary_learners = [
@@ -149,7 +149,7 @@ def _check_initial_lora(
 
 
 def _load_sample_networks(
-    loading: "Loading", builder: "TrainableBuilder", networks: Sequence[nn.Module]
+    loading: "NetworkLoader", builder: "TrainableBuilder", networks: Sequence[nn.Module]
 ) -> list[nn.Module]:
     """Load the networks that only samples use; return all networks of samples, by expert.
 
@@ -285,7 +285,7 @@ class UnpreparedNetwork:
 
 
 @dataclass
-class Loading:
+class NetworkLoader:
     """Load networks one after the other; networks that alternate on the device are loaded to host memory."""
 
     plan: TrainingPlan
@@ -494,7 +494,7 @@ class TrainableBuilder:
             dit,
             self.plan.progress.seed,
             encoders={} if live_encoders is None else live_encoders.networks_for(network_spec.is_embedding),
-            trains_dit=options.parts is None or options.parts.trains_dit,
+            trains_dit=options.lora_parts is None or options.lora_parts.trains_dit,
             resumed_tensors={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )
         if self.trainables and not options.by_expert.lora_per_expert:
@@ -558,7 +558,7 @@ class TrainableBuilder:
 
     def _learning_rates_of_network(self) -> LearningRates:
         """Return the learning rates of the network's layers in the DiT and in the trained text encoders."""
-        parts, live_encoders = self.plan.options.parts, self.plan.live_encoders
+        parts, live_encoders = self.plan.options.lora_parts, self.plan.live_encoders
         default = self.plan.options.optimizer.learning_rate
         if parts is None:  # no text encoder can be trained
             return LearningRates(default)

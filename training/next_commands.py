@@ -112,7 +112,7 @@ class NextSteps:
                 commands name the file that the end of the run will save.
             is_finished: Whether the run has done all its steps.
         """
-        file = saved or [*self.plan.names.files(self.plan.names.name).values()][0]
+        file = saved or [*self.plan.names.model_files(self.plan.names.name).values()][0]
         resume = self._resume(is_finished)
         folder_note = f"Commands here are typed in the folder {Path.cwd()}."
         values = option_values(self.plan.options)
@@ -141,7 +141,7 @@ class NextSteps:
                 is_for_comfyui = lora.kind.is_for_comfyui_alone
                 needs_conversion &= is_for_comfyui and self.converted_for != COMFYUI_TOOL
             if plain_kind is not None or needs_conversion:
-                lora_files = self.plan.names.files(self.plan.names.stem_of(file)).values()
+                lora_files = self.plan.names.model_files(self.plan.names.stem_of(file)).values()
                 if plain_kind is not None:
                     commands += [self._make_plain(path, plain_kind) for path in lora_files]
                 else:
@@ -230,7 +230,7 @@ class NextSteps:
         ] or [start_option]
         replaced_options = RESUMING | STARTING | {*start_options}
         arguments = [*self._run_arguments(without=replaced_options), "--max_train_steps", str(steps)]
-        trained_files = self.plan.names.files(self.plan.names.name).values()
+        trained_files = self.plan.names.model_files(self.plan.names.name).values()
         for option, file in zip(start_options, trained_files, strict=False):
             arguments += [f"--{option}", str(file)]
         if not self.plan.options.saving.saves_state_at_end:
@@ -280,7 +280,7 @@ class NextSteps:
         shows_sample = self.plan.options.samples.sample_prompts is not None and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
         launcher = self._launcher() if self.plan.options.speed.modes.flags_for_generation else ["python"]
-        arguments = self._generation_words
+        arguments = self._generation_arguments
         assert self.command.entry is not None
         spellings = self.command.entry.spellings
         folder_flag = spellings.get("save_path", "--save_path")
@@ -301,7 +301,7 @@ class NextSteps:
         return _command("Generate with it", [*launcher, *arguments, *sample_arguments], note)
 
     @cached_property
-    def _generation_words(self) -> list[str]:
+    def _generation_arguments(self) -> list[str]:
         """Script and options that generate, except for the trained files and the sample."""
         command = self.command
         assert command.entry is not None
@@ -317,7 +317,7 @@ class NextSteps:
         """Return the files of the save that `file` belongs to: high-noise files, then all other files."""
         average = self.plan.features.average
         suffix = AVERAGE if average is not None and average.is_sampled else ""  # what the samples show
-        files = [*self.plan.names.files(self.plan.names.stem_of(file) + suffix).values()]
+        files = [*self.plan.names.model_files(self.plan.names.stem_of(file) + suffix).values()]
         high_files = []
         other_files = []
         for index, expert in enumerate(self.plan.family.experts):

@@ -242,12 +242,12 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
         folder=plan.names.folder / "sample",
         name=plan.names.name,
         device=accelerator.device,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
         has_metadata=not options.metadata.no_metadata,
         weights=weights,
         preview=options.samples.preview,
-        together=plan.steps.works_together,
+        is_joint=plan.steps.works_together,
         block_sharder=make_block_sharder(options.speed, accelerator.device),
     )
     # outputs of trained text encoders change, so that prompts are encoded anew for each sample

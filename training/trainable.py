@@ -98,7 +98,7 @@ class Trainable:
             for name, parameter in module.named_parameters()
         }
 
-    def sizes(self, part: str | None = None) -> tuple[list[int], list[float]]:
+    def ranks_and_alphas(self, part: str | None = None) -> tuple[list[int], list[float]]:
         """Return the ranks and alphas of all networks, or of the networks in one file.
 
         Args:

@@ -31,8 +31,11 @@ def list_without_effect(
         more_reasons: Reason by option name, for options without effect because of the model or the data.
     """
     reasons = dict(more_reasons or {})
-    if options.parts is not None and _replaces_rate(options.parts):
-        rates = {"--unet_lr": options.parts.unet_lr, "--text_encoder_lr": options.parts.text_encoder_lr}
+    if options.lora_parts is not None and _replaces_rate(options.lora_parts):
+        rates = {
+            "--unet_lr": options.lora_parts.unet_lr,
+            "--text_encoder_lr": options.lora_parts.text_encoder_lr,
+        }
         rate_flags = [flag for flag, rate in rates.items() if rate is not None]
         reason = f"{' and '.join(rate_flags)} replace{'s' * (len(rate_flags) == 1)} it"
         reasons.setdefault("learning_rate", reason if rate_flags else "no part learns at it")

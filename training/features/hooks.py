@@ -91,7 +91,7 @@ class OptionsOfRun(Protocol):
         """Options of caches made by the training command; None in scripts that cannot make them."""
 
     @property
-    def parts(self) -> "PartsOptions | None":
+    def lora_parts(self) -> "PartsOptions | None":
         """Options that select which networks get a LoRA; None if text encoders cannot have one."""
 
     @property

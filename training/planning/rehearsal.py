@@ -373,7 +373,7 @@ def _make_learning_groups(
         dit,
         0,
         encoders={} if live_encoders is None else live_encoders.networks_for(network_spec.is_embedding),
-        trains_dit=options.parts is None or options.parts.trains_dit,
+        trains_dit=options.lora_parts is None or options.lora_parts.trains_dit,
         has_initial_values=False,
     )
     dry.allocate_empty_weights(network.module, ledger, dry.NETWORK)
