@@ -193,9 +193,8 @@ def _encode_planned_tables(
     if media_tables:
         caching = caching_options(batch_size=options.vae_batch_size)
         report = loop.cache_media(family, DatasetConfig(config.path, media_tables), caching, stores)
-        conclude(
-            replace(report, num_without_record=0)
-        )  # no warning: files of other programs are expected here
+        # no warning: files of other programs are expected here
+        conclude(replace(report, num_without_record=0))
     elif options.vae_batch_size > 1:
         logger.warning(
             "--vae_batch_size %d has no effect: this run caches no images, because they are "
@@ -374,9 +373,8 @@ def _warn_of_live(
     tables_of_lists: list[DatasetTable] = []  # whose items come from a list instead of a folder
     for table in config.datasets:
         live_table = tables.get(table.index)
-        if (
-            live_table is not None and live_table.live_buckets is not None
-        ):  # its images are encoded during training
+        # its images are encoded during training
+        if live_table is not None and live_table.live_buckets is not None:
             images += live_table.live_sources.values()
             if table.directory is None:
                 tables_of_lists.append(table)
@@ -601,9 +599,8 @@ def _select_learning_encoders(
     """
     if not _trains_text_loras(options) or options.network is None or options.lora_parts is None:
         return []
-    options.lora_parts.text_rates(
-        len(trainable_encoders), options.optimizer.learning_rate
-    )  # raises if there are too many rates
+    # raises if there are too many rates
+    options.lora_parts.text_rates(len(trainable_encoders), options.optimizer.learning_rate)
     name = options.network.network_module or family.lora_module
     known_module = OWN_MODULES.get(name)
     if trainable_encoders and known_module is not None and not known_module.kind.is_for_texts:

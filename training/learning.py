@@ -279,9 +279,8 @@ class UnpreparedNetwork:
     index: int  # index of its expert
     expert: Expert
     host_weights: "HostWeights | None"  # holds swapped weights; None: all weights are on the device
-    block_sharder: (
-        BlockSharder | None
-    )  # splits blocks over processes; None: each process has the whole network
+    # splits blocks over processes; None: each process has the whole network
+    block_sharder: BlockSharder | None
 
 
 @dataclass
@@ -292,9 +291,8 @@ class NetworkLoader:
     swap: SwapOptions  # auto is resolved
     sample_loras: "list[AddedLoras]" = field(default_factory=list)
     adapters: "list[AddedLoras]" = field(default_factory=list)  # --training_adapter in trained networks
-    host_copies: dict[nn.Module, HostCopy] = field(
-        default_factory=dict
-    )  # host copies of networks that take turns
+    # host copies of networks that take turns
+    host_copies: dict[nn.Module, HostCopy] = field(default_factory=dict)
 
     has_sample_only_networks: bool = field(init=False)  # whether samples need networks that are not trained
     takes_turns: bool = field(init=False)  # whether one network is on the device at a time

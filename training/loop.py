@@ -229,9 +229,8 @@ class _SkipCheck:
             reasons = (hook(run, self.step, gradient_norm) for hook in run.features.on.before_step)
             self.reason = next(filter(None, reasons), "")
         except UserError:
-            _log_report(
-                run, run.delayed_reports.flush()
-            )  # the previous step, whose numbers are still on the device
+            # the previous step, whose numbers are still on the device
+            _log_report(run, run.delayed_reports.flush())
             raise
         if self.reason:
             run.progress.skipped += 1

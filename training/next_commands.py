@@ -126,9 +126,8 @@ class NextSteps:
             if saved is None and not file.exists():
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
-        trains_model = (
-            self.plan.network_spec.make_network is None
-        )  # the model itself, not a network added to it
+        # the model itself, not a network added to it
+        trains_model = self.plan.network_spec.make_network is None
         if trains_model and saved is not None and self._can_extract:
             commands.append(self._extract(file))
         lora = self.plan.network_spec.lora_options
@@ -288,9 +287,8 @@ class NextSteps:
             *arguments_of_sample(self.sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
-        generate = (
-            self.plan.network_spec.generation_command
-        )  # None: the model's own script generates with the file
+        # None: the model's own script generates with the file
+        generate = self.plan.network_spec.generation_command
         if generate is not None:
             arguments = [*generate(file, self.sample, [*arguments, *sample_arguments])]
             return _command("Generate with it", [*launcher, *arguments], note)

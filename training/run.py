@@ -120,9 +120,8 @@ def prepare_run(
     """
     end = end or RunEnd(options.features)
     network_spec = find_network_spec(family, options.network, options.features.lora_replacement)
-    config = read_config(
-        options, family, network_spec
-    )  # its errors are reported before processes are started
+    # its errors are reported before processes are started
+    config = read_config(options, family, network_spec)
     with contextlib.ExitStack() as stack:
         # `other_processes` watches them; None if this is the only process
         accelerator, other_processes = stack.enter_context(join_processes(family, options, config))

@@ -110,9 +110,8 @@ class Trainable:
     def start_epoch(self) -> None:
         """Put the networks into training mode, and notify foreign networks of the start of an epoch."""
         for network in self.all_networks:
-            if (
-                not network.module.training
-            ):  # `train()` visits all modules, which takes longer than a short epoch
+            # `train()` visits all modules, which takes longer than a short epoch
+            if not network.module.training:
                 network.module.train()
             if isinstance(network, ForeignNetwork):
                 network.on_epoch_start()

@@ -484,9 +484,8 @@ class RunFeatures:
     storage: Storage | None = None
     # creates the dataset instead of reading the user's
     make_data: "Callable[[], DatasetConfig] | None" = None
-    progress_records: list[type] = field(
-        default_factory=list
-    )  # dataclasses kept in `Progress` and saved in states
+    # dataclasses kept in `Progress` and saved in states
+    progress_records: list[type] = field(default_factory=list)
     tallies: list[Tally] = field(default_factory=list)
     info: RunInfo = field(default_factory=RunInfo)
     on: Hooks = field(default_factory=Hooks)

@@ -462,9 +462,8 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
                 format_gib(needed),
                 format_gib(room.usable),
             )
-            watch = MemoryWatch(
-                device, needed, prediction.num_elements
-            )  # it compares the prediction with the peak
+            # it compares the prediction with the peak
+            watch = MemoryWatch(device, needed, prediction.num_elements)
     # each process has resolved auto for its own device, but all share the weights in host memory
     if options.speed.swap.is_auto:
         swap = replace(

@@ -229,9 +229,8 @@ def rehearse(
     with dry.dry_run() as ledger:
         rehearsal = set_up_trainable(family, options, dit, ledger=ledger, live_encoders=live_encoders)
         rehearsal.tables = tables
-        phase_peaks = (
-            rehearsal.rehearse_optimizer()
-        )  # first: the states that it creates count in the other phases
+        # first: the states that it creates count in the other phases
+        phase_peaks = rehearsal.rehearse_optimizer()
         device_batch = noisy_batch.moved(lambda tensor: empty_like_on_device(tensor, ledger))
         rehearsal.learning_pass = [
             functools.partial(_enter_with, enter, noisy_batch) for enter in options.features.on.learning_pass
