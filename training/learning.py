@@ -212,7 +212,7 @@ def make_run(
         targets=features.on.target,
         passes=features.on.passes,
         replaces_default_pass=features.replaces_default_pass,
-        learning_pass=features.on.learning_pass,
+        learning_pass_contexts=features.on.learning_pass,
         in_lockstep=plan.steps.in_lockstep,
         seed=plan.progress.seed,
         seed_networks=functools.partial(
@@ -541,8 +541,8 @@ class TrainableBuilder:
 
             rates = part_rates_of(self.plan.family)
             parts = options.full_dit.name_parts
-            form = SavedForm(options.full_dit.shard_bytes)
-            full = prepare_sharded_dit(dit, options.optimizer.learning_rate, parts, rates, form)
+            file_layout = SavedForm(options.full_dit.shard_bytes)
+            full = prepare_sharded_dit(dit, options.optimizer.learning_rate, parts, rates, file_layout)
         else:
             full = prepare_full_model(self.plan.family, options, dit, self.plan.live_encoders)
         return arrange_weights(full, options.optimizer, self.plan.family.dit)

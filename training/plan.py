@@ -396,7 +396,18 @@ def join_processes(
                 OtherProcesses(accelerator.process_index, accelerator.num_processes)
             )
             stack.enter_context(processes.explain())
-        # the main process reserves the name of the run; if that fails, it reports the error, and all exit
+        stack.enter_context(_reserve_name_for_all(options, accelerator))
+        yield accelerator, processes
+
+
+@contextmanager
+def _reserve_name_for_all(options: TrainingOptions, accelerator: Accelerator) -> Iterator[None]:
+    """Reserve the run's output name during the block, in the main process; if that fails, all processes exit.
+
+    Raises:
+        OutputError: In the main process, which reports the error; other processes exit with its code.
+    """
+    with ExitStack() as stack:
         error: OutputError | None = None
         if accelerator.is_main_process:
             try:
@@ -408,7 +419,7 @@ def join_processes(
             raise error
         if code is not None:
             raise SystemExit(code)
-        yield accelerator, processes
+        yield
 
 
 def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Accelerator) -> None:

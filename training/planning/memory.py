@@ -208,23 +208,23 @@ def predict_memory(
         tables: Tables of the dataset.
     """
     dit = _load_dit_without_values(family, options)
-    # weigh it for each number of swapped blocks
+    # effects of swapping 0, 1, 2, ... blocks to host memory
     processes = memory_plan.sharing_processes(options.speed)
     swaps = memory_plan.swaps_of(dit, family.dit, options.speed.swap, processes)
     weight_dtypes = memory_plan.dtypes_of(dit)
     block_weights = memory_plan.weights_by_block(dit, family.dit)
     count, _, *size = noisy_batch.noise.shape  # B C F H W
     shape: Shape = (count, *size)
+    trained_networks = [dit]
     try:
         with quiet():
-            for encoder in () if live_encoders is None else live_encoders.encoders:
-                encoder.load(META)
+            if live_encoders is not None:
+                for encoder in live_encoders.encoders:
+                    encoder.load(META)
+                trained_networks += [encoder.network for encoder in live_encoders.learning_encoders]
             phase_peaks, host_activation_bytes = rehearse(
                 family, options, dit, noisy_batch, live_encoders=live_encoders, watch=watch, tables=tables
             )
-            trained_networks = [dit]
-            if live_encoders is not None:
-                trained_networks += [encoder.network for encoder in live_encoders.learning_encoders]
             trained_sizes = _list_trained_sizes(trained_networks)
     finally:
         if live_encoders is not None:
@@ -327,7 +327,7 @@ def read_largest(
     batch = sources.read(
         largest,
         checks=CacheChecks(),
-        stream=("largest",),
+        seed_parts=("largest",),
         reads_empty=EMPTY_PROMPT in options.features.needs,
         reads_rejected=REJECTED_ONES in options.features.needs,
     )
