@@ -193,9 +193,8 @@ def _encode_planned_tables(
     if media_tables:
         caching = caching_options(batch_size=options.vae_batch_size)
         report = loop.cache_media(family, DatasetConfig(config.path, media_tables), caching, stores)
-        conclude(
-            replace(report, num_without_record=0)
-        )  # no warning: files of other programs are expected here
+        # no warning: files of other programs are expected here
+        conclude(replace(report, num_without_record=0))
     elif options.vae_batch_size > 1:
         logger.warning(
             "--vae_batch_size %d has no effect: this run caches no images, because they are "
@@ -374,9 +373,8 @@ def _warn_of_live(
     tables_of_lists: list[DatasetTable] = []  # whose items come from a list instead of a folder
     for table in config.datasets:
         live_table = tables.get(table.index)
-        if (
-            live_table is not None and live_table.live_buckets is not None
-        ):  # its images are encoded during training
+        # its images are encoded during training
+        if live_table is not None and live_table.live_buckets is not None:
             images += live_table.live_sources.values()
             if table.directory is None:
                 tables_of_lists.append(table)
@@ -563,11 +561,11 @@ def _overrides_text_cache(
         )
         return True
     # common guides cache all texts and do not ask to train text encoders, so these are left out
-    if options.parts is None or not options.parts.trains_dit:
+    if options.lora_parts is None or not options.lora_parts.trains_dit:
         raise OptionError(
             f"--cache_text_encoder_outputs: outputs of {names} change, as they are trained. Leave it out"
         )
-    log = logger.info if options.parts.text_encoder_lr is None else logger.warning
+    log = logger.info if options.lora_parts.text_encoder_lr is None else logger.warning
     log(
         "Text encoders do not learn (%s), because --cache_text_encoder_outputs keeps their outputs: only the "
         "transformer is trained, as with %s. To train both, leave out the caches.",
@@ -580,7 +578,7 @@ def _overrides_text_cache(
 def _trains_text_loras(options: TrainingOptions) -> bool:
     """Return whether the options train LoRAs of text encoders, if the family has trainable ones."""
     trains_lora = options.network is not None and options.features.lora_replacement is None
-    return options.parts is not None and options.parts.trains_texts and trains_lora
+    return options.lora_parts is not None and options.lora_parts.trains_texts and trains_lora
 
 
 def _require_text_encoders(family: Family, why: str) -> Sequence[TextEncoder]:
@@ -599,11 +597,10 @@ def _select_learning_encoders(
     Raises:
         OptionError: If only text encoders are to be trained, but none can be.
     """
-    if not _trains_text_loras(options) or options.network is None or options.parts is None:
+    if not _trains_text_loras(options) or options.network is None or options.lora_parts is None:
         return []
-    options.parts.text_rates(
-        len(trainable_encoders), options.optimizer.learning_rate
-    )  # raises if there are too many rates
+    # raises if there are too many rates
+    options.lora_parts.text_rates(len(trainable_encoders), options.optimizer.learning_rate)
     name = options.network.network_module or family.lora_module
     known_module = OWN_MODULES.get(name)
     if trainable_encoders and known_module is not None and not known_module.kind.is_for_texts:
@@ -613,7 +610,7 @@ def _select_learning_encoders(
         )
     switches = _encoder_switches(family, options)
     learning = [encoder for encoder in trainable_encoders if switches.get(encoder.lora_prefix, True)]
-    if not learning and not options.parts.trains_dit:
+    if not learning and not options.lora_parts.trains_dit:
         raise OptionError(
             "--network_train_text_encoder_only: this model has no text encoder that can be trained. Leave it "
             "out"

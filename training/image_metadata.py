@@ -24,7 +24,7 @@ MAX_TAGS = 5000  # tags of a folder; about 100 kB of a file's header
 Tags = Mapping[str, Mapping[str, int]]  # folder -> tag -> number of captions with the tag
 
 
-def image_values(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str, Any]:
+def image_trainer_metadata(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str, Any]:
     """Return the additional `ss_*` entries that trainers of image models write into a LoRA's metadata."""
     options, items = plan.options, plan.training
     model_type = plan.family.metadata.get("model_type")
@@ -34,7 +34,7 @@ def image_values(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str,
     tags = count_tags(items)
     values: dict[str, Any] = {
         "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
-        **_list_rates(options.optimizer.learning_rate, options.parts),
+        **_list_rates(options.optimizer.learning_rate, options.lora_parts),
         "cache_latents": caching is not None and caching.caches_latents,
         "lowram": False,  # weights are always read in pieces
         "scale_weight_norms": None if network is None else network.scale_weight_norms,

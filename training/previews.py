@@ -329,9 +329,8 @@ def _read_largest_batch(
     live_encoders: LiveTextEncoders | None,
 ) -> NoisyBatch:
     """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
-    live = (
-        () if live_encoders is None else live_encoders.keys
-    )  # texts that are encoded at each step, not cached
+    # texts that are encoded at each step, not cached
+    live = () if live_encoders is None else live_encoders.keys
     plans = plan_tables(family, config, options.caching, live, needs=options.features.needs)
     _require_caches_on_disk(plans, commands, live_encoders)
     stores = open_stores(family, plans)

@@ -294,8 +294,8 @@ def test_a_notebook_with_a_data_set() -> None:
 
     assert options.network is not None
     assert options.network.arguments() == {"conv_dim": "32", "conv_alpha": "16"}
-    assert options.parts is not None
-    assert options.parts.text_encoder_lr == (5e-5,)
+    assert options.lora_parts is not None
+    assert options.lora_parts.text_encoder_lr == (5e-5,)
     assert options.saving.output_name == "last"
     assert (model.num_chunks, model.clip_skip) == (3, 2)
     assert [table.is_reg for table in tables] == [False, True]

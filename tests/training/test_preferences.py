@@ -116,7 +116,7 @@ def test_a_mirrored_pair_has_both_mirrored(tmp_path: Path) -> None:
         items = run.feed.order.epoch(0)[0]
         plain, flipped = (
             run.feed.sources.read(
-                items, checks=CacheChecks(), stream=("x",), flips=(flip,), reads_rejected=True
+                items, checks=CacheChecks(), seed_parts=("x",), flips=(flip,), reads_rejected=True
             )
             for flip in (False, True)
         )
