@@ -94,9 +94,9 @@ def cache_family_latents(
             typed=typed,
             training=entry.training_options(family_options, caches),
         )
-        following = loop.NextCommand(command, remember)
+        next_command = loop.NextCommand(command, remember)
         cache = run or partial(loop.run_caching, loop.LATENTS)
-        cache(caches, config, options, debug, following)
+        cache(caches, config, options, debug, next_command)
 
 
 def cache_family_texts(
@@ -152,9 +152,9 @@ def cache_family_texts(
             family_options=family_options,
             typed=typed,
         )
-        following = loop.NextCommand(command, remember)
+        next_command = loop.NextCommand(command, remember)
         cache = run or partial(loop.run_caching, loop.TEXTS)
-        cache(caches, config, options, None, following)
+        cache(caches, config, options, None, next_command)
         # with shards, only the command that runs last has all texts
         if finish is not None and run is None and options.shard.num_shards is None:
             finish(family_options, caches, config)

@@ -39,7 +39,7 @@ SAME = "same"  # the table's field has the name of the key
 class SubsetKey(NamedTuple):
     """One key of the layout of sd-scripts."""
 
-    form: forms.ValueType  # type of its value
+    value_type: forms.ValueType  # type of its value
     default: Any
     place: str = ANYWHERE  # SUBSET, ANYWHERE or DATASET
     # field of the `DatasetTable` that gets the value: `name`, `changes.name`, `augmentation.name`,
@@ -52,8 +52,10 @@ class SubsetKey(NamedTuple):
 
 # dataset files allow more values than the option
 _INTERPOLATION = forms.one_of((*INTERPOLATIONS, "box", "lanczos4"))
-_SEPARATOR = forms.value_type(str, lambda value: bool(value) and forms.is_short(value), forms.TEXT.allowed)
-_SEED = forms.value_type(int, lambda value: -(2**63) <= value < 2**64, "a whole number")
+_SEPARATOR = forms.make_value_type(
+    str, lambda value: bool(value) and forms.is_short(value), forms.TEXT.allowed
+)
+_SEED = forms.make_value_type(int, lambda value: -(2**63) <= value < 2**64, "a whole number")
 _LOSS_WEIGHT = forms.number(
     lambda value: 0 <= value <= forms.MAX_WEIGHT, f"a number from 0 to {forms.MAX_WEIGHT}"
 )
@@ -61,7 +63,7 @@ _UNTIL = forms.number(lambda value: 0 <= value < 10**9, "a number of steps, or b
 _STRENGTH = forms.number(
     lambda value: value == 1, "1.0; another strength of the LoRA for one dataset is not supported"
 )
-_ATTRIBUTES = forms.value_type(dict, lambda value: len(value) <= MAX_ATTRIBUTES, "a table of keys")
+_ATTRIBUTES = forms.make_value_type(dict, lambda value: len(value) <= MAX_ATTRIBUTES, "a table of keys")
 FACES = forms.ValueType(
     _two_numbers, 'two ascending numbers above 0, such as "2.0,4.0": sides of the crop in faces'
 )

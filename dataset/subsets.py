@@ -48,10 +48,10 @@ def read_folder_name(name: str) -> FolderName | None:
 def read_subsets(
     path: Path, content: Mapping[str, Any], typed: SubsetOptions | None, errors: list[str]
 ) -> tuple[DatasetTable, ...]:
-    """Return one table for each subset of a file, in order.
+    """Return one table for each subset of a dataset file in the layout of sd-scripts, in order.
 
-    If a subset lacks a key, the value comes from its [[datasets]], else from [general], else from the command
-    line, else it is the default.
+    A key has the value of the subset, else of its [[datasets]], else of [general], else of the command line,
+    else its default.
 
     Args:
         path: Path of the dataset file.
@@ -59,7 +59,6 @@ def read_subsets(
         typed: Values from the command line; None means the keys' defaults.
         errors: Errors are added to this list.
     """
-    # from the weakest to the strongest: defaults, command line, [general], [[datasets]], subset
     defaults = {name: key.default for name, key in SUBSET_KEYS.items()}
     defaults |= read_keys(
         SUBSET_KEYS,
@@ -69,11 +68,11 @@ def read_subsets(
         misplaced_reasons={},
         other_spellings=OTHER_NAMES,
     )
-    command_line_values = dict(defaults)  # before [general] replaces some
+    command_line_values = dict(defaults)  # the keys' values so far, before [general] replaces some
     general = without_nulls(content.get("general"), "[general]", errors)
     entries = content.get("datasets")
     if not isinstance(entries, list):
-        errors.append("[datasets] needs two pairs of brackets: write [[datasets]], once for each resolution")
+        errors.append("[datasets] needs double brackets: write [[datasets]], once for each resolution")
         entries = [entries]
     defaults |= _read_level(general, "[general]", errors, DATASET)
     is_masked = typed is not None and typed.masked_loss
@@ -86,10 +85,10 @@ def read_subsets(
                 continue
             all_values.append(values)
             contradictions = _find_contradictions(values, is_masked)
-            errors += [f"{subset.place}: {line}" for line in contradictions]
+            errors += [f"{subset.label}: {line}" for line in contradictions]
             if contradictions:
                 continue
-            fields = _table_fields(values, subset.place, is_masked)
+            fields = _table_fields(values, subset.label, is_masked)
             table = DatasetTable(path, len(tables), "image", group=group, subset=subset.number, **fields)
             tables.append(table)
     if tables:
@@ -105,7 +104,7 @@ def _warn_of_replaced(typed: SubsetOptions, defaults: Table, all_values: Sequenc
     """Warn about each option on the command line whose value every subset of the file overrides."""
     for name, option in typed_options(typed).items():
         if all(values[name] != defaults[name] for values in all_values):
-            logger.warning("%s is ignored because %s gives another value everywhere", option, path)
+            logger.warning("%s is ignored because %s sets another value everywhere", option, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +112,7 @@ class _Subset:
     """The values of all keys of one subset."""
 
     number: int  # index in its [[datasets]], from 0
-    place: str  # position in the file, for messages
+    label: str  # [[datasets]] and subset, for messages
     values: Table
 
 
@@ -124,9 +123,9 @@ def _subsets_of(entry: Any, group: int, defaults: Table, errors: list[str]) -> I
     subsets = dataset.get("subsets")
     shared = {**defaults, **_read_level(dataset, place, errors, DATASET, ignored=("subsets",))}
     if isinstance(subsets, dict):
-        errors.append(f"{place}: [datasets.subsets] needs two pairs of brackets: write [[datasets.subsets]]")
+        errors.append(f"{place}: [datasets.subsets] needs double brackets: write [[datasets.subsets]]")
     elif not isinstance(subsets, list) or not subsets:
-        errors.append(f"{place} has no [[datasets.subsets]]; each folder of pictures needs one")
+        errors.append(f"{place} has no [[datasets.subsets]]; each folder of images needs one")
     else:
         for number, subset in enumerate(subsets):
             table_label = f"{place}, subset {number + 1}"
@@ -398,12 +397,12 @@ def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = 
     # no subset: explain which folder to give
     if not subsets and read_folder_name(real_path(folder).name) is not None:
         raise DatasetError(
-            f"{option} {folder}: give the folder around it, {folder.parent}. Folders whose names begin with "
-            "a number of repeats are read from there."
+            f"{option} {folder}: give its parent folder, {folder.parent}. Folders whose names begin with a "
+            "number of repeats are read from there."
         )
     if not subsets:
         inner = [folder / name for name in sorted(names) if _has_repeats(folder / name)]
-        remedy = "Move the pictures into one."
+        remedy = "Move the images into one."
         if inner:
             remedy = f"Give {' or '.join(map(str, inner))}."
         raise DatasetError(
@@ -417,8 +416,8 @@ def _warn_left_out(folder: Path, option: str) -> None:
     """Warn about an ignored folder with images, or with subfolders that are named like image folders."""
     if _has_repeats(folder):
         logger.warning(
-            "%s: %s is left out because its name does not begin with a number of repeats. If the folders in "
-            "it hold regularization images, add --reg_data_dir %s",
+            "%s: %s is left out because its name does not begin with a number of repeats. If its "
+            "subfolders contain regularization images, add --reg_data_dir %s",
             option,
             folder,
             folder,

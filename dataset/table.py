@@ -399,9 +399,9 @@ class DatasetTable:
         reference_media: "Iterable[ReferenceMedium] | None",
         further_text: str | None = None,
     ) -> dict[str, Any]:
-        """Return the settings that decide which frames and reference media text encoders see, by name.
+        """Return the table's settings that change the frames and reference media that text encoders see.
 
-        They are recorded in text caches, as JSON: embeddings are stale if a setting changes.
+        Text caches record them as JSON, by name: embeddings are stale if a setting changes.
 
         Args:
             sees_frames: Whether text encoders see the frames of the clip.

@@ -219,8 +219,7 @@ def _receive_undamaged(
     """Download what is missing of a file, and all of it once more if its checksum is wrong.
 
     Raises:
-        DownloadError: If the data arrive damaged twice, if the site refuses, or if the connection stays
-            broken.
+        DownloadError: If the checksum is wrong twice, if the site refuses, or if the connection stays broken.
         OutputError: If the disk is full.
     """
     name = _display_name(partial)
@@ -336,7 +335,7 @@ def _receive_remaining(
         if rejection.status is not None:
             raise explain_status(rejection.status, name, remote.page, bool(remote.headers)) from None
         raise DownloadError(
-            f"{remote.page}: {rejection}. Try --source or another mirror. What has arrived is kept."
+            f"{remote.page}: {rejection}. Try --source or another mirror. The data received so far are kept."
         ) from None
     except RetryableError as error:
         raise DownloadError(
@@ -345,8 +344,8 @@ def _receive_remaining(
         ) from None
     except OSError as error:
         raise OutputError(
-            f"{partial.parent}: {error.strerror or error}. What has arrived is kept: free some space and run "
-            "the same command again."
+            f"{partial.parent}: {error.strerror or error}. The data received so far are kept: free some "
+            "space and run the same command again."
         ) from error
 
 

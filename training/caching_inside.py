@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dataset.batches.checks import SameEncoders
-from dataset.batches.items import NO_COMMANDS, CachingCommands, LiveTables, TableCacheInfo, TrainingItem
+from dataset.batches.items import NO_COMMANDS, CachingCommands, OnTheFlyTables, TableCacheInfo, TrainingItem
 from dataset.cache.store import MemoryStore, StorePair, Stores, npz_names, open_shared, open_store
 from dataset.cache_files import CacheStore, NpzNames, parse_latent_name, text_file_name
 from dataset.caching.latents import batch_media, load_encoders
@@ -146,11 +146,11 @@ def prepare_sources(
         logger.info(
             "Caches in host memory: %s. Batches are read by no other process.", format_size(size_bytes)
         )
-    tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
+    tables = list_on_the_fly_tables(family.cache_tag, plans, needs_captions=texts is not None)
     if os.environ.get("RANK", "0") == "0":  # all processes have the same tables
         _warn_of_live(family, config, tables, encoders=() if texts is None else texts.encoders)
     media_encoder = None
-    if any(table.live_buckets is not None for table in tables.values()):
+    if any(table.on_the_fly_buckets is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
         media_encoder = LiveMedia(family, device, on_media)
     return BatchSources(
@@ -284,7 +284,7 @@ def _open_store_at(location: TensorLocation, table: DatasetTable, names: NpzName
     return MemoryStore(table.cache_directory)  # with `TensorLocation.LIVE` it stays empty
 
 
-def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool) -> LiveTables:
+def list_on_the_fly_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool) -> OnTheFlyTables:
     """Return the tables whose images or captions are read from their sources during training, by index.
 
     Args:
@@ -318,8 +318,8 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
             tag,
             frozenset(),
             has_cached_texts=plan.texts is not TensorLocation.LIVE,
-            live_buckets=sizes,
-            live_sources=sources_by_stem,
+            on_the_fly_buckets=sizes,
+            on_the_fly_sources=sources_by_stem,
         )
     return live_tables
 
@@ -335,7 +335,7 @@ def _check_references(table: DatasetTable, sources: Sequence[MediaSource]) -> No
 
 
 def _warn_of_live(
-    family: Caches, config: DatasetConfig, tables: LiveTables, encoders: Sequence[TextEncoder]
+    family: Caches, config: DatasetConfig, tables: OnTheFlyTables, encoders: Sequence[TextEncoder]
 ) -> None:
     """Log the same warnings about images and captions encoded during training that caching logs.
 
@@ -350,9 +350,9 @@ def _warn_of_live(
     for table in config.datasets:
         live_table = tables.get(table.index)
         if (
-            live_table is not None and live_table.live_buckets is not None
+            live_table is not None and live_table.on_the_fly_buckets is not None
         ):  # its images are encoded during training
-            images += live_table.live_sources.values()
+            images += live_table.on_the_fly_sources.values()
             if table.directory is None:
                 tables_of_lists.append(table)
     if tables_of_lists:
@@ -361,7 +361,7 @@ def _warn_of_live(
     log_warnings(find_media_warnings(images, latent, fps, family.abilities.takes_fps), LISTED)
     if not encoders:
         return
-    sources = [source for live_table in tables.values() for source in live_table.live_sources.values()]
+    sources = [source for live_table in tables.values() for source in live_table.on_the_fly_sources.values()]
     log_warnings(find_caption_warnings(sources), NAMED)
     captions = [
         (source.caption_path or source.path, text) for source in sources for text in unvaried_captions(source)
@@ -633,7 +633,7 @@ class LiveMedia:
         # images of equal shapes are encoded together: group -> position in the batch -> image
         groups: dict[tuple[object, ...], dict[int, DecodedMedia]] = {}
         for position, item in enumerate(items):
-            if item.cache_info.live_buckets is not None:
+            if item.cache_info.on_the_fly_buckets is not None:
                 media = self._read(item, random.Random(derive_seed(*seed_parts, "picture", position)))
                 groups.setdefault(media.group, {})[position] = media
         encoded: dict[int, dict[str, Tensor]] = {}
@@ -645,7 +645,7 @@ class LiveMedia:
 
     def _read(self, item: TrainingItem, generator: random.Random) -> DecodedMedia:
         """Read and augment the image of an item; `generator` draws the augmentation."""
-        source = item.cache_info.live_sources[item.source_stem]
+        source = item.cache_info.on_the_fly_sources[item.source_stem]
         # the table of a validation item is a copy without augmentation
         source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps

@@ -25,7 +25,7 @@ from training.caching_inside import (
     TablePlan,
     TensorLocation,
     find_live_texts,
-    list_live_tables,
+    list_on_the_fly_tables,
     open_stores,
     plan_tables,
 )
@@ -315,7 +315,7 @@ def _read_for_plan(
     plans = plan_tables(family, config, options.caching, live, needs=options.features.needs)
     _require_caches_on_disk(plans, commands, texts)
     stores = open_stores(family, plans)
-    tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
+    tables = list_on_the_fly_tables(family.cache_tag, plans, needs_captions=texts is not None)
     listed = find_items(
         config,
         family.cache_tag,

@@ -18,7 +18,7 @@ def check_captions(read: ReadCaptions, items: Sequence[TrainingItem]) -> None:
     Raises DatasetError if the dataset cannot be read.
     """
     captions = [
-        _complete(item.cache_info.live_caption(item.source_stem, number), item.table)
+        _complete(item.cache_info.on_the_fly_caption(item.source_stem, number), item.table)
         for item in items
         if not item.table.is_reg  # regularization images are for the LoRA only
         for number in range(item.num_captions)

@@ -296,13 +296,13 @@ class _Reader:
         texts = []
         for item, caption_index in zip(items, caption_indices, strict=True):
             caption = ""
-            if item.cache_info.live_sources:
-                caption = item.cache_info.live_caption(item.source_stem, caption_index)
+            if item.cache_info.on_the_fly_sources:
+                caption = item.cache_info.on_the_fly_caption(item.source_stem, caption_index)
             if item.cache_info.has_cached_texts:
                 texts.append(self._read_cached_text(item, caption_index, caption))
                 continue
             # a caption counts as empty only if it is known: "" may also mean that no file records it
-            is_known = caption_index == EMPTY or bool(item.cache_info.live_sources)
+            is_known = caption_index == EMPTY or bool(item.cache_info.on_the_fly_sources)
             path = item.caption_path(caption_index)
             texts.append(_ItemTensors(path, {}, caption=caption, is_empty=is_known and not caption))
         return texts

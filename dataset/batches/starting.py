@@ -79,7 +79,7 @@ def check_caches(
             changed captions.
     """
     rank, num_processes = process
-    cached = [item for item in items if item.cache_info.live_buckets is None]
+    cached = [item for item in items if item.cache_info.on_the_fly_buckets is None]
     size_bytes = 0
     checks = CacheChecks()
     # caches of earlier versions, which read clips or their companions in another way

@@ -64,7 +64,7 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
             "would become" if options.dry_run else "are now",
             options.to,
             format_size(converted.size_bytes),
-            f"; {converted.unchanged} were there already" if converted.unchanged else "",
+            f"; {converted.unchanged} existed already" if converted.unchanged else "",
         )
     if config is not None and any(table.cache_format != options.to for table in config.datasets):
         logger.info('Set cache_format = "%s" in %s.', options.to, config.path)
@@ -186,7 +186,7 @@ def _copy(
             if not dry_run:
                 path = target.folder / name
                 logger.warning(
-                    "%s is in both forms, with different contents: the %s replaces it", path, entry_noun
+                    "%s exists in both formats, with different contents: the %s replaces it", path, entry_noun
                 )
         copied += 1
         size_bytes += len(data)

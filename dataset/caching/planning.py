@@ -118,9 +118,7 @@ class LatentCacheSettings:
             options[LAYERS] = len(source.layers)
         if source.row_references:
             options[SHOWN] = [_describe_shown(medium) for medium in source.row_references]
-        return options | table.non_default_values(
-            SECTIONS
-        )  # keys about sections that are not at their defaults
+        return options | table.non_default_values(SECTIONS)
 
     @property
     def stores_audio(self) -> bool:
@@ -262,10 +260,10 @@ class SourcePlanner:
         self._records: dict[str, records.LatentRecord | None] = {}
         # identities of parts of the source that were found unchanged, by index in `source_files`
         self._unchanged: dict[int, FileIdentity] = {}
-        # how an earlier version decoded the source differently, by `LatentRecord.decoding_version`
-        self._reading_changes: dict[int, str | None] = {}
-        # whether the plan relied on the source's header, whose frame count may be wrong
-        self._relied_on_header = False
+        # how a version decoded the source differently (None: it did not), by `LatentRecord.decoding_version`
+        self._decoding_changes: dict[int, str | None] = {}
+        # whether the number of frames is from the source's header, which may be wrong
+        self._trusted_header = False
 
     def plan_by_shape(self) -> SourcePlan:
         """Return the same as `plan`, but reuse the result of an earlier source with equal caches.
@@ -279,7 +277,7 @@ class SourcePlanner:
             return self._make_valid_plan(known_sizes[shape_key])
         plan = self.plan()
         nothing_to_encode = plan == self._make_valid_plan(plan.item_sizes)
-        is_reliable = nothing_to_encode and not self._relied_on_header
+        is_reliable = nothing_to_encode and not self._trusted_header
         if shape_key is not None and is_reliable and len(known_sizes) < MANY:
             known_sizes[shape_key] = plan.item_sizes
         return plan
@@ -373,7 +371,7 @@ class SourcePlanner:
         if self.existing_files and self.cache_settings.stores.skip_existing:
             # skip_existing accepts files without a record. The video's header may be wrong about the number
             # of frames, so it counts only if it agrees with the existing files
-            self._relied_on_header = True
+            self._trusted_header = True
             header = plan_source(self.source, self.cache_settings.fps, latent.pixel_step, latent.lengths)
             with contextlib.suppress(MediaError):  # too short for a section, according to the header
                 plan = self.compare(header.size, header.spans)
@@ -543,20 +541,18 @@ class SourcePlanner:
     ) -> None:
         """Raise IncompatibleCache if the header of a file without a record does not fit."""
         self._check_unrecorded_tensors(path, header)
-        for (
-            key,
-            value,
-        ) in self.cache_settings.latent.required_metadata:  # metadata that the family's files always have
+        # metadata that the family's files always have
+        for key, value in self.cache_settings.latent.required_metadata:
             if header.metadata.get(key, value) != value:
                 made_for = f"it was made for {key} {header.metadata[key]}"
-                raise IncompatibleCache(f"{path}: {made_for}, this run has {value}")
+                raise IncompatibleCache(f"{path}: {made_for}, but this run has {value}")
         if not (self.cache_settings.stores.skip_existing or self.store.is_shared):
             raise IncompatibleCache(f"{path}: it has no record of what it was made from")
         grid = self._grid(name, bucket, span)
         if grid not in header.grids:
             stored = ", ".join(format_shape(stored) for stored in sorted(header.grids)) or "no latents"
             raise IncompatibleCache(
-                f"{path}: it contains {stored}, this configuration writes {format_shape(grid)}"
+                f"{path}: it contains {stored}, but this configuration writes {format_shape(grid)}"
             )
 
     def _check_unrecorded_tensors(self, path: Path, header: Entry) -> None:
@@ -612,11 +608,11 @@ class SourcePlanner:
     def _find_reading_change(self, record: records.LatentRecord) -> str | None:
         """Describe how the version that wrote a record read the source differently; None if it did not."""
         version = record.decoding_version
-        if version not in self._reading_changes:
-            self._reading_changes[version] = reading_difference(
+        if version not in self._decoding_changes:
+            self._decoding_changes[version] = reading_difference(
                 self.source, self.cache_settings.latent.keeps_alpha, version
             )
-        return self._reading_changes[version]
+        return self._decoding_changes[version]
 
     def _find_change(self, files: Sequence[FileIdentity]) -> str | None:
         """Describe which source files have changed since a cache was made; None if all are unchanged."""

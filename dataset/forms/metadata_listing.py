@@ -77,7 +77,7 @@ def _read_entries(table: DatasetTable, path: Path) -> dict[str, Any]:
         raise DatasetError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise DatasetError(
-            f'{path}: the top level must be an object with a picture for each key: {{"cat": {{"caption": '
+            f'{path}: the top level must be an object with a key for each image: {{"cat": {{"caption": '
             '"a cat"}}'
         )
     return content

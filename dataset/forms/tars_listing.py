@@ -329,7 +329,7 @@ def expand_braces(pattern: str, table_name: str) -> list[str]:
             options = _BraceOptions.parse(braces[1])
             if len(expanded) + len(options.values) > MAX_PATTERN_NAMES:
                 raise DatasetError(
-                    f"{table_name}: {hide_secrets(pattern)} stands for more than {MAX_PATTERN_NAMES:,} names"
+                    f"{table_name}: {hide_secrets(pattern)} expands to more than {MAX_PATTERN_NAMES:,} names"
                 )
             before = name[: braces.start()]
             after = name[braces.end() :]

@@ -48,14 +48,14 @@ def find_audio(source: MediaSource) -> Path:
             download(origin.address, file, check=check_media)
         return file
     if table.audio_directory is not None:
-        raise NoAudio(f"{path}: no file of its name in {table.audio_directory}")
+        raise NoAudio(f"{path}: no file with its name in {table.audio_directory}")
     if source.precomputed is not None or path.is_dir() or is_animation(path):
-        raise NoAudio(f"{path}: only video files have audio of their own")
+        raise NoAudio(f"{path}: only video files have their own audio")
     rate = None if declared is None else file_rate(path)
     if declared is not None and rate is not None and abs(rate / declared - 1) > SAME_RATE:
         raise NoAudio(
-            f"{path}: it has {rate:.4g} frames a second, source_fps says {declared:g}: its sound would not "
-            'fit the frames. Write source_fps = "auto"'
+            f"{path}: it has {rate:.4g} frames per second, but source_fps says {declared:g}: its audio would "
+            'not fit the frames. Set source_fps = "auto"'
         )
     return path
 

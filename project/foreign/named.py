@@ -49,7 +49,7 @@ def adopt_by_name(
             else:
                 _report_unknown(project, key, value, our_names)
         except InvalidValue as error:
-            allowed = SUBSET_KEYS[key].form.allowed
+            allowed = SUBSET_KEYS[key].value_type.allowed
             project.report_omitted_value(key, value, str(error) or f"it has to be {allowed}")
         except (ValueError, TypeError, OverflowError) as error:
             project.report_omitted_value(key, value, str(error))
@@ -65,7 +65,7 @@ def adopt_by_name(
 def _adopt_dataset_key(project: ForeignProject, key: str, value: Any) -> None:
     """Adopt a dataset.toml key unchanged. Raises InvalidValue or ValueError if its value is not possible."""
     fact = SUBSET_KEYS[key]
-    project.general_keys[key] = fact.form.read(_as_plain(value, fact.default))
+    project.general_keys[key] = fact.value_type.read(_as_plain(value, fact.default))
     project.source_keys[key] = show(key)
     project.adopted_keys.append(show(key))
 

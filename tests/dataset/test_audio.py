@@ -138,7 +138,7 @@ def test_sound_at_another_speed_than_its_frames_is_refused(tmp_path: Path) -> No
     write_media(tmp_path / "clip.mp4", Track(CLICKS), fps=24)
     config = make_set(tmp_path, source_fps=16.0)
     (one,) = cache(config).silent
-    assert "24 frames a second, source_fps says 16" in one.reason
+    assert "24 frames per second, but source_fps says 16" in one.reason
     assert caches(tmp_path) == []
     (failure,) = cache(make_set(tmp_path, source_fps=16.0, audio="required")).failures
     assert 'audio = "required" asks for it' in failure.reason

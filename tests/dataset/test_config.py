@@ -15,7 +15,7 @@ from dataset.caching.planning import LatentCacheSettings
 from dataset.config import KEYS, MODES, DatasetTable, for_family, load_dataset_config
 from dataset.config_keys import FRAMES, LATENTS, LEARNING, REFERENCES, SECTIONS, TEXTS
 from dataset.forms.cogvideox_lists import CogVideoXTensors
-from dataset.forms.composing import OWN_KEYS, SOURCES
+from dataset.forms.composing import FORMAT_KEYS, SOURCES
 from dataset.sources.frames import bucket_of, spans
 from dataset.sources.media_source import MediaSource
 from dataset.subset_options import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
@@ -379,8 +379,10 @@ def test_each_key_makes_stale_what_it_says_and_nothing_else(tmp_path: Path, name
     default = make_table(tmp_path, target_frames=(5,), enable_bucket=name == "bucket_no_upscale")
     stale, latents = KEYS[name].stale, LATENTS | FRAMES | SECTIONS | REFERENCES
     changes: dict[str, Any] = {name: OTHER.get(name, "other")}
-    if name in OWN_KEYS:  # of a form of data, whose tables alone have it
-        default = dataclasses.replace(default, format_keys=make_format_keys(**{name: OWN_KEYS[name].default}))
+    if name in FORMAT_KEYS:  # of a form of data, whose tables alone have it
+        default = dataclasses.replace(
+            default, format_keys=make_format_keys(**{name: FORMAT_KEYS[name].default})
+        )
         changes = {
             "format_keys": make_format_keys(**changes),
             "has_precomputed_latents": name == "load_tensors",

@@ -159,7 +159,11 @@ def test_what_numpy_wrote_is_taken_as_it_is(folder: Path) -> None:
     ("name", "arrays", "says"),
     [
         (LATENTS, {"latents_8x8": np.zeros((2, 8, 8), np.float32)}, "has no latents_4x4, but those of _8x8"),
-        (LATENTS, {"latents_4x4": np.zeros((3, 4, 4), np.float32)}, r"of shape \(3, 4, 4\), but this model's"),
+        (
+            LATENTS,
+            {"latents_4x4": np.zeros((3, 4, 4), np.float32)},
+            r"of shape \(3, 4, 4\), but this model's",
+        ),
         (LATENTS, {"latents_4x4": np.zeros((2, 4, 4), np.int64)}, "int64"),
         (LATENTS, {"latents_4x4": np.array([{}], object)}, "Object arrays"),
         (

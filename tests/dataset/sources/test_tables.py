@@ -108,10 +108,10 @@ def test_lists_of_the_known_tuner_may_lie_with_their_media(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"file_name": "a.png", "text": "x"}, "file_name is read from tables: give the file to image_table_"),
+        ({"file_name": "a.png", "text": "x"}, "file_name is read from tables: name the file in image_table_"),
         (
             {"image_path_0": "a.png", "image_path_1": "b.png"},
-            "its layers: give .* multiple_target",
+            "its layers: set multiple_target",
         ),
         ({"caption": "x"}, "Each line is one object such as"),
         ({"image_path": "a.png", "caption": ["x", "y"]}, "in a list captions, with multi_caption = true"),
