@@ -27,6 +27,7 @@ from modules.text_files import real_path
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"(\d+)_(.*)", re.DOTALL)  # name of a folder: repeats and class
+_TABLE_ITSELF = ""  # in `_fields_by_record`, next to the names of the table's records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class FolderName:
 
 
 def read_folder_name(name: str) -> FolderName | None:
-    """Return the repeats and words in the name of a folder; None if it does not begin with repeats."""
+    """Return the repeats and class tokens in the name of a folder; None if it does not begin with repeats."""
     match = _NAME.fullmatch(name)
     if match is None or int(match[1]) == 0:
         return None
@@ -186,9 +187,9 @@ def _read_level(
 def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str, Any]:
     """Return the fields of a `DatasetTable` from the values of a subset's keys."""
     if values["cache_info"]:
-        logger.info("cache_info is not needed: sizes and captions are kept with the caches")
+        logger.info("cache_info is not needed: sizes and captions are stored in the caches")
     by_record = _fields_by_record(values)
-    # otherwise minimum and maximum have no effect, and nobody needs to know that they were rounded
+    # otherwise the limits of the sizes have no effect, and rounding them needs no warning
     uses_limits = values["enable_bucket"] and not values["bucket_no_upscale"]
     buckets = _round_buckets(BucketRule(**by_record["buckets"]), table_label, warns=uses_limits)
     changes = CaptionChanges(**by_record["changes"])
@@ -197,7 +198,7 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
     conditioning = values["conditioning_data_dir"]
     controls = None if is_masked else conditioning
     masks = conditioning if is_masked else None
-    fields = by_record[""]  # the fields of the table itself
+    fields = by_record[_TABLE_ITSELF]
     metadata_file = fields.pop("metadata_file")
     return fields | {
         "format_keys": None if metadata_file is None else MetadataKeys(metadata_file),
@@ -215,14 +216,19 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
 
 
 def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
-    """Return the values of fields, grouped by the record in the table that has the field.
+    """Return the values of a table's fields, grouped by the record that has the field.
 
-    The records are `changes`, `augmentation` and `buckets`; "" stands for the table itself.
+    The records are the table's `changes`, `augmentation` and `buckets`, and _TABLE_ITSELF.
     """
-    by_record: dict[str, dict[str, Any]] = {"changes": {}, "augmentation": {}, "buckets": {}, "": {}}
+    by_record: dict[str, dict[str, Any]] = {
+        "changes": {},
+        "augmentation": {},
+        "buckets": {},
+        _TABLE_ITSELF: {},
+    }
     for name, key in SUBSET_KEYS.items():
         if key.field:
-            record, _, field_name = key.field.rpartition(".")
+            record, _, field_name = key.field.rpartition(".")  # `changes.shuffle`, or without a record
             if field_name == SAME:
                 field_name = name
             by_record[record][field_name] = values[name]

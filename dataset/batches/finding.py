@@ -423,7 +423,10 @@ class _TextCaches:
         return self._table.caches_empty_prompt and cache_files.is_empty_text_name(name, self._tag)
 
     def count_or_report(self, stem: str) -> int:
-        """Return the number of a source's captions; 0 if the first is not cached, which `listing` reports."""
+        """Return the number of a source's captions; 0 if the first one is not cached.
+
+        Missing and unfinished caches, also of the empty prompt, are added to `listing`.
+        """
         name = stem + self._ending
         unfinished_name = name + cache_files.PART
         folder = self._table.cache_directory
@@ -439,7 +442,7 @@ class _TextCaches:
                 empty_name = cache_files.text_file_name(stem, self._tag, cache_files.EMPTY)
             if empty_name not in self._empty_prompts:
                 self._listing.missing_empty_prompts.append(folder / empty_name)
-                self._empty_prompts = None  # one is reported for each table
+                self._empty_prompts = None  # no further check: one is reported for each table
         return self._num_captions.get(stem, 1)
 
 

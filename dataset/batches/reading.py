@@ -327,8 +327,9 @@ class _Reader:
             records = text_records(entry)
             for record in records.values():
                 verify_tensors(entry, record.crc32)
-            was_checked = number == EMPTY or (item.table.index, path.name) in self.checks.checked
-            if not was_checked and not _is_unchanged_since_indexing(item, entry, path.name):
+            # the empty prompt has no source; other texts are compared with theirs once in a run
+            is_checked = number == EMPTY or (item.table.index, path.name) in self.checks.checked
+            if not is_checked and not _is_unchanged_since_indexing(item, entry, path.name):
                 errors = text_errors(
                     item,
                     number=number,

@@ -125,8 +125,8 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
     errors = [*unreadable_shards, *converted.errors]
     if errors:
         raise CacheError(
-            f"{folder}: {len(errors)} faults in the shards, which are kept; {converted.copied} entries are "
-            f"whole. The first: {errors[0]}.\n"
+            f"{folder}: {len(errors)} errors in the shards, which are kept; {converted.copied} entries are "
+            f"intact. The first error: {errors[0]}.\n"
             '  Cache again with cache_format = "shards", which repairs them, then convert again.'
         )
     if not dry_run and not keep:

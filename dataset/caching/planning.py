@@ -391,11 +391,11 @@ class SourcePlanner:
             if any(record.options.get(key) != options.get(key) for key in ("source_fps", "fps", "moments")):
                 continue
             if self._find_reading_change(record) is not None:
-                continue  # the recorded size may be wrong for the current way of reading
+                continue  # an earlier version decoded the source differently, perhaps to another size
             # the first file of a record is the source itself
             if record.files and self._is_unchanged(0, record.files[0]):
                 recorded.append(record.clip)
-        # a complete count is better than one at which decoding stopped early
+        # decoding for an earlier cache may have stopped before the end: prefer a complete count of frames
         return max(recorded, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 
     def _compare_clip(self, clip: ClipInfo) -> SourcePlan:
