@@ -192,7 +192,7 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
     # otherwise the limits of the sizes have no effect, and rounding them needs no warning
     uses_limits = values["enable_bucket"] and not values["bucket_no_upscale"]
     buckets = _round_buckets(BucketRule(**by_record["buckets"]), table_label, warns=uses_limits)
-    changes = CaptionChanges(**by_record["changes"])
+    changes = CaptionChanges(**by_record["caption_changes"])
     from_json = values["metadata_file"] is not None
     # with --masked_loss, the images in this folder are masks
     conditioning = values["conditioning_data_dir"]
@@ -209,7 +209,7 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
         "bucket_no_upscale": values["bucket_no_upscale"] and values["enable_bucket"],
         "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,
         "buckets": buckets,
-        "changes": dataclasses.replace(changes, varies_per_step=bool(changes.varying_keys)),
+        "caption_changes": dataclasses.replace(changes, varies_per_step=bool(changes.varying_keys)),
         "augmentation": Augmentation(**by_record["augmentation"]),
         "attributes": frozenset(name for name, value in values["custom_attributes"].items() if value),
     }
@@ -218,17 +218,17 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
 def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
     """Return the values of a table's fields, grouped by the record that has the field.
 
-    The records are the table's `changes`, `augmentation` and `buckets`, and _TABLE_ITSELF.
+    The records are the table's `caption_changes`, `augmentation` and `buckets`, and _TABLE_ITSELF.
     """
     by_record: dict[str, dict[str, Any]] = {
-        "changes": {},
+        "caption_changes": {},
         "augmentation": {},
         "buckets": {},
         _TABLE_ITSELF: {},
     }
     for name, key in SUBSET_KEYS.items():
         if key.field:
-            record, _, field_name = key.field.rpartition(".")  # `changes.shuffle`, or without a record
+            record, _, field_name = key.field.rpartition(".")  # such as `caption_changes.shuffle`
             if field_name == SAME:
                 field_name = name
             by_record[record][field_name] = values[name]
@@ -259,7 +259,7 @@ def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
     from_json = values["metadata_file"] is not None
     if values["image_dir"] is None and not from_json:
         errors.append(
-            "image_dir, the folder of its pictures, is missing (or metadata_file, a JSON that names them)"
+            "image_dir, the folder of its images, is missing (or metadata_file, a JSON file that names them)"
         )
     errors += _size_errors(values)
     window_error = find_window_error(values)
@@ -274,7 +274,7 @@ def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
         mask_sources.append("conditioning_data_dir with --masked_loss")
     if len(mask_sources) > 1:
         names = " and ".join(mask_sources)
-        errors.append(f"{names}: both say where the masks of the loss are from; leave out one")
+        errors.append(f"{names}: both say where the loss masks come from; leave out one")
     elif from_json and (conditioning or masks):
         errors.append(
             "conditioning_data_dir and mask_directory cannot be used with metadata_file; use image_dir"

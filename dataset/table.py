@@ -257,7 +257,7 @@ class DatasetTable:
     group: int | None = None  # index of its [[datasets]], whose subsets share batches; None: not a subset
     subset: int | None = None  # index of the subset in its [[datasets]]
     buckets: BucketRule | None = None  # None: buckets of video trainers
-    changes: CaptionChanges = PLAIN_CAPTIONS
+    caption_changes: CaptionChanges = PLAIN_CAPTIONS
     augmentation: Augmentation = NO_AUGMENTATION
     # regularization images: repeated until they are as many as the other images of the group
     is_reg: bool = False
@@ -290,7 +290,7 @@ class DatasetTable:
         if self.group is not None and self.subset is not None:
             title = f"[[datasets]] {self.group + 1}, subset {self.subset + 1}"
         timestep_settings = (self.min_timestep, self.max_timestep, self.discrete_flow_shift)
-        drops_captions = self.caption_dropout_rate != 0 or self.changes.dropout_every_n_epochs > 0
+        drops_captions = self.caption_dropout_rate != 0 or self.caption_changes.dropout_every_n_epochs > 0
         derived = {
             "place": title,
             "batch_group": self.index if self.group is None else self.group,
@@ -447,7 +447,7 @@ class DatasetTable:
             values["is_reg"] = True
         for name, subset_key in SUBSET_KEYS.items():  # random changes of captions and images
             record, _, field_name = subset_key.field.partition(".")
-            if record in ("changes", "augmentation"):
+            if record in ("caption_changes", "augmentation"):
                 value = getattr(getattr(self, record), field_name)
                 if value != subset_key.default:
                     values[name] = _as_json(value)

@@ -423,7 +423,7 @@ def _select_live_texts(
         OptionError: If caches are requested for texts that change, or if a required encoder is not given.
     """
     caches_texts = options.caching is not None and options.caching.caches_texts
-    varying = next((table for table in config.datasets if table.changes.varying_keys), None)
+    varying = next((table for table in config.datasets if table.caption_changes.varying_keys), None)
     if varying is not None and caches_texts:
         raise OptionError(
             f"--cache_text_encoder_outputs: captions of {varying.name} vary (shuffle_caption, wildcards, tag "

@@ -49,8 +49,8 @@ def check_source_captions(
 
 def _complete(caption: str, table: DatasetTable) -> str:
     """Return a caption with the texts that training adds at each step, such as the trigger word."""
-    if not table.changes.varies_per_step:  # the caption is already complete
+    if not table.caption_changes.varies_per_step:  # the caption is already complete
         return caption
-    if not table.changes.wildcards:
+    if not table.caption_changes.wildcards:
         caption = next(iter(lines_of(caption)), "")
     return complete_caption(caption, table.trigger_word, table.caption_prefix, table.caption_suffix)

@@ -149,7 +149,7 @@ def _remove_shards(folder: Path, names: Sequence[str]) -> None:
         )
     busy = next((name for name in catalog.shard_sizes if name.endswith(".writing")), None)
     if busy is not None:
-        raise CacheError(f"{folder / busy}: another process writes it. Run this again later.")
+        raise CacheError(f"{folder / busy}: another process is writing it. Run this again later.")
     with explain_errors(folder):
         for name in (*OLD_INDEXES, *catalog.shard_sizes):
             (folder / name).unlink(missing_ok=True)

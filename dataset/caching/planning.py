@@ -293,9 +293,11 @@ class SourcePlanner:
         )
 
     def _make_shape_key(self) -> tuple[object, ...] | None:
-        """Return a key that is equal for sources with equal plans; None if a source file may have changed.
+        """Return a key that is equal for sources with equal plans; None if the plan must be made in full.
 
-        The key has everything that `plan` depends on except the source files.
+        The key has all that `plan` depends on except the source files: the table, which kinds of files the
+        source has, and the settings in the records of its caches. It is None if a source file has changed,
+        a cache has no valid record, or a record is from a version that decoded sources differently.
         """
         source = self.source
         # numbers of files and their presence decide which keys of the table a record has
@@ -319,9 +321,9 @@ class SourcePlanner:
             if self._find_change(source_files) is not None:
                 return None
             if has_companions(source) and not any(records.CLOCK in text for text in settings_texts if text):
-                return None  # an early record, without the clock: `plan` compares the companions' headers
+                return None  # an early record: `plan` compares the frame rates of clip and companions
             if not self._would_decode_alike(settings_texts):
-                return None  # from an earlier version: the result depends on the images
+                return None  # from an earlier version: whether its result differs depends on the file
             name_after_stem = file[len(source.stem) :]
             shape += (name_after_stem, *settings_texts)
         return tuple(shape)

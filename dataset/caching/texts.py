@@ -105,7 +105,7 @@ class TextWork:
         # captions that change at random cannot be cached
         for table in config.datasets:
             if table.group is not None:
-                reject_changing(table, table.changes.varying_keys, "texts")
+                reject_changing(table, table.caption_changes.varying_keys, "texts")
         listing = list_sources(config, captions=True)
         self._sources = listing.sources
         self.listing_report = listing.report  # failures of listing
@@ -482,7 +482,7 @@ class TextWork:
             old_caption = existing.metadata.get("caption1", caption)
             if old_caption != caption:
                 logger.warning(
-                    "%s: the caption was %r, now it is %r; it is replaced", path, old_caption, caption
+                    "%s: the caption was %r, but now is %r; the cache is replaced", path, old_caption, caption
                 )
             new = existing if new is None else _merge_entries(existing, new)
         if new is None:  # another process has just finished the text and removed its `.part`
@@ -494,7 +494,7 @@ class TextWork:
             raise CacheError(
                 f"{path}: while it was made, another run with other captions or encoders removed or replaced "
                 f"what {', '.join(lost)} had written.\n"
-                "  Let one of the two end, then run this command again."
+                "  Wait until one of the two has finished, then run this command again."
             )
         store.write(file.file_name, new.named, new.metadata)
         store.remove(file.file_name + PART)  # last: another process may need it until then

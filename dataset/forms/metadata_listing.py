@@ -48,9 +48,7 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
         images.append(image)
         texts.append(text)
     if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in entries.values()):
-        logger.info(
-            "%s: %s is not needed: the sizes of pictures are read from the pictures", table.name, SIZE_KEY
-        )
+        logger.info("%s: %s is not needed: sizes are read from the images themselves", table.name, SIZE_KEY)
     # images of several folders may have equal names, so stems get a hash
     stems = unique_stems([image.stem for image in images], [str(image) for image in images])
     sources = []
@@ -129,9 +127,9 @@ def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
     tags = _read_entry_text(entry, "tags")
     if not caption or not tags:
         return caption or tags or table.class_tokens
-    separator = table.changes.separator
+    separator = table.caption_changes.separator
     lines = [caption]
-    if table.changes.wildcards:
+    if table.caption_changes.wildcards:
         tags = separator.join(lines_of(tags))
         lines = lines_of(caption)
     return "\n".join(f"{line}{separator} {tags}" for line in lines)

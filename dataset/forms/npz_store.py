@@ -436,7 +436,7 @@ class NpzStore:
         write_members(self._path(name), members)
 
     def _make_constants(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Return arrays that other programs expect besides encoder outputs: constants, settings, zeros."""
+        """Return arrays that other programs expect in addition to encoder outputs: settings, zeros."""
         added: dict[str, Array] = {name: np.array(value) for name, value in self.format.constants.items()}
         for setting, table_field in self.format.table_settings.items():
             added[setting] = np.array(getattr(self.table, table_field), np.float32)

@@ -311,8 +311,8 @@ def _warn_unused_controls(
         unused += folder.list_surplus(path.stem, count)
     if unused:
         logger.warning(
-            "%s: %d control images are ignored, such as %s, because each image takes %d. For FramePack, "
-            "fp_1f_clean_indices gives the index of each one that is used.",
+            "%s: %d control images are ignored, such as %s, because each image uses %d. For FramePack, "
+            "fp_1f_clean_indices lists the index of each control image that is used.",
             table.name,
             len(unused),
             unused[0],

@@ -179,7 +179,7 @@ def _count_unused(
 
 
 def _is_read_or_folder(entry: "os.DirEntry[str]", ending: str, folder: Path, rules: "_FolderRules") -> bool:
-    """Return whether an entry is used media, or a folder or part of a shard, which are never reported."""
+    """Return whether an entry is never reported as unread: used media, a folder, or part of a cache shard."""
     if ending in rules.media_suffixes:  # only a GIF or WebP may be unread: a still image in a folder of clips
         is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
         if not is_unread:
@@ -219,8 +219,8 @@ def _find_unread_captions(
 ) -> dict[str, list[str]]:
     """Find caption files that are probably unread by mistake, and return their names by the hint to show.
 
-    Each file belongs to an image or clip without a caption, but does not have the table's caption_extension,
-    or the name of its image or clip.
+    These are files that seem to belong to an image or clip without a caption, but have another suffix than
+    the table's caption_extension (cat.caption), or a slightly different name (Cat.txt for cat.png).
     """
     if not rules.caption_suffixes:
         return {}

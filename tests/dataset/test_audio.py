@@ -260,7 +260,7 @@ def test_caches_of_sound_change_their_form_with_the_others(tmp_path: Path) -> No
     assert not list((tmp_path / "cache").glob("*.safetensors"))
     shards = make_set(tmp_path, cache_format="shards")
     assert (cache(shards).reused, cache(shards).written) == (2, 0)
-    with pytest.raises(DatasetError, match="Convert what is there"):
+    with pytest.raises(DatasetError, match="Convert the existing caches"):
         cache(config)
     shards_to_files(tmp_path / "cache")
     assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before

@@ -66,7 +66,7 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
         "keyframe_guide_strength": 1.0,
         "latent_idx_guide_strength": 1.0,
         "reads_listed_controls": True,
-        "changes": CaptionChanges(),
+        "caption_changes": CaptionChanges(),
         "augmentation": Augmentation(),
     }
 

@@ -71,11 +71,11 @@ def test_a_subset_is_a_table_and_values_fall_back(tmp_path: Path) -> None:
         (1, 0, 2),
     ]
     assert (cat.resolution, cat.batch_size, cat.num_repeats, cat.class_tokens) == ((1024, 1024), 2, 10, "cat")
-    assert cat.changes == CaptionChanges(shuffle=True, keep_tokens=2, varies_per_step=True)
+    assert cat.caption_changes == CaptionChanges(shuffle=True, keep_tokens=2, varies_per_step=True)
     assert (reg.is_reg, reg.prior_loss_weight, cat.prior_loss_weight) == (True, 0.5, 1.0)
-    assert (reg.changes.keep_tokens, reg.num_repeats) == (1, 1)
+    assert (reg.caption_changes.keep_tokens, reg.num_repeats) == (1, 1)
     assert small.buckets == BucketRule(256, 1024, 32, "bicubic")
-    assert small.changes == CaptionChanges(keep_tokens=1)
+    assert small.caption_changes == CaptionChanges(keep_tokens=1)
     assert small.augmentation == Augmentation(flip=True, random_crop=True)
     assert (small.caption_extension, cat.caption_extension) == (".caption", ".txt")
     assert small.attributes == {"diff_output_preservation"}
@@ -151,7 +151,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         '[[datasets]] 1, subset 1: keep_tokens = "2" (text); allowed: a whole number, 0 or more',
         "[[datasets]] 1, subset 1: caption_extention and caption_extension are the same key; leave out one",
         "[[datasets]] 2 has no [[datasets.subsets]]; each folder of images needs one",
-        "[[datasets]] 3, subset 1: image_dir, the folder of its pictures, is missing",
+        "[[datasets]] 3, subset 1: image_dir, the folder of its images, is missing",
     ):
         assert line in said
 
