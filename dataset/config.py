@@ -50,7 +50,7 @@ KEYS_OF_SUBSETS = {
     name: "is a key of tables with [[datasets.subsets]] (docs/image_datasets.md), and there are none. Leave "
     "it out, or convert the file to that layout"
     for name, key in SUBSET_KEYS.items()
-    if name not in KEYS and key.place != SUBSET
+    if name not in KEYS and key.level != SUBSET
 }
 
 # A table of audio files is read as a table of clips with 25 black frames a second, which no network sees.
@@ -150,7 +150,7 @@ def _check_cache_folders(tables: Sequence[DatasetTable], errors: list[str]) -> N
         nearest_existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
         if nearest_existing is not None and not nearest_existing.is_dir():
             errors.append(
-                f"{table.place}: cache_directory = {folder}: {nearest_existing} is a file; name a "
+                f"{table.label}: cache_directory = {folder}: {nearest_existing} is a file; name a "
                 "folder, which is made if it is not there"
             )
         if table.download_directory is not None or is_limited():
@@ -158,13 +158,13 @@ def _check_cache_folders(tables: Sequence[DatasetTable], errors: list[str]) -> N
         is_shared = table.cache_format in SHARED_CACHES
         if is_shared and table.kind == "video":
             key = f'cache_format = "{table.cache_format}"'
-            errors.append(f'{table.place}: {key} is for tables of pictures; use "files" or "shards"')
+            errors.append(f'{table.label}: {key} is for tables of pictures; use "files" or "shards"')
         first = first_tables.setdefault(folder_id(folder), table)
         may_share = first is table or (is_shared and first.cache_format == table.cache_format)
         if not may_share:
-            second = table.place.removeprefix("[[datasets]] ")
+            second = table.label.removeprefix("[[datasets]] ")
             errors.append(
-                f"{first.place} and {second} share the cache directory {folder}; "
+                f"{first.label} and {second} share the cache directory {folder}; "
                 "give each its own cache_directory (the default is the folder of the images or videos)"
             )
 
@@ -177,14 +177,13 @@ def _find_forbidden_folders(table: DatasetTable) -> list[str]:
     cache, downloads = table.cache_directory, table.download_directory
     error = describe_outside(cache)
     if error is not None:
-        return [f"{table.place}: caches go to cache_directory = {cache}, and {error}"]
+        return [f"{table.label}: caches go to cache_directory = {cache}, and {error}"]
     if downloads is None or real_path(downloads).is_relative_to(real_path(cache)):
         return []
     return [
-        f"{table.place}: download_directory = {downloads} lies outside of cache_directory = {cache}, and a "
-        f"file may name no other place for downloads. Take it out of the file: {cache / 'downloads'} is used "
-        "then. If you want them there, type it for the command that caches: "
-        f"--download_directory {downloads}"
+        f"{table.label}: download_directory = {downloads} is outside cache_directory = {cache}, and a "
+        f"dataset file must not name another place for downloads. Remove it from the file, to use "
+        f"{cache / 'downloads'}, or pass it to the caching command: --download_directory {downloads}"
     ]
 
 
@@ -217,9 +216,9 @@ def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]
 def _with_keys_in_general(path: Path, content: Table, errors: list[str]) -> Table:
     """Return the content of a dataset file with the keys above all tables moved into [general].
 
-    Some guides omit this heading. Errors about keys that may stand only in [[datasets]] go to `errors`.
+    Some guides omit the heading [general]. Keys that only [[datasets]] may have become errors in `errors`.
     """
-    general_keys = {name for name, key in SUBSET_KEYS.items() if key.place != SUBSET}
+    general_keys = {name for name, key in SUBSET_KEYS.items() if key.level != SUBSET}
     general_keys |= {name for name, key in KEYS.items() if key.in_general}
     general_keys |= {*OTHER_NAMES, *forms.OTHER_SPELLINGS}
     general = content.get("general", {})
@@ -236,7 +235,6 @@ def _with_keys_in_general(path: Path, content: Table, errors: list[str]) -> Tabl
         return remaining
     if not isinstance(general, dict):  # nothing can be added to it; its reader reports the error
         return {name: value for name, value in content.items() if name in remaining or name in moved}
-    # a key must not stand both above all tables and in [general]
     duplicates = [name for name in moved if name in general]
     if duplicates:
         errors.append(f"above all tables and in [general]: {', '.join(duplicates)}; leave one out")

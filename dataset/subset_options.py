@@ -41,7 +41,7 @@ class SubsetKey(NamedTuple):
 
     value_type: forms.ValueType  # type of its value
     default: Any
-    place: str = ANYWHERE  # SUBSET, ANYWHERE or DATASET
+    level: str = ANYWHERE  # SUBSET, ANYWHERE or DATASET
     # field of the `DatasetTable` that gets the value: `name`, `caption_changes.name`, `augmentation.name`,
     # `buckets.name`, or SAME; "": the value is converted first
     field: str = ""

@@ -171,7 +171,7 @@ def _read_level(
     misplaced_reasons = {
         name: f"is for {other_tables}; move it there"
         for name, key in SUBSET_KEYS.items()
-        if key.place not in (level, ANYWHERE)
+        if key.level not in (level, ANYWHERE)
     }
     return read_keys(
         SUBSET_KEYS,
@@ -324,7 +324,7 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
     used: Counter[tuple[str, str]] = Counter()  # number of tables by image folder and resolution
     changed = []
     for table in tables:
-        folder = table.picture_folder
+        folder = table.base_folder
         if table.cache_directory is None and table.cache_format in SHARED_CACHES:
             table = dataclasses.replace(table, cache_directory=folder)
         elif table.cache_directory is None:

@@ -270,7 +270,7 @@ class DatasetTable:
     attributes: frozenset[str] = frozenset()
     # --- derived in __post_init__
     # where the table is in the dataset file, for messages
-    place: str = field(init=False, repr=False, compare=False)
+    label: str = field(init=False, repr=False, compare=False)
     # items with the same index may share a batch; subsets of one entry have the same index
     batch_group: int = field(init=False, repr=False, compare=False)
     # min_timestep, max_timestep or discrete_flow_shift is set
@@ -292,7 +292,7 @@ class DatasetTable:
         timestep_settings = (self.min_timestep, self.max_timestep, self.discrete_flow_shift)
         drops_captions = self.caption_dropout_rate != 0 or self.caption_changes.dropout_every_n_epochs > 0
         derived = {
-            "place": title,
+            "label": title,
             "batch_group": self.index if self.group is None else self.group,
             "has_own_timesteps": timestep_settings != (None, None, None),
             "caches_empty_prompt": drops_captions or self.uses_empty_prompt,
@@ -307,7 +307,7 @@ class DatasetTable:
     @property
     def name(self) -> str:
         """Return the table's name for messages: `data.toml, [[datasets]] 2 (clips)`."""
-        return f"{self.config_path}, {self.place} ({self.source})"
+        return f"{self.config_path}, {self.label} ({self.source})"
 
     @property
     def guides(self) -> tuple[Guide, ...]:
@@ -352,7 +352,7 @@ class DatasetTable:
         return self.format_keys
 
     @property
-    def picture_folder(self) -> Path:
+    def base_folder(self) -> Path:
         """Folder that relative paths of images refer to."""
         return self.directory or self.image_folder or self.source.parent
 

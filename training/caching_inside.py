@@ -280,7 +280,7 @@ def _open_store_at(location: TensorLocation, table: DatasetTable, names: NpzName
     if location is TensorLocation.CACHE:
         return open_store(table, names)
     if location is TensorLocation.NPZ:
-        return open_shared(table, names, "npz", table.picture_folder)
+        return open_shared(table, names, "npz", table.base_folder)
     return MemoryStore(table.cache_directory)  # with `TensorLocation.LIVE` it stays empty
 
 
@@ -380,7 +380,7 @@ def _share_entries(stores: Sequence[MemoryStore]) -> None:
     from dataset.caching.loop import join_processes  # only with caches in memory
 
     with join_processes("cpu") as share:
-        if share.count <= 1:
+        if share.num_processes <= 1:
             return
         for store in stores:
             local_entries = list(store.entries.items())

@@ -309,7 +309,7 @@ def _describe_subset(table: DatasetTable, num_images: int) -> dict[str, Any]:
         "resize_interpolation": None if table.buckets is None else table.buckets.interpolation,
     }
     if table.directory is not None or table.image_folder is not None:
-        entry["image_dir"] = table.picture_folder.name
+        entry["image_dir"] = table.base_folder.name
     name = source_format_of(table).metadata_key
     if name:
         entry[name] = table.source.name

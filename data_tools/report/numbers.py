@@ -179,7 +179,7 @@ def _describe_table(findings: TableFindings, total_items_per_epoch: int) -> Json
     rows = findings.bucket_rows()
     num_references = count_references(findings.sources)
     return {
-        "name": table.place,
+        "name": table.label,
         "kind": table.kind,
         "source": str(table.source),
         "sources": len(findings.sources),

@@ -254,13 +254,13 @@ def _leave_out_unlisted(
     stems = _find_listed_stems(table, cache_info, latent_files)
     if stems is None:
         return latent_files
-    listing.current_stems.setdefault(table.picture_folder, set()).update(stems)
+    listing.current_stems.setdefault(table.base_folder, set()).update(stems)
     selected = []
     for name, stem, _ in cache_files.latent_names(latent_files, cache_info.tag, table.kind):
         if stem in stems:
             selected.append(name)
         else:
-            listing.unlisted_caches[table.picture_folder, stem] = None
+            listing.unlisted_caches[table.base_folder, stem] = None
     return selected
 
 

@@ -71,7 +71,7 @@ class BatchOrder:
     def learning_keys(self) -> list[str]:
         """Describe the settings of tables that change the run but not its items."""
         return [
-            f"{name} = {value} in {table.place}"
+            f"{name} = {value} in {table.label}"
             for table in tables_of(self._items)
             for name, value in table.learning_keys.items()
         ]

@@ -145,7 +145,7 @@ def cache(
         work = make_work(family, config, options, device=share.device, stores=stores)
         is_main = share.rank == 0
         work_items = work.work_items
-        label = ""  # shown with the progress if this is not all of the work
+        label = ""  # names this process's part of the work, if it is not all
         if shard.num_shards is not None:
             work_items = work_items[shard.shard_index :: shard.num_shards]
             label = f", --shard_index {shard.shard_index} of {shard.num_shards} shards"

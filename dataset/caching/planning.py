@@ -418,7 +418,9 @@ class SourcePlanner:
         kept_frames: int | None = None,
         why_no_items: str | None = None,
     ) -> SourcePlan:
-        """Compare the cache files of a source with those to write for its spans; return which are missing.
+        """Compare the cache files of a source with those to write for its spans; return what is missing.
+
+        The files of an item (one for each section) are valid together, or encoded again together.
 
         Args:
             size: Width and height of the source.
@@ -428,7 +430,7 @@ class SourcePlanner:
         """
         table, cache_settings = self.table, self.cache_settings
         bucket = bucket_of(table, size, cache_settings.latent.pixel_step, self.source.path)
-        # file names contain the size and span of an item: the original size of an image, a clip's bucket size
+        # file names identify the item: by the original size of an image, or by bucket size and span of a clip
         files_by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
         for file, name in sorted(self.existing_files.items(), key=lambda pair: pair[1].section or 0):
             files_by_item.setdefault((name.size, name.span), {})[file] = name

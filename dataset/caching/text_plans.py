@@ -282,9 +282,8 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
         if first is not file and first.caption != file.caption:
             raise DatasetError(
                 f"{file.table.name}: the caption of {file.name} is {file.caption!r} here, but "
-                f"{first.caption!r} in {first.table.name}, and both have one npz file.\n  Let the tables "
-                "make equal captions, or keep the embeddings elsewhere: --cache_text_encoder_outputs without "
-                "_to_disk"
+                f"{first.caption!r} in {first.table.name}, and both share one npz file.\n  Make the captions "
+                "equal, or keep the embeddings in memory: --cache_text_encoder_outputs without _to_disk"
             )
     return list(first_texts.values())
 

@@ -328,8 +328,8 @@ class TextWork:
         if len(decoded.spans) != 1:
             problem = f"{len(decoded.spans)} items are cut out of it" if decoded.spans else decoded.reason
             raise MediaError(
-                f"{source.path}: {problem}, and the text encoder sees the frames of one with its caption. "
-                'Give the table frame_extraction = "head" and one length in target_frames, or cut the file.'
+                f"{source.path}: {problem}, but the text encoder needs the frames of exactly one. Set "
+                'frame_extraction = "head" and one length in target_frames in the table, or cut the file.'
             )
         (span,) = decoded.spans
         item = decoded.cut(span)
@@ -338,8 +338,8 @@ class TextWork:
         return dataclasses.replace(
             prompt,
             clip=torch.from_numpy(item.frames),
-            image_pixels=prompt.image_pixels
-            or control_images,  # set already if encoders see references at encoded size
+            # set already if encoders see references as the VAE does
+            image_pixels=prompt.image_pixels or control_images,
             media=source.row_references if self._visible_media.reference_media else (),
             text_with_references=source.further_text,
         )

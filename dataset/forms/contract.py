@@ -42,9 +42,9 @@ FindCell = Callable[[TableRow], "PackedFile | None"]  # returns the file in a ce
 class InspectedColumns(NamedTuple):
     """The columns of a list or table, for warnings about columns that nothing reads."""
 
-    media: str  # column of the media
-    read: set[str]  # columns that are read, except numbered ones such as `control_path_1`
-    cells: list[str]  # unread columns that contain files
+    media_column: str
+    columns_read: set[str]  # except numbered ones such as `control_path_1`
+    unread_file_columns: list[str]  # unread columns that contain files
     rows: Iterator[TableRow]  # rows with the media, control and unread columns
     is_list: bool = False  # whether this is a JSONL list, which is written for this program
 

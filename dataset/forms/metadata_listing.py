@@ -107,10 +107,11 @@ def find_image(key: str, folder: Path | None, images_of_folders: dict[Path, dict
         entries = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
         images = [entry for entry in entries if entry.suffix.lower() in image_suffixes()]
         images_of_folders[parent] = {image.stem: image for image in images}
-    if path.name not in images_of_folders[parent]:
+    image_by_stem = images_of_folders[parent]
+    if path.name not in image_by_stem:  # the key has no suffix
         in_folder = "" if folder is None else f" in {folder}"
-        raise ValueError(f"there is no such picture{in_folder}: fix the key or remove the entry")
-    return images_of_folders[parent][path.name]
+        raise ValueError(f"there is no such image{in_folder}: fix the key or remove the entry")
+    return image_by_stem[path.name]
 
 
 def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:

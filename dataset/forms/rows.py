@@ -311,7 +311,7 @@ class RowReader:
         if caption is not None and not isinstance(caption, str):
             hint = ""
             if isinstance(caption, list):
-                hint = f". Write one text, or all in a list captions, with {MULTI_CAPTION} in the table"
+                hint = f". Write one text, or all in a list named captions, with {MULTI_CAPTION} in the table"
             raise DatasetError(f"{position}: {name} = {_show(caption)} is not a text{hint}")
         captions = []
         if caption is not None:

@@ -46,14 +46,14 @@ def reading_difference(source: MediaSource, keeps_alpha: bool, decoder_version: 
         return None
     with fetch(source) as local:
         source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
-        keeps_by_file = [(local.path, source_keeps)]
-        keeps_by_file += [(path, control_keeps) for path in local.control]
-        keeps_by_file += [(path, False) for path in (local.mask, local.control_mask) if path is not None]
-        keeps_by_file += [(path, False) for path in local.references]
-        keeps_by_file += [
-            (path, source_keeps) for path in (local.rejected, *local.layers) if path is not None
-        ]
-        return _find_changed(keeps_by_file, decoder_version)
+        without_alpha = [local.mask, local.control_mask, *local.references]
+        like_source = [local.rejected, *local.layers]
+        # each file, and whether its transparency is kept
+        files = [(local.path, source_keeps)]
+        files += [(path, control_keeps) for path in local.control]
+        files += [(path, False) for path in without_alpha if path is not None]
+        files += [(path, source_keeps) for path in like_source if path is not None]
+        return _find_changed(files, decoder_version)
 
 
 def find_changed_reading(

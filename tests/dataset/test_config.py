@@ -44,7 +44,7 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
     found = {name: value for name, value in vars(table).items() if value not in nothing}
     assert found == {
         "config_path": tmp_path / "data.toml",
-        "place": "[[datasets]] 1",
+        "label": "[[datasets]] 1",
         "kind": "image",
         "media_kind": "image",
         "directory": Path("pics"),
@@ -214,7 +214,7 @@ def test_the_manual_of_pictures_names_every_key_with_where_it_may_stand() -> Non
     places = {name: row[-1].strip("| ") for row in rows for name in re.findall(r"`(\w+)`", row[0])}
 
     words = {SUBSET: "subset", ANYWHERE: "anywhere", DATASET: "dataset"}
-    assert places == {name: words[key.place] for name, key in SUBSET_KEYS.items()}
+    assert places == {name: words[key.level] for name, key in SUBSET_KEYS.items()}
 
 
 @pytest.mark.parametrize("place", ["[general]", "[[datasets]]"])
