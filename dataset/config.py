@@ -151,14 +151,14 @@ def _check_cache_folders(tables: Sequence[DatasetTable], errors: list[str]) -> N
         if nearest_existing is not None and not nearest_existing.is_dir():
             errors.append(
                 f"{table.label}: cache_directory = {folder}: {nearest_existing} is a file; name a "
-                "folder, which is made if it is not there"
+                "folder, which is created if it does not exist"
             )
         if table.download_directory is not None or is_limited():
             errors += _find_forbidden_folders(table)
         is_shared = table.cache_format in SHARED_CACHES
         if is_shared and table.kind == "video":
             key = f'cache_format = "{table.cache_format}"'
-            errors.append(f'{table.label}: {key} is for tables of pictures; use "files" or "shards"')
+            errors.append(f'{table.label}: {key} is for image tables; use "files" or "shards"')
         first = first_tables.setdefault(folder_id(folder), table)
         may_share = first is table or (is_shared and first.cache_format == table.cache_format)
         if not may_share:

@@ -516,7 +516,7 @@ FURTHER_TEXT = FurtherText("teacher_caption", "the teacher")
 
 
 def declared_keys(record: Any) -> dict[str, forms.TableKey]:
-    """Return the keys that a record class, `DatasetTable` or an `OwnKeys`, declares, by name."""
+    """Return the keys that a record class, `DatasetTable` or a `FormatKeys`, declares, by name."""
     return {each.name: each.metadata["key"] for each in fields(record) if "key" in each.metadata}
 
 

@@ -64,14 +64,14 @@ def check_channels(
         if channels != latent.channels:
             raise CacheError(
                 f"{item.latent_path}: {explain_wrong_channels(channels, latent)}.\n"
-                f"  Make them again with: {commands.latents}\n"
-                "  To keep caches for both models, give each a cache_directory of its own."
+                f"  Cache them again with: {commands.latents}\n"
+                "  To keep caches for both models, give each its own cache_directory."
             )
         if latent.default_fps is not None and data.FPS not in header.keys:
             without_fps.append(item.latent_path)
     if without_fps:
         logger.warning(
-            "%s, and maybe others, was made by another program and does not record its frame rate: %g "
+            "%s, and perhaps others, was made by another program and does not record its frame rate: %g "
             "frames per second are assumed. If it was cached at a different rate (target_fps), cache it "
             "here: %s",
             without_fps[0],
@@ -292,10 +292,10 @@ def _find_changed_keys(
 ) -> Iterator[str]:
     """Yield the table keys about sections and references that have changed since caching.
 
-    `options` are the options in the cache's record.
+    A key that makes SECTIONS or REFERENCES stale is in the record (`options`) if it was not at its default.
     """
-    sections = _select_recorded_keys(options, SECTIONS)
-    changed = options_difference(sections, table.non_default_values(SECTIONS), latent)
+    recorded_sections = _select_recorded_keys(options, SECTIONS)
+    changed = options_difference(recorded_sections, table.non_default_values(SECTIONS), latent)
     if changed is not None:
         yield f"{changed} in {table.name}"
     if any(key.startswith(data.CONTROL) for key in tensors):

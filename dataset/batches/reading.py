@@ -255,7 +255,7 @@ class _Reader:
             if data.LOSS_MASK in tensors:  # caches have no mirrored masks
                 mirrored[data.LOSS_MASK] = tensors[data.LOSS_MASK].flip(-1)
             tensors |= mirrored
-        # sizes that the cache states are removed for all models, because few models are conditioned on sizes
+        # always removed, because few models are conditioned on sizes
         cached_sizes = tensors.pop(data.FOREIGN_SIZES, None)
         if self.latent.has_size_conditions:
             tensors[data.SIZES] = _size_conditions(item, cached_sizes, is_mirrored)

@@ -567,21 +567,20 @@ class SourcePlanner:
         is_shared = self.store.is_shared  # other programs write caches of this format, too
         latent = self.cache_settings.latent
         if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
-            raise IncompatibleCache(f"{path}: it has no mask of the loss")
-        # with preferences, each image is compared with a worse one, which is rejected
+            raise IncompatibleCache(f"{path}: it has no loss mask")
         if self.source.rejected is not None and REJECTED_LATENTS not in header.keys:
             raise IncompatibleCache(f"{path}: it has no latents of its worse one")
         needs_frame_rate = self.cache_settings.stores_frame_rate and latent.default_fps is None
         if needs_frame_rate and FPS not in header.keys:
-            raise IncompatibleCache(f"{path}: it does not say how many frames make a second")
-        # control images are reference images of an edit if the table has such; otherwise they guide the image
-        references = self.source.control if self.table.references is not None else ()
-        if sum(key.startswith(CONTROL) for key in header.keys) < len(references):
-            raise IncompatibleCache(f"{path}: it has no latents of its {len(references)} reference images")
-        sees_control = self.source.control and not references
-        has_control = any(key.startswith((CONTROL, CONTROL_PIXELS)) for key in header.keys)
-        if is_shared and sees_control and not has_control:
-            raise IncompatibleCache(f"{path}: it has no control picture")
+            raise IncompatibleCache(f"{path}: it does not contain its frame rate")
+        if self.table.references is not None:  # control images are the reference images of an editing model
+            num_references = len(self.source.control)
+            if sum(key.startswith(CONTROL) for key in header.keys) < num_references:
+                raise IncompatibleCache(f"{path}: it has no latents of its {num_references} reference images")
+        elif is_shared and self.source.control:
+            has_control = any(key.startswith((CONTROL, CONTROL_PIXELS)) for key in header.keys)
+            if not has_control:
+                raise IncompatibleCache(f"{path}: it has no control image")
         needed_keys = (INNER_AUDIO, AUDIO_PRESENT) if latent.caches_audio else ()
         for key in needed_keys:
             if key not in header.keys:

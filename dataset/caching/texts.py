@@ -526,10 +526,10 @@ def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBa
 
 
 def _merge_entries(old: Entry, new: Entry) -> Entry:
-    """Add the tensors and metadata of `new` to those of `old`, and replace what both have.
+    """Merge two caches of the same text, with the outputs of some encoders each; `new` takes precedence.
 
-    If an encoder has a record in both entries, all its tensors in `old` are dropped, even if `new` has no
-    tensor of that name.
+    If an encoder has outputs in both, all its old tensors are dropped, even if `new` has no tensor of that
+    name.
     """
     old_records = text_records(old)
     new_records = text_records(new)

@@ -17,10 +17,14 @@ from modules.errors import DatasetError
 
 
 def _list_declared_sources() -> dict[str, tuple[TableKey, SourceFormat]]:
-    """Return the keys that name the source of items: keys for images, for clips, then for either kind."""
-    # for keys of one kind of media, such as image_directory and video_directory: the name without the kind
+    """Return the keys that name the source of items: keys for images, for clips, then for either kind.
+
+    `source` of a format is the name of such a key, or its end: `directory` stands for `image_directory` and
+    `video_directory`.
+    """
+    # names without the kind, such as `directory`
     kind_keys: list[tuple[str, config_keys.ValueType, SourceFormat]] = []
-    # keys that are spelled alike for all kinds
+    # names that are the same for all kinds
     common_keys: dict[str, tuple[TableKey, SourceFormat]] = {}
     for source_format in FORMS:
         record: Any = source_format.keys or DatasetTable

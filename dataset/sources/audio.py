@@ -104,7 +104,7 @@ def count_frames(path: Path, fps: float) -> int:
     """
     info = track_info(path)
     if info is None or info.end is None:
-        why = "it has no track of sound" if info is None else "it is empty, or does not say how long it is"
+        why = "it has no audio track" if info is None else "it is empty, or does not say how long it is"
         raise MediaError(f"{path}: {why}. Convert it to WAV or FLAC, or remove it")
     count = int(info.end * Fraction(fps))
     if not 0 < count <= MAX_FRAMES:
@@ -164,7 +164,7 @@ def read_audios(path: Path, spans: Sequence[Span], rate: float, spec: AudioSpec)
     length = max(end for _, end in sample_ranges) - offset
     samples = read_track(path, Fraction(offset, spec.rate), length, rate=spec.rate, channels=spec.channels)
     if samples is None:
-        raise NoAudio(f"{path}: it has no track of sound")
+        raise NoAudio(f"{path}: it has no audio track")
     # copied, so that the samples between the spans are freed
     return [
         torch.from_numpy(samples[:, start - offset : end - offset].copy()) for start, end in sample_ranges

@@ -345,7 +345,7 @@ class ControlFolder:
     """Index of the files in a `control_directory`, which is listed only once."""
 
     def __init__(self, folder: Path, stems: Container[str], config_path: Path | None = None) -> None:
-        """List the folder.
+        """List the folder, and index its images by the stem of the image that they belong to.
 
         Args:
             folder: Folder of the control media.
@@ -359,8 +359,9 @@ class ControlFolder:
         self._stems = stems
         entries = [folder / entry.name for entry in list_entries(folder, "control_directory", config_path)]
         self._by_name = {path.name: path for path in entries}
-        # reversed, so that the first of several clips with the same stem stays; videos replace animations
+        # reversed, so that the first of several clips with the same stem stays
         self._clips = {path.stem: path for path in reversed(entries) if _ends_in(path, ANIMATION_SUFFIXES)}
+        # videos take precedence over animations
         self._clips |= {path.stem: path for path in reversed(entries) if _ends_in(path, VIDEO_SUFFIXES)}
         self._images: dict[str, list[Path]] = {}  # control images by the stem of their image
         for path in entries:

@@ -206,7 +206,7 @@ def test_clips_in_tars_have_sound_and_their_names_in_reasons(tmp_path: Path) -> 
 
     assert caches(tmp_path) == ["a_00000-009_0032x0032"]
     place = tmp_path / "clips.tar" / "b.mp4"
-    assert [one.reason for one in report.silent] == [f"{place}: it has no track of sound"]
+    assert [one.reason for one in report.silent] == [f"{place}: it has no audio track"]
 
 
 def test_sounds_without_pictures_take_the_memory_of_one_picture(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_sounds_without_pictures_take_the_memory_of_one_picture(tmp_path: Path) 
     report = cache(config, family)  # latents of another VAE only hold a place
     assert (report.written, report.reused) == (0, 3)
     assert [str(one) for one in report.failures] == [
-        f"{clips / 'quiet.mp4'}: it has no track of sound; sound alone is learned"
+        f"{clips / 'quiet.mp4'}: it has no audio track; sound alone is learned"
     ]
     for refused, why in (({"audio": "ignore"}, "leaves none"), ({"kind": "image"}, "it has pictures")):
         with pytest.raises(DatasetError, match=f"this run learns sound alone, and .*{why}"):

@@ -330,7 +330,7 @@ def test_what_npz_files_cannot_hold_is_refused(folder: Path, tmp_path: Path) -> 
         convert_caches(wanted, make_config(folder))
     config = tmp_path / "data.toml"
     config.write_text("[[datasets]]\nvideo_directory = 'a'\ncache_format = 'npz'\n", encoding="utf-8")
-    with pytest.raises(DatasetError, match='cache_format = "npz" is for tables of pictures'):
+    with pytest.raises(DatasetError, match='cache_format = "npz" is for image tables'):
         load_dataset_config(config)
 
 

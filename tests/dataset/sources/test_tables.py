@@ -114,7 +114,10 @@ def test_lists_of_the_known_tuner_may_lie_with_their_media(
             "its layers: set multiple_target",
         ),
         ({"caption": "x"}, "Each line is one object such as"),
-        ({"image_path": "a.png", "caption": ["x", "y"]}, "in a list named captions, with multi_caption = true"),
+        (
+            {"image_path": "a.png", "caption": ["x", "y"]},
+            "in a list named captions, with multi_caption = true",
+        ),
     ],
 )
 def test_a_line_without_a_path_says_what_it_is(tmp_path: Path, row: dict[str, Any], message: str) -> None:
