@@ -320,7 +320,7 @@ def _check_items(features: RunFeatures, network_spec: NetworkSpec, training: Seq
 def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
     """Return whether the training may encode images or captions itself, instead of reading caches alone."""
     subsets = [table for table in config.datasets if table.group is not None]
-    varies = any(table.changes.varying_keys or table.augmentation.varying_keys for table in subsets)
+    varies = any(table.caption_changes.varying_keys or table.augmentation.varying_keys for table in subsets)
     has_live_texts = LIVE_TEXTS in options.features.needs
     return varies or has_live_texts or options.is_for_images or options.caching is not None
 

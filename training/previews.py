@@ -25,7 +25,7 @@ from training.caching_inside import (
     TablePlan,
     TensorLocation,
     find_live_encoders,
-    list_live_tables,
+    list_on_the_fly_tables,
     open_stores,
     plan_tables,
 )
@@ -334,7 +334,7 @@ def _read_largest_batch(
     plans = plan_tables(family, config, options.caching, live, needs=options.features.needs)
     _require_caches_on_disk(plans, commands, live_encoders)
     stores = open_stores(family, plans)
-    tables = list_live_tables(family.cache_tag, plans, needs_captions=live_encoders is not None)
+    tables = list_on_the_fly_tables(family.cache_tag, plans, needs_captions=live_encoders is not None)
     listed = find_items(
         config,
         family.cache_tag,

@@ -55,7 +55,7 @@ def inspect_audio(source: MediaSource) -> AudioInspection:
             path = find_audio(local)
             track = track_info(path)
             if track is None:
-                raise NoAudio(f"{path}: it has no track of sound")
+                raise NoAudio(f"{path}: it has no audio track")
             # only a video file has its own duration to compare with
             is_video = local.precomputed is None and not local.path.is_dir() and not local.table.is_audio_only
             if is_video:

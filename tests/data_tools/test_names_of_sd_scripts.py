@@ -245,4 +245,4 @@ def test_latents_of_a_metadata_file_are_prepared_for_a_training(folder: Path) ->
     assert read(folder) == {"a": {"train_resolution": [64, 64]}, "broken": {}}
     (folder / "old.json").write_text('{"gone": {}}', encoding="utf-8")
     code, said = run_here(script, *words, folder=folder)
-    assert_one_message(code, said, "'gone': there is no such picture")
+    assert_one_message(code, said, "'gone': there is no such image")

@@ -57,14 +57,14 @@ def test_training_tells_references_added_or_dropped_since_caching(tmp_path: Path
     assert NONE in succeed_here(*command, folder=tmp_path)
     dataset.write_text(with_control, encoding="utf-8")
     code, said = run_here(*command, folder=tmp_path)
-    assert_one_message(code, said, "made with 0 reference pictures, now its image has 1", again)
+    assert_one_message(code, said, "made with 0 reference images, but now its image has 1", again)
     code, _ = run_here(*command, "--check", folder=tmp_path)
     assert code == 1
 
     succeed_here(*family.cache_latents, folder=tmp_path)
     dataset.write_text(without, encoding="utf-8")
     code, said = run_here(*command, folder=tmp_path)
-    assert_one_message(code, said, "made with reference pictures", "has no control_directory", again)
+    assert_one_message(code, said, "made with reference images", "has no control_directory", again)
 
     dataset.write_text(with_control, encoding="utf-8")
     control.rename(tmp_path / "gone")  # caches are enough
@@ -96,4 +96,4 @@ def test_a_model_without_references_refuses_the_keys(tmp_path: Path) -> None:
     for command in (family.cache_latents, family.cache_texts, [*family.train, *RUN, "--output_name", "x"]):
         code, said = run_here(*command, folder=tmp_path)
 
-        assert_one_message(code, said, "control_resolution: this model fits control images")
+        assert_one_message(code, said, "control_resolution: this model resizes control images")

@@ -261,7 +261,7 @@ def test_a_control_picture_of_another_shape_is_named(tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs")
     Image.new("RGB", (128, 64)).save(tmp_path / "pairs" / "conditioning" / "p1.jpg")
     said = describe(tmp_path / "pairs", "sd xl")
-    assert "1 control picture of a different shape than the picture" in said
+    assert "1 control image with a different aspect ratio than the image" in said
     assert "p1.jpg (128x64 and 64x64)" in said
 
 

@@ -634,7 +634,7 @@ def test_run_says_that_it_continues_by_itself(tmp_path: Path) -> None:
 def test_a_folder_of_repeats_names_the_folder_around_it(tmp_path: Path) -> None:
     folder = tmp_path / "train" / "10_ohwx man"
     folder.mkdir(parents=True)
-    with pytest.raises(DatasetError, match="give the folder around it") as error:
+    with pytest.raises(DatasetError, match="give its parent folder") as error:
         folders_config(SubsetOptions(train_data_dir=folder, resolution="512"))
     assert str(folder.parent) in str(error.value)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataset.batches.checks import SameEncoders
-from dataset.batches.items import LiveTables, TrainingItem
+from dataset.batches.items import OnTheFlyTables, TrainingItem
 from dataset.batches.order import (
     BatchOrder,
     RunPosition,
@@ -67,7 +67,7 @@ class BatchSources:
     latent: LatentSpec
     encoders: SameEncoders = field(default_factory=SameEncoders)  # checks that one encoder made all caches
     stores: Stores = field(default_factory=Stores)
-    tables: LiveTables = field(default_factory=dict)  # tables with a part that is not cached, by index
+    tables: OnTheFlyTables = field(default_factory=dict)  # tables with a part that is not cached, by index
     image_encoder: EncodesImages | None = None  # None: all latents are cached
     # whether batches must be made in the training process, because workers have no encoder or memory caches
     must_stay_in_process: bool = False
