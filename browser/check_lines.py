@@ -110,10 +110,8 @@ LINES_OF_CHECKS = (
     say("Nothing is wrong. Remarks above: %(remarks)s."),
     say("Something is wrong: see above. Faults: %(faults)s. Remarks above: %(remarks)s."),
     say("Something is wrong: see above. Faults: %(faults)s."),
-    say("Correct what is listed above in the folder %(folder)s, then run this again."),
-    say(
-        "Captions that are missing are written by a model (%(model)s, %(size)s to download), in that folder:"
-    ),
+    say("Fix the problems listed above in the folder %(folder)s, then run this again."),
+    say("Missing captions are written by a model (%(model)s, %(size)s to download), in that folder:"),
     say("or add %(key)s to the table in dataset.toml: a made-up word in their place."),
     say("%(part)s: fingerprint %(digest)s"),
     say("tokens of %(name)s are not counted: %(reason)s"),

@@ -300,7 +300,7 @@ PLACEHOLDER_TEXTS = (
     say("its files are there"),
     say("%(n)s to download"),
     say("Slow on a CPU"),
-    say("correct what is listed above"),
+    say("fix the problems listed above"),
     say("give captions or a trigger word as above"),
     say("exit code %(code)s"),
     say("it was stopped"),

@@ -215,16 +215,16 @@ class MemoryFittedRunner:
 
         `images` is the batch that failed, `reason` the message of its error.
         """
-        batch = min(self.batch, len(images))
+        batch_size = min(self.batch, len(images))
         longest = max(images.shape[-2:])
-        side = min(self.tile or longest, longest)  # a tile of 0 stands for whole images
+        side = longest if self.tile == WHOLE_IMAGE else min(self.tile, longest)
         minimum = min_tile(self.step, self.overlap)
-        if batch > 1:
-            self.batch = batch // 2
-            logger.info("Memory is full: from now on %d at once.", self.batch)
+        if batch_size > 1:
+            self.batch = batch_size // 2
+            logger.info("Out of memory: the batch size is now %d.", self.batch)
         elif self.is_auto and side > minimum:
             self.tile = max(round_up(side // 2, self.step), minimum)
-            logger.info("Memory is full: from now on pictures are cut into tiles of %d pixels.", self.tile)
+            logger.info("Out of memory: pictures are now split into tiles of %d pixels.", self.tile)
         else:
             raise MemoryPlanError(
                 f"the device has too little memory even for {side} x {side} pixels at once ({reason}).\n"

@@ -366,6 +366,22 @@ def _make_folder_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, Any
     # links are not followed: `run` writes nothing outside the described folder
     name_here = folder.relative_to(setup.options.folder)
     keys["cache_directory"] = (Path("cache") / f"{kind}s" / name_here).as_posix()
+    keys |= _make_condition_keys(setup, folder, kind)
+    folder_name = content.parsed_folder_names.get(folder)  # of a folder such as 10_cat: repeats and class
+    if folder in content.repeats_by_folder:  # balances real and generated files
+        keys["num_repeats"] = content.repeats_by_folder[folder]
+    elif folder_name is not None and folder_name.repeats > 1:
+        keys["num_repeats"] = folder_name.repeats
+    class_tokens = setup.trigger_word if folder_name is None else folder_name.class_tokens
+    if class_tokens and _lacks_captions(setup, folder, kind):
+        keys["class_tokens"] = class_tokens
+    return keys | dict(setup.table_keys_by_folder.get(folder, {}))
+
+
+def _make_condition_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, Any]:
+    """Return the keys that name a folder's references, control images, layers and masks."""
+    content = setup.content
+    keys: dict[str, Any] = {}
     # references of an editing model, and control images of a control network, share a key
     source = content.reference_folders.get(folder) if kind == "image" else None
     if source is not None:
@@ -378,25 +394,15 @@ def _make_folder_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, Any
         keys["control_directory"] = setup.relative_path(content.control_folders[folder])
     if real_path(folder) in content.mask_folders:
         keys["mask_directory"] = setup.relative_path(content.mask_folders[real_path(folder)])
-    name = content.parsed_folder_names.get(folder)
-    if name is not None and name.repeats > 1:
-        keys["num_repeats"] = name.repeats
-    # the repeats that balance real and generated files have precedence
-    if folder in content.repeats_by_folder:
-        keys["num_repeats"] = content.repeats_by_folder[folder]
-    # `name` is parsed from a folder name such as 10_cat: repeats and class
-    class_tokens = setup.trigger_word if name is None else name.class_tokens
-    if class_tokens and _lacks_captions(setup, folder, kind):
-        keys["class_tokens"] = class_tokens
-    return keys | dict(setup.table_keys_by_folder.get(folder, {}))
+    return keys
 
 
-def _lacks_captions(setup: RunSetup, place: Path, kind: str) -> bool:
+def _lacks_captions(setup: RunSetup, folder: Path, kind: str) -> bool:
     """Return whether any file of a kind in a folder lacks a caption."""
     # unreadable files count too: the run requires captions for all files
-    if any(path.parent == place for path in setup.content.unreadable_media):
+    if any(path.parent == folder for path in setup.content.unreadable_media):
         return True
-    of_kind = [item for item in setup.media if item.path.parent == place and item.kind == kind]
+    of_kind = [item for item in setup.media if item.path.parent == folder and item.kind == kind]
     return any(item.caption is None for item in of_kind)
 
 

@@ -7,7 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dataset.config import load_dataset_config, with_lengths, with_references
 from dataset.control_pairs import check_pairs
@@ -73,10 +73,10 @@ from project.options import (
     typed_in,
 )
 from project.own_commands import (
-    captions_of,
     describe_length,
     describe_own_images_commands,
     lacks_media,
+    list_distinct_captions,
     write_prompts,
 )
 from project.own_samples import OWN_PROMPTS, REAL_MEDIA, balance_origins, find_origin, use_prompts_as_captions
@@ -141,22 +141,22 @@ def write_project(options: NewOptions) -> None:
 
 
 def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
-    """Write the files that describe a run, unless --dry_run is set, and return their contents by path.
+    """Write run.toml, dataset.toml and prompts.txt, unless --dry_run is set; return the text of each path.
 
-    Captions and first frames of clips are written before them.
+    Before them, captions from lists and first frames of clips are written.
     """
     options = setup.options
-    text_by_name = _make_texts(setup, describing.list_commands(setup))
-    if not options.dry_run:
-        _write_content(setup.content)
+    text_by_name = _make_project_texts(setup, describing.list_commands(setup))
     if setup.kind.makes_training_adapter and find_origin(setup.content) == REAL_MEDIA:
-        text_by_name[OWN_PROMPTS] = write_prompts(captions_of(setup))
-    texts = {options.folder / name: text for name, text in text_by_name.items()}
+        # the model will generate images from these captions, to learn from
+        text_by_name[OWN_PROMPTS] = write_prompts(list_distinct_captions(setup))
+    text_by_path = {options.folder / name: text for name, text in text_by_name.items()}
     if not options.dry_run:
-        for path, text in texts.items():
+        _write_captions_and_first_frames(setup.content)
+        for path, text in text_by_path.items():
             write_text(path, text)
         remember_folder(options.folder, options.models)
-    return texts
+    return text_by_path
 
 
 def _print_report(
@@ -171,21 +171,20 @@ def _print_report(
         adopted_lines: Lines about values of another trainer's project, or of a recipe.
     """
     options = setup.options
-    control_pair_warnings: list[str] = []  # `find_errors` adds warnings
-    errors = find_errors(setup, texts[options.folder / DATASET_FILE], control_pair_warnings)
+    problems = _check_dataset(setup, texts[options.folder / DATASET_FILE])
     lines = describe_licenses(setup.model) if excludes_many(setup.model) else []
     # the order of the lines is that of the decisions: model, captions, tags, then problems
     lines += adopted_lines
     lines += _describe_choice(setup, remarks)
     lines += _describe_captions(setup)
     lines += _describe_tags(setup)
-    lines += [*control_pair_warnings, *errors]
+    lines += [*problems.control_pair_warnings, *problems.errors]
     if options.dry_run:
         lines += _describe_changes(texts)
     else:
         written = ", ".join(str(options.folder / name) for name in WRITTEN)
         lines.append(f"written: {written}")
-        lines.append(_describe_next(setup, bool(errors)))
+        lines.append(_describe_next(setup, bool(problems.errors)))
     print_lines(show_kinds(lines))
 
 
@@ -220,7 +219,7 @@ def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:
     print_lines(lines)
 
 
-def _make_texts(setup: describing.RunSetup, commands: list[list[str]]) -> dict[str, str]:
+def _make_project_texts(setup: describing.RunSetup, commands: list[list[str]]) -> dict[str, str]:
     """Return the text of run.toml, dataset.toml and prompts.txt, by file name."""
     dataset = describing.describe_dataset(setup)
     samples = describing.describe_samples(setup)
@@ -241,7 +240,9 @@ def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
             lineterm="",
         )
         lines += changes
-    return ["Nothing is written. So the three files would change:", *lines] if lines else [UNCHANGED]
+    if not lines:
+        return [UNCHANGED]
+    return ["Nothing is written. So the three files would change:", *lines]
 
 
 def _make_setup(
@@ -339,7 +340,7 @@ def _remove_rejected_options(setup: describing.RunSetup, foreign: ForeignProject
 
     def make_run_files(training_options: Mapping[str, Any]) -> dict[str, str]:
         changed = dataclasses.replace(setup, training_options=training_options)
-        return _make_texts(changed, describing.list_commands(changed))
+        return _make_project_texts(changed, describing.list_commands(changed))
 
     script = read_script_options(setup.kind.find_training_command(setup.model)[0])
     check_run(foreign, script.name, setup.folder, make_run_files)
@@ -415,7 +416,7 @@ def _list_suggested_models(model: ModelSet, model_info: ModelInfo) -> SuggestedM
     )
 
 
-def _write_content(content: FolderContent) -> None:
+def _write_captions_and_first_frames(content: FolderContent) -> None:
     """Write first frames of clips, and caption files for captions from lists.
 
     Existing caption files are not changed.
@@ -428,25 +429,32 @@ def _write_content(content: FolderContent) -> None:
             write_text(path, f"{text}\n")
 
 
-def find_errors(setup: describing.RunSetup, dataset: str, remarks: list[str]) -> list[str]:
-    """Return the errors in the media and caption files of a dataset that would end a training run.
+class DatasetProblems(NamedTuple):
+    """Lines about what is wrong with the files of a dataset."""
+
+    errors: list[str]  # would end a training run
+    control_pair_warnings: list[str]
+
+
+def _check_dataset(setup: describing.RunSetup, dataset_toml: str) -> DatasetProblems:
+    """Check the media, captions and control images of a dataset as a training run would.
 
     Images that --dry_run does not write are not checked. Missing captions are omitted, because other lines
     report them, except for files that cannot be read.
 
     Args:
         setup: The chosen model and its material.
-        dataset: Text of dataset.toml.
-        remarks: Lines about oddities that do not end a run are appended to it.
+        dataset_toml: Text of dataset.toml.
     """
     family = setup.model_info.family
-    if setup.options.dry_run and setup.content.first_frames:
-        return []
     errors: list[Fault] = []
+    pair_warnings: list[str] = []
+    if setup.options.dry_run and setup.content.first_frames:
+        return DatasetProblems([], [])
     # dataset.toml is not written yet: a temporary copy is read, in the folder that its paths start from
     with temporary_folder() as copies, contextlib.chdir(setup.options.folder), quiet():
         copy = copies / DATASET_FILE
-        write_text(copy, dataset)
+        write_text(copy, dataset_toml)
         config = load_dataset_config(copy)
         config = with_lengths(config, describing.clip_lengths_of(setup.model))
         config = with_references(config, family.references, family.abilities.references)
@@ -454,13 +462,14 @@ def find_errors(setup: describing.RunSetup, dataset: str, remarks: list[str]) ->
             errors += _find_errors_of_table(table, setup.content.unreadable_media)
         if setup.kind.uses_control_images and not errors:
             try:
-                check_pairs(config, setup.kind.title, remarks.append)
+                check_pairs(config, setup.kind.title, pair_warnings.append)
             except DatasetError as error:
                 errors.append(Fault("tables cannot be used", str(error)))
     written = str(setup.options.folder / DATASET_FILE)
     lines = [line.replace(str(copy), written) for line in list_errors(errors, LISTED)]
     # indented lines belong to the error above them
-    return [line if line.startswith(" ") else fault(line) for line in lines]
+    lines = [line if line.startswith(" ") else fault(line) for line in lines]
+    return DatasetProblems(lines, pair_warnings)
 
 
 def _find_errors_of_table(table: DatasetTable, unreadable_media: Iterable[Path]) -> list[Fault]:
@@ -489,7 +498,7 @@ def _describe_next(setup: describing.RunSetup, has_errors: bool) -> str:
     run_text = f"{own_command(*command)} {downloads}checks, caches and trains"
     steps_before = []
     if has_errors:
-        steps_before.append("correct what is listed above")
+        steps_before.append("fix the problems listed above")
     if _find_uncaptioned_media(setup):
         steps_before.append("give captions or a trigger word as above")
     text = run_text

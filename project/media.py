@@ -292,23 +292,20 @@ def _describe_control_pairs(
     if control_kind is None:
         return {}
     images = [item.path for item in media if item.kind == "image"]
-    absolute = folder.absolute()
-    neighbors = [
-        reference_folder
-        for reference_folder in _list_reference_folders(absolute.parent)
-        if reference_folder != absolute
-    ]
-    # folder of control images -> images of this folder that it may belong to
-    images_of_source = dict.fromkeys([*folders_by_use.reference_folders, *neighbors], images)
+    # folder that may have control images -> images that they may belong to
+    images_by_control_folder = dict.fromkeys(
+        [*folders_by_use.reference_folders, *_list_neighboring_reference_folders(folder)], images
+    )
     for training_folder in folders_by_use.training_folders[1:]:  # without the media folder itself
-        inner_images = [path for path in images if path.parent == training_folder]
-        images_of_source |= dict.fromkeys(_list_reference_folders(training_folder), inner_images)
-    lines: dict[Path, str] = {}
-    for reference_folder, source_images in images_of_source.items():
-        line = describe_control_pairs(reference_folder, source_images, kind, control_kind)
+        images_of_folder = [path for path in images if path.parent == training_folder]
+        inner_folders = _list_reference_folders(training_folder)
+        images_by_control_folder |= dict.fromkeys(inner_folders, images_of_folder)
+    line_by_folder: dict[Path, str] = {}
+    for control_folder, images_of_folder in images_by_control_folder.items():
+        line = describe_control_pairs(control_folder, images_of_folder, kind, control_kind)
         if line is not None:
-            lines[reference_folder] = line
-    return lines
+            line_by_folder[control_folder] = line
+    return line_by_folder
 
 
 def _describe_unused_reference_folders(
@@ -351,29 +348,44 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
 
     The names of the folders that are used, and lines about those that are left out, are added to `content`.
     """
-    candidates = [folder]
+    candidates = [folder]  # for training or regularization
     folders_by_use = SortedFolders(training_folders=[], reference_folders=[], regularization_reasons={})
     for subfolder in _list_subfolders(folder):
         # a link to a parent folder would be searched without end
         if subfolder.is_symlink() and _leads_back(subfolder, folder):
             continue
-        kind = subfolder.name.lower()
-        if REFERENCES.fullmatch(kind):
+        name = subfolder.name.lower()
+        if REFERENCES.fullmatch(name):
             folders_by_use.reference_folders.append(subfolder)
-        elif kind in MASK_FOLDERS and real_path(subfolder) in content.mask_folders.values():
-            content.report_lines.append(f"{subfolder}: learned by its masks")
-        elif kind in MASK_FOLDERS:
-            content.report_lines.append(warning(f"{subfolder}: {_explain_masks(folder, subfolder)}"))
-        elif kind not in RUN_FOLDERS:
+        elif name in MASK_FOLDERS | RUN_FOLDERS:
+            content.report_lines += _describe_mask_or_run_folder(folder, subfolder, content)
+        else:
             candidates.append(subfolder)
             # sd-scripts' layout: folders such as img/10_cat class
             candidates += [
                 inner for inner in _list_subfolders(subfolder) if _parse_folder_name(inner) is not None
             ]
-        # a folder named like one that runs write; `new` itself fills FIRST_FRAMES
-        elif kind != FIRST_FRAMES and _has_captioned_media(subfolder):
-            text = f"{subfolder}: left out. Runs write into a folder of this name: rename it"
-            content.report_lines.append(warning(text))
+    _split_candidates(folder, candidates, folders_by_use, content)
+    folders_by_use.regularization_reasons |= _find_neighboring_regularization(folder, content)
+    return folders_by_use
+
+
+def _describe_mask_or_run_folder(folder: Path, subfolder: Path, content: FolderContent) -> list[str]:
+    """Return a line about a folder named like those of masks, or like one that runs write into."""
+    if subfolder.name.lower() in MASK_FOLDERS:
+        if real_path(subfolder) in content.mask_folders.values():
+            return [f"{subfolder}: learned by its masks"]
+        return [warning(f"{subfolder}: {_explain_masks(folder, subfolder)}")]
+    # `new` itself writes into FIRST_FRAMES
+    if subfolder.name.lower() != FIRST_FRAMES and _has_captioned_media(subfolder):
+        return [warning(f"{subfolder}: left out. Runs write into a folder of this name: rename it")]
+    return []
+
+
+def _split_candidates(
+    folder: Path, candidates: Sequence[Path], folders_by_use: SortedFolders, content: FolderContent
+) -> None:
+    """Sort folders of media into training and regularization folders, by their names and the others'."""
     for subfolder in candidates:
         name = _parse_folder_name(subfolder)
         if name is not None:
@@ -384,8 +396,6 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
             folders_by_use.training_folders.append(subfolder)
         else:
             folders_by_use.regularization_reasons[subfolder] = reason
-    folders_by_use.regularization_reasons |= _find_neighboring_regularization(folder, content)
-    return folders_by_use
 
 
 def _find_neighboring_regularization(folder: Path, content: FolderContent) -> dict[Path, str]:
@@ -496,6 +506,12 @@ def _list_reference_folders(folder: Path) -> list[Path]:
     return [inner for inner in _list_subfolders(folder) if REFERENCES.fullmatch(inner.name)]
 
 
+def _list_neighboring_reference_folders(folder: Path) -> list[Path]:
+    """Return the folders next to a folder that are named like folders of references or control images."""
+    absolute = folder.absolute()
+    return [neighbor for neighbor in _list_reference_folders(absolute.parent) if neighbor != absolute]
+
+
 def _media_suffixes() -> frozenset[str]:
     return VIDEO_SUFFIXES | image_suffixes() | ANIMATION_SUFFIXES
 
@@ -544,7 +560,7 @@ def _describe_lists(content: FolderContent) -> list[str]:
     """
     lines = []
     single_files = []  # JSON files about one file each share a line
-    for path, count in content.listed_captions.lists.items():
+    for path, count in content.listed_captions.num_captions_by_list.items():
         if path.suffix.lower() == ".json" and count == 1:
             single_files.append(path)
         else:
@@ -560,7 +576,7 @@ def _describe_lists(content: FolderContent) -> list[str]:
         names = name_some(content.conflicting_captions)
         text = f"{names}: the {content.caption_suffix} file says something else than the list, and counts"
         lines.append(warning(text))
-    return [*lines, *content.listed_captions.lines]
+    return [*lines, *content.listed_captions.report_lines]
 
 
 def _describe_too_deep_media(folders: Sequence[Path]) -> list[str]:
@@ -745,25 +761,20 @@ def _describe_other_files(
     """
     owned_captions = {caption_path(path, content.caption_suffix) for path in media}
     stems = {path.stem for path in media}
-    used_files = {*content.listed_captions.paths, *media}  # lists of captions are read, too
+    used_files = {*content.listed_captions.list_paths, *media}  # lists of captions are read, too
     lines = []
     for suffix, paths in other_files.items():
         if suffix == content.caption_suffix.lower():
-            captions_without_media = [path for path in paths if path not in owned_captions]
-            if captions_without_media:
+            unowned = [path for path in paths if path not in owned_captions]
+            if unowned:
                 owners = CaptionOwners(path.name for path in media)
-                lines.append(
-                    warning(
-                        _describe_captions_without_media(
-                            captions_without_media, content.caption_suffix, owners
-                        )
-                    )
-                )
-            continue
-        unread = [path for path in paths if path not in used_files]
-        if unread:
-            reason = _explain_unread_files(unread, stems, content.caption_suffix)
-            lines.append(warning(f"{name_some(unread)}: left out, {reason}"))
+                text = _describe_captions_without_media(unowned, content.caption_suffix, owners)
+                lines.append(warning(text))
+        else:
+            unread = [path for path in paths if path not in used_files]
+            if unread:
+                reason = _explain_unread_files(unread, stems, content.caption_suffix)
+                lines.append(warning(f"{name_some(unread)}: left out, {reason}"))
     return lines
 
 
@@ -923,20 +934,13 @@ def _select_reference_folders(folder: Path, folders_by_use: SortedFolders, conte
 
 def _list_reference_candidates(subfolder: Path, folder: Path, folders_by_use: SortedFolders) -> list[Path]:
     """Return folders that may contain a training folder's references: inside it, next to it or its parent."""
-    absolute = folder.absolute()
-    outer_sources = []
-    if not folders_by_use.reference_folders:
-        outer_sources = [
-            reference_folder
-            for reference_folder in _list_reference_folders(absolute.parent)
-            if reference_folder != absolute
-        ]
-    inner_sources = [] if subfolder == folder else _list_reference_folders(subfolder)
-    return [*inner_sources, *folders_by_use.reference_folders, *outer_sources]
+    neighbors = [] if folders_by_use.reference_folders else _list_neighboring_reference_folders(folder)
+    inner_folders = [] if subfolder == folder else _list_reference_folders(subfolder)
+    return [*inner_folders, *folders_by_use.reference_folders, *neighbors]
 
 
 def has_control_pairs(folder: Path, has_trigger_word: bool = False) -> bool:
-    """Return whether images in a folder have control images, in a folder with a name such as `conditioning`.
+    """Return whether any image in a folder has a control image, in a folder named `conditioning` or similar.
 
     The control folder is usually inside the folder. A control folder next to it may belong to another folder:
     it counts only if it has a control image for each image, if there are no other media next to it, and if no
@@ -950,14 +954,12 @@ def has_control_pairs(folder: Path, has_trigger_word: bool = False) -> bool:
             if not CONTROLS.fullmatch(control_folder.name):
                 continue
             missing = _find_stems_without_reference(control_folder, image_stems)
-            is_next_to_folder = training_folder == folder and control_folder.parent == parent
-            if is_next_to_folder:
-                may_be_of_other_folder = (
-                    missing or has_trigger_word or _list_other_media(folder, control_folder)
-                )
-                if may_be_of_other_folder:
-                    continue
-            if len(missing) < len(image_stems):
+            if len(missing) == len(image_stems):  # no image has a control image
+                continue
+            is_neighbor = training_folder == folder and control_folder.parent == parent
+            if not is_neighbor:
+                return True
+            if not missing and not has_trigger_word and not _list_other_media(folder, control_folder):
                 return True
     return False
 

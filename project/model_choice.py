@@ -179,17 +179,19 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
     entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     record = entry.options_record("Training")
     parser = training_parser(None)
-    training_names = _option_names(parser)  # they do not affect the files
+    options_of_every_training = _option_names(parser)
     add_options(parser, record)
-    known_already = {"pretrained_model_name_or_path", "vae"} & _option_names(parser)
-    add_options(parser, ImageModelOptions, without=known_already)
-    names = _option_names(parser)
-    argv = _select_options(shlex.split(model.commands["train"]), names - training_names, files)
+    # some families declare these options of image models themselves
+    declared_by_family = {"pretrained_model_name_or_path", "vae"} & _option_names(parser)
+    add_options(parser, ImageModelOptions, without=declared_by_family)
+    accepted = _option_names(parser)
+    family_options = accepted - options_of_every_training
+    argv = _select_options(shlex.split(model.commands["train"]), family_options, files)
     for name, path in files.items():
-        if name in names:
+        if name in accepted:
             argv += [f"--{name}", path]
     args = parser.parse_args(argv)
-    if "ae" in names:  # puts --ae into --vae
+    if "ae" in accepted:  # puts --ae into --vae
         take_ae(args)
     with _without_log():
         entry.make_family("training", read_options(record, args)).check_named_files()
@@ -426,7 +428,7 @@ def _list_candidates(named: NamedModel, typed_task: str | None, models: Sequence
 
 
 def _select_without_asking(typed_task: str | None, candidates: Sequence[ModelSet]) -> ModelSet:
-    """Return the first of the models that the typed task means, else the family's only base model.
+    """Return the first model of the typed task; without a task, the family's only base model.
 
     A base model is not distilled to few steps, has no training adapter, and does not edit an image.
 
@@ -439,8 +441,11 @@ def _select_without_asking(typed_task: str | None, candidates: Sequence[ModelSet
     for model in candidates:
         if model.has_adapter or needs_image(model):
             continue
-        paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(model)}
-        if read_model_info(model, paths).few_step_advice is None:
+        transformer_paths = {
+            (component.option or "").lstrip("-"): str(component.path) for component in transformers_of(model)
+        }
+        is_distilled = read_model_info(model, transformer_paths).few_step_advice is not None
+        if not is_distilled:
             base_models.append(model)
     if len(base_models) != 1:
         names = ", ".join(f"{model.task} ({model.about})" for model in candidates)
@@ -511,11 +516,13 @@ def _make_task_error(
         return OptionError(
             f"--task {text} is one of --family {' or '.join(other_families)}; {family} has {', '.join(names)}"
         )
-    hint = did_you_mean(text, names)
-    if partial_matches:
+    # the task of a control network, or one that `new` does not set up
+    hint = page_of_control(text) or _point_to_page_of_unsupported_task(plain_name(text), family)
+    if not hint and partial_matches:
         hint = f" Did you mean {' or '.join(model.task for model in partial_matches)}?"
-    page = page_of_control(text) or _find_page_of_undescribed(plain_name(text), family)
-    return OptionError(f"--task {text}: choose from {', '.join(names)}.{page or hint}")
+    if not hint:
+        hint = did_you_mean(text, names)
+    return OptionError(f"--task {text}: choose from {', '.join(names)}.{hint}")
 
 
 def _find_families_with_task(text: str, script: str) -> list[str]:
@@ -539,7 +546,7 @@ def _training_task(model: ModelSet) -> str:
     return words[words.index("--task") + 1] if "--task" in words else ""
 
 
-def _find_page_of_undescribed(plain: str, family: str) -> str:
+def _point_to_page_of_unsupported_task(plain: str, family: str) -> str:
     """Return a hint to the documentation of a task that `new` does not support; "" for other text."""
     for model in model_sets():
         if model.family == family and plain_name(model.task) == plain:

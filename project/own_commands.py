@@ -22,7 +22,7 @@ def lacks_media(folder: Path) -> bool:
     return all(path.name == OWN_PROMPTS for path in folder.iterdir())
 
 
-def captions_of(setup: RunSetup) -> list[str]:
+def list_distinct_captions(setup: RunSetup) -> list[str]:
     """Return the distinct captions of the media."""
     return list(dict.fromkeys(describing.plain(item.caption) for item in setup.media if item.caption))
 

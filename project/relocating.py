@@ -58,7 +58,7 @@ class MachinePaths:
         return None if is_absolute or is_path_to_parent else text
 
     @functools.cached_property
-    def shown(self) -> re.Pattern[str]:
+    def folder_pattern(self) -> re.Pattern[str]:
         """Regular expression that finds folders of this machine anywhere in a text."""
         folders = [Path(os.path.abspath(self.folder)), real_path(self.folder), Path.home()]  # noqa: PTH100
         names = {name for folder in folders for name in (str(folder), folder.as_posix()) if len(name) > 1}
@@ -69,7 +69,7 @@ class MachinePaths:
         short = {f"{ROOT}{os.sep}": "", f"{ROOT.as_posix()}/": "", **self.models}
         for path in sorted(short, key=len, reverse=True):
             text = text.replace(path, short[path])
-        return self.shown.sub(".", text)
+        return self.folder_pattern.sub(".", text)
 
 
 class RelocatedText(NamedTuple):
@@ -157,7 +157,7 @@ def find_own_names(path: Path, machine_paths: MachinePaths) -> list[str]:
     names = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            match = machine_paths.shown.search(line.decode("utf-8", "replace"))
+            match = machine_paths.folder_pattern.search(line.decode("utf-8", "replace"))
             if match is not None:
                 names.append(f"line {number} has {match[0]}")
     return names

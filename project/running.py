@@ -150,7 +150,7 @@ def _run_or_check(options: RunOptions, project: Project, trace: RunTrace, end: E
         return
     # the command to repeat this run; the first two words are `run` and the folder as typed
     repeat_argv = ["run", str(project.folder), *options.words[2:]]
-    end.describe(
+    end.arm(
         partial(describe_run, project.output_folder, project.output_name, project.total_steps, time.time())
     )
     trace.begin(
@@ -530,12 +530,12 @@ def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int
     """
     errors: list[Fault] = []
 
+    # the caching script loads the family and the dataset, and then calls this function instead of encoding
     def check_instead_of_caching(
         family: Any, config: DatasetConfig, options: CachingOptions, *_: object
     ) -> None:
         errors.extend(_report_media_errors(family, config, options, validation))
 
-    # the caching script loads the family and the dataset, and then calls this function in place of caching
     with contextlib.chdir(folder):
         cache_family_latents(script_family(argv), None, list(argv[2:]), check_instead_of_caching)
     fatal_kinds = [error.kind for error in errors if error.kind != UNREADABLE and error.is_fatal]
@@ -574,18 +574,18 @@ def _print_remedies(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()
     """
     if "--check" not in argv:
         return
-    print_lines(["", f"Correct what is listed above in the folder {folder}, then run this again."])
+    print_lines(["", f"Fix the problems listed above in the folder {folder}, then run this again."])
     if any(kind in BAD_CAPTIONS for kind in kinds):
         print_lines(
             [
-                "Captions in another encoding are converted by this, in that folder:",
+                "To convert captions that are not UTF-8, run this in that folder:",
                 f"  {typed_in([*argv, '--repair_captions'], folder)}",
             ]
         )
     if any(kind in NO_CAPTIONS for kind in kinds):
         print_lines(
             [
-                f"Captions that are missing are written by a model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to "
+                f"Missing captions are written by a model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to "
                 "download), in that folder:",
                 f"  {typed_in(make_caption_argv([argv]), folder)}",
                 'or add class_tokens = "WORD" to the table in dataset.toml: a made-up word in their place.',

@@ -47,7 +47,7 @@ class JsonCaptioner:
     missing_keys: Counter[str] = field(default_factory=Counter)  # number of answers that lack a key, by key
 
     def make_prompt(self, location: CaptionLocation) -> str:
-        """Return the prompt for an image or clip: the request, with a line about each JSON key."""
+        """Return the prompt for an image or clip, with a line about each JSON key of the format."""
         subject = "this image" if location.source.table.kind == "image" else "the video of these frames"
         lines = [self.prompt or _DEFAULT_PROMPT.format(what=subject)]
         for key in self.format.keys:

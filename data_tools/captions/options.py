@@ -213,8 +213,8 @@ class CaptioningOptions(WritingOptions, title="what to do"):
     def __post_init__(self) -> None:
         if self.caption_format is not None and self.caption_format not in caption_formats():
             raise OptionError(
-                f"--caption_format {self.caption_format}: the captions of no model of this name are objects. "
-                f"Those of {', '.join(caption_formats())} are; leave it out for sentences"
+                f"--caption_format {self.caption_format} is not a format of JSON captions. Choose from "
+                f"{', '.join(caption_formats())}, or leave it out for sentences"
             )
         has_model = self.model.model is not None
         has_server = self.api.api_base is not None

@@ -201,7 +201,7 @@ def write_captions(config: DatasetConfig, backend: CaptionBackend, dry_run: bool
     rows: list[Row] = [
         ("captions", f"{num_written} written, {num_not_written} kept"),
         ("kept", changed_text),
-        ("not said", backend.describe_missing_keys()),
+        ("missing keys", backend.describe_missing_keys()),
         ("time", format_duration(time.monotonic() - start)),
     ]
     show_box("Captioning is finished", rows)
@@ -226,8 +226,8 @@ def _make_recorded_captions(
 ) -> tuple[list[Failure], int]:
     """Load the model and make all captions in `reasons`; return what `_make_captions` returns.
 
-    If existing captions are replaced, the records note the pass over them. It stays open after failures, so
-    that the same command retries only these.
+    If existing captions are replaced, each folder's record notes where such a pass over its captions begins
+    and ends. After failures no end is noted, so that the same command continues with the failed files.
     """
     rules = backend.overwrite_rules
     records_of_pass = list(records.values()) if rules.generated or rules.all else []
@@ -315,9 +315,9 @@ def _show_start(
     num_hand_written = num_by_reason[HAND_WRITTEN]
     counts = [f"{len(reasons)} to make", f"{num_kept} kept"]
     if num_by_reason[GENERATED]:
-        counts.append(f"{num_by_reason[GENERATED]} of these again")
+        counts.append(f"{num_by_reason[GENERATED]} of these replace generated ones")
     if num_hand_written:
-        counts.append(f"{num_hand_written} of these in place of hand-written ones, which become .bak")
+        counts.append(f"{num_hand_written} of these replace hand-written ones, which are kept as .bak")
     if num_done_before:
         counts.append(f"{num_done_before} made again by the previous run")
     rows: list[Row] = [
@@ -504,16 +504,27 @@ def _list_edits(
     for location in locations:
         reword_text = partial(_reword_text, location=location, wording=wording, format=format)
         has_several = location.source.table.multi_caption
-        if location.caption_list is not None:
-            edit = _edit_line(location, has_several, reword_text)
-            if edit is not None:
-                yield edit
-        elif location.caption is not None:
-            lines = lines_of(location.caption) if has_several else [location.caption]
-            # a caption that becomes empty loses its line
-            text = "\n".join(filter(None, map(reword_text, lines)))
-            if text != location.caption:
-                yield _CaptionEdit(location, location.caption, text)
+        if location.caption_list is None:
+            edit = _edit_text_file(location, has_several, reword_text)
+        else:
+            edit = _edit_line_of_list(location, has_several, reword_text)
+        if edit is not None:
+            yield edit
+
+
+def _edit_text_file(
+    location: CaptionLocation, has_several: bool, reword_text: Callable[[str], str]
+) -> _CaptionEdit | None:
+    """Return the edit of a caption file; None if there is no caption, or if nothing changes.
+
+    `has_several` says that each line of the file is a caption.
+    """
+    if location.caption is None:
+        return None
+    captions = lines_of(location.caption) if has_several else [location.caption]
+    # a caption that becomes empty loses its line
+    text = "\n".join(filter(None, map(reword_text, captions)))
+    return None if text == location.caption else _CaptionEdit(location, location.caption, text)
 
 
 def _reword_text(
@@ -551,7 +562,7 @@ def _require_main_text(
         )
 
 
-def _edit_line(
+def _edit_line_of_list(
     location: CaptionLocation, has_several: bool, reword_text: Callable[[str], str]
 ) -> _CaptionEdit | None:
     """Return the edit of a caption in a line of a list; None if the wording options change nothing.

@@ -185,7 +185,7 @@ class ApiServer:
             if reason not in self._logged_reasons:
                 self._logged_reasons.add(reason)
                 logger.warning(
-                    "%s; it is asked again after %.1f s, %d times at most", reason, seconds, MAX_ATTEMPTS
+                    "%s; retrying in %.1f s, with at most %d attempts", reason, seconds, MAX_ATTEMPTS
                 )
             if self._stop.wait(seconds):
                 raise NoCaptionError("the run has ended")

@@ -175,15 +175,21 @@ def _record_settings(options: PrepareOptions, networks: PipelineNetworks | None)
         if networks is None and earlier.architecture is not None:
             # a run that encodes nothing keeps the record of the encoders
             record = dataclasses.replace(record, architecture=earlier.architecture, vae=earlier.vae)
-        changed = difference(earlier.settings, record.settings)
-        if changed is None and earlier.architecture is not None:
-            changed = difference(_describe_encoders(earlier), _describe_encoders(record))
+        changed = _describe_change(earlier, record)
         if changed is not None:
             raise OptionError(
                 f"--output_dir {options.output_dir} was begun with other settings: {changed}. Use the same "
                 "ones to continue, or another folder."
             )
     write_prepared(options.output_dir, record)
+
+
+def _describe_change(earlier: PreparedFolder, record: PreparedFolder) -> str | None:
+    """Return the first setting, or else encoder, in which a folder's record differs from its earlier one."""
+    changed = difference(earlier.settings, record.settings)
+    if changed is None and earlier.architecture is not None:
+        changed = difference(_describe_encoders(earlier), _describe_encoders(record))
+    return changed
 
 
 def _make_record(shape: ShapeOptions, networks: PipelineNetworks | None) -> PreparedFolder:
@@ -217,12 +223,7 @@ def _prepare_items(
     device = process.device
     is_main = process.rank == 0
     if networks is None:
-        bar = Bar(len(missing.without_texts), "Writing captions", "caption", is_main)
-        with write_behind(options.workers.num_artifact_workers) as write, bar:
-            for item in missing.without_texts:
-                # no model, encoders or embeddings: only the caption itself is written
-                write(partial(clips.write_caption_files, item, "", {}, {}))
-                bar.update()
+        _write_captions(missing.without_texts, options, show_progress=is_main)
     elif missing.without_texts:
         _encode_captions(missing.without_texts, networks, device, options, show_progress=is_main)
     encode = None if networks is None or not missing.without_media else networks.load_vae(device)
@@ -232,6 +233,17 @@ def _prepare_items(
     if encode is not None:
         free_memory(device)
     return failures
+
+
+def _write_captions(
+    items: Sequence[clips.PreparedItem], options: PrepareOptions, show_progress: bool
+) -> None:
+    """Write the captions of `items` without embeddings."""
+    bar = Bar(len(items), "Writing captions", "caption", show_progress)
+    with write_behind(options.workers.num_artifact_workers) as write, bar:
+        for item in items:
+            write(partial(clips.write_caption_files, item, architecture="", identities={}, tensors={}))
+            bar.update()
 
 
 def _encode_captions(
@@ -276,13 +288,15 @@ def _add_embeddings(
     networks: PipelineNetworks,
     identities: Mapping[str, Mapping[str, str]],
 ) -> None:
-    """Add one encoder's embeddings to the file of a caption; the last encoder finishes its files."""
+    """Add one encoder's embeddings to a caption's file; after the last encoder, write the caption itself."""
+    is_first = encoder is networks.text_encoders[0]
+    is_last = encoder is networks.text_encoders[-1]
     tensors = {key: _copy_to_cpu(tensor) for key, tensor in conditions.items()}
-    if encoder is not networks.text_encoders[0]:
-        earlier = load_pickled(item.path_of(EMBEDS))
+    if not is_first:
+        tensors_of_earlier_encoders = load_pickled(item.path_of(EMBEDS))
         # a copy, because the file that is read here is replaced
-        tensors |= {key: tensor.clone() for key, tensor in earlier.items()}
-    if encoder is networks.text_encoders[-1]:
+        tensors |= {key: tensor.clone() for key, tensor in tensors_of_earlier_encoders.items()}
+    if is_last:
         clips.write_caption_files(item, networks.architecture, identities, tensors)
     else:
         # without its caption file, an item counts as unfinished and is encoded again

@@ -78,8 +78,8 @@ class ControlPlan:
 
     to_draw: dict[Path, Path] = field(default_factory=dict)  # image -> its control image to write
     up_to_date: list[Path] = field(default_factory=list)  # made before, in the same way
-    other_method: list[Path] = field(default_factory=list)  # made before by this program, in another way
-    foreign: list[Path] = field(default_factory=list)  # made by other programs
+    made_with_other_options: list[Path] = field(default_factory=list)  # made before by this program
+    made_by_other_programs: list[Path] = field(default_factory=list)
 
 
 def make_control_images(options: ControlImageOptions) -> None:
@@ -107,7 +107,7 @@ def make_control_images(options: ControlImageOptions) -> None:
     if plan.to_draw:
         make_folder(output, "--output")
         failures = _draw_control_images(plan.to_draw, _select_drawing(options), method)
-    num_kept = len(plan.up_to_date) + len(plan.other_method) + len(plan.foreign)
+    num_kept = len(plan.up_to_date) + len(plan.made_with_other_options) + len(plan.made_by_other_programs)
     rows: list[Row] = [
         (
             "made",
@@ -193,13 +193,13 @@ def _make_plan(images: Sequence[Path], output: Path, method: str, overwrite: boo
         if target is None:
             plan.to_draw[image] = output / f"{image.stem}.png"
         elif recorded_method is None:
-            plan.foreign.append(target)
+            plan.made_by_other_programs.append(target)
         elif overwrite:
             plan.to_draw[image] = target
         elif recorded_method == method:
             plan.up_to_date.append(target)
         else:
-            plan.other_method.append(target)
+            plan.made_with_other_options.append(target)
     return plan
 
 
@@ -212,17 +212,19 @@ def _read_method(path: Path) -> str | None:
 
 
 def _warn_of_remaining_images(plan: ControlPlan) -> None:
-    """Warn about existing control images that are not replaced, although this run would make others."""
-    if plan.other_method:
+    """Warn about existing control images that stay, although this run would draw them differently."""
+    outdated = plan.made_with_other_options
+    if outdated:
         logger.warning(
             "%s kept, made with other options. --overwrite makes them again: %s",
-            format_count(len(plan.other_method), "control picture"),
-            list_some([path.name for path in plan.other_method]),
+            format_count(len(outdated), "control picture"),
+            list_some([path.name for path in outdated]),
         )
-    if plan.foreign:
+    foreign = plan.made_by_other_programs
+    if foreign:
         logger.warning(
             "%s kept, not made by this program. Move them away, or give another --output, to replace them: "
             "%s",
-            format_count(len(plan.foreign), "control picture"),
-            list_some([path.name for path in plan.foreign]),
+            format_count(len(foreign), "control picture"),
+            list_some([path.name for path in foreign]),
         )

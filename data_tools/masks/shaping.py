@@ -51,7 +51,7 @@ class MaskShaping:
         return np.clip(1 - distance / (self.feather_pixels + 1), 0, 1).astype(np.float32)
 
     def combine_with_previous(self, found: ScoreMap, previous: Gray | None, mode: str, alpha: float) -> Gray:
-        """Invert the result of `shape` if needed, and combine it with the previous mask, if any: H W."""
+        """Return the mask to write, H W: `found`, inverted if asked for, combined with the old mask."""
         new = 1 - found if self.inverts else found
         height, width = new.shape
         old: ScoreMap | None = None

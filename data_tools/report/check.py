@@ -20,7 +20,7 @@ from data_tools.report.findings import (
     balance_regularization,
     check_captions,
     count_batches,
-    count_held_back,
+    count_validation_items,
     find_table,
     indent,
     load_token_counters,
@@ -198,7 +198,7 @@ def check_caching(
         find_lone_masks(tables)
     if lack_references(config.datasets, sources):  # a warning of the whole dataset, shown once
         tables[0].warnings.append(Fault(GETS_NO_REFERENCES, NO_REFERENCE))
-    count_held_back(tables, *validation)
+    count_validation_items(tables, *validation)
     balance_regularization(tables)
     return CheckResult(
         head=(RECOGNIZED, *indent([*identities.lines, *counters.missing_lines])),
@@ -220,7 +220,7 @@ class _CachingChecker:
     workers: int
 
     def check(self, findings: TableFindings) -> TableFindings:
-        """Add to the findings of a listed table those about the media, caches and captions in the scope."""
+        """Check a table's media, caches and captions, as far as they are in scope; add to its findings."""
         table = findings.table
         _check_cache_format(findings, self.family, self.scope)
         if self.scope.media and findings.sources:
@@ -302,7 +302,7 @@ def _make_cache_settings(
 def _describe_training_epoch(tables: Sequence[TableFindings]) -> str:
     """Return a line with the number of items and batches in an epoch."""
     batches = format_count(count_batches(tables), "batch")
-    num_held_back = sum(findings.held_back_counts.total() for findings in tables)
+    num_held_back = sum(findings.validation_counts.total() for findings in tables)
     items = "all of it"
     if num_held_back:
         items = f"it, without {format_count(num_held_back, 'item')} for validation"
@@ -510,7 +510,7 @@ def check_training(
     commands: CachingCommands = NO_COMMANDS,
     accumulation: int = 1,
     processes: int = 1,
-    files: Iterable[str] = (),
+    checkpoint_lines: Iterable[str] = (),
     text_keys: frozenset[str] = frozenset(),
     counters: TokenCounters = NO_TOKEN_COUNTERS,
     audio: AudioSpec | None = None,
@@ -525,7 +525,7 @@ def check_training(
         commands: Commands that make the caches, for messages.
         accumulation: Gradient accumulation steps.
         processes: Number of training processes.
-        files: Report lines about the checkpoints.
+        checkpoint_lines: Lines about the checkpoints, for the head of the report.
         text_keys: Keys of a complete text cache.
         counters: Token counters of the text encoders.
         audio: Audio specification of a family that is trained with sound.
@@ -554,13 +554,13 @@ def check_training(
             tables[0].warnings.append(Fault(GETS_NO_REFERENCES, NO_REFERENCE))
     trained, validation_items = split_validation(found_items.items, *validation)
     # the same items are subtracted from the bucket counts of the report
-    count_held_back(tables, *validation)
+    count_validation_items(tables, *validation)
     tail = [_describe_epoch(trained, batches_per_step=accumulation * processes)]
     if validation_items:
         tail.append(f"For validation: {format_count(len(validation_items), 'item')}")
     if any(findings.errors for findings in tables):
         tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
-    head = (RECOGNIZED, *indent([*files, *counters.missing_lines]))
+    head = (RECOGNIZED, *indent([*checkpoint_lines, *counters.missing_lines]))
     return CheckResult(head, tuple(tables), tuple(tail), counters)
 
 

@@ -163,7 +163,7 @@ def _count_items_per_epoch(findings: TableFindings) -> int:
     """Return how many items of a table are trained per epoch; 0 for a validation table."""
     if findings.table.validation:
         return 0
-    return round(findings.num_items * findings.table.num_repeats * findings.repeat_factor)
+    return round(findings.num_items * findings.table.num_repeats * findings.balancing_factor)
 
 
 def _describe_table(findings: TableFindings, total_items_per_epoch: int) -> JsonObject:

@@ -140,7 +140,7 @@ def write_report_page(
     # per table: its statistics, drawings, the number of drawings left out, and its cards
     table_sections = []
     for table_statistics, findings in zip(statistics["tables"], tables, strict=True):
-        drawings, num_not_drawn = _draw_table(table_statistics, findings)
+        drawings, num_not_drawn = _draw_crops(table_statistics, findings)
         cards_of_table = _select_cards(cards, findings.table)
         table_sections.append((table_statistics, drawings, num_not_drawn, cards_of_table))
     values = {
@@ -409,7 +409,7 @@ def _describe_settings(table: DatasetTable) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _draw_table(table: JsonObject, findings: TableFindings) -> tuple[list[JsonObject], int]:
+def _draw_crops(table: JsonObject, findings: TableFindings) -> tuple[list[JsonObject], int]:
     """Return drawings of what the largest buckets crop away, and the number of bucket sizes not drawn.
 
     A drawing shows the most frequent outlines of sources around the part that the bucket keeps.

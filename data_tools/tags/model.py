@@ -182,8 +182,8 @@ def load_tagger(
     # an image takes 3 channels of 4 bytes; half of the memory is left for the network
     if fixed_batch is not None and 12 * image_size**2 * fixed_batch > MAX_ONNX_MEMORY // 2:
         raise CheckpointError(
-            f"{path} takes {fixed_batch:,} pictures of {image_size} x {image_size} pixels at once: more than "
-            "memory holds. Export it with an open number of pictures",
+            f"{path} requires batches of {fixed_batch:,} pictures of {image_size} x {image_size} pixels, "
+            "which do not fit into memory. Export it with a dynamic batch size",
             path,
         )
     return Tagger(

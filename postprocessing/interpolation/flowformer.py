@@ -120,7 +120,7 @@ class MemoryDecoder(nn.Module):
             nn.Conv2d(COSTS, config.query, 1), nn.GELU(), nn.Conv2d(config.query, config.query, 1)
         )
         # one deeper, as in the files
-        attention = flowformer_memory.TokenAttention(config.query, config.memory, joined=True)
+        attention = flowformer_memory.TokenAttention(config.query, config.memory, concatenates_input=True)
         self.decoder_layer = nn.ModuleDict({"cross_attend": attention})
         self.update_block = FlowFormerUpdate(config)
         self.att = SelfAffinity(config)

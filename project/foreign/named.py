@@ -84,13 +84,13 @@ def _as_plain(value: Any, default: Any) -> Any:
 def _adopt_option(
     project: ForeignProject, option: AdoptableOption, key: str, value: Any, is_set_by_new: bool
 ) -> None:
-    """Adopt the value of an option; `is_chosen` says that `new` would otherwise set the option itself.
+    """Adopt the value of an option; with `is_set_by_new`, `new` would otherwise choose a value itself.
 
     Raises:
         ValueError: If the option cannot have the value.
     """
     if option.reaches_out:
-        raise ValueError(f"only who types --{key} with the training may say it")
+        raise ValueError(f"--{key} can only be set on the command line of the training")
     # an "off" value matters only for a switch that is on by default
     turns_off = option.kind == "switch" and (is_set_by_new or option.default is True)
     is_empty = is_off(value) or (option.default is None and str(value) in {"0", "0.0"})

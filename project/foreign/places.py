@@ -20,8 +20,7 @@ def join_datasets(project: ForeignProject) -> None:
     """Prepare the keys of a project's datasets for dataset.toml; a single folder's keys go to [general]."""
     used_datasets: dict[str, ForeignDataset] = {}
     for name, dataset in project.datasets.items():
-        # in files that set a number of files per epoch, the value of the repeats is that number
-        if dataset.files_per_epoch is not None:
+        if dataset.draws_fixed_number:
             dataset.files_per_epoch = dataset.table_keys.pop("num_repeats", None)
         if dataset.is_unused:
             _report_unused_dataset(project, dataset)

@@ -182,7 +182,7 @@ def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         why = shorten(" ".join(str(error).split()), 300).rstrip(".")
         raise OptionError(
-            f"{option} {path} cannot be read: {why}. Give it as the program has saved it that it is of"
+            f"{option} {path} cannot be read: {why}. Use the file as its trainer has saved it"
         ) from None
 
 

@@ -11,8 +11,6 @@ from project.foreign import contract
 from project.foreign.contract import KeyRule, Program, UnsetValue, is_off
 from project.foreign.project import FileEpochs, ForeignDataset, ForeignProject, show, without_numbers
 
-_DRAWN = -1  # placeholder: num_repeats contains the number of files per epoch
-
 
 @dataclass(frozen=True)
 class FileValue:
@@ -59,7 +57,7 @@ def _find_dataset(project: ForeignProject, key: str, value: Any) -> ForeignDatas
     if value in project.program.dataset_off_values.get(name, ()):
         dataset.is_unused = True
     if name in project.program.fixed_draw_settings and value == project.program.fixed_draw_settings[name]:
-        dataset.files_per_epoch = _DRAWN
+        dataset.draws_fixed_number = True
     return dataset
 
 
@@ -187,7 +185,7 @@ def _set_once(
 
 
 def _is_same(read: Any, value: Any) -> bool:
-    """Return whether our value, `read`, equals the file's `value`, apart from being written as text."""
+    """Return whether a converted value equals the file's `value`, which may be the same number as text."""
     if isinstance(read, int | float) and isinstance(value, str):
         try:
             return bool(read == float(value))

@@ -48,8 +48,8 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
     name = model.title
     if not model.properties["fp8"]:  # no option casts it to 8 bits: its files have 8 bits
         return f"the file of {name} has weights in 8 bits, in which steps would be lost"
-    words = full_training_command(model)
-    if not words or find_script(words[0]) is None:
+    argv = full_training_command(model)
+    if not argv or find_script(argv[0]) is None:
         return f"{name} has no script that trains it whole"
     if len(transformers_of(model)) > 1:
         return f"{name} has two transformers, which are trained one at a time: see docs/wan22.md"

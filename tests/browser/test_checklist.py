@@ -37,7 +37,7 @@ red_hat: the model's own tags have blanks (red hat). To write yours so, in the f
   python tools/tag.py . --rename 'red_hat'
 fault> 1 cannot be read and has no caption, which ends a run: delete each, or move it away:
   bad.png
-mend> First correct what is listed above. Then reelsmith run /x checks, caches and trains
+mend> First fix the problems listed above. Then reelsmith run /x checks, caches and trains
 """
 
 

@@ -114,9 +114,9 @@ def test_batches_then_tiles_are_halved_until_they_fit_which_is_remembered(
     assert (runner.batch, runner.tile) == (1, 80)
     assert all(height * width <= 80 * 80 for _, _, height, width in network.shapes[tried:])
     assert [record.getMessage() for record in caplog.records] == [
-        "Memory is full: from now on 2 at once.",
-        "Memory is full: from now on 1 at once.",
-        "Memory is full: from now on pictures are cut into tiles of 80 pixels.",
+        "Out of memory: the batch size is now 2.",
+        "Out of memory: the batch size is now 1.",
+        "Out of memory: pictures are now split into tiles of 80 pixels.",
     ]
 
 

@@ -397,10 +397,10 @@ def test_a_key_that_is_nearly_one_of_the_program_is_told_with_it(
     photos = tmp_path / "photos"
     write_photos(photos)
     if key:
-        assert "seems to be misspelt" not in describe(photos, content, capsys, name=name).told
+        assert "probably misspelled" not in describe(photos, content, capsys, name=name).told
         content = misspell(content, key, wrong)
     found = describe(photos, content, capsys, name=name)
-    assert f"left, seems to be misspelt: {told}" in found.told
+    assert f"left, probably misspelled: {told}" in found.told
 
 
 def test_a_text_for_a_number_is_told_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

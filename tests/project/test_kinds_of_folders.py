@@ -676,7 +676,7 @@ def test_the_last_line_says_what_is_missing(models: Path, tmp_path: Path) -> Non
     run = "python reelsmith.py run"
     assert first.startswith("First give captions or a trigger word as above. Then python ")
     assert second == f"{run} {tmp_path / 'b'} checks, caches and trains"
-    assert third.startswith("First correct what is listed above. Then python ")
+    assert third.startswith("First fix the problems listed above. Then python ")
     assert new(tmp_path / "b", "--overwrite").splitlines()[-1] == (
         f"{run} {tmp_path / 'b'} --download downloads the model, checks, caches and trains"
     )
@@ -751,7 +751,7 @@ def test_new_says_what_run_stops_at(tmp_path: Path) -> None:
     assert "It looks like Windows-1251 (Cyrillic): 'девушка в красном'" in said
     assert f"left out: {tmp_path / 'broken.gif'} is" in said
     assert "1 cannot be read and has no caption, which ends a run: delete each" in said
-    assert said.splitlines()[-1].startswith("First correct what is listed above. ")
+    assert said.splitlines()[-1].startswith("First fix the problems listed above. ")
     said = new(tmp_path, "--trigger_word", "ohwx", "--overwrite")
     assert "cannot be read and has no caption" not in said  # the word stands for it too
 

@@ -249,12 +249,12 @@ def test_faults_of_pairs_come_before_the_command_that_trains(tmp_path: Path) -> 
     said = describe(folder, "sd xl")
     assert f"control media of {folder / 'dataset.toml'}, [[datasets]] 1" in said
     assert "p1" in said
-    assert "First correct what is listed above. Then" in said
+    assert "First fix the problems listed above. Then" in said
     (folder / "p1.jpg").unlink()
     (folder / "p1.txt").unlink()
     said = describe(folder, "sd xl", "--overwrite")
     assert "1 control picture without a picture of the same name: q.jpg" in said
-    assert "First correct what is listed above. Then" in said
+    assert "First fix the problems listed above. Then" in said
 
 
 def test_a_control_picture_of_another_shape_is_named(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_each_fault_of_captions_has_its_own_remedy(kind: str, capsys: pytest.Cap
     words = ["python", "wan_cache_latents.py", "--check"]
     running._print_remedies(words, Path("clips"), [kind])
     said = capsys.readouterr().out
-    assert "Correct what is listed above" in said
+    assert "Fix the problems listed above" in said
     assert ("class_tokens" in said) is (kind == "have no caption")
     is_repaired = "wan_cache_latents.py --check --repair_captions" in said
     assert is_repaired is (kind == "have a caption that cannot be used")
