@@ -192,9 +192,7 @@ def _reject_existing(options: NewOptions) -> None:
     """Raise OutputError if a file to write already exists and may not be overwritten."""
     existing = [path for path in (options.folder / name for name in WRITTEN) if path.exists()]
     if existing and not (options.overwrite or options.dry_run or options.print_run):
-        raise OutputError(
-            f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
-        )
+        raise OutputError(f"{existing[0]} already exists. Edit it, or give --overwrite to replace all three.")
 
 
 def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:

@@ -83,7 +83,7 @@ def pack_folder(options: PackOptions) -> None:
     if real_path(output).is_relative_to(real_path(folder)):
         raise OptionError(f"--output {output} lies in the folder that it packs. Give a place outside of it")
     if output.exists() and not options.overwrite:
-        raise OutputError(f"{output} is there already. Give --overwrite, or another --output")
+        raise OutputError(f"{output} already exists. Give --overwrite, or another --output")
     pack_source = read_pack_source(folder)  # what run.toml says: prompts, model files, what to leave out
     skipped_paths: list[str] = []
     members = list(_list_folder_members(pack_source, skipped_paths))

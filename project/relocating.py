@@ -32,9 +32,10 @@ class MachinePaths:
     )  # path in the text files -> path in the packed folder
 
     def relocate(self, text: str) -> str | None:
-        """Make a path relative to the packed folder; other strings are returned unchanged.
+        """Make a path relative to the packed folder.
 
-        Returns None for a path of this machine to something that is not packed.
+        Returns None for a path of this machine to something that is not packed. Other strings, and relative
+        paths inside the folder, are returned unchanged.
         """
         if text in self.models:
             return self.models[text]
@@ -52,10 +53,10 @@ class MachinePaths:
         for folder in (Path(os.path.abspath(self.folder)), real_path(self.folder)):  # noqa: PTH100
             if path.is_relative_to(folder):
                 return path.relative_to(folder).as_posix()
-        is_path_to_parent = (
-            _PARENT_FOLDER.match(text) is not None
-        )  # other strings with two dots are not paths
-        return None if is_absolute or is_path_to_parent else text
+        leads_to_parent = _PARENT_FOLDER.match(text) is not None
+        if is_absolute or leads_to_parent:
+            return None
+        return text  # a string with two dots that is not a path
 
     @functools.cached_property
     def folder_pattern(self) -> re.Pattern[str]:

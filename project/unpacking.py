@@ -161,10 +161,10 @@ def _write_folder(
 ) -> None:
     """Write all members into a folder that appears only when it is complete.
 
-    `modified` contains their modification times in nanoseconds, by name.
+    `modification_times` are in nanoseconds, by the name of the member.
     """
     if folder.exists() or folder.is_symlink():
-        raise OutputError(f"{folder} is there already. Name another folder: unpack {options.file} FOLDER")
+        raise OutputError(f"{folder} already exists. Name another folder: unpack {options.file} FOLDER")
     total = sum(entry.file_size for entry in members)
     check_space(folder, total)
     cleanup = _without_new_parents(folder)

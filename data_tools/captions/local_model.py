@@ -307,7 +307,7 @@ def _load_processor(folder: Path, model_type: str) -> Any:
     """Load the processor that prepares a model's texts and images.
 
     Raises:
-        CheckpointError: If the processor takes no images.
+        CheckpointError: If the processor does not accept images.
         InstallationError: If a package is missing.
     """
     from transformers import AutoProcessor
@@ -325,8 +325,8 @@ def _load_processor(folder: Path, model_type: str) -> Any:
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise _unusable(
             folder,
-            "its processor takes no images. Give a vision-language model, with preprocessor_config.json or "
-            "processor_config.json.",
+            "its processor does not accept images. Give a vision-language model, with "
+            "preprocessor_config.json or processor_config.json.",
         )
     return processor
 

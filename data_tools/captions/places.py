@@ -79,12 +79,13 @@ class CaptionList:
         changes: dict[str, LineChange] = {}
         is_hand_written = False  # whether any replaced caption was written by a person
         for listed_path in self._line_indices:
-            line = pending_lines.get(_hide_address(listed_path), {})
-            old = self.read_line(listed_path).get("caption")
-            old_hash = None if old is None else _hash_of(str(old))
-            if "caption" in line and old_hash == line.get("old"):  # the list has not been edited since
-                changes[listed_path] = LineChange({"caption": old}, {"caption": line["caption"]})
-                is_hand_written = is_hand_written or bool(line.get("is_foreign"))
+            pending = pending_lines.get(_hide_address(listed_path), {})
+            current = self.read_line(listed_path).get("caption")
+            current_hash = None if current is None else _hash_of(str(current))
+            is_unedited = current_hash == pending.get("old")  # since the pending caption was made
+            if "caption" in pending and is_unedited:
+                changes[listed_path] = LineChange({"caption": current}, {"caption": pending["caption"]})
+                is_hand_written = is_hand_written or bool(pending.get("is_foreign"))
         self.write(changes, is_hand_written)
         pending_file.unlink()
 

@@ -356,23 +356,22 @@ def _make_captions(
     answers = captioner(list(reasons), backend.read_frames)
     with contextlib.closing(answers), Bar(len(reasons), "captions", unit="caption") as bar:
         for location, answer in answers:
-            error = None if isinstance(answer, str) else answer
+            caption: str | BaseException = answer
             if isinstance(answer, str):
                 failure_limit.note_answer()
-                caption = backend.postprocess(location, answer)
-                if caption:
-                    is_hand_written = reasons[location] == HAND_WRITTEN  # the caption that is replaced
-                    if not location.write(caption, is_hand_written, records[location.file.parent]):
-                        num_changed += 1
-                else:
-                    error = NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
-            if isinstance(error, (MediaError, NoCaptionError)):
-                failures.append(Failure.of(location.source, error))
+                empty_error = NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
+                caption = backend.postprocess(location, answer) or empty_error
+            if isinstance(caption, str):
+                is_hand_written = reasons[location] == HAND_WRITTEN  # the caption that is replaced
+                if not location.write(caption, is_hand_written, records[location.file.parent]):
+                    num_changed += 1
+            elif isinstance(caption, (MediaError, NoCaptionError)):
+                failures.append(Failure.of(location.source, caption))
                 logger.warning("%s", failures[-1])
-            elif error is not None:  # it ends the run, and may be SystemExit
-                raise error
-            if isinstance(error, NoCaptionError):
-                failure_limit.note_failure(error)
+                if isinstance(caption, NoCaptionError):
+                    failure_limit.note_failure(caption)
+            else:  # it ends the run, and may be SystemExit
+                raise caption
             bar.update()
     return failures, num_changed
 
@@ -553,8 +552,8 @@ def _require_main_text(
     if format is None:
         formats = ", ".join(caption_formats())
         raise OptionError(
-            f"{start}--caption_suffix would break. Say whose it is by --caption_format ({formats}): then "
-            "they go into its texts"
+            f"{start}--caption_suffix would break. Name its format by --caption_format ({formats}), and "
+            "they are added to its main text"
         )
     if format.main not in content:
         raise OptionError(

@@ -97,7 +97,7 @@ def make_control_images(options: ControlImageOptions) -> None:
         raise OptionError(f"{options.folder}: control images need a folder of their own. Give --output")
     images = _find_images(folder)
     if not images:
-        raise DatasetError(f"{options.folder} has no pictures. Folders in it are not looked into")
+        raise DatasetError(f"{options.folder} has no pictures. Subfolders are not searched")
     _reject_equal_stems(images)
     # the method is stored in each image, so that the next run recognizes images made with other options
     method = _describe_method(options)
@@ -108,11 +108,9 @@ def make_control_images(options: ControlImageOptions) -> None:
         make_folder(output, "--output")
         failures = _draw_control_images(plan.to_draw, _select_drawing(options), method)
     num_kept = len(plan.up_to_date) + len(plan.made_with_other_options) + len(plan.made_by_other_programs)
+    num_made = len(plan.to_draw) - len(failures)
     rows: list[Row] = [
-        (
-            "made",
-            f"{format_count(len(plan.to_draw) - len(failures), 'control picture')}, {num_kept} there before",
-        ),
+        ("made", f"{format_count(num_made, 'control picture')}, {num_kept} existed before"),
         ("by", method),
         ("use", f'conditioning_data_dir = "{output.as_posix()}"'),
     ]

@@ -246,9 +246,10 @@ class _CachingChecker:
             if self.scope.latents:
                 _check_media_by_family(findings, self.family)
             plans = _check_sources(findings, settings, self.workers)
-            # some families cache audio in files of its own; otherwise the caches of latents contain it
-            has_audio_caches = trains_audio(self.family) and not settings.stores_audio
-            if settings.encoder_identity and has_audio_caches and uses_audio(findings.table):
+            # otherwise the caches of latents contain the audio, too
+            has_separate_audio_caches = trains_audio(self.family) and not settings.stores_audio
+            compares_caches = bool(settings.encoder_identity)
+            if compares_caches and has_separate_audio_caches and uses_audio(findings.table):
                 family = cast(AudioCachingFamily, self.family)
                 _check_table_audio(findings, family, plans, cache_settings=settings, workers=self.workers)
         except DatasetError as error:

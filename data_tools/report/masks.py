@@ -51,9 +51,7 @@ def check_masks(
     At most MAX_CHECKED_FILES masks are read, evenly spaced among the masks that are local files.
     """
     masked = [plan for plan in plans if plan.source.mask is not None and plan.item_sizes]
-    local = [
-        plan for plan in masked if not plan.source.remote_or_packed
-    ]  # remote_or_packed: addresses of remote files
+    local = [plan for plan in masked if not plan.source.remote_or_packed]
     step = math.ceil(len(local) / MAX_CHECKED_FILES) or 1
     sampled = local[::step]
     measure = functools.partial(_measure, latent=latent)
@@ -64,8 +62,8 @@ def check_masks(
     mean = sum(mask.learned_fraction for mask in masks) / len(masks)
     lowest = min(masks, key=lambda mask: mask.learned_fraction)
     findings.info_lines.append(
-        f"of {format_count(len(masks), 'mask')} looked at, {mean:.0%} of the latents are learned (above "
-        f"{LEARNED:g}), the least of {lowest.path.name}: {lowest.learned_fraction:.1%}"
+        f"{format_count(len(masks), 'mask')} measured: on average {mean:.0%} of the latents are learned "
+        f"(weight above {LEARNED:g}), the fewest with {lowest.path.name}: {lowest.learned_fraction:.1%}"
     )
     for mask in masks:
         if mask.learned_fraction == 0:

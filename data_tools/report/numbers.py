@@ -428,7 +428,7 @@ class _CaptionCounts:
         ]
 
     def list_frequent_words(self) -> list[JsonObject]:
-        """List the words that most captions contain, without stop words."""
+        """List the words that the largest numbers of captions contain, without stop words."""
         words = [word for word in self.words if word not in STOP_WORDS]
         words.sort(key=lambda word: (-self.num_captions_with[word], -self.words[word], word))
         return [

@@ -30,7 +30,7 @@ _SLIDER = "--slider of a training script learns from two texts, without files: d
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
-    """Return what kind of run an AI Toolkit job is, with the key that shows it; else raise NoRun."""
+    """Return what kind of run an AI Toolkit job is, with the key that shows it; else raise UnsupportedRun."""
     job = str(values.get("job"))
     kind = str(values.get(f"{_FIRST_PROCESS}.type", ""))
     if job in {"extract", "generate", "mod"}:

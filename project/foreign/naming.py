@@ -28,8 +28,14 @@ def select_model_of_project(
 ) -> None:
     """Select the model that a project of another trainer names, and note what became of its keys.
 
-    `values` contains all keys of the file; `rules` only the rules of keys that name a model. A variant is
-    a key that names a model only together with another key.
+    1. Read each key that names a model. A variant is a key that does so only together with another key.
+    2. If no key names a known model, guess it from the other keys.
+    3. Use the most specific of these models: its family and task become options of `new`.
+
+    Args:
+        project: The project, whose options and report are completed.
+        values: All keys of the file.
+        model_rules: Rules of the keys that name a model.
     """
     models: list[FileModel] = []
     has_unknown_variant = False
@@ -37,7 +43,8 @@ def select_model_of_project(
         file_model = _read_model_key(project, rule, key, values)
         if file_model is not None:
             models.append(file_model)
-        has_unknown_variant |= file_model is None and key in project.program.kind_key_of_variant
+        elif key in project.program.kind_key_of_variant:
+            has_unknown_variant = True
     if not models:
         guessed = project.program.guess_model(values)
         if guessed is not None:

@@ -115,7 +115,7 @@ def find_table_keys(
 ) -> dict[Path, dict[str, Any]]:
     """Return the dataset.toml keys that a project has for each media folder; report those of other folders.
 
-    `folder` is the dataset folder; `described` are the folders in it with media.
+    `folder` is the dataset folder, `media_folders` are the folders in it that have media.
     """
     keys: dict[Path, dict[str, Any]] = {}
     matched: list[ForeignDataset] = []

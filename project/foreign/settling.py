@@ -89,12 +89,16 @@ def resolve_project(
     if "min_snr_gamma" in script.accepted and "min_snr_gamma" not in project.training_options:
         project.training_options["min_snr_gamma"] = None  # `new` sets it for models that predict noise
         project.change_lines.append(
-            f"min_snr_gamma is left out, which {project.title} has only if it is said"
+            f"min_snr_gamma is left out: {project.title} uses it only if its file sets it"
         )
+    _remove_rejected_options(project, script)
+    _resolve_dataset_keys(project, dataset_layout)
+
+
+def _remove_rejected_options(project: ForeignProject, script: ScriptOptions) -> None:
     for name in list(project.training_options):
         if name not in script.accepted:
             project.remove_option(name, script.rejected.get(name, f"{script.name} has no such option"))
-    _resolve_dataset_keys(project, dataset_layout)
 
 
 def _list_options_set_by_new(model: ModelSet) -> set[str]:

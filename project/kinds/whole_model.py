@@ -107,10 +107,10 @@ def describe_full(model: ModelSet, memory: float) -> list[str]:
     elif weights / 2**30 + GIB_BESIDES_WEIGHTS <= memory:
         fit = f"{weights / 2**30:.1f} GiB in bf16, which fits a card of {memory:g} GiB"
     else:
-        # FREE GiB of the card are left for everything else
+        # some memory of the card is left for activations and everything else
         left = weights / 2**30 - max(memory - GIB_BESIDES_WEIGHTS, 0)
         fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB wait in RAM"
-    # KEPT saves and the result; each of the KEPT states contains the weights, too
+    # the last saves and the result; the state of each of these saves contains the weights, too
     maximum = gigabytes((NUM_KEPT_SAVES + 1) * written + NUM_KEPT_SAVES * weights)
     return [
         f"The whole model is trained. Its weights: {fit}",

@@ -95,7 +95,7 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
     )
     path = options.to / f"{name}.toml"
     if path.exists() and not options.overwrite:
-        raise OutputError(f"{path} is there already. Give another --name, or --overwrite")
+        raise OutputError(f"{path} already exists. Give another --name, or --overwrite")
     options.to.mkdir(parents=True, exist_ok=True)
     write_text(path, write_recipe(recipe))
     read_recipe(path)  # verify that the written file can be read

@@ -386,7 +386,7 @@ def test_an_adapter_learns_the_folder_or_what_the_model_made_of_its_captions(tmp
     assert all(re.fullmatch(r".+ --d \d+", line) for line in lines)
     assert "--from_file own_prompts.txt --save_path own" in said
     assert "2,000 steps: published adapters took 4,000 to 30,000" in " ".join(said.split())
-    assert "From 10 files on, a tenth is held back" in " ".join(said.split())
+    assert "With 10 files or more, a tenth is held out" in " ".join(said.split())
     assert "unlearns" not in said
     own = folder / "own"
     own.mkdir()
@@ -401,7 +401,7 @@ def test_an_adapter_learns_the_folder_or_what_the_model_made_of_its_captions(tmp
     said = describe(own, "z_image turbo", "--train", "adapter", "--max_train_steps", "4000")
 
     assert read_run(own)["training"]["validation_split"] == 0.1
-    assert "done when the validation loss falls no more" in " ".join(said.split())
+    assert "finished when the validation loss no longer falls" in " ".join(said.split())
     assert read_run(own)["training"]["early_stopping_patience"] == 5
     assert "published adapters took" not in said
     assert read_run(own)["training"]["make_adapter"] == "own"

@@ -537,5 +537,5 @@ def test_nobody_is_asked_about_a_folder_whose_files_are_to_stay(
     monkeypatch.setattr(choosing, "ask_on_terminal", lambda question: pytest.fail(question))
 
     for family in (None, "flux_2"):  # which has several tasks
-        with pytest.raises(OutputError, match=r"run\.toml is there already"):
+        with pytest.raises(OutputError, match=r"run\.toml already exists"):
             write_project(NewOptions(folder=tmp_path, family=family))

@@ -295,10 +295,10 @@ def test_overlapping_members_are_refused(folder: Path, tmp_path: Path) -> None:
 def test_an_existing_folder_or_file_stays(folder: Path, tmp_path: Path) -> None:
     file = pack(folder)
     before = file.read_bytes()
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists"):
         pack_folder(PackOptions(folder=folder))
     (tmp_path / "new").mkdir()
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists"):
         unpack_folder(UnpackOptions(file=file, folder=tmp_path / "new"))
     with pytest.raises(OptionError, match="lies in the folder that it packs"):
         pack_folder(PackOptions(folder=folder, output=folder / "x.zip"))

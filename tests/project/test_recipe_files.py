@@ -284,7 +284,7 @@ def test_a_finished_run_becomes_a_recipe_without_its_paths(
     assert "somebody" not in text
     assert "new FOLDER --recipe cat" in capsys.readouterr().out
     assert list(list_paths())[-1] == "cat"
-    with pytest.raises(OutputError, match="is there already. Give another --name, or --overwrite"):
+    with pytest.raises(OutputError, match="already exists. Give another --name, or --overwrite"):
         save("clips/output")
     save("clips/output/cat-history.jsonl", "--overwrite")
     assert find_recipe("cat").tried_on == "wan.safetensors"

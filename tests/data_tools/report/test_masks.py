@@ -57,7 +57,7 @@ def test_masks_are_measured_in_latents_and_useless_ones_are_named(tmp_path: Path
     assert "3 of 4 have a mask; the others are learned whole" in lines
     (measured,) = [line for line in lines if "looked at" in line]
     assert measured.startswith(
-        "of 3 masks looked at, 17% of the latents are learned (above 0.5), the least of "
+        "3 masks measured: on average 17% of the latents are learned (weight above 0.5), the fewest with "
     )
     text = "\n".join(lines)
     assert "1 masks are all black" not in text
