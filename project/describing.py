@@ -646,15 +646,18 @@ def _make_download_command(setup: RunSetup) -> list[str]:
 
 
 def _list_arguments(setup: RunSetup, step: str) -> list[str]:
-    """Return the arguments of a model's command; audio-only folders get the option for audio alone."""
-    words = shlex.split(setup.model.commands[step])
+    """Return the arguments of a model's command, such as "latents" or "train", for the media of the folder.
+
+    For a folder of audio only, the option with which the model trains on audio alone is set.
+    """
+    argv = shlex.split(setup.model.commands[step])
     if setup.has_only_audio:
         option, value = setup.model.properties["sound_alone"].split()
-        if option in words:
-            words[words.index(option) + 1] = value
+        if option in argv:
+            argv[argv.index(option) + 1] = value
         else:
-            words += [option, value]
-    return words
+            argv += [option, value]
+    return argv
 
 
 def describe_run(setup: RunSetup, commands: list[list[str]]) -> str:

@@ -180,9 +180,9 @@ def collect_content(
         raise DatasetError(layout + _indent_lines(content.report_lines))
     if kind.uses_control_images and not content.control_folders:
         raise _make_control_error(folder, content, kind)
-    needs_audio = model_info.trains_on_audio and not model_info.reads_separate_audio
     # audio files next to the clips can be added to them by `audio_directory` in dataset.toml
-    if needs_audio and not audio_files and not any(map(_has_audio, content.media)):
+    has_audio = bool(audio_files) or any(map(_has_audio, content.media))
+    if model_info.trains_on_audio and not model_info.reads_separate_audio and not has_audio:
         raise _make_audio_error(folder, content, model_name, suggested_models)
     if model_info.max_references:
         content.report_lines += _describe_images_named_as_references(content.media)

@@ -67,10 +67,10 @@ def describe_own_images_commands(options: NewOptions, model: ModelSet, files: Ma
     again = ["new", as_operand(options.folder / OWN_FOLDER), "--family", model.family]
     again += ["--task", model.task, "--train", ADAPTER.name]
     return [
-        f"An adapter from the model's own pictures keeps its look. {OWN_PROMPTS} has these captions; in the "
-        f"folder {options.folder} this makes the pictures, once the model is there:",
+        f"An adapter trained on the model's own pictures keeps the model's look. {OWN_PROMPTS} contains "
+        f"these captions. In the folder {options.folder}, once the model is there, this makes the pictures:",
         f"  {typed_in(argv, options.folder)}",
-        "and this describes them, with the prompts as captions:",
+        "and this writes their training files, with the prompts as captions:",
         f"  {own_command(*again)}",
     ]
 

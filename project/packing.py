@@ -8,7 +8,7 @@ import os
 import shlex
 import stat
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ class PackSource:
 
 @dataclass(frozen=True)
 class PackMember:
-    """A file in the archive."""
+    """A file to pack, and its name in the archive; `content` replaces what the file contains."""
 
     name: str
     path: Path
@@ -85,8 +85,8 @@ def pack_folder(options: PackOptions) -> None:
     if output.exists() and not options.overwrite:
         raise OutputError(f"{output} already exists. Give --overwrite, or another --output")
     pack_source = read_pack_source(folder)  # what run.toml says: prompts, model files, what to leave out
-    skipped_paths: list[str] = []
-    members = list(_list_folder_members(pack_source, skipped_paths))
+    content = _list_folder_members(pack_source)
+    members = content.members
     if options.with_state:
         members += _list_state_members(pack_source)
     members, secrets = _relocate_texts(pack_source, members)
@@ -95,13 +95,13 @@ def pack_folder(options: PackOptions) -> None:
 
     size = format_size(sum(member.size_bytes for member in members))
     remarks = [f"{output}: {format_count(len(members), 'file')}, {size}"]
-    if skipped_paths:
-        remarks.append(f"left out, as hidden or no file: {list_some(skipped_paths)}")
+    if content.skipped_paths:
+        remarks.append(f"left out, because they are hidden or not files: {list_some(content.skipped_paths)}")
     if secrets:
-        remarks.append(f"left out of {RUN_FILE}, as nobody else may have them: {list_some(secrets)}")
+        remarks.append(f"left out of {RUN_FILE}, because they are secret: {list_some(secrets)}")
     if pack_source.own_models:
         names = list_some(pack_source.own_models)
-        remarks.append(f"Copy these models too, as the other machine cannot download them: {names}")
+        remarks.append(f"Copy these models too, because the other machine cannot download them: {names}")
     program = "reelsmith" if PREFIX else "python reelsmith.py"
     remarks.append(f"On the other machine: {program} unpack {shlex.quote(output.name)}")
     print_lines(remarks)
@@ -190,14 +190,21 @@ def _map_model_paths(
     return archive_paths, not_downloaded
 
 
-def _list_folder_members(pack_source: PackSource, skipped_paths: list[str]) -> Iterator[PackMember]:
-    """Yield the files of a folder that go into its archive; links are followed.
+class FolderMembers(NamedTuple):
+    """Files of a folder that go into its archive, and those that do not: hidden ones and special files."""
 
-    Names of hidden files, and of entries that are not files, are appended to `hidden`.
+    members: list[PackMember]
+    skipped_paths: list[str]
+
+
+def _list_folder_members(pack_source: PackSource) -> FolderMembers:
+    """Return the files of a folder that go into its archive; links are followed.
 
     Raises:
         OptionError: If a file's name is not allowed on every system.
     """
+    members: list[PackMember] = []
+    skipped_paths: list[str] = []
     visited: set[Path] = set()
     for folder_text, folders, files in os.walk(pack_source.folder, followlinks=True):
         folder = Path(folder_text)
@@ -223,7 +230,8 @@ def _list_folder_members(pack_source: PackSource, skipped_paths: list[str]) -> I
             if reason or member.name == MANIFEST:
                 reason = reason or "`pack` uses that name itself"
                 raise OptionError(f"{path!r} cannot be packed: {reason}. Rename it")
-            yield member
+            members.append(member)
+    return FolderMembers(members, skipped_paths)
 
 
 def _list_state_members(pack_source: PackSource) -> list[PackMember]:

@@ -105,8 +105,8 @@ def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
         raise ValueError(f"{RUN_FILE} is too long")
     with archive.open(RUN_FILE) as file:
         text = _replace_model_folder(_read_member(file).decode("utf-8-sig"), models)
-    others = parse_toml(text).get(PROJECT_TABLE, {})
-    files = others.get("files", []) if isinstance(others, dict) else None
+    project_table = parse_toml(text).get(PROJECT_TABLE, {})
+    files = project_table.get("files", []) if isinstance(project_table, dict) else None
     if not isinstance(files, list) or not all(isinstance(path, str) for path in files):
         raise TypeError(f"{RUN_FILE}: [{PROJECT_TABLE}] is not a table with a list of files")
     for path in files:
@@ -235,7 +235,7 @@ def _describe_unpacked(folder: Path, models: Sequence[str], options: UnpackOptio
     argv = ["run", as_operand(folder)]
     if missing:
         lines.append(
-            f"models that are missing: {list_some(missing)}. `run --download` loads those that are released; "
+            f"missing models: {list_some(missing)}. `run --download` downloads those that are released; "
             "copy your own there"
         )
         argv += download_options(options.models)

@@ -172,8 +172,8 @@ class LocalModel:
     def format_prompt(self, prompt: str, num_images: int) -> str:
         """Return the model's input text: the system prompt and the prompt in the model's chat template.
 
-        The template of a processor lists images and texts. That of a tokenizer takes only texts, where image
-        tokens stand before the prompt, as they do without a template.
+        A processor's template accepts lists of images and texts. A tokenizer's template accepts only texts:
+        then, and without a template, image tokens precede the prompt.
 
         Raises:
             OptionError: If the template does not take the system prompt.
@@ -183,17 +183,18 @@ class LocalModel:
         system = self.ask_options.system_prompt
         processor_template = getattr(self.processor, "chat_template", None)
         image_token = getattr(self.processor, "image_token", "<image>")
-        text_prompt = f"{image_token * num_images}\n{prompt}"
-        if processor_template is None and self.processor.tokenizer.chat_template is None:
-            return f"{system}\n{text_prompt}" if system else text_prompt
-        messages: list[dict[str, Any]]
+        prompt_with_images = f"{image_token * num_images}\n{prompt}"
+        user_content: Any
+        system_content: Any
         if processor_template is not None:
             images: list[dict[str, str]] = [{"type": "image"}] * num_images
-            messages = [{"role": "user", "content": [*images, {"type": "text", "text": prompt}]}]
-            system_content: Any = [{"type": "text", "text": system}]
+            user_content = [*images, {"type": "text", "text": prompt}]
+            system_content = [{"type": "text", "text": system}]
+        elif self.processor.tokenizer.chat_template is not None:
+            user_content, system_content = prompt_with_images, system
         else:
-            messages = [{"role": "user", "content": text_prompt}]
-            system_content = system
+            return f"{system}\n{prompt_with_images}" if system else prompt_with_images
+        messages = [{"role": "user", "content": user_content}]
         if system:
             messages.insert(0, {"role": "system", "content": system_content})
         try:

@@ -57,10 +57,7 @@ def prepare(options: PrepareOptions) -> None:
     with join_processes(options.encoding.device) as process:
         is_main = process.rank == 0
         if is_main:
-            _record_settings(options, networks)
-            _remove_unfinished_files(folder)
-            for name in clips.FOLDERS:
-                (folder / name).mkdir(exist_ok=True)
+            _begin_folder(options, networks)
         # called only to make the others wait until the main process has checked the folder
         process.gather(None)
         # each process takes every n-th item
@@ -85,6 +82,14 @@ def prepare(options: PrepareOptions) -> None:
     show_box("Preparing is finished", rows)
     if failures:
         raise failure_error(sorted(failures, key=lambda failure: str(failure.path)), "clips")
+
+
+def _begin_folder(options: PrepareOptions, networks: PipelineNetworks | None) -> None:
+    """Record the settings of the output folder, remove unfinished files, and make the folders in it."""
+    _record_settings(options, networks)
+    _remove_unfinished_files(options.output_dir)
+    for name in clips.FOLDERS:
+        (options.output_dir / name).mkdir(exist_ok=True)
 
 
 def _select_networks(encoding: EncodingOptions) -> PipelineNetworks | None:
