@@ -248,8 +248,7 @@ def _collect_media(
     files_by_folder = {subfolder: _list_files(subfolder, suffixes) for subfolder in training_folders}
     # before the media, whose captions may be in these lists
     content.listed_captions = read_lists(files_by_folder, {*WRITTEN, CHECK_PAGE})
-    earlier_lines = content.report_lines
-    content.report_lines = []
+    num_earlier_lines = len(content.report_lines)
     audio_files: list[Path] = []
     for subfolder in training_folders:
         audio_files += _add_media_of_folder(folder, subfolder, content, model_info)
@@ -257,8 +256,8 @@ def _collect_media(
             unsorted_folders = _list_unsorted_folders(subfolder, folders_by_use)
             content.report_lines += _describe_too_deep_media(unsorted_folders)
     _add_audio_files(content, audio_files, model_info)
-    # only now is it known which captions of the lists were used
-    content.report_lines = [*earlier_lines, *_describe_lists(content), *content.report_lines]
+    # only now is it known which captions of the lists were used; their lines come first
+    content.report_lines[num_earlier_lines:num_earlier_lines] = _describe_lists(content)
     return audio_files
 
 

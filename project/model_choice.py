@@ -38,7 +38,7 @@ from project.new_options import NewOptions
 from project.options import check_trigger, find_models, script_family
 from protocols.families import with_scripts
 from protocols.family import audio_of, knows_few_steps
-from protocols.few_steps import FewSteps
+from protocols.few_steps import FewSteps, Verdict
 from protocols.new_tokens import find_error
 from training.image_options import ImageModelOptions
 from training.options import training_parser
@@ -235,9 +235,9 @@ def _find_few_step_advice(family: Any, model: ModelSet, dits: Sequence[Path]) ->
     with contextlib.suppress(UserError):  # the files may not be downloaded yet, only their names count
         reason = family.few_steps_evidence()  # the released model that the options name
     for dit, released in zip(dits, _list_released_dits(model), strict=False):
-        kind = _find_distillation(family, dit) or _find_distillation(family, released)
-        if kind is not None and kind.has_few_steps:
-            reason = kind.reason
+        verdict = _judge_distillation(family, dit) or _judge_distillation(family, released)
+        if verdict is not None and verdict.is_distilled:
+            reason = verdict.evidence
     return None if reason is None else family.few_steps
 
 
@@ -245,25 +245,18 @@ def _list_released_dits(model: ModelSet) -> list[Path]:
     return [Path(part.path) for part in transformers_of(model) if part.option]
 
 
-class Distillation(NamedTuple):
-    """Whether a transformer was distilled to few steps, and how that is known."""
-
-    has_few_steps: bool
-    reason: str  # the file name or metadata that shows it
-
-
-def _find_distillation(family: Any, dit: Path) -> Distillation | None:
-    """Return the kind of a transformer from its file name or metadata; None if neither reveals it."""
+def _judge_distillation(family: Any, dit: Path) -> Verdict | None:
+    """Judge by a file's name and metadata whether it was distilled to few steps; None if they do not say."""
     metadata: Mapping[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
         metadata = read_safetensors_texts(dit)
-    verdict = family.few_steps.judge(dit, metadata)
-    return None if verdict is None else Distillation(*verdict)
+    verdict: Verdict | None = family.few_steps.judge(dit, metadata)
+    return verdict
 
 
-def _is_of_few_steps(family: Any, dit: Path) -> bool:
-    kind = _find_distillation(family, dit)
-    return kind is not None and kind.has_few_steps
+def _seems_distilled(family: Any, dit: Path) -> bool:
+    verdict = _judge_distillation(family, dit)
+    return verdict is not None and verdict.is_distilled
 
 
 def _find_task_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None:
@@ -274,29 +267,29 @@ def _find_task_contradiction(family: Any, model: ModelSet, dits: Sequence[Path])
     if not knows_few_steps(family):
         return None
     for dit, released in zip(dits, _list_released_dits(model), strict=False):
-        found = _find_distillation(family, dit)
-        if found is None or found.has_few_steps == _is_of_few_steps(family, released):
+        verdict = _judge_distillation(family, dit)
+        if verdict is None or verdict.is_distilled == _seems_distilled(family, released):
             continue
         subject = "the model before it was distilled to few steps"
-        if found.has_few_steps:
+        if verdict.is_distilled:
             subject = "a model of few steps"
-        task = _find_task_of_distillation(family, model, found)
+        task = _find_matching_task(family, model, verdict.is_distilled)
         instead = "" if task is None else f"--task {task}, or "
         return (
-            f"{dit} seems to be {subject} ({found.reason}), and --task {model.task} is not: "
+            f"{dit} seems to be {subject} ({verdict.evidence}), and --task {model.task} is not: "
             f"give {instead}the file of {model.task}"
         )
     return None
 
 
-def _find_task_of_distillation(family: Any, model: ModelSet, kind: Distillation) -> str | None:
-    """Return another task of the family with this kind of transformer; None if there is none."""
+def _find_matching_task(family: Any, model: ModelSet, is_distilled: bool) -> str | None:
+    """Return another task of the family whose model is (or is not) distilled; None if there is none."""
     for candidate in find_models():
         if candidate.family != model.family or candidate.task == model.task or needs_image(candidate):
             continue
         if candidate.has_adapter != model.has_adapter:
             continue
-        if _is_of_few_steps(family, _list_released_dits(candidate)[0]) == kind.has_few_steps:
+        if _seems_distilled(family, _list_released_dits(candidate)[0]) == is_distilled:
             return candidate.task
     return None
 

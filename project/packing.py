@@ -272,8 +272,8 @@ def _relocate_texts(
     if outside_paths:
         machine_paths = "\n  ".join(outside_paths[:6])
         raise OptionError(
-            f"the folder names places of this machine, which another one has not:\n  {machine_paths}\n"
-            "Write paths inside the folder as relative ones, move what lies elsewhere into it, and run again"
+            f"files of the folder contain paths of this machine:\n  {machine_paths}\n"
+            "Make paths inside the folder relative, move what lies elsewhere into it, and run again"
         )
     return relocated, removed_options
 

@@ -66,8 +66,8 @@ def load_background_finder(path: Path) -> BackgroundFinder:
     shape = model.input_shape
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or not shape[2]:
         raise CheckpointError(
-            f"--background {path} takes {list(shape)}, and not square pictures of one size: it is no "
-            "U2Net-like network",
+            f"--background {path} requires input of shape {list(shape)}, not square pictures of one size: "
+            "it is not a U2Net-like network",
             path,
         )
     return BackgroundFinder(path, lambda images: model.run(images)[0], shape[2])

@@ -120,7 +120,10 @@ def check_audio(
             total_missing += len(plan.item_sizes) - num_valid
         if audio.missing_reason is not None:
             silence = Fault("have no sound", audio.missing_reason, stem)
-            (errors if needs_audio else warnings).append(silence)
+            if needs_audio:
+                errors.append(silence)
+            else:
+                warnings.append(silence)
         if audio.mismatch is not None:
             text = f"{plan.source.path}: {audio.mismatch}"
             warnings.append(Fault("have sound that does not fit", text, stem))

@@ -229,10 +229,11 @@ def _find_media_state(plan: SourcePlan, has_files: bool) -> State:
     """
     if plan.outdated_reason is not None:
         return STALE, plan.outdated_reason
-    # nothing is valid; `missing_spans` is None if the source's items are not known
-    if plan.missing_spans is None or (plan.missing_spans and not plan.valid_files):
-        if has_files:
-            return STALE, "not of this file, or of other settings"
+    # None: the items of the source are not known, so no cache counts as valid
+    is_nothing_valid = plan.missing_spans is None or (plan.missing_spans and not plan.valid_files)
+    if is_nothing_valid and has_files:
+        return STALE, "not of this file, or of other settings"
+    if is_nothing_valid:
         return MISSING, ""
     if plan.missing_spans:
         return MISSING, f"{len(plan.missing_spans)} of {len(plan.item_sizes)} items"

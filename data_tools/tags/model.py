@@ -211,8 +211,8 @@ def _read_input_layout(model: OnnxModel, path: Path) -> tuple[int, bool]:
     is_square = len(shape) == 4 and 3 in (shape[1], shape[3]) and sides[0] == sides[1]
     if not is_square or sides[0] is None:
         raise CheckpointError(
-            f"{path} takes {list(shape)}, and not square pictures of one size: it is not a tagger that goes "
-            f"with selected_tags.csv or {MAPPING_NAME}",
+            f"{path} requires input of shape {list(shape)}, not square pictures of one size: it is not a "
+            f"tagger for selected_tags.csv or {MAPPING_NAME}",
             path,
         )
     return sides[0], is_channels_first

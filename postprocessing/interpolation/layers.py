@@ -257,7 +257,7 @@ class Correlation:
         self._levels = [make_level(features) for features in pyramid]
 
     def _multiply_level(self, features: Tensor) -> Tensor:
-        """Return the products of all positions of the first image with all of a level, h*w by h*w of it."""
+        """Return the products of all positions of the first image with those of the second at a level."""
         return self._first @ features[0].flatten(1)
 
     def lookup(self, positions: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ def test_the_foreground_is_that_of_the_network(pictures: Path, tmp_path: Path) -
     damaged = BackgroundFinder(path, lambda pictures: pictures * np.float32("nan"), 32)
     with pytest.raises(CheckpointError, match="gives no numbers"):
         damaged.score(image)
-    with pytest.raises(CheckpointError, match="is no U2Net-like network"):
+    with pytest.raises(CheckpointError, match="is not a U2Net-like network"):
         load_background_finder(write_yolo(tmp_path / "yolo.onnx", side=0))
 
 
