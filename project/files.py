@@ -96,10 +96,12 @@ UNREADABLE_WITHOUT_CAPTION = (
 def write_project(options: NewOptions) -> None:
     """Write run.toml, dataset.toml and prompts.txt of a folder; print what was found and chosen.
 
-    With --dry_run the changes are printed instead of written, with --print_run only the text of run.toml.
+    1. Complete the options from another trainer's project (--from) or a recipe, and choose the model.
+    2. Choose what is trained. For an adapter and an empty folder, only write prompts, and stop.
+    3. Read the folder, and collect all that the three files depend on.
+    4. Write them, with captions from lists, and with the first frames of clips if the model learns images.
 
-    Also writes captions from lists into caption files, and the first frames of clips for a model that
-    learns images.
+    With --dry_run the changes are printed instead of written, with --print_run only the text of run.toml.
 
     Raises:
         OutputError: If one of the three files exists.

@@ -64,25 +64,25 @@ def resolve_trained_networks(
     # an embedding or a control network is trained, and no network of the model itself
     if kind.trains_embedding or kind.uses_control_images:
         if networks.file_keys:
-            project.report_omitted_key(_join_network_keys(project), f"{kind.title} is all that is trained")
+            project.report_omitted_key(_join_network_keys(project), f"only {kind.title} is trained")
         return
     can_train_text_encoders = _can_train_text_encoders(model, kind, script)
-    if not networks.trains_text_encoders:
+    if not networks.trains_text_encoders:  # as by default
         project.adopted_keys += map(show, networks.file_keys)
     elif not can_train_text_encoders:
+        keys = _join_network_keys(project) or "text encoders"
         project.omission_lines.append(
-            f"{_join_network_keys(project) or 'text encoders'}: a text encoder learned there, and none does "
-            f"here: {kind.title} of {model.title} leaves text encoders as they are"
+            f"{keys}: the project trains a text encoder, which is not possible here: {kind.title} of "
+            f"{model.title} does not change text encoders"
         )
     if networks.dit_rate is not None and (kind is LORA or networks.trains_text_encoders):
         _use_dit_rate(project, networks.dit_rate)
-    if not (networks.trains_text_encoders and can_train_text_encoders):
-        return
-    rates = _select_text_encoder_rates(project)
-    if kind is LORA:
-        _train_text_encoders_of_lora(project, rates)
-    else:
-        _train_text_encoders_of_model(project, script, rates)
+    if networks.trains_text_encoders and can_train_text_encoders:
+        rates = _select_text_encoder_rates(project)
+        if kind is LORA:
+            _train_text_encoders_of_lora(project, rates)
+        else:
+            _train_text_encoders_of_model(project, script, rates)
 
 
 def _can_train_text_encoders(model: ModelSet, kind: RunKind, script: ScriptOptions) -> bool:

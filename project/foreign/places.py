@@ -54,11 +54,11 @@ def _resolve_resolutions(project: ForeignProject) -> None:
         largest = largest_by_folder.get(dataset.path, size)
         largest_by_folder[dataset.path] = max(largest, size, key=_count_pixels)
     for dataset in sized_datasets:
-        if dataset.table_keys["resolution"] != largest_by_folder[dataset.path]:
-            _report_omitted_keys(
-                project, dataset, ["resolution"], "of several sizes of a folder the largest is taken"
-            )
-        dataset.table_keys["resolution"] = largest_by_folder[dataset.path]
+        largest = largest_by_folder[dataset.path]
+        if dataset.table_keys["resolution"] != largest:
+            reason = "the folder has a larger size, too, which is used"
+            _report_omitted_keys(project, dataset, ["resolution"], reason)
+        dataset.table_keys["resolution"] = largest
     # if all datasets have a size, the project's general one has no effect
     if "resolution" in project.general_keys and len(sized_datasets) == len(project.datasets):
         _omit_general_key(project, "resolution")

@@ -167,10 +167,11 @@ def _set_once(
         value: The value in our form.
     """
     name = setting.rule.name
-    is_default = setting.key in project.assumed_defaults  # of the other program, for a missing key
-    first_key = keys.setdefault(name, setting.key)
-    if first_key in project.assumed_defaults and not is_default:
-        # a value in the file replaces a default
+    # the file may not have the key: then the value is a default of the other program
+    is_default = setting.key in project.assumed_defaults
+    earlier_key = keys.setdefault(name, setting.key)
+    earlier_is_default = earlier_key in project.assumed_defaults
+    if earlier_is_default and not is_default:  # a value in the file replaces a default
         our_values.pop(name, None)
         keys[name] = setting.key
     if our_values.setdefault(name, value) != value:

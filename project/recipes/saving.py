@@ -137,9 +137,8 @@ def _find_trained_model(
         value_by_option = dict(itertools.pairwise(argv))  # each word with the one after it
         if "--family" in value_by_option and "--task" in value_by_option:
             return value_by_option["--family"], value_by_option["--task"], find_kind_of(commands).name
-    task = ""
-    for option in ("task", "model_version", "model_type"):  # training scripts name the task by one of them
-        task = task or changed_options.get(option, "")
+    task_options = ("task", "model_version", "model_type")  # training scripts name the task by one of them
+    task = next((changed_options[name] for name in task_options if changed_options.get(name)), "")
     models = [model for model in find_models() if model.family == start.model]
     candidates = [model for model in models if model.task == task]
     if not candidates and len(models) == 1:
