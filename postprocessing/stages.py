@@ -27,7 +27,7 @@ from postprocessing.upscaling.stage import check_upscaler, make_upscaler
 
 
 class _ToolLoaders(NamedTuple):
-    """The functions of a tool that take its options."""
+    """Functions of a tool: one checks its model files, the other loads its networks."""
 
     check_files: Callable[[Any], None]  # reads the headers of its model files
     load_stage: Callable[[Any, torch.device], Stage]

@@ -51,7 +51,7 @@ from project.model_choice import (
     ModelInfo,
     check_model_files,
     check_word,
-    describe_makes,
+    describe_outputs,
     read_model_info,
     select_model,
     trains_on_audio_alone,
@@ -606,7 +606,7 @@ def _describe_model(setup: describing.RunSetup) -> str:
     missing = [part for part in model.components if part.option and part.option not in existing]
     missing_bytes = total_bytes(missing)
     download = f"{gigabytes(missing_bytes)} to download" if missing_bytes else "its files are there"
-    outputs = describe_makes(model, setup.model_info)
+    outputs = describe_outputs(model, setup.model_info)
     summary = f"{setup.model_name} makes {outputs}; {download}"
     if setup.kind is FULL:  # other lines report the memory
         free = gigabytes(free_bytes(setup.folder))
@@ -730,14 +730,14 @@ def _describe_tag_keys(setup: describing.RunSetup, tags: TagLists) -> str:
     return text
 
 
-def _find_replaced_by_trigger(setup: describing.RunSetup, bare: Sequence[Path]) -> list[Path]:
+def _find_replaced_by_trigger(setup: describing.RunSetup, uncaptioned: Sequence[Path]) -> list[Path]:
     """Return the media for which the trigger word replaces a missing caption.
 
-    `bare` are the media that have neither a caption nor a replacement.
+    `uncaptioned` are the media that have neither a caption nor a replacement.
     """
     content = setup.content
     lacking = [item.path for item in setup.media if item.caption is None]
-    replaced = [path for path in lacking if path not in {*bare, *content.undecodable_captions}]
+    replaced = [path for path in lacking if path not in {*uncaptioned, *content.undecodable_captions}]
     return [path for path in replaced if path.parent not in content.parsed_folder_names]
 
 

@@ -79,7 +79,7 @@ class Media:
 
 @dataclass
 class FolderContent:
-    """What `new` finds in a folder; `lines` report which files are left out, and why."""
+    """What `new` finds in a folder; `report_lines` say which files are left out, and why."""
 
     media: list[Media] = field(default_factory=list)
     parsed_folder_names: dict[Path, FolderName] = field(

@@ -294,7 +294,7 @@ def _find_matching_task(family: Any, model: ModelSet, is_distilled: bool) -> str
     return None
 
 
-def describe_makes(model: ModelSet, model_info: ModelInfo) -> str:
+def describe_outputs(model: ModelSet, model_info: ModelInfo) -> str:
     """Return what a model generates, such as `clips and sound`."""
     if model_info.trains_on_layers:
         kinds = ["layers"]
@@ -558,7 +558,7 @@ def _make_family_table(models: Sequence[ModelSet], memory: float, is_typed: bool
         smallest = min(tasks, key=transformer_bytes)
         sizes = sorted({round(total_bytes(model.components) / 1e9) for model in tasks})
         size = f"{sizes[0]} GB" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} GB"
-        kinds = dict.fromkeys(describe_makes(model, read_model_info(model)) for model in tasks)
+        kinds = dict.fromkeys(describe_outputs(model, read_model_info(model)) for model in tasks)
         rows.append((family, ", ".join(kinds), size, describe_fit(smallest, memory)))
     return _format_table_of_fits(("family", "makes", "download"), rows, memory, is_typed)
 

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class EndCommand:
-    """Start a command when the `with` block ends, if `describe` was called in the block.
+    """Start a command when the `with` block ends, if `arm` was called in the block.
 
     An error raised in the block is passed on.
     """

@@ -187,7 +187,7 @@ def _explain_missing(project: Project, models: Path) -> str:
     `models` is the default folder of --download.
     """
     size = _download_size(project.download_command)
-    options = _download_words(project, models)
+    options = _describe_download_options(project, models)
     return (
         f"{project.missing_model_files[0]} is missing{size}. Add {options}, or run\n"
         f"  {quote_command(project.download_command)}\n"
@@ -467,7 +467,7 @@ def _find_model_difference(project: Project, metadata: Mapping[str, str]) -> str
     return None
 
 
-def _download_words(project: Project, models: Path) -> str:
+def _describe_download_options(project: Project, models: Path) -> str:
     """Return the options with which the user lets `run` download missing files.
 
     `models` is the default folder of --download; another folder has to be named.

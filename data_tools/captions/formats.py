@@ -82,7 +82,7 @@ class JsonCaptioner:
         return write_object(reword_object(caption, self.wording, self.format.main))
 
     def wrap_captioner(self, captioner: Captioner) -> Captioner:
-        """Return a captioner that checks JSON captions, and asks once more for those that are invalid."""
+        """Return a captioner that checks JSON captions, and repeats the requests for invalid ones."""
         return partial(self._caption_as_json, captioner)
 
     def _caption_as_json(

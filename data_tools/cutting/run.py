@@ -223,7 +223,7 @@ class Cutter:
         """
         if job.record is None:
             return self._cut_anew(job, reason_to_recut="")
-        reason_to_recut = job.record.changes(job.source, self.options)
+        reason_to_recut = job.record.find_reason_to_recut(job.source, self.options)
         if reason_to_recut:
             self._reject_edited_clips(job.source, job.record, reason_to_recut)
             logger.warning("%s is cut again: %s", job.source, reason_to_recut)

@@ -92,7 +92,7 @@ def test_a_wrong_answer_is_told_and_asked_for_again_with_its_fault(
     assert len(server.bodies) == 4
     assert fault in questions_of(server)[3]
     assert fault in caplog.text
-    assert "asked again" in caplog.text
+    assert "Asking again" in caplog.text
     images = [body["messages"][-1]["content"][0] for body in server.bodies]
     assert images[3] == images[1]
 
