@@ -45,7 +45,7 @@ FAULTS = (
     say("%(n)s tables have no item to train on"),
     say("%(n)s tables cannot be used"),
     say("%(n)s tokenizers are missing, and nothing is downloaded while HF_HUB_OFFLINE is set"),
-    say("%(n)s model that takes reference pictures gets none"),
+    say("%(n)s model that uses reference pictures gets none"),
     say("%(n)s word to learn is not in all captions"),
     say("%(n)s faults in captions as JSON objects"),
     say("%(n)s text caches are missing"),

@@ -45,9 +45,7 @@ class CropFacesOptions(Options, title="what to do"):
     )
     least_score: float = option("how sure the detector has to be", default=0.5, minimum=0, maximum=1)
     rotate: bool = option("turn each image around the face, until the line between its eyes is level")
-    resize_fit: bool = option(
-        "scale each image so that what is cut just covers --crop_size", needs="crop_size"
-    )
+    resize_fit: bool = option("scale each image so that the crop just covers --crop_size", needs="crop_size")
     resize_face_size: int | None = option(
         "scale each image so that the longer side of its face has this many pixels",
         minimum=1,

@@ -46,7 +46,7 @@ class ResizeImagesOptions(Options, title="what to do"):
     interpolation: str = option("how images are made smaller", default="area", choices=METHODS)
     save_as_png: bool = option("write PNG, with transparency, and not JPEG")
     copy_associated_files: bool = option(
-        "copy files of an image's name, such as captions, under its new name"
+        "copy files with the name of an image, such as captions, under its new name"
     )
 
     def __post_init__(self) -> None:

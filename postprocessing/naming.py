@@ -116,7 +116,7 @@ def list_sources(chain: Chain) -> list[Path]:
     if not sources:
         kinds = "video" if chain.needs_video else "video and no picture"
         results = f" but {len(files)} with {ending}, which are results" if files else ""
-        raise MediaError(f"--input {folder} is a folder that holds no {kinds}{results}. Give another folder.")
+        raise MediaError(f"--input {folder} is a folder without a {kinds}{results}. Give another folder.")
     num_results = len(files) - len(sources)
     if num_results:
         logger.info(

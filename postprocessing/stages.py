@@ -190,7 +190,7 @@ class PostTools:
         for (tool, _), name in zip(self.selected.tools, self.selected.labels, strict=True):
             if frames == 1 and tool.needs_video:
                 raise OptionError(
-                    f"{name} works between the frames of a video, and {label} gives a single one. Leave "
+                    f"{name} works between the frames of a video, but {label} gives a single one. Leave "
                     f"{name} out, or make a video."
                 )
 

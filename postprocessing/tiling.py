@@ -227,9 +227,8 @@ class MemoryFittedRunner:
             logger.info("Out of memory: pictures are now split into tiles of %d pixels.", self.tile)
         else:
             raise MemoryPlanError(
-                f"the device has too little memory even for {side} x {side} pixels at once ({reason}).\n"
-                "  Use a smaller --tile, --dtype fp16 or bf16, or close other programs that use the "
-                "device."
+                f"the device does not have enough memory even for {side} x {side} pixels ({reason}).\n"
+                "  Use a smaller --tile, --dtype fp16 or bf16, or close other programs that use the device."
             )
 
     def _run_tiled(self, run: Run, images: Tensor) -> Tensor:
@@ -327,4 +326,4 @@ def compile_parts(
     if not options.compile:
         return
     compile_each(parts, choice)
-    logger.info("The network is compiled with %s at its first use, which takes some time.", choice.backend)
+    logger.info("The network is compiled with %s at its first use, which takes a while.", choice.backend)

@@ -88,7 +88,8 @@ class LocalModel:
         except torch.OutOfMemoryError:
             raise MemoryPlanError(
                 f"{len(batch)} at a time with up to {self.ask_options.num_frames} frames do not fit into the "
-                "memory. Lower --batch_size, --num_frames or --max_pixels; what is written already stays."
+                "memory. Lower --batch_size, --num_frames or --max_pixels; captions that are already "
+                "written are kept."
             ) from None
         except Exception as error:  # the processor or the model rejects an input: find out which one
             if len(batch) == 1:

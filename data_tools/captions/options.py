@@ -92,11 +92,11 @@ class AskOptions(Options, title="what is asked"):
         maximum=MAX_TOKENS,
     )
     temperature: float = option(
-        "0 takes the most probable word every time; above 0 words are drawn",
+        "0 always selects the most probable token; above 0, tokens are sampled",
         default=0.0,
         minimum=0,
         maximum=10,
-        hint="1 draws words as the model learned them",
+        hint="1 samples from the probabilities of the model",
     )
     seed: int = option(
         "seed of drawn words, with --temperature above 0",
@@ -149,7 +149,7 @@ class WordingOptions(Options, title="the text that is written"):
                 re.compile(pattern).sub(new, "")  # called only to raise errors in the pattern or in `new`
             except (re.error, IndexError, OverflowError, RecursionError) as error:
                 raise OptionError(
-                    f"--replace_regex {pattern!r} {new!r}: {error}. Write it as Python's re.sub takes it"
+                    f"--replace_regex {pattern!r} {new!r}: {error}. Use the syntax of re.sub in Python"
                 ) from None
 
     @property
@@ -191,7 +191,7 @@ class CaptioningOptions(WritingOptions, title="what to do"):
     dataset_config: Path = option("dataset configuration, .toml or .json", required=True, by_place=True)
     caption_format: str | None = option(
         "write JSON objects with the keys that the model of this family was trained with, such as fibo_2. "
-        "Each answer is checked, and asked for once more if it is wrong; --trigger_word and the like change "
+        "Each answer is checked, and requested again if it is invalid; --trigger_word and the like change "
         "the texts in the objects"
     )
     convert_plain: bool = option(
@@ -201,7 +201,7 @@ class CaptioningOptions(WritingOptions, title="what to do"):
     )
     edit_only: bool = option(
         "make no captions: apply --replace, --replace_regex, --trigger_word, --caption_prefix and "
-        "--caption_suffix to those that are there; the old ones are kept as .bak",
+        "--caption_suffix to existing captions; the old ones are kept as .bak",
         excludes=("overwrite", "overwrite_all", "fill_empty", "try_on", "convert_plain"),
         hint="it makes no captions",
     )

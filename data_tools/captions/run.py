@@ -158,7 +158,7 @@ def _reject_image_editing(config: DatasetConfig, options: CaptioningOptions) -> 
         if table.control_directory or any(source.control and source.table is table for source in listed):
             raise OptionError(
                 f"--caption_format {options.caption_format}: {table.name} has pictures before an edit, and "
-                "its captions say what is changed. A model that sees the results alone cannot write them"
+                "its captions say what is changed. A model that sees only the results cannot write them"
             )
 
 
@@ -453,9 +453,9 @@ def edit_captions(
         show_box("Editing is finished", [("captions", f"{len(edits)} changed, {unchanged}")])
     if emptied:
         raise DatasetError(
-            f"{format_count(len(emptied), 'caption')} would be empty and stay as they are, such as "
-            f"{emptied[0].location.display_path}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, or "
-            "remove them and have new ones made."
+            f"{format_count(len(emptied), 'caption')} would become empty and are not changed, such as "
+            f"{emptied[0].location.display_path}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, "
+            f"or remove them and generate new ones."
         )
 
 

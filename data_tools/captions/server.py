@@ -106,8 +106,8 @@ class ApiServer:
         key = environment.get(KEY_VARIABLE, "").strip()
         if not all("!" <= character <= "~" for character in key):
             raise OptionError(
-                f"{KEY_VARIABLE} contains a blank, a line break or a character that no key has. Set it to "
-                "the key alone."
+                f"{KEY_VARIABLE} contains a space, a line break or a character that is not valid in a key. "
+                f"Set it to the key alone."
             )
         if key and parts.scheme == "http" and not self._is_local:
             logger.warning(
@@ -337,7 +337,9 @@ class ApiServer:
             # the answer reached the maximum number of tokens
             was_cut = choice.get("finish_reason") == "length"
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise NoCaptionError(f"the server's answer is of another form: {self._redact(text)!r}") from None
+            raise NoCaptionError(
+                f"the server's response has an unexpected format: {self._redact(text)!r}"
+            ) from None
         if isinstance(content, list):  # some servers return parts
             part_texts = [part.get("text") for part in content if isinstance(part, dict)]
             content = " ".join(part for part in part_texts if isinstance(part, str))

@@ -161,7 +161,7 @@ def round_frame_buckets(shape: ShapeOptions, networks: PipelineNetworks | None) 
     rounded = tuple(dict.fromkeys(map(networks.round_down_frames, shape.frame_buckets)))
     if rounded != distinct:
         logger.warning(
-            "--frame_buckets %s become %s, which the VAE takes",
+            "--frame_buckets %s become %s, which the VAE accepts",
             " ".join(map(str, shape.frame_buckets)),
             " ".join(map(str, rounded)),
         )

@@ -40,8 +40,8 @@ class ControlImageOptions(Options, title="what to make"):
         excludes="depth",
     )
     depth: Path | None = option(
-        "draw depth maps, near is white, with the model in this folder: one that transformers loads for "
-        "depth estimation, such as Depth Anything V2 or DPT. Code that comes with it is never run",
+        "draw depth maps, white is near, with the model in this folder, which transformers must be able to "
+        "load for depth estimation, such as Depth Anything V2 or DPT. Code in the folder is never executed",
         place="folder",
         hint="the folder of such a model; python tools/download.py --family tools --task "
         "depth_anything_v2_small --to models downloads one, after its size and license",
@@ -59,7 +59,7 @@ class ControlImageOptions(Options, title="what to make"):
         if self.canny is None and self.depth is None:
             raise OptionError("Say what to draw: --canny for edges, or --depth FOLDER with a model of depth")
         if self.canny is not None and len(self.canny) not in (0, 2):
-            raise OptionError(f"--canny takes two numbers, LOW and HIGH, or none; it has {len(self.canny)}")
+            raise OptionError(f"--canny requires two numbers, LOW and HIGH, or none, not {len(self.canny)}")
         if self.canny and self.canny[0] > self.canny[1]:
             raise OptionError(f"--canny {self.canny[0]} {self.canny[1]}: the first is the lower threshold")
 

@@ -312,7 +312,7 @@ class Cutter:
         for edit, paths in edited_clips.items():
             if paths:
                 raise OutputError(
-                    f"{source} was cut in another way ({why}), and there are clips {edit}, such as "
+                    f"{source} was cut with other options ({why}), and there are clips {edit}, such as "
                     f"{paths[0].name}. Cutting again would invalidate them: move them away, or choose "
                     "another --output."
                 )

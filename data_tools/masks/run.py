@@ -107,7 +107,7 @@ def _find_all_entries(options: MaskOptions) -> list[MaskEntry]:
     for folder, mask_folder in mask_folders.items():
         entries += find_mask_entries(folder, mask_folder)
     if not entries:
-        hint = "" if options.recursive else ". --recursive also takes the folders below it"
+        hint = "" if options.recursive else ". --recursive also searches its subfolders"
         raise DatasetError(f"{options.folder} has no pictures and no clips{hint}")
     return entries
 

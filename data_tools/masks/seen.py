@@ -41,7 +41,9 @@ class BackgroundFinder:
         """
         output = self.network(self.to_model_input(frame))
         if output.ndim < 2 or not np.isfinite(output).all():
-            raise CheckpointError(f"{self.path} gives no numbers for a picture: it may be damaged", self.path)
+            raise CheckpointError(
+                f"{self.path} returns NaN or infinite values for a picture: it may be damaged", self.path
+            )
         scores = output.reshape(-1, *output.shape[-2:])[0]
         low, high = scores.min(), scores.max()
         return ((scores - low) / max(high - low, np.finfo(np.float32).tiny)).astype(np.float32)

@@ -58,7 +58,7 @@ def test_each_tool_has_its_own_options() -> None:
         (["--then", "facefix", "model=x", "weight=0.7"], r"--weight 0\.7 is for --mode codeformer"),
         (["--then", "gimmvfi", "model=x", "mode=film"], "--mode film"),
         (["--then", "gimmvfi", "model=x", "ds_factor=0.29"], r"--ds_factor 0\.29"),
-        (["--then", "gimmvfi", "model=x", "ds_factor=1e-30"], "--ds_factor 1e-30: give a simple part"),
+        (["--then", "gimmvfi", "model=x", "ds_factor=1e-30"], "--ds_factor 1e-30: give a simple fraction"),
         (["--tile", "48", "--tile_overlap", "32"], "--tile_overlap 32 is more than half of --tile 48"),
     ],
 )

@@ -156,7 +156,7 @@ def test_the_foreground_is_that_of_the_network(pictures: Path, tmp_path: Path) -
     assert (read(pictures / "masks" / "cat.png") != rectangle(*BOX)).mean() < 0.03
 
     damaged = BackgroundFinder(path, lambda pictures: pictures * np.float32("nan"), 32)
-    with pytest.raises(CheckpointError, match="gives no numbers"):
+    with pytest.raises(CheckpointError, match="returns NaN or infinite values"):
         damaged.score(image)
     with pytest.raises(CheckpointError, match="is not a U2Net-like network"):
         load_background_finder(write_yolo(tmp_path / "yolo.onnx", side=0))
