@@ -49,7 +49,7 @@ def describe_control_pairs(
     if controls.unmatched:
         errors += f". Without a picture: {list_some([path.name for path in controls.unmatched])}"
     return warning(
-        f"{control_folder}: left out, as {kind.title} learns no control pictures. "
+        f"{control_folder}: left out, as {kind.title} does not use control pictures. "
         f"{len(pictures) - len(missing)} of {len(pictures)} pictures have one there{errors}. --train "
         f"{control_kind.name} trains {control_kind.title} on such pairs (docs/control.md)"
     )

@@ -522,10 +522,10 @@ def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str
         alternative = "" if setup.options.trains else ". --train lora trains a LoRA without them"
         data = f"its pairs with {control_folder}"
         if setup.kind.inpaints_images:
-            data = "its pictures, of which each step marks a random part to repaint"
+            data = "its pictures, in which each step masks a random part to repaint"
         lines.append(f"{folder}: {setup.kind.title} learns from {data}{alternative}")
     for name, checkpoint in setup.embedded_model_files.items():
-        lines.append(f"--{name}: the one inside {checkpoint}. --model_file {name}=FILE takes another")
+        lines.append(f"--{name}: taken from {checkpoint}. --model_file {name}=FILE uses another one")
     lines += _describe_precision(setup)
     if setup.model_info.task_contradiction:
         lines.append(warning(setup.model_info.task_contradiction))
@@ -561,7 +561,7 @@ def _describe_distillation(setup: describing.RunSetup) -> list[str]:
     if few_steps is None or setup.kind.makes_training_adapter:
         return []
     subject = "It" if setup.model_info.task_contradiction else setup.model_name
-    text = f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}"
+    text = f"{subject} {few_steps.distilled}, and plain training unlearns {few_steps.lost}"
     target_hint = (
         "the comment signs from the lines of a target that keeps "
         f"{few_steps.lost}, in [training] of {RUN_FILE}"
@@ -633,12 +633,13 @@ def _describe_lengths(setup: describing.RunSetup) -> list[str]:
         if not describing.trains_on_frames_of_clips(model):
             minimum = describing.min_clip_frames(model)
             learned = (
-                f"which learns nothing of less than {minimum} frames (at {model.properties['fps']} a second)"
+                f"which cannot train on clips of fewer than {minimum} frames (at {model.properties['fps']} "
+                f"a second)"
             )
         lines.append(warning(f"{names}: too short for a clip of this model, {learned}"))
     images = [item.path for item in setup.media if item.kind == "image"]
     if images and model.properties.get("from_image"):
-        lines.append(warning(f"{name_some(images)}: pictures, of which this model learns nothing"))
+        lines.append(warning(f"{name_some(images)}: pictures, which this model cannot train on"))
     return lines
 
 
@@ -661,7 +662,7 @@ def _describe_captions(setup: describing.RunSetup) -> list[str]:
     empty = [item.path for item in setup.media if item.caption == ""]
     if empty:
         noun = "an empty caption" if len(empty) == 1 else "empty captions"
-        meaning = f"only {trigger} is learned there" if trigger else "nothing is learned by name"
+        meaning = f"only {trigger} is learned there" if trigger else "nothing is learned under a name"
         lines.append(warning(f"{name_some(empty)}: {noun}: {meaning}"))
     by_trigger = _find_replaced_by_trigger(setup, uncaptioned)
     if by_trigger:
@@ -693,7 +694,7 @@ def _describe_tags(setup: describing.RunSetup) -> list[str]:
     example = ", ".join(tags.lists[0][:3])
     found_text = f"{count}: lists of tags ({example}, ...)"
     if setup.tags is None:
-        return [f"{found_text}, learned as they stand: {setup.model_name} was trained on sentences"]
+        return [f"{found_text}, used unchanged: {setup.model_name} was trained on sentences"]
     # if the model was trained on sentences, many models derived from it were trained on tags
     was_trained_on_tags = bool(setup.model.properties["tags"])
     reader = f"Models made from {setup.model_name} on tags read"

@@ -30,7 +30,7 @@ ALL_PATH_COLUMNS = (
 )
 # fmt: on
 ALL_CAPTION_COLUMNS = (*CAPTION_COLUMNS, "description", "label", "tags")
-TABLE_KEY = "image_table_file or video_table_file in dataset.toml takes it"
+TABLE_KEY = "use it as image_table_file or video_table_file in dataset.toml"
 
 
 @dataclass

@@ -225,7 +225,9 @@ def _make_audio_error(
     """Return an error about clips without audio, for a model that trains on both."""
     remedy = ""
     if suggested_models.silent_task:
-        remedy = f", or take --task {suggested_models.silent_task}, which learns pictures and movement alone"
+        remedy = (
+            f", or take --task {suggested_models.silent_task}, which is trained on pictures and movement only"
+        )
     return DatasetError(
         f"{folder} has no sound, and {model_name} learns sound. Give clips that have some{remedy}."
         f"{_indent_lines(content.report_lines)}"
@@ -326,8 +328,8 @@ def _describe_unused_reference_folders(
         if reference_folder in described or not _list_media_files(reference_folder):
             continue
         text = (
-            f"{reference_folder}: left out. A folder of this name contains what pictures are made from, and "
-            f"{model_name} does not edit{remedy}. If it is to be learned, rename it"
+            f"{reference_folder}: left out. A folder of this name contains source images of edits, and "
+            f"{model_name} does not edit{remedy}. To train on it, rename it"
         )
         lines.append(warning(text))
     return lines
@@ -338,7 +340,7 @@ def _describe_images_named_as_references(media: Sequence[Media]) -> list[str]:
     numbered = _find_images_named_as_references(media)
     if not numbered:
         return []
-    text = "learned as results. If they are what others are made from, move them into a folder control"
+    text = "learned as results. If others are made from them, move them into a folder named control"
     return [f"{name_some(numbered)}: {text}"]
 
 
@@ -426,16 +428,16 @@ def _add_regularization(
     images = _list_files(subfolder, image_suffixes())
     if not images:
         return
-    remedy = "If they are to be learned as others, rename the folder"
+    remedy = "To train on them like on other images, rename the folder"
     class_name = content.parsed_folder_names.get(subfolder)
     uncaptioned = [path for path in images if not caption_path(path, content.caption_suffix).exists()]
     error = ""
     if kind.uses_control_images or kind.trains_embedding:
-        error = f"left out, as {reason}, and {kind.title} learns nothing from such. {remedy}"
+        error = f"left out, as {reason}, and {kind.title} does not use such images. {remedy}"
     elif not model_info.supports_regularization:
         error = (
             f"left out, as {reason}. A dataset file with [[datasets.subsets]] and is_reg = true "
-            f"takes them (docs/image_datasets.md). {remedy}"
+            f"supports them (docs/image_datasets.md). {remedy}"
         )
     elif uncaptioned and class_name is None:
         error = (
@@ -737,7 +739,7 @@ def _select_layered_images(paths: Sequence[Path], content: FolderContent) -> lis
     if alone:
         example = f"{alone[0].stem}_1.png"
         content.report_lines.append(
-            warning(f"{name_some(alone)}: left out, without layers, such as {example}")
+            warning(f"{name_some(alone)}: left out, because they have no layers, such as {example}")
         )
     of_images = {path: of_path for path, of_path in layers.items() if of_path}
     content.layers_by_image |= of_images
@@ -784,9 +786,11 @@ def _describe_captions_without_media(paths: Sequence[Path], suffix: str, owners:
         if owner is not None:
             right = caption_path(Path(owner), suffix)
             hint = f"{path.name} seems to be that of {owner}: call it {right}"
-            return f"{name_some(paths)}: captions of no file. {hint}"
+            return f"{name_some(paths)}: captions without a file. {hint}"
     example = f"cat{suffix} for cat.png"
-    return f"{name_some(paths)}: captions of no file. A caption has the name of its file, such as {example}"
+    return (
+        f"{name_some(paths)}: captions without a file. A caption has the name of its file, such as {example}"
+    )
 
 
 def _explain_unread_files(paths: Sequence[Path], stems: set[str], captions: str) -> str:
@@ -879,7 +883,8 @@ def _replace_clips_by_first_frames(folder: Path, content: FolderContent, model_n
     if images:
         names = name_some(list(content.first_frames.values()))
         content.report_lines.append(
-            f"{names}: {model_name} learns pictures alone. The first frame of each clip is written as a "
+            f"{names}: {model_name} is trained only on pictures. The first frame of each clip is written as "
+            f"a "
             f"picture with its caption into {folder / FIRST_FRAMES}"
         )
 
@@ -1007,7 +1012,7 @@ def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
     """
     clips = [item.path for item in content.media if item.is_clip]
     if clips:
-        text = f"{name_some(clips)}: left out, as {kind.title} learns pictures alone"
+        text = f"{name_some(clips)}: left out, as {kind.title} uses only pictures"
         content.report_lines.append(warning(text))
     content.media = [item for item in content.media if not item.is_clip]
 
@@ -1031,7 +1036,7 @@ def _select_references_of_folder(
         content.report_lines += _describe_unreadable_references(image_folder, candidate, content.media)
         if missing:
             text = f"{len(missing)} of {len(image_stems)} pictures have no reference in {candidate}"
-            content.report_lines.append(f"{image_folder}: {text}, such as {missing[0]}: learned without one")
+            content.report_lines.append(f"{image_folder}: {text}, such as {missing[0]}: trained without one")
         return
 
 
@@ -1131,7 +1136,7 @@ def _describe_unsuitable_media(content: FolderContent, model_info: "ModelInfo") 
     lines = _describe_sizes(visible)
     if len(content.media) < FEW_MEDIA:
         files = format_count(len(content.media), "file")
-        lines.append(f"{files} to learn from: few. Most is learned by heart; 10 to 30 are usual")
+        lines.append(f"{files} to learn from: few. They would mostly be memorized; 10 to 30 are usual")
     images = [item.path for item in visible if item.kind == "image"]
     # first frames of clips are not written yet, and have no alpha
     existing_images = [path for path in images if path not in content.first_frames]
@@ -1159,7 +1164,7 @@ def _describe_silent_clips(clips: Iterable[Path], model_info: "ModelInfo") -> li
     silent = [path for path in clips if _is_silent(path)]
     if model_info.reads_separate_audio:
         silent = [path for path in silent if find_audio_beside(path) is None]
-    return [f"{name_some(silent)}: without sound: only the pictures are learned"] if silent else []
+    return [f"{name_some(silent)}: without sound: only their pictures are used"] if silent else []
 
 
 def is_narrow(item: Media) -> bool:
@@ -1173,7 +1178,7 @@ def _describe_sizes(media: Sequence[Media]) -> list[str]:
     narrow = [item.path for item in media if is_narrow(item)]
     lines = []
     if tiny:
-        text = f"{name_some(tiny)}: tiny, below {FEW_PIXELS} pixels: their blur is learned"
+        text = f"{name_some(tiny)}: tiny, below {FEW_PIXELS} pixels: the model would learn their blur"
         lines.append(warning(text))
     if narrow:
         text = f"more than {MAX_ASPECT_RATIO} times as long as wide, as few models know pictures: crop them"
@@ -1188,7 +1193,8 @@ def _describe_identical_files(media: Sequence[Media]) -> list[str]:
     for paths in groups[:MAX_LISTED]:
         names = " = ".join(_label_paths(paths))
         lines.append(
-            f"{names}: equal copies, learned more often than others. Delete all but one of {len(paths)}"
+            f"{names}: equal copies, which are trained more often than others. Delete all but one of "
+            f"{len(paths)}"
         )
     if len(groups) > MAX_LISTED:
         lines.append(f"... and {len(groups) - MAX_LISTED} more groups of equal copies")

@@ -345,7 +345,7 @@ def select_model(
     remarks += _describe_smaller_models(model, models, memory)
     trigger = options.trigger_word
     if trigger is None and (asks_for_task or options.family is None):
-        question = "--trigger_word (a made-up word for what is learned; empty: none)"
+        question = "--trigger_word (a made-up word for the subject; empty: none)"
         trigger = _ask(question, _read_trigger, "")
     return ModelChoice(model, trigger or None, remarks)
 

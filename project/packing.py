@@ -128,7 +128,7 @@ def read_pack_source(folder: Path) -> PackSource:
     except (OSError, KeyError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise OptionError(
-            f"{path} is not as `new` writes it ({reason}). Correct it, or run `new` again"
+            f"{path} is not in the form that `new` writes ({reason}). Fix it, or run `new` again"
         ) from None
     target = _find_download_folder(commands)
     models, own_models = _map_model_paths(folder, [*files, *_list_model_paths(training)], target)
@@ -313,9 +313,7 @@ def _relocate_file(
     try:
         return relocate(read_text(path), machine_paths, *without)
     except (OSError, ValueError) as error:
-        raise OptionError(
-            f"{path} cannot be read: {error}. Correct it, or move it out of the folder"
-        ) from None
+        raise OptionError(f"{path} cannot be read: {error}. Fix it, or move it out of the folder") from None
 
 
 def _write_archive(output: Path, name: str, members: Sequence[PackMember]) -> None:

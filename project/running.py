@@ -243,7 +243,7 @@ def check_project(project: Project) -> None:
     if project.missing_model_files:  # missing model files
         size = _download_size(project.download_command)
         print_lines(
-            [f"{project.missing_model_files[0]} is missing{size}: its options are checked when it is there."]
+            [f"{project.missing_model_files[0]} is missing{size}: its options are checked once it exists."]
         )
     else:
         _check_training(project)
@@ -327,7 +327,7 @@ def _read_project(path_or_folder: Path, typed_options: Mapping[str, Any]) -> Pro
     except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise OptionError(
-            f"{path} is not as `new` writes it ({reason}). Correct it, or run `new` again."
+            f"{path} is not in the form that `new` writes ({reason}). Fix it, or run `new` again."
         ) from None
     _check_paths_and_scripts(project, f"{path}: output_name")
     typed_argv = option_argv({f"--{name}": value for name, value in typed_options.items()})
@@ -437,7 +437,7 @@ def _describe_finished_training(project: Project, options: RunOptions) -> list[s
     difference = _find_model_difference(project, metadata)
     if difference is not None:
         raise OptionError(
-            f"{file} is of another model ({shorten(difference, 80)}). Set another output_name in "
+            f"{file} belongs to a different model ({shorten(difference, 80)}). Set another output_name in "
             f"{project.folder / RUN_FILE}, or move that file and its states away"
         )
     is_whole = project.total_steps is not None and trained_steps >= project.total_steps
@@ -603,7 +603,7 @@ def _require_script(argv: Sequence[str]) -> Path:
     if script is None or script not in _scripts_of_runs():
         raise OptionError(
             f"{quote_command(argv)} is not a command of a run, which downloads, caches, trains and "
-            f"generates. Correct {RUN_FILE}."
+            f"generates. Fix {RUN_FILE}."
         )
     return script
 

@@ -26,7 +26,7 @@ _FIRST_PROCESS = "config.process[0]"
 _TRAINER_TYPES = ("sd_trainer", "ui_trainer", "diffusion_trainer")
 _EMBEDDING_TYPES = ("textual_inversion_trainer", "textual_inversion")
 _OF_LOKR = omitted("network_args and network_dim below [training] say it: docs/networks.md")
-_SLIDER = "--slider of a training script learns from two texts, without files: docs/targets.md"
+_SLIDER = "--slider of a training script learns from two prompts, without files: docs/targets.md"
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
@@ -131,7 +131,9 @@ _RULES = {
     "train.linear_timesteps": rules.TIMESTEPS,
     "train.loss_type": rules.LOSS,
     "train.reg_weight": KeyRule(DATA, "prior_loss_weight", number(0, 1000)),
-    "train.switch_boundary_every": omitted("of two networks the noise of each step says which one learns"),
+    "train.switch_boundary_every": omitted(
+        "of two networks, the noise level of each step decides which one is trained"
+    ),
     "train.skip_first_sample": omitted("sample_at_first below [training] says it"),
     "train.force_first_sample": omitted("sample_at_first below [training] says it"),
     "train.disable_sampling": omitted("without sample_prompts below [training] there are no samples"),

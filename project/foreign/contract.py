@@ -276,7 +276,7 @@ def read_adapter(value: Any) -> str:
     if path.suffix != ".safetensors" or not path.is_file():
         raise ValueError(
             "there is no such file here: tasks that end in -adapter download published ones, and "
-            "training_adapter below [training] takes any"
+            "training_adapter below [training] accepts any"
         )
     return path.absolute().as_posix()
 

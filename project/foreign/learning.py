@@ -100,7 +100,7 @@ def _use_dit_rate(project: ForeignProject, rate: float) -> None:
     if project.training_options.get("learning_rate") == rate:
         return
     if "learning_rate" in project.training_options:
-        project.remove_option("learning_rate", f"{key} is the rate of what learns")
+        project.remove_option("learning_rate", f"{key} is the rate of the trained network")
     project.training_options["learning_rate"] = rate
     project.report_change(key, rate, f"learning_rate = {rate}")
 
@@ -114,7 +114,7 @@ def _select_text_encoder_rates(project: ForeignProject) -> Sequence[float | None
         return rates
     project.omission_lines.append(
         f"the rates of text encoders ({', '.join(str(rate) for rate in rates if rate)}): {optimizer} takes "
-        "one rate for all that learns"
+        "only one rate for all trained networks"
     )
     return _use_common_rate(rates)
 

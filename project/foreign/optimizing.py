@@ -44,7 +44,7 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
     if optimizer == "adafactor" and is_on(arguments.get("relative_step", True)):
         _omit_adafactor_rates(project)
     elif training.get("lr_scheduler") == "adafactor":
-        project.remove_option("lr_scheduler", "it is of Adafactor with relative_step=True")
+        project.remove_option("lr_scheduler", "it belongs to Adafactor with relative_step=True")
 
 
 def _replace_gpu_optimizer(project: ForeignProject) -> None:

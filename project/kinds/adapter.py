@@ -32,7 +32,7 @@ def _why_not(model: ModelSet, memory: float) -> str | None:
     if model.has_adapter:
         return f"{model.title} is trained with one already: give the task without it"
     if not model.properties.get("distilled"):
-        return f"{model.title} was not distilled, so that there is nothing to unlearn"
+        return f"{model.title} was not distilled, so there is nothing to unlearn"
     return None
 
 

@@ -24,8 +24,8 @@ def _why_not(model: ModelSet, memory: float) -> str | None:
     if _find_training_command(model):
         return None
     if model.has_adapter:
-        return "a word takes no training adapter: give the task without it"
-    return f"{model.title} reads captions together with images, from which no word is learned"
+        return "an embedding cannot use a training adapter: choose the task without it"
+    return f"{model.title} reads captions together with images, which cannot train a word"
 
 
 EMBEDDING = RunKind(

@@ -58,7 +58,7 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
     if memory and not model.properties.get("swaps", True) and size + GIB_BESIDES_WEIGHTS > memory:
         return (
             f"{name} takes {size:.1f} GiB of weights and about {GIB_BESIDES_WEIGHTS} more, "
-            f"and the card has {memory:g} GiB"
+            f"but the card has {memory:g} GiB"
         )
     return None
 
@@ -109,7 +109,7 @@ def describe_full(model: ModelSet, memory: float) -> list[str]:
     else:
         # some memory of the card is left for activations and everything else
         left = weights / 2**30 - max(memory - GIB_BESIDES_WEIGHTS, 0)
-        fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB wait in RAM"
+        fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB stay in RAM"
     # the last saves and the result; the state of each of these saves contains the weights, too
     maximum = gigabytes((NUM_KEPT_SAVES + 1) * written + NUM_KEPT_SAVES * weights)
     return [

@@ -196,7 +196,7 @@ SD_XL = ("--family", "sd", "--task", "xl")
         ),
         (
             ["--family", "qwen", "--task", "edit", "--train", "embedding", "--word", "zorb"],
-            "reads captions together with images, from which no word is learned",
+            "reads captions together with images, which cannot train a word",
         ),
     ],
 )
@@ -273,7 +273,8 @@ def test_a_trained_file_of_another_kind_is_not_taken_for_the_result(tmp_path: Pa
     texts = {"ss_steps": "2000", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
     save_tensors(trained, {"a": torch.zeros(1)}, texts)
     answer = run_here("run_project.py", "pairs", folder=tmp_path)
-    assert_one_message(*answer, "is of another model (stable-diffusion-xl-v1-base/lora)", "output_name")
+    difference = "belongs to a different model (stable-diffusion-xl-v1-base/lora)"
+    assert_one_message(*answer, difference, "output_name")
 
     of_kind = {**texts, "modelspec.architecture": "stable-diffusion-xl-v1-base/control-net-lllite"}
     save_tensors(trained, {"a": torch.zeros(1)}, of_kind)
@@ -423,7 +424,7 @@ def test_images_are_their_own_control_images_for_inpainting(tmp_path: Path) -> N
 
     said = describe(folder, "anima base", "--train", "lllite_inpainting")
 
-    assert "each step marks a random part to repaint" in said
+    assert "each step masks a random part to repaint" in said
     assert f"{folder / 'conditioning'}: left out. a ControlNet-LLLite for inpainting learns from the" in said
     content = parse_toml((folder / "dataset.toml").read_text(encoding="utf-8"))
     table: dict[str, Any] = content["datasets"][0]
