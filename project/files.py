@@ -400,19 +400,21 @@ def _collect_content(
 def _list_suggested_models(model: ModelSet, model_info: ModelInfo) -> SuggestedModels:
     """Return models for folders that this one cannot use: with references, audio alone, or silent clips."""
     models = find_models()
-    of_family = [entry for entry in models if entry.family == model.family]
-    editing_tasks = [entry.task for entry in of_family if needs_image(entry)]
-    audio_options = [f"--task {entry.task}" for entry in of_family if trains_on_audio_alone(entry)]
-    if not audio_options:
-        audio_families = dict.fromkeys(entry.family for entry in models if trains_on_audio_alone(entry))
+    models_of_family = [other for other in models if other.family == model.family]
+    audio_options = [f"--task {other.task}" for other in models_of_family if trains_on_audio_alone(other)]
+    if not audio_options:  # suggest other families
+        audio_families = dict.fromkeys(other.family for other in models if trains_on_audio_alone(other))
         audio_options = [f"--family {family}" for family in audio_families]
-    silent_tasks: list[str] = []
+    silent_task = ""
     if model_info.trains_on_audio:
-        silent_tasks = [entry.task for entry in of_family if not read_model_info(entry).trains_on_audio]
+        silent_tasks = (
+            other.task for other in models_of_family if not read_model_info(other).trains_on_audio
+        )
+        silent_task = next(silent_tasks, "")
     return SuggestedModels(
-        editing_task=editing_tasks[0] if editing_tasks else "",
+        editing_task=next((other.task for other in models_of_family if needs_image(other)), ""),
         audio_options=" or ".join(audio_options),
-        silent_task=silent_tasks[0] if silent_tasks else "",
+        silent_task=silent_task,
     )
 
 
@@ -622,21 +624,23 @@ def _describe_lengths(setup: describing.RunSetup) -> list[str]:
     frames = setup.frames
     clips = [item for item in setup.media if item.is_clip]
     lines = []
-    timed = [clip for clip in clips if frames > 1 and clip.seconds is not None]
-    short = [clip.path for clip in timed if describing.count_frames(clip, model) < frames]
+    short: list[Path] = []
+    if frames > 1:
+        timed = [clip for clip in clips if clip.seconds is not None]
+        short = [clip.path for clip in timed if describing.count_frames(clip, model) < frames]
     if short:
         fps = model.properties.get("fps")
         lines.append(warning(f"{name_some(short)}: shorter than {frames} frames (at {fps} a second)"))
     if clips and frames == 1:
         names = name_some([clip.path for clip in clips])
-        learned = "which learns their first frame"
+        consequence = "which learns their first frame"
         if not describing.trains_on_frames_of_clips(model):
             minimum = describing.min_clip_frames(model)
-            learned = (
+            consequence = (
                 f"which cannot train on clips of fewer than {minimum} frames (at {model.properties['fps']} "
-                f"a second)"
+                "a second)"
             )
-        lines.append(warning(f"{names}: too short for a clip of this model, {learned}"))
+        lines.append(warning(f"{names}: too short for a clip of this model, {consequence}"))
     images = [item.path for item in setup.media if item.kind == "image"]
     if images and model.properties.get("from_image"):
         lines.append(warning(f"{name_some(images)}: pictures, which this model cannot train on"))

@@ -119,19 +119,12 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
 
     `size_bytes` is the size of the archive.
     """
-    names: set[str] = set()
+    names: set[str] = set()  # without case, which Windows and macOS ignore
     for entry in entries:
         name = entry.orig_filename
-        mode = entry.external_attr >> 16
-        reason = find_error_of_name(name, os.name == "nt")
-        if not reason and entry.is_dir():
-            reason = "it is a folder"
-        if not reason and mode and not stat.S_ISREG(mode):
-            reason = "it is not a regular file"
-        if not reason and (entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED):
-            reason = "it is compressed or encrypted"
+        reason = _find_error_of_entry(entry)
         if not reason and fold_name(name) in names:
-            reason = "it is there twice"
+            reason = "the archive contains it twice"
         if reason:
             raise ValueError(f"{name!r}: {reason}")
         names.add(fold_name(name))
@@ -142,7 +135,24 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
         raise ValueError(f"{conflict!r} is a file and a folder")
     total = sum(entry.file_size for entry in entries)
     if total > size_bytes:  # members are not compressed, so they cannot be larger than the archive
-        raise ValueError(f"it says that it contains {format_size(total)}, and has {format_size(size_bytes)}")
+        raise ValueError(
+            f"its members claim {format_size(total)}, but the archive has {format_size(size_bytes)}"
+        )
+
+
+def _find_error_of_entry(entry: zipfile.ZipInfo) -> str:
+    """Return why a single archive member cannot be unpacked; "" if it can."""
+    error_of_name = find_error_of_name(entry.orig_filename, os.name == "nt")
+    if error_of_name:
+        return error_of_name
+    if entry.is_dir():
+        return "it is a folder"
+    unix_mode = entry.external_attr >> 16  # 0 if the archive was made on Windows
+    if unix_mode and not stat.S_ISREG(unix_mode):
+        return "it is not a regular file"
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED:
+        return "it is compressed or encrypted"
+    return ""
 
 
 def _read_member(file: Any) -> bytes:

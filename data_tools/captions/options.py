@@ -216,6 +216,11 @@ class CaptioningOptions(WritingOptions, title="what to do"):
                 f"--caption_format {self.caption_format} is not a format of JSON captions. Choose from "
                 f"{', '.join(caption_formats())}, or leave it out for sentences"
             )
+        self._check_model_or_server()
+        if self.edit_only:
+            self._check_edit_only()
+
+    def _check_model_or_server(self) -> None:
         has_model = self.model.model is not None
         has_server = self.api.api_base is not None
         if has_model and has_server:
@@ -230,17 +235,17 @@ class CaptioningOptions(WritingOptions, title="what to do"):
                 "--model or --api_base is missing: give the folder of a model, or a server and --api_model. "
                 "--dry_run and --edit_only need neither"
             )
-        if self.edit_only:
-            caption_options = {
-                "model": has_model,
-                "api_base": has_server,
-                "prompt": self.ask.prompt is not None,
-            }
-            for name, is_set in caption_options.items():
-                if is_set:
-                    raise OptionError(f"--edit_only makes no captions: leave out --{name}")
-            if not self.wording.changes_something:
-                raise OptionError(
-                    "--edit_only changes nothing by itself: add --replace, --replace_regex, --trigger_word, "
-                    "--caption_prefix or --caption_suffix"
-                )
+
+    def _check_edit_only(self) -> None:
+        for name, value in (
+            ("model", self.model.model),
+            ("api_base", self.api.api_base),
+            ("prompt", self.ask.prompt),
+        ):
+            if value is not None:
+                raise OptionError(f"--edit_only makes no captions: leave out --{name}")
+        if not self.wording.changes_something:
+            raise OptionError(
+                "--edit_only changes nothing by itself: add --replace, --replace_regex, --trigger_word, "
+                "--caption_prefix or --caption_suffix"
+            )

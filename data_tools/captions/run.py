@@ -455,7 +455,7 @@ def edit_captions(
         raise DatasetError(
             f"{format_count(len(emptied), 'caption')} would become empty and are not changed, such as "
             f"{emptied[0].location.display_path}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, "
-            f"or remove them and generate new ones."
+            "or remove them and generate new ones."
         )
 
 

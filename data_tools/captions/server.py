@@ -107,7 +107,7 @@ class ApiServer:
         if not all("!" <= character <= "~" for character in key):
             raise OptionError(
                 f"{KEY_VARIABLE} contains a space, a line break or a character that is not valid in a key. "
-                f"Set it to the key alone."
+                "Set it to the key alone."
             )
         if key and parts.scheme == "http" and not self._is_local:
             logger.warning(

@@ -160,18 +160,18 @@ def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | 
     if task is not None and task not in TASKS:
         raise CheckpointError(
             f"{path} is a YOLO for {task}, which returns no upright boxes. Give one for detect, segment or "
-            f"pose.",
+            "pose.",
             path,
         )
-    # exporters note the task; of files without notes, the shape of the output has to tell
-    gives_rows = any(len(shape) == 3 and shape[0] in (1, None) for shape in model.outputs.values())
-    if task is None and not gives_rows:
+    # exporters note the task; files without notes are recognized by the shape of their output
+    has_rows = any(len(shape) == 3 and shape[0] in (1, None) for shape in model.outputs.values())
+    if task is None and not has_rows:
         return None
     height, width = input_shape[2:]
     if height != width:
         raise CheckpointError(
-            f"{path} takes pictures of {width or 'any width'} x {height or 'any height'} pixels. Export it "
-            f"for square ones: imgsz={DEFAULT_SIDE}.",
+            f"{path} requires pictures of {width or 'any width'} x {height or 'any height'} pixels. Export "
+            f"it for square ones: imgsz={DEFAULT_SIDE}.",
             path,
         )
     return YoloLayout(
@@ -338,7 +338,7 @@ class YuNetDetector:
         if output.size != cells * columns or not np.isfinite(output).all():
             raise CheckpointError(
                 f"{self.path} gives {list(output.shape)} as {kind}_{step}: it is not a YuNet, or is "
-                f"damaged. Download it again.",
+                "damaged. Download it again.",
                 self.path,
             )
         return output.reshape(cells, columns)

@@ -31,25 +31,29 @@ _SLIDER = "--slider of a training script learns from two prompts, without files:
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     """Return what kind of run an AI Toolkit job is, with the key that shows it; else raise UnsupportedRun."""
+
+    def has_settings(name: str) -> bool:
+        """Return whether the file has keys of the first process that begin with a name."""
+        return any(key.startswith(f"{_FIRST_PROCESS}.{name}") for key in values)
+
     job = str(values.get("job"))
     kind = str(values.get(f"{_FIRST_PROCESS}.type", ""))
     if job in {"extract", "generate", "mod"}:
         raise UnsupportedRun(f"job = {job} trains nothing")
-    if "slider" in kind.lower() or any(key.startswith(f"{_FIRST_PROCESS}.slider") for key in values):
+    if "slider" in kind.lower() or has_settings("slider"):
         raise UnsupportedRun(f"type = {kind}: a slider is trained, and `new` does not set one up. {_SLIDER}")
     adapter = values.get(f"{_FIRST_PROCESS}.adapter.type")
     if adapter is not None:
         if str(adapter).lower().replace("_", "") == "controlnet":
             return ForeignRun("controlnet", f"adapter.type = {adapter}")
         raise UnsupportedRun(f"adapter.type = {adapter}: this kind of adapter cannot be trained here")
-    if kind.lower() in _EMBEDDING_TYPES or any(
-        key.startswith(f"{_FIRST_PROCESS}.embedding.") for key in values
-    ):
+    if kind.lower() in _EMBEDDING_TYPES or has_settings("embedding."):
         return ForeignRun("embedding", f"type = {kind}, with embedding")
     if kind not in _TRAINER_TYPES:
         raise UnsupportedRun(f"type = {kind}: `new` sets up no such training")
-    network = [key for key in values if key.startswith(f"{_FIRST_PROCESS}.network.")]
-    return ForeignRun("lora", "network") if network else ForeignRun("whole", "a job without network")
+    if has_settings("network."):
+        return ForeignRun("lora", "network")
+    return ForeignRun("whole", "a job without network")
 
 
 def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
