@@ -1,6 +1,5 @@
 """Recognize pairs of images and control images, which train ControlNets but not LoRAs."""
 
-import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,15 @@ from project.kinds.contract import RunKind
 
 # folders of control images
 CONTROLS = re.compile(r"(controls?|conditions?|conditioning)([-_ ]?(images?|pictures?))?", re.IGNORECASE)
+
+
+def _has_control_image(controls: ControlFolder, stem: str) -> bool:
+    """Return whether an image has exactly one control image."""
+    try:
+        controls.for_image(stem, 1)
+    except DatasetError:
+        return False
+    return True
 
 
 def describe_control_pairs(
@@ -35,12 +43,7 @@ def describe_control_pairs(
         controls = ControlFolder(control_folder, {path.stem for path in pictures})
     except DatasetError:
         return None
-    missing = []
-    for path in pictures:
-        with contextlib.suppress(DatasetError):
-            controls.for_image(path.stem, 1)
-            continue
-        missing.append(path.name)
+    missing = [path.name for path in pictures if not _has_control_image(controls, path.stem)]
     if len(missing) == len(pictures):
         return None
     errors = ""

@@ -107,19 +107,19 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
         if findings.table.mask_directory is not None:
             stems = media_stems.setdefault(folder_id(findings.table.mask_directory), set())
             stems.update(source.stem for source in findings.sources)
+    checked_folders: set[str] = set()
     for findings in tables:
         folder = findings.table.mask_directory
-        if folder is None or folder_id(folder) not in media_stems:
+        if folder is None or folder_id(folder) in checked_folders:  # tables may share a folder of masks
             continue
-        stems = media_stems.pop(folder_id(folder))  # removed, so that tables that share a folder warn once
+        checked_folders.add(folder_id(folder))
+        stems = media_stems[folder_id(folder)]
         masks = _list_masks(folder, findings.table.directory)
-        lone: list[Path] = []
+        if stems.isdisjoint(masks):  # the table already has an error
+            continue
         for stem, paths in sorted(masks.items()):
             if stem not in stems:
-                lone += paths
-        # without any match, the table already has an error
-        if not stems.isdisjoint(masks):
-            findings.warnings += [Fault(LONE, str(path), is_fatal=False) for path in lone]
+                findings.warnings += [Fault(LONE, str(path), is_fatal=False) for path in paths]
 
 
 def _list_masks(folder: Path, media: Path | None) -> dict[str, list[Path]]:

@@ -316,27 +316,36 @@ def select_sources(tables: Sequence[TableFindings], maximum: int) -> list[list[i
 
     Each group is thinned out evenly. Returns, for each table, the indices of its sources in this order.
     """
-    with_errors: list[tuple[int, int]] = []  # index of the table, and of the source in it
+    selected: list[list[int]] = [[] for _ in tables]
+    num_left = maximum
+    for group in _group_by_severity(tables):
+        count = min(num_left, len(group))
+        num_left -= count
+        if count:
+            for table_index, source_index in select_evenly(group, count):
+                selected[table_index].append(source_index)
+    return selected
+
+
+def _group_by_severity(tables: Sequence[TableFindings]) -> tuple[list[tuple[int, int]], ...]:
+    """Return the sources with errors, those with only warnings, and the others.
+
+    Each source is a pair of the index of its table and its index in the table.
+    """
+    with_errors: list[tuple[int, int]] = []
     with_warnings: list[tuple[int, int]] = []
     others: list[tuple[int, int]] = []
     for table_index, findings in enumerate(tables):
         stems_with_errors = {error.stem for error in findings.errors}
         stems_with_warnings = {warning.stem for warning in findings.warnings}
-        for index, source in enumerate(findings.sources):
+        for source_index, source in enumerate(findings.sources):
             if source.stem in stems_with_errors:
-                with_errors.append((table_index, index))
+                with_errors.append((table_index, source_index))
             elif source.stem in stems_with_warnings:
-                with_warnings.append((table_index, index))
+                with_warnings.append((table_index, source_index))
             else:
-                others.append((table_index, index))
-    selected: list[list[int]] = [[] for _ in tables]
-    for group in (with_errors, with_warnings, others):
-        count = min(maximum, len(group))
-        maximum -= count
-        if count:
-            for table_index, index in select_evenly(group, count):
-                selected[table_index].append(index)
-    return selected
+                others.append((table_index, source_index))
+    return with_errors, with_warnings, others
 
 
 def split_caption(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[CaptionPart]]:
