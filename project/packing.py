@@ -51,7 +51,7 @@ class PackSource:
     folder: Path
     output: Path
     name: str  # name of the LoRA
-    left_out: frozenset[Path]  # files and folders that are not packed
+    excluded_paths: frozenset[Path]  # files and folders that are not packed
     machine_paths: MachinePaths
     own_models: tuple[str, ...]  # undownloadable model files, as packed paths
     prompts: Path | None
@@ -133,13 +133,13 @@ def read_pack_source(folder: Path) -> PackSource:
     target = _find_download_folder(commands)
     models, own_models = _map_model_paths(folder, [*files, *_list_model_paths(training)], target)
     model_paths = [expand_path(file, folder) for file in models]
-    left_out = [folder / CHECK_PAGE, output, logs, *model_paths]
+    excluded_paths = [folder / CHECK_PAGE, output, logs, *model_paths]
     samples = training.get("sample_prompts")
     return PackSource(
         folder=folder,
         output=output,
         name=name,
-        left_out=frozenset(map(real_path, left_out)),
+        excluded_paths=frozenset(map(real_path, excluded_paths)),
         machine_paths=MachinePaths(folder, models),
         own_models=tuple(own_models),
         prompts=expand_path(str(samples), folder) if samples else None,
@@ -213,14 +213,14 @@ def _list_folder_members(pack_source: PackSource) -> FolderMembers:
         ]
         # os.walk visits only the folders that stay in this list
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if real_path(folder) in visited or real_path(folder) in pack_source.left_out:
+        if real_path(folder) in visited or real_path(folder) in pack_source.excluded_paths:
             folders.clear()
             continue
         # links may lead to a folder that was visited already
         visited.add(real_path(folder))
         for name in sorted(files):
             path = folder / name
-            if name.startswith(".") or real_path(path) in pack_source.left_out:
+            if name.startswith(".") or real_path(path) in pack_source.excluded_paths:
                 continue
             if not path.is_file():
                 skipped_paths.append(str(path))
@@ -266,9 +266,11 @@ def _relocate_texts(
     outside_paths: list[str] = []
     for member in members:
         new = _relocate_member(pack_source, member.path, secret_options)
-        removed_options += new.removed
-        outside_paths += [f"{member.path}: {path}" for path in new.outside]
-        relocated.append(member if new.text is None else replace(member, content=new.text.encode("utf-8")))
+        removed_options += new.removed_options
+        outside_paths += [f"{member.path}: {path}" for path in new.outside_paths]
+        if new.text is not None:
+            member = replace(member, content=new.text.encode("utf-8"))
+        relocated.append(member)
     if outside_paths:
         machine_paths = "\n  ".join(outside_paths[:6])
         raise OptionError(
@@ -280,8 +282,8 @@ def _relocate_texts(
 
 class _RelocatedMember(NamedTuple):
     text: str | None = None  # None: the file is packed unchanged
-    outside: Sequence[str] = ()  # paths of this machine that are not packed
-    removed: Sequence[str] = ()  # secret options
+    outside_paths: Sequence[str] = ()  # paths of this machine that are not packed
+    removed_options: Sequence[str] = ()  # secret options
 
 
 def _relocate_member(pack_source: PackSource, path: Path, secret_options: set[str]) -> _RelocatedMember:
@@ -293,12 +295,12 @@ def _relocate_member(pack_source: PackSource, path: Path, secret_options: set[st
     if path.suffix.lower() == ".toml":
         return _RelocatedMember(*_relocate_file(relocate_toml, machine_paths, path, secret_options))
     if pack_source.prompts is not None and real_path(path) == real_path(pack_source.prompts):
-        text, outside, _ = _relocate_file(relocate_prompts, machine_paths, path)
-        return _RelocatedMember(text, outside)
+        relocated = _relocate_file(relocate_prompts, machine_paths, path)
+        return _RelocatedMember(relocated.text, relocated.outside_paths)
     if path.parent == pack_source.output and path.suffix == ".jsonl":
         return _RelocatedMember(relocate_history(read_text(path, MAX_METADATA_BYTES), machine_paths))
     if path.suffix.lower() in LISTS:
-        return _RelocatedMember(outside=find_own_names(path, machine_paths))
+        return _RelocatedMember(outside_paths=find_own_names(path, machine_paths))
     return _RelocatedMember()
 
 

@@ -77,8 +77,8 @@ class RelocatedText(NamedTuple):
     """A text whose paths were made relative, with the paths that could not be."""
 
     text: str
-    outside: list[str]  # paths that are not in the packed folder
-    removed: list[str]  # keys
+    outside_paths: list[str]  # paths that are not in the packed folder
+    removed_keys: list[str]
 
 
 def relocate_toml(

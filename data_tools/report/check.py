@@ -394,7 +394,7 @@ def _check_sources(
     _count_items(findings, plans, workers)
     findings.errors += [Fault(UNREADABLE, str(failure), failure.stem) for failure in unreadable]
     _add_plan_warnings(findings, plans)
-    if plans and not findings.buckets:
+    if plans and not findings.num_items_by_bucket:
         text = f"{table.name}: not one of its {format_count(len(plans), table.kind)} gives an item"
         findings.errors.append(Fault(NO_ITEM, text))
     num_masked = sum(source.mask is not None for source in findings.sources)

@@ -55,7 +55,7 @@ class TableFindings:
     title: str = ""  # "data.toml, [[datasets]] 1 (clips): 3 videos, 6 items"
     sources: Sequence[MediaSource] = ()
     # numbers of items by (width, height), (width, height, frames), or (width, height) and sizes of references
-    buckets: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    num_items_by_bucket: Counter[tuple[int, ...]] = field(default_factory=Counter)
     validation_counts: Counter[tuple[int, ...]] = field(default_factory=Counter)  # items for validation
     item_buckets: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # (source's stem, bucket)
     errors: list[Fault] = field(default_factory=list)
@@ -70,19 +70,19 @@ class TableFindings:
 
     def add_items(self, stems: Sequence[str], bucket: tuple[int, ...]) -> None:
         """Count the items that sources have in one bucket."""
-        self.buckets[bucket] += len(stems)
+        self.num_items_by_bucket[bucket] += len(stems)
         self.item_buckets += [(stem, bucket) for stem in stems]
 
     @property
     def num_items(self) -> int:
         """Total number of items in all buckets."""
-        return self.buckets.total()
+        return self.num_items_by_bucket.total()
 
     def bucket_rows(self) -> list[BucketRow]:
         """Return the number of items and batches in each bucket, ascending by size."""
         batch_size = self.table.batch_size
         rows = []
-        for bucket, num_items in sorted(self.buckets.items()):
+        for bucket, num_items in sorted(self.num_items_by_bucket.items()):
             num_repeated = round(num_items * self.table.num_repeats * self.balancing_factor)
             num_batches = ceil_div(num_repeated, batch_size)
             last_batch = num_repeated - (num_batches - 1) * batch_size if num_repeated else batch_size
@@ -253,7 +253,7 @@ def count_batches(tables: Iterable[TableFindings]) -> int:
     batch_sizes: dict[tuple[int, ...], int] = {}
     for findings in tables:
         table = findings.table
-        trained = findings.buckets - findings.validation_counts
+        trained = findings.num_items_by_bucket - findings.validation_counts
         for bucket, count in trained.items():
             key = (table.batch_group, *bucket)
             num_repeated = count * table.num_repeats * findings.balancing_factor

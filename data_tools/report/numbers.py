@@ -109,7 +109,7 @@ def _count_buckets(tables: Sequence[TableFindings]) -> list[JsonObject]:
     """Return the number of items of each bucket size in all tables, ascending by size."""
     sizes: Counter[tuple[int, int, int]] = Counter()
     for findings in tables:
-        for bucket, count in findings.buckets.items():
+        for bucket, count in findings.num_items_by_bucket.items():
             sizes[_complete_bucket(bucket)] += count
     return [
         {"width": width, "height": height, "frames": frames, "items": items}

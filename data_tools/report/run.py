@@ -212,7 +212,7 @@ def _add_inspection(findings: TableFindings, source: MediaSource, inspection: In
     for length, count in inspection.items_by_length:
         # only buckets of clips have a number of frames
         bucket = inspection.fit.bucket if is_image else (*inspection.fit.bucket, length)
-        findings.buckets[bucket] += count
+        findings.num_items_by_bucket[bucket] += count
     for kind, warning in _list_warnings(inspection).items():
         if warning is not None:
             findings.warnings.append(Fault(kind, warning, source.stem))

@@ -123,7 +123,7 @@ def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> Synthes
         last=last,
         low=_read_update("amt_update4_low", weight_shape),
         high=_read_update("amt_update4_high", weight_shape),
-        mixed=weight_shape("amt_comb_block.0")[0],
+        combined_width=weight_shape("amt_comb_block.0")[0],
     )
 
 

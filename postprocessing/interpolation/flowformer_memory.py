@@ -95,8 +95,8 @@ class MemoryConfig:
     tokens: int  # K
     width: int  # D
     context: int  # C
-    context_part: int  # channels of the context next to a token
-    costs: tuple[int, int, int]  # widths of the convolutions over a cost map
+    projected_context_width: int  # channels of the context next to a token
+    patch_widths: tuple[int, int, int]  # widths of the convolutions over a cost map
     layers: int
 
 
@@ -109,7 +109,7 @@ class CostEmbed(nn.Module):
         Three convolutions of stride 2 make a patch one token; `ffn_with_coord` mixes in its position code.
         """
         super().__init__()
-        first, second, third = config.costs
+        first, second, third = config.patch_widths
         self.proj = nn.Sequential(
             nn.Conv2d(1, first, 6, stride=2, padding=2),
             nn.ReLU(inplace=True),
@@ -151,8 +151,8 @@ class WindowContextAttention(nn.Module):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
-        self.token_and_context_width = config.width + config.context_part
-        self.context_proj = nn.Linear(config.context, config.context_part)
+        self.token_and_context_width = config.width + config.projected_context_width
+        self.context_proj = nn.Linear(config.context, config.projected_context_width)
         self.q = nn.Linear(self.token_and_context_width, config.width)
         self.k = nn.Linear(self.token_and_context_width, config.width)
         self.v = nn.Linear(config.width, config.width)
@@ -188,8 +188,8 @@ class CoarseContextAttention(nn.Module):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
-        self.token_and_context_width = config.width + config.context_part
-        self.context_proj = nn.Linear(config.context, config.context_part)
+        self.token_and_context_width = config.width + config.projected_context_width
+        self.context_proj = nn.Linear(config.context, config.projected_context_width)
         self.q = nn.Linear(self.token_and_context_width, config.width)
         self.k = nn.Linear(config.width, config.width)
         self.v = nn.Linear(config.width, config.width)
@@ -290,7 +290,7 @@ class CostPerceiver(nn.Module):
 
 def _estimate_map_bytes(config: MemoryConfig, height: int, width: int) -> int:
     """Return the largest number of float32 bytes that embedding the cost map of one position takes."""
-    first, second, _ = config.costs
+    first, second, _ = config.patch_widths
     # both sides rounded up to multiples of PATCH
     cells = (height + -height % PATCH) * (width + -width % PATCH)
     # convolutions, in sixteenths of a value for each cell: the map, the padded map, and two results

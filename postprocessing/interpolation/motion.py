@@ -126,8 +126,8 @@ class MotionField(nn.Module):
             forward_flow,
             backward_flow,
             scale=scale,
-            first=first,
-            second=second,
+            first_features=first,
+            second_features=second,
             first_weight=first_weight,
             second_weight=second_weight,
         )
@@ -151,13 +151,15 @@ class MotionField(nn.Module):
 
     def predict_motion(self, motion: "Motion", time: float) -> Tensor:
         """Return the motion from the first to the second image at `time`, 1 2 H W in pixels."""
-        return (2 * self.normal_at(motion, time) - 1) * motion.scale
+        return (2 * self.predict_normalized_motion(motion, time) - 1) * motion.scale
 
-    def normal_at(self, motion: "Motion", time: float) -> Tensor:
-        """Return the motion at `time`, normalized by the largest motion to 0..1; 0.5 is no motion."""
-        first = splat(motion.first, time * motion.forward_flow, motion.first_weight)
-        second = splat(motion.second, (1 - time) * motion.backward_flow, motion.second_weight)
-        residual = self.res_conv(torch.cat([motion.first, motion.second, first, second], dim=1))
+    def predict_normalized_motion(self, motion: "Motion", time: float) -> Tensor:
+        """Return the motion at `time`, scaled by the largest motion to 0..1; 0.5 is no motion."""
+        first = splat(motion.first_features, time * motion.forward_flow, motion.first_weight)
+        second = splat(motion.second_features, (1 - time) * motion.backward_flow, motion.second_weight)
+        residual = self.res_conv(
+            torch.cat([motion.first_features, motion.second_features, first, second], dim=1)
+        )
         features = torch.cat([first, second], dim=1) + residual
         return self.hyponet(features, self.hyponet.coordinates_at(features, time))
 
@@ -169,9 +171,9 @@ class Motion:
     forward_flow: Tensor
     backward_flow: Tensor
     scale: Tensor  # the largest movement in pixels
-    first: Tensor  # features of the normalized flows
-    second: Tensor
-    first_weight: Tensor
+    first_features: Tensor  # of the normalized flow from the first image
+    second_features: Tensor  # of the flow from the second image
+    first_weight: Tensor  # splatting weights of the pixels of the first image
     second_weight: Tensor
 
 
@@ -224,7 +226,7 @@ class Frame:
     """An image with its encoded features."""
 
     image: Tensor  # 1 3 H W, 0..1
-    small: Tensor  # the same, scaled to the size at which flow is computed
+    small_image: Tensor  # the same, scaled to the size at which flow is computed
     encoded: EncodedImage
     maps: Maps
 
@@ -266,7 +268,9 @@ class Interpolation:
         correlations = PairCorrelations(first.maps, second.maps)
         # the synthesis takes colors from -1 to 1
         images = 2 * torch.cat([first.image, second.image]) - 1
-        small = 2 * torch.cat([first.small, second.small]) - 1  # at the size at which motion is computed
+        small = (
+            2 * torch.cat([first.small_image, second.small_image]) - 1
+        )  # at the size at which motion is computed
         for time in times:
             flow = self.network.motion.predict_motion(motion, time)
             flow = torch.cat([-time * flow, (1 - time) * flow])  # from the new image to the first and second

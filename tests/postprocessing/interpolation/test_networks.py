@@ -207,7 +207,7 @@ def test_the_motion_between_two_flows_is_as_recorded(field: MotionField) -> None
         check(found, TENSORS[f"splat_weight{name}"])
     motion = field.encode_flows(forth, back)
     for time in (0.25, 0.5):
-        check(field.normal_at(motion, time), TENSORS[f"predicted_flow_normalised_t{time}"])
+        check(field.predict_normalized_motion(motion, time), TENSORS[f"predicted_flow_normalised_t{time}"])
 
 
 @pytest.mark.parametrize("stores_volume", [True, False])
