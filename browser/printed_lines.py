@@ -65,9 +65,8 @@ LINES = (
         "folder"
     ),
     say(
-        "%(folder)s: left out, as %(reason)s. A dataset file with [[datasets.subsets]] and is_reg = "
-        "true supports them (docs/image_datasets.md). To train on them like on other images, rename the "
-        "folder"
+        "%(folder)s: left out, as %(reason)s. A dataset file with [[datasets.subsets]] and is_reg = true "
+        "supports them (docs/image_datasets.md). To train on them like on other images, rename the folder"
     ),
     say(
         "%(folder)s: left out, as %(reason)s, and %(kind)s does not use such images. To train on them like "

@@ -884,8 +884,7 @@ def _replace_clips_by_first_frames(folder: Path, content: FolderContent, model_n
         names = name_some(list(content.first_frames.values()))
         content.report_lines.append(
             f"{names}: {model_name} is trained only on pictures. The first frame of each clip is written as "
-            "a "
-            f"picture with its caption into {folder / FIRST_FRAMES}"
+            f"a picture with its caption into {folder / FIRST_FRAMES}"
         )
 
 

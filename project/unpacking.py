@@ -75,15 +75,17 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
 
     Raises ValueError, KeyError or TypeError for a file that `pack` would not write.
     """
-    # checked first, against the size of the archive: nothing is read from it before
-    entries = archive.infolist()
-    _check_entries(entries, os.fstat(archive.fp.fileno()).st_size)  # type: ignore[union-attr]
+    # checked before anything is read from the archive
+    archive_bytes = os.fstat(archive.fp.fileno()).st_size  # type: ignore[union-attr]
+    _check_entries(archive.infolist(), archive_bytes)
     if archive.getinfo(MANIFEST).file_size > MAX_METADATA_BYTES:
         raise ValueError(f"{MANIFEST} is too long")
     with archive.open(MANIFEST) as file:
         manifest = parse_json(_read_member(file).decode("utf-8"))
     if manifest["version"] != VERSION:
-        raise ValueError(f"it has the version {manifest['version']!r}, this Reelsmith knows {VERSION}")
+        raise ValueError(
+            f"its version is {manifest['version']!r}, but this Reelsmith reads version {VERSION}"
+        )
     # called only to raise KeyError if there is no run.toml
     archive.getinfo(RUN_FILE)
     name, modification_times = manifest["name"], manifest["modified"]

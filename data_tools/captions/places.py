@@ -258,11 +258,7 @@ class CaptionLocation:
             record.add(self.name, text)
             change = LineChange({"caption": self.caption}, {"caption": text})
             return self.caption_list.write({self.listed_path: change}, is_hand_written) > 0
-        try:
-            current_caption = read_caption(self.file)
-        except DatasetError:  # somebody has made the file unreadable meanwhile
-            return False
-        if current_caption != self.caption:
+        if self._has_changed_on_disk():
             return False
         if is_hand_written:
             keep_backup(self.file)
@@ -270,6 +266,13 @@ class CaptionLocation:
         record.add(self.name, text)
         write_text(self.file, text)
         return True
+
+    def _has_changed_on_disk(self) -> bool:
+        """Return whether somebody has changed the caption file since it was read."""
+        try:
+            return read_caption(self.file) != self.caption
+        except DatasetError:  # it has become unreadable
+            return True
 
 
 def find_caption_locations(config: DatasetConfig, reads_captions: bool) -> list[CaptionLocation]:

@@ -262,11 +262,12 @@ class ApiServer:
                 remedy = "check --api_base and --api_model"
             return UserError(
                 f"{self._address} answers {status}, {FATAL_STATUSES[status]}: {message}. "
-                f"Give what it wants: {remedy}."
+                f"To fix this, {remedy}."
             )
         if 300 <= status < 400:
             return UserError(
-                f"--api_base: {self._address} answers {status} and names another address. Give that one."
+                f"--api_base: {self._address} answers {status} and redirects to another address. Give that "
+                "one."
             )
         return NoCaptionError(f"the server answers {status}: {message}")
 

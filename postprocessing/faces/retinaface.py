@@ -248,8 +248,7 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
     sources = list_tensor_sources(checkpoint)
     shape_error = CheckpointError(
         f"{checkpoint.path} is not a RetinaFace: one of its tensors has an unexpected shape. Give "
-        f"{RELEASED_FILES} to "
-        f"{option}.",
+        f"{RELEASED_FILES} to {option}.",
         checkpoint.path,
     )
     shape = make_shape_reader(checkpoint, sources, shape_error)

@@ -270,7 +270,7 @@ def read_settings(path: Path | None) -> ModeSettings:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0]  # errors of YAML have several lines
         raise CheckpointError(
-            f"{path} cannot be used: {reason}. Without it the released settings hold.", path
+            f"{path} cannot be used: {reason}. Without it the released settings are used.", path
         ) from error
 
 

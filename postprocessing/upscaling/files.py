@@ -137,8 +137,7 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
     if channels != COLOURS * unshuffle**2 or unshuffle not in factors:
         raise shape.error(
             f"its first layer requires {channels} channels for a network that makes images "
-            f"{2**num_doublings} times "
-            "larger"
+            f"{2**num_doublings} times larger"
         )
     config = RrdbConfig(
         features=features,

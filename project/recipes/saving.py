@@ -64,7 +64,7 @@ def find_history(path: Path) -> Path:
             names = ", ".join(map(str, histories))
             raise OptionError(f"{path} has {len(histories)} runs. Give the history of one: {names}")
     raise OptionError(
-        f"{path} has no run: no file {END.removeprefix('-')} is in it, nor in its folder output"
+        f"{path} has no run: there is no {END.removeprefix('-')} file in it or in its folder output"
     )
 
 
