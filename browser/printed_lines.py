@@ -99,14 +99,14 @@ LINES = (
         "order each time (shuffle_caption). The training encodes them in each step"
     ),
     say(
-        "%(tag)s: the model's own tags have blanks (%(words)s). To write yours so (the old captions "
-        "are kept as .bak), in the folder %(folder)s:"
+        "%(tag)s: the model's own tags have spaces (%(words)s). To convert yours (the old captions are kept "
+        "as .bak), run this in the folder %(folder)s:"
     ),
     say(
-        "%(tag)s: such a model's own tags have blanks (%(words)s). To write yours so (the old "
-        "captions are kept as .bak), in the folder %(folder)s:"
+        "%(tag)s: such a model's own tags have spaces (%(words)s). To convert yours (the old captions are "
+        "kept as .bak), run this in the folder %(folder)s:"
     ),
-    say("and describe it again, as its lists have commas then:"),
+    say("then run `new` again, because the lists are separated by commas afterwards:"),
     say(
         "%(folder)s: left out. A folder of this name contains source images of edits, and %(model)s "
         "does not edit, --task %(task)s does. To train on it, rename it"

@@ -712,13 +712,16 @@ def _describe_tags(setup: describing.RunSetup) -> list[str]:
         return lines
     owner = "the model" if was_trained_on_tags else "such a model"
     lines += [
-        f"{tags.first_with_underscore}: {owner}'s own tags have blanks "
-        f"({as_words(tags.first_with_underscore)}). To write yours so (the "
-        f"old captions are kept as .bak), in the folder {setup.folder}:",
+        f"{tags.first_with_underscore}: {owner}'s own tags have spaces "
+        f"({as_words(tags.first_with_underscore)}). To convert yours (the old captions are kept as .bak), "
+        f"run this in the folder {setup.folder}:",
         f"  {typed_in(make_argv_to_write_blanks(tags), setup.folder)}",
     ]
     if tags.separator != ",":
-        lines += ["and describe it again, as its lists have commas then:", f"  {_make_new_command(setup)}"]
+        lines += [
+            "then run `new` again, because the lists are separated by commas afterwards:",
+            f"  {_make_new_command(setup)}",
+        ]
     return lines
 
 

@@ -156,7 +156,7 @@ class LocalModel:
     def _make_image_inputs(self, batch: Sequence[CaptionInput]) -> Any:
         """Return inputs for a model without prompts: images, and the first token of each answer."""
         if any(location.prompt is not None or len(frames) > 1 for location, frames in batch):
-            raise ValueError("it describes single images and takes no text; give another --model")
+            raise ValueError("it describes single images and accepts no text; give another --model")
         images = [Image.fromarray(frames[0]) for _, frames in batch]
         inputs = self.processor(images=images, return_tensors="pt")
         start = self.model.generation_config.bos_token_id
@@ -274,7 +274,7 @@ def load_model(options: CaptionModelOptions, ask_options: AskOptions) -> LocalMo
     takes_text = model.config.model_type != GIT
     if not takes_text and (ask_options.prompt or ask_options.system_prompt):
         raise OptionError(
-            f"--model {folder} takes no text: leave out --prompt and --system_prompt, or give another model"
+            f"--model {folder} accepts no text: leave out --prompt and --system_prompt, or give another model"
         )
     loaded = LocalModel(model.to(device), processor, ask_options, options.batch_size or 1, takes_text)
     loaded.format_prompt("a", 1)  # so that a chat template that always fails is reported here

@@ -155,7 +155,7 @@ def round_frame_buckets(shape: ShapeOptions, networks: PipelineNetworks | None) 
     for name in ("height_buckets", "width_buckets"):
         invalid_sides = [str(side) for side in getattr(shape, name) if side % step]
         if invalid_sides:
-            raise OptionError(f"--{name} {', '.join(invalid_sides)}: the model takes multiples of {step}")
+            raise OptionError(f"--{name} {', '.join(invalid_sides)}: the model requires multiples of {step}")
     # the order is kept, and lengths that are equal after rounding appear once
     distinct = tuple(dict.fromkeys(shape.frame_buckets))
     rounded = tuple(dict.fromkeys(map(networks.round_down_frames, shape.frame_buckets)))

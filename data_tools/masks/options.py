@@ -77,7 +77,7 @@ class FinderOptions(Options, title="what to find"):
     def __post_init__(self) -> None:
         for words in self.what or ():
             if not words.strip():
-                raise OptionError("--what is empty: say what to find")
+                raise OptionError("--what is empty: describe what to find")
             character = bad_character(words)
             if character is not None:
                 raise OptionError(f"--what holds {character}: set the terminal to UTF-8")

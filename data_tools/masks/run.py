@@ -124,9 +124,9 @@ def _show_outcome(
 ) -> None:
     """Log the files without a mask, then print the number of masks and the lines for dataset.toml."""
     _warn_of_files(
-        "Nothing is found in %s (without a mask a file is learned whole): %s", outcome.nothing_found
+        "Nothing was found in %s (a file without a mask is used completely): %s", outcome.nothing_found
     )
-    _warn_of_files("Nothing would be learned of %s (no mask is written): %s", outcome.all_black)
+    _warn_of_files("Nothing would be learned from %s (no mask is written): %s", outcome.all_black)
     masked = [entry for entry in entries if entry.mask is not None]
     mask_folders = dict.fromkeys(entry.mask_folder for entry in [*masked, *outcome.written])
     made = f"{format_count(len(outcome.written), 'mask')}, {num_unchanged} left as they were"

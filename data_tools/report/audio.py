@@ -83,7 +83,7 @@ def _list_mismatches(track: TrackInfo, video_seconds: float | None) -> list[str]
         if excess_seconds > TOLERANCE_SECONDS:
             mismatches.append(f"continues for {excess_seconds:.2f} s, which are cut off")
     if track.tracks > 1:
-        mismatches.append(f"{track.tracks} tracks, of which FFmpeg chooses one")
+        mismatches.append(f"{track.tracks} tracks, and FFmpeg selects one")
     return mismatches
 
 

@@ -395,12 +395,12 @@ def _check_sources(
     findings.errors += [Fault(UNREADABLE, str(failure), failure.stem) for failure in unreadable]
     _add_plan_warnings(findings, plans)
     if plans and not findings.num_items_by_bucket:
-        text = f"{table.name}: not one of its {format_count(len(plans), table.kind)} gives an item"
+        text = f"{table.name}: none of its {format_count(len(plans), table.kind)} yields an item"
         findings.errors.append(Fault(NO_ITEM, text))
     num_masked = sum(source.mask is not None for source in findings.sources)
     if num_masked:
         counts = f"{num_masked} of {len(findings.sources)}"
-        findings.info_lines.append(f"{counts} have a mask; the others are learned whole")
+        findings.info_lines.append(f"{counts} have a mask; the others are used completely")
         check_masks(findings, plans, cache_settings.latent, workers)
     if cache_settings.encoder_identity:  # empty: latents are not checked
         findings.info_lines.append(_count_caches(plans))

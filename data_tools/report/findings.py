@@ -338,7 +338,7 @@ def load_token_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> T
     try:
         encoders = text_encoders()
     except (OptionError, CheckpointError) as error:
-        return TokenCounters((), (f"tokens of captions are not counted, which is no fault: {error}",))
+        return TokenCounters((), (f"tokens of captions are not counted, which is not an error: {error}",))
     counters = []
     missing = []  # lines about tokenizers that are not on this machine
     offline_errors = {}  # encoder -> error, if offline mode forbids downloading its tokenizer

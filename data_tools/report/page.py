@@ -118,6 +118,15 @@ def write_check_page(
     _write_page(path, title, values, cards=cards, fps=fps)
 
 
+class _TableSection(NamedTuple):
+    """What the report page shows of a dataset table; the template unpacks it in this order."""
+
+    statistics: JsonObject
+    drawings: list[JsonObject]  # what the largest buckets crop away
+    num_not_drawn: int  # smaller buckets
+    cards: list[Card]
+
+
 def write_report_page(
     path: Path,
     config: DatasetConfig,
@@ -137,12 +146,11 @@ def write_report_page(
     copies = frozenset(path for group in statistics["near_duplicates"] for path in group)
     card_settings = _CardSettings(REPORT_SIZES, latent, options.fps, copies=copies, with_audio=True)
     cards = _make_cards(tables, options.items, workers, card_settings)
-    # per table: its statistics, drawings, the number of drawings left out, and its cards
     table_sections = []
     for table_statistics, findings in zip(statistics["tables"], tables, strict=True):
         drawings, num_not_drawn = _draw_crops(table_statistics, findings)
         cards_of_table = _select_cards(cards, findings.table)
-        table_sections.append((table_statistics, drawings, num_not_drawn, cards_of_table))
+        table_sections.append(_TableSection(table_statistics, drawings, num_not_drawn, cards_of_table))
     values = {
         "result": None,  # a page of --check has it instead of `report`
         "report": statistics,

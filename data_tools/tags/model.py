@@ -143,7 +143,7 @@ class Tagger:
         if output.shape != (len(images), len(self.labels)):
             raise CheckpointError(
                 f"--model_dir: the tagger gives {output.shape}, but its list has {len(self.labels)} tags. "
-                "Take both files from the same release."
+                "Use both files from the same release."
             )
         if self.returns_logits:
             output = np.asarray(1 / (1 + np.exp(-output)), np.float32)

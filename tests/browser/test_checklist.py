@@ -33,7 +33,7 @@ warning> a.png, b.png: tiny, below 256 pixels: the model would learn their blur
 warning> captions that are not UTF-8: a.txt: read as Windows-1252
 captions> {ASKS}
   {COMMAND}
-red_hat: the model's own tags have blanks (red hat). To write yours so, in the folder /x:
+red_hat: the model's own tags have spaces (red hat). To convert yours, run this in the folder /x:
   python tools/tag.py . --rename 'red_hat'
 fault> 1 cannot be read and has no caption, which ends a run: delete each, or move it away:
   bad.png

@@ -57,7 +57,7 @@ def test_masks_are_those_that_the_dataset_reads(pictures: Path) -> None:
     said = " ".join((done.stdout + done.stderr).split())
     line = f'mask_directory = "{masks.as_posix()}"'
     assert f"\n  {line}\n" in done.stdout + done.stderr  # never wrapped
-    assert "Nothing is found in 1 file (without a mask a file is learned whole): plain.png" in said
+    assert "Nothing was found in 1 file (a file without a mask is used completely): plain.png" in said
 
     config = pictures.parent / "dataset.toml"
     config.write_text(f'[[datasets]]\nimage_directory = "{pictures.as_posix()}"\n{line}\n', encoding="utf-8")

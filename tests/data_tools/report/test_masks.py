@@ -54,7 +54,7 @@ def test_masks_are_measured_in_latents_and_useless_ones_are_named(tmp_path: Path
 
     lines = check(tmp_path, "image_directory", "masks")
 
-    assert "3 of 4 have a mask; the others are learned whole" in lines
+    assert "3 of 4 have a mask; the others are used completely" in lines
     (measured,) = [line for line in lines if "measured: on average" in line]
     assert measured.startswith(
         "3 masks measured: on average 17% of the latents are learned (weight above 0.5), the fewest with "
