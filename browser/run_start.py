@@ -182,7 +182,7 @@ def parse_run_config(path: Path, content: bytes, changed: float) -> RunConfig | 
         return _parse_training_table(folder, tables, changed)
     except (OptionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        problem = f"{path} is not as `new` writes it ({reason})"
+        problem = f"{path} is not in the form that `new` writes ({reason})"
         return RunConfig(folder, _find_default_history(folder), changed, problem=problem)
 
 

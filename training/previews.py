@@ -173,7 +173,9 @@ def _check_dataset(
             commands,
             accumulation=options.loop.gradient_accumulation_steps,
             processes=int(os.environ.get("WORLD_SIZE", "1")),
-            files=[f"{name}: {value}" for name, value in family.metadata.items() if name != "resolution"],
+            checkpoint_lines=[
+                f"{name}: {value}" for name, value in family.metadata.items() if name != "resolution"
+            ],
             text_keys=family.text_keys,
             counters=counters,
             audio=audio_of(family),

@@ -139,7 +139,7 @@ def test_a_model_of_sentences_learns_them_as_they_stand(tmp_path: Path) -> None:
     folder = tmp_path / "girl"
     write_folder(folder, LISTS)
     said, dataset, run = describe(folder, "--family", "krea2", "--memory", "24")
-    assert "learned as they stand: krea2 raw was trained on sentences" in said
+    assert "used unchanged: krea2 raw was trained on sentences" in said
     assert "shuffle_caption" not in dataset["general"]
     assert any("text_encoder" in words[1] for words in run["reelsmith"]["commands"])
 
