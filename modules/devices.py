@@ -246,8 +246,8 @@ def warn_if_emulated(device: torch.device, dtype: torch.dtype, what: str) -> Non
     """
     if device.type == "cpu" and dtype == torch.bfloat16 and emulates_bfloat16():
         logger.warning(
-            "%s computes in bfloat16, which this processor is very slow at; in float32 it takes a fraction "
-            "of the time (--vae_dtype float32, --dit_dtype float32, --mixed_precision no)",
+            "%s computes in bfloat16, which is very slow on this processor; float32 takes a fraction of the "
+            "time (--vae_dtype float32, --dit_dtype float32, --mixed_precision no)",
             what,
         )
 

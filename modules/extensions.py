@@ -35,11 +35,12 @@ def check_named() -> None:
         if not entries:
             known = {entry.name for group in GROUPS for entry in entry_points(group=group)}
             there = f"Installed are {', '.join(sorted(known))}" if known else "None is installed"
-            raise OptionError(f"extension {name}: no installed package brings it. {there}")
+            raise OptionError(f"extension {name}: no installed package provides it. {there}")
         owners = {entry.dist.name for entry in entries if entry.dist is not None}
         if len(owners) > 1:
             raise OptionError(
-                f"extension {name}: {' and '.join(sorted(owners))} both bring one of this name. Uninstall one"
+                f"extension {name}: {' and '.join(sorted(owners))} both provide one of this name. Uninstall "
+                "one"
             )
 
 

@@ -310,27 +310,27 @@ def explain_unused_words(
         is_first_unused = next_path == first and _takes_one_value(flags, flag)
         if is_first_unused and path_exists(Path(path)) and path_exists(Path(next_path)):
             return (
-                f"{flag} takes one path and has {len(unused) + 1}, {path} {next_path} ...: the shell put "
-                "all that fit in the place of a pattern (*). Give the one to use."
+                f"{flag} takes one path but got {len(unused) + 1}, {path} {next_path} ...: the shell "
+                "replaced a pattern (*) by all matching files. Give the one to use."
             )
     index = argv.index(first)
     before_first = argv[index - 1] if index >= 1 else ""
     flag = argv[index - 2] if index >= 2 else ""
     if _takes_one_value(flags, flag) and flags[flag].type in NUMBER_TYPES:
         values = quote_command([before_first, *unused])
-        return f"{flag} takes one value and has {1 + len(unused)}, {values}. Give one."
+        return f"{flag} takes one value but got {1 + len(unused)}, {values}. Give one."
     if before_first in flags and flags[before_first].nargs == 0 and first.lower() in SWITCHES:
-        return f"{before_first} is a switch: leave {first} out, and to turn it off the switch too."
+        return f"{before_first} is a switch: leave {first} out, and to turn it off leave out the switch too."
     unused_text = quote_command(unused)
     if any(quote in word for word in argv for quote in "“”„«»"):
         return (
-            f"{unused_text} belongs to no option: the quotation marks “ ” are typographic, and the "
-            'shell knows straight ones only. Write "..." around a text with blanks.'
+            f"{unused_text} belongs to no option: the quotation marks “ ” are typographic, and the shell "
+            'recognizes only straight ones. Write "..." around a text with spaces.'
         )
     if len(without_flag) == 1 and without_flag[0].nargs is None:
         name = without_flag[0].dest
-        return f"{unused_text} is not used: give one {name}, and put quotes around a name with blanks."
-    return f"{unused_text} belongs to no option. Put a text with blanks in quotes."
+        return f"{unused_text} is not used: give one {name}, and put quotes around a name with spaces."
+    return f"{unused_text} belongs to no option. Put a text with spaces in quotes."
 
 
 def _takes_one_value(flags: Flags, flag: str) -> bool:

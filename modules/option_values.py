@@ -168,7 +168,7 @@ def require(value: T | None, option: str, why: str) -> T:
 def check_seed(option: str, seed: int | None) -> None:
     """Raise OptionError if a seed does not fit the 64 bits that torch's generators take."""
     if seed is not None and not -(2**63) <= seed < 2**64:
-        raise OptionError(f"{option} {format_number(seed)} does not fit 64 bits: give a number below 2^64")
+        raise OptionError(f"{option} {format_number(seed)} does not fit in 64 bits: give a number below 2^64")
 
 
 def gibibytes(text: str) -> float:
@@ -179,7 +179,9 @@ def gibibytes(text: str) -> float:
     """
     match = re.fullmatch(MEMORY, text.strip(), re.IGNORECASE)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no memory. Give GiB, such as 12; 0 for a CPU")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an amount of memory. Give GiB, such as 12; 0 for a CPU"
+        )
     return float(match[1])
 
 

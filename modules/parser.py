@@ -228,7 +228,7 @@ class Parser(argparse.ArgumentParser):
         if len(free_words) > len(unset):
             self.error(
                 f"{quote_command(free_words)}: {len(free_words)} words without an option, and only "
-                f"{' and '.join(flags)} can be left out. Put a name with blanks in quotes."
+                f"{' and '.join(flags)} can be left out. Put a name with spaces in quotes."
             )
         return [*used_words, *(f"{flag}={word}" for flag, word in zip(flags, free_words, strict=False))]
 

@@ -138,7 +138,7 @@ def explain_path(text: str) -> str | None:
     if text.strip().lower() in NOTHING:
         return "this names nothing, and is taken for a path. Leave it out"
     if text != text.strip():
-        return "this path begins or ends with a blank. Remove it"
+        return "this path begins or ends with a space. Remove it"
     match = _VARIABLE.search(text)
     if match is not None and not path_exists(Path(text[: match.end()])):
         return (
@@ -146,7 +146,7 @@ def explain_path(text: str) -> str | None:
             "$NAME outside of single quotes, cmd replaces %NAME%. Set it, or write the path out"
         )
     if os.name != "nt" and _DRIVE.match(text):
-        return "this is a path of Windows. Here (in WSL) C: is /mnt/c, and folders are parted by /"
+        return "this is a path of Windows. Here (in WSL) C: is /mnt/c, and folders are separated by /"
     return None
 
 
@@ -158,7 +158,7 @@ def explain_missing(path: Path) -> str:
     if path.is_absolute() and path.parent == Path(path.anchor):
         return f" It is at the very top, in {path.anchor}: is a variable that stood before it not set?"
     if any(mark in str(path) for mark in "*?"):
-        return " A pattern that fits no file stays as it is, and some shells replace none."
+        return " A pattern that matches no file stays unchanged, and some shells replace none."
     near = similar_path(path)
     return "" if near is None else f" Did you mean {near}?"
 

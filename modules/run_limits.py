@@ -104,11 +104,11 @@ def describe_outside(path: Path, option: str = "") -> str | None:
     restriction = f"{resolved} is outside of {allowed_folders[0]}, the only place where"
     if not os.environ.get(COMMAND_VARIABLE):
         return (
-            f"{restriction} a button of the page for that folder writes. Correct it; or, if you want it "
-            "there, start the command in a terminal"
+            f"{restriction} a button of the page for that folder writes. Fix it; or, if you want it there, "
+            "start the command in a terminal"
         )
     command = _run_command(f"--{ALLOWED_BY.get(option, OTHER_FOLDERS_OPTION)}", str(resolved))
-    return f"{restriction} `run` writes unasked.\n  Correct it; or, if you want it there, type it: {command}"
+    return f"{restriction} `run` writes unasked.\n  Fix it; or, if you want it there, type it: {command}"
 
 
 def is_in_queue(path: Path) -> bool:

@@ -63,7 +63,9 @@ def solver_for(
     schedule = make_schedule(name, steps, flow_shift, table=table, levels=levels)
     if audio_shift != 1:
         if _SOLVERS.get(name) is not Euler:
-            raise ValueError(f"the solver {name!r} follows one schedule: sound with its own needs Euler")
+            raise ValueError(
+                f"the solver {name!r} supports only one schedule: audio with its own needs Euler"
+            )
         schedule = replace(schedule, audio_sigmas=shift_sigmas(schedule.sigmas, audio_shift))
     if name not in _STOCHASTIC_SOLVERS:
         return _SOLVERS[name](schedule)

@@ -189,7 +189,7 @@ def print_layouts(
         # nothing fits: show the plan that needs the least memory
         memory = min(plans, key=lambda plan: plan.device)
         lines.append(
-            f"No way fits: {memory.worst.name} takes {format_gib(memory.device)} GiB at least. Run with "
+            f"No layout fits: {memory.worst.name} takes {format_gib(memory.device)} GiB at least. Run with "
             f"--plan {total} to see what makes it smaller, or use more or larger cards."
         )
     show(memory, escape_control_codes("\n".join(lines)))
