@@ -462,7 +462,7 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
             f"--from_file {path}: give a text file with a prompt on each line and its options after it, "
             "such as: a cat --w 832 --h 480 --d 7"
         )
-    lines = numbered_lines(read_prompt_file(path, "--from_file"))
+    lines = numbered_lines(read_prompt_file(path, "--from_file"))  # without empty lines and comments
     if not lines:
         raise OptionError(f"--from_file {path}: the file has no prompt. Write one per line.")
     return lines

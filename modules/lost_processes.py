@@ -51,7 +51,7 @@ DEFAULT = Pace()
 
 
 class LostProcess(NamedTuple):
-    """A process that the run cannot continue without."""
+    """A process of the run that was lost, so that the run cannot continue."""
 
     rank: int
     cause: str  # KILLED or SILENT

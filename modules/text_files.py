@@ -224,7 +224,7 @@ def read_object(text: str) -> dict[str, Any]:
 
 
 def read_if_object(text: str) -> dict[str, Any] | None:
-    """Return a text's JSON object; None for a plain text, such as a choice {a|b} of words."""
+    """Parse a text that is a JSON object; return None for other text, such as {a|b}."""
     try:
         return read_object(text) if looks_like_object(text) else None
     except ValueError:

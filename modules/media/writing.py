@@ -381,7 +381,7 @@ def _select_mux_options(suffix: str, rate: Fraction, tags: Mapping[str, str]) ->
 
 
 class _StreamWriters(NamedTuple):
-    """What writes the streams other than the images into a new video."""
+    """Writers of the audio, subtitles and other streams next to the images of a new video."""
 
     other: "TrackAudio | OtherStreams | SectionAudio | None"  # None: there are no other streams
     copied: "OtherStreams | None"  # the same object, if it copies the streams of a whole video

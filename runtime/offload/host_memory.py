@@ -271,7 +271,7 @@ class Transfer:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def memory(self, size_bytes: int) -> Tensor:
+    def allocate(self, size_bytes: int) -> Tensor:
         """Allocate bytes on the device."""
         return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
 
@@ -297,9 +297,9 @@ class CudaTransfer(Transfer):
         super().__init__(device)
         self._stream = torch.cuda.Stream(device)
 
-    def memory(self, size_bytes: int) -> Tensor:
+    def allocate(self, size_bytes: int) -> Tensor:
         """Allocate bytes that are not reused while a copy into them is still running."""
-        memory = super().memory(size_bytes)
+        memory = super().allocate(size_bytes)
         # if it is freed during a copy into it, torch does not reuse it before the copy is done
         memory.record_stream(self._stream)
         return memory

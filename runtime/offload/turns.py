@@ -102,7 +102,7 @@ class HostCopy:
             with torch.inference_mode(False), torch.no_grad():
                 copies: list[tuple[Tensor, Tensor]] = []  # (target on the device, source on the host)
                 for _, host in self._pairs:
-                    memory = self._transfer.memory(host.nbytes)
+                    memory = self._transfer.allocate(host.nbytes)
                     copies.append((memory.view(host.dtype).view(host.shape), host))
                 if copies:
                     # the copies start only after `allocated`: in a deterministic run PyTorch fills new

@@ -307,7 +307,7 @@ class OneOfManyPieces(TorchFunctionMode):
 
 @contextmanager
 def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
-    """Dry-run everything inside: sizes and memory are tracked, and nothing is computed.
+    """Run the `with` block on tensors without values: memory is tracked, and nothing is computed.
 
     Args:
         device: Device on which the code inside computes.

@@ -56,7 +56,7 @@ def join_ways(speed: SpeedOptions) -> RunModes:
 
 
 def check_launch(speed: SpeedOptions, processes: int, uses: RunUses) -> None:
-    """Raise OptionError if the launched processes would repeat a generation or cannot share it."""
+    """Raise OptionError if the launched processes would generate the same results twice, or cannot share them."""
     times = count_groups(speed, processes)
     if speed.modes.divides_passes:
         times = 1
@@ -145,7 +145,7 @@ def warn_if_alone(speed: SpeedOptions) -> None:
 
 
 def _list_info() -> dict[str, Mapping[str, Any]]:
-    """Return the declared facts about each option of all modes of running, by option name."""
+    """Return the metadata declared with each option of the modes of running, by option name."""
     return {name: info for way in WAYS for name, info in info_of(way.options).items()}
 
 
