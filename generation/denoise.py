@@ -292,7 +292,7 @@ def make_latents(
         run: Runs the passes of a step.
 
     Returns:
-        Latents in model space, B C F H W, or B N with `prepared.joint`, float32, on the device.
+        Latents in model space, B C F H W, or B N with `prepared.audio_video_shapes`, float32, on the device.
     """
     on_cpu = cpu_noise or family.defaults.noise_on_cpu
     noise = SeededNoise(prepared.seed, device, on_cpu)
@@ -329,9 +329,8 @@ def make_latents(
         while True:
             if on_section is not None:
                 on_section(section)
-            section = on_device(
-                replace(section, previous_piece=None), device
-            )  # `previous` is for `on_section`
+            # only `on_section` needs the previous piece
+            section = on_device(replace(section, previous_piece=None), device)
             section = sections.send(denoiser.denoise_section(section, device))
     except StopIteration as end:  # no more sections: the generator returns the latents of the clip
         if caches is not None:

@@ -89,7 +89,7 @@ class ExpertSchedule:
             peak = max(peak, sum(host_bytes_by_expert.values()))
         return peak
 
-    def parts(self, weights: int, swap: OffloadedWeights) -> tuple[MemoryPart, ...]:
+    def list_idle_parts(self, weights: int, swap: OffloadedWeights) -> tuple[MemoryPart, ...]:
         """Return the memory of the experts that do not denoise at the moment; () if there is one expert.
 
         Swapped weights of the expert that denoises are in host memory too, but count in its own line.
@@ -100,9 +100,7 @@ class ExpertSchedule:
         """
         if self.count < 2:
             return ()
-        if (
-            self.all_stay_on_device
-        ):  # all experts stay on the device, without the weights that other processes hold
+        if self.all_stay_on_device:  # without the weights that other processes hold
             return (MemoryPart("idle experts", (self.count - 1) * (weights - swap.on_other_processes)),)
         note = "each is loaded when its steps begin"
         if not self.lazy:

@@ -87,10 +87,10 @@ class PhasePrediction:
         ):  # between steps only the weights are in memory
             where = name
             bytes_by_kind = {dry.WEIGHTS: weights, dry.TEMPORARY: work_between}
-        note = self.weights + swap.words(count, "of buffers")
+        note = self.weights + swap.describe(count, "of buffers")
         parts = memory_plan.parts_of(bytes_by_kind, swap, {dry.WEIGHTS: note, dry.TEMPORARY: where})
         return memory_plan.Phase(
-            "denoising", (*parts, *self.expert_schedule.parts(weights, swap), self.cublas_workspace)
+            "denoising", (*parts, *self.expert_schedule.list_idle_parts(weights, swap), self.cublas_workspace)
         )
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
@@ -227,9 +227,9 @@ def _with_fewer_weights(
     processes = memory_plan.sharing_processes(options.speed)
     if processes > 1 and can_divide(encoder):
         network = encoder.network
-        (split,) = memory_plan.predict_swaps(network, spec_of(network), options.speed.swap, processes)
-        note = split.words(0, "").removeprefix("; ")  # written to follow another note; here it stands alone
-        weights = replace(weights, device=weights.device - split.saved, note=note)
+        (offloaded,) = memory_plan.predict_swaps(network, spec_of(network), options.speed.swap, processes)
+        note = offloaded.describe(0, "").removeprefix("; ")  # "; " separates it from a note before it
+        weights = replace(weights, device=weights.device - offloaded.saved, note=note)
     elif device_memory is not None and phase.device > device_memory.usable and is_layered(encoder):
         waiting = encoder.waiting_bytes(device_memory.usable)
         if waiting:

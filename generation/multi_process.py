@@ -192,7 +192,9 @@ def _uses_of(family: Family, options: GenerationOptions) -> RunUses:
     }
     cache = options.step_cache
     return RunUses(
-        takes_turns=tuple(name for name, is_given in turns.items() if is_given and len(family.experts) > 1),
+        turn_taking_options=tuple(
+            name for name, is_given in turns.items() if is_given and len(family.experts) > 1
+        ),
         has_step_cache=cache.is_on,
         calibrates=bool(cache.magcache_calibration or cache.teacache_calibration),
         rewrites_prompts=options.rewriting.prompt_rewrite is not None,

@@ -213,7 +213,7 @@ def _check_audio(family: Family, path: Path, audio: Tensor, latent_frames: int) 
         del axes[spec.time_axis]  # the length may differ
     if shape != expected_shape:
         raise CheckpointError(
-            f"--latent_path {path}: its sound has {' x '.join(map(str, shape))} values at a time, "
+            f"--latent_path {path}: its sound has {' x '.join(map(str, shape))} values per time step, "
             f"{family.source.model_label} has {' x '.join(map(str, expected_shape))}",
             path,
         )

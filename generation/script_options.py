@@ -85,10 +85,12 @@ OUTPUT_TYPES = {
 
 
 # names with such an ending are files, and no folders
-WRITTEN = {".mp4", ".mkv", ".png", ".wav"}
+WRITABLE_SUFFIXES = {".mp4", ".mkv", ".png", ".wav"}
 _OF_IMAGES = {".gif", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
-_OF_AUDIO = {".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac"}
-OF_RESULTS = WRITTEN | {".mov", ".webm", ".avi", ".m4v", ".safetensors"} | _OF_IMAGES | _OF_AUDIO
+_AUDIO_SUFFIXES = {".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac"}
+OF_RESULTS = (
+    WRITABLE_SUFFIXES | {".mov", ".webm", ".avi", ".m4v", ".safetensors"} | _OF_IMAGES | _AUDIO_SUFFIXES
+)
 
 
 class OutputOptions(Options, title="output"):
@@ -162,15 +164,17 @@ class OutputOptions(Options, title="output"):
                 f"--save_path {self.save_path} with --output_type {self.output_type}: latents get their own "
                 f"names. Give a folder for them, such as {self.save_path.with_suffix('')}"
             )
-        if self.save_path.suffix.lower() not in WRITTEN:
+        if self.save_path.suffix.lower() not in WRITABLE_SUFFIXES:
             default = self.save_path.with_suffix(".png" if self.pictures else self.format.suffix)
-            if self.save_path.suffix.lower() in _OF_AUDIO:
+            if self.save_path.suffix.lower() in _AUDIO_SUFFIXES:
                 default = self.save_path.with_suffix(".wav")
                 raise OptionError(
-                    f"--save_path {self.save_path}: no such files are written. Sound alone is "
+                    f"--save_path {self.save_path}: files of this type are not written. Sound alone is "
                     f"written as WAV: give {default}"
                 )
-            raise OptionError(f"--save_path {self.save_path}: no such files are written. Give {default}")
+            raise OptionError(
+                f"--save_path {self.save_path}: files of this type are not written. Give {default}"
+            )
 
     @property
     def names_file(self) -> bool:

@@ -241,7 +241,7 @@ class OtherStreams:
         self._register(stream, added, name, _copy)
 
     def _open_delayed_copy(self, stream: Any) -> Any | None:
-        """Return a container whose copy of an audio stream declares the samples before time 0; None if not needed."""
+        """Return a container whose copy of an audio stream declares samples before time 0, if it has any."""
         with open_container(self._path) as reopened:
             first = _read_first_packet(reopened, stream.index)
         if first is None or first.pts is None:

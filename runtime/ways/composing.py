@@ -56,7 +56,7 @@ def join_ways(speed: SpeedOptions) -> RunModes:
 
 
 def check_launch(speed: SpeedOptions, processes: int, uses: RunUses) -> None:
-    """Raise OptionError if the launched processes would generate the same results twice, or cannot share them."""
+    """Raise OptionError if the launched processes would repeat a generation, or cannot share it."""
     times = count_groups(speed, processes)
     if speed.modes.divides_passes:
         times = 1

@@ -56,9 +56,9 @@ class FurtherModel(NamedTuple):
 class RunUses:
     """Uses of a run that modes of running may conflict with: the option of each use, or "" if it is off."""
 
-    takes_turns: tuple[str, ...] = ()  # options by which two transformers take turns on a device
+    turn_taking_options: tuple[str, ...] = ()  # options by which two transformers take turns on a device
     # in training runs: the option that names a separate model for samples
-    samples_apart: str = ""
+    separate_sample_model: str = ""
     foreign_module: str = ""  # network module of another package
     own_modules: Collection[str] = ()  # network modules that can replace it
     further_models: tuple[FurtherModel, ...] = ()

@@ -33,8 +33,11 @@ USED = {
         RunUses(further_models=(FurtherModel("the teacher", "--teacher_dit x"),)),
         "--teacher_dit x with --shard_base: the teacher would not be split",
     ),
-    "turns": (RunUses(takes_turns=("--lazy_loading",)), "--lazy_loading and --shard_base"),
-    "samples": (RunUses(samples_apart="--sample_dit"), "--shard_base: samples .* Leave --sample_dit out"),
+    "turns": (RunUses(turn_taking_options=("--lazy_loading",)), "--lazy_loading and --shard_base"),
+    "samples": (
+        RunUses(separate_sample_model="--sample_dit"),
+        "--shard_base: samples .* Leave --sample_dit out",
+    ),
     "module": (
         RunUses(foreign_module="lycoris.kohya", own_modules=("networks.lora", "networks.loha")),
         "--shard_base with --network_module lycoris.kohya: .* Use one of networks.lora, networks.loha",
