@@ -59,9 +59,8 @@ def denoise(
     assert not (has_edit_reference and section.overrides.audio_video_shapes), (
         "an anchor contains only a picture"
     )
-    is_joint = (
-        section.overrides.audio_video_shapes is not None
-    )  # latents are video and audio in one tensor, B N
+    # latents are video and audio in one tensor, B N
+    is_joint = section.overrides.audio_video_shapes is not None
     has_fixed = is_joint or section.clean_frames is not None or section.fixed_latents is not None
     latents = latents.float()
     # clean latents and unchanged regions of an edited image are inserted before the first step and after
@@ -122,9 +121,8 @@ def match_audio_schedule(section: steps.Section, schedule: Schedule, index: int,
         index: Index of the step.
         velocity: Velocity of video and audio, B N.
     """
-    joint = (
-        section.overrides.audio_video_shapes
-    )  # how latents of video and audio lie in one tensor; None without audio
+    # how latents of video and audio lie in one tensor; None without audio
+    joint = section.overrides.audio_video_shapes
     if joint is None or schedule.audio_sigmas is None:
         return velocity
     image, audio = joint.split(velocity)
@@ -425,9 +423,8 @@ def sections_of(
                 from blissful_tuner.video_to_video import trim_or_pad_frames  # only with a source
 
                 # a section may end after the source, with the frame of an end image: repeat the last frame
-                source_frames = source[
-                    :, :, section.first_latent_frame :
-                ]  # from the section's first latent frame on
+                # from the section's first latent frame on
+                source_frames = source[:, :, section.first_latent_frame :]
                 section_source = trim_or_pad_frames(source_frames, section.noise.shape[2], "end")
                 section = replace(section, source=section_source)
             section = sections.send((yield section))

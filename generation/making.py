@@ -221,9 +221,8 @@ class EncodedJob(NamedTuple):
     inputs: Mapping[int, Conditions]
 
 
-JobsWithNetworks = Iterable[
-    tuple[Sequence[EncodedJob], DitAt]
-]  # groups of jobs, each with the networks to denoise it
+# groups of jobs, each with the networks to denoise it
+JobsWithNetworks = Iterable[tuple[Sequence[EncodedJob], DitAt]]
 
 
 def denoise_all(

@@ -63,9 +63,8 @@ class PhasePrediction:
     peaks_by_phase: Mapping[str, dry.BytesByKind]  # place in the step -> its peak
     swaps: Sequence[memory_plan.OffloadedWeights]  # the item at index n is the effect of --blocks_to_swap n
     weights: str  # description of the weights' dtypes
-    work_between_steps: Sequence[
-        tuple[int, str]
-    ]  # bytes and name of each network that runs between two steps
+    # bytes and name of each network that runs between two steps
+    work_between_steps: Sequence[tuple[int, str]]
     expert_schedule: ExpertSchedule
     cublas_workspace: memory_plan.MemoryPart  # other memory in use on the device
     before: tuple[memory_plan.Phase, ...] = ()  # encoding of prompts and inputs
@@ -82,9 +81,8 @@ class PhasePrediction:
         where, bytes_by_kind = dry.peak_of_phases(self.peaks_by_phase)
         weights = bytes_by_kind[dry.WEIGHTS]
         work_between, name = max(self.work_between_steps, default=(0, ""))
-        if (
-            work_between > sum(bytes_by_kind.values()) - weights
-        ):  # between steps only the weights are in memory
+        # between steps only the weights are in memory
+        if work_between > sum(bytes_by_kind.values()) - weights:
             where = name
             bytes_by_kind = {dry.WEIGHTS: weights, dry.TEMPORARY: work_between}
         note = self.weights + swap.describe(count, "of buffers")
@@ -167,9 +165,8 @@ def _predict_all_decoding(
     if options.output.output_type not in UNDECODED and not prepared.is_audio_alone:
         pixels.append(predict_decoding(family, prepared, cublas_workspace))
     audio: list[memory_plan.Phase] = []
-    joint_shapes = (
-        None if prepared.is_still else prepared.audio_video_shapes
-    )  # sizes of image and audio latents
+    # sizes of image and audio latents
+    joint_shapes = None if prepared.is_still else prepared.audio_video_shapes
     if joint_shapes is not None and trains_audio(family) and options.output.writes_audio:
         networks = family.audio_networks(META, decodes=True)
         with rehearsing(networks) as ledger:

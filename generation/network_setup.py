@@ -273,11 +273,10 @@ def _check_experts(loras_by_key: "Mapping[str, Sequence[WeightedLora]]", expert_
     for key, loras in loras_by_key.items():
         if key in expert_keys:
             continue
-        has_single_lora = any(
-            not lora_use.lora.loras_by_expert for lora_use in loras
-        )  # not one for each expert
-        is_of_named_expert = bool(key and loras)
-        if has_single_lora or is_of_named_expert:
+        # a file with a LoRA for each expert is used for the other experts too
+        is_for_missing_expert = any(not lora_use.lora.loras_by_expert for lora_use in loras)
+        names_missing_expert = bool(key and loras)
+        if is_for_missing_expert or names_missing_expert:
             dit = f"--dit_{key}" if key else "--dit"
             remedy = "add it, or leave the option out"
             if expert_keys[0]:

@@ -201,7 +201,7 @@ class GenerationOptions(Options, title="run"):
     decoding_options: frozenset[str] = option(default=frozenset())  # which of all say how latents are decoded
     typed_names: Mapping[str, str] = option(default={}, facts=NO_PIXELS)  # see `name_as_typed`
     # options given that do nothing without reference images
-    of_references: tuple[str, ...] = option(default=(), facts=NO_PIXELS)
+    typed_reference_options: tuple[str, ...] = option(default=(), facts=NO_PIXELS)
     # arguments of the options that are typed, with their usual values too
     typed_options: frozenset[str] = option(default=frozenset(), facts={**NO_PIXELS, **OF_TYPING})
 
@@ -383,7 +383,9 @@ def read_generation(
         options,
         settings=settings,
         decoding_options=decoding_options,
-        of_references=list_given_with(family_options, OF_REFERENCES) if has_reference_options else (),
+        typed_reference_options=list_given_with(family_options, OF_REFERENCES)
+        if has_reference_options
+        else (),
         output=output,
     )
     return options, family_options

@@ -264,9 +264,9 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     prepared = family.prepare(request)
     if family.references is not None and not family.references.clips and not request.control_images:
         _warn_of_edit_loras(options.lora.lora_weight or ())
-    # `of_references` names the given options that do nothing without reference images
-    if options.of_references and not prepared.request.control_images:
-        names = ", ".join(f"--{name}" for name in options.of_references)
+    # these options do nothing without reference images
+    if options.typed_reference_options and not prepared.request.control_images:
+        names = ", ".join(f"--{name}" for name in options.typed_reference_options)
         logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", names)
     if prepared.request.source is not None:
         from blissful_tuner.video_to_video import start_from_source  # only with a source

@@ -236,9 +236,8 @@ def parts_of(
         if kind == dry_run.WEIGHTS:
             size -= swap.saved
             host = swap.host
-        elif (
-            kind == dry_run.ACTIVATIONS
-        ):  # activations, some of which wait in host memory for the backward pass
+        elif kind == dry_run.ACTIVATIONS:
+            # some of them wait in host memory for the backward pass
             host = waiting
         elif kind == dry_run.NETWORK:
             name = f"{name} ({network})"

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# prefixes of variables that make accelerate split
 SPLIT_VARIABLE_PREFIXES = (
     "ACCELERATE_USE_",
     "PARALLELISM_CONFIG_",
-)  # prefixes of variables that make accelerate split
+)
 
 
 def options_of_ways(is_training: bool) -> type[Options]:

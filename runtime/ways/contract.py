@@ -118,9 +118,8 @@ class ModeHooks:
 
     # check full training: takes --mixed_precision, raises OptionError
     check_full_training: list[Callable[[str], None]] = field(default_factory=list)
-    check_uses: list[Callable[[RunUses], None]] = field(
-        default_factory=list
-    )  # takes the run, raises OptionError
+    # takes the run, raises OptionError
+    check_uses: list[Callable[[RunUses], None]] = field(default_factory=list)
     # takes the number of processes, how often they would repeat each prompt, and the run; raises OptionError
     check_launch: list[Callable[[int, int, RunUses], None]] = field(default_factory=list)
     # takes the device; returns the place into which blocks are loaded, None if this process holds all blocks
@@ -149,12 +148,10 @@ class RunModes:
     divides_passes: str = ""  # option by which the remaining processes share the passes of a step; "" if off
     # option -> number of processes that share a micro-batch, or a pass of a step
     process_counts_by_option: dict[str, int] = field(default_factory=dict)
-    single_process_effects: dict[str, str] = field(
-        default_factory=dict
-    )  # option -> what a single process does with it
-    flags_for_generation: dict[str, bool] = field(
-        default_factory=dict
-    )  # those that a LoRA needs in generation
+    # option -> what a single process does with it
+    single_process_effects: dict[str, str] = field(default_factory=dict)
+    # those that a LoRA needs in generation
+    flags_for_generation: dict[str, bool] = field(default_factory=dict)
     hooks: ModeHooks = field(default_factory=ModeHooks)
 
     @property
