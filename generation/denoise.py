@@ -122,13 +122,13 @@ def match_audio_schedule(section: steps.Section, schedule: Schedule, index: int,
         velocity: Velocity of video and audio, B N.
     """
     # how latents of video and audio lie in one tensor; None without audio
-    joint = section.overrides.audio_video_shapes
-    if joint is None or schedule.audio_sigmas is None:
+    audio_video = section.overrides.audio_video_shapes
+    if audio_video is None or schedule.audio_sigmas is None:
         return velocity
-    image, audio = joint.split(velocity)
+    image, audio = audio_video.split(velocity)
     audio_change = schedule.audio_sigmas[index + 1] - schedule.audio_sigmas[index]
     image_change = schedule.sigmas[index + 1] - schedule.sigmas[index]  # the solver uses it for both streams
-    return joint.join(image, audio * float(audio_change / image_change))
+    return audio_video.join(image, audio * float(audio_change / image_change))
 
 
 def insert_fixed_latents(section: steps.Section, latents: Tensor) -> Tensor:
@@ -143,13 +143,13 @@ def insert_fixed_latents(section: steps.Section, latents: Tensor) -> Tensor:
     """
     if section.fixed_latents is not None:
         latents = section.fixed_latents.insert_clean(latents)
-    joint = section.overrides.audio_video_shapes
-    if joint is None:
+    audio_video = section.overrides.audio_video_shapes
+    if audio_video is None:
         return latents if section.clean_frames is None else _put_first_frames(latents, section.clean_frames)
-    image, audio = joint.split(latents)
+    image, audio = audio_video.split(latents)
     if section.clean_frames is not None:
         image = _put_first_frames(image, section.clean_frames)
-    return joint.join(image, audio if section.clean_audio is None else section.clean_audio)
+    return audio_video.join(image, audio if section.clean_audio is None else section.clean_audio)
 
 
 def _put_first_frames(latents: Tensor, frames: Tensor) -> Tensor:

@@ -166,11 +166,11 @@ def _predict_all_decoding(
         pixels.append(predict_decoding(family, prepared, cublas_workspace))
     audio: list[memory_plan.Phase] = []
     # sizes of image and audio latents
-    joint_shapes = None if prepared.is_still else prepared.audio_video_shapes
-    if joint_shapes is not None and trains_audio(family) and options.output.writes_audio:
+    audio_video = None if prepared.is_still else prepared.audio_video_shapes
+    if audio_video is not None and trains_audio(family) and options.output.writes_audio:
         networks = family.audio_networks(META, decodes=True)
         with rehearsing(networks) as ledger:
-            family.decode_audio(networks, torch.empty(1, *joint_shapes.audio))
+            family.decode_audio(networks, torch.empty(1, *audio_video.audio))
             audio.append(make_phase("decoding sound", ledger, cublas_workspace))
     return [*audio, *pixels]
 
