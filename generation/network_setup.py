@@ -145,10 +145,10 @@ class DitLoader:
         """Split LoRAs into those to merge into a transformer and T-LoRAs, which wrap its layers instead."""
         if not uses:
             return [], []
-        from networks.loading import on_side  # only with LoRAs
+        from networks.loading import select_network_part  # only with LoRAs
         from networks.rank_masks import rank_rule_of
 
-        of_dit = on_side(uses, False)
+        of_dit = select_network_part(uses, of_text_encoders=False)
         if not any(rank_rule_of(use.lora.metadata) for use in of_dit):
             return of_dit, []
         from networks.unmerged_loras import split_masked  # only with T-LoRAs

@@ -461,10 +461,11 @@ def _make_text_loras(loras_by_expert: LorasByExpert, rounding: str) -> "TextLora
     """
     if not loras_by_expert or not loras_by_expert[0]:
         return None
-    from networks.loading import on_side  # only with LoRAs
+    from networks.loading import select_network_part  # only with LoRAs
 
     first_loras = loras_by_expert[0]
-    if not any(lora_use.lora.text_tensors for lora_use in first_loras) and not on_side(first_loras, True):
+    has_text_tensors = any(lora_use.lora.text_tensors for lora_use in first_loras)
+    if not has_text_tensors and not select_network_part(first_loras, of_text_encoders=True):
         return None
     from networks.text_loras import TextLoras  # only with LoRAs of text encoders
 

@@ -456,16 +456,16 @@ def _add_field(
         group = group_of(parser, declared.title)
     hint = hints_of(cls)[field.name]
     if find_record_type(hint) is hint:  # the field holds a record
-        inner = {} if declared is None else declared.settings
+        nested = {} if declared is None else declared.settings
         records = (hint,) if issubclass(hint, Options) else ()  # other records are declared by a function
         add_options(
             parser,
             *records,
             group=group,
-            without={*overrides.without, *inner.get("without", ())},
-            defaults={**inner.get("defaults", {}), **overrides.defaults},
-            settings={**inner.get("settings", {}), **overrides.settings},
-            refused={**inner.get("refused", {}), **overrides.refused},
+            without={*overrides.without, *nested.get("without", ())},
+            defaults={**nested.get("defaults", {}), **overrides.defaults},
+            settings={**nested.get("settings", {}), **overrides.settings},
+            refused={**nested.get("refused", {}), **overrides.refused},
         )
         return
     if declared is None or not declared.help:

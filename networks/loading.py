@@ -774,7 +774,7 @@ def warn_of_absent(
         )
 
 
-def on_side(uses: Iterable[WeightedLora], is_text: bool) -> list[WeightedLora]:
+def select_network_part(uses: Iterable[WeightedLora], of_text_encoders: bool) -> list[WeightedLora]:
     """Return the LoRAs reduced to one side: modules of the transformer, or modules loaded with text encoders.
 
     A LoRA is left out if it has no modules on the side, or if its patterns select none of them. If the

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
-from networks.loading import LoraFile, WeightedLora, on_side
+from networks.loading import LoraFile, WeightedLora, select_network_part
 from networks.lora_network import prefix_of, rename_texts
 from networks.names.layouts import OURS
 from networks.names.texts import TEXT_PROJECTION, open_clip_names, published_parameter
@@ -89,7 +89,7 @@ class TextLoras:
         self._rounding = LoraRounding(rounding)
         self._uses = [use for use in uses if use.lora.text_tensors]
         # changes of the transformer's modules that are loaded with a text encoder
-        self._text_side_uses = on_side(uses, is_text=True)
+        self._text_side_uses = select_network_part(uses, of_text_encoders=True)
         self._prefixes: set[str] = set()  # prefixes of the model's text encoders seen so far
         self._merged: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # networks with merged LoRAs
 
