@@ -36,7 +36,7 @@ from runtime.ways.composing import check_launch, count_shared_passes
 from runtime.ways.contract import Division, RunUses
 
 
-def plan_ways(
+def plan_divisions(
     family: Family, options: GenerationOptions, device: torch.device, cards: int, device_memory: DeviceMemory
 ) -> None:
     """Print how a clip can be divided over several GPUs, what memory each takes, and the cheapest that fits.

@@ -308,10 +308,10 @@ def _print_plan(family: Family, options: GenerationOptions, device: torch.device
     cards, card_size = options.speed.plan.cards
     device_memory = device_memory_to_plan(device, card_size)
     if cards > 1:
-        from generation.multi_process import plan_ways  # only with --plan
+        from generation.multi_process import plan_divisions  # only with --plan
 
         assert device_memory is not None, "--plan gives each of several cards a size"
-        plan_ways(family, options, device, cards=cards, device_memory=device_memory)
+        plan_divisions(family, options, device, cards=cards, device_memory=device_memory)
     else:
         from generation.memory import plan_generation  # only with --plan
 

@@ -783,13 +783,13 @@ def select_network_part(uses: Iterable[WeightedLora], of_text_encoders: bool) ->
 
     Args:
         uses: LoRA files with their patterns.
-        is_text: Whether to return the side of the text encoder.
+        of_text_encoders: Whether to return the side of the text encoder.
     """
     parts = []
     for use in uses:
         family = use.lora.written_for
         if family is not None and not family.text_module_prefixes:  # all modules load with the transformer
-            if use.lora.tensors and not is_text:
+            if use.lora.tensors and not of_text_encoders:
                 parts.append(use)
             continue
         text_modules: dict[str, Factors] = {}
@@ -801,7 +801,7 @@ def select_network_part(uses: Iterable[WeightedLora], of_text_encoders: bool) ->
                 dit_modules[name] = factors
         selects_text = _keeps_any(use, text_modules)
         selects_dit = _keeps_any(use, dit_modules)
-        if is_text:
+        if of_text_encoders:
             is_used = selects_text
         else:
             selects_nothing = bool(dit_modules) and not selects_dit and not selects_text
@@ -810,7 +810,7 @@ def select_network_part(uses: Iterable[WeightedLora], of_text_encoders: bool) ->
             tensors = use.lora.tensors
             has_both_sides = bool(text_modules) and bool(dit_modules)
             if has_both_sides:
-                tensors = ungroup(text_modules if is_text else dit_modules)
+                tensors = ungroup(text_modules if of_text_encoders else dit_modules)
             parts.append(replace(use, lora=replace(use.lora, tensors=tensors)))
     return parts
 
