@@ -174,9 +174,9 @@ def log_job_progress(label: str, requests: Sequence[Prepared], begun: int, secon
     done = sum(map(measure_work, requests[:begun]))
     to_do = sum(map(measure_work, requests[begun:]))
     left = f", about {format_duration(seconds * to_do / done)} left" if done else ""
-    where = f"{begun + 1} of {len(requests)}{left}"
+    position = f"{begun + 1} of {len(requests)}{left}"
     prompt = shorten_prompt(requests[begun].request.prompt)
-    logger.info("%s (%s): %s: %s", where, label, size_in_words(requests[begun]), prompt)
+    logger.info("%s (%s): %s: %s", position, label, size_in_words(requests[begun]), prompt)
 
 
 def measure_work(prepared: Prepared) -> float:

@@ -47,7 +47,7 @@ from modules.output_files import reject_replacing
 from protocols.data import MediaEncoders
 from protocols.families import HIGH_NOISE
 from protocols.family import Family, trains_audio
-from protocols.loading import Placement
+from protocols.loading import BlockSharder, Placement
 from protocols.requests import Box
 from runtime.offload.joining import have_joined, launched_processes
 from runtime.offload.swap_plan import check_swap
@@ -427,28 +427,27 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
                 logger.warning("%s is ignored because there is only one transformer", option)
         one_at_a_time = False
         lazy = False
-    # several processes may each hold some of the blocks of every network
-    blocks = (
-        make_block_sharder(options.speed, loader.device)
-        if options.speed.modes.hooks.make_block_sharder
-        else None
-    )
+    # splits the blocks of every network over the processes
+    block_sharder: BlockSharder | None = None
+    if options.speed.modes.hooks.make_block_sharder:
+        block_sharder = make_block_sharder(options.speed, loader.device)
     dits = ExpertOffloader(
         family.experts,
         loader.device,
         loader,
-        loader.load_to_host if blocks is None else None,  # all processes read split blocks together
+        # no prefetching with split blocks, which all processes read together
+        loader.load_to_host if block_sharder is None else None,
         keep=keep,
         one_at_a_time=one_at_a_time,
         lazy=lazy,
-        all_stay_on_device=blocks is not None,
+        all_stay_on_device=block_sharder is not None,
     )
     return Session(
         family,
         loader.device,
         dits,
         text_loras=_make_text_loras(loader.loras_by_expert, options.lora_rounding),
-        blocks=blocks,
+        blocks=block_sharder,
     )
 
 

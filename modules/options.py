@@ -454,7 +454,7 @@ def find_reach(facts: Mapping[str, Any]) -> str:
 
 
 def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Raise OptionError if an option has effects that a run of somebody else's folder must not have."""
+    """Raise OptionError if an option has an effect that a file must not request: only a user may type it."""
     value = getattr(record, field.name)
     reach = find_reach(field.metadata)
     name = option_name(field)

@@ -170,17 +170,17 @@ class Parser(argparse.ArgumentParser):
                 flag = completions[0]
             self.typed_flags.setdefault(flags[flag].dest, flag)
             self._typed_spellings.add(flag)
-        for_messages: dict[str, str] = {}
+        displayed_flags: dict[str, str] = {}
         for action in self._actions:
             if action.dest in self.typed_flags:
                 typed_flag = self.typed_flags[action.dest]
                 for flag in action.option_strings:
                     is_switched_off = flag[:5] == "--no-"
                     if flag[:2] == "--" and not is_switched_off and flag not in self._typed_spellings:
-                        for_messages[flag] = typed_flag
+                        displayed_flags[flag] = typed_flag
             elif action.dest in self.shown_flags:
-                for_messages[f"--{action.dest}"] = self.shown_flags[action.dest]
-        return {flag: shown for flag, shown in for_messages.items() if flag != shown}
+                displayed_flags[f"--{action.dest}"] = self.shown_flags[action.dest]
+        return {flag: shown for flag, shown in displayed_flags.items() if flag != shown}
 
     def _reject_joined_numbers(self, argv: Sequence[str]) -> None:
         """Reject two numbers typed as one word for an option that takes two, such as 832x480."""

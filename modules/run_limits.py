@@ -134,10 +134,10 @@ def reject_writing(path: Path) -> None:
 
 
 def reject_sending(option: str, value: object, run_has_option: bool = False) -> None:
-    """Raise OptionError if an option sends something from this machine and is not typed for the run.
+    """Raise OptionError if an option that sends data from this machine comes from a file and was not typed.
 
-    Nothing is raised outside of a run of a described folder. With `run_has_option`, the message names the
-    option of the command `run` that allows it.
+    Only processes whose folders are limited (`limit_run`) are checked. With `run_has_option`, the message
+    names the option of the command `run` that allows it.
     """
     if not is_limited() or option in os.environ.get(TYPED_VARIABLE, "").split():
         return
