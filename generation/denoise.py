@@ -56,9 +56,7 @@ def denoise(
     """
     schedule = solver.schedule
     has_edit_reference = section.edit_reference is not None
-    assert not (has_edit_reference and section.overrides.audio_video_shapes), (
-        "an anchor contains only a picture"
-    )
+    assert not (has_edit_reference and section.overrides.audio_video_shapes), "an edit reference has no audio"
     # latents are video and audio in one tensor, B N
     is_joint = section.overrides.audio_video_shapes is not None
     has_fixed = is_joint or section.clean_frames is not None or section.fixed_latents is not None

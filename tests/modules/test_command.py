@@ -590,9 +590,9 @@ def test_steps_are_counted_in_words_and_a_bar_may_show_before_anything_is_done(
     with Bar(300, "sample 1 of 2", is_terminal=lambda: False) as bar:
         bar.update(140)
         assert bar.line().startswith("sample 1 of 2, step 140 of 300, about ")
-    with Bar(12, "Encoding", "source", at_once=True, is_terminal=lambda: True):
+    with Bar(12, "Encoding", "source", shows_immediately=True, is_terminal=lambda: True):
         assert "Encoding:   0%|" in capsys.readouterr().err
-    with Bar(300, "sample 1 of 2", at_once=True, is_terminal=lambda: True):
+    with Bar(300, "sample 1 of 2", shows_immediately=True, is_terminal=lambda: True):
         assert "sample 1 of 2, step 0 of 300: |" in capsys.readouterr().err
 
 
