@@ -230,7 +230,7 @@ class GrowingVideo:
     join: Callable[..., None] = join_segments
     _segments: list[bytes] = field(default_factory=list)  # in playing order
     _edge: Tensor | None = None  # frames at the growing end, which the next piece may still change
-    _grows_is_prepended: bool | None = None
+    _grows_in_front: bool | None = None
     _has_failed: bool = False
     _is_locked: bool = False
 

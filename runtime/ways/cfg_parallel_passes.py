@@ -44,7 +44,7 @@ class SharedPasses:
                 velocity = section.noise.new_zeros(section.noise.shape, dtype=torch.float32)
                 # in lockstep a process without a pass repeats one, because it has to gather the same blocks
                 if self._in_lockstep or self._rank < len(concurrent_passes):
-                    overrides, key = concurrent_passes[self._rank % len(at_once)]
+                    overrides, key = concurrent_passes[self._rank % len(concurrent_passes)]
                     (predicted,) = predict(calls[overrides][key], overrides=overrides)
                     velocity.copy_(predicted)
                 # B C F H W of each process, one after the other
