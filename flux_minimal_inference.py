@@ -29,14 +29,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         from generation.run import generate
 
-        characters = {}
+        # single-character options of a prompt line, such as --w
+        line_options = dict(options.line_options)
         for character, (key, read, is_text) in LINE_CHARACTERS.items():
-            characters[character] = LineOption(key, read, NO_TEXT if is_text else ())
-        # with --interactive, options of a prompt line hold for the next lines too
+            line_options[character] = LineOption(key, read, NO_TEXT if is_text else ())
+        # with --interactive, options of a prompt line apply to the next lines too
         options = replace(
             options,
             output=replace(options.output, naming="time"),
-            line_options={**options.line_options, **characters},
+            line_options=line_options,
             remembers_lines=True,
         )
         # without a negative prompt there is no guidance, whatever --cfg_scale says

@@ -2,13 +2,18 @@
 
 import modules.interpreter  # noqa: F401
 from flux.options import CONTROL_NET_REJECTED, TRAINER, translate_older_options
-from training.image_options import FOREIGN, ImageTrainerDefaults, OfManyWeights, control_net_trainer
+from training.image_options import (
+    OTHER_TRAINERS_OPTIONS,
+    ImageTrainerDefaults,
+    OfManyWeights,
+    control_net_trainer,
+)
 from training.scripts import training_script
 
 DEFAULTS = control_net_trainer(
     "a ControlNet",
     ImageTrainerDefaults(
-        **{**TRAINER, "translate": translate_older_options}, foreign=(*FOREIGN, OfManyWeights)
+        **{**TRAINER, "translate": translate_older_options}, foreign=(*OTHER_TRAINERS_OPTIONS, OfManyWeights)
     ),
     refused=CONTROL_NET_REJECTED,
 )

@@ -11,7 +11,7 @@ from krea2.options import REPLACED, SIDE, resolve_generation
 
 
 def _read_one(text: str) -> int:
-    """Read --i of a prompt line, which is a number of pictures in the known tuner."""
+    """Read --i of a prompt line, which is a number of pictures in other tools."""
     if text != "1":
         raise ValueError(
             f"a line makes one picture, not {text}: repeat it, each time with another seed (--d)"
@@ -29,7 +29,7 @@ def _shift_options() -> dict[str, LineOption]:
 
 
 def _take_prompt(parser: argparse.ArgumentParser) -> None:
-    """Accept the prompt without its flag too, and leave the negative prompt empty, as in the known tuner."""
+    """Accept the prompt without its flag too, and leave the negative prompt empty, as other tools do."""
     parser.set_defaults(negative_prompt="")
     for action in parser._actions:
         if action.dest == "prompt":

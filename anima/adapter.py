@@ -111,19 +111,19 @@ def embed_prompts(
     counts: list[int],
     ids: Tensor,
     weights: Tensor,
-    rows: int,
+    max_tokens: int,
     attention: AttentionChoice,
 ) -> list[Tensor]:
-    """Run the LLM adapter on each prompt; return its rows times token weights, n C with n <= `rows`.
+    """Return each prompt's token embeddings from the LLM adapter, times the tokens' weights: n C each.
 
     Args:
         adapter: The adapter.
-        states: B S text_dim.
-        counts: Number of real states of each prompt.
-        ids: T5's tokens, B T; on the host if possible.
+        states: States of the language model, B S text_dim.
+        counts: Number of real states of each prompt, which come first.
+        ids: T5's token ids, B T; on the host if possible.
         weights: B T: 0 for padding, else the weight of the token, which is 1 for the last one; on the host if
             possible.
-        rows: Maximum number of rows.
+        max_tokens: Maximum number of tokens n of a prompt.
         attention: How attention is computed.
     """
     positions = torch.arange(1, ids.shape[1] + 1, device=weights.device)
@@ -131,8 +131,8 @@ def embed_prompts(
     ends = ((weights != 0) * positions).amax(dim=1).tolist()
     embedded = []
     for sample, (count, end) in enumerate(zip(counts, ends, strict=True)):
-        length = min(max(end, 1), rows)
+        length = min(max(end, 1), max_tokens)
         prompt = adapter(states[sample : sample + 1, :count], ids[sample : sample + 1, :length], attention)
-        row_weights = weights[sample, :length, None].to(prompt.dtype)
-        embedded.append(prompt[0] * send_ahead(row_weights, prompt.device))
+        token_weights = weights[sample, :length, None].to(prompt.dtype)
+        embedded.append(prompt[0] * send_ahead(token_weights, prompt.device))
     return embedded

@@ -202,10 +202,12 @@ class Anima(ModelOfImages):
 
     # generation
 
-    def keep_media(self, request: Request, who: str) -> Request:
+    def keep_media(self, request: Request, model_name: str) -> Request:
         """Return the request without unused media; training a ControlNet-LLLite uses the control image."""
-        sees = self.custom_network is not None
-        return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
+        is_controlled = self.custom_network is not None
+        return control_pictures.keep_control(
+            request, super().keep_media, model_name, takes_control=is_controlled
+        )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Return the pixels of the control image, and its mask, for a ControlNet-LLLite.
@@ -282,7 +284,7 @@ def family_for_training(options: AnimaLearningOptions) -> Anima:
     if isinstance(options, AnimaFullTrainingOptions) and options.llm_adapter_lr is None:
         logger.warning(
             "the adapter is trained too, which the authors of %s advise against. Give --llm_adapter_lr 0 to "
-            "leave it as it is",
+            "keep it unchanged",
             NAME,
         )
     model = Anima(_make_files(options, options.qwen3), options)

@@ -131,8 +131,8 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
     text_width = shapes.shape_of("blocks.0.cross_attn.k_proj.weight")[1]
     if dim % width or width % 2 or dim != text_width:
         raise CheckpointError(
-            f"{shapes.path}: an adapter that is {dim} wide with heads of {width} does not fit a transformer "
-            f"that takes texts of {text_width} numbers. Give {ADAPTER_FILES} to {ADAPTER_OPTION}.",
+            f"{shapes.path}: an adapter of width {dim} with heads of width {width} does not fit a "
+            f"transformer that takes texts of width {text_width}. Give {ADAPTER_FILES} to {ADAPTER_OPTION}.",
             shapes.path,
         )
     return AdapterConfig(
@@ -182,7 +182,7 @@ def read_dit_header(checkpoint: Checkpoint, adapter: Path | None = None) -> DitH
             header = FORMAT.read_header(join_adapter(bare_names(checkpoint), second))
     if header.config.adapter is None:
         raise CheckpointError(
-            f"{checkpoint.path} has no adapter ({ADAPTER_PREFIX}*), with which {NAME} reads texts: it is "
+            f"{checkpoint.path} has no adapter ({ADAPTER_PREFIX}*), which {NAME} needs to read texts: it is "
             f"Cosmos-Predict2's transformer, or that of a diffusers release.\n  Give {FILES}; of a diffusers "
             f"release, give its folder text_conditioner to {ADAPTER_OPTION} too.",
             checkpoint.path,

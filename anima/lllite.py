@@ -124,7 +124,7 @@ class AttachedLllite(AnimaLllite):
 def _check_layer(name: str, layer: Any, width: int, path: Path | None) -> None:
     """Raise CheckpointError unless a transformer's layer exists and has inputs of this width."""
     if layer is None or layer.in_features != width:
-        has = "has no such layer" if layer is None else f"takes {layer.in_features} there"
+        has = "has no such layer" if layer is None else f"takes {layer.in_features} channels in this layer"
         raise CheckpointError(
             f"{path} does not fit the transformer: it is made for {name.removeprefix(PREFIX)} with "
             f"inputs of {width} numbers, and the model {has}. Give {LLLITE_FILES} for this model.",
@@ -197,8 +197,8 @@ def _shape_of(checkpoint: Checkpoint, name: str, axes: int) -> tuple[int, ...]:
     info = checkpoint.tensors.get(name)
     if info is None or len(info.shape) != axes or 0 in info.shape:
         raise CheckpointError(
-            f"{checkpoint.path} is not {MODEL_KIND} as known: {name} is missing or has another shape. "
-            "Copy or download it again.",
+            f"{checkpoint.path} is not {MODEL_KIND}, or is damaged: {name} is missing or has an unexpected "
+            "shape. Copy or download it again.",
             checkpoint.path,
         )
     return info.shape
@@ -211,7 +211,7 @@ def _read_dilations(checkpoint: Checkpoint) -> tuple[int, ...]:
     if all(1 <= dilation <= MAX_DILATION for dilation in dilations):
         return dilations
     raise CheckpointError(
-        f"{checkpoint.path} is not {MODEL_KIND} as known: lllite.aspp_dilations of its metadata is "
+        f"{checkpoint.path} is damaged: lllite.aspp_dilations in its metadata is "
         f"{shorten(stored, 60)!r}. Copy or download it again.",
         checkpoint.path,
     )
@@ -325,8 +325,8 @@ def _initial_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
 def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values: bool) -> AttachedLllite:
     """Build a ControlNet-LLLite for a transformer, and attach it.
 
-    With `with_values`, they get the weights of --network_weights. Raises CheckpointError if the file does not
-    fit.
+    With `with_values` it gets the weights of --network_weights, if given. Raises CheckpointError if the file
+    does not fit.
     """
     dropout = options.lllite_dropout or 0.0
     path = options.network_weights
@@ -372,7 +372,8 @@ def _check_start(options: AnimaLlliteTrainingOptions) -> None:
     for name, (of_options, of_file) in sizes.items():
         if of_options != of_file:
             raise OptionError(
-                f"--{name} is {of_options}, {path} has {of_file}, with which it is trained on. Give the same"
+                f"--{name} is {of_options}, but {path}, whose training continues, has {of_file}. Give the "
+                "same"
             )
 
 

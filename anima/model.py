@@ -59,7 +59,7 @@ class AnimaTokens:
         return replace(self, rotary=shard.slice_rotary(self.rotary), shard=shard)
 
     @property
-    def first_image(self) -> int:
+    def first_noisy_token(self) -> int:
         """Return the index of the first token of the noisy latents, whose tokens form `grid`."""
         return 0
 
@@ -71,7 +71,7 @@ class AnimaTokens:
         return replace(self, rotary=select_rotations(self.rotary, kept, num_left_out))
 
 
-class BranchRows(NamedTuple):
+class BranchModulation(NamedTuple):
     """Shift, scale and gate of a branch of a block, each B 1 C float32."""
 
     shift: Tensor
@@ -116,7 +116,7 @@ class AnimaAttention(nn.Module):
         return run_in_weight_dtype(self.output_proj, attended.flatten(2))
 
     def attend_text(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
-        """Return the cross-attention, B L C, of image tokens to all text rows, including rows of zeros."""
+        """Return the cross-attention, B L C, of image tokens to all text tokens, including zero padding."""
         query = self.query(x)
         of_texts = []
         for text, repeats in tokens.text_tokens:
@@ -139,16 +139,16 @@ class AnimaFeedForward(nn.Module):
         return run_in_weight_dtype(self.layer2, functional.gelu(run_in_weight_dtype(self.layer1, x)))
 
 
-def make_modulation(config: AnimaConfig, rows: int) -> nn.Sequential:
-    """Return the layers that compute `rows` modulation vectors from `AnimaTokens.time`, already activated."""
+def make_modulation(config: AnimaConfig, num_vectors: int) -> nn.Sequential:
+    """Return the layers that compute modulation vectors from `AnimaTokens.time`, already activated."""
     return nn.Sequential(
         nn.Identity(),
         nn.Linear(config.dim, config.modulation_dim, bias=False),
-        nn.Linear(config.modulation_dim, rows * config.dim, bias=False),
+        nn.Linear(config.modulation_dim, num_vectors * config.dim, bias=False),
     )
 
 
-def compute_rows(layers: nn.Module, time: Tensor) -> Tensor:
+def compute_modulation(layers: nn.Module, time: Tensor) -> Tensor:
     """Compute modulation vectors, B n*C float32, from the time embedding, B C, with `make_modulation`."""
     _, first, second = layers.children()
     return run_in_weight_dtype(second, run_in_weight_dtype(first, time)).float()
@@ -179,10 +179,10 @@ class AnimaBlock(nn.Module):
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         return self.feed(x, tokens.dtype, *self.modulation(self.adaln_modulation_mlp, tokens))
 
-    def modulation(self, layers: nn.Module, tokens: AnimaTokens) -> BranchRows:
+    def modulation(self, layers: nn.Module, tokens: AnimaTokens) -> BranchModulation:
         """Return the shift, scale and gate of one branch of the block."""
-        rows = compute_rows(layers, tokens.time) + tokens.shifts
-        return BranchRows(*rows.unsqueeze(1).chunk(3, dim=-1))
+        vectors = compute_modulation(layers, tokens.time) + tokens.shifts
+        return BranchModulation(*vectors.unsqueeze(1).chunk(3, dim=-1))
 
     def modulated_input(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
         """Return the block's modulated input of self-attention, B L C, from its input x, B L C."""
@@ -205,9 +205,10 @@ class AnimaFinalLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
         """Return the patches of the velocity for image tokens x, B L C."""
-        rows = compute_rows(self.adaln_modulation, tokens.time)
-        rows = rows + tokens.shifts[:, : rows.shape[1]]  # the first two of its three rows
-        shift, scale = rows.unsqueeze(1).chunk(2, dim=-1)
+        vectors = compute_modulation(self.adaln_modulation, tokens.time)
+        # `shifts` are for shift, scale and gate; this layer has no gate
+        vectors = vectors + tokens.shifts[:, : vectors.shape[1]]
+        shift, scale = vectors.unsqueeze(1).chunk(2, dim=-1)
         return run_in_weight_dtype(self.linear, modulate(self.norm(x), shift, scale, tokens.dtype))
 
 
@@ -270,7 +271,7 @@ class AnimaModel(BlockNetwork):
             states_mask: B S, 1 for real ones, which come first.
             ids: T5's tokens, B T'.
             weights: B T', 0 for padding after the tokens, 1 or a weight for each token.
-            overrides: Changes to this call; their second text (negative attention) has the last four too.
+            overrides: Changes to this call; a NAG text has the last four too.
 
         Raises:
             ValueError: If sizes do not match.
@@ -283,18 +284,18 @@ class AnimaModel(BlockNetwork):
         patches = functional.pad(patches, (0, PATCH**2))
         waves = sinusoid(sigmas, self.config.dim, torch.float32)
         time = self.t_embedding_norm(waves)
-        prompts = overrides.texts(
+        prompts = overrides.text_inputs(
             len(noisy), states=states, states_mask=states_mask, ids=ids, weights=weights
         )
         tokens = AnimaTokens(
             grid,
             rotary=self._rotary.get_table(grid, noisy.device),
-            text_tokens=tuple(self._read_text(dtype, **prompt) for prompt in prompts),
+            text_tokens=tuple(self._embed_prompt(dtype, **prompt) for prompt in prompts),
             time=functional.silu(time.float()),
             shifts=self.t_embedder[1](waves),
             dtype=dtype,
             attention=self.attention,
-            combine_attention=overrides.steer,
+            combine_attention=overrides.combine_attention,
         )
         # the residual stream of the released weights leaves float16's range (ComfyUI, pull request 12249)
         stream_dtype = torch.float32 if dtype == torch.float16 else dtype
@@ -310,21 +311,25 @@ class AnimaModel(BlockNetwork):
         if noisy.shape[-2] % PATCH or noisy.shape[-1] % PATCH:
             raise ValueError(f"latents of {tuple(noisy.shape[-2:])} cannot be cut into patches of {PATCH}")
 
-    def _read_text(
+    def _embed_prompt(
         self, dtype: torch.dtype, states: Tensor, states_mask: Tensor, ids: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Return a text's rows from the LLM adapter, B T context_dim, and repetitions of the padding row."""
-        rows = embed_prompts(
+        """Embed prompts with the LLM adapter, padded to TEXT_ROWS tokens; arguments as in `embed`.
+
+        Returns the embeddings, B T context_dim, and the number of tokens that each of the T stands for, T;
+        None if each stands for itself. On a CPU all padding may be stored as one token (`pad_texts`).
+        """
+        embeddings = embed_prompts(
             self.llm_adapter,
             states,
             count_real(states_mask),
             ids=ids,
             weights=weights,
-            rows=TEXT_ROWS,
+            max_tokens=TEXT_ROWS,
             attention=self.attention,
         )
-        text, repeats = pad_texts(rows, TEXT_ROWS, self.attention)
-        return text.to(dtype), repeats
+        padded, repeats = pad_texts(embeddings, TEXT_ROWS, self.attention)
+        return padded.to(dtype), repeats
 
     def unembed(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
         """Turn tokens B L C into the velocity, B Z 1 H W in float32."""

@@ -1,7 +1,7 @@
 """Anima's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
 from networks.names import layouts
-from networks.names.layouts import FamilyNames, GrownBlocks, LoraRules, renamed_parts
+from networks.names.layouts import DepthVariants, FamilyNames, LoraRules, renamed_parts
 from protocols.families import IMAGES, FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
@@ -66,11 +66,11 @@ _ADAPTER_ORDER = (
 
 # metadata of LoRA files; the first is SwarmUI's
 SOURCE_BLOCKS = ("modelspec.anima_source_blocks", "anima_source_blocks")
-GROWN = GrownBlocks(
+GROWN = DepthVariants(
     "blocks",
-    also_called=("transformer_blocks",),
+    other_list_names=("transformer_blocks",),
     depths=(28, 40, 52),
-    copied=frozenset({1, 3, 5, 7, 9, 11, 14, 16, 18, 20, 22, 24}),
+    repeated_blocks=frozenset({1, 3, 5, 7, 9, 11, 14, 16, 18, 20, 22, 24}),
     keys=SOURCE_BLOCKS,
 )
 ANIMA = FamilyNames(
@@ -97,7 +97,7 @@ ANIMA = FamilyNames(
         (".mlp.layer2", 1, 4),
     ),
     released=tuple((2048, (("blocks", depth),)) for depth in GROWN.depths),
-    grown=GROWN,
+    depth_variants=GROWN,
     numbered=(("blocks.{n}.", _ORDER), (f"{_ADAPTER}blocks.{{n}}.", _ADAPTER_ORDER)),
     network_module="networks.lora_anima",
     rules=LoraRules(module_switches={"train_llm_adapter": f".{_ADAPTER}blocks."}),

@@ -337,7 +337,7 @@ TRAINER: Mapping[str, Any] = {  # defaults of both training scripts, for `ImageT
 
 
 def caching_options(options: AnimaLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     texts = {"--qwen3": options.qwen3 or Placeholder("QWEN3_FILE"), **options.text.words()}
     return options.vae.file.command_options(), texts
 

@@ -96,23 +96,26 @@ class AnimaTextEncoder(LanguageModelEncoder):
         super().load(device)
 
     def compute(
-        self, network: nn.Module, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int, *_: Any
+        self,
+        network: nn.Module,
+        tokenizer: TextTokenizer,
+        token_ids: Sequence[list[int]],
+        num_template_tokens: int,
+        *_: Any,
     ) -> list[Conditions]:
         """Return each prompt's states, `maximum` x C, and their int64 mask; both are 0 after its tokens.
-
-        `rows` are token ids of prompts; `dropped` is the number of first states to leave out.
 
         A prompt without tokens is not run: all of its states are zeros.
         """
         width = network.get_parameter(self.embedding).shape[1]
         conditions: list[Conditions] = []
-        for row in rows:
+        for ids in token_ids:
             states = torch.zeros(0, width, dtype=self.dtype)
-            if row:
-                (encoded,) = super().compute(network, tokenizer, [row], dropped)
+            if ids:
+                (encoded,) = super().compute(network, tokenizer, [ids], num_template_tokens)
                 (states,) = encoded[STATES]
-            mask = (torch.arange(self.maximum) < len(row)).to(torch.int64)
-            conditions.append({STATES: pad(states, (0, 0, 0, self.maximum - len(row))), MASK: mask})
+            mask = (torch.arange(self.maximum) < len(ids)).to(torch.int64)
+            conditions.append({STATES: pad(states, (0, 0, 0, self.maximum - len(ids))), MASK: mask})
         return conditions
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:

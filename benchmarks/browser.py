@@ -104,7 +104,7 @@ def training(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
         run.reporter,
         contextlib.closing(run.feed.start(0, 0)) as micro_batches,
     ):
-        groups = run.steps.groups(0)
+        groups = run.steps.batches_by_step(0)
 
         def take_steps() -> None:
             for _ in range(steps):

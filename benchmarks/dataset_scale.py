@@ -123,7 +123,9 @@ def start(path: Path) -> None:
     check_channels(found, LATENT, commands=_commands())
     training, validation = split_validation(found, 0.01)
     order = BatchOrder(training, 0)
-    plan = StepPlan(order.num_batches, processes=1, accumulation=1, total_steps=order.num_batches)
+    plan = StepPlan(
+        order.num_batches, data_parallel_size=1, accumulation_steps=1, total_steps=order.num_batches
+    )
     epoch_digest(order)
     largest_batch(training)
     noise_sampler = NoiseSampler(toy_options(path.parent).timesteps, 0)

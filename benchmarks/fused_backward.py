@@ -98,7 +98,7 @@ def _measure(words: list[str]) -> tuple[int, int, int, int]:
     )
     before = start_of_peak()
     with prepare_run(family, options) as run, contextlib.closing(run.feed.start(0, 0)) as micro_batches:
-        for group in _groups(run.steps.groups(0)):
+        for group in _groups(run.steps.batches_by_step(0)):
             advance(run, group, micro_batches)
         highest = peak() - before
         held = start_of_peak()

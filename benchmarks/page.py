@@ -62,7 +62,7 @@ def _measure_step(folder: Path, steps: int) -> float:
         prepare_run(family, read_options(TrainingOptions, given)) as run,
         contextlib.closing(run.feed.start(0, 0)) as micro_batches,
     ):
-        groups = run.steps.groups(0)
+        groups = run.steps.batches_by_step(0)
 
         def step() -> None:
             advance(run, next(groups), micro_batches)

@@ -95,7 +95,7 @@ def measure(folder: Path, steps: int) -> tuple[float, float]:
 
         run.logs.step = timed(run.logs.step)  # type: ignore[method-assign]
         run.reporter.log_step = timed(run.reporter.log_step)  # type: ignore[method-assign]
-        groups = run.steps.groups(0)
+        groups = run.steps.batches_by_step(0)
         for _ in range(4):  # warm up
             advance(run, next(groups), micro_batches)
         inside, start = 0.0, time.perf_counter()

@@ -345,7 +345,7 @@ def started_step(folder: Path, args: argparse.Namespace) -> Iterator[Step]:
     elif args.learns == FULL:
         record = entry.options_record("FullTraining" if args.kind == "sdxl" else "FineTuning")
         options, family_options, _ = read_image_training(
-            "", record, CHECKPOINT_TRAINER, typed, learner=FullDitOptions
+            "", record, CHECKPOINT_TRAINER, typed, trained_options=FullDitOptions
         )
     else:
         typed += ["--network_dim", str(RANK), "--network_alpha", str(ALPHA), "--network_train_unet_only"]
@@ -356,7 +356,7 @@ def started_step(folder: Path, args: argparse.Namespace) -> Iterator[Step]:
         prepare_run(family, options) as run,
         contextlib.closing(run.feed.start(0, 0)) as micro_batches,
     ):
-        groups = run.steps.groups(0)
+        groups = run.steps.batches_by_step(0)
 
         def step() -> None:
             advance(run, next(groups), micro_batches)

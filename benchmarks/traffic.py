@@ -148,18 +148,18 @@ def count_training(family: Any, options: Any, batch: Any, rates: Rates, merge: b
         dit = family.load_dit(placement)
     with quiet(), dry_run() as ledger, torch.autograd.set_detect_anomaly(True, check_nan=False):
         rehearsal = set_up_trainable(family, options, dit, ledger)
-        rehearsal.measure_step()  # makes the optimizer's states
+        rehearsal.rehearse_optimizer()  # makes the optimizer's states
         with Counting(ledger.device) as counting:
-            rehearsal.measure_step()
+            rehearsal.rehearse_optimizer()
         of_optimizer = [replace(one, phase=OPTIMIZER) for one in counting.operations]
         on_device = batch.moved(lambda tensor: empty_like_on_device(tensor, ledger))
 
         def run(numbers: Counts) -> list[Operation]:
             with Counting(ledger.device) as counting:
-                rehearsal.measure(on_device, numbers)
+                rehearsal.measure_passes(on_device, numbers)
             return counting.operations
 
-        counts = dict(zip(rehearsal.blocks, rehearsal.counts, strict=True))
+        counts = dict(zip(rehearsal.blocks, rehearsal.num_blocks, strict=True))
         found = traffic_of(run, counts, ledger.inputs, rates, merge)
     return replace(found, step=combined(found.step, summed(of_optimizer, rates), 1))
 

@@ -66,7 +66,7 @@ def _measure(folder: Path, args: argparse.Namespace) -> tuple[list[float], list[
         prepare_run(family, read_options(TrainingOptions, given)) as run,
         contextlib.closing(run.feed.start(0, 0)) as micro_batches,
     ):
-        groups = run.steps.groups(0)
+        groups = run.steps.batches_by_step(0)
         bare_step = _bare_step(run, next(micro_batches))
 
         def loop_step() -> None:

@@ -74,7 +74,7 @@ def make_guidance(
         plan = plans[expert_at(step.timestep, experts)][step.index]
         # some models use no guidance in late steps, at low noise
         if max_guided_signal is not None and 1 - step.sigma >= max_guided_signal:
-            plan = PassPlan(plan.passes[:1], factor=plan.factor)  # only the positive pass
+            plan = PassPlan(plan.passes[:1], velocity_factor=plan.velocity_factor)  # only the positive pass
         if not plan.passes:  # CFG-Zero* with a factor of 0: the first steps do not move
             return torch.zeros_like(step.noisy)
         # a call is identified by its overrides and conditions; passes that share both are computed once
@@ -84,7 +84,7 @@ def make_guidance(
             conditions = getattr(section, pass_.conditions_name)
             assert conditions is not None, f"the section has no {pass_.conditions_name} conditions"
             # its own overrides, those of the step, and those of --nag_scale
-            overrides = combine_overrides(pass_.overrides, plan.overrides)
+            overrides = combine_overrides(pass_.overrides, plan.common_overrides)
             if nag_overrides is not None and pass_.conditions_name == "positive":
                 overrides = combine_overrides(overrides, nag_overrides.of_section(section))
             conditions_by_overrides.setdefault(overrides, {})[id(conditions)] = conditions
@@ -108,7 +108,7 @@ class _NagOverrides:
         self._overrides = NO_OVERRIDES
 
     def of_section(self, section: Section) -> Overrides:
-        """Return the overrides of a section whose conditions are already on the device."""
+        """Return the overrides for --nag_prompt in a section whose conditions are already on the device."""
         if section is not self._section:
             self._section = section
             self._overrides = self._make_overrides(section)
@@ -173,42 +173,44 @@ class _StepPlanner:
             scale: Guidance scale of the step; None uses the positive conditions alone.
         """
         options = self._options
-        factor = options.cfgzerostar_multiplier if index < options.cfgzerostar_init_steps else 1.0
-        image_stages: tuple[GuidanceStage, ...] = ()
-        audio_stages: tuple[GuidanceStage, ...] = ()
-        if scale is not None and self._rules.streams:
+        velocity_factor = options.cfgzerostar_multiplier if index < options.cfgzerostar_init_steps else 1.0
+        if scale is None:
+            return PassPlan((POSITIVE,) if velocity_factor else (), velocity_factor=velocity_factor)
+        if self._rules.streams:
             image_rule, audio_rule = self._rules.streams
             image_stages = self._make_stream_stages(image_rule, scale)
             audio_stages = self._make_stream_stages(audio_rule, scale)
-        elif scale is not None:
+        else:
             image_momentum, audio_momentum = self._momentum_by_stream
             image_stages = self._make_plain_stages(index, scale, image_momentum)
             audio_stages = self._make_plain_stages(index, scale, audio_momentum)
-        if self._prepared.audio_video_shapes is None:
+        if self._prepared.audio_video_shapes is None:  # the video has no audio
             audio_stages = ()
         passes: list[Pass] = []
-        if factor:  # with 0, as in CFG-Zero*'s first steps, the velocity is 0, and no pass is needed
+        if velocity_factor:  # 0, as in CFG-Zero*'s first steps, makes the velocity 0 without any pass
             passes.append(POSITIVE)
             for stage in (*image_stages, *audio_stages):
                 passes += stage.passes
-        overrides = NO_OVERRIDES if scale is None else self._guided_overrides
-        # each pass runs once, even if several stages use it
-        return PassPlan(tuple(dict.fromkeys(passes)), (image_stages, audio_stages), factor, overrides)
+        return PassPlan(
+            passes=tuple(dict.fromkeys(passes)),  # each pass runs once, even if several stages use it
+            stages=(image_stages, audio_stages),
+            velocity_factor=velocity_factor,
+            common_overrides=self._guided_overrides,
+        )
 
     def _make_stream_stages(self, rule: StreamGuidance, scale: float) -> tuple[GuidanceStage, ...]:
-        """Return the guidance stages of images or audio, which have separate guidance scales."""
-        text_scale = scale if rule.text is None else rule.text
+        """Return the guidance stages of one stream, images or audio, from its own guidance scales."""
+        text_scale = scale if rule.text_scale is None else rule.text_scale
         weights = {
             NEGATIVE: text_scale - 1,
-            self._pass_without_self_attention: rule.perturbed,
-            self._pass_of_isolated_streams: 0
-            if self._prepared.audio_video_shapes is None
-            else rule.modality - 1,
+            self._pass_without_self_attention: rule.perturbed_scale,
         }
+        if self._prepared.audio_video_shapes is not None:  # there are two streams, which can be isolated
+            weights[self._pass_of_isolated_streams] = rule.modality_scale - 1
         weights = {pass_: weight for pass_, weight in weights.items() if weight}  # only passes with an effect
-        stages = [guide_stream(rule, weights)] if weights else []
-        if rule.identity:
-            stages.append(add_difference(self._pass_without_audio_reference, rule.identity))
+        stages = [guide_stream(weights, rule.rescale)] if weights else []
+        if rule.identity_scale:
+            stages.append(add_difference(self._pass_without_audio_reference, rule.identity_scale))
         return tuple(stages)
 
     def _make_plain_stages(
@@ -266,7 +268,7 @@ class _StepPlanner:
             return self._pass_without_layers if self._options.slg_mode == "uncond" else NEGATIVE
         skips = self._rules.negative_skips
         step = self._prepared.first_step + index
-        if skips.blocks and skips.acts(step, self._prepared.steps):
+        if skips.blocks and skips.is_active(step, self._prepared.steps):
             return self._negative_with_model_skips
         return NEGATIVE
 
@@ -280,14 +282,14 @@ def reject_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> Non
     # a model with its own formula has either this, or rules for each stream
     formula = "projected guidance"
     if rules.streams:
-        formula = "for the picture and for the sound"
+        formula = "separate ones for picture and sound"
         replacing["--slg_layers"] = bool(options.skipped_layers)
         replacing["--guidance_rescale"] = options.guidance_rescale != 0
     for option, replaces in replacing.items():
         if replaces:
             raise OptionError(
-                f"{option} replaces the formula of guidance, and this model has one of its own ({formula}). "
-                "Leave it out"
+                f"{option} replaces the guidance formula, but this model needs its own ({formula}). Leave "
+                "it out"
             )
 
 
@@ -349,9 +351,9 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
 
 
 def _has_guidance(stream: StreamGuidance) -> bool:
-    """Return whether a stream has guidance in addition to the prompt's guidance scale."""
-    has_weights = bool(stream.perturbed or stream.identity)
-    return has_weights or stream.modality != 1 or stream.text not in (None, 1)
+    """Return whether a stream is guided other than by the guidance scale of the request."""
+    has_weights = bool(stream.perturbed_scale or stream.identity_scale)
+    return has_weights or stream.modality_scale != 1 or stream.text_scale not in (None, 1)
 
 
 def select_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool, ...]:
@@ -402,7 +404,7 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
     for entry in filter(None, (part.strip() for part in text.split(","))):
         numbers, colon, scale_text = entry.removeprefix("!").partition(":")
         try:
-            chosen = _parse_steps(numbers, steps)
+            chosen = _parse_steps(numbers, num_steps=steps)
             if entry.startswith("!"):
                 excluded.update(chosen)
                 continue
@@ -420,21 +422,22 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
     return {step: scales[step] for step in sorted(scales.keys() - excluded)}
 
 
-def _parse_steps(text: str, steps: int) -> range:
-    """Parse the steps of `k`, `a-b` or `e~m` (every m-th step); raise ValueError if invalid."""
+def _parse_steps(text: str, num_steps: int) -> range:
+    """Parse steps, counted from 1: `k`, `a-b`, or `e~m` for every m-th step; raise ValueError if invalid."""
+    text = text.strip()
     not_integer = "{!r} is not a whole number"
-    first_text, dash, last_text = text.strip().partition("-")
-    if first_text.startswith("e~"):
-        every = read_or_explain(int, text.strip()[2:], not_integer)
-        if every < 1:
+    if text.startswith("e~"):
+        interval = read_or_explain(int, text.removeprefix("e~"), not_integer)
+        if interval < 1:
             raise ValueError("the interval after ~ must be at least 1")
-        return range(every, steps + 1, every)
+        return range(interval, num_steps + 1, interval)
+    first_text, dash, last_text = text.partition("-")
     first = read_or_explain(int, first_text, not_integer)
     last = read_or_explain(int, last_text, not_integer) if dash else first
     if first > last:
         raise ValueError(f"it runs backwards, from {first} to {last}")
-    if first < 1 or last > steps:
-        raise ValueError(f"the steps are 1 to {steps}")
+    if first < 1 or last > num_steps:
+        raise ValueError(f"the steps are 1 to {num_steps}")
     return range(first, last + 1)
 
 
@@ -543,7 +546,7 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
     """Warn about guidance scales below the one that turns guidance off: 1 in most models, 0 in a few."""
     neutral_scale = prepared.rules.neutral_scale
     scheduled = guidance_scales(prepared, options) if prepared.request.cfg_schedule else []
-    used_scales = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
+    used_scales = {*prepared.guidance_scale, *(stream.text_scale for stream in prepared.rules.streams)}
     if not scheduled and all(scale is None or scale >= neutral_scale for scale in used_scales):
         return
     # scale -> the option that sets it, for messages
@@ -567,8 +570,8 @@ def _name_scales(prepared: Prepared) -> dict[float, str]:
     for expert, scale in request.expert_guidance.items():
         named.setdefault(scale, f"--guidance_scale_{expert} {scale:g}")
     for name, stream in zip(("video", "audio"), prepared.rules.streams, strict=False):
-        if stream.text is not None:
-            named.setdefault(stream.text, f"--{name}_cfg_scale {stream.text:g}")
+        if stream.text_scale is not None:
+            named.setdefault(stream.text_scale, f"--{name}_cfg_scale {stream.text_scale:g}")
     return named
 
 

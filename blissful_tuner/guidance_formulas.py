@@ -15,7 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from blissful_tuner.options import GuidanceOptions
-from protocols.rules import Projection, StreamGuidance
+from protocols.rules import Projection
 from protocols.steps import NO_OVERRIDES, Calls, Overrides, PassVelocities, Predict, Section, Step
 
 
@@ -41,9 +41,7 @@ class GuidanceStage:
     passes: tuple[Pass, ...]
     # velocity so far (at first the positive pass'), velocities of the passes -> changed velocity
     change: Callable[[Tensor, Velocities], Tensor]
-    takes_clean_latents: bool = (
-        False  # whether it takes and returns predicted clean latents instead of velocities
-    )
+    takes_clean_latents: bool = False  # whether `change` is for predicted clean latents, not for velocities
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ class PassPlan:
     passes: tuple[Pass, ...]  # the positive pass and those of the stages, each once; () if no pass is run
     # stages of the video, and of its audio
     stages: tuple[tuple[GuidanceStage, ...], tuple[GuidanceStage, ...]] = ((), ())
-    factor: float = 1.0  # factor on the final velocity
-    overrides: Overrides = NO_OVERRIDES  # overrides of all passes
+    velocity_factor: float = 1.0  # factor on the final velocity
+    common_overrides: Overrides = NO_OVERRIDES  # overrides of all passes, in addition to each pass's own
 
     @property
     def max_together(self) -> int:
@@ -67,10 +65,8 @@ class PassPlan:
         The tokens of images and of audio are guided separately. If one of them is an input that stays clean,
         its velocity is 0.
         """
-        audio_video = (
-            section.overrides.audio_video_shapes
-        )  # splits and joins the two streams; None without audio
-        if audio_video is None:
+        audio_video = section.overrides.audio_video_shapes
+        if audio_video is None:  # no audio, so a single stream
             velocity = _apply(self.stages[0], velocities, step.noisy, step.sigma)
         else:
             noisy_streams = audio_video.split(step.noisy)
@@ -82,7 +78,7 @@ class PassPlan:
                 is_clean = section.clean_streams[index]
                 guided.append(torch.zeros_like(stream_velocity) if is_clean else stream_velocity)
             velocity = audio_video.join(*guided)
-        return velocity if self.factor == 1 else velocity * self.factor
+        return velocity if self.velocity_factor == 1 else velocity * self.velocity_factor
 
 
 def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tensor, sigma: float) -> Tensor:
@@ -203,23 +199,23 @@ def rescale(fraction: float) -> GuidanceStage:
     return GuidanceStage((POSITIVE,), change)
 
 
-def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> GuidanceStage:
+def guide_stream(weights: Mapping[Pass, float], rescale_fraction: float) -> GuidanceStage:
     """Return the stage that guides one stream by its differences from several passes, and rescales it.
 
     With the clean latents c of the positive pass and x of each other pass, the guided ones are
     c + sum of weight * (c - x).
 
     Args:
-        rule: How far the result is rescaled to the standard deviation of c.
         weights: Weight of c - x for each pass.
+        rescale_fraction: How far the result is rescaled to the standard deviation of c, 0 to 1.
     """
-    rescaling = rescale(rule.rescale)
+    rescaling = rescale(rescale_fraction)
 
     def change(clean: Tensor, predicted: Velocities) -> Tensor:
         guided = clean
         for pass_, weight in weights.items():
             guided = guided + weight * (clean - predicted[pass_])
-        return rescaling.change(guided, predicted) if rule.rescale else guided
+        return rescaling.change(guided, predicted) if rescale_fraction else guided
 
     return GuidanceStage((POSITIVE, *weights), change, takes_clean_latents=True)
 
@@ -336,7 +332,10 @@ def _measure_norms(velocity: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NormalizedGuidance:
-    """Normalized attention guidance for `NagText.steer`. Equal settings are equal, to reuse compiled code."""
+    """Normalized attention guidance, for `NagText.combine_attention`.
+
+    Equal settings are equal, to reuse compiled code.
+    """
 
     scale: float
     tau: float

@@ -189,7 +189,9 @@ class LatentPreviews:
             self.has_ended |= not isinstance(error, OutputError)
             if not self._has_warned:
                 self._has_warned = True
-                consequence = "There are no more of this run" if self.has_ended else "It is tried again"
+                consequence = (
+                    "There will be no more previews" if self.has_ended else "The next one is tried again"
+                )
                 reason = f"{type(error).__name__}: {error}"
                 logger.warning(
                     "A latent preview has failed: %s\n  %s; the generation continues.", reason, consequence

@@ -136,28 +136,27 @@ def as_lines(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
         if not is_one:
             yield from ([""] if index else [])
             yield escape_control_codes(str(info.path))
-        for name, text in in_order(info.metadata):
+        for name, text in sort_metadata(info.metadata):
             yield f"{_as_line(name)}: {_as_line(text)}"
 
 
-def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Sort metadata: first the generation's settings, with names in capitals, then the rest by name.
+def sort_metadata(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Sort metadata: first the generation's settings, with names in capitals, then all other entries by name.
 
-    Entries about the generation have a prefix, in lower or upper case. An entry that is stored with and
-    without it is returned once. Latent files of FramePack have no prefixes; all of their entries are about
-    the generation.
+    Settings of the generation have a prefix, in lower or upper case. An entry that is stored with and
+    without it is returned once. Latent files of FramePack have no prefixes; all of their entries are
+    settings.
     """
     prefixed = {name: text for name, text in metadata.items() if name.lower().startswith(PREFIX)}
     settings = {name.lower().removeprefix(PREFIX): text for name, text in prefixed.items()}
-    plain = {name: text for name, text in metadata.items() if name not in prefixed}
-    if not settings and {"seeds", "prompt"} <= plain.keys():  # a latent file of FramePack
-        settings = plain
-        plain = {}
-    # an entry that is stored both with and without the prefix is shown once
-    plain = {name: text for name, text in plain.items() if settings.get(name) != text}
-    first = [name for name in LEADING_NAMES if name in settings]
-    remaining = sorted(settings.keys() - set(first))
-    return [(name.upper(), settings[name]) for name in (*first, *remaining)] + sorted(plain.items())
+    others = {name: text for name, text in metadata.items() if name not in prefixed}
+    if not settings and {"seeds", "prompt"} <= others.keys():  # a latent file of FramePack
+        settings = others
+        others = {}
+    others = {name: text for name, text in others.items() if settings.get(name) != text}
+    leading = [name for name in LEADING_NAMES if name in settings]
+    following = sorted(settings.keys() - set(leading))
+    return [(name.upper(), settings[name]) for name in (*leading, *following)] + sorted(others.items())
 
 
 def _as_line(text: str) -> str:

@@ -467,9 +467,9 @@ def _format_hashes(
         if stored is None:
             note = "not in the metadata"
         elif stored == value:
-            note = "as the metadata say"
+            note = "as the metadata says"
         else:
-            note = f"the metadata say {stored}: the tensors were changed since, or are in another order"
+            note = f"the metadata says {stored}: the tensors have changed since, or are in a different order"
         lines.append(f"{key}: {value} ({note})")
     return lines
 

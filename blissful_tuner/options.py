@@ -355,8 +355,8 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
         if self.magcache_mag_ratios in ((), (0.0,)):
             raise OptionError(
                 "--magcache_mag_ratios 0 means built-in ratios, and there are none for this model: calibrate "
-                "first. Run the command once with --magcache_calibration in its place, which prints the "
-                "option to give"
+                "first. Run the command once with --magcache_calibration instead, which prints the option to "
+                "give"
             )
         for ratio in self.magcache_mag_ratios or ():
             if not 0 < ratio <= MAX_RATIO:
@@ -364,9 +364,8 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
                     f"--magcache_mag_ratios {ratio:g}: give numbers above 0, one for each step of the "
                     "calibration, as --magcache_calibration prints them"
                 )
-        # unset coefficients are always valid
-        count = 1 if self.teacache_coefficients is None else len(self.teacache_coefficients)
-        if not 1 <= count <= MAX_COEFFICIENTS:
+        coefficients = self.teacache_coefficients
+        if coefficients is not None and not 1 <= len(coefficients) <= MAX_COEFFICIENTS:
             raise OptionError(
                 f"--teacache_coefficients: give 1 to {MAX_COEFFICIENTS} numbers, highest power first, as "
                 "--teacache_calibration prints them"

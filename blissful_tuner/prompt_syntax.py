@@ -58,7 +58,7 @@ class Drawing:
     random: Random
     files: dict[str, Lines] = field(default_factory=dict)  # wildcard files that were read, by key
     drawn: list[tuple[str, str]] = field(default_factory=list)  # (pattern, choice) in the current text
-    characters: int = 0  # number of drawn characters in the current text
+    num_characters: int = 0  # number of drawn characters in the current text
 
     def expand(self, text: str, prompt_name: str) -> str:
         """Return a text with all random parts drawn.
@@ -71,7 +71,7 @@ class Drawing:
             OptionError: If a wildcard has no file, names a path outside of the folder, or draws itself.
         """
         self.drawn = []
-        self.characters = 0
+        self.num_characters = 0
         return self._expand(text, prompt_name, ())
 
     def _expand(self, text: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> str:
@@ -107,8 +107,8 @@ class Drawing:
         index = self._choose(lines.cumulative_weights)
         line = lines.texts[index]
         self.drawn.append((f"__{key}__", line))
-        self.characters += len(line)
-        if self.characters > MAX_WILDCARD_CHARACTERS:
+        self.num_characters += len(line)
+        if self.num_characters > MAX_WILDCARD_CHARACTERS:
             raise OptionError(
                 f"--prompt_wildcards: {prompt_name} makes a prompt of more than "
                 f"{MAX_WILDCARD_CHARACTERS >> 20} million characters. Draw fewer or shorter lines"
@@ -134,7 +134,7 @@ class Drawing:
         if key not in self.files:
             folder = self.options.prompt_wildcards
             assert folder is not None
-            path = find_file(folder, key, prompt_name)
+            path = find_wildcard_file(folder, key, prompt_name)
             self.files[key] = read_wildcard_lines(path, prompt_name)
         return self.files[key]
 
@@ -191,7 +191,7 @@ def _describe_draws(draws: Sequence[tuple[str, str]]) -> str:
     return f" ({', '.join(shown)}{left})"
 
 
-def find_file(folder: Path, key: str, prompt_name: str) -> Path:
+def find_wildcard_file(folder: Path, key: str, prompt_name: str) -> Path:
     """Return the text file of a wildcard, named by `key`, such as animals/birds.
 
     Files outside the folder are rejected, even if a link in the folder leads to them.
@@ -199,25 +199,27 @@ def find_file(folder: Path, key: str, prompt_name: str) -> Path:
     Raises:
         OptionError: If there is no such file.
     """
-    shown = f"__{shorten(key, 80)}__"
+    wildcard = f"__{shorten(key, 80)}__"
     parts = key.split("/")
     if _FORBIDDEN.search(key) or any(part.strip() in {"", ".", ".."} for part in parts):
         raise OptionError(
-            f"{prompt_name}: {shown} does not name a file in --prompt_wildcards {folder}. Write the file's "
-            "name without .txt, and folders below that one with /: __animals/birds__. For a plain __ write "
-            "\\__"
+            f"{prompt_name}: {wildcard} does not name a file in --prompt_wildcards {folder}. Write the "
+            "file's name without .txt, and folders below that one with /: __animals/birds__. For a plain __ "
+            "write \\__"
         )
     path = folder.joinpath(*parts[:-1], f"{parts[-1]}.txt")
     try:
         real_path = path.resolve(strict=True)
         real_folder = folder.resolve(strict=True)
-    except (OSError, RuntimeError, ValueError):  # a circle of links is a RuntimeError
+    except (OSError, RuntimeError, ValueError):  # links in a circle raise a RuntimeError
         raise OptionError(
-            f"{prompt_name}: {shown} needs the file {shorten(str(path), 300)}, which is not there. Write "
-            "it, or \\__ for a plain __"
+            f"{prompt_name}: {wildcard} needs the file {shorten(str(path), 300)}, which does not exist. "
+            "Write it, or \\__ for a plain __"
         ) from None
     if not real_path.is_relative_to(real_folder):
-        raise OptionError(f"{prompt_name}: {shown} is a link that leads out of --prompt_wildcards {folder}")
+        raise OptionError(
+            f"{prompt_name}: {wildcard} is a link that leads out of --prompt_wildcards {folder}"
+        )
     return path
 
 
@@ -465,28 +467,24 @@ def _read_weight(inside: str) -> tuple[str, float] | None:
 
 
 def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
-    """Parse the weight marks in all prompts, and return the prompts without marks but with the weights.
-
-    The marks of the second text are removed too, but have no effect: CLIP, which reads it, makes a single
-    vector of it.
-    """
-
-    def weigh(prompt: Prompt) -> Prompt:
-        """Return a prompt with its weight marks parsed into weights."""
-        text, spans = parse_weights(prompt.text)
-        second = None if prompt.second is None else parse_weights(prompt.second)[0]
-        return replace(prompt, text=text, spans=spans, second=second)
+    """Parse weights such as `(text:1.3)` in all prompts; return the prompts with plain text and weights."""
 
     def weigh_optional(prompt: Prompt | None) -> Prompt | None:
-        """Return a prompt with its weight marks parsed, or None for None."""
-        return None if prompt is None else weigh(prompt)
+        return None if prompt is None else _weigh(prompt)
 
     weighted = {}
     for section, prompts in by_section.items():
         weighted[section] = Prompts(
-            weigh(prompts.positive),
+            _weigh(prompts.positive),
             weigh_optional(prompts.negative),
             weigh_optional(prompts.blank),
             weigh_optional(prompts.nag),
         )
     return weighted
+
+
+def _weigh(prompt: Prompt) -> Prompt:
+    """Parse the weights in a prompt; in its second text, of which CLIP makes one vector, they are removed."""
+    text, spans = parse_weights(prompt.text)
+    second = None if prompt.second is None else parse_weights(prompt.second)[0]
+    return replace(prompt, text=text, spans=spans, second=second)

@@ -18,13 +18,13 @@ from runtime import step_cache
 
 logger = logging.getLogger(__name__)
 
-CHARACTERS = {  # option -> its short name in a prompt line
+SHORT_NAMES = {  # option -> its short name in a prompt line
     "magcache_retention_ratio": "mcrr",
     "magcache_threshold": "mct",
     "magcache_k": "mck",
     "teacache_threshold": "tct",
 }
-SHARES = {"magcache_retention_ratio"}  # options whose values are at most 1
+FRACTIONS = {"magcache_retention_ratio"}  # options whose values are at most 1
 
 
 def select_step_cache(
@@ -44,24 +44,24 @@ def select_step_cache(
     Raises:
         OptionError: If a value is out of range.
     """
-    settings = {}
-    for name, characters in CHARACTERS.items():
+    used_values = {}
+    for name, short_name in SHORT_NAMES.items():
         value = line.get(name)
         if value is None:
             continue
-        max_value = 1 if name in SHARES else MAX_NUMBER
+        max_value = 1 if name in FRACTIONS else MAX_NUMBER
         if not 0 <= value <= max_value:
             raise OptionError(
-                f"--{characters} {format_number(value)}: give 0 to {max_value:,}, as --{name} takes it"
+                f"--{short_name} {format_number(value)}: give 0 to {max_value:,}, as for --{name}"
             )
-        # the option that turns the cache on to which the value belongs
+        # the option that turns TeaCache or MagCache on
         switch = "teacache_threshold" if name == "teacache_threshold" else "magcache_mag_ratios"
         if getattr(options, switch) is None:
-            logger.warning("--%s %g is ignored because --%s is not given", characters, value, switch)
+            logger.warning("--%s %g is ignored because --%s is not given", short_name, value, switch)
         else:
-            settings[name] = value
-    chosen: StepCacheOptions = replace(options, **settings) if settings else options
-    return _make_step_cache(chosen), settings
+            used_values[name] = value
+    chosen: StepCacheOptions = replace(options, **used_values) if used_values else options
+    return _make_step_cache(chosen), used_values
 
 
 def _make_step_cache(options: StepCacheOptions) -> StepCaching | None:
@@ -84,29 +84,40 @@ def _make_step_cache(options: StepCacheOptions) -> StepCaching | None:
     return None
 
 
-def check_step_cache(choice: StepCaching, prepared: Prepared, spec: DitSpec) -> None:
-    """Raise OptionError if a request's step cache does not fit the model or the request."""
-    if isinstance(choice, (TeaCache, TeaCalibration)) and spec.modulated_input is None:
+def check_step_cache(step_caching: StepCaching, prepared: Prepared, spec: DitSpec) -> None:
+    """Raise OptionError if the chosen step caching does not fit the model or the request.
+
+    Args:
+        step_caching: The method, TeaCache or MagCache, or the calibration of one, which only measures.
+        prepared: The request with all values resolved.
+        spec: Description of the transformer.
+    """
+    if isinstance(step_caching, (TeaCache, TeaCalibration)) and spec.modulated_input is None:
         raise OptionError("TeaCache compares the modulated input of the first block, which this model lacks")
-    if isinstance(choice, TeaCache) and not (choice.coefficients or spec.teacache_coefficients):
+    if isinstance(step_caching, TeaCache) and not (step_caching.coefficients or spec.teacache_coefficients):
         raise OptionError(
-            "--teacache_threshold needs --teacache_coefficients: none are published for this model here. "
-            "Calibrate first: run once with --teacache_calibration in its place, which prints them"
+            "--teacache_threshold needs --teacache_coefficients: none are published for this model. "
+            "Calibrate first: run once with --teacache_calibration instead, which prints them"
         )
-    if isinstance(choice, (MagCalibration, TeaCalibration)):
-        option = "--magcache_calibration" if isinstance(choice, MagCalibration) else "--teacache_calibration"
-        source = prepared.request.source
-        if source is not None and prepared.first_step:
-            raise OptionError(
-                f"{option} measures all steps from noise on, and a video that starts from another has only "
-                f"the last ones: leave out --{source.option}"
-            )
-        min_steps = 2 if isinstance(choice, MagCalibration) else step_cache.MIN_STEPS
-        if prepared.steps < min_steps:
-            raise OptionError(
-                f"{option} with {prepared.steps} steps: at least {min_steps} are needed. Use as many as the "
-                "videos will have"
-            )
+    if isinstance(step_caching, MagCalibration):
+        _check_calibration("--magcache_calibration", prepared, min_steps=2)
+    if isinstance(step_caching, TeaCalibration):
+        _check_calibration("--teacache_calibration", prepared, min_steps=step_cache.MIN_STEPS)
+
+
+def _check_calibration(option: str, prepared: Prepared, min_steps: int) -> None:
+    """Raise OptionError if the request does not run all steps, or has too few to calibrate."""
+    source = prepared.request.source
+    if source is not None and prepared.first_step:
+        raise OptionError(
+            f"{option} measures all steps from pure noise, and a video that starts from another one runs "
+            f"only the last steps: leave out --{source.option}"
+        )
+    if prepared.steps < min_steps:
+        raise OptionError(
+            f"{option} with {prepared.steps} steps: at least {min_steps} are needed. Use the number of steps "
+            "that you will generate videos with"
+        )
 
 
 class StepCaches:

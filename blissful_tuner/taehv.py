@@ -268,7 +268,7 @@ def adapt_to_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPla
         sources = dict(plan.sources)
         for first, width in zip(STAGES, config.widths, strict=False):
             name = f"decoder.{first + 4}.conv.weight"
-            # `width=width` keeps this turn's width; the function runs only when the weight is read
+            # `width=width` binds the width of this iteration: the function runs when the weight is read
             sources[name] = sources[name].with_step(lambda weight, width=width: weight[-width:])  # type: ignore[misc]
         plan = replace(plan, config=config, sources=sources)
     size = config.patch * ENLARGEMENT
@@ -339,4 +339,5 @@ def decoding_bytes(config: TaehvConfig, dtype: torch.dtype, height: int, width: 
         latents = torch.empty(config.channels, 2, height, width, device=ACCELERATOR)
         for chunk in decoder.decode(latents):
             to_frames(chunk.float())
-    return sum(peak_of_phases(ledger.peaks)[1].values())
+    _, bytes_by_kind = peak_of_phases(ledger.peaks)
+    return sum(bytes_by_kind.values())

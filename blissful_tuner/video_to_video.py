@@ -64,8 +64,8 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
         return request
     if request.frames not in (None, 1):
         raise OptionError(
-            f"{option_text} and --video_length {request.frames}: one image is made from one image. Give "
-            "--video_length 1, or a video to --video_path"
+            f"{option_text} and --video_length {request.frames}: the result of an image is a single image. "
+            "Give --video_length 1, or a video to --video_path"
         )
     return replace(request, frames=1)
 
@@ -75,13 +75,13 @@ def start_from_source(prepared: Prepared, source: Source, family: Family) -> Pre
 
     Raises:
         MediaError: If a video has too few frames.
-        OptionError: If saved latents have another number of frames, or if the request generates audio, which
-            has to start from noise.
+        OptionError: If saved latents have a different number of frames, or if the request generates audio,
+            which has to start from noise.
     """
     if prepared.audio_video_shapes is not None:
         raise OptionError(
-            f"{_name_source(source)}: a video that is made with its audio starts from noise. Make it without "
-            f"audio, or leave --{source.option} out"
+            f"{_name_source(source)}: a video that is generated with its audio starts from noise. Generate "
+            f"it without audio, or leave --{source.option} out"
         )
     if source.option == LATENTS:
         _check_latent_frames(prepared, source, family)

@@ -98,7 +98,7 @@ class BackgroundJobs:
             with only_one(self.folder / ".lock"):
                 earlier = self.find(name)
                 if earlier is not None and earlier.state == RUNNING:
-                    raise OptionError(say("it is running already: wait until it has ended, or stop it"))
+                    raise OptionError(say("it is already running: wait until it has ended, or stop it"))
                 check_space(self._record(name), MAX_OF_RECORD)  # before the earlier files are removed
                 process = self._start_waiting_process(name, within, typed)
                 record = {

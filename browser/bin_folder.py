@@ -123,7 +123,7 @@ class BinFolder:
         """
         entries = self.list_entries()  # once: files that another page adds meanwhile were not shown
         if checksum != _compute_checksum(entries):
-            raise OptionError(say("The bin has changed meanwhile. Look at it again."))
+            raise OptionError(say("The bin has changed in the meantime. Review it again."))
         size_bytes = 0
         for entry in entries:
             with explain_errors(entry.path):

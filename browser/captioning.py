@@ -81,7 +81,7 @@ def make_caption_argv(form: CaptionForm, try_on: int | None = None) -> list[str]
         argv += ["--prompt", " ".join(question.split())]
     if form.format:
         if form.format not in caption_formats():
-            raise OptionError(say("There is no such form of captions."))
+            raise OptionError(say("There is no such caption format."))
         argv += ["--caption_format", form.format]
         argv += ["--convert_plain"] if form.converts_plain else []
     if try_on is not None:

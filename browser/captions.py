@@ -291,7 +291,7 @@ def _encode(text: str, old_content: bytes) -> bytes:
     """
     reason = bad_character(text)
     if reason is not None:
-        raise ValueError(say("a caption cannot hold %(reason)s", reason=reason))
+        raise ValueError(say("a caption cannot contain %(reason)s", reason=reason))
     new_content = CaptionText.parse(old_content).with_text(text)
     if len(new_content) > MAX_BYTES:
         raise ValueError(

@@ -81,14 +81,13 @@ def make_checklist(
 
 
 def _without_repeated_names(group: _PrintedGroup, lines: Sequence[OutputLine]) -> _PrintedGroup:
-    """Drop details that only repeat the name of a file that another line offers to leave out."""
-    with_button: set[str] = set()
+    """Drop detail lines that are only a file name, if another line has a button that leaves this file out."""
+    names_with_button: set[str] = set()
     for line in lines:
         if line.remedy == LEAVE_OUT_FILES:
-            with_button.update(line.files_to_leave_out)
-    return _PrintedGroup(
-        group.head, [detail for detail in group.details if detail.remedy or detail.text not in with_button]
-    )
+            names_with_button.update(line.files_to_leave_out)
+    details = [detail for detail in group.details if detail.remedy or detail.text not in names_with_button]
+    return _PrintedGroup(group.head, details)
 
 
 def _without_leave_out_button(line: OutputLine) -> OutputLine:

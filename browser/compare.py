@@ -88,10 +88,11 @@ class ComparableRun:
     def problem(self) -> str:
         """Reason why no clip can be generated with the files of this run; "" if clips can be generated."""
         for name, values in self.options.items():
-            is_unfilled = any(word in self.unfilled_words or PLACEHOLDER.fullmatch(word) for word in values)
-            if is_unfilled and name not in OPTIONS_OF_COMPARISON:
+            if name in OPTIONS_OF_COMPARISON:  # the comparison replaces their values
+                continue
+            if any(word in self.unfilled_words or PLACEHOLDER.fullmatch(word) for word in values):
                 return say(
-                    "%(name)s was trained without %(name2)s, which is needed to make them",
+                    "%(name)s was trained without %(name2)s, which is needed to generate clips",
                     name=self.run.name,
                     name2=name,
                 )
@@ -110,9 +111,10 @@ class ComparableRun:
     def files(self) -> list["ComparedFile"]:
         """Saved LoRA files that still exist, by step. Of several with equal weights, one is listed."""
         folder = self.run.history.parent
-        best = find_best_file(folder, self.run.name, self.run_history)
+        best = find_best_file(folder, self.run.name, self.run_history)  # by scores or losses
         best_name = None if best is None else best.name
         files = []
+        # `equal_names` are files with equal weights
         for step, equal_names in list_files(self.run_history, folder):
             name = equal_names[0]
             is_high_noise = f"_{HIGH_NOISE}." in name  # listed together with the file of the low-noise expert
@@ -354,14 +356,16 @@ def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[Compara
     if len(sources) < len(chosen_runs):
         names = {run.name for run in chosen_runs} - {source.run.name for source in sources}
         raise OptionError(
-            say("%(names)s: its history has no command that generates", names=join(", ", sorted(names)))
+            say("%(names)s: no generation command in its history", names=join(", ", sorted(names)))
         )
     if len({source.family for source in sources}) > 1:
         models = {
-            say("%(name)s is of %(family)s", name=source.run.name, family=model_title(source.family))
+            say("%(name)s: %(family)s", name=source.run.name, family=model_title(source.family))
             for source in sources
         }
-        raise OptionError(say("Files of one model are compared: %(names)s", names=join(", ", sorted(models))))
+        raise OptionError(
+            say("Only files of the same model can be compared: %(names)s", names=join(", ", sorted(models)))
+        )
     return sources
 
 

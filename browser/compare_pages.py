@@ -40,7 +40,7 @@ class ComparePages:
             with self.runs.lock:
                 comparison = compare.read_comparison(self.runs, form)
             if not comparison.rows:
-                raise OptionError(say("Tick a prompt, or type one, to see what each file makes of it."))
+                raise OptionError(say("Tick a prompt, or type one, to see what each file generates from it."))
             for job in compare.plan_jobs(comparison, self.find_row_clips(comparison)):
                 write_text(job.prompt_file, job.prompts)
                 # the options come from a history, which another person may have written

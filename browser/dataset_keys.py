@@ -64,9 +64,9 @@ class DatasetKeys:
         if not key:  # the dataset file replaces the option without a key of its own
             if option == OPTION_WITHOUT_KEY:
                 return ""
-            return say("No effect in this run: dataset.toml names the data.")
+            return say("No effect in this run: the data are listed in dataset.toml.")
         if self._is_set_everywhere(key):
-            return say("No effect in this run: %(key)s in dataset.toml says it.", key=key)
+            return say("No effect in this run: %(key)s in dataset.toml sets this.", key=key)
         return ""
 
     def _is_set_everywhere(self, key: str) -> bool:

@@ -212,7 +212,7 @@ class DatasetPages:
         try:
             hidden_folders = self.datasets.list_hidden_folders(dataset)
             if hidden_folders:
-                return self._describe_outside(hidden_folders)
+                return self._explain_hidden_folders(hidden_folders)
             measurement = self.datasets.measure(dataset)
         except OSError as error:
             return {"state": "gone", "error": f"{dataset.path}: {error.strerror or error}"}
@@ -233,8 +233,8 @@ class DatasetPages:
             "files": listed,
         }
 
-    def _describe_outside(self, folders: Sequence[Path]) -> dict[str, str]:
-        """Return the state of a dataset with folders that the page may not show."""
+    def _explain_hidden_folders(self, folders: Sequence[Path]) -> dict[str, str]:
+        """Return JSON values of a dataset with folders outside the page's: the command that includes them."""
         names = [str(folder) for folder in dict.fromkeys([*self.runs.root_folders, *folders])]
         return {"state": "outside", "command": format_command(["python", "tools/run_browser.py", *names])}
 
@@ -274,7 +274,7 @@ class DatasetPages:
             reason = NOT_FOUND
             if file["caption_list"]:
                 reason = say(
-                    "It stands in %(caption_list)s: edit it there.", caption_list=file["caption_list"]
+                    "The caption is in %(caption_list)s: edit it there.", caption_list=file["caption_list"]
                 )
             return caption_values(reason, text)
         remedy = say("--check --repair_captions of the caching script converts it.")

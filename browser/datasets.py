@@ -253,9 +253,9 @@ class _LocatedRun(NamedTuple):
 
 
 def _make_run_dataset(config: Path, located_runs: Sequence[_LocatedRun], is_project: bool) -> FoundDataset:
-    """Return the dataset of a configuration that runs have trained on, in the order of the runs.
+    """Return the dataset of a configuration that runs have trained on.
 
-    If the runs were started in several folders, the dataset belongs to the last folder.
+    If the runs were started in several folders, the last folder counts, and only its runs are listed.
     """
     folder = list(dict.fromkeys(located.folder for located in located_runs))[-1]
     families = [located.run.model for located in located_runs]

@@ -92,7 +92,7 @@ class KeyChanges:
         return say_count(
             len(unchanged_lines),
             "%(written)s. %(kept)s stays, as typed by hand",
-            "%(written)s. %(kept)s stay, as typed by hand",
+            "%(written)s. %(kept)s stay: they were typed by hand",
             written=changes_text,
             kept=", ".join(unchanged_lines),
         )

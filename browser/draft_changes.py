@@ -65,7 +65,7 @@ def read_draft_file(site: Site, folder: Path, name: str) -> DraftFile:
     if not path.exists():
         return DraftFile(path, None)
     if not site.runs.is_below(path):
-        raise OSError(say("%(path)s leads out of the folders that are shown", path=path))
+        raise OSError(say("%(path)s is outside the folders that are shown", path=path))
     return DraftFile(path, read_content(path))
 
 
@@ -77,7 +77,9 @@ def read_keys(text: str) -> dict[str, Any]:
     try:
         document = tomlkit.parse(text)
     except TOMLKitError as error:
-        raise ValueError(say("%(run_file)s is no TOML: %(error)s", run_file=RUN_FILE, error=error)) from None
+        raise ValueError(
+            say("%(run_file)s is not valid TOML: %(error)s", run_file=RUN_FILE, error=error)
+        ) from None
     keys: dict[str, Any] = {}
     tables: list[Any] = [document]
     while tables:  # keys of inner tables become options too
@@ -229,7 +231,7 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
     """
     reason = bad_character(text)
     if reason is not None:
-        raise ValueError(say("%(name)s cannot hold %(reason)s", name=name, reason=reason))
+        raise ValueError(say("%(name)s cannot contain %(reason)s", name=name, reason=reason))
     if name == PROMPTS_FILE:  # not TOML: read line by line
         lines = numbered_lines(text)
         read_all(lines, lambda line: parse_sample_line(line[1], f"{PROMPTS_FILE}, line {line[0]}"))
@@ -310,14 +312,14 @@ def find_caching_argv(run_text: str) -> list[str]:
             command, _ = launch.find_program(argv, Path.cwd())
             if command.words[0] == CACHING_COMMAND:
                 return argv
-        reason: str = say("none of its commands does")
+        reason: str = say("none of its commands does this")
     except KeyError as error:
         reason = say("it has no %(error)s", error=error)
     except (TypeError, ValueError, OptionError) as error:
         reason = str(error)
     raise OptionError(
         say(
-            "%(run_file)s names no script of ours that caches %(dataset_file)s: %(reason)s",
+            "%(run_file)s has no caching command of this program for %(dataset_file)s: %(reason)s",
             run_file=RUN_FILE,
             dataset_file=DATASET_FILE,
             reason=reason,
@@ -350,7 +352,7 @@ def find_described(runs: Runs, text: str) -> Path | None:
 def require_full(fields: Mapping[str, str]) -> None:
     """Raise OptionError if the last field of a form is missing, because then the request was cut off."""
     if "complete" not in fields:
-        raise OptionError(say("The form did not arrive as a whole. Load the page again."))
+        raise OptionError(say("The form arrived incomplete. Load the page again."))
 
 
 class FolderPages(Protocol):

@@ -103,7 +103,7 @@ def find_suffix(path: Path) -> str:
     """Return the suffix that fits a file's content. Raises OptionError if no model can use such content."""
     suffix = _find_image_suffix(path) or _find_clip_suffix(path)
     if suffix is None:
-        raise OptionError(say("It is neither a picture nor a clip that can be read"))
+        raise OptionError(say("It is not a readable picture or clip"))
     return suffix
 
 

@@ -19,8 +19,8 @@ from modules.text_files import parse_json
 MAX_HOPS = 20  # maximum number of links followed in a workflow graph
 MAX_OF_GRAPH = 4 << 20  # characters
 NO_SETTINGS = say(
-    "It holds no settings: programs that change a picture often drop them. To start "
-    "from it, drop it on the field Start from, or on Edit."
+    "It contains no settings: programs that edit pictures often remove them. To start from it, drop "
+    "it on the field Start from, or on Edit."
 )
 
 
@@ -119,7 +119,7 @@ def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
             options = {"prompt": prompt, **_read_sampler_inputs(graph, inputs)}
             return DroppedSettings("ComfyUI", {key: text for key, text in options.items() if text})
     raise OptionError(
-        say("It holds a graph of ComfyUI in which no prompt can be found plainly: copy it from there.")
+        say("It contains a ComfyUI graph in which no prompt can be identified: copy the prompt from there.")
     )
 
 

@@ -34,12 +34,12 @@ def describe_duration(
     own_run = _read_own_run(runs, described)
     if own_run is not None and own_run.step_seconds is not None and _may_be_from_this_machine(own_run, cards):
         time = _describe_time(steps, own_run.step_seconds)
-        return say("%(time)s, as the run %(name)s measured.", time=time, name=described.name)
+        return say("%(time)s, as measured in the run %(name)s.", time=time, name=described.name)
     run = _find_comparable_run(runs, described, cards)
     if run is None or run.step_seconds is None:
         return ""
     return say(
-        "%(time)s, as the run %(name)s measured with the same model and size.",
+        "%(time)s, as measured in the run %(name)s with the same model and size.",
         time=_describe_time(steps, run.step_seconds, is_approximate=True),
         name=run.name,
     )
@@ -104,10 +104,14 @@ def _find_comparable_run(runs: Runs, described: DescribedFolder, cards: Collecti
     return None
 
 
-def _has_equal_work_per_step(values: Mapping[str, Any], typed: Mapping[str, str]) -> bool:
-    """Return whether a run.toml's `values` and a run's `typed` options mean equal work per step."""
-    is_same_task = str(values.get(TASK, typed.get(TASK))) == typed.get(TASK, str(values.get(TASK)))
-    return is_same_task and str(values.get(ACCUMULATION, 1)) == typed.get(ACCUMULATION, "1")
+def _has_equal_work_per_step(values: Mapping[str, Any], run_options: Mapping[str, str]) -> bool:
+    """Return whether a run.toml's `values` and a run's options have equal tasks and accumulation steps.
+
+    A task that only one of them names counts as equal.
+    """
+    task, run_task = values.get(TASK), run_options.get(TASK)
+    is_same_task = task is None or run_task is None or str(task) == run_task
+    return is_same_task and str(values.get(ACCUMULATION, 1)) == run_options.get(ACCUMULATION, "1")
 
 
 def _find_run_sizes(runs: Runs, run: RunSummary, typed: Mapping[str, str]) -> set[str] | None:

@@ -150,12 +150,12 @@ class LeftOut:
         """
         path = source / name
         if Path(name).name != name or not path.is_file():
-            raise OptionError(say("%(name)s: there is no such file (any more)", name=name))
+            raise OptionError(say("%(name)s: the file does not exist", name=name))
         moved_paths = [path, *_list_exclusive_captions(path)]
         for moved_path in moved_paths:
             if os.path.lexists(target / moved_path.name):
                 raise OptionError(
-                    say("%(target)s is there already. Rename one of the two", target=target / moved_path.name)
+                    say("%(target)s already exists. Rename one of the two", target=target / moved_path.name)
                 )
         with explain_errors(target / name):
             try:
@@ -276,7 +276,7 @@ class FolderFiles:
         """Return the data of a file's header. A header is read again only after the file has changed."""
         if not self.runs.is_below(path):
             return MediaHeader(
-                None, None, None, error=say("it is gone, or leads outside the folders that are shown")
+                None, None, None, error=say("it does not exist, or is outside the folders that are shown")
             )
         try:
             key = str(path), path.stat().st_mtime_ns
@@ -309,7 +309,7 @@ class FolderFiles:
         """Return the caption of a file, with the reason if this page cannot edit it."""
         path = find_caption_file(folder, name)
         if path.is_symlink() and not self.runs.is_below(path):
-            return caption_values(say("It cannot be read: it is a link that leads outside"))
+            return caption_values(say("It cannot be read: it is a link to a place outside the folder"))
         remedy = say("Convert to UTF-8, above, or save it as UTF-8 elsewhere.")
         return self.captions.describe(path, NO_WRITING if self.read_only else "", remedy)
 
@@ -332,7 +332,7 @@ class FolderFiles:
         path = find_caption_file(folder, name)
         if path.is_symlink():
             if not self.runs.is_below(path):
-                return 400, say("Its caption is a link that leads outside.")
+                return 400, say("Its caption is a link to a place outside the folder.")
             path = real_path(path)
         return self.captions.change(path, query)
 

@@ -278,7 +278,7 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
             continue
         reason = bad_character(typed_text)
         if reason is not None:
-            raise OptionError(say("%(key)s cannot hold %(reason)s", key=row.key, reason=reason))
+            raise OptionError(say("%(key)s cannot contain %(reason)s", key=row.key, reason=reason))
         changes[row.key] = row.setting.convert(typed_text) if typed_text else None
     return edit_toml(text, changes)
 
@@ -496,7 +496,7 @@ class FolderSettingsPages:
             user_changes = [str(error)]
         file_changes = describe_difference(base_text, draft.text)
         error_message = say(
-            "%(name)s has changed meanwhile, and nothing was overwritten. The file now: "
+            "%(name)s has changed in the meantime, and nothing was overwritten. The file now: "
             "%(names)s. What you changed: %(names2)s",
             name=draft.name,
             names=join("; ", file_changes or [say("as before")]),

@@ -34,10 +34,10 @@ class FolderTool:
 
     def collect_progress(self, folder: Path) -> dict[str, Any]:
         """Return the template values for the last dry run and the queued job of a tool in a folder."""
-        trying = self.site.background_jobs.find(name_background_job(self.kind, folder))
+        try_job = self.site.background_jobs.find(name_background_job(self.kind, folder))
         return {
-            "trying": trying,
-            "tries": read_tries(trying, folder),
+            "try_job": try_job,
+            "tries": read_tries(try_job, folder),
             "job": self.find_job(folder),
             "is_paused": self.site.queue.worker == "",
             "queue_problem": self.site.queue.problem,

@@ -55,7 +55,7 @@ class MediaFolder:
         """Reason why no page can name the folder; "" if a page can."""
         reason = bad_character(str(self.path))
         return (
-            "" if reason is None else say("Its name, or that of a folder around it, is not UTF-8: rename it.")
+            "" if reason is None else say("Its name or the name of a parent folder is not UTF-8: rename it.")
         )
 
     @property

@@ -97,7 +97,7 @@ FIELD_NOTES = {
     "end": say("the last picture"),
     "control": say("a clip whose motion is followed"),
     "references": say("pictures to edit, one a line"),
-    "redraw": say("a picture or clip that is made anew in part"),
+    "redraw": say("a picture or clip that is partly regenerated"),
 }
 FILE_CHOOSER_LABELS = {
     "start": say("file of the first picture"),
@@ -370,15 +370,15 @@ class GeneratePages:
             if run_source is None:
                 raise OptionError(
                     say(
-                        "This run is not there any more, or its history has no command of a script that "
-                        "this page drives. Choose a model."
+                        "This run no longer exists, or its history has no command that this page "
+                        "can run. Choose a model."
                     )
                 )
             return make_run_recipe(run_source)
         family, _, task = name.partition(" ")
         model = find_model_set(family, task)
         if model is None or not can_generate(model):
-            raise OptionError(say("%(name)s: there is no such model here.", name=name or source))
+            raise OptionError(say("%(name)s: this model is not here.", name=name or source))
         return make_model_recipe(model, self.site.models, Path.cwd())
 
     def refill(self, form: GenerateForm) -> GenerateForm:
@@ -432,7 +432,11 @@ class GeneratePages:
         return format_command(argv, recipe.folder)
 
     def change(self, request: Request, fields: Form) -> Response:
-        """Carry out a button of the page: fill the form, generate, or change a render job."""
+        """Carry out a button of the page, and return the HTML of the form or of the render jobs.
+
+        The action is "form" (save the form, or fill it for another model), "make" (generate), "four"
+        (generate with SEVERAL_SEEDS seeds) or a button of the render jobs.
+        """
         action = request.path_params["what"]
         # each field of a form is a list of strings; these two fields are not values of GenerateForm
         draft = "".join(fields.pop("draft", ())[:1])
@@ -491,9 +495,7 @@ class GeneratePages:
         listed_paths = {row.path for row in rows}
         for path in form.lora_strengths:
             if path not in listed_paths:
-                raise OptionError(
-                    say("%(path)s: there is no such LoRA (any more). Choose another one.", path=path)
-                )
+                raise OptionError(say("%(path)s: this LoRA does not exist. Choose another one.", path=path))
         render_request = self.make_render_request(recipe, form, rows)
         self._check_lora_file(recipe, form)
         render_request.check()
@@ -512,7 +514,7 @@ class GeneratePages:
         return say_count(
             len(seeds),
             "On the way: %(n)s result, seed %(first)s.",
-            "On the way: %(n)s results, seeds %(first)s to %(last)s.",
+            "In progress: %(n)s results, seeds %(first)s to %(last)s.",
             first=seeds[0],
             last=seeds[-1],
         )
@@ -529,7 +531,7 @@ class GeneratePages:
                 raise OptionError(
                     say(
                         "%(path)s is outside the folders that this page shows: drop the file on the "
-                        "page, and it is copied into one of them.",
+                        "page to copy it into one of them.",
                         path=path,
                     )
                 )
@@ -613,10 +615,10 @@ class GeneratePages:
         `settings` are those of a dropped file; `form` is already filled with them.
         """
         program = settings.program
-        sentences = [say("Filled with the settings of a file that %(program)s made.", program=program)]
+        sentences = [say("Filled with the settings of a file made by %(program)s.", program=program)]
         recipe = self.find_recipe(form.source)
         if not settings.family:
-            sentences.append(say("Its model is not known here: choose one."))
+            sentences.append(say("Its model is unknown: choose one."))
         elif self._score_source(settings, form.source) < 0:
             name = f"{settings.model} {settings.task}".strip()
             sentences.append(say("Its model, %(name)s, is not among the models here: choose one.", name=name))
@@ -630,7 +632,7 @@ class GeneratePages:
             paths = settings.options.get(option_key, "").splitlines()
             if paths:
                 sentences.append(
-                    say("It began from %(splitlines)s: drop that on the form.", splitlines=paths[0])
+                    say("It started from %(splitlines)s: drop that file on the form.", splitlines=paths[0])
                 )
         return join(" ", sentences)
 
@@ -676,7 +678,7 @@ class GeneratePages:
             lora_names |= self.run_loras.find_run_files(name)
         # 4 for each LoRA of the file: more than what is added below
         score = 4 * sum(name in lora_names for name in settings.loras)
-        if kind == "run" or not recipe.missing:
+        if kind == "run" or not (recipe.missing_files or recipe.unfilled_options):
             score += 2  # prefer models whose files are on disk
         if kind == "model" and settings.task in source.split():
             score += 1
@@ -755,19 +757,23 @@ def describe_ended(ended: Sequence[RenderJob]) -> str:
 
 
 def describe_loading(recipe: ModelRecipe | None) -> str:
-    """Return a note about files to download before a recipe can be used; "" if there are none."""
-    if recipe is None or not recipe.missing:
+    """Return a note about files or options that a recipe lacks; "" if it can be used."""
+    if recipe is None:
         return ""
-    if recipe.missing[0].startswith("--"):  # an option with only a placeholder, not a file
+    num_missing = len(recipe.missing_files) + len(recipe.unfilled_options)
+    if num_missing == 0:
+        return ""
+    if not recipe.missing_files:
         return say(
-            "This run was trained without %(names)s, which making needs.", names=join(", ", recipe.missing)
+            "This run was trained without %(names)s, which generation needs.",
+            names=join(", ", recipe.unfilled_options),
         )
-    if len(recipe.missing) == 1:
-        return say("Its file %(missing)s is not on this machine yet.", missing=recipe.missing[0])
+    if num_missing == 1:
+        return say("Its file %(missing)s is not on this machine yet.", missing=recipe.missing_files[0])
     return say(
         "%(n)s of its files are not on this machine yet, such as %(missing)s.",
-        n=len(recipe.missing),
-        missing=recipe.missing[0],
+        n=num_missing,
+        missing=recipe.missing_files[0],
     )
 
 
@@ -788,7 +794,7 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
             continue
         finally:
             named.rename(path)
-    raise OptionError(say("It is neither a picture, a clip nor a sound that can be read."))
+    raise OptionError(say("It is not a readable picture, clip or audio file."))
 
 
 def select_seeds(form: GenerateForm) -> list[str]:
@@ -799,7 +805,7 @@ def select_seeds(form: GenerateForm) -> list[str]:
     seed = form.field_values.get("seed", "").strip()
     if seed and not (seed.isdecimal() and len(seed) < 20):
         raise OptionError(
-            say("Seed %(seed)s: give a whole number, or leave it empty for another each time.", seed=seed)
+            say("Seed %(seed)s: give a whole number, or leave it empty for a new one each time.", seed=seed)
         )
     count = form.num_results.strip()
     if not count.isdecimal() or len(count) > 4 or not 1 <= int(count) <= MAX_AT_ONCE:

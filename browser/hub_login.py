@@ -12,10 +12,10 @@ TOKENS = "https://huggingface.co/settings/tokens"
 def describe_login() -> str:
     """Return one sentence that says whether a login for the Hugging Face Hub was found."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return say("HF_HUB_OFFLINE is set: nothing is loaded. Start the page without it.")
+        return say("HF_HUB_OFFLINE is set: nothing is downloaded. Start the server without it.")
     for name in VARIABLES:
         if os.environ.get(name, "").strip():
-            return say("A token is there: the variable %(name)s.", name=name)
+            return say("A token was found in the variable %(name)s.", name=name)
     from huggingface_hub import constants  # takes a while to load
 
     path = Path(constants.HF_TOKEN_PATH)
@@ -24,7 +24,7 @@ def describe_login() -> str:
     except OSError:
         is_there = False
     if is_there:
-        return say("A token is there: the file %(path)s.", path=path)
+        return say("A token was found in the file %(path)s.", path=path)
     return say(
         "No token. Models whose license is accepted on their page need one: make it at "
         "%(tokens)s and type hf auth login in a terminal.",

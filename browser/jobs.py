@@ -207,7 +207,7 @@ class _QueueContent:
                 return job
         raise OptionError(
             say(
-                "there is no job %(number)s that is %(names)s (any more)",
+                "there is no job %(number)s that is %(names)s",
                 number=number,
                 names=join(" or ", states),
             )
@@ -499,32 +499,32 @@ class JobQueue:
             self.folder.mkdir(parents=True, exist_ok=True)
             with only_one(self.folder / ".lock"):
                 content, stored_text = self._read_files()
-                entries = [*content.entries]
-                before = content.count_waiting()
+                old_entries = [*content.entries]
+                waiting_before = content.count_waiting()
                 yield content
                 # each file is written only if it changed: users edit the text file too
-                if content.entries != entries:
+                if content.entries != old_entries:
                     write_text(self.folder / QUEUE, "".join(content.entries))
                 if content.as_text() != stored_text:
                     write_text(self.folder / STATE, content.as_text())
-                self._store_known_jobs(content.count_waiting(), before)
+                self._store_known_jobs(content.count_waiting(), waiting_before)
 
-    def _store_known_jobs(self, waiting: "Counter[str]", before: "Counter[str]") -> None:
+    def _store_known_jobs(self, waiting: "Counter[str]", waiting_before: "Counter[str]") -> None:
         """Store which waiting jobs the user knows about, outside the queue's own folder.
 
         The user knows about jobs that were added with a button, and about lines that were added to the text
-        file while the queue ran on the user's request.
+        file while the queue ran on the user's request. Other lines must be confirmed before the queue starts.
 
         Args:
             waiting: Number of waiting jobs of each line after a change.
-            before: The same counts before the change.
+            waiting_before: The same counts before the change.
         """
         known = recall_queue(self.folder) or KnownQueue(is_open=False, jobs=Counter())
         is_started_here = self._continues_in_next_server
         if is_started_here:  # then the user knows all waiting jobs
             known_jobs = waiting
         else:
-            added = waiting - before  # jobs that a button has just added
+            added = waiting - waiting_before  # jobs that a button has just added
             still_waiting = known.jobs & waiting  # for each line, the smaller of the two counts
             known_jobs = still_waiting + added
         updated = KnownQueue(is_open=known.is_open or is_started_here, jobs=known_jobs)
@@ -540,10 +540,10 @@ class JobQueue:
             raise UnknownJobsError(
                 say_count(
                     unknown.total(),
-                    "The queue is paused: %(n)s line came into %(folder)s while no page was open. "
-                    "Read the jobs that wait, then start the queue",
-                    "The queue is paused: %(n)s lines came into %(folder)s while no page was open. "
-                    "Read the jobs that wait, then start the queue",
+                    "The queue is paused: %(n)s line was added to %(folder)s while no page was "
+                    "open. Read the waiting jobs, then start the queue",
+                    "The queue is paused: %(n)s lines were added to %(folder)s while no page was "
+                    "open. Read the waiting jobs, then start the queue",
                     folder=self.folder / QUEUE,
                 )
             )
@@ -560,7 +560,7 @@ class JobQueue:
             path = self.folder / STATE
             raise OutputError(f"{path} is damaged ({error}). Remove it, and lines of finished jobs") from None
         content.entries = self._read_entries()
-        self._match_jobs(content, jobs)
+        content.jobs = self._match_jobs(content, jobs)
         return content, stored_text
 
     def _read_entries(self) -> list[str]:
@@ -570,7 +570,7 @@ class JobQueue:
             raise OutputError(
                 say(
                     "%(folder)s: at most %(most_lines)s lines of %(most_of_job)s characters are "
-                    "read. Take some out",
+                    "read. Remove some",
                     folder=self.folder / QUEUE,
                     most_lines=f"{MAX_LINES:,}",
                     most_of_job=f"{MAX_OF_JOB:,}",
@@ -580,8 +580,8 @@ class JobQueue:
             entries[-1] += "\n"
         return entries
 
-    def _match_jobs(self, content: _QueueContent, jobs: Sequence[Job]) -> None:
-        """Match the jobs of the state file with the lines of the text file, and sort them.
+    def _match_jobs(self, content: _QueueContent, jobs: Sequence[Job]) -> list[Job]:
+        """Match the jobs of the state file with the lines of the text file, and return the sorted jobs.
 
         1. For each line, the newest jobs are matched with its occurrences in the text file.
         2. A line without a job gets a new one.
@@ -605,7 +605,7 @@ class JobQueue:
             jobs_of_lines.append(job)
         still_unmatched = [job for equal_jobs in unmatched.values() for job in equal_jobs]
         running_without_line = [job for job in still_unmatched if job.state == RUNNING]
-        content.jobs = [*running_without_line, *ended_without_line, *jobs_of_lines]
+        return [*running_without_line, *ended_without_line, *jobs_of_lines]
 
     def _new_job(self, content: _QueueContent, line: str, folder: Path) -> Job:
         content.last += 1

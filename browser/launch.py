@@ -105,7 +105,8 @@ def _reject_shell_syntax(line: str) -> None:
     if shell_character:
         raise OptionError(
             say(
-                "%(mark)s in %(line)s: no shell reads this line. Put quotes round the word, or leave it out",
+                "%(mark)s in %(line)s: this line is not read by a shell. Quote the argument, or "
+                "leave the character out",
                 mark=f"{shell_character[0]!r}",
                 line=f"{line!r}",
             )
@@ -114,8 +115,8 @@ def _reject_shell_syntax(line: str) -> None:
     if escapes and os.name != "nt":
         raise OptionError(
             say(
-                "%(escapes)s in %(line)s: here a backslash escapes the character behind it. "
-                "Write / between folders, or put single quotes round the word",
+                "%(escapes)s in %(line)s: here a backslash escapes the next character. Write / "
+                "between folders, or put the argument in single quotes",
                 escapes=escapes[0],
                 line=f"{line!r}",
             )
@@ -374,8 +375,7 @@ def reject_endless(command: ScriptCommand, argv: Sequence[str]) -> None:
     if command.words[0] == "browser" and "--export" not in options:
         raise OptionError(
             say(
-                "%(name)s runs until somebody ends it, and all jobs behind it would wait. Type "
-                "it in a terminal",
+                "%(name)s runs until somebody ends it, and all later jobs would wait. Type it in a terminal",
                 name=command.name,
             )
         )
@@ -419,7 +419,7 @@ def _check_files(argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob
             raise OptionError(
                 say(
                     "%(option)s %(word)s: no such file in %(folder)s, where relative paths "
-                    "begin.%(explain_missing)s Correct the path",
+                    "begin.%(explain_missing)s Fix the path",
                     option=option,
                     word=shorten(word, 200),
                     folder=folder,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from browser import compare
-from browser.compare import ComparableRun
+from browser.compare import ComparableRun, ComparedFile
 from browser.recipes import ModelRecipe, UsedLora
 from browser.run_views import label_runs
 from browser.runs import Runs, RunSummary
@@ -126,25 +126,14 @@ class RunLoras:
         if source is None:
             return _RunLoraFiles(run.changed, family="", rows=[])
         other_networks = _find_other_networks(source)
-        if other_networks is None:
-            return _RunLoraFiles(run.changed, source.family, rows=[])
-        rows = [
-            LoraRow(
-                path=str(file.paths[0]),
-                title=label,
-                high_path=str(file.paths[1]) if len(file.paths) > 1 else "",
-                step=file.step,
-                loss=file.loss,
-                is_best=file.is_best,
-                folder=str(file.paths[0].parent),
-                family=source.family,
-                task="".join(source.options.get("--task", ())),
-                copies=[str(file.paths[0].with_name(name)) for name in file.copies],
-            )
-            for file in source.files
-            if file.name not in other_networks and all(map(self.runs.is_inside, file.paths))
-        ]
-        return _RunLoraFiles(run.changed, source.family, rows[::-1])
+        rows = []
+        for file in source.files:  # by step
+            if other_networks is None or file.name in other_networks:
+                continue
+            if all(map(self.runs.is_inside, file.paths)):
+                rows.append(_make_row(source, file, label))
+        rows.reverse()
+        return _RunLoraFiles(run.changed, source.family, rows)
 
     def find_run_family(self, run_id: str) -> str:
         """Return the family of a run; "" if it is unknown or cannot generate."""
@@ -193,10 +182,27 @@ class RunLoras:
         return None if run is None else compare.read_source(self.runs, run)
 
 
-def _find_other_networks(source: ComparableRun) -> set[str] | None:
-    """Return the names of a run's files that are not LoRAs.
+def _make_row(source: ComparableRun, file: ComparedFile, label: str) -> LoraRow:
+    """Return the row of a saved LoRA of a run, titled `label`."""
+    path, *high_noise_paths = file.paths
+    return LoraRow(
+        path=str(path),
+        title=label,
+        high_path="".join(map(str, high_noise_paths)),  # at most one
+        step=file.step,
+        loss=file.loss,
+        is_best=file.is_best,
+        folder=str(path.parent),
+        family=source.family,
+        task="".join(source.options.get("--task", ())),
+        copies=[str(path.with_name(name)) for name in file.copies],
+    )
 
-    Returns None if no file is one, because the run has trained a ControlNet, an embedding or a full model.
+
+def _find_other_networks(source: ComparableRun) -> set[str] | None:
+    """Return the names of a run's files that its generation command does not load as LoRAs.
+
+    Returns None if it loads none as LoRA: the run has trained a ControlNet, an embedding or a full model.
     """
     loras: set[str] = set()
     others: set[str] = set()

@@ -216,7 +216,7 @@ class MaskMakingPages:
             elif not self.tool.handle_button(folder, action, make_argv):
                 return answer_unknown()
         except ChangedMeanwhileError:
-            message = say("dataset.toml has changed meanwhile: press it again.")
+            message = say("dataset.toml has changed in the meantime: press the button again.")
             return self.answer(folder, fields, "progress", error=message)
         except (UserError, OSError, ValueError) as error:
             return self.answer(folder, fields, "progress", error=str(error))
@@ -233,7 +233,9 @@ class MaskMakingPages:
             )
         network = self.name_network(finder)
         if not is_dry_run and network and not fields.get("model", "").strip() and not Path(network).exists():
-            raise OptionError(say("%(missing)s is missing: load the model first (Models).", missing=network))
+            raise OptionError(
+                say("%(missing)s is missing: download the model first (Models).", missing=network)
+            )
 
 
 def mask_making_routes(site: Site) -> list[Route]:

@@ -163,9 +163,14 @@ class MaskPages:
     def _answer_change(
         self, query: Mapping[str, str], change_mask: Callable[[Path, MaskEntry], None]
     ) -> Response:
-        """Call `change_mask` for the image or clip of `query`, and respond with its new JSON values.
+        """Change the mask of the image or clip that `query` names, and respond with its new JSON values.
 
         If nothing could be changed, the JSON also has the reason as `error`.
+
+        Args:
+            query: `folder` and `id` name the image or clip.
+            change_mask: Called with the folder and the image or clip. It raises MaskConflictError if the mask
+                is not the one that the page shows.
         """
         folder = self.find_folder(query)
         id = query.get("id", "")

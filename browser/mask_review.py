@@ -118,7 +118,7 @@ class MaskReview:
     def describe(self, folder: Path, media_file: MaskEntry) -> dict[str, Any]:
         """Return the JSON values of an image or clip and its mask."""
         if not self.may_show(media_file):
-            fault = say("it is gone, or leads outside the folders that are shown")
+            fault = say("it does not exist, or is outside the folders that are shown")
             return _describe_mask(media_file, NONE, fault)
         state = find_state(media_file)
         try:
@@ -317,7 +317,7 @@ def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
             if image.size != size:
                 raise OptionError(
                     say(
-                        "The mask is %(sent)s pixels, the picture %(size)s.",
+                        "The mask has %(sent)s pixels, the picture %(size)s.",
                         sent=" × ".join(map(str, image.size)),
                         size=" × ".join(map(str, size)),
                     )
@@ -330,7 +330,7 @@ def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
                 mask[rows] = np.asarray(on_black.convert("L"))
             return mask
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OptionError(say("What was sent is no PNG that can be read: %(error)s", error=error)) from None
+        raise OptionError(say("The uploaded mask is not a readable PNG: %(error)s", error=error)) from None
 
 
 def find_masks_folder(runs: Runs, folder: Path) -> Path | None:

@@ -46,12 +46,12 @@ TABLE_HEAD = re.compile(r"GiB +device +host")
 PART = re.compile(r"( *)(.*?) {2,}(\d+\.\d+)")
 OF_CUDA = re.compile(r"about (\d+\.\d+) of CUDA itself")
 # storage formats of the transformer's weights -> options that select them
-WEIGHTS = {form.name: form.switches for form in BASE_FORMS}
-CHECKPOINTING = {
+SWITCHES_OF_WEIGHT_FORMAT = {form.name: form.switches for form in BASE_FORMS}
+SWITCHES_OF_CHECKPOINTING = {
     "recomputed": ("gradient_checkpointing",),
     "offloaded": ("gradient_checkpointing", "gradient_checkpointing_cpu_offload"),
 }
-SWAP = "blocks_to_swap"
+SWAP_KEY = "blocks_to_swap"
 
 
 @dataclass(frozen=True)
@@ -168,62 +168,74 @@ class MemoryOptions:
     can_swap: bool
 
 
-def _find_used_form(
-    forms: Mapping[str, Sequence[str]], values: Mapping[str, Any], names: Sequence[str]
+def _find_used_choice(
+    keys_by_choice: Mapping[str, Sequence[str]], values: Mapping[str, Any], option_names: Sequence[str]
 ) -> str:
-    """Return the last storage format whose options (those in `names`) are all set; "" if there is none."""
-    used = [
-        form_name for form_name, keys in forms.items() if all(values.get(key) for key in keys if key in names)
-    ]
-    return used[-1] if used else ""
+    """Return the last choice whose options are all set, without those the script lacks; "" if none is."""
+    used_choice = ""
+    for choice, keys in keys_by_choice.items():
+        if all(values.get(key) for key in keys if key in option_names):
+            used_choice = choice
+    return used_choice
 
 
-def read_switches(values: Mapping[str, Any], names: Sequence[str]) -> MemoryOptions:
-    """Return the switches of a run.toml. `names` are all options of its training script."""
-    weights = {form: keys for form, keys in WEIGHTS.items() if any(key in names for key in keys)}
-    checkpointing = {form: keys for form, keys in CHECKPOINTING.items() if all(key in names for key in keys)}
+def read_switches(values: Mapping[str, Any], option_names: Sequence[str]) -> MemoryOptions:
+    """Return the memory options of a run.toml. `option_names` are all options of its training script."""
+    weights = {
+        choice: keys
+        for choice, keys in SWITCHES_OF_WEIGHT_FORMAT.items()
+        if any(key in option_names for key in keys)
+    }
+    checkpointing = {
+        choice: keys
+        for choice, keys in SWITCHES_OF_CHECKPOINTING.items()
+        if all(key in option_names for key in keys)
+    }
     return MemoryOptions(
-        swap=str(values.get(SWAP, "")),
-        weights=_find_used_form(weights, values, names),
-        checkpointing=_find_used_form(checkpointing, values, names),
+        swap=str(values.get(SWAP_KEY, "")),
+        weights=_find_used_choice(weights, values, option_names),
+        checkpointing=_find_used_choice(checkpointing, values, option_names),
         weight_choices=list(weights),
         checkpointing_choices=list(checkpointing),
-        can_swap=SWAP in names,
+        can_swap=SWAP_KEY in option_names,
     )
 
 
-def edit_switches(text: str, switches: MemoryOptions, fields: Mapping[str, str], names: Sequence[str]) -> str:
-    """Return the text of run.toml with the memory switches that the form has changed.
+def edit_switches(
+    text: str, current: MemoryOptions, fields: Mapping[str, str], option_names: Sequence[str]
+) -> str:
+    """Return the text of run.toml with the memory options that the form has changed.
 
-    `names` are the options of the training script. Raises ValueError if `text` is not TOML.
+    `current` are the options in `text`, `option_names` all options of the training script. Raises ValueError
+    if `text` is not TOML.
     """
     changes: dict[str, Any] = {}
     swap = fields.get("swap", "").strip()
-    if switches.can_swap and swap != switches.swap:
+    if current.can_swap and swap != current.swap:
         # a number of blocks or a word; an emptied field removes the option
-        changes[SWAP] = tomlkit.value(swap) if NUMBER.fullmatch(swap) else swap or None
+        changes[SWAP_KEY] = tomlkit.value(swap) if NUMBER.fullmatch(swap) else swap or None
     weights = fields.get("weights", "")
-    if weights != switches.weights:
-        changes |= _select_choice(WEIGHTS, weights, names)
+    if weights != current.weights:
+        changes |= _select_choice(SWITCHES_OF_WEIGHT_FORMAT, weights, option_names)
     checkpointing = fields.get("checkpointing", "")
-    if checkpointing != switches.checkpointing:
-        changes |= _select_choice(CHECKPOINTING, checkpointing, names)
+    if checkpointing != current.checkpointing:
+        changes |= _select_choice(SWITCHES_OF_CHECKPOINTING, checkpointing, option_names)
     return edit_toml(text, changes)
 
 
 def _select_choice(
-    keys_by_choice: Mapping[str, Sequence[str]], choice: str, names: Sequence[str]
+    keys_by_choice: Mapping[str, Sequence[str]], choice: str, option_names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the changes that set the keys of one choice, and remove (None) the keys of all others.
+    """Return the changes of run.toml that set the keys of one choice, and remove (None) those of all others.
 
-    Only keys in `names`, the options of the training script, are set. The choice "" removes all keys; an
-    unknown choice changes nothing.
+    Only keys in `option_names`, the options of the training script, are set. The choice "" removes all keys;
+    an unknown choice changes nothing.
     """
     if choice not in ("", *keys_by_choice):
         return {}
     changes: dict[str, Any] = {key: None for keys in keys_by_choice.values() for key in keys}
     for key in keys_by_choice.get(choice, ()):
-        if key in names:
+        if key in option_names:
             changes[key] = True
     return changes
 
@@ -246,8 +258,8 @@ class MemoryPages:
         """Return the HTML of the section about the training's memory."""
         return self.answer(folder)
 
-    def answer(self, folder: Path, fault: str = "", done: str = "") -> Response:
-        """Return the HTML of the section about memory, with an error (`fault`) or a message (`done`)."""
+    def answer(self, folder: Path, error: str = "", message: str = "") -> Response:
+        """Return the HTML of the section about memory, with an error or a message about what was done."""
         described = read_described(folder)
         run_file = read_draft_file(self.site, folder, RUN_FILE)
         job = self.site.background_jobs.find(name_background_job(PLAN, folder))
@@ -257,8 +269,8 @@ class MemoryPages:
         settings = read_settings(find_training_script(run_file.text))
         values = {
             "folder": folder,
-            "have": run_file.checksum,
-            "base": run_file.text,
+            "run_checksum": run_file.checksum,
+            "run_text": run_file.text,
             "switches": read_switches(described.values, [setting.name for setting in settings]),
             "job": job,
             "plan": plan,
@@ -271,10 +283,10 @@ class MemoryPages:
             "duration": describe_duration(self.site.runs, described, described.steps),
             "command": format_command(self.plan_argv(run_file, size), folder),
             "can_write": not self.site.read_only,
-            "fault": fault,
-            "done": done,
+            "error": error,
+            "message": message,
         }
-        return answer_template("memory_bar.html", say("Memory"), values, is_rejected=fault != "")
+        return answer_template("memory_bar.html", say("Memory"), values, is_rejected=error != "")
 
     def planned_size(self, job: Job | None, card: float) -> float:
         """Return the card size in GiB of the last plan; without a plan, the size of this machine's card."""
@@ -323,23 +335,24 @@ class MemoryPages:
         """Plan the training's memory for a graphics card, after writing changed switches if requested."""
         if action not in (PLAN, "switch", "stop"):
             return answer_unknown()
-        done = ""
+        message = ""
         try:
             if action == "stop":
                 self.site.background_jobs.stop(name_background_job(PLAN, folder))
                 return self.answer(folder)
             if action == "switch":
-                done = self.write_switches(folder, fields)
+                message = self.write_switches(folder, fields)
             self.plan(folder, read_size(fields.get("size", "")))
         except ChangedMeanwhileError:
-            fault = say(
-                "%(run_file)s has changed meanwhile, and was not overwritten. This is what it has now.",
+            conflict = say(
+                "%(run_file)s has changed in the meantime, and was not overwritten. This is its "
+                "current content.",
                 run_file=RUN_FILE,
             )
-            return self.answer(folder, fault)
+            return self.answer(folder, conflict)
         except (OSError, ValueError, UserError) as error:
-            return self.answer(folder, str(error), done)
-        return self.answer(folder, done=done)
+            return self.answer(folder, str(error), message)
+        return self.answer(folder, message=message)
 
     def write_switches(self, folder: Path, fields: Mapping[str, str]) -> str:
         """Write a form's memory switches into run.toml, and return a message with the changed lines."""
@@ -347,9 +360,9 @@ class MemoryPages:
         if draft.checksum != fields.get("have", ""):  # the checksum that the page was built with
             raise ChangedMeanwhileError
         text = draft.text
-        names = [setting.name for setting in read_settings(find_training_script(text))]
-        switches = read_switches(read_described(folder).values, names)
-        new_text = edit_switches(text, switches, fields, names)
+        option_names = [setting.name for setting in read_settings(find_training_script(text))]
+        current = read_switches(read_described(folder).values, option_names)
+        new_text = edit_switches(text, current, fields, option_names)
         if new_text == text:
             return ""
         self.site.tracked_runs.reject_while_it_runs(folder)
@@ -371,8 +384,8 @@ class MemoryPages:
         if missing:
             raise OptionError(
                 say(
-                    "%(missing)s is missing. A plan reads the headers of the model's files: load "
-                    "them first (Start does, with --download).",
+                    "%(missing)s is missing. A plan reads the headers of the model's files: "
+                    "download them first (Start does, with --download).",
                     missing=missing[0],
                 )
             )

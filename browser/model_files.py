@@ -62,7 +62,7 @@ class ModelPart:
     def state(self) -> str:
         """Text about the part's state: on disk, partly on disk, to load, or not the released file."""
         if self.has_other_size:
-            return say("a different file than the released one, by its size")
+            return say("judging by its size, a different file than the released one")
         if self.is_there:
             return say("ready")
         return (
@@ -304,13 +304,13 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
         if name not in parts:
             raise OptionError(
                 say(
-                    "%(name)s is not part of %(title)s on disk (any more). Look at it again.",
+                    "%(name)s is not one of the parts of %(title)s on disk. Look at it again.",
                     name=name,
                     title=say(files.model.title),
                 )
             )
     if not chosen:
-        raise OptionError(say("Tick what is to be removed."))
+        raise OptionError(say("Tick what to remove."))
     paths = _list_files_on_disk([parts[name].component for name in chosen], models)
     for path in paths:
         if not real_path(path.parent).is_relative_to(real_path(models)):

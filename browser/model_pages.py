@@ -99,7 +99,7 @@ class ModelPages:
             files = find_task(models, chosen.family, chosen.task, chosen.in_fp8, part_cache)
         if chosen.family and files is None:
             error = error or say(
-                "%(family)s %(task)s: the list of models has no such task.",
+                "%(family)s %(task)s: the list of models does not have this task.",
                 family=chosen.family,
                 task=chosen.task,
             )
@@ -210,7 +210,7 @@ class ModelPages:
             if shared:
                 raise OptionError(
                     say(
-                        "%(shared)s is being loaded for %(title)s: stop that first.",
+                        "%(shared)s is being downloaded for %(title)s: stop that first.",
                         shared=shared[0],
                         title=say(download.files.model.title),
                     )

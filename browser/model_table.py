@@ -181,7 +181,7 @@ def describe_file(text: str) -> str:
         reason = str(error)
         return f"{reason[:1].upper()}{reason[1:]}."
     if not path.is_absolute():
-        return say("Give a whole path, which begins at the root or at a drive.")
+        return say("Give an absolute path, which begins at the root or at a drive.")
     suffix = path.suffix.lower()
     try:
         if path.is_dir():
@@ -195,7 +195,7 @@ def describe_file(text: str) -> str:
             return say("There is no such file.")
         size_bytes = path.stat().st_size
         if suffix != ".safetensors":  # only safetensors files have a header that is read here
-            return say("%(size_bytes)s; what it is, Prepare looks up", size_bytes=gigabytes(size_bytes))
+            return say("%(size_bytes)s; Prepare finds out what it is", size_bytes=gigabytes(size_bytes))
         with path.open("rb") as file:
             wrong_beginning = _describe_wrong_beginning(file.read(16))
             if wrong_beginning:

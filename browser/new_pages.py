@@ -254,7 +254,7 @@ class NewPages:
         elif self._has_changed_since_displayed(form.folder, query):
             form = self.read_form(form.folder)
             message = say(
-                "The files of this folder have changed meanwhile. The form shows them as they are now."
+                "The files of this folder have changed in the meantime. The form shows their current values."
             )
         is_part = "hx-request" in request.headers
         return self.answer(form, message=message, is_part=is_part)
@@ -537,7 +537,7 @@ class NewPages:
         command_output = self.collect_command_output(folder, background_jobs)
         download_values = self.collect_download_values(described)
         checklist = self.make_checklist(
-            folder, described, background_jobs, queue.jobs, command_output["looking_lines"]
+            folder, described, background_jobs, queue.jobs, command_output["new_lines"]
         )
         folder_progress = self.find_folder_progress(
             folder,
@@ -562,16 +562,16 @@ class NewPages:
             "folder": folder,
             "described": described,
             "tries": [] if folder is None else read_tries(background_jobs[TRY_CAPTIONS], folder),
-            "job": training_job,
+            "training_job": training_job,
             "run_address": run_address,
-            "captioning": caption_job,
+            "caption_job": caption_job,
             "is_busy": is_busy,
             "is_paused": queue.worker == "",
             "queue_problem": site.queue.problem,
             "can_write": not site.read_only,
             "mark": find_files_checksum(folder, described),
-            "refused": "",
-            "is_part": False,
+            "error": "",
+            "is_part_of_page": False,
         }
 
     def collect_commands(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
@@ -608,16 +608,16 @@ class NewPages:
         """
         download = download_values["download"]
         # if this page cannot download the missing files, `run` does when the training starts
-        can_download = download_values["load_command"] != ""
+        can_download = download_values["download_command"] != ""
         return FolderProgress(
             is_described=described is not None,
-            description_job=command_output["looking"],
-            has_changes=bool(command_output["comparing"] is not None and command_output["changes"]),
+            description_job=command_output["new_job"],
+            has_changes=bool(command_output["dry_run_job"] is not None and command_output["changes"]),
             download=download,
-            to_load=download_values["to_load"] if can_download else "",
-            load_failure=describe_failure(download) if can_download else "",
-            **self.find_missing_inputs(folder, described, check_job, command_output["looking_lines"]),
-            loads_at_start=bool(download_values["licences"]) and not can_download,
+            missing_gigabytes=download_values["missing_gigabytes"] if can_download else "",
+            download_failure=describe_failure(download) if can_download else "",
+            **self.find_missing_inputs(folder, described, check_job, command_output["new_lines"]),
+            downloads_at_start=bool(download_values["licenses"]) and not can_download,
             check_job=check_job,
             is_check_old=command_output["is_check_old"],
         )
@@ -655,7 +655,7 @@ class NewPages:
     ) -> dict[str, Any]:
         """Return the template values of the commands that describe, check and repair a folder.
 
-        `looking` is the `new` command whose lines are shown: a current dry run, or the last that wrote.
+        `new_job` is the `new` command whose lines are shown: a current dry run, or the last that wrote.
         """
         file_names: list[str] = []
         if folder is not None:
@@ -663,7 +663,7 @@ class NewPages:
                 file_names = list_names(folder)
         dry_run_job = background_jobs[DRY_RUN]
         if dry_run_job is not None and folder is not None:
-            # once the files have changed, the changes that it found are out of date
+            # a dry run lists the changes that saving would make: out of date once the files have changed
             dry_run_job = dry_run_job if self.is_dry_run_current(dry_run_job, folder) else None
         displayed_job = dry_run_job or background_jobs[DESCRIBE]
         displayed_lines = read_output_lines(displayed_job, file_names)
@@ -671,17 +671,17 @@ class NewPages:
         repair_job = background_jobs[REPAIR_CAPTIONS]
         repair_lines = read_output_lines(repair_job, file_names)
         return {
-            "looking": displayed_job,
-            "looked": _list_ended(background_jobs[DRY_RUN], background_jobs[DESCRIBE]),
-            "looking_lines": [line for line in displayed_lines if not is_for_terminal(line.text)],
-            "comparing": dry_run_job,
+            "new_job": displayed_job,
+            "ended_new_jobs": _list_ended(background_jobs[DRY_RUN], background_jobs[DESCRIBE]),
+            "new_lines": [line for line in displayed_lines if not is_for_terminal(line.text)],
+            "dry_run_job": dry_run_job,
             "changes": read_changes(dry_run_job),
-            "checking": check_job,
-            "checking_lines": read_output_lines(check_job, file_names),
+            "check_job": check_job,
+            "check_lines": read_output_lines(check_job, file_names),
             "check_page": self.find_check_page(folder),
             "is_check_old": self.is_check_old(check_job, folder),
-            "trying": background_jobs[TRY_CAPTIONS],
-            "repairing": repair_job,
+            "try_captions_job": background_jobs[TRY_CAPTIONS],
+            "repair_job": repair_job,
             "repair_lines": [line for line in repair_lines if line.is_about_repair],
         }
 
@@ -714,21 +714,21 @@ class NewPages:
 
     def collect_download_values(self, described: DescribedFolder | None) -> dict[str, Any]:
         """Return the template values about model files to download: size, licenses, command and login."""
-        to_load = self.list_missing_parts(described)
-        licenses = list_licenses(to_load)
+        missing_parts = self.list_missing_parts(described)
+        licenses = list_licenses(missing_parts)
         files = None if described is None else self.find_files_to_download(described)
-        load_argv: list[str] = []
+        download_argv: list[str] = []
         download = None
         if described is not None and files is not None:
-            load_argv = self.make_download_argv(described, files)
+            download_argv = self.make_download_argv(described, files)
             download = find_download(self.site.background_jobs, files, self.site.models)
         return {
             "download": download,
-            "load_command": format_command(load_argv) if load_argv else "",
-            "licences": licenses,
+            "download_command": format_command(download_argv) if download_argv else "",
+            "licenses": licenses,
             "is_gated": is_gated,  # a function that the template calls for each license
             "has_login": any(map(is_gated, licenses)) and has_login(),
-            "to_load": gigabytes(total_bytes(to_load)),
+            "missing_gigabytes": gigabytes(total_bytes(missing_parts)),
         }
 
     def show_progress(self, request: Request) -> Response:
@@ -741,7 +741,7 @@ class NewPages:
     def answer_progress(self, folder: Path, error: str = "") -> Response:
         """Return the section of `show_progress`. `error` is the reason why a button changed nothing."""
         described, _ = self.try_read(folder)
-        values = self.collect_progress(folder, described) | {"refused": error, "is_part": True}
+        values = self.collect_progress(folder, described) | {"error": error, "is_part_of_page": True}
         return answer_template("new_progress.html", say("New"), values, is_rejected=error != "")
 
     def show_caption_line(self, request: Request) -> Response:
@@ -818,8 +818,8 @@ class NewPages:
             settings = SettingsPages(self.site)
             command = settings.command_argv(settings.find_worker(), extra_folders=[real_path(path)])
             return say(
-                "%(path)s is outside of the folders of this page, %(roots)s. End the page, and "
-                "start it with that folder: %(format_command)s",
+                "%(path)s is outside the folders of this page, %(roots)s. End the server, and start "
+                "it with that folder: %(format_command)s",
                 path=real_path(path),
                 roots=roots,
                 format_command=format_command(command, Path.cwd()),
@@ -941,7 +941,7 @@ class NewPages:
             message = self.actions[action](PressedButton(folder, sent_form, fields))
         except ChangedMeanwhileError:
             problem = say(
-                "The files of %(folder)s have changed meanwhile. Load this page again to see them.",
+                "The files of %(folder)s have changed in the meantime. Reload this page to see them.",
                 folder=folder,
             )
         except (UserError, OSError, ValueError) as error:
@@ -966,7 +966,7 @@ class NewPages:
         if labels:
             raise OptionError(
                 say(
-                    "The files of this folder do not have what you have typed yet (%(names)s). Press "
+                    "What you have typed is not in the files of this folder yet (%(names)s). Press "
                     "Prepare first.",
                     names=join(", ", labels),
                 )
@@ -1008,7 +1008,7 @@ class NewPages:
             or dry_run_job.state == RUNNING
             or not self.is_dry_run_current(dry_run_job, folder)
         ):
-            raise OptionError(say("There are no changes to make (any more). Press Prepare to see them."))
+            raise OptionError(say("There are no changes to make. Press Prepare to look for changes."))
         if button.files_checksum != mark_files(folder):
             raise ChangedMeanwhileError
         self.site.tracked_runs.reject_while_it_runs(folder)
@@ -1064,7 +1064,7 @@ class NewPages:
         described = read_described(button.folder)
         files = self.find_files_to_download(described)
         if files is None:
-            raise OptionError(say("Nothing of its model is to be loaded (any more). Load this page again."))
+            raise OptionError(say("No files of its model are missing. Reload this page."))
         if not button.has_accepted_licenses:
             raise OptionError(say("Read the licenses of the model next to the button, and accept them."))
         name = name_download(self.site.models, described.family, described.task)
@@ -1080,7 +1080,7 @@ class NewPages:
         argv = self.make_run_argv(read_described(folder))
         if "--download" in argv and not button.has_accepted_licenses:
             raise OptionError(
-                say("Its model is to be loaded: read the licenses next to Start, and accept them.")
+                say("Its model will be downloaded: read the licenses next to Start, and accept them.")
             )
         self.site.tracked_runs.start(folder, argv)
         return ""
@@ -1096,7 +1096,7 @@ class NewPages:
             printed_lines += read_output_lines(self.find_background_job(kind, folder))
         argv = find_command(printed_lines, button.fields.get("line", ""))
         if argv is None:
-            raise OptionError(say("This command is not one that was printed for this folder (any more)."))
+            raise OptionError(say("This command was not printed for this folder, or is out of date."))
         require_inside(self.site.runs, folder)
         command, _ = find_program(argv, folder)
         if command.words[0] == "cache":  # it repairs captions: short, so it does not wait in the queue
@@ -1111,7 +1111,7 @@ class NewPages:
         """Convert captions of a folder to UTF-8. The field `encoding` is their encoding; "" to guess it."""
         folder, encoding = button.folder, button.fields.get("encoding", "")
         if encoding and encoding not in NAMES:
-            raise OptionError(say("%(encoding)s: no such encoding is known here.", encoding=encoding))
+            raise OptionError(say("%(encoding)s: unknown encoding.", encoding=encoding))
         argv = make_repair_argv(read_commands(folder), folder)
         if not argv:
             raise OptionError(say("It is not prepared yet: press Prepare first."))

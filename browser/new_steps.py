@@ -42,15 +42,15 @@ class FolderProgress:
     """Progress of a folder's preparation and training, derived from its files and its commands."""
 
     is_described: bool = False
-    description_job: Job | None = None  # `new`, for the files or for a comparison with them
-    has_changes: bool = False  # shown changes that the user has neither accepted nor rejected
+    description_job: Job | None = None  # the last `new` command: it writes the files, or is a dry run
+    has_changes: bool = False  # changes found by a dry run that the user has neither accepted nor rejected
     download: Download | None = None  # download of the folder's model
-    to_load: str = ""  # missing GB of the model that this page can download
-    load_failure: str = ""  # last lines of a failed download
+    missing_gigabytes: str = ""  # missing GB of the model that this page can download
+    download_failure: str = ""  # last lines of a failed download
     uncaptioned: int = 0  # files without the caption that the training needs
     only_pictures: bool = True  # whether all of these files are images
     has_listed_errors: bool = False  # `new` has listed files that prevent a training run
-    loads_at_start: bool = False  # the training downloads missing files
+    downloads_at_start: bool = False  # the training downloads missing files
     check_job: Job | None = None
     is_check_old: bool = False
     training_job: Job | None = None  # job of the queue that trains on the folder
@@ -70,7 +70,7 @@ class FolderProgress:
     def done(self) -> str:
         """Text about the steps that are complete."""
         steps = [say("Prepared")]
-        if self.download is not None and self.download.state == FINISHED and not self.to_load:
+        if self.download is not None and self.download.state == FINISHED and not self.missing_gigabytes:
             steps.append(say("the model is here"))
         if self.is_checked:
             steps.append(say("checked: no fault"))
@@ -138,13 +138,13 @@ def _select_after_describing(progress: FolderProgress) -> NextStep:
             done=progress.done,
             address=LISTED_ANCHOR,
         )
-    if progress.to_load:
+    if progress.missing_gigabytes:
         return _select_download_step(progress)
     check_job = progress.check_job
     if check_job is not None and check_job.state == RUNNING:
         return NextStep(BUSY, say("Checking …"), done=progress.done)
-    # loads_at_start: `run` downloads the missing model files itself
-    if progress.is_checked or progress.loads_at_start:
+    # with downloads_at_start, `run` downloads the missing model files itself
+    if progress.is_checked or progress.downloads_at_start:
         return NextStep(START, say("Start"), done=progress.done)
     has_errors = check_job is not None and check_job.code not in (0, None) and not progress.is_check_old
     missing = [say("what the check has found")] if has_errors else []
@@ -162,7 +162,7 @@ def _find_training_step(progress: FolderProgress) -> NextStep | None:
     done_texts = {
         WAITING: say("It waits in the queue."),
         RUNNING: say("It trains."),
-        FINISHED: say("The trained file is there."),
+        FINISHED: say("The trained file is ready."),
     }
     address = progress.run_address or QUEUE_ADDRESS
     return NextStep(FOLLOW, say("Show the training"), done=done_texts[job.state], address=address)
@@ -177,5 +177,5 @@ def _select_download_step(progress: FolderProgress) -> NextStep:
             say("Downloading the model%(progress_words)s …", progress_words=download.progress_words),
             done=progress.done,
         )
-    label = say("Download the model (%(size)s)", size=progress.to_load)
+    label = say("Download the model (%(size)s)", size=progress.missing_gigabytes)
     return NextStep(LOAD, label, done=progress.done)

@@ -424,14 +424,17 @@ def _translate_by_pattern(text: str, patterns: Sequence[TranslatableText]) -> Tr
 
 
 def _find_fault(line: str) -> TranslatableText | None:
-    """Return a line such as `2 have no caption:` as translatable text; None for any other line."""
+    """Return a line such as `2 have no caption:` as translatable text; None for any other line.
+
+    The patterns in FAULTS are in the plural, such as `%(n)s have no caption`.
+    """
     text = line.removesuffix(":")
     number, _, _ = text.partition(" ")
     if not line.endswith(":") or not number.isdigit():
         return None
     for pattern in FAULTS:
         key = pattern.key
-        if number == "1":  # the key is plural, but the program has printed the singular
+        if number == "1":  # make the pattern singular, as the program has printed it: `1 has no caption`
             key = pluralize(1, key.replace(COUNT, "", 1).strip()).replace("1", COUNT, 1)
         values = _match_placeholders(key, text)
         if values is not None:

@@ -107,8 +107,8 @@ def read_jobs(
     if len(lines) > MAX_ADDED:
         raise OptionError(
             say(
-                "%(n)s jobs are more than the %(most_added)s that are taken at once, as each is "
-                "checked by its script. Add them in parts, or write them into %(queue)s",
+                "%(n)s jobs are too many: each is checked by its script, so at most %(most_added)s "
+                "can be added at a time. Add them in parts, or write them into %(queue)s",
                 n=f"{len(lines):,}",
                 most_added=MAX_ADDED,
                 queue=QUEUE,
@@ -239,7 +239,7 @@ class QueuePages:
         writable_folder = find_folder(self.runs, within)  # the jobs may write only below this folder
         if within and writable_folder is None:
             raise OptionError(
-                say("%(within)s: there is no such folder below those that are shown.", within=within)
+                say("%(within)s: there is no such folder inside those that are shown.", within=within)
             )
         for argv, folder in read_jobs(lines, run, list_earlier(self.queue.jobs())):
             self.queue.add(argv, folder, within=writable_folder)

@@ -91,7 +91,8 @@ class ModelRecipe:
     fixed_options: Mapping[str, Sequence[str]]  # options of the model, with their arguments
     initial_texts: Mapping[str, str]  # initial values of the fields, by name
     folder: Path  # working folder of the command
-    missing: Sequence[str] = ()  # missing files of the model
+    missing_files: Sequence[str] = ()  # files of the model that do not exist
+    unfilled_options: Sequence[str] = ()  # fixed options for which the command has only a placeholder
     loras: Sequence[UsedLora] = ()  # LoRAs of the command
     required_images: Sequence[str] = ()  # fields that must be filled
     paths: Sequence[str] = ()  # paths of images that the command names
@@ -355,7 +356,7 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
         family=families[script],
         options=options,
         folder=folder,
-        missing=[path for path in required_files if not (folder / path).exists()],
+        missing_files=[path for path in required_files if not (folder / path).exists()],
         is_placeholder=lambda word: word in EXAMPLE_FILES,
         file_defaults=model.usual,
     )
@@ -369,7 +370,7 @@ def make_run_recipe(source: ComparableRun) -> ModelRecipe:
         family=source.family,
         options=source.options,
         folder=source.working_folder,
-        missing=[],
+        missing_files=[],
         is_placeholder=lambda word: word in source.unfilled_words or PLACEHOLDER.fullmatch(word) is not None,
         file_defaults=_find_defaults(source.family, names),
     )
@@ -411,7 +412,7 @@ def _split_command(
     family: str,
     options: Mapping[str, Sequence[str]],
     folder: Path,
-    missing: Sequence[str],
+    missing_files: Sequence[str],
     is_placeholder: Callable[[str], bool],
     file_defaults: Mapping[str, Any],
 ) -> ModelRecipe:
@@ -422,7 +423,7 @@ def _split_command(
         family: Family of the script.
         options: Words that follow each option of the command.
         folder: Working folder of the command.
-        missing: Files of the model that do not exist.
+        missing_files: Files of the model that do not exist.
         is_placeholder: Returns whether a word is a placeholder for a file that the user has to name.
         file_defaults: Option values to use with the model's files instead of the script's defaults.
     """
@@ -447,7 +448,8 @@ def _split_command(
         fixed_options={option.flag: option.values for option in fixed},
         initial_texts=initial_texts,
         folder=folder,
-        missing=[*missing, *(option.flag for option in fixed if option.has_placeholder)],
+        missing_files=missing_files,
+        unfilled_options=[option.flag for option in fixed if option.has_placeholder],
         loras=[*_read_loras(values_by_key, ""), *_read_loras(values_by_key, HIGH_NOISE)],
         required_images=[name for name in unfilled if name in IMAGES],
         paths=[path for name in IMAGES for path in initial_texts.get(name, "").splitlines()],
@@ -496,7 +498,7 @@ class RenderRequest:
     def check(self) -> None:
         """Raise OptionError if a text, the model, a LoRA, a number or an image in it is not valid."""
         if not self.prompt.strip():
-            raise OptionError(say("Prompt: write what is to be made."))
+            raise OptionError(say("Prompt: describe what to generate."))
         for name, text in {"prompt": self.prompt, **self.texts}.items():
             self._check_characters(name, text)
         self._check_recipe()
@@ -521,8 +523,8 @@ class RenderRequest:
         if len(text) > MAX_OF_TEXT:
             raise OptionError(
                 say(
-                    "%(label)s has %(n)s characters: %(most_of_text)s are the most, and models read "
-                    "far fewer.",
+                    "%(label)s has %(n)s characters: at most %(most_of_text)s are accepted, and "
+                    "models read far fewer.",
                     label=self._field_label(name),
                     n=f"{len(text):,}",
                     most_of_text=f"{MAX_OF_TEXT:,}",
@@ -532,18 +534,20 @@ class RenderRequest:
     def _check_recipe(self) -> None:
         """Raise OptionError if the model, or an image that it requires, is missing."""
         recipe = self.recipe
-        # an option for which the run's command has only a placeholder
-        if recipe.missing and recipe.missing[0].startswith("--"):
+        if recipe.missing_files:
             raise OptionError(
                 say(
-                    "%(title)s was trained without %(missing)s, which making needs.",
-                    title=recipe.title,
-                    missing=recipe.missing[0],
+                    "%(missing)s is missing: download the model first (Models).",
+                    missing=recipe.missing_files[0],
                 )
             )
-        if recipe.missing:
+        if recipe.unfilled_options:
             raise OptionError(
-                say("%(missing)s is missing: load the model first (Models).", missing=recipe.missing[0])
+                say(
+                    "%(title)s was trained without %(missing)s, which generation needs.",
+                    title=recipe.title,
+                    missing=recipe.unfilled_options[0],
+                )
             )
         for name in recipe.required_images:
             is_filled = self.references if name == "references" else self.texts.get(name, "").strip()
@@ -590,7 +594,7 @@ class RenderRequest:
                 )
             )
         if not (self.recipe.folder / lora.path).is_file():
-            raise OptionError(say("%(path)s is not there any more. Choose another LoRA", path=lora.path))
+            raise OptionError(say("%(path)s no longer exists. Choose another LoRA", path=lora.path))
 
     def _check_text(self, name: str, text: str) -> None:
         """Raise OptionError if the text of a field is not a possible value of its option."""

@@ -39,8 +39,10 @@ PHASES = (
         say("decoding"),
     ),
 )
-CANCELLING = say("cancelling; once more ends the process, and the model is loaded again for the next")
-ENDED_MEANWHILE = say("the page's server was ended meanwhile")
+CANCELLING = say(
+    "canceling; press again to end the process; the model is then loaded again for the next result"
+)
+ENDED_MEANWHILE = say("the page's server was ended in the meantime")
 
 
 @dataclass
@@ -154,7 +156,7 @@ class RenderQueue:
             if num_waiting + len(new_jobs) > MAX_WAITING:
                 raise OptionError(
                     say(
-                        "%(waiting)s are waiting: %(most_waiting)s are the most",
+                        "%(waiting)s are waiting, the largest number accepted: %(most_waiting)s",
                         waiting=num_waiting,
                         most_waiting=MAX_WAITING,
                     )
@@ -196,9 +198,7 @@ class RenderQueue:
         with self._change():
             job = self.find(number)
             if job is None or job.state in (WAITING, RUNNING):
-                raise OptionError(
-                    say("there is no result %(number)s that has ended (any more)", number=number)
-                )
+                raise OptionError(say("there is no finished result %(number)s", number=number))
             self._path(number).unlink(missing_ok=True)
 
     def ask_to_cancel(self, number: int) -> None:

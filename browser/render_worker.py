@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from browser import launch
-from browser.jobs import WAITING, Job, JobQueue, reject_link
+from browser.jobs import WAITING, Job, JobQueue, QueueState, reject_link
 from browser.render_queue import CANCELLING, LOADING, MAKING, RenderJob, RenderQueue
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_process_alive
 from browser.sessions import find_session, limit_session
@@ -230,7 +230,9 @@ class RenderWorker:
                 lambda: self._current is None or self._current.state == RUNNING, SHUTDOWN_SECONDS
             )
             if self._current is not None:
-                raise OptionError(say("result %(id)s is being made: cancel it first", id=self._current.id))
+                raise OptionError(
+                    say("result %(id)s is being generated: cancel it first", id=self._current.id)
+                )
             session = self._detach_session()
         self._end_process(session)
 
@@ -242,7 +244,7 @@ class RenderWorker:
         with self._lock:
             if self._current is not None:
                 return say(
-                    "%(generate)s makes result %(id)s: the job begins after it, or cancel it there",
+                    "%(generate)s is generating result %(id)s: the job begins after it, or cancel it there",
                     generate=GENERATE,
                     id=self._current.id,
                 )
@@ -257,11 +259,13 @@ class RenderWorker:
         """Return why another server uses the graphics card; "" if none does."""
         if any(render_job.state == RUNNING for render_job in self.list_all()):
             return say(
-                "%(generate)s of another server makes a result: the job begins after it", generate=GENERATE
+                "%(generate)s of another server is generating a result: the job begins after it",
+                generate=GENERATE,
             )
         if self._is_loaded_elsewhere():
             return say(
-                "%(generate)s of another server still holds its model: the job begins when that has ended",
+                "%(generate)s of another server still has its model loaded: the job begins when "
+                "that has ended",
                 generate=GENERATE,
             )
         return ""
@@ -323,7 +327,7 @@ class RenderWorker:
                     if self._end_thread_if_idle():
                         return
                 except BlockingIOError:
-                    self.problem = say("another server of these folders makes the results")
+                    self.problem = say("another server of these folders generates the results")
                     wait_seconds = RETRY_SECONDS
                     if self._end_thread_if_idle():
                         return
@@ -337,9 +341,9 @@ class RenderWorker:
                         self._changed.wait(wait_seconds)
 
     def _end_thread_if_idle(self) -> bool:
-        """Forget the thread if nothing is left to do, and return whether it has to end.
+        """Return whether the worker thread has to end because nothing is left to do.
 
-        The next request then starts a new one.
+        It is then no longer recorded in `_thread`, so that the next render job starts a new thread.
         """
         with self._changed:
             if self.session is not None or self._unsaved or self._has_waiting():
@@ -353,7 +357,7 @@ class RenderWorker:
     def _generate_next(self) -> bool:
         """Generate the next render job, and return whether there was one; free a model that is not needed."""
         self._save_finished()
-        is_blocked = self._find_blocking_job() is not None
+        is_blocked = self._is_blocked_by_queue()
         self._free_if_unneeded(is_blocked)
         render_job = None if is_blocked else self._claim_next()
         if render_job is None:
@@ -373,25 +377,19 @@ class RenderWorker:
                 self._changed.notify_all()
         return True
 
-    def _find_blocking_job(self) -> Job | None:
-        """Return the queue's job that uses the graphics card or is next to use it; None if there is none.
-
-        `waits_for` then names this job.
-        """
+    def _is_blocked_by_queue(self) -> bool:
+        """Return whether a job of the queue uses the GPU or is next to use it, and name it in `waits_for`."""
         try:
             queue_state = self.queue.now()
         except OutputError:  # the queue's page reports it
-            return None
-        # waiting jobs of a paused queue do not block
-        blocking_states = (RUNNING, WAITING) if queue_state.worker else (RUNNING,)
-        for state in blocking_states:
-            for job in queue_state.jobs:
-                if job.state == state:
-                    verb = "runs" if state == RUNNING else say("is next")
-                    self.waits_for = say("job %(id)s of the queue %(verb)s", id=job.id, verb=verb)
-                    return job
-        self.waits_for = ""
-        return None
+            return False
+        job = _find_blocking_job(queue_state)
+        if job is None:
+            self.waits_for = ""
+            return False
+        verb = "runs" if job.state == RUNNING else say("is next")
+        self.waits_for = say("job %(id)s of the queue %(verb)s", id=job.id, verb=verb)
+        return True
 
     def _free_if_unneeded(self, is_blocked: bool) -> None:
         """End the process of the loaded model if it was idle for too long, or blocks a job of the queue."""
@@ -665,4 +663,17 @@ class RenderWorker:
 
     def read_last_error(self) -> str:
         """Return the error message that the process has logged, or a sentence saying that there is none."""
-        return extract_error_message(self._read_log()) or say("the process has ended without a word")
+        return extract_error_message(self._read_log()) or say(
+            "the process has ended without an error message"
+        )
+
+
+def _find_blocking_job(queue_state: QueueState) -> Job | None:
+    """Return the job of the queue that uses the GPU or is next to use it; None if there is none."""
+    # waiting jobs of a paused queue do not block
+    blocking_states = (RUNNING, WAITING) if queue_state.worker else (RUNNING,)
+    for state in blocking_states:
+        for job in queue_state.jobs:
+            if job.state == state:
+                return job
+    return None

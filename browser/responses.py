@@ -16,7 +16,7 @@ from modules.pages.language import say, show, show_all
 from modules.pages.page import render_page
 
 Form = dict[str, list[str]]
-NOT_FOUND = say("It is not there (any more).")
+NOT_FOUND = say("It does not exist.")
 NO_WRITING = say("The server was started with --read_only.")
 # types of files that trainings write; other people's histories may also list HTML, scripts and SVG
 SHOWN = {".png": "image/png", ".mp4": "video/mp4", ".wav": "audio/wav"}

@@ -90,29 +90,30 @@ class SettingsCache:
     """Caches the settings recorded in result files; a file is read again only after it has changed."""
 
     def __init__(self) -> None:
-        self._read: OrderedDict[Path, tuple[tuple[float, int], ReadSettings]] = OrderedDict()
+        # path -> (version of the file, its settings), oldest first
+        self._cached: OrderedDict[Path, tuple[tuple[float, int], ReadSettings]] = OrderedDict()
         self._lock = threading.Lock()
 
     def find_read(self, result: Result) -> ReadSettings | None:
         """Return the settings read before; None if the file was not read, or has changed since."""
-        entry = self._read.get(result.path)
-        mark = (result.changed, result.size_bytes)
-        return entry[1] if entry is not None and entry[0] == mark else None
+        version, settings = self._cached.get(result.path, (None, None))
+        return settings if version == (result.changed, result.size_bytes) else None
 
     def get(self, result: Result) -> ReadSettings:
         """Return the settings of a file, from the cache or else read now."""
-        read = self.find_read(result)
-        if read is not None:
-            return read
+        cached = self.find_read(result)
+        if cached is not None:
+            return cached
         try:
             settings = read_settings(result.path)
             read = ReadSettings(None if settings is None else settings.shortened())
         except (MediaError, OSError, ValueError) as error:
             read = ReadSettings(None, str(error))
+        version = (result.changed, result.size_bytes)
         with self._lock:
-            self._read[result.path] = ((result.changed, result.size_bytes), read)
-            while len(self._read) > MAX_READ:
-                self._read.popitem(last=False)
+            self._cached[result.path] = (version, read)
+            while len(self._cached) > MAX_READ:
+                self._cached.popitem(last=False)
         return read
 
     def read_some(self, results: Sequence[Result], seconds: float) -> int:
@@ -295,7 +296,9 @@ class ResultRegenerator:
             except OptionError as error:
                 reasons.append(str(error))
         if not reasons:
-            raise OptionError(say("No run and no released model here makes %(title)s.", title=settings.title))
+            raise OptionError(
+                say("No run and no released model here generates %(title)s.", title=settings.title)
+            )
         raise OptionError(reasons[0])  # the reason of the best candidate
 
     def list_candidates(self, result: Result, settings: ResultSettings) -> Iterator[Candidate]:
@@ -345,7 +348,7 @@ class ResultRegenerator:
             # a name in metadata may be a path that leads to another folder
             if Path(name).name == name and self.site.runs.is_inside(file):
                 return str(file)
-        raise OptionError(say("%(name)s: no run here has this file (any more).", name=name))
+        raise OptionError(say("%(name)s: no run here has this file.", name=name))
 
     def find_media(self, name: str, result: Result) -> str:
         """Return the path of the image or clip that a result started from.
@@ -364,7 +367,10 @@ class ResultRegenerator:
             if candidate.path.name == name:
                 return str(candidate.path)
         raise OptionError(
-            say("%(name)s, which it began from, is not among the results. Choose it in the form.", name=name)
+            say(
+                "%(name)s, the file it started from, is not among the results. Choose it in the form.",
+                name=name,
+            )
         )
 
     def find_render_job(self, result: Result) -> RenderJob | None:
@@ -434,8 +440,8 @@ class ResultPages:
     def show_layout(self, request: Request) -> Response:
         """Respond with the days and the number of their results as JSON; 204 if nothing has changed.
 
-        The query has the fields of `read_filter`, `have` (the mark of an earlier answer) and `compared` (ids
-        of results that the page keeps; the answer lists those that no longer exist).
+        The query has the fields of `read_filter`; `have`, the digest in the page's last answer (`mark`); and
+        `compared`, the ids of results that the user compares: those that no longer exist are returned.
         """
         query = request.query_params
         filtered = self.filter_results(query)
@@ -449,7 +455,8 @@ class ResultPages:
             return Response(status_code=204)
         with self.site.runs.lock:
             runs = label_runs(self.site.runs.list_all())
-        ids = {result.id for result in filtered.all}
+        existing_ids = {result.id for result in filtered.all}
+        compared_ids = query.get("compared", "").split()
         return answer_json(
             {
                 "mark": digest,
@@ -460,7 +467,7 @@ class ResultPages:
                 "days": days,
                 "models": models,
                 "runs": [[run.id, label] for run, label in runs],
-                "gone": [id for id in query.get("compared", "").split() if id not in ids],
+                "gone": [id for id in compared_ids if id not in existing_ids],
             }
         )
 
@@ -524,7 +531,7 @@ class ResultPages:
         """Read all settings of a file. Raises OptionError if it has none, or MediaError or OSError."""
         settings = read_settings(result.path)
         if settings is None:
-            raise OptionError(say("This file does not say how it was made."))
+            raise OptionError(say("This file does not contain its settings."))
         return settings
 
     def show_dialog(self, request: Request) -> Response:
@@ -632,7 +639,7 @@ class ResultPages:
         missing = [word for word in files if not Path(render_job.folder, word).exists()]
         if missing:
             raise OptionError(
-                say("%(missing)s is missing: load the model first (Models).", missing=missing[0])
+                say("%(missing)s is missing: download the model first (Models).", missing=missing[0])
             )
 
         [number] = self.site.render_worker.add([render_job])
@@ -707,12 +714,12 @@ class ResultPages:
         if result.kind == "sound":
             raise OptionError(say("A sound has no size."))
         if upscaler is None:
-            return self.show_upscale_dialog(result, say("Choose an upscaler's file."))
+            return self.show_upscale_dialog(result, say("Choose the file of an upscaler."))
         if earlier_job is not None and earlier_job.state in (WAITING, RUNNING):
             return self.show_upscale_dialog(result, say("It is being enlarged already."))
         number = queue.add_and_begin(self.make_upscale_argv(result, upscaler), Path.cwd())
         message = say(
-            "It is job %(number)s of the queue. The larger one will stand here when it is made.",
+            "It is job %(number)s of the queue. The enlarged one will appear here when it is finished.",
             number=number,
         )
         is_paused = queue.worker == ""
@@ -728,7 +735,7 @@ class ResultPages:
     def start_from(self, result: Result, _: Form) -> Response:
         """Respond with the path of an image, or of a clip's last frame, which is written as an image."""
         if result.kind == "sound":
-            raise OptionError(say("A sound is not a picture to start from."))
+            raise OptionError(say("An audio file is not a picture to start from."))
         if result.kind == "clip":
             result = self.write_last_frame(result)
         return answer_json({"path": str(result.path), "name": result.path.name})
@@ -797,12 +804,10 @@ class ResultPages:
                 is_added = add_line(path, line, checksum)
         except ChangedMeanwhileError:
             return self.show_sample(
-                result, say("%(path)s has changed meanwhile. It is shown as it is now.", path=path)
+                result, say("%(path)s has changed in the meantime. Its current version is shown.", path=path)
             )
         if is_added:
-            message = say(
-                "%(path)s has it as its last line now. The next samples are made of it too.", path=path
-            )
+            message = say("It is now the last line of %(path)s. The next samples will include it.", path=path)
         else:
             message = say("%(path)s has this line already.", path=path)
         return self.answer_dialog("done", result, text=message)

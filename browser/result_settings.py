@@ -296,7 +296,7 @@ def regenerate(
         OptionError: If the recipe has another model, or a file is not found.
     """
     if sum(map(len, settings.values.values())) > MAX_TYPED:
-        raise OptionError(say("Its texts are too long to be typed again."))
+        raise OptionError(say("Its texts are too long for the form."))
     fixed = _make_fixed_options(settings, recipe)
     line_options = _make_prompt_line_options(settings, recipe, seed, find_media)
     loras = []
@@ -367,7 +367,7 @@ def _is_separate_metadata(name: str) -> bool:
 def _select_recipe_options(
     settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]
 ) -> dict[str, Any]:
-    """Return the fixed options of a recipe that the file was also generated with."""
+    """Return the fixed options of a recipe, without those that the file's metadata lacks but would record."""
     option_names = {flag: name for name, option in options.items() for flag in option.flags}
     fixed: dict[str, Any] = {}
     for flag, words in recipe.fixed_options.items():
@@ -377,6 +377,7 @@ def _select_recipe_options(
         if is_expert_lora:  # taken from the settings of the file instead
             continue
         was_recorded = name in settings.values or name == "task"
+        # a file generated with such an option does not record it
         is_never_recorded = option is None or not option.is_recorded or _is_line_option(name, recipe)
         if was_recorded or is_never_recorded:
             fixed[flag] = list(words) or True  # True: a switch, which has no values
@@ -391,7 +392,9 @@ def _set_recorded_option(fixed: dict[str, Any], flag: str, option: KnownOption, 
     recipe_words = fixed.pop(flag, None)
     is_file = isinstance(recipe_words, list) and _has_folder(recipe_words)
     if is_file or FILE_NAME.fullmatch(text) or _has_folder([text]):
-        raise OptionError(say("It was made with %(text)s (%(flag)s).", text=shorten(text, 200), flag=flag))
+        raise OptionError(
+            say("It was generated with %(text)s (%(flag)s).", text=shorten(text, 200), flag=flag)
+        )
     if text == "False":
         return
     if option.nargs == 0:  # a switch
@@ -410,7 +413,7 @@ def _split_words(flag: str, text: str) -> list[str]:
     except ValueError as error:
         raise OptionError(
             say(
-                "It was made with %(text)s (%(flag)s): %(error)s.",
+                "It was generated with %(text)s (%(flag)s): %(error)s.",
                 text=shorten(text, 200),
                 flag=flag,
                 error=error,
@@ -424,7 +427,7 @@ def _reject_options(flag: str, words: Sequence[str]) -> None:
         if OPTION_PATTERN.match(word):
             raise OptionError(
                 say(
-                    "It was made with %(flag)s %(word)s, which begins as an option does.",
+                    "It was generated with %(flag)s %(word)s, which looks like an option.",
                     flag=flag,
                     word=shorten(word, 200),
                 )
@@ -434,12 +437,12 @@ def _reject_options(flag: str, words: Sequence[str]) -> None:
 def _check_task(settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]) -> None:
     """Raise OptionError if the recipe is for another family or task."""
     if settings.family != recipe.family:
-        raise OptionError(say("It was made with %(title)s.", title=settings.title))
+        raise OptionError(say("It was generated with %(title)s.", title=settings.title))
     task = settings.get("task")
     if task and "task" in options:
         task_words = recipe.fixed_options.get("--task", [str(options["task"].default)])
         if [*task_words] != [task]:
-            raise OptionError(say("It was made with %(title)s.", title=settings.title))
+            raise OptionError(say("It was generated with %(title)s.", title=settings.title))
 
 
 def _is_line_option(name: str, recipe: ModelRecipe) -> bool:
@@ -533,10 +536,12 @@ def format_sample_line(settings: ResultSettings) -> str:
 def _check_sample_line(settings: ResultSettings, prompt: str, negative_prompt: str) -> None:
     """Raise OptionError if a prompt line with these values would be read differently, or lacks an image."""
     if " --" in f" {prompt}" or " --" in f" {negative_prompt}":
-        raise OptionError(say("Its text has two dashes behind a blank, which a line takes for an option."))
+        raise OptionError(
+            say("Its text has two dashes after a space, which in a prompt line begin an option.")
+        )
     if prompt.startswith("#") or not prompt:
         raise OptionError(say("A line that begins with # is not a prompt."))
     if any(settings.get(name) for name in MEDIA_OPTIONS):
         raise OptionError(
-            say("It began from a picture, of which the file contains only the name: write it by hand.")
+            say("It started from a picture, and the file contains only its name: add the picture by hand.")
         )

@@ -92,8 +92,8 @@ class GenerationCommand:
     index_in_history: int  # index among the commands of the history
     argv: Sequence[str]
     is_trusted: bool  # the user wrote it here, so it is queued without review
-    missing: Sequence[str] = ()  # placeholders that the user has to replace
-    pictures: Sequence[str] = ()  # control images that it can use, as paths in its folder
+    placeholders: Sequence[str] = ()  # arguments that the user has to replace
+    control_images: Sequence[str] = ()  # images that it can use as control image, as paths in its folder
 
     def find_value_index(self, flags: Sequence[str]) -> int:
         """Return the index of the argument after the first of these options; 0 if the command has none."""
@@ -102,7 +102,7 @@ class GenerationCommand:
     def initial_text(self, index: int) -> str:
         """Return the argument at an index as the text of its field; "" for a placeholder."""
         word = self.argv[index]
-        return "" if word in self.missing else word
+        return "" if word in self.placeholders else word
 
     @property
     def fields(self) -> list[tuple[int, str, str]]:
@@ -115,7 +115,7 @@ class GenerationCommand:
         if control_index:
             fields.append((control_index, say("Control picture"), self.initial_text(control_index)))
         for index, word in enumerate(self.argv):
-            if index > 1 and word in self.missing and index not in (prompt_index, control_index):
+            if index > 1 and word in self.placeholders and index not in (prompt_index, control_index):
                 option = self.argv[index - 1]
                 fields.append((index, option, ""))
         return fields
@@ -153,17 +153,17 @@ class RunActions:
     check: str = ""
     stop: str = ""
     train_on: str = ""
-    steps: int = 0  # initial number of steps for the button Train on
-    have: str = ""  # checksum of the run.toml that Train on changes
-    again: str = ""  # suggested name of the next run
+    initial_steps: int = 0  # number of steps suggested by the button Train on
+    run_checksum: str = ""  # checksum of the run.toml that Train on changes
+    next_name: str = ""  # name suggested for another run by the button Again with changes
     folder: str = ""  # folder for the button Again with changes
-    samples: str = ""  # prompt file
+    prompt_file: str = ""
     has_lora: bool = False  # images can be generated with it
-    generate: bool = False  # whether the history has a command from which the page Generate can fill its form
-    make: "GenerationCommand | None" = None  # generating command, if the page Generate cannot be used
+    can_generate: bool = False  # whether the page Generate can fill its form from a command in the history
+    generation: "GenerationCommand | None" = None  # generation command, if the page Generate cannot be used
     score: str = ""
     remove: str = ""
-    read_line: str = ""  # address of the queue's page for reviewing a foreign command
+    review_address: str = ""  # address of the queue's page for reviewing a foreign command
 
 
 class RunButtons:
@@ -242,13 +242,13 @@ class RunButtons:
         prompts = self.find_prompts(tracked_run)
         actions = RunActions(
             remove=say("moves its files into %(bin)s", bin=BIN),
-            samples="" if prompts is None else str(prompts),
+            prompt_file="" if prompts is None else str(prompts),
         )
         if has_lora(tracked_run.summary):
             can_generate = self.can_generate(tracked_run.summary)
             # without the page Generate, the command in the history can still generate with the file
             generation = None if can_generate else self.find_generation_command(tracked_run.summary)
-            actions = replace(actions, generate=can_generate, has_lora=True, make=generation)
+            actions = replace(actions, can_generate=can_generate, has_lora=True, generation=generation)
         if tracked_run.state.is_active:  # no other button makes sense while the run is active
             return replace(actions, stop=self.stop_command(tracked_run))
         score_argv = make_score_argv(tracked_run.summary, self.site.models)
@@ -260,11 +260,7 @@ class RunButtons:
     def add_config_actions(
         self, actions: RunActions, tracked_run: TrackedRun, run_config: RunConfig
     ) -> RunActions:
-        """Return `actions` with the buttons that start, check, extend or repeat a run by its run.toml.
-
-        `train_on` extends a run by steps, `have` is the checksum by which a changed run.toml is noticed, and
-        `again` is the name of a repeated run.
-        """
+        """Return `actions` with the buttons that start, check, extend or repeat a run by its run.toml."""
         run = tracked_run.summary
         has_run = run.history.exists()
         is_draft = tracked_run.state.name == DRAFT  # run.toml was written, but never run
@@ -282,11 +278,11 @@ class RunButtons:
             actions = replace(
                 actions,
                 train_on=start_command,
-                steps=suggest_steps(run, run_config.steps),
-                have=compute_checksum(read_content(run_config.folder / RUN_FILE)),
+                initial_steps=suggest_steps(run, run_config.steps),
+                run_checksum=compute_checksum(read_content(run_config.folder / RUN_FILE)),
             )
         if has_run or not is_draft:
-            actions = replace(actions, again=free_name(run_config.output, run_config.name))
+            actions = replace(actions, next_name=free_name(run_config.output, run_config.name))
         return actions
 
     def add_history_actions(self, actions: RunActions, tracked_run: TrackedRun) -> RunActions:
@@ -301,13 +297,13 @@ class RunButtons:
             return actions
         if not run.is_trusted:
             review_address = f"/queue?run={run.id}&command={resume.index_in_history}#words"
-            return replace(actions, read_line=review_address)
+            return replace(actions, review_address=review_address)
         command_line = f"{format_cd(run.working_folder)}{resume.command.bash}"
         if tracked_run.state.name != FINISHED:
             actions = replace(actions, start=command_line)
         if STEPS_OPTION in resume.command.bash:
             steps = suggest_steps(run, run.total_steps)
-            actions = replace(actions, steps=steps, train_on=command_line)
+            actions = replace(actions, initial_steps=steps, train_on=command_line)
         return actions
 
     def work_command(self) -> str:
@@ -350,22 +346,31 @@ class RunButtons:
             commands = current_commands(self.site.runs.open(run).run_history, run.history.parent)
             for index, command in enumerate(commands):
                 if command.title == GENERATE:
-                    argv = split_arguments(command_part(command.bash))
-                    find_program(argv, Path.cwd())  # raises OptionError for the command of another program
-                    placeholders = split_arguments(command.missing)
-                    generation = GenerationCommand(index, argv, run.is_trusted, placeholders)
-                    folder = working_folder(run, group_options(argv))
-                    if generation.control_index and self.site.runs.is_below(folder):
-                        return replace(generation, pictures=list_images(folder))
-                    return generation
+                    return self._parse_generation_command(run, index, command)
         return None
+
+    def _parse_generation_command(
+        self, run: RunSummary, index: int, command: PageCommand
+    ) -> GenerationCommand:
+        """Split a command of a run's history into arguments, and list the control images that it can use.
+
+        Raises OptionError if it runs another program.
+        """
+        argv = split_arguments(command_part(command.bash))
+        find_program(argv, Path.cwd())  # only for its error
+        placeholders = split_arguments(command.missing)
+        generation = GenerationCommand(index, argv, run.is_trusted, placeholders)
+        folder = working_folder(run, group_options(argv))
+        if generation.control_index and self.site.runs.is_below(folder):
+            return replace(generation, control_images=list_images(folder))
+        return generation
 
     def make(self, tracked_run: TrackedRun, form: Form) -> str:
         """Queue the generation command of the run's history, with the typed prompt and control image."""
         run = tracked_run.summary
         generation = self.find_generation_command(run)
         if generation is None or not generation.is_trusted:
-            raise OptionError(say("Its history has no command that can be queued as it stands."))
+            raise OptionError(say("Its history has no command that can be queued unchanged."))
         argv = generation.fill(form)
         folder = working_folder(run, group_options(generation.argv))
         control_index = generation.control_index
@@ -499,7 +504,7 @@ class RunButtons:
     def describe_run_config(self, tracked_run: TrackedRun) -> dict[str, Any]:
         """Return the content of a run.toml that a page shows before it is started."""
         if tracked_run.run_config is None:
-            raise OptionError(say("There is no run.toml below the folders of this page."))
+            raise OptionError(say("There is no run.toml in the folders of this page."))
         path = tracked_run.run_config.folder / RUN_FILE
         return {
             "permissions": read_permissions(tracked_run.run_config.folder),
@@ -598,7 +603,7 @@ class RunButtons:
             displayed_checksum = "".join(form.get("have", ()))
             if displayed_checksum != compute_list_checksum(paths):
                 return self.answer_panel(
-                    tracked_run, "remove", say("Its files have changed meanwhile: look again.")
+                    tracked_run, "remove", say("Its files have changed in the meantime: review them again.")
                 )
             root = next(top for top in self.site.runs.root_folders if paths[0].is_relative_to(top))
             self.bin_folder.move_in(tracked_run.summary.name, base=root, paths=paths)
@@ -635,7 +640,7 @@ class RunButtons:
             return self.answer_panel(tracked_run, "prompts", error, {"mine": typed_prompts})
         except ChangedMeanwhileError:
             text = say(
-                "%(run_file)s has changed meanwhile. Nothing was written: look at it again.",
+                "%(run_file)s has changed in the meantime. Nothing was written: look at it again.",
                 run_file=RUN_FILE,
             )
             return answer_message(text, is_rejected=True)
@@ -667,7 +672,7 @@ class RunButtons:
             raise OptionError(say("Its history has no command that continues it: no state was saved."))
         if not run.is_trusted:
             raise OptionError(
-                say("It comes from elsewhere: read its command on the page of the queue first.")
+                say("It comes from elsewhere: review its command on the page of the queue first.")
             )
         jobs: list[tuple[list[str], Path]] = []
         for argv, folder in read_jobs(resume.command.bash, run):
@@ -684,7 +689,7 @@ class RunButtons:
         run = tracked_run.summary
         if steps <= run.step:
             raise OptionError(
-                say("It has trained %(step)s steps already: give more than that.", step=f"{run.step:,}")
+                say("It has already trained %(step)s steps: enter a larger number.", step=f"{run.step:,}")
             )
         if tracked_run.state.is_active:
             raise OptionError(say("It is %(text)s: stop it first.", text=tracked_run.state.text))
@@ -704,7 +709,9 @@ class RunButtons:
         """
         path = run_config.folder / RUN_FILE
         if not self.tracked_runs.is_trusted(run_config):
-            raise OptionError(say("%(folder)s comes from elsewhere. Press Continue to read it.", folder=path))
+            raise OptionError(
+                say("%(folder)s comes from elsewhere. Press Continue to review it.", folder=path)
+            )
         if not run_config.steps:  # 0: run.toml sets max_train_epochs instead
             raise OptionError(say("%(folder)s counts in epochs. Change max_train_epochs there.", folder=path))
         changes = change_steps(read_described(run_config.folder).values, steps)
@@ -730,24 +737,24 @@ class RunButtons:
         """End a run: remove it from the queue, end its check, or stop its process."""
         state, run = tracked_run.state, tracked_run.summary
         if not state.is_active:
-            raise OptionError(say("It does not run: it is %(text)s.", text=state.text))
+            raise OptionError(say("It is not running: it is %(text)s.", text=state.text))
         # before a training: its folder is being checked, or its command still waits
         if state.name == CHECKING and state.background_job is not None and tracked_run.run_config is not None:
             self.site.background_jobs.stop(name_background_job(CHECK, tracked_run.run_config.folder))
             return say("Its check was ended.")
         if state.name == WAITING and state.job is not None:
             self.site.queue.remove(state.job.id)
-            return say("It was taken out of the queue.")
+            return say("It was removed from the queue.")
         job = self.find_running_job(tracked_run)
         if job is not None:
             self.site.queue.stop(job.id)
             if job.stops:  # a stop was requested before: this second request kills the process
                 return say("Ended at once.")
-            return say("Asked: it saves and ends when its step is done.")
+            return say("Requested: it saves and ends after its current step.")
         # the queue did not start this training, but it watches for request files
         if run.state == RUNNING and run.start is not None and run.start.listens:
             (run.history.parent / f"{run.name}.stop").touch()
-            return say("Asked: it saves and ends when its step is done.")
+            return say("Requested: it saves and ends after its current step.")
         raise OptionError(say("It was started from a terminal: end it there with Ctrl-C."))
 
     def go_on(self, _: TrackedRun, __: Form) -> str:

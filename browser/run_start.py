@@ -196,7 +196,9 @@ def _parse_training_table(folder: Path, tables: Mapping[str, Any], changed: floa
     name = str(values["output_name"])
     check_output_name("output_name", name, is_new=False)
     commands = tables[PROJECT_TABLE]["commands"]
-    download_argv = [str(word) for word in commands[0]]  # `new` writes the download of the model first
+    commands = [[str(word) for word in argv] for argv in commands]
+    # `new` writes the download of the model as the first command
+    family = _find_command_family(commands) or _find_value(commands[0], "--family")
     prompts = values.get("sample_prompts")
     for text in (str(values["output_dir"]), str(prompts or "")):
         reject_share(text, folder)
@@ -204,8 +206,7 @@ def _parse_training_table(folder: Path, tables: Mapping[str, Any], changed: floa
         folder=folder,
         history=history_path(real_path(expand_path(str(values["output_dir"]), folder)), name),
         changed=changed,
-        model=_find_command_family([[str(word) for word in argv] for argv in commands])
-        or _find_value(download_argv, "--family"),
+        model=family,
         # epochs take precedence over steps
         steps=0 if "max_train_epochs" in values else int(values.get("max_train_steps", 0)),
         prompts=None if prompts is None else expand_path(str(prompts), folder),
@@ -324,22 +325,18 @@ class TrackedRuns:
     def find(self, id: str) -> TrackedRun | None:
         """Return the run with this id, or the described folder that has not run yet; None without one."""
         with self.runs.lock:
-            runs = self.runs.list_all()
-            # a run.toml has the id of the training that it defines, begun or not
-            run_config = next(
-                (run_config for run_config in self.list_run_configs() if run_config.id == id), None
-            )
-            run = None
-            preparation = None  # the run that downloads and caches before the training, if it is listed
-            for listed in runs:
-                if listed.id == id:
-                    run = listed
-                if run_config is not None and listed.history == run_config.preparation_history:
-                    preparation = listed
+            listed_runs = self.runs.list_all()
+            run = next((listed for listed in listed_runs if listed.id == id), None)
             if run is None:  # its history may be new, or no longer listed
                 run = self.runs.find(id)
+            # a run.toml has the id of the training that it defines, even before it has begun
+            run_config = next((config for config in self.list_run_configs() if config.id == id), None)
         if run_config is None:
             return None if run is None else TrackedRun(run, read_run_state(run))
+        # the downloads and caching before the training have a history of their own
+        preparation = next(
+            (listed for listed in listed_runs if listed.history == run_config.preparation_history), None
+        )
         jobs = self._list_jobs()
         folder_jobs = [job for job in jobs if is_run_of_folder(job, run_config.folder)]
         return self._make_tracked_run(run_config, run, preparation, folder_jobs, self._list_waiting(jobs))
@@ -471,8 +468,8 @@ class TrackedRuns:
             if is_of_folder and is_running:
                 raise OptionError(
                     say(
-                        "%(name)s is %(text)s. It has read its files already, and would continue with "
-                        "others: stop it first, or wait until it has ended.",
+                        "%(name)s is %(text)s. It has already read its files, and would continue "
+                        "with different ones: stop it first, or wait until it has ended.",
                         name=tracked_run.summary.name,
                         text=state.text,
                     )
@@ -486,7 +483,7 @@ class TrackedRuns:
         with self._start_lock():
             present = [(job.line, job.folder) for job in self._list_jobs() if job.state in (WAITING, RUNNING)]
             if any((as_line(words), str(real_path(folder))) in present for words, folder in jobs):
-                raise OptionError(say("It is in the queue already."))
+                raise OptionError(say("It is already in the queue."))
             for words, folder in jobs:
                 self.queue.add(words, folder)
 
@@ -503,7 +500,7 @@ class TrackedRuns:
         if not self.is_trusted(run_config):
             raise OptionError(
                 say(
-                    "%(folder)s comes from elsewhere. Read what it may do first, on the page of "
+                    "%(folder)s comes from elsewhere. Review what it may do on the page of "
                     "%(name)s, and start it there.",
                     folder=run_config.folder / RUN_FILE,
                     name=run_config.name,
@@ -517,7 +514,7 @@ class TrackedRuns:
         """
         jobs = [job for job in self._list_jobs() if is_run_of_folder(job, folder)]
         if any(job.state == WAITING for job in jobs):
-            raise OptionError(say("It is in the queue already."))
+            raise OptionError(say("It is already in the queue."))
         with self.runs.lock:
             self.runs.list_all()  # finds new folders, which `list_run_configs` then reads
             run_configs = [
@@ -530,7 +527,7 @@ class TrackedRuns:
             state = None if tracked_run is None else tracked_run.state
             # a background job is a check, during which the run may start
             if state is not None and state.is_active and state.background_job is None:
-                raise OptionError(say("It runs already: it is %(text)s.", text=state.text))
+                raise OptionError(say("It is already running: it is %(text)s.", text=state.text))
         if is_reviewed and recall_folder(folder) is None:  # the user has read run.toml: do not ask again
             remember_folder(folder)
         self.queue.add_and_begin(argv, Path.cwd())
@@ -611,7 +608,7 @@ def newest_job(jobs: Sequence[Job]) -> Job | None:
 
 
 def _select_job(folder_jobs: Sequence[Job], run: RunSummary | None) -> Job | None:
-    """Return the job that shows how a folder's training proceeds: the newest, or the waiting one after it.
+    """Return the job whose state is shown for a folder: the newest, or a waiting one if that has just ended.
 
     `run` is the folder's training; None if it has no history.
     """
@@ -637,7 +634,7 @@ def read_run_state(run: RunSummary) -> RunState:
         return RunState(run.state)
     if run.ending is None:
         reason: str = say(
-            "It ended after step %(step)s without a word: it was killed, or the machine went off.",
+            "It ended after step %(step)s without a message: it was killed, or the machine was turned off.",
             step=f"{run.step:,}",
         )
     else:
@@ -686,7 +683,7 @@ def _find_latest_ended_state(
 
     `preparation` is the history of the downloads and caching before the training.
     """
-    # time 0: it counts only if nothing has ended
+    # pairs (time of its end, state); time 0 makes "draft" the state if nothing has ended
     candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=run_config.problem))]
     histories = [history for history in (run, preparation) if history is not None]
     for history in histories:
@@ -727,15 +724,15 @@ def _read_ended_run_state(run: RunSummary, job: Job | None) -> RunState:
 def explain_kill(run: RunSummary) -> str:
     """Describe where a run that was killed by a second Stop will continue."""
     if run.name.endswith(BEFORE_TRAINING):
-        return say("Ended at once from the page, before its training began. Continue begins where it was.")
+        return say("Ended immediately from the page, before its training began. Continue resumes it.")
     states = state_pattern(run.name)
     state_folders = []
     with contextlib.suppress(OSError):
         folders = [entry for entry in run.history.parent.iterdir() if states.fullmatch(entry.name)]
         state_folders = sorted(folders, key=lambda folder: (folder.stat().st_mtime, folder.name))
-    text = say("Ended at once from the page after step %(step)s", step=f"{run.step:,}")
+    text = say("Ended immediately from the page after step %(step)s", step=f"{run.step:,}")
     if not state_folders:
-        return say("%(text)s. No state was saved: it begins anew.", text=text)
+        return say("%(text)s. No state was saved: it starts again from the beginning.", text=text)
     newest = state_folders[-1].name
     step = re.search(r"-step(\d+)-state$", newest)
     if step is not None:
@@ -746,7 +743,7 @@ def explain_kill(run: RunSummary) -> str:
 
 
 def _ended_without_history(job: Job, run_config: RunConfig, histories: Sequence[RunSummary]) -> bool:
-    """Return whether a job has written no history, so that only its exit code shows how the run ended."""
+    """Return whether no history is as new as a job, so that only its exit code tells how the run ended."""
     # run.toml may have had another name when an older job ran
     if not histories and job.born + START_TIME_TOLERANCE < run_config.changed:
         return False
@@ -767,7 +764,7 @@ def _read_job_state(job: Job) -> RunState:
     """Return the state of a run whose job has ended before its training began."""
     if job.state != DIED:
         return RunState(job.state, job=job)
-    return RunState(DIED, reason=_explain_failure(job, say("It ended without a word.")), job=job)
+    return RunState(DIED, reason=_explain_failure(job, say("It ended without a message.")), job=job)
 
 
 def _explain_failure(job: Job, otherwise: str) -> str:
@@ -788,7 +785,7 @@ def _explain_failure(job: Job, otherwise: str) -> str:
             parent=job.log.parent,
         )
     if job.code is None:
-        return say("Its process has ended without a word: it was killed, or the machine went off.")
+        return say("Its process has ended without a message: it was killed, or the machine was turned off.")
     return otherwise
 
 

@@ -101,8 +101,8 @@ def select_runs(
         if query.get("family") and model_title(query["family"]) != run.title:
             continue
         state = (states or {}).get(run.id) or read_run_state(run)
-        is_running = wanted_state == RUNNING and state.name in ACTIVE_STATES
-        if is_running or wanted_state in ("", state.name):
+        wanted_states = ACTIVE_STATES if wanted_state == RUNNING else (wanted_state,)
+        if not wanted_state or state.name in wanted_states:
             selected.append(run)
     sort_key = SORTS.get(query.get("sort", ""), SORTS["newest"])
     return sorted(selected, key=sort_key)
@@ -193,7 +193,7 @@ class LiveRunState:
             time_left = _describe_time(run, run_history, start.total_steps - step)
             return cls(Standing(start, step, name_state(state)), state, time_left)
         if ending is None:
-            ending = (say("died after step %(step)s, without a word", step=f"{step:,}"), "bad")
+            ending = (say("died after step %(step)s without a message", step=f"{step:,}"), "bad")
         text, kind = ending
         text = translate_line(text)
         if text == state:  # `finished`; the history describes other ends in its own words

@@ -6,7 +6,7 @@ other lines and comments stay as they are written.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
     return " --".join([new_prompt, *options])
 
 
-def edit_prompts(text: str, fields: Mapping[str, str], check_image: Any) -> str:
+def edit_prompts(text: str, fields: Mapping[str, str], check_image: Callable[[str], None]) -> str:
     """Return the text of prompts.txt with the edits from its rows applied.
 
     An emptied prompt removes its line; a new row is added at the end.
@@ -229,15 +229,18 @@ def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dic
     return changes
 
 
-def _check_edit(edit: _RowEdit, check_image: Any) -> None:
-    """Raise OptionError if a row does not make a valid line."""
+def _check_edit(edit: _RowEdit, check_image: Callable[[str], None]) -> None:
+    """Raise OptionError if a row does not make a valid line.
+
+    `check_image` raises OptionError for a path that is not an image.
+    """
     title = say("Sample %(number)s", number=edit.number)
     if edit.prompt.startswith("#") and edit.prompt != edit.row.prompt:
         raise OptionError(
             say("%(title)s: a line that begins with # is a comment. Begin with another letter.", title=title)
         )
     if edit.changes and not edit.prompt and edit.row.line is None:
-        raise OptionError(say("%(title)s: write its prompt.", title=title))
+        raise OptionError(say("%(title)s: the prompt is empty. Write one.", title=title))
     for name, text in edit.changes.items():
         if text:
             _check_number(title, name, text)
@@ -283,7 +286,7 @@ def edit_sampling_intervals(text: str, fields: Mapping[str, str]) -> str:
         if typed_interval and number is None:
             raise OptionError(
                 say(
-                    "Made after every: %(every)s is not a whole number above 0, such as 200.",
+                    "Generated after every: %(every)s is not a whole number above 0, such as 200.",
                     every=shorten(typed_interval, 40),
                 )
             )
@@ -529,8 +532,8 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
     except OptionError as error:
         typed = [str(error)]
     return say(
-        "%(prompts_file)s or %(run_file)s has changed meanwhile, and nothing was "
-        "overwritten. The rows show what it has now. What you changed: %(names)s",
+        "%(prompts_file)s or %(run_file)s has changed in the meantime, and nothing was overwritten. "
+        "The rows show their current content. What you changed: %(names)s",
         prompts_file=PROMPTS_FILE,
         run_file=RUN_FILE,
         # no prompt line differs: only the sampling interval was changed

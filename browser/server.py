@@ -94,14 +94,14 @@ REDIRECT_TO_RUN_LIST = PLAIN_PAGE + '<meta http-equiv="refresh" content="0;url={
 REDIRECT_TO_ROOT = PLAIN_PAGE + '<script src="{script}"></script><p>{text}'
 ENTER_SCRIPT = "/static/enter.js"  # contains no secret
 NO_TOKEN = say(
-    "Open the address that the command has printed in its terminal. It ends in "
-    "?token= and a word that lets you in. This browser then remembers that it may come in."
+    "Open the address that the command has printed in its terminal. It ends in ?token= and a secret "
+    "word. This browser is then admitted without it."
 )
 # requests to a run, see training/training_run.py, and the answer to each
 TRAINING_REQUESTS = {
-    "sample": say("Asked: samples are made when this step is done."),
-    "save": say("Asked: it saves when this step is done."),
-    "stop": say("Asked: it saves and ends when this step is done."),
+    "sample": say("Requested: samples are generated after this step."),
+    "save": say("Requested: it saves after this step."),
+    "stop": say("Requested: it saves and ends after this step."),
 }
 STATIC = {path.name: path for folder in ("static", "vendor") for path in (HERE / folder).glob("*.[cj]s*")}
 STATIC |= {name: PAGES / name for name in ("page.js", "pages.css")}
@@ -423,7 +423,7 @@ class RunPages:
         if run is None or kind not in TRAINING_REQUESTS:
             return answer_not_found()
         if run.state != RUNNING or run.start is None or not run.start.listens:
-            return answer_text(say("Only a running training can be asked."), 409)
+            return answer_text(say("Only a running training can do this."), 409)
         (run.history.parent / f"{run.name}.{kind}").touch()
         return answer_text(TRAINING_REQUESTS[kind])
 

@@ -105,14 +105,14 @@ WORDS: Mapping[TranslatableText, Sequence[str]] = {
 # keys of dataset.toml in WORDS -> description
 DATASET_KEYS: Mapping[str, TranslatableText] = {
     "batch_size": say("pictures or clips of one step"),
-    "resolution": say("width and height that files are brought to"),
-    "num_repeats": say("how often a file counts in an epoch"),
-    "enable_bucket": say("files keep their own shapes, at the area of resolution"),
+    "resolution": say("width and height that files are resized to"),
+    "num_repeats": say("how often a file is repeated in an epoch"),
+    "enable_bucket": say("files keep their aspect ratios, at the area of resolution"),
     "bucket_no_upscale": say("no file is enlarged"),
-    "target_frames": say("lengths of the parts that are taken of clips"),
-    "frame_extraction": say("which parts of a clip are taken"),
-    "caption_extension": say("how the files of captions end"),
-    "trigger_word": say("the made-up word for what is learned"),
+    "target_frames": say("lengths of the parts taken from clips"),
+    "frame_extraction": say("which parts of a clip are used"),
+    "caption_extension": say("extension of the caption files"),
+    "trigger_word": say("the made-up word for the learned subject"),
 }
 
 

@@ -84,7 +84,7 @@ def _read_range(header: str, size: int) -> range | None:
 
 
 def _read_pieces(path: Path, replacements: list[Replacement], begin: int, end: int) -> Iterator[bytes]:
-    """Yield bytes `begin` to `end` of a file with the blanks overwritten."""
+    """Yield bytes `begin` to `end` of a file, with its metadata overwritten by the replacements."""
     with path.open("rb") as file:
         file.seek(begin)
         while begin < end and (piece := file.read(min(PIECE_BYTES, end - begin))):

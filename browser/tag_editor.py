@@ -109,17 +109,7 @@ class TagEditor:
             OSError: If a caption cannot be read.
         """
         old, new = old.strip(), " ".join(new.split())
-        if bad_character(new) or SEPARATOR in new or len(new) > MAX_CHARACTERS:
-            raise OptionError(
-                say(
-                    "a tag is at most %(most_letters)s letters without a comma: rename to one tag at a time",
-                    most_letters=MAX_CHARACTERS,
-                )
-            )
-        if KEEP_TOKENS_SEPARATOR in new:
-            raise OptionError(
-                say("a tag cannot hold %(sign)s, behind which tags are shuffled", sign=KEEP_TOKENS_SEPARATOR)
-            )
+        _check_new_tag(new)
         edits = []
         num_emptied = 0  # captions that would become empty
         for caption in list(self._read_captions(folder)):
@@ -139,7 +129,7 @@ class TagEditor:
                 self._changes.setdefault(folder, []).append(change)
         num_conflicts = len(edits) - len(change.checksums)  # skipped because another program changed them
         if not edits and not num_emptied:
-            raise OptionError(say("no caption has the tag %(tag)s (any more)", tag=old))
+            raise OptionError(say("no caption has the tag %(tag)s", tag=old))
         return join(" ", [change.about, *_explain_unchanged(num_emptied, num_conflicts)])
 
     def last_change(self, folder: Path) -> TagChange | None:
@@ -160,7 +150,7 @@ class TagEditor:
             num_conflicts = self.captions.undo_all(change.checksums)
             changes.remove(change)  # only now: after an error, it can be undone again
         num_undone = len(change.checksums) - num_conflicts
-        about = say_count(num_undone, "%(n)s caption is as it was.", "%(n)s captions are as they were.")
+        about = say_count(num_undone, "%(n)s caption was restored.", "%(n)s captions were restored.")
         return join(" ", [about, *_explain_unchanged(num_emptied=0, num_conflicts=num_conflicts)])
 
     def _read_captions(self, folder: Path) -> Iterator[CaptionEdit]:
@@ -183,6 +173,21 @@ class TagEditor:
                     continue
 
 
+def _check_new_tag(tag: str) -> None:
+    """Raise OptionError if a tag has a comma or the sign of `keep_tokens_separator`, or is too long."""
+    if bad_character(tag) or SEPARATOR in tag or len(tag) > MAX_CHARACTERS:
+        raise OptionError(
+            say(
+                "a tag is at most %(most_letters)s letters without a comma: rename to one tag at a time",
+                most_letters=MAX_CHARACTERS,
+            )
+        )
+    if KEEP_TOKENS_SEPARATOR in tag:
+        raise OptionError(
+            say("a tag cannot contain %(sign)s, after which tags are shuffled", sign=KEEP_TOKENS_SEPARATOR)
+        )
+
+
 def _explain_unchanged(num_emptied: int, num_conflicts: int) -> list[str]:
     """Return sentences about captions that a change of tags left unchanged: how many, and why."""
     lines: list[str] = []
@@ -190,16 +195,16 @@ def _explain_unchanged(num_emptied: int, num_conflicts: int) -> list[str]:
         lines.append(
             say_count(
                 num_emptied,
-                "%(n)s has no other tag and stays as it is.",
-                "%(n)s have no other tag and stay as they are.",
+                "%(n)s has no other tag and stays unchanged.",
+                "%(n)s have no other tag and stay unchanged.",
             )
         )
     if num_conflicts:
         lines.append(
             say_count(
                 num_conflicts,
-                "%(n)s was written by another program meanwhile and stays.",
-                "%(n)s were written by another program meanwhile and stay.",
+                "%(n)s was changed by another program in the meantime and stays.",
+                "%(n)s were changed by another program in the meantime and stay.",
             )
         )
     return lines

@@ -201,7 +201,8 @@ class TagPages:
         if not fields.get("model", "").strip() and (model is None or not model.is_there):
             raise OptionError(
                 say(
-                    "%(missing)s is missing: load the model first (Models).", missing=self.find_model_folder()
+                    "%(missing)s is missing: download the model first (Models).",
+                    missing=self.find_model_folder(),
                 )
             )
 

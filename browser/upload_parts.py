@@ -152,7 +152,7 @@ class PieceUploads:
             self.uploads.validate_content(path, upload.folder)
 
     def remove_old(self, upload: PartialUpload) -> None:
-        """Remove uploads abandoned for more than a day from the folder of a file."""
+        """Remove other uploads to the same folder that were abandoned more than a day ago."""
         folder = upload.folder
         for path in folder.glob(
             f".*.{'[0-9a-f]' * 16}{SUFFIX}"

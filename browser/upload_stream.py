@@ -35,7 +35,7 @@ async def write_arriving(chunks: AsyncIterator[bytes], path: Path, name: str, ma
             if received > max_bytes:
                 raise OptionError(
                     say(
-                        "%(name)s has more than %(max_bytes)s bytes, as many as were announced or are taken",
+                        "%(name)s has more than %(max_bytes)s bytes, the announced or largest accepted size",
                         name=name,
                         max_bytes=f"{max_bytes:,}",
                     )

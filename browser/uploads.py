@@ -94,12 +94,12 @@ def check_file_name(name: str) -> None:
         reason = say("the character %(match)s", match=f"{forbidden[0]!r}")
     if reason is not None:
         raise OptionError(
-            say("%(name)s contains %(reason)s: give it a plain name", name=f"{name!r}", reason=reason)
+            say("%(name)s contains %(reason)s: give the file a simpler name", name=f"{name!r}", reason=reason)
         )
     if not name.strip() or name.startswith(".") or name != name.strip() or name.endswith("."):
         raise OptionError(
             say(
-                "%(name)s is empty, or begins or ends with a dot or a blank: give it a plain name",
+                "%(name)s is empty, or begins or ends with a dot or a space: give the file a simpler name",
                 name=f"{name!r}",
             )
         )
@@ -141,8 +141,7 @@ def find_kind(name: str) -> str:
         )
     raise OptionError(
         say(
-            "%(name)s: only pictures, clips, sounds, and their captions in .txt files are "
-            "taken. This is none",
+            "%(name)s: only pictures, clips, audio files and captions in .txt files are accepted",
             name=name,
         )
     )
@@ -218,7 +217,7 @@ class FileUploads:
             # the size is required to check the disk space before the upload
             if not (size_text.isascii() and size_text.isdecimal()) or len(size_text) > MAX_DIGITS:
                 raise OptionError(
-                    say("%(name)s comes without its size, so there may be no room for it", name=name)
+                    say("%(name)s was sent without its size, so there may be no room for it", name=name)
                 )
             size = int(size_text)
             folder = await run_in_threadpool(self.find_target, request.query_params.get("into", ""))
@@ -249,11 +248,13 @@ class FileUploads:
         path = real_path(root) / name
         if path.exists() or path.is_symlink():
             raise OptionError(
-                say("%(path)s is not a folder below those that are shown. Choose another name", path=path)
+                say("%(path)s is not inside the folders that are shown. Choose another name", path=path)
             )
         if is_closed(self.runs, path):
             raise OptionError(
-                say("%(name)s is a name of folders that programs write into. Choose another one", name=name)
+                say(
+                    "%(name)s is the name of a folder that programs write into. Choose another one", name=name
+                )
             )
         return path
 
@@ -270,7 +271,7 @@ class FileUploads:
         if size > limits.file_bytes:
             raise OptionError(
                 say(
-                    "%(name)s has more than %(file_bytes)s GiB, the most that is taken",
+                    "%(name)s has more than %(file_bytes)s GiB, the largest size accepted",
                     name=name,
                     file_bytes=limits.file_bytes >> 30,
                 )
@@ -286,7 +287,7 @@ class FileUploads:
         if len(names) >= limits.files:
             raise OptionError(
                 say(
-                    "%(folder)s has %(files)s files already. Put this into another one",
+                    "%(folder)s already has %(files)s files. Put this file into another folder",
                     folder=folder,
                     files=f"{limits.files:,}",
                 )
@@ -308,8 +309,8 @@ class FileUploads:
         if free < missing_bytes + spare_bytes:
             raise OutputError(
                 say(
-                    "%(name)s: the disk of %(folder)s has %(free)s free, the file takes %(size)s and "
-                    "%(spare_bytes)s are to stay free. Free some space, then drop it again",
+                    "%(name)s: the disk of %(folder)s has %(free)s free, the file needs %(size)s "
+                    "and %(spare_bytes)s must stay free. Free some space, then drop it again",
                     name=name,
                     folder=folder,
                     free=format_size(free),
@@ -350,7 +351,7 @@ def reject_existing(name: str, names: set[str]) -> None:
     """Raise OptionError if a name is among the case-folded names of a folder's files."""
     if fold_name(name) in names:
         raise OptionError(
-            say("%(name)s is there already. Rename one of the two, then drop it again", name=name)
+            say("%(name)s already exists. Rename one of the two, then drop it again", name=name)
         )
 
 

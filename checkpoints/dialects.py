@@ -261,7 +261,7 @@ class DitShapes:
             sizes = " x ".join(map(str, self.shapes[name])) or "a single number"
             raise CheckpointError(
                 f"{self.path} does not fit {self.model}: {name} is {sizes}, but {axes} axes are needed. Give "
-                "a file of that model in the shapes of its release.",
+                "a file of that model with the shapes of its release.",
                 self.path,
             )
         return shape

@@ -107,9 +107,9 @@ class DitFormat(Generic[Config, Dit]):
     ignore: tuple[str, ...] = ()  # patterns of tensors in files that the network does not have
     # Some releases have rows of fused tensors in another order in their shards than in their single file.
     # Returns functions, by name in the file, that restore the order of the single file
-    single_rows: Callable[[Checkpoint, DitHeader[Config]], Mapping[str, Callable[[Tensor], Tensor]]] = (
-        _no_rows
-    )
+    single_file_row_orders: Callable[
+        [Checkpoint, DitHeader[Config]], Mapping[str, Callable[[Tensor], Tensor]]
+    ] = _no_rows
     # joins the two files of a model, the first without prefixes; None: `Checkpoint.join`
     add_second: Callable[[Checkpoint, Checkpoint], Checkpoint] | None = None
 
@@ -288,7 +288,7 @@ def select_quantized_layers(
     If layers also multiply in 8 bits, the last `LAST_IN_16_BITS` blocks stay in 16 bits.
 
     Raises:
-        CheckpointError: If the options would quantize weights that the file has in another quantized form.
+        CheckpointError: If the options would quantize weights that are quantized in another format already.
     """
     if placement.quantization is not None:
         return _select_requested_layers(dit, checkpoint, sources, placement, spec, placement.quantization)
@@ -317,27 +317,33 @@ def _select_requested_layers(
     def without_16_bit_blocks(names: frozenset[str]) -> frozenset[str]:
         return frozenset(name for name in names if not name.startswith(blocks_in_16_bits))
 
-    form: QuantizationFormat | None = form_of(quantization)
+    new_format: QuantizationFormat | None = form_of(quantization)
     linear = without_16_bit_blocks(linear_weights(dit, spec.block_lists))
     quantized_in_file = find_quantized_weights(linear, sources, checkpoint.tensors, format_is_requested=True)
-    if not quantized_in_file:  # the file is in 16 or 32 bits
+    is_file_unquantized = not quantized_in_file
+    if is_file_unquantized:
         exclude = spec.form_exclude.get(quantization.form, spec.fp8_exclude)
-        return QuantizedLoading(form, without_16_bit_blocks(linear_weights(dit, spec.block_lists, exclude)))
+        to_quantize = without_16_bit_blocks(linear_weights(dit, spec.block_lists, exclude))
+        return QuantizedLoading(new_format, to_quantize)
     if have_chosen_form(quantization, quantized_in_file, sources, checkpoint):
-        text = "%s: %s is in %s already, and stays as it is"
-        logger.info(text, quantization.asked_by, checkpoint.path, quantization.form)
-        form = None  # nothing is left to quantize
+        logger.info(
+            "%s: %s is already in %s and is not changed",
+            quantization.asked_by,
+            checkpoint.path,
+            quantization.form,
+        )
+        new_format = None  # nothing is left to quantize
     elif quantization.kind != "cast":  # a plain cast (--fp8) leaves quantized layers as in the file
         infos = [checkpoint.tensors[sources[name].names[0]] for name in quantized_in_file]
         is_packed = any(info.packing is not None for info in infos)
         raise _make_quantized_error(checkpoint.path, quantization.asked_by, is_packed)
-    # layers that are not quantized in such a file are not quantized here either
+    # layers that a quantized file has in 16 bits stay so
     unmerged = _without_merged_weights(quantized_in_file, dit, checkpoint.path, placement)
-    return QuantizedLoading(form, quantized_in_file=unmerged)
+    return QuantizedLoading(new_format, quantized_in_file=unmerged)
 
 
 def _list_blocks_in_16_bits(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
-    """Return name prefixes of the last blocks, `LAST_IN_16_BITS` in number; () if there are few blocks."""
+    """Return name prefixes of the last `LAST_IN_16_BITS` blocks that run; () if there are few blocks."""
     counts = []
     names = []
     for name, blocks in spec.blocks(dit).items():
@@ -385,16 +391,21 @@ def have_chosen_form(
 def _without_merged_weights(
     names: frozenset[str], dit: nn.Module, path: Path, placement: Placement
 ) -> frozenset[str]:
-    """Return those of the file's quantized weights that no LoRA is merged into; the others become 16-bit."""
+    """Return the quantized weights of a file that no LoRA is merged into; the others become 16-bit."""
     if placement.patch is None:
         return names
     weights = dit.state_dict()
-    adds_lora_to_output = placement.leave_unmerged  # takes a weight's name and shape; None: for no weight
+    # called with a weight's name and shape; None: LoRAs are merged into all weights
+    adds_lora_to_output = placement.leave_unmerged
     unmerged: set[str] = set()
     for name in names:
         if adds_lora_to_output is not None and adds_lora_to_output(name, tuple(weights[name].shape)):
             unmerged.add(name)
     if unmerged != names:
-        text = "%s: %d of %d stored layers are kept in 16 bits, as LoRAs are merged into them"
-        logger.info(text, path, len(names - unmerged), len(names))
+        logger.info(
+            "%s: %d of %d stored layers are kept in 16 bits, because LoRAs are merged into them",
+            path,
+            len(names - unmerged),
+            len(names),
+        )
     return frozenset(unmerged)

@@ -47,7 +47,7 @@ def read_embedding(path: Path, option: str) -> Mapping[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(
-            f"{option} {path}: there is no such file.{explain_missing(path)} Give files that are there.", path
+            f"{option} {path}: there is no such file.{explain_missing(path)} Give an existing file.", path
         )
     if path.stat().st_size > MAX_EMBEDDING_BYTES:
         raise reject_embedding(path, option, f"it has {path.stat().st_size >> 20} MiB")

@@ -147,7 +147,7 @@ def read_network_config(
 
 
 def check_state_width(
-    option: str, path: Path, width: int, dit_path: Path | None, dit_width: int | None, give: str
+    option: str, path: Path, width: int, dit_path: Path | None, dit_width: int | None, fits: str
 ) -> None:
     """Raise CheckpointError if the transformer takes hidden states of a different width than the encoder's.
 
@@ -157,11 +157,12 @@ def check_state_width(
         width: Width of the encoder's hidden states.
         dit_path: File of the transformer.
         dit_width: Width that the transformer takes; None without a transformer.
-        give: Description of encoders that fit, for the message.
+        fits: Description of encoders that fit, for the message.
     """
     if dit_width not in (None, width):
         raise CheckpointError(
-            f"{option} {path} gives states of width {width}, but {dit_path} takes {dit_width}. Give {give}.",
+            f"{option} {path} produces hidden states of width {width}, but {dit_path} takes width "
+            f"{dit_width}. Give {fits}.",
             path,
         )
 

@@ -227,29 +227,32 @@ def load_module(
         host.finish()
 
 
-def _log_quantization(quantized: QuantizedLoading, loader: "_TensorLoader", network_name: str) -> None:
-    """Log the quantization formats of loaded layers and their rounding errors.
+def _reject_non_finite_errors(
+    names: Sequence[str], errors: Tensor, network_name: str, format_name: str
+) -> None:
+    """Raise CheckpointError if a layer's rounding error is NaN or infinite, as after merging a damaged LoRA.
 
-    Raises:
-        CheckpointError: If a rounding error is NaN or infinite.
+    Values of the model's file are checked when they are read.
     """
+    for name, is_finite_error in zip(names, errors.isfinite().tolist(), strict=True):
+        if not is_finite_error:
+            raise CheckpointError(
+                f"{network_name}: {name} has NaN or infinite values, which {format_name} cannot "
+                "represent. Copy the file again."
+            )
+
+
+def _log_quantization(quantized: QuantizedLoading, loader: "_TensorLoader", network_name: str) -> None:
+    """Log the quantization formats of loaded layers and their rounding errors, which must be finite."""
+    new_format = "" if quantized.form is None else quantized.form.name
     for format_name, num_layers in Counter(loader.kept_formats).items():
-        logger.info(
-            "%s: %d linear layers stay in %s as the file has them", network_name, num_layers, format_name
-        )
+        logger.info("%s: %d linear layers stay in %s, as in the file", network_name, num_layers, format_name)
     names_by_format: dict[str, list[str]] = {}
     for name in loader.rounding_errors:
         names_by_format.setdefault(loader.rounded_formats[name], []).append(name)
     for format_description, names in names_by_format.items():
         errors = torch.stack([loader.rounding_errors[name].cpu() for name in names])
-        for name, is_finite_error in zip(names, errors.isfinite().tolist(), strict=True):
-            # a LoRA must have caused it, because values of the file are checked when read
-            if not is_finite_error:
-                format_name = "" if quantized.form is None else quantized.form.name
-                raise CheckpointError(
-                    f"{network_name}: {name} has NaN or infinite values, which {format_name} cannot "
-                    "represent. Copy the file again."
-                )
+        _reject_non_finite_errors(names, errors, network_name, new_format)
         logger.info(
             "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)",
             network_name,

@@ -91,14 +91,14 @@ class GgufFile(HeaderFile):
     def _read_tensor(self, reader: "_HeaderReader", model_shapes: Mapping[str, tuple[int, ...]]) -> str:
         """Read the name, shape and type of the next tensor from the header; return its name.
 
-        The offset that follows is read by the caller. `model_shapes` are shapes by name, where the header
-        stores others.
+        The caller reads the offset that follows. `model_shapes` are the original shapes of tensors that were
+        reshaped for quantization, by name.
         """
         check_count(self.path, len(self.tensors))
         name = reader.read_string(MAX_TENSOR_NAME)
         axes = reader.read_number("I")
         if axes > _MAX_AXES or name in self.tensors:
-            raise ValueError(f"{shorten(name, 60)} has {axes} axes, or is there twice")
+            raise ValueError(f"{shorten(name, 60)} has {axes} axes, or occurs twice")
         file_shape = tuple(reader.read_number("Q") for _ in range(axes))[::-1]  # GGUF lists columns first
         # a zero must not hide a huge axis
         if math.prod(max(length, 1) for length in file_shape) > MAX_ELEMENTS:
@@ -155,9 +155,10 @@ class GgufFile(HeaderFile):
             name: Name of the tensor.
             type_number: Its GGUF type.
             file_shape: Its shape in the file.
-            shape: Its shape in the model, which may have been recorded in a metadata key.
+            shape: Its shape from the metadata, if it was reshaped for quantization; else `file_shape`.
         """
-        value_shape = _restore_shape(name, file_shape) if shape == file_shape else shape
+        is_reshaped = shape != file_shape
+        value_shape = shape if is_reshaped else _restore_shape(name, file_shape)
         if type_number in _PLAIN:
             return TensorInfo(_PLAIN[type_number], value_shape)
         try:
@@ -171,7 +172,7 @@ class GgufFile(HeaderFile):
         if kind is None:
             names = ", ".join(["F32", "F16", "BF16", *(kind.name for kind in KINDS.values())])
             raise CheckpointError(
-                f"{self.path}: {name} is of the unknown GGUF type {type_number}. Those known are {names}, "
+                f"{self.path}: {name} has the unknown GGUF type {type_number}. Known types are {names}, "
                 "and those of the package gguf.",
                 self.path,
             )

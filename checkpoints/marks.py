@@ -79,9 +79,11 @@ def _describe_comfy_layer(layer: "_QuantizedLayer") -> dict[str, TensorInfo]:
         if layout in LAYOUTS:
             return LAYOUTS[layout](layer)
         names = ", ".join([*FP8, *LAYOUTS])
-        raise ValueError(f"is in the unknown form {str(layout)[:60]!r}; those known are {names}")
+        raise ValueError(f"has the unknown format {str(layout)[:60]!r}; known formats are {names}")
     except (TypeError, KeyError) as error:
-        raise ValueError(f"the layer {layer.name}: its mark cannot be read ({error!r})") from error
+        raise ValueError(
+            f"the layer {layer.name}: its quantization settings cannot be read ({error!r})"
+        ) from error
     except ValueError as error:
         raise ValueError(f"the layer {layer.name} {error}") from error
 
@@ -103,11 +105,13 @@ def _read_comfy_settings(
         settings = _read_settings(entry)
         known_settings = settings_by_layer.setdefault(layer_name, settings)
         if known_settings != settings:
-            raise ValueError(f"the layer {layer_name} is marked as {known_settings} and as {settings}")
+            raise ValueError(
+                f"the layer {layer_name} has two quantization settings, {known_settings} and {settings}"
+            )
     missing = [layer_name for layer_name in settings_by_layer if f"{layer_name}.weight" not in tensors]
     if missing:
         logger.info(
-            "marks of %d layers that are not in the file have no effect: %s",
+            "quantization settings of %d layers that are not in the file have no effect: %s",
             len(missing),
             missing[0],
         )
@@ -193,7 +197,9 @@ class _QuantizedLayer:
         """
         info = self.weight
         if info.dtype not in dtypes or len(info.shape) != 2 or 0 in info.shape:
-            raise ValueError(f"has a weight of {info.dtype} {list(info.shape)}, which its form does not have")
+            raise ValueError(
+                f"has a weight of {info.dtype} {list(info.shape)}, which does not fit its format"
+            )
         return info.shape[0], info.shape[1]
 
     def check_companion(
@@ -214,7 +220,7 @@ class _QuantizedLayer:
         name = f"{self.name}.{suffix}"
         info = self.tensors.get(name)
         if info is None:
-            raise ValueError(f"is stored in a form whose {name} is not there")
+            raise ValueError(f"is stored in a format that needs {name}, which is missing")
         if info.dtype == torch.uint8 and dtypes[0].itemsize == 1:
             info = replace(info, dtype=dtypes[0])
         if info.dtype not in dtypes or (shapes and info.shape not in shapes):
@@ -275,7 +281,7 @@ def _describe_int8(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
     """Return the infos of a layer in int8, rotated or not; raise ValueError if its tensors do not fit."""
     shape = layer.weight.shape
     if layer.weight.dtype != torch.int8 or len(shape) < 2 or 0 in shape:
-        raise ValueError(f"has a weight of {layer.weight.dtype} {list(shape)}, which its form does not have")
+        raise ValueError(f"has a weight of {layer.weight.dtype} {list(shape)}, which does not fit its format")
     rows = shape[0]
     columns = math.prod(shape[1:])
     all_axes = (rows, *[1] * (len(shape) - 1))  # one scale per row, with as many axes as the weight

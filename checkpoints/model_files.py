@@ -115,14 +115,12 @@ def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # no network, no such name, no rights: many classes, one remedy
-        why = (
-            "HF_HUB_OFFLINE is set and it is not here"
-            if constants.HF_HUB_OFFLINE
-            else shorten(str(error) or type(error).__name__, 300)
-        )
+        reason = shorten(str(error) or type(error).__name__, 300)
+        if constants.HF_HUB_OFFLINE:
+            reason = "HF_HUB_OFFLINE is set and the cache does not contain it"
         raise DownloadError(
-            f"{option} {name}: there is no such folder, and it cannot be fetched from the hub: {why}. Give "
-            "the folder of a model."
+            f"{option} {name}: there is no such folder, and it cannot be downloaded from the hub: {reason}. "
+            "Give the folder of a model."
         ) from None
 
 
@@ -164,8 +162,8 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
     tensors = [latents] if audio is None else [latents, audio]
     if not only_shape and not all(map(is_finite, tensors)):
         raise CheckpointError(
-            f"{option} {path}: its latents have values that are NaN or infinite, which show nothing. Make "
-            "them again",
+            f"{option} {path}: its latents contain NaN or infinite values, so nothing can be decoded. "
+            "Generate them again",
             path,
         )
     return SavedLatents(latents.float(), metadata, audio)

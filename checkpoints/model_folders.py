@@ -44,10 +44,10 @@ def check_settings(folder: Path, option: str, max_side: int = MAX_SIDE) -> list[
     largest = max((max(shape, default=1) for shape in shapes), default=0)
     for path, content in _read_settings(folder):
         if path.name in PROCESSORS:
-            _check_numbers(path, content, max_side, "the pictures of a network have at most")
+            _check_numbers(path, content, max_side, "the longest side of an image is")
         elif path.name == CONFIG:
             max_number = max(MAX_UNCHECKED, largest)
-            _check_numbers(path, content, max_number, "the largest size of a tensor in its weights is")
+            _check_numbers(path, content, max_number, "the longest axis of a tensor in the weights is")
             max_layers = min(len(shapes), MAX_BLOCKS)  # each layer has at least one tensor
             _check_counts(path, content, max_layers, MAX_HEADS)
     return shapes
@@ -70,7 +70,7 @@ def check_vision_language_settings(folder: Path, option: str) -> list[Shape]:
     shapes = read_shapes(folder, option)
     for path, content in _read_settings(folder):
         if path.name in PROCESSORS:
-            _check_numbers(path, content, MAX_PIXELS, "the pictures of a language model have at most")
+            _check_numbers(path, content, MAX_PIXELS, "the most pixels of an image are")
             _check_sides(path, content)
         elif path.name == CONFIG:
             # not compared with the number of tensors: default values may count layers that a model lacks
@@ -95,7 +95,7 @@ def read_shapes(folder: Path, option: str) -> list[Shape]:
     shapes: list[Shape] = []
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise CheckpointError(f"{option} {folder}: it has no weights, as a file .safetensors", folder)
+        raise CheckpointError(f"{option} {folder}: it contains no weights (*.safetensors)", folder)
     for path in paths[:MAX_SHARDS]:
         try:
             with path.open("rb") as file:
@@ -133,8 +133,8 @@ def require_matching_shapes(
     num_stored = sum(map(math.prod, shapes))
     if num_described > num_stored + num_stored // 4 + SPARE_ELEMENTS:
         raise CheckpointError(
-            f"{option} {folder}: {CONFIG} describes a network of {num_described:,} numbers, its weights have "
-            f"{num_stored:,}. Take both from one release",
+            f"{option} {folder}: {CONFIG} describes a network of {num_described:,} parameters, but its "
+            f"weights have {num_stored:,}. Take both from the same release",
             folder,
         )
     stored_shapes = set(shapes)
@@ -142,7 +142,7 @@ def require_matching_shapes(
         if is_exact and tuple(tensor.shape) not in stored_shapes:
             raise CheckpointError(
                 f"{option} {folder}: according to {CONFIG}, {name} has the shape {list(tensor.shape)}, which "
-                "none of the tensors in its weights has. Take both from one release",
+                "none of the tensors in its weights has. Take both from the same release",
                 folder,
             )
 
@@ -153,12 +153,17 @@ def build_on_meta(build: Callable[[Any], Any], config: Any) -> Any:
         return build(config)
 
 
-def _check_numbers(path: Path, content: Any, maximum: int, reason: str) -> None:
-    """Raise CheckpointError if a size in a settings file exceeds `maximum`, which `reason` explains."""
+def _check_numbers(path: Path, content: Any, maximum: int, maximum_description: str) -> None:
+    """Raise CheckpointError if a size in a settings file exceeds `maximum`.
+
+    The message ends with `maximum_description` and the number.
+    """
     for name, number in _list_numbers(content):
         is_size = not any(word in name for word in NOT_SIZES)
         if is_size and not abs(number) <= maximum:  # written with `not`, so that NaN is rejected too
-            raise CheckpointError(f"{path}: {name} is {number:,}, and {reason} {maximum:,}", path)
+            raise CheckpointError(
+                f"{path}: {name} is {number:,}, but {maximum_description} {maximum:,}", path
+            )
 
 
 def _check_sides(path: Path, content: Any) -> None:
@@ -182,7 +187,7 @@ def _check_sides(path: Path, content: Any) -> None:
         for name, number in _list_numbers(sides):
             if not abs(number) <= MAX_UNCHECKED:  # written with `not`, so that NaN is rejected too
                 raise CheckpointError(
-                    f"{path}: {name} is {number:,}, and a side of a picture has at most {MAX_UNCHECKED:,}",
+                    f"{path}: {name} is {number:,}, but the longest side of an image is {MAX_UNCHECKED:,}",
                     path,
                 )
 

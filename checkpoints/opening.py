@@ -439,24 +439,24 @@ def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
     """Describe an unsupported quantization by a tensor that has it; return None if there is none."""
     is_packed = any(info.packing is not None for info in tensors.values())
     unrecognized = _without_packed(tensors) if is_packed else tensors
-    for suffix, form in _UNSUPPORTED.items():
+    for suffix, format_name in _UNSUPPORTED.items():
         for name in unrecognized:
             if name.endswith(suffix):
-                return f"{form}: it has {name}"
+                return f"{format_name}: it has {name}"
     for name, info in unrecognized.items():
         # supported scales are one per weight or one per row; this one has several per row
         if name.endswith(_SCALES) and len(info.shape) == 2 and min(info.shape) > 1:
             is_float = info.dtype.is_floating_point and info.dtype.itemsize > 1
-            form = "fp8 in blocks" if is_float else "mxfp8"
-            return f"{form}: it has {name} {list(info.shape)}"
+            format_name = "fp8 in blocks" if is_float else "mxfp8"
+            return f"{format_name}: it has {name} {list(info.shape)}"
         if name.endswith(".weight") and len(info.shape) > 1 and not info.dtype.is_floating_point:
-            return f"{dtype_name(info.dtype)}: {name} is of that type"
-    # weights that no known suffix gives away
+            return f"{dtype_name(info.dtype)}: {name} has this dtype"
+    # weights without a known suffix, recognized by dtype and shape
     for name, info in unrecognized.items():
         is_narrow = info.dtype.itemsize == 1 or not info.dtype.is_floating_point
         if is_narrow and info.dtype is not torch.bool and _is_packed_weight(name, tensors):
             kind = dtype_name(info.dtype)
-            return f"quantized, form unknown: it has {name} in {kind} in place of a weight"
+            return f"quantized in an unknown format: it has {name} in {kind} instead of a weight"
     return None
 
 
@@ -528,24 +528,24 @@ def list_tensor_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
 
 
 def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
-    """Return the source of a packed weight; `make` raises CheckpointError if its tensors do not fit."""
+    """Return how a packed weight is read; reading raises CheckpointError if its tensors do not fit."""
     assert info.packing is not None
     make_quantized = info.packing.make_quantized
 
-    def build_quantized(*tensors: Tensor) -> QuantizedWeight:  # returns the weight in its packed form
+    def build_quantized(*tensors: Tensor) -> QuantizedWeight:
         try:
             return make_quantized(*tensors)
         except ValueError as error:
             raise CheckpointError(f"{path}: {name} {error}. Download or copy it again.", path) from error
 
-    def build(*tensors: Tensor) -> Tensor:  # returns the weight's values
+    def build_dequantized(*tensors: Tensor) -> Tensor:
         if tensors[0].device.type == "meta":
             return torch.empty(info.shape, device="meta")
         return build_quantized(*tensors).dequantize().view(info.shape)
 
     names = name, *list_companions(name, info)
     can_stay_quantized = len(info.shape) == 2 and info.packing.can_stay_quantized
-    return TensorSource(names, build, build_quantized if can_stay_quantized else None)
+    return TensorSource(names, build_dequantized, build_quantized if can_stay_quantized else None)
 
 
 def find_scales(names: Iterable[str]) -> dict[str, str]:

@@ -122,8 +122,8 @@ class RecognizedModel:
     family: str | None  # None: a text encoder
     layers: frozenset[str]  # names of weights that can be quantized
     shapes: Mapping[str, tuple[int, ...]]  # shapes of weights in the network, without padding, by name
-    # functions that reorder the rows of a tensor as in a single file (`DitFormat.single_rows`), by name
-    single_rows: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    # by tensor name: function that puts the rows into the order of the published single file
+    single_file_row_orders: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
         """Read a tensor with its rows in the order of the published single file.
@@ -133,7 +133,7 @@ class RecognizedModel:
         """
         tensor = checkpoint.read(name)
         check_finite(checkpoint.path, name, tensor)
-        order = self.single_rows.get(name)
+        order = self.single_file_row_orders.get(name)
         return tensor if order is None else order(tensor).contiguous()
 
 
@@ -202,9 +202,9 @@ def _recognize(checkpoint: Checkpoint, form: str = "") -> RecognizedModel:
     if text_encoder is not None:
         return text_encoder
     bare = bare_names(checkpoint)
-    # in reverse order, as in `families.identify`, so that Wan is last: it accepts files of unknown models too
+    # Wan is tried last, because it accepts files of unknown models too
     for family, entry in reversed(list(FAMILIES.items())):
-        # `room` is the family's folder, whose files.py describes how to recognize its transformer
+        # how to recognize the family's transformer
         files = import_own(f"{entry.room}.files") if entry.own_files else None
         dit_format: DitFormat[Any, Any] | None = getattr(files, "FORMAT", None)
         if dit_format is None:
@@ -216,12 +216,12 @@ def _recognize(checkpoint: Checkpoint, form: str = "") -> RecognizedModel:
     if is_lora(checkpoint.tensors):
         raise CheckpointError(
             f"{checkpoint.path} is a LoRA, which is small and stays in 16 bits. Give the model that it was "
-            "trained for; merge_lora.py adds a LoRA to it before it is quantized.",
+            "trained for; merge_lora.py merges a LoRA into it before it is quantized.",
             checkpoint.path,
         )
     raise CheckpointError(
-        f"{checkpoint.path} is {kind_of(checkpoint.tensors) or 'no model that is known'}. Give the "
-        "transformer or the language model or T5 of a family that is supported.",
+        f"{checkpoint.path} is {kind_of(checkpoint.tensors) or 'not a known model'}. Give the transformer, "
+        "the language model or the T5 of a supported family.",
         checkpoint.path,
     )
 
@@ -257,7 +257,7 @@ def _recognize_transformer(
     unrotated_form = "int8" if form == "convrot" else form  # convrot is int8 with a rotation
     exclude = dit.spec.form_exclude.get(unrotated_form, dit.spec.fp8_exclude)
     quantizable = linear_weights(dit, dit.spec.block_lists, exclude)
-    network_names_by_file_name: dict[str, set[str]] = {}  # the tensors that are read from each
+    network_names_by_file_name: dict[str, set[str]] = {}  # several names if the file fuses weights
     for our_name, source in sources.items():
         network_names_by_file_name.setdefault(source.names[0], set()).add(our_name)
     prefix = _find_prefix(checkpoint, list(network_names_by_file_name))
@@ -277,8 +277,9 @@ def _recognize_transformer(
         family=family,
         layers=frozenset(layers),
         shapes=unpadded_shapes,
-        # functions that restore the row order of the published single file
-        single_rows={prefix + name: order for name, order in dit_format.single_rows(bare, header).items()},
+        single_file_row_orders={
+            prefix + name: order for name, order in dit_format.single_file_row_orders(bare, header).items()
+        },
     )
 
 
@@ -533,7 +534,7 @@ def dequantized_on_read(checkpoint: Checkpoint, device: torch.device | None = No
         `checkpoint` itself if nothing in it is quantized.
 
     Raises:
-        CheckpointError: If a quantized form is not supported, or the unpadded size of a weight is unknown.
+        CheckpointError: If a quantization format is not supported, or a weight's unpadded size is unknown.
     """
     reject_quantized(checkpoint)
     infos = checkpoint.tensors.values()
@@ -543,7 +544,7 @@ def dequantized_on_read(checkpoint: Checkpoint, device: torch.device | None = No
     unpadded_shapes = _recognize(checkpoint).shapes if may_be_padded else {}
     reader: Any = _DequantizedFile(checkpoint, unpadded_shapes, device or torch.device("cpu"))
     num_quantized = len(reader.tensors.keys() - reader.unquantized)
-    logger.info("%s: %d quantized weights are read by their values", checkpoint.path, num_quantized)
+    logger.info("%s: %d quantized weights are dequantized when they are read", checkpoint.path, num_quantized)
     return Checkpoint(checkpoint.path, {name: (reader, name) for name in reader.tensors}, [reader])
 
 
@@ -579,7 +580,7 @@ class _DequantizedFile:
                 self.unquantized.add(name)
                 self.tensors[name] = info
                 continue
-            # `build` would multiply fp8 by its scale
+            # a source without `build` is fp8 without a scale
             if source.build is None and self.path.suffix == ".pt":
                 raise CheckpointError(
                     f"{self.path} stores {name} in 8 bits without its scale. Give the bf16 file.", self.path
@@ -595,17 +596,17 @@ class _DequantizedFile:
             CheckpointError: If the unpadded shape is unknown.
         """
         packing = info.packing
-        if packing is not None and packing.pad > 1:
+        is_marked_as_padded = packing is not None and packing.pad > 1
+        if packing is not None and is_marked_as_padded:
             shape = unpadded_shapes.get(name, ())
-            padded_shape = packing.padded(shape)
+            expected_shape = packing.padded(shape)
         else:
             shape = info.shape
-            padded_shape = unpadded_shapes.get(name, info.shape)
-        # a tensor larger than the network's was padded without a note in the file
-        if math.prod(padded_shape) != math.prod(info.shape):
+            expected_shape = unpadded_shapes.get(name, info.shape)
+        if math.prod(expected_shape) != math.prod(info.shape):
             raise CheckpointError(
-                f"{self.path}: {name} may be padded, and the file does not say from which size. Give a "
-                "transformer of a family that is supported, in its released layout.",
+                f"{self.path}: {name} may be padded, and the file does not contain its original size. Give a "
+                "transformer of a supported family, in its released layout.",
                 self.path,
             )
         return shape

@@ -81,7 +81,7 @@ class TokenizerFiles:
         if file.suffix == ".json" and start.lstrip()[:1] != b"{":
             raise self.unreadable(file, ValueError("it is not JSON"))
         if file.suffix not in SUFFIXES:
-            raise self.unreadable(file, ValueError(f"its name ends in none of {', '.join(SUFFIXES)}"))
+            raise self.unreadable(file, ValueError(f"its extension is not one of {', '.join(SUFFIXES)}"))
 
     def identity(self, file: Path | None) -> str:
         """Return a tokenizer's identity for cache records; `file` None means the hub's tokenizer."""
@@ -127,7 +127,7 @@ class TokenizerFiles:
         """
         if content is None:
             self.check_bytes(file)
-        with self.explain(file):
+        with self.convert_errors(file):
             tokenizer = Tokenizer.from_file(str(file)) if content is None else Tokenizer.from_buffer(content)
             if tokenizer.normalizer is not None:
                 _check_growth(_measure_growth(json.loads(tokenizer.normalizer.__getstate__())))
@@ -154,7 +154,7 @@ class TokenizerFiles:
             raise self.unreadable(file, OSError(error.strerror)) from error
 
     @contextlib.contextmanager
-    def explain(self, file: Path) -> Iterator[None]:
+    def convert_errors(self, file: Path) -> Iterator[None]:
         """Turn errors that the tokenizer library raises in the `with` block into CheckpointError."""
         try:
             with catch_panics():
@@ -254,7 +254,7 @@ def _check_growth(growth: float) -> None:
 
 
 def _measure_growth(normalizer: Mapping[str, Any]) -> float:
-    """Return the maximum number of characters that a tokenizer.json's normalizer makes of one."""
+    """Return into how many characters a tokenizer.json's normalizer may turn one character."""
     match normalizer.get("type"):
         case "Sequence":
             product = 1.0

@@ -115,7 +115,7 @@ def merge_models(options: MergeModelsOptions) -> None:
         if ema_names:
             count = format_count(len(ema_names), "average")
             verb = "is" if len(ema_names) == 1 else "are"
-            logger.info("%s of %s %s left out: they would not be merged", count, first.path, verb)
+            logger.info("%s of %s %s left out, because averages are not merged", count, first.path, verb)
         written: dict[str, TensorInfo] = {}
         for name, info in saved.items():
             written[name] = replace(info, dtype=dtype) if info.dtype.is_floating_point else info
@@ -229,7 +229,7 @@ def _warn_of_skipped(
         missing = [name for name in sorted(saved) if name not in other.tensors]
         if missing:
             logger.warning(
-                "%s lacks %s, where %s has its share: %s",
+                "%s lacks %s, for which %s gets its share too: %s",
                 other.path,
                 format_count(len(missing), "tensor"),
                 first.path,

@@ -20,7 +20,7 @@ from dataset.forms.composing import (
     SHARED_CACHES,
     SOURCES,
     SOURCES_WITH_ADDRESSES,
-    read_own_keys,
+    read_format_keys,
     source_format_of,
 )
 from dataset.forms.contract import SourceFormat
@@ -209,7 +209,7 @@ def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]
     changed = []
     for table in tables:
         if table.kind == "image" and table.directory and folder_id(table.directory) in clip_folders:
-            table = replace(table, leaves_animations=True)
+            table = replace(table, excludes_animations=True)
         changed.append(table)
     return tuple(changed)
 
@@ -267,9 +267,13 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     for table in config.datasets:
         if table.kind == "video" and family.abilities.match_audio_schedule and table.source_fps is None:
             table = replace(table, source_fps=forms.AUTO)  # the frame rate of each file counts
-        finds_audio = family.latent.caches_audio and table.kind == "video"
+        finds_audio_by_name = family.latent.caches_audio and table.kind == "video"
         tables.append(
-            replace(table, finds_audio=finds_audio, shows_media=family.abilities.takes_row_references)
+            replace(
+                table,
+                finds_audio_by_name=finds_audio_by_name,
+                reads_row_references=family.abilities.takes_row_references,
+            )
         )
     config = replace(config, datasets=tuple(tables))
     latent = family.latent
@@ -334,8 +338,8 @@ def with_audio_files(config: DatasetConfig, option: str, folder: Path | None) ->
     tables = []
     for table in config.datasets:
         if table.kind == "video" and table.audio_directory is None and table.directory is None:
-            logger.warning("%s: %s is ignored: audio_path in its rows names their sound", table.name, option)
-        elif table.kind == "video" and table.audio_directory is None and not table.is_of_audio:
+            logger.warning("%s: %s is ignored: audio_path in each row names its audio", table.name, option)
+        elif table.kind == "video" and table.audio_directory is None and not table.is_audio_only:
             table = replace(table, audio_directory=folder or table.directory)
         tables.append(table)
     return replace(config, datasets=tuple(tables))
@@ -457,11 +461,11 @@ def _read_table(
     source_key = _find_source(entry, table_label, errors)
     if source_key is None:
         return None
-    is_of_audio = source_key in OF_AUDIO
-    if is_of_audio:  # read like a table of clips, whose frames are black
+    is_audio_only = source_key in OF_AUDIO
+    if is_audio_only:  # read like a table of clips, whose frames are black
         entry = _audio_to_clips(entry, source_key, general)
     media_key = OF_AUDIO.get(source_key, source_key)
-    data_form = FORMAT_OF_SOURCE[media_key]
+    source_format = FORMAT_OF_SOURCE[media_key]
     kind: Literal["image", "video"] = "image" if media_key.startswith("image") else "video"
     values = {name: key.default for name, key in KEYS.items()}
     values |= general
@@ -482,11 +486,13 @@ def _read_table(
         return None
     fields = {name: value for name, value in values.items() if name not in {*SOURCES, *OWN_KEYS}}
     # a data form with its own keys has its source there; otherwise the source is a field, such as `directory`
-    fields["own"] = None if data_form.keys is None else read_own_keys(data_form, media_key, values)
-    fields |= {"directory": None, "is_of_audio": is_of_audio}
-    if data_form.keys is None:
-        fields[data_form.source] = values[media_key]
-    if not _fill_in_fields(data_form, fields, source_key, f"{path}, {table_label}", errors):
+    fields["format_keys"] = (
+        None if source_format.keys is None else read_format_keys(source_format, media_key, values)
+    )
+    fields |= {"directory": None, "is_audio_only": is_audio_only}
+    if source_format.keys is None:
+        fields[source_format.source] = values[media_key]
+    if not _fill_in_fields(source_format, fields, source_key, f"{path}, {table_label}", errors):
         return None
     return DatasetTable(path, index, kind, **fields)
 
@@ -555,39 +561,39 @@ def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, A
 
 
 def _fill_in_fields(
-    data_form: SourceFormat, fields: dict[str, Any], source_key: str, table_label: str, errors: list[str]
+    source_format: SourceFormat, fields: dict[str, Any], source_key: str, table_label: str, errors: list[str]
 ) -> bool:
     """Set the fields of a table that depend on others; if fields conflict, add an error and return False.
 
     Args:
-        data_form: Form of the data, such as a folder or a list; some have keys of their own, `fields["own"]`.
-        fields: Fields of a table by name, which are changed.
+        source_format: Kind of source, such as a folder, a list or tars. The keys that only tables of this
+            format have are in `fields["format_keys"]`.
+        fields: Fields of a `DatasetTable` by name, which are changed.
         source_key: Key that names the data, for messages.
         table_label: Path of the file, and name of the table after a comma.
         errors: List to which the error is added.
     """
-    source_folder = fields["directory"] if fields["own"] is None else fields["own"].folder
+    source_folder = fields["directory"] if fields["format_keys"] is None else fields["format_keys"].folder
     conflict = None
     if not (fields["cache_directory"] or source_folder):
         conflict = f"cache_directory is required with {source_key}"
-    if conflict is None and data_form.has_dependent_keys:
-        conflict = data_form.find_conflict(fields)
+    if conflict is None and source_format.has_dependent_keys:
+        conflict = source_format.find_conflict(fields)
     if conflict is None:
         conflict = _find_conflict(fields)
     if conflict is not None:
         table_name = table_label.rpartition(", ")[2]  # the message begins with the path already
         errors.append(f"{table_name}: {conflict}")
         return False
-    if data_form.has_dependent_keys:
-        data_form.complete(fields, table_label)
+    if source_format.has_dependent_keys:
+        source_format.complete(fields, table_label)
     fields["cache_directory"] = fields["cache_directory"] or source_folder
     if fields["target_fps"] is not None and fields["source_fps"] is None:
         fields["source_fps"] = forms.AUTO  # frames are dropped or repeated by their times
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]  # no effect alone
     guides = fields["keyframe_guide_directory"] or fields["latent_idx_guide_directory"]
     fields["has_guides"] = bool(guides)
-    # whether a part of each item is given as a condition and not learned
-    fields["gives_parts"] = bool(
+    fields["has_conditioned_parts"] = bool(  # parts of each item are conditions and have no loss
         guides or fields["spatial_crop_region"] or fields["audio_cond_mask_directory"]
     )
     fields["target_frames"] = tuple(sorted(set(fields["target_frames"])))
@@ -606,9 +612,9 @@ def _find_conflict(fields: Mapping[str, Any]) -> str | None:
     if fields["multiple_target"] and (fields["alpha_mask"] or fields["worse_directory"]):
         key = "alpha_mask" if fields["alpha_mask"] else "worse_directory"
         return f"{key} cannot be used with multiple_target, whose layers are learned with their alpha"
-    if fields["is_of_audio"] and fields["worse_directory"]:
+    if fields["is_audio_only"] and fields["worse_directory"]:
         return "worse_directory is for pictures and clips, not for sounds alone; leave it out"
-    if fields["is_of_audio"] and fields["audio"] == forms.IGNORE:
+    if fields["is_audio_only"] and fields["audio"] == forms.IGNORE:
         return 'audio = "ignore" leaves nothing of sounds to learn; leave it out'
     conflict = _find_guide_conflict(fields)
     if conflict is None and fields["min_timestep"] is not None and fields["max_timestep"] is not None:
@@ -619,16 +625,16 @@ def _find_conflict(fields: Mapping[str, Any]) -> str | None:
 def _find_guide_conflict(fields: Mapping[str, Any]) -> str | None:
     """Describe a conflict between a table's keys for guides; None if there is none."""
     for prefix in ("keyframe_guide", "latent_idx_guide"):
-        other_keys = [name for name in fields if name.startswith(prefix) and name != f"{prefix}_directory"]
-        set_names = [name for name in other_keys if fields[name] != KEYS[name].default]
-        if set_names and not fields[f"{prefix}_directory"]:
-            return f"{set_names[0]} needs {prefix}_directory"
-    lists: dict[str, Sequence[Any]] = {}
+        folder_key = f"{prefix}_directory"
+        other_keys = [name for name in fields if name.startswith(prefix) and name != folder_key]
+        changed_keys = [name for name in other_keys if fields[name] != KEYS[name].default]
+        if changed_keys and not fields[folder_key]:
+            return f"{changed_keys[0]} needs {folder_key}"
+    counts = {}  # of the values in the three lists of extra guides
     for name in ("directories", "frame_idxs", "strengths"):
         key = f"keyframe_guide_extra_{name}"
-        lists[key] = fields[key] or ()
-    lengths = {len(values) for values in lists.values()}
-    if len(lengths) > 1:
-        counts = ", ".join(f"{len(values)} in {key}" for key, values in lists.items())
-        return f"each guide needs a folder, a frame and a strength: {counts}"
+        counts[key] = len(fields[key] or ())
+    if len(set(counts.values())) > 1:
+        text = ", ".join(f"{count} in {key}" for key, count in counts.items())
+        return f"each guide needs a folder, a frame and a strength: {text}"
     return None

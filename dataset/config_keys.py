@@ -403,7 +403,7 @@ def parse_config(path: Path) -> dict[str, Any]:
     if path.suffix.lower() not in {".toml", ".json"}:
         hint = other_trainers().of_suffix(path.suffix)
         raise DatasetError(
-            f"{path}: a dataset configuration ends in .toml or .json, this ends in "
+            f"{path}: a dataset configuration ends in .toml or .json, but this ends in "
             f"{path.suffix or 'nothing'}{hint}"
         )
     try:

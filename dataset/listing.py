@@ -21,7 +21,7 @@ from dataset.sources.media_source import (
     MediaSource,
     list_errors,
     pause_garbage_collection,
-    raise_errors,
+    raise_if_fatal,
 )
 from dataset.sources.missing import hint_of_start
 from dataset.sources.references import lack_references, limit_references
@@ -79,8 +79,8 @@ def find_sources(
     if faults is not None:
         faults += errors
     elif errors:
-        raise_errors(errors)  # returns if all of them concern files that may be skipped
-        warn_skipped(errors)
+        raise_if_fatal(errors)
+        warn_skipped(errors)  # no error is fatal: each only skips a file
     return sources
 
 
@@ -197,7 +197,7 @@ def find_all_sources(
         try:
             sources += find_sources(table, captions, faults)
             if faults:
-                raise_errors(faults)
+                raise_if_fatal(faults)
         except DatasetError as error:
             table_errors.append(str(error))
         if skipped is None:
@@ -264,7 +264,7 @@ def _describe_missing_caption(source: MediaSource) -> str:
 def require_captions(sources: Sequence[MediaSource]) -> None:
     """Raise a DatasetError that lists the sources without a caption; at least one has to lack its caption."""
     kind = f"of {len(sources)} captions are missing; write them, then run again"
-    raise_errors([Fault(kind, line) for line in missing_captions(sources)])
+    raise_if_fatal([Fault(kind, line) for line in missing_captions(sources)])
 
 
 def warn_captions(sources: Sequence[MediaSource]) -> None:

@@ -201,7 +201,7 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
     fields = by_record[""]  # the fields of the table itself
     metadata_file = fields.pop("metadata_file")
     return fields | {
-        "own": None if metadata_file is None else MetadataKeys(metadata_file),
+        "format_keys": None if metadata_file is None else MetadataKeys(metadata_file),
         "directory": None if from_json else values["image_dir"],
         "image_folder": values["image_dir"] if from_json else None,
         "control_directory": controls,

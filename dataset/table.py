@@ -108,7 +108,7 @@ class Guide:
     is_keyframe: bool = True  # an additional frame; False: replaces a latent frame of the clip
 
 
-class OwnKeys(Protocol):
+class FormatKeys(Protocol):
     """Keys that only tables of one data form have, such as tars or a table file, as a frozen dataclass."""
 
     @property
@@ -123,7 +123,7 @@ class OwnKeys(Protocol):
         """Return the key that names the source of a table of this kind, such as `video_tars`."""
 
 
-Own = TypeVar("Own", bound=OwnKeys)
+KeysT = TypeVar("KeysT", bound=FormatKeys)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class DatasetTable:
         forms.CACHE_FORMAT, "files", in_general=True, stale=NOTHING
     )
     cache_directory: Path = key(forms.PATH, stale=NOTHING)  # None only while the file is read
-    own: OwnKeys | None = None  # keys of the data form; None for a folder or a JSONL list
+    format_keys: FormatKeys | None = None  # keys of the data form; None for a folder or a JSONL list
     # in addition to control_path and control_path_1, ...
     control_column: str | None = key(forms.COLUMN, of_some_forms=True, stale=NOTHING)
     # None: tries the usual names of caption columns
@@ -244,15 +244,15 @@ class DatasetTable:
     references: "ReferenceRules | None" = None
     # how the family takes references of clips, and masks of control clips; None: it takes neither
     clip_references: "ReferenceRules | None" = None
-    is_of_audio: bool = False  # items are audio files; clips get black frames
-    gives_latents: bool = False  # latents are precomputed; no frames are read
+    is_audio_only: bool = False  # items are audio files; clips get black frames
+    has_precomputed_latents: bool = False  # latents are precomputed; no frames are read
     uses_empty_prompt: bool = False  # cache the empty prompt even if no captions are dropped
-    leaves_animations: bool = False  # a video table has the same folder and uses its animations
-    finds_audio: bool = False  # audio may be in files named like the clips, next to them
-    shows_media: bool = False  # rows of lists may have `references`
+    excludes_animations: bool = False  # a video table has the same folder and uses its animations
+    finds_audio_by_name: bool = False  # audio may be in files named like the clips, next to them
+    reads_row_references: bool = False  # rows of lists may have `references`
     has_guides: bool = False  # see `guides`
-    gives_parts: bool = False  # has guides, spatial_crop_region or audio_cond_mask_directory
-    lists_controls: bool = True  # False: control media named in lists are ignored
+    has_conditioned_parts: bool = False  # has guides, spatial_crop_region or audio_cond_mask_directory
+    reads_listed_controls: bool = True  # False: control media named in lists are ignored
     # --- for subsets in the layout of sd-scripts; tables in our layout have the defaults
     group: int | None = None  # index of its [[datasets]], whose subsets share batches; None: not a subset
     subset: int | None = None  # index of the subset in its [[datasets]]
@@ -278,7 +278,7 @@ class DatasetTable:
     # text caches of the table include the empty prompt
     caches_empty_prompt: bool = field(init=False, repr=False, compare=False)
     # kind of media that the items are
-    holds: Literal["image", "video", "sound"] = field(init=False, repr=False, compare=False)
+    media_kind: Literal["image", "video", "sound"] = field(init=False, repr=False, compare=False)
     # text encoders see the reference images of a caption's image
     texts_see_references: bool = field(init=False, repr=False, compare=False)
     # frame rate that is stated as a number, not as "auto"
@@ -296,7 +296,7 @@ class DatasetTable:
             "batch_group": self.index if self.group is None else self.group,
             "has_own_timesteps": timestep_settings != (None, None, None),
             "caches_empty_prompt": drops_captions or self.uses_empty_prompt,
-            "holds": "sound" if self.is_of_audio else self.kind,
+            "media_kind": "sound" if self.is_audio_only else self.kind,
             "texts_see_references": self.references is not None and self.references.seen_by_text,
             "declared_fps": None if isinstance(self.source_fps, str) else self.source_fps,
         }
@@ -342,14 +342,14 @@ class DatasetTable:
         """Return the folder or list that the items come from; the first one if there are several."""
         source = self.directory or self.jsonl_file
         if source is None:
-            assert self.own is not None
-            source = self.own.source
+            assert self.format_keys is not None
+            source = self.format_keys.source
         return source
 
-    def of(self, kind: type[Own]) -> Own:
+    def require_format_keys(self, kind: type[KeysT]) -> KeysT:
         """Return the values that only tables of this data form have; they must be of the class `kind`."""
-        assert isinstance(self.own, kind)
-        return self.own
+        assert isinstance(self.format_keys, kind)
+        return self.format_keys
 
     @property
     def picture_folder(self) -> Path:
@@ -359,20 +359,20 @@ class DatasetTable:
     @property
     def source_key(self) -> str:
         """Key that names the source of the items."""
-        if self.own is not None:
-            return self.own.source_key(self.kind)
+        if self.format_keys is not None:
+            return self.format_keys.source_key(self.kind)
         name = "directory" if self.directory is not None else "jsonl_file"
-        return f"{'audio' if self.is_of_audio else self.kind}_{name}"
+        return f"{'audio' if self.is_audio_only else self.kind}_{name}"
 
     @property
     def path_key(self) -> str:
         """Return the key of an item's path in lists, such as `video_path`."""
-        return "audio_path" if self.is_of_audio else f"{self.kind}_path"
+        return "audio_path" if self.is_audio_only else f"{self.kind}_path"
 
     @property
     def control_count(self) -> int | None:
         """Return the number of control images of an image that has any; None if the number varies."""
-        if not self.lists_controls:
+        if not self.reads_listed_controls:
             return 0
         if self.references is not None:
             return None
@@ -430,8 +430,8 @@ class DatasetTable:
         """
         values = {}
         records: list[Any] = [self]
-        if self.own is not None:  # keys that only tables of this data form have
-            records.append(self.own)
+        if self.format_keys is not None:  # keys that only tables of this data form have
+            records.append(self.format_keys)
         for record in records:
             for name, default in defaults_of(stale, record.__class__).items():
                 value = getattr(record, name)

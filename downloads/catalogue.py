@@ -184,15 +184,16 @@ def _with_adapter(model: ModelSet, adapter: Component) -> ModelSet:
 def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: list[Component]) -> ModelSet:
     """Return the model set that a `[[set]]` entry of the catalogue describes, with its family's defaults.
 
-    `family` is the catalogue's table of the entry's family.
+    `family` is the catalogue's table of the entry's family. Where both have a key, the entry's value counts.
     """
-    option_names = family.get("options", {})  # the family's names of options that differ from the component's
+    # {option of a component: name of that option in this family}
+    option_names = family.get("options", {})
     renamed = [replace(part, option=option_names.get(part.option, part.option)) for part in components]
     base_commands = {**family["commands"], **entry.get("commands", {})}
-    extra_arguments = entry.get("more", {})
+    arguments_by_step = entry.get("more", {})  # appended to the command of a step
     commands = {}
     for step in entry.get("steps", STEPS):
-        commands[step] = f"{base_commands[step]} {extra_arguments.get(step, '')}".rstrip()
+        commands[step] = f"{base_commands[step]} {arguments_by_step.get(step, '')}".rstrip()
     return ModelSet(
         family=entry["family"],
         task=entry["task"],

@@ -219,8 +219,8 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
     has_square_patches = is_rgb_kernel and patch_weight[2] == patch_weight[3]
     if not has_square_patches or patches_per_side**2 != num_positions:
         raise CheckpointError(
-            f"{checkpoint.path}: its patches ({list(patch_weight)}) and {num_positions} places are no CLIP "
-            f"image encoder's. Give {release}.",
+            f"{checkpoint.path}: its patches ({list(patch_weight)}) and {num_positions} positions are not "
+            f"those of a CLIP image encoder. Give {release}.",
             checkpoint.path,
         )
     dim, _, patch_size, _ = patch_weight

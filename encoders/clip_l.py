@@ -57,7 +57,7 @@ def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
     start, end = _find_start_and_end(tokenizer, files, file)
 
     def tokenize(text: str) -> list[int]:
-        with files.explain(file):
+        with files.convert_errors(file):
             ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -85,7 +85,7 @@ def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
         return files.read(file)
     for part in (file, merges):
         files.check_bytes(part)
-    with files.explain(file):
+    with files.convert_errors(file):
         model = models.BPE.from_file(str(file), str(merges), unk_token=CLIP_END, end_of_word_suffix="</w>")
     tokenizer = Tokenizer(model)
     # vocab.json and merges.txt lack these settings, which a tokenizer.json contains
@@ -139,7 +139,7 @@ class PooledClip(FileTextEncoder[ClipText]):
         Args:
             path: File or folder of the model, or of a release with it in its subfolder `naming.folder`.
             dtype: Compute dtype.
-            tokenizer: Path from the tokenizer's option; None searches the usual places.
+            tokenizer: Path from the tokenizer's option; None searches near the model.
             naming: The family's names for the encoder in options, records and conditions.
         """
         super().__init__(inside(path, naming.folder), tokenizer)

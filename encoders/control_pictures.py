@@ -163,7 +163,7 @@ def strength_in(cond: Conditions) -> float:
 
 
 def keep_control(
-    request: Request, keep_media: Callable[[Request, str], Request], model_name: str, sees: bool
+    request: Request, keep_media: Callable[[Request, str], Request], model_name: str, takes_control: bool
 ) -> Request:
     """Return a request without unusable media, but with its control image if a network takes it.
 
@@ -173,17 +173,17 @@ def keep_control(
         request: The request.
         keep_media: Removes all media that the model does not take: `ModelOfImages.keep_media`.
         model_name: Name of the model, for messages.
-        sees: Whether a network takes a control image.
+        takes_control: Whether a network takes a control image.
 
     Raises:
         OptionError: If the control image cannot be read.
     """
     control = request.control_path
-    if not sees:
+    if not takes_control:
         return keep_media(request, model_name)
     if control is None:
         logger.warning(
-            "%r has no control picture (--cn): it is made by the base alone", shorten(request.prompt, 60)
+            "%r has no control picture (--cn): it is generated without control", shorten(request.prompt, 60)
         )
         return keep_media(request, model_name)
     check_control(CONTROL, control)

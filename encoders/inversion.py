@@ -23,6 +23,7 @@ from encoders.new_words import (
     GrowingEmbedding,
     ModelWord,
     NewWord,
+    WordEncoder,
     compile_words,
     select_vectors,
     takes_words,
@@ -42,14 +43,14 @@ DEFAULT_RATE = DefaultRate(1e-4, "1e-3", 2e-2)  # each step changes a vector by 
 LOUD = 3.0  # warn if a vector's norm exceeds this multiple of the mean norm, as it then dominates the prompt
 
 
-class LearntRows(nn.Module):
+class WordVectors(nn.Module):
     """Trained vectors of a word: one parameter, V C, for each name in files."""
 
-    def __init__(self, word: WordToLearn, rows: Mapping[str, Tensor]) -> None:
+    def __init__(self, word: WordToLearn, vectors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.word = word
-        self.mean_norms: dict[str, float] = {}  # name -> mean norm of the rows of its token embeddings
-        for name, tensor in rows.items():
+        self.mean_norms: dict[str, float] = {}  # name -> mean norm of the encoder's known token embeddings
+        for name, tensor in vectors.items():
             self.register_parameter(name, Parameter(tensor))
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
@@ -65,15 +66,14 @@ class LearntRows(nn.Module):
 
     def log_norms(self) -> None:
         """Log the norm of each vector and the mean norm of known tokens; warn if a vector is much longer."""
-        for name, rows in self.named_parameters():
-            norms = rows.detach().float().norm(dim=1).tolist()
-            # of the embeddings of known tokens
+        for name, vectors in self.named_parameters():
+            norms = vectors.detach().float().norm(dim=1).tolist()
             mean_norm = self.mean_norms[name]
             text = ", ".join(f"{norm:.3g}" for norm in norms)
             if max(norms) > LOUD * mean_norm:
                 logger.warning(
-                    "%s: the vectors of %s have the norms %s, known words %.3g on average. So loud a word "
-                    "drowns the others of a prompt: lower %s, or take an earlier file.",
+                    "%s: the vectors of %s have the norms %s, known words %.3g on average. Such a word "
+                    "drowns out all others in a prompt: lower %s, or use an earlier file.",
                     name,
                     self.word.text,
                     text,
@@ -90,13 +90,15 @@ class LearntRows(nn.Module):
                 )
 
 
-def report_rows(module: nn.Module) -> None:
-    """Log the norms of the vectors in a `LearntRows`."""
-    assert isinstance(module, LearntRows)
+def report_norms(module: nn.Module) -> None:
+    """Log the norms of the vectors in a `WordVectors`."""
+    assert isinstance(module, WordVectors)
     module.log_norms()
 
 
-def write_rows(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+def write_vectors(
+    module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
+) -> None:
     """Write the vectors, and log their norms.
 
     Args:
@@ -105,7 +107,7 @@ def write_rows(module: nn.Module, path: Path, dtype: torch.dtype | None, metadat
         dtype: Dtype of the file; None for float32.
         metadata: Metadata of the file.
     """
-    report_rows(module)
+    report_norms(module)
     tensors = {name: rows.detach() for name, rows in module.named_parameters()}
     infos = {name: TensorInfo(dtype or rows.dtype, tuple(rows.shape)) for name, rows in tensors.items()}
     stream_tensors(path, infos, lambda name: tensors[name].to(infos[name].dtype), metadata)
@@ -167,8 +169,8 @@ class Inversion:
             check=self.check,
             generate=_leave_command,
             default_rate=DEFAULT_RATE,
-            write=write_rows,
-            report=report_rows,
+            write=write_vectors,
+            report=report_norms,
             start_option="weights",
             values={
                 "ss_token_string": word.text,
@@ -179,7 +181,7 @@ class Inversion:
             check_captions=self.check_captions,
         )
 
-    def make(self, networks: nn.Module, with_values: bool) -> LearntRows:
+    def make(self, networks: nn.Module, with_values: bool) -> WordVectors:
         """Create the vectors of the word, and let the text encoders use them.
 
         Random vectors are drawn from torch's default generator.
@@ -208,10 +210,11 @@ class Inversion:
                 width = token_embeddings[encoder.vector_key].embedding_dim
                 for key in encoder.vector_keys:
                     initial[key] = torch.zeros(self.word.count, width)
-        vectors = LearntRows(self.word_options, initial)
+        vectors = WordVectors(self.word_options, initial)
         for encoder in self.encoders:
             embedding = token_embeddings[encoder.vector_key]
-            embedding.rows = partial(vectors.join, encoder.vector_keys)  # read in each pass of the encoder
+            # called in each forward pass of the encoder: returns the current vectors of the new tokens
+            embedding.get_new_vectors = partial(vectors.join, encoder.vector_keys)
             if with_values:
                 # to compare the length of trained vectors with, in the log
                 mean_norm = float(embedding.weight.detach().float().norm(dim=1).mean())
@@ -312,8 +315,8 @@ class Inversion:
             if width != expected:
                 path = self.word_options.weights or self.word_options.lora
                 raise CheckpointError(
-                    f"{path}: its vectors {encoder.vector_keys[0]} have {width} numbers, this text encoder "
-                    f"takes {expected}. Give a file that was made for this model.",
+                    f"{path}: its vectors {encoder.vector_keys[0]} have width {width}, but this text encoder "
+                    f"takes width {expected}. Give a file that was made for this model.",
                     path,
                 )
 
@@ -372,18 +375,28 @@ def invert_encoders(word: WordToLearn, encoders: Sequence[TextEncoder]) -> Custo
         encoders: All text encoders of a model; those without this ability tokenize the word as text.
     """
     word_encoders = [encoder for encoder in encoders if takes_words(encoder)]
-
-    def read_vectors(path: Path, option: str) -> Mapping[str, Tensor] | None:
-        content = find_in_lora(path, word.text)
-        if content is None:
-            if word.weights is None:  # a LoRA to continue training from need not have the word
-                return None
-            content = read_embedding(path, option)
-        stored_word = ModelWord(word.text, content=content, source=path, option=option)
-        with quiet():  # `select_vectors` logs words that prompts may use
-            return select_vectors(stored_word, word_encoders)
-
     inverted = []
     for encoder in word_encoders:
         inverted.append(InvertedEncoder(encoder.word_keys[0], encoder.embedding, encoder.tokenize_word))
-    return Inversion(word, inverted, read_vectors).describe()
+    return Inversion(word, inverted, partial(_read_start_vectors, word, word_encoders)).describe()
+
+
+def _read_start_vectors(
+    word: WordToLearn, encoders: Sequence[WordEncoder], path: Path, option: str
+) -> Mapping[str, Tensor] | None:
+    """Return the vectors from which to train a word, by encoder; None if a LoRA does not contain it.
+
+    Args:
+        word: The word.
+        encoders: The text encoders.
+        path: An embedding file, or a LoRA file with embeddings of words.
+        option: Option that names the path, for messages.
+    """
+    content = find_in_lora(path, word.text)
+    if content is None and word.weights is None:  # the path is that of a LoRA to continue
+        return None
+    if content is None:
+        content = read_embedding(path, option)
+    stored_word = ModelWord(word.text, content=content, source=path, option=option)
+    with quiet():  # `select_vectors` logs words that prompts may use
+        return select_vectors(stored_word, encoders)

@@ -33,8 +33,8 @@ from encoders.language_models import (
     LanguageModel,
     all_states,
     load_language_model,
+    plan_streamed_layers,
     read_language_model,
-    streamed_layers,
 )
 from encoders.language_states import language_states
 from encoders.picture_prompts import (
@@ -95,7 +95,7 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
         return files.read(file)
     for part in (file, merges):
         files.check_bytes(part)
-    with files.explain(file):
+    with files.convert_errors(file):
         tokenizer = Tokenizer(models.BPE.from_file(str(file), str(merges)))
     # vocab.json and merges.txt lack these settings, which a tokenizer.json contains
     tokenizer.normalizer = normalizers.NFC()
@@ -161,9 +161,7 @@ class LanguageEncoderSettings:
     # and the file must have all layers
     states: tuple[int, ...] = (-1,)
     stacked: tuple[int, ...] = ()  # hidden states that are stacked, L n C, instead of concatenating `states`
-    final_norm: bool = (
-        False  # whether the final norm is applied to the last of the states even if it is not -1
-    )
+    final_norm: bool = False  # whether the final norm is applied to the last state even if it is not -1
     pre_norm: bool = False  # whether state -1 is the one before the final norm
     keeps_after: bool = False  # whether `after` is kept if a prompt is too long
     # padding token: prompts are padded to `maximum` tokens, and padding has states; None: no padding
@@ -174,9 +172,7 @@ class LanguageEncoderSettings:
     pads_left: bool = False  # if `pad` is None: positions are those after padding on the left to `maximum`
     mask_key: str = ""  # key of the mask, 1 for real tokens; "": no mask is returned
     batch_size: int = 8  # number of prompts in a batch; limits memory
-    pictures: ImagePromptFormat | None = (
-        None  # how images are put into a prompt; None: prompts have no images
-    )
+    pictures: ImagePromptFormat | None = None  # how images are put into a prompt; None: no images
     # Keys of the positions and sizes of images. If `image_positions_key` is set, the states of image tokens
     # are removed, and an image's position is the number of remaining states before it. Sizes are rows and
     # columns of patches, of which a token has 2 x 2. "": states of image tokens are not removed
@@ -226,7 +222,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     def __init__(
         self,
-        use: LanguageEncoderSettings,
+        settings: LanguageEncoderSettings,
         path: Path,
         dtype: torch.dtype = torch.bfloat16,
         tokenizer: Path | None = None,
@@ -236,7 +232,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """Set up the encoder; files are read by `load`.
 
         Args:
-            use: How the family uses the model.
+            settings: How the family uses the model.
             path: File or folder of the model, or of a release with the model in its subfolder `text_encoder`.
             dtype: Compute dtype.
             tokenizer: Path from the tokenizer's option; None searches near the model.
@@ -244,88 +240,87 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             on_cpu: Whether to compute on the CPU, whatever the device of the run is.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer, form)
-        self.use = use
+        self.settings = settings
         self.dtype = dtype
         self.on_cpu = on_cpu
-        self.name = use.name
-        self.source = use.source
-        self.maximum = use.maximum
-        self.keys = use.keys
-        self.word_keys = (use.model.word_key,)
-        # without a padding token, or with padding to a multiple, prompts differ in length; otherwise all
-        # are padded to `maximum` tokens
-        has_lengths = use.pad is None or use.pad_to_multiple_of > 0
-        # conditions whose length differs between prompts; a prompt has as many hashes as images
-        self.variable_length = use.keys | {use.image_hashes_key} if has_lengths else frozenset()
+        self.name = settings.name
+        self.source = settings.source
+        self.maximum = settings.maximum
+        self.keys = settings.keys
+        self.word_keys = (settings.model.word_key,)
+        pads_to_maximum = settings.pad is not None and not settings.pad_to_multiple_of
+        self.variable_length: frozenset[str] = frozenset()  # conditions whose length differs between prompts
+        if not pads_to_maximum:
+            self.variable_length = settings.keys | {settings.image_hashes_key}
         # key of the states that weights of words, such as (cat:1.2), multiply
-        self.weighted_states_key = use.states_key
-        self.pads_left = use.pads_left
+        self.weighted_states_key = settings.states_key
+        self.pads_left = settings.pads_left
 
     @property
     def state(self) -> str | None:
         """Description of the hidden states that are used, for cache records."""
-        numbers = ", ".join(map(str, self.use.state_indices)) or "all"
-        if self.use.pre_norm:
+        numbers = ", ".join(map(str, self.settings.state_indices)) or "all"
+        if self.settings.pre_norm:
             return f"{numbers}, {PRE_NORM}"
-        return f"{numbers}, normed" if self.use.final_norm else numbers
+        return f"{numbers}, normed" if self.settings.final_norm else numbers
 
     @property
     def _config(self) -> LanguageConfig:
         with open_checkpoint(self.path) as checkpoint:
-            return read_language_model(checkpoint, self.use.model, self.use.state_indices).config
+            return read_language_model(checkpoint, self.settings.model, self.settings.state_indices).config
 
     @property
     def token_bytes(self) -> int:
         """Size in bytes of the states of one token."""
-        return self._config.dim * len(self.use.state_indices) * self.dtype.itemsize
+        return self._config.dim * len(self.settings.state_indices) * self.dtype.itemsize
 
     @property
     def identity(self) -> Mapping[str, str]:
         """Entries of cache records: all that states depend on except the text, such as network and dtype."""
         config = self._config
         return self.identify(
-            self.use.record or self.name,
+            self.settings.record or self.name,
             config=f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}{config.settings_text}",
             dtype=dtype_name(self.dtype),
             state=self.state,
-            template=self.use.fingerprint,
+            template=self.settings.fingerprint,
             weights=self.form,
             # major versions of transformers differ in which state they return as the last
-            transformers=version("transformers").partition(".")[0] if self.use.pre_norm else None,
+            transformers=version("transformers").partition(".")[0] if self.settings.pre_norm else None,
         )
 
     def write(self, prompt: Prompt) -> TemplatedPrompt:
         """Insert a prompt into the template, and shift the spans of its weights accordingly."""
-        use = self.use
+        settings = self.settings
         text = prompt.text
         num_stripped = 0  # characters of white space removed before the prompt
-        if use.strips:
+        if settings.strips:
             num_stripped = len(text) - len(text.lstrip())
             text = text.strip()
-        text = text or use.blank  # what the family writes for an empty prompt
+        text = text or settings.blank  # what the family writes for an empty prompt
         weighted_spans = []
         for first_character, last_character, weight in prompt.spans:
             weighted_spans.append((first_character - num_stripped, last_character - num_stripped, weight))
-        start = len(use.before)
+        start = len(settings.before)
         return TemplatedPrompt(
-            text=f"{use.before}{text}{use.after}",
+            text=f"{settings.before}{text}{settings.after}",
             prompt=text,
             spans=tuple(weighted_spans),
             start=start,
             # tokens from here on are kept if the prompt is too long
-            suffix_start=start + len(text) if use.keeps_after else math.inf,
+            suffix_start=start + len(text) if settings.keeps_after else math.inf,
         )
 
     def count_template_tokens(self, tokenizer: TextTokenizer) -> int:
         """Return the number of template tokens before the prompt whose states are dropped."""
-        if self.use.dropped is not None:
-            return self.use.dropped
-        return len(tokenizer.read(self.use.system or self.use.before).ids)
+        if self.settings.dropped is not None:
+            return self.settings.dropped
+        return len(tokenizer.read(self.settings.system or self.settings.before).ids)
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Warn if the template before the prompt does not have `use.dropped` tokens."""
-        counted = len(tokenizer.read(self.use.before).ids)
-        expected = self.use.dropped
+        """Warn if the template before the prompt does not have `settings.dropped` tokens."""
+        counted = len(tokenizer.read(self.settings.before).ids)
+        expected = self.settings.dropped
         if expected and counted != expected:
             logger.warning(
                 "the tokenizer makes %d tokens of the template before the prompt, the model's own makes %d: "
@@ -344,42 +339,44 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
         If a CUDA device has too little free memory, some of the layers stay in host memory.
         """
-        use = self.use
+        settings = self.settings
         # splitting over processes saves device memory, which a network on the CPU does not use
         blocks = None if self.on_cpu else self.blocks
         vision_tower = None
-        if use.pictures is not None and use.pictures.loads_tower_at_once:
-            vision_tower = load_vision_tower(self.path, use.model, device, self.dtype)
+        if settings.pictures is not None and settings.pictures.loads_tower_at_once:
+            vision_tower = load_vision_tower(self.path, settings.model, device, self.dtype)
         free_bytes = None  # free bytes on the device; None: load all layers there
         # backward passes need all layers on the device
         if device.type == "cuda" and blocks is None and not self.learns_word:
             free_bytes = spare_bytes(device)
         network = load_language_model(
             self.path,
-            use.model,
+            settings.model,
             device=device,
             dtype=self.dtype,
-            states=use.state_indices,
-            final_norm=use.final_norm,
+            states=settings.state_indices,
+            final_norm=settings.final_norm,
             form=self.form,
             free_bytes=free_bytes,
             blocks=blocks,
-            pre_norm=use.pre_norm,
+            pre_norm=settings.pre_norm,
         )
         if vision_tower is not None:
             network.visual = vision_tower
         logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
         return network
 
-    def waiting_bytes(self, free_bytes: int) -> int:
+    def offloaded_bytes(self, free_bytes: int) -> int:
         """Return the size of the layers that stay in host memory if `free_bytes` of the device are free."""
         if self.on_cpu:
             return 0
         with open_checkpoint(self.path) as checkpoint:
-            use = self.use
-            plan = read_language_model(checkpoint, use.model, use.state_indices, use.final_norm, use.pre_norm)
-            layers, size = streamed_layers(plan, self.dtype, self.form, free_bytes)
-        return layers * size
+            settings = self.settings
+            plan = read_language_model(
+                checkpoint, settings.model, settings.state_indices, settings.final_norm, settings.pre_norm
+            )
+            num_streamed, layer_bytes = plan_streamed_layers(plan, self.dtype, self.form, free_bytes)
+        return num_streamed * layer_bytes
 
     def find_token(self, tokenizer: TextTokenizer, token: str) -> int:
         """Return the id of a token.
@@ -394,7 +391,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     def find_pad(self, tokenizer: TextTokenizer) -> int:
         """Return the id of the padding token; 0 for a model without one."""
-        return self.find_token(tokenizer, self.use.pad) if self.use.pad else 0
+        return self.find_token(tokenizer, self.settings.pad) if self.settings.pad else 0
 
     def compute(
         self,
@@ -414,35 +411,39 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             images: Images of each prompt.
 
         Returns:
-            The states of n layers are side by side in each token: T nC if prompts are padded to `maximum`.
-            Otherwise a list of one tensor, L nC, where L counts the tokens of the prompt and of the template
-            after it. Stacked states have n C, not nC.
+            For each prompt, its states by key: T nC, with n layers concatenated, if all prompts are padded to
+            `maximum` tokens. Otherwise a list of one tensor, L nC, where L counts the tokens of the prompt
+            and of the template after it. Stacked states have n C instead of nC.
         """
         pad = self.find_pad(tokenizer)
         vocabulary = len(network.get_parameter(self.embedding))
         # ids of prompts have been checked; the padding id of another model's tokenizer may be too large
         check_ids([[pad]], vocabulary, self.path, self.source.files.option)
         results: list[Conditions] = []
-        batch_size = self.use.batch_size
+        batch_size = self.settings.batch_size
         for first in range(0, len(token_ids), batch_size):
             batch = token_ids[first : first + batch_size]
             batch_images = images[first : first + batch_size]
             padded_length = self._select_length(batch, num_template_tokens)
-            padded_ids, mask = fill_rows(batch, padded_length, pad, self.use.pads_left)
+            padded_ids, mask = fill_rows(batch, padded_length, pad, self.settings.pads_left)
             states = self._run_network(network, tokenizer, padded_ids, mask=mask, images=batch_images)
             states = states[:, num_template_tokens:].cpu()
             mask = mask[:, num_template_tokens:]
             for index, ids in enumerate(batch):
-                # the batch is padded to one length: cut each prompt to the length that it has by itself
-                is_padded = self.use.pad_to_multiple_of > 0
-                length = self._select_length([ids], num_template_tokens) if is_padded else len(ids)
-                conditions = self._make_conditions(states[index], mask[index], length - num_template_tokens)
-                if self.use.image_positions_key:
+                length = self._length_alone(ids, num_template_tokens) - num_template_tokens
+                conditions = self._make_conditions(states[index], mask[index], length)
+                if self.settings.image_positions_key:
                     grids = batch_images[index].token_grids if batch_images else ()
                     prompt_ids = ids[num_template_tokens:]
                     conditions |= self._split_images(tokenizer, states[index], prompt_ids, grids)
                 results.append(conditions)
         return results
+
+    def _length_alone(self, ids: list[int], num_template_tokens: int) -> int:
+        """Return the number of tokens, including the template's, that a prompt has if it is encoded alone."""
+        if self.settings.pad_to_multiple_of:
+            return self._select_length([ids], num_template_tokens)
+        return len(ids)
 
     def _run_network(
         self,
@@ -458,12 +459,12 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             network,
             inputs.embeddings,
             mask=mask.to(inputs.embeddings.device),
-            states=self.use.state_indices,
+            states=self.settings.state_indices,
             position_ids=inputs.position_ids,
             layer_additions=inputs.layer_additions,
         )
-        if self.use.stacked:
-            states = states.unflatten(-1, (len(self.use.stacked), -1))
+        if self.settings.stacked:
+            states = states.unflatten(-1, (len(self.settings.stacked), -1))
         return states
 
     def _split_images(
@@ -481,9 +482,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             ids: Token ids, L.
             token_grids: For each image, its rows and columns of tokens.
         """
-        use = self.use
-        assert use.pictures is not None
-        placeholder = self.find_token(tokenizer, use.pictures.token) if token_grids else None
+        settings = self.settings
+        assert settings.pictures is not None
+        placeholder = self.find_token(tokenizer, settings.pictures.token) if token_grids else None
         # indices instead of a mask, because memory planning runs with fake tensors, which cannot be masked
         text_indices = [index for index, token_id in enumerate(ids) if token_id != placeholder]
         image_positions = []  # number of text tokens in front of each image
@@ -496,23 +497,23 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             image_positions.append(num_text_tokens)
             token_index += rows * columns
         separated: dict[str, Tensor | list[Tensor]] = {
-            use.states_key: [states.index_select(0, torch.tensor(text_indices))],
-            use.image_positions_key: [torch.tensor(image_positions, dtype=torch.int64)],
+            settings.states_key: [states.index_select(0, torch.tensor(text_indices))],
+            settings.image_positions_key: [torch.tensor(image_positions, dtype=torch.int64)],
         }
-        if use.image_sizes_key:
+        if settings.image_sizes_key:
             patch_grids = [(2 * rows, 2 * columns) for rows, columns in token_grids]  # 2 x 2 patches a token
-            separated[use.image_sizes_key] = [torch.tensor(patch_grids, dtype=torch.int64).view(-1, 2)]
+            separated[settings.image_sizes_key] = [torch.tensor(patch_grids, dtype=torch.int64).view(-1, 2)]
         return separated
 
     def _select_length(self, token_ids: Sequence[list[int]], num_template_tokens: int) -> int:
         """Return the number of tokens, including the template's, to which a batch's prompts are padded."""
-        use = self.use
+        settings = self.settings
         longest = max(map(len, token_ids))
-        max_length = num_template_tokens + use.maximum
-        if use.pad is None:
+        max_length = num_template_tokens + settings.maximum
+        if settings.pad is None:
             return longest
-        if use.pad_to_multiple_of:
-            rounded_up = math.ceil(longest / use.pad_to_multiple_of) * use.pad_to_multiple_of
+        if settings.pad_to_multiple_of:
+            rounded_up = math.ceil(longest / settings.pad_to_multiple_of) * settings.pad_to_multiple_of
             return min(rounded_up, max_length)
         return max_length
 
@@ -528,23 +529,29 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
         `ids` and `mask`, each B L, are on the CPU; the mask is 1 for real tokens.
         """
-        use = self.use
+        settings = self.settings
         embedding = network.get_submodule(self.embedding.removesuffix(".weight"))
         device = network.get_parameter(self.embedding).device
         token_embeddings = embedding(ids.to(device))
         if any(prompt.token_grids for prompt in images):
-            assert use.pictures is not None
-            placeholder = self.find_token(tokenizer, use.pictures.token)
+            assert settings.pictures is not None
+            placeholder = self.find_token(tokenizer, settings.pictures.token)
             vision_tower = network.get_submodule("visual")
             return embed_images(
                 vision_tower, token_embeddings, ids=ids, images=images, placeholder=placeholder
             )
-        position_ids = None  # 0, 1, 2, ...
-        if use.pad is None and use.pads_left:  # as if padding on the left filled the prompt up to `maximum`
-            position_ids = torch.arange(use.maximum - ids.shape[1], use.maximum)[None]
-        if use.pad_to_multiple_of:  # all padding has position 1
-            position_ids = torch.arange(ids.shape[1]).masked_fill(mask == 0, 1)
-        return PromptEmbeddings(token_embeddings, position_ids, [])
+        return PromptEmbeddings(token_embeddings, self._make_position_ids(mask), layer_additions=[])
+
+    def _make_position_ids(self, mask: Tensor) -> Tensor | None:
+        """Return the positions of tokens whose mask is B L; None for 0, 1, 2, ..."""
+        settings = self.settings
+        length = mask.shape[1]
+        if settings.pad_to_multiple_of:  # all padding has position 1
+            return torch.arange(length).masked_fill(mask == 0, 1)
+        if settings.pad is None and settings.pads_left:
+            # the prompt is not padded, but has the positions as if padding before it filled `maximum` tokens
+            return torch.arange(settings.maximum - length, settings.maximum)[None]
+        return None
 
     def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
         """Return a prompt's states and mask by key.
@@ -552,14 +559,14 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         If prompts are padded to `maximum`, these are the tensors of all tokens. Otherwise they are those of
         the first `length` tokens (including the padding of `pad_to_multiple_of`), each in a list.
         """
-        use = self.use
-        if use.pad is not None and not use.pad_to_multiple_of:
-            return {use.states_key: states.clone(), **self._mask(mask)}
-        conditions = {use.states_key: states[:length].clone(), **self._mask(mask[:length])}
+        settings = self.settings
+        if settings.pad is not None and not settings.pad_to_multiple_of:
+            return {settings.states_key: states.clone(), **self._mask(mask)}
+        conditions = {settings.states_key: states[:length].clone(), **self._mask(mask[:length])}
         return {key: [tensor] for key, tensor in conditions.items()}
 
     def _mask(self, real: Tensor) -> dict[str, Tensor]:
-        return {self.use.mask_key: real.clone()} if self.use.mask_key else {}
+        return {self.settings.mask_key: real.clone()} if self.settings.mask_key else {}
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return the conditions of each prompt and its images, on the CPU.
@@ -571,8 +578,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             CheckpointError: If the tokenizer has no placeholder token for images.
         """
         encoded = self._encode_prompts(prompts)
-        image_hashes_key = self.use.image_hashes_key
-        image_format = self.use.pictures
+        image_hashes_key = self.settings.image_hashes_key
+        image_format = self.settings.pictures
         if not image_hashes_key or image_format is None or image_format.hash_images is None:
             return encoded
         # some families check that text encoder and transformer saw the same images
@@ -591,28 +598,29 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             CheckpointError: If the file has no vision tower, or that of another model.
         """
         network, _ = self._loaded.get()
-        if self.use.pictures is not None and not hasattr(network, "visual"):
-            network.visual = load_vision_tower(self.path, self.use.model, device, self.dtype)
+        if self.settings.pictures is not None and not hasattr(network, "visual"):
+            network.visual = load_vision_tower(self.path, self.settings.model, device, self.dtype)
 
     def _encode_prompts(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode prompts with their images in front of the text."""
-        image_format = self.use.pictures
+        image_format = self.settings.pictures
         if image_format is None or not any(prompt.images for prompt in prompts):
             return super().encode(prompts)
         network, tokenizer = self._loaded.get()
         self.load_tower(network.get_parameter(self.embedding).device)
         images = _read_all_images(network.get_submodule("visual"), prompts, image_format)
-        token = self.find_token(tokenizer, image_format.token)
-        written: list[TemplatedPrompt] = []
+        placeholder = self.find_token(tokenizer, image_format.token)
+        templated_prompts: list[TemplatedPrompt] = []
         for prompt, prompt_images in zip(prompts, images, strict=True):
-            text = self.write(prompt)
+            templated = self.write(prompt)
             # a typed placeholder would be taken for an image
-            if prompt_images.token_grids and token in tokenizer.read(text.prompt).ids:
+            if prompt_images.token_grids and placeholder in tokenizer.read(templated.prompt).ids:
                 raise MediaError(
-                    f"{image_format.token} stands for a picture. Leave it out of the prompt: {text.prompt}"
+                    f"{image_format.token} stands for a picture. Leave it out of the prompt: "
+                    f"{templated.prompt}"
                 )
-            written.append(_put_in_front(text, prompt_images, image_format))
-        return self.encode_written(written, functools.partial(self.compute, images=images))
+            templated_prompts.append(_put_in_front(templated, prompt_images, image_format))
+        return self.encode_written(templated_prompts, functools.partial(self.compute, images=images))
 
 
 @dataclass(frozen=True)
@@ -673,8 +681,8 @@ class LanguageModelFiles(TransformerFiles):
             config: Dimensions of the transformer; None if its option is not set.
             needed: Whether the option of the language model must be set.
         """
-        use = self.encoder_settings
-        model = use.model
+        settings = self.encoder_settings
+        model = settings.model
         if self.text_encoder is not None or needed:
             check_state_width(
                 model.option,
@@ -682,12 +690,12 @@ class LanguageModelFiles(TransformerFiles):
                 width=self.text_width(),
                 dit_path=self.dit,
                 dit_width=None if config is None else config.text_dim,
-                give=model.files,
+                fits=model.files,
             )
-            if use.pictures is not None and use.pictures.loads_tower_at_once:
+            if settings.pictures is not None and settings.pictures.loads_tower_at_once:
                 self.check_tower()
         if self.text_encoder_tokenizer is not None:
-            use.source.files.check_option_value(self.text_encoder_tokenizer)
+            settings.source.files.check_option_value(self.text_encoder_tokenizer)
 
     def check_tower(self) -> None:
         """Raise CheckpointError if the language model has no vision tower, or that of another model."""
@@ -726,15 +734,15 @@ def _put_in_front(
     )
 
 
-def _measure_states(checkpoint: Checkpoint, use: LanguageEncoderSettings) -> int:
-    config = read_language_model(checkpoint, use.model, use.state_indices).config
-    if use.stacked:
+def _measure_states(checkpoint: Checkpoint, settings: LanguageEncoderSettings) -> int:
+    config = read_language_model(checkpoint, settings.model, settings.state_indices).config
+    if settings.stacked:
         return config.dim
-    states = use.states or all_states(config.num_layers)
+    states = settings.states or all_states(config.num_layers)
     return len(states) * config.dim
 
 
 # takes a `LanguageEncoderSettings`, because `read_once` caches by the arguments and a `LanguageModel`
 # cannot be hashed
-def _read_tower(checkpoint: Checkpoint, use: LanguageEncoderSettings) -> Any:
-    return read_vision_tower(checkpoint, use.model)
+def _read_tower(checkpoint: Checkpoint, settings: LanguageEncoderSettings) -> Any:
+    return read_vision_tower(checkpoint, settings.model)

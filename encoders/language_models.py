@@ -39,14 +39,14 @@ logger = logging.getLogger(__name__)
 
 SPEC = DitSpec(block_lists=("layers",))
 WORKING = 3 << 29  # bytes needed in addition to the weights, for prompts of normal length
-Q_ROWS = "self_attn.q_proj.weight"
+Q_PROJ = "self_attn.q_proj.weight"
 # tensors of a layer that distinguish the models
 Q_BIAS = "self_attn.q_proj.bias"  # Qwen2.5
 Q_NORM = "self_attn.q_norm.weight"  # Qwen3 and Gemma
 FEED_NORM = "pre_feedforward_layernorm.weight"  # Gemma
 SCALAR = "layer_scalar"  # Gemma 4
 LINEAR = "linear_attn.A_log"  # Qwen3.5, most of whose layers are Gated DeltaNets
-_MARKS = (Q_BIAS, Q_NORM, FEED_NORM, SCALAR, LINEAR)
+_DISTINGUISHING_TENSORS = (Q_BIAS, Q_NORM, FEED_NORM, SCALAR, LINEAR)
 # position embeddings of the vision tower; only they distinguish Qwen3-VL from Qwen3
 TOWER_POSITIONS = f"visual.{POSITIONS}"
 # beginnings of names in other parts of the same model
@@ -104,9 +104,7 @@ class LanguageModel:
         [Mapping[str, Any], int, int, Mapping[str, tuple[int, ...]]], Mapping[str, Any]
     ] = lambda *_: {}
     config_key: str = ""  # metadata key under which its file may contain a config.json; "": none
-    min_transformers: str = (
-        ""  # first version of transformers with its classes; "": all supported versions have them
-    )
+    min_transformers: str = ""  # first version of transformers with its classes; "": all supported ones
     first_attention_layer: int = 0  # first layer with attention; its tensors show the number of heads
     partial_rotary_factor: float = 1.0  # fraction of a head's channels with rotary embedding
     query_chunks: int = 1  # 2: the query projection also has gates of the same size
@@ -190,9 +188,9 @@ def _read_delta_layers(
     # q and k have the same number of rows; v has one head for each value of A_log
     key_rows = (shapes[f"{delta}in_proj_qkv.weight"][0] - value_heads * value_width) // 2
     if type(key_width) is not int or key_width < 1 or key_rows < key_width or key_rows % key_width:
-        raise ValueError(f"linear_key_head_dim {key_width} for {key_rows} rows of keys")
+        raise ValueError(f"linear_key_head_dim {key_width} for {key_rows} key rows")
     if value_heads % (key_rows // key_width):
-        raise ValueError(f"linear_key_head_dim {key_width} for {value_heads} heads of values")
+        raise ValueError(f"linear_key_head_dim {key_width} for {value_heads} value heads")
     kinds = []
     for index in range(num_layers):
         # other layers have attention to all tokens
@@ -288,9 +286,12 @@ def read_language_model(
     """
     path = checkpoint.path
     layer = f"layers.{model.first_attention_layer}."  # prefix of a layer with attention
-    network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_ROWS}", OTHER_TENSORS)
+    network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_PROJ}", OTHER_TENSORS)
     # tensors that only some models have, such as biases and norms, tell the models apart
-    if network is None or model.distinguishing_tensors != _list_marks(network, checkpoint, layer):
+    if (
+        network is None
+        or _list_distinguishing_tensors(network, checkpoint, layer) != model.distinguishing_tensors
+    ):
         raise make_wrong_kind_error(checkpoint, model.what, model.option, model.files)
     sources = list_tensor_sources(network)
     wrong_sizes = CheckpointError(
@@ -302,7 +303,7 @@ def read_language_model(
     states = states or all_states(all_layers)
     num_layers = _count_layers_before(states[-1], all_layers, path, model)  # only these are loaded
     vocabulary, dim = shape("embed_tokens.weight", 2)
-    query_rows = shape(f"{layer}{Q_ROWS}", 2)[0] // model.query_chunks
+    query_rows = shape(f"{layer}{Q_PROJ}", 2)[0] // model.query_chunks
     key_rows = shape(f"{layer}self_attn.k_proj.weight", 2)[0]
     # settings that the shapes do not show, from a config.json if there is one
     config_json = read_network_config(
@@ -313,10 +314,7 @@ def read_language_model(
         defaults=model.defaults,
         embedded_config=network.metadata.get(model.config_key),
     )
-    if Q_NORM in model.distinguishing_tensors:  # the norm of queries has one value for each channel of a head
-        head_dim = shape(f"{layer}{Q_NORM}", 1)[0]
-    else:
-        head_dim = head_width(path, query_rows, config_json, _read_head_width(config_json, model))
+    head_dim = _find_head_dim(path, model, shape, config_json, query_rows)
     _check_heads(path, head_dim, query_rows=query_rows, key_rows=key_rows, dim=dim, model=model)
     shapes = {name: network.tensors[source.names[0]].shape for name, source in sources.items()}
     constants = _read_config_constants(
@@ -343,6 +341,19 @@ def read_language_model(
         settings=constants.settings,
     )
     return LoadPlan(config, network, sources, _list_unused_names(config, all_layers))
+
+
+def _find_head_dim(
+    path: Path,
+    model: LanguageModel,
+    shape: Callable[..., tuple[int, ...]],
+    config_json: Mapping[str, Any],
+    query_rows: int,
+) -> int:
+    """Return the width of an attention head: from the norm of queries, or from config.json."""
+    if Q_NORM in model.distinguishing_tensors:  # it has one value for each channel of a head
+        return shape(f"layers.{model.first_attention_layer}.{Q_NORM}", 1)[0]
+    return head_width(path, query_rows, config_json, _read_head_width(config_json, model))
 
 
 def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
@@ -407,17 +418,17 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
     )
 
 
-def _list_marks(network: Checkpoint, file: Checkpoint, layer: str) -> tuple[str, ...]:
+def _list_distinguishing_tensors(network: Checkpoint, file: Checkpoint, layer: str) -> tuple[str, ...]:
     """Return the names of the tensors in a file that distinguish the supported language models.
 
     `layer` is the prefix of the first layer with attention; models with LINEAR have no attention in layer 0.
     """
-    marks = [mark for mark in _MARKS if f"{layer}{mark}" in network.tensors]
+    found = [tensor for tensor in _DISTINGUISHING_TENSORS if f"{layer}{tensor}" in network.tensors]
     if f"layers.0.{LINEAR}" in network.tensors:
-        return (*marks, LINEAR)  # only one model has it, so the vision tower need not be looked up
+        return (*found, LINEAR)  # only one model has it, so the vision tower need not be looked up
     if any(name.endswith(TOWER_POSITIONS) for name in file.tensors):
-        marks.append(TOWER_POSITIONS)
-    return tuple(marks)
+        found.append(TOWER_POSITIONS)
+    return tuple(found)
 
 
 def _read_config_constants(
@@ -586,7 +597,7 @@ def load_language_model(
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, model, states, final_norm, pre_norm)
-        num_streamed, layer_bytes = streamed_layers(plan, dtype, form, free_bytes)
+        num_streamed, layer_bytes = plan_streamed_layers(plan, dtype, form, free_bytes)
         streamed_weights = host_weights(SwapPlan(SPEC, num_streamed), device)
         name_in_messages = f"the language model ({model.option})"
         if num_streamed:
@@ -613,10 +624,17 @@ def load_language_model(
     return network
 
 
-def streamed_layers(
+class StreamedLayers(NamedTuple):
+    """How many layers stay in host memory, each copied to the device before it runs, and a layer's size."""
+
+    num_streamed: int
+    layer_bytes: int
+
+
+def plan_streamed_layers(
     plan: LoadPlan[LanguageConfig], dtype: torch.dtype, form: str | None, free_bytes: int | None
-) -> tuple[int, int]:
-    """Return the number of layers that have to stay in host memory, and the size of one layer in bytes.
+) -> StreamedLayers:
+    """Return how many layers have to stay in host memory because the device has too little.
 
     Args:
         plan: The plan of the language model.
@@ -626,7 +644,7 @@ def streamed_layers(
     """
     config = plan.config
     if free_bytes is None or config.num_layers < 2:
-        return 0, 0
+        return StreamedLayers(0, 0)
     layer_bytes = 0
     for name in plan.sources:
         if name.startswith("layers.0."):
@@ -635,4 +653,5 @@ def streamed_layers(
     embedding_bytes = config.vocabulary * config.dim * dtype.itemsize
     excess = config.num_layers * layer_bytes + embedding_bytes + WORKING - free_bytes  # bytes that do not fit
     num_streamed = max(math.ceil(excess / layer_bytes), 0)
-    return min(num_streamed, config.num_layers - 1), layer_bytes  # one layer must be on the device to run
+    max_streamed = config.num_layers - 1  # one layer must be on the device to run
+    return StreamedLayers(min(num_streamed, max_streamed), layer_bytes)

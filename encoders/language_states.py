@@ -19,16 +19,17 @@ def language_states(
     position_ids: Tensor | None = None,
     layer_additions: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Run the layers and return hidden states, concatenated along channels: B L nC.
+    """Run a language model and return n of its hidden states, concatenated along channels: B L nC.
 
-    States of padding are computed from the real tokens before them, as in the released pipelines.
+    Forward hooks collect all states but the last one, which is the network's output. Padding tokens attend
+    to the real tokens before them, as in the released pipelines.
 
     Args:
-        network: The language model.
+        network: The language model, loaded with its layers up to the last of `states`.
         embeddings: Embeddings of the tokens, B L C.
         mask: 1 for real tokens, B L.
-        states: Indices of the states to return, ascending, with which the network was loaded: the number of
-            layers before the state, or -1 for the last state after the final norm; () for all.
+        states: Indices of the states to return, ascending: n is the state after n layers, and -1 the last
+            one after the final norm; () for all.
         position_ids: Time, row and column of each token, 3 B L on the CPU; None for 0, 1, 2, ...
         layer_additions: Image features, each B L C. The n-th is added to the output of the n-th layer, after
             the state of that layer was collected (DeepStack).
@@ -38,16 +39,17 @@ def language_states(
     if position_ids is None:
         position_ids = torch.arange(embeddings.shape[1])[None]
     masks = _make_attention_masks(network.config, embeddings, mask)
-    # state 0 is the embeddings, state n the output of layer n, and the last one is the network's output
-    collected = [embeddings] if states[0] == 0 and len(states) > 1 else []
+    collected: list[Tensor] = []
     hooks = []
-    for state in states[len(collected) : -1]:  # the last state is the output below
-        append_state = functools.partial(_append_output, collected)
-        hooks.append(layers[state - 1].register_forward_hook(append_state))
-    # the last state is collected before image features are added to it, unless it is the network's output
-    changed_layers = layers if states[-1] == -1 else layers[:-1]
-    # strict=False: only the first layers have an addition
-    for layer, addition in zip(changed_layers, layer_additions, strict=False):
+    for state in states[:-1]:
+        if state == 0:
+            collected.append(embeddings)
+        else:
+            append_state = functools.partial(_append_output, collected)
+            hooks.append(layers[state - 1].register_forward_hook(append_state))
+    # the state of a layer is its output before the addition; only -1 includes that of the last layer
+    layers_with_addition = layers if states[-1] == -1 else layers[:-1]
+    for layer, addition in zip(layers_with_addition, layer_additions, strict=False):
         hooks.append(layer.register_forward_hook(functools.partial(_add_to_output, addition)))
     try:
         output = network(

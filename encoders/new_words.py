@@ -181,13 +181,13 @@ class GrowingEmbedding(nn.Embedding):
     """A frozen table of token embeddings with V additional rows, which are stored separately."""
 
     def __init__(self, table: nn.Embedding, count: int) -> None:
-        """Wrap the table's weight. The additional rows are zero until `rows` is set."""
+        """Wrap the table's weight. The additional rows are zero until `get_new_vectors` is set."""
         super().__init__(table.num_embeddings, table.embedding_dim, _weight=table.weight)
         self.known = table.num_embeddings  # rows of the original table
         self.num_embeddings = self.known + count
         self.count = count
         self.scale: Tensor | None = getattr(table, "embed_scale", None)  # Gemma multiplies embeddings by it
-        self.rows: Callable[[], Tensor] = self._make_zeros  # returns the additional rows, V C
+        self.get_new_vectors: Callable[[], Tensor] = self._make_zeros  # returns the additional rows, V C
 
     def _make_zeros(self) -> Tensor:
         return self.weight.new_zeros(self.count, self.embedding_dim)
@@ -197,7 +197,7 @@ class GrowingEmbedding(nn.Embedding):
         new_ids = ids - self.known  # indices into the additional rows; negative for known tokens
         is_new = new_ids >= 0
         old = super().forward(ids.masked_fill(is_new, 0))
-        new = F.embedding(new_ids.clamp(min=0), self.rows().to(old))
+        new = F.embedding(new_ids.clamp(min=0), self.get_new_vectors().to(old))
         embedded = torch.where(is_new[..., None], new, old)
         return embedded if self.scale is None else embedded * self.scale.to(embedded)
 
@@ -223,14 +223,14 @@ def grow_table(network: nn.Module, embedding: str, words: Sequence[EncoderWord])
         width = expected_width if word.vectors is None else word.vectors.shape[1]
         if width != expected_width:
             raise CheckpointError(
-                f"{word.option} {word.source}: the vectors of {word.word.text} have {width} numbers, this "
-                f"text encoder takes {expected_width}. Give a file that was made for this model.",
+                f"{word.option} {word.source}: the vectors of {word.word.text} have width {width}, but this "
+                f"text encoder takes width {expected_width}. Give a file that was made for this model.",
                 word.source,
             )
     grown = GrowingEmbedding(token_embeddings, sum(word.word.count for word in words))
     vectors = [word.vectors for word in words if word.vectors is not None]
     if vectors:  # otherwise `encoders.inversion` sets the rows
-        grown.rows = partial(torch.cat, vectors)
+        grown.get_new_vectors = partial(torch.cat, vectors)
     setattr(parent, child_name, grown)
     return name_ids([word.word for word in words], grown.known)
 

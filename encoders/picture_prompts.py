@@ -71,9 +71,7 @@ class ImagePromptFormat:
     min_pixels: int = 3136  # minimum number of pixels; smaller images are enlarged
     max_pixels: int = 12845056  # maximum number of pixels; larger images are shrunk
     between: str = ""  # text between two images
-    loads_tower_at_once: bool = (
-        True  # load the tower together with the encoder; False: once a prompt has images
-    )
+    loads_tower_at_once: bool = True  # load the tower with the encoder; False: once a prompt has images
 
     def select(self, pictures: Sequence[Shown]) -> Sequence[Shown]:
         """Return the first `max_images` images."""

@@ -275,18 +275,21 @@ class ModelOfImages(OneTransformer):
         Raises:
             OptionError: If the model takes reference images, but those of the request cannot be used.
         """
-        rules = self.references  # None: the model takes no reference images
-        is_usable = {**NO_MEDIA, "control_images": rules is not None}  # by field of the request
-        request = keep_usable_media(request, is_usable, f"{model_name} does not take it")
-        if rules is not None and rules.edits and not request.control_images:
+        rules = self.references
+        accepts_references = rules is not None
+        usable_by_field = {**NO_MEDIA, "control_images": accepts_references}
+        request = keep_usable_media(request, usable_by_field, f"{model_name} does not take it")
+        if rules is None:
+            return request
+        if request.control_images:
+            _check_references(request.control_images, rules, model_name)
+        elif rules.edits:
             logger.warning(
-                "%s edits pictures, and %r names none (--control_image_path, --ci in a prompt line): it is "
-                "made from the text alone",
+                "%s edits pictures, but %r has none to edit (--control_image_path, --ci in a prompt line): "
+                "the picture is made from the text alone",
                 model_name,
                 shorten(request.prompt, 60),
             )
-        if rules is not None and request.control_images:
-            _check_references(request.control_images, rules, model_name)
         return request
 
     def needs_media(self, prepared: Prepared) -> bool:

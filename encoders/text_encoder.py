@@ -138,9 +138,7 @@ class TokenizerSource:
     begin: str = ""  # begin token, which is added if the tokenizer does not add it
     end: str = ""  # end token that the encoder was trained with; a tokenizer.json without it causes a warning
     adds_own: bool = True  # whether the special tokens of a tokenizer.json are added
-    may_be_inside: bool = (
-        False  # whether the checkpoint may contain a SentencePiece model or a tokenizer.json
-    )
+    may_be_inside: bool = False  # whether the checkpoint may contain the tokenizer's file as a tensor
     read_file: Callable[[TokenizerFiles, Path], Tokenizer] = TokenizerFiles.read
 
     def find(self, path: Path | None, checkpoint_path: Path) -> tuple[Path | None, bool]:
@@ -191,8 +189,8 @@ class TokenizerSource:
             file = self.files.download(checkpoint_path, may_download)
         logger.info("tokenizer of %s: %s", what, file)
         if file.suffix == ".json":
-            return self._use_json(self.read_file(self.files, file), file)
-        return self._read_pieces(self.files.read_bytes(file), file)
+            return self._from_tokenizer_json(self.read_file(self.files, file), file)
+        return self._from_sentencepiece(self.files.read_bytes(file), file)
 
     def _load_inside(self, checkpoint_path: Path) -> TextTokenizer:
         """Load the tokenizer that a checkpoint contains as a tensor of bytes."""
@@ -204,13 +202,13 @@ class TokenizerSource:
                 raise self.files.unreadable(checkpoint_path, error)
             model = checkpoint.read(name).view(torch.uint8).numpy().tobytes()
         if name.endswith(TOKENIZER_JSON):
-            return self._use_json(self.files.read(checkpoint_path, model), checkpoint_path)
-        return self._read_pieces(model, checkpoint_path)
+            return self._from_tokenizer_json(self.files.read(checkpoint_path, model), checkpoint_path)
+        return self._from_sentencepiece(model, checkpoint_path)
 
-    def _use_json(self, tokenizer: Tokenizer, file: Path) -> TextTokenizer:
+    def _from_tokenizer_json(self, tokenizer: Tokenizer, file: Path) -> TextTokenizer:
         """Return the tokenizer of a tokenizer.json, with a begin token if one is configured."""
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
-        with self.files.explain(file):
+        with self.files.convert_errors(file):
             # the ids of an empty text are those that the tokenizer itself adds
             empty: list[int] = tokenizer.encode("").ids
             tokenizer.encode("a b")  # a tokenizer that fails for every text raises its error here
@@ -223,7 +221,7 @@ class TokenizerSource:
             )
 
         def read(text: str) -> Tokens:
-            with self.files.explain(file):
+            with self.files.convert_errors(file):
                 encoded = tokenizer.encode(text, add_special_tokens=self.adds_own)
             # char_spans: the characters that each token stands for; None for special tokens
             char_spans: list[CharSpan] = [None] * len(added_begin)
@@ -233,7 +231,7 @@ class TokenizerSource:
 
         return TextTokenizer(read, tokenizer.token_to_id, file)
 
-    def _read_pieces(self, model: bytes, origin: Path) -> TextTokenizer:
+    def _from_sentencepiece(self, model: bytes, origin: Path) -> TextTokenizer:
         """Build the tokenizer of a SentencePiece model, with begin and end tokens as configured.
 
         `origin` is the file of the model, for messages.
@@ -254,7 +252,7 @@ class TokenizerSource:
             )
 
         def read(text: str) -> Tokens:
-            with self.files.explain(origin):
+            with self.files.convert_errors(origin):
                 ids: list[int] = processor.encode(text)
                 surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
             # the pieces cover the text without gaps; only white space at its start may be dropped
@@ -295,17 +293,17 @@ def fill_rows(
     return ids, mask
 
 
-def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, path: Path, option: str) -> None:
+def check_ids(token_ids: Sequence[Sequence[int]], vocabulary: int, path: Path, option: str) -> None:
     """Raise CheckpointError if a token id has no embedding in the encoder.
 
     Args:
-        rows: Token ids of texts.
-        vocabulary: Number of embeddings.
+        token_ids: Token ids of each text.
+        vocabulary: Number of the encoder's embeddings.
         path: File of the encoder, for the message.
         option: Option of the tokenizer, for the message.
     """
     # 0 if there are no texts or all are empty
-    largest = max((max(row, default=0) for row in rows), default=0)
+    largest = max((max(ids, default=0) for ids in token_ids), default=0)
     if largest >= vocabulary:
         raise CheckpointError(
             f"{path} knows {vocabulary} tokens, but its tokenizer has more (token {largest}). "
@@ -353,9 +351,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     what: str = "the text encoder"  # name in the log
     source: TokenizerSource
     maximum: int  # longest prompt in tokens, not counting dropped template tokens
-    weighted_states_key: str = (
-        ""  # key of the states that prompt weights multiply; "": weights are not supported
-    )
+    weighted_states_key: str = ""  # key of the states that prompt weights multiply; "": no weights
     pads_left: bool = False  # padding is on the left, up to `maximum`
     logs_truncation: ClassVar[bool] = False  # whether each prompt that is too long is logged
     embedding: str = "embed_tokens.weight"  # name of the token embeddings in the network

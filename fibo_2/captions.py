@@ -156,7 +156,7 @@ def write_edit(text: str) -> WrittenCaption:
 
 
 def has_drawn_texts(text: str) -> bool:
-    """Return whether a caption lists texts, drawings of which the release's pipeline shows to the encoder."""
+    """Return whether a caption lists texts in the image, which the release draws for the encoder."""
     caption = read_caption(text) or {}
     inner = caption.get(CAPTION, caption)
     entries = inner.get(TEXTS) if isinstance(inner, dict) else None

@@ -159,7 +159,7 @@ class Fibo2(pictures.ModelOfImages):
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            # the negative attention text gets the network's argument names too
+            # the NAG text gets the network's argument names too
             overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=pictures.references_in(cond, noisy.device),
         )
@@ -168,19 +168,17 @@ class Fibo2(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; only the positive prompt is encoded together with images to edit.
+        """Resolve a request: size, noise levels and prompts; only the positive prompt shows images to edit.
 
-        The size determines the noise levels. Without a size, the result has the trained size that fits the
-        first image's shape. Without a negative prompt, the null caption is used. Raises OptionError for a
-        prompt with invalid JSON.
+        The size determines the noise levels. Without a size, the result has the trained size nearest to the
+        first image's aspect ratio. Without a negative prompt, the null caption is used. Raises OptionError
+        for a prompt with invalid JSON.
         """
         request = self._select_size(self.keep_media(request, self.called))
         edited = request.control_images
-        # called only to reject invalid JSON before anything is computed; the result is not used
-        if edited:
-            write_edit(request.prompt)
-        else:
-            write_caption(request.prompt)
+        # reject invalid JSON before anything is computed
+        check_prompt = write_edit if edited else write_caption
+        check_prompt(request.prompt)
         width, height, _ = size_of(request, self.defaults)
         width, height = full_patches(width, height, LATENT)
         tokens = count_latents(LATENT.shape(1, height, width))
@@ -188,10 +186,10 @@ class Fibo2(pictures.ModelOfImages):
         prepared = self.resolve_image(request, shift, NULL)
         if edited and self.files.text_encoder is not None:
             self.files.check_tower()
-        texts = prepared.prompts[0]
-        positive = self._show_images(texts.positive, prepared)
-        negative = replace(texts.negative or Prompt(NULL), is_negative=True)
-        return replace(prepared, prompts={0: replace(texts, positive=positive, negative=negative)})
+        prompts = prepared.prompts[0]
+        positive = self._show_images(prompts.positive, prepared)
+        negative = replace(prompts.negative or Prompt(NULL), is_negative=True)
+        return replace(prepared, prompts={0: replace(prompts, positive=positive, negative=negative)})
 
     def _select_size(self, request: Request) -> Request:
         """Return the request with a size; by default, the trained size that fits the first image."""

@@ -78,7 +78,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Fibo2Config]:
 def _read_config(shapes: DitShapes) -> Fibo2Config:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     dim, channels = shapes.shape_of("x_embedder.weight")
-    (width,) = shapes.shape_of("layers.0.attention.norm_q.weight", axes=1)
+    (head_dim,) = shapes.shape_of("layers.0.attention.norm_q.weight", axes=1)
     hidden, freq_dim = shapes.shape_of("t_embedder.mlp.0.weight")
     max_gist, gist_dim = shapes.shape_of(IDENTIFYING_TENSOR)
     text_dim = shapes.shape_of("perceiver.layers.0.cross_attention.to_k.weight")[1]
@@ -86,8 +86,8 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
     injections = tuple(sorted(int(match[1]) for match in blocks))
     # sizes that heads, rotary pairs and text layers require
     fits = (
-        dim % width == 0
-        and width % 16 == 0
+        dim % head_dim == 0
+        and head_dim % 16 == 0
         and gist_dim == dim
         and max_gist % 8 == 0
         and text_dim % STATES_OF_BUNDLE == 0
@@ -96,15 +96,15 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
     )
     if not fits:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, heads of {width}, {max_gist} gist tokens and {len(injections)} "
-            f"blocks that read the text are not those of {MODEL_KIND}. Copy the file again.",
+            f"{shapes.path}: width {dim}, heads of {head_dim}, {max_gist} gist tokens and {len(injections)} "
+            f"blocks that read the text do not fit {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     return Fibo2Config(
         dim=dim,
         ffn_dim=shapes.shape_of("layers.0.feed_forward.w1.weight")[0],
-        num_heads=dim // width,
-        num_kv_heads=dim // width,
+        num_heads=dim // head_dim,
+        num_kv_heads=dim // head_dim,
         num_layers=shapes.count_blocks("layers"),
         noise_refiner_layers=shapes.count_blocks("noise_refiner"),
         context_refiner_layers=0,

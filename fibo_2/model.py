@@ -321,8 +321,8 @@ class Fibo2Model(BlockNetwork):
             timesteps: B, 0..1000.
             text: States of the language model, B T n W.
             text_mask: B T, true or 1 for real tokens, which come first.
-            overrides: Changes to this call; their second text has arguments named text and text_mask, and its
-                gist follows that of the first text.
+            overrides: Changes to this call. A text for normalized attention guidance (NAG) has arguments
+                named text and text_mask too; its gist follows that of the prompt.
             references: Clean latents of images to edit, each B Z 1 h w of its own size.
 
         Raises:
@@ -336,7 +336,7 @@ class Fibo2Model(BlockNetwork):
         image = run_in_weight_dtype(self.x_embedder, torch.cat(patches, dim=1)).to(dtype)
         texts = [
             _read_states(arguments)
-            for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask)
+            for arguments in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask)
         ]
         gists = [self._make_gist(text_states, image.shape[1], dtype) for text_states in texts]
         tokens = Fibo2Tokens(
@@ -350,12 +350,17 @@ class Fibo2Model(BlockNetwork):
             modulation_split=math.prod(grids[0]),
         )
         image = self._refine(image, tokens)
-        if overrides.steer is not None:  # there is a second text, for negative attention
+        if overrides.combine_attention is not None:  # there is a NAG text
             second = gists[1]
             num_gist = second.tokens.shape[1]
             tokens = replace(
                 tokens,
-                second_text=SecondText(image.shape[1], num_gist, second.lengths, overrides.steer),
+                second_text=SecondText(
+                    num_image_tokens=image.shape[1],
+                    num_text_tokens=num_gist,
+                    lengths=second.lengths,
+                    combine_attention=overrides.combine_attention,
+                ),
                 second_rotary=self._make_table(Fibo2Layout(grids, num_gist), device=image.device),
             )
         return Hidden(torch.cat([image, *(gist.tokens for gist in gists)], dim=1), tokens)

@@ -25,7 +25,7 @@ GRAY = 128  # pixel value of the part to repaint, and the threshold of the mask
 PRECISION = 9  # digits of the share that is cropped
 
 
-def trained_size(size: Size) -> Size:
+def nearest_trained_size(size: Size) -> Size:
     """Return the trained size, width and height, to which an image of this aspect ratio is cropped least.
 
     Of several sizes, it is the one nearest to a megapixel, then the widest.
@@ -68,11 +68,13 @@ def read_edited(path: Path, size: Size | None) -> Tensor:
     Raises MediaError if it cannot be read.
     """
     frame = read_image(path)
-    return torch.from_numpy(crop_cover(frame, size or trained_size((frame.shape[1], frame.shape[0]))).copy())
+    return torch.from_numpy(
+        crop_cover(frame, size or nearest_trained_size((frame.shape[1], frame.shape[0]))).copy()
+    )
 
 
-def read_shown(path: Path, size: Size | None) -> Tensor:
-    """Read an image to edit as the text encoder sees it, H W 3 uint8: cropped to `size`, then reduced.
+def read_encoder_image(path: Path, size: Size | None) -> Tensor:
+    """Read an image to edit as the text encoder sees it, H W 3 uint8: cropped to `size`, then downscaled.
 
     Raises MediaError if it cannot be read.
     """
@@ -100,4 +102,4 @@ def read_masked(path: Path, mask: Path, size: Size) -> Tensor:
 
 def find_size(path: Path) -> Size:
     """Return the size of an edit's result, from the first image; raise MediaError if it cannot be read."""
-    return trained_size(image_size(path))
+    return nearest_trained_size(image_size(path))

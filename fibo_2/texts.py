@@ -25,7 +25,7 @@ from fibo_2.captions import (
     write_json,
 )
 from fibo_2.configs import STATES
-from fibo_2.references import read_shown, shrink
+from fibo_2.references import read_encoder_image, shrink
 from krea2.files import BESIDE
 from modules.control_codes import shorten
 from modules.text_files import looks_like_object
@@ -56,7 +56,7 @@ ENCODER_SETTINGS = LanguageEncoderSettings(
     pictures=ImagePromptFormat(
         _SEEN.format(name="_{number}"),
         alone=_SEEN.format(name=""),
-        read=read_shown,
+        read=read_encoder_image,
         show=shrink,
         min_pixels=3136,
         max_pixels=1_605_632,  # limits of this release, which differ from those of Qwen3-VL

@@ -203,7 +203,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
     # reject ControlNets of other kinds
     if hint is not None:
         raise CheckpointError(
-            f"{CONTROL_NET} {path} sees pixels ({hint}), as those of XLabs do; caches hold latents of "
+            f"{CONTROL_NET} {path} sees pixels ({hint}), as those of XLabs do; caches contain latents of "
             f"control pictures.\n  Give one that sees latents: {FITTING_FILES}.",
             path,
         )
@@ -228,7 +228,7 @@ def _check_dimensions(path: Path, tensors: Mapping[str, TensorInfo], config: Flu
     # dimension -> its size in the ControlNet and in the transformer
     sizes = {
         "width": (tensors[CONTROL_EMBEDDER].shape[0], config.dim),
-        "numbers of a token": (tensors[CONTROL_EMBEDDER].shape[1], config.token_dim),
+        "token width": (tensors[CONTROL_EMBEDDER].shape[1], config.token_dim),
         "text": (count_inputs("context_embedder.weight"), config.text_dim),
         "pooled text": (count_inputs("time_text_embed.text_embedder.linear_1.weight"), config.pooled_dim),
     }
@@ -294,7 +294,7 @@ def _read_or_infer_settings(path: Path, checkpoint: Checkpoint, config: FluxConf
     transformer_head = config.dim // config.num_heads
     if head_width != transformer_head:
         raise CheckpointError(
-            f"{CONTROL_NET} {path}: heads of {head_width} numbers, those of the transformer have "
+            f"{CONTROL_NET} {path}: its heads have width {head_width}, those of the transformer "
             f"{transformer_head}. Give the folder with its config.json",
             path,
         )

@@ -94,7 +94,7 @@ def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFile
         make=partial(make_control_net, options),
         check=partial(_check_can_train, options, files),
         generate=_make_generation_command,
-        default_rate=DefaultRate(5e-7, "1e-5", 5e-4),  # the lowest, a typical and the highest one
+        default_rate=DefaultRate(5e-7, "1e-5", 5e-4),  # lowest, typical, highest
         write=_write_control_net,
         start_option=CONTROL_NET.removeprefix("--"),
     )
@@ -167,8 +167,8 @@ def _check_can_train(options: FluxControlNetTrainingOptions, files: FluxFiles) -
     config = files.dit_header().config
     if config.kind == CHROMA:
         raise OptionError(
-            f"{files.dit_path} is Chroma, and ControlNets of FLUX.1 take its embeddings of time and pooled "
-            "text, which Chroma does not have. Give FLUX.1 dev or schnell"
+            f"{files.dit_path} is Chroma, which lacks the embeddings of time and pooled text that "
+            "ControlNets of FLUX.1 use. Give FLUX.1 dev or schnell"
         )
     if options.controlnet is None:
         _check_can_copy_blocks(options, files)
@@ -211,8 +211,7 @@ def _check_options_fit_file(
     for name, (number, stored) in typed.items():
         if number is not None and number != stored:
             raise OptionError(
-                f"--{name} is {number}, {controlnet} has {stored}, with which it is trained on. "
-                "Leave the option out"
+                f"--{name} is {number}, but {controlnet} has {stored}, which stays so. Leave the option out"
             )
 
 

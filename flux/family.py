@@ -168,19 +168,19 @@ class Flux(ModelOfImages):
         """Raise DatasetError if a table has clips, or control images without a ControlNet."""
         if self.custom_network is not None:
             table = control_pictures.check_controls(table, self.custom_network.label)
-        sees_controls = self.controlnet is not None or self.stores_controls
-        if table.has_control and not sees_controls and self.references is None:
+        with_control = self.controlnet is not None or self.stores_controls
+        if table.has_control and not with_control and self.references is None:
             raise DatasetError(
-                f"{table.name}: the table has control images, and no ControlNet sees them. Give "
+                f"{table.name}: the table has control images, but no ControlNet uses them. Give "
                 f"{CONTROL_NET} (to cache for flux_train_control_net.py: --control_pictures), or remove them."
             )
         if self.controlnet is not None and not table.has_control:
             raise DatasetError(
-                f"{table.name}: {CONTROL_NET}, and no control pictures that the ControlNet could see. Give "
+                f"{table.name}: {CONTROL_NET} needs control pictures. Give "
                 f"control_directory, or leave out {CONTROL_NET}."
             )
         # the check for every family rejects control images, which are allowed here
-        if sees_controls:
+        if with_control:
             table = replace(table, has_control=False)
         super().check_table(table)
 
@@ -190,12 +190,12 @@ class Flux(ModelOfImages):
         For a ControlNet, an entry also has `latents_control`, the latents of the control image.
         """
         entries = super().encode_media(encoders, media)
-        sees_controls = self.controlnet is not None or self.custom_network is not None or self.stores_controls
-        if not sees_controls or not media.control:
+        with_control = self.controlnet is not None or self.custom_network is not None or self.stores_controls
+        if not with_control or not media.control:
             return entries
         if len(media.control) > 1:
             raise DatasetError(
-                f"{media.table.name}: {len(media.control)} control pictures for one, a ControlNet sees one"
+                f"{media.table.name}: {len(media.control)} control pictures each, but a ControlNet uses one"
             )
         # encode the control images as if they were the targets, without their alpha
         control = replace(media, frames=media.control[0][..., :3], control=())
@@ -237,10 +237,10 @@ class Flux(ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return what the transformer is given in training: text states, guidance (B) and control latents.
+        """Return the conditions of a training batch: text states, guidance (B) and control latents.
 
-        Raises CacheError if a cached tensor is missing or does not fit the transformer, or if T5 read the
-        captions with other settings than this training has.
+        Raises CacheError if a cached tensor is missing or does not fit the transformer, or if T5 encoded
+        the captions with different settings.
         """
         control = self._read_control(latents, batch)
         batch.check(dict.fromkeys(sorted(self.text_keys), TEXTS_AGAIN), "the transformer")
@@ -336,15 +336,17 @@ class Flux(ModelOfImages):
 
     # generation
 
-    def keep_media(self, request: requests.Request, who: str) -> requests.Request:
+    def keep_media(self, request: requests.Request, model_name: str) -> requests.Request:
         """Return the request without unused media; a ControlNet in training uses the control image."""
-        sees = self.custom_network is not None
-        return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
+        is_controlled = self.custom_network is not None
+        return control_pictures.keep_control(
+            request, super().keep_media, model_name, takes_control=is_controlled
+        )
 
     def needs_media(self, prepared: requests.Prepared) -> bool:
         """Return whether there is a control image, or denoising starts from an image."""
-        sees = prepared.request.control_path is not None or self._control_image is not None
-        return sees or super().needs_media(prepared)
+        takes_control = prepared.request.control_path is not None or self._control_image is not None
+        return takes_control or super().needs_media(prepared)
 
     def request_conditions(
         self, encoders: MediaEncoders, prepared: requests.Prepared

@@ -95,8 +95,8 @@ def _read_config(shapes: DitShapes) -> FluxConfig:
     (head_width,) = shapes.shape_of("double_blocks.0.img_attn.norm.query_norm.scale", axes=1)
     if dim % head_width or head_width % HEAD_MULTIPLE or token_dim % PATCH**2:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, heads of {head_width} and tokens of {token_dim} numbers are not "
-            "those of a FLUX.1 transformer. Copy the file again.",
+            f"{shapes.path}: width {dim}, heads of {head_width} and tokens of width {token_dim} do not "
+            "fit a FLUX.1 transformer. Copy the file again.",
             shapes.path,
         )
     sizes: dict[str, Any] = {
@@ -261,7 +261,7 @@ class FluxFiles(AutoencoderFiles):
                 width=read_once(path, clip.read_width),
                 dit_path=self.dit,
                 dit_width=pooled_dim,
-                give=clip.release,
+                fits=clip.release,
             )
         if self.t5xxl is not None or needed:
             path = T5TextEncoder(self.t5xxl_path).path
@@ -271,7 +271,7 @@ class FluxFiles(AutoencoderFiles):
                 width=read_once(path, t5.read_width),
                 dit_path=self.dit,
                 dit_width=text_dim,
-                give=t5.kind.release,
+                fits=t5.kind.release,
             )
         if self.clip_l_tokenizer is not None:
             clip.tokenizer.check_option_value(self.clip_l_tokenizer)

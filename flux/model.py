@@ -74,11 +74,11 @@ class FluxFinalLayer(HunyuanFinalLayer):
         if config.approximator is not None:
             self.adaLN_modulation = make_modulation(config, "final")
 
-    def rows(self, vector: Tensor) -> tuple[Tensor, ...]:
+    def modulation(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Return shift and scale, each B 1 C float32."""
         if isinstance(self.adaLN_modulation, ModulationRows):
             return self.adaLN_modulation(vector)
-        return super().rows(vector)
+        return super().modulation(vector)
 
 
 class FluxModel(BlockNetwork):
@@ -150,20 +150,20 @@ class FluxModel(BlockNetwork):
     ) -> Hidden:
         """Return image and text tokens, B L+T C, and the other inputs of the blocks.
 
-        References come after the image; a second text, for negative attention, after the first one.
+        References follow the image; the text of normalized attention guidance (NAG) follows the prompt.
 
         Args:
             noisy: B Z 1 H W, H and W even.
             timesteps: B, 0..1000.
             t5: States of T5, B T text_dim.
-            t5_mask: B T, 1 for real tokens, which come first; None if all count. Chroma keeps one token of
-                padding more.
+            t5_mask: B T, 1 for real tokens, which come first; None if all are real. Chroma also keeps one
+                padding token.
             pooled: State of CLIP-L, B pooled_dim; None for Chroma.
             guidance: B, not scaled; None is 0. Ignored by a model without guidance.
-            overrides: Changes to this call; their second text has arguments named t5, t5_mask and pooled.
+            overrides: Changes to this call. A NAG text has arguments named t5, t5_mask and pooled too.
             references: Clean latents of images to edit (Kontext), each B Z 1 h w of its own size.
             control: Latents of a control image for the ControlNet, of the size of `noisy`.
-            control_strength: Factor of what the ControlNet adds.
+            control_strength: Factor of the ControlNet's residuals.
 
         Raises:
             ValueError: If sizes do not match.
@@ -172,27 +172,27 @@ class FluxModel(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         latents = (noisy, *references)
         images = [run_in_weight_dtype(self.img_in, pack(image)).to(dtype) for image in latents]
-        # the index of the image or reference is its position on the first axis of the rotary embedding
+        # rotary positions: the first axis numbers the image and its references
         grids = [TokenGrid(grid_of(image), first_position=index) for index, image in enumerate(latents)]
         rotary = self._rotary.get_table(tuple(grids), noisy.device)
         scale = torch.zeros_like(timesteps) if guidance is None else guidance
-        # Chroma computes the modulation of all blocks at once; other models compute it from a vector below
+        # Chroma computes the modulation of all blocks here; other models compute a vector for each text below
         chroma_modulation = None
         if self.config.approximator is not None:
             chroma_modulation = self._compute_chroma_modulation(timesteps, scale)
-        takes_guidance = self.config.has_guidance and overrides.embedded_guidance
+        uses_guidance = self.config.has_guidance and overrides.embedded_guidance
         texts = []
-        for prompt in overrides.texts(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled):
-            text, lengths = self._embed_text(prompt["t5"], prompt["t5_mask"], len(rotary), dtype)
+        for inputs in overrides.text_inputs(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled):
+            text, lengths = self._embed_text(inputs["t5"], inputs["t5_mask"], len(rotary), dtype)
             vector = chroma_modulation
             if vector is None:
-                embedded = self._embed_vector(timesteps, prompt["pooled"], scale if takes_guidance else None)
+                embedded = self._embed_vector(timesteps, inputs["pooled"], scale if uses_guidance else None)
                 vector = apply_silu(embedded, dtype)
             texts.append(EmbeddedText(text, lengths, vector))
         hidden = join_tokens(
             images,
             texts,
-            overrides.steer,
+            overrides.combine_attention,
             grid=grids[0].sizes,
             rotary=rotary,
             dtype=dtype,

@@ -266,11 +266,11 @@ def translate_older_options(args: argparse.Namespace) -> None:
     typed = " ".join(f"--{name} {number}" for name, number in older.items() if number is not None)
     if typed and args.blocks_to_swap is not None:
         raise OptionError(
-            f"{typed} with --blocks_to_swap {args.blocks_to_swap}: they say the same in two ways. Give "
+            f"{typed} with --blocks_to_swap {args.blocks_to_swap}: both mean the same. Give "
             "--blocks_to_swap alone"
         )
     if typed:
-        # a single block is half as large as a double block, by which --blocks_to_swap counts
+        # --blocks_to_swap counts double blocks; a single block is half as large
         blocks = (older["double_blocks_to_swap"] or 0) + (older["single_blocks_to_swap"] or 0) // 2
         logger.info("%s is read as --blocks_to_swap %d.", typed, blocks)
         args.blocks_to_swap = blocks
@@ -278,7 +278,7 @@ def translate_older_options(args: argparse.Namespace) -> None:
 
 
 def caching_options(options: FluxLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     latents = {
         "--ae": options.vae.vae or Placeholder("AE_FILE"),
         CONTROL_NET: options.controlnet,

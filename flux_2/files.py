@@ -35,7 +35,7 @@ DIALECTS: dict[str, tuple[str, Names]] = {
     "official": ("double_stream_modulation_img.lin.weight", ()),
     "diffusers": ("double_stream_modulation_img.linear.weight", tensor_patterns(FLUX_2)),
 }
-HEADS = "double_blocks.0.img_attn.norm.query_norm.scale"
+QUERY_NORM = "double_blocks.0.img_attn.norm.query_norm.scale"
 
 
 def _find_dialect(names: Container[str]) -> str | None:
@@ -68,15 +68,15 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
 def _read_config(shapes: DitShapes) -> Flux2Config:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     dim, channels = shapes.shape_of("img_in.weight")
-    (head_dim,) = shapes.shape_of(HEADS, axes=1)
+    (head_dim,) = shapes.shape_of(QUERY_NORM, axes=1)
     ffn_dim = shapes.shape_of("double_blocks.0.img_mlp.2.weight")[1]
-    # the rotary embedding turns pairs of channels on each axis
+    # rotary embedding: every axis rotates pairs of channels
     has_whole_heads = dim % head_dim == 0 and head_dim % (2 * AXES) == 0
     # the feed-forward is gated: its first layer computes the values and their gates
     if not has_whole_heads or shapes.shape_of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} are not "
-            f"those of {MODEL_LABEL}. Copy the file again.",
+            f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} do not "
+            f"fit {MODEL_LABEL}. Copy the file again.",
             shapes.path,
         )
     return Flux2Config(
@@ -141,14 +141,14 @@ class Flux2Files(LanguageModelFiles):
     def dit_header(self) -> DitHeader[Flux2Config]:
         """Read the transformer file's header; raise OptionError if it belongs to another release."""
         header: DitHeader[Flux2Config] = super().dit_header()
-        takes_guidance = self.version.defaults.embedded_guidance is not None
+        needs_guidance = self.version.defaults.embedded_guidance is not None
         other_version = None  # the first version with the file's width, if the width is not the expected one
         if header.config.dim != self.version.dim:
             versions = (name for name, version in VERSIONS.items() if version.dim == header.config.dim)
             other_version = next(versions, None)
-        if header.config.has_guidance != takes_guidance or other_version is not None:
-            # with the expected width, the file differs in whether it takes guidance as an input
-            fitting = other_version or ("klein-4b" if takes_guidance else "dev")
+        if header.config.has_guidance != needs_guidance or other_version is not None:
+            # with the expected width, only the guidance input differs
+            fitting = other_version or ("klein-4b" if needs_guidance else "dev")
             raise OptionError(
                 f"--dit {self.dit_path} is {describe(header)} of width {header.config.dim}, not that of "
                 f"--model_version {self.model_version}. Give the version of the file, such as {fitting}, or "

@@ -133,7 +133,7 @@ class Flux2SingleBlock(nn.Module):
         self.num_heads = config.num_heads
         self.widths = (dim, dim, dim, 2 * config.ffn_dim)
         self.pre_norm = Float32LayerNorm(dim, config.eps)
-        self.rows = SharedModulationRows(SINGLE_ROWS)
+        self.modulation = SharedModulationRows(SINGLE_ROWS)
         self.linear1 = nn.Linear(dim, sum(self.widths), bias=False)
         self.norm = PairNorm(config.dim // config.num_heads, config.eps)
         self.linear2 = nn.Linear(dim + config.ffn_dim, dim, bias=False)
@@ -141,7 +141,7 @@ class Flux2SingleBlock(nn.Module):
     def forward(self, x: Tensor, tokens: blocks.HunyuanTokens) -> Tensor:
         """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
-        shift, scale, gate = self.rows(tokens.vector)
+        shift, scale, gate = self.modulation(tokens.vector)
         h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
         # in one split, so that its gradient is written once
         *qkv, hidden = run_in_weight_dtype(self.linear1, h).split(self.widths, dim=-1)
@@ -227,14 +227,14 @@ class Flux2Model(BlockNetwork):
     ) -> Hidden:
         """Embed images and text as tokens, B L+T C; return them with the blocks' other inputs.
 
-        References come after the image; a second text, for negative attention, after the first one.
+        References follow the image; the text of normalized attention guidance (NAG) follows the prompt.
 
         Args:
             noisy: B Z 1 H W.
             timesteps: B, 0..1000.
             text: States of the language model, B T text_dim, including padding.
             guidance: B, not scaled; None leaves it out. Ignored by a model without guidance.
-            overrides: Changes to this call; their second text has an argument named text.
+            overrides: Changes to this call; a NAG text has an argument named text too.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
 
         Raises:
@@ -253,7 +253,7 @@ class Flux2Model(BlockNetwork):
             image_tokens.append(run_in_weight_dtype(self.img_in, pixels).to(dtype))
         vector = self._embed_vector(timesteps, guidance if overrides.embedded_guidance else None)
         texts = []
-        for prompt in overrides.texts(len(noisy), text=text):
+        for prompt in overrides.text_inputs(len(noisy), text=text):
             text_tokens = run_in_weight_dtype(self.txt_in, prompt["text"]).to(dtype)
             texts.append(blocks.EmbeddedText(text_tokens, None, vector))
         grids = [*_locate_images(images), *_locate_texts(texts)]
@@ -262,7 +262,7 @@ class Flux2Model(BlockNetwork):
         return blocks.join_tokens(
             image_tokens,
             texts,
-            overrides.steer,
+            overrides.combine_attention,
             blocks.TokensWithRotatedText,
             grid=(1, *noisy.shape[-2:]),
             dtype=dtype,

@@ -73,7 +73,7 @@ class Flux2GenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     version = {"--model_version": options.model_version}
     latents = {**options.vae.file.command_options(), **version}
     return latents, {**options.text.command_options("TEXT_ENCODER_FILE"), **version}

@@ -161,7 +161,7 @@ class Flux3(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; without a size, the first reference image determines it.
+        """Resolve a request; without a size, the first reference image determines it.
 
         A single reference is put on a canvas of whole tokens, and the result is cropped to its region.
         Raises OptionError for a solver other than Euler's with the distilled model.
@@ -169,17 +169,14 @@ class Flux3(pictures.ModelOfImages):
         if self.is_distilled:
             request = self._drop_guidance_scale(request)
         request = self.keep_media(request, self.called)
-        sides = (request.width, request.height)
-        has_size = None not in sides
+        has_size = None not in (request.width, request.height)
         if not request.control_images or has_size:
             return self.resolve_image(request, SHIFT, "")
         (width, height), region = self._measure_reference(request.control_images)
+        if request.width is not None or request.height is not None:
+            region = None  # the result is not as large as the canvas, so nothing is cropped
         sized = replace(request, width=request.width or width, height=request.height or height)
-        prepared = self.resolve_image(sized, SHIFT, "")
-        if sides == (None, None):
-            return replace(prepared, visible_region=region)
-        # with one side from the user, the result is not as large as the canvas, so nothing is cropped
-        return replace(prepared, visible_region=None)
+        return replace(self.resolve_image(sized, SHIFT, ""), visible_region=region)
 
     def _drop_guidance_scale(self, request: Request) -> Request:
         """Return the request without a guidance scale, which a distilled model does not use.
@@ -189,7 +186,7 @@ class Flux3(pictures.ModelOfImages):
         if request.solver not in (None, "euler"):
             raise OptionError(
                 f"--sample_solver {request.solver} with {self.files.dit_path}: the distilled model predicts "
-                "the mean velocity of each step, which only Euler's method takes as it is. Give "
+                "the mean velocity of each step, which only Euler's method uses unchanged. Give "
                 "--sample_solver vanilla, or leave it out"
             )
         if request.guidance_scale in (None, flux_3_options.GUIDANCE_OF_DISTILLED):
@@ -203,21 +200,21 @@ class Flux3(pictures.ModelOfImages):
 
     def _measure_reference(self, images: Sequence[Path]) -> tuple[Size, Box | None]:
         """Return the first reference's size and its region on the canvas, or None if it fills the canvas."""
-        from flux_3.references import canvas_of, fit_among  # only with reference images
+        from flux_3.references import canvas_of, fit_one_of_several  # only with reference images
 
         step = LATENT.pixel_step
         if len(images) > 1:
-            return fit_among(images[0], step).bucket, None
+            return fit_one_of_several(images[0], step).bucket, None
         canvas = canvas_of(images[0], step)
         fills_canvas = canvas.image == canvas.size
         return canvas.size, None if fills_canvas else Box(*canvas.corner, *canvas.image)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
-        from flux_3.references import read_among, read_on_canvas  # only with reference images
+        from flux_3.references import read_on_canvas, read_one_of_several  # only with reference images
 
         paths = prepared.request.control_images
-        read = read_on_canvas if len(paths) == 1 else read_among
+        read = read_on_canvas if len(paths) == 1 else read_one_of_several
         conditions: dict[str, Tensor | list[Tensor]] = {}
         for number, path in enumerate(paths):
             frames = read(path, LATENT.pixel_step)

@@ -83,15 +83,15 @@ def _read_config(shapes: DitShapes) -> Flux3Config:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     first = f"{JOINT_BLOCKS}.0"
     dim, channels = shapes.shape_of("emb_in.image.weight")
-    (width,) = shapes.shape_of(f"{first}.norm.query_norm.scale", axes=1)
+    (head_dim,) = shapes.shape_of(f"{first}.norm.query_norm.scale", axes=1)
     ffn_dim = shapes.shape_of(f"{first}.mlp_out.weight")[1]
-    # the rotary embedding turns pairs of channels on each axis
-    has_heads = dim % width == 0 and width % (2 * AXES) == 0
+    # rotary embedding: every axis rotates pairs of channels
+    has_heads = dim % head_dim == 0 and head_dim % (2 * AXES) == 0
     # the feed-forward is gated: mlp_in computes the values and their gates
     if not has_heads or shapes.shape_of(f"{first}.mlp_in.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those "
-            f"of {MODEL_LABEL}. Copy the file again.",
+            f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} do not fit "
+            f"{MODEL_LABEL}. Copy the file again.",
             shapes.path,
         )
     # the list of blocks of each modality must have one length
@@ -104,7 +104,7 @@ def _read_config(shapes: DitShapes) -> Flux3Config:
     return Flux3Config(
         dim=dim,
         ffn_dim=ffn_dim,
-        num_heads=dim // width,
+        num_heads=dim // head_dim,
         mode_blocks=counts[MODALITY_BLOCK_LISTS[0]],
         joint_blocks=shapes.count_blocks(JOINT_BLOCKS),
         channels=channels,

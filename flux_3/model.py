@@ -75,7 +75,7 @@ class Flux3Tokens:
         return self.counts
 
     @property
-    def first_image(self) -> int:
+    def first_noisy_token(self) -> int:
         """Return the index of the first token of the noisy latents, whose tokens form `grid`."""
         return 0
 
@@ -96,7 +96,7 @@ class Flux3Tokens:
     def select(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
         """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.
 
-        `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
+        `kept` are the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
         of_image, *others = self.counts
         lengths = None if self.lengths is None else self.lengths.shorten(num_left_out)
@@ -363,26 +363,26 @@ class Flux3Model(BlockNetwork):
     ) -> Hidden:
         """Return the tokens of image, references and text, B L+R+T C, and the other inputs of the blocks.
 
-        A second text, for negative attention, is embedded too, and its tokens come last.
+        A second text, for normalized attention guidance (NAG), is embedded too; its tokens come last.
 
         Args:
             noisy: B Z 1 H W.
             timesteps: B, 0..1000.
             text: States of the language model, B T text_dim, including those of padding to a multiple of 80.
-            text_mask: B T, true or 1 for these states; further ones fill up the batch.
-            next_timesteps: B, where the step ends; required by a distilled model, and by no other.
-            overrides: Changes to this call; their second text has arguments named text and text_mask.
+            text_mask: B T, true or 1 for these states; the others only align the batch.
+            next_timesteps: B, where the step ends; only for a distilled model, which requires it.
+            overrides: Changes to this call; a NAG text has arguments named text and text_mask.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
 
         Raises:
-            ValueError: If sizes do not match, or `next_timesteps` is missing or not taken by the model.
+            ValueError: If sizes do not match, or `next_timesteps` is missing or not supported.
         """
         self._check_inputs((noisy, *references), text, text_mask, next_timesteps)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         images = [self._embed_image(IMAGE, noisy).to(dtype)]
         images += [self._embed_image(REFERENCES, latents).to(dtype) for latents in references]
         texts = []
-        for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask):
+        for arguments in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask):
             texts.append(self._embed_text(arguments, dtype))
         num_images = sum(image.shape[1] for image in images)
         # in the order of the tokens
@@ -407,8 +407,8 @@ class Flux3Model(BlockNetwork):
             text_lengths=texts[0].lengths_after(0),
         )
         if len(texts) > 1:
-            assert overrides.steer is not None  # it comes with a second text
-            tokens = _add_second_text(tokens, texts[1], num_images, overrides.steer)
+            assert overrides.combine_attention is not None  # the second text is the NAG text
+            tokens = _add_second_text(tokens, texts[1], num_images, overrides.combine_attention)
         x = torch.cat([*images, *(embedded.states for embedded in texts)], dim=1)
         return Hidden(x, tokens)
 
@@ -493,8 +493,13 @@ class Flux3Model(BlockNetwork):
 def _add_second_text(
     tokens: Flux3Tokens, text: Flux3Text, num_images: int, combine_attention: CombineAttention
 ) -> Flux3Tokens:
-    """Return the block inputs with a second text, for negative attention, whose tokens come last."""
-    second = SecondText(num_images, text.states.shape[1], text.lengths_after(num_images), combine_attention)
+    """Return the block inputs with the text of normalized attention guidance; its tokens come last."""
+    second = SecondText(
+        num_image_tokens=num_images,
+        num_text_tokens=text.states.shape[1],
+        lengths=text.lengths_after(num_images),
+        combine_attention=combine_attention,
+    )
     return replace(tokens, second_text=second, second_lengths=text.lengths_after(0))
 
 

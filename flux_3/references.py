@@ -18,7 +18,7 @@ from modules.media.reading import image_size, read_image, resize_frame
 
 MAX_PIXELS, MAX_SIDE = 4 * 1024 * 1024, 4096  # limits of a canvas
 MIN_SIDE = 64
-AMONG_SEVERAL = 1024 * 1024  # pixels of each of several references
+AREA_OF_SEVERAL = 1024 * 1024  # pixels of each of several references
 SHRINKING = 0.995  # by which an image is reduced until its canvas fits
 
 
@@ -78,14 +78,14 @@ def read_on_canvas(path: Path, step: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(frame)[None, None])
 
 
-def fit_among(path: Path, step: int) -> Fit:
-    """Return how to reduce and crop one of several references.
+def fit_one_of_several(path: Path, step: int) -> Fit:
+    """Return how to downscale and crop a reference image that is one of several.
 
     Raises MediaError if its size cannot be read.
     """
-    return fit_within(image_size(path), AMONG_SEVERAL, step)
+    return fit_within(image_size(path), AREA_OF_SEVERAL, step)
 
 
-def read_among(path: Path, step: int) -> Tensor:
+def read_one_of_several(path: Path, step: int) -> Tensor:
     """Read one of several reference images, 1 1 H W 3 uint8, at the size for several."""
-    return read_reference(path, AMONG_SEVERAL, step)
+    return read_reference(path, AREA_OF_SEVERAL, step)

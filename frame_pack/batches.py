@@ -94,11 +94,11 @@ def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, in
         )
 
 
-def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
-    """Warn once if caches and samples generate the sections of a video in different orders.
+def warn_of_other_section_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
+    """Warn once if the caches and the run's samples order the sections of a video differently.
 
-    The caches of both orders have the same names. With F1, the neighbor in time comes before the target,
-    otherwise after it. Images have no coarse history, and so no order.
+    Both orders have the same cache keys. F1 generates sections forward in time, so the clean neighboring
+    frame precedes the section; otherwise it follows the section. Images have no sections.
 
     Args:
         batch: Batch from the caches.
@@ -108,12 +108,12 @@ def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
     if one_frame and batch.tensor("latents").shape[2] > 1:
         _warn_of_cached_clips()
         return
-    # without coarse history, the batch is of images
+    # images have no coarse history
     if not {"latents_clean_2x", "clean_latent_indices"} <= batch.tensors.keys():
         return
-    # the last clean index is that of the neighboring frame
-    is_before = batch.tensor("clean_latent_indices")[:, -1] < batch.tensor("latent_indices")[:, 0]
-    if bool((is_before == is_f1).all()):
+    # the last clean frame is the neighbor
+    neighbor_precedes = batch.tensor("clean_latent_indices")[:, -1] < batch.tensor("latent_indices")[:, 0]
+    if bool((neighbor_precedes == is_f1).all()):
         return
     if is_f1:
         _warn_of_caches_without_f1()

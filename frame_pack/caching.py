@@ -63,7 +63,7 @@ def _check_clip_lengths(table: MediaTable) -> None:
     minimum = _count_least_frames(table)
     if table.max_frames is not None and table.max_frames < minimum:
         raise DatasetError(
-            f"{table.name}: max_frames = {table.max_frames} is less than a section takes: {minimum}, 4 x "
+            f"{table.name}: max_frames = {table.max_frames} is less than a section needs: {minimum}, 4 x "
             f"{table.window} (fp_latent_window_size) + 1. Set max_frames = {video_frames(4, table.window)} "
             "for up to 4 sections."
         )
@@ -71,7 +71,7 @@ def _check_clip_lengths(table: MediaTable) -> None:
     if short:
         raise DatasetError(
             f"{table.name}: target_frames = {list(table.target_frames)}, but clips of "
-            f"{', '.join(map(str, short))} frames are too short: a section takes {minimum}, 4 x "
+            f"{', '.join(map(str, short))} frames are too short: a section needs {minimum}, 4 x "
             f"{table.window} (fp_latent_window_size) + 1. Use target_frames of 4 x {table.window} x n + 1, "
             f"such as [{video_frames(4, table.window)}], or frame_extraction = "
             '"full".'
@@ -80,10 +80,10 @@ def _check_clip_lengths(table: MediaTable) -> None:
         used = video_frames(_count_full_sections(table, frames), table.window)
         if used < frames:
             logger.warning(
-                "%s: of clips of %d frames the last %d are left out, because %d make whole sections",
+                "%s: the last %d of %d frames of a clip are not used, because %d make whole sections",
                 table.name,
-                frames,
                 frames - used,
+                frames,
                 used,
             )
 

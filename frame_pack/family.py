@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from checkpoints.opening import fingerprint
 from encoders.files import OneTransformer
 from frame_pack import caching
-from frame_pack.batches import HISTORY, TEXT_KEYS, compare_order, read_conditions
+from frame_pack.batches import HISTORY, TEXT_KEYS, read_conditions, warn_of_other_section_order
 from frame_pack.configs import DIT, FRAMEPACK, FRAMEPACK_F1
 from frame_pack.files import FramePackFiles
 from frame_pack.generating import decode_video, one_frame_section, video_sections
@@ -77,7 +77,7 @@ UNCUT = 16 * 2**20  # frames per tile: more than any clip has, so that clips are
 class FramePack(OneTransformer):
     """Description of FramePack for one run, built by the `family_for_...` functions below.
 
-    FramePack-F1 has the same networks and another order of sections; its files do not show the difference.
+    FramePack-F1 has the same networks, but generates sections in another order; its files do not show this.
     """
 
     files: FramePackFiles
@@ -87,9 +87,8 @@ class FramePack(OneTransformer):
     paddings: tuple[int, ...] = ()  # --latent_paddings
     # images generated from control images, in place of clips: in caches, and in training samples
     one_frame: OneFrame | None = None
-    matches_control_shape: bool = (
-        False  # --one_frame_auto_resize: a single image gets its control image's aspect ratio
-    )
+    # --one_frame_auto_resize: a single image gets its control image's aspect ratio
+    matches_control_shape: bool = False
     rope_threshold: float | None = None  # timestep from which on `rope_factor` is used
     rope_factor: float = 1.0  # factor on positions along rows and columns
     trained_guidance: float = 1.0  # embedded guidance in training
@@ -204,7 +203,7 @@ class FramePack(OneTransformer):
         """Return a batch's conditions: all cached tensors except the target, and guidance (B)."""
         guidance = torch.full((len(latents),), GUIDANCE_UNIT * self.trained_guidance, device=latents.device)
         conditions = read_conditions(batch, self.files.dit_header().config, self.files.dit_path)
-        compare_order(batch, self.is_f1, self.one_frame is not None)
+        warn_of_other_section_order(batch, self.is_f1, self.one_frame is not None)
         return {**conditions, "guidance": guidance}
 
     def predict(

@@ -163,7 +163,7 @@ def read_window_size(paths: Sequence[Path], default: int) -> int:
         text = ""
         if path.suffix == ".safetensors":
             with open_checkpoint(path) as file:
-                # the first name is written by this program, the second by others
+                # the second name is written by other programs
                 text = file.metadata.get("bt_latent_window_size", file.metadata.get("latent_window_size", ""))
         windows[path] = int(text) if re.fullmatch(r"[1-9][0-9]{0,3}", text) else default
     if len(set(windows.values())) > 1:

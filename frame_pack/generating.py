@@ -60,8 +60,8 @@ def video_sections(
     start = _get_tensor(inputs[plan[0].index], "start_latents")
     # the history contains the images given for both ends
     history = order.start_history(start, end)
-    piece = None
-    device = CPU  # that of the denoised sections, to which the video is moved at the end
+    preview_piece = None  # of the previous section
+    device = CPU  # of the denoised sections, to which the video is moved at the end
     for number, section in enumerate(plan):
         section_inputs = inputs[section.index]
         start = _get_tensor(section_inputs, "start_latents")
@@ -72,17 +72,17 @@ def video_sections(
             **order.clean_latents(start, history).by_name(),
         }
         drawn = noise.draw((*start.shape[:2], window, *start.shape[3:]))  # only the target is denoised
-        to_denoise = prompts[section.index].section(drawn, conditions)
+        noisy_section = prompts[section.index].section(drawn, conditions)
         latents = yield replace(
-            to_denoise,
+            noisy_section,
             first_latent_frame=1 + section.index * window,  # after the start image
-            previous_piece=piece,
+            previous_piece=preview_piece,
             label=f"section {number + 1} of {len(plan)}",
             count=len(plan),
         )
         device = latents.device
         history = order.add_to_history(history, latents.to(CPU))
-        piece = _make_preview_piece(order, history, window, number)
+        preview_piece = _make_preview_piece(order, history, window, number)
     first_image = _get_tensor(inputs[0], "start_latents")
     return order.join_video(first_image, history, len(plan) * window).to(device)
 

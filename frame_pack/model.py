@@ -105,7 +105,7 @@ def _make_sample_table(
 ) -> Tensor:
     """Return one sample's rotary table, L 1 D/2 2, for all latents of its window.
 
-    `indices` are the frame indices of each stretch, a run of latents of one resolution.
+    `indices` are the frame indices of each group of latents with one resolution.
     """
     rows = torch.arange(layout.rows) * layout.scale
     columns = torch.arange(layout.columns) * layout.scale
@@ -113,13 +113,13 @@ def _make_sample_table(
     for group, frames in zip(layout.latent_groups, indices, strict=True):
         axes = []
         for positions, width in zip((torch.tensor(frames), rows, columns), widths, strict=True):
-            axes.append(send_ahead(_average_turns(positions, width, theta, group.downsampling), device))
+            axes.append(send_ahead(_average_rotations(positions, width, theta, group.downsampling), device))
         parts.append(spread_over_grid(axes))
     return torch.cat(parts).unsqueeze(1)
 
 
-def _average_turns(positions: Tensor, width: int, theta: float, downsampling: int) -> Tensor:
-    """Average the rotations along one axis over cells: ceil(n / coarseness) x width/2 x 2 float32.
+def _average_rotations(positions: Tensor, width: int, theta: float, downsampling: int) -> Tensor:
+    """Average the rotations along one axis over cells: ceil(n / downsampling) x width/2 x 2 float32.
 
     Cosines and sines are averaged, not positions, as in training, so coarse rotations also shrink vectors.
     The mean over a cell of the grid equals the mean along this axis, because an axis's rotations do not
@@ -136,7 +136,7 @@ class FramePackTokens(HunyuanTokens):
     """Inputs of the blocks; the noisy latents are the last tokens of the video, after clean context."""
 
     @property
-    def first_image(self) -> int:
+    def first_noisy_token(self) -> int:
         """Return the index of the first token of the noisy latents."""
         return self.num_video_tokens - math.prod(self.grid)
 
@@ -215,7 +215,7 @@ class CleanEmbedding(nn.Module):
         self.proj, self.proj_2x, self.proj_4x = patches(1), patches(2), patches(4)
 
     def forward(self, latents: Tensor, downsampling: int) -> Tensor:
-        """Embed latents, B in_dim F H W, as tokens, B l C; `times` (1, 2 or 4) is the coarseness.
+        """Embed latents, B in_dim F H W, as tokens, B l C; `downsampling` is 1, 2 or 4.
 
         Incomplete patches are padded with the border's values.
         """
@@ -321,7 +321,7 @@ class FramePackModel(BlockNetwork):
             clean_latents_4x: Finished latents to embed at quarter resolution.
             clean_latent_4x_indices: Their indices, B n.
             position_scale: Factor for positions along rows and columns.
-            overrides: Changes to this call; their second text has arguments named llama, llama_mask and
+            overrides: Changes to this call; a NAG text has arguments named llama, llama_mask and
                 clip_l.
 
         Raises:
@@ -348,7 +348,7 @@ class FramePackModel(BlockNetwork):
         guidance_input = guidance if overrides.embedded_guidance else None
         num_before_text = rotary.shape[-4] + image.shape[1]
         texts = []
-        for prompt in overrides.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
+        for prompt in overrides.text_inputs(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
             longest, counts, lengths = count_real_tokens(prompt["llama_mask"], num_before_text, noisy.device)
             states = prompt["llama"][:, :longest]
             text = self.context_embedder(states, timesteps, counts, dtype=dtype, attention=self.attention)
@@ -358,7 +358,7 @@ class FramePackModel(BlockNetwork):
         return join_tokens(
             video,
             texts,
-            overrides.steer,
+            overrides.combine_attention,
             FramePackTokens,
             grid=grid,
             rotary=rotary,

@@ -20,7 +20,7 @@ FRAMEPACK = FamilyNames(
     "framepack",
     "framepack",
     further=(
-        *(part.foreign_path for part in HUNYUAN_VIDEO.parts),
+        *(part.part_path for part in HUNYUAN_VIDEO.parts),
         *with_endings("clean_x_embedder.", "proj proj_2x proj_4x"),
         *with_endings("image_projection.", "up down"),
     ),

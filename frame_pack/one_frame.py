@@ -20,7 +20,7 @@ def one_frame_indices(settings: OneFrame, controls: int, window: int) -> Indices
 
     Args:
         settings: Typed indices, and which black frames are used.
-        controls: Number of control images; without one, a black frame takes their part.
+        controls: Number of control images; without one, a black frame replaces them.
         window: Number of latent frames of a section, the default index of the image.
     """
     controls = max(controls, 1)

@@ -208,7 +208,7 @@ class FramePackGenerationOptions(Options, title="FramePack"):
 
 
 def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     text = options.text
     latents = options.vae.file.command_options()
     latents["--image_encoder"] = options.image_encoder or Placeholder("IMAGE_ENCODER_FILE")
@@ -235,8 +235,10 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
         # latents, but not the doubled ones of clips
         one_frame |= CLEAN in example.cached and DOUBLED not in example.cached
         controls = example.controls
-        image = next(iter(controls), None) if one_frame else example.picture
-        one_frame_settings = _join_places(example.places, sample.get("cached_with") or {})
+        image = next(iter(controls), None) if one_frame else example.image
+        one_frame_settings = _join_one_frame_settings(
+            example.one_frame_settings, sample.get("cached_with") or {}
+        )
     values = {
         **model_options(options.dit, options.vae, options.text),
         "--image_encoder": options.image_encoder or Placeholder("IMAGE_ENCODER_FILE"),
@@ -253,10 +255,10 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
     return values | {"--f1": options.f1, "--video_seconds": seconds}
 
 
-def _join_places(places: str, cached_with: Mapping[str, Any]) -> str:
+def _join_one_frame_settings(settings: str, cached_with: Mapping[str, Any]) -> str:
     """Return --one_frame_inference for cached items; `cached_with` are the caching script's options."""
     without = [word for word in ("no_2x", "no_4x") if cached_with.get(f"one_frame_{word}")]
-    return ",".join([*filter(None, [places]), *without]) or "default"
+    return ",".join([*filter(None, [settings]), *without]) or "default"
 
 
 def _warn_of_both(f1: bool, one_frame: bool) -> None:

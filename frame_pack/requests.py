@@ -63,7 +63,7 @@ def prepare_request(
         window: Latent frames of a section.
         is_f1: Whether sections are generated in playing order.
         matches_control_shape: Give a single image the aspect ratio of its first control image, else of its
-            start image.
+            start image (--one_frame_auto_resize).
 
     Raises:
         OptionError: For invalid settings.
@@ -88,12 +88,11 @@ def prepare_request(
         request.control_images,
         _read_paths(request.extra, "control_image_mask_path"),
     )
-    # --one_frame_auto_resize
     if matches_control_shape and is_one_frame:
         images = (*settings.controls, *settings.images)
         width, height = _select_bucket(images, width, height, latent.pixel_step)
     elif matches_control_shape:
-        logger.warning("--one_frame_auto_resize is ignored because a video is made")
+        logger.warning("--one_frame_auto_resize is ignored because a video is generated")
     flow_shift = request.flow_shift
     if flow_shift is None:
         *_, rows, columns = latent.shape(1, height, width)
@@ -102,7 +101,9 @@ def prepare_request(
     prepared = requests.resolve_request(
         request, defaults, (width, height, frames), flow_shift, default_negative=""
     )
-    metadata = {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
+    # typed options, except --video_seconds, which is rounded to whole sections
+    metadata = {name: value for name, value in request.extra.items() if name != "video_seconds"}
+    metadata |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
     if not is_one_frame:  # in seconds at 30 frames per second, as in --video_seconds, regardless of --fps
         metadata["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
     prompts = {}
@@ -113,13 +114,8 @@ def prepare_request(
         solver=SOLVER if prepared.solver == "unipc" else prepared.solver,  # the released one is its own unipc
         prompts=prompts,
         family_settings=settings,
-        extra_metadata=_without_typed_seconds(request.extra) | metadata,  # by the names of options
+        extra_metadata=metadata,
     )
-
-
-def _without_typed_seconds(extra: Mapping[str, str]) -> dict[str, str]:
-    """Return the typed settings without --video_seconds, which is rounded to whole sections."""
-    return {name: value for name, value in extra.items() if name != "video_seconds"}
 
 
 def _select_bucket(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
@@ -135,7 +131,7 @@ def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest)
     typed = ",".join(map(str, paddings))
     sections = len(settings.images)
     if paddings and settings.one_frame is not None:
-        logger.warning("--latent_paddings %s is ignored because a single picture is made", typed)
+        logger.warning("--latent_paddings %s is ignored because a single picture is generated", typed)
     elif len(paddings) > sections:
         logger.warning(
             "--latent_paddings %s: only the first %d count, as there are no more sections; that played first "
@@ -148,10 +144,10 @@ def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest)
 
 def _read_prompts(request: requests.Request, sections: int, is_one_frame: bool) -> list[requests.Prompt]:
     """Return the prompt of each section, in playing order, with its text for CLIP if --prompt_2 is given."""
-    texts = _texts_by_section(request.prompt, "--prompt", sections, is_one_frame)
+    texts = _split_by_section(request.prompt, "--prompt", sections, is_one_frame)
     if request.second_prompt is None:
         return [requests.Prompt(text) for text in texts]
-    second = _texts_by_section(request.second_prompt, "--prompt_2", sections, is_one_frame)
+    second = _split_by_section(request.second_prompt, "--prompt_2", sections, is_one_frame)
     return [requests.Prompt(text, second=for_clip) for text, for_clip in zip(texts, second, strict=True)]
 
 
@@ -180,7 +176,9 @@ def _count_sections(
     seconds = request.extra.get("video_seconds")
     if is_one_frame:
         if typed_sections not in (None, "1"):
-            logger.warning("--video_sections %s is ignored because a single picture is made", typed_sections)
+            logger.warning(
+                "--video_sections %s is ignored because a single picture is generated", typed_sections
+            )
         return 1
     if typed_sections is not None or seconds is not None:
         number = None if typed_sections is None else int(typed_sections)
@@ -203,12 +201,14 @@ def _count_sections_of_frames(frames: int, window: int) -> int:
     full_frames = video_frames(max(sections, 1), window)
     if sections == 0:
         raise OptionError(
-            f"{frames} frames are less than a section: the least with --latent_window_size {window} are "
-            f"{full_frames}"
+            f"{frames} frames are less than a section, which has at least {full_frames} with "
+            f"--latent_window_size {window}"
         )
     if frames != full_frames:
         logger.warning(
-            "%d frames are made %d: a video has whole sections behind its first frame", frames, full_frames
+            "%d frames are rounded to %d: a video has whole sections after its first frame",
+            frames,
+            full_frames,
         )
     return sections
 
@@ -221,15 +221,15 @@ def _keep_used_controls(request: requests.Request) -> requests.Request:
     images = request.control_images
     extra = dict(request.extra)
     masks = _read_paths(extra, "control_image_mask_path")
-    named = {"control_image_path": images, "control_image_mask_path": masks}
+    used_options = {"control_image_path": images, "control_image_mask_path": masks}
     # only one-frame inference uses control images
     if "one_frame" not in extra:
-        for name, paths in named.items():
+        for name, paths in used_options.items():
             if paths:
                 logger.warning("--%s is ignored because it is for --one_frame_inference", name)
         extra.pop("control_image_mask_path", None)
         return replace(request, control_images=(), extra=extra)
-    for name, paths in named.items():
+    for name, paths in used_options.items():
         for path in paths:
             _check_image(f"--{name}", path)
     if len(masks) > len(images):
@@ -250,7 +250,7 @@ def _list_images(request: requests.Request, sections: int, is_one_frame: bool) -
     # with a source video and no image, its first frame is the start image
     if typed_paths is None and request.first_image is not None:
         return (request.first_image,) * sections
-    entries = _texts_by_section(
+    entries = _split_by_section(
         require(typed_paths, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_one_frame
     )
     paths = tuple(to_path("--image_path", path) for path in entries)
@@ -259,7 +259,7 @@ def _list_images(request: requests.Request, sections: int, is_one_frame: bool) -
     return paths
 
 
-def _texts_by_section(text: str, option: str, sections: int, is_one_frame: bool) -> tuple[str, ...]:
+def _split_by_section(text: str, option: str, sections: int, is_one_frame: bool) -> tuple[str, ...]:
     """Return the part of a text for each section, in playing order; warn of parts for other sections."""
     entries = parse_section_texts(text, option)
     used: tuple[str, ...] = (entries[0],)
@@ -272,7 +272,11 @@ def _texts_by_section(text: str, option: str, sections: int, is_one_frame: bool)
             unused.setdefault(entry, index)
     for entry, index in unused.items():
         logger.warning(
-            "%s: %r for section %d is ignored: no section takes it, of the %d", option, entry, index, sections
+            "%s: %r for section %d is ignored: none of the %d sections uses it",
+            option,
+            entry,
+            index,
+            sections,
         )
     return used
 

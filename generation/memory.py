@@ -232,7 +232,7 @@ def _with_fewer_weights(
         note = offloaded.describe(0, "").removeprefix("; ")  # "; " separates it from a note before it
         weights = replace(weights, device=weights.device - offloaded.saved, note=note)
     elif device_memory is not None and phase.device > device_memory.usable and is_layered(encoder):
-        waiting = encoder.waiting_bytes(device_memory.usable)
+        waiting = encoder.offloaded_bytes(device_memory.usable)
         if waiting:
             on_device = weights.device - waiting
             weights = replace(weights, device=on_device, host=waiting, note="copied layer by layer")

@@ -236,7 +236,7 @@ def expert_loras(
         _warn_of_missing_experts(loras_by_key, expert_keys)
     loras_by_expert = [_select_loras(expert, loras_by_key) for expert in family.experts]
     # decoding latents runs no transformer
-    if options.latent_path or not any(lora_use.lora.grown for lora_use in chain(*loras_by_expert)):
+    if options.latent_path or not any(lora_use.lora.depth_variants for lora_use in chain(*loras_by_expert)):
         return tuple(map(tuple, loras_by_expert))
     from networks.depth_variants import fit_to_file  # only for models with deeper variants
 

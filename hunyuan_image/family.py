@@ -122,9 +122,9 @@ class HunyuanImage(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields, with adaptive projected guidance for its later steps.
+        """Resolve a request, with adaptive projected guidance (APG) after the first steps.
 
-        An image with quoted text keeps plain guidance for longer.
+        A prompt with quoted text, which the image shows, has more steps with plain guidance.
         """
         prepared = self.resolve_image(request, FLOW_SHIFT)
         options = self.projection
@@ -145,7 +145,7 @@ class HunyuanImage(ModelOfImages):
 
 def family_for_latent_caching(options: HunyuanImageLatentCachingOptions) -> HunyuanImage:
     """Describe the family for hunyuan_image_cache_latents.py, which needs only the VAE."""
-    return HunyuanImage(HunyuanImageFiles().add_rows(options.vae))
+    return HunyuanImage(HunyuanImageFiles().add_vae_options(options.vae))
 
 
 def family_for_text_caching(options: HunyuanImageTextCachingOptions) -> HunyuanImage:
@@ -158,14 +158,14 @@ def family_for_training(options: HunyuanImageTrainingOptions) -> HunyuanImage:
     files = HunyuanImageFiles(dit_option="--pretrained_model_name_or_path").add_dit(
         options.dit, options.dit_dtype
     )
-    files = files.add_rows(options.vae).add_text(options.text)
+    files = files.add_vae_options(options.vae).add_text(options.text)
     return HunyuanImage(files, options=options)
 
 
 def family_for_generation(options: HunyuanImageGenerationOptions) -> HunyuanImage:
     """Describe the family for hunyuan_image_generate_image.py."""
     files = HunyuanImageFiles().add_dit(options.dit, options.dit_dtype)
-    files = files.add_rows(options.vae).add_text(options.text)
+    files = files.add_vae_options(options.vae).add_text(options.text)
     return HunyuanImage(files, options.projection)
 
 

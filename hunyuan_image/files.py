@@ -165,7 +165,7 @@ class HunyuanImageFiles(TransformerFiles):
     vae_folder: ClassVar[str] = "vae"
     default_text_dtype: ClassVar[torch.dtype] = torch.float16
 
-    def add_rows(self, options: HunyuanImageVaeOptions) -> "HunyuanImageFiles":
+    def add_vae_options(self, options: HunyuanImageVaeOptions) -> "HunyuanImageFiles":
         """Return a copy of these files with the VAE's options added."""
         files = self.add_vae(options.file)
         return replace(files, vae_tile=options.tile, vae_chunk_size=options.vae_chunk_size)

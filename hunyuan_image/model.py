@@ -110,8 +110,8 @@ class HunyuanImageModel(BlockNetwork):
             text_mask: B T, true or 1 for real tokens, which come first.
             glyphs: States of the glyph encoder, B G glyph_dim.
             glyph_mask: B G, like `text_mask`; all 0 for an image without glyphs.
-            overrides: Changes to this call; their second text has these four arguments, and its tokens follow
-                those of the first text.
+            overrides: Changes to this call; a NAG text has these four arguments too, and its tokens follow
+                those of the prompt.
 
         Raises:
             ValueError: If sizes do not match.
@@ -125,7 +125,7 @@ class HunyuanImageModel(BlockNetwork):
         rotary = self._rotary.get_table(TokenGrid((rows, columns)), noisy.device)
         vector = apply_silu(self.time_in(timesteps).unsqueeze(1), dtype)
         texts = []
-        for prompt in overrides.texts(
+        for prompt in overrides.text_inputs(
             len(noisy), text=text, text_mask=text_mask, glyphs=glyphs, glyph_mask=glyph_mask
         ):
             tokens, real_counts = self._embed_prompt(prompt, timesteps, dtype)
@@ -136,7 +136,7 @@ class HunyuanImageModel(BlockNetwork):
         return join_tokens(
             [rearrange(pixels, "b c h w -> b (h w) c")],
             texts,
-            overrides.steer,
+            overrides.combine_attention,
             grid=(1, rows, columns),
             rotary=rotary,
             dtype=dtype,

@@ -179,7 +179,7 @@ TRAINER: Mapping[str, Any] = {
 
 
 def caching_options(options: HunyuanImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     return options.vae.file.command_options(), _list_text_options(options.text)
 
 

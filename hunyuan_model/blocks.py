@@ -54,14 +54,14 @@ class HunyuanTokens:
         return replace(self, rotary=shard.slice_rotary(self.rotary), shard=shard)
 
     @property
-    def first_image(self) -> int:
-        """Index of the first token of the latents to learn, which is the first token of `grid`."""
+    def first_noisy_token(self) -> int:
+        """Index of the first token of the noisy latents, which is the first token of `grid`."""
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the inputs for the tokens at the ascending positions `kept`, B K.
 
-        Only tokens of the latents to learn are left out.
+        Only tokens of the noisy latents are left out.
         """
         lengths = None if self.lengths is None else self.lengths.shorten(num_left_out)
         return replace(self, rotary=select_rotations(self.rotary, kept, num_left_out), lengths=lengths)
@@ -219,34 +219,34 @@ class DoubleStreamBlock(nn.Module):
         video_vector, text_vector = tokens.modulation_vectors
         video_modulation, video_project, video_mlp = self.layers(is_text=False)
         text_modulation, text_project, text_mlp = self.layers(is_text=True)
-        # each six tensors: shift, scale and gate of attention, then those of the feed-forward layers
-        video_rows = video_modulation(video_vector)
-        text_rows = text_modulation(text_vector)
+        # shift, scale and gate of attention, then those of the feed-forward layers
+        video_shift, video_scale, video_gate, *video_mlp_modulation = video_modulation(video_vector)
+        text_shift, text_scale, text_gate, *text_mlp_modulation = text_modulation(text_vector)
 
         video_heads = self._modulate_heads(
-            video, video_rows[0], video_rows[1], tokens.video_modulation_split, tokens.dtype, is_text=False
+            video, video_shift, video_scale, tokens.video_modulation_split, tokens.dtype, is_text=False
         )
         text_heads = self._modulate_heads(
-            text, text_rows[0], text_rows[1], tokens.modulation_split, tokens.dtype, is_text=True
+            text, text_shift, text_scale, tokens.modulation_split, tokens.dtype, is_text=True
         )
         heads = tokens.join(video_heads, text_heads)
         del video_heads, text_heads
         video_branch, text_branch = tokens.split_video(attend_jointly(*heads, tokens))
         video = add_gated(
             video,
-            video_rows[2],
+            video_gate,
             run_in_weight_dtype(video_project, video_branch),
             tokens.video_modulation_split,
         )
         text = add_gated(
-            text, text_rows[2], run_in_weight_dtype(text_project, text_branch), tokens.modulation_split
+            text, text_gate, run_in_weight_dtype(text_project, text_branch), tokens.modulation_split
         )
 
         # positional: code that computes it in pieces passes arguments by position
-        text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.modulation_split, *text_rows[3:])
+        text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.modulation_split, *text_mlp_modulation)
         # the video's feed-forward comes last: if it runs in pieces, recomputing the block can stop before it
         parts = []
-        for part, *rows in split_segments(tokens.video_modulation_split, video_rows[3:], video):
+        for part, *rows in split_segments(tokens.video_modulation_split, video_mlp_modulation, video):
             parts.append(self.feed_forward(part, video_mlp, tokens.dtype, 0, *rows))
         return torch.cat([*parts, text], dim=1)
 

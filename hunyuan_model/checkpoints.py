@@ -230,14 +230,14 @@ def _name_related_model(checkpoint: Checkpoint) -> str | None:
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, TensorSource]:
     """Return how each published tensor is made from the file's tensors."""
     swapped = SWAPPED if header.dialect == "diffusers" else ()
-    return join_parts(_with_scales(checkpoint, header), DIALECTS[header.dialect][1], swapped)
+    return join_parts(_scaled_sources(checkpoint, header), DIALECTS[header.dialect][1], swapped)
 
 
 # Scales in a separate file, as for the official fp8 weights
 
 
-def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, TensorSource]:
-    """Return each tensor of the file under its own name; fp8 weights are multiplied by their scales.
+def _scaled_sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, TensorSource]:
+    """Return the source of each tensor by its name in the file; fp8 weights are multiplied by their scales.
 
     Raises CheckpointError if the map of scales is missing or invalid.
     """
@@ -245,7 +245,7 @@ def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) 
     # only the released .pt file has its scales in a second file; safetensors without scales are plain casts
     if checkpoint.path.suffix != ".pt" or header.dialect != "official":
         return sources
-    unscaled = []  # fp8 without a `build`, which would multiply by a scale in the same file
+    unscaled = []  # fp8 weights; a source with `build` already multiplies by a scale in the same file
     for name, source in sources.items():
         if checkpoint.tensors[name].dtype.itemsize == 1 and source.build is None:
             unscaled.append(name)

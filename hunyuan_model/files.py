@@ -122,7 +122,7 @@ class HunyuanFiles(TransformerFiles):
             path = LlavaTextEncoder(self.text_encoder1_path).path
             width = read_once(path, _read_llama_width)
             check_state_width(
-                "--text_encoder1", path, width=width, dit_path=self.dit, dit_width=text_dim, give=LLAMA.files
+                "--text_encoder1", path, width=width, dit_path=self.dit, dit_width=text_dim, fits=LLAMA.files
             )
         if self.text_encoder2 is not None or needed:
             path = HunyuanClip(self.text_encoder2_path).path
@@ -133,7 +133,7 @@ class HunyuanFiles(TransformerFiles):
                 width=width,
                 dit_path=self.dit,
                 dit_width=pooled_dim,
-                give=CLIP.release,
+                fits=CLIP.release,
             )
         if self.text_encoder1_tokenizer is not None:
             LLAMA_TOKENIZER.files.check_option_value(self.text_encoder1_tokenizer)

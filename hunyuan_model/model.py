@@ -45,10 +45,10 @@ class HunyuanFinalLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Return the patches of the velocity for video tokens x, B L C to B L out_dim*4."""
-        shift, scale = self.rows(tokens.vector[:, :1])
+        shift, scale = self.modulation(tokens.vector[:, :1])
         return run_in_weight_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
 
-    def rows(self, vector: Tensor) -> tuple[Tensor, ...]:
+    def modulation(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Return shift and scale, each B 1 C float32."""
         return run_in_weight_dtype(self.adaLN_modulation[1], vector).float().chunk(2, dim=-1)
 
@@ -118,8 +118,8 @@ class HunyuanVideoModel(BlockNetwork):
             clip_l: Pooled CLIP state, B pooled_dim.
             guidance: B, as in the model's training (1000 times the scale in generation); ignored by a model
                 without guidance embedding.
-            overrides: Changes to this call; their second text has arguments named llama, llama_mask and
-                clip_l, and its tokens follow those of the first text.
+            overrides: Changes to this call; a NAG text has arguments named llama, llama_mask and
+                clip_l, and its tokens follow those of the prompt.
 
         Raises:
             ValueError: If sizes do not match.
@@ -135,7 +135,7 @@ class HunyuanVideoModel(BlockNetwork):
         rotary = self._rotary.get_table(TokenGrid(grid, overrides.slow_frames), noisy.device)
         guided = guidance if self.config.has_guidance and overrides.embedded_guidance else None
         embedded_texts = []  # of the prompt and, if `overrides` have one, of the second text
-        for prompt in overrides.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
+        for prompt in overrides.text_inputs(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
             # longest text of the batch, real tokens of each text, and of video and text together
             longest, counts, lengths = count_real_tokens(prompt["llama_mask"], len(rotary), noisy.device)
             states = prompt["llama"][:, :longest]
@@ -148,7 +148,7 @@ class HunyuanVideoModel(BlockNetwork):
         return join_tokens(
             [video],
             embedded_texts,
-            overrides.steer,
+            overrides.combine_attention,
             grid=grid,
             rotary=rotary,
             dtype=dtype,

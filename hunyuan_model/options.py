@@ -169,7 +169,7 @@ def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any
     example = sample.get("example")
     starts_from_image = (sample.get("cached_with") or {}).get("i2v", options.dit_in_channels == 32)
     if starts_from_image:
-        default_image = (None if example is None else example.picture) or Placeholder("IMAGE_FILE")
+        default_image = (None if example is None else example.image) or Placeholder("IMAGE_FILE")
     return {
         **model_options(options.dit, options.vae, options.text),
         "--image_path": sample.get("image_path") or default_image,

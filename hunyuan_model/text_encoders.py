@@ -147,12 +147,14 @@ class LlavaTextEncoder(LanguageModelEncoder):
     @property
     def state(self) -> str:
         """Description of the returned hidden state, such as "2 layers skipped", for cache records."""
-        return f"{-1 - self.use.states[0]} layers skipped" + (", normed" if self.use.final_norm else "")
+        return f"{-1 - self.settings.states[0]} layers skipped" + (
+            ", normed" if self.settings.final_norm else ""
+        )
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Warn if the tokenizer splits the template into different tokens than the model's own tokenizer."""
         super().check_tokenizer(tokenizer)
-        if self.use.dropped is None:
+        if self.settings.dropped is None:
             message = "system prompt: %s (%d tokens before the prompt, which are cut off)"
             logger.info(message, self.template.system, self.count_template_tokens(tokenizer))
 

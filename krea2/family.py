@@ -204,7 +204,7 @@ class Krea2(pictures.ModelOfImages):
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            # the negative attention text gets the network's argument names too
+            # the NAG text gets the network's argument names too
             overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=pictures.references_in(cond, noisy.device),
             isolated=self.isolated,
@@ -214,19 +214,18 @@ class Krea2(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields, its noise levels included.
+        """Resolve a request: references, size, and the flow shift, which sets the noise levels.
 
-        Without a flow shift, noise levels are fixed for Turbo and depend on the size for raw.
+        By default the flow shift is fixed for Turbo, and depends on the image size for raw.
 
         Raises OptionError if a size or a number cannot be used.
         """
         prepared = self.resolve_image(request, 1.0)
-        # edits: the text encoder sees the references too
-        if prepared.request.control_images:
+        if prepared.request.control_images:  # the text encoder sees the images to edit too
             if self.files.text_encoder is not None:
                 self.files.check_tower()
             prepared = pictures.show_references(prepared)
-        # values of --mu, --y1 and --y2, from which the noise levels follow
+        # --mu, --y1 and --y2, which determine the flow shift
         mu_values = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
         for name, mu in mu_values.items():
             check_mu(mu, f"--{name}")
@@ -238,7 +237,7 @@ class Krea2(pictures.ModelOfImages):
                 self.files.dit,
                 DEFAULTS.guidance_scale,
             )
-        check_levels(mu_values, request.flow_shift is not None)  # rejects them together with a flow shift
+        check_levels(mu_values, request.flow_shift is not None)  # mu excludes a flow shift
         if request.flow_shift is not None:
             return prepared
         if "mu" in mu_values and len(mu_values) > 1:

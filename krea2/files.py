@@ -75,7 +75,7 @@ def _read_stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
     if not has_heads or not has_kv_heads or heads % kv_heads:
         raise CheckpointError(
             f"{shapes.path}: {rows} rows of queries and {key_rows} of keys in blocks of width {dim} with "
-            f"heads of {head_width} are not those of {MODEL_KIND}. "
+            f"heads of {head_width} do not fit {MODEL_KIND}. "
             "Copy the file again.",
             shapes.path,
         )
@@ -111,8 +111,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
     patch_width = shapes.shape_of("first.weight")[1]
     if patch_width % PATCH**2:
         raise CheckpointError(
-            f"{shapes.path}: patches of {patch_width} numbers are not those of {MODEL_KIND}. "
-            "Copy the file again.",
+            f"{shapes.path}: patches of width {patch_width} do not fit {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     # blocks that the release has: a file that lacks some of them is refused

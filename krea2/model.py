@@ -36,7 +36,7 @@ from runtime.run_blocks import BlockNetwork, Hidden
 if TYPE_CHECKING:  # loaded only if processes share tokens
     from runtime.offload.context import TokenShard
 
-ROWS = 6  # that modulate a block: scale, shift and gate of attention and of feed-forward
+MODULATION_ROWS = 6  # that modulate a block: scale, shift and gate of attention and of feed-forward
 
 
 gelu = partial(functional.gelu, approximate="tanh")  # as trained
@@ -57,7 +57,7 @@ class Krea2Tokens(LuminaTokens):
         return replace(super().cut(shard), modulation_split=shard.count_among_first(self.num_references))
 
     @property
-    def first_image(self) -> int:
+    def first_noisy_token(self) -> int:
         """Return the index of the image's first token, which follows the references."""
         return self.num_references
 
@@ -108,7 +108,7 @@ class GatedAttention(GroupedAttention):
         rotated = rotate(query, rotary), rotate(key, rotary), value
         return attend_rotated(self, rotated, tokens, lengths)
 
-    def see_text(self, x: Tensor, choice: AttentionChoice, lengths: SampleLengths | None) -> Tensor:
+    def attend_text(self, x: Tensor, choice: AttentionChoice, lengths: SampleLengths | None) -> Tensor:
         """Return the self-attention of text tokens x, B T C, without positions."""
         query, key, value = self.heads(x)
         return self.gated(x, attend(query, *repeat_kv_heads(query, key, value), choice, lengths).flatten(2))
@@ -183,7 +183,7 @@ class TextBlock(StreamBlock):
 
     def forward(self, x: Tensor, choice: AttentionChoice, lengths: SampleLengths | None = None) -> Tensor:
         """Apply the block to states x, B T C."""
-        x = x + self.attn.see_text(self.prenorm(x), choice, lengths)
+        x = x + self.attn.attend_text(self.prenorm(x), choice, lengths)
         output: Tensor = x + self.mlp(self.postnorm(x))
         return output
 
@@ -209,7 +209,7 @@ class TextFusion(nn.Module):
         return x
 
 
-class Table(nn.Module):
+class ModulationOffset(nn.Module):
     """A layer's learned offset to the modulation that all layers share."""
 
     def __init__(self, *shape: int) -> None:
@@ -222,29 +222,29 @@ class Krea2Block(StreamBlock):
 
     def __init__(self, config: Krea2Config) -> None:
         super().__init__(config)
-        self.mod = Table(ROWS * config.dim)
+        self.mod = ModulationOffset(MODULATION_ROWS * config.dim)
 
-    def rows(self, tokens: Krea2Tokens) -> tuple[Tensor, ...]:
+    def modulation(self, tokens: Krea2Tokens) -> tuple[Tensor, ...]:
         """Return scale, shift and gate for attention and for the feed-forward, each B S C float32."""
-        table = self.mod.lin.unflatten(0, (ROWS, 1, -1))  # added in float32, as the time
-        return (tokens.time[:, :ROWS] + table).unbind(1)
+        table = self.mod.lin.unflatten(0, (MODULATION_ROWS, 1, -1))  # added in float32, as the time
+        return (tokens.time[:, :MODULATION_ROWS] + table).unbind(1)
 
     def forward(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         """Apply the block to tokens x, B R+L+T C."""
         # x: B R+L+T C
-        scale, shift, gate, *feed_rows = self.rows(tokens)
+        scale, shift, gate, *feed_forward_modulation = self.modulation(tokens)
         h = modulate(self.prenorm.in_float32(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
         x = add_gated(x, gate, self.attn(h, tokens), tokens.modulation_split)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         parts = []
-        for part, *rows in split_segments(tokens.modulation_split, feed_rows, x):
+        for part, *rows in split_segments(tokens.modulation_split, feed_forward_modulation, x):
             # without names: code that computes it in pieces takes arguments by their order
             parts.append(self.feed(part, tokens.dtype, *rows))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         """Return the modulated input of attention for the image tokens of x, B R+L+T C to B L C."""
-        scale, shift, *_ = (row[:, -1:] for row in self.rows(tokens))
+        scale, shift, *_ = (each[:, -1:] for each in self.modulation(tokens))
         image = x[:, tokens.modulation_split : tokens.modulation_split + tokens.image]
         return modulate(self.prenorm.in_float32(image), shift, scale, tokens.dtype)
 
@@ -261,11 +261,11 @@ class LastLayer(nn.Module):
         super().__init__()
         self.norm = CenteredNorm(config.dim, config.eps)
         self.linear = nn.Linear(config.dim, config.channels * PATCH**2)
-        self.modulation = Table(2, config.dim)
+        self.modulation = ModulationOffset(2, config.dim)
 
     def forward(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         """Project image tokens x, B L C, to patches of the velocity."""
-        scale, shift = (tokens.time[:, ROWS:, -1] + self.modulation.lin).chunk(2, dim=1)
+        scale, shift = (tokens.time[:, MODULATION_ROWS:, -1] + self.modulation.lin).chunk(2, dim=1)
         return run_in_weight_dtype(self.linear, modulate(self.norm.in_float32(x), shift, scale, tokens.dtype))
 
 
@@ -313,7 +313,7 @@ class Krea2Model(BlockNetwork):
         self.first = nn.Linear(config.channels * PATCH**2, dim)
         # the Identity takes GELU's place, so that layers keep their numbers in the file
         self.tmlp = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.Identity(), nn.Linear(dim, dim))
-        self.tproj = nn.Sequential(nn.Identity(), nn.Linear(dim, ROWS * dim))
+        self.tproj = nn.Sequential(nn.Identity(), nn.Linear(dim, MODULATION_ROWS * dim))
         self.txtfusion = TextFusion(config)
         self.txtmlp = nn.Sequential(
             CenteredNorm(text_dim, config.eps),
@@ -401,10 +401,10 @@ class Krea2Model(BlockNetwork):
             timesteps: B, 0..1000.
             text: States of the language model, B T n text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
-            overrides: Changes to this call; their second text has arguments named text and text_mask, and its
-                tokens follow those of the first text.
+            overrides: Changes to this call. A text for normalized attention guidance (NAG) has arguments
+                named text and text_mask too; its tokens follow those of the prompt.
             references: Clean latents of images to edit, each B Z 1 h w of its own size.
-            isolated: References attend only to each other.
+            isolated: Whether references attend only to each other.
 
         Raises:
             ValueError: If sizes do not match.
@@ -420,7 +420,7 @@ class Krea2Model(BlockNetwork):
         num_references = num_images - math.prod(grid)
         num_isolated = num_references if isolated else 0
         texts = []
-        for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask):
+        for arguments in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask):
             texts.append(self._embed_prompt(arguments, num_images - num_isolated, dtype))
         x = torch.cat([image, *(embedded.states for embedded in texts)], dim=1)
         layout = Krea2Layout(grid, x.shape[1] - num_images, reference_grids)
@@ -438,12 +438,17 @@ class Krea2Model(BlockNetwork):
             modulation_split=num_references,
             num_isolated=num_isolated,
         )
-        if overrides.steer is not None:  # there is a second text, for negative attention
+        if overrides.combine_attention is not None:  # there is a NAG text
             second = texts[1]
             count = second.states.shape[1]
             tokens = replace(
                 tokens,
-                second_text=SecondText(num_images, count, second.lengths, overrides.steer),
+                second_text=SecondText(
+                    num_image_tokens=num_images,
+                    num_text_tokens=count,
+                    lengths=second.lengths,
+                    combine_attention=overrides.combine_attention,
+                ),
                 second_rotary=rotary[: num_images + count],
             )
         return Hidden(x, tokens)
@@ -490,7 +495,7 @@ class Krea2Model(BlockNetwork):
         waves = sinusoid(timesteps, self.config.freq_dim, torch.float32)
         time = run_float32(self.tmlp[2], gelu(run_float32(self.tmlp[0], waves)))
         rows = run_in_weight_dtype(self.tproj[1], gelu(time)).float()
-        return torch.cat([rows, time], dim=1).unflatten(1, (ROWS + 1, -1))
+        return torch.cat([rows, time], dim=1).unflatten(1, (MODULATION_ROWS + 1, -1))
 
     def embed_text(self, states: Tensor, lengths: SampleLengths | None) -> Tensor:
         """Embed a language model's states, B T n text_dim, as text tokens B T C."""

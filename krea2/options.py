@@ -224,7 +224,7 @@ def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
 
 
 def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     latents = {
         "--vae": options.vae.file.vae or Placeholder("VAE_FILE"),
         "--edit": options.edit,

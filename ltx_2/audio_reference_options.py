@@ -73,7 +73,7 @@ def _identity(facts: Mapping[str, Any]) -> Any:
 class Ltx2AudioReferences(Options, title="audio references"):
     """Options of audio references that a training run uses, such as a speaker's voice (ID-LoRA)."""
 
-    is_before: bool = _switch(
+    ends_before_audio: bool = _switch(
         "positions of the reference end before the audio begins; default: both begin at 0",
         False,
         name=NEGATIVE_POSITIONS,
@@ -104,7 +104,7 @@ class Ltx2GivenAudioReference(Options, title="audio references"):
         place="there",
         facts=of_request("reference_audio"),
     )
-    is_before: bool | None = _switch(
+    ends_before_audio: bool | None = _switch(
         "positions of the reference end before the audio begins; default: as the LoRA's metadata says, else "
         "both begin at 0",
         None,

@@ -42,7 +42,7 @@ class RequestReferences:
 
     @property
     def are_given(self) -> bool:
-        """Return whether there are any reference recordings."""
+        """Return whether there are any references."""
         return bool(self.images) or self.audio is not None
 
 
@@ -50,7 +50,7 @@ class RequestReferences:
 class AudioReferenceRules:
     """How the network attends to audio references."""
 
-    is_before: bool = False  # references end before the audio begins; else they begin with it
+    ends_before_audio: bool = False  # references end before the audio begins; else they begin with it
     # the next two are set only in training
     is_hidden_from_video: bool = False  # the video does not attend to references
     is_without_text: bool = False  # references do not attend to the text
@@ -64,7 +64,7 @@ class AudioReferenceRules:
         trains = overrides.step_position is None  # the denoising loop sets it, in which nothing is hidden
         return LtxAudioReferences(
             (latents,),
-            is_before=self.is_before,
+            ends_before_audio=self.ends_before_audio,
             is_hidden_from_video=self.is_hidden_from_video and trains,
             is_without_text=self.is_without_text and trains,
         )
@@ -73,7 +73,7 @@ class AudioReferenceRules:
 def make_audio_rules(options: Ltx2AudioReferences) -> AudioReferenceRules:
     """Return the rules for audio references that the training options set."""
     return AudioReferenceRules(
-        options.is_before,
+        options.ends_before_audio,
         options.is_hidden_from_video,
         options.is_without_text,
         options.identity_scale,
@@ -94,15 +94,15 @@ def check_batch(batch: Batch, strategy: ReferenceStrategy, option: str) -> None:
     """
     # with the tensors that dropout removed from this batch
     names = {**batch.tensors, **batch.undropped}
-    lacking = []
+    missing = []
     if VIDEO in strategy.needs and not any(name.startswith(REFERENCE_LATENTS) for name in names):
-        lacking.append("reference_directory")
+        missing.append("reference_directory")
     if AUDIO in strategy.needs and AUDIO_LATENTS in names and REFERENCE_AUDIO not in names:
-        lacking.append("reference_audio_directory")
-    if lacking:
+        missing.append("reference_audio_directory")
+    if missing:
         raise DatasetError(
-            f"{batch.keys[0]}: {option} learns from a reference in each batch, but this one has none. Add a "
-            f"file of its name to {' and to '.join(lacking)} of its table, and cache again"
+            f"{batch.keys[0]}: {option} needs a reference in each batch, but this one has none. Add a "
+            f"file of the same name to {' and to '.join(missing)} of its table, and cache again"
         )
 
 
@@ -118,7 +118,7 @@ def find_audio_reference(request: Request) -> Path | None:
         return None
     if len(names) > 1:
         raise OptionError(
-            f"--{REFERENCE_AUDIO_OPTION}: {len(names)} files, but only one is taken. Give one of them"
+            f"--{REFERENCE_AUDIO_OPTION}: {len(names)} files, but only one is supported. Give one of them"
         )
     path = to_path(f"--{REFERENCE_AUDIO_OPTION}", names[0])
     if not path.is_file():
@@ -135,7 +135,7 @@ def find_audio_reference(request: Request) -> Path | None:
 def resolve_reference_positions(
     options: Ltx2GivenAudioReference, loras: Sequence[Path]
 ) -> Ltx2GivenAudioReference:
-    """Return the options with the positions of audio references (before or in the clip) that LoRAs record.
+    """Return the options with `ends_before_audio`, if not typed, as the metadata of LoRAs records it.
 
     Raises:
         OptionError: If LoRAs record different positions, or anything but true and false.
@@ -147,15 +147,15 @@ def resolve_reference_positions(
     if len(recorded) > 1 or recorded.keys() - {TRUE, FALSE}:
         listed = " and ".join(f"{shorten(text, 20)} in {path}" for text, path in recorded.items())
         raise OptionError(
-            f"--lora_weight: {NEGATIVE_POSITIONS} is {listed}: they do not work together, or it is not true "
-            "or false. Give one LoRA that says true or false"
+            f"--lora_weight: {NEGATIVE_POSITIONS} is {listed}: the values must be equal, and true "
+            "or false. Give one LoRA"
         )
     for text, path in recorded.items():  # one value, or none
         learned = text == TRUE
         prefix = "" if learned else "no-"
-        if options.is_before is None:  # --NEGATIVE_POSITIONS is not typed: use the LoRA's position
+        if options.ends_before_audio is None:  # not typed
             logger.info("--%s%s, as %s says", prefix, NEGATIVE_POSITIONS, path.name)
             return override_options(options, {NEGATIVE_POSITIONS: learned})
-        if options.is_before != learned:
-            logger.warning("%s has learned with --%s%s", path, prefix, NEGATIVE_POSITIONS)
+        if options.ends_before_audio != learned:
+            logger.warning("%s was trained with --%s%s", path, prefix, NEGATIVE_POSITIONS)
     return options

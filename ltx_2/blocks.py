@@ -70,7 +70,7 @@ class LtxReferences:
 class LtxAudioReferences(LtxReferences):
     """Clean audio references, B Z T K each, whose tokens precede the audio's."""
 
-    is_before: bool = False  # they end before the audio begins; else they begin with it
+    ends_before_audio: bool = False  # they end before the audio begins; else they begin with it
     is_hidden_from_video: bool = False  # the video does not attend to them
     is_without_text: bool = False  # they do not attend to the text
 
@@ -155,21 +155,21 @@ class StreamConditioning:
         """Return x + gate * branch, where each token takes the gate of its timestep, B S C."""
         return add_gated(x, gate, branch, self.modulation_split)
 
-    def cut(self, part: "TokenShard") -> "StreamConditioning":
+    def cut(self, shard: "TokenShard") -> "StreamConditioning":
         """Return the inputs for the tokens that one process computes."""
         cross, token_timesteps = self.cross, self.token_timesteps
         if cross is not None:
-            cross = replace(cross, rotary_emb=part.slice_rotary(cross.rotary_emb))
+            cross = replace(cross, rotary_emb=shard.slice_rotary(cross.rotary_emb))
         if token_timesteps is not None:
-            token_timesteps = replace(token_timesteps, indices=part.take(token_timesteps.indices))
+            token_timesteps = replace(token_timesteps, indices=shard.take(token_timesteps.indices))
         return replace(
             self,
-            rotary_emb=part.slice_rotary(self.rotary_emb),
+            rotary_emb=shard.slice_rotary(self.rotary_emb),
             cross=cross,
-            num_conditioning_tokens=part.count_among_first(self.num_conditioning_tokens),
+            num_conditioning_tokens=shard.count_among_first(self.num_conditioning_tokens),
             token_timesteps=token_timesteps,
-            num_without_text=part.count_among_first(self.num_without_text),
-            token_range=part,
+            num_without_text=shard.count_among_first(self.num_without_text),
+            token_range=shard,
         )
 
 
@@ -263,9 +263,8 @@ class LtxAttention(nn.Module):
     def project(self, x: Tensor, attended: Tensor) -> Tensor:
         """Gate the attention output, B L N D, by tokens x, B L C, and project it to B L C."""
         if hasattr(self, "to_gate_logits"):
-            gates = (
-                2 * run_in_weight_dtype(self.to_gate_logits, x).sigmoid()
-            )  # B L N; zero logits give gates of 1
+            # B L N; zero logits give gates of 1
+            gates = 2 * run_in_weight_dtype(self.to_gate_logits, x).sigmoid()
             attended = attended * gates.unsqueeze(-1).to(attended.dtype)
         return run_in_weight_dtype(self.to_out[0], attended.flatten(2))
 

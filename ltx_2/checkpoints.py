@@ -68,7 +68,7 @@ def _read_config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
         ) from None
     if not fits:
         raise CheckpointError(
-            f"{path}: widths of {', '.join(map(str, widths))} and {config.num_heads} heads are not those of "
+            f"{path}: widths of {', '.join(map(str, widths))} and {config.num_heads} heads do not fit "
             f"an {NAME} transformer. Copy the file again.",
             path,
         )

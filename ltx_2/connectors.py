@@ -140,12 +140,11 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
     connectors = {}
     for stream in streams:
         connectors[stream] = _read_connector(stream, shape, sources, settings=settings, damaged=damaged)
-    # all streams have one projection, or each its own; the first one shows the sizes
+    # the streams share a projection, or each has its own; the first one shows the sizes
     has_shared_projection = f"text_embedding_projection.{SHARED}.weight" in sources
     first_stream = next(iter(streams))
-    projection = (
-        f"text_embedding_projection.{SHARED if has_shared_projection else f'{first_stream}_{SHARED}'}"
-    )
+    projection_name = SHARED if has_shared_projection else f"{first_stream}_{SHARED}"
+    projection = f"text_embedding_projection.{projection_name}"
     config = ConnectorsConfig(
         text_dim=shape(f"{projection}.weight", 2)[1],
         has_shared_projection=has_shared_projection,
@@ -191,7 +190,7 @@ def _read_connector(
 def _read_max_position(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> int:
     """Return the number of tokens by which the connectors divide text positions.
 
-    Raises CheckpointError if the settings are of positions of another kind.
+    Raises CheckpointError if the rotary positions are of another kind.
     """
     try:
         default = settings.get("connector_rope_base_seq_len", MAX_POSITION)

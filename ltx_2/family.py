@@ -60,8 +60,8 @@ from ltx_2.options import (
     Ltx2LatentCachingOptions,
     Ltx2TextCachingOptions,
     Ltx2TrainingOptions,
+    apply_conditioning_config,
     log_ignored,
-    with_recipe,
 )
 from ltx_2.reference_options import MAX_REFERENCES
 from ltx_2.references import (
@@ -238,13 +238,16 @@ class Ltx2(Ltx2Media):
             names |= replace_synonyms(Ltx2TrainingOptions, {"ltx_mode": self.options.model.ltx_mode})
         strategy = getattr(self.options, "ic_lora_strategy", None)
         preset = getattr(self.options, "lora_target_preset", None)
-        # references of unscaled size are recorded only if the training is known to use them
-        is_v2v = "v2v" in (strategy, preset) or VIDEO in self.strategy.needs
-        if self.references is not None and (is_v2v or self.references.factors[:2] != (1, 1)):
-            names |= factor_metadata(self.references)
-        is_before = self.audio_references.is_before
-        if AUDIO in self.strategy.needs or (self.strategy.takes_audio and is_before):
-            names[NEGATIVE_POSITIONS] = TRUE if is_before else FALSE
+        # factors of 1 are recorded only if the training is known to use references
+        uses_references = "v2v" in (strategy, preset) or VIDEO in self.strategy.needs
+        references = self.references
+        if references is not None:
+            is_scaled = (references.size_factor, references.time_factor) != (1, 1)
+            if uses_references or is_scaled:
+                names |= factor_metadata(references)
+        ends_before_audio = self.audio_references.ends_before_audio
+        if AUDIO in self.strategy.needs or (self.strategy.takes_audio and ends_before_audio):
+            names[NEGATIVE_POSITIONS] = TRUE if ends_before_audio else FALSE
         return self.metadata_of(names)
 
     # encoding
@@ -258,7 +261,7 @@ class Ltx2(Ltx2Media):
         """Raise DatasetError if a table has control media: references of LTX-2 have separate keys."""
         if table.has_control:
             raise DatasetError(
-                f"{table.name}: LTX-2 follows no control clips. What a clip is made from is a reference: "
+                f"{table.name}: LTX-2 has no control clips. The source of a clip is a reference: "
                 "name its folder reference_directory, not control_directory, and in lists reference_path."
             )
         if table.guides and not self.files.has_images:
@@ -278,14 +281,14 @@ class Ltx2(Ltx2Media):
     def _encode_clips(self, vae: Any, media: MediaBatch) -> dict[str, Tensor]:
         """Return the latents of clips, references and guides, B C F H W each, by cache key."""
         frames = {"latents": media.frames}
-        guides = media.table.guides
-        references = media.references[: len(media.references) - len(guides)]
-        for index, reference in enumerate(references):
+        guide_keys = media.table.guides
+        num_references = len(media.references) - len(guide_keys)  # the guides come last
+        for index, reference in enumerate(media.references[:num_references]):
             assert self.references is not None
             frames[reference_key(index)] = select_reference_frames(
                 reference, self.references, self.latent.frame_step
             )
-        frames |= dict(zip(guides, media.references[len(references) :], strict=True))
+        frames |= dict(zip(guide_keys, media.references[num_references:], strict=True))
         latents = {}
         for name, clips in frames.items():
             latents[name] = vae.encode(to_pixels(clips.to(vae.device))).to(self.vae_dtype)
@@ -328,9 +331,8 @@ class Ltx2(Ltx2Media):
             image_timesteps, audio_timesteps = timesteps.unbind(1)
         num_frames = image.shape[2]
         clean_tokens = overrides.clean_tokens or CleanTokens()
-        has_training_keyframes = (
-            clean_tokens.keyframes is not None
-        )  # a generation has them in the noisy video
+        # in training; in a generation the keyframes are part of the noisy video
+        has_training_keyframes = clean_tokens.keyframes is not None
         if has_training_keyframes:
             image, overrides = self._append_keyframes(image, clean_tokens, image_timesteps, overrides)
         references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]
@@ -391,7 +393,7 @@ class Ltx2(Ltx2Media):
         strengths: Any,
         device: torch.device,
     ) -> LtxReferences:
-        """Return the video's references with noise, strengths and time factor, as the network takes them.
+        """Return the video's references with noise, strengths and time factor, as an input of the network.
 
         Args:
             references: Clean latents.
@@ -409,7 +411,7 @@ class Ltx2(Ltx2Media):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Check a request; fill in its size, guidance, references, audio and stages.
+        """Check and resolve a request: size, guidance, references, audio and stages.
 
         Raises OptionError or MediaError for what LTX-2 cannot generate.
         """
@@ -490,7 +492,7 @@ class Ltx2(Ltx2Media):
             )
         if joint is None:
             raise OptionError(
-                f"--{REFERENCE_AUDIO_OPTION} {path}: no sound is made after it. Give --ltx2_mode av, and "
+                f"--{REFERENCE_AUDIO_OPTION} {path}: no sound is generated from it. Give --ltx2_mode av, and "
                 "more than one frame"
             )
         if media.drive_audio is not None:
@@ -502,14 +504,13 @@ class Ltx2(Ltx2Media):
     def _check_media(self, request: Request, media: Ltx2GivenMedia) -> None:
         """Raise OptionError if the request's media contradict each other or cannot be opened."""
         if request.image_path is not None and self.drive_video is not None:
-            raise OptionError("--image_path and --drive_video: the video has all frames. Give one of them")
+            raise OptionError("--image_path and --drive_video: the video sets all frames. Give one of them")
         if self.drive_video is not None and self.stages is not None:
             raise OptionError("--drive_video and --sample_two_stage: its images stay. Give one of them")
         self._check_generated_keyframes()
-        media_options = {**media.image_files, "drive_video": self.drive_video}
         if request.source is not None and (media.image_files or media.audio_files):
             raise OptionError(
-                f"--{request.source.option} and given parts of the result: these start from noise. Leave "
+                f"--{request.source.option} and given parts of the result, which start from noise: leave "
                 "one of them out"
             )
         if self.stages is not None and TEMPORAL in self.stages.upscalers and media.image_files:
@@ -518,9 +519,8 @@ class Ltx2(Ltx2Media):
                 "Leave one of them out"
             )
         if media.image_files and self.drive_video is not None:
-            raise OptionError(
-                f"--drive_video and --{next(iter(media_options))}: the video has all frames. Give one of them"
-            )
+            option = next(iter(media.image_files))
+            raise OptionError(f"--drive_video and --{option}: the video sets all frames. Give one of them")
         if request.image_path is not None:
             check_opens("image_path", request.image_path, is_image=True)
         if self.drive_video is not None:
@@ -537,23 +537,23 @@ class Ltx2(Ltx2Media):
                 f"{option}: LTX-{self.version} has no embedding that marks them. Use LTX-2.5, or leave it out"
             )
         if self.drive_video is not None:
-            raise OptionError(f"{option} and --drive_video: the video has all frames. Give one of them")
+            raise OptionError(f"{option} and --drive_video: the video sets all frames. Give one of them")
         if self.reference_strength < 1:
             raise OptionError(
-                f"{option} and --reference_strength {self.reference_strength:g}: references that are "
-                "denoised take their places. Leave one of them out"
+                f"{option} and --reference_strength {self.reference_strength:g}: denoised "
+                "references replace them. Leave one of them out"
             )
 
     def _make_joint(self, prepared: Prepared) -> AudioVideoShapes | None:
         """Return the joint shape of video and audio latents; None without audio, as for a single image."""
         audio = self.audio
-        is_alone = not self.files.has_images
-        if audio is None or not self.makes_audio or (prepared.frames <= 1 and not is_alone):
+        trains_only_audio = not self.files.has_images
+        if audio is None or not self.makes_audio or (prepared.frames <= 1 and not trains_only_audio):
             return None
         _, channels, length, rows, columns = self.latent.shape(
             prepared.frames, prepared.height, prepared.width
         )
-        image = (channels, 0 if is_alone else length, rows, columns)
+        image = (channels, 0 if trains_only_audio else length, rows, columns)
         return AudioVideoShapes(image, audio.shape(prepared.frames, prepared.fps))
 
     def _resolve_guidance(self, request: Request, references: RequestReferences) -> rules.GuidanceRules:
@@ -624,16 +624,16 @@ class Ltx2(Ltx2Media):
     def _resolve_references(self, request: Request, media: Ltx2GivenMedia) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
         if media.inpaint_source is not None and self.input_media.inpaint_source is None:
-            return ()  # no inpainting clip was typed: the reference itself was taken as that clip
+            return ()  # no inpainting clip was typed: the reference itself serves as one
         names = request.extra.get("reference_video", "").split("\n")
         paths = tuple(to_path("--reference_video", name) for name in names if name)
         if not paths:
             return ()
         if self.references is None:
-            raise OptionError("--ic_lora_strategy none: references are given. Leave them or the option out")
+            raise OptionError("--ic_lora_strategy none with references: leave one of them out")
         if len(paths) > MAX_REFERENCES:
             raise OptionError(
-                f"--reference_videos: {len(paths)} references, at most {MAX_REFERENCES} are taken"
+                f"--reference_videos: {len(paths)} references, but at most {MAX_REFERENCES} are supported"
             )
         for path in paths:
             check_opens("reference_video", path, is_image=is_single_image(path))
@@ -889,11 +889,10 @@ def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
 
 def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     """Return the family for LTX-2's training scripts, with its noise, loss and reference options."""
-    options = with_recipe(options)
+    options = apply_conditioning_config(options)
     files = files_of(options, options.model.streams)
     check_version(files, options)
-    # if only audio is trained, video latents are placeholders, and the noise level depends on the audio
-    is_alone = not files.has_images
+    trains_only_audio = not files.has_images  # video latents are then placeholders
     log_ignored(
         files.streams,
         options,
@@ -905,19 +904,19 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     learning = rules.AudioLearning(
         options.video_loss_weight,
         options.audio_loss_weight,
-        options.independent_audio_timestep or is_alone,
-        rules.IMAGE_STREAM if is_alone else CLEAN_STREAMS[options.ltx2_train_direction],
+        options.independent_audio_timestep or trains_only_audio,
+        rules.IMAGE_STREAM if trains_only_audio else CLEAN_STREAMS[options.ltx2_train_direction],
     )
     noise = replace(
         NOISE,
         first_frame_probability=options.first_frame_probability,
         shifted_logit=shifted_logit(options.sigmas, files),
         clean_token_rule=make_clean_latent_rules(options.given),
-        # masks either select the given latents, or keep weighting the loss; guide images are put in anyway
+        # both insert guide images; a mask selects clean latents instead of weighting the loss
         change_conditions=select_clean_latents_by_mask if options.given.ltx2_inpaint_mask else insert_guides,
     )
     strategy = options.strategy
-    takes_images = strategy.takes_images and not is_alone
+    takes_images = strategy.takes_images and not trains_only_audio
     if not strategy.takes_audio:
         warn_of_unused(options.audio_references, options.strategy_option)
     return Ltx2(
@@ -961,7 +960,7 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         reference_attention=options.references.attention,
         strategy=STRATEGIES["none" if options.ic_lora_strategy == "none" else AUTO],
         audio_references=AudioReferenceRules(
-            bool(audio_options.is_before), identity_scale=audio_options.identity_scale
+            bool(audio_options.ends_before_audio), identity_scale=audio_options.identity_scale
         ),
     )
 

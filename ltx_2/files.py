@@ -244,18 +244,18 @@ class Ltx2Files(TransformerFiles):
     def _find_text_files(self) -> tuple[Path, Path | None]:
         """Return the path of Gemma, and that of the connectors if an option names it.
 
-        --ltx2_text_encoder_checkpoint names a file of connectors, or LTX-2.5's text encoder: Gemma 4 with the
-        projections.
+        --ltx2_text_encoder_checkpoint (`self.connectors`) names either the connectors, which need Gemma 3
+        from another option, or LTX-2.5's text encoder, Gemma 4 in a single file.
         """
-        typed = self.connectors
-        if typed is None or not read_once(require_file(typed, gemma_4.OPTION, ""), gemma_4.is_gemma_4):
-            return self._find_gemma_3(), typed
+        path = self.connectors
+        if path is None or not read_once(require_file(path, gemma_4.OPTION, ""), gemma_4.is_gemma_4):
+            return self._find_gemma_3(), path
         if self.gemma not in (None, GEMMA):
             raise OptionError(
-                f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {typed}. Leave "
+                f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {path}. Leave "
                 "--gemma_root or --gemma_safetensors out"
             )
-        return typed, None
+        return path, None
 
     def _find_gemma_3(self) -> Path:
         """Return the path of --gemma_root; raise OptionError if the transformer needs Gemma 4 instead."""
@@ -283,12 +283,12 @@ class Ltx2Files(TransformerFiles):
             return
         encoder = self.text_encoder()
         encoder.check()
-        # refuse the other generation of Gemma: LTX-2.5 reads texts with Gemma 4, earlier versions with Gemma
-        # 3 (GEMMA_USE)
-        if config is not None and (config.kind == "2.5") != (encoder.use is not GEMMA_USE):
+        # LTX-2.5 encodes texts with Gemma 4, earlier versions with Gemma 3
+        is_gemma_3 = encoder.settings is GEMMA_USE
+        if config is not None and is_gemma_3 == (config.kind == "2.5"):
             raise OptionError(
-                f"{encoder.path} is {encoder.use.model.what}, {self.dit_path} is of LTX-{config.kind}, which "
-                "reads texts with another one. Give the text encoder of its release"
+                f"{encoder.path} is {encoder.settings.model.what}, {self.dit_path} is of LTX-{config.kind}, "
+                "which needs a different one. Give the text encoder of its release"
             )
         with open_connectors(encoder.connectors, encoder.path) as checkpoint:
             connectors = read_connectors(checkpoint, self.streams).config.streams

@@ -90,7 +90,7 @@ class ClipEndRule:
         if self.prefix + self.suffix >= count:
             raise DatasetError(
                 f"{sample_names[0]} has {count} {unit}, and {self.prefix} at its start and "
-                f"{self.suffix} at its end are given: nothing would be learned. Give fewer, or longer clips"
+                f"{self.suffix} at its end stay clean: nothing would be learned. Give fewer, or longer clips"
             )
         is_prefix = make_ends_mask(count, self.prefix, 0) & (prefix_draws < self.prefix_p)[:, None]
         is_suffix = make_ends_mask(count, 0, self.suffix) & (suffix_draws < self.suffix_p)[:, None]
@@ -376,7 +376,7 @@ def _add_keyframes(
 
 @dataclass(frozen=True)
 class GuideImages:
-    """Guide images, one for each clip of a batch: keyframes next to the clips, or latent frames of theirs."""
+    """Guide images, one for each clip of a batch: keyframes next to the clip, or one of its latent frames."""
 
     latents: Tensor  # B C 1 H W, in the form of latents in caches
     index: int  # index of its frame, or of the latent frame that it replaces
@@ -422,7 +422,7 @@ def _add_guide_weights(weights: Tensor | None, guide: GuideImages, batch: Batch)
 
 
 def insert_guides(tensors: Conditions, _: str, __: torch.Generator) -> Conditions:
-    """Return the batch's tensors, with guide images put in place of the latent frames they guide."""
+    """Return the batch's tensors, with the last guide image inserted as a latent frame if it replaces one."""
     if LATENT_GUIDE not in tensors or GUIDES not in tensors:
         return tensors
     latents, guide, guides = (tensors[name] for name in ("latents", LATENT_GUIDE, GUIDES))
@@ -452,7 +452,7 @@ def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
     for key, is_sample_clean in zip(batch.keys, is_clean, strict=True):
         if is_sample_clean.all():
             raise DatasetError(
-                f"{key}: its mask gives the whole clip, or it has no mask: nothing would be learned. Its "
+                f"{key}: its mask keeps the whole clip, or it has no mask: nothing would be learned. Its "
                 f"mask needs {'white' if rule.is_inverted else 'black'} parts"
             )
     return is_clean

@@ -74,7 +74,7 @@ def with_request_values(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMed
 
 
 def _read_request_values(extra: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of given media in a prompt line, by option; None for what the line leaves out."""
+    """Return the media options that a prompt line (`extra`) sets, as values by option name; None if unset."""
     values: dict[str, Any] = dict.fromkeys(("keyframe", "latent_frame", MASK))
     for name in ("keyframe", "latent_frame"):
         if name in extra:
@@ -175,7 +175,7 @@ def _check_region(region: Rectangle, prepared: Prepared, latent: LatentSpec) -> 
         )
     if any(number % step for number in region):
         logger.warning(
-            "--outpaint_region %s: not in multiples of %d: pixels of its edges are made anew",
+            "--outpaint_region %s is not in multiples of %d: pixels at its edges are generated",
             region_text,
             step,
         )
@@ -287,7 +287,7 @@ def _read_on_canvas(path: Path, region: Rectangle, prepared: Prepared) -> Tensor
 def make_unchanged_mask(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> Tensor:
     """Return which latents of --inpaint_source stay unchanged, F H W bool, or F 1 1 for whole frames.
 
-    Either a time span is generated anew, or a mask says what stays: white, or black if inverted.
+    Either a time span is generated anew, or a mask marks the unchanged area: white, or black if inverted.
 
     Raises:
         OptionError: If the mask keeps all or nothing, or is a clip with too few frames.
@@ -306,9 +306,9 @@ def make_unchanged_mask(media: Ltx2GivenMedia, prepared: Prepared, latent: Laten
             f"--inpaint_mask {media.inpaint_mask}: it keeps {amount} of the clip. White is kept: "
             "give another mask, or --inpaint_invert, which keeps black"
         )
-    # the first latent frame covers one frame, every other one frame_step frames, all of which must stay
-    groups = is_unchanged[1:].unflatten(0, (-1, latent.frame_step)).all(1)
-    return torch.cat([is_unchanged[:1], groups])
+    # a latent frame, except the first, covers several frames, and stays unchanged if all of them do
+    later_latent_frames = is_unchanged[1:].unflatten(0, (-1, latent.frame_step)).all(1)
+    return torch.cat([is_unchanged[:1], later_latent_frames])
 
 
 def _read_mask_frames(mask: Path, prepared: Prepared, latent: LatentSpec) -> Tensor:
@@ -362,8 +362,8 @@ def encode_given_audio(
     return {AUDIO: clean, AUDIO_WEIGHTS: weights} if weights.any() else {}
 
 
-class _AudioPart(NamedTuple):
-    """Audio of a file, of which some latents stay clean in the result."""
+class _GivenAudio(NamedTuple):
+    """Audio of a file, some of whose latents the result keeps."""
 
     samples: Tensor  # 1 channels S
     is_clean: Tensor  # by audio latent, bool
@@ -371,7 +371,7 @@ class _AudioPart(NamedTuple):
 
 def _read_audio_parts(
     media: Ltx2GivenMedia, num_latents: int, seconds: float, spec: AudioSpec
-) -> Iterator[_AudioPart]:
+) -> Iterator[_GivenAudio]:
     """Yield the audio that options give, with the latents that it covers; later audio takes precedence.
 
     Args:
@@ -386,24 +386,24 @@ def _read_audio_parts(
         samples = _read_samples(media.inpaint_source, 0, seconds, spec)
         if samples is not None:
             # everything but the latents that overlap the part to generate again
-            yield _AudioPart(samples, ~overlaps(starts, ends, retake))
+            yield _GivenAudio(samples, ~overlaps(starts, ends, retake))
     generated_interval = media.generated_audio_interval
     if media.audio_inpaint_audio is not None and generated_interval is not None:
         samples = _require_samples("audio_inpaint_audio", media.audio_inpaint_audio, 0, seconds, spec)
-        yield _AudioPart(samples, ~overlaps(starts, ends, generated_interval))
+        yield _GivenAudio(samples, ~overlaps(starts, ends, generated_interval))
     if media.audio_prefix is not None:
         yield _read_audio_prefix(media.audio_prefix, media.audio_prefix_seconds, ends, seconds, spec)
     if media.drive_audio is not None:
         samples = _require_samples("drive_audio", media.drive_audio, 0, seconds, spec)
-        yield _AudioPart(samples, torch.ones(num_latents, dtype=torch.bool))
+        yield _GivenAudio(samples, torch.ones(num_latents, dtype=torch.bool))
 
 
 def _read_audio_prefix(
     path: Path, requested_seconds: float | None, latent_ends: Tensor, seconds: float, spec: AudioSpec
-) -> _AudioPart:
-    """Read the last seconds of --audio_prefix, which begin a result of `seconds`.
+) -> _GivenAudio:
+    """Read the end of --audio_prefix, with which a result of `seconds` begins.
 
-    `requested_seconds` is --audio_prefix_seconds; `latent_ends` are the ends of the audio latents in seconds.
+    `requested_seconds` is --audio_prefix_seconds; `latent_ends` are the end times of the result's latents.
     """
     file_seconds = _measure_audio(path)
     prefix_seconds = min(requested_seconds or file_seconds, file_seconds)
@@ -413,8 +413,8 @@ def _read_audio_prefix(
             "given. Give --audio_prefix_seconds, or make it longer"
         )
     samples = _require_samples("audio_prefix", path, file_seconds - prefix_seconds, prefix_seconds, spec)
-    # tolerance for rounding
-    return _AudioPart(samples, latent_ends <= prefix_seconds + 1e-6)
+    is_in_prefix = latent_ends <= prefix_seconds + 1e-6  # tolerance for rounding
+    return _GivenAudio(samples, is_clean=is_in_prefix)
 
 
 def _read_samples(path: Path, start: float, seconds: float, spec: AudioSpec) -> Tensor | None:
@@ -428,7 +428,7 @@ def _read_samples(path: Path, start: float, seconds: float, spec: AudioSpec) -> 
 def _require_samples(name: str, path: Path, start: float, seconds: float, spec: AudioSpec) -> Tensor:
     samples = _read_samples(path, start, seconds, spec)
     if samples is None:
-        raise MediaError(f"--{name} {path}: it has no sound. Give a file with sound")
+        raise MediaError(f"--{name} {path}: the file has no sound. Give one with sound")
     return samples
 
 
@@ -436,7 +436,7 @@ def _measure_audio(path: Path) -> float:
     """Return the length of a file's audio in seconds; raise MediaError if it has none."""
     track = read_beginning(path, MAX_SECONDS, 1)
     if track is None:
-        raise MediaError(f"--audio_prefix {path}: it has no sound. Give a file with sound")
+        raise MediaError(f"--audio_prefix {path}: the file has no sound. Give one with sound")
     return track.samples.shape[1] / track.rate
 
 
@@ -447,21 +447,22 @@ def pop_clean_latents(conditions: dict[str, Any]) -> Conditions:
 
 
 def fix_clean_latents(section: Section, clean_latents: Conditions, joint: AudioVideoShapes | None) -> Section:
-    """Return the section with given latents fixed, entirely or partly, at their clean values.
+    """Return the section with given latents mixed into its noise, and fixed while denoising.
 
     Args:
         section: A section that starts from noise.
-        clean_latents: From `pop_clean_latents`: clean latents of images and audio, and their weights.
+        clean_latents: From `pop_clean_latents`: clean latents of images and audio, and their weights, which
+            are the clean fractions in thousandths.
         joint: Shapes of its images and audio; None for images alone.
     """
-    start = section.noise
+    noise = section.noise
     image_weights, audio_weights = clean_latents.get(IMAGE_WEIGHTS), clean_latents.get(AUDIO_WEIGHTS)
     if joint is None:
-        clean, fractions = _expand_clean(clean_latents.get(IMAGE), image_weights, start)
+        clean, fractions = _expand_clean(clean_latents.get(IMAGE), image_weights, noise)
     else:
-        image_start, audio_start = joint.split(start)
-        image, image_fractions = _expand_clean(clean_latents.get(IMAGE), image_weights, image_start)
-        audio, audio_fractions = _expand_clean(clean_latents.get(AUDIO), audio_weights, audio_start)
+        image_noise, audio_noise = joint.split(noise)
+        image, image_fractions = _expand_clean(clean_latents.get(IMAGE), image_weights, image_noise)
+        audio, audio_fractions = _expand_clean(clean_latents.get(AUDIO), audio_weights, audio_noise)
         clean, fractions = joint.join(image, audio), joint.join(image_fractions, audio_fractions)
     clean_tokens = CleanTokens(
         image_weights if isinstance(image_weights, Tensor) else None,
@@ -469,7 +470,7 @@ def fix_clean_latents(section: Section, clean_latents: Conditions, joint: AudioV
     )
     return replace(
         section,
-        noise=fractions * clean + (1 - fractions) * start,
+        noise=fractions * clean + (1 - fractions) * noise,
         fixed_latents=FixedLatents(clean, fractions),
         overrides=replace(section.overrides, clean_tokens=clean_tokens),
     )

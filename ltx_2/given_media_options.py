@@ -264,7 +264,7 @@ def read_placed_image(name: str, text: str) -> PlacedImage:
         file = ""
     if not file or not 0 < strength <= 1:
         raise OptionError(
-            f"--{name} {text}: give a number, a file and if you like its strength up to 1, such as "
+            f"--{name} {text}: give a number, a file and optionally its strength up to 1, such as "
             "48:door.png:0.8"
         )
     return PlacedImage(index, Path(file), strength)

@@ -157,22 +157,21 @@ class Ltx2GivenParts(Options, title="given parts of clips"):
         draws_none = self.video_anchor_strategy == "random" and not self.video_anchor_count
         if self.video_anchor_training and draws_none:
             raise OptionError("--video_anchor_strategy random: give --video_anchor_count 1 or more")
-        interior, most = self.keyframe_random_interior_p, self.keyframe_max_random_interior
-        if bool(interior) != bool(most):
+        interior_p, max_interior = self.keyframe_random_interior_p, self.keyframe_max_random_interior
+        if bool(interior_p) != bool(max_interior):
             raise OptionError(
-                f"--keyframe_random_interior_p {interior:g} and --keyframe_max_random_interior {most}: give "
-                "both above 0, or none of them"
+                f"--keyframe_random_interior_p {interior_p:g} and --keyframe_max_random_interior "
+                f"{max_interior}: give both above 0, or neither"
             )
-        # each of these draws keyframes for a sample
-        ends = self.keyframe_first_frame_p or self.keyframe_last_frame_p
-        if self.keyframe_endpoint_training and not (ends or interior):
+        has_keyframes = self.keyframe_first_frame_p or self.keyframe_last_frame_p or interior_p
+        if self.keyframe_endpoint_training and not has_keyframes:
             raise OptionError(
                 "--keyframe_endpoint_training with --keyframe_first_frame_p 0 and --keyframe_last_frame_p 0: "
-                "nothing would be shown. Give one above 0"
+                "there would be no keyframes. Give one above 0"
             )
         if self.video_anchor_strength < 1 and not self.ltx2_graded_conditioning:
             raise OptionError(
-                f"--video_anchor_strength {self.video_anchor_strength:g}: frames that are partly given need "
+                f"--video_anchor_strength {self.video_anchor_strength:g}: partly clean frames need "
                 "--ltx2_graded_conditioning"
             )
 
@@ -195,8 +194,8 @@ def _mask_names(switch: str) -> dict[str, str]:
 
 FIRST, REFERENCES = "ltx2_first_frame_conditioning_p", "ic_lora_ref_probability"
 DIRECTION = "ltx2_train_direction"
-# keys of a condition in a recipe -> options, by stream and type; "" is a switch
-RECIPES: Mapping[tuple[str, str], Mapping[str, str]] = {
+# by stream and type of a condition: its keys -> options; the option at "" switches the type on
+CONDITION_OPTIONS: Mapping[tuple[str, str], Mapping[str, str]] = {
     ("video", "first_frame"): {"probability": FIRST},
     ("video", "reference"): {"probability": REFERENCES},
     ("video", "spatial_crop"): _mask_names(_CROP),
@@ -211,7 +210,7 @@ RECIPES: Mapping[tuple[str, str], Mapping[str, str]] = {
 _DIRECTIONS = {(True, True): "joint", (True, False): "a2v", (False, True): "v2a"}
 
 
-def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
+def read_conditioning_config(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
     """Return the option values that a --ltx2_conditioning_config file sets, by option name.
 
     The file has a table for each stream: whether it is generated, and which parts of it are given.
@@ -247,7 +246,7 @@ def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
     if len(is_generated) == 2:
         direction = _DIRECTIONS.get((is_generated["video"], is_generated["audio"]))
         if direction is None:
-            raise OptionError(f"{source}: is_generated = false of both streams: nothing would be learned")
+            raise OptionError(f"{source}: is_generated = false for both streams: nothing would be learned")
         values[DIRECTION] = direction
     return values
 
@@ -255,13 +254,12 @@ def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
 def _read_condition(condition: Any, stream: str, source: str) -> dict[str, Any]:
     """Return the option values of one condition in a --ltx2_conditioning_config file.
 
-    `RECIPES` maps the keys of each condition type to options; its key "" names the option that switches the
-    type on.
+    `stream` is video or audio; `source` describes the condition's position in the file, for messages.
     """
     kind = condition.get("type") if isinstance(condition, dict) else None
-    option_names = RECIPES.get((stream, str(kind)))
+    option_names = CONDITION_OPTIONS.get((stream, str(kind)))
     if option_names is None:
-        known = [known for known_stream, known in RECIPES if known_stream == stream]
+        known = [known for known_stream, known in CONDITION_OPTIONS if known_stream == stream]
         raise OptionError(f"{source}: type {kind!r} is not known here, only {', '.join(known)}")
     settings = {key: value for key, value in condition.items() if key != "type"}
     if "p" in settings and "probability" in settings:

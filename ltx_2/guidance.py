@@ -45,15 +45,15 @@ def guidance_rules(
 
     def guidance_of(stream: str) -> StreamGuidance:
         return StreamGuidance(
-            text=text_scales[stream],
-            perturbed=perturbed_scale if options.stg_mode in (None, "both", stream) else 0.0,
-            modality=1.0 if audio_only else _select_weight(modality_scales[stream], 3.0),
+            text_scale=text_scales[stream],
+            perturbed_scale=perturbed_scale if options.stg_mode in (None, "both", stream) else 0.0,
+            modality_scale=1.0 if audio_only else _select_weight(modality_scales[stream], 3.0),
             rescale=_select_weight(options.rescaling(stream), 0.7),
         )
 
     # without video there is nothing to guide in its stream
-    image = StreamGuidance(text=1.0) if audio_only else guidance_of(VIDEO)
-    audio = replace(guidance_of(AUDIO), identity=identity_scale)
+    image = StreamGuidance(text_scale=1.0) if audio_only else guidance_of(VIDEO)
+    audio = replace(guidance_of(AUDIO), identity_scale=identity_scale)
     return GuidanceRules(streams=(image, audio), perturbed_blocks=frozenset(skipped_blocks))
 
 

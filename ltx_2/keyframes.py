@@ -42,11 +42,11 @@ def check_keyframes(images: Sequence[PlacedImage], frames: int) -> None:
 def encode_keyframes(
     images: Sequence[PlacedImage], prepared: Prepared, encode: Callable[[Tensor], Tensor], crf: int
 ) -> dict[str, Tensor]:
-    """Return the conditions of keyframes: their latents, frame indices and given shares; {} without any.
+    """Return the conditions of keyframes: latents, frame indices and clean weights; {} without any.
 
     Args:
         images: The keyframes.
-        prepared: The request, or a stage's request: gives width and height.
+        prepared: The request, or a stage's request, for width and height.
         encode: Encodes pixels 1 3 F H W.
         crf: H.264 quality to which the images are compressed first.
     """
@@ -69,7 +69,7 @@ def space_generated_keyframes(count: int, num_frames: int) -> list[int]:
 def add_generated_keyframes(
     keyframes: Conditions, count: int, num_frames: int, shape: Sequence[int]
 ) -> Conditions:
-    """Append `count` keyframes to generate, which start as noise, to the conditions of the keyframes given.
+    """Append `count` keyframes that are generated, from noise, to the conditions of given keyframes.
 
     Args:
         keyframes: From `pop_keyframes`.
@@ -88,9 +88,9 @@ def add_generated_keyframes(
     joined: dict[str, Tensor] = {}
     # keyframes of the request come first
     for name, tensor in generated.items():
-        given = keyframes.get(name)
-        axis = 2 if name == KEYFRAMES else 1
-        joined[name] = torch.cat([given, tensor], dim=axis) if isinstance(given, Tensor) else tensor
+        earlier = keyframes.get(name)
+        axis = 2 if name == KEYFRAMES else 1  # keyframe axis
+        joined[name] = torch.cat([earlier, tensor], dim=axis) if isinstance(earlier, Tensor) else tensor
     return joined
 
 

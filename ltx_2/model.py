@@ -93,7 +93,7 @@ class StreamInputs:
         return self.make_sinusoids(self.timesteps)
 
     def make_sinusoids(self, timesteps: Tensor) -> Tensor:
-        """Return timesteps' sinusoids, n to n freq_dim, with float32 angles as in training."""
+        """Return the sinusoidal embeddings of n timesteps, n freq_dim, with float32 angles as in training."""
         return sinusoid(timesteps, self.freq_dim, torch.float32)
 
     @property
@@ -234,8 +234,8 @@ class LtxModel(nn.Module):
             audio_text: States for the audio stream, B T text_dim.
             has_audio: B, whether each sample has audio; other samples' audio does not influence their video.
                 None: all samples have audio.
-            overrides: Changes to this call; their second text has arguments named text and audio_text. Their
-                given frames have the time 0, and their velocity is 0.
+            overrides: Changes to this call; a NAG text has arguments named text and audio_text. Clean
+                frames have the time 0, and their velocity is 0.
             references: References of video and audio. If those of the video are noisy, its velocity is B Z N:
                 the velocity of their tokens, then that of the video's tokens.
             keyframes: Frame indices in the video of the single images in the last latent frames of `noisy`.
@@ -283,7 +283,7 @@ class LtxModel(nn.Module):
         self._check(latents, texts)
         first_latents = next(iter(latents.values()))
         dtype = activation_dtype(first_latents.device, self.compute_dtype)
-        prompts = overrides.texts(len(first_latents), text=texts[VIDEO], audio_text=texts[AUDIO])
+        prompts = overrides.text_inputs(len(first_latents), text=texts[VIDEO], audio_text=texts[AUDIO])
         has_cross_attention = len(latents) == 2 and not overrides.isolate_modalities
         hidden_states = {}
         streams = {}
@@ -317,7 +317,7 @@ class LtxModel(nn.Module):
             audio_grid=tuple(latents[AUDIO].shape[2:]) if AUDIO in latents else (),
             dtype=dtype,
             attention=self.attention,
-            combine_text_attention=overrides.steer,
+            combine_text_attention=overrides.combine_attention,
             returns_reference_velocity=VIDEO in streams and video_references.timestep_fraction > 0,
         )
         return Hidden(tokens.join(hidden_states), tokens)
@@ -477,7 +477,7 @@ class LtxModel(nn.Module):
                 channels *= stream_latents.shape[3]  # an audio token joins all frequency bins of one time
             if channels != config.channels:
                 raise ValueError(
-                    f"{channels} numbers in a token of {title}, the model takes {config.channels}"
+                    f"{title} tokens of width {channels}, but the model requires {config.channels}"
                 )
 
 
@@ -498,10 +498,12 @@ def _add_clean_tokens(inputs: StreamInputs, overrides: Overrides) -> StreamInput
 def _list_audio_positions(inputs: StreamInputs, dim: int, time_only: bool) -> tuple[TokenPositions, ...]:
     """Return the positions of audio references, then of the audio itself; `dim` is the rotated width."""
     references = inputs.references
-    is_before = isinstance(references, LtxAudioReferences) and references.is_before
+    ends_before_audio = isinstance(references, LtxAudioReferences) and references.ends_before_audio
     positions = []
     for count in references.token_counts:
-        positions.append(TokenPositions(dim, (count,), time_only=time_only, is_before=is_before))
+        positions.append(
+            TokenPositions(dim, (count,), time_only=time_only, ends_before_audio=ends_before_audio)
+        )
     positions.append(TokenPositions(dim, (inputs.latents.shape[2],), time_only=time_only))
     return tuple(positions)
 

@@ -18,7 +18,7 @@ from ltx_2.audio_reference_options import (
     find_strategy,
 )
 from ltx_2.given_media_options import Ltx2GivenMedia
-from ltx_2.given_options import Ltx2GivenParts, check_value, read_recipe
+from ltx_2.given_options import Ltx2GivenParts, check_value, read_conditioning_config
 from ltx_2.model_options import (
     AUDIO,
     VIDEO,
@@ -92,7 +92,7 @@ _OF_AUDIO = {
     "video_modality_scale",
     "audio_modality_scale",
     "audio_rescale_scale",
-    "is_before",
+    "ends_before_audio",
     "is_hidden_from_video",
     "is_without_text",
     "identity_scale",
@@ -323,7 +323,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         self._check_streams()
         self._check_direction()
         if self.given.ltx2_conditioning_config is not None:
-            with_recipe(self)
+            apply_conditioning_config(self)
 
     def _check_streams(self) -> None:
         """Raise OptionError if options need a stream, video or audio, that --ltx2_mode leaves out."""
@@ -350,21 +350,21 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     def _check_direction(self) -> None:
         """Raise OptionError if --ltx2_train_direction keeps a stream clean that other options change."""
         direction = self.ltx2_train_direction
-        clean_title = None
         # v2a trains audio from clean images, a2v images from clean audio
+        clean_title = None
         if direction == "v2a" and self.given.gives_images:
-            clean_title = "the images"
+            clean_title = "the images are"
         elif direction == "a2v" and self.given.gives_audio:
-            clean_title = "the audio"
+            clean_title = "the audio is"
         if clean_title is not None:
             raise OptionError(
-                f"--ltx2_train_direction {direction}: all of {clean_title} is given. Leave the options of "
-                "given parts out"
+                f"--ltx2_train_direction {direction}: {clean_title} always clean. Leave out the options "
+                "for parts of them"
             )
         if AUDIO in self.strategy.needs and direction == "a2v":
             raise OptionError(
-                f"{self.strategy_option} and --ltx2_train_direction a2v: all of the audio is given, and none "
-                "is made after a reference. Leave one of them out"
+                f"{self.strategy_option} and --ltx2_train_direction a2v: the audio is always clean, so none "
+                "is generated from a reference. Leave one of them out"
             )
 
     @property
@@ -378,7 +378,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         return find_strategy(self.ic_lora_strategy, self.lora_target_preset)[0]
 
 
-def with_recipe(options: R) -> R:
+def apply_conditioning_config(options: R) -> R:
     """Return the options with the settings of --ltx2_conditioning_config applied and this option unset.
 
     Raises:
@@ -388,7 +388,7 @@ def with_recipe(options: R) -> R:
     if path is None:
         return options
     source = f"--ltx2_conditioning_config {path}"
-    values = read_recipe(path, options.model.streams)
+    values = read_conditioning_config(path, options.model.streams)
     # options of both records can be set by the file
     for record in (options, options.given):
         for field in fields(record):
@@ -398,7 +398,7 @@ def with_recipe(options: R) -> R:
                 typed = getattr(record, field.name)
                 if is_set(record, field) and typed != values[name]:
                     raise OptionError(
-                        f"--{name} {typed} and {source}, which says {values[name]}: give one of them"
+                        f"--{name} {typed} and {source}, which sets {values[name]}: give one of them"
                     )
     return override_options(options, {**values, "ltx2_conditioning_config": None})
 
@@ -464,12 +464,12 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
         if (self.height is None) != (self.width is None):
             raise OptionError("--height and --width: give both")
         if self.drive_video is not None and (self.silent or AUDIO not in self.model.streams):
-            raise OptionError(f"--drive_video {self.drive_video}: no sound is made. Give --ltx2_mode av")
+            raise OptionError(f"--drive_video {self.drive_video}: no sound is generated. Give --ltx2_mode av")
         if self.given.audio_files and (self.silent or AUDIO not in self.streams):
             name, path = next(iter(self.given.audio_files.items()))
-            raise OptionError(f"--{name} {path}: no sound is made. Give --ltx2_mode av")
+            raise OptionError(f"--{name} {path}: no sound is generated. Give --ltx2_mode av")
         if self.silent and VIDEO not in self.streams:
-            raise OptionError("--sample_disable_audio: nothing would be made. Give --ltx2_mode av or v")
+            raise OptionError("--sample_disable_audio: nothing would be generated. Give --ltx2_mode av or v")
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -477,8 +477,8 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
         return (AUDIO,) if self.sample_audio_only else self.model.streams
 
 
-# options of the known script -> ours
-_SAME = {
+# options of LTX-2's official script -> ours
+_OFFICIAL_NAMES = {
     "frame_count": "video_length",
     "sample_steps": "infer_steps",
     "cfg_scale": "guidance_scale",
@@ -496,29 +496,14 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
     Raises OptionError if an option is given under both names, with two values.
     """
     values = option_values(shared)
-    typed_names = dict(values["typed_names"])
-    changes: dict[str, Any] = {"typed_names": typed_names}
-    for other_name, name in _SAME.items():
-        # the frame rate always has a value: the default counts as not given
-        is_default = name == "fps" and values[name] == FPS
-        shared_value = None if is_default else values[name]
-        other_value = getattr(own_options, other_name)
-        value = _select_value(name, shared_value, other_value, other_name)
-        if value is not None:
-            changes[name] = value
-        # typed_names: option -> the name to show in messages
-        if other_value is not None:
-            typed_names[f"--{name}"] = f"--{other_name}"
-    if own_options.sample_audio_only:
-        typed_names["--ltx2_mode audio"] = "--sample_audio_only"
+    changes = _copy_official_values(values, own_options)
     # flags that choose an attention kernel become --attn_mode
     kernels = _list_chosen_kernels(values, own_options)
     kernel = next(iter(kernels.values()), "torch")
     changes["attn_mode"] = kernel
-    for flag in _KERNELS.keys() & {name.removeprefix("--") for name in kernels}:
-        typed_names[f"--attn_mode {_KERNELS[flag]}"] = f"--{flag}"
     if kernels:
         changes["settings"] = {**values["settings"], "attn_mode": kernel}
+    changes["typed_names"] = {**values["typed_names"], **_list_typed_names(own_options, kernels)}
     if own_options.height is not None:
         changes["video_size"] = (own_options.height, own_options.width)
     if own_options.output_name is not None:
@@ -528,6 +513,35 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
     dtype = _select_value("dit_dtype", own_options.dit_dtype, mixed)
     own_options = override_options(own_options, {"dit_dtype": dtype})
     return override_options(shared, changes), own_options
+
+
+def _copy_official_values(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, Any]:
+    """Return the values of shared options that have an official name too, by shared name."""
+    copied = {}
+    for official_name, name in _OFFICIAL_NAMES.items():
+        # the frame rate always has a value: the default counts as not given
+        is_default = name == "fps" and values[name] == FPS
+        shared_value = None if is_default else values[name]
+        value = _select_value(name, shared_value, getattr(own_options, official_name), official_name)
+        if value is not None:
+            copied[name] = value
+    return copied
+
+
+def _list_typed_names(own_options: Ltx2GenerationOptions, kernels: Mapping[str, str]) -> dict[str, str]:
+    """Return the names to show in messages: shared option (with its value) -> the option that was typed.
+
+    `kernels` are the selected attention modes by option name.
+    """
+    typed_names = {}
+    for official_name, name in _OFFICIAL_NAMES.items():
+        if getattr(own_options, official_name) is not None:
+            typed_names[f"--{name}"] = f"--{official_name}"
+    if own_options.sample_audio_only:
+        typed_names["--ltx2_mode audio"] = "--sample_audio_only"
+    for flag in _KERNELS.keys() & {name.removeprefix("--") for name in kernels}:
+        typed_names[f"--attn_mode {_KERNELS[flag]}"] = f"--{flag}"
+    return typed_names
 
 
 def _list_chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, str]:
@@ -562,7 +576,7 @@ declare_all(Ltx2GenerationOptions, GENERATION)
 
 
 def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     checkpoint = options.model.ltx2_checkpoint
     model = {"--ltx2_checkpoint": checkpoint, "--ltx2_mode": options.model.ltx_mode}
     latents: dict[str, Any] = {"--ltx2_video_vae": options.vae.file.vae}

@@ -100,16 +100,17 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
     @property
     def strength(self) -> float:
         """Return the strength of all references; raise OptionError if they have different ones."""
-        words = self.video_conditioning or ()  # a file and its strength, in turn
+        files_and_strengths = self.video_conditioning or ()  # alternating
         try:
-            strengths = {float(word) for word in words[1::2]}
-            if len(words) % 2 or not all(0 <= strength <= 1 for strength in strengths):
+            strengths = {float(text) for text in files_and_strengths[1::2]}
+            if len(files_and_strengths) % 2 or not all(0 <= strength <= 1 for strength in strengths):
                 raise ValueError
         except ValueError:
-            typed = f"--video-conditioning {' '.join(words)}"
+            typed = f"--video-conditioning {' '.join(files_and_strengths)}"
             raise OptionError(f"{typed}: give a file and its strength, from 0 to 1") from None
-        # the common strength applies if it is set, or if some references have no individual strength
-        if self.reference_strength != 1 or len(words) < 2 * len(self.paths) or not words:
+        # --reference_strength is for references without an individual strength
+        all_have_strengths = files_and_strengths and len(files_and_strengths) == 2 * len(self.paths)
+        if self.reference_strength != 1 or not all_have_strengths:
             strengths.add(self.reference_strength)
         if len(strengths) > 1:
             listed = " and ".join(f"{strength:g}" for strength in sorted(strengths))
@@ -135,5 +136,6 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         _ = self.strength, self.attention
         if len(self.paths) > MAX_REFERENCES:
             raise OptionError(
-                f"--reference_videos: {len(self.paths)} references, at most {MAX_REFERENCES} are taken"
+                f"--reference_videos: {len(self.paths)} references, but at most {MAX_REFERENCES} are "
+                "supported"
             )

@@ -60,8 +60,8 @@ def select_reference_frames(frames: Tensor, rules: ReferenceRules, frame_step: i
 
 
 def count_reference_frames(frames: int, rules: ReferenceRules, frame_step: int) -> int:
-    """Return how many of a reference's `frames` are encoded: every n-th, to fill whole latent frames."""
-    # frame 0, then every `time_factor`-th from frame 1, cut to a whole number of latent frames
+    """Return how many of a reference's `frames` are encoded: subsampled, then cut to whole latent frames."""
+    # frame 0, then every `time_factor`-th from frame 1
     count = 1 + len(range(1, frames, rules.time_factor))
     maximum = min(count, rules.max_frames or count)
     return (maximum - 1) // frame_step * frame_step + 1
@@ -76,20 +76,22 @@ def check_references(
     is shorter than a reference.
     """
     for path in paths:
-        count = 1 if is_single_image(path) else count_frames_up_to(path, frames)
-        needed = count_reference_frames(count, rules, latent.frame_step)
+        num_frames = 1 if is_single_image(path) else count_frames_up_to(path, frames)
+        num_encoded = count_reference_frames(num_frames, rules, latent.frame_step)
         if mask is None or is_single_image(mask):
             continue
-        # a mask has the frames of the result, of which a reference may have fewer
-        mask_frames = count_frames_up_to(mask, (needed - 1) * rules.time_factor + 1)
-        check_mask_length(mask, count_reference_frames(mask_frames, rules, latent.frame_step), needed)
+        # the mask must be as long as the encoded frames; it is subsampled in the same way
+        max_mask_frames = (num_encoded - 1) * rules.time_factor + 1
+        mask_frames = count_frames_up_to(mask, max_mask_frames)
+        num_encoded_of_mask = count_reference_frames(mask_frames, rules, latent.frame_step)
+        check_mask_length(mask, num_encoded_of_mask, num_encoded)
 
 
 def check_mask_length(mask: Path, frames: int, needed: int) -> None:
     """Raise OptionError if a mask has fewer frames than the `needed` ones that are encoded of a reference."""
     if frames < needed:
         raise OptionError(
-            f"--conditioning-attention-mask {mask}: {frames} frames are taken of it, {needed} of a "
+            f"--conditioning-attention-mask {mask}: {frames} of its frames are used, but {needed} of a "
             "reference. Give a picture, or a clip as long as the reference"
         )
 
@@ -137,15 +139,15 @@ class NoisyReferences:
         parts = self.noisy.split(counts, dim=2)
         return [part.unflatten(2, clean.shape[2:]) for part, clean in zip(parts, references, strict=True)]
 
-    def pack_velocity(self, velocity: Tensor, picture: Tensor, sigma: Tensor) -> Tensor:
+    def pack_velocity(self, velocity: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
         """Return the velocity of the video, followed by that of the references, as one flat tensor.
 
         Args:
             velocity: B C N of the references' tokens, then the video's.
-            picture: Latents of the video, B C F H W, for their shape.
+            latents: Latents of the video, B C F H W, for their shape.
             sigma: The video's noise level, B.
         """
-        counts = [self.clean.shape[2], picture[0, 0].numel()]
+        counts = [self.clean.shape[2], latents[0, 0].numel()]
         # the references' tokens come first
         reference_velocity, image_velocity = velocity.split(counts, dim=2)
         reference_velocity = velocity_of_references(
@@ -155,7 +157,7 @@ class NoisyReferences:
             strength=self.strength,
             sigma=sigma,
         )
-        return pack(image_velocity.unflatten(2, picture.shape[2:]), reference_velocity)
+        return pack(image_velocity.unflatten(2, latents.shape[2:]), reference_velocity)
 
 
 def split_audio(latents: Tensor, joint: AudioVideoShapes | None) -> tuple[Tensor, Tensor | None]:
@@ -185,7 +187,8 @@ def with_noisy_references(
     Args:
         sections: The sections; those without references are yielded unchanged.
         strength: Fraction of each reference at the start; the rest is noise, drawn token by token.
-        joint: Shapes of video and audio, for sections whose overrides have no `joint`; None without audio.
+        joint: Shapes of video and audio, for sections whose overrides have no `audio_video_shapes`; None
+            without audio.
         noise: Source of the noise.
     """
     section = next(sections)
@@ -319,8 +322,8 @@ def read_reference_factors(loras: Sequence[Path]) -> dict[str, int]:
             if first_factor != factor:
                 text = next(metadata[name] for name in names if name in metadata)
                 raise OptionError(
-                    f"--lora_weight {path} has learned references with {names[0]} {text}, {first_path} with "
-                    f"{first_factor}: they do not work together. Give one of them"
+                    f"--lora_weight {path} was trained on references with {names[0]} {text}, {first_path} "
+                    f"with {first_factor}: they do not work together. Give one of them"
                 )
     return factors
 
@@ -352,7 +355,7 @@ def resolve_reference_factors(options: Ltx2GivenReferences, loras: Sequence[Path
             logger.info("--%s %d, as the LoRA says", option, factor)
             options = override_options(options, {option: factor})
         elif typed != factor:
-            logger.warning("--%s %d: the LoRA has learned with %d", option, typed, factor)
+            logger.warning("--%s %d: the LoRA was trained with %d", option, typed, factor)
     return options
 
 

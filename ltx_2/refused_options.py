@@ -322,26 +322,26 @@ def _read_word(word: str) -> tuple[list[str], dict[str, Any]]:
     A word is `name,alias:type=default`, in which only the name is required. `?` after the names means --name
     and --no-name, `*` and `+` mean several values; without type and default the option is a switch.
     """
-    word, has_default, text = word.partition("=")
-    word, _, kind = word.partition(":")
-    mark = word[-1] if word[-1] in "?*+" else ""
-    names = word.removesuffix(mark).split(",")
-    if mark == "?":
+    word, has_default, default_text = word.partition("=")
+    word, _, type_name = word.partition(":")
+    suffix = word[-1] if word[-1] in "?*+" else ""
+    names = word.removesuffix(suffix).split(",")
+    if suffix == "?":
         return names, {
             "action": argparse.BooleanOptionalAction,
-            "default": text == "True" if has_default else None,
+            "default": default_text == "True" if has_default else None,
             "values": (False,),
         }
-    if kind == "switch" or not (has_default or kind):
-        return names, {"action": "store_true", "default": None if kind else False}
-    default = _read_default(text) if has_default else None
+    if type_name == "switch" or not (has_default or type_name):
+        return names, {"action": "store_true", "default": None if type_name else False}
+    default = _read_default(default_text) if has_default else None
     settings = {
-        "type": TYPES[kind] if kind else type(default),
+        "type": TYPES[type_name] if type_name else type(default),
         "default": default,
         "metavar": "VALUE",
     }
-    if mark:
-        settings["nargs"] = mark
+    if suffix:
+        settings["nargs"] = suffix
     return names, settings
 
 

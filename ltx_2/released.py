@@ -38,5 +38,7 @@ def read_settings(checkpoint: Checkpoint, part: str, class_name: str) -> Mapping
             f"{checkpoint.path}: the settings in its metadata cannot be read ({error}). Copy the file again.",
             checkpoint.path,
         ) from error
-    # declared_settings returns the path of config.json and its settings
-    return settings or declared_settings(checkpoint, {class_name})[1]
+    if settings:
+        return settings
+    _, declared = declared_settings(checkpoint, {class_name})  # config.json
+    return declared

@@ -30,7 +30,7 @@ class TokenPositions(NamedTuple):
     size_factor: int = 1
     time_factor: int = 1
     frame_index: int | None = None  # frame index of a keyframe; None for a clip that starts at frame 0
-    is_before: bool = False  # audio that ends one latent before second 0; else it begins there
+    ends_before_audio: bool = False  # audio that ends one latent before second 0; else it begins there
 
 
 def make_table(config: LtxConfig, positions: TokenPositions, /, *, device: torch.device) -> Tensor:
@@ -53,7 +53,7 @@ def _list_seconds(config: LtxConfig, positions: TokenPositions) -> list[Tensor]:
     """Return each latent's start and end in seconds: a tensor per frame rate, or one for audio."""
     if not positions.fps:
         mel_frames = latent_bounds(positions.grid[0], MEL_STRIDE, is_causal=True)
-        if positions.is_before:
+        if positions.ends_before_audio:
             mel_frames = mel_frames - mel_frames[-1, 1] - MEL_STRIDE
         return [mel_frames / MEL_RATE]
     if positions.frame_index is not None:

@@ -83,18 +83,18 @@ class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):
 
         Raises OptionError if --distilled-lora is invalid.
         """
-        path, first, second = super().lora
+        path, first_strength, second_strength = super().lora
         if self.distilled_lora is None:
-            return path, first, second
+            return path, first_strength, second_strength
         file, *strengths = self.distilled_lora
         try:
             (strength,) = map(float, strengths or ["1"])
         except ValueError:
-            words = " ".join(self.distilled_lora)
+            typed = " ".join(self.distilled_lora)
             raise OptionError(
-                f"--distilled-lora {words}: give a file, and a strength if it is not 1"
+                f"--distilled-lora {typed}: give a file, and a strength if it is not 1"
             ) from None
         path = to_path("--distilled-lora", file)
         if not path.exists():
             raise OptionError(f"--distilled-lora {file}: no such file. Correct the path")
-        return path, first, strength
+        return path, first_strength, strength

@@ -156,14 +156,15 @@ class TwoStages:
     def _plan_upscaling(
         self, shape: tuple[int, int, int, int, int], dtype: torch.dtype
     ) -> tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...]:
-        """Return a loader for each upscaler, with the shape of the latents that it receives.
+        """Return a loader and the shape of the input latents, B C F H W, for each upscaler, in order.
 
-        `shape` is the shape of the first stage's latents, B C F H W. Upscalers run in order.
+        `shape` is the shape of the first stage's latents.
         """
         loaders = []
         for option, path in self.upscalers.items():
             batch, channels, length, rows, columns = shape
-            loaders.append((partial(load_upscaler, path, option, dtype), shape))
+            load = partial(load_upscaler, path, option, dtype)
+            loaders.append((load, shape))
             factors = read_scale_factors(path, option, channels)
             # the first latent frame stays single
             length = (length - 1) * factors.frames + 1
@@ -181,9 +182,9 @@ def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
     if options.temporal_upsampler_path is not None:
         upscalers[TEMPORAL] = options.temporal_upsampler_path
     loras = []
-    path, first, second = options.lora
-    if path is not None and (first or second):  # a strength of 0 in both stages adds nothing
-        loras.append(StageLora(path, "--distilled_lora_path", first, second))
+    path, first_strength, second_strength = options.lora
+    if path is not None and (first_strength or second_strength):
+        loras.append(StageLora(path, "--distilled_lora_path", first_strength, second_strength))
     skips_second_stage = False
     if isinstance(options, Ltx2OfficialStages):
         for path, strength in options.first_loras:
@@ -213,8 +214,8 @@ def move_ic_loras_to_first_stage(shared: Any, own_options: Any) -> tuple[Any, An
         )
     if not both_stages and shared.lora_rounding != "auto":
         raise OptionError(
-            f"--lora_rounding {shared.lora_rounding}: {first_stage[0][0]} is an IC-LoRA, which is added "
-            "beside the weights and not merged into them. Leave the option out"
+            f"--lora_rounding {shared.lora_rounding}: {first_stage[0][0]} is an IC-LoRA, which is not "
+            "merged into the weights. Leave the option out"
         )
     logger.info(
         "%s: an IC-LoRA, which only the first stage uses, as in the official pipeline",

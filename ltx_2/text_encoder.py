@@ -166,7 +166,7 @@ def prompt_key(stream: str) -> str:
 
 
 class Ltx2TextEncoder(LanguageModelEncoder):
-    """Gemma with the connectors, which give each prompt 1024 rows per stream."""
+    """Gemma with the connectors, which return 1024 states per prompt and stream."""
 
     abilities = EncoderAbilities(
         offloads_layers=True, shardable=True, has_text_layers=True, accepts_new_words=True
@@ -190,10 +190,10 @@ class Ltx2TextEncoder(LanguageModelEncoder):
             connectors: File of the connectors, or a release's folder.
             dtype: Compute dtype of Gemma, and dtype of the connectors' weights.
             tokenizer: Folder or file of the tokenizer.
-            form: Form of Gemma's weights in memory, such as a quantized one; None keeps that of the file.
+            form: Storage format of Gemma's weights in memory, such as a quantized one; None keeps the file's.
             on_cpu: Run on the CPU.
-            streams: Streams to make texts for.
-            use: Version of Gemma.
+            streams: Streams (video, audio) whose text states the connectors compute.
+            use: Settings of the Gemma version.
         """
         super().__init__(use, path, dtype, tokenizer, form=form, on_cpu=on_cpu)
         self.connectors = inside(connectors, "connectors")
@@ -201,7 +201,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         self.keys = frozenset({*map(prompt_key, self.streams), MASK})
         self.variable_length = frozenset()
         self.weighted_states_key = prompt_key(self.streams[0])
-        self.pads_left = False  # in the connectors' output a prompt's own rows come first
+        self.pads_left = False  # the connectors' output begins with the prompt's tokens
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -211,18 +211,18 @@ class Ltx2TextEncoder(LanguageModelEncoder):
     def check(self) -> None:
         """Check that Gemma's file fits the connectors.
 
-        Raises CheckpointError if a file is of another kind, or the connectors take states of another width.
+        Raises CheckpointError if a file is of another kind, or the connectors require another state width.
         """
-        model = self.use.model
+        model = self.settings.model
         with open_checkpoint(self.path) as checkpoint:
             gemma = read_language_model(checkpoint, model, ALL_STATES).config
         config = self._read_connectors_config()
         width = gemma.dim * len(all_states(gemma.num_layers))
         check_state_width(model.option, self.path, width, self.connectors, config.text_dim, model.files)
-        # learned registers, repeated, fill a text up to ROWS states
+        # learned registers are repeated to fill a text up to ROWS states
         if any(ROWS % connector.num_registers for connector in config.streams.values()):
             raise CheckpointError(
-                f"{self.connectors}: its connectors have a number of registers that does not divide {ROWS}. "
+                f"{self.connectors}: the number of registers of its connectors does not divide {ROWS}. "
                 f"Give {FILES} to {OPTION}.",
                 self.connectors,
             )
@@ -262,10 +262,10 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         """Return the connectors."""
         return self.network.get_submodule("connectors")
 
-    def waiting_bytes(self, free_bytes: int) -> int:
+    def offloaded_bytes(self, free_bytes: int) -> int:
         """Return how many bytes of Gemma stay in host memory next to the connectors."""
         self.check()
-        return super().waiting_bytes(max(free_bytes - self._count_connector_bytes(), 0))
+        return super().offloaded_bytes(max(free_bytes - self._count_connector_bytes(), 0))
 
     def compute(
         self,

@@ -69,7 +69,7 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
 
 
 def _reject_other_decoders(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if the decoder is the diffusion decoder of LTX-2.5, or takes a time step."""
+    """Raise CheckpointError if the decoder is the diffusion decoder of LTX-2.5, or requires a timestep."""
     names = checkpoint.tensors
     if any(name.startswith(_DIFFUSION_DECODER_PREFIXES) for name in names):
         raise CheckpointError(
@@ -79,8 +79,8 @@ def _reject_other_decoders(checkpoint: Checkpoint) -> None:
         )
     if any(_TIMESTEP_TENSORS.fullmatch(name) for name in names):
         raise CheckpointError(
-            f"{checkpoint.path}: its decoder takes a time step, as LTX-Video's does, which is not supported. "
-            f"Give {FILES} to --vae.",
+            f"{checkpoint.path}: its decoder requires a timestep, as LTX-Video's does, which is not "
+            f"supported. Give {FILES} to --vae.",
             checkpoint.path,
         )
 

@@ -164,12 +164,12 @@ class ClipConv(nn.Module):
         num_before = self.before if frames_before is None else frames_before.shape[2]
         size = (batch, channels, num_before + frames, height + 2 * edge, width + 2 * edge)
         joined = empty_clip(x, *size)
-        behind = joined[:, :, num_before:]
+        current = joined[:, :, num_before:]
         # x is normalized while it is copied, if the layer has a norm
-        self._write(x, behind[..., edge : edge + height, edge : edge + width])
+        self._write(x, current[..., edge : edge + height, edge : edge + width])
         if self.reflects:
-            _mirror_borders(behind)
-        joined[:, :, :num_before] = behind[:, :, :1] if frames_before is None else frames_before
+            _mirror_borders(current)
+        joined[:, :, :num_before] = current[:, :, :1] if frames_before is None else frames_before
         return joined
 
     def _convolve_end(self, memory: ClipMemory) -> Tensor:
@@ -329,7 +329,7 @@ class VideoVaeDecoder(nn.Module):
     def forward(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the pixels, B 3 T H W, of latent frames B Z 1 h w, in playing order.
 
-        With a decoder that looks ahead, the first frames come after about coder a clip, and the last ones a
+        With a decoder that looks ahead, the first frames come after about half a clip, and the last ones a
         frame or two at a time, as each layer in turn reaches the end of the clip. So no layer ever computes
         more frames at once than a latent frame makes.
         """

@@ -52,14 +52,14 @@ class LuminaTokens:
         return replace(self, shard=shard)
 
     @property
-    def first_image(self) -> int:
+    def first_noisy_token(self) -> int:
         """Return the index of the first token of the noisy latents, whose tokens form `grid`."""
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.
 
-        `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
+        `kept` are the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
         lengths = None if self.lengths is None else self.lengths.shorten(num_left_out)
         return replace(self, rotary=select_rotations(self.rotary, kept, num_left_out), lengths=lengths)

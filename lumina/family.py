@@ -50,9 +50,8 @@ CACHE_KEY_BY_ARGUMENT = {"caption": "hidden_state", "caption_mask": "attention_m
 FLOW_SHIFT = 6.0  # default
 EULER_AS_TRAINED = "euler-trained"  # Euler's steps, at the noise levels of the release
 DEFAULTS = image_defaults(36, 3.5, 1024, FLOW_SHIFT, solver=EULER_AS_TRAINED, extras=tuple(EXTRAS))
-NUM_TRAIN_TIMESTEPS = (
-    1000  # timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / UNIT
-)
+# timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / UNIT
+NUM_TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -97,20 +96,20 @@ class Lumina(ModelOfImages):
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        """Predict the velocity, B C 1 H W float32: the negative of the network's own output.
+        """Predict the velocity, noise minus data, B C 1 H W float32.
 
         The network predicts data minus noise, and its time runs from 0 (noise) to 1.
 
         The conditions are hidden_state B T D and attention_mask B T.
         """
         name_inputs = partial(name_texts, names=CACHE_KEY_BY_ARGUMENT, device=noisy.device)
-        direction = dit(
+        data_minus_noise = dit(
             noisy.squeeze(2),
             1 - timesteps.float() / NUM_TRAIN_TIMESTEPS,
             **name_inputs(cond),
             overrides=overrides.rename_nag(name_inputs),
         )
-        return -direction.unsqueeze(2)
+        return -data_minus_noise.unsqueeze(2)
 
     # generation
 

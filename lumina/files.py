@@ -68,7 +68,7 @@ def _read_config(shapes: DitShapes) -> LuminaConfig:
     if dim % head_width or head_width % 6 or kv_rows <= 0 or kv_rows % (2 * head_width):
         raise CheckpointError(
             f"{shapes.path}: width {dim}, heads of {head_width} and {rows} rows of queries, keys and values "
-            "are not those of a Lumina-Image-2.0 transformer. Copy the file again.",
+            "do not fit a Lumina-Image-2.0 transformer. Copy the file again.",
             shapes.path,
         )
     num_heads = dim // head_width
@@ -76,7 +76,7 @@ def _read_config(shapes: DitShapes) -> LuminaConfig:
     if num_heads % num_kv_heads or patch_width % PATCH**2:
         raise CheckpointError(
             f"{shapes.path}: {num_heads} heads of queries and {num_kv_heads} of keys, patches of "
-            f"{patch_width} numbers are not those of a Lumina-Image-2.0 transformer. Copy the file again.",
+            f"width {patch_width} do not fit a Lumina-Image-2.0 transformer. Copy the file again.",
             shapes.path,
         )
     return LuminaConfig(

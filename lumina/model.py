@@ -100,8 +100,8 @@ class LuminaModel(BlockNetwork):
             times: B, 0 (noise) to 1 (image).
             caption: States of the language model, B T text_dim.
             caption_mask: B T, true or 1 for real tokens, which come first.
-            overrides: Changes to this call; their second text, for negative attention, has arguments named
-                caption and caption_mask, and its tokens follow those of the first text.
+            overrides: Changes to this call. The text of normalized attention guidance (NAG) has arguments
+                named caption and caption_mask too; its tokens follow those of the caption.
 
         Raises:
             ValueError: If sizes do not match.
@@ -113,15 +113,20 @@ class LuminaModel(BlockNetwork):
         patches = rearrange(noisy, "b c (h ph) (w pw) -> b (h w) (ph pw c)", ph=patch, pw=patch)
         time = self.embed_time(times)
         captions = []
-        for prompt in overrides.texts(len(noisy), caption=caption, caption_mask=caption_mask):
+        for prompt in overrides.text_inputs(len(noisy), caption=caption, caption_mask=caption_mask):
             captions.append(self._refine_caption(**prompt, grid=grid, time=time, dtype=dtype))
         text, tokens = captions[0]
         image = self._refine_image(self.embed_image(patches, dtype), tokens)
         if len(captions) == 1:
             return Hidden(torch.cat([image, text], dim=1), tokens)
         second_text, second_tokens = captions[1]
-        assert overrides.steer is not None  # it comes with a second text
-        second = SecondText(image.shape[1], second_text.shape[1], second_tokens.lengths, overrides.steer)
+        assert overrides.combine_attention is not None  # the second text is the NAG text
+        second = SecondText(
+            num_image_tokens=image.shape[1],
+            num_text_tokens=second_text.shape[1],
+            lengths=second_tokens.lengths,
+            combine_attention=overrides.combine_attention,
+        )
         tokens = replace(tokens, second_text=second, second_rotary=second_tokens.rotary)
         return Hidden(torch.cat([image, text, second_text], dim=1), tokens)
 

@@ -144,7 +144,7 @@ TRAINER: Mapping[str, Any] = {
 
 
 def caching_options(options: LuminaTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     return {"--ae": options.vae.vae or Placeholder("AE_FILE")}, _list_text_options(options.text)
 
 
@@ -156,11 +156,11 @@ def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]
         "--vae_dtype": options.vae.vae_dtype,
         "--text_encoder_dtype": options.text.text_encoder_dtype,
         **_list_text_options(options.text),
-        **extra_words(sample),
+        **list_guidance_options(sample),
     }
 
 
-def extra_words(sample: Mapping[str, Any]) -> dict[str, Any]:
+def list_guidance_options(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the guidance options with which a training sample was generated."""
     extra = sample.get("extra") or {}
     return {f"--{option}": extra.get(name) for option, name in EXTRAS.items()}

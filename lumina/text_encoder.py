@@ -171,21 +171,28 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         return gemma
 
     def compute(
-        self, network: nn.Module, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
+        self,
+        network: nn.Module,
+        tokenizer: TextTokenizer,
+        token_ids: Sequence[list[int]],
+        num_template_tokens: int,
     ) -> list[Conditions]:
         """Return {"hidden_state": L C, "attention_mask": L, "input_ids": L int64} for each prompt.
 
         Args:
             network: Gemma 2.
             tokenizer: Not used.
-            rows: Token ids of the prompts, of their own lengths.
-            dropped: Not used, because the states of the system prompt are inputs of the model too.
+            token_ids: Token ids of each prompt, not padded.
+            num_template_tokens: Not used, because the states of the system prompt are inputs of the model
+                too.
         """
         device = network.get_parameter(self.embedding).device
         results: list[Conditions] = []
-        for first in range(0, len(rows), BATCH_SIZE):
+        for first in range(0, len(token_ids), BATCH_SIZE):
             # B L, padded to `padded_length`
-            input_ids, mask = fill_rows(rows[first : first + BATCH_SIZE], self.padded_length, PAD_TOKEN_ID)
+            input_ids, mask = fill_rows(
+                token_ids[first : first + BATCH_SIZE], self.padded_length, PAD_TOKEN_ID
+            )
             embeds = network.get_submodule("embed_tokens")(input_ids.to(device))
             states = language_states(network, embeds, mask.to(device), HIDDEN_STATES).cpu()  # B L C
             states = states * mask[..., None]  # 0 for padding

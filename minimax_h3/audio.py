@@ -135,8 +135,7 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
         "sampling_rate": RATE,
         **_read_decoder_settings(shape, num_stages, num_blocks),
     }
-    # declared_settings returns the path of config.json and its settings
-    declared = declared_settings(checkpoint, {DIFFUSERS_CLASS})[1]
+    _, declared = declared_settings(checkpoint, {DIFFUSERS_CLASS})  # config.json
     for key in ("num_attention_heads", "latents_mean", "latents_std"):
         if declared.get(key) is not None:
             settings[key] = declared[key]

@@ -132,9 +132,9 @@ def read_teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], lis
         cached_conditions = [
             other for other, other_keys in TEACHER_KEYS.items() if other_keys.states in batch.tensors
         ]
-        instead = f" (it has those of {cached_conditions[0]})" if cached_conditions else ""
+        others = f" (it has those of {cached_conditions[0]})" if cached_conditions else ""
         raise CacheError(
-            f"{batch.keys[0]}: its cache has no teacher rows, {missing[0]}{instead}, which {NAME}'s teacher "
+            f"{batch.keys[0]}: its cache has no teacher rows, {missing[0]}{others}, which {NAME}'s teacher "
             f"matching needs. Cache again with {TEXTS_AGAIN} --task t2va --teacher_conditions {conditions}."
         )
     states, tags = (list(batch.tensors[key]) for key in keys)

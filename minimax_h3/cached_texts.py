@@ -54,7 +54,7 @@ def describe_copy(caption: str) -> str:
 
 
 def describe_subjects(caption: str, pictures: int, is_still: bool) -> str:
-    """Rewrite a caption for a teacher model that takes only the subjects' looks from images.
+    """Rewrite a caption for a teacher model that copies only the subjects' looks from images.
 
     `pictures` is the number of images, one for each subject. `is_still` is true if the item is an image.
     """
@@ -81,7 +81,8 @@ class H3CachingEncoder(H3TextEncoder):
     """Text encoder that caches states for one task; set its fields before use."""
 
     task = "t2va"
-    teacher: str | None = None  # key of `TEACHER_KEYS` for a teacher's additional states; None without
+    # value of --teacher_conditions: what a teacher's additional states are encoded with; None without
+    teacher_conditions: str | None = None
     states_dtype: torch.dtype | None = None  # dtype of stored states; None for the compute dtype
     short_edges = IMAGE_EDGE, VIDEO_EDGE  # short sides of references: images, clips
 
@@ -89,8 +90,8 @@ class H3CachingEncoder(H3TextEncoder):
     def abilities(self) -> EncoderAbilities:  # type: ignore[override]  # depends on the task
         """Abilities, which depend on the task: whether the encoder sees the clip and references."""
         # for references, the length of the clip matters too
-        sees_clip = self.task != "t2va" or self.teacher is not None
-        sees_media = self.task == REFERENCES or self.teacher == SUBJECT
+        sees_clip = self.task != "t2va" or self.teacher_conditions is not None
+        sees_media = self.task == REFERENCES or self.teacher_conditions == SUBJECT
         return replace(
             H3TextEncoder.abilities,
             writes_cache_metadata=True,
@@ -101,7 +102,7 @@ class H3CachingEncoder(H3TextEncoder):
     @property
     def identity(self) -> Mapping[str, str]:
         """Return what the text states depend on besides the text: the task and the sizes of references."""
-        info = {"task": self.task, "teacher": self.teacher, "blank": repr(self.use.blank)}
+        info = {"task": self.task, "teacher": self.teacher_conditions, "blank": repr(self.settings.blank)}
         info["stored"] = None if self.states_dtype is None else dtype_name(self.states_dtype)
         info["reference_edges"] = (
             " ".join(map(str, self.short_edges)) if self.abilities.encodes_media else None
@@ -109,18 +110,18 @@ class H3CachingEncoder(H3TextEncoder):
         named = {f"{self.name}_{fact}": value for fact, value in info.items() if value is not None}
         return {**super().identity, **named}
 
-    def set_task(self, task: str, teacher: str | None, states_dtype: torch.dtype | None) -> None:
+    def set_task(self, task: str, teacher_conditions: str | None, states_dtype: torch.dtype | None) -> None:
         """Set the task, the teacher whose rows are added, and the dtype of stored states."""
         self.task = task
-        self.teacher = teacher
+        self.teacher_conditions = teacher_conditions
         self.states_dtype = states_dtype
-        rows = () if teacher is None else TEACHER_KEYS[teacher]
-        self.keys = self.use.keys | set(rows)
+        rows = () if teacher_conditions is None else TEACHER_KEYS[teacher_conditions]
+        self.keys = self.settings.keys | set(rows)
         self.variable_length = self.variable_length | set(rows)
 
     def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]:
         """Return a text cache's metadata: task, format, teacher, and a checksum of caption and media."""
-        return make_cache_metadata(self.task, self.teacher, caption, shown)
+        return make_cache_metadata(self.task, self.teacher_conditions, caption, shown)
 
     def check_metadata(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Raise CacheError if a cache was made for another task."""
@@ -135,9 +136,9 @@ class H3CachingEncoder(H3TextEncoder):
 
     def _encode_item(self, prompt: Prompt) -> Conditions:
         (conditions,) = super().encode([replace(prompt, media_before_text=self._present(prompt))])
-        if self.teacher is not None and prompt.clip is not None:
+        if self.teacher_conditions is not None and prompt.clip is not None:
             (of_teacher,) = super().encode([self._make_teacher_prompt(prompt, prompt.clip)])
-            rows = TEACHER_KEYS[self.teacher]
+            rows = TEACHER_KEYS[self.teacher_conditions]
             conditions = {**conditions, rows.states: of_teacher[KEY], rows.tags: of_teacher[TAGS]}
         return {key: [self._cast_states(rows) for rows in value] for key, value in conditions.items()}
 
@@ -177,17 +178,17 @@ class H3CachingEncoder(H3TextEncoder):
 
     def _make_teacher_prompt(self, prompt: Prompt, clip: Tensor) -> Prompt:
         """Return the prompt with the text and media that --teacher_conditions shows the teacher."""
-        if self.teacher == FIRST_LAST:
+        if self.teacher_conditions == FIRST_LAST:
             return replace(prompt, media_before_text=present_keyframes(_list_keyframes(prompt)))
-        if self.teacher == CLIP:
+        if self.teacher_conditions == CLIP:
             presented = present_clip(clip[..., :3], has_audio=True)
             return replace(prompt, text=describe_copy(prompt.text), media_before_text=(presented,))
         images = tuple(present_image(frame[..., :3]) for frame in prompt.image_pixels)
         images += self._present_references(prompt.media, len(clip))
         if not images or any(image.kind != IMAGE for image in images):
             raise MediaError(
-                "--teacher_conditions subject_ref shows images of the subject to the teacher, and nothing "
-                "else. Give the table control_directory, or name images in `references` of its rows."
+                "--teacher_conditions subject_ref shows the teacher images of the subject and nothing else. "
+                "Give the table control_directory, or name images in `references` of its rows."
             )
         # a separate caption for the teacher, if the dataset has one
         text = prompt.text_with_references
@@ -207,10 +208,10 @@ def _list_keyframes(prompt: Prompt) -> list[Tensor]:
         return [clip[0][..., :3], clip[-1][..., :3]]
     if not prompt.image_pixels:
         raise MediaError(
-            "it is a single picture, which has no first and last frame, and there are no control pictures to "
-            "show. Give the table control_directory, or cache it with --task t2va."
+            "a single picture has no first and last frame, and its table has no control pictures. "
+            "Give the table control_directory, or cache it with --task t2va."
         )
-    # `frames` are the control images, which a still image has in place of keyframes
+    # the control images of a still image
     return [frame[..., :3] for frame in prompt.image_pixels]
 
 
@@ -224,7 +225,7 @@ def _make_settings(blank: str) -> LanguageEncoderSettings:
 class H3CachingFiles(H3Files):
     """Files of a run that caches texts."""
 
-    teacher: str | None = None
+    teacher_conditions: str | None = None
     states_dtype: torch.dtype | None = None  # dtype of cached states; None for that of the text encoder
     blank: str = BLANK  # replaces the empty prompt
     short_edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)
@@ -240,7 +241,7 @@ class H3CachingFiles(H3Files):
         """Return the text encoder, set up for the task."""
         encoder = super().language_model()
         assert isinstance(encoder, H3CachingEncoder)
-        encoder.set_task(self.task, self.teacher, self.states_dtype)
+        encoder.set_task(self.task, self.teacher_conditions, self.states_dtype)
         encoder.short_edges = self.short_edges
         return encoder
 
@@ -256,7 +257,7 @@ def files_of_texts(options: H3TextCachingOptions) -> H3CachingFiles:
     dtype = options.text_cache_dtype
     files = H3CachingFiles(
         task=options.task or "t2va",
-        teacher=options.teacher_conditions,
+        teacher_conditions=options.teacher_conditions,
         states_dtype=None if dtype is None else DTYPES[dtype],
         blank=options.uncond_text,
         short_edges=(options.reference_image_short_edge, options.reference_video_short_edge),

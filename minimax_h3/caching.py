@@ -139,7 +139,7 @@ class H3Caching:
             self._check_length(frames, table.name, MediaError)
 
     def metadata(self, files: H3Files, media: MediaBatch) -> dict[str, str]:
-        """Return the metadata of one item's cache file, with the keys of other trainers' caches."""
+        """Return the metadata of one item's cache file, under the keys that other trainers use too."""
         identity = files.vae_identity()
         (span,) = media.spans
         metadata = {
@@ -218,13 +218,13 @@ def _encode_keyframes(vae: H3VideoVae, frames: Tensor) -> dict[str, Tensor]:
     return tensors
 
 
-def encode_target(vae: H3VideoVae, pixels: Tensor, owner: int | str) -> Tensor:
+def encode_target(vae: H3VideoVae, pixels: Tensor, seed: int | str) -> Tensor:
     """Encode a clip, 1 3 F H W, to a normalized posterior sample, 1 C f h w float32.
 
-    `owner`, the cached item's name or a generation's seed, seeds the sample.
+    `seed` seeds the sample: the name of a cached item, or a generation's seed.
     """
     moments = vae.encode_moments(pixels)
-    return vae.normalize(sample_posterior(moments, [posterior_generator(owner)], LOG_VARIANCES))
+    return vae.normalize(sample_posterior(moments, [posterior_generator(seed)], LOG_VARIANCES))
 
 
 def make_caching(options: H3LatentCachingOptions) -> H3Caching:

@@ -244,7 +244,7 @@ def make_format(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
         sources=_make_sources,
         option=OPTION,
         ignore=IGNORED,
-        single_rows=_make_stackers,
+        single_file_row_orders=_make_stackers,
     )
 
 

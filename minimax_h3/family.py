@@ -260,7 +260,7 @@ class MiniMaxH3(OneTransformer):
         width = self.files.dit_header().config.text_dim
         if states.shape[1] != width:
             raise CacheError(
-                f"{path}: its states are {states.shape[1]} numbers wide, {self.files.dit_path} takes "
+                f"{path}: its states have width {states.shape[1]}, but {self.files.dit_path} requires "
                 f"{width}. Make the file with {TEXTS_AGAIN} --uncond_output and Qwen3-VL (32B)."
             )
         return {KEY: states, TAGS: tags}
@@ -268,7 +268,7 @@ class MiniMaxH3(OneTransformer):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return text states, token tags and media conditions; raise CacheError if they do not fit the files.
 
-        With `batch.view`, the conditions are those of a teacher's pass.
+        With `batch.condition_set`, the conditions are those of a teacher's pass.
         """
         batch.check({KEY: TEXTS_AGAIN, TAGS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
@@ -281,15 +281,13 @@ class MiniMaxH3(OneTransformer):
                 "option out, or give tables of pictures alone"
             )
         texts = {name: batch.tensors[name] for name in (KEY, TAGS)}
-        # plain text to video has no media conditions
-        if not batch.condition_set and self.files.task == "t2va" and TARGET_INDEX not in batch.tensors:
-            return texts
-        if batch.condition_set:
-            # a teacher's pass: its own text states in place of the caption's
+        if batch.condition_set:  # a teacher's pass, with separate text states
             texts = dict(zip((KEY, TAGS), teacher_rows(batch), strict=True))
             batch.check_widths(
                 {teacher_key(batch.condition_set): config.text_dim}, self.files.dit_path, remedy
             )
+        elif self.files.task == "t2va" and TARGET_INDEX not in batch.tensors:
+            return texts  # plain text to video has no media conditions
         return {**texts, **media_conditions(batch, self.files.task, latents), **self._make_clean_fractions()}
 
     def _make_clean_fractions(self) -> Conditions:
@@ -350,20 +348,20 @@ class MiniMaxH3(OneTransformer):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Check a request for MiniMax-H3 and fill in its open fields.
+        """Check and resolve a request: media, size, frames, noise levels, and what the text encoder sees.
 
         Raises OptionError for sizes and lengths that the model does not generate, and for solvers with one
         schedule.
         """
         request = _without_guidance(request)
-        request = keep_usable_media(request, USABLE, f"{NAME} takes frames and references of its own options")
+        request = keep_usable_media(request, USABLE, f"{NAME} has separate options for frames and references")
         media = read_media(request)
         self._check_media(request, media)
         width, height, frames = self._resolve_size(request, media)
         self._check_frames(frames)
         if media.one_frame is not None and frames != 1:
             raise OptionError(
-                f"--one_frame_inference makes a single picture, and --video_length is {frames} (--f in a "
+                f"--one_frame_inference generates a single picture, but --video_length is {frames} (--f in a "
                 "prompt line). Give 1"
             )
         check_size((width, height, frames), self.latent)
@@ -389,7 +387,7 @@ class MiniMaxH3(OneTransformer):
             audio_video_shapes=AudioVideoShapes(
                 (channels, length, rows, columns), self.audio.shape(frames, FPS)
             ),
-            # relative: it turns the noise levels of images into those of the audio
+            # the shift that converts the noise levels of images to those of the audio
             audio_shift=_find_audio_shift(request, self.noise) / flow_shift,
         )
 
@@ -405,14 +403,14 @@ class MiniMaxH3(OneTransformer):
                 nearest = {min(max(count, MIN_FRAMES), MAX_FRAMES) for count in nearest}
             remedy = " or ".join(map(str, sorted(nearest)))
             raise OptionError(
-                f"--video_length {frames}: {NAME} makes {lengths} frames, or one. Give {remedy}"
+                f"--video_length {frames}: {NAME} generates {lengths} frames, or one. Give {remedy}"
             )
         if not self.any_length and not MIN_FRAMES <= frames <= MAX_FRAMES:
             is_sample = isinstance(self.options, H3TrainingOptions)
             option = "h3_allow_experimental_sample_duration" if is_sample else "allow_experimental_duration"
             raise OptionError(
                 f"--video_length {frames}: {NAME} was trained with {MIN_FRAMES} to {MAX_FRAMES} frames, 5 "
-                f"to 15 seconds. Give --{option} to make other lengths"
+                f"to 15 seconds. Give --{option} to allow other lengths"
             )
 
     def _check_media(self, request: Request, media: H3Media) -> None:
@@ -425,8 +423,8 @@ class MiniMaxH3(OneTransformer):
                 "ref2va": "references (--ref)",
             }
             raise OptionError(
-                f"--task {task} takes {needed[task]}, and this request is one of {media.task}. Give --task "
-                f"{media.task}, or leave it out"
+                f"--task {task} requires {needed[task]}, but the media of this request are for {media.task}. "
+                f"Give --task {media.task}, or leave it out"
             )
         # each task has its own transformer
         replace(self.files, task=task).check(("dit",))

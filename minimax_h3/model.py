@@ -107,7 +107,7 @@ class H3Tokens:
 
     @property
     def num_image_tokens(self) -> int:
-        """Return the number of tokens V of the frames to denoise."""
+        """Return V, the number of tokens of the noisy frames."""
         return self.grid.tokens
 
 

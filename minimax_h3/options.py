@@ -376,15 +376,15 @@ def _media_options(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the generation options for the media of a task, with a sample's files or placeholders."""
     if task == "fl2va":
         first, last = sample.get("image_path"), sample.get("end_image_path")
-        return {
-            "--first_frame": first or (Placeholder("IMAGE_FILE") if last is None else None),
-            "--last_frame": last,
-        }
+        if not first and last is None:  # the task needs one of them
+            first = Placeholder("IMAGE_FILE")
+        return {"--first_frame": first or None, "--last_frame": last}
     if task == "ref2va":
         extra = sample.get("extra") or {}
-        named = extra.get(REF, "")
-        if named and "\n" not in named:
-            return {f"--{REF}": named}
+        references = extra.get(REF, "")
+        is_single = references and "\n" not in references
+        if is_single:
+            return {f"--{REF}": references}
         return {f"--{JSONL}": extra.get(JSONL) or Placeholder("REFERENCES_JSONL")}
     return {}
 
@@ -403,13 +403,13 @@ def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, 
 
     Raises OptionError if another option contradicts them, or for guidance, which is built into the model.
     """
-    options: Any = shared
+    options: Any = shared  # the generation scripts' shared options
     request = options.request
     check_guidance(request.guidance_scale, "--guidance_scale")
-    shares_passes = options.speed.modes.divides_passes
-    if shares_passes:
+    option = options.speed.modes.divides_passes
+    if option:
         raise OptionError(
-            f"{shares_passes} shares the passes with and without the prompt among processes, and "
+            f"{option} shares the passes with and without the prompt among processes, and "
             f"{NAME} has one pass for each step. Use --context_parallel: processes share the tokens"
         )
     if options.guidance.nag.is_on:

@@ -55,12 +55,12 @@ def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
 
 
 def _make_low_pass_filters(step: int, count: int) -> Tensor:
-    """Return resampling weights of the old samples around each new one, count x (2 reach + step) float32.
+    """Return the filter that computes each of `count` new samples from the old ones around it.
 
-    `step` old samples take as long as `count` new ones.
+    `step` old samples last as long as `count` new ones. The result is count x (2 reach + step) float32.
     """
     band = min(step, count) * ROLLOFF
-    reach = math.ceil(CROSSINGS * step / band)  # number of old samples on each side under the filter
+    reach = math.ceil(CROSSINGS * step / band)  # old samples on each side of a new one
     old = torch.arange(-reach, reach + step, dtype=torch.float64) / step
     new = (torch.arange(count, dtype=torch.float32) / count).double()  # rounded, as released
     times = ((old - new[:, None]) * band).clamp(-CROSSINGS, CROSSINGS)

@@ -109,7 +109,7 @@ def read_media(request: Request) -> H3Media:
             "--condition_image is for a single picture (--one_frame_inference). Give the frames of a clip to "
             "--first_frame and --last_frame"
         )
-    if one_frame is not None:  # a single image takes its keyframes as control images
+    if one_frame is not None:  # keyframes of a single image are its first control images
         controls = (*(path for path in (first, last) if path is not None), *controls)
         first = last = None
         _check_control_indices(one_frame, len(controls))
@@ -123,10 +123,7 @@ def read_media(request: Request) -> H3Media:
     for path in media.keyframes:
         _check_opens("--first_frame, --last_frame, --condition_image", path, is_image=True)
     if media.keyframes and media.references:
-        raise OptionError(
-            "keyframes and references: a clip is made from the ones or from the others, by another "
-            "transformer each. Leave one of them out"
-        )
+        raise OptionError("keyframes and references need different transformers. Leave one of them out")
     check_references(media.references)
     return media
 
@@ -178,7 +175,7 @@ def _read_references(request: Request) -> Iterator[H3Reference]:
     if len(used_options) > 1:
         listed = " and ".join(f"--{name}" for name in used_options)
         raise OptionError(
-            f"{listed}: their order would be unknown. Name all references in one of these used_options"
+            f"{listed}: their order would be unknown. Name all references in one of these options"
         )
     if int(request.extra.get(INDEX, 0)) and JSONL not in used_options:
         logger.warning("--%s is ignored because --%s is not given", INDEX, JSONL)

@@ -152,24 +152,21 @@ def _require_conditions(batch: Batch, task: str, keys: list[str], names: tuple[s
 
 
 def _check_shape(batch: Batch, key: str, condition: Tensor, latents: Tensor) -> None:
-    """Raise CacheError if a cached condition does not have the shape that the network takes."""
-    is_audio = not is_visual(key)
-    clip_audio = batch.tensors.get(AUDIO_LATENTS)
-    channels = clip_audio.shape[1] if is_audio and isinstance(clip_audio, Tensor) else latents.shape[1]
-    # audio is B Z 2 A, images and clips are B Z F H W
-    fits = (
-        condition.ndim == (4 if is_audio else 5)
-        and condition.shape[1] == channels
-        and condition.is_floating_point()
-    )
-    if fits and is_audio:
-        fits = condition.shape[2] == 2
-    elif fits:
-        fits = not (condition.shape[3] % PATCH or condition.shape[4] % PATCH)
-    if not fits:
+    """Raise CacheError if a cached condition, images or audio, has a shape that the network cannot use."""
+    if is_visual(key):  # B Z F H W
+        fits = (
+            condition.ndim == 5
+            and condition.shape[1] == latents.shape[1]
+            and condition.shape[3] % PATCH == condition.shape[4] % PATCH == 0
+        )
+    else:  # B Z 2 A
+        clip_audio = batch.tensors.get(AUDIO_LATENTS)
+        channels = clip_audio.shape[1] if isinstance(clip_audio, Tensor) else latents.shape[1]
+        fits = condition.ndim == 4 and condition.shape[1:3] == (channels, 2)
+    if not fits or not condition.is_floating_point():
         raise CacheError(
             f"{batch.keys[0]}: {key} in its cache is {list(condition.shape[1:])}, which the network does not "
-            f"take. Cache again with {LATENTS_AGAIN}."
+            f"support. Cache again with {LATENTS_AGAIN}."
         )
 
 

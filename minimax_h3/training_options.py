@@ -21,11 +21,11 @@ UNIFORM, NONE = "uniform", "none"  # the only sampler and weighting
 RANK = 16  # default rank and alpha of a LoRA
 # --h3_teacher_conditions -> --teacher_sees
 CONDITION_SETS = {"first,last": FIRST_LAST, "ref": CLIP, "subject_ref": SUBJECT}
-LEVELS = (
+WHY_UNIFORM = (
     "the noise of pictures and sound follows one even base time, as in a generation. "
     "--timestep_focus draws more from a range of it. Leave it out"
 )
-SHIFTS = "give the shifts of pictures and of sound by --h3_shift_video and --h3_shift_audio"
+OTHER_SHIFTS = "give the shifts of pictures and of sound by --h3_shift_video and --h3_shift_audio"
 _PARTS = "of a clip that is made, the first and last frame and references are given: --task. Leave it out"
 _PROBABLY = "the loss has no such term; --teacher, --guided_target and the priors are its further targets"
 _VALIDATED = "tables with validation = true are measured. Put them into --dataset_config"
@@ -289,14 +289,14 @@ def base_time(text: str) -> float | int:
         return float(text)
 
 
-def in_thousandths(name: str, share: float) -> int:
+def in_thousandths(name: str, fraction: float) -> int:
     """Convert a fraction to integer thousandths; `name` is its option, for messages.
 
     Raises OptionError outside 0..1, or for more than three decimals.
     """
-    thousandths = share * THOUSAND
-    if not 0 <= share <= 1 or abs(thousandths - round(thousandths)) > 1e-6:
-        raise OptionError(f"{name} {share:g}: give a base time from 0 to 1 with three digits at most")
+    thousandths = fraction * THOUSAND
+    if not 0 <= fraction <= 1 or abs(thousandths - round(thousandths)) > 1e-6:
+        raise OptionError(f"{name} {fraction:g}: give a base time from 0 to 1, with three decimals at most")
     return round(thousandths)
 
 
@@ -306,6 +306,7 @@ def translate(args: argparse.Namespace) -> None:
     Raises OptionError if both are given with different values, or if options contradict each other.
     """
     _read_bounds(args)
+    # shared option -> (the other trainer's option, value)
     shared = {**_translate_guidance(args), **_translate_teacher(args), **_translate_focus(args)}
     if args.max_validation_items is not None:
         shared["max_validation_steps"] = "--max_validation_items", args.max_validation_items
@@ -314,16 +315,15 @@ def translate(args: argparse.Namespace) -> None:
     # the default counts as given only if it was typed
     if args.h3_convrot_int8_bwd != "bf16" or "h3_convrot_int8_bwd" in args.typed_options:
         shared["convrot_int8_bwd"] = "--h3_convrot_int8_bwd", args.h3_convrot_int8_bwd
-    # error messages then name the option that the user typed
-    names = dict(getattr(args, "typed_names", {}))
-    typed = {*args.typed_options}
+    typed_names = dict(getattr(args, "typed_names", {}))  # error messages name the option that was typed
+    typed_options = {*args.typed_options}
     for name, (other_name, value) in shared.items():
-        _give(args, name, other_name, value)
-        names[f"--{name}"] = other_name
+        _set_shared_option(args, name, other_name, value)
+        typed_names[f"--{name}"] = other_name
         if other_name.removeprefix("--") in args.typed_options:
-            typed.add(name)
-    args.typed_names = names
-    args.typed_options = frozenset(typed)
+            typed_options.add(name)
+    args.typed_names = typed_names
+    args.typed_options = frozenset(typed_options)
     _select_rank(args)
     _check_view(args)
     warn_of_clean_shares(args)
@@ -335,17 +335,17 @@ def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> d
     `samplers` and `weightings` are all values of the shared options --timestep_sampling and
     --weighting_scheme.
     """
-    # the released schedule allows one way to draw noise levels; other values are refused with a reason
+    # the released schedule allows one way to draw noise levels; the values are the error messages
     other_samplers = {*samplers} - {UNIFORM}
     other_weightings = {*weightings} - {NONE}
     return {
         "defaults": {"timestep_sampling": UNIFORM},
         "settings": {
             **SETTINGS,
-            "timestep_sampling": {"refused": dict.fromkeys(other_samplers, LEVELS)},
-            "weighting_scheme": {"choices": (NONE,), "refused": dict.fromkeys(other_weightings, LEVELS)},
+            "timestep_sampling": {"refused": dict.fromkeys(other_samplers, WHY_UNIFORM)},
+            "weighting_scheme": {"choices": (NONE,), "refused": dict.fromkeys(other_weightings, WHY_UNIFORM)},
         },
-        "refused": {"discrete_flow_shift": SHIFTS},
+        "refused": {"discrete_flow_shift": OTHER_SHIFTS},
         "translate": translate,
     }
 
@@ -363,16 +363,16 @@ DEFAULT: dict[str, Any] = {
 }
 
 
-def _give(args: argparse.Namespace, name: str, other_name: str, value: Any) -> None:
+def _set_shared_option(args: argparse.Namespace, name: str, other_name: str, value: Any) -> None:
     """Set a shared option to the value of another trainer's option, `other_name`.
 
     Raises OptionError if the shared option is also given, with a different value.
     """
     given = getattr(args, name)
     given = tuple(given) if isinstance(given, list) else given
-    # a default value may be replaced if the user did not give the option
-    untyped = () if name in args.typed_options else (DEFAULT.get(name), None, False)
-    if given not in (value, *untyped):
+    # a default value may be replaced if the user did not type the option
+    replaceable = () if name in args.typed_options else (DEFAULT.get(name), None, False)
+    if given not in (value, *replaceable):
         raise OptionError(f"--{name} {given} and {other_name} mean the same, and differ: give one of them")
     setattr(args, name, value)
 
@@ -393,13 +393,12 @@ def _translate_guidance(args: argparse.Namespace) -> Shared:
         name = "--h3_guidance_loss_sigma_min"
         lowest = in_thousandths(name, args.h3_guidance_loss_sigma_min)
         shared["guided_target_min_timestep"] = name, lowest
-    # these shared losses use the same cache of the empty prompt
-    shared_scales = [getattr(args, name, None) for name in ("guided_target", "blank_prior_weight")]
-    is_needed = scale or any(shared_scales)
-    if args.h3_guidance_loss_uncond_cache is not None and not is_needed:
+    # shared losses use the same cache of the empty prompt
+    uses_cache = scale or getattr(args, "guided_target", None) or getattr(args, "blank_prior_weight", None)
+    if args.h3_guidance_loss_uncond_cache is not None and not uses_cache:
         raise OptionError(
-            f"--h3_guidance_loss_uncond_cache {args.h3_guidance_loss_uncond_cache}: it is for "
-            "--h3_guidance_loss_scale (or --guided_target, --blank_prior_weight). Give that, or leave it out"
+            f"--h3_guidance_loss_uncond_cache {args.h3_guidance_loss_uncond_cache}: it has no effect without "
+            "--h3_guidance_loss_scale, --guided_target or --blank_prior_weight. Give one, or leave it out"
         )
     return shared
 
@@ -424,14 +423,14 @@ def _translate_teacher(args: argparse.Namespace) -> Shared:
         shared["teacher_sees"] = "--h3_teacher_conditions", CONDITION_SETS[args.h3_teacher_conditions]
     name = "--h3_teacher_condition_sigma_max"
     shared["teacher_max_timestep"] = name, in_thousandths(name, args.h3_teacher_condition_sigma_max)
-    # weights left at their defaults stay with the shared options' defaults
+    # weights that were not changed keep the shared options' defaults
     for own_name, shared_name in weight_names.items():
         if getattr(args, own_name) != getattr(defaults, own_name) or own_name in args.typed_options:
             shared[shared_name] = f"--{own_name}", getattr(args, own_name)
     if "teacher_anchor_weight" in shared and args.h3_teacher_condition_sigma_max == 1:
         raise OptionError(
-            "--h3_teacher_preservation_weight with --h3_teacher_condition_sigma_max 1: the teacher knows "
-            "more at all levels, so that nothing is preserved. Leave one of the two out"
+            "--h3_teacher_preservation_weight with --h3_teacher_condition_sigma_max 1: the teacher has "
+            "its conditions at all noise levels, so nothing is preserved. Leave one of the two out"
         )
     return shared
 

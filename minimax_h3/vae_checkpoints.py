@@ -62,11 +62,11 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
     stored_shapes = {name: info.shape for name, info in names.items()}
     has_encoder = "encoder.conv_in.weight" in names
     declared = _read_declared_info(checkpoint)
-    # the released layout: queries, keys and values in one matrix, which needs only its rows reordered
+    # the released layout: queries, keys and values in one matrix, whose rows are reordered
     if has_encoder and "decoder.transformer_blocks.0.attn.to_qkv.weight" in names:
         sources = _separate_heads(stored, declared.head_width)
         shapes = stored_shapes
-    # diffusers' layout: three matrices, which are joined to one, and so are their shapes
+    # diffusers' layout: three matrices, which are joined to one
     elif has_encoder and "decoder.transformer_blocks.0.attn.to_q.weight" in names:
         sources = _from_diffusers(stored)
         shapes = joined_shapes(stored_shapes, DIFFUSERS)

@@ -159,9 +159,9 @@ class H3VideoVae(nn.Module):
         if latents.shape[2] <= config.clip_latents - config.num_dropped_latents:
             yield self._decode_clip(latents)[:, :, config.first_padding :]
         else:
-            yield from self._decode_neighbors(latents)
+            yield from self._decode_joined_clips(latents)
 
-    def _decode_neighbors(self, latents: Tensor) -> Iterator[Tensor]:
+    def _decode_joined_clips(self, latents: Tensor) -> Iterator[Tensor]:
         """Decode latents clip by clip; yield frames, cross-faded where two clips decode the same frames.
 
         A clip is decoded with the first latents of the next one, if the VAE's clips overlap.
@@ -187,7 +187,7 @@ class H3VideoVae(nn.Module):
             clip = clip[:, :, :frames_left]
             frames_left -= clip.shape[2]
             yield clip
-        # the end of the last overlap has no next clip
+        # the last overlap has no next clip to be blended with
         if previous is not None and frames_left > 0:
             yield previous[:, :, :frames_left]
 

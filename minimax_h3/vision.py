@@ -22,7 +22,7 @@ from modules.text_files import parse_json, read_text
 
 IMAGE_FILE, CLIP_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
 BOTH_FILE = "processor_config.json"  # written by transformers 5, with settings for images and for clips
-PARTS = {IMAGE_FILE: "image_processor", CLIP_FILE: "video_processor"}
+SECTIONS = {IMAGE_FILE: "image_processor", CLIP_FILE: "video_processor"}
 COLOR_SETTINGS = ("image_mean", "image_std")
 MAX_PIXELS = 1 << 40  # largest valid limit in a preprocessor file
 MAX_ENLARGED = 1 << 24  # largest valid size in a preprocessor file to which small images are enlarged
@@ -63,20 +63,23 @@ def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
 
 
 def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[str, Any]]:
-    """Return the first preprocessor file for images or clips, and its settings; {} without any file."""
+    """Return the first preprocessor file for images or clips, and its settings; {} without any file.
+
+    In each folder, the file `name` is tried first, then the section for it in a file for both.
+    """
     for folder in folders:
-        for file, part in ((folder / name, None), (folder / BOTH_FILE, PARTS[name])):
+        for file, section in ((folder / name, None), (folder / BOTH_FILE, SECTIONS[name])):
             if not file.is_file():
                 continue
             try:
                 content = parse_json(read_text(file))
             except (OSError, ValueError) as error:
                 raise _make_error(file, str(error)) from error
-            # the shared file has a section for each; a separate file has the settings at the top
-            settings = content.get(part) if part and isinstance(content, dict) else content
-            # the shared file lacks this section: look in the next file
-            if part and settings is None:
-                continue
+            settings = content
+            if section is not None and isinstance(content, dict):
+                settings = content.get(section)
+            if section is not None and settings is None:
+                continue  # no such section: try the next folder
             if not isinstance(settings, dict):
                 raise _make_error(file, "it is not an object")
             return file, settings
@@ -97,9 +100,9 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
     are_integers = type(min_pixels) is int and type(max_pixels) is int
     if not are_integers or not 0 < min_pixels <= max_pixels <= MAX_PIXELS or min_pixels > MAX_ENLARGED:
         raise _make_error(file, f"sizes of {min_pixels} to {max_pixels} pixels")
-    # 768: the released processor's default
-    # 0: no limit for the tokens of a frame
-    tokens = settings.get("max_video_tokens", 768) if settings.get("cap_pixels_per_frame") is True else 0
+    tokens = 0  # no limit for the tokens of a frame
+    if settings.get("cap_pixels_per_frame") is True:
+        tokens = settings.get("max_video_tokens", 768)  # the released processor's default
     if type(tokens) is not int or not 0 <= tokens <= MAX_PIXELS:
         raise _make_error(file, f'"max_video_tokens" is {tokens!r}')
     colors = {name: settings[name] for name in COLOR_SETTINGS if settings.get(name) is not None}

@@ -147,7 +147,7 @@ class MossImage(pictures.ModelOfImages):
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            # the negative attention text gets the network's argument names too
+            # the NAG text gets the network's argument names too
             overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=pictures.references_in(cond, noisy.device),
             isolated=self.isolated,
@@ -157,7 +157,7 @@ class MossImage(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields, with its noise levels and the blocks that the negative pass skips.
+        """Resolve a request, with its noise levels and the blocks that the negative pass skips.
 
         Raises OptionError if a size or a number cannot be used.
         """
@@ -175,34 +175,35 @@ class MossImage(pictures.ModelOfImages):
         if schedule == own.SIMPLE or prepared.solver != "euler":
             return prepared
         levels = snap_levels(prepared.steps, prepared.flow_shift)
-        made = len(levels) - 1
-        if made < prepared.steps:
+        num_steps = len(levels) - 1
+        if num_steps < prepared.steps:
             logger.warning(
-                "%d of the %d steps are made: the official noise levels are whole thousandths, and equal "
-                "ones are left out. --moss_schedule simple makes all",
-                made,
+                "%d of the %d steps are taken: the official noise levels are whole thousandths, and equal "
+                "ones are skipped. --moss_schedule simple takes all",
+                num_steps,
                 prepared.steps,
             )
-        return replace(prepared, steps=made, sigmas=levels)
+        return replace(prepared, steps=num_steps, sigmas=levels)
 
     def _select_skips(self, request: Request) -> NegativeSkips:
         """Return which blocks the negative pass skips, and when; raise OptionError for unknown blocks."""
         blocks = own.read_blocks(request.extra.get("negative_skip_blocks", self.skips.blocks))
         missing: list[int] = []
-        # the default is for the released model: of a smaller one, blocks that it lacks are left out silently
         is_default = blocks == own.read_blocks(own.SKIPPED)
         if self.files.dit is not None:
             num_layers = self.files.dit_header().config.num_layers
             missing = sorted(block for block in blocks if block >= num_layers)
-            if missing and not is_default:
+            if missing and not is_default:  # the default fits the released model
                 raise OptionError(
                     f"--negative_skip_blocks {','.join(map(str, missing))}: {self.files.dit_path} has the "
                     f"blocks 0 to {num_layers - 1}"
                 )
         start, end = self.skips.start, self.skips.end
-        # the option is named in warnings only if the user changed it
-        is_asked = blocks and not (is_default and (start, end) == (0, 1))
-        option = f"--negative_skip_blocks {','.join(map(str, sorted(blocks)))}" if is_asked else ""
+        # warnings name the option only if the user changed it
+        is_changed = not is_default or (start, end) != (0, 1)
+        option = ""
+        if blocks and is_changed:
+            option = f"--negative_skip_blocks {','.join(map(str, sorted(blocks)))}"
         return NegativeSkips(blocks - frozenset(missing), start, end, option)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:

@@ -22,10 +22,10 @@ from encoders.picture_prompts import ImagePromptFormat
 from flux_2.vae import Flux2Vae, load_vae, read_vae
 from modules.errors import CheckpointError
 from moss_image.configs import AXES, MossImageConfig
-from moss_image.model import END_ROWS, ROWS, MossImageModel
+from moss_image.model import END_MODULATION_ROWS, MODULATION_ROWS, MossImageModel
 from moss_image.names import MOSS_IMAGE
 from moss_image.options import NAME
-from moss_image.references import SHOWN_PIXELS, read_shown, shrink
+from moss_image.references import SHOWN_PIXELS, read_encoder_image, shrink
 from networks.names.layouts import joined_tensors
 from protocols.loading import TensorSource
 
@@ -56,7 +56,7 @@ ENCODER_SETTINGS = LanguageEncoderSettings(
     batch_size=1,  # so that a state does not depend on other prompts, to the last bit
     pictures=ImagePromptFormat(
         "Picture {number}: <|vision_start|>{tokens}<|vision_end|>",
-        read=read_shown,
+        read=read_encoder_image,
         show=shrink,
         min_pixels=32 * 32,
         max_pixels=SHOWN_PIXELS,
@@ -75,8 +75,8 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
         raise make_wrong_kind_error(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     if RESCALED in checkpoint.metadata:
         raise CheckpointError(
-            f"{checkpoint.path}: its weights were rescaled for float16, as its metadata say ({RESCALED}), "
-            f"and LoRAs for it fit no other file. Here float16 needs no such file: give {FILES}.",
+            f"{checkpoint.path}: its weights were rescaled for float16, as its metadata says ({RESCALED}), "
+            f"and LoRAs for it fit no other file. Float16 needs no rescaled file here: give {FILES}.",
             checkpoint.path,
         )
     dialect = "comfy" if STACKED_QKV_WEIGHT in names else "released"
@@ -91,26 +91,26 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
 def _read_config(shapes: DitShapes) -> MossImageConfig:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     dim, channels = shapes.shape_of("video_embedder.weight")
-    (width,) = shapes.shape_of("layers.0.q_norm.weight", axes=1)
+    (head_dim,) = shapes.shape_of("layers.0.q_norm.weight", axes=1)
     ffn_dim = shapes.shape_of("layers.0.proj.ffn_down.weight")[1]
     fits = (
-        dim % width == 0
-        and width % (2 * AXES) == 0
+        dim % head_dim == 0
+        and head_dim % (2 * AXES) == 0
         and shapes.shape_of("layers.0.proj.q.weight") == (dim, dim)
         and shapes.shape_of("layers.0.proj.ffn_up_gate.weight")[0] == 2 * ffn_dim
-        and shapes.shape_of(IDENTIFYING_TENSOR) == (ROWS * dim, dim)
-        and shapes.shape_of("video_head_modulation.weight") == (END_ROWS * dim, dim)
+        and shapes.shape_of(IDENTIFYING_TENSOR) == (MODULATION_ROWS * dim, dim)
+        and shapes.shape_of("video_head_modulation.weight") == (END_MODULATION_ROWS * dim, dim)
     )
     if not fits:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those of "
-            f"{MODEL_KIND}. Copy the file again.",
+            f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} are not those "
+            f"of {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     return MossImageConfig(
         dim=dim,
         ffn_dim=ffn_dim,
-        num_heads=dim // width,
+        num_heads=dim // head_dim,
         num_layers=shapes.count_blocks("layers"),
         refiner_blocks=shapes.count_blocks("text_embedder.blocks"),
         channels=channels,

@@ -34,8 +34,8 @@ from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.kv_cache import compute_keys_values, use_keys_values
 from runtime.run_blocks import BlockNetwork, Hidden
 
-ROWS = 6  # that modulate all blocks: shift, scale and gate of attention, then of feed-forward
-END_ROWS = 2  # that modulate the final norm: shift and scale
+MODULATION_ROWS = 6  # that modulate all blocks: shift, scale and gate of attention, then of feed-forward
+END_MODULATION_ROWS = 2  # that modulate the final norm: shift and scale
 GATE_CAP, VALUE_CAP = 4.0, 25.0  # limits of the two halves of a feed-forward layer, as in training
 
 Grid = tuple[int, int]  # rows and columns of an image's tokens
@@ -145,7 +145,7 @@ class MossImageBlock(GroupedAttention):
     def forward(self, x: Tensor, tokens: MossImageTokens) -> Tensor:  # type: ignore[override]
         """Apply the block to tokens x, B R+L+T C."""
         # x: B R+L+T C
-        shift, scale, gate, *feed_rows = tokens.time[:, :ROWS].unbind(1)  # each B S C
+        shift, scale, gate, *feed_rows = tokens.time[:, :MODULATION_ROWS].unbind(1)  # each B S C
         h = modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
         branch = run_in_weight_dtype(self.proj["o"], self.attend_tokens(h, tokens))
         x = add_gated(x, gate, branch, tokens.modulation_split)
@@ -234,11 +234,11 @@ class MossImageModel(BlockNetwork):
             nn.Identity(),
             nn.Linear(dim, dim),
         )
-        self.shared_block_modulation = nn.Linear(dim, ROWS * dim)
+        self.shared_block_modulation = nn.Linear(dim, MODULATION_ROWS * dim)
         self.layers = nn.ModuleList(MossImageBlock(config) for _ in range(config.num_layers))
         self.final_norm_video = RMSNorm(dim, config.eps)
         self.final_linear_video = nn.Linear(dim, config.channels, bias=False)
-        self.video_head_modulation = nn.Linear(dim, END_ROWS * dim)
+        self.video_head_modulation = nn.Linear(dim, END_MODULATION_ROWS * dim)
         self._rotary = GridTable[MossImageLayout](self._make_table)
         self._text_rotary = GridTable[int](self._make_text_table)
 
@@ -259,35 +259,36 @@ class MossImageModel(BlockNetwork):
         Args:
             inputs: Noisy latents B Z 1 H W, timesteps B, text states B T C and the mask of the text B T, as
                 far as they are not in `named_inputs`.
-            overrides: Changes to this call, with the cache, and the step and pass of the call (`turn`).
+            overrides: Changes to this call, with the cache, and its position: the step and the pass.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
             isolated: Whether references attend only to each other.
             named_inputs: Further inputs by name; with references, the mask of the text is one of them.
         """
         cache = overrides.section_cache if isolated and references else None
-        # without a cache, references are computed in this call; so they are with NAG, whose second text would
-        # need other positions
+        # references are computed in this call without a cache, and with NAG, whose text needs other positions
         if cache is None or overrides.step_position is None or overrides.nag is not None:
             return super().forward(
                 *inputs, overrides=overrides, references=references, isolated=isolated, **named_inputs
             )
-        pass_name = (
-            overrides.step_position.pass_key
-        )  # identifies the pass, such as the negative one, in all steps
-        if pass_name not in cache:
+        # identifies the pass, such as the negative one, in all steps
+        pass_key = overrides.step_position.pass_key
+        if pass_key not in cache:
             # compute only the references, and keep the keys and values of their tokens
             skips = Overrides(skip_blocks=overrides.skip_blocks)
-            cache[pass_name] = self.compute_keys_values(references, named_inputs["text_mask"], skips)
+            cache[pass_key] = self.compute_keys_values(references, named_inputs["text_mask"], skips)
         # the attentions use the stored keys and values, so that the call gets no references
-        with use_keys_values(cache[pass_name], self.attentions()):
+        with use_keys_values(cache[pass_key], self.attentions()):
             return super().forward(*inputs, overrides=overrides, isolated=isolated, **named_inputs)
 
     def compute_keys_values(
         self, references: Sequence[Tensor], text_mask: Tensor, overrides: Overrides = NO_OVERRIDES
     ) -> dict[MossImageBlock, Sequence[Tensor]]:
-        """Return each block's keys and values of clean references, computed without image and text.
+        """Run the blocks on the references alone, and return each block's keys and values of their tokens.
 
-        `references` are latents B Z 1 h w, `text_mask` is B T; `overrides` has skipped blocks.
+        Args:
+            references: Clean latents, B Z 1 h w each.
+            text_mask: B T; the lengths of the texts shift the rotary positions.
+            overrides: Blocks to skip.
         """
         device = references[0].device
         dtype = activation_dtype(device, self.compute_dtype)
@@ -295,8 +296,7 @@ class MossImageModel(BlockNetwork):
         images = [self.embed_image(latents).to(select_stream(dtype)) for latents in references]
         x = torch.cat(images, dim=1)
         _, counts = count_real_tokens(text_mask)
-        text_lengths = RefinedText(x, counts).text_lengths  # depends only on `counts`
-        # no image and no text: the keys and values are those of references alone
+        text_lengths = RefinedText(x, counts).text_lengths
         layout = MossImageLayout(
             (0, 0), tuple(map(self.grid_of, references)), num_text_tokens=0, text_lengths=text_lengths
         )
@@ -332,8 +332,8 @@ class MossImageModel(BlockNetwork):
             timesteps: B, 0..1000.
             text: States of the language model, B T text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
-            overrides: Changes to this call; their second text has arguments named text and text_mask, and its
-                tokens follow those of the first text.
+            overrides: Changes to this call; a NAG text has arguments named text and text_mask, and its
+                tokens follow those of the prompt.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
             isolated: References attend only to each other; all other tokens attend to all.
 
@@ -348,7 +348,7 @@ class MossImageModel(BlockNetwork):
         grid = self.grid_of(noisy)
         images = [self.embed_image(latents).to(stream_dtype) for latents in (*references, noisy)]
         texts = []
-        for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask):
+        for arguments in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask):
             texts.append(self._embed_text(arguments, stream_dtype))
         x = torch.cat([*images, *(embedded.states for embedded in texts)], dim=1)
         num_references = sum(math.prod(sides) for sides in reference_grids)
@@ -366,12 +366,17 @@ class MossImageModel(BlockNetwork):
             modulation_split=num_references,
             num_isolated=num_isolated,
         )
-        if overrides.steer is not None:  # there is a second text, for negative attention
+        if overrides.combine_attention is not None:  # there is a NAG text
             second = texts[1]
             lengths = second.lengths(num_images - num_isolated)
             tokens = replace(
                 tokens,
-                second_text=SecondText(num_images, second.states.shape[1], lengths, overrides.steer),
+                second_text=SecondText(
+                    num_image_tokens=num_images,
+                    num_text_tokens=second.states.shape[1],
+                    lengths=lengths,
+                    combine_attention=overrides.combine_attention,
+                ),
                 second_rotary=self._make_table(
                     MossImageLayout(grid, reference_grids, second.states.shape[1], second.text_lengths),
                     device=x.device,
@@ -384,7 +389,7 @@ class MossImageModel(BlockNetwork):
         return self._rotary.get_table(layout, text.states.device)
 
     def _embed_text(self, arguments: Mapping[str, Any], stream: torch.dtype) -> RefinedText:
-        """Return a refined text in the dtype `stream`; `arguments` are its states `text`, and `text_mask`."""
+        """Refine a text's states, `text` in `arguments` with `text_mask`, in the dtype `stream`."""
         longest, counts = count_real_tokens(arguments["text_mask"])
         states = arguments["text"][:, :longest]
         text = RefinedText(states, counts)
@@ -411,8 +416,8 @@ class MossImageModel(BlockNetwork):
         waves = sinusoid(timesteps, self.config.freq_dim)
         # no SiLU after the second layer
         time = run_float32(second, functional.silu(run_float32(first, waves)))
-        rows = run_float32(self.shared_block_modulation, time).unflatten(1, (ROWS, -1))
-        end_rows = run_float32(self.video_head_modulation, time).unflatten(1, (END_ROWS, -1))
+        rows = run_float32(self.shared_block_modulation, time).unflatten(1, (MODULATION_ROWS, -1))
+        end_rows = run_float32(self.video_head_modulation, time).unflatten(1, (END_MODULATION_ROWS, -1))
         return torch.cat([rows, end_rows], dim=1)
 
     def _embed_times(self, timesteps: Tensor, has_references: bool) -> Tensor:
@@ -427,7 +432,7 @@ class MossImageModel(BlockNetwork):
         """Turn tokens B R+L+T C into the velocity, B Z 1 H W in float32."""
         rows, columns = tokens.grid
         image = x[:, tokens.num_references : tokens.num_references + tokens.image]
-        shift, scale = tokens.time[:, ROWS:, -1].chunk(END_ROWS, dim=1)  # each B 1 C
+        shift, scale = tokens.time[:, MODULATION_ROWS:, -1].chunk(END_MODULATION_ROWS, dim=1)  # each B 1 C
         h = modulate(self.final_norm_video(image), shift, scale, tokens.dtype)
         pixels = run_in_weight_dtype(self.final_linear_video, h).float()
         return rearrange(pixels, "b (h w) z -> b z 1 h w", h=rows, w=columns)

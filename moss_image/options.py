@@ -157,7 +157,7 @@ def check_schedule(name: str) -> str:
 
 
 def caching_options(options: MossImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     return options.vae.file.command_options(), options.text.command_options("QWEN3_5_FILE")
 
 

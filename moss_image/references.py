@@ -23,7 +23,7 @@ def shrink(picture: Tensor) -> Tensor:
     return torch.from_numpy(resize_frame(frame, size, "lanczos"))
 
 
-def read_shown(path: Path, size: Size | None = None) -> Tensor:
+def read_encoder_image(path: Path, size: Size | None = None) -> Tensor:
     """Read an image as the text encoder sees it, H W 3 uint8, resized and cropped to `size`.
 
     Raises MediaError if it cannot be read.

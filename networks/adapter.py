@@ -180,7 +180,9 @@ def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping
     # elements are compared, not shapes: an alpha may be a list of one element
     different = [name for name in common if state[name].numel() != math.prod(shapes[name])]
     if different:
-        lines = [f"  {name} has {shapes[name]}, here {list(state[name].shape)}\n" for name in different[:3]]
+        lines = [
+            f"  {name} has {shapes[name]}, the network {list(state[name].shape)}\n" for name in different[:3]
+        ]
         reason = f"does not fit this network in {len(different)} of {len(common)} tensors:\n{''.join(lines)}"
     elif not common:
         reason = f"has none of this network's {len(state)} tensors, such as {next(iter(state), 'none')}.\n"

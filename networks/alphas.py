@@ -58,7 +58,7 @@ class _AlphaSource:
 
     location: str  # where they were found, for messages
     settings: Mapping[str, Any]  # by PEFT's names: lora_alpha, r, alpha_pattern, rank_pattern, use_rslora
-    is_certain: bool = True  # whether they certainly belong to this file
+    surely_belongs: bool = True  # whether they certainly belong to this LoRA; else the rank has to match
 
     @property
     def rank(self) -> float | None:
@@ -67,7 +67,7 @@ class _AlphaSource:
     def can_be_for(self, ranks: Collection[int]) -> bool:
         """Return whether the settings can be for factors of these ranks."""
         if self.rank is None:
-            return self.is_certain
+            return self.surely_belongs
         return self.rank in ranks or bool(self.settings.get("rank_pattern"))
 
 
@@ -168,8 +168,8 @@ def _describe_alphas(
         descriptions.append(f"alphas of {sources[0].location}")
     if num_missing:
         has_alphas = num_found or any("alpha" in factors for factors in network.modules.values())
-        which = f"for {num_missing} modules" if has_alphas else "in it"
-        descriptions.append(f"no alpha {which}: the rank is taken")
+        location = f"for {num_missing} modules" if has_alphas else "in it"
+        descriptions.append(f"no alpha {location}: the rank is used instead")
     return ", ".join(descriptions)
 
 
@@ -178,7 +178,7 @@ def _list_warnings_of_other_ranks(sources: Iterable[_AlphaSource], ranks: Collec
     rank_list = ", ".join(map(str, sorted(ranks)))
     warnings: list[str] = []
     for source in sources:
-        if source.is_certain and not source.can_be_for(ranks):
+        if source.surely_belongs and not source.can_be_for(ranks):
             warnings.append(
                 f"{source.location} has an alpha for rank {source.rank:g}, the factors have rank {rank_list}"
                 ": it is not used"
@@ -341,20 +341,24 @@ def _find_in_metadata_json(metadata: Mapping[str, str], network_prefix: str) -> 
 
 
 def _find_in_settings_file(path: Path, network_prefix: str) -> _FoundSources:
-    """Return the alphas in PEFT's settings file next to a LoRA file, or in its folder."""
+    """Return the alphas in PEFT's `adapter_config.json` in the folder of a LoRA.
+
+    The folder may hold several LoRA files. PEFT writes the settings for `adapter_model`; for a file of
+    another name, unreadable settings only cause a warning.
+    """
     folder = path if path.is_dir() else path.parent
     settings_path = folder / PEFT_FILE
     if not settings_path.is_file():
         return _FoundSources([], [])
-    is_certain = path.is_dir() or path.name.startswith("adapter_model")
+    surely_belongs = path.is_dir() or path.name.startswith("adapter_model")
     try:
         settings = parse_json(read_text(settings_path))
-        sources = _parse_settings(f"{PEFT_FILE} beside it", settings, network_prefix)
+        sources = _parse_settings(f"{PEFT_FILE} next to it", settings, network_prefix)
     except (ValueError, AttributeError, OSError, RecursionError) as error:
-        if is_certain:
+        if surely_belongs:
             raise
         return _FoundSources([], [f"{settings_path} cannot be read and is not used: {error}"])
-    return _FoundSources([replace(source, is_certain=is_certain) for source in sources], [])
+    return _FoundSources([replace(source, surely_belongs=surely_belongs) for source in sources], [])
 
 
 def _parse_settings(
@@ -388,11 +392,12 @@ def _parse_settings(
     if "use_rslora" in common:
         common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
     alpha_names = [name for name in _RANK_NAMES_BY_ALPHA if name in values]  # spellings of alpha
-    if not alpha_names and common:
-        alpha_names = [""]  # only patterns with alphas for some modules
     for alpha_name in alpha_names:
-        rank = _get_first(values, _RANK_NAMES_BY_ALPHA.get(alpha_name, _RANK_NAMES))
-        peft_settings = {"lora_alpha": values.get(alpha_name), "r": rank, **common}
+        rank = _get_first(values, _RANK_NAMES_BY_ALPHA[alpha_name])
+        peft_settings = {"lora_alpha": values[alpha_name], "r": rank, **common}
+        sources.append(_AlphaSource(location, peft_settings))
+    if not alpha_names and common:  # only patterns, with alphas for some modules
+        peft_settings = {"lora_alpha": None, "r": _get_first(values, _RANK_NAMES), **common}
         sources.append(_AlphaSource(location, peft_settings))
     return sources
 
@@ -461,38 +466,57 @@ def read_alphas(
     Raises:
         CheckpointError: If settings are unusable.
     """
-    # the prefix of this expert's network in diffusers' pipelines
-    prefix = next((prefix for prefix, name in find_networks().items() if name == expert), IN_DIFFUSERS)
-    dit = NetworkFactors(
-        modules=group_by_module(native.tensors),
-        module_paths=native.paths_in_file,
-        prefix=prefix,
-        joined_lora_counts=native.joined_lora_counts,
-    )
-    text_encoders: list[NetworkFactors] = []
-    text_modules = group_by_module(native.text_tensors)
-    for encoder_prefix, module_paths in _paths_by_encoder(text_modules).items():
-        modules = {name: text_modules[name] for name in module_paths}
-        text_encoders.append(NetworkFactors(modules, module_paths, encoder_prefix, joined_lora_counts={}))
+    dit = _collect_dit_factors(native, expert)
+    text_encoders = _collect_text_encoder_factors(native)
     try:
-        in_dit = find_alphas(path, metadata, is_written_here, dit)
-        in_texts = [find_alphas(path, metadata, is_written_here, encoder) for encoder in text_encoders]
+        dit_alphas = find_alphas(path, metadata, is_written_here, dit)
+        encoder_alphas = [find_alphas(path, metadata, is_written_here, encoder) for encoder in text_encoders]
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"
             "  Fix lora_alpha or alpha_pattern in them, or give another LoRA.",
             path,
         ) from error
+    found = _join_alphas(dit_alphas, encoder_alphas)
+    if warns:
+        for warning in found.warnings:
+            logger.warning(f"{path}: {warning}")
+    return found
+
+
+def _collect_dit_factors(native: NativeTensors, expert: str | None) -> NetworkFactors:
+    """Return a file's factors for the transformer or one of its experts."""
+    # the prefix of this expert's network in diffusers' pipelines
+    prefix = next((prefix for prefix, name in find_networks().items() if name == expert), IN_DIFFUSERS)
+    return NetworkFactors(
+        modules=group_by_module(native.tensors),
+        module_paths=native.paths_in_file,
+        prefix=prefix,
+        joined_lora_counts=native.joined_lora_counts,
+    )
+
+
+def _collect_text_encoder_factors(native: NativeTensors) -> list[NetworkFactors]:
+    """Return a file's factors for each text encoder."""
+    text_encoders: list[NetworkFactors] = []
+    text_modules = group_by_module(native.text_tensors)
+    for encoder_prefix, module_paths in _paths_by_encoder(text_modules).items():
+        modules = {name: text_modules[name] for name in module_paths}
+        text_encoders.append(NetworkFactors(modules, module_paths, encoder_prefix, joined_lora_counts={}))
+    return text_encoders
+
+
+def _join_alphas(dit_alphas: FoundAlphas, encoder_alphas: Sequence[FoundAlphas]) -> FoundAlphas:
+    """Join the alphas of all networks; equal descriptions and warnings are listed once."""
     tensors: dict[str, Tensor] = {}
-    warnings: dict[str, None] = {}  # an ordered set: each warning once
-    for alphas in (in_dit, *in_texts):
+    warnings: dict[str, None] = {}  # an ordered set
+    for alphas in (dit_alphas, *encoder_alphas):
         tensors.update(alphas.tensors)
         warnings.update(dict.fromkeys(alphas.warnings))
-    if warns:
-        for warning in warnings:
-            logger.warning(f"{path}: {warning}")
-    of_texts = ", ".join(dict.fromkeys(alphas.description for alphas in in_texts if alphas.description))
-    descriptions = dict.fromkeys(filter(None, (in_dit.description, of_texts)))
+    encoder_descriptions = dict.fromkeys(
+        alphas.description for alphas in encoder_alphas if alphas.description
+    )
+    descriptions = dict.fromkeys(filter(None, (dit_alphas.description, ", ".join(encoder_descriptions))))
     return FoundAlphas(tensors, ", ".join(descriptions), tuple(warnings))
 
 

@@ -368,9 +368,8 @@ def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundCha
         if change.delta.rotation is not None and related is not None and related.is_part:
             part = FusedPiece(key, related.part, change.delta.factors)
             rotated_parts.setdefault(id(change.use), []).append(part)
-    equal_parts: dict[
-        int, list[str]
-    ] = {}  # id of the `WeightedLora` -> keys of its parts with equal rotations
+    # id of the `WeightedLora` -> keys of its parts with equal rotations
+    equal_parts: dict[int, list[str]] = {}
     for use_id, parts in rotated_parts.items():
         with contextlib.suppress(FusionError):
             join_rotations(parts)  # raises if they are not equal
@@ -483,7 +482,7 @@ class LoraPatch:
         self._family = family
         # family of the model and of all files, whose layouts alone are searched; None searches all families
         self._common_family: FamilyNames | None = None
-        lora_families = {use.lora.written_for for use in uses}
+        lora_families = {use.lora.trusted_family for use in uses}
         if len(lora_families) == 1:
             lora_family = lora_families.pop()
             if lora_family is not None and lora_family.name == family:
@@ -550,13 +549,13 @@ class LoraPatch:
         if not blocks:
             return weight
         if weight.device != CPU or any(change.delta.rotation is not None for change in changes):
-            # once for all blocks; on the CPU only rotations need it, to compute their matrices
+            # once for all blocks; even on the CPU, this computes the matrices of rotations
             changes = [change.to(weight.device) for change in changes]
         dtype = narrow_dtype(weight.dtype, target)
         sample = None  # some rows, from which `_select_rounding` estimates how much rounding would lose
         original = weight
         if any(change.replaces_weight for change in changes):
-            # the change overwrites the values before the changes, which must not be rounded on the way
+            # the replacement is written into this copy in float32, so that it is rounded only once
             original = weight.to(torch.float32, copy=True)
         elif dtype is not None and self._rounding is not None and self._rounding.needs_samples:
             sample = SampledRows(weight)
@@ -566,10 +565,10 @@ class LoraPatch:
             random_rounding = self._select_rounding(name, weight.device, dtype, sample)
             _round_into(weight, original, total, random_rounding)
             return weight
-        if sample is not None:  # the rounding is chosen before the first block, so compute the sample first
+        if sample is not None:  # fill the sample first, because it decides how all blocks are rounded
             _sum_changes(changes, sample.rows, weight[sample.rows], sample)
         random_rounding = self._select_rounding(name, weight.device, dtype, sample)
-        num_rounded = 0  # elements; random numbers depend on the position in the weight
+        num_rounded = 0  # number of elements; the random numbers depend on the position in the weight
         for rows in blocks:
             block = weight[rows]
             total = _sum_changes(changes, rows, block)
@@ -628,13 +627,11 @@ class LoraPatch:
             weight: The parameter, or a stand-in of its shape.
         """
         found_changes = self._find_changes(name)
-        # joining drops the keys of all parts except the first, but all of them are applied
         for key, change, _ in found_changes:
-            if change.delta.rotation is not None:
+            if change.delta.rotation is not None:  # equal ones are joined next, which leaves only one key
                 self._applied_keys[id(change.use)].add(key)
-        found_changes = _join_equal_rotations(found_changes)
         fitted_changes: list[Change] = []
-        for key, change, related in found_changes:
+        for key, change, related in _join_equal_rotations(found_changes):
             if name.endswith(FIRST_LAYERS):
                 # such as a text-to-video LoRA for an image-to-video model: skip the layer, use the rest
                 channel_error = change.delta.describe_channel_mismatch(weight)
@@ -644,7 +641,7 @@ class LoraPatch:
             self._applied_keys[id(change.use)].add(key)
             fitted = change.fit(related, weight, name, self._model)
             was_expanded = change.delta.has_row_range and not fitted.delta.has_row_range
-            if was_expanded:  # each part (q, k, v) became the change of the whole layer: add it once
+            if was_expanded:  # each part (q, k, v) became the change of the whole layer: keep only the first
                 first_row, _ = deltas.read_row_range(change.delta.factors)
                 if first_row > 0:
                     continue
@@ -678,19 +675,19 @@ class LoraPatch:
         for use in self._uses:
             path = use.lora.path
             selected_keys = self._list_selected_keys(use)
-            applied_keys = self._applied_keys[id(use)]
             absent_keys = [key for key in selected_keys if key not in self._keys_in_model]
-            changes_only_texts = not selected_keys and use.lora.text_tensors
-            if changes_only_texts:
+            changes_only_text_encoders = not selected_keys and use.lora.text_tensors
+            if changes_only_text_encoders:
                 continue
             if id(use) in self._channel_errors:
                 logger.warning(f"{path}: {self._channel_errors[id(use)]}; the rest is used without it")
-            lacks_all = bool(selected_keys) and len(absent_keys) == len(selected_keys)
-            if not lacks_all:
-                if not applied_keys:
-                    logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
-                    continue
-                logger.info(f"{path}: {len(applied_keys)} weights changed, multiplier {use.multiplier:g}")
+            are_all_absent = bool(selected_keys) and len(absent_keys) == len(selected_keys)
+            num_applied = len(self._applied_keys[id(use)])
+            if not are_all_absent and num_applied == 0:
+                logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
+                continue
+            if not are_all_absent:
+                logger.info(f"{path}: {num_applied} weights changed, multiplier {use.multiplier:g}")
             rank_rule = rank_rule_of(use.lora.metadata)
             # a T-LoRA that is merged acts with all ranks at all levels
             if rank_rule is not None and not self._is_masked:
@@ -875,7 +872,7 @@ def check_loras_fit(
         checkpoint = opened.enter_context(open_checkpoint(model))
         if companion is not None:
             checkpoint = checkpoint.join(opened.enter_context(open_checkpoint(companion)))
-        if any(use.lora.grown for use in uses):
+        if any(use.lora.depth_variants for use in uses):
             uses = fit_depths(uses, checkpoint.tensors, model)
         patch = LoraPatch(uses, checkpoint.tensors, model, family=family)
         for name, info in checkpoint.tensors.items():

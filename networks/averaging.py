@@ -198,15 +198,15 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     """
     selected = _without_copies(files)
     if len(selected) < 2:
-        raise CheckpointError(f"{selected[0].path} is the only file left: give two or more of one run")
+        raise CheckpointError(f"{selected[0].path} is the only file left: give at least two of the same run")
     if len({file.metadata.get("ss_session_id") for file in selected}) > 1:
         logger.warning("The files are from different runs; an average of those rarely makes sense.")
     first = selected[0]
     is_network = any("." in name for name in first.tensors)  # names in a cache of latents have no dots
     if not is_network:
         raise CheckpointError(
-            f"{first.path} contains no network: it has {list_some(list(first.tensors), 3)}.\n"
-            "  Give the saved LoRAs or models of one run.",
+            f"{first.path} does not contain a network: it has {list_some(list(first.tensors), 3)}.\n"
+            "  Give the saved LoRAs or models of the same run.",
             first.path,
         )
     _reject_several_experts(selected)

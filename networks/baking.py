@@ -292,7 +292,7 @@ def _weights_of_dit(checkpoint: Checkpoint, family: FamilyNames | None) -> Itera
         # weights whose halves are swapped in the file's layout
         swapped_parts = [part for part in family.parts if part.index == SWAPPED]
         swapped = [
-            f"{part.our_path}.weight" for part in swapped_parts if f"{part.foreign_path}.weight" in sources
+            f"{part.fused_path}.weight" for part in swapped_parts if f"{part.part_path}.weight" in sources
         ]
         sources = join_parts(sources, tensor_patterns(family), swapped)
         sources = cut_parts(sources, joined_tensors(family))

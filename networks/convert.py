@@ -223,7 +223,10 @@ def convert(options: ConvertOptions) -> None:
 
 
 def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
-    """Return the LoRA of each expert. Raises OptionError if the only file contains a single LoRA."""
+    """Return the LoRAs of both experts, from one or two files.
+
+    Raises OptionError if the only file contains a single LoRA.
+    """
     low = read_lora(options.input, by_expert=True, family=options.family)
     high = low  # one file has both, unless a second one is given
     if options.input_high_noise is not None:
@@ -231,8 +234,8 @@ def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
     elif not low.loras_by_expert:
         option = "--expert" if options.expert is not None else "--output_high_noise"
         raise OptionError(
-            f"{option} takes a file apart that holds a LoRA for each expert, but --input {options.input} "
-            f"holds a single one. Leave {option} out"
+            f"{option} needs a file with a LoRA for each expert, but --input {options.input} contains a "
+            f"single LoRA. Leave {option} out"
         )
     warn_of_other_expert(low.for_expert(LOW_NOISE), LOW_NOISE)
     warn_of_other_expert(high.for_expert(HIGH_NOISE), HIGH_NOISE)
@@ -401,15 +404,15 @@ def convert_file(
         _convert_one(lora, output, conversion)
     elif baking is not None and baking.models:
         raise OptionError(
-            f"--input {source} contains two LoRAs, one for each expert, and --dit is the model of one.\n"
+            f"--input {source} contains two LoRAs, one for each expert, but --dit is the model of only one.\n"
             "  Choose one with --expert high_noise or low_noise."
         )
     elif target == "diffusers":
         _convert_both_experts(lora.loras_by_expert, output, conversion)
     else:
         raise OptionError(
-            f"--input {source} contains two LoRAs, one for each expert, and --target {target} has no form "
-            "for that.\n  Add --output_high_noise FILE to write two files, or --expert high_noise or "
+            f"--input {source} contains two LoRAs, one for each expert, which --target {target} cannot store "
+            "in one file.\n  Add --output_high_noise FILE to write two files, or --expert high_noise or "
             "low_noise to write one."
         )
 
@@ -460,7 +463,7 @@ def _convert_both_experts(
 
 
 def _join_metadata(metadata_by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Join the metadata of two experts' LoRAs: equal entries, and one entry with the others as JSON."""
+    """Join the metadata of two experts' LoRAs; entries that differ become JSON in one additional entry."""
     entries_by_expert = {expert: _without_stale(metadata) for expert, metadata in metadata_by_expert.items()}
     common: dict[str, str] = {}
     for key, value in next(iter(entries_by_expert.values())).items():
@@ -489,14 +492,14 @@ def _bake_or_convert_magnitudes(lora: LoraFile, family: FamilyNames | None, conv
         family: Family of the LoRA; None if unknown.
         conversion: How to convert.
     """
-    makes_plain = conversion.baking is not None and conversion.baking.rank is not None
-    if conversion.baking is not None and makes_plain:
-        return bake(lora, family, conversion.baking)
+    baking = conversion.baking
+    if baking is not None and baking.rank is not None:
+        return bake(lora, family, baking)
     # FramePack's own layout is that of diffusers, so ComfyUI's form of magnitudes does not apply to it
     in_diffusers = family is not None and family.is_as_in_diffusers and family.start == IN_DIFFUSERS
     is_for_comfyui = conversion.target == "other" and not in_diffusers
     for kind in KINDS:  # only DoRA changes the file
-        lora = kind.convert_magnitudes(lora, family, conversion.baking, is_for_comfyui, conversion.target)
+        lora = kind.convert_magnitudes(lora, family, baking, is_for_comfyui, conversion.target)
     return Baked(lora, "")
 
 
@@ -602,7 +605,7 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
     evidence = _find_evidence_against(name, lora, named_families, likely)
     if evidence:
         raise CheckpointError(
-            f"{lora.path} is a LoRA for {likely_names}, as its {evidence} say, not for {name}.\n"
+            f"{lora.path} is a LoRA for {likely_names} according to its {evidence}, not for {name}.\n"
             "  Convert it with convert_lora.py without --family, which knows all models.",
             lora.path,
         )
@@ -617,8 +620,8 @@ def _find_evidence_against(
     Args:
         name: Name of the family.
         lora: The LoRA file.
-        named_families: Families that the file's names fit, narrowed down by `name` where it decides.
-        likely: Families of the file by names and sizes alone.
+        named_families: Possible families of the file, with `name` preferred if several are possible.
+        likely: Possible families of the file without a hint.
     """
     if [family.name for family in named_families] != [name]:
         return "names"

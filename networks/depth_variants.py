@@ -18,7 +18,7 @@ from modules.errors import CheckpointError
 from networks.key_formats import module_of_tensor
 from networks.loading import LoraFile, WeightedLora
 from networks.module_names import select_family
-from networks.names.layouts import OURS, GrownBlocks
+from networks.names.layouts import OURS, DepthVariants
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,9 @@ def fit_depths(
     Raises:
         CheckpointError: For a LoRA whose blocks cannot be mapped to those of the model.
     """
-    variants_of_uses = [use.lora.grown for use in uses]  # None: the LoRA's model has no deeper variants
+    variants_of_uses = [
+        use.lora.depth_variants for use in uses
+    ]  # None: the LoRA's model has no deeper variants
     if not any(variants_of_uses):
         return [*uses]
     model_depths: dict[str, int] = {}  # name of a block list -> number of blocks in the model
@@ -55,24 +57,26 @@ def fit_depths(
 
 def fit_to_file(uses: Sequence[WeightedLora], model: Path) -> list[WeightedLora]:
     """Map the blocks of LoRAs to those of a deeper or shallower transformer, whose header shows its depth."""
-    if not any(use.lora.grown for use in uses):
+    if not any(use.lora.depth_variants for use in uses):
         return [*uses]
     with open_checkpoint(model) as checkpoint:
         return fit_depths(uses, checkpoint.tensors, model)
 
 
-def _count_blocks(names: Iterable[str], grown: GrownBlocks) -> int:
+def _count_blocks(names: Iterable[str], depth_variants: DepthVariants) -> int:
     """Return the number of blocks of a model.
 
     Args:
         names: Names of the model's tensors, in any layout.
-        grown: How the family's deeper variants repeat blocks.
+        depth_variants: How the family's deeper variants repeat blocks.
     """
     modules = dict.fromkeys(module_of_tensor(name)[0] for name in names)
     family = select_family(modules)
-    list_names = [grown.blocks]
-    if family is None or family.grown is not None:  # else the other names are those of another family's list
-        list_names += grown.also_called
+    list_names = [depth_variants.blocks]
+    if (
+        family is None or family.depth_variants is not None
+    ):  # else the other names are those of another family's list
+        list_names += depth_variants.other_list_names
     return max(_find_indices(modules, list_names), default=-1) + 1
 
 
@@ -87,17 +91,17 @@ def _find_indices(modules: Iterable[str], list_names: Iterable[str]) -> set[int]
     return {int(match[1]) for match in map(pattern.match, modules) if match}
 
 
-def read_depth(lora: LoraFile, grown: GrownBlocks) -> int | None:
+def read_depth(lora: LoraFile, depth_variants: DepthVariants) -> int | None:
     """Return the number of blocks of a LoRA, from metadata or its highest block index; None if unknown."""
-    last_index = max(_find_indices(lora.modules(), [grown.blocks]), default=-1)
-    for key in grown.keys:
+    last_index = max(_find_indices(lora.modules(), [depth_variants.blocks]), default=-1)
+    for key in depth_variants.keys:
         text = lora.metadata.get(key, "")
-        if text.isdecimal() and last_index < int(text) <= grown.maximum:
+        if text.isdecimal() and last_index < int(text) <= depth_variants.maximum:
             return int(text)
-    return last_index + 1 if last_index + 1 in grown.depths else None
+    return last_index + 1 if last_index + 1 in depth_variants.depths else None
 
 
-def _fit_blocks(lora: LoraFile, variants: GrownBlocks, model_depth: int, model: Path | str) -> LoraFile:
+def _fit_blocks(lora: LoraFile, variants: DepthVariants, model_depth: int, model: Path | str) -> LoraFile:
     """Map a LoRA's blocks to those of a model with another depth; raise CheckpointError if impossible.
 
     Args:
@@ -129,7 +133,7 @@ def _fit_blocks(lora: LoraFile, variants: GrownBlocks, model_depth: int, model: 
             f"are not the same there. Use the model with {lora_depth} blocks.",
             lora.path,
         )
-    copies = variants.map_blocks(lora_depth, model_depth)  # block of the LoRA -> the block and its copies
+    copies = variants.map_to_deeper(lora_depth, model_depth)  # block of the LoRA -> the block and its copies
     tensors: dict[str, Tensor] = {}
     for name, tensor in lora.tensors.items():
         match = re.match(rf"({OURS}{re.escape(variants.blocks)}_)(\d+)(_.*)", name)

@@ -138,16 +138,17 @@ def extract_model(options: ExtractOptions) -> None:
         weights = [name for module, name in modules.items() if has_module(module, family)]
     if family is None or not weights:
         raise CheckpointError(
-            f"{options.model_org} has layers of no model here, by their published names. Give such a "
+            f"{options.model_org} has no layers with the published names of a supported model. Give such a "
             "transformer, or a single-file checkpoint of Stable Diffusion, to --model_org.",
             options.model_org,
         )
     if family.network_module == FLUX_MODULE:  # its metadata depend on the variant
         return extract_flux(options)
-    if family.written_version:
+    is_stable_diffusion = bool(family.written_version)
+    if is_stable_diffusion:
         raise CheckpointError(
-            f"{options.model_org} is the U-Net alone of a Stable Diffusion checkpoint. Give whole "
-            "checkpoints, in a single file each, to --model_org and --model_tuned.",
+            f"{options.model_org} contains only the U-Net of a Stable Diffusion checkpoint. Give complete "
+            "single-file checkpoints to --model_org and --model_tuned.",
             options.model_org,
         )
     if options.conv_dim is not None:
@@ -236,8 +237,8 @@ def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
         quantized.append(tuned.path.name)
     if quantized:
         logger.warning(
-            "%s: quantized. What rounding has changed is a difference of the models too, and will be in the "
-            "LoRA, often larger than what was learned. Give files in 16 bits if there are any",
+            "%s: quantized. The LoRA will also contain the rounding errors, which are often larger than what "
+            "was learned. Give 16-bit files if they exist",
             " and ".join(quantized),
         )
     # some released shards order the rows of fused weights by head: bring both models into one order

@@ -40,7 +40,7 @@ _OTHERWISE = "Use --lora_format known"
 
 
 class Formatted(NamedTuple):
-    """The tensors of a LoRA under the names of a format."""
+    """The tensors of a LoRA, renamed for a value of `--lora_format`."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]  # additional metadata about the tensors

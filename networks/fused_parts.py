@@ -90,7 +90,7 @@ def find_default_rows(part: WeightPart, fused_rows: int) -> slice | None:
         return slice(0, fused_rows)
     siblings = [
         sibling
-        for sibling in _list_parts_of_weight(part.our_path, {part.foreign_path})
+        for sibling in _list_parts_of_weight(part.fused_path, {part.part_path})
         if is_row_slice(sibling)
     ]
     # `default_height` is a multiple of the smallest part's number of rows
@@ -306,7 +306,7 @@ def join_parts(
     estimated_rows = {} if is_for_model else _estimate_rows_of_weights(pieces_by_module.values())
     for name, pieces in pieces_by_module.items():
         if rows_in_model is None:
-            num_rows = estimated_rows[pieces[0].part.our_path]
+            num_rows = estimated_rows[pieces[0].part.fused_path]
         else:
             num_rows = rows_in_model(name) or 0
         try:
@@ -334,8 +334,8 @@ def _estimate_rows_of_weights(pieces_of_weights: Iterable[Sequence[FusedPiece]])
     rows_by_path: dict[str, dict[int | None, int]] = {}
     part_paths: set[str] = set()  # in the layout of the parts
     for piece in itertools.chain.from_iterable(pieces_of_weights):
-        part_paths.add(piece.part.foreign_path)
-        rows_by_index = rows_by_path.setdefault(piece.part.our_path, {})
+        part_paths.add(piece.part.part_path)
+        rows_by_index = rows_by_path.setdefault(piece.part.fused_path, {})
         # None for an input rotation, whose tensors do not show it
         num_rows = read_delta(piece.factors).count_rows()
         if num_rows is not None:
@@ -354,11 +354,11 @@ def _list_parts_of_weight(ours: str, paths: Collection[str]) -> list[WeightPart]
     siblings: dict[str, WeightPart] = {}
     for family in FAMILIES:
         parts = (*family.parts, *family.joined)
-        if not any(part.foreign_path in paths for part in parts):
+        if not any(part.part_path in paths for part in parts):
             continue
         for part in parts:
-            if part.our_path == ours:
-                siblings[part.foreign_path] = part
+            if part.fused_path == ours:
+                siblings[part.part_path] = part
     return list(siblings.values())
 
 
@@ -385,7 +385,7 @@ def _estimate_rows(siblings: Sequence[WeightPart], known_rows: Mapping[int | Non
         total += part_rows or smallest_part_rows * part.default_height
         if not part_rows and part.default_height > reference.default_height:
             logger.info(
-                f"{part.foreign_path} is not in the file; it is assumed to have {part.default_height} times "
+                f"{part.part_path} is not in the file; it is assumed to have {part.default_height} times "
                 "as many rows as the parts next to it"
             )
     return total
@@ -404,21 +404,34 @@ def _join_pieces(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matrix
         FusionError: If the parts cannot be joined.
     """
     first = pieces[0]
-    is_whole_weight = len(pieces) == 1 and first.part.index is None  # under another name
-    if is_whole_weight:
+    is_renamed_weight = len(pieces) == 1 and first.part.index is None
+    if is_renamed_weight:
         return first.factors
     if any(read_delta(piece.factors).rotation is not None for piece in pieces):
         return join_rotations(pieces)
     if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
         return _join_any_kind(pieces, num_rows, allows_full_matrix)
-    rows_of_pieces = [find_rows_of_part(piece.part, len(piece.factors[UP]), num_rows) for piece in pieces]
-    swapped_rows = rows_of_pieces[0]
-    if isinstance(swapped_rows, Tensor):  # the only part is the whole weight with swapped halves
-        swapped = read_delta(first.factors).select_rows(swapped_rows)
-        if swapped is None:
-            raise FusionError(f"its {MAGNITUDE_KIND_NAME} magnitudes are by input")
-        return swapped.factors
-    slices = [rows for rows in rows_of_pieces if isinstance(rows, slice)]
+    row_indices = find_rows_of_part(first.part, len(first.factors[UP]), num_rows)
+    if isinstance(row_indices, Tensor):  # the only part is the whole weight with swapped halves
+        return _swap_halves(first.factors, row_indices)
+    return _join_low_rank_pieces(pieces, num_rows)
+
+
+def _swap_halves(factors: Factors, row_indices: Tensor) -> Factors:
+    """Return the factors for a weight whose rows are reordered by `row_indices`."""
+    swapped = read_delta(factors).select_rows(row_indices)
+    if swapped is None:
+        raise FusionError(f"its {MAGNITUDE_KIND_NAME} magnitudes are by input")
+    return swapped.factors
+
+
+def _join_low_rank_pieces(pieces: Sequence[FusedPiece], num_rows: int) -> Factors:
+    """Join plain LoRAs or DoRAs of parts such as q, k and v; raise FusionError if their rows do not fit."""
+    slices: list[slice] = []
+    for piece in pieces:
+        rows = find_rows_of_part(piece.part, len(piece.factors[UP]), num_rows)
+        if isinstance(rows, slice):
+            slices.append(rows)
     if len(slices) < len(pieces):
         raise FusionError(f"its parts do not fit into {num_rows} rows")
     _check_magnitudes([piece.factors for piece in pieces], num_rows)
@@ -426,7 +439,11 @@ def _join_pieces(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matrix
 
 
 def join_rotations(pieces: Sequence[FusedPiece]) -> Factors:
-    """Return the input rotation that all parts of a weight share; raise FusionError if there is none."""
+    """Return the factors of the input rotation (OFT) that all parts of a weight share.
+
+    Raises:
+        FusionError: If a part is not rotated, or is rotated differently.
+    """
     first = pieces[0]
     rotation_values: list[Tensor] = []
     title = ""
@@ -436,10 +453,10 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors:
             rotation_values.append(piece.factors[rotation.factor_name])
             title = title or rotation.title
     if is_row_slice(first.part):
-        # a part of the weight for which the file has no tensors is not rotated
-        paths_in_file = {piece.part.foreign_path for piece in pieces}
-        siblings = _list_parts_of_weight(first.part.our_path, {first.part.foreign_path})
-        if any(is_row_slice(part) and part.foreign_path not in paths_in_file for part in siblings):
+        # the file must rotate all parts of the weight, such as q, k and v
+        paths_in_file = {piece.part.part_path for piece in pieces}
+        siblings = _list_parts_of_weight(first.part.fused_path, {first.part.part_path})
+        if any(is_row_slice(part) and part.part_path not in paths_in_file for part in siblings):
             raise FusionError(f"{title} rotates only some of its parts")
     all_are_rotated = len(rotation_values) == len(pieces)
     if not all_are_rotated or not all(torch.equal(values, rotation_values[0]) for values in rotation_values):
@@ -639,7 +656,8 @@ def _restore_layer(parts: Sequence[Factors]) -> Factors | None:
     split_names = delta.find_factors_with_rows()
     if split_names is None or any(part.keys() != names for part in parts):
         return None
-    if ROW_RANGE in names:  # the parts have the factors of the full layer; only these are split
+    if ROW_RANGE in names:
+        # each part has the full layer's factors and a range of rows; only magnitudes and biases are split
         split_names &= {MAGNITUDES, *deltas.BIAS_FACTORS}
         layer_size = delta.matrix_size()
         ranges = [deltas.read_row_range(part) for part in parts]
@@ -742,7 +760,7 @@ def stack_rows(
     return deltas.ungroup(modules)
 
 
-def mend_split_alphas(
+def correct_split_alphas(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> dict[str, Tensor]:
     """Correct the alphas of a LoRA that was trained with sd-scripts' `split_qkv`; return all tensors.

@@ -330,17 +330,17 @@ class LoraWrapper(nn.Module):
         self._original_module[0].forward = self.forward
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Copy the factors of all parts to a device in a dtype."""
+        """Copy the factors of all LoRAs to a device in a dtype."""
         for branch in self.branches:
             branch.place_on(device, dtype)
 
     def switch_on(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the parts to a device and activate them."""
+        """Copy the factors of all LoRAs to a device, and add their outputs from now on."""
         self.place_on(device, dtype)
         self.is_on = True
 
     def switch_off(self) -> None:
-        """Deactivate the parts and release their tensors."""
+        """Stop adding the LoRAs, and release their factors."""
         self.is_on = False
         for branch in self.branches:
             branch.release()
@@ -461,13 +461,13 @@ class AddedLoras:
         Args:
             device: Device of the run.
             dtype: Dtype in which the model computes.
-            strength: Strength of all LoRAs; None gives each its own.
+            strength: Multiplier to set for all LoRAs, which they keep afterwards; None for no change.
         """
         try:
             for layer in self.layers:
-                for branch in layer.branches:
-                    # a given strength stays set afterwards
-                    branch.multiplier = branch.multiplier if strength is None else strength
+                if strength is not None:
+                    for branch in layer.branches:
+                        branch.multiplier = strength
                 layer.switch_on(device, dtype)
             yield
         finally:
@@ -631,6 +631,8 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
     family = select_family(modules)
     model_has_none = len(absent) == len(deltas_in_file)
     if model_has_none and not lora.may_lack(absent):
+        if not lora.encoder:
+            loading.reject_unknown(lora, option)
         raise _make_misfit_error(lora, absent, family, option)
     fitted: dict[str, Delta] = {}
     for name, delta in deltas_in_file.items():
@@ -660,16 +662,14 @@ def _make_misfit_error(
         family: Family of the model.
         option: Option that names the file, for messages.
     """
-    if not lora.encoder:
-        loading.reject_unknown(lora, option)
     lora_family = lora.family()
     advice = ""
     if lora_family is not None and lora_family is not family:
         advice = f" It is for {lora_family.name}."
     text_parts = text_side_of(absent)
     if text_parts:
-        advice = f" It changes {text_parts} alone: merge it into the model's file with merge_lora.py."
-    # name them as in the file: with the prefix of the text encoder
+        advice = f" It changes only {text_parts}: merge it into the model's file with merge_lora.py."
+    # the file's names have the prefix of the text encoder
     if lora.encoder:
         absent = [f"{lora.encoder}_{name.removeprefix(OURS)}" for name in absent]
     return CheckpointError(

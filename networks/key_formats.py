@@ -5,7 +5,7 @@ names.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -131,16 +131,18 @@ def to_native(
     if with_texts:
         text_family = _find_family_for_texts(keys.of_text_encoders, families, hint)
         text_names = _map_text_keys_to_our_names(keys.of_text_encoders, text_family)
-    first_keys: dict[str, str] = {}  # our name -> the first key with this meaning
-    duplicate_keys: dict[str, str] = {}
+    key_by_name: dict[str, str] = {}  # our name -> the first key that stands for it
     for key, name in (our_names | text_names).items():
-        if first_keys.setdefault(name, key) != key:
-            duplicate_keys[key] = first_keys[name]
+        key_by_name.setdefault(name, key)
+    duplicate_keys: dict[str, str] = {}  # further keys of the same name -> the first key
+    for key, name in (our_names | text_names).items():
+        if key_by_name[name] != key:
+            duplicate_keys[key] = key_by_name[name]
     return NativeTensors(
-        tensors=_rename(our_names, first_keys, rewritten.tensors),
+        tensors=_rename(our_names.values(), key_by_name, rewritten.tensors),
         dialect=" + ".join(dialects),
         unnamed_text_keys=tuple(key for key in keys.of_text_encoders if key not in text_names),
-        text_tensors=_rename(text_names, first_keys, rewritten.tensors),
+        text_tensors=_rename(text_names.values(), key_by_name, rewritten.tensors),
         unknown_keys=(*keys.unknown, *internal_keys),
         duplicate_keys=duplicate_keys,
         conflicting_keys=_find_conflicting_keys(duplicate_keys, rewritten.tensors),
@@ -153,7 +155,7 @@ def to_native(
 
 
 def _count_joined_loras(joined_lora_counts: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
-    """Count the LoRAs that were joined into each module's factors, by our name of the module.
+    """Return how many LoRAs were joined into each module's factors, by our name of the module.
 
     Args:
         joined_lora_counts: Key of a joined factor -> number of factors that were joined into it.
@@ -228,30 +230,31 @@ def _find_families(
 
 
 def _narrow_families(families: Sequence[FamilyNames], keys: _ParsedKeys) -> list[FamilyNames]:
-    """Narrow the possible families down by the form of the names and by the number of text encoders.
+    """Narrow the possible families down, first by the text encoders, then by the spelling of module names.
 
-    Underscored aliases (`lora_unet_input_blocks_...`) occur only in files of families that use aliases, and a
-    second text encoder (`lora_te2_...`) only with families that have two. If no family is left, all are
-    returned.
+    A step that would leave no family is skipped.
     """
     last_encoder = max((parsed.number for parsed in keys.of_text_encoders.values()), default=1)
-    by_texts: list[FamilyNames] = []
-    for family in families:
-        # prefixes may skip a number: FLUX.1 has lora_te1 and lora_te3
-        has_prefix = any(start.endswith(str(last_encoder)) for start, _ in family.encoders)
-        if has_prefix or len(family.encoders) >= last_encoder:
-            by_texts.append(family)
-    by_texts = by_texts or [*families]
+    remaining = [family for family in families if _has_text_encoder(family, last_encoder)] or [*families]
     underscored = {parsed.path for parsed in keys.of_dit.values() if "." not in parsed.path}
-    if not underscored:
-        return by_texts
-    by_aliases: list[FamilyNames] = []
-    for family in by_texts:
-        has_aliases = any(alias(path, family) != path for path in underscored)
-        uses_aliases = family.always_underscored == "aliases"
-        if uses_aliases or not has_aliases:
-            by_aliases.append(family)
-    return by_aliases or by_texts
+    return [family for family in remaining if _may_be_underscored(family, underscored)] or remaining
+
+
+def _has_text_encoder(family: FamilyNames, number: int) -> bool:
+    """Return whether a family may have the text encoder of this number, such as 2 for `lora_te2_`."""
+    # prefixes may skip a number: FLUX.1 has lora_te1 and lora_te3
+    has_prefix = any(prefix.endswith(str(number)) for prefix, _ in family.encoders)
+    return has_prefix or len(family.encoders) >= number
+
+
+def _may_be_underscored(family: FamilyNames, paths: Collection[str]) -> bool:
+    """Return whether a family's files may have these underscored paths.
+
+    Underscored paths of another layout (`input_blocks_1_1_proj_in`) occur only in files of families whose
+    LoRAs all tools write in this way (SDXL).
+    """
+    has_aliases = any(alias(path, family) != path for path in paths)
+    return not has_aliases or family.always_underscored == "aliases"
 
 
 def _map_paths_to_our_names(keys: Mapping[str, ParsedKey], families: Sequence[FamilyNames]) -> dict[str, str]:
@@ -303,24 +306,24 @@ def _map_text_keys_to_our_names(
 
 
 def _rename(
-    names: Mapping[str, str], first_keys: Mapping[str, str], tensors: Mapping[str, Tensor]
+    names: Iterable[str], key_by_name: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return tensors under our names; modules without an alpha get the alpha that a file has for all modules.
 
     Magnitudes that a file stores as vectors become columns.
 
     Args:
-        names: Our name of each key.
-        first_keys: Our name -> the first key in the file with this meaning.
+        names: Our names of the tensors to return.
+        key_by_name: Our name -> key in the file; the first one if several keys mean the same tensor.
         tensors: Tensors of the full file, by key.
     """
-    modules = dict.fromkeys(name.partition(".")[0] for name in names.values())
+    modules = dict.fromkeys(name.partition(".")[0] for name in names)
     renamed: dict[str, Tensor] = {}
     for key in GLOBAL_ALPHA_KEYS:
         if key in tensors:
             renamed |= {f"{module}.alpha": tensors[key] for module in modules}
-    for name in names.values():  # an alpha of a module replaces the alpha for all
-        key = first_keys[name]
+    for name in names:  # an alpha of a module replaces the alpha for all
+        key = key_by_name[name]
         tensor = tensors[key]
         if STORED_AS_VECTOR.search(key):
             inner_axes = max(tensor.ndim - 1, 1)

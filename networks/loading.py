@@ -16,7 +16,7 @@ from networks import key_formats
 from networks.alphas import read_alphas, restore_folded_alphas
 from networks.delta import read_deltas
 from networks.deltas import SET_WEIGHT, drop_replaced, drop_unused_alphas, group_by_module, rank_of, ungroup
-from networks.fused_parts import mend_split_alphas, stack_rows
+from networks.fused_parts import correct_split_alphas, stack_rows
 from networks.key_formats import NativeTensors
 from networks.kinds import KINDS
 from networks.kinds.composing import MAGNITUDE_KIND_NAME, list_additive, list_read_kinds
@@ -37,7 +37,7 @@ from networks.module_names import (
     read_family,
     related_modules,
 )
-from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames, GrownBlocks
+from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, DepthVariants, FamilyNames
 from networks.patterns import describe_unfit, in_any_spelling
 from networks.rank_masks import rank_rule_of
 from networks.tensor_names import dialect_in_words
@@ -49,7 +49,7 @@ from networks.unused_tensors import (
     is_projection,
     without_numbers,
 )
-from networks.use_options import UNTYPED, LoraPatternOptions
+from networks.use_options import ADDED_PATTERN, LoraPatternOptions
 from protocols.bundled_embeddings import BUNDLE, BundledWords, find_words, without_words
 
 logger = getLogger(__name__)
@@ -79,7 +79,7 @@ class LoraFile:
     """An adapter of any kind under our tensor names, on the CPU, in the dtype of the file.
 
     Names look like `lora_unet_blocks_0_self_attn_q.lora_down.weight`. If a file contains one LoRA for each
-    expert of a model, `tensors` is empty and `parts` has these LoRAs: `for_expert` returns one of them.
+    expert of a model, `tensors` is empty and `loras_by_expert` has these LoRAs: `for_expert` returns one.
     """
 
     path: Path
@@ -96,8 +96,8 @@ class LoraFile:
     # change the transformer
     encoder: str = ""
     is_family_by_names: bool = False  # the family was inferred from tensor names, not read from metadata
-    written_for: FamilyNames | None = None  # family of a file written by us; None for other programs
-    changes_others: bool = False  # if `encoder` is set: whether the file changes other networks too
+    trusted_family: FamilyNames | None = None  # family of a file written by us; None for other programs
+    changes_other_networks: bool = False  # if `encoder` is set: whether the file changes other networks too
     words: BundledWords = field(default_factory=dict)  # trained words (embeddings) bundled for prompts
 
     @property
@@ -105,7 +105,7 @@ class LoraFile:
         """Return the expert that the LoRA was trained for, by its metadata or file name.
 
         Returns:
-            FOR_BOTH for a LoRA for both experts; None if unknown or if the file has parts.
+            FOR_BOTH for a LoRA for both experts; None if unknown or if the file has a LoRA for each expert.
         """
         return None if self.loras_by_expert else expert_of(self.metadata, self.path)
 
@@ -123,7 +123,7 @@ class LoraFile:
         Args:
             names: Names of all modules that the file changes in the network.
         """
-        return bool(self.encoder) and self.changes_others and is_projection(names)
+        return bool(self.encoder) and self.changes_other_networks and is_projection(names)
 
     @property
     def has_frozen_norms(self) -> bool:
@@ -149,7 +149,7 @@ class LoraFile:
         """Return the factors of each module: `{"lora_unet_blocks_0_self_attn_q": {"lora_down.weight": ...}}`.
 
         Raises:
-            CheckpointError: If the file has parts and no part was chosen.
+            CheckpointError: If the file has a LoRA for each expert and none was chosen.
         """
         if self.loras_by_expert:
             raise _make_several_error(self.path)
@@ -163,29 +163,29 @@ class LoraFile:
         Args:
             hint: Family to prefer if several are possible; None for the one in the metadata.
         """
-        if hint is None and self.written_for is not None:
-            return [self.written_for]
-        # in a file with a LoRA for each expert, the tensors are in `parts`: the first shows the family
-        part = next(iter(self.loras_by_expert.values()), self)
-        trained_family = read_family(part.metadata)
+        if hint is None and self.trusted_family is not None:
+            return [self.trusted_family]
+        # a file with a LoRA for each expert has no tensors of its own: the first LoRA shows the family
+        lora = next(iter(self.loras_by_expert.values()), self)
+        trained_family = read_family(lora.metadata)
         if hint is None and trained_family is not None:
             hint = trained_family.name
-        families = key_formats.families_of(part.modules(), hint)
+        families = key_formats.families_of(lora.modules(), hint)
         # names of no known family: believe the metadata
         if not families and trained_family is not None:
             return [trained_family]
         return families
 
     @property
-    def grown(self) -> GrownBlocks | None:
+    def depth_variants(self) -> DepthVariants | None:
         """Return how deeper variants of the file's model repeat blocks.
 
         None if the model has no deeper variants or is unknown.
         """
-        if self.written_for is not None:
-            return self.written_for.grown
+        if self.trusted_family is not None:
+            return self.trusted_family.depth_variants
         families = [] if self.loras_by_expert else self.families()
-        return next((family.grown for family in families if family.grown is not None), None)
+        return next((family.depth_variants for family in families if family.depth_variants is not None), None)
 
     def family(self) -> FamilyNames | None:
         """Return the family that the file was trained for; None if unknown or if several are possible."""
@@ -214,7 +214,8 @@ def read_lora(
 
     Args:
         path: The file or folder.
-        by_expert: Whether to accept a file that contains a LoRA for each expert; the result then has `parts`.
+        by_expert: Whether to accept a file that contains a LoRA for each expert; the result then has
+            `loras_by_expert`.
         with_texts: Whether to read changes of text encoders too.
         family: Family that the user named; None if none was named.
         with_words: Whether to read trained words (embeddings) too.
@@ -226,7 +227,7 @@ def read_lora(
         # the hash of names, dtypes and shapes differs if another tool has changed our file
         is_written_here = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
         unsupported = None if is_written_here else key_formats.other_kind(checkpoint.tensors)
-        # whole models are recognized by names, before gigabytes are read
+        # complete models are rejected by their names, before gigabytes are read
         if unsupported is None and not any(_ADAPTER_NAME.search(name) for name in checkpoint.tensors):
             reject_quantized(checkpoint)
             raise _make_no_lora_error(path, checkpoint.tensors)
@@ -239,25 +240,25 @@ def read_lora(
         )
     if unsupported is not None:
         raise _make_unsupported_error(path, *unsupported)
-    rank_rule_of(metadata, path)  # called to raise for an unreadable rule of ranks, before a model is loaded
+    rank_rule_of(metadata, path)  # raises if the file's rank masks (T-LoRA) cannot be read
     words: BundledWords = {}
     if with_words and any(name.startswith(BUNDLE) for name in stored):
         words = find_words(stored)
         stored = without_words(stored)
-    # most files are written here: no need to try the names of other programs and families
+    # fast path for files written by us, which use only our names
     trained_family = read_family(metadata) if is_written_here else None
     if trained_family is not None and family in (None, trained_family.name):
         native = key_formats.read_own_names(stored, trained_family)
         if native is not None:
             lora = _read_part(path, native, metadata, expert=None, is_written_here=True)
-            return replace(lora, words=words, written_for=trained_family)
-    # any other file: find out whose names it has, for each expert
+            return replace(lora, words=words, trusted_family=trained_family)
+    # any other file: recognize the dialect of each expert's names
     names_by_expert = key_formats.split_names(stored)
     if len(names_by_expert) > 1 and not by_expert:
         raise _make_several_error(path)
-    parts: dict[str | None, LoraFile] = {}
+    loras: dict[str | None, LoraFile] = {}
     for expert, names in names_by_expert.items():
-        part = _recognize_part(
+        lora = _recognize_part(
             path,
             {name: stored[name] for name in names},
             metadata,
@@ -266,16 +267,16 @@ def read_lora(
             is_written_here=is_written_here,
             family=family,
         )
-        parts[expert] = replace(part, words=words)
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    dialects = sorted({part.dialect for part in parts.values()})
-    named_parts = {expert: part for expert, part in parts.items() if expert is not None}
-    return LoraFile(path, {}, metadata, dialect=" + ".join(dialects), loras_by_expert=named_parts)
+        loras[expert] = replace(lora, words=words)
+    if len(loras) == 1:
+        return next(iter(loras.values()))
+    dialects = sorted({lora.dialect for lora in loras.values()})
+    loras_by_expert = {expert: lora for expert, lora in loras.items() if expert is not None}
+    return LoraFile(path, {}, metadata, dialect=" + ".join(dialects), loras_by_expert=loras_by_expert)
 
 
 def _make_unsupported_error(path: Path, kind: str, key: str) -> CheckpointError:
-    """Return the error for a file of an unsupported kind of network, which the name `key` shows."""
+    """Return the error for a file of an unsupported kind of network, recognized by the tensor name `key`."""
     return CheckpointError(
         f"{path} is a network of the kind {kind}, which is not supported: it has {key}.\n"
         f"  Supported are {list_read_kinds()} and whole differences of weights. Give such a file.",
@@ -333,13 +334,13 @@ def _read_part(
     if is_written_here and FOLDED in metadata:  # alpha / rank is in the factors: restore the alphas
         tensors = restore_folded_alphas(tensors, metadata)
         text_tensors = restore_folded_alphas(text_tensors, metadata)
-    if not is_written_here:  # other programs also write parts that change nothing
+    if not is_written_here:  # other programs also write tensors without effect
         tensors, replaced = drop_replaced(drop_unused_alphas(tensors))
         text_tensors, replaced_in_texts = drop_replaced(drop_unused_alphas(text_tensors))
         names = [*replaced, *replaced_in_texts]
         if names:
             logger.warning(
-                f"{path}: {SET_WEIGHT} takes the place of the other parts of "
+                f"{path}: {SET_WEIGHT} replaces the other changes of "
                 f"{format_count(len(names), 'weight')}, as in ComfyUI: {list_some(names, 2)}"
             )
     metadata = {key: value for key, value in metadata.items() if key != FOLDED}
@@ -365,7 +366,7 @@ def _read_part(
     logger.info(f"{path}: {_describe_part(native, metadata, alpha_clause, expert)}")
     # sd-scripts with the argument split_qkv saves the alphas of single parts for joined factors
     if '"split_qkv": "true"' in metadata.get("ss_network_args", "").lower():
-        tensors = mend_split_alphas(path, tensors, metadata)
+        tensors = correct_split_alphas(path, tensors, metadata)
     return LoraFile(
         path,
         tensors,
@@ -422,7 +423,7 @@ def _metadata_of_expert(path: Path, metadata: Mapping[str, str], expert: str) ->
         return metadata_of(metadata, expert)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: what its metadata say of its parts cannot be read: {error}. Copy it again.", path
+            f"{path}: the metadata of its LoRAs for experts cannot be read: {error}. Copy it again.", path
         ) from error
 
 
@@ -516,11 +517,10 @@ def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
 
 
 def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
-    """Return two paths in a file that name a weight and a part of the same weight.
+    """Return two paths in a file, one of a fused weight and one of a part of it, which contradict each other.
 
     Returns:
-        None if there are no such paths, or if one of the possible families has none, where they may be
-        separate modules.
+        The paths; None if there are none, or if they are separate modules in one of the possible families.
     """
     pairs: list[tuple[str, str]] = []
     for family in native.families:
@@ -556,7 +556,7 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
     """
     ignored = (
         (native.unnamed_text_keys, "tensors of a text encoder are ignored"),
-        (list(native.duplicate_keys), "tensors of parts named once more are ignored"),
+        (list(native.duplicate_keys), "tensors of parts that occur under two names are ignored"),
     )
     for keys, description in ignored:
         if keys:
@@ -575,7 +575,7 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
 def _make_no_lora_error(path: Path, names: Iterable[str]) -> CheckpointError:
     """Return the error for a file that is not a LoRA; `names` are those of its tensors."""
     return CheckpointError(
-        f"{path} is no LoRA for a video or image model: it has tensors such as "
+        f"{path} is not a LoRA for a video or image model: it has tensors such as "
         f"{list_some(sorted(names), 3)}. Give a LoRA file.",
         path,
     )
@@ -591,11 +591,11 @@ def reject_unknown(lora: LoraFile, option: str = "") -> None:
         option: Option that names the file, for messages.
     """
     if lora.unknown_names:
+        file = f"{option} {lora.path}" if option else str(lora.path)
         raise CheckpointError(
-            f"{option} {lora.path} cannot be used: its names {lora.unknown_names}, which is not known, and "
-            "no known model has modules of these names.\n"
-            # lstrip: without an option, the message begins with a space
-            "  Give the file as its program wrote it, or take that off its names.".lstrip(),
+            f"{file} cannot be used: its names {lora.unknown_names}, which is not known, and no known model "
+            "has modules of these names.\n"
+            "  Give the file as its program wrote it, or remove that from its names.",
             lora.path,
         )
 
@@ -707,29 +707,33 @@ def _names_for_patterns(lora: LoraFile) -> set[str]:
 def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
     """Return a pattern that matches names in a file, if the typed pattern only differs in its separators.
 
-    A pattern that matches no name is rewritten so that dots and underscores are equal. If it still matches
-    no name, a warning says so. Another option may have added a pattern of its own: `(?:typed)|UNTYPED added`,
-    or `UNTYPED added` if nothing was typed. The added pattern may match nothing, so it is not rewritten; only
-    the mark UNTYPED is removed.
+    Another option may have added an alternative: `typed|ADDED_PATTERN added`, or `ADDED_PATTERN added` if
+    nothing was typed. The added pattern may match nothing, so only the typed one is rewritten.
 
     Args:
         pattern: The pattern; None for none.
         names: Names that the pattern is searched in.
         where: Path of the file, for the warning.
     """
-    if pattern is None:
-        return None
-    typed, untyped_mark, added = pattern.partition(UNTYPED)
-    separator = "|" if typed.endswith("|") and untyped_mark else ""
-    typed = typed.removesuffix(separator)
-    matches_as_typed = any(re.search(typed, name) for name in names)
-    if not typed or matches_as_typed:
-        return f"{typed}{separator}{added}"
+    if not pattern:
+        return pattern
+    typed, has_added, added = pattern.partition(ADDED_PATTERN)
+    if not has_added:
+        return _fit_typed_pattern(typed, names, where)
+    if not typed:
+        return added
+    return f"{_fit_typed_pattern(typed.removesuffix('|'), names, where)}|{added}"
+
+
+def _fit_typed_pattern(typed: str, names: Collection[str], where: str) -> str:
+    """Make dots and underscores equal in a pattern that matches no name; warn if it still matches none."""
+    if any(re.search(typed, name) for name in names):
+        return typed
     any_spelling = in_any_spelling(typed)
     if not any(re.search(any_spelling, name) for name in names):
         modules = (name.partition(".")[0] for name in names)
         logger.warning("%s: the pattern %s.", where, describe_unfit(typed, modules))
-    return f"{any_spelling}{separator}{added}"
+    return any_spelling
 
 
 def warn_of_absent(
@@ -785,12 +789,13 @@ def select_network_part(uses: Iterable[WeightedLora], of_text_encoders: bool) ->
         uses: LoRA files with their patterns.
         of_text_encoders: Whether to return the side of the text encoder.
     """
-    parts = []
+    uses_on_side = []
     for use in uses:
-        family = use.lora.written_for
-        if family is not None and not family.text_module_prefixes:  # all modules load with the transformer
+        family = use.lora.trusted_family
+        has_only_dit_modules = family is not None and not family.text_module_prefixes
+        if has_only_dit_modules:
             if use.lora.tensors and not of_text_encoders:
-                parts.append(use)
+                uses_on_side.append(use)
             continue
         text_modules: dict[str, Factors] = {}
         dit_modules: dict[str, Factors] = {}
@@ -799,20 +804,15 @@ def select_network_part(uses: Iterable[WeightedLora], of_text_encoders: bool) ->
                 text_modules[name] = factors
             else:
                 dit_modules[name] = factors
-        selects_text = _keeps_any(use, text_modules)
-        selects_dit = _keeps_any(use, dit_modules)
-        if of_text_encoders:
-            is_used = selects_text
-        else:
-            selects_nothing = bool(dit_modules) and not selects_dit and not selects_text
-            is_used = selects_dit or selects_nothing
-        if is_used:
+        is_selected = _keeps_any(use, text_modules if of_text_encoders else dit_modules)
+        is_left_for_report = not of_text_encoders and bool(dit_modules) and not _keeps_any(use, text_modules)
+        if is_selected or is_left_for_report:
             tensors = use.lora.tensors
             has_both_sides = bool(text_modules) and bool(dit_modules)
             if has_both_sides:
                 tensors = ungroup(text_modules if of_text_encoders else dit_modules)
-            parts.append(replace(use, lora=replace(use.lora, tensors=tensors)))
-    return parts
+            uses_on_side.append(replace(use, lora=replace(use.lora, tensors=tensors)))
+    return uses_on_side
 
 
 def _keeps_any(use: WeightedLora, modules: Mapping[str, Factors]) -> bool:
@@ -843,7 +843,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
         match = re.search(model.release_pattern, origin, re.IGNORECASE)
         if match is not None and match[1] != newest_release:
             logger.info(
-                f"{lora.path} was trained for {match[1]}, as its metadata say, and is used on "
+                f"{lora.path} was trained for {match[1]} according to its metadata, and is used on "
                 f"{newest_release}: most of what it has learned carries over, but its effect may be weaker "
                 "or stronger"
             )
@@ -851,9 +851,9 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
     if trained_family is None or trained_family is model or trained_family.name in model.compatible_families:
         return
     logger.warning(
-        f"{lora.path} was trained for {trained_family.name}, as {lora.evidence} say, and is used on a "
-        f"{model.name} model. The names are the same, but what it has learned is not: do not expect much "
-        "of it."
+        f"{lora.path} was trained for {trained_family.name} according to {lora.evidence}, and is used on a "
+        f"{model.name} model. Its module names match, but it has learned changes of other weights: expect "
+        "little effect or poor results."
     )
 
 
@@ -875,9 +875,9 @@ def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
     if not expert or lora.expert in (None, FOR_BOTH, expert):
         return
     # without a path, `expert_of` reads only the metadata
-    says = "name says" if expert_of(lora.metadata, Path()) is None else "metadata say"
+    evidence = "name" if expert_of(lora.metadata, Path()) is None else "metadata"
     logger.warning(
-        f"{lora.path} was trained for the {in_words(lora.expert)}, as its {says}, and is loaded into the "
-        f"{in_words(expert)}: what it has learned is for other noise levels. Give the file for the "
-        f"{in_words(expert)}, if there is one."
+        f"{lora.path} was trained for the {in_words(lora.expert)} according to its {evidence}, but is loaded "
+        f"into the {in_words(expert)}: what it has learned is for other noise levels. Give the file for the "
+        f"{in_words(expert)} if it exists."
     )

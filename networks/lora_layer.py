@@ -105,9 +105,8 @@ class LoraLayer(nn.Module):
         nn.init.zeros_(self.lora_up.weight)
         self.rank = rank
         self.multiplier = 1.0
-        self.min_in_place_numel = (
-            MIN_IN_PLACE_NUMEL  # number of values from which on products are added in place
-        )
+        # larger outputs get the product added in place
+        self.min_in_place_numel = MIN_IN_PLACE_NUMEL
         # for DoRA, a function that replaces the addition: (layer, output of the frozen module, output of the
         # LoRA, dtype of the input) -> output
         self.combine_outputs: Callable[[Any, Tensor, Tensor, torch.dtype], Tensor] | None = None
@@ -153,35 +152,33 @@ class LoraLayer(nn.Module):
                 # cast once for both the frozen module and the LoRA
                 x = x.to(dtype) if shared is None else shared.cast(x)
         dropouts = self.dropouts if self.training else None
-        # compiled code cannot branch on a random value: it always computes the LoRA, and then drops its
-        # output
-        drops_after = dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
-        # the LoRA has no effect
+        # compiled code cannot branch on a random value: it computes the LoRA, then selects one of two outputs
+        selects_output = (
+            dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
+        )
         if self.multiplier == 0:
             return self._original_forward(x)
-        if dropouts and not drops_after and self._skips(dropouts.module):
+        if dropouts and not selects_output and self._skips(dropouts.module):
             return self._original_forward(x)
-        # layers with this input compute their outputs together; each takes its own
+        # the layers with this input compute their outputs together
         if shared is not None and shared.computes_outputs and x.dtype == dtype:
             return shared.compute(self, x)
-        # the product is added to the frozen output, without another tensor of that size
         if self._adds_in_place(x, dtype):
             out = self._add_in_place(x, dropouts, shared)
             total = out
         else:
             out = self._original_forward(x)
             added = self._compute_addition(x.to(dtype), dropouts, shared).to(out.dtype)
-            total = (
-                out + added
-                if self.combine_outputs is None
-                else self.combine_outputs(self, out, added, input_dtype)
-            )
+            if self.combine_outputs is None:
+                total = out + added
+            else:  # DoRA
+                total = self.combine_outputs(self, out, added, input_dtype)
         if self.training and self.ggpo_noise_buffer is not None:  # LoRA-GGPO
             module, buffer_name = self.ggpo_noise_buffer
             seed = self.seed.derive(self.index, "noise")
             noise = perturbed(x.to(dtype), getattr(module, buffer_name), seed)
             total = total + noise.to(total.dtype)
-        if drops_after and dropouts and dropouts.module > 0:
+        if selects_output and dropouts and dropouts.module > 0:
             return self._without_dropped(out, total, dropouts.module)
         return total
 

@@ -127,6 +127,7 @@ class OwnNetwork(nn.Module):
         _reject_other_sizes(path, file_modules, network_modules)
         fitting = {name: factors for name, factors in file_modules.items() if name in network_modules}
         if not fitting:
+            loading.reject_unknown(lora, "--network_weights")
             raise _make_misfit_error(lora, file_modules)
         # some tools store alpha as a list with one element
         shaped = {name: tensor.reshape(state[name].shape) for name, tensor in ungroup(fitting).items()}
@@ -332,12 +333,10 @@ def _make_misfit_error(lora: "LoraFile", file_modules: Mapping[str, Factors]) ->
         lora: The LoRA file.
         file_modules: Modules of the file.
     """
-    from networks import loading, unused_tensors  # only for --network_weights
+    from networks import unused_tensors  # only for --network_weights
 
-    # raises a better message if no model is known with such names
-    loading.reject_unknown(lora, "--network_weights")
     text_parts = unused_tensors.text_side_of(file_modules)
-    reason = f"it changes {text_parts} alone" if text_parts else f"there is no {next(iter(file_modules))}"
+    reason = f"it changes only {text_parts}" if text_parts else f"there is no {next(iter(file_modules))}"
     return CheckpointError(
         f"--network_weights {lora.path} does not fit this network: {reason}. Give a file for this model, "
         "or another --network_module.",

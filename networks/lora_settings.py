@@ -310,7 +310,8 @@ def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
         OptionError: If a value is invalid.
     """
     for kind in VARIANTS:
-        if values.keys().isdisjoint((kind.switch, *kind.numbers)):
+        arguments_of_kind = (kind.switch, *kind.numbers)
+        if values.keys().isdisjoint(arguments_of_kind):
             continue
         rule = kind.read_rule_of_arguments(values, rank)
         if rule is not None:
@@ -392,15 +393,14 @@ def log_overlaps(argument: str, pairs: PatternValues, matches: Sequence[tuple[in
         pairs: Patterns with their values.
         matches: For each module, the result of `find_by_pattern`.
     """
-    # (overridden pattern, last matching pattern) -> number of modules
-    # the last matching pattern counts, all before it are overridden
+    # (overridden pattern, last matching pattern, which takes precedence) -> number of modules
     counts = Counter((index, indices[-1]) for indices in matches for index in indices[:-1])
     for (index, last), count in sorted(counts.items()):
         overridden, _ = pairs[index]
         pattern, number = pairs[last]
         logger.info(
-            f"--network_args {argument}: {count} modules fit {overridden.pattern!r} and the later "
-            f"{pattern.pattern!r}, which counts ({number:g})"
+            f"--network_args {argument}: {count} modules match {overridden.pattern!r} and the later "
+            f"{pattern.pattern!r}, which takes precedence ({number:g})"
         )
 
 

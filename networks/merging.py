@@ -499,8 +499,8 @@ def _reject_other_families(loras: Sequence[LoraFile]) -> None:
             first_family = family
         elif family is not first_family:
             raise CheckpointError(
-                f"{lora.path} is for {family.name}, {first.path} for {first_family.name}: no model could use "
-                "their sum.\n  Give LoRAs for one model.",
+                f"{lora.path} is for {family.name}, {first.path} for {first_family.name}: no model can use "
+                "their sum.\n  Give LoRAs for the same model.",
                 lora.path,
             )
 

@@ -266,7 +266,7 @@ def describe_text_module(name: str, family: FamilyNames | None = None) -> str:
 
 
 def is_unprefixed(path: str) -> bool:
-    """Return whether files of some family write this path without a prefix."""
+    """Return whether some family's files have this path without a prefix such as `diffusion_model.`."""
     return path.startswith(tuple(start for family in FAMILIES for start in family.unprefixed))
 
 
@@ -315,7 +315,7 @@ def _all_paths() -> frozenset[str]:
         for pair in family.parameters:
             paths.update(path.removesuffix(".weight") for path in pair)
         for part in (*family.parts, *family.joined):
-            paths.update((part.foreign_path, part.our_path))
+            paths.update((part.part_path, part.fused_path))
     return frozenset(paths)
 
 
@@ -378,8 +378,8 @@ def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
                     parts.append(WeightPart(theirs, ours))
         # `theirs` is a name in the other layout, `ours` the weight here; each is related to the other
         for part in parts:
-            pairs.append((part.our_path, RelatedModule(part.foreign_path, part, is_part=True)))
-            pairs.append((part.foreign_path, RelatedModule(part.our_path, part, is_part=False)))
+            pairs.append((part.fused_path, RelatedModule(part.part_path, part, is_part=True)))
+            pairs.append((part.part_path, RelatedModule(part.fused_path, part, is_part=False)))
     return _Table(pairs)
 
 
@@ -397,7 +397,7 @@ def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
     If the other layout fuses several of our modules into this one, these modules are returned.
     """
     entries = _tables(family).parts.all(name)
-    parts = [PartPath(part.foreign_path.replace("{n}", number), part) for part, number in entries]
+    parts = [PartPath(part.part_path.replace("{n}", number), part) for part, number in entries]
     from_end = {REST: 101, BEFORE_REST: 100}  # sort the last parts after all numbered ones (far below 100)
     return sorted(parts, key=lambda placed: from_end.get(placed.part.index or 0, placed.part.index or 0))
 
@@ -484,8 +484,8 @@ def _tables(family: FamilyNames) -> _Tables:
     parameters = [(theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters]
     aliases = [*family.aliases, *parameters]
     paths = [*family.modules, *(ours for _, ours in parameters)]
-    renamed = [(part.foreign_path, part.our_path) for part in family.parts if part.index in (None, SWAPPED)]
-    joined = [(part.our_path, part.our_path) for part in family.joined]
+    renamed = [(part.part_path, part.fused_path) for part in family.parts if part.index in (None, SWAPPED)]
+    joined = [(part.fused_path, part.fused_path) for part in family.joined]
     # a part without an index, or with swapped halves, has all rows of our module: it is only renamed
     return _Tables(
         ours=_Table((path, path) for path in paths),
@@ -493,13 +493,11 @@ def _tables(family: FamilyNames) -> _Tables:
         to_foreign=_Table((ours, theirs) for theirs, ours in aliases),
         renamed=_Table([*renamed, *joined]),
         cut=_Table(
-            (part.foreign_path, part.our_path) for part in family.parts if part.index not in (None, SWAPPED)
+            (part.part_path, part.fused_path) for part in family.parts if part.index not in (None, SWAPPED)
         ),
-        split=_Table(
-            (part.foreign_path, part.foreign_path) for part in family.parts if part.index is not None
-        ),
-        stacked=_Table((part.foreign_path, part.our_path) for part in family.joined),
-        parts=_Table((part.our_path, part) for part in (*family.parts, *family.joined)),
+        split=_Table((part.part_path, part.part_path) for part in family.parts if part.index is not None),
+        stacked=_Table((part.part_path, part.fused_path) for part in family.joined),
+        parts=_Table((part.fused_path, part) for part in (*family.parts, *family.joined)),
         optional=_Table((path, path) for path in family.optional),
     )
 

@@ -22,7 +22,7 @@ def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Pat
     for path, _ in files:
         if not path.exists():
             raise OptionError(
-                f"{option} {path}: no such file.{explain_missing(path)} Give the path of an existing one"
+                f"{option} {path}: no such file.{explain_missing(path)} Give the path of an existing file"
             )
     return files
 

@@ -122,6 +122,7 @@ def _select_targets(
         size = _select_size(
             path, module, settings, matching_patterns=matching_patterns, optional_parts=optional_parts
         )
+        blocks = settings.block_settings
         if settings.verbose:
             state = "left out" if size is None else f"rank {size.rank}, alpha {size.alpha:g}"
             logger.info(f"  {path}: {state}")
@@ -131,9 +132,7 @@ def _select_targets(
                 rank=size.rank,
                 alpha=size.alpha,
                 split_sizes=settings.split_sizes_of(path, module) if settings.splits_fused_layers else (),
-                rate_factor=1.0
-                if settings.block_settings is None
-                else settings.block_settings.rate_factor_of(path),
+                rate_factor=1.0 if blocks is None else blocks.rate_factor_of(path),
             )
     if settings.pattern_ranks:
         log_overlaps("network_reg_dims", settings.pattern_ranks, matches)
@@ -378,8 +377,8 @@ def _merge_in_order(
     if not added:
         return layers
     logger.info(
-        f"{len(added)} modules that are no default join the network, because what it begins with has "
-        f"them: {list_some([*added], 3)}"
+        f"{len(added)} modules that are not selected by default are added to the network, because the "
+        f"initial weights contain them: {list_some([*added], 3)}"
     )
     all_layers = {**layers, **added}
     return {name: all_layers[name] for name in names if name in all_layers}
@@ -394,7 +393,7 @@ def _is_excluded_by_arguments(module_with_path: ModuleWithPath, name: str, setti
         settings: Settings of the network.
     """
     if not name.startswith(OURS):
-        settings = replace(settings, family_rules=None)  # the rules are about blocks of the transformer
+        settings = replace(settings, family_rules=None)  # a text encoder: the rules are for the transformer
     rules = settings.family_rules
     if rules is not None and settings.train_blocks is not None:
         trained_prefixes = rules.train_blocks_choices[settings.train_blocks]
@@ -404,14 +403,12 @@ def _is_excluded_by_arguments(module_with_path: ModuleWithPath, name: str, setti
         return True
     matching_patterns = find_by_pattern(settings.pattern_ranks, name)
     if matching_patterns:
-        _, rank = settings.pattern_ranks[matching_patterns[-1]]  # the last pattern that matches counts
-        # a rank of 0 excludes the module
-        return not rank
-    # Without conv_dim, convolutions get no LoRA by default, but that does not exclude those of a file: any
-    # rank above 0 makes `_size_by_block_and_type` accept them
+        _, pattern_rank = settings.pattern_ranks[matching_patterns[-1]]  # the last matching pattern wins
+        return pattern_rank == 0
+    # convolutions get no LoRA by default, but those of a file are kept, so give them any rank
     with_convolutions = replace(settings, conv_rank=settings.conv_rank or 1)
     size = _size_by_block_and_type(module_with_path.path, module_with_path.module, with_convolutions)
-    return size is None or not size.rank
+    return size is None or size.rank == 0
 
 
 def _modules_by_name(dit: nn.Module | None, encoders: Mapping[str, nn.Module]) -> dict[str, ModuleWithPath]:
@@ -470,8 +467,7 @@ def build_from_tensors(
     kind = OWN_MODULES[name].kind
     settings = _settings_with_file(name, typed)
     modules_by_name = _modules_by_name(dit, encoders)
-    # a layer for each module of the file, with the sizes of its factors
-    layers: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}  # with the sizes of the file's factors
     absent: list[str] = []
     for module_name, factors in _factors_for(modules_by_name, tensors).items():
         is_of_kind = any(part in factors for part in kind.marks)
@@ -490,7 +486,7 @@ def build_from_tensors(
             "--dim_from_weights: the model has none of the file's modules, such as "
             f"{list_some(absent, 3)}.\n  Give a file that was trained for this model."
         )
-    # typed patterns may differ from the names in their separators, so they are fitted to the modules
+    # patterns may be typed with dots or underscores
     prefixes_and_paths: list[tuple[str, str]] = []
     for layer_name in layers:
         path = modules_by_name[layer_name].path
@@ -510,15 +506,13 @@ def build_from_tensors(
 def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
     """Return the settings that still apply if modules and ranks come from a file; warn of ignored ones."""
     rules = OWN_MODULES[name].rules
-    allowed = {*WITH_FILE}
+    with_effect = {*WITH_FILE}
     if rules is not None:
-        # arguments about the text encoders
-        allowed.update(rules.encoder_switches)
+        with_effect.update(rules.encoder_switches)  # they select the trained text encoders
     ignored = {
-        key: value for key, value in typed.arguments.items() if value is not None and key not in allowed
+        key: value for key, value in typed.arguments.items() if value is not None and key not in with_effect
     }
-    # called for its errors only: ignored values have to be valid too
-    read_own(name, NetworkArguments(arguments=ignored))
+    read_own(name, NetworkArguments(arguments=ignored))  # raises if an ignored value is invalid
     for key in sorted(ignored):
         logger.warning(
             f"--network_args {key} is ignored because --dim_from_weights takes the modules and ranks from "

@@ -61,11 +61,11 @@ def describe_unfit(pattern: str, names: Iterable[str]) -> str:
     text = re.sub(r"\d+", "N", text).strip("_")
     # the names without repeats for each block, as ordered sets
     numberless_names = dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)
-    # runs: pieces of names with a few words, because patterns match pieces of names
+    # compared with pieces of names, because patterns match pieces of names
     runs = dict.fromkeys(run for name in numberless_names for run in _list_runs(name.split("_")))
     similar = difflib.get_close_matches(text[:MAX_CHARACTERS], list(runs), MAX_EXAMPLES, cutoff=0.5)
     examples = similar or list(numberless_names)[:MAX_EXAMPLES]
-    return f"'{pattern}' fits no name, and changes nothing. Similar: {', '.join(examples)} (N: a number)"
+    return f"'{pattern}' matches no name and has no effect. Similar: {', '.join(examples)} (N: a number)"
 
 
 def _list_runs(words: list[str]) -> Iterator[str]:

@@ -73,14 +73,14 @@ def compare_predictions(loras: Mapping[Path, Mapping[str, str]], predicts_v: boo
             if prediction.zero_terminal_snr:
                 options += " --zero_terminal_snr"
             logger.warning(
-                "%s was trained on a model that predicts v, as its metadata say, and is used with one that "
-                "predicts noise. If this model predicts v too, add %s",
+                "%s was trained on a model that predicts v according to its metadata, and is used with one "
+                "that predicts noise. If this model predicts v too, add %s",
                 path,
                 options,
             )
         else:
             logger.info(
-                "%s was trained on a model that predicts noise, as its metadata say, and is used with one "
-                "that predicts v",
+                "%s was trained on a model that predicts noise according to its metadata, and is used with "
+                "one that predicts v",
                 path,
             )

@@ -241,9 +241,8 @@ def _reject_other_alphas(source: Path, metadata: Mapping[str, str]) -> None:
     if holders:
         command = _plain_file_command(source)
         raise CheckpointError(
-            f"{source} has modules without an alpha of their own: {holders[0]} has it for all, together with "
-            "their rank.\n"
-            f"  Store alphas next to the factors first: {command}",
+            f"{source} has modules without their own alpha: {holders[0]} has one for all of them, together "
+            f"with their rank.\n  Store alphas next to the factors first: {command}",
             source,
         )
 
@@ -318,7 +317,7 @@ def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Pat
     if not (has_axes and fits_up and fits_core):
         raise CheckpointError(
             f"{source}: the factors of {names.module} do not fit: {list(down.shape)} and {list(up.shape)}.\n"
-            "  Give a LoRA that is whole.",
+            "  Give a complete LoRA.",
             source,
         )
     up = up.reshape(len(up), rank)
@@ -452,7 +451,7 @@ def _read_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _common_sizes(modules: Sequence[ResizedModule], options: ResizeOptions) -> tuple[str, str]:
-    """Return rank and alpha for the metadata, "Dynamic" if they differ among modules that learned."""
+    """Return rank and alpha for the metadata, "Dynamic" if those of modules with a change differ."""
     pairs = {(module.rank, module.alpha) for module in modules if module.has_learned}
     if options.dynamic_method is not None or len(pairs) != 1:
         return DIFFERENT_RANKS, DIFFERENT_RANKS

@@ -224,7 +224,7 @@ class LoraRounding:
             return False
         self._num_16_bit += 1
         is_random = self._rule == STOCHASTIC
-        if sample is not None:
+        if sample is not None:  # the rule is not STOCHASTIC, see `needs_samples`
             losses = sample.losses(dtype)
             is_random = self._rule == AUTO and any(loss.is_notable() for loss in losses.values())
             for path, loss in losses.items():
@@ -245,8 +245,8 @@ class LoraRounding:
         """
         key = dtype, device
         if key not in self._noise:
-            # the noise fills the bits that rounding drops; one block serves all weights of the dtype
-            # any fixed seed: merging twice gives equal weights
+            # The noise fills the bits that rounding drops; all weights of the dtype share one block. With a
+            # fixed seed, merging twice gives equal weights
             generator = torch.Generator().manual_seed(_DROPPED_BITS[dtype])
             noise = torch.randint(
                 1 << _DROPPED_BITS[dtype], (_NOISE,), generator=generator, dtype=torch.int32

@@ -55,7 +55,6 @@ def merge_and_resize(options: SvdMergeOptions) -> None:
     logger.info("merging %s", ", ".join(f"{path} (strength {ratio:g})" for path, ratio in pairs))
     with temporary_folder() as folder:
         exact = folder / "sum.safetensors"
-        # `usual` fills in the defaults of all other options
         summing = FullMergeOptions.from_defaults(
             models=options.models,
             ratios=options.ratios,

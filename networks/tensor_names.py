@@ -132,9 +132,10 @@ def _known_prefixes() -> _KnownPrefixes:
     expert_prefixes = find_expert_prefixes()
     # prefixes of other networks with the same modules in diffusers' pipelines
     diffusers_prefixes = tuple(prefix for family in FAMILIES for prefix in family.more_diffusers_prefixes)
+    dialects_of_kinds = {prefix: dialect for kind in KINDS for prefix, dialect in kind.starts.items()}
     dialects = {
         OURS: IN_OUR_NAMES,
-        **{prefix: dialect for kind in KINDS for prefix, dialect in kind.starts.items()},
+        **dialects_of_kinds,
         "lycoris_": "LyCORIS",
         "lora_transformer_": "OneTrainer",
         "lora_transformer-": "InvokeAI",
@@ -157,9 +158,8 @@ def _known_prefixes() -> _KnownPrefixes:
         for_undotted_names={**dialects, **underscored},
         # only with dots: with an underscore, the first of these two is our own prefix
         for_dotted_names={**dialects, **dict.fromkeys(("lora_unet.", "lora_transformer."), "OneTrainer")},
-        underscored_tool_prefixes=tuple(
-            prefix for prefix in dialects if prefix.endswith("_")
-        ),  # as `lora_transformer_`
+        # such as `lora_transformer_`
+        underscored_tool_prefixes=tuple(prefix for prefix in dialects if prefix.endswith("_")),
         experts=experts_by_prefix,
     )
 
@@ -371,8 +371,8 @@ def describe_unknown(paths: Iterable[str]) -> str:
                 return f"begin with {''.join(pieces[:count])}"
         begin, dot, end = path.rpartition(".")
         if dot and is_known_module(strip_known_prefixes(begin).path.replace(".", "_")):
-            return f"have .{end} behind the module's"
-    # no known module is inside: cut what all names share behind a separator
+            return f"have .{end} after the module name"
+    # no known module in any path: show what all paths begin with, up to a separator
     common = os.path.commonprefix(paths)
     last_separator = max(common.rfind("."), common.rfind("_"))
     return f"begin with {common[: last_separator + 1] or paths[0].partition('.')[0]}"

@@ -72,7 +72,7 @@ def _select_encoder(lora: LoraFile, prefix: str, prefixes: Collection[str] | Non
         text_tensors={},
         metadata=metadata,
         encoder=prefix,
-        changes_others=bool(lora.tensors) or len(tensors) < len(text_tensors),
+        changes_other_networks=bool(lora.tensors) or len(tensors) < len(text_tensors),
     )
 
 
@@ -90,7 +90,7 @@ class TextLoras:
         self._uses = [use for use in uses if use.lora.text_tensors]
         # changes of the transformer's modules that are loaded with a text encoder
         self._text_side_uses = select_network_part(uses, of_text_encoders=True)
-        self._prefixes: set[str] = set()  # prefixes of the model's text encoders seen so far
+        self._known_prefixes: set[str] = set()  # prefixes of the model's text encoders seen so far
         self._merged: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # networks with merged LoRAs
 
     @property
@@ -101,18 +101,20 @@ class TextLoras:
     def warn_of_unused(self, encoders: Sequence[TextEncoder]) -> None:
         """Warn of changes for text encoders that the model lacks or that do not support LoRAs."""
         prefixes = {encoder.lora_prefix for encoder in encoders if can_learn(encoder)}
-        self._prefixes |= prefixes
+        self._known_prefixes |= prefixes
         for use in self._uses:
-            texts = rename_texts(use.lora.text_tensors, prefixes)
-            names = [name for name in texts if prefix_of(name) not in prefixes]
+            renamed = rename_texts(use.lora.text_tensors, prefixes)
+            names = [name for name in renamed if prefix_of(name) not in prefixes]
             if names:
                 logger.warning(
                     f"{use.lora.path}: {len(names)} tensors change a text encoder that this model does "
-                    f"not have, or that takes no LoRAs here, and are ignored: {list_some(names, 2)}"
+                    f"not have, or that does not support LoRAs here, and are ignored: {list_some(names, 2)}"
                 )
-        # the text side: modules between text encoder and transformer, such as connectors
-        if any(has_text_layers(encoder) for encoder in encoders):
-            return
+        if not any(has_text_layers(encoder) for encoder in encoders):
+            self._warn_of_missing_connectors()
+
+    def _warn_of_missing_connectors(self) -> None:
+        """Warn of changes of modules between text encoder and transformer, which this model lacks."""
         for use in self._text_side_uses:
             names = [*use.lora.tensors]
             logger.warning(
@@ -128,7 +130,7 @@ class TextLoras:
         """
         if self._uses and can_learn(encoder):
             prefix = encoder.lora_prefix
-            uses = uses_for(self._uses, prefix, {prefix, *self._prefixes})
+            uses = uses_for(self._uses, prefix, {prefix, *self._known_prefixes})
             self._merge(uses, encoder.network, encoder.name)
         if self._text_side_uses and has_text_layers(encoder):
             self._merge(self._text_side_uses, encoder.text_layers, encoder.name)
@@ -310,7 +312,7 @@ def warn_of_other_encoders(
 
     Args:
         use: The LoRA file.
-        text_tensors: Names of its tensors for text encoders, under the model's prefixes where it has these.
+        text_tensors: Names of its tensors for text encoders; encoders of the model have the model's prefixes.
         model: Name of the model, for messages.
         prefixes: Prefixes of the model's text encoders in LoRA files.
 
@@ -322,12 +324,12 @@ def warn_of_other_encoders(
     unusable = [name for name in text_names if prefix_of(name) not in prefixes]
     if unusable and not use.lora.tensors and len(unusable) == len(text_names):
         raise CheckpointError(
-            f"{path} changes text encoders alone, which {model} does not hold: "
+            f"{path} changes only text encoders, which {model} does not contain: "
             f"{list_some(unusable, 2)}.\n  Give a LoRA that was trained for this model.",
             path,
         )
     if unusable:
         logger.warning(
-            f"{path}: {len(unusable)} tensors change a text encoder, which {model} does not hold, and "
+            f"{path}: {len(unusable)} tensors change a text encoder, which {model} does not contain, and "
             f"are ignored: {list_some(unusable, 2)}"
         )

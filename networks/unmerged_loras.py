@@ -69,16 +69,15 @@ def masked_changes(dit: nn.Module, uses: Sequence[WeightedLora]) -> Mapping[str,
     patch = LoraPatch(uses, is_masked=True)
     for parameter in find_parameters(dit).values():
         name = parameter.path
-        # no LoRA changes this parameter
         if not patch.changes_parameter(name):
             continue
         if not parameter.adds_to_output or not patch.leave_unmerged(name, tuple(parameter.unpacked.shape)):
             rule = rank_rule_of(uses[0].lora.metadata)
             assert rule is not None  # else it is merged
             raise CheckpointError(
-                f"{uses[0].lora.path} says that it is {named(rule.kind)}, and has more for {name} than two "
-                "factors of a layer, which rank masks do not support.\n"
-                "  Give the file as the training wrote it.",
+                f"{uses[0].lora.path} is {named(rule.kind)} according to its metadata, but has more for "
+                f"{name} than the two factors of a layer, which rank masks do not support.\n  Give the file "
+                "as the training wrote it.",
                 uses[0].lora.path,
             )
     patch.check()

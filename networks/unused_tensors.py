@@ -51,22 +51,22 @@ def explain_unused_tensor(family: FamilyNames | None, key: str) -> UnusedReason:
     our_name = name if family is None else module_names.alias(name, family)
     text_module = module_names.describe_text_module(our_name)
     if text_module:
-        return UnusedReason(f"are whole weights of {text_module}, no changes of them, and are ignored")
+        return UnusedReason(f"are weights of {text_module}, not changes, and are ignored")
     if path.startswith(_WORD_EMBEDDINGS):
-        return UnusedReason(f"are embeddings of words and are ignored{_advise_on_word(key)}")
+        return UnusedReason(f"are word embeddings and are ignored{_advise_on_word(key)}")
     if module_names.is_known_module(name):
         return _explain_whole_weight(name, leaf)
     module, dot, part = path.rpartition(".")
     # a known module with an unknown part: a kind of network that is not supported
     if dot and module_names.is_known_module(module.replace(".", "_")):
         return UnusedReason(
-            f"are parts of layers called {part}, which are not known here, and are ignored",
-            f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program.",
+            f"are parts of layers called {part}, which are not supported, and are ignored",
+            f"the effect of {part} on a layer is not known. Save a plain LoRA with the program that made it.",
         )
     if leaf and dot:  # a weight or bias of an unknown module
         network_prefix = path.partition(".")[0]
         network = key[: key.index(network_prefix)] + network_prefix
-        return UnusedReason(f"are of another network, {network}, and are ignored")
+        return UnusedReason(f"belong to another network, {network}, and are ignored")
     return UnusedReason("are not part of a LoRA and are ignored", _UNKNOWN_CONSEQUENCE)
 
 
@@ -77,7 +77,7 @@ def _advise_on_word(key: str) -> str:
         return ""
     return (
         f", so that {word} means nothing in a prompt here. The scripts that generate with Stable Diffusion "
-        "know the word if they are given this file as a LoRA; with strength 0, its words alone"
+        "know the word if this file is one of their LoRAs; strength 0 adds only its words"
     )
 
 
@@ -91,13 +91,12 @@ def _explain_whole_weight(name: str, leaf: str) -> UnusedReason:
     kind = "weights"
     if leaf == ".bias":
         kind = "biases"
-    # the weight of a norm
     elif "norm" in name:
         kind = "norms"
     return UnusedReason(
-        f"are whole {kind} of the model, no changes of them, and are ignored",
-        f"whole {kind} are not part of a LoRA, and it was trained together with them. Save the change "
-        "alone with its program.",
+        f"are complete {kind} of the model, not changes, and are ignored",
+        f"complete {kind} are not part of a LoRA, but it was trained together with them. Save only the "
+        "change with the program that made it.",
     )
 
 
@@ -113,15 +112,15 @@ def explain_absent_module(
         name: Name of the part, such as `lora_unet_x.weight` or `lora_unet_x`.
     """
     module, _, leaf = name.removeprefix(OURS).partition(".")
-    # a part before the transformer, which belongs to the text
+    # such as connectors between text encoder and transformer
     text_modules = "" if has_text_modules else module_names.describe_text_module(module)
     if text_modules:
         return UnusedReason(
-            f": they change {text_modules}, which read the texts before the transformer, and are not used "
-            "here. To have them, merge it into the model's file with merge_lora.py, and cache texts with "
-            "that file"
+            f": they change {text_modules}, which process texts before the transformer, and are not used "
+            "here. To use them, merge the LoRA into the model's file with merge_lora.py, and cache texts "
+            "with that file"
         )
-    # a model with such layers in other blocks is of another size
+    # the model has the same layers in blocks of other numbers, so it has another depth
     is_other_size = without_numbers(module) in names_without_numbers
     if model is not None and not is_other_size and module_names.is_optional(module, model):
         return UnusedReason(f": they are for {model.optional_description}; the rest is used without them")
@@ -138,10 +137,10 @@ def explain_absent_module(
     families = [family.name for family in module_names.FAMILIES if module_names.has_module(module, family)]
     if families:
         names = " or ".join(families)
-        return UnusedReason(f": they are of {names}", f"it is for {names}. Give a LoRA for this model.")
+        return UnusedReason(f": they belong to {names}", f"it is for {names}. Give a LoRA for this model.")
     return UnusedReason(
         ": no known model has layers of these names",
-        "the rest of it is of a network that is not known here.",
+        "its other layers belong to an unknown network.",
     )
 
 
@@ -168,7 +167,7 @@ def explain_absent_text_module(name: str) -> UnusedReason:
         return UnusedReason(f": they are the projection of {encoder}, which this model does not use")
     if path.startswith((OF_CLIP, OF_T5, OF_LANGUAGE_MODEL)):
         return UnusedReason(f": {encoder} of this model has no such layers")
-    return UnusedReason(f": no text encoder that is known has layers of these names ({encoder})")
+    return UnusedReason(f": no known text encoder has layers of these names ({encoder})")
 
 
 def is_projection(names: Iterable[str]) -> bool:
@@ -187,10 +186,10 @@ def module_of(name: str) -> str:
 
 
 def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNames | None) -> list[str]:
-    """Return the parts of a LoRA whose modules a model lacks, because not all models of its family have them.
+    """Return the names of a LoRA's changes for optional modules that a model lacks.
 
     Args:
-        names: Names of the LoRA's parts.
+        names: Names of the LoRA's tensors or modules.
         weights: Names of the model's tensors.
         model: Family of the model; None if unknown.
     """

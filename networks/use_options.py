@@ -84,8 +84,8 @@ PATTERN = (
 )
 
 
-# a comment of regular expressions; the rest of the pattern was not typed by the user and may match nothing
-UNTYPED = "(?#of another option)"
+# a regular expression's comment; the pattern after it was not typed by the user and may match nothing
+ADDED_PATTERN = "(?#of another option)"
 
 
 class LoraPatternOptions(Options):
@@ -106,8 +106,8 @@ class LoraPatternOptions(Options):
         """Return these options with `pattern`, which the user did not type, also excluded from each file."""
         typed = self.exclude_patterns or ()
         num_untyped = max(files - len(typed), 0)
-        patterns = [f"(?:{typed_pattern})|{UNTYPED}{pattern}" for typed_pattern in typed]
-        patterns += [f"{UNTYPED}{pattern}"] * num_untyped
+        patterns = [f"(?:{typed_pattern})|{ADDED_PATTERN}{pattern}" for typed_pattern in typed]
+        patterns += [f"{ADDED_PATTERN}{pattern}"] * num_untyped
         return replace(self, exclude_patterns=tuple(patterns))
 
 

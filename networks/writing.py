@@ -61,13 +61,14 @@ def in_dialect(
     modules = deltas.group_by_module(tensors)
     if family is None:
         return TranslatedModules({}, dict.fromkeys(modules, _UNKNOWN))
-    if target != "diffusers" and not (family.is_as_in_diffusers and family.start != IN_COMFYUI):
-        return _to_comfyui(modules, family)
     if target == "diffusers":
         for kind in KINDS:
             written = kind.write_for_diffusers(modules, family)
             if written is not None:  # None: the kind is written like LoRAs
                 return written
+    # ComfyUI reads diffusers' names for some families (their path prefix is not `diffusion_model.`)
+    elif not (family.is_as_in_diffusers and family.start != IN_COMFYUI):
+        return _to_comfyui(modules, family)
     prefix = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else diffusers_prefix
     # families with fused parts: alpha / rank is folded exactly, by powers of two
     convert_factors = _in_toolkit if family.parts else _in_diffusers
@@ -215,14 +216,10 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
         part: tensor for part, tensor in factors.items() if part not in ("alpha", *deltas.BIAS_FACTORS)
     }
     rank = deltas.rank_of(factors)
-    if tensors.keys() <= {
-        *LORA_FACTORS,
-        "diff",
-        MAGNITUDES,
-    }:  # alpha can be folded into the factors of a LoRA
-        tensors = _fold(factors) | {
-            part: tensor for part, tensor in tensors.items() if part not in LORA_FACTORS
-        }
+    can_fold_alpha = tensors.keys() <= {*LORA_FACTORS, "diff", MAGNITUDES}
+    if can_fold_alpha:
+        others = {part: tensor for part, tensor in tensors.items() if part not in LORA_FACTORS}
+        tensors = _fold(factors) | others
     elif rank is not None:
         # an alpha of 0 stands for the rank, and is written as the rank
         tensors["alpha"] = torch.tensor(deltas.scaling_of(factors) * rank)
@@ -450,9 +447,7 @@ def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> Translate
     A part that cannot be fused with others, because its factors are not a plain LoRA, is left out.
     """
     fused: dict[str, Factors] = {}
-    unfused: list[
-        str
-    ] = []  # modules that `join_parts` could not join, so that they still have the name of a part
+    unfused: list[str] = []  # modules that could not be joined, which still have the name of a part
     for name, factors in deltas.group_by_module(join_parts(native, family=family)).items():
         if is_stacked(name.removeprefix(OURS), family):
             unfused.append(name)

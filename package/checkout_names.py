@@ -25,7 +25,7 @@ class PackageNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a spec for a module in a folder of the checkout; None for others and for scripts of `-m`."""
+        """Return a spec for a name such as `reelsmith.modules.paths`; None for others and for scripts."""
         name = fullname.removeprefix(PREFIX)
         is_of_room = (ROOT / name.partition(".")[0] / "__init__.py").is_file()
         if name == fullname or not is_of_room:

@@ -71,8 +71,8 @@ class FileChange:
     replaced: list[str]  # also those that the new version lacks
     added: list[str]
     digests: dict[str, str] = field(default_factory=dict)  # digests of the files that the update writes
-    # a file of `replaced` that the user had changed -> the name under which it is kept
-    beside: dict[str, str] = field(default_factory=dict)
+    # a file of `replaced` that the user had edited -> name of the copy that is kept of it
+    edited_copies: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -438,7 +438,7 @@ def _install_files(root: Path, unpacked: Path, digests: Mapping[str, str], chang
 
     `digests` has a digest for each file of the new version.
     """
-    for name, copy_name in change.beside.items():
+    for name, copy_name in change.edited_copies.items():
         _copy_atomically(root, root / name, copy_name)
     for name in digests:
         target = root / name
@@ -454,7 +454,7 @@ def _report_update(change: FileChange, had_digests: bool) -> None:
     """Print what an update has changed; without digests of the old version, edited files are unknown."""
     replaced, added = len(change.replaced), len(change.added)
     _say(f"Updated (files replaced: {replaced}, added: {added}). Start Reelsmith again.")
-    _report_saved_copies(change.beside)
+    _report_saved_copies(change.edited_copies)
     if change.replaced and not had_digests:
         _say(
             "Whether you had changed one of these files is not known, as set_up.py never started it here. "
@@ -478,11 +478,11 @@ def _find_copy_name(root: Path, name: str) -> str:
     return next(free for free in names if not os.path.lexists(root / free))
 
 
-def _report_saved_copies(beside: Mapping[str, str]) -> None:
-    for name, own in sorted(beside.items())[:MAX_LISTED]:
-        _say(f"You had changed {name}: your version is now {own}.")
-    if len(beside) > MAX_LISTED:
-        _say(f"You had changed {len(beside) - MAX_LISTED} more: your versions end in .yours.")
+def _report_saved_copies(edited_copies: Mapping[str, str]) -> None:
+    for name, copy_name in sorted(edited_copies.items())[:MAX_LISTED]:
+        _say(f"You had changed {name}: your version is now {copy_name}.")
+    if len(edited_copies) > MAX_LISTED:
+        _say(f"You had changed {len(edited_copies) - MAX_LISTED} more: your versions end in .yours.")
 
 
 def _list_obsolete(root: Path, gone: Iterable[str], files: Iterable[str]) -> Iterator[str]:
@@ -632,7 +632,7 @@ def _plan_update(root: Path, unpacked: Path, files: list[str]) -> FileChange:
         replaced=replaced,
         added=added,
         digests={name: _digest(unpacked / name) for name in files if name in written},
-        beside={name: _find_copy_name(root, name) for name in _list_edited(root, replaced)},
+        edited_copies={name: _find_copy_name(root, name) for name in _list_edited(root, replaced)},
     )
 
 
@@ -702,8 +702,10 @@ def _make_backup(root: Path, change: FileChange) -> None:
         if (state_folder / name).is_file():
             shutil.copy2(state_folder / name, partial_backup / name)
     (partial_backup / UNFINISHED).touch()  # removed after the update has replaced all files
-    # older code cannot read a plan that has the key `beside`
-    plan = {key: value for key, value in asdict(change).items() if value or key != "beside"}
+    plan = asdict(change)
+    edited_copies = plan.pop("edited_copies")
+    if edited_copies:  # older code cannot read a plan that has this key
+        plan["beside"] = edited_copies
     (partial_backup / PLAN_FILE).write_text(json.dumps(plan), encoding="utf-8")
     if backup.exists():
         replace_file(backup, old_backup)
@@ -748,12 +750,13 @@ def _save_user_edits(root: Path, names: Iterable[str]) -> None:
 
 def _restore_files(root: Path, backup: Path, change: FileChange) -> None:
     """Remove the files that an update added, and copy those that it replaced from the backup."""
-    for name in change.added:  # first: a disk may take one for a replaced file in another spelling
+    # added files first: on a case-insensitive disk, one may have the name of a replaced file
+    for name in change.added:
         (root / name).unlink(missing_ok=True)
     for name in change.replaced:
         _copy_atomically(root, backup / name, name)
-    # the update kept files that the user had changed under other names: they are back in place now
-    for name, copy_name in change.beside.items():
+    # the update copied files that the user had edited; now that they are restored, equal copies are needless
+    for name, copy_name in change.edited_copies.items():
         copy = root / copy_name
         if copy.is_file() and filecmp.cmp(copy, backup / name, shallow=False):
             copy.unlink()
@@ -770,8 +773,16 @@ def _read_plan(path: Path) -> FileChange:
         UserError: If its record is damaged.
     """
     try:
-        change = FileChange(**parse_json(read_text(path, MAX_OF_NOTE)))
-        names = [*change.replaced, *change.added, *change.digests, *change.beside, *change.beside.values()]
+        plan = parse_json(read_text(path, MAX_OF_NOTE))
+        edited_copies = plan.pop("beside", {})
+        change = FileChange(**plan, edited_copies=edited_copies)
+        names = [
+            *change.replaced,
+            *change.added,
+            *change.digests,
+            *change.edited_copies,
+            *change.edited_copies.values(),
+        ]
         if any(map(_find_name_error, names)):
             raise ValueError("a name that no version has")
     except (OSError, ValueError, TypeError, AttributeError):

@@ -558,11 +558,11 @@ def _describe_distillation(setup: describing.RunSetup) -> list[str]:
         f"{few_steps.lost}, in [training] of {RUN_FILE}"
     )
     if not setup.kind.supports_few_step_targets:
-        return [warning(f"{text}. {few_steps.instead_of_full}")]
+        return [warning(f"{text}. {few_steps.advice_for_full_training}")]
     if few_steps.is_certain:  # families with only distilled models have no alternative
         text += f". Take {target_hint}"
     else:
-        text += f". {few_steps.instead}. Or take {target_hint}"
+        text += f". {few_steps.advice_for_lora}. Or take {target_hint}"
     with_adapter = find_adapted(setup.model)
     if with_adapter is not None:
         text += f". --task {with_adapter.task} downloads an adapter and trains with it"

@@ -36,7 +36,7 @@ def word_of(name: str) -> str:
 
 
 def find_words(tensors: Mapping[str, Tensor]) -> BundledWords:
-    """Return the textual-inversion words in a LoRA file, each with the content of a separate word file."""
+    """Return the textual-inversion words bundled in a LoRA file, each as its own embedding file would be."""
     words: dict[str, dict[str, Tensor | Mapping[str, Tensor]]] = {}
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
@@ -45,10 +45,10 @@ def find_words(tensors: Mapping[str, Tensor]) -> BundledWords:
         content = words.setdefault(match["word"], {})
         if match["table"] is None:
             content[match["key"]] = tensor
-        else:  # Web UI: `string_to_param` is a dictionary, whose only key usually is "*"
-            table = content.get(match["table"], {})
-            assert not isinstance(table, Tensor)
-            content[match["table"]] = {**table, match["row"] or "*": tensor}
+        else:  # Web UI nests tensors: {"string_to_param": {"*": tensor}}
+            nested = content.get(match["table"], {})
+            assert not isinstance(nested, Tensor)
+            content[match["table"]] = {**nested, match["row"] or "*": tensor}
     return words
 
 

@@ -205,7 +205,7 @@ class Batch:
                 )
 
     def check_widths(self, widths: Mapping[str, int], network_path: Path, remedy: str) -> None:
-        """Raise CacheError if cached embeddings do not have the width that the network takes.
+        """Raise CacheError if cached embeddings do not have the width that the network requires.
 
         Args:
             widths: Size of the last axis that the network expects, by tensor name.
@@ -215,17 +215,17 @@ class Batch:
         for name, expected in widths.items():
             value = self.tensors[name]
             tensors = [value] if isinstance(value, Tensor) else value  # a list: lengths differ
-            where = f"{self.keys[0]}: {name} in its cache"
+            label = f"{self.keys[0]}: {name} in its cache"
             for tensor in tensors:
                 width = tensor.shape[-1] if tensor.ndim else 1
                 if not tensor.is_floating_point():  # token ids, as another program may cache them
                     raise CacheError(
-                        f"{where} has whole numbers ({tensor.dtype}), not states of a text encoder. Cache "
+                        f"{label} has integers ({tensor.dtype}), not states of a text encoder. Cache "
                         f"again with {remedy}."
                     )
                 if width != expected:
                     raise CacheError(
-                        f"{where} is {width} numbers wide, but {network_path} takes {expected}. Cache again "
+                        f"{label} has width {width}, but {network_path} requires {expected}. Cache again "
                         f"with {remedy}."
                     )
 
@@ -503,9 +503,8 @@ class AudioSpec:
     # whether caches of latents also contain the clip's audio, or silence: `INNER_AUDIO` and `AUDIO_PRESENT`
     is_in_latent_cache: bool = False
     takes_references: bool = False  # whether tables may have reference_audio_directory: `REFERENCE_AUDIO`
-    reference_dropout_rate: float = (
-        0.0  # fraction of training batches that leave these and other references out
-    )
+    # fraction of training batches that leave these and other references out
+    reference_dropout_rate: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -144,19 +144,19 @@ class FamilyEntry:
         repeated = repeat_given(family_options, typed)
         latent_options, text_options = self.options.caching_options(family_options)
 
-        def build_command(script: str, kind: str, needed: Mapping[str, Any]) -> list[str]:
-            options = join_options(self.options_record(kind), needed, repeated)
-            words = option_argv({"--dataset_config": str(dataset_config), **options})
-            return ["python", f"{self.cache}_{script}.py", *words]
+        def build_command(script: str, record: str, needed: Mapping[str, Any]) -> list[str]:
+            options = join_options(self.options_record(record), needed, repeated)
+            argv = option_argv({"--dataset_config": str(dataset_config), **options})
+            return ["python", f"{self.cache}_{script}.py", *argv]
 
         cache_latents = build_command("latents", "LatentCaching", latent_options)
         cache_texts = build_command("text_encoder_outputs", "TextCaching", text_options)
         return quote_command([*cache_latents, *switches]), quote_command(cache_texts)
 
-    def generation_words(
+    def generation_argv(
         self, family_options: Any, sample: Mapping[str, Any], typed: Mapping[str, str] | None = None
     ) -> list[str]:
-        """Return the words of a generation command that uses the same models as a training run.
+        """Return the command line of a generation that uses the same models as a training run.
 
         Options of the training are repeated if the generation script has them too.
 
@@ -283,7 +283,7 @@ def identify(path: Path, family: str | None = None) -> str | None:
     if path.is_file() and path.suffix != ".json":
         from checkpoints.opening import open_file  # only for hints
 
-        # checked here once: each family would take a second to reject a malicious file
+        # once, because each family would need a second to reject a malicious file
         try:
             open_file(path).close()
         except CheckpointError:
@@ -295,14 +295,15 @@ def identify(path: Path, family: str | None = None) -> str | None:
             continue
         hint: str | None = import_own(f"{entry.room}.files").identify(path)
         if hint is not None:
-            # a hint that begins like this names a model that the family's scripts accept
-            is_of_family = entry.script and hint.startswith("it is ")
-            return f"{hint}. {describe_scripts(name)}" if is_of_family else hint
+            # such a hint names a model that the family's scripts accept
+            if entry.script and hint.startswith("it is "):
+                return f"{hint}. {describe_scripts(name)}"
+            return hint
     return None
 
 
 def describe_scripts(family: str) -> str:
-    """Return a text that names a family's scripts, and the names of its models for the command `new`."""
+    """Name a family's scripts, and the --family and --task values with which `new` finds its models."""
     from downloads.catalogue import model_sets  # only for hints
 
     entry = FAMILIES[family]
@@ -310,7 +311,7 @@ def describe_scripts(family: str) -> str:
     trainable = [
         model for model in model_sets() if "train" in model.commands and not model.properties.get("control")
     ]
-    # tasks that this family's script trains, by the family's name in the catalogue
+    # the catalogue may list the models of a script under several family names
     tasks_by_name: dict[str, list[str]] = {}
     for model in trainable:
         if training_script in model.commands["train"].split():
@@ -318,8 +319,9 @@ def describe_scripts(family: str) -> str:
     options_of_new = []
     for name, tasks in tasks_by_name.items():
         option = f"--family {name}"
-        # --task is needed only if another script trains other tasks of the same name
-        if any(model.family == name and model.task not in tasks for model in trainable):
+        # other scripts may train other tasks of the same name
+        is_ambiguous = any(model.family == name and model.task not in tasks for model in trainable)
+        if is_ambiguous:
             option += f" --task {tasks[0]}"
         options_of_new.append(option)
     scripts = f"Its scripts are {training_script} and {entry.generation_script}.py"
@@ -331,7 +333,7 @@ def describe_scripts(family: str) -> str:
 class Script(partial[None]):
     """The main function of a script, made by `plain_script`, `caching_script` and the like.
 
-    Its argument is the list of words after the script's name; None stands for those of the command line.
+    Its argument is the list of arguments (argv without the script's name); None reads the command line.
     """
 
     family: str | None = None  # family whose models it runs; None: it belongs to no family

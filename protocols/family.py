@@ -213,7 +213,7 @@ class DitSpec:
     def execution_order(self, counts: Sequence[int]) -> list[int]:
         """Return the indices of all blocks in the order in which they run.
 
-        Indices count over all lists, in the order of `block_lists`.
+        Indices count over all lists, in the order of `block_lists`; blocks of `second_list` are interleaved.
 
         Args:
             counts: Number of blocks in each list.
@@ -221,10 +221,14 @@ class DitSpec:
         indices = list(range(sum(counts)))
         if not self.side_list:
             return indices
-        main, side = counts
-        share = ceil_div(main, max(side, 1))  # blocks of the main list per block of the side list
-        # side block k gets the sort key k * share - 0.5, just before main block k * share
-        return sorted(indices, key=lambda index: index if index < main else (index - main) * share - 0.5)
+        num_main, num_side = counts
+        interval = ceil_div(num_main, max(num_side, 1))  # main blocks per side block
+
+        def sort_key(index: int) -> float:
+            # side block k runs just before main block k * interval
+            return index if index < num_main else (index - num_main) * interval - 0.5
+
+        return sorted(indices, key=sort_key)
 
     def blocks_in_order(self, dit: nn.Module) -> list[nn.Module]:
         """Return all blocks of a network in the order in which they run."""
@@ -244,7 +248,7 @@ class NoiseSource(Protocol):
 
 @dataclass(frozen=True)
 class EncoderAbilities:
-    """Abilities that only some text encoders have."""
+    """Optional features of a text encoder, as flags."""
 
     trainable: bool = False  # the encoder is a `LearningEncoder`
     has_text_layers: bool = False  # the encoder is an `EncoderWithTextLayers`
@@ -347,8 +351,8 @@ def has_text_layers(encoder: TextEncoder) -> TypeGuard[EncoderWithTextLayers]:
 class LayeredEncoder(TextEncoder, Protocol):
     """A text encoder that keeps some layers in host memory if they do not all fit on a CUDA device."""
 
-    def waiting_bytes(self, room: int) -> int:
-        """Return how many bytes of layers stay in host memory if the device has `room` bytes free."""
+    def offloaded_bytes(self, free_bytes: int) -> int:
+        """Return how many bytes of layers stay in host memory if the device has `free_bytes`."""
 
 
 def is_layered(encoder: TextEncoder) -> TypeGuard[LayeredEncoder]:
@@ -414,9 +418,8 @@ class Abilities:
     trains_audio: bool = False  # the family is a `HearsAudio`: in some runs its clips can have audio
     takes_fps: bool = False  # the frame rate is an input of the model, in runs without audio too
     detects_few_steps: bool = False  # the family is a `KnowsFewSteps`
-    match_audio_schedule: bool = (
-        False  # clips are read by their timestamps by default, as with source_fps = "auto"
-    )
+    # clips are read by their timestamps by default, as with source_fps = "auto"
+    match_audio_schedule: bool = False
     takes_row_references: bool = False  # rows of lists may have `references` (`MediaBatch.row_references`)
     sampling_dit_option: str = ""  # option that names a separate, frozen transformer for training samples
     trains_with_guides: bool = False  # clips are trained with images that guide them (`data.GUIDES`)
@@ -425,16 +428,14 @@ class Abilities:
     one_sample: str = ""  # why training batches have one sample: completes "batch_size 2: ..."
     reads_empty_prompt: bool = False  # the family is a `BringsEmptyText`
     has_part_rates: bool = False  # the family is a `RatesParts`
-    has_text_encoders: bool = (
-        False  # the checkpoint contains the text encoders, which a training run can then use
-    )
+    # the checkpoint contains the text encoders, which a training run can then use
+    has_text_encoders: bool = False
     trains_checkpoint: bool = False  # the family is a `protocols.full_model.TrainsCheckpoint`
-    has_custom_network: bool = False  # the family is a `protocols.family_networks.MakesNetwork`
+    has_custom_network: bool = False  # the family is a `protocols.family_networks.HasCustomNetwork`
     inpaints: bool = False  # the family is an `Inpaints` of the training feature for inpainting
     adjusts_captions: bool = False  # the family is a `FitsCaptions`
-    has_comfy_nodes: bool = (
-        False  # it has `comfy_model`, see `HasComfyNodes` in training/features/workflow_nodes.py
-    )
+    # it has `comfy_model`, see `HasComfyNodes` in training/features/workflow_nodes.py
+    has_comfy_nodes: bool = False
 
 
 class Described(Protocol):

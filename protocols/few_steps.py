@@ -77,19 +77,19 @@ class FewSteps:
     undistilled_pattern: str = ""
 
     @property
-    def instead(self) -> str:
+    def advice_for_lora(self) -> str:
         """Return the advice to users who train a LoRA on the distilled model, without the final period."""
         if not self.base:
             return f"Give --training_adapter with {self.adapter}, or one of the targets that keep {self.lost}"
-        says = f"Train on {self.base}"
+        advice = f"Train on {self.base}"
         if self.also:
-            says += f", whose LoRAs work on {self.also} too"
+            advice += f", whose LoRAs work on {self.also} too"
         if self.adapter:
-            says += f", or give --training_adapter with {self.adapter}"
-        return says
+            advice += f", or give --training_adapter with {self.adapter}"
+        return advice
 
     @property
-    def instead_of_full(self) -> str:
+    def advice_for_full_training(self) -> str:
         """Return what to advise users who fine-tune the full distilled model.
 
         The sentence has no final period.

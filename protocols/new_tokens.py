@@ -40,15 +40,15 @@ class WordToLearn:
 def find_error(word: str) -> str:
     """Return why `word` cannot become a new token, and what to use instead; "" if it can."""
     if not word or word.split() != [word]:
-        return "has blanks or is empty: it is one word. Give one such as mycat"
+        return "has spaces or is empty: give one word, such as mycat"
     if word != word.lower():
-        return f"has capitals, which the text encoders read as small letters. Give {word.lower()}"
+        return f"has capitals, which the text encoders read as lower case. Give {word.lower()}"
     if word[-1].isdigit():
         return (
-            "ends with a digit: followed by one, a word means one of its vectors. Give another, such as "
+            "ends with a digit, which after a word selects one of its vectors. Give another, such as "
             f"{word.rstrip('0123456789') or 'mycat'}"
         )
     misread = next((character for character in word if character in STRANGE), None)
     if misread is not None:
-        return f"holds {misread}, which prompts or file names read otherwise. Give a word of letters, - and _"
+        return f"contains {misread}, which prompts or file names interpret. Give a word of letters, - and _"
     return ""

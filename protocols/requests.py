@@ -48,9 +48,8 @@ class Prompt:
     # for a caption that is cached: frames of its clip in training, F H W C uint8, and its references
     clip: "Tensor | None" = field(default=None, compare=False)
     media: tuple[Any, ...] = ()
-    text_with_references: str | None = (
-        None  # for a caption that is cached: encoded with its references instead of it
-    )
+    # for a caption that is cached: encoded with its references instead of it
+    text_with_references: str | None = None
     # images, clips and audio that the family puts in front of the text, in order, as its own records
     media_before_text: tuple[Any, ...] = ()
 
@@ -140,14 +139,12 @@ class Prepared:
     flow_shift: float
     guidance_scale: tuple[float, ...]  # one for each of `Family.experts`, in their order; 1: no guidance
     embedded_guidance: float | None  # None: the model has no input for it
-    slow_frames: "SlowedFrequency | None" = (
-        None  # slowed frequency of the frames' positions (RIFLEx), for long videos
-    )
+    # slowed frequency of the frames' positions (RIFLEx), for long videos
+    slow_frames: "SlowedFrequency | None" = None
     first_step: int = 0  # first step that is run; above 0 for video-to-video; set by the shared loop
     rules: GuidanceRules = NO_GUIDANCE_RULES  # the model's own guidance rules
-    audio_video_shapes: AudioVideoShapes | None = (
-        None  # shapes of image and audio latents; None: there is no audio
-    )
+    # shapes of image and audio latents; None: there is no audio
+    audio_video_shapes: AudioVideoShapes | None = None
     audio_shift: float = 1.0  # time shift from the noise levels of images to those of audio
     sigmas: tuple[float, ...] = ()  # noise levels of all steps, then 0; (): those of the solver
     # timestep at the beginning of each step, if there is a source and the sections have their own solver;
@@ -184,10 +181,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PixelEdit:
-    """A change of the decoded pixels of a result that is not made in its latents."""
+    """An edit of the decoded pixels of a result; its latents stay as generated."""
 
     apply: "Callable[[Iterator[Tensor]], Iterator[Tensor]]"  # chunks of pixels, 1 3 F H W in -1..1
-    metadata: Mapping[str, str]  # added to that of the written result, as `extra_metadata` is
+    metadata: Mapping[str, str]  # added to the metadata of the written file
 
 
 logger = logging.getLogger(__name__)
@@ -216,9 +213,10 @@ VALUES = {
 }
 
 
-def size_of(request: Request, usual: SamplingDefaults) -> tuple[int, int, int]:
+def size_of(request: Request, defaults: SamplingDefaults) -> tuple[int, int, int]:
     """Return width, height and number of frames of a request; unset values are the family's defaults."""
-    return request.width or usual.width, request.height or usual.height, request.frames or usual.frames
+    width = request.width or defaults.width
+    return width, request.height or defaults.height, request.frames or defaults.frames
 
 
 def resolve_request(
@@ -229,9 +227,9 @@ def resolve_request(
     default_negative: str | None,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> Prepared:
-    """Replace everything that a request leaves open by a family's defaults.
+    """Return the request with every unset value replaced by the family's default.
 
-    It is for families that generate a video in one section. The embedded guidance is dropped if the model
+    Only for families that generate a video in one section. The embedded guidance is dropped if the model
     has no input for it.
 
     Args:
@@ -408,8 +406,9 @@ def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
     option = "--image_size" if latent.is_of_images else "--video_size"
     if num_pixels > MAX_PIXELS:
         raise OptionError(
-            f"{option} {height} {width}: {frames} such frames at once are {num_pixels / 1e9:.0f} thousand "
-            f"million pixels, {MAX_PIXELS / 1e9:.0f} are the most. Lower it, or the length of the video."
+            f"{option} {height} {width}: {frames} frames of this size have {num_pixels / 1e9:.0f} billion "
+            f"pixels, but at most {MAX_PIXELS / 1e9:.0f} billion are allowed. Lower the size, or the video's "
+            "length."
         )
     nearest_height = max(step, round(height / step) * step)
     nearest_width = max(step, round(width / step) * step)

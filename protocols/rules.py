@@ -97,17 +97,17 @@ class Projection:
 class StreamGuidance:
     """Guidance of a clip's images or audio, as a weighted sum of differences between clean predictions.
 
-    With c the prediction for the prompt, u that for the negative prompt, and p and i those of the perturbed
-    and the isolated pass: c + (text - 1)(c - u) + perturbed (c - p) + (modality - 1)(c - i). Source: the
-    released code of LTX-2.
+    c + (text_scale - 1)(c - u) + perturbed_scale (c - p) + (modality_scale - 1)(c - i), with the predictions
+    c for the prompt, u for the negative prompt, p of the perturbed pass and i of the isolated pass. Source:
+    the released code of LTX-2.
     """
 
-    text: float | None = None  # None: the guidance scale of the request; 1: none
-    perturbed: float = 0.0  # p: in some blocks self-attention is replaced by its values; 0: none
-    modality: float = 1.0  # i: image and audio do not attend to each other; 1: none
+    text_scale: float | None = None  # None: the guidance scale of the request; 1: none
+    perturbed_scale: float = 0.0  # p: in some blocks self-attention is replaced by its values; 0: none
+    modality_scale: float = 1.0  # i: image and audio do not attend to each other; 1: none
     rescale: float = 0.0  # 0..1, how far the standard deviation of the result is moved to that of c
-    # with r the prediction without an audio reference, identity (c - r) is added last; 0: nothing
-    identity: float = 0.0
+    # identity_scale (c - r) is added last, with the prediction r without an audio reference; 0: nothing
+    identity_scale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class NegativeSkips:
     end: float = 1.0
     option: str = ""  # option that sets the blocks, for messages; "": the blocks are not from an option
 
-    def acts(self, index: int, num_steps: int) -> bool:
+    def is_active(self, index: int, num_steps: int) -> bool:
         """Return whether the blocks are skipped in a step.
 
         Args:
@@ -145,7 +145,7 @@ class GuidanceRules:
     projection: Projection | None = None  # None: plain guidance
     # separate guidance of images and audio; (): the usual formula for both
     streams: tuple[StreamGuidance, ...] = ()
-    perturbed_blocks: frozenset[int] = frozenset()  # blocks of the pass in `StreamGuidance.perturbed`
+    perturbed_blocks: frozenset[int] = frozenset()  # blocks of the pass in `StreamGuidance.perturbed_scale`
     negative_skips: NegativeSkips = NegativeSkips()
 
 

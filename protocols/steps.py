@@ -64,7 +64,7 @@ class NagText:
     """The negative text of normalized attention guidance (NAG); a pass attends to it too."""
 
     text: Conditions  # by the family's cache names; inside a network, by names of its arguments
-    steer: "CombineAttention"
+    combine_attention: "CombineAttention"
 
 
 @dataclass(frozen=True)
@@ -83,21 +83,21 @@ FULLY_CLEAN = 1000  # value in `CleanTokens` for a latent that is entirely clean
 
 @dataclass(frozen=True, eq=False)
 class CleanTokens:
-    """How clean each latent of a clip is, as an integer n from 0 (noisy) to WHOLE (clean).
+    """How clean each latent of a clip is, as an integer n from 0 (noisy) to FULLY_CLEAN.
 
-    At noise level sigma, a latent with the share s = n / WHOLE has the level (1 - s) sigma. The tensors are
-    int16, so that they stay on the host.
+    At noise level sigma, a latent with the fraction f = n / FULLY_CLEAN has the level (1 - f) sigma. The
+    tensors are int16, so that they stay on the host.
 
-    Keyframes are additional images for the network, at the clip's frames `places`. In training they are
-    `keyframes`, with the shares `keyframe_shares`. In a generation they are the last frames of the noisy
-    latents and of `image`.
+    Keyframes are additional images for the network, at the clip's frames `keyframe_indices`. In training they
+    are `keyframes`, which are clean by `keyframe_strengths`. In a generation they are the last frames of the
+    noisy latents and of `image`.
     """
 
     image: Tensor | None = None  # B 1 F H W; None: all latents are noisy
     audio: Tensor | None = None  # B 1 T 1; None: all audio latents are noisy
     keyframes: Tensor | None = None  # clean latents, B C K H W, with the values that caches store
     keyframe_indices: tuple[int, ...] = ()  # frame of the clip for each of the K keyframes
-    # share of each of `keyframes` in each clip, 0 to WHOLE, B K int16; 0: noise alone takes its place
+    # how clean each of `keyframes` is in each clip, 0 to FULLY_CLEAN, B K int16; 0: pure noise
     keyframe_strengths: Tensor | None = None
     keyframe_noise: Tensor | None = None  # noise for `keyframes`; None: all keyframes are clean
     # number of the last latent frames that are keyframes made from noise; the network marks them
@@ -127,17 +127,15 @@ class Overrides:
     isolate_modalities: bool = False  # image and audio do not attend to each other
     drop_audio_reference: bool = False  # the reference of the audio is left out
     nag: NagText | None = None
-    slow_frames: "SlowedFrequency | None" = (
-        None  # slows one frequency of the frames' rotary positions (RIFLEx)
-    )
+    # slows one frequency of the frames' rotary positions (RIFLEx)
+    slow_frames: "SlowedFrequency | None" = None
     embedded_guidance: bool = True  # False: the network gets no embedded guidance
     # number of clean latent frames at the start; the network knows them, and their velocity is 0
     num_clean_frames: int = 0
-    # which other latents are clean; their velocity is multiplied by 1 - share
+    # which other latents are clean; their velocity is multiplied by 1 - fraction
     clean_tokens: CleanTokens | None = None
-    audio_video_shapes: AudioVideoShapes | None = (
-        None  # set if the latents are video and audio, B N; timesteps are then B or B 2
-    )
+    # set if the latents are video and audio, B N; timesteps are then B or B 2
+    audio_video_shapes: AudioVideoShapes | None = None
     # results that a network may cache between the passes of a section; None: it must not cache
     section_cache: dict[Any, Any] | None = None
     step_position: StepPosition | None = None  # set by the denoising loop
@@ -155,11 +153,11 @@ class Overrides:
         return replace(self, nag=replace(self.nag, text=rename(self.nag.text)))
 
     @property
-    def steer(self) -> "CombineAttention | None":
+    def combine_attention(self) -> "CombineAttention | None":
         """How the negative attention text acts on attention; None without such a text."""
-        return None if self.nag is None else self.nag.steer
+        return None if self.nag is None else self.nag.combine_attention
 
-    def texts(self, batch: int, **text: Any) -> list[dict[str, Any]]:
+    def text_inputs(self, batch: int, **text: Any) -> list[dict[str, Any]]:
         """Return the network's text arguments for the prompt, then those of the negative attention text.
 
         A negative attention text of one sample is used for all samples of the batch. Without one, only the
@@ -202,9 +200,8 @@ class EditReference:
     """A clean image to which the unchanged parts of an edited image are reset at each step."""
 
     latents: Tensor  # B C F H W
-    changed_mask: Tensor | None = (
-        None  # B 1 F H W, above 0 where it changes; None: `rules` decide at each step
-    )
+    # B 1 F H W, above 0 where it changes; None: `rules` decide at each step
+    changed_mask: Tensor | None = None
     rules: ConsistencyRules | None = None
 
     def to(self, device: torch.device) -> "EditReference":
@@ -225,11 +222,11 @@ class FixedLatents:
         return FixedLatents(self.clean.to(device), self.clean_weights.to(device))
 
     def insert_clean(self, latents: Tensor) -> Tensor:
-        """Return the latents with `clean` inserted wherever the share is 1."""
+        """Return the latents with `clean` inserted wherever the weight is 1."""
         return torch.where(self.clean_weights == 1, self.clean, latents)
 
     def mix_prediction(self, step: "Step", velocity: Tensor) -> Tensor:
-        """Return the velocity whose clean prediction is, by `shares`, `clean` instead of the network's."""
+        """Return the velocity whose clean prediction is mixed with `clean`, by `clean_weights`."""
         return (1 - self.clean_weights) * velocity + self.clean_weights * (
             step.noisy - self.clean
         ) / step.sigma
@@ -239,7 +236,7 @@ class FixedLatents:
 class Section:
     """One run of the denoising loop. Conditions have a batch dimension."""
 
-    noise: Tensor  # B C F H W, model space, float32; B N with `overrides.joint`, as all latents of the loop
+    noise: Tensor  # B C F H W, model space, float32; B N with `audio_video_shapes`, as all
     positive: Conditions
     negative: Conditions | None = None
     blank: Conditions | None = None
@@ -247,8 +244,8 @@ class Section:
     source: Tensor | None = None  # clean latents of a source video, B C F H W; set by the shared loop
     nag: Conditions | None = None  # conditions of the NAG text alone, without media
     overrides: Overrides = NO_OVERRIDES  # for every pass
-    # clean latents of its first frames, B C f H W, which the loop keeps fixed; `overrides.given_frames` tells
-    # the network
+    # clean latents of its first frames, B C f H W, which the loop keeps fixed; `overrides.num_clean_frames`
+    # tells the network
     clean_frames: Tensor | None = None
     clean_audio: Tensor | None = None  # clean latents of its entire audio, B C T M, also kept fixed
     fixed_latents: FixedLatents | None = None  # other fixed latents; `overrides.given` tells the network
@@ -260,9 +257,8 @@ class Section:
     stage: int = 0  # index into `Prepared.stages`
     # the family's own solver; None: the solver of the request
     solver: "OwnSolver | None" = None
-    num_visible_frames: int | None = (
-        None  # number of latent frames in the clip; later ones are not shown. None: all
-    )
+    # number of latent frames in the clip; later ones are not shown. None: all
+    num_visible_frames: int | None = None
 
     @property
     def clean_streams(self) -> tuple[bool, bool]:

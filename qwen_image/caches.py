@@ -21,10 +21,14 @@ def check_batch(batch: Batch, version: Version, files: QwenImageFiles) -> None:
 
 
 def _check_cache(cache: CacheOrigin, version: Version) -> None:
-    """Raise CacheError if the cache records another release; other programs record none."""
-    if cache.part == LATENTS_MADE and not PIXELS.items() <= cache.encoder.items():
+    """Raise CacheError if the cache was made for another release, or with the former pixel range.
+
+    Caches of other programs do not record the release, and are accepted.
+    """
+    has_pixel_range = PIXELS.items() <= cache.encoder.items()
+    if cache.part == LATENTS_MADE and not has_pixel_range:
         raise CacheError(
-            f"{cache.path}: an earlier version encoded these latents from pixels of a wrong range. "
+            f"{cache.path}: an earlier version encoded these latents from pixels in the wrong range. "
             f"Cache again with {LATENTS_AGAIN}: it replaces them."
         )
     use = version.encoder_settings
@@ -40,7 +44,7 @@ def _check_cache(cache: CacheOrigin, version: Version) -> None:
 def _name_models_with(fingerprint: str) -> str:
     """Name the models that use a text encoder with this fingerprint."""
     versions: Collection[Version] = VERSIONS.values()
-    called = [
+    names = [
         version.display_name for version in versions if version.encoder_settings.fingerprint == fingerprint
     ]
-    return " or ".join(called) or "another model"
+    return " or ".join(names) or "another model"

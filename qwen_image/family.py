@@ -145,7 +145,7 @@ class QwenImage(ModelOfImages):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Return what cached latents depend on: the VAE and its input range, 0..255 in earlier versions."""
+        """Return what cached latents depend on: the VAE, and the range of its input pixels."""
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -183,7 +183,7 @@ class QwenImage(ModelOfImages):
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            # the negative attention text gets the network's argument names too
+            # the NAG text gets the network's argument names too
             overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=references_in(cond, noisy.device),
             clean_references=self.version.clean_references,
@@ -199,11 +199,11 @@ class QwenImage(ModelOfImages):
         """
         if request.control_images and self.references is None:
             raise OptionError(
-                f"--control_image_path: {self.called} makes pictures from texts alone. Give --model_version "
-                "edit, edit-2509 or edit-2511 with the transformer of that release, or leave it out"
+                f"--control_image_path: {self.called} generates pictures from text alone. Give "
+                "--model_version edit, edit-2509 or edit-2511 and its transformer, or leave it out"
             )
         if LAYER_COUNT in request.extra:
-            text = "--%s %s (--f in a prompt line) is ignored because %s makes no layers"
+            text = "--%s %s (--f in a prompt line) is ignored because %s generates no layers"
             logger.warning(text, LAYER_COUNT, request.extra[LAYER_COUNT], self.called)
         prepared = self.resolve_image(fill_size(request), 1.0, NEGATIVE)
         prepared = add_reference_images(
@@ -211,7 +211,7 @@ class QwenImage(ModelOfImages):
         )
         if request.flow_shift is not None:
             return prepared
-        # the release's own noise levels, between those for few and for many tokens
+        # the release's own noise levels, interpolated between those for few and for many tokens
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
         tokens = family.count_image_tokens(LATENT.shape(1, prepared.height, prepared.width))
         flow_shift = size_shift(tokens, SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS)

@@ -97,8 +97,8 @@ def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
     # 16: a head divides into whole pairs of channels for images, rows and columns (see `rotary_widths`)
     if dim % head_dim or head_dim % 16 or token_dim % PATCH**2:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, heads of {head_dim} and tokens of {token_dim} numbers are not "
-            f"those of {MODEL_KIND}. Copy the file again.",
+            f"{shapes.path}: width {dim}, heads of {head_dim} and tokens of width {token_dim} do not "
+            f"fit {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     shapes.shape_of(QUERY_WEIGHT)  # raises if it is missing
@@ -222,8 +222,8 @@ class QwenImageReleaseFiles(QwenImageFiles):
         header = super().dit_header()
         if header.config.has_layers and not self.version.has_layers:
             raise CheckpointError(
-                f"{self.dit_path} is the transformer of {NAME}-Layered, which takes pictures apart; "
-                f"{self.version.display_name} needs another one. Give --model_version layered, or "
+                f"{self.dit_path} is the transformer of {NAME}-Layered, which splits pictures into layers; "
+                f"{self.version.display_name} needs a different one. Give --model_version layered, or "
                 "another file",
                 self.dit_path,
             )

@@ -163,7 +163,7 @@ class QwenImageLayered(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; by default, the input image's size sets the noise levels.
+        """Resolve a request to split an image; by default, the image's size sets the flow shift.
 
         Raises OptionError unless there is exactly one image, and for an invalid number of layers.
         """
@@ -173,14 +173,14 @@ class QwenImageLayered(ModelOfImages):
         source_size = image_size(path)
         area = None
         if request.width is None and request.height is None:
-            area = SIDE**2  # the image and its layers are of this size, as released
+            area = SIDE**2  # of the image and its layers, as released
             width, height = official_size(source_size, area)
             request = replace(request, width=width, height=height)
         width, height = full_patches(request.width or SIDE, request.height or SIDE, self.latent)
-        # the first frame is the image itself, unless only the layers are generated
+        # layers are frames; the image itself is an additional first frame, unless only layers are generated
         size = width, height, self._count_layers(request) + self.latent.has_full
         check_size(size, self.latent)
-        # how the image is resized before it is encoded
+        # the input image is resized to the target, or to the area, before it is encoded
         target = (width, height) if self.edit.resize_control_to_image_size else None
         resize = ReferenceResize(area, target)
         resized_width, resized_height = reference_size(source_size, resize.area, resize.target)

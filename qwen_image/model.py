@@ -205,14 +205,14 @@ class QwenImageModel(BlockNetwork):
     ) -> Hidden:
         """Embed images and text as tokens, B L+T C; return them with the blocks' other inputs.
 
-        References come after the image; a second text, for negative attention, after the first one.
+        References follow the image; the text of normalized attention guidance (NAG) follows the prompt.
 
         Args:
             noisy: B Z F H W; F > 1 if the model generates layers.
             timesteps: B, 0..1000.
             text: States of the language model, B T text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
-            overrides: Changes to this call; their second text has arguments named text and text_mask.
+            overrides: Changes to this call. A NAG text has arguments named text and text_mask too.
             references: Clean latents of images to edit, each B Z 1 h w of its own size.
             clean_references: Modulate the tokens of references with time 0 instead of the image's time.
 
@@ -226,7 +226,7 @@ class QwenImageModel(BlockNetwork):
             check_sizes(latents, (1, PATCH, PATCH), text, text_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         embedded = [run_in_weight_dtype(self.img_in, cut_patches(latents)).to(dtype) for latents in images]
-        grids = self._place_images(noisy, references)
+        grids = self._make_image_grids(noisy, references)
         num_image_tokens = sum(tokens.shape[1] for tokens in embedded)
         vector = self.time_text_embed(timesteps)
         first_clean = num_image_tokens  # index of the first token with a second modulation
@@ -236,7 +236,7 @@ class QwenImageModel(BlockNetwork):
             first_clean = embedded[0].shape[1]  # references follow the image
         vector = blocks.apply_silu(vector, dtype)
         texts = []
-        for prompt in overrides.texts(len(noisy), text=text, text_mask=text_mask):
+        for prompt in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask):
             longest, _, lengths = count_real_tokens(prompt["text_mask"], num_image_tokens, noisy.device)
             states = self.txt_norm(prompt["text"][:, :longest].to(dtype))
             text_tokens = run_in_weight_dtype(self.txt_in, states).to(dtype)
@@ -246,7 +246,7 @@ class QwenImageModel(BlockNetwork):
         return blocks.join_tokens(
             embedded,
             texts,
-            overrides.steer,
+            overrides.combine_attention,
             QwenTokens,
             grid=(noisy.shape[2], *grids[0][1:]),
             dtype=dtype,
@@ -256,7 +256,7 @@ class QwenImageModel(BlockNetwork):
             rotary_of_clean=rotary[first_clean:num_image_tokens],
         )
 
-    def _place_images(self, noisy: Tensor, references: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    def _make_image_grids(self, noisy: Tensor, references: Sequence[Tensor]) -> list[tuple[int, int, int]]:
         """Return (index, rows, columns) of each image's tokens: the generated images, then references.
 
         The input image of a model of layers has the index -1.

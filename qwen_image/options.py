@@ -228,7 +228,7 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
 
 
 def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     version = {"--model_version": _not_original(options.version)}
     latents = {**options.vae.file.command_options(), **version}
     return latents, {**options.text.command_options("QWEN_FILE"), **version}

@@ -100,8 +100,8 @@ def fill_size(request: Request) -> Request:
 def add_reference_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepared:
     """Add the request's control images to all prompts and, if asked, the first one's name to file names.
 
-    Raises OptionError if there are both a mask and --rcm_threshold, or one of them and a first image of
-    a different size than the result, or if the mask cannot be read.
+    A mask or --rcm_threshold preserves parts of the first image. Raises OptionError if both are given, if the
+    first image then differs in size from the result, or if the mask cannot be read.
     """
     paths = prepared.request.control_images
     mask = prepared.request.extra.get(MASK)
@@ -119,7 +119,6 @@ def add_reference_images(prepared: Prepared, options: QwenImageReferenceOptions)
     if mask is not None or uses_threshold:
         option = "--rcm_threshold" if uses_threshold else f"--{MASK} {mask}"
         size = reference_size(image_size(paths[0]), find_area(options), target)
-        # both compare the result with the first image pixel by pixel
         check_equal_size(option, paths[0], size, prepared)
     metadata = dict(prepared.extra_metadata)
     if mask is not None:

@@ -68,7 +68,7 @@ def check_states(cache: CacheOrigin, part: str) -> None:
 
 
 def check_references(batch: Batch, references: Mapping[str, Tensor]) -> None:
-    """Raise CacheError if captions were encoded with other reference images than the cached ones.
+    """Raise CacheError if captions were encoded with different reference images than the cached ones.
 
     `references` are the cached latents by name, in order, B C 1 h w each.
     """
@@ -113,6 +113,6 @@ def _check_hashes(batch: Batch, index: int, count: int) -> None:
     if differing:
         numbers = ", ".join(str(number + 1) for number in differing)
         raise CacheError(
-            f"{key}: its caption was encoded with other reference pictures than its latents (number "
-            f"{numbers}: other pixels, or another order). {BOTH_AGAIN}."
+            f"{key}: its caption was encoded with different reference pictures than its latents (number "
+            f"{numbers}: different pixels, or a different order). {BOTH_AGAIN}."
         )

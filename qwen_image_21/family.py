@@ -64,7 +64,7 @@ class QwenImage21(pictures.ModelOfImages):
     files: QwenImage21Files
     options: Any = NO_OPTIONS  # set for trainings only
     edit: own.QwenImage21ReferenceOptions = own.QwenImage21ReferenceOptions()
-    keeps_prefix: bool = True  # keys and values of prompts and references are computed once for all steps
+    caches_prefix: bool = True  # keys and values of prompts and references are computed once for all steps
 
     few_steps: ClassVar = FEW_STEPS
     abilities: ClassVar = Abilities(detects_few_steps=True)
@@ -165,7 +165,7 @@ class QwenImage21(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; by default, the image size determines the noise levels.
+        """Resolve a request; noise levels depend on the flow shift, by default that of the image size.
 
         Raises OptionError if a size or a number cannot be used, or guidance has no negative prompt.
         """
@@ -178,12 +178,11 @@ class QwenImage21(pictures.ModelOfImages):
         if shift is None:
             tokens = count_tokens(LATENT.shape(1, prepared.height, prepared.width))
             shift = size_shift(tokens, SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS)
-        # Turbo, recognized by its file, has its own noise levels
-        turbo = find_turbo(self.files.dit)
-        if turbo is not None and prepared.steps == len(turbo.levels):
-            levels = stretch_levels(torch.tensor(turbo.levels, dtype=torch.float64), shift, TERMINAL)
-            return replace(prepared, flow_shift=shift, sigmas=(*levels.tolist(), 0.0))
+        turbo = find_turbo(self.files.dit)  # recognized by its file
         if turbo is not None:
+            if prepared.steps == len(turbo.levels):
+                levels = stretch_levels(torch.tensor(turbo.levels, dtype=torch.float64), shift, TERMINAL)
+                return replace(prepared, flow_shift=shift, sigmas=(*levels.tolist(), 0.0))
             logger.warning(
                 "Turbo was distilled for its own %d noise levels: with %d steps they are evenly spaced, and "
                 "images get worse",
@@ -225,17 +224,15 @@ class QwenImage21(pictures.ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only denoising section, with a cache for keys and values of texts and references.
+        """Yield the only denoising section; with a mask, the result keeps the first image outside of it.
 
-        --no_kv_cache leaves the cache out.
-
-        With a mask, the result keeps the first image outside of it.
+        Without --no_kv_cache, keys and values of texts and references are computed in the first step only.
         """
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
             section = replace(section, edit_reference=read_edit_reference(prepared, first))
-        if self.keeps_prefix:
+        if self.caches_prefix:
             # an empty cache, which the network fills in the first step
             section = replace(section, overrides=Overrides(section_cache={}))
         return (yield section)
@@ -264,7 +261,7 @@ def family_for_training(options: own.QwenImage21TrainingOptions) -> QwenImage21:
 def family_for_generation(options: own.QwenImage21GenerationOptions) -> QwenImage21:
     """Describe the family for qwen_image_21_generate_image.py."""
     files = _make_files(options, options.dit_dtype or options.dtype)
-    return QwenImage21(files, edit=options.references, keeps_prefix=not options.no_kv_cache)
+    return QwenImage21(files, edit=options.references, caches_prefix=not options.no_kv_cache)
 
 
 def _make_files(options: own.QwenImage21ModelOptions, dtype: str | None) -> QwenImage21Files:

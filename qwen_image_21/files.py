@@ -32,7 +32,7 @@ from qwen_image_21.configs import FEW_STEPS, QwenImage21Config, default_axes
 from qwen_image_21.model import QwenImage21Model
 from qwen_image_21.names import QWEN_IMAGE_21
 from qwen_image_21.options import BLANK, NAME
-from qwen_image_21.references import lay_on_white, read_shown
+from qwen_image_21.references import lay_on_white, read_encoder_image
 from qwen_image_21.vae import QwenImage21Vae, load_vae, read_vae_config
 
 KEY = "vl_embed"  # key in musubi-tuner's caches
@@ -65,7 +65,7 @@ ENCODER_SETTINGS = LanguageEncoderSettings(
     batch_size=1,  # so that a state does not depend on other prompts, to the last bit
     pictures=ImagePromptFormat(
         "<image{number}><|vision_start|>{tokens}<|vision_end|>",
-        read=read_shown,
+        read=read_encoder_image,
         show=lay_on_white,
         hash_images=hash_images,
         min_pixels=1,  # no limits: the images already have their final sizes
@@ -146,26 +146,26 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
     dimensions do not match each other, or the network is another model's.
     """
     dim, channels = shapes.shape_of("img_in.weight")
-    (width,) = shapes.shape_of("transformer_blocks.0.attn.norm_q.weight", axes=1)
+    (head_dim,) = shapes.shape_of("transformer_blocks.0.attn.norm_q.weight", axes=1)
     rows, columns = shapes.shape_of(QUERY_WEIGHT)
-    if rows != dim or columns != dim or dim % width or width % 2:
+    if rows != dim or columns != dim or dim % head_dim or head_dim % 2:
         raise CheckpointError(
-            f"{shapes.path}: {rows} rows of queries in blocks of width {dim} with heads of {width} are not "
-            f"those of {MODEL_KIND}. Copy the file again.",
+            f"{shapes.path}: {rows} rows of queries in blocks of width {dim} with heads of {head_dim} are "
+            f"not those of {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     num_layers = shapes.count_blocks("transformer_blocks")
     dimensions = {
         "num_layers": num_layers,
-        "attention_head_dim": width,
-        "num_attention_heads": dim // width,
+        "attention_head_dim": head_dim,
+        "num_attention_heads": dim // head_dim,
         "in_channels": channels,
     }
     _check_settings(settings, source, dimensions, shapes.path)
     released = dict(dict(QWEN_IMAGE_21.released).get(dim, ()))  # blocks that the release of this width has
     if not settings and num_layers < released.get("transformer_blocks", 0):
         raise CheckpointError(
-            f"{shapes.path}: {num_layers} of {released['transformer_blocks']} blocks are there. Give the "
+            f"{shapes.path}: {num_layers} of {released['transformer_blocks']} blocks are present. Give the "
             "complete file, or for a smaller network its config.json to --dit_config.",
             shapes.path,
         )
@@ -175,11 +175,11 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
     return QwenImage21Config(
         dim=dim,
         ffn_dim=shapes.shape_of("transformer_blocks.0.img_mlp.gate_layer.weight")[0],
-        num_heads=dim // width,
+        num_heads=dim // head_dim,
         num_layers=num_layers,
         channels=channels,
         text_dim=shapes.shape_of("txt_in.in_layer.weight")[1],
-        axes=_read_axes(settings, source, width),
+        axes=_read_axes(settings, source, head_dim),
         freq_dim=shapes.shape_of("time_text_embed.timestep_embedder.linear_1.weight")[1],
         eps=eps,
     )
@@ -196,15 +196,15 @@ def _check_settings(
     for name, value in (("patch_size", 1), ("causal_condition", True)):
         if settings.get(name, value) != value:
             raise CheckpointError(
-                f"{source}: {name} is {settings[name]}, and {NAME} was released with {value}: other networks "
+                f"{source}: {name} is {settings[name]}, but {NAME} was released with {value}: other networks "
                 "are not supported.",
                 source,
             )
     for name, value in dimensions.items():
         if settings.get(name, value) != value:
             raise CheckpointError(
-                f"{source}: {name} is {settings[name]}, and {path} has {value}. The configuration is "
-                "that of another file: give its own, or copy the file again.",
+                f"{source}: {name} is {settings[name]}, but {path} has {value}. The configuration "
+                "belongs to a different file: give the right one, or copy the file again.",
                 source,
             )
 
@@ -285,16 +285,22 @@ def _read_levels(index: Path) -> tuple[float, ...] | None:
         raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
     if levels is None:
         return None
-    is_list = isinstance(levels, list) and 0 < len(levels) <= MAX_LEVELS
-    if not is_list or not all(type(level) in (int, float) and 0 < level <= 1 for level in levels):
-        levels = [0, 0]  # not falling, so the error below is raised
-    if any(level <= next_level for level, next_level in itertools.pairwise(levels)):
+    if not _are_falling_levels(levels):
         raise CheckpointError(
             f"{index}: sample_sigmas must be falling numbers from 1 down to above 0, at most {MAX_LEVELS}. "
             "Copy the file of the release again.",
             index,
         )
     return tuple(map(float, levels))
+
+
+def _are_falling_levels(levels: Any) -> bool:
+    """Return whether a value of a JSON file is a list of falling noise levels in 0..1, without 0."""
+    if not isinstance(levels, list) or not 0 < len(levels) <= MAX_LEVELS:
+        return False
+    if not all(type(level) in (int, float) and 0 < level <= 1 for level in levels):
+        return False
+    return all(level > next_level for level, next_level in itertools.pairwise(levels))
 
 
 @dataclass(frozen=True)

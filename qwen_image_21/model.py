@@ -122,7 +122,7 @@ class QwenImage21Tokens:
     shard: "TokenShard | None" = None  # the tokens that this process has; None: all
 
     @property
-    def first_image(self) -> int:
+    def first_noisy_token(self) -> int:
         """Return the index of the generated image's first token, which is always 0."""
         return 0
 
@@ -133,7 +133,7 @@ class QwenImage21Tokens:
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.
 
-        `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
+        `kept` are the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
         num_image_tokens = self.num_image_tokens - num_left_out
         rotary = select_rotations(self.rotary, kept, num_left_out)
@@ -167,7 +167,7 @@ class QwenImage21Attention(nn.Module):
 
     def attend_tokens(self, heads: tuple[Tensor, ...], tokens: QwenImage21Tokens) -> Tensor:
         """Return the self-attention of all tokens, B L+P N D, from their query, key and value heads."""
-        # a second text, for negative attention; this process's shard of the tokens
+        # a second text, for normalized attention guidance (NAG); this process's shard of the tokens
         second, shard = tokens.second_text, tokens.shard
         if shard is not None:
             # exchange tokens for heads: each process attends with all tokens and some heads
@@ -448,7 +448,7 @@ class QwenImage21Model(BlockNetwork):
     ) -> Hidden:
         """Embed an image and its prefix (text and references) as tokens, B L+P C, for the blocks.
 
-        Returned with the blocks' other inputs. A second text is for negative attention.
+        Returned with the blocks' other inputs. A second text is for normalized attention guidance (NAG).
 
         Args:
             noisy: B Z 1 H W.
@@ -456,7 +456,7 @@ class QwenImage21Model(BlockNetwork):
             text: States of the language model, B T text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
             slots: B n ascending, on the host: the text token before which each reference is inserted.
-            overrides: Changes to this call; their second text has arguments named text, text_mask and slots.
+            overrides: Changes to this call; a NAG text has arguments named text, text_mask and slots.
             references: Clean latents of n images to edit, each B Z 1 h w of its own size.
             is_prefix_cached: Leave out the prefix, because the blocks have stored its keys and values.
 
@@ -473,7 +473,7 @@ class QwenImage21Model(BlockNetwork):
         if is_prefix_cached:  # the blocks still need the positions of the prefix
             prefixes = order_prefixes(text_mask, slots, references)
         else:
-            for prompt in overrides.texts(len(noisy), text=text, text_mask=text_mask, slots=slots):
+            for prompt in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask, slots=slots):
                 if prompt["slots"] is None:  # a second text has its references where the first one has them
                     prompt["slots"] = slots
                 embedded.append(self.embed_prefix(dtype, **prompt, references=references))
@@ -492,11 +492,16 @@ class QwenImage21Model(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
         )
-        if overrides.steer is not None:  # there is a second text, for negative attention
+        if overrides.combine_attention is not None:  # there is a NAG text
             second = embedded[1]
             tokens = replace(
                 tokens,
-                second_text=SecondText(num_image_tokens, second.x.shape[1], None, overrides.steer),
+                second_text=SecondText(
+                    num_image_tokens=num_image_tokens,
+                    num_text_tokens=second.x.shape[1],
+                    lengths=None,
+                    combine_attention=overrides.combine_attention,
+                ),
                 second_segments=list_segments(second.prefixes),
                 second_rotary=self._make_table(layout._replace(prefixes=second.prefixes), device=x.device),
             )

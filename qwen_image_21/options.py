@@ -115,14 +115,14 @@ class QwenImage21GenerationOptions(QwenImage21ModelOptions, title=NAME):
 
 
 def read_negative(text: str) -> str:
-    """Return the negative prompt, or a blank for an empty text, because guidance needs a prompt."""
+    """Return the negative prompt, or a space for an empty text, because guidance needs a prompt."""
     return BLANK if text.strip() in NO_TEXT else text
 
 
 def resolve_generation(
     options: Any, own_options: QwenImage21GenerationOptions
 ) -> tuple[Any, QwenImage21GenerationOptions]:
-    """Return both records of options, with a blank in place of an empty --negative_prompt."""
+    """Return both records of options, with a space in place of an empty --negative_prompt."""
     negative = options.request.negative_prompt
     if negative is None:
         return options, own_options
@@ -131,7 +131,7 @@ def resolve_generation(
 
 
 def caching_options(options: QwenImage21TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     return dict(options.vae.file.command_options()), dict(options.text.command_options("QWEN3_VL_FILE"))
 
 

@@ -59,7 +59,7 @@ def lay_on_white(picture: Tensor) -> Tensor:
     return torch.from_numpy(np.array(white))
 
 
-def read_shown(path: Path, target: Size | None = None) -> Tensor:
+def read_encoder_image(path: Path, target: Size | None = None) -> Tensor:
     """Read an image as the text encoder sees it: like `read_reference`, but on a white background."""
     return lay_on_white(read_reference(path, target))
 

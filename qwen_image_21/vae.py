@@ -394,10 +394,10 @@ def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel],
         has_shortcut = is_down or _resamples(level)
         if has_shortcut and not fits_shortcut(level.width_in, level.width_out, level.factors, is_down):
             widths = f"{level.width_in} to {level.width_out} channels"
-            error = f"a level of its {half} from {widths} can have no shortcut"
+            error = f"a level of its {half} from {widths} cannot have a shortcut"
     if error is not None:
         raise CheckpointError(
-            f"{checkpoint.path}: {error}. It holds a different model than {MODEL_KIND}, or tensors are "
+            f"{checkpoint.path}: {error}. The file contains another model than {MODEL_KIND}, or tensors are "
             f"missing. Give {FILES}.",
             checkpoint.path,
         )

@@ -21,7 +21,7 @@ from stable_diffusion.lines import (
     enumerates,
     expand,
     read_line,
-    split_seeds,
+    read_line_seeds,
 )
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import check_regions, split_parts
@@ -126,19 +126,17 @@ class RequestBuilder:
     def _list_seeds_and_prompts(self, line: Line) -> list[tuple[int, str]]:
         """Return seed and prompt of each image of a line, with a variant of each `{...}` group chosen."""
         count = line.num_images or self.options.prompts.images_per_prompt
-        if (
-            line.is_from_metadata
-        ):  # from the metadata of an image, in which options and variants are not parsed
+        if line.is_from_metadata:  # in the metadata of an image, options and variants are not parsed
             seeds = self.seeds.for_line(None)
             return [(next(seeds), line.text) for _ in range(count)]
-        line_seeds = split_seeds(line.text)
+        line_seeds = read_line_seeds(line.text)
         seeds = self.seeds.for_line(line_seeds)
         has_all_variants = enumerates(line.text)  # `{e$$...}`: an image of each variant, all with one seed
         num_used = 1 if has_all_variants else count
         if len(line_seeds or ()) > num_used:
             advice = "Raise --images_per_prompt to use all"
             if has_all_variants:
-                advice = "All variants have the first one"
+                advice = "All variants use the first one"
             logger.warning("%s: --d has more seeds than are used. %s", line.label, advice)
         if has_all_variants:
             seed = next(seeds)
@@ -167,7 +165,7 @@ class RequestBuilder:
             _check_has_parts(num_parts)
         if values.get("clip_prompt") and not self.options.guides.clip_guidance_scale:
             logger.warning(
-                "--c is only noted in the file: without --clip_guidance_scale CLIP does not read it"
+                "--c is only recorded in the file: without --clip_guidance_scale CLIP does not read it"
             )
         settings = resolve_settings(self.options, values, self.kind, image)
         return RequestedImage(
@@ -198,7 +196,7 @@ def check_line(options: GenImgOptions, line: Line) -> None:
     """Raise OptionError if a line has errors that can be found without a model."""
     if line.is_from_metadata:  # without options and variants
         return
-    split_seeds(line.text)  # raises if a seed is not a number
+    read_line_seeds(line.text)  # raises if a seed is not a number
     any_variant = expand(line.text, Random(0))[0]  # all variants have the same options
     values = read_line(any_variant, line.label)
     num_parts = len(split_parts(values["prompt"]))
@@ -257,23 +255,7 @@ def resolve_settings(
     width, height = _resolve_size(sampling, kind, image)
     shrink = options.deep_shrink
     gradual = options.gradual_latent
-    if kind is not SDXL and any(size is not None for size in option_values(sampling.sizes).values()):
-        logger.warning(
-            "Original sizes and crops are ignored because only %s takes any, and this is %s",
-            SDXL.title,
-            kind.title,
-        )
-    if sampling.strength is not None and image is None and options.highres.highres_fix_scale is None:
-        logger.warning(
-            "--strength is ignored because the picture begins with noise. It is for --image_path and "
-            "--highres_fix_scale"
-        )
-    if sampling.scale < 1:
-        _warn_of_low_scale(sampling.scale, sampling.negative_scale)
-    if shrink.ds_depth_1 is None:
-        _warn_if_inactive(values, "dsd1", shrink)
-    if gradual.gradual_latent_timesteps is None:
-        _warn_if_inactive(values, "glt", gradual)
+    _warn_of_ignored_options(options, values, kind, has_image=image is not None)
     return ImageSettings(
         width=width,
         height=height,
@@ -286,6 +268,37 @@ def resolve_settings(
         deep_shrink=None if shrink.ds_depth_1 is None else shrink,
         gradual_latent=None if gradual.gradual_latent_timesteps is None else gradual,
     )
+
+
+def _warn_of_ignored_options(
+    options: GenImgOptions, values: Mapping[str, Any], kind: ModelKind, has_image: bool
+) -> None:
+    """Warn about options without effect: SDXL's sizes, the strength, and parts of features that are off.
+
+    Args:
+        options: Options of the image.
+        values: Options of its prompt line, by key.
+        kind: Kind of the checkpoint.
+        has_image: Whether there is an input image.
+    """
+    sampling = options.sampling
+    if kind is not SDXL and any(size is not None for size in option_values(sampling.sizes).values()):
+        logger.warning(
+            "Original sizes and crops are ignored because only %s takes any, and this is %s",
+            SDXL.title,
+            kind.title,
+        )
+    if sampling.strength is not None and not has_image and options.highres.highres_fix_scale is None:
+        logger.warning(
+            "--strength is ignored because the picture begins with noise. It is for --image_path and "
+            "--highres_fix_scale"
+        )
+    if sampling.scale < 1:
+        _warn_of_low_scale(sampling.scale, sampling.negative_scale)
+    if options.deep_shrink.ds_depth_1 is None:
+        _warn_if_inactive(values, "dsd1", options.deep_shrink)
+    if options.gradual_latent.gradual_latent_timesteps is None:
+        _warn_if_inactive(values, "glt", options.gradual_latent)
 
 
 def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None) -> tuple[int, int]:
@@ -315,30 +328,30 @@ def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
 
 
 def _warn_if_inactive(
-    values: Mapping[str, Any], name: str, group: DeepShrinkOptions | GradualLatentOptions
+    values: Mapping[str, Any], switch: str, feature: DeepShrinkOptions | GradualLatentOptions
 ) -> None:
     """Warn about options that have no effect without the option that turns their feature on.
 
     Args:
         values: Options of the prompt line, by key.
-        name: Short name, in prompt lines, of the option that turns the feature on, such as dsd1; the other
+        switch: Short name, in prompt lines, of the option that turns the feature on, such as dsd1; the other
             options of the feature begin with the same two letters, such as dst1.
-        group: Options of the feature on the command line.
+        feature: Options of the feature on the command line.
     """
-    defaults = option_values(type(group)())
+    defaults = option_values(type(feature)())
     on_command_line = [
         f"--{key}"
-        for key, value in option_values(group).items()
+        for key, value in option_values(feature).items()
         if key not in values and value != defaults[key]
     ]
     in_prompt_line = [
         f"--{short_name}"
         for short_name, option in LINE_OPTIONS.items()
-        if short_name != name and short_name[:2] == name[:2] and option.key in values
+        if short_name != switch and short_name.startswith(switch[:2]) and option.key in values
     ]
     unused = [*on_command_line, *in_prompt_line]
     if unused:
-        logger.warning("%s: without --%s, %s does nothing", values["prompt"], name, " and ".join(unused))
+        logger.warning("%s: without --%s, %s does nothing", values["prompt"], switch, " and ".join(unused))
 
 
 def batches(requests: Iterable[RequestedImage], size: int) -> Iterator[list[RequestedImage]]:

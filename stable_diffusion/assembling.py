@@ -9,6 +9,7 @@ import torch
 from modules.errors import OptionError
 from networks.loading import LoraFile
 from networks.predictions import compare_predictions
+from stable_diffusion.contract import Model
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.guiding import check_guides, load_guides
 from stable_diffusion.layer_texts import LayerTexts, list_cross_attentions
@@ -62,19 +63,11 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
             check_vision(checkpoint_plan.kind, checkpoint_plan.path, options.model.tokenizer_cache_dir)
         model = load_checkpoint(options.model, checkpoint_plan, device)
     # before LoRAs are merged: a ControlNet of differences is added to the checkpoint's own weights
-    control_nets = load_control_nets(options.control, model)
-    lllites = load_lllites(options.control, model)
+    batch_hooks = _load_batch_hooks(options, model, tuple(cross_attentions.values()))
     loras = load_networks(options.networks, model, lora_files)
     prompt_encoder = PromptEncoder(
         model.text_encoders, model.kind, options.text, list(cross_attentions), lora_words=lora_words
     )
-    batch_hooks: list[BatchHook] = []
-    if control_nets is not None:
-        batch_hooks.append(control_nets)
-    if lllites is not None:
-        batch_hooks.append(lllites)
-    batch_hooks.append(DeepShrinks(model.unet))
-    batch_hooks.append(LayerTexts(model.unet, tuple(cross_attentions.values())))
     regions = Regions(
         model.unet,
         () if loras is None else loras.layers,
@@ -96,6 +89,22 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
         image_vectors=image_vectors,
         guides=load_guides(guide_options, model),
     )
+
+
+def _load_batch_hooks(
+    options: GenImgOptions, model: Model, cross_attention_paths: Sequence[str]
+) -> list[BatchHook]:
+    """Load ControlNets and LLLites; return them and all else that changes the U-Net while it runs a batch."""
+    batch_hooks: list[BatchHook] = []
+    control_nets = load_control_nets(options.control, model)
+    if control_nets is not None:
+        batch_hooks.append(control_nets)
+    lllites = load_lllites(options.control, model)
+    if lllites is not None:
+        batch_hooks.append(lllites)
+    batch_hooks.append(DeepShrinks(model.unet))
+    batch_hooks.append(LayerTexts(model.unet, cross_attention_paths))
+    return batch_hooks
 
 
 def _check_networks(

@@ -130,13 +130,13 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
 
     def broken(why: str) -> CheckpointError:
         return CheckpointError(
-            f"--ckpt {checkpoint.path}: its U-Net is not one of Stable Diffusion, or is damaged: {why}.\n"
+            f"--ckpt {checkpoint.path}: its U-Net is not that of Stable Diffusion, or is damaged: {why}.\n"
             f"  Give {EXPECTED_FILE}.",
             checkpoint.path,
         )
 
     # returns the shape of a tensor by name; raises this error for another number of axes (4 by default)
-    shape = dialects.make_shape_reader(checkpoint, sources, broken("a tensor has another shape"))
+    shape = dialects.make_shape_reader(checkpoint, sources, broken("a tensor has an unexpected shape"))
     # a tensor name may contain any number, so the count is checked before it sets the work
     for level, num_layers in enumerate(layers_by_level):
         if num_layers < 1 or num_layers != dialects.count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
@@ -365,7 +365,7 @@ class _BandedConv2d:
     num_bands: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the convolution of x, B C H W."""
+        """Return the convolution of x, B C H W, computed band by band into one result tensor."""
         conv = self.conv
         pad_rows, pad_columns = (int(size) for size in conv.padding)  # number of zeros on each side
         num_rows = (x.shape[2] + 2 * pad_rows - conv.kernel_size[0]) // conv.stride[0] + 1  # of the result

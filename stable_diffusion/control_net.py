@@ -25,7 +25,7 @@ from modules.media.edges import draw_edges
 from modules.media.reading import Frame, read_image, resize_frame
 from stable_diffusion.contract import SDXL, Model, ModelKind, RequestedImage, UnetCall, UnetHook
 from stable_diffusion.control_net_files import OPTION, load_control_net
-from stable_diffusion.network_options import ControlOptions, ControlUse
+from stable_diffusion.network_options import ControlOptions, ControlSpec
 from stable_diffusion.starting import STRIDE
 
 logger = logging.getLogger(__name__)
@@ -46,16 +46,16 @@ def _mean_residuals(residuals: Sequence[Residuals]) -> Residuals:
 class ControlNets:
     """Run several ControlNets next to the U-Net and add their residuals."""
 
-    def __init__(self, networks: Sequence[Any], uses: Sequence[ControlUse], model: Model) -> None:
+    def __init__(self, networks: Sequence[Any], specs: Sequence[ControlSpec], model: Model) -> None:
         """Prepare loaded ControlNets for use with a model.
 
         Args:
             networks: Diffusers' ControlNetModels on the model's device.
-            uses: Strength, preprocessor and steps of each network.
+            specs: Strength, preprocessor and steps of each network.
             model: The loaded model.
         """
         self._networks = networks
-        self._uses = uses
+        self._specs = specs
         self._model = model
 
     @contextlib.contextmanager
@@ -71,7 +71,7 @@ class ControlNets:
         if not any(request.guides for request in requests):
             yield None
             return
-        guides = BatchGuides(self._uses, OPTION, requests, width=width, height=height)
+        guides = BatchGuides(self._specs, OPTION, requests, width=width, height=height)
         num_parts = requests[0].settings.num_parts
 
         def add_residuals(call: UnetCall) -> UnetCall:
@@ -81,7 +81,7 @@ class ControlNets:
                 candidates = range(num_networks)  # SDXL's ControlNets act together
             else:
                 candidates = [call.step % num_networks]  # those of other models take turns from step to step
-            active = [index for index in candidates if is_active(self._uses[index], call)]
+            active = [index for index in candidates if is_active(self._specs[index], call)]
             if not active:
                 return call
             images = guides.at(call, self._model.dtype)
@@ -95,21 +95,22 @@ class ControlNets:
 
         Args:
             index: Index of the ControlNet.
-            call: The U-Net call; its row r belongs to image r modulo B.
+            call: The U-Net call; its rows are the passes of guidance, each with all B images.
             guides: Guide images of this ControlNet, B 3 H W.
-            num_parts: Number of parts of the prompt, whose text states are concatenated.
+            num_parts: Number of parts of the prompt (texts between AND), whose text states are concatenated.
         """
         network = self._networks[index]
         dtype = self._model.dtype
         num_rows = len(call.sample)
         part_length = call.context.shape[1] // num_parts
+        last_part = call.context[:, -part_length:]
         down, middle = network(
             # without the channels of mask and masked image
             call.sample[:, : network.config.in_channels].to(dtype),
             torch.full((), call.timestep, dtype=torch.float32, device=call.sample.device),
-            encoder_hidden_states=call.context[:, -part_length:].to(dtype),  # the last part
+            encoder_hidden_states=last_part.to(dtype),
             controlnet_cond=guides.repeat(num_rows // len(guides), 1, 1, 1),
-            conditioning_scale=self._uses[index].multiplier,
+            conditioning_scale=self._specs[index].multiplier,
             added_cond_kwargs=dict(call.added),
             return_dict=False,
         )
@@ -133,9 +134,9 @@ def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: M
     Raises:
         CheckpointError: If a ControlNet does not fit the U-Net.
     """
-    for use in options.uses if options.control_net_models else ():
+    for spec in options.specs if options.control_net_models else ():
         load_control_net(
-            use.path, unet, model_title=kind.title, device=torch.device("meta"), dtype=torch.float32
+            spec.path, unet, model_title=kind.title, device=torch.device("meta"), dtype=torch.float32
         )
 
 
@@ -149,9 +150,9 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
     if not options.control_net_models:
         return None
     networks = []
-    for use in options.uses:
+    for spec in options.specs:
         network: Any = load_control_net(
-            use.path,
+            spec.path,
             model.unet.config,
             model_title=model.kind.title,
             device=model.device,
@@ -165,8 +166,8 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
         if model.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
             network.to(memory_format=torch.channels_last)
         networks.append(network)
-        logger.info("ControlNet %s (%s)", use.path, dtype_name(model.dtype))
-    return ControlNets(networks, options.uses, model)
+        logger.info("ControlNet %s (%s)", spec.path, dtype_name(model.dtype))
+    return ControlNets(networks, options.specs, model)
 
 
 # Guide images of ControlNets: read, resized to the image's size and prepared.
@@ -185,7 +186,7 @@ class BatchGuides:
 
     def __init__(
         self,
-        uses: Sequence[ControlUse],
+        specs: Sequence[ControlSpec],
         option: str,
         requests: Sequence[RequestedImage],
         width: int,
@@ -194,7 +195,7 @@ class BatchGuides:
         """Read the guide images of a batch.
 
         Args:
-            uses: Networks in the order of `RequestedImage.guides`.
+            specs: Networks in the order of `RequestedImage.guides`.
             option: Option that names the networks, for messages.
             requests: Images of the batch.
             width: Width in pixels.
@@ -205,12 +206,12 @@ class BatchGuides:
             MediaError: If a guide cannot be read.
         """
         for request in requests:
-            if len(request.guides) not in {1, len(uses)}:
+            if len(request.guides) not in {1, len(specs)}:
                 raise OptionError(
-                    f"{request.label}: {len(request.guides)} guide images, but {option} has {len(uses)}. "
+                    f"{request.label}: {len(request.guides)} guide images, but {option} has {len(specs)}. "
                     "Give --guide_image_path one for each model, or a single one for all."
                 )
-        self._uses = uses
+        self._specs = specs
         self._requests = requests
         self._size = (width, height)
         self.guides = self._read()
@@ -218,11 +219,11 @@ class BatchGuides:
     def _read(self) -> tuple[Tensor, ...]:
         """Read the guide images of each network, B 3 H W float32 in 0..1."""
         guides = []
-        for index, use in enumerate(self._uses):
+        for index, spec in enumerate(self._specs):
             images = []
             for request in self._requests:
                 path = request.guides[index if len(request.guides) > 1 else 0]
-                frame = torch.from_numpy(_read_guide(path, use.canny, *self._size))
+                frame = torch.from_numpy(_read_guide(path, spec.canny, *self._size))
                 images.append(rearrange(frame.float() / 255, "h w c -> c h w"))
             guides.append(torch.stack(images))
         return tuple(guides)
@@ -237,9 +238,9 @@ class BatchGuides:
         return self.guides
 
 
-def is_active(use: ControlUse, call: UnetCall) -> bool:
+def is_active(spec: ControlSpec, call: UnetCall) -> bool:
     """Return whether a ControlNet is active in this step, one of the first `ratio` of all steps."""
-    return call.step / call.num_steps <= use.ratio
+    return call.step / call.num_steps <= spec.ratio
 
 
 def prepare(image: Frame, canny: tuple[int, int] | None, width: int, height: int) -> Frame:

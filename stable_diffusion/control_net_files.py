@@ -31,9 +31,7 @@ OPTION = "--control_net_models"
 PREFIX = "control_model."
 EXPECTED_FILE = "a file such as control_v11p_sd15_canny.safetensors, or a folder in the layout of diffusers,"
 DIFFERENCE_MARKER = "difference"  # a tensor of this name marks a file of differences
-CONTROL_ONLY_LAYERS = (
-    "controlnet_"  # prefix of parts that a U-Net lacks; these are never stored as differences
-)
+CONTROL_ONLY_LAYERS = "controlnet_"  # prefix of layers that a U-Net lacks, never stored as differences
 
 # a pattern of a tensor's name -> what the file is
 _OTHERS = (
@@ -225,8 +223,8 @@ def _read_config(
 ) -> dict[str, Any]:
     """Return the configuration of ControlNetModel: sizes from the file, the rest from the U-Net."""
     unknown_sizes = CheckpointError(
-        f"{checkpoint.path} is not a ControlNet that is known: the sizes of its tensors are those of no "
-        f"such network. Give {EXPECTED_FILE} to {OPTION}.",
+        f"{checkpoint.path} is not a ControlNet of a supported kind: its tensors have unexpected sizes. "
+        f"Give {EXPECTED_FILE} to {OPTION}.",
         checkpoint.path,
     )
     # returns the shape of a tensor; raises `unknown_sizes` if the tensor is missing

@@ -100,7 +100,7 @@ class TrainedControlNet(nn.Module):
 def make_control_net(
     path: Path | None,
     new_layers_lr: float | None,
-    checkpoints: bool,
+    gradient_checkpointing: bool,
     kind: ModelKind,
     unet: Any,
     reads_weights: bool,
@@ -110,7 +110,7 @@ def make_control_net(
     Args:
         path: File to start from; None copies the U-Net.
         new_layers_lr: Learning rate of the layers that the U-Net does not have; None uses the common rate.
-        checkpoints: Whether to use gradient checkpointing, as in the U-Net.
+        gradient_checkpointing: Whether to use gradient checkpointing, as in the U-Net.
         kind: Kind of the checkpoint.
         unet: The U-Net.
         reads_weights: Whether to read the weights of `path`; otherwise the U-Net is copied in any case.
@@ -124,10 +124,10 @@ def make_control_net(
         network = load_control_net(path, unet.config, kind.title, device=CPU, dtype=torch.float32, base=unet)
     # the U-Net has one processor for all its layers, which computes the chosen kind of attention
     network.set_attn_processor(next(iter(unet.attn_processors.values())))
-    if checkpoints:
+    if gradient_checkpointing:
         network.enable_gradient_checkpointing()
     trained = TrainedControlNet(network.train(), new_layers_lr)
-    # the family calls `beside` before each call of the U-Net, to add the ControlNet's residuals to it
+    # the family calls this before each U-Net call, to add the ControlNet's residuals to it
     unet.control = UnetControl(trained.compute_residuals)
     return trained
 
@@ -152,7 +152,7 @@ def describe_control_net(
     *,
     path: Path | None,
     new_layers_lr: float | None,
-    checkpoints: bool,
+    gradient_checkpointing: bool,
 ) -> CustomNetwork:
     """Describe how a training run builds, checks and saves a ControlNet.
 
@@ -161,7 +161,7 @@ def describe_control_net(
         files: The checkpoint.
         path: File to start from; None copies the U-Net.
         new_layers_lr: Learning rate of the layers that the U-Net does not have; None uses the common rate.
-        checkpoints: Whether to use gradient checkpointing.
+        gradient_checkpointing: Whether to use gradient checkpointing.
     """
 
     def check() -> None:
@@ -176,7 +176,7 @@ def describe_control_net(
         label=CALLED,
         description=f"{CALLED}, {origin}",
         architecture_suffix="controlnet",
-        make=partial(make_control_net, path, new_layers_lr, checkpoints, files.kind),
+        make=partial(make_control_net, path, new_layers_lr, gradient_checkpointing, files.kind),
         check=check,
         generate=partial(list_generation_command, options, "--control_net_models"),
         # the lowest, a typical and the highest learning rate

@@ -105,7 +105,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # values of --mixed_precision; float32 otherwise
-OF_SD, OF_XL = (SD1, SD2), (SDXL,)  # kinds that a script trains
+SD1_AND_SD2, ONLY_SDXL = (SD1, SD2), (SDXL,)  # kinds that a script trains
 _SDXL_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"  # in metadata
 LARGE_SD2 = 768  # default sides for the 2.x model that predicts v
 
@@ -334,22 +334,24 @@ class StableDiffusion(ModelOfImages):
         entries = super().encode_media(encoders, media)
         return control_pictures.add_controls(entries, media) if media.control else entries
 
-    def keep_media(self, request: Request, who: str) -> Request:
+    def keep_media(self, request: Request, model_name: str) -> Request:
         """Return a request with only its image for inpainting, or only its control image."""
         if self.inpaints:
-            return set_image_to_repaint(request, super().keep_media, who)
+            return set_image_to_repaint(request, super().keep_media, model_name)
         if MASK_PATH in request.extra and self.options is NO_OPTIONS:
             raise OptionError(
                 f"--mask_path {request.extra[MASK_PATH]}: {self.files.path} is not an inpainting checkpoint. "
                 "gen_img.py repaints with it; or give an inpainting checkpoint"
             )
-        sees = self._control_network is not None
-        return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
+        is_controlled = self._control_network is not None
+        return control_pictures.keep_control(
+            request, super().keep_media, model_name, takes_control=is_controlled
+        )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Return the conditions of a request's images, for inpainting or for a trained control network."""
         if self.inpaints:
-            return {0: self._encode_painted(encoders, prepared)}
+            return {0: self._encode_for_inpainting(encoders, prepared)}
         return {0: {} if self._control_network is None else control_pictures.sample_controls(prepared)}
 
     # inpainting
@@ -376,7 +378,7 @@ class StableDiffusion(ModelOfImages):
         """Return whether a request must encode images before denoising, as for inpainting models."""
         return self.inpaints or super().needs_media(prepared)
 
-    def _encode_painted(self, encoders: MediaEncoders, prepared: Prepared) -> Conditions:
+    def _encode_for_inpainting(self, encoders: MediaEncoders, prepared: Prepared) -> Conditions:
         """Encode the image to repaint and its mask as conditions, in the same way as gen_img.py."""
         generator = torch.Generator().manual_seed(prepared.seed)
         shape = self.latent.shape(1, prepared.height, prepared.width)
@@ -645,11 +647,9 @@ class StableDiffusion(ModelOfImages):
     def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs the checkpoint. Raises OptionError for a folder or an inpainting model."""
         if self.inpaints or self.custom_network is not None:
-            raise OptionError(
-                "only those of a LoRA of a checkpoint that makes images from texts are known here"
-            )
+            raise OptionError("only workflows for LoRAs of text-to-image checkpoints can be written")
         if not self.is_of_one_file:
-            raise OptionError(f"it loads checkpoints that are one file, and {self.files.path} is a folder")
+            raise OptionError(f"it only loads checkpoints in one file, and {self.files.path} is a folder")
         from stable_diffusion.workflow import describe_checkpoint  # only with --save_workflow
 
         model_type = self._trained_model_type
@@ -722,7 +722,7 @@ class StableDiffusion(ModelOfImages):
             height, width = prepared.height, prepared.width
             # original size, crop offset and target size
             conditions[SIZES] = torch.tensor([(height, width, 0, 0, height, width)], dtype=torch.float32)
-        first_sample = solver.seen(0)  # the start noise, scaled for the U-Net's first call
+        first_sample = solver.scaled_sample(0)  # the start noise, scaled for the U-Net's first call
         section = prompts[0].section(first_sample, conditions)
         denoised_latents = yield replace(section, solver=solver)
         return denoised_latents
@@ -754,7 +754,7 @@ class StableDiffusion(ModelOfImages):
             draw()  # skip the posterior that `encode_source` samples
         noise = draw()[None, :, None]
         if self.inpaints:
-            draw()  # skip the posterior that `_encode_painted` samples
+            draw()  # skip the posterior that `_encode_for_inpainting` samples
         return ScaledSolver(
             solver,
             noise * solver.noise_level,
@@ -868,7 +868,7 @@ def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
 
 
 def with_control_net(
-    model: StableDiffusion, path: Path | None, new_layers_lr: float | None, checkpoints: bool
+    model: StableDiffusion, path: Path | None, new_layers_lr: float | None, gradient_checkpointing: bool
 ) -> StableDiffusion:
     """Return the model for training a ControlNet.
 
@@ -876,7 +876,7 @@ def with_control_net(
         model: The model.
         path: File to start from; None copies the U-Net.
         new_layers_lr: Learning rate of the layers that the U-Net does not have; None uses the common rate.
-        checkpoints: Whether to use gradient checkpointing.
+        gradient_checkpointing: Whether to use gradient checkpointing.
     """
     from stable_diffusion.control_net_learning import MODULE, describe_control_net  # only to train one
 
@@ -885,7 +885,7 @@ def with_control_net(
         model.files,
         path=path,
         new_layers_lr=new_layers_lr,
-        checkpoints=checkpoints,
+        gradient_checkpointing=gradient_checkpointing,
     )
     return replace(model, custom_network=network, lora_module=MODULE)
 
@@ -947,7 +947,7 @@ def check_prediction(options: StableDiffusionTrainingOptions, predicts_v: bool) 
     if weights.scale_v_pred_loss_like_noise_pred and not predicts_v:
         raise OptionError(
             "--scale_v_pred_loss_like_noise_pred is for models that predict v, and this one predicts noise. "
-            "Leave it out, or add --v_parameterization if the model was trained so"
+            "Leave it out, or add --v_parameterization if the model was trained that way"
         )
     if weights.v_pred_like_loss and predicts_v:
         raise OptionError(
@@ -956,9 +956,9 @@ def check_prediction(options: StableDiffusionTrainingOptions, predicts_v: bool) 
         )
     if options.zero_terminal_snr and not predicts_v:
         raise OptionError(
-            "--zero_terminal_snr needs a model that predicts v: of the last timestep, which is noise alone, "
-            "a model that predicts noise learns nothing. Leave it out, or add --v_parameterization if the "
-            "model was trained so"
+            "--zero_terminal_snr needs a model that predicts v: a model that predicts noise learns nothing "
+            "from the last timestep, which is pure noise. Leave it out, or add --v_parameterization if the "
+            "model was trained that way"
         )
 
 

@@ -101,23 +101,23 @@ def read_model_type(path: Path, names: Collection[str], metadata: Mapping[str, s
         )
     assert kind is not None
     declared = read_prediction(metadata)
-    if V_PRED in names:
-        return ModelType(
-            kind, True, ZTSNR in names or declared.zero_terminal_snr, recorded_in=f"its tensor {V_PRED}"
-        )
-    if declared.unknown:
+    has_marker = V_PRED in names  # an empty tensor that marks models that predict v
+    if declared.unknown and not has_marker:
         logger.warning(
-            "%s: its metadata say %s, which is not known here; the model is taken to predict noise unless "
+            "%s: its metadata says %s, which is unknown; the model is assumed to predict noise unless "
             "--v_parameterization is given",
             path,
             declared.unknown,
         )
-    predicts_velocity = declared.velocity is True  # None if the metadata does not say so
+    predicts_velocity = has_marker or declared.velocity is True  # None if the metadata does not say so
+    recorded_in = ""
+    if predicts_velocity:
+        recorded_in = f"its tensor {V_PRED}" if has_marker else "its metadata"
     return ModelType(
         kind,
         predicts_velocity,
         zero_terminal_snr=ZTSNR in names or (predicts_velocity and declared.zero_terminal_snr),
-        recorded_in="its metadata" if predicts_velocity else "",
+        recorded_in=recorded_in,
     )
 
 
@@ -160,7 +160,7 @@ def _find_kind(names: Iterable[str]) -> ModelKind | None:
 
 
 def _describe_other(names: Collection[str], kind: ModelKind | None) -> str | None:
-    """Return the kind of an unsupported model; None if the file may be supported."""
+    """Return which unsupported model has these tensor names; None if the model may be supported."""
     for prefix, description in _UNSUPPORTED_BY_PREFIX:
         if _has_prefix(names, prefix):
             return description

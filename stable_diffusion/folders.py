@@ -152,8 +152,8 @@ def read_folder_vae(
     config = _read_config(folder, vae_class())
     if config.get("latents_mean") is not None or config.get("shift_factor"):
         raise CheckpointError(
-            f"{option} {folder}: this VAE moves its latents (latents_mean or shift_factor in config.json), "
-            "which those of Stable Diffusion do not.",
+            f"{option} {folder}: this VAE shifts its latents (latents_mean or shift_factor in config.json), "
+            "unlike those of Stable Diffusion.",
             folder,
         )
     declared = config.get("scaling_factor", latent_scale)
@@ -168,7 +168,7 @@ def read_folder_vae(
     return read_vae(checkpoint, option, latent_scale)
 
 
-def read_folder_texts(folder: Path, kind: ModelKind, exit_stack: ExitStack) -> tuple[TextPlan, ...]:
+def plan_folder_text_encoders(folder: Path, kind: ModelKind, exit_stack: ExitStack) -> tuple[TextPlan, ...]:
     """Plan how to load the text encoders of a diffusers folder.
 
     Args:

@@ -344,11 +344,9 @@ def _load_clip(path: Path, model: Model) -> FullClip:
         projection = checkpoint.read(_PROJECTION).to(device, dtype)
     text = load_clip_text(path, device, dtype, CLIP)
     text_encoder = model.text_encoders[0]
-    # start and end tokens have the highest ids of the vocabulary
-    if (
-        max(text_encoder.bos_token_id, text_encoder.eos_token_id)
-        >= text.embeddings.token_embedding.num_embeddings
-    ):
+    vocabulary = text.embeddings.token_embedding.num_embeddings
+    # start and end tokens have the highest ids of a vocabulary
+    if max(text_encoder.bos_token_id, text_encoder.eos_token_id) >= vocabulary:
         raise CheckpointError(
             f"{CLIP.option} {path}: it has fewer tokens than the tokenizer of {model.path}. Give "
             f"{CLIP.release}.",

@@ -67,28 +67,25 @@ def set_image_to_repaint(
     Raises:
         OptionError: If the image or the mask cannot be read, or if there is a mask without an image.
     """
-    path = request.image_path
+    image = request.image_path
     control_images = request.control_images
-    if path is None and control_images:  # the first control image is the one to repaint
-        path = control_images[0]
+    if image is None and control_images:
+        image = control_images[0]
         control_images = control_images[1:]
-    # without the image to repaint, which `remove_unusable_media` would remove
-    usable = remove_unusable_media(
-        replace(request, image_path=None, control_images=control_images), model_title
-    )
-    source = request.source
-    if source is not None and source.option == IMAGE:
-        path = source.path
-    if path is not None:
-        _check_image("the image to repaint", path)
+    if request.source is not None and request.source.option == IMAGE:
+        image = request.source.path
+    other_media = replace(request, image_path=None, control_images=control_images)
+    usable = remove_unusable_media(other_media, model_title)
+    if image is not None:
+        _check_image("the image to repaint", image)
     mask = request.extra.get(MASK_PATH)
     if mask is not None:
-        if path is None:
+        if image is None:
             raise OptionError(
                 f"the mask {mask} needs the image that is repainted where the mask is white ({_OPTIONS})"
             )
         _check_image("the mask", Path(mask))
-    return replace(usable, image_path=path)
+    return replace(usable, image_path=image)
 
 
 def _check_image(label: str, path: Path) -> None:

@@ -62,30 +62,41 @@ STYLE_SENTENCES = tuple(
 
 def describe_inversion(word: WordToLearn, files: TrainingFiles) -> CustomNetwork:
     """Return the trainable network of textual inversion: a word's vectors for each text encoder."""
-    keys = (
-        SDXL_TENSOR_NAMES if files.kind is SDXL else (SD_TENSOR_NAME,)
-    )  # tensor name of each encoder's vectors in files
-
-    def read_start_vectors(path: Path, option: str) -> Mapping[str, Tensor] | None:
-        """Read vectors to start from, by tensor name, from an embedding or a LoRA file with the word."""
-        content = find_in_lora(path, word.text)
-        if content is None and word.weights is None:  # a LoRA to continue, without this word
-            return None
-        if content is None:
-            (learned_word,) = read_words([path], option=option)
-        else:
-            with quiet():  # its log line is about words for prompts
-                (learned_word,) = read_lora_words({path: {word.text: content}}, option)
-        with files.open_plan() as checkpoint_plan:
-            widths = [text.load_plan.config.dim for text in checkpoint_plan.text_encoders]
-        check_words([learned_word], widths, files.kind)
-        return dict(zip(keys, learned_word.vectors, strict=True))
-
     text_encoders = [
-        InvertedEncoder(key, PooledClip.embedding, partial(_tokenize, files, index))
-        for index, key in enumerate(keys)
+        InvertedEncoder(tensor_name, PooledClip.embedding, partial(_tokenize, files, index))
+        for index, tensor_name in enumerate(_tensor_names(files))
     ]
-    return Inversion(word, text_encoders, read_start_vectors).describe()
+    return Inversion(word, text_encoders, partial(_read_start_vectors, word, files)).describe()
+
+
+def _tensor_names(files: TrainingFiles) -> tuple[str, ...]:
+    """Return the tensor name of each text encoder's vectors in embedding files."""
+    return SDXL_TENSOR_NAMES if files.kind is SDXL else (SD_TENSOR_NAME,)
+
+
+def _read_start_vectors(
+    word: WordToLearn, files: TrainingFiles, path: Path, option: str
+) -> Mapping[str, Tensor] | None:
+    """Return the vectors from which to train a word, by tensor name; None if a LoRA does not contain it.
+
+    Args:
+        word: The word.
+        files: The checkpoint.
+        path: An embedding file, or a LoRA file with embeddings of words.
+        option: Option that names the path, for messages.
+    """
+    word_in_lora = find_in_lora(path, word.text)
+    if word_in_lora is not None:
+        with quiet():  # its log line is about words for prompts
+            (learned_word,) = read_lora_words({path: {word.text: word_in_lora}}, option)
+    elif word.weights is None:  # the path is that of a LoRA to continue
+        return None
+    else:
+        (learned_word,) = read_words([path], option=option)
+    with files.open_plan() as checkpoint_plan:
+        widths = [text.load_plan.config.dim for text in checkpoint_plan.text_encoders]
+    check_words([learned_word], widths, files.kind)
+    return dict(zip(_tensor_names(files), learned_word.vectors, strict=True))
 
 
 def _tokenize(files: TrainingFiles, index: int, text: str) -> list[int]:

@@ -99,8 +99,8 @@ class LatentUpscaler:
         if abs(scale - LATENT_SCALE) > 1e-4:
             raise OptionError(
                 "--highres_fix_upscaler tools.latent_upscaler is for latents of Stable Diffusion 1.x and "
-                "2.x, and this model has others. Give stable_diffusion.model_upscaler with model=FILE, a "
-                "SwinIR or ESRGAN file"
+                "2.x, but this model has different ones. Give stable_diffusion.model_upscaler with "
+                "model=FILE, a SwinIR or ESRGAN file"
             )
         vae_weight = next(vae.parameters())
         enlarged = [image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS) for image in imgs]

@@ -142,12 +142,12 @@ def _check_file_name(name: str) -> None:
     size = len(name.encode("utf-8", "replace"))
     if size > LONGEST_NAME:
         raise OptionError(
-            f"--f {quoted_name}: the name has {size} bytes, and files take {LONGEST_NAME} in addition to the "
-            "number and the ending. Give a shorter one"
+            f"--f {quoted_name}: the name has {size} bytes, but at most {LONGEST_NAME} are possible in "
+            "addition to the number and the suffix. Give a shorter one"
         )
 
 
-def split_seeds(line: str) -> tuple[int, ...] | None:
+def read_line_seeds(line: str) -> tuple[int, ...] | None:
     """Return the seeds in the --d option of a prompt line; None without it.
 
     They are needed before a variant of each `{a|b}` group is chosen, and so before `read_line`.
@@ -307,7 +307,8 @@ def find_inputs(options: ImageInputOptions, num_control_nets: int) -> Inputs:
     if len(inputs.guides) > 1 and len(inputs.guides) % inputs.guides_per_image:
         raise OptionError(
             f"--guide_image_path: {len(inputs.guides)} pictures for {num_control_nets} ControlNets. Give one "
-            "for each, in their order, as many for the next picture and so on, or a single one for all"
+            "for each ControlNet, in their order, first for the first picture, then for the next one and so "
+            "on; or give a single one for all"
         )
     return inputs
 
@@ -364,7 +365,7 @@ def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
             negative = metadata.get("negative-prompt", "")
             lines.append(Line(path.name, metadata["prompt"], negative, image_number=index))
         else:
-            logger.warning("%s is left out because its metadata have no prompt", path)
+            logger.warning("%s is skipped because its metadata contains no prompt", path)
     if not lines:
         raise OptionError(
             "There is no prompt, and the pictures of --image_path have none in their metadata. Give --prompt "
@@ -395,7 +396,7 @@ def import_prompter(name: str) -> ModuleType:
             why = f"{type(error).__name__}: {error}. Fix it, or use --from_file"
             raise OptionError(f"--from_module {name} cannot be imported: {why}") from error
     else:
-        remedy = " Correct it, or use --from_file"
+        remedy = " Fix it, or use --from_file"
         module = import_user_module("--from_module", name, "package.module, or FILE.py", remedy)
     if not callable(getattr(module, "get_prompter", None)):
         raise OptionError(
@@ -415,13 +416,13 @@ def module_lines(
     """Call a module's get_prompter(args, pipe, networks); return the function that yields a round's lines.
 
     The returned function takes the round's seed (--iter_same_seed) and ends when the prompter returns None.
-    If the prompter returns a list of one prompt, --images_per_prompt images are generated of it; prompts of
-    longer lists give one image each.
+    If the prompter returns a list of one prompt, --images_per_prompt images are generated from it, otherwise
+    one image from each prompt.
 
     Args:
         module: The module.
         options: Options of the run; `args` has all of them as attributes.
-        pipe: The loaded `contract.Model`, whose `unet`, `vae` and `texts` are the networks.
+        pipe: The loaded `contract.Model`, whose `unet`, `vae` and `text_encoders` are the networks.
         networks: `loras.AdjustableLoras`, or None.
         random: Draws seeds.
         count_images: Returns the number of images so far in the round.
@@ -436,15 +437,14 @@ def module_lines(
     except Exception as error:  # the module may run arbitrary code
         raise _prompter_error(f"{name}: get_prompter", error) from error
     if not callable(prompter):
-        raise UserError(f"{name}: get_prompter returned no function. Correct the module")
+        raise UserError(f"{name}: get_prompter returned no function. Fix the module")
 
-    def lines(round_seed: int | None) -> Iterator[Line]:
-        def call_prompter(index: int) -> Any:
-            return prompter(args, pipe, random, round_seed, index, count_images())
+    def yield_lines(round_seed: int | None) -> Iterator[Line]:
+        return _yield_prompts(
+            lambda index: prompter(args, pipe, random, round_seed, index, count_images()), name
+        )
 
-        return _yield_prompts(call_prompter, name)
-
-    return lines
+    return yield_lines
 
 
 def _yield_prompts(call_prompter: Callable[[int], Any], name: str) -> Iterator[Line]:

@@ -50,7 +50,7 @@ class TrainedLllite(Lllite):
         """Set the factor on the changes of all modules."""
         self.multiplier = multiplier
 
-    def see(self, controls: Tensor | None, strength: float) -> None:
+    def set_control(self, controls: Tensor | None, strength: float) -> None:
         """Set the control images of the next U-Net call, B 3 H W in 0..1; None for no control."""
         self.controls = None if controls is None else controls * 2 - 1
         self.strength = strength
@@ -76,7 +76,7 @@ class TrainedLllite(Lllite):
         self, controls: Tensor | None, strength: float, _: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Store a U-Net call's control images for the forward hooks; return no further arguments."""
-        self.see(controls, strength)
+        self.set_control(controls, strength)
         return {}
 
     def _change_input(
@@ -120,7 +120,7 @@ def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, reads_weigh
         return network
     with open_checkpoint(path) as checkpoint:
         plan = read_lllite(checkpoint, WEIGHTS)
-        _check_sizes(options, path, plan.config)
+        _check_dimensions(options, path, next(iter(plan.config.values())))
         build = partial(TrainedLllite, dropout=dropout)
         if reads_weights:
             network = load_planned(plan, build, device=CPU, dtype=torch.float32, what=A_LLLITE)
@@ -130,19 +130,16 @@ def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, reads_weigh
     return network
 
 
-def _check_sizes(
-    options: SdxlLlliteTrainingOptions, path: Path, parts: Mapping[str, LlliteDimensions]
-) -> None:
-    """Raise OptionError if the dimensions of LLLite modules in a file differ from the options."""
-    dimensions = next(iter(parts.values()))
-    sizes = {
+def _check_dimensions(options: SdxlLlliteTrainingOptions, path: Path, dimensions: LlliteDimensions) -> None:
+    """Raise OptionError if options differ from the dimensions in the LLLite file whose training continues."""
+    option_and_stored = {
         "network_dim": (options.network_dim, dimensions.rank),
         "cond_emb_dim": (options.cond_emb_dim, dimensions.convolutions[-1][0]),
     }
-    for name, (typed, stored) in sizes.items():
-        if typed is not None and typed != stored:
+    for name, (value, stored) in option_and_stored.items():
+        if value is not None and value != stored:
             raise OptionError(
-                f"--{name} {typed}: {path} has {stored}, with which it is trained on. Give {stored}, or "
+                f"--{name} {value}: {path}, whose training continues, has {stored}. Give {stored}, or "
                 "leave the option out"
             )
 
@@ -182,7 +179,7 @@ def _check_file(options: SdxlLlliteTrainingOptions) -> None:
     with open_checkpoint(require_file(path, WEIGHTS, "")) as checkpoint:
         plan = read_lllite(checkpoint, WEIGHTS)
         load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, what=A_LLLITE)
-        _check_sizes(options, path, plan.config)
+        _check_dimensions(options, path, next(iter(plan.config.values())))
         for name in plan.config:
             if find_layer_path(name) is None:
                 raise OptionError(

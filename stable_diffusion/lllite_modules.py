@@ -9,6 +9,7 @@ Positive and negative rows are changed equally. Source: the documents and files 
 """
 # Letters: B images, R rows of one call of the U-Net, L tokens, C their width, E width of the embedding
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,24 +117,21 @@ def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LlliteDimen
     num_levels: int = len(unet.config["block_out_channels"])  # type: ignore[index]
     plan = {}
     for block in _BLOCKS:
-        index = 0
-        # the number of transformer blocks is unknown: count until one is missing
-        while True:
+        for index in itertools.count():  # the number of transformer blocks is unknown
             transformer_block = f"{PREFIX}{block}_transformer_blocks_{index}"
-            path = find_layer_path(f"{transformer_block}_attn1_to_q")
-            first = _get_layer(unet, path)
-            if path is None or first is None:
+            query_path = find_layer_path(f"{transformer_block}_attn1_to_q")
+            query = _get_layer(unet, query_path)
+            if query_path is None or query is None:
                 break
-            path_parts = path.split(".")
+            path_parts = query_path.split(".")
             # the middle block has the resolution of the last level
             level = int(path_parts[1]) if path_parts[0] == "down_blocks" else num_levels - 1
             # (channels, stride) of each convolution: the last one has the full width
             *strides, last_stride = _STRIDES[level]
             convolutions = (*((width // 2, stride) for stride in strides), (width, last_stride))
-            for leaf in _LAYERS:
-                dimensions = LlliteDimensions(convolutions, first.in_features, rank, is_convolution=False)
-                plan[f"{transformer_block}_{leaf}"] = dimensions
-            index += 1
+            dimensions = LlliteDimensions(convolutions, query.in_features, rank, is_convolution=False)
+            for layer in _LAYERS:
+                plan[f"{transformer_block}_{layer}"] = dimensions
     return plan
 
 
@@ -175,7 +173,7 @@ def find_layer(
     width = _input_width(layer)
     if width == dimensions.width and isinstance(layer, nn.Conv2d) == dimensions.is_convolution:
         return layer
-    mismatch = "has no such layer" if width is None else f"takes {width} there"
+    mismatch = "has no such layer" if width is None else f"takes {width} channels in this layer"
     raise CheckpointError(
         f"{path} does not fit --ckpt: it is made for {name.removeprefix(PREFIX)} with inputs of "
         f"{dimensions.width} channels, and the model {mismatch}. Give one for {SDXL.title} to {option}.",
@@ -220,8 +218,8 @@ def _read_dimensions(checkpoint: Checkpoint, name: str) -> LlliteDimensions:
         info = tensors.get(f"{name}.{ending}")
         if info is None or len(info.shape) not in axes or 0 in info.shape:
             raise CheckpointError(
-                f"{checkpoint.path} is not {A_LLLITE} as known: {name}.{ending} is missing or has another "
-                "shape. Copy or download it again.",
+                f"{checkpoint.path} is not {A_LLLITE}, or is damaged: {name}.{ending} is missing or has an "
+                "unexpected shape. Copy or download it again.",
                 checkpoint.path,
             )
         return info.shape

@@ -24,7 +24,7 @@ from stable_diffusion.lllite_modules import (
     find_layer_path,
     read_lllite,
 )
-from stable_diffusion.network_options import ControlOptions, ControlUse
+from stable_diffusion.network_options import ControlOptions, ControlSpec
 
 logger = logging.getLogger(__name__)
 
@@ -34,33 +34,29 @@ OPTION = "--control_net_lllite_models"
 class Lllites:
     """Apply a run's ControlNet-LLLites to the U-Net."""
 
-    def __init__(self, networks: Sequence[Lllite], uses: Sequence[ControlUse], model: Model) -> None:
+    def __init__(self, networks: Sequence[Lllite], specs: Sequence[ControlSpec], model: Model) -> None:
         """Store loaded LLLites for a model.
 
         Args:
             networks: Networks on the model's device.
-            uses: How each network is used.
+            specs: How each network is used.
             model: The loaded model.
 
         Raises:
             CheckpointError: If a network does not fit the U-Net.
         """
-        self._uses = uses
+        self._specs = specs
         self._model = model
         # the layers of the U-Net that each LLLite changes, with their modules
         self._layers: list[list[tuple[nn.Module, LlliteModule]]] = []
-        for network, use in zip(networks, uses, strict=True):
+        for network, spec in zip(networks, specs, strict=True):
             layers = []
             for name, module in network.named_children():
                 assert isinstance(module, LlliteModule)
-                layers.append(
-                    (
-                        find_layer(
-                            model.unet, name, dimensions=module.dimensions, path=use.path, option=OPTION
-                        ),
-                        module,
-                    )
+                layer = find_layer(
+                    model.unet, name, dimensions=module.dimensions, path=spec.path, option=OPTION
                 )
+                layers.append((layer, module))
             self._layers.append(layers)
 
     @contextlib.contextmanager
@@ -76,8 +72,8 @@ class Lllites:
         if not any(request.guides for request in requests):
             yield None
             return
-        guides = BatchGuides(self._uses, OPTION, requests, width=width, height=height)
-        batch = _LlliteBatch(self._uses, guides, self._model.dtype)
+        guides = BatchGuides(self._specs, OPTION, requests, width=width, height=height)
+        batch = _LlliteBatch(self._specs, guides, self._model.dtype)
         with contextlib.ExitStack() as hooks:
             # attached in reverse, so that the last LLLite changes a shared layer's input first
             for index, layers in reversed(list(enumerate(self._layers))):
@@ -90,8 +86,8 @@ class Lllites:
 class _LlliteBatch:
     """Guide images of the batch that is being generated, and their embeddings."""
 
-    def __init__(self, uses: Sequence[ControlUse], guides: BatchGuides, dtype: torch.dtype) -> None:
-        self._uses = uses
+    def __init__(self, specs: Sequence[ControlSpec], guides: BatchGuides, dtype: torch.dtype) -> None:
+        self._specs = specs
         self._guides = guides
         self._dtype = dtype
         # guide images of each LLLite in the current U-Net call, B 3 H W in 0..1; None if it is inactive
@@ -103,8 +99,8 @@ class _LlliteBatch:
         """U-Net hook: select the guide images that are active in this call, which is returned unchanged."""
         images = self._guides.at(call, self._dtype)
         self._active_guides = []
-        for use, use_images in zip(self._uses, images, strict=True):
-            self._active_guides.append(use_images if is_active(use, call) else None)
+        for spec, spec_images in zip(self._specs, images, strict=True):
+            self._active_guides.append(spec_images if is_active(spec, call) else None)
         return call
 
     def change_input(
@@ -118,7 +114,7 @@ class _LlliteBatch:
             self._embeddings[module] = images, module.embed(images * 2 - 1)
         embedding = self._embeddings[module][1]
         x, *others = inputs
-        return x + self._uses[index].multiplier * module(x, embedding), *others
+        return x + self._specs[index].multiplier * module(x, embedding), *others
 
 
 def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
@@ -126,23 +122,23 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
 
     Raises CheckpointError if one does not fit.
     """
-    for use in options.uses if options.control_net_lllite_models else ():
+    for spec in options.specs if options.control_net_lllite_models else ():
         if kind is not SDXL:
             raise CheckpointError(
-                f"{OPTION} {use.path}: ControlNet-LLLite is for {SDXL.title}, but --ckpt is {kind.title}. "
+                f"{OPTION} {spec.path}: ControlNet-LLLite is for {SDXL.title}, but --ckpt is {kind.title}. "
                 f"Give a checkpoint of {SDXL.title}, or a ControlNet to --control_net_models.",
-                use.path,
+                spec.path,
             )
-        with open_checkpoint(require_file(use.path, OPTION, "")) as checkpoint:
+        with open_checkpoint(require_file(spec.path, OPTION, "")) as checkpoint:
             plan = read_lllite(checkpoint, OPTION)
             # compares only, reads no weights
             load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, what=A_LLLITE)
             for name in plan.config:
                 if find_layer_path(name) is None:
                     raise CheckpointError(
-                        f"{use.path} is made for the layer {name.removeprefix(PREFIX)}, which {SDXL.title} "
+                        f"{spec.path} is made for the layer {name.removeprefix(PREFIX)}, which {SDXL.title} "
                         f"does not have. Give another file to {OPTION}.",
-                        use.path,
+                        spec.path,
                     )
 
 
@@ -155,10 +151,10 @@ def load_lllites(options: ControlOptions, model: Model) -> Lllites | None:
     if not options.control_net_lllite_models:
         return None
     networks = []
-    for use in options.uses:
-        with open_checkpoint(use.path) as checkpoint:
+    for spec in options.specs:
+        with open_checkpoint(spec.path) as checkpoint:
             plan = read_lllite(checkpoint, OPTION)
             network = load_planned(plan, Lllite, device=model.device, dtype=model.dtype, what=A_LLLITE)
             networks.append(network)
-        logger.info("ControlNet-LLLite %s: %d layers", use.path, len(list(networks[-1].children())))
-    return Lllites(networks, options.uses, model)
+        logger.info("ControlNet-LLLite %s: %d layers", spec.path, len(list(networks[-1].children())))
+    return Lllites(networks, options.specs, model)

@@ -29,7 +29,7 @@ from stable_diffusion.contract import SD2, SDXL, LoadedTextEncoder, Model, Model
 from stable_diffusion.diffusers_parts import make_xformers_processor, unet_class, vae_class
 from stable_diffusion.files import EMA, EXPECTED_FILE, UNET, ModelType, check_kind_flags, read_model_type
 from stable_diffusion.options import ModelOptions
-from stable_diffusion.text_checkpoints import TextPlan, read_texts
+from stable_diffusion.text_checkpoints import TextPlan, plan_text_encoders
 from stable_diffusion.tokenizers import OPEN_CLIP_PAD, check_vocabulary, load_tokenizers
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def plan_checkpoint(options: ModelOptions, exit_stack: ExitStack) -> CheckpointP
         if path.is_dir()
         else _plan_single_file(options, path, exit_stack)
     )
-    _check_together(plan)
+    _check_widths_match(plan)
     return plan
 
 
@@ -175,7 +175,7 @@ def _plan_folder(options: ModelOptions, path: Path, exit_stack: ExitStack) -> Ch
             'predicts noise. Leave it out, or write "prediction_type": "v_prediction" there if that is '
             "wrong"
         )
-    text_encoders = folders.read_folder_texts(path, model_type.kind, exit_stack)
+    text_encoders = folders.plan_folder_text_encoders(path, model_type.kind, exit_stack)
     unet = folders.read_folder_unet(path, exit_stack)
     if options.vae is None:
         vae = read_chosen_vae(path / "vae", "--ckpt", model_type.kind, exit_stack)
@@ -192,10 +192,10 @@ def _plan_single_file(options: ModelOptions, path: Path, exit_stack: ExitStack) 
     num_averages = sum(name.startswith(EMA) for name in checkpoint.tensors)
     if num_averages:
         logger.info(
-            "%s: %d averaged tensors (model_ema.) are not used; the U-Net next to them is", path, num_averages
+            "%s: %d averaged tensors (model_ema.) are not used, only the U-Net itself", path, num_averages
         )
-    text_encoders = read_texts(checkpoint, model_type.kind)
-    # "": all tensors with another prefix belong to other networks, and are left out
+    text_encoders = plan_text_encoders(checkpoint, model_type.kind)
+    # others=("",): leave out all tensors without this prefix, which belong to other networks
     unet_checkpoint = checkpoint.without_prefix(UNET, others=("",))
     unet = checkpoints.read_unet(unet_checkpoint, model_type.kind, _find_pooled_width(text_encoders))
     if options.vae is None:
@@ -270,15 +270,15 @@ def _find_pooled_width(text_encoders: tuple[TextPlan, ...]) -> int:
     return text_encoders[-1].load_plan.config.projection_dim
 
 
-def _check_together(checkpoint_plan: CheckpointPlan) -> None:
+def _check_widths_match(checkpoint_plan: CheckpointPlan) -> None:
     """Raise CheckpointError if the U-Net's channels do not match the samplers or the text encoders."""
     config = checkpoint_plan.unet.config
     path = checkpoint_plan.path
     channels = config.get("in_channels", 4)
     if channels not in checkpoints.UNET_INPUT_CHANNELS:
         raise CheckpointError(
-            f"--ckpt {path}: its U-Net takes {channels} channels; those that take 4 (images) and 9 "
-            f"(inpainting) can be used.\n  Give {EXPECTED_FILE}.",
+            f"--ckpt {path}: its U-Net takes {channels} channels; only U-Nets with 4 (images) or 9 "
+            f"(inpainting) are supported.\n  Give {EXPECTED_FILE}.",
             path,
         )
     text_width = config.get("cross_attention_dim", 1280)
@@ -286,8 +286,8 @@ def _check_together(checkpoint_plan: CheckpointPlan) -> None:
     width = sum(plan.load_plan.config.dim for plan in checkpoint_plan.text_encoders)
     if text_width != width:
         raise CheckpointError(
-            f"--ckpt {path}: its U-Net takes text states of {text_width} numbers, its text encoders give "
-            f"{width}. Parts of different models were joined.",
+            f"--ckpt {path}: its U-Net takes text states of width {text_width}, its text encoders produce "
+            f"width {width}. Parts of different models were joined.",
             path,
         )
     if checkpoint_plan.kind is SDXL:
@@ -296,9 +296,9 @@ def _check_together(checkpoint_plan: CheckpointPlan) -> None:
         added_width = config.get("projection_class_embeddings_input_dim")
         if added_width != needed:
             raise CheckpointError(
-                f"--ckpt {path}: its U-Net takes {added_width} numbers in addition to the text, its second "
-                f"text encoder and {checkpoints.NUM_SIZE_CONDITIONS} sizes make {needed}. Parts of different "
-                "models were joined.",
+                f"--ckpt {path}: its U-Net takes additional conditions of width {added_width}, but those of "
+                f"its second text encoder and {checkpoints.NUM_SIZE_CONDITIONS} sizes have width {needed}. "
+                "Parts of different models were joined.",
                 path,
             )
 

@@ -156,24 +156,26 @@ def check_networks(loras: Sequence[LoraFile], checkpoint_plan: CheckpointPlan) -
     """
     check_kind(loras, checkpoint_plan.kind)
     kind = checkpoint_plan.kind
-    uses = rename_for_encoders(map(WeightedLora, loras), kind.title, kind.lora_prefixes)
+    weighted_loras = rename_for_encoders(map(WeightedLora, loras), kind.title, kind.lora_prefixes)
     if not loras:
         return
-    _check_fit("", checkpoint_plan.unet, uses, checkpoint_plan.path)
+    _check_fit("", checkpoint_plan.unet, weighted_loras, checkpoint_plan.path)
     for prefix, encoder in zip(kind.lora_prefixes, checkpoint_plan.text_encoders, strict=True):
-        _check_fit(prefix, encoder.load_plan, uses, checkpoint_plan.path)
+        _check_fit(prefix, encoder.load_plan, weighted_loras, checkpoint_plan.path)
 
 
-def _check_fit(prefix: str, plan: LoadPlan[Any], uses: Sequence[WeightedLora], checkpoint: Path) -> None:
+def _check_fit(
+    prefix: str, plan: LoadPlan[Any], weighted_loras: Sequence[WeightedLora], checkpoint: Path
+) -> None:
     """Raise CheckpointError if LoRAs do not fit the weights of a network, compared on the meta device.
 
     Args:
         prefix: Prefix of the network's modules in LoRA files; "" for the U-Net.
         plan: Load plan of the network.
-        uses: The LoRAs.
+        weighted_loras: The LoRAs with their strengths.
         checkpoint: Path of the checkpoint, for messages.
     """
-    patch = LoraPatch(uses_for(uses, prefix), model=checkpoint)
+    patch = LoraPatch(uses_for(weighted_loras, prefix), model=checkpoint)
     published_name = published_parameter if prefix else str  # only text encoders have other names here
     for name, source in plan.sources.items():
         tensors = [to_meta_tensor(plan.checkpoint.tensors[stored_name]) for stored_name in source.names]
@@ -223,10 +225,10 @@ def load_networks(
     if not options.files:
         return None
     loras = read_networks(options) if loras is None else loras
-    all_uses = map(WeightedLora, loras, options.multipliers)
-    uses = rename_for_encoders(all_uses, model.kind.title, model.kind.lora_prefixes)
-    merged = uses[: options.num_merged]
-    adjustable = uses[options.num_merged :]
+    all_weighted_loras = map(WeightedLora, loras, options.multipliers)
+    weighted_loras = rename_for_encoders(all_weighted_loras, model.kind.title, model.kind.lora_prefixes)
+    merged = weighted_loras[: options.num_merged]
+    adjustable = weighted_loras[options.num_merged :]
     unet = _LoraTarget(model.unet)
     text_encoders = [_LoraTarget(encoder.network, encoder.lora_prefix) for encoder in model.text_encoders]
     targets = [unet, *text_encoders]
@@ -235,54 +237,56 @@ def load_networks(
     if not adjustable:
         return None
     if options.network_pre_calc:  # weights are folded anew when multipliers change
-        defaults = tuple(use.multiplier for use in adjustable)
+        defaults = tuple(weighted.multiplier for weighted in adjustable)
         return AdjustableLoras(defaults, _make_folding(targets, adjustable, options.lora_rounding), None)
     return _add_layers(targets, adjustable, model)
 
 
 def _add_layers(
-    targets: Sequence[_LoraTarget], uses: Sequence[WeightedLora], model: Model
+    targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], model: Model
 ) -> AdjustableLoras:
     """Add layers of LoRAs next to those of the networks, the first of which is the U-Net."""
-    # for each network, for each LoRA: its added layers by module name
-    layers_by_target = [_attach_loras(target, uses, model) for target in targets]
-    for index, use in enumerate(uses):
-        added = [layer for by_lora in layers_by_target for layer in by_lora[index].values()]
-        _log_added(use, added)
+    layers_by_lora: list[list[LoraBranch]] = [[] for _ in weighted_loras]  # in all networks
+    unet_layers: list[dict[str, LoraBranch]] = []  # for each LoRA, by diffusers' module path
+    for target in targets:
+        attached = _attach_loras(target, weighted_loras, model)
+        for lora_layers, layers in zip(layers_by_lora, attached, strict=True):
+            lora_layers += layers.values()
+        if target is targets[0]:
+            for layers in attached:
+                unet_layers.append({layer.target.module_path: layer for layer in layers.values()})
+    for weighted, lora_layers in zip(weighted_loras, layers_by_lora, strict=True):
+        _log_added(weighted, lora_layers)
 
     def apply_strengths(multipliers: Multipliers) -> None:
-        for by_lora in layers_by_target:
-            for layers, multiplier in zip(by_lora, multipliers, strict=True):
-                for layer in layers.values():
-                    layer.multiplier = multiplier
+        for lora_layers, multiplier in zip(layers_by_lora, multipliers, strict=True):
+            for layer in lora_layers:
+                layer.multiplier = multiplier
 
-    unet_layers = [
-        {layer.target.module_path: layer for layer in layers.values()} for layers in layers_by_target[0]
-    ]
-    defaults = tuple(use.multiplier for use in uses)
+    defaults = tuple(weighted.multiplier for weighted in weighted_loras)
     return AdjustableLoras(defaults, apply_strengths, unet_layers)
 
 
-def _merge(targets: Sequence[_LoraTarget], uses: Sequence[WeightedLora], rounding: str) -> None:
+def _merge(targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], rounding: str) -> None:
     """Fold LoRAs permanently into network weights; `rounding` is the value of --lora_rounding."""
     for target in targets:
-        target_uses = uses_for(uses, target.prefix)
-        if target_uses:
-            patch = LoraPatch(target_uses, rounding=LoraRounding(rounding))
+        target_loras = uses_for(weighted_loras, target.prefix)
+        if target_loras:
+            patch = LoraPatch(target_loras, rounding=LoraRounding(rounding))
             patch.bake(target.network, target.published)
             patch.check()
 
 
-def _log_added(use: WeightedLora, parts: Sequence[LoraBranch]) -> None:
+def _log_added(weighted: WeightedLora, layers: Sequence[LoraBranch]) -> None:
     """Log how many modules a LoRA changes, and how many of them are recomputed at each step."""
-    anew = sum(part.needs_full_matrix for part in parts)
+    anew = sum(layer.needs_full_matrix for layer in layers)
     hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
-    modules = format_count(len(parts), "module")
-    logger.info(f"{use.lora.path}: added to {modules}, strength {use.multiplier:g}{hint}")
+    modules = format_count(len(layers), "module")
+    logger.info(f"{weighted.lora.path}: added to {modules}, strength {weighted.multiplier:g}{hint}")
 
 
 def _make_folding(
-    targets: Sequence[_LoraTarget], uses: Sequence[WeightedLora], rounding: str
+    targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], rounding: str
 ) -> Callable[[Multipliers], None]:
     """Return a function that folds LoRAs with given strengths into the networks' original weights.
 
@@ -291,39 +295,40 @@ def _make_folding(
     # keep a copy of the weights that LoRAs change, and check that the LoRAs fit
     originals = []
     for target in targets:
-        target_uses = uses_for(uses, target.prefix)
-        if target_uses:
-            original = OriginalWeights(target_uses, target.published, rounding)
+        target_loras = uses_for(weighted_loras, target.prefix)
+        if target_loras:
+            original = OriginalWeights(target_loras, target.published, rounding)
             original.keep(target.network)
             original.check()
             originals.append((target, original))
 
     def apply_strengths(multipliers: Multipliers) -> None:
         scaled = [
-            replace(use, multiplier=multiplier) for use, multiplier in zip(uses, multipliers, strict=True)
+            replace(weighted, multiplier=multiplier)
+            for weighted, multiplier in zip(weighted_loras, multipliers, strict=True)
         ]
         for target, original in originals:
-            effective = [use for use in uses_for(scaled, target.prefix) if use.multiplier]
+            effective = [weighted for weighted in uses_for(scaled, target.prefix) if weighted.multiplier]
             original.switch(target.network, effective)
 
     return apply_strengths
 
 
 def _attach_loras(
-    target: _LoraTarget, uses: Sequence[WeightedLora], model: Model
+    target: _LoraTarget, weighted_loras: Sequence[WeightedLora], model: Model
 ) -> list[dict[str, LoraBranch]]:
-    """Attach each file's LoRA to a network; return the added layers of each file by module name."""
-    changeable = find_parameters(target.network, target.published_module)
-    files: list[dict[str, LoraBranch]] = []
-    for use in uses:
-        fitted = [fit_lora(part.lora, changeable, OPTION) for part in uses_for([use], target.prefix)]
-        parts: dict[str, LoraBranch] = {}
-        for name, delta in (fitted[0] if fitted else {}).items():
-            parts[name] = LoraBranch(changeable[name], delta, 1.0, use.lora.has_frozen_norms)
-        files.append(parts)
-    for layer in attach_branches(files, changeable):
+    """Attach LoRAs to a network; return the added layers of each LoRA by module name."""
+    parameters = find_parameters(target.network, target.published_module)
+    layers_by_lora: list[dict[str, LoraBranch]] = []
+    for weighted in weighted_loras:
+        layers: dict[str, LoraBranch] = {}
+        for part in uses_for([weighted], target.prefix):  # the LoRA's part for this network, if it has one
+            for name, delta in fit_lora(part.lora, parameters, OPTION).items():
+                layers[name] = LoraBranch(parameters[name], delta, 1.0, weighted.lora.has_frozen_norms)
+        layers_by_lora.append(layers)
+    for layer in attach_branches(layers_by_lora, parameters):
         layer.switch_on(model.device, model.dtype)
-    return files
+    return layers_by_lora
 
 
 def _as_json(metadata: Mapping[str, str]) -> str:

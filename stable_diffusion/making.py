@@ -1,7 +1,7 @@
 """Generate a batch of images: encode texts, prepare the start, denoise, decode."""
 # Letters: B images, h w latent size
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -246,28 +246,33 @@ class ImageGenerator:
         # with a mask of regions, part i of the prompt is encoded with LoRA i alone, also in negative texts
         is_regional = settings.num_parts > 1 and requests[0].mask is not None
         states = self._encode_parts(requests[0], prompt_parts, negative_texts, is_regional)
-
-        def join(request: contract.RequestedImage, texts: Sequence[str]) -> contract.TextState:
-            """Combine the states of an image's texts, one for each part of its prompt."""
-            parts = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
-            return self._join_parts(request, parts)
-
-        def join_negative(number: int) -> list[contract.TextState]:
-            """Return each image's states of its negative text `number`, which is the same for all parts."""
-            return [
-                join(request, [texts[number]] * settings.num_parts)
-                for request, texts in zip(requests, negative_texts, strict=True)
-            ]
-
-        positive = [join(request, parts) for request, parts in zip(requests, prompt_parts, strict=True)]
+        positive = self._join_texts(requests, prompt_parts, states, is_regional)
         if self.image_vectors is not None:
             positive = self.image_vectors.replace_pooled(positive, _list_vision_paths(requests))
-        num_negative = len(negative_texts[0])  # equal for all images
-        return _TextStates(
-            positive,
-            negative=join_negative(0) if num_negative > 0 else None,
-            empty=join_negative(1) if num_negative > 1 else None,
-        )
+        negative_and_empty: list[list[contract.TextState] | None] = [None, None]
+        for index in range(len(negative_texts[0])):  # all images have the same number of negative texts
+            # a negative text applies to all parts of the prompt
+            repeated = [[texts[index]] * settings.num_parts for texts in negative_texts]
+            negative_and_empty[index] = self._join_texts(requests, repeated, states, is_regional)
+        negative, empty = negative_and_empty
+        return _TextStates(positive, negative, empty)
+
+    def _join_texts(
+        self,
+        requests: Sequence[contract.RequestedImage],
+        texts_by_image: Sequence[Sequence[str]],
+        states: Mapping[tuple[str, int | None], contract.TextState],
+        is_regional: bool,
+    ) -> list[contract.TextState]:
+        """Return one text state for each image, joined from those of its texts, one for each prompt part.
+
+        `states` and `is_regional` are the result and an argument of `_encode_parts`.
+        """
+        joined = []
+        for request, texts in zip(requests, texts_by_image, strict=True):
+            parts = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
+            joined.append(self._join_parts(request, parts))
+        return joined
 
     def _join_parts(
         self, request: contract.RequestedImage, parts: Sequence[contract.TextState]
@@ -276,7 +281,8 @@ class ImageGenerator:
         if len(parts) == 1:
             return parts[0]
         regions = self.regions or Regions(self.model.unet)
-        return join_parts(parts, regions.read(request, request.settings.width, request.settings.height))
+        settings = request.settings
+        return join_parts(parts, regions.read_regions(request, settings.width, settings.height))
 
     def _encode_parts(
         self,

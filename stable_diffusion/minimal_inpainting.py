@@ -15,7 +15,7 @@ from stable_diffusion.asking import SEEDS_END
 from stable_diffusion.assembling import assemble
 from stable_diffusion.inpainting import draw_wobbly_ellipse
 from stable_diffusion.making import ImageGenerator
-from stable_diffusion.minimal_options import InpaintingImageOptions, MinimalInpaintingOptions, gen_img_words
+from stable_diffusion.minimal_options import InpaintingImageOptions, MinimalInpaintingOptions, gen_img_argv
 from stable_diffusion.options import GenImgOptions, read_gen_img
 from stable_diffusion.run import generate
 
@@ -33,7 +33,7 @@ def repaint(options: MinimalInpaintingOptions) -> None:
     with temporary_folder() as folder:
         mask = folder / "mask.png"
         make_mask(image, seed).save(mask)
-        generate(read_gen_img(None, gen_img_words(options, mask, seed)), load_keeping)
+        generate(read_gen_img(None, gen_img_argv(options, mask, seed)), load_keeping)
 
 
 def load_keeping(options: GenImgOptions, device: torch.device) -> ImageGenerator:

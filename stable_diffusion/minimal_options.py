@@ -80,7 +80,7 @@ def read_minimal(description: str | None, argv: Sequence[str] | None) -> Minimal
     return options
 
 
-def gen_img_words(options: MinimalInpaintingOptions, mask: Path, seed: int) -> list[str]:
+def gen_img_argv(options: MinimalInpaintingOptions, mask: Path, seed: int) -> list[str]:
     """Translate the command line to the options of gen_img.py.
 
     Args:

@@ -25,7 +25,7 @@ VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the l
 
 
 @dataclass(frozen=True)
-class ControlUse:
+class ControlSpec:
     """File, strength and active steps of one ControlNet or ControlNet-LLLite."""
 
     path: Path
@@ -88,12 +88,12 @@ class ControlOptions(Options, title="ControlNet"):
         return "--control_net_lllite_models" if self.control_net_lllite_models else "--control_net_models"
 
     @property
-    def uses(self) -> tuple[ControlUse, ...]:
+    def specs(self) -> tuple[ControlSpec, ...]:
         """Path, preprocessor, strength and step fraction of each ControlNet, with defaults filled in."""
         paths = self.control_net_models or self.control_net_lllite_models or ()
         count = len(paths)
         return tuple(
-            ControlUse(path, read_preparation(preparation), multiplier, ratio)
+            ControlSpec(path, read_preparation(preparation), multiplier, ratio)
             for path, preparation, multiplier, ratio in zip(
                 paths,
                 self.control_net_preps or ("none",) * count,
@@ -121,29 +121,29 @@ def read_preparation(text: str) -> tuple[int, int] | None:
 def check_control(
     options: ControlOptions,
     guides: tuple[Path, ...] | None,
-    shrinks: bool,
-    compared_by: str | None = None,
+    uses_deep_shrink: bool,
+    guidance_option: str | None = None,
 ) -> None:
-    """Check these options against others.
+    """Check the options of ControlNets and the guide images, which ControlNets, CLIP or VGG16 may use.
 
     Args:
         options: Options of ControlNets.
         guides: Value of --guide_image_path.
-        shrinks: Whether --ds_depth_1 is given.
-        compared_by: Option that compares the guide images by CLIP or VGG16; None if none does.
+        uses_deep_shrink: Whether --ds_depth_1 is given.
+        guidance_option: Option by which CLIP or VGG16 guides with these images; None if neither does.
 
     Raises:
         OptionError: If guide images are missing, or the options cannot be combined.
     """
-    if compared_by is not None and options.uses:
+    if guidance_option is not None and options.specs:
         raise OptionError(
-            f"{compared_by} and {options.flag} both take the pictures of --guide_image_path: leave one of "
-            "them out"
+            f"{guidance_option} and {options.flag} both take the pictures of --guide_image_path: leave one "
+            "of them out"
         )
-    if compared_by is not None and not guides:
-        raise OptionError(f"{compared_by} needs --guide_image_path: a picture, or a folder of them")
-    if not options.uses:
-        if guides and compared_by is None:
+    if guidance_option is not None and not guides:
+        raise OptionError(f"{guidance_option} needs --guide_image_path: a picture, or a folder of them")
+    if not options.specs:
+        if guides and guidance_option is None:
             raise OptionError(
                 "--guide_image_path needs --control_net_models, --control_net_lllite_models, "
                 "--clip_image_guidance_scale or --vgg16_guidance_scale, which see the pictures. A mask of "
@@ -154,7 +154,7 @@ def check_control(
         raise OptionError(
             f"{options.flag} needs --guide_image_path: a picture for each model, or a folder of them"
         )
-    if shrinks and options.control_net_lllite_models:
+    if uses_deep_shrink and options.control_net_lllite_models:
         raise OptionError(
             f"--ds_depth_1 (Deep Shrink) and {options.flag} do not work together, as the sizes of features "
             "differ: leave one of them out, or take ControlNets"

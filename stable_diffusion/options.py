@@ -236,10 +236,10 @@ class GenImgOptions(Options, title="run"):
         check_control(
             self.control,
             self.prompts.guide_image_path,
-            shrinks=self.deep_shrink.ds_depth_1 is not None,
-            compared_by=self.guides.image_option,
+            uses_deep_shrink=self.deep_shrink.ds_depth_1 is not None,
+            guidance_option=self.guides.image_option,
         )
-        if self.text.XTI_embeddings and self.control.uses:
+        if self.text.XTI_embeddings and self.control.specs:
             raise OptionError(
                 f"--XTI_embeddings and {self.control.flag} do not work together: a ControlNet takes one "
                 "text for all of its layers. Leave one of them out"

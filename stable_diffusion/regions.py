@@ -150,7 +150,7 @@ class Regions:
         self._unet = unet
         self._num_colors = num_colors
 
-    def read(self, request: RequestedImage, width: int, height: int) -> Tensor:
+    def read_regions(self, request: RequestedImage, width: int, height: int) -> Tensor:
         """Return the regions of an image's prompt parts at a size in pixels, P H W; P 1 1 without a mask.
 
         Raises:
@@ -176,16 +176,16 @@ class Regions:
         if requests[0].settings.num_parts == 1:
             yield None
             return
-        regions = [self.read(request, width, height) for request in requests]  # each P H W, or P 1 1
+        regions = [self.read_regions(request, width, height) for request in requests]  # P H W or P 1 1 each
         rows, columns = (max(region.shape[axis] for region in regions) for axis in (-2, -1))
         batch = _Batch(torch.stack([region.expand(-1, rows, columns) for region in regions]))
         with contextlib.ExitStack() as restore:
-            batch.enter(self._unet, restore)
+            batch.patch_unet(self._unet, restore)
             if any(request.mask is not None for request in requests):  # LoRA i acts in the region of part i
                 for part, layers in enumerate(self._lora_layers):
                     for name, layer in layers.items():
                         restore.callback(setattr, layer, "apply_region", None)
-                        layer.apply_region = batch.region_of(part, name)
+                        layer.apply_region = batch.limit_to_region(part, name)
             yield batch.move_to_device
 
 
@@ -209,8 +209,8 @@ class _Batch:
             self._mean_masks = self._mean_masks.to(call.sample.device)
         return call
 
-    def enter(self, unet: Any, restore: contextlib.ExitStack) -> None:
-        """Change a U-Net for a batch; closing `restore` restores it."""
+    def patch_unet(self, unet: Any, restore: contextlib.ExitStack) -> None:
+        """Make a U-Net's cross-attentions attend to each part in its region until `restore` is closed."""
         for name, module in unet.named_modules():
             if isinstance(module, Transformer2DModel):
                 hook = module.register_forward_pre_hook(self._store_feature_size, with_kwargs=True)
@@ -219,7 +219,7 @@ class _Batch:
                 restore.callback(put_back, module, module.__dict__.get("forward"))
                 module.forward = self._attend_per_part(module.forward)
 
-    def region_of(self, part: int, name: str) -> Callable[[Tensor], Tensor]:
+    def limit_to_region(self, part: int, name: str) -> Callable[[Tensor], Tensor]:
         """Return a function that masks a part's LoRA output in the module `name` by the part's region."""
         if name.endswith((".attn2.to_k", ".attn2.to_v")):
             return lambda added: self._limit_text(part, added)

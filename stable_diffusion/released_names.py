@@ -115,14 +115,14 @@ def ldm_vae_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def ldm_text_encoder_names(kind: ModelKind, index: int, names: Collection[str]) -> dict[str, list[str]]:
-    """Map each tensor name of a text encoder in a single file to the weights here that are fused into it.
+    """Map each tensor name of a text encoder in a single file to the names of the weights that it contains.
 
     Only OpenCLIP's encoders fuse weights: its `in_proj` contains query, key and value.
 
     Args:
         kind: Kind of the checkpoint.
         index: Index of the encoder.
-        names: Names of the encoder's weights here, which are those of transformers.
+        names: Names of the encoder's weights in transformers.
     """
     prefix, is_open_clip = TEXT_ENCODER_PREFIXES[kind][index]
     if not is_open_clip:
@@ -155,5 +155,5 @@ def _map_open_clip_layer(prefix: str, layer: int, source_layer: int) -> dict[str
 
 
 def _list_fused_weights(open_clip_name: str) -> list[str]:
-    """Return the names of the weights here that are fused into one of OpenCLIP's tensors."""
+    """Return the names of the CLIP weights that one of OpenCLIP's tensors contains, fused."""
     return [name for name, _ in open_clip_names(open_clip_name)]

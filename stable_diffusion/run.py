@@ -76,7 +76,7 @@ class ImageFiles:
             OutputError: If the file cannot be written.
         """
         metadata = self._make_metadata(request)
-        with self._free(self._yield_names(request, stage_digit, number)) as path:
+        with self._reserve_path(self._yield_names(request, stage_digit, number)) as path:
             write_png(path, np.asarray(image.convert("RGB")), metadata)
         return path
 
@@ -110,7 +110,7 @@ class ImageFiles:
         return {key: replace_surrogates(str(value)) for key, value in entries.items() if value is not None}
 
     def _yield_names(self, request: RequestedImage, stage_digit: str, number: int) -> Iterator[str]:
-        """Yield candidate file names without suffix, the preferred one first."""
+        """Yield candidate names, without suffix, for the file of an image, the preferred one first."""
         if request.file_name is not None:
             return _named(request.file_name.removesuffix(".png"), stage_digit)
         if self.options.use_original_file_name and request.image is not None:
@@ -132,7 +132,7 @@ class ImageFiles:
             yield f"{start}{number:06d}"
 
     @contextmanager
-    def _free(self, names: Iterator[str]) -> Iterator[Path]:
+    def _reserve_path(self, names: Iterator[str]) -> Iterator[Path]:
         """Reserve the first file name that neither a file nor another run uses."""
         for name in names:
             path = self.options.outdir / f"{name}.png"
@@ -250,7 +250,7 @@ def generate(options: GenImgOptions, load: LoadGenerator = assemble) -> None:
     freeze_libraries()
     device = select_device(options.device)
     make_folder(options.output.outdir, "--outdir")
-    inputs = find_inputs(options.prompts, len(options.control.uses))
+    inputs = find_inputs(options.prompts, len(options.control.specs))
     highres = prepare_highres(options.highres)
 
     def load_run(lines: Sequence[Line] | None = None) -> Run:
@@ -329,7 +329,7 @@ def _generate_from_lines(
     unused = len(images) - run.request_builder.num_images
     if unused > 0 and not lines[0].is_from_metadata:
         logger.warning(
-            "%s of --image_path %s not used, as each picture that is made takes the next one. Raise "
+            "%s of --image_path %s not used, because each generated picture takes the next one. Raise "
             "--images_per_prompt to %d to use all",
             format_count(unused, "picture"),
             "was" if unused == 1 else "were",

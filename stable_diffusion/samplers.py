@@ -73,10 +73,11 @@ def make_scheduler(
         settings["rescale_betas_zero_snr"] = True
     elif zero_terminal_snr:
         settings["trained_betas"] = _make_zero_snr_betas()
-    settings_of_some: dict[str, Any] = {"steps_offset": steps_offset, "clip_sample": False}
+    # settings that only some classes have
+    optional_settings: dict[str, Any] = {"steps_offset": steps_offset, "clip_sample": False}
     if zero_terminal_snr:
-        settings_of_some["timestep_spacing"] = "trailing"
-    for name, value in settings_of_some.items():
+        optional_settings["timestep_spacing"] = "trailing"
+    for name, value in optional_settings.items():
         if name in parameters:
             settings[name] = value
     with _no_warnings_to_developers():
@@ -114,7 +115,7 @@ def check_sampling(zero_terminal_snr: bool, predicts_velocity: bool) -> None:
     if zero_terminal_snr and not predicts_velocity:
         raise OptionError(
             "--zero_terminal_snr needs a model that predicts v, but this one predicts noise. Leave it out, "
-            "or add --v_parameterization if the model was trained so"
+            "or add --v_parameterization if the model was trained that way"
         )
 
 
@@ -267,10 +268,10 @@ class ScaledSolver:
         """
         first = self.solver.first_index
         if self.from_noise:
-            return self.seen(first), first
+            return self.scaled_sample(first), first
         noisy = self.solver.add_noise(first, clean.squeeze(2), self.noise.to(clean).squeeze(2))
         self.sample = noisy.unsqueeze(2)
-        return self.seen(first), first
+        return self.scaled_sample(first), first
 
     def clean(self, sigma: float, noisy: Tensor, output: Tensor) -> Tensor:
         """Predict the clean latents from the U-Net's output at a noise level.
@@ -283,7 +284,7 @@ class ScaledSolver:
         share = max(1 - sigma**2, MIN_SHARE) ** 0.5  # fraction of data in the sample
         return share * noisy - sigma * output if self.predicts_v else (noisy - sigma * output) / share
 
-    def seen(self, index: int) -> Tensor:
+    def scaled_sample(self, index: int) -> Tensor:
         """Return the current sample, 1 4 1 h w, scaled as the U-Net's input at an index of the schedule."""
         return self.solver.model_input(index, self.sample.squeeze(2)).unsqueeze(2)
 
@@ -291,7 +292,7 @@ class ScaledSolver:
         """Take one step; return the next sample scaled for the U-Net or, after the last step, the result."""
         del sample  # scaled for the U-Net; the scheduler needs the unscaled one
         self.sample = self.solver.step(index, velocity, self.sample.to(velocity.device))
-        return self.seen(index + 1) if index + 1 < self.schedule.num_steps else self.sample
+        return self.scaled_sample(index + 1) if index + 1 < self.schedule.num_steps else self.sample
 
 
 # One call of the U-Net as the denoising loop sees it, and classifier-free guidance.

@@ -262,18 +262,20 @@ def read_unsharp(option: str, text: str) -> Unsharp:
 
     Raises OptionError if the text cannot be read.
     """
-    try:
-        ksize, sigma, strength, *last_parts = text.split(",")
-        target_x = ",".join(last_parts).strip() if last_parts else "1"
-        if target_x not in ("0", "1"):
-            raise ValueError(f"target-x is {target_x}")
-        unsharp = Unsharp(int(ksize), float(sigma), float(strength), target_x == "1")
-        is_odd = unsharp.ksize > 0 and unsharp.ksize % 2
-        if is_odd and 0 < unsharp.sigma < math.inf and math.isfinite(unsharp.strength):
-            return unsharp
-    except (ValueError, KeyError):
-        pass
-    raise OptionError(
-        f"{option} {text}: give an odd size of the blur, its sigma, the strength, and 1 or 0 (what is "
-        "sharpened: the result of a step or what it begins with), such as 3,0.5,0.5,1"
+    invalid = OptionError(
+        f"{option} {text}: give an odd size of the blur, its sigma, the strength, and 1 (to sharpen the "
+        "result of a step) or 0 (to sharpen its input), such as 3,0.5,0.5,1"
     )
+    values = [value.strip() for value in text.split(",")]
+    if len(values) == 3:
+        values.append("1")
+    if len(values) != 4 or values[3] not in ("0", "1"):
+        raise invalid
+    try:
+        unsharp = Unsharp(int(values[0]), float(values[1]), float(values[2]), target_x=values[3] == "1")
+    except ValueError:
+        raise invalid from None
+    is_odd = unsharp.ksize > 0 and unsharp.ksize % 2
+    if not is_odd or not 0 < unsharp.sigma < math.inf or not math.isfinite(unsharp.strength):
+        raise invalid
+    return unsharp

@@ -51,7 +51,7 @@ class DeepShrinks:
         label = requests[0].label
         if shrink.ds_depth_2 is not None and shrink.ds_timesteps_2 >= shrink.ds_timesteps_1:
             logger.warning(
-                "%s: --ds_depth_2 never acts: it would from --ds_timesteps_1 (%d) down to --ds_timesteps_2 "
+                "%s: --ds_depth_2 never acts: it acts from --ds_timesteps_1 (%d) down to --ds_timesteps_2 "
                 "(%d). Give a lower --ds_timesteps_2.",
                 label,
                 shrink.ds_timesteps_1,
@@ -227,12 +227,12 @@ def _register_hooks(hooks: _ShrinkHooks, unet: Any) -> Iterator[Any]:
 # k-diffusion.
 SAMPLERS = ("euler_a", "k_euler_a")
 STEP = 8  # sides of the small latents are multiples of this, because the U-Net halves them repeatedly
-NEARLY = 1 - 1e-6  # a ratio of at least this counts as 1, because its sum is rounded
+NEARLY_ONE = 1 - 1e-6  # a ratio of at least this counts as 1, because its sum is rounded
 
 
 def scale_size(full: Size, ratio: float) -> Size:
     """Multiply a latent size by a ratio and round down to multiples of 8, but not below 8."""
-    if ratio >= NEARLY:
+    if ratio >= NEARLY_ONE:
         return full
     height, width = (max(int(side * ratio) // STEP * STEP, min(STEP, side)) for side in full)
     return height, width
@@ -250,7 +250,7 @@ def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> di
     last_growth: int | None = None
     for index, timestep in enumerate(timesteps):
         is_due = last_growth is None or index - last_growth >= gradual.gradual_latent_every_n_steps
-        if timestep < (gradual.gradual_latent_timesteps or 0) and ratio < NEARLY and is_due:
+        if timestep < (gradual.gradual_latent_timesteps or 0) and ratio < NEARLY_ONE and is_due:
             steps = len(growth) + 1
             ratio = min(gradual.gradual_latent_ratio + steps * gradual.gradual_latent_ratio_step, 1.0)
             growth[index] = ratio
@@ -262,7 +262,7 @@ def _warn_of_growth(
     full_size: Size, first_size: Size, last_size: Size, gradual: GradualLatentOptions
 ) -> None:
     """Warn if Gradual Latent begins with latents of full size, or ends with smaller ones."""
-    if first_size == full_size and gradual.gradual_latent_ratio < NEARLY:
+    if first_size == full_size and gradual.gradual_latent_ratio < NEARLY_ONE:
         logger.warning(
             "--gradual_latent_timesteps (--glt) does nothing to %d x %d pixels: it begins with multiples of "
             "%d pixels. Give larger --W and --H, or a smaller --gradual_latent_ratio",
@@ -297,8 +297,9 @@ def begin_small(
     full_size = _size(latents)
     unsharp = gradual.unsharp
     timesteps = sampler.schedule.timesteps[sampler.first_index :].tolist()
-    # index of a step in the schedule -> ratio to the full size to which the latents grow after it
-    growth = {sampler.first_index + index: ratio for index, ratio in plan_growth(timesteps, gradual).items()}
+    growth: dict[int, float] = {}  # step index in the whole schedule -> size ratio to which latents then grow
+    for index, ratio in plan_growth(timesteps, gradual).items():
+        growth[sampler.first_index + index] = ratio
     sizes = [scale_size(full_size, ratio) for ratio in growth.values()]
     # the blur pads by half of its width, which has to be less than the shortest enlarged side
     if unsharp is not None and sizes and unsharp.ksize // 2 >= min(sizes[0]):

@@ -184,19 +184,11 @@ def begin(
         MediaError: If an input image or a mask cannot be read.
     """
     settings = requests[0].settings
-    generators = sampler.generators
-
-    def draw_noise() -> Tensor:
-        shape = (CHANNELS, *latent_size(settings))
-        noises = [
-            vary_noise(torch.randn(shape, generator=generator), noise_options, generator)
-            for generator in generators
-        ]
-        return torch.stack(noises).to(model.device)
-
     if find_strength(requests[0], start) is None:  # there is no input image
-        return Beginning((draw_noise() * sampler.noise_level).unsqueeze(2), sampler)
+        noise = _draw_start_noise(model, settings, sampler.generators, noise_options)
+        return Beginning((noise * sampler.noise_level).unsqueeze(2), sampler)
     has_mask = is_masked(requests[0])
+    restores_unmasked = restores_unmasked or not model.is_inpainting
     # inpainting at full strength starts from pure noise
     starts_from_noise = has_mask and settings.strength == 1
     pixels = _start_pixels(requests, start)
@@ -205,10 +197,9 @@ def begin(
         assert start is not None
         assert start.latents is not None
         clean = start.latents.to(model.device, torch.float32)
-    # from pure noise, an inpainting model without `restores_unmasked` needs latents of the masked image only
-    elif not (starts_from_noise and model.is_inpainting and not restores_unmasked):
-        clean = encode_pixels(model, pixels, generators)
-    noise = draw_noise()
+    elif restores_unmasked or not starts_from_noise:
+        clean = encode_pixels(model, pixels, sampler.generators)
+    noise = _draw_start_noise(model, settings, sampler.generators, noise_options)
     if clean is None or starts_from_noise:
         latents = noise * sampler.noise_level
     elif sampler.first_index >= sampler.schedule.num_steps:  # no step is left
@@ -222,16 +213,29 @@ def begin(
     # B 1 h w: the upper left pixel of each square
     latent_mask = masks[:, :, ::STRIDE, ::STRIDE].to(model.device)
     # encoded even if the U-Net does not take it, so that the steps' noise is that of diffusers' pipeline
-    unmasked = None if pixels is None else encode_pixels(model, pixels * (1 - masks), generators)
+    masked_image = None if pixels is None else encode_pixels(model, pixels * (1 - masks), sampler.generators)
     if model.is_inpainting:
-        assert unmasked is not None
-        beginning = replace(beginning, inpainting=torch.cat([latent_mask, unmasked], dim=1))
-    if model.is_inpainting and not restores_unmasked:
-        return beginning
-    assert clean is not None
-    # restore the latents outside the mask after each step
-    inpainting_steps = Inpainting(sampler, clean, noise, latent_mask)
-    return replace(beginning, sampler=replace(sampler, wrap_step=inpainting_steps))
+        assert masked_image is not None
+        beginning = replace(beginning, inpainting=torch.cat([latent_mask, masked_image], dim=1))
+    if restores_unmasked:
+        assert clean is not None
+        restoring_steps = Inpainting(sampler, clean, noise, latent_mask)
+        beginning = replace(beginning, sampler=replace(sampler, wrap_step=restoring_steps))
+    return beginning
+
+
+def _draw_start_noise(
+    model: Model,
+    settings: ImageSettings,
+    generators: Sequence[torch.Generator],
+    noise_options: StartNoiseOptions,
+) -> Tensor:
+    """Draw each image's noise with its own generator; return B 4 h w on the model's device."""
+    shape = (CHANNELS, *latent_size(settings))
+    noises = []
+    for generator in generators:
+        noises.append(vary_noise(torch.randn(shape, generator=generator), noise_options, generator))
+    return torch.stack(noises).to(model.device)
 
 
 def _start_pixels(requests: Sequence[RequestedImage], start: SecondStageInput | None) -> Tensor | None:

@@ -101,9 +101,8 @@ class PromptEncoder:
         return self._encode_cached(text, chunks, networks)
 
     @torch.no_grad()
-    def _encode(self, text: str, num_chunks: int, networks: Hashable) -> TextState:
+    def _encode(self, text: str, num_chunks: int, _cache_key: Hashable) -> TextState:
         """Encode a prompt in `num_chunks` chunks with all text encoders, and concatenate their states."""
-        del networks  # only part of the cache's key
         chunks_by_encoder = self._cut_into_chunks_cached(text)
         contexts: list[Tensor] = []
         pooled = None
@@ -377,8 +376,8 @@ class ImageVectors:
             pooled_width = text_network.text_projection.out_features
         if width != pooled_width:
             raise CheckpointError(
-                f"{OPTION}: the image encoder {self._path} makes vectors of {width} numbers, the pooled "
-                f"state of {model.path} has {pooled_width}. Give {RELEASE}.",
+                f"{OPTION}: the image encoder {self._path} produces vectors of width {width}, but the pooled "
+                f"state of {model.path} has width {pooled_width}. Give {RELEASE}.",
                 self._path,
             )
         return image_encoder
@@ -400,7 +399,7 @@ def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | 
 
 
 def find_image_encoder(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
-    """Find OpenCLIP bigG's image encoder: in --tokenizer_cache_dir, by the checkpoint, or in the hub's cache.
+    """Find OpenCLIP bigG's image encoder in --tokenizer_cache_dir, near the checkpoint, or in the hub cache.
 
     If it is in none of these, it is downloaded.
 
@@ -420,7 +419,7 @@ def find_image_encoder(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Pa
             if (candidate / name).is_file():
                 return candidate / name
     missing = " or ".join(str(candidate) for candidate in candidates)
-    logger.info("%s: no image encoder in %s; taking %s of the hub (10 GB)", OPTION, missing, REPOSITORY)
+    logger.info("%s: no image encoder in %s; using %s from the hub (10 GB)", OPTION, missing, REPOSITORY)
     try:
         return find_model_folder(OPTION, REPOSITORY, _ON_HUB) / _ON_HUB[0]
     except DownloadError as error:

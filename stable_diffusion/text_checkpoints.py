@@ -52,7 +52,7 @@ class TextPlan:
     is_open_clip: bool  # False: CLIP-L
 
 
-def read_texts(checkpoint: Checkpoint, kind: ModelKind) -> tuple[TextPlan, ...]:
+def plan_text_encoders(checkpoint: Checkpoint, kind: ModelKind) -> tuple[TextPlan, ...]:
     """Plan how to load the text encoders of a single file.
 
     Raises:
@@ -101,11 +101,11 @@ def _cut_third(third: int, rows: Tensor) -> Tensor:
 
 
 def join_released(name: str, weights: Sequence[Tensor]) -> Tensor:
-    """Compute a tensor of a published file from the weights here; the inverse of `read_texts`.
+    """Compute a tensor of a released file from a network's weights; the inverse of `plan_text_encoders`.
 
     Args:
         name: Name of the tensor in the file.
-        weights: The weights here: a single one, or OpenCLIP's queries, keys and values.
+        weights: A single weight, or those of queries, keys and values, which OpenCLIP stores as one tensor.
     """
     joined = weights[0] if len(weights) == 1 else torch.cat([*weights])
     return joined.t() if name.endswith("text_projection") else joined

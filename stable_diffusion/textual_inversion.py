@@ -125,7 +125,7 @@ def merge_lora_words(
         first = chosen.setdefault(word.text.lower(), word)
         if first is not word:
             logger.warning(
-                "%s: the word %s of %s is used in place of the one that it brings.",
+                "%s: the word %s of %s is used instead of the one in this file.",
                 word.path,
                 first.text,
                 first.path,
@@ -153,7 +153,7 @@ def add_words(
         if is_known_token and not word.is_from_lora:
             raise CheckpointError(
                 f"{word.option} {word.path}: {word.text} is a word that the text encoder knows already. "
-                "Rename the file, as its name is the word for it.",
+                "Rename the file, because its name is the word.",
                 word.path,
             )
     for word in words:
@@ -253,15 +253,15 @@ def check_words(words: Sequence[LearnedWord], widths: Sequence[int], kind: Model
                     " It has one set of vectors; files for Stable Diffusion XL have two, clip_l and clip_g."
                 )
             raise CheckpointError(
-                f"{word.option} {word.path}: its vectors have {_join(vector_widths)} numbers, the text "
-                f"encoders of {kind.title} take {_join(widths)}.{hint} Give a file that was made for "
+                f"{word.option} {word.path}: its vectors have width {_join(vector_widths)}, but the text "
+                f"encoders of {kind.title} take width {_join(widths)}.{hint} Give a file that was made for "
                 f"{kind.title}.",
                 word.path,
             )
         if word.num_vectors > CHUNK_SIZE:
             raise CheckpointError(
-                f"{word.option} {word.path}: it has {word.num_vectors} vectors; a text encoder reads "
-                f"{CHUNK_SIZE} tokens at a time, so that more than these are never read together.",
+                f"{word.option} {word.path}: it has {word.num_vectors} vectors, but a text encoder reads at "
+                f"most {CHUNK_SIZE} tokens at a time.",
                 word.path,
             )
 

@@ -88,7 +88,7 @@ def find_tokenizer_files(
         OptionError: If --tokenizer_cache_dir names a file.
     """
     if cache is not None and cache.exists() and not cache.is_dir():
-        raise OptionError(f"{OPTION} {cache}: it is not a folder. Give the folder that holds {CLIP_L}")
+        raise OptionError(f"{OPTION} {cache}: it is not a folder. Give the folder that contains {CLIP_L}")
     folders = [checkpoint] if cache is None or not cache.is_dir() else [cache, checkpoint]
     sources: list[tuple[TokenizerFiles, Path | None]] = []
     for index, is_open_clip in enumerate(are_open_clip):
@@ -155,11 +155,11 @@ def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Pa
     try:
         file = files.download(checkpoint)
     except CheckpointError as error:
-        looked = f" in {cache} or" if cache is not None else ""
+        in_cache = f" in {cache} or" if cache is not None else ""
         raise CheckpointError(
-            f"no tokenizer for {checkpoint}: there is none{looked} next to it, and {files.repository} cannot "
-            "be downloaded from the hub.\n  Put vocab.json and merges.txt, or tokenizer.json, of that "
-            f"repository into a folder {CLIP_L} and give the folder that holds it to {OPTION}."
+            f"no tokenizer for {checkpoint}: there is none{in_cache} next to it, and {files.repository} "
+            "cannot be downloaded from the hub.\n  Put vocab.json and merges.txt, or tokenizer.json, of that "
+            f"repository into a folder {CLIP_L} and give the folder that contains it to {OPTION}."
         ) from error
     if cache is None:
         return file
@@ -308,7 +308,7 @@ def cut_into_chunks(parts: Sequence[WeightedText], tokenize: Tokenize) -> list[C
                 ids, weights = [], []
             ids.append(token)
             weights.append(part.weight)
-    if ids or not chunks:  # no empty chunk if only blanks follow the last BREAK
+    if ids or not chunks:  # no empty chunk if only white space follows the last BREAK
         chunks.append(Chunk(tuple(ids), tuple(weights)))
     return chunks
 

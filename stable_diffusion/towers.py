@@ -60,9 +60,7 @@ from stable_diffusion.tokenizers import (
 from stable_diffusion.training_files import TrainingFiles
 
 STATES, STATES_1, STATES_2, POOLED = "hidden_state", "hidden_state1", "hidden_state2", "pool2"  # in caches
-WEIGHTING_MODE = (
-    TextOptions.from_defaults().emb_normalize_mode
-)  # rescaling of weighted states; gen_img.py's default
+WEIGHTING_MODE = TextOptions.from_defaults().emb_normalize_mode  # how gen_img.py rescales weighted states
 # keys of each encoder's states in caches, by the number of encoders of a model
 _CACHE_KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES_2, POOLED}))}
 
@@ -198,12 +196,9 @@ class LazyTextEncoder:
             vocabulary = checkpoint_plan.text_encoders[self._index].load_plan.config.vocabulary
         path = self.files.path
         sources = tokenizers.find_tokenizer_files(self.files.tokenizer_cache_dir, path, are_open_clip)
-        source, file = sources[0]
-        for candidate_source, candidate_file in sources[self._index :: -1]:
-            # its own tokenizer or an earlier encoder's: all have the same vocabulary
-            if candidate_file is not None:
-                source, file = candidate_source, candidate_file
-                break
+        # a text encoder may use the tokenizer of an earlier one: all have the same vocabulary
+        local = [candidate for candidate in sources[self._index :: -1] if candidate[1] is not None]
+        source, file = local[0] if local else sources[0]
         if file is None:
             file = source.download(path, may_download=False)
         tokenizer = self._add_words_to_tokenizer(load_clip_words(source, file), vocabulary)
@@ -307,21 +302,22 @@ class LazyTextEncoder:
             self._list_chunk_ids(chunk, loaded_tokenizer) for chunks in chunks_by_text for chunk in chunks
         ]
         states, pooled = self._run_encoder(chunk_ids)
-        states_by_layer = states.chunk(self._num_layer_copies)  # each: one row for each chunk of each text
+        # a trained word may have its own vector, so each text its own states, for each cross-attention
+        states_by_layer = states.chunk(self._num_layer_copies)  # each: the chunks of all texts, 77 C
         states_key = next(key for key in self.keys if key != POOLED)
         results: list[Conditions] = []
-        row = 0  # of a text's first chunk
+        first_chunk = 0  # index of the text's first chunk
         for chunks in chunks_by_text:
             weights = list_token_weights(chunks)
-            copies = []  # a trained word may have its own vector, so its own states, for each cross-attention
+            text_states = []
             for layer_states in states_by_layer:
-                joined = join_chunk_states(layer_states[row : row + len(chunks)])
-                copies.append(apply_token_weights(joined, weights, WEIGHTING_MODE)[:length])
-            conditions = {states_key: torch.cat(copies).cpu()}
+                joined = join_chunk_states(layer_states[first_chunk : first_chunk + len(chunks)])
+                text_states.append(apply_token_weights(joined, weights, WEIGHTING_MODE)[:length])
+            conditions = {states_key: torch.cat(text_states).cpu()}
             if pooled is not None:  # only the first chunk's pooled state is used
-                conditions[POOLED] = pooled[row].cpu().clone()
+                conditions[POOLED] = pooled[first_chunk].cpu().clone()
             results.append(conditions)
-            row += len(chunks)
+            first_chunk += len(chunks)
         return results
 
     def _run_encoder(self, chunk_ids: list[list[int]]) -> tuple[Tensor, Tensor | None]:

@@ -152,14 +152,16 @@ class TrainingFiles:
         is_for_inpainting = is_inpainting(plan.config)
         if self.unet_input is UnetInput.ANY:
             return plan
-        if self.unet_input is UnetInput.LATENTS and is_for_inpainting:
+        if self.unet_input is UnetInput.LATENTS:
+            if not is_for_inpainting:
+                return plan
             raise CheckpointError(
                 f"--ckpt {self.path} is an inpainting checkpoint, whose U-Net also takes a mask and a masked "
                 "image: 9 channels instead of 4. Train it with --train_inpainting (LoRAs, textual inversion "
                 "and whole checkpoints), or give a checkpoint for images.",
                 self.path,
             )
-        if self.unet_input is UnetInput.LATENTS or is_for_inpainting:
+        if is_for_inpainting:
             return plan
         if self.unet_input is UnetInput.INPAINTING:
             raise CheckpointError(
@@ -422,9 +424,13 @@ class _BlockNumbering:
 def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
     """Return each block of a U-Net with its number in the block-wise learning rates of other trainers.
 
-    SDXL has the numbers 0 to 22: the embeddings (0), the input blocks, the three modules of the middle block,
-    the output blocks, and the output layers. Other models have the numbers 0 to 24: the middle block is one
-    number, and embeddings and output layers have none.
+    | numbers of | SDXL, 0 to 22 | other models, 0 to 24 |
+    | --- | --- | --- |
+    | embeddings of time and sizes | 0 | none |
+    | input blocks | 1 to 9 | 0 to 11 |
+    | middle block | 10 to 12, one for each module | 12 |
+    | output blocks | 13 to 21 | 13 to 24 |
+    | output layers | 22 | none |
     """
     layers = count_layers(config)
     # residual blocks, the first convolution, and a sampler after each level except the last
@@ -436,23 +442,24 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
         num_middle=3 if is_xl else 1,
         num_up=num_blocks,
     )
-    numbers = [(block.diffusers_path, numbering.number_of(block.ldm_path)) for block in unet_blocks(layers)]
+    # (module path, block number)
+    numbered = [(block.diffusers_path, numbering.number_of(block.ldm_path)) for block in unet_blocks(layers)]
     for sampler in unet_samplers(layers):
         downsampler = sampler.downsampler.removesuffix(".conv")
         upsampler = sampler.upsampler.removesuffix(".conv")
-        numbers.append((downsampler, numbering.number_of(sampler.ldm_downsampler)))
-        numbers.append((upsampler, numbering.number_of(sampler.ldm_upsampler)))
-    num_numbers = numbering.end
+        numbered.append((downsampler, numbering.number_of(sampler.ldm_downsampler)))
+        numbered.append((upsampler, numbering.number_of(sampler.ldm_upsampler)))
+    end = numbering.end
     if is_xl:
-        numbers += [("time_embedding", 0), ("add_embedding", 0), ("conv_in", numbering.first_down)]
-        numbers += [("conv_norm_out", numbering.end), ("conv_out", numbering.end)]
-        num_numbers += 1  # the output layers
-    rates = (  # option, number of its first block, number of its blocks
+        numbered += [("time_embedding", 0), ("add_embedding", 0), ("conv_in", numbering.first_down)]
+        numbered += [("conv_norm_out", numbering.end), ("conv_out", numbering.end)]
+        end += 1  # the output layers
+    rate_options = (  # option, number of its first block, number of its blocks
         ("down_lr_weight", numbering.first_down, numbering.num_down),
         ("mid_lr_weight", numbering.first_middle, numbering.num_middle),
         ("up_lr_weight", numbering.first_up, numbering.num_up),
     )
-    return NumberedBlocks(num_numbers, rates, tuple(numbers))
+    return NumberedBlocks(end, rate_options, tuple(numbered))
 
 
 def unet_spec(config: Mapping[str, Any]) -> DitSpec:

@@ -195,7 +195,7 @@ def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, 
     return {CKPT: ckpt, "--vae": options.vae}, texts
 
 
-def _list_painted(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _inpainting_options(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sample options for the image that an inpainting model repaints; {} if there is none."""
     path = sample.get("image_path")
     if path is None:
@@ -210,7 +210,6 @@ def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[
         options: Options of the training run.
         sample: Values of a sample image, by the names of `Request`.
     """
-    chunks = options.chunks
     return {
         "--ckpt": options.ckpt or Placeholder("CHECKPOINT"),
         "--vae": options.vae,
@@ -221,6 +220,6 @@ def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[
         "--v_parameterization": options.v_parameterization,
         "--zero_terminal_snr": options.zero_terminal_snr,
         "--sampler": None if sample.get("solver") else options.sample_sampler,
-        "--max_embeddings_multiples": chunks if chunks > 1 else None,
-        **_list_painted(sample),
+        "--max_embeddings_multiples": options.chunks if options.chunks > 1 else None,
+        **_inpainting_options(sample),
     }

@@ -64,7 +64,7 @@ class CheckpointFiles:
     plans: Plans = field(default_factory=dict)  # load plans of a folder's networks
     source: Checkpoint | None = None  # a single file
     opened: ExitStack | None = None  # keeps the files of the plans open
-    markers: Sequence[str] = ()  # names of empty tensors that record what the model predicts
+    prediction_markers: Sequence[str] = ()  # names of empty tensors that record what the model predicts
     keep_tokenizer: Callable[[Path], None] = lambda _: None  # puts a tokenizer next to a file
 
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
@@ -90,7 +90,7 @@ class CheckpointFiles:
         Args:
             dtype: Dtype of the networks; None keeps that of the source.
         """
-        infos = {name: TensorInfo(torch.float32, (0,)) for name in self.markers}
+        infos = {name: TensorInfo(torch.float32, (0,)) for name in self.prediction_markers}
         source_infos = dict({} if self.source is None else self.source.tensors)
         source_infos |= {name: tensor.info for name, tensor in self.computed_tensors.items()}
         for name, info in source_infos.items():
@@ -114,7 +114,7 @@ class CheckpointFiles:
                 read_weight(self.plans, states, computed.network, weight) for weight in computed.weights
             ]
             return join_released(name, weights).reshape(computed.info.shape)
-        if self.source is None or name in self.markers:
+        if self.source is None or name in self.prediction_markers:
             return torch.empty(0)
         return self.source.read(name)
 
@@ -160,7 +160,7 @@ def make_writer(
         networks,
         trained_tensors,
         source=source,
-        markers=[name for name in _list_markers(model_type) if name not in source.tensors],
+        prediction_markers=[name for name in _list_markers(model_type) if name not in source.tensors],
         keep_tokenizer=keep_tokenizer_next_to,
     )
 
@@ -181,7 +181,7 @@ def _make_writer_for_folder(
         _plan_ldm_tensors(checkpoint_plan, plans),
         plans,
         opened=opened,
-        markers=_list_markers(model_type),
+        prediction_markers=_list_markers(model_type),
         keep_tokenizer=_make_tokenizer_copier(checkpoint, checkpoint_plan),
     )
 
@@ -260,7 +260,14 @@ def list_weights(plan: LoadPlan[Any]) -> list[str]:
 
 
 def _plan_ldm_tensor(released: str, network: str, weights: Sequence[str], plans: Plans) -> SavedTensor:
-    """Return how a tensor of a single file is computed from the weights of a folder's network."""
+    """Return how a tensor of a single-file checkpoint is computed from the weights of a diffusers folder.
+
+    Args:
+        released: Name of the tensor in released single files.
+        network: Name of the network.
+        weights: Names of the network's weights that are joined in the tensor.
+        plans: Load plans of the folder's networks.
+    """
     plan = plans[network]
     hollow = []
     for weight in weights:

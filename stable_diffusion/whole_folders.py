@@ -158,13 +158,13 @@ def make_folder_writer(
         checkpoint: The source checkpoint.
         networks: The trained networks, by name.
         model_type: What the trained model predicts.
-        form: Form of each network's files.
+        form: Whether each network is saved as one file or as shards.
 
     Raises:
         CheckpointError: If a tokenizer is missing.
     """
     opened = ExitStack()
-    # the checkpoint's own VAE, not that of --vae
+    # vae=None: the saved VAE is the checkpoint's own, not that of --vae
     checkpoint_plan = opened.enter_context(replace(checkpoint, vae=None).open_plan())
     plans = list_plans(checkpoint_plan)
     files = {network: _plan_file(network, plans) for network in plans}
@@ -361,7 +361,7 @@ def _read_tokenizer(source: TokenizerFiles, file: Path) -> dict[str, bytes]:
     merges = find_merges(file)
     if merges is not None:
         return {"vocab.json": source.read_bytes(file), "merges.txt": source.read_bytes(merges)}
-    with source.explain(file):
+    with source.convert_errors(file):
         content = parse_json(source.read_bytes(file).decode("utf-8"))
         model = content["model"]
         vocabulary = dict(model["vocab"])

@@ -171,7 +171,7 @@ SETTINGS: dict[str, Setting] = {
     "log_config": Setting(also=LOGS),
     "log_with": Setting(("tensorboard", "--logging_dir", "logs")),
     "on_end": Setting((f"{sys.executable} end.py",)),
-    "score_samples": Setting(("scorer",), also=PROMPTS, shows="the samples are not scored any more"),
+    "score_samples": Setting(("scorer",), also=PROMPTS, shows="samples are no longer scored"),
     "score_likeness_model": Setting(
         ("scorer",), also=(*PROMPTS, "--score_samples", "scorer"), shows="likeness by scorer"
     ),

@@ -34,8 +34,8 @@ WIDTH = RATE // ROWS  # samples in a row of latents
 TONE = 440.0
 STREAMS = GuidanceRules(
     streams=(
-        StreamGuidance(perturbed=1.0, modality=3.0, rescale=0.7),
-        StreamGuidance(text=7.0, perturbed=1.0, modality=2.0, rescale=0.5),
+        StreamGuidance(perturbed_scale=1.0, modality_scale=3.0, rescale=0.7),
+        StreamGuidance(text_scale=7.0, perturbed_scale=1.0, modality_scale=2.0, rescale=0.5),
     ),
     perturbed_blocks=frozenset({1}),
 )

@@ -316,7 +316,9 @@ def test_quantised_files_are_called_so_before_any_size_is_judged(
     state = packed(load_file(kind.write(tmp_path, kind.state())), form, marks)
     save_file(state, tmp_path / "packed.safetensors")
 
-    message = "in the unknown form 'int3'; those known are .*nvfp4" if marks else rf"not supported \({form}"
+    message = (
+        "has the unknown format 'int3'; known formats are .*nvfp4" if marks else rf"not supported \({form}"
+    )
     with pytest.raises(CheckpointError, match=message):
         read_once(tmp_path / "packed.safetensors", kind.checkpoints.read_dit_header)
 
@@ -680,5 +682,7 @@ def test_the_layered_qwen_image_is_told_by_its_further_tensor(tmp_path: Path) ->
     path = write_hollow(tmp_path / "dit.safetensors", tensor_list("qwen-image-layered-dit"))
 
     assert read_once(path, qwen_image.files.read_dit_header).config.has_layers
-    with pytest.raises(CheckpointError, match="which takes pictures apart; Qwen-Image needs another one"):
+    with pytest.raises(
+        CheckpointError, match="which splits pictures into layers; Qwen-Image needs a different one"
+    ):
         qwen_image.files.QwenImageReleaseFiles(path).dit_header()

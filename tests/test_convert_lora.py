@@ -242,7 +242,7 @@ def test_a_file_of_several_possible_models_is_converted_once_its_model_is_named(
     ("family", "metadata", "says"),
     [
         ("wan", {}, "flux or flux_2, as its names say, not for wan"),
-        ("hunyuan_image", {"ss_base_model_version": "flux1"}, "for flux, as its metadata say, not"),
+        ("hunyuan_image", {"ss_base_model_version": "flux1"}, "for flux according to its metadata, not"),
         ("flux_9", {}, "--family flux_9: no such model; there are wan, hunyuan_video"),
     ],
 )

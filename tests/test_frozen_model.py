@@ -77,7 +77,7 @@ def test_a_resumed_run_ends_with_equal_bytes(project: TinyProject) -> None:
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ("model/dit.safetensors", "is no LoRA for a video or image model"),
+        ("model/dit.safetensors", "is not a LoRA for a video or image model"),
         ("prompts.txt", "prompts.txt"),
         ("none.safetensors", "no such file"),
     ],

@@ -79,7 +79,7 @@ def test_generation_is_that_of_the_values(
         # products in int8 round what goes into a layer: 0.3 % of a product, here of three steps of two blocks
         compare(project, packed, 3e-2 if form in {"int8", "convrot"} else 1e-4)
 
-    assert form == "BF16" or "as the file has them" in caplog.text
+    assert form == "BF16" or "as in the file" in caplog.text
 
 
 def test_a_lora_learns_on_a_gguf_file_as_on_its_values(tmp_path: Path) -> None:
@@ -300,7 +300,9 @@ def test_loras_are_merged_into_and_extracted_from_values(
     ours, theirs = (load_file(tmp_path / f"of {file.stem}.safetensors") for file in (packed, dit))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-    assert sum(line.startswith(f"{packed.name}: quantized. What rounding") for line in caplog.messages) == 1
+    assert (
+        sum(line.startswith(f"{packed.name}: quantized. The LoRA will also") for line in caplog.messages) == 1
+    )
 
 
 def _many(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -315,10 +317,10 @@ def _changed(tensors: dict[str, Tensor], end: str, change: Callable[[Tensor], Te
 
 UNKNOWN = b'{"format": "int3"}'
 LIES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
-    "no JSON": (lambda file: _changed(file, ".comfy_quant", lambda one: one[:5]), "is no JSON"),
+    "no JSON": (lambda file: _changed(file, ".comfy_quant", lambda one: one[:5]), "is not JSON"),
     "unknown": (
         lambda file: _changed(file, ".comfy_quant", lambda _: torch.tensor([*UNKNOWN], dtype=torch.uint8)),
-        "unknown form 'int3'; those known are",
+        "unknown format 'int3'; known formats are",
     ),
     "zeros": (lambda file: _changed(file, ".weight_scale", torch.zeros_like), "zero, negative, NaN"),
     "infinite": (lambda file: _changed(file, ".weight_scale", lambda one: one / 0), "infinite"),

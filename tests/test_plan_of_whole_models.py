@@ -100,7 +100,7 @@ def test_the_plan_counts_what_the_page_says(name: str, column: int, tmp_path: Pa
 
     with dry.dry_run() as ledger:
         rehearsal = set_up_trainable(family, options, dit, ledger=ledger)
-        moments = rehearsal.measure_step()
+        moments = rehearsal.rehearse_optimizer()
         moment = moments.get("optimizer step", ledger.bytes_by_kind)
         counted = sum(moment.get(part, 0) for part in (dry.WEIGHTS, dry.OPTIMIZER, dry.GRADIENTS))
 

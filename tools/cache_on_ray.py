@@ -16,7 +16,7 @@ from protocols.families import identify
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a caching command on a Ray cluster; `argv` holds the command and its options."""
+    """Run a caching command on a Ray cluster; `argv` is the command and its options."""
     options = read_ray_options(__doc__, argv)
     script = import_own(options.script)
 

@@ -55,13 +55,11 @@ def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
         trained_family = read_family({TRAINED_ON: trained_version})
         if version == trained_version or adapter_family == trained_family:
             return ""
-        return f"its metadata say that it is for {version}, and the transformer is {trained_version}"
+        return f"its metadata says it is for {version}, and the transformer is {trained_version}"
     base = metadata.get(BASE_MODEL, "")
     repositories = family.release.repositories
     if base and base.casefold() not in [one.casefold() for one in repositories]:
-        return (
-            f"its metadata say that it is for {base}, and the transformer is of {' or '.join(repositories)}"
-        )
+        return f"its metadata says it is for {base}, and the transformer is of {' or '.join(repositories)}"
     return ""
 
 
@@ -77,4 +75,4 @@ def _describe_other_file(family: Family, made_for: str) -> str:
     is_known = any(base == made_for or (name and base.endswith(f" {digest}")) for base in bases)
     if is_known or not bases:
         return ""
-    return f"its metadata say that it was made for {made_for}, not for {' or '.join(bases)}"
+    return f"its metadata says it was made for {made_for}, not for {' or '.join(bases)}"

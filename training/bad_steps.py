@@ -22,7 +22,7 @@ def explain_bad_step(
     listed = ", ".join(keys)
     items = f" The items of this process in that step: {listed}." if listed else ""
     again = (
-        f" The {format_count(before, 'step')} before it went wrong too, and were skipped." if before else ""
+        f" The {format_count(before, 'step')} before it also went wrong and were skipped." if before else ""
     )
     return UserError(
         f"step {step}: the loss is {loss}, the gradient norm {norm}; nothing of this step was "

@@ -89,7 +89,7 @@ class TablePlan:
     texts: TensorLocation
 
     @property
-    def uses_plain_cache(self) -> bool:
+    def reads_cache_files(self) -> bool:
         """Whether latents and texts come from ordinary cache files, which need no store."""
         return self.latents is self.texts is TensorLocation.CACHE
 
@@ -107,7 +107,7 @@ def prepare_sources(
     config: DatasetConfig,
     options: CachingInRunOptions | None,
     device: torch.device,
-    texts: LiveTextEncoders | None = None,
+    live_encoders: LiveTextEncoders | None = None,
     commands: CachingCommands = NO_COMMANDS,
     needs: Collection[str] = (),
     on_media: Sequence[OnMedia] = (),
@@ -121,7 +121,7 @@ def prepare_sources(
         config: The dataset, as read from its file.
         options: Options of caching; None for a script that trains from caches alone.
         device: Device for encoding.
-        texts: Encoders that run during training; their outputs are not cached.
+        live_encoders: Encoders that run during training; their outputs are not cached.
         commands: Commands to show if a cache cannot be used.
         needs: What the active features need in batches, as names such as NO_DATASET.
         on_media: Functions that change the tensors of images that are encoded at each step.
@@ -129,26 +129,19 @@ def prepare_sources(
     Raises:
         UserError: If items cannot be cached in this way, or a file cannot be used.
     """
-    plans = plan_tables(family, config, options, () if texts is None else texts.keys, needs=needs)
+    plans = plan_tables(
+        family, config, options, () if live_encoders is None else live_encoders.keys, needs=needs
+    )
     stores = open_stores(family, plans)
     if options is not None:
         with quiet() if NO_DATASET in needs else nullcontext():  # such a dataset is a placeholder
             _encode_planned_tables(family, config, plans, options=options, device=device, stores=stores)
-    # each process has encoded a part of the items: their caches in memory are exchanged
-    memory_stores: list[MemoryStore] = []
-    for store_pair in stores.custom_stores.values():
-        memory_stores += [store for store in store_pair if isinstance(store, MemoryStore)]
-    if memory_stores:
-        _share_entries(memory_stores)
-    caches_in_memory = any(store.entries for store in memory_stores)
-    if caches_in_memory:
-        size_bytes = sum(store.size_bytes for store in memory_stores)
-        logger.info(
-            "Caches in host memory: %s. Batches are read by no other process.", format_size(size_bytes)
-        )
-    tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
+    caches_in_memory = _exchange_memory_caches(stores)
+    tables = list_live_tables(family.cache_tag, plans, needs_captions=live_encoders is not None)
     if os.environ.get("RANK", "0") == "0":  # all processes have the same tables
-        _warn_of_live(family, config, tables, encoders=() if texts is None else texts.encoders)
+        _warn_of_live(
+            family, config, tables, encoders=() if live_encoders is None else live_encoders.encoders
+        )
     media_encoder = None
     if any(table.live_buckets is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
@@ -162,6 +155,22 @@ def prepare_sources(
         # the encoder and caches in memory are in this process, so no worker process can read batches
         must_stay_in_process=media_encoder is not None or caches_in_memory,
     )
+
+
+def _exchange_memory_caches(stores: Stores) -> bool:
+    """Give all processes the caches in memory that each has encoded a part of; return if there are any."""
+    memory_stores: list[MemoryStore] = []
+    for store_pair in stores.custom_stores.values():
+        memory_stores += [store for store in store_pair if isinstance(store, MemoryStore)]
+    if memory_stores:
+        _share_entries(memory_stores)
+    has_entries = any(store.entries for store in memory_stores)
+    if has_entries:
+        size_bytes = sum(store.size_bytes for store in memory_stores)
+        logger.info(
+            "Caches in host memory: %s. Batches are read by no other process.", format_size(size_bytes)
+        )
+    return has_entries
 
 
 def _encode_planned_tables(
@@ -189,8 +198,8 @@ def _encode_planned_tables(
         )  # no warning: files of other programs are expected here
     elif options.vae_batch_size > 1:
         logger.warning(
-            "--vae_batch_size %d has no effect: this run caches no images, because their caches are "
-            "there, or because they change each time",
+            "--vae_batch_size %d has no effect: this run caches no images, because they are "
+            "cached already, or because they change each time",
             options.vae_batch_size,
         )
     text_tables = tuple(plan.table for plan in plans if plan.texts.is_made)
@@ -222,20 +231,35 @@ def plan_tables(
     """
     if NO_DATASET in needs:  # the table is a placeholder that is not trained on
         return [TablePlan(table, TensorLocation.MEMORY, TensorLocation.MEMORY) for table in config.datasets]
-    to_disk_by_name = {
-        "latents": options is not None and options.cache_latents_to_disk,
-        "text_encoder_outputs": options is not None and options.cache_text_encoder_outputs_to_disk,
-    }
-    for name, to_disk in to_disk_by_name.items():
-        if to_disk and family.latent.npz is None:
-            raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; leave out _to_disk")
-    # texts are live only if all of them are; otherwise the others are read from caches
-    texts = TensorLocation.LIVE if live and family.text_keys.issubset(live) else TensorLocation.CACHE
-    if texts is TensorLocation.CACHE and options is not None and options.caches_texts:
-        texts = TensorLocation.NPZ if options.cache_text_encoder_outputs_to_disk else TensorLocation.MEMORY
+    if options is not None and family.latent.npz is None:
+        _reject_npz(options)
+    texts = _locate_texts(family, options, live)
     if LIVE_MEDIA in needs:  # the feature that needs it has already rejected --cache_latents
         return [TablePlan(table, TensorLocation.LIVE, texts) for table in config.datasets]
     return [TablePlan(table, _locate_latents(family, table, options), texts) for table in config.datasets]
+
+
+def _reject_npz(options: CachingInRunOptions) -> None:
+    """Raise OptionError if the options ask for caches in npz files, for a model that has none."""
+    to_disk_by_name = {
+        "latents": options.cache_latents_to_disk,
+        "text_encoder_outputs": options.cache_text_encoder_outputs_to_disk,
+    }
+    for name, to_disk in to_disk_by_name.items():
+        if to_disk:
+            raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; leave out _to_disk")
+
+
+def _locate_texts(
+    family: Caches, options: CachingInRunOptions | None, live: Collection[str]
+) -> TensorLocation:
+    """Return where the text encoder outputs of all tables come from; `live` are encoded at each step."""
+    # only if all outputs are live: otherwise the rest is read from caches
+    if live and family.text_keys.issubset(live):
+        return TensorLocation.LIVE
+    if options is None or not options.caches_texts:
+        return TensorLocation.CACHE
+    return TensorLocation.NPZ if options.cache_text_encoder_outputs_to_disk else TensorLocation.MEMORY
 
 
 def _locate_latents(
@@ -264,7 +288,8 @@ def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
     """Open the cache stores of the dataset tables; tables with ordinary cache files need no store."""
     names = npz_names(family)
     return Stores(
-        names, {plan.table.index: stores_for_plan(plan, names) for plan in plans if not plan.uses_plain_cache}
+        names,
+        {plan.table.index: stores_for_plan(plan, names) for plan in plans if not plan.reads_cache_files},
     )
 
 
@@ -396,7 +421,7 @@ def _share_entries(stores: Sequence[MemoryStore]) -> None:
 UNET_ONLY = "--network_train_unet_only"
 
 
-def find_live_texts(
+def find_live_encoders(
     family: Family, options: TrainingOptions, config: DatasetConfig
 ) -> LiveTextEncoders | None:
     """Return the text encoders that run during training; None if all text outputs are cached.
@@ -405,19 +430,23 @@ def find_live_texts(
         OptionError: If caching is requested for captions that change, or a required encoder is missing.
     """
     needs_none = NO_DATASET in options.features.needs
-    texts = None if needs_none else _select_live_texts(family, options, config)
-    if texts is None:
+    live_encoders = None if needs_none else _select_live_encoders(family, options, config)
+    if live_encoders is None:
         return None
-    return replace(texts, adds_empty_prompt=EMPTY_PROMPT in options.features.needs)
+    return replace(live_encoders, adds_empty_prompt=EMPTY_PROMPT in options.features.needs)
 
 
-def _select_live_texts(
+def _select_live_encoders(
     family: Family, options: TrainingOptions, config: DatasetConfig
 ) -> LiveTextEncoders | None:
-    """Return the text encoders that run during training: for varying captions, to be trained, or uncached.
+    """Return the text encoders that run during training; None if all their outputs come from caches.
 
-    Returns:
-        The encoders; None if all texts come from caches.
+    They run in the first of these cases that applies:
+
+    1. Whole text encoders are trained along with the whole transformer.
+    2. They learn a new word.
+    3. Captions vary, or text encoders get a LoRA.
+    4. An image trainer finds no caches of their outputs.
 
     Raises:
         OptionError: If caches are requested for texts that change, or if a required encoder is not given.
@@ -429,20 +458,18 @@ def _select_live_texts(
             f"--cache_text_encoder_outputs: captions of {varying.name} vary (shuffle_caption, wildcards, tag "
             "dropout or token warm-up), so that they cannot be cached. Leave out one of the two"
         )
-    # whole text encoders are trained along with a whole transformer
     if options.full_dit is not None:
-        full_texts = _select_full_texts(family, caches_texts)
-        if full_texts is not None:
-            return full_texts
+        fully_trained = _select_fully_trained_encoders(family, caches_texts)
+        if fully_trained is not None:
+            return fully_trained
     if LIVE_TEXTS in options.features.needs:
-        return _texts_with_new_word(family, options)
+        return _select_new_word_encoders(family, options)
     if varying is not None or _trains_text_loras(options):
-        texts = _varying_or_trained_texts(family, options, varies=varying is not None)
-        if texts is not None:
-            return texts
+        live_encoders = _select_for_varying_captions_or_loras(family, options, varies=varying is not None)
+        if live_encoders is not None:
+            return live_encoders
     if caches_texts or not options.is_for_images:
         return None
-    # image trainers need no caches: without any, texts are encoded while training
     stores = Stores(npz_names(family))
     cache_ending = text_file_name("", family.cache_tag)
     for table in config.datasets:
@@ -451,7 +478,7 @@ def _select_live_texts(
     return LiveTextEncoders(_require_text_encoders(family, "there are no text caches"))
 
 
-def _texts_with_new_word(family: Family, options: TrainingOptions) -> LiveTextEncoders:
+def _select_new_word_encoders(family: Family, options: TrainingOptions) -> LiveTextEncoders:
     """Return all text encoders, for a run in which they learn the embedding of a new word."""
     encoders = _require_text_encoders(family, "they learn a new word")
     trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
@@ -467,7 +494,7 @@ def _texts_with_new_word(family: Family, options: TrainingOptions) -> LiveTextEn
     )
 
 
-def _varying_or_trained_texts(
+def _select_for_varying_captions_or_loras(
     family: Family, options: TrainingOptions, varies: bool
 ) -> LiveTextEncoders | None:
     """Return the text encoders whose captions vary or that get a LoRA; None if caches replace them.
@@ -492,7 +519,7 @@ def _varying_or_trained_texts(
     return None
 
 
-def _select_full_texts(family: Family, caches_texts: bool) -> LiveTextEncoders | None:
+def _select_fully_trained_encoders(family: Family, caches_texts: bool) -> LiveTextEncoders | None:
     """Return the text encoders if some of them are fully fine-tuned; otherwise None.
 
     Raises:
@@ -661,7 +688,7 @@ class LiveMedia:
         )
         if media.bucket != item.bucket[:2]:
             sides = "x".join(map(str, media.size))
-            raise DatasetError(f"{source.path} has {sides} pixels now, not those that it had at the start")
+            raise DatasetError(f"{source.path} has {sides} pixels now, a different size than at the start")
         return media.cut(media.spans[0])
 
     def _encode(

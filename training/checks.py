@@ -31,7 +31,7 @@ from runtime.offload.swap_plan import check_swap
 from runtime.ways.contract import RunUses
 from training.data.table_times import explain_ignored_options
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter
-from training.learner import Learner
+from training.learner import NetworkSpec
 from training.learning_options import FIND_RATE
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, make_optimizer
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_before_loading(
-    family: Family, options: TrainingOptions, learner: Learner, others: OtherFamilies = NO_OTHERS
+    family: Family, options: TrainingOptions, network_spec: NetworkSpec, others: OtherFamilies = NO_OTHERS
 ) -> None:
     """Check everything about a run that can be checked before networks are loaded.
 
@@ -59,7 +59,7 @@ def check_before_loading(
     Args:
         family: The model family.
         options: Options of the run.
-        learner: Description of what the run trains: a kind of network, or the whole DiT.
+        network_spec: Description of what the run trains: a kind of network, or the whole DiT.
         others: Models in addition to the trained one.
 
     Raises:
@@ -74,7 +74,7 @@ def check_before_loading(
     if sampling is not None:
         sampling.check_named_files()
         option = family.abilities.sampling_dit_option
-        require_equal_shapes(sampling, family, option, "what is trained is not for both")
+        require_equal_shapes(sampling, family, option, "what is trained would not fit both")
 
     check_experts(family, options)
     if options.speed.modes.hooks.check_uses:
@@ -90,9 +90,9 @@ def check_before_loading(
     check_schedule(options, options.loop.known_steps)
 
     with quiet():
-        select_lora_format(family, learner.lora)  # only for its errors
-    learner.check()
-    if learner.lora is not None:
+        select_lora_format(family, network_spec.lora_options)  # only for its errors
+    network_spec.check_initial_file()
+    if network_spec.lora_options is not None:
         check_networks(family, options)
     if options.parts is not None or (options.network is not None and options.network.network_args):
         rates = _list_rates(options)
@@ -327,37 +327,37 @@ def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
 
     Only kinds that rotate inputs are compared.
     """
-    in_file = kind_of_files(lora.tensors, ROTATING)
-    trained = network.kind if network.kind in ROTATING else None
-    if in_file is trained:
+    kind_of_file = kind_of_files(lora.tensors, ROTATING)
+    kind_of_network = network.kind if network.kind in ROTATING else None
+    if kind_of_file is kind_of_network:
         return
     name = f"--network_weights {network.network_weights}"
-    if in_file is not None:
+    if kind_of_file is not None:
         raise OptionError(
-            f"{name} is {named(in_file)}: it is trained on with --network_module {in_file.network_module}. "
-            "Give that"
+            f"{name} is {named(kind_of_file)}: to continue training it, give --network_module "
+            f"{kind_of_file.network_module}"
         )
-    assert trained is not None
+    assert kind_of_network is not None
     raise OptionError(
-        f"{name} is no {trained.name}, so that --network_module {trained.network_module} cannot train it on. "
-        "Leave the module out, or give the one that made the file"
+        f"{name} is not {named(kind_of_network)}, so --network_module {kind_of_network.network_module} "
+        "cannot continue training it. Leave the module out, or give the one that made the file"
     )
 
 
 def select_lora_format(
-    family: Family, lora: NetworkOptions | None, texts: Sequence[LearningEncoder] = ()
+    family: Family, lora: NetworkOptions | None, trained_encoders: Sequence[LearningEncoder] = ()
 ) -> LoraFormat | None:
     """Return the file format of saved LoRAs, which the options choose; None if no LoRA is trained.
 
     Args:
         family: The model family.
         lora: Options of the LoRA; None if none is trained.
-        texts: Text encoders that are trained, as far as they are known.
+        trained_encoders: Text encoders that are trained, as far as they are known.
     """
     if lora is None:
         return None
     module = lora.network_module or family.lora_module
-    names = {encoder.lora_prefix: encoder.name for encoder in texts}
+    names = {encoder.lora_prefix: encoder.name for encoder in trained_encoders}
     return select_format(lora, family.name, module, names)
 
 
@@ -430,28 +430,28 @@ def list_unused_options(
         if not takes_guidance:
             reasons["guidance_scale"] = "this model has no input for embedded guidance"
     if parts is not None and parts.have_own_rates:
-        reasons["learning_rate"] = "all parts that learn have rates of their own"
+        reasons["learning_rate"] = "all trained parts have their own rates"
     return list_without_effect(options, family_options, reasons)
 
 
-def describe_learning_rate(options: TrainingOptions, learner: Learner) -> str:
+def describe_learning_rate(options: TrainingOptions, network_spec: NetworkSpec) -> str:
     """Describe the learning rate, with the usual one if it is far from that.
 
     Args:
         options: Options of the run.
-        learner: What the run trains.
+        network_spec: What the run trains.
     """
     optimizer = options.optimizer
     parts = options.parts
-    is_full = learner.make is None
+    is_full = network_spec.make_network is None
     rate = optimizer.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
     text = f"{rate:g}"
     name = (optimizer.optimizer_type or "AdamW").rpartition(".")[2].lower()
-    usual_rates = learner.default_rate
+    usual_rates = network_spec.default_rate
     finds_rate_itself = name.startswith(FIND_RATE) and optimizer.arguments().get("relative_step") is not False
     # the default rates are for Adam; full models are often trained with Adafactor and a fixed rate
     is_comparable = "adam" in name or (is_full and name == "adafactor")
     if not is_comparable or finds_rate_itself or usual_rates.low <= rate <= usual_rates.high:
         return text
     level = "LOW" if rate < usual_rates.low else "HIGH"
-    return f"{text}, which is {level} for {learner.rate_label}: {usual_rates.usual} is usual"
+    return f"{text}, which is {level} for {network_spec.rate_label}: {usual_rates.usual} is usual"

@@ -52,7 +52,9 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
             choices.
     """
     if name.lower().endswith((".yaml", ".yml", ".json")):
-        raise UserError(f"--config_file {name} is no TOML file. Write its options as TOML: network_dim = 16")
+        raise UserError(
+            f"--config_file {name} is not a TOML file. Write its options as TOML: network_dim = 16"
+        )
     path = to_path("--config_file", name if name.endswith(".toml") else f"{name}.toml")
     actions = _map_actions_by_key(parser)
     tables = {name: value for name, value in _load(path).items() if name != PROJECT_TABLE}

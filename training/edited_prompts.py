@@ -39,7 +39,7 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, log_activity: Call
     """
     source = sampler.source
     text, error = source.text, source.fault
-    if source.process == 0:
+    if source.process_index == 0:
         text, error = _read_prompts(source.path, text)
     if num_processes > 1:
         text, error = broadcast_object_list([text, error])
@@ -54,7 +54,7 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, log_activity: Call
     # if one process fails, all processes keep the earlier prompts, and the first one logs the reason
     errors = [error] if num_processes == 1 else gather_object([error])
     error = next(filter(None, errors), "")
-    if source.process == 0:
+    if source.process_index == 0:
         _log_outcome(edited, error)
     return sampler if error else edited
 
@@ -76,10 +76,10 @@ def _log_outcome(edited: Sampler, error: str) -> None:
     """Log that samples are made of the edited prompts, or a warning if `error` says why not."""
     if error:
         reason = shorten(" ".join(error.split()), MAX_ERROR_CHARACTERS)
-        logger.warning("The edited sample prompts are not taken; the earlier ones stay: %s", reason)
+        logger.warning("The edited sample prompts are not used; the earlier ones are kept: %s", reason)
         return
     num_prompts = format_count(len(edited.prompts), "prompt")
-    logger.info("Samples are made of the edited %s: %s.", edited.source.path, num_prompts)
+    logger.info("Samples are generated from the edited %s: %s.", edited.source.path, num_prompts)
 
 
 def _read_prompts(path: Path, previous_text: str) -> tuple[str, str]:
@@ -126,11 +126,11 @@ def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sam
             f"new texts cannot be encoded while the model is split over processes "
             f"({session.blocks.asked_by}). End the training and continue it to take them"
         )
-    if source.process == 0:
+    if source.process_index == 0:
         warn_of_unused(entries, session.family, source.path)
     if num_new_texts:
         log_activity("encoding edited prompts")
-    encoded = encode_samples(session, entries, edited_requests, decodes=sampler.writes)
+    encoded = encode_samples(session, entries, edited_requests, decodes=sampler.writes_files)
     samples = unchanged_samples | {sample.index: sample for sample in encoded}
     return replace(
         sampler, samples=[samples[index] for index in sorted(samples)], prompts=prompts_of(entries)

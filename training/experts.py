@@ -84,7 +84,10 @@ def read_adapter(
     name_in_file = read_lora(path, by_expert=True).expert
     if name_in_file != expert.name and name_in_file in [trained.name for trained in experts]:
         logger.info(
-            "%s %s is for another one: the %s trains without it.", TRAINING_ADAPTER, path, expert.description
+            "%s %s is for the other transformer: the %s trains without it.",
+            TRAINING_ADAPTER,
+            path,
+            expert.description,
         )
         return None
     return read_use(path, expert.name, multiplier)
@@ -176,13 +179,13 @@ def _log_trained_expert(
         _warn_of_other_experts_weights(family, network_for(options, expert), (trained or expert).name)
     if len(experts) == 1 and options.samples.sample_prompts is not None and not has_sample_only_networks:
         option = family.abilities.sampling_dit_option
-        logger.info("Samples are made by the trained transformer alone; give %s for both.", option)
+        logger.info("Only the trained transformer generates samples; give %s to use both.", option)
     # if only the expert from 0 on is trained, the boundary is the start of the other one
     boundary = max(expert.min_timestep for expert in experts) or all_experts[-1].min_timestep
     if len(experts) > 1:
         logger.info("Timesteps from %g on train --dit_high_noise, the others --dit.", boundary)
     elif experts[0].min_timestep > 0:
-        logger.info("Only timesteps from %g on are trained, at which --dit_high_noise works.", boundary)
+        logger.info("Only timesteps from %g on are trained, the range of --dit_high_noise.", boundary)
     elif trained is None:
         _warn_of_all_levels(options, boundary)
 
@@ -208,12 +211,12 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
     if rule.is_certain:
         beginning = f"The transformer {rule.distilled} ({why}). Plain training unlearns"
     if options.full_dit is not None:  # without a frozen model, there are no targets that keep the ability
-        return f"{beginning} {rule.lost}: {rule.cost}. {rule.instead_of_full}."
-    warning = f"{beginning} {rule.lost}: with the trained network {rule.cost}. {rule.instead}."
+        return f"{beginning} {rule.lost}: {rule.cost}. {rule.advice_for_full_training}."
+    warning = f"{beginning} {rule.lost}: with the trained network {rule.cost}. {rule.advice_for_lora}."
     if rule.targets:
         targets = ", or ".join(target.options for target in rule.targets)
         warning += (
-            f" If you train this one, docs/targets.md tells how it keeps more of {rule.lost}: {targets}."
+            f" If you train this one, docs/targets.md explains how to keep more of {rule.lost}: {targets}."
         )
     return warning
 
@@ -332,8 +335,8 @@ def set_up_network(
     loop: LoopOptions,
     device: torch.device,
     compilation: Compilation | None = None,
-    host: HostWeights | None = None,
-    blocks: BlockSharder | None = None,
+    host_weights: HostWeights | None = None,
+    block_sharder: BlockSharder | None = None,
 ) -> None:
     """Compile the blocks, checkpoint them, and set up swapped or split ones. Call after attaching a LoRA.
 
@@ -346,8 +349,8 @@ def set_up_network(
         loop: Options of the training loop.
         device: Device of the run.
         compilation: How to compile; None does not compile.
-        host: Host memory of swapped weights.
-        blocks: Place that the blocks were loaded into, if they are split over processes.
+        host_weights: Host memory with the weights of swapped blocks; None if none is swapped.
+        block_sharder: What split the blocks over processes while they were loaded; None if they are complete.
     """
     cpu_offload = loop.gradient_checkpointing_cpu_offload
     checkpointing: network_setup.Checkpointing | None = None  # None: the blocks keep their activations
@@ -358,10 +361,10 @@ def set_up_network(
         spec,
         device,
         compilation=compilation,
-        host=host,
+        host=host_weights,
         checkpointing=checkpointing,
         in_pieces=cpu_offload,
-        blocks=blocks,
+        blocks=block_sharder,
     )
     dit.train(loop.gradient_checkpointing)  # only checkpointing depends on the mode: there is no dropout
 

@@ -54,7 +54,7 @@ def image_values(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str,
         values["model_prediction_type"] = prediction.model_prediction_type
     batch_size = values["batch_size_per_device"]  # from `_common_settings`; None if the tables differ in it
     if batch_size is not None:
-        batch_size *= plan.steps.processes * plan.steps.accumulation
+        batch_size *= plan.steps.data_parallel_size * plan.steps.accumulation_steps
     values["total_batch_size"] = batch_size
     if options.subset is not None:
         values |= {

@@ -34,7 +34,7 @@ from training.options import (
     TrainingOptions,
     fill_arguments,
     list_script_options,
-    log_idle,
+    log_options_without_effect,
     training_parser,
 )
 from training.run_options import StartOptions
@@ -74,11 +74,11 @@ class ImageTrainerDefaults:
     translate: Callable[[argparse.Namespace], None] = lambda args: None
     # options that messages name -> how the script spells them
     shown_as: Mapping[str, str] = field(default_factory=dict)
-    # options of other trainers that the family does not have; None: `FOREIGN`
+    # options of other trainers that the family does not have; None: `OTHER_TRAINERS_OPTIONS`
     foreign: tuple[type[Options], ...] | None = None
     # further settings of shared options, by name, as `add_options` takes them
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    # option groups of a script that trains all weights, instead of the LoRA options; None: `OF_FULL_MODELS`
+    # option groups of a script that trains all weights, instead of LORA_OPTIONS; None: `FULL_MODEL_OPTIONS`
     whole: tuple[type[Options], ...] | None = None
 
 
@@ -87,7 +87,7 @@ def read_image_training(
     record: type[R],
     defaults: ImageTrainerDefaults,
     argv: Sequence[str] | None,
-    learner: type[Options] = TrainedNetworkOptions,
+    trained_options: type[Options] = TrainedNetworkOptions,
 ) -> tuple[TrainingOptions, R, list[ScriptOption]]:
     """Read the options of a script that trains an image model.
 
@@ -100,9 +100,9 @@ def read_image_training(
             and fill fields of the record with these option names.
         defaults: Differences between image families.
         argv: Command line; None for that of the process.
-        learner: Record with the options of what is trained: by default, of a network such as a LoRA.
+        trained_options: Record with the options of what is trained: by default, of a network such as a LoRA.
     """
-    command = read_command_line(argv, partial(_build_parser, doc, record, defaults, learner))
+    command = read_command_line(argv, partial(_build_parser, doc, record, defaults, trained_options))
     parser = command.parser
     args = fill_arguments(command)
     read_options(ConsoleOptions, args).apply()
@@ -119,7 +119,7 @@ def read_image_training(
         options = read_options(TrainingOptions, args)
         family_options = read_options(record, args)
         if args.options_of_file:
-            log_idle(args, options, family_options)
+            log_options_without_effect(args, options, family_options)
     if options.predicted != RAW:
         logger.warning(
             "--model_prediction_type %s compares something else than the velocity with the velocity, as "
@@ -130,10 +130,10 @@ def read_image_training(
 
 
 def _build_parser(
-    doc: str | None, record: type[Options], defaults: ImageTrainerDefaults, learner: type[Options]
+    doc: str | None, record: type[Options], defaults: ImageTrainerDefaults, trained_options: type[Options]
 ) -> Parser:
     """Return a parser with the options of every image trainer and those of a family."""
-    parser = image_training_parser(doc, defaults, learner)
+    parser = image_training_parser(doc, defaults, trained_options)
     add_options(parser, record)
     return parser
 
@@ -166,14 +166,14 @@ class OtherNames(Options, title="other names"):
 
 
 def image_training_parser(
-    doc: str | None, defaults: ImageTrainerDefaults, learner: type[Options] = TrainedNetworkOptions
+    doc: str | None, defaults: ImageTrainerDefaults, trained_options: type[Options] = TrainedNetworkOptions
 ) -> Parser:
     """Return a parser with all options that every image trainer has.
 
     Args:
         doc: The script's docstring.
         defaults: Differences between image families.
-        learner: Record with the options of what is trained: a network, or a whole model.
+        trained_options: Record with the options of what is trained: a network, or a whole model.
     """
     default = {
         "timestep_sampling": defaults.timestep_sampling,
@@ -185,19 +185,18 @@ def image_training_parser(
     choices = {"timestep_sampling": defaults.samplers, "weighting_scheme": (*WEIGHTINGS, UNIFORM)}
     settings = {name: {"choices": values} for name, values in choices.items()} | dict(defaults.settings)
     script: dict[str, Any] = {"defaults": default, "refused": defaults.refused}
-    parser = training_parser(doc, learner, settings=settings, **script)
-    # options that image trainers have only for LoRAs, or only for whole models
-    learner_options: tuple[type[Options], ...] = OF_LORAS
-    if learner is not TrainedNetworkOptions:
-        learner_options = OF_FULL_MODELS if defaults.whole is None else defaults.whole
+    parser = training_parser(doc, trained_options, settings=settings, **script)
+    learner_options: tuple[type[Options], ...] = LORA_OPTIONS
+    if trained_options is not TrainedNetworkOptions:
+        learner_options = FULL_MODEL_OPTIONS if defaults.whole is None else defaults.whole
     add_options(parser, ImageModelOptions, *learner_options, PredictionOptions, **script)
     add_options(parser, SubsetOptions, CachingInRunOptions, **script)
-    foreign = FOREIGN if defaults.foreign is None else defaults.foreign
+    foreign = OTHER_TRAINERS_OPTIONS if defaults.foreign is None else defaults.foreign
     add_options(parser, StartOptions, ConsoleOptions, OtherNames, *foreign, **script)
-    actions = {action.dest: action for action in parser._actions}
-    actions["dynamo_backend"].choices = (*(actions["dynamo_backend"].choices or ()), TENSORRT)
+    (dynamo_backend,) = (action for action in parser._actions if action.dest == "dynamo_backend")
+    dynamo_backend.choices = (*(dynamo_backend.choices or ()), TENSORRT)
     # the launcher's setting; its default here takes effect with --torch_compile only
-    actions["dynamo_backend"].not_given = "NO"  # type: ignore[attr-defined]
+    dynamo_backend.not_given = "NO"  # type: ignore[attr-defined]
     parser.set_defaults(dynamo_backend="inductor")
     return parser
 
@@ -274,22 +273,27 @@ def _options_set_by_alias(args: argparse.Namespace, tokenizers: Collection[str])
     return names
 
 
-def _find_tokenizers(args: argparse.Namespace, folders: Mapping[str, str]) -> None:
-    """Point each tokenizer option without a value to its folder in --tokenizer_cache_dir."""
-    if args.tokenizer_cache_dir is None or not folders:
+def _find_tokenizers(args: argparse.Namespace, folder_by_option: Mapping[str, str]) -> None:
+    """Point each tokenizer option without a value to its folder in --tokenizer_cache_dir.
+
+    Args:
+        args: Parsed arguments, which are changed.
+        folder_by_option: Name of the tokenizer's folder in --tokenizer_cache_dir, by option.
+    """
+    if args.tokenizer_cache_dir is None or not folder_by_option:
         return
     cache = to_path("--tokenizer_cache_dir", args.tokenizer_cache_dir)
     if cache.is_file():
         raise OptionError(f"--tokenizer_cache_dir {cache}: it is a file. Give the folder of the tokenizers")
-    for option_name, folder in folders.items():
+    for option_name, folder in folder_by_option.items():
         if getattr(args, option_name) is None and (cache / folder).is_dir():
             setattr(args, option_name, str(cache / folder))
-    if not any((cache / folder).is_dir() for folder in folders.values()):
+    if not any((cache / folder).is_dir() for folder in folder_by_option.values()):
         logger.warning(
             "--tokenizer_cache_dir %s has no folder %s: tokenizers are looked for next to the text encoders, "
             "then on the hub, and nothing is kept in that folder. HF_HOME moves the hub's cache.",
             cache,
-            " or ".join(folders.values()),
+            " or ".join(folder_by_option.values()),
         )
 
 
@@ -425,9 +429,10 @@ class UnsupportedInFullFineTuning(OfManyWeights, title="full fine-tuning"):
     text_encoder_lr = unsupported(_TEXTS_STAY, nargs="*", type=float)
 
 
-OF_LORAS = (PartsOptions, OfLoraFiles)
-OF_FULL_MODELS = (UnsupportedInFullFineTuning,)
-FOREIGN = (OtherModels, DeepspeedOptions, NotNeeded, NotNeededByFlows)
+# options that image trainers have only for LoRAs, only for whole models, and those of other trainers
+LORA_OPTIONS = (PartsOptions, OfLoraFiles)
+FULL_MODEL_OPTIONS = (UnsupportedInFullFineTuning,)
+OTHER_TRAINERS_OPTIONS = (OtherModels, DeepspeedOptions, NotNeeded, NotNeededByFlows)
 
 
 class NotForNoise(Options, title="not built"):
@@ -507,7 +512,7 @@ def _replace_fused_groups(args: argparse.Namespace) -> None:
         return
     if args.fused_backward_pass:
         raise OptionError(
-            f"--fused_optimizer_groups {groups} with --fused_backward_pass: both say when weights are "
+            f"--fused_optimizer_groups {groups} with --fused_backward_pass: both set when weights are "
             "stepped. Give --fused_backward_pass alone, which takes less memory"
         )
     args.fused_backward_pass = True

@@ -1,6 +1,6 @@
 """What a run trains: a LoRA, another network that the family creates, or the model itself.
 
-`find_learner` decides this once for a run and returns a record for all other code.
+`find_network_spec` decides this once for a run and returns a record for all other code.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,49 +40,51 @@ class MakeNetwork(Protocol):
         seed: int,
         *,
         encoders: Mapping[str, nn.Module],
-        in_dit: bool,
-        resumed: Mapping[str, Tensor] | None = None,
-        with_values: bool = True,
+        trains_dit: bool,
+        resumed_tensors: Mapping[str, Tensor] | None = None,
+        has_initial_values: bool = True,
     ) -> TrainableNetwork:
         """Return the network, whose modules are attached to those of the model."""
         ...
 
 
 @dataclass(frozen=True)
-class Learner:
+class NetworkSpec:
     """What a run trains: functions and texts with which the network is made, checked, saved and described."""
 
     label: str  # "LoRA", "ControlNet-LLLite"
     rate_label: str  # "a LoRA": what `default_rate` is usual for
     default_rate: DefaultRate
-    make: MakeNetwork | None  # None: the model itself is trained
+    make_network: MakeNetwork | None  # None: the model itself is trained
     is_embedding: bool = False  # whether the network belongs to text encoders that learn a new word
-    lora: NetworkOptions | None = None  # None: the network has no ranks, arguments and formats of a LoRA
+    lora_options: NetworkOptions | None = (
+        None  # None: the network has no ranks, arguments and formats of a LoRA
+    )
     description: str = ""  # description with sizes, for boxes; "" if the options describe it
     architecture_suffix: str = "lora"  # suffix of the architecture in the metadata
-    values: Mapping[str, Any] = field(default_factory=dict)  # metadata entries of its files
-    write: WritesNetwork | None = None  # None: files are written like those of LoRAs, or of the model
-    check: Callable[[], None] = lambda: None  # raises UserError if the file to start from cannot be used
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # metadata entries of its files
+    write_file: WritesNetwork | None = None  # None: files are written like those of LoRAs, or of the model
+    check_initial_file: Callable[[], None] = lambda: None  # raises UserError if it cannot be used
     # given the dataset, and the attribute of tables whose target is the base model's prediction, return the
     # dataset to train on. Raises DatasetError
-    check_data: Callable[[DatasetConfig, str], DatasetConfig] = lambda config, kept: config
+    check_data: Callable[[DatasetConfig, str], DatasetConfig] = lambda config, preserve_attribute: config
     caption_checks: Sequence[ReadCaptions] = ()  # each returns a note on captions that teach nothing
-    sentences: Sequence[str] = ()  # replace the captions
+    caption_choices: Sequence[str] = ()  # replace the captions; one is drawn for each sample
     start_option: str = "network_weights"  # option for the file to start from; "": the option of the model
     # see `MadeNetwork.generate`; None: the model's own script generates with it
-    generate: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]] | None = None
+    generation_command: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]] | None = None
 
 
-FULL_MODEL = Learner(
-    label="model", rate_label="a whole model", default_rate=FULL_RATE, make=None, start_option=""
+FULL_MODEL = NetworkSpec(
+    label="model", rate_label="a whole model", default_rate=FULL_RATE, make_network=None, start_option=""
 )
 
 
-def find_learner(
+def find_network_spec(
     family: Trains,
     network: NetworkOptions | None,
     lora_replacement: Callable[[Described], CustomNetwork] | None = None,
-) -> Learner:
+) -> NetworkSpec:
     """Return a description of what a run trains (a LoRA, another network, or the model) and how to create it.
 
     Args:
@@ -97,34 +99,34 @@ def find_learner(
     custom = custom_network_of(family) if family.abilities.has_custom_network else None
     if custom is not None:
         return _describe_custom_network(custom)
-    return Learner(
+    return NetworkSpec(
         label="LoRA",
         rate_label="a LoRA",
         default_rate=LORA_RATE,
-        make=partial(_make_lora, family.lora_module),
-        lora=network,
+        make_network=partial(_make_lora, family.lora_module),
+        lora_options=network,
     )
 
 
-def _describe_custom_network(custom: CustomNetwork) -> Learner:
-    """Return the `Learner` of a network that the model family defines, such as a ControlNet."""
+def _describe_custom_network(custom: CustomNetwork) -> NetworkSpec:
+    """Return the `NetworkSpec` of a network that the model family defines, such as a ControlNet."""
     # captions should contain the trained word, unless the run learns from sentences of its own
     reads_captions = custom.in_text_encoders and not custom.sentences
-    return Learner(
+    return NetworkSpec(
         label=custom.label,
         rate_label=custom.label,
         default_rate=custom.default_rate,
-        make=partial(_make_custom_network, custom),
+        make_network=partial(_make_custom_network, custom),
         description=custom.description,
         architecture_suffix=custom.architecture_suffix,
-        values=custom.values,
-        write=custom.write,
-        check=custom.check,
+        metadata=custom.values,
+        write_file=custom.write,
+        check_initial_file=custom.check,
         check_data=partial(_check_data, custom),
         caption_checks=(custom.check_captions,) if reads_captions else (),
-        sentences=custom.sentences,
+        caption_choices=custom.sentences,
         start_option=custom.start_option,
-        generate=custom.generate,
+        generation_command=custom.generate,
     )
 
 
@@ -135,15 +137,17 @@ def _make_lora(
     seed: int,
     *,
     encoders: Mapping[str, nn.Module],
-    in_dit: bool,
-    resumed: Mapping[str, Tensor] | None = None,
-    with_values: bool = True,
+    trains_dit: bool,
+    resumed_tensors: Mapping[str, Tensor] | None = None,
+    has_initial_values: bool = True,
 ) -> TrainableNetwork:
     """Make a LoRA (or a network of its kind) and attach it to the model.
 
-    `module` is the network module of the family's LoRAs. `with_values` is for other makers and not used.
+    `module` is the network module of the family's LoRAs. `has_initial_values` is for other makers, not used.
     """
-    return make_network(options, module, dit, seed, encoders=encoders, trains_dit=in_dit, resumed=resumed)
+    return make_network(
+        options, module, dit, seed, encoders=encoders, trains_dit=trains_dit, resumed=resumed_tensors
+    )
 
 
 def _make_custom_network(
@@ -153,32 +157,36 @@ def _make_custom_network(
     seed: int,
     *,
     encoders: Mapping[str, nn.Module],
-    in_dit: bool,
-    resumed: Mapping[str, Tensor] | None = None,
-    with_values: bool = True,
+    trains_dit: bool,
+    resumed_tensors: Mapping[str, Tensor] | None = None,
+    has_initial_values: bool = True,
 ) -> TrainableNetwork:
     """Make a network that the model family defines; all arguments are those of other networks' makers.
 
-    `options` and `resumed` are not used: the settings of such a network are in the record `custom`.
+    `options` and `resumed_tensors` are not used: the settings of such a network are in the record `custom`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "network"))
-        module = custom.make(nn.ModuleDict(encoders) if custom.in_text_encoders else dit, with_values)
+        module = custom.make(nn.ModuleDict(encoders) if custom.in_text_encoders else dit, has_initial_values)
     return ForeignNetwork(module.requires_grad_(True), dit)
 
 
-def _check_data(custom: CustomNetwork, config: DatasetConfig, kept: str) -> DatasetConfig:
+def _check_data(custom: CustomNetwork, config: DatasetConfig, preserve_attribute: str) -> DatasetConfig:
     """Check the tables for a family's own network: control images, or images of a new word.
 
-    Returns the dataset, in which images need no captions if sentences replace them. `kept` is the name of
-    the attribute with which a table asks for the base model's prediction.
+    Returns the dataset, in which images need no captions if sentences replace them.
+
+    Args:
+        custom: The family's network.
+        config: The dataset.
+        preserve_attribute: Name of the attribute with which a table asks for the base model's prediction.
     """
     if not custom.in_text_encoders:
         from dataset.control_pairs import check_pairs  # other trainings read caches alone
 
         check_pairs(config, custom.label)
         return config
-    _check_word_tables(custom, config, kept)
+    _check_word_tables(custom, config, preserve_attribute)
     if not custom.sentences:
         return config
     # class_tokens is the caption of images without a caption file: "" makes such files unnecessary
@@ -186,13 +194,13 @@ def _check_data(custom: CustomNetwork, config: DatasetConfig, kept: str) -> Data
     return replace(config, datasets=tables)
 
 
-def _check_word_tables(custom: CustomNetwork, config: DatasetConfig, kept: str) -> None:
+def _check_word_tables(custom: CustomNetwork, config: DatasetConfig, preserve_attribute: str) -> None:
     """Raise DatasetError for tables from which a word's embedding cannot learn.
 
     Args:
         custom: The embedding.
         config: The dataset.
-        kept: Name of the attribute with which a table asks for the base model's prediction.
+        preserve_attribute: Name of the attribute with which a table asks for the base model's prediction.
     """
     for table in config.datasets:
         if table.is_reg:
@@ -200,8 +208,8 @@ def _check_word_tables(custom: CustomNetwork, config: DatasetConfig, kept: str) 
                 f"{table.name}: {custom.label} learns nothing from regularization images, as their captions "
                 "lack the word. Leave them out"
             )
-        if kept in table.attributes:
+        if preserve_attribute in table.attributes:
             raise DatasetError(
-                f"{table.name}: {kept} compares a network in the transformer with the model without it, and "
-                f"{custom.label} has none there. Leave it out"
+                f"{table.name}: {preserve_attribute} compares a network in the transformer with the model "
+                f"without it, and {custom.label} has none there. Leave it out"
             )

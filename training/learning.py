@@ -47,16 +47,16 @@ from training.saver import restore
 from training.saving.files import MinuteClock, Saver
 from training.saving.states import ForeignState, SavedState
 from training.trainable import (
-    Rates,
+    LearningRates,
     Trainable,
     join_experts,
+    prepare_network,
     seed_networks,
     share_network,
-    train_network,
 )
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
 from training.validation import Validation
-from training.whole_checkpoint import train_full
+from training.whole_checkpoint import prepare_full_model
 
 if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.apply import LoraPatch
@@ -80,7 +80,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     """
     accelerator = plan.accelerator
     loading = Loading(plan, swap)
-    encoders = {} if plan.texts is None else plan.texts.networks_with_new_word
+    encoders = {} if plan.live_encoders is None else plan.live_encoders.networks_with_new_word
     # networks that features train in addition to the LoRA, such as the vectors of a new word
     auxiliary_learners = [
         make(encoders, plan.progress.seed, True) for make in plan.features.on.auxiliary_learners
@@ -88,17 +88,17 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     initial_lora = None if plan.options.network is None else plan.options.network.network_weights
     if initial_lora is not None:
         _check_initial_lora(plan, initial_lora, auxiliary_learners)
-    learners = Learners(plan, auxiliary_learners)
+    builder = TrainableBuilder(plan, auxiliary_learners)
     networks: list[nn.Module] = []
     for index in range(len(plan.family.experts)):
         network = loading.load(plan.family, index)
-        learners.add(network.dit, network.expert)
+        builder.add(network.dit, network.expert)
         loading.set_up_network(network)
         networks.append(network.dit)
     sample_networks: Sequence[nn.Module] = networks
     if loading.has_sample_only_networks:
-        sample_networks = _load_sample_networks(loading, learners, networks)
-    trainable = learners.join()
+        sample_networks = _load_sample_networks(loading, builder, networks)
+    trainable = builder.join()
     optimizer, optimizer_name = _make_optimizer(plan, trainable)
     schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
     averaging = find_averaging_optimizer(optimizer)
@@ -107,8 +107,8 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
     model = TrainedModel(
         plan=plan,
-        dits=experts.ExpertNetworks(networks, loading.copies, loading.adapters),
-        sample_dits=experts.ExpertNetworks(sample_networks, loading.copies, loading.sample_loras),
+        dits=experts.ExpertNetworks(networks, loading.host_copies, loading.adapters),
+        sample_dits=experts.ExpertNetworks(sample_networks, loading.host_copies, loading.sample_loras),
         loading=loading,
         trainable=trainable,
         optimizer=optimizer,
@@ -136,7 +136,7 @@ def _check_initial_lora(
     trained_words = {word_of(name) for auxiliary in auxiliary_learners for name in auxiliary.tensors()}
     for word in sorted(words_in_file - trained_words):
         logger.warning(
-            "%s brings the word %s, which is not trained on and will not be in the new file. Give "
+            "%s contains the word %s, which is not trained further and will not be in the new file. Give "
             "--train_embedding %s to train both",
             lora,
             word,
@@ -149,13 +149,13 @@ def _check_initial_lora(
 
 
 def _load_sample_networks(
-    loading: "Loading", learners: "Learners", networks: Sequence[nn.Module]
+    loading: "Loading", builder: "TrainableBuilder", networks: Sequence[nn.Module]
 ) -> list[nn.Module]:
     """Load the networks that only samples use; return all networks of samples, by expert.
 
     Args:
         loading: Loads the networks.
-        learners: The trained parts.
+        builder: The trained parts.
         networks: Networks that are trained.
     """
     plan = loading.plan
@@ -167,7 +167,7 @@ def _load_sample_networks(
         if file not in network_by_file:
             network = loading.load(plan.sample_family, index)
             if not uses_trained:
-                learners.add(network.dit, network.expert)
+                builder.add(network.dit, network.expert)
             loading.set_up_network(network)
             network_by_file[file] = network.dit
         sample_networks.append(network_by_file[file].eval())
@@ -251,8 +251,8 @@ def _make_feed(model: TrainedModel) -> Feed:
         weighted_by=options.weighted_by,
         audio=family.audio_learning if trains_audio(family) else None,
         batch_hooks=tuple(features.on.batch),
-        caption_choices=plan.learner.sentences,
-        view=features.view,
+        caption_choices=plan.network_spec.caption_choices,
+        condition_set=features.condition_set,
     )
     return Feed(
         order=plan.order,
@@ -278,8 +278,10 @@ class UnpreparedNetwork:
     family: Family
     index: int  # index of its expert
     expert: Expert
-    host: "HostWeights | None"  # holds swapped weights; None: all weights are on the device
-    blocks: BlockSharder | None  # splits blocks over processes; None: each process has the whole network
+    host_weights: "HostWeights | None"  # holds swapped weights; None: all weights are on the device
+    block_sharder: (
+        BlockSharder | None
+    )  # splits blocks over processes; None: each process has the whole network
 
 
 @dataclass
@@ -290,7 +292,9 @@ class Loading:
     swap: SwapOptions  # auto is resolved
     sample_loras: "list[AddedLoras]" = field(default_factory=list)
     adapters: "list[AddedLoras]" = field(default_factory=list)  # --training_adapter in trained networks
-    copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # host copies of networks that take turns
+    host_copies: dict[nn.Module, HostCopy] = field(
+        default_factory=dict
+    )  # host copies of networks that take turns
 
     has_sample_only_networks: bool = field(init=False)  # whether samples need networks that are not trained
     takes_turns: bool = field(init=False)  # whether one network is on the device at a time
@@ -310,8 +314,8 @@ class Loading:
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
         # where the weights are kept: in host memory if they are swapped, or split over processes
-        host = make_host_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
-        blocks = (
+        host_weights = make_host_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
+        block_sharder = (
             make_block_sharder(options.speed, device)
             if options.speed.modes.hooks.make_block_sharder
             else None
@@ -329,7 +333,9 @@ class Loading:
         # a DoRA learns the norms of the weights, which include merged LoRAs
         must_merge = network_options is not None and network_options.decomposes
         leave_unmerged = None if patch is None or must_merge else patch.leave_unmerged
-        placement = replace(placement, patch=patch, leave_unmerged=leave_unmerged, host=host, blocks=blocks)
+        placement = replace(
+            placement, patch=patch, leave_unmerged=leave_unmerged, host=host_weights, blocks=block_sharder
+        )
         dit = family.load_dit(placement, index)
         experts.check_dtype(family, options, compute_dtype_of(dit))
         compute_dtype = experts.AUTOCAST.get(options.accelerator.mixed_precision) or compute_dtype_of(dit)
@@ -337,9 +343,11 @@ class Loading:
             _wrap_unmerged(dit, patch, t_loras, device, compute_dtype)
         warn_if_emulated(device, compute_dtype, "the transformer")
         dit.requires_grad_(False)
-        if blocks is not None and plan.splits_model:
-            blocks.split(dit)
-        return UnpreparedNetwork(dit, family, index, expert, host=host, blocks=blocks)
+        if block_sharder is not None and plan.shards_model:
+            block_sharder.split(dit)
+        return UnpreparedNetwork(
+            dit, family, index, expert, host_weights=host_weights, block_sharder=block_sharder
+        )
 
     def _read_merged(
         self, loras: MergedLoras, network: NetworkOptions, family: Family, index: int
@@ -379,30 +387,30 @@ class Loading:
         if self.plan.quantization is not None and device.type == "cpu":
             keep_heap_small()  # else temporary whole weights fragment the heap
         if self.takes_turns:
-            self.copies[dit] = HostCopy(dit, device, network.host)
+            self.host_copies[dit] = HostCopy(dit, device, network.host_weights)
         elif network.index + 1 < len(family.experts) and device.type == "cuda":
             _require_room(bytes_on(dit, device), spare_bytes(device))
 
     def set_up_blocks(self, network: UnpreparedNetwork) -> None:
         """Compile, checkpoint and swap the blocks of a network; divide its tokens among processes."""
         options, device = self.plan.options, self.plan.accelerator.device
-        dit, family = network.dit, network.family
         experts.set_up_network(
-            dit,
-            family.dit,
+            network.dit,
+            network.family.dit,
             options.loop,
             device,
             compilation=options.speed.compilation.choice,
-            host=network.host,
-            blocks=network.blocks,
+            host_weights=network.host_weights,
+            block_sharder=network.block_sharder,
         )
-        if options.speed.modes.hooks.finish_network:
-            finish_network(dit, options.speed, device)
+        divides_tokens = bool(options.speed.modes.hooks.finish_network)
+        if divides_tokens:
+            finish_network(network.dit, options.speed, device)
 
     def _add_frozen_loras(self, network: UnpreparedNetwork, has_samples: bool) -> None:
-        """Add --training_adapter and, for samples, --sample_lora and the LoRAs of a family's stages.
+        """Add --training_adapter and, for samples, --sample_lora and LoRAs of a family's denoising stages.
 
-        All of them are disabled, until a step or a sample enables its own.
+        All of them are disabled: a training step enables the adapter, a sample the others.
         """
         options, family = self.plan.options, network.family
         dit, expert = network.dit, network.expert
@@ -411,8 +419,8 @@ class Loading:
         if family is self.plan.family and options.frozen.training_adapter is not None:
             adapter = experts.read_adapter(options, expert, family.experts)
         sample_files = options.samples.loras() if has_samples else []
-        has_stages = has_samples and bool(stage_files_of(dit))
-        if adapter is None and not sample_files and not has_stages:
+        uses_stage_loras = has_samples and bool(stage_files_of(dit))
+        if adapter is None and not sample_files and not uses_stage_loras:
             return
         from networks.gated_loras import add_loras, add_stage_loras  # only with LoRA files
         from networks.loading import read_use
@@ -422,7 +430,7 @@ class Loading:
         if sample_files:
             loras = [read_use(path, expert.name, multiplier) for path, multiplier in sample_files]
             self.sample_loras.append(add_loras(dit, loras, is_compiled))
-        if has_stages:
+        if uses_stage_loras:
             add_stage_loras(dit, is_compiled)
 
 
@@ -460,7 +468,7 @@ def _require_room(size: int, room: int) -> None:
 
 
 @dataclass
-class Learners:
+class TrainableBuilder:
     """Create the trained parameters of each network one after the other, and join them."""
 
     plan: TrainingPlan
@@ -475,31 +483,31 @@ class Learners:
         All DiTs share one network, unless each expert has its own (--lora_per_expert).
         """
         options, device = self.plan.options, self.plan.accelerator.device
-        learner = self.plan.learner
-        if options.network is None or learner.make is None:
+        network_spec = self.plan.network_spec
+        if options.network is None or network_spec.make_network is None:
             self.trainables.append(self._train_full(dit))
             return
         network_options = experts.network_for(options, expert) or options.network
-        texts = self.plan.texts
-        network = learner.make(
+        live_encoders = self.plan.live_encoders
+        network = network_spec.make_network(
             network_options,
             dit,
             self.plan.progress.seed,
-            encoders={} if texts is None else texts.networks_for(learner.is_embedding),
-            in_dit=options.parts is None or options.parts.trains_dit,
-            resumed={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
+            encoders={} if live_encoders is None else live_encoders.networks_for(network_spec.is_embedding),
+            trains_dit=options.parts is None or options.parts.trains_dit,
+            resumed_tensors={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )
         if self.trainables and not options.by_expert.lora_per_expert:
             # a further DiT: its network uses the parameters of the first one's
             self.trainables = [share_network(self.trainables[0], network, device)]
             return
-        trainable = train_network(
+        trainable = prepare_network(
             network,
-            self._list_rates(),
+            self._learning_rates_of_network(),
             max_norm=network_options.scale_weight_norms,
             device=device,
             lora_format=self.plan.lora_format,
-            learner=learner,
+            network_spec=network_spec,
             list_auxiliary_tensors=self._list_auxiliary_tensors if self.auxiliary_learners else dict,
         )
         self.trainables.append(trainable)
@@ -530,15 +538,15 @@ class Learners:
     def _train_full(self, dit: nn.Module) -> Trainable:
         options = self.plan.options
         assert options.full_dit is not None  # without a network, the model itself is trained
-        if self.plan.splits_model:
-            from training.saving.split_model import train_split_dit  # only if it is split
+        if self.plan.shards_model:
+            from training.saving.split_model import prepare_sharded_dit  # only if it is split
 
             rates = part_rates_of(self.plan.family)
             parts = options.full_dit.name_parts
             form = SavedForm(options.full_dit.shard_bytes)
-            full = train_split_dit(dit, options.optimizer.learning_rate, parts, rates, form)
+            full = prepare_sharded_dit(dit, options.optimizer.learning_rate, parts, rates, form)
         else:
-            full = train_full(self.plan.family, options, dit, self.plan.texts)
+            full = prepare_full_model(self.plan.family, options, dit, self.plan.live_encoders)
         return arrange_weights(full, options.optimizer, self.plan.family.dit)
 
     def _saved_tensors(self, saved: SavedState | ForeignState, expert: Expert) -> dict[str, Tensor]:
@@ -548,43 +556,39 @@ class Learners:
             return {**saved.parts.get(part, {})}
         return {**saved.network}
 
-    def _list_rates(self) -> Rates:
-        """Return the learning rates of a network: overall, of the DiT's part, and of each text encoder."""
-        options, texts = self.plan.options, self.plan.texts
-        rate, parts = options.optimizer.learning_rate, options.parts
-        if parts is None:
-            return rate, None, None
-        text_rates = None
-        if texts is not None and texts.learning_encoders:
-            by_encoder = dict(
-                zip(
-                    texts.trainable_prefixes,
-                    parts.text_rates(len(texts.trainable_prefixes), rate),
-                    strict=True,
-                )
-            )
-            text_rates = [by_encoder[encoder.lora_prefix] for encoder in texts.learning_encoders]
-        return rate, parts.unet_lr, text_rates
+    def _learning_rates_of_network(self) -> LearningRates:
+        """Return the learning rates of the network's layers in the DiT and in the trained text encoders."""
+        parts, live_encoders = self.plan.options.parts, self.plan.live_encoders
+        default = self.plan.options.optimizer.learning_rate
+        if parts is None:  # no text encoder can be trained
+            return LearningRates(default)
+        if live_encoders is None or not live_encoders.learning_encoders:
+            return LearningRates(default, dit=parts.unet_lr)
+        # --text_encoder_lr has a value for each encoder that could be trained
+        prefixes = live_encoders.trainable_prefixes
+        rates = dict(zip(prefixes, parts.text_rates(len(prefixes), default), strict=True))
+        trained_rates = [rates[encoder.lora_prefix] for encoder in live_encoders.learning_encoders]
+        return LearningRates(default, dit=parts.unet_lr, text_encoders=trained_rates)
 
 
 def _make_stepping(
     plan: TrainingPlan, trainable: Trainable, optimizer: Optimizer, scaler: torch.amp.GradScaler
 ) -> stepping.StepAfterBackward | stepping.FusedBackward:
-    """Return the object that steps the weights: all at once, one by one, or inside the backward pass."""
+    """Return the object that steps the weights: all together, one by one, or inside the backward pass."""
     options, max_norm = plan.options, plan.options.optimizer.max_grad_norm
-    full_dit, split_weights = options.full_dit, trainable.split_weights
+    full_dit, sharded_weights = options.full_dit, trainable.sharded_weights
     optimizer_class = type(optimizer)
-    is_in_bf16 = full_dit is not None and full_dit.full_bf16
+    rounds_to_bf16 = full_dit is not None and full_dit.full_bf16
+    offloads_states = full_dit is not None and full_dit.offloads_states
     # an optimizer that needs whole matrices gathers the rows of split ones, one weight at a time
-    gathers = bool(split_weights) and not stepping.is_elementwise(optimizer_class)
+    gathers_weights = bool(sharded_weights) and not stepping.is_elementwise(optimizer_class)
     parameter_steps: stepping.ParameterSteps | None = None  # steps each parameter by itself
-    offloads = full_dit is not None and full_dit.offloads_states
-    if options.is_fused or gathers or is_in_bf16 or offloads:
+    if options.is_fused or gathers_weights or rounds_to_bf16 or offloads_states:
         if stepping.can_step_one_parameter(optimizer_class):
             parameter_steps = stepping.ParameterSteps(
-                optimizer, trainable.names, plan.progress, split_weights, offloads_states=offloads
+                optimizer, trainable.names, plan.progress, sharded_weights, offloads_states=offloads_states
             )
-        else:  # the other options have been refused for such an optimizer
+        else:  # only --full_bf16: such an optimizer was rejected with the other options
             logger.warning(
                 "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
             )
@@ -596,7 +600,7 @@ def _make_stepping(
             scaler,
             networks=trainable.all_networks,
             parameter_steps=parameter_steps,
-            split_weights=split_weights,
+            sharded_weights=sharded_weights,
         )
     if max_norm > 0:
         logger.warning(

@@ -96,8 +96,8 @@ def _train_epoch(run: TrainingRun, epoch: int, micro_batches: Iterator[NoisyBatc
     progress = run.progress
     run.model.trainable.start_epoch()
     first_step = progress.step
-    for group in run.steps.groups(epoch, progress.position):
-        has_to_end = advance(run, group, micro_batches)
+    for step_batches in run.steps.batches_by_step(epoch, progress.position):
+        has_to_end = advance(run, step_batches, micro_batches)
         if has_to_end or run.is_done:
             return
     # a resumed run may start at the very end of an epoch, whose work at its end is then still due
@@ -105,14 +105,14 @@ def _train_epoch(run: TrainingRun, epoch: int, micro_batches: Iterator[NoisyBatc
         _after_epoch(run)
 
 
-def advance(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> bool:
+def advance(run: TrainingRun, step_batches: range, micro_batches: Iterator[NoisyBatch]) -> bool:
     """Take a step and do the work due after it. Returns whether the run has to end now."""
-    requested = take_step(run, group, micro_batches)
+    requested = take_step(run, step_batches, micro_batches)
     progress = run.progress
     if run.memory is not None:
         run.memory.after_step()
     progress.step += 1
-    progress.position = group.stop
+    progress.position = step_batches.stop
     _after_step(run, requested)
     return is_ending(run)
 
@@ -122,8 +122,8 @@ def is_ending(run: TrainingRun) -> bool:
     return run.requests.ending_agreed and run.progress.step < run.steps.total_steps
 
 
-def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> StepRequests:
-    """Take one optimizer step on the micro-batches of `group`. Returns the requested saves and samples.
+def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[NoisyBatch]) -> StepRequests:
+    """Take one optimizer step on `step_batches`; return the requested saves and samples.
 
     The step's loss, metrics and norms stay on the device in `values` and are read one step later, so that the
     host does not wait for the device. With several processes, the requests are also known one step later.
@@ -137,11 +137,11 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
             network.on_step_start()
     # forward and backward passes; the rates are read before the step, because the schedule advances with it
     rates = name_rates(model.schedule.get_last_lr(), trainable.group_names, model.optimizer)
-    updated_parameters = _find_updated_parameters(run, group)
+    updated_parameters = _find_updated_parameters(run, step_batches)
     with contextlib.ExitStack() as stack:
         for adapter in model.dits.loras:
             stack.enter_context(adapter.switched_to(is_on=True))
-        values, keys = _accumulate(run, group, micro_batches)
+        values, keys = _accumulate(run, step_batches, micro_batches)
     # weights that a micro-batch could reach, but without a gradient, take part in the step with zeros
     if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass
         fill_missing_gradients(updated_parameters)
@@ -153,17 +153,18 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
             run.device, [run.requests.ending_requested, requested.saves, requested.samples], torch.float32
         )
         values = sum_over_processes(
-            [each for each in updated_parameters if each not in trainable.split_weights], values
+            [each for each in updated_parameters if each not in trainable.sharded_weights], values
         )
     skip_check = None  # lets a feature skip the step, such as one with an outlying loss
     if run.features.on.before_step:
         skip_check = _SkipCheck(
-            run, GradientStep(loss=values[LOSS_COLUMN], keys=keys, kind=_describe_step_kind(run, group))
+            run,
+            GradientStep(loss=values[LOSS_COLUMN], keys=keys, kind=_describe_step_kind(run, step_batches)),
         )
     norms = _step_weights(run, skip_check)
     batches = run.feed.order.epoch(run.progress.epoch)
     # steps with equal sizes take equally long
-    sizes = tuple(sorted(item.bucket for index in group for item in batches[index]))
+    sizes = tuple(sorted(item.bucket for index in step_batches for item in batches[index]))
     report = StepReport(run.progress.step + 1, rates, keys, sizes)
     if skip_check is not None:
         report = replace(report, skipped=skip_check.reason)
@@ -183,20 +184,19 @@ def _requests_of_all_processes(previous: StepReport | None) -> StepRequests:
     return StepRequests(saves=saves > 0, samples=samples > 0)
 
 
-def _find_updated_parameters(run: TrainingRun, group: range) -> list[Parameter]:
-    """Return the parameters that a step on the micro-batches of `group` changes.
+def _find_updated_parameters(run: TrainingRun, step_batches: range) -> list[Parameter]:
+    """Return the parameters that a step on the micro-batches of `step_batches` changes.
 
-    Experts without a batch in the group, audio parameters if no clip has audio, and parts whose training has
-    ended are left out. The result depends on the whole group, not on this process's share of it, and does
-    not wait for the device.
+    Experts without a batch in the step, audio parameters if no clip has audio, and parts whose training has
+    ended are left out. The result depends on the batches of all processes, and does not wait for the device.
     """
     trainable = run.model.trainable
-    keys = [(run.progress.epoch, index) for index in group]
+    batch_keys = [(run.progress.epoch, index) for index in step_batches]
     updated_parameters = run.parameters
     if trainable.by_expert:
-        experts = sorted({run.feed.find_expert(key) for key in keys})
+        experts = sorted({run.feed.find_expert(key) for key in batch_keys})
         updated_parameters = [parameter for expert in experts for parameter in trainable.by_expert[expert]]
-    if run.audio_parameters and not any(map(run.feed.has_audio, keys)):
+    if run.audio_parameters and not any(map(run.feed.has_audio, batch_keys)):
         updated_parameters = [each for each in updated_parameters if each not in run.audio_parameters]
     if trainable.freeze_at_step:
         updated_parameters = [parameter for parameter in updated_parameters if parameter.requires_grad]
@@ -238,17 +238,17 @@ class _SkipCheck:
         return not self.reason
 
 
-def _describe_step_kind(run: TrainingRun, group: range) -> str:
+def _describe_step_kind(run: TrainingRun, step_batches: range) -> str:
     """Return the kind of a step: its transformers, and whether it has audio.
 
     Norms of different kinds are not compared.
     """
-    keys = [(run.progress.epoch, index) for index in group]
+    batch_keys = [(run.progress.epoch, index) for index in step_batches]
     experts = run.family.experts
     names = []
     if len(experts) > 1:
-        names += sorted({experts[run.feed.find_expert(key)].name for key in keys})
-    if run.audio_parameters and any(map(run.feed.has_audio, keys)):
+        names += sorted({experts[run.feed.find_expert(key)].name for key in batch_keys})
+    if run.audio_parameters and any(map(run.feed.has_audio, batch_keys)):
         names.append(AUDIO_STREAM)
     return " ".join(names)
 
@@ -282,9 +282,9 @@ def _step_weights(run: TrainingRun, skip_check: _SkipCheck | None = None) -> lis
 
 
 def _accumulate(
-    run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]
+    run: TrainingRun, step_batches: range, micro_batches: Iterator[NoisyBatch]
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Run this process's micro-batches of the group forward and backward, and accumulate their gradients.
+    """Run this process's micro-batches of the step forward and backward, and accumulate their gradients.
 
     In lockstep, processes share a model and run equal passes. A dummy pass adds no gradients: it runs because
     other processes need this process's part of the blocks.
@@ -296,16 +296,16 @@ def _accumulate(
     values = torch.zeros(run.metric_columns.size, device=run.device)
     keys: tuple[str, ...] = ()
     # processes that share a micro-batch have the same loss, and their gradients are summed too
-    divisor = len(group) * steps.processes_per_batch
+    divisor = len(step_batches) * steps.processes_per_batch
     # only to initialize the scaler: a process without a micro-batch in this step needs it too
     run.model.scaler.scale(values)
-    for position, index in enumerate(steps.share(group, run.feed.process)):
+    for position, index in enumerate(steps.batches_of_process(step_batches, run.feed.process)):
         noisy_batch = _prepare_batch(run, next(micro_batches))
         # in lockstep a process repeats the last micro-batch of another one if it lacks its own
-        is_repeat = steps.in_lockstep and index % steps.processes != run.feed.process
+        is_repeat = steps.in_lockstep and index % steps.data_parallel_size != run.feed.process
         experts = [noisy_batch.expert]
         if steps.in_lockstep:
-            experts = _experts_of_pass(run, group, position, noisy_batch.expert)
+            experts = _experts_of_pass(run, step_batches, position, noisy_batch.expert)
         for expert in experts:
             is_dummy = is_repeat or expert != noisy_batch.expert
             loss, stream_losses = _propagate(run, expert, noisy_batch, divisor=divisor, is_dummy=is_dummy)
@@ -330,9 +330,11 @@ def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
     seed_networks(run.model.trainable, run.progress.seed, noisy_batch.number, run.device)
     if run.memory is not None:
         run.memory.see_batch(noisy_batch.noise.numel())
-    if run.plan.texts is not None:
+    if run.plan.live_encoders is not None:
         with run.autocast():
-            noisy_batch = replace(noisy_batch, batch=run.plan.texts.add_to(noisy_batch.batch))
+            noisy_batch = replace(
+                noisy_batch, batch=run.plan.live_encoders.add_encoded_captions(noisy_batch.batch)
+            )
     return noisy_batch.to(run.device)
 
 
@@ -371,19 +373,22 @@ def _propagate(
     return total, stream_losses
 
 
-def _experts_of_pass(run: TrainingRun, group: range, position: int, expert: int) -> list[int]:
-    """Return the experts that all processes run at this position of the group, in lockstep.
+def _experts_of_pass(run: TrainingRun, step_batches: range, position: int, expert: int) -> list[int]:
+    """Return the experts that all processes run at this position of the step, in lockstep.
 
     Args:
         run: The run.
-        group: Indices of the group's micro-batches.
-        position: Position of the micro-batch in each process's share of the group.
+        step_batches: Indices of the step's micro-batches.
+        position: Position among the micro-batches of each process.
         expert: Index of the micro-batch's expert.
     """
     steps = run.steps
     if len(run.family.experts) == 1:
         return [expert]
-    indexes = [steps.share(group, process)[position] for process in range(steps.processes)]
+    indexes = [
+        steps.batches_of_process(step_batches, process)[position]
+        for process in range(steps.data_parallel_size)
+    ]
     return sorted({run.feed.find_expert((run.progress.epoch, index)) for index in indexes})
 
 
@@ -452,7 +457,7 @@ def _log_report(run: TrainingRun, step: StepReport | None) -> None:
 def _restart_step_timing(run: TrainingRun) -> None:
     if run.memory is not None:
         run.memory.after_pause()
-    run.delayed_reports.last = run.delayed_reports.moment(run.device.type)
+    run.delayed_reports.last_time_stamp = run.delayed_reports.time_stamp(run.device.type)
     run.logs.clock.skips_next_step = True
 
 
@@ -599,7 +604,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
                 sampler.make(
                     model.sample_dits.on_device,
                     run.autocast,
-                    mark=run.progress.sample_pending,
+                    occasion=run.progress.sample_pending,
                     check=raise_if_stopped,
                     show_progress=run.reporter.log_activity,
                 )

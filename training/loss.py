@@ -56,7 +56,7 @@ class NoisyBatch:
     sigmas: Tensor  # B, share of noise, 0..1
     timesteps: Tensor  # B, input of the network
     weights: Tensor  # B, factors on the samples' losses
-    given_frames: int = 0  # first latent frames that stay clean and have no loss; fewer than all frames
+    num_clean_frames: int = 0  # first latent frames that stay clean and have no loss; fewer than all frames
     clean_tokens: CleanTokens | None = None  # other latents that stay clean and have no loss, by sample
     expert: int = 0  # index of the expert that all samples go to
     perturbation: Tensor | None = None  # additional noise of the input, not predicted; shape of `noise`
@@ -177,11 +177,11 @@ def _mean_of_noisy_frames(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
         errors: Error of each element, B C F H W.
         noisy_batch: Batch with noise and timesteps.
     """
-    errors = errors[:, :, noisy_batch.given_frames :]
+    errors = errors[:, :, noisy_batch.num_clean_frames :]
     given = noisy_batch.clean_tokens
     if given is None or given.image is None:
         return errors.flatten(1).mean(1)
-    return mean_over_noisy_latents(errors, given.image[:, :, noisy_batch.given_frames :])
+    return mean_over_noisy_latents(errors, given.image[:, :, noisy_batch.num_clean_frames :])
 
 
 def mean_over_noisy_latents(errors: Tensor, given: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def mean_over_noisy_latents(errors: Tensor, given: Tensor) -> Tensor:
 
     Args:
         errors: Error of each element, B C F H W, or B C T M of audio.
-        given: How clean each position is, from 0 (noisy) to WHOLE (clean), B 1 F H W or B 1 T 1.
+        given: How clean each position is, from 0 (noisy) to FULLY_CLEAN, B 1 F H W or B 1 T 1.
     """
     is_noisy = (clean_fraction(given, errors) == 0).expand_as(errors).flatten(1)
     sums = torch.where(is_noisy, errors.flatten(1), 0).sum(1)
@@ -270,7 +270,7 @@ def predict(
         rule: How the prediction is compared.
     """
     conditioned = noisy_batch.clean_tokens  # latents that stay clean
-    num_clean_frames = noisy_batch.given_frames
+    num_clean_frames = noisy_batch.num_clean_frames
     conditions = family.batch_conditions(latents, noisy_batch.batch)
     noise = noisy_batch.noise
     if noisy_batch.perturbation is not None:
@@ -319,7 +319,7 @@ def blend_clean_latents(noisy: Tensor, clean: Tensor, cleanness: Tensor | None) 
     Args:
         noisy: Noisy latents of a stream, B C ....
         clean: The same without noise.
-        cleanness: How clean each position is, from 0 (noisy) to WHOLE (clean); None if all are noisy.
+        cleanness: How clean each position is, from 0 (noisy) to FULLY_CLEAN; None if all are noisy.
     """
     if cleanness is None:
         return noisy

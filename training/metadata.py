@@ -30,7 +30,7 @@ RESOLUTION = "1280x720"
 IMAGE_RESOLUTION = "1024x1024"
 
 
-def continued_sizes(model: TrainedModel, expert_name: str) -> dict[str, str]:
+def continued_sizes_metadata(model: TrainedModel, expert_name: str) -> dict[str, str]:
     """Return the metadata of rank and alpha if a file or state decided them instead of the options.
 
     Args:
@@ -38,7 +38,7 @@ def continued_sizes(model: TrainedModel, expert_name: str) -> dict[str, str]:
         expert_name: Name of the expert that the file is for; "" for a file for all.
     """
     options = model.plan.options
-    network = model.plan.learner.lora
+    network = model.plan.network_spec.lora_options
     if network is None:
         return {}
     initial_file = network.network_weights or options.by_expert.network_weights_high_noise
@@ -81,7 +81,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         optimizer: Name of the optimizer.
         lr_scheduler: Name of the learning-rate schedule.
     """
-    lora, family = plan.learner.lora, plan.family
+    lora, family = plan.network_spec.lora_options, plan.family
     family_metadata = family.metadata
     base_model_version = family_metadata.get("base_model_version", family.name)
     values: dict[str, Any] = {"ss_base_model_version": base_model_version}
@@ -96,7 +96,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         if not lora.kind.has_alpha:
             values["ss_network_alpha"] = None
     # entries that programs need to load the file: of the network, of features, of the family
-    values |= plan.learner.values
+    values |= plan.network_spec.metadata
     values |= plan.features.info.for_loading
     for key, value in family_metadata.items():
         if key.startswith(("reference_", "audio_ref_", "modelspec.")):

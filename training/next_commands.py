@@ -38,10 +38,10 @@ BAKED_RANK = 64  # rank of a plain LoRA that is converted from a network of full
 EXTRACTED_RANK = 32  # rank of a LoRA that is extracted from a whole model
 COMFYUI_TOOL = "ComfyUI"
 STARTING = {"initial_step", "initial_epoch"}
-# generation options of a sample; `Request` names their values alike, except for `OTHER_NAMES`
 SCALES = ("guidance_scale", f"guidance_scale_{HIGH_NOISE}")
-OF_SAMPLES = ("infer_steps", *SCALES, "flow_shift", "sample_solver", "seed", "negative_prompt")
-OTHER_NAMES = {"infer_steps": "steps", "sample_solver": "solver"}
+# generation options that reproduce a sample, and the fields of `Request` that have other names
+OPTIONS_OF_SAMPLES = ("infer_steps", *SCALES, "flow_shift", "sample_solver", "seed", "negative_prompt")
+FIELD_BY_OPTION = {"infer_steps": "steps", "sample_solver": "solver"}
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,12 @@ class NextSteps:
             if saved is None and not file.exists():
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
-        trains_model = self.plan.learner.make is None  # the model itself, not a network added to it
+        trains_model = (
+            self.plan.network_spec.make_network is None
+        )  # the model itself, not a network added to it
         if trains_model and saved is not None and self._can_extract:
             commands.append(self._extract(file))
-        lora = self.plan.learner.lora
+        lora = self.plan.network_spec.lora_options
         if lora is not None:
             # other programs read some kinds only as a plain LoRA
             plain_kind = next((kind for kind in lora.kinds if kind.plain_title), None)
@@ -140,33 +142,38 @@ class NextSteps:
                 needs_conversion &= is_for_comfyui and self.converted_for != COMFYUI_TOOL
             if plain_kind is not None or needs_conversion:
                 lora_files = self.plan.names.files(self.plan.names.stem_of(file)).values()
-                commands += [self._convert(path, plain_kind) for path in lora_files]
+                if plain_kind is not None:
+                    commands += [self._make_plain(path, plain_kind) for path in lora_files]
+                else:
+                    commands += [self._convert_names(path) for path in lora_files]
         return [*commands, _command("This run, as it was started", self._run_arguments())]
 
-    def _convert(self, file: Path, plain_kind: NetworkKind | None) -> PageCommand:
-        """Return the command that converts a trained file for other tools.
+    def _make_plain(self, file: Path, kind: NetworkKind) -> PageCommand:
+        """Return the command that converts a trained network of another kind to a plain LoRA."""
+        # the LoRA depends on the model's weights
+        arguments = ["--bake", str(BAKED_RANK), "--dit", self._find_dit(file)]
+        return self._convert(file, "plain", arguments, kind.plain_title, kind.elsewhere)
 
-        Args:
-            file: The trained file.
-            plain_kind: Kind of the network if it is to become a plain LoRA; None to change its format alone.
-        """
+    def _convert_names(self, file: Path) -> PageCommand:
+        """Return the command that converts a LoRA to the tensor names of the tool `converted_for`."""
         network = self.plan.options.network
-        arguments = ["--target", "other" if self.converted_for else "default"]
-        if plain_kind is not None:  # the change depends on the model's weights, so --dit is needed
-            title, note = plain_kind.plain_title, plain_kind.elsewhere
-            name_suffix = "plain"
-            arguments += ["--bake", str(BAKED_RANK), "--dit", self._find_dit(file)]
-        else:
-            title, note = f"Convert the LoRA for {self.converted_for}", ""
-            tool = self.converted_for.lower()
-            name_suffix = tool if tool.isalpha() else "converted"  # no spaces or signs in a file name
-            # only ComfyUI reads these kinds; other tools need them as the factors of a LoRA
-            is_comfyui_kind = network is not None and network.kind.is_for_comfyui_alone
-            if is_comfyui_kind and self.converted_for != COMFYUI_TOOL:
-                arguments += ["--bake", str(BAKED_RANK)]
+        tool = self.converted_for.lower()
+        name_suffix = tool if tool.isalpha() else "converted"  # no spaces or signs in a file name
+        arguments: list[str] = []
+        # only ComfyUI reads these kinds; other tools need them as the factors of a LoRA
+        is_comfyui_kind = network is not None and network.kind.is_for_comfyui_alone
+        if is_comfyui_kind and self.converted_for != COMFYUI_TOOL:
+            arguments = ["--bake", str(BAKED_RANK)]
+        return self._convert(file, name_suffix, arguments, f"Convert the LoRA for {self.converted_for}")
+
+    def _convert(
+        self, file: Path, name_suffix: str, arguments: Sequence[str], title: str, note: str = ""
+    ) -> PageCommand:
         output = file.with_name(f"{file.stem}_{name_suffix}.safetensors")
         files = ["--input", str(file), "--output", str(output)]
-        return _command(title, ["python", "convert_lora.py", *files, *arguments], note)
+        target = "other" if self.converted_for else "default"
+        words = ["python", "convert_lora.py", *files, "--target", target, *arguments]
+        return _command(title, words, note)
 
     @property
     def _can_extract(self) -> bool:
@@ -212,16 +219,19 @@ class NextSteps:
 
     def _start_from_trained_files(self, steps: int) -> PageCommand:
         """Return the command that starts a new run of so many steps from the trained files."""
-        option = self.plan.learner.start_option or self._trained_option()
+        # the option that reads trained weights: --network_weights for a LoRA, --dit for a whole model
+        start_option = self.plan.network_spec.start_option or self._trained_option()
         experts: Sequence[str] = self.plan.names.expert_names
         if self.plan.options.network is None:
             experts = [expert.name for expert in self.plan.family.experts]
-        # options that start a run from trained files, one for each file
-        options = [f"{option}_{HIGH_NOISE}" if expert == HIGH_NOISE else option for expert in experts]
-        options = options or [option]  # without experts there is one file
-        arguments = [*self._run_arguments(RESUMING | STARTING | {*options}), "--max_train_steps", str(steps)]
-        files = self.plan.names.files(self.plan.names.name).values()
-        for option, file in zip(options, files, strict=False):
+        # with a file for each expert, that for high noise has its own option
+        start_options = [
+            f"{start_option}_{HIGH_NOISE}" if expert == HIGH_NOISE else start_option for expert in experts
+        ] or [start_option]
+        replaced_options = RESUMING | STARTING | {*start_options}
+        arguments = [*self._run_arguments(without=replaced_options), "--max_train_steps", str(steps)]
+        trained_files = self.plan.names.files(self.plan.names.name).values()
+        for option, file in zip(start_options, trained_files, strict=False):
             arguments += [f"--{option}", str(file)]
         if not self.plan.options.saving.saves_state_at_end:
             arguments.append("--save_state_on_train_end")
@@ -275,10 +285,12 @@ class NextSteps:
         spellings = self.command.entry.spellings
         folder_flag = spellings.get("save_path", "--save_path")
         sample_arguments = [
-            *say_sample(self.sample, spellings),
+            *arguments_of_sample(self.sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
-        generate = self.plan.learner.generate  # None: the model's own script generates with the file
+        generate = (
+            self.plan.network_spec.generation_command
+        )  # None: the model's own script generates with the file
         if generate is not None:
             arguments = [*generate(file, self.sample, [*arguments, *sample_arguments])]
             return _command("Generate with it", [*launcher, *arguments], note)
@@ -298,7 +310,7 @@ class NextSteps:
             with quiet():  # creating the record again would repeat its warnings
                 family_options = fill_options(family_options, self.cache_options)
             typed = {**{option.name: option.typed for option in self.cache_options}, **typed}
-        arguments = command.entry.generation_words(family_options, self.sample, typed)
+        arguments = command.entry.generation_argv(family_options, self.sample, typed)
         return [*arguments, *option_argv(say_for_generation(self.plan.options.speed))]
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
@@ -357,7 +369,7 @@ class NextSteps:
         return [*arguments[:index], flag, str(file), *arguments[index + 2 :]]
 
 
-def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
+def arguments_of_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
     """Return the command-line arguments that reproduce a sample.
 
     Args:
@@ -368,12 +380,12 @@ def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = 
     values = {
         "prompt": sample.get("prompt") or Placeholder("what it should show"),
         "video_size": size if len(size) == 2 else None,
-        **{name: sample.get(OTHER_NAMES.get(name, name)) for name in OF_SAMPLES},
+        **{name: sample.get(FIELD_BY_OPTION.get(name, name)) for name in OPTIONS_OF_SAMPLES},
     }
     flags = spellings or {}
-    spelled = {flags.get(name, f"--{name}"): value for name, value in values.items()}
-    spelled.pop("", None)  # options that the script does not have are spelled ""
-    return option_argv(spelled)
+    value_by_flag = {flags.get(name, f"--{name}"): value for name, value in values.items()}
+    value_by_flag.pop("", None)  # options that the script does not have
+    return option_argv(value_by_flag)
 
 
 def _command(title: str, arguments: Sequence[str], note: str = "") -> PageCommand:
@@ -402,22 +414,23 @@ def plan_next_steps(plan: TrainingPlan, sampler: "Sampler | None", command: Trai
         folders = (table.cache_directory for table in plan.config.datasets)
         cache_options = recall_options(folders, command.family, command.entry)
     cached_with = {option.name: option.value for option in cache_options}
-    return NextSteps(plan, command, sample=say_example(plan, cached_with), cache_options=cache_options)
+    sample = example_values(plan, cached_with)
+    return NextSteps(plan, command, sample=sample, cache_options=cache_options)
 
 
-def say_example(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the caption and the files of the first training item, by the field names of `Request`.
+def example_values(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the caption and the files of the first training item, which a command can generate from.
 
-    Key `example` has an `ExampleItem` for values that only some families use, `cached_with` the options that
-    made the caches.
+    Keys are field names of `Request`, and two that only some families read: `example`, with all files of the
+    item, and `cached_with`, the options that made the caches.
     """
     item = plan.training[0]
     example = find_example(item, plan.sources.stores)
-    takes_references = item.table.references is not None
+    has_references = item.table.references is not None
     return {
         # a longer caption would flood the console, and systems limit the length of a command
         "prompt": example.caption if len(example.caption or "") <= MAX_EXAMPLE_CHARACTERS else None,
-        "control_images": example.controls if takes_references else (),
+        "control_images": example.controls if has_references else (),
         "example": example,
         "cached_with": cached_with,
     }

@@ -130,7 +130,7 @@ class TrainingOptions(Options, must_give=True):
         rank = None if self.network is None else self.network.network_dim
         module = None if self.network is None else self.network.network_module
         if (module is None or module.startswith(RANKED_NETWORKS)) and rank is not None and rank > MAX_RANK:
-            raise OptionError(f"--network_dim {rank}: {MAX_RANK} is the most. Usual ranks are 4 to 128.")
+            raise OptionError(f"--network_dim {rank}: {MAX_RANK} is the maximum. Usual ranks are 4 to 128.")
         if self.is_fused:
             self._check_fused()
         # `features` raises OptionError if features do not fit the options; one that only shows something
@@ -259,7 +259,10 @@ class TrainingOptions(Options, must_give=True):
 
 
 # options that `accelerate launch` sets by environment variables
-OF_LAUNCHER = {"mixed_precision": "ACCELERATE_MIXED_PRECISION", "dynamo_backend": "ACCELERATE_DYNAMO_BACKEND"}
+LAUNCHER_VARIABLE_BY_OPTION = {
+    "mixed_precision": "ACCELERATE_MIXED_PRECISION",
+    "dynamo_backend": "ACCELERATE_DYNAMO_BACKEND",
+}
 
 
 class ScriptOption(NamedTuple):
@@ -303,7 +306,7 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
     flag = next(flag for flag in by_preference if flag in flags)
     is_switch = action.nargs == 0 or not texts
     # an option that is changed but neither typed nor set by the launcher follows from other options
-    follows = is_changed and typed_flags and action.dest not in {*typed_flags, *OF_LAUNCHER}
+    follows = is_changed and typed_flags and action.dest not in {*typed_flags, *LAUNCHER_VARIABLE_BY_OPTION}
     return ScriptOption(
         name=action.dest,
         text=" ".join(texts),
@@ -331,7 +334,7 @@ def read_training(
     doc: str | None,
     record: type[R],
     argv: Sequence[str] | None,
-    learner: type[Options] = TrainedNetworkOptions,
+    trained_options: type[Options] = TrainedNetworkOptions,
     shared: Sequence[type[Options]] = (),
     changes: TrainerChanges = NO_CHANGES,
 ) -> tuple[TrainingOptions, R, list[ScriptOption]]:
@@ -341,7 +344,7 @@ def read_training(
         doc: The script's docstring.
         record: Class of the family's own options.
         argv: Command line; None for `sys.argv`.
-        learner: Record with the options of what is trained: a network, or a whole DiT.
+        trained_options: Record with the options of what is trained: a network, or a whole DiT.
         shared: More records of shared options.
         changes: Changes of shared options by the script.
 
@@ -351,7 +354,11 @@ def read_training(
 
     def build_parser() -> Parser:
         parser = training_parser(
-            doc, learner, defaults=changes.defaults, settings=changes.settings, refused=changes.refused
+            doc,
+            trained_options,
+            defaults=changes.defaults,
+            settings=changes.settings,
+            refused=changes.refused,
         )
         add_options(parser, record, *shared, refused=changes.refused)
         return parser
@@ -363,42 +370,46 @@ def read_training(
         options = read_options(TrainingOptions, args)
         family_options = read_options(record, args)
         if args.options_of_file:
-            log_idle(args, options, family_options)
+            log_options_without_effect(args, options, family_options)
     return options, family_options, list_script_options(command.parser, family_options, options)
 
 
-def log_idle(args: argparse.Namespace, *records: Options) -> None:
+def log_options_without_effect(args: argparse.Namespace, *records: Options) -> None:
     """Log in one line which options of a --config_file have no effect because another one is not given.
 
-    These options have their defaults, which files of other programs spell out. If such an option has another
-    value, it is rejected or has its own line (`list_unused_options`).
+    Only options with their default values are listed: files of other programs spell these out. Such an option
+    with another value is rejected, or has its own line (`list_unused_options`).
+
+    Args:
+        args: The parsed command line and config file.
+        records: The options records made from it.
     """
-    idle = [name for record in records for name in list_idle(record, args.options_of_file)]
-    if idle:
-        is_single = len(idle) == 1
+    names = [name for record in records for name in list_idle(record, args.options_of_file)]
+    if names:
+        is_single = len(names) == 1
         logger.info(
             "%s: %s %s no effect, as the %s not given.",
             args.config_file,
-            ", ".join(idle),
+            ", ".join(names),
             "has" if is_single else "have",
             "option that it belongs to is" if is_single else "options that they belong to are",
         )
 
 
 def training_parser(
-    doc: str | None, learner: type[Options] = TrainedNetworkOptions, **settings: Any
+    doc: str | None, trained_options: type[Options] = TrainedNetworkOptions, **settings: Any
 ) -> Parser:
     """Return a parser with all options that every family's training has.
 
     Args:
         doc: The script's docstring.
-        learner: Record with the options of what is trained: `TrainedNetworkOptions` or `FullDitOptions`.
+        trained_options: Record with options of what is trained: `TrainedNetworkOptions` or `FullDitOptions`.
         settings: Defaults of the script, settings such as choices, and rejected options, by option.
     """
     parser = Parser(description=doc)
     parser.changes_values = True  # --config_file, a launcher and alternative option names change values
-    add_options(parser, ConfigOptions, learner, **settings)
-    if learner is learning_options.FullDitOptions:
+    add_options(parser, ConfigOptions, trained_options, **settings)
+    if trained_options is learning_options.FullDitOptions:
         add_options(parser, OptionsAtNetwork, refused=rejected_for_full())
     add_options(parser, TrainingOptions, **settings)
     return parser
@@ -436,14 +447,17 @@ def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.env
     parser, typed = command
     # with --output_config the file is written instead of read
     config_file = None if getattr(typed, "output_config", False) else typed.config_file
-    default = {"mixed_precision": "no", "dynamo_backend": "NO"}
-    prefilled = {name: environment.get(OF_LAUNCHER[name], value) for name, value in default.items()}
-    precision = prefilled["mixed_precision"]
+    defaults = {"mixed_precision": "no", "dynamo_backend": "NO"}
+    from_launcher = {
+        name: environment.get(variable, defaults[name])
+        for name, variable in LAUNCHER_VARIABLE_BY_OPTION.items()
+    }
     from_file = {} if config_file is None else read_config_file(config_file, parser)
     untyped = {
-        name: value for name, value in (prefilled | from_file).items() if name not in typed.typed_options
+        name: value for name, value in (from_launcher | from_file).items() if name not in typed.typed_options
     }
     args = argparse.Namespace(**{**vars(typed), **untyped})
+    precision = from_launcher["mixed_precision"]
     if args.mixed_precision == precision and precision not in run_options.PRECISIONS:
         raise OptionError(
             f"accelerate launch asks for mixed precision {precision}: give --mixed_precision "
@@ -454,12 +468,13 @@ def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.env
     if is_limited():  # started by `run`, whose command line comes from a file too
         check_imports(parser, vars(args), "run.toml")
     elif config_file is not None:
-        unchanged = {
+        # only values that the user has not typed: what is typed may import code and send data
+        untyped_names = {
             action.dest for action in parser._actions if getattr(typed, action.dest, None) == action.default
         }
-        of_file = {name: from_file[name] for name in unchanged & from_file.keys()}
-        check_imports(parser, of_file, str(config_file))
-        _reject_unseen_sending(parser, of_file, str(config_file))
+        untyped_from_file = {name: from_file[name] for name in untyped_names & from_file.keys()}
+        check_imports(parser, untyped_from_file, str(config_file))
+        _reject_unseen_sending(parser, untyped_from_file, str(config_file))
     has_steps = "max_train_steps" in typed.typed_options | from_file.keys()
     if has_steps and args.max_train_epochs is not None:
         logger.warning(

@@ -22,10 +22,10 @@ def _make_none(dit: Path) -> Family:
 
 @dataclass(frozen=True)
 class OtherFamilies:
-    """The models of a run in addition to the trained one."""
+    """The model that generates samples, if it is not the trained one, and a maker of teacher models."""
 
-    sampling: Family | None = None  # model of samples; None: samples use only trained transformers
-    # returns the trained model with another transformer; all other options are equal
+    sampling: Family | None = None  # model with all transformers of samples; None: they are all trained
+    # returns the trained model with the transformer of another file; all other options are equal
     with_dit: Callable[[Path], Family] = _make_none
 
 
@@ -49,8 +49,8 @@ def require_equal_shapes(other: Family, trained: Family, option: str, consequenc
             for name, shape in shapes_of(other.load_dit(UNUSED, index)).items():
                 if shapes.get(name, shape) != shape:
                     raise CheckpointError(
-                        f"{option}: its {name} has the shape {list(shape)}, in the trained transformer "
-                        f"{list(shapes[name])}, so that {consequence}. Give the file that belongs to it"
+                        f"{option}: its {name} has the shape {list(shape)}, but in the trained transformer "
+                        f"{list(shapes[name])}, so {consequence}. Give the file that belongs to it"
                     )
 
 

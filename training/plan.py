@@ -40,9 +40,9 @@ from training.experts import check_computing, log_experts, module_of
 from training.features.composing import begin_run
 from training.features.contract import EMPTY_PROMPT, LIVE_TEXTS, PRESERVE_OUTPUT, REJECTED_ONES
 from training.features.hooks import RunFeatures
-from training.learner import Learner
+from training.learner import NetworkSpec
 from training.noise_options import TimestepOptions
-from training.optimizers.stepping import check_fused_backward, check_offload, check_split
+from training.optimizers.stepping import check_fused_backward, check_offload, check_sharded_optimizer
 from training.options import TrainingOptions
 from training.other_models import NO_OTHERS, OtherFamilies
 from training.processes import make_accelerator
@@ -71,7 +71,7 @@ class TrainingPlan:
     family: Family
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
     features: RunFeatures  # what the active features contribute
-    learner: Learner
+    network_spec: NetworkSpec
     network_module: str  # as in --network_module; empty if the model itself is trained
     names: Names  # names of the saved files
     others: OtherFamilies
@@ -88,7 +88,7 @@ class TrainingPlan:
     steps: StepPlan
     table_times: Mapping[int, TimestepOptions]  # by the group of tables with equal timestep options
     sources: BatchSources  # where batches are read from
-    texts: LiveTextEncoders | None  # encoded while training; None: all come from caches
+    live_encoders: LiveTextEncoders | None  # encoded while training; None: all come from caches
     changes: Mapping[str, str]  # settings that --resume_changed allows to differ from the state
     adapter: str | None  # --training_adapter with a hash of its content at the start of the run
 
@@ -110,9 +110,9 @@ class TrainingPlan:
         return self.others.sampling or self.family
 
     @property
-    def splits_model(self) -> bool:
+    def shards_model(self) -> bool:
         """Whether a trained transformer is split over the processes."""
-        return splits_full_model(self.options)
+        return shards_full_model(self.options)
 
 
 def _name_files(family: Family, options: TrainingOptions, features: RunFeatures) -> Names:
@@ -131,7 +131,7 @@ def _name_files(family: Family, options: TrainingOptions, features: RunFeatures)
     )
 
 
-def splits_full_model(options: TrainingOptions) -> bool:
+def shards_full_model(options: TrainingOptions) -> bool:
     """Return whether the full model is trained and each process holds a part of it."""
     return options.full_dit is not None and bool(options.speed.modes.splits_weights) and have_joined()
 
@@ -141,7 +141,7 @@ def make_plan(
     options: TrainingOptions,
     commands: CachingCommands,
     *,
-    learner: Learner,
+    network_spec: NetworkSpec,
     config: DatasetConfig,
     accelerator: Accelerator,
     others: OtherFamilies = NO_OTHERS,
@@ -152,7 +152,7 @@ def make_plan(
         family: The model family.
         options: Options of the run.
         commands: Caching commands, for messages.
-        learner: Description of what the run trains: a kind of network, or the whole DiT.
+        network_spec: Description of what the run trains: a kind of network, or the whole DiT.
         config: The dataset, as read from its file.
         accelerator: The processes of the run.
         others: Models in addition to the trained one, such as transformers that only samples use.
@@ -163,29 +163,33 @@ def make_plan(
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = initial_progress(options, saved)
     quantization = check_computing(family, options, accelerator.device)
-    check_before_loading(family, options, learner, others)  # early: encoding the dataset may take minutes
+    check_before_loading(
+        family, options, network_spec, others
+    )  # early: encoding the dataset may take minutes
     # what features and live text encoders need of the data
     features = begin_run(options, family, config.datasets)
     if options.network is None:
         _check_tables(config)  # a whole model takes no table with keys for a network
     if family.abilities.one_sample:
         _check_batch_sizes(family.abilities.one_sample, config)
-    texts: LiveTextEncoders | None = None
+    live_encoders: LiveTextEncoders | None = None
     may_encode = _may_encode(options, config)
     if may_encode:
-        from training.caching_inside import find_live_texts  # most runs read caches alone
+        from training.caching_inside import find_live_encoders  # most runs read caches alone
 
-        texts = find_live_texts(family, options, config)
+        live_encoders = find_live_encoders(family, options, config)
     for check_texts in features.on.texts:
-        check_texts(texts)
-    lora_format = select_lora_format(family, learner.lora, () if texts is None else texts.learning_encoders)
+        check_texts(live_encoders)
+    lora_format = select_lora_format(
+        family, network_spec.lora_options, () if live_encoders is None else live_encoders.learning_encoders
+    )
     # the data: its sources, items, their order, and the steps that follow from it
     sources = _find_sources(
         family,
         options,
         config=config,
         device=accelerator.device,
-        texts=texts,
+        live_encoders=live_encoders,
         commands=commands,
         features=features,
         may_encode=may_encode,
@@ -195,12 +199,12 @@ def make_plan(
         config,
         sources,
         accelerator=accelerator,
-        has_live_texts=texts is not None,
-        view=features.view,
+        has_live_texts=live_encoders is not None,
+        condition_set=features.condition_set,
         trusts_caches=options.caching is not None and options.caching.skip_cache_check,
     )
     training, validation = _split_items(options, config, items, progress.seed)
-    _check_items(features, learner, training)
+    _check_items(features, network_spec, training)
     if is_main:
         _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
@@ -226,7 +230,7 @@ def make_plan(
         family=family,
         options=options,
         features=features,
-        learner=learner,
+        network_spec=network_spec,
         network_module=module_of(family, options),
         names=_name_files(family, options, features),
         others=others,
@@ -243,7 +247,7 @@ def make_plan(
         steps=steps,
         table_times=timestep_options_by_group(options.timesteps, config.datasets),
         sources=sources,
-        texts=texts,
+        live_encoders=live_encoders,
         changes={},
         adapter=adapter,
     )
@@ -270,9 +274,9 @@ def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) ->
     return replace(plan, changes=changes, steps=steps)
 
 
-def _check_items(features: RunFeatures, learner: Learner, training: Sequence[TrainingItem]) -> None:
+def _check_items(features: RunFeatures, network_spec: NetworkSpec, training: Sequence[TrainingItem]) -> None:
     """Warn of captions that lack a word to learn, and of rejected items that this run does not use."""
-    for read in (*features.caption_checks, *learner.caption_checks):
+    for read in (*features.caption_checks, *network_spec.caption_checks):
         from training.token_captions import check_captions  # only to learn a word
 
         check_captions(read, training)
@@ -282,7 +286,7 @@ def _check_items(features: RunFeatures, learner: Learner, training: Sequence[Tra
         if names:
             logger.warning(
                 "%s: worse_directory has no effect in this run: it is for --preference. The better ones are "
-                "learned as ever",
+                "learned as usual",
                 ", ".join(names),
             )
 
@@ -300,12 +304,12 @@ def _find_sources(
     options: TrainingOptions,
     config: DatasetConfig,
     device: torch.device,
-    texts: LiveTextEncoders | None,
+    live_encoders: LiveTextEncoders | None,
     commands: CachingCommands,
     features: RunFeatures,
     may_encode: bool,
 ) -> BatchSources:
-    """Return where batches are read from, except for the text tensors that `texts` encodes.
+    """Return where batches are read from, except for the text tensors that `live_encoders` encode.
 
     With `may_encode`, the run may also write caches, or encode images and texts while it trains.
     """
@@ -317,7 +321,7 @@ def _find_sources(
             config,
             options.caching,
             device=device,
-            texts=texts,
+            live_encoders=live_encoders,
             commands=commands,
             needs=features.needs,
             on_media=features.on.media,
@@ -335,10 +339,10 @@ def _find_sources(
 def join_processes(
     family: Family, options: TrainingOptions, config: DatasetConfig
 ) -> Iterator[tuple[Accelerator, OtherProcesses | None]]:
-    """Start the processes, and check the options against the device.
+    """Join the run's processes, and check the options against the device.
 
-    Yields the accelerator, and `OtherProcesses`, which is None for a single process. During the block no
-    other run can use the name of this one, and the processes monitor each other.
+    Yields the accelerator, and `OtherProcesses`, which is None for a single process. During the block the
+    processes monitor each other, and no other run can use the output folder and name of this one.
     """
     accelerator = make_accelerator(options.accelerator)
     # an option that divides work over processes has no effect in one
@@ -388,8 +392,8 @@ def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Acce
     if options.full_dit is not None:
         if options.full_dit.offloads_states:
             check_offload(options.optimizer.optimizer_type)
-        if splits_full_model(options):
-            check_split(options.speed.modes.splits_weights, options.optimizer.optimizer_type)
+        if shards_full_model(options):
+            check_sharded_optimizer(options.speed.modes.splits_weights, options.optimizer.optimizer_type)
     compilation = options.speed.compilation.choice
     if compilation is not None:
         from runtime.compile import check_compilation  # only with --compile
@@ -397,13 +401,13 @@ def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Acce
         check_compilation(compilation, accelerator.device)
 
 
-def read_config(options: TrainingOptions, family: Family, learner: Learner) -> DatasetConfig:
+def read_config(options: TrainingOptions, family: Family, network_spec: NetworkSpec) -> DatasetConfig:
     """Read the data of a training run: --dataset_config, or --train_data_dir and its companions.
 
     Args:
         options: Options of the run.
         family: The model family.
-        learner: Description of the kind of network, or of the whole DiT, that the run trains.
+        network_spec: Description of the kind of network, or of the whole DiT, that the run trains.
 
     Raises:
         UserError: If the data cannot be used, or if the noise levels of a table cannot be trained.
@@ -422,7 +426,7 @@ def read_config(options: TrainingOptions, family: Family, learner: Learner) -> D
     if EMPTY_PROMPT in options.features.needs and not (brings_empty_text(family) and family.empty_text()):
         config = with_empty_prompts(config)
     check_timesteps(options.timesteps, config.datasets, family)
-    return for_family(learner.check_data(config, PRESERVE_OUTPUT), family)
+    return for_family(network_spec.check_data(config, PRESERVE_OUTPUT), family)
 
 
 def _find_items(
@@ -432,7 +436,7 @@ def _find_items(
     *,
     accelerator: Accelerator,
     has_live_texts: bool,
-    view: str,
+    condition_set: str,
     trusts_caches: bool,
 ) -> Sequence[TrainingItem]:
     """Find the cached training items by their file names, check their caches, and return them.
@@ -443,7 +447,7 @@ def _find_items(
         sources: Where batches are read from.
         accelerator: The processes of the run.
         has_live_texts: Whether texts are encoded during training.
-        view: Name of the additional conditions that a batch must offer; "" for none.
+        condition_set: Name of the additional conditions that a batch must offer; "" for none.
         trusts_caches: Whether texts may come from another checkpoint (--skip_cache_check).
 
     Raises:
@@ -478,7 +482,7 @@ def _find_items(
         sources.stores,
         has_live_texts=has_live_texts,
         process=(accelerator.process_index, accelerator.num_processes),
-        view=view,
+        condition_set=condition_set,
         trained_encoder_ids=trained_encoder_ids,
     )
     if accelerator.process_index == 0:
@@ -545,15 +549,17 @@ def _warn_of_missing(
         )
 
 
-def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, progress: Progress) -> StepPlan:
-    """Plan the steps of the run; epochs, if given, replace steps."""
+def _plan_steps(
+    options: TrainingOptions, order: BatchOrder, num_processes: int, progress: Progress
+) -> StepPlan:
+    """Plan the steps of the run; --max_train_epochs, if given, replaces --max_train_steps."""
     loop, speed = options.loop, options.speed
     steps = StepPlan(
         num_batches=order.num_batches,
-        processes=count_groups(speed, processes),
+        data_parallel_size=count_groups(speed, num_processes),
         processes_per_batch=speed.modes.processes_per_model,
-        accumulation=loop.gradient_accumulation_steps,
-        in_lockstep=bool(speed.modes.splits_weights) and processes > 1,
+        accumulation_steps=loop.gradient_accumulation_steps,
+        in_lockstep=bool(speed.modes.splits_weights) and num_processes > 1,
         total_steps=loop.max_train_steps,
         first_epoch=progress.plan_epoch,
         first_position=progress.plan_position,
@@ -592,5 +598,5 @@ def skip_to_initial_step(options: StartOptions, progress: Progress, plan: StepPl
     epoch = step // plan.steps_per_epoch
     # position: number of micro-batches of the epoch that are passed over
     progress.step, progress.epoch = step, epoch
-    progress.position = (step - plan.steps_until(epoch)) * plan.group_size
+    progress.position = (step - plan.steps_until(epoch)) * plan.batches_per_step
     logger.info("Beginning at step %d, epoch %d.", step, epoch + 1)

@@ -24,7 +24,7 @@ from runtime.planning.device_memory import device_memory_to_plan
 from training.caching_inside import (
     TablePlan,
     TensorLocation,
-    find_live_texts,
+    find_live_encoders,
     list_live_tables,
     open_stores,
     plan_tables,
@@ -35,7 +35,8 @@ from training.data.live import LiveTextEncoders
 from training.data.table_times import describe_times
 from training.experts import describe_few_steps
 from training.features.composing import begin_run
-from training.learner import Learner, ReadCaptions
+from training.features.hooks import RunFeatures
+from training.learner import NetworkSpec, ReadCaptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
 from training.other_models import NO_OTHERS, OtherFamilies
@@ -53,7 +54,7 @@ DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=Non
 def show_preview(
     family: Family,
     options: TrainingOptions,
-    learner: Learner,
+    network_spec: NetworkSpec,
     commands: CachingCommands,
     others: OtherFamilies = NO_OTHERS,
 ) -> int:
@@ -62,70 +63,89 @@ def show_preview(
     Args:
         family: The model family.
         options: Options of the run.
-        learner: Description of what the training would train: a kind of network, or the whole DiT.
+        network_spec: Description of what the training would train: a kind of network, or the whole DiT.
         commands: Commands to show if caches are missing.
         others: Models in addition to the trained one.
     """
     show = options.features.show  # set by a feature that shows something instead of training
     if show is not None:
-        show(options, family, partial(_list_tables, family, options, learner))
+        show(options, family, partial(_list_tables, family, options, network_spec))
         return 0
     if options.subset is not None and options.subset.debug_dataset:
         from data_tools.report.views import show_datasets  # only with --debug_dataset
 
-        config = read_config(options, family, learner)
+        config = read_config(options, family, network_spec)
         conclude(show_datasets(family, config, DEBUG_VIEW, max(1, os.cpu_count() or 1)))
         return 0
     if options.loop.check:
-        return _check(family, options, learner, commands)
+        return _print_check(family, options, network_spec, commands)
     if os.environ.get("RANK", "0") == "0":  # only one process prints
-        _plan(family, options, learner, commands=commands, others=others)
+        _print_plan(family, options, network_spec, commands=commands, others=others)
     return 0
 
 
-def _list_tables(family: Family, options: TrainingOptions, learner: Learner) -> Sequence[DatasetTable]:
+def _list_tables(
+    family: Family, options: TrainingOptions, network_spec: NetworkSpec
+) -> Sequence[DatasetTable]:
     """Return the tables of the dataset; nothing if none is given."""
     is_of_folders = options.subset is not None and options.subset.replaces_toml
     if options.loop.dataset_config is None and not is_of_folders:
         return ()
-    return read_config(options, family, learner).datasets
+    return read_config(options, family, network_spec).datasets
 
 
-def _check(family: Family, options: TrainingOptions, learner: Learner, commands: CachingCommands) -> int:
+def _print_check(
+    family: Family, options: TrainingOptions, network_spec: NetworkSpec, commands: CachingCommands
+) -> int:
     """Print the items that would be trained on, and write the page (--check); returns the exit code."""
     from data_tools.report import check, findings  # only with --check
 
     reject_foreign_module(family, options)
     workers = max(1, os.cpu_count() or 1)
     # check the options and features with this dataset
-    config = read_config(options, family, learner)
+    config = read_config(options, family, network_spec)
     counters = findings.load_token_counters(family.text_encoders)
-    texts = find_live_texts(family, options, config)
+    live_encoders = find_live_encoders(family, options, config)
     features = begin_run(options, family, config.datasets)
-    for check_texts in features.on.texts:
-        check_texts(texts)
-    for check_model in features.on.check:
-        check_model(family, family.block_counts() if family.dit_files else ())  # (): the depth is unknown
-    learner.check()
+    block_counts = family.block_counts() if family.dit_files else ()  # (): unknown
+    _check_features(features, family, live_encoders, block_counts)
+    network_spec.check_initial_file()
     # find the faults of the dataset
     plans = plan_tables(
-        family, config, options.caching, () if texts is None else texts.keys, needs=features.needs
+        family,
+        config,
+        options.caching,
+        () if live_encoders is None else live_encoders.keys,
+        needs=features.needs,
     )
     result = _check_dataset(family, options, config, plans, commands, counters=counters, workers=workers)
-    for read in (*features.caption_checks, *learner.caption_checks):
+    for read in (*features.caption_checks, *network_spec.caption_checks):
         _note_captions_without_word(read, result.tables)
     if options.samples.sample_prompts is not None or _encodes_captions(plans):
         result.tables[0].errors += counters.find_offline_errors(counters.offline_errors)
     # add lines about the run
     lines = _describe_each("Timesteps of the tables:", describe_times(options.timesteps, config.datasets))
     lines += _describe_each("Targets:", features.describe_targets())
-    lines += describe_run(options, learner=learner, num_validation=result.num_held_back)
+    lines += describe_run(options, network_spec=network_spec, num_validation=result.num_held_back)
     few_steps = describe_few_steps(family, options) if family.has_dit_files else ""
     if few_steps:
         lines.append(few_steps)
     result = replace(result, tail=(*result.tail, *lines))
     code: int = check.print_check(result, family, config, page=options.loop.page, workers=workers)
     return code
+
+
+def _check_features(
+    features: RunFeatures,
+    family: Family,
+    live_encoders: LiveTextEncoders | None,
+    block_counts: Sequence[int],
+) -> None:
+    """Raise OptionError if a feature cannot be used with the text encoders or the transformer of this run."""
+    for check_texts in features.on.texts:
+        check_texts(live_encoders)
+    for check_model in features.on.check:
+        check_model(family, block_counts)
 
 
 def _check_dataset(
@@ -145,7 +165,7 @@ def _check_dataset(
     if seed is None:
         seed = options.loop.seed or 0
     validation = options.validation.validation_split, seed
-    if all(plan.uses_plain_cache for plan in plans):  # the caches were made before the training
+    if all(plan.reads_cache_files for plan in plans):  # the caches were made before the training
         return check.check_training(
             config,
             family.cache_tag,
@@ -206,12 +226,12 @@ def _describe_plans(plans: Sequence[TablePlan]) -> list[str]:
     return lines
 
 
-def describe_run(options: TrainingOptions, learner: Learner, num_validation: int) -> list[str]:
+def describe_run(options: TrainingOptions, network_spec: NetworkSpec, num_validation: int) -> list[str]:
     """Return lines of --check about a run's validation and its learning rate.
 
     Args:
         options: Options of the run.
-        learner: Description of what the run trains, with its usual learning rates.
+        network_spec: Description of what the run trains, with its usual learning rates.
         num_validation: Number of items for validation.
     """
     lines = []
@@ -220,16 +240,17 @@ def describe_run(options: TrainingOptions, learner: Learner, num_validation: int
         measured = num_validation if max_steps is None else min(num_validation, max_steps)
         limit = "" if max_steps is None else f" (--max_validation_steps {max_steps})"
         lines.append(f"Each validation measures {format_count(measured, 'batch')} of one item{limit}")
-    rate = describe_learning_rate(options, learner)
-    if "HIGH" in rate or "LOW" in rate:
+    rate = describe_learning_rate(options, network_spec)
+    is_unusual = "HIGH" in rate or "LOW" in rate  # as `describe_learning_rate` writes
+    if is_unusual:
         lines.append(f"Learning rate: {rate}")
     return lines
 
 
-def _plan(
+def _print_plan(
     family: Family,
     options: TrainingOptions,
-    learner: Learner,
+    network_spec: NetworkSpec,
     *,
     commands: CachingCommands,
     others: OtherFamilies,
@@ -239,13 +260,10 @@ def _plan(
     family.check_named_files()  # first: caches are made with them
     if options.full_dit is not None:
         reject_quantized_bases(family)
-    config = read_config(options, family, learner)
-    texts = find_live_texts(family, options, config)
-    for check_texts in options.features.on.texts:
-        check_texts(texts)
-    for check_model in options.features.on.check:
-        check_model(family, family.block_counts())
-    noisy_batch = _read_for_plan(family, options, commands, config=config, texts=texts)
+    config = read_config(options, family, network_spec)
+    live_encoders = find_live_encoders(family, options, config)
+    _check_features(options.features, family, live_encoders, family.block_counts())
+    noisy_batch = _read_largest_batch(family, options, commands, config=config, live_encoders=live_encoders)
     sample_files: Sequence[Path] = ()
     if others.sampling is not None and options.samples.sample_prompts is not None:
         sample_files = others.sampling.dit_files
@@ -261,7 +279,7 @@ def _plan(
             device=device,
             room=room,
             num_sample_only_dits=num_sample_only_dits,
-            texts=texts,
+            live_encoders=live_encoders,
             tables=config.datasets,
         )
         return
@@ -276,13 +294,13 @@ def _plan(
         num_gpus=num_gpus,
         room=room,
         num_sample_only_dits=num_sample_only_dits,
-        texts=texts,
+        live_encoders=live_encoders,
         tables=config.datasets,
     )
 
 
 def _require_caches_on_disk(
-    plans: Sequence[TablePlan], commands: CachingCommands, texts: LiveTextEncoders | None
+    plans: Sequence[TablePlan], commands: CachingCommands, live_encoders: LiveTextEncoders | None
 ) -> None:
     """Raise OptionError if a table's latents or texts are not in files, which --plan could read."""
     if any(plan.latents is TensorLocation.LIVE for plan in plans):
@@ -294,28 +312,30 @@ def _require_caches_on_disk(
         return
     switches = "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk"
     scripts = f"{commands.latents}\n  {commands.text}"
-    if texts is not None and texts.trained_encoders:  # their outputs cannot be cached
+    if live_encoders is not None and live_encoders.trained_encoders:  # their outputs cannot be cached
         switches = "--cache_latents_to_disk"
         scripts = commands.latents
     raise OptionError(
-        "--plan rehearses a batch from caches on disk, and this training makes others: make them first, "
-        f"with {switches}, or with\n  {scripts}"
+        "--plan rehearses a batch from caches on disk, which this training does not have yet: make them "
+        f"first, with {switches}, or with\n  {scripts}"
     )
 
 
-def _read_for_plan(
+def _read_largest_batch(
     family: Family,
     options: TrainingOptions,
     commands: CachingCommands,
     config: DatasetConfig,
-    texts: LiveTextEncoders | None,
+    live_encoders: LiveTextEncoders | None,
 ) -> NoisyBatch:
     """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
-    live = () if texts is None else texts.keys  # texts that are encoded at each step, not cached
+    live = (
+        () if live_encoders is None else live_encoders.keys
+    )  # texts that are encoded at each step, not cached
     plans = plan_tables(family, config, options.caching, live, needs=options.features.needs)
-    _require_caches_on_disk(plans, commands, texts)
+    _require_caches_on_disk(plans, commands, live_encoders)
     stores = open_stores(family, plans)
-    tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
+    tables = list_live_tables(family.cache_tag, plans, needs_captions=live_encoders is not None)
     listed = find_items(
         config,
         family.cache_tag,

@@ -70,7 +70,7 @@ def make_accelerator(options: AcceleratorOptions) -> Accelerator:
             acts_on_cuda("--cuda_cudnn_benchmark", "convolutions", device)
         if options.ddp_timeout is not None and count == 1:
             logger.warning(
-                "--ddp_timeout %d has no effect with one process, which waits for no other.",
+                "--ddp_timeout %d has no effect with one process, which has no others to wait for.",
                 options.ddp_timeout,
             )
     if (
@@ -110,23 +110,25 @@ def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def norm_of_gradients(parameters: Iterable[Parameter], split: Collection[Tensor] = ()) -> Tensor:
+def norm_of_gradients(parameters: Iterable[Parameter], sharded: Collection[Tensor] = ()) -> Tensor:
     """Return the norm of all gradients together, in float32.
 
     For bf16 gradients, torch would round the norm to 3 digits.
 
     Args:
         parameters: The trained parameters.
-        split: Parameters whose rows are spread over the processes; if there are any, all processes must call
+        sharded: Parameters whose rows are spread over the processes; if any, all processes must call
             this.
     """
-    if split:
+    if sharded:
         parameters = list(parameters)
         # each process has some rows of the split gradients, and all of the others
-        split_square = norm_of_gradients(parameter for parameter in parameters if parameter in split).square()
-        torch.distributed.all_reduce(split_square)
-        unsplit = norm_of_gradients(parameter for parameter in parameters if parameter not in split)
-        return (split_square + unsplit.square()).sqrt()
+        sharded_square = norm_of_gradients(
+            parameter for parameter in parameters if parameter in sharded
+        ).square()
+        torch.distributed.all_reduce(sharded_square)
+        unsharded = norm_of_gradients(parameter for parameter in parameters if parameter not in sharded)
+        return (sharded_square + unsharded.square()).sqrt()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if all(gradient.dtype == torch.float32 for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)

@@ -119,9 +119,8 @@ def initial_progress(
         with states.errors_name_the_state(saved.folder):
             # saved values of inactive features are passed on unchanged and not checked
             for state_class in options.features.progress_records:
-                saved.progress.feature_state(
-                    state_class
-                )  # restores the feature's values; TypeError for a wrong type
+                # restores the feature's values; TypeError for a wrong type
+                saved.progress.feature_state(state_class)
         return saved.progress
     seed, session_id, started_at = broadcast_object_list(
         [secrets.randbelow(1 << 32), secrets.randbelow(1 << 32), time.time()]
@@ -146,8 +145,10 @@ def recorded_values(options: Any, *kinds: str) -> dict[str, Any]:
 class RunSettings:
     """Settings of a run, recorded in its states to compare a resumed run with them."""
 
-    identity: dict[str, Any]  # must be equal in a resumed run
-    habits: dict[str, Any]  # may change, with a warning; models are given by file name
+    # must be equal in a resumed run; states record them as `identity`
+    fixed: dict[str, Any]
+    # may change, with a warning; models are given by file name. States record them as `habits`
+    adjustable: dict[str, Any]
     record: type  # class of the family's own options
 
 
@@ -172,19 +173,20 @@ def collect_run_settings(
             --training_adapter.
     """
     config = public_config(options) | {"network_module": module_of(family, options)}
-    # settings that make a run this one and no other
-    identity: dict[str, Any] = {"--seed": seed if options.loop.seed is None else options.loop.seed}
-    identity |= _values_by_flag(config, "identity")
-    identity |= {f"--{name}": value for name, value in recorded_values(family.options, "identity").items()}
-    identity[GROUP_SIZE] = plan.group_size
-    identity[BATCHES] = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
+    fixed: dict[str, Any] = {"--seed": seed if options.loop.seed is None else options.loop.seed}
+    fixed |= _values_by_flag(config, "identity")
+    fixed |= {f"--{name}": value for name, value in recorded_values(family.options, "identity").items()}
+    fixed[GROUP_SIZE] = plan.batches_per_step
+    fixed[BATCHES] = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
     experts = [f"{expert.name or 'one'} from {expert.min_timestep:g}" for expert in family.experts]
-    identity[TRANSFORMERS] = ", ".join(experts)
-    identity[TRAINING_ADAPTER] = adapter
-    return RunSettings(identity, _habits_of(family, options, config), type(family.options))
+    fixed[TRANSFORMERS] = ", ".join(experts)
+    fixed[TRAINING_ADAPTER] = adapter
+    return RunSettings(fixed, _list_adjustable_settings(family, options, config), type(family.options))
 
 
-def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, Any]) -> dict[str, Any]:
+def _list_adjustable_settings(
+    family: Family, options: TrainingOptions, config: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the settings whose change in a resumed run causes a warning only.
 
     Args:
@@ -192,11 +194,11 @@ def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, An
         options: Options of the run.
         config: All options by name.
     """
-    habits = _values_by_flag(config, "habit")
-    habits |= {f"--{name}": value for name, value in recorded_values(family.options, "habit").items()}
+    adjustable = _values_by_flag(config, "habit")
+    adjustable |= {f"--{name}": value for name, value in recorded_values(family.options, "habit").items()}
     models = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
-    habits["the model's file"] = ", ".join(models) or None
-    return habits | _file_names_by_flag(options)
+    adjustable["the model's file"] = ", ".join(models) or None
+    return adjustable | _file_names_by_flag(options)
 
 
 def _values_by_flag(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -263,9 +265,10 @@ def check_resumable(
         )
     if not isinstance(saved, states.SavedState):
         return {}
-    identity, saved_identity = _comparable_identities(saved, settings)
-    habits, saved_habits = settings.habits, _saved_habits(saved, settings.habits)
-    unrecorded = {*identity} - {*saved_identity} | {*habits} - {*saved_habits}
+    fixed, saved_fixed = _comparable_fixed_settings(saved, settings)
+    adjustable, saved_adjustable = settings.adjustable, _list_saved_adjustable(saved, settings.adjustable)
+    # a state of an older version lacks newer settings
+    unrecorded = (fixed.keys() - saved_fixed.keys()) | (adjustable.keys() - saved_adjustable.keys())
     if unrecorded:
         logger.warning(
             "%s does not say what the run that saved it had for %s: its version did not record that. Give "
@@ -274,19 +277,19 @@ def check_resumable(
             ", ".join(sorted(unrecorded)),
         )
     may_change = options.saving.resume_changed
-    identity_changes = _differences(saved_identity, identity)
-    _reject_differences(saved, identity_changes, may_change)
-    habit_changes = _differences(saved_habits, habits)
+    fixed_changes = _differences(saved_fixed, fixed)
+    _reject_differences(saved, fixed_changes, may_change)
+    adjustable_changes = _differences(saved_adjustable, adjustable)
     if not may_change:
-        for name, (then, now) in habit_changes.items():
+        for name, (then, now) in adjustable_changes.items():
             logger.warning("%s was %s when the state was saved; it is %s from here on.", name, then, now)
         return {}
     free_changes = _differences(saved.settings, freely_changeable_settings(options, saving))
-    changes = identity_changes | habit_changes | free_changes
+    changes = fixed_changes | adjustable_changes | free_changes
     return {name: f"{name}: {then} -> {now}" for name, (then, now) in changes.items()}
 
 
-def _comparable_identities(
+def _comparable_fixed_settings(
     saved: states.SavedState, settings: RunSettings
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings that must be equal, of this run and of the saved one, in normalized values."""
@@ -294,30 +297,30 @@ def _comparable_identities(
     defaults = {
         TRANSFORMERS: "one from 0",
         # not compared if this run does not record it either
-        PER_EXPERT: None if settings.identity.get(PER_EXPERT) is None else False,
+        PER_EXPERT: None if settings.fixed.get(PER_EXPERT) is None else False,
         TRAINING_ADAPTER: None,
     }
-    saved_identity = _normalize_identity({**defaults, **saved.identity}, settings.record)
-    return _normalize_identity(settings.identity, settings.record), saved_identity
+    saved_fixed = _normalize_fixed_settings({**defaults, **saved.identity}, settings.record)
+    return _normalize_fixed_settings(settings.fixed, settings.record), saved_fixed
 
 
-def _saved_habits(saved: states.SavedState, habits: Mapping[str, Any]) -> dict[str, Any]:
+def _list_saved_adjustable(saved: states.SavedState, adjustable: Mapping[str, Any]) -> dict[str, Any]:
     """Return the saved settings that may change with a warning; options newer than the state get defaults.
 
     Args:
         saved: The saved state.
-        habits: The same settings of this run.
+        adjustable: The same settings of this run.
     """
     defaults: dict[str, Any] = {}
     for record in (NOTHING_FROZEN, *(feature.options.from_defaults() for feature in FEATURES)):
         defaults |= {f"--{name}": value for name, value in public_config(record).items()}
     defaults |= {f"--{name}": None for name in NAMED_FILES}
-    saved_habits: dict[str, Any] = {}
+    saved_adjustable: dict[str, Any] = {}
     for name, default in defaults.items():
-        current = habits.get(name)
+        current = adjustable.get(name)
         # an option that is off now counts as unchanged, however its default is written
-        saved_habits[name] = default if current else current
-    return saved_habits | saved.habits
+        saved_adjustable[name] = default if current else current
+    return saved_adjustable | saved.habits
 
 
 def _reject_differences(
@@ -370,7 +373,7 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
     If the clips changed, the current epoch starts again in their order; if only the size of a step changed,
     it continues with the remaining clips.
     """
-    logger.info("--resume_changed: %d differ from the saved run:", len(changes))
+    logger.info("--resume_changed: %d settings differ from the saved run:", len(changes))
     for change in changes.values():
         logger.info("  %s", change)
     progress.changes += [f"step {progress.step}: {change}" for change in changes.values()]
@@ -384,22 +387,22 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
         progress.position = 0
     if BATCHES in changes:
         progress.position = 0
-        logger.info("  Epoch %d begins again, with the clips of now.", progress.epoch + 1)
+        logger.info("  Epoch %d begins again, with the current clips.", progress.epoch + 1)
     # steps are counted anew from here
     progress.plan_epoch, progress.plan_position = progress.epoch, progress.position
     progress.plan_step = progress.step
 
 
-def _normalize_identity(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
+def _normalize_fixed_settings(fixed: Mapping[str, Any], record: type) -> dict[str, Any]:
     """Normalize the settings that identify a run: equal meanings become equal values, however typed.
 
     Args:
-        identity: Settings that must be the same when the run is resumed, by name.
+        fixed: Settings that must be the same when the run is resumed, by name.
         record: Record of the family's own options.
     """
-    by_name = {name.removeprefix("--"): value for name, value in identity.items() if name.startswith("--")}
+    by_name = {name.removeprefix("--"): value for name, value in fixed.items() if name.startswith("--")}
     resolved = {
-        **identity,
+        **fixed,
         **{f"--{name}": value for name, value in replace_synonyms(record, by_name).items()},
     }
     if "--optimizer_type" in resolved:

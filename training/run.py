@@ -24,7 +24,7 @@ from runtime.ways.composing import make_block_sharder
 from training.checks import check_before_loading
 from training.features.composing import act_at_end, end_of_run
 from training.features.hooks import RunEnd
-from training.learner import find_learner
+from training.learner import find_network_spec
 from training.learning import load_model, make_run
 from training.loop import train
 from training.next_commands import NO_COMMAND, TrainingCommand, plan_next_steps
@@ -69,16 +69,16 @@ def train_network(
     """
     for change in options.features.on.family:  # features may replace parts of the family
         family = change(family)
-    learner = find_learner(family, options.network, options.features.lora_replacement)
+    network_spec = find_network_spec(family, options.network, options.features.lora_replacement)
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:  # `reelsmith run` checks the training before it caches
-        read_config(options, family, learner)
-        check_before_loading(family, options, learner, others)
+        read_config(options, family, network_spec)
+        check_before_loading(family, options, network_spec, others)
         return 0
     if options.exits_before_training:
         from training.previews import show_preview  # trains nothing
 
         commands = command.caching_commands(options.loop.dataset_config, family)
-        return show_preview(family, options, learner, commands, others)
+        return show_preview(family, options, network_spec, commands, others)
     dynamo()  # the first optimizer step would import it; import it earlier, so that it is frozen too
     freeze_libraries()
     with end_of_run(options.features) as end:
@@ -105,6 +105,9 @@ def prepare_run(
 ) -> Iterator[TrainingRun]:
     """Yield a run for which everything is loaded; on exit, end its logs and wait for uploads.
 
+    The order keeps models out of memory that are not needed together: samples' prompts are encoded first,
+    then text encoders that stay are loaded, then the trained transformers.
+
     Args:
         family: The model family.
         options: Options of the run.
@@ -116,19 +119,21 @@ def prepare_run(
         UserError: If the options, the data or a file cannot be used.
     """
     end = end or RunEnd(options.features)
-    learner = find_learner(family, options.network, options.features.lora_replacement)
-    config = read_config(options, family, learner)  # its errors are reported before processes are started
+    network_spec = find_network_spec(family, options.network, options.features.lora_replacement)
+    config = read_config(
+        options, family, network_spec
+    )  # its errors are reported before processes are started
     with contextlib.ExitStack() as stack:
-        # `processes` watches the other processes of the run; None if there are none
-        accelerator, processes = stack.enter_context(join_processes(family, options, config))
+        # `other_processes` watches them; None if this is the only process
+        accelerator, other_processes = stack.enter_context(join_processes(family, options, config))
         end.is_due = accelerator.is_main_process
-        if processes is not None:
-            processes.at_end = lambda reason: act_at_end(end, LostProcessError(reason))
+        if other_processes is not None:
+            other_processes.at_end = lambda reason: act_at_end(end, LostProcessError(reason))
         plan = make_plan(
             family,
             options,
             command.caching_commands(options.loop.dataset_config, family),
-            learner=learner,
+            network_spec=network_spec,
             config=config,
             accelerator=accelerator,
             others=others,
@@ -141,18 +146,18 @@ def prepare_run(
         if options.samples.sample_prompts is not None:
             sampler = _make_sampler(plan, options.samples.sample_prompts)
         next_steps = plan_next_steps(plan, sampler, command)
-        if processes is not None:
-            processes.advice = next_steps.after_loss
+        if other_processes is not None:
+            other_processes.advice = next_steps.after_loss
         swap = options.speed.swap
         memory: MemoryWatch | None = None
         if accelerator.device.type == "cuda" or swap.is_auto:
             from training.planning.memory import prepare_memory  # other runs need no planner
 
             swap, memory = prepare_memory(plan)
-        if plan.texts is not None:
-            blocks = make_block_sharder(options.speed, accelerator.device)
-            plan.texts.load(accelerator.device, blocks)
-            stack.callback(plan.texts.free)
+        if plan.live_encoders is not None:
+            block_sharder = make_block_sharder(options.speed, accelerator.device)
+            plan.live_encoders.load(accelerator.device, block_sharder)
+            stack.callback(plan.live_encoders.free)
         logs = _make_logs(plan, swap)
         reporter = make_reporter(plan, next_steps, memory)
         model = load_model(plan, swap)
@@ -171,7 +176,7 @@ def prepare_run(
         closing = contextlib.closing(publisher) if publisher is not None else contextlib.nullcontext()
         with closing, logs, reporter:
             show_start(run, file_dtype(options, model.dits.networks[0]))
-            with contextlib.nullcontext() if processes is None else processes.explain():
+            with contextlib.nullcontext() if other_processes is None else other_processes.explain():
                 yield run
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and plan.progress.step >= plan.steps.total_steps:
@@ -243,10 +248,9 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
         weights=weights,
         preview=options.samples.preview,
         together=plan.steps.works_together,
-        blocks=make_block_sharder(options.speed, accelerator.device),
+        block_sharder=make_block_sharder(options.speed, accelerator.device),
     )
-    if (
-        plan.texts and plan.texts.trained_encoders
-    ):  # encoders that learn: prompts are encoded anew for each sample
-        return replace(sampler, encode_again=plan.texts.encode_again)
+    # outputs of trained text encoders change, so that prompts are encoded anew for each sample
+    if plan.live_encoders and plan.live_encoders.trained_encoders:
+        return replace(sampler, encode_again=plan.live_encoders.encode_again)
     return sampler

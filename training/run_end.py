@@ -127,7 +127,7 @@ def _start_program(option: str, argv: Sequence[str], variables: dict[str, str], 
         seconds = format_count(round(max_seconds), "second")
         logger.warning("%s: %s still runs after %s. It is left alone.", option, program, seconds)
     except KeyboardInterrupt:
-        logger.warning("%s: %s is not waited for any longer.", option, program)
+        logger.warning("%s: no longer waiting for %s.", option, program)
     else:
         if code:
             logger.warning(

@@ -70,9 +70,10 @@ class Sample:
     entry: Mapping[str, Any]  # settings of the prompt in the file
     prepared: Prepared
     is_seeded: bool  # False: a new seed is drawn each time
-    prompts: Mapping[int, EncodedPrompts]
-    inputs: Mapping[int, Conditions]
-    texts: Mapping[int, Prompts] = field(default_factory=dict)  # the texts whose encodings are `prompts`
+    # by section of the sample
+    encoded_prompts: Mapping[int, EncodedPrompts]
+    encoded_media: Mapping[int, Conditions]
+    prompts: Mapping[int, Prompts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,19 @@ class PromptSource:
     """The prompt file of a run's samples, and this process's share of its entries."""
 
     path: Path
-    process: int
-    processes: int
-    together: bool  # all processes make every sample
+    process_index: int
+    num_processes: int
+    is_joint: bool  # all processes make every sample together
     text: str = ""  # contents of the file when it was last read
     fault: str = ""  # why the last attempt to read it failed; empty if it did not
 
     def prompt_indices(self, count: int) -> list[int]:
         """Return the indices of the prompts that this process generates, if the file has `count` prompts."""
         indices = list(range(count))
-        return indices if self.together else indices[self.process :: self.processes]
+        return indices if self.is_joint else indices[self.process_index :: self.num_processes]
 
 
+# given the prompts and their encodings by section, return encodings with the present text encoders
 EncodeAgain = Callable[[Mapping[int, Prompts], Mapping[int, EncodedPrompts]], Mapping[int, EncodedPrompts]]
 
 
@@ -117,19 +119,21 @@ class Sampler:
     encode_again: EncodeAgain | None = None
     # draws the seed of a sample that has none; processes that make it together agree on one
     draw_seed: Callable[[], int] = draw_local_seed
-    writes: bool = True  # False: another process writes the files, and this one only helps to generate
+    writes_files: bool = True  # False: another process writes the files, and this one only helps to generate
 
     @property
     def first_values(self) -> dict[str, Any]:
         """Settings of the first sample for the commands on the page; empty without samples."""
         first = self.samples[0] if self.samples else None
-        return {} if first is None else sample_values(first.prepared, first.is_seeded, self.session.family)
+        return (
+            {} if first is None else settings_to_repeat(first.prepared, first.is_seeded, self.session.family)
+        )
 
     def make(
         self,
         get_dit: DitOf,
         autocast: Autocast,
-        mark: str,
+        occasion: str,
         check: Callable[[], None],
         show_progress: Callable[[str], None] = lambda _: None,
     ) -> list[Path]:
@@ -140,7 +144,7 @@ class Sampler:
         Args:
             get_dit: Returns the network of an expert by its index, in evaluation mode and on its device.
             autocast: Opens the autocast context of a pass.
-            mark: Part of the file names: `e000001` at the end of an epoch, `000020` at a step.
+            occasion: Part of the file names: `e000001` at the end of an epoch, `000020` at a step.
             check: Called after each step; what it raises ends the samples.
             show_progress: Called with the sample and its step in words.
         """
@@ -156,12 +160,12 @@ class Sampler:
                 check=check,
                 show_progress=show_progress,
             )
-            if not self.writes:
+            if not self.writes_files:
                 continue
             seed_suffix = f"_{sample.prepared.seed}" if sample.is_seeded else ""
             date = time.strftime("%Y%m%d%H%M%S")
-            stem = f"{self.name}_{mark}_{sample.index:02d}_{date}{seed_suffix}"
-            path = self._write(latents, sample.prepared, stem, f"{self.name}_{mark}{self.weights}")
+            stem = f"{self.name}_{occasion}_{sample.index:02d}_{date}{seed_suffix}"
+            path = self._write(latents, sample.prepared, stem, f"{self.name}_{occasion}{self.weights}")
             logger.info("Sample %s", path)
             paths.append(path)
         return paths
@@ -187,10 +191,10 @@ class Sampler:
             show_progress: Called with a description of the progress.
         """
         experts, prepared = self.session.family.experts, sample.prepared
-        prompts = sample.prompts
+        encoded_prompts = sample.encoded_prompts
         if self.encode_again is not None:  # text encoders are trained, so their outputs have changed
             with autocast():
-                prompts = self.encode_again(sample.texts, prompts)
+                encoded_prompts = self.encode_again(sample.prompts, encoded_prompts)
         with (
             preview_clip(self.previews, prepared.fps) as (watchers, preview_section),
             _show_steps(
@@ -205,8 +209,8 @@ class Sampler:
                 self.session.family,
                 lambda timestep: get_dit(expert_at(timestep, experts)),
                 prepared,
-                prompts,
-                inputs=sample.inputs,
+                encoded_prompts,
+                inputs=sample.encoded_media,
                 device=self.session.device,
                 watchers=[on_step, *watchers],
                 on_section=on_section,
@@ -318,7 +322,7 @@ def prepare_samples(
     weights: str = "",
     preview: PreviewOptions = NO_PREVIEW,
     together: bool = False,
-    blocks: BlockSharder | None = None,
+    block_sharder: BlockSharder | None = None,
 ) -> Sampler:
     """Read and check the prompts, and encode this process's share of prompts and images.
 
@@ -335,9 +339,9 @@ def prepare_samples(
         has_metadata: Whether files of samples get metadata.
         weights: Addition to the model's name in metadata, if samples use other weights or LoRAs.
         preview: Options of previews.
-        together: Whether all processes generate every sample and the first one writes it; `blocks` then
+        together: Whether all processes generate every sample and the first one writes it; `block_sharder` then
             splits the text encoders over them.
-        blocks: Splits blocks over processes; None keeps them complete.
+        block_sharder: Splits blocks over processes; None keeps them complete.
 
     Raises:
         OptionError: If a file that samples need is not given, or if a prompt cannot be used.
@@ -345,16 +349,18 @@ def prepare_samples(
     """
     source = PromptSource(
         prompt_file,
-        process=process,
-        processes=processes,
-        together=together,
+        process_index=process,
+        num_processes=processes,
+        is_joint=together,
         text=read_sample_file(prompt_file),
     )
     entries, all_prepared = parse_requests(family, source.text, prompt_file)
     if process == 0:
         warn_of_unused(entries, family, prompt_file)
         _remove_unfinished(folder, name)
-    session = Session(family, device, ExpertOffloader(family.experts, device, _refuse_dit), blocks=blocks)
+    session = Session(
+        family, device, ExpertOffloader(family.experts, device, _refuse_dit), blocks=block_sharder
+    )
     requests = {index: all_prepared[index] for index in source.prompt_indices(len(entries))}
     writes = not together or process == 0
     # the process that decodes samples loads the VAE now, so that a wrong file is found before the training
@@ -375,7 +381,7 @@ def prepare_samples(
         prompts=prompts_of(entries),
         previews=previews,
         draw_seed=draw_together if together else draw_local_seed,
-        writes=writes,
+        writes_files=writes,
     )
 
 
@@ -402,9 +408,9 @@ def encode_samples(
         decodes: Whether this process decodes samples.
         loads_media: Whether to load the VAE even if no sample has an image.
     """
-    texts = [select_prompts(prepared) for prepared in requests.values()]
-    encoded = session.encode_texts(texts)
-    inputs = _encode_media(session, [*requests.values()], decodes=decodes, loads=loads_media)
+    prompts = [select_prompts(prepared) for prepared in requests.values()]
+    encoded_prompts = session.encode_texts(prompts)
+    encoded_media = _encode_media(session, [*requests.values()], decodes=decodes, loads=loads_media)
     samples: list[Sample] = []
     for position, (entry_index, prepared) in enumerate(requests.items()):
         sample = Sample(
@@ -412,9 +418,9 @@ def encode_samples(
             entries[entry_index],
             prepared,
             is_seeded=entries[entry_index].get("seed") is not None,
-            prompts=encoded[position],
-            inputs=inputs[position],
-            texts=texts[position],
+            encoded_prompts=encoded_prompts[position],
+            encoded_media=encoded_media[position],
+            prompts=prompts[position],
         )
         samples.append(sample)
     return samples
@@ -639,8 +645,8 @@ def _refuse_dit(expert: int) -> nn.Module:
     raise AssertionError("training samples use the network that is being trained")
 
 
-def sample_values(prepared: Prepared, is_seeded: bool, family: Family) -> dict[str, Any]:
-    """Return the values that make a sample, by field name, for a command that generates it again."""
+def settings_to_repeat(prepared: Prepared, is_seeded: bool, family: Family) -> dict[str, Any]:
+    """Return the settings of a sample by field name of `Request`, for a command that generates it again."""
     request = prepared.request
     values = vars(request) | {
         name: getattr(prepared, name) for name in ("frames", "steps", "embedded_guidance")

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from modules.devices import DTYPES, compute_dtype_of
 from modules.errors import OptionError
 from runtime.offload.block_swap import write_back_all
-from runtime.offload.sharding import as_split
+from runtime.offload.sharding import as_sharded
 from training.data.table_times import list_timestep_options
 from training.experts import expert_metadata
-from training.metadata import continued_sizes, file_metadata, run_metadata
+from training.metadata import continued_sizes_metadata, file_metadata, run_metadata
 from training.optimizers.optimizer import (
     averaged_weights,
     optimizer_state,
@@ -48,7 +48,7 @@ def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
     transformers = {"", *(expert.name for expert in plan.family.experts)}
     for name in model.trainable.written_files:
         if name in transformers:
-            metadata[name] = shared_metadata | continued_sizes(model, name)
+            metadata[name] = shared_metadata | continued_sizes_metadata(model, name)
             if has_experts:
                 metadata[name] |= expert_metadata(plan.family, plan.options, all_timesteps, name)
         else:  # the embedding of a new word: with `ss_network_*` its file would be mistaken for a LoRA
@@ -87,7 +87,9 @@ def make_saver(
             names=plan.names,
             is_lora=plan.options.network is not None,
             release=plan.family.release,
-            metadata=_metadata_now(plan, next(iter(metadata.values())), plan.learner.architecture_suffix),
+            metadata=_metadata_now(
+                plan, next(iter(metadata.values())), plan.network_spec.architecture_suffix
+            ),
             prompts=[prompt for prompt in prompts if prompt],
         )
         publisher = publisher.for_run(published)
@@ -144,10 +146,10 @@ class _ModelWriter:
 
     def write_state(self, folder: Path) -> None:
         """Write the state of the run after the current step."""
-        if self.model.plan.splits_model:
-            from training.saving.split_model import write_split_state  # only if it is split
+        if self.model.plan.shards_model:
+            from training.saving.split_model import write_sharded_state  # only if it is split
 
-            write_split_state(folder, collect_state(self.model))
+            write_sharded_state(folder, collect_state(self.model))
         else:
             states.write_state(folder, collect_state(self.model))
 
@@ -205,18 +207,18 @@ def collect_state(model: TrainedModel) -> states.SavedState:
     if model.average is not None:
         parts[states.AVERAGE] = model.average.tensors()
     optimizer = optimizer_state(model.optimizer, model.trainable.names)
-    # moments of split weights contain only this process's rows: they are replaced by split tensors
-    for name, split_weight in _weights_stepped_by_row(model).items():
+    # moments of sharded weights contain only this process's rows: they are replaced by sharded tensors
+    for name, sharded_weight in _sharded_weights_with_local_moments(model).items():
         parameter_state = optimizer["states"].get(name, {})
         for key, value in list(parameter_state.items()):
             is_moment = isinstance(value, Tensor) and value.ndim > 0  # step counters have no dimensions
             if is_moment:
-                parameter_state[key] = as_split(split_weight, value)
+                parameter_state[key] = as_sharded(sharded_weight, value)
     return states.SavedState(
         folder=Path(),
         progress=plan.progress,
-        identity=plan.settings.identity,
-        habits=plan.settings.habits,
+        identity=plan.settings.fixed,
+        habits=plan.settings.adjustable,
         parts=parts,
         optimizer=optimizer,
         schedule=model.schedule.state_dict(),
@@ -242,7 +244,7 @@ def restore(model: TrainedModel) -> None:
         if isinstance(saved, states.SavedState):
             _restore_own(model, saved)
             logger.info("Continuing at step %d, epoch %d.", step, model.plan.progress.epoch + 1)
-        elif model.plan.splits_model:
+        elif model.plan.shards_model:
             raise OptionError(
                 f"--resume {saved.folder}: the state of another program is not split over processes. Resume "
                 f"it without {model.plan.options.speed.modes.splits_weights} and save a state, which can be "
@@ -289,19 +291,19 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
     trainable, device = model.trainable, model.plan.accelerator.device
     full_dit = model.plan.options.full_dit
     offloads_optimizer = full_dit is not None and full_dit.offloads_states  # --offload_optimizer_device
-    if saved.files or model.plan.splits_model:
-        from training.saving.split_model import fill_state  # only with split tensors
+    if saved.files or model.plan.shards_model:
+        from training.saving.split_model import load_sharded_tensors  # only with split tensors
 
         parts = {name: module.state_dict() for name, module in trainable.modules.items()}
         parts[states.AVERAGE] = {} if model.average is None else model.average.tensors()
-        fill_state(saved, parts, _weights_stepped_by_row(model), device)
+        load_sharded_tensors(saved, parts, _sharded_weights_with_local_moments(model), device)
     for name, module in trainable.modules.items():
         states.load_module(module, saved.parts[name])
     # with --resume_changed, the learning rates and the schedule of this run replace those of the state
     settings_changed = bool(model.plan.changes)
     saved_optimizer = saved.optimizer
     if settings_changed:
-        groups = _with_rates_of_now(saved_optimizer["groups"], model.optimizer.param_groups)
+        groups = _replace_learning_rates(saved_optimizer["groups"], model.optimizer.param_groups)
         saved_optimizer = {**saved_optimizer, "groups": groups}
     optimizer_device = torch.device("cpu") if offloads_optimizer else device
     restore_optimizer(model.optimizer, trainable.names, saved_optimizer, optimizer_device)
@@ -315,7 +317,7 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
         model.average.restore(saved)
 
 
-def _with_rates_of_now(
+def _replace_learning_rates(
     saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return the optimizer's saved parameter groups with the learning rates of the current settings."""
@@ -326,7 +328,7 @@ def _with_rates_of_now(
     return merged
 
 
-def _weights_stepped_by_row(model: TrainedModel) -> dict[str, Tensor]:
+def _sharded_weights_with_local_moments(model: TrainedModel) -> dict[str, Tensor]:
     """Return the split weights whose optimizer states have only this process's rows, by name.
 
     Empty if no weight is split, or if the optimizer needs whole weights.
@@ -334,4 +336,4 @@ def _weights_stepped_by_row(model: TrainedModel) -> dict[str, Tensor]:
     if not is_elementwise(type(model.optimizer)):
         return {}
     names = model.trainable.names
-    return {names[parameter]: weight for parameter, weight in model.trainable.split_weights.items()}
+    return {names[parameter]: weight for parameter, weight in model.trainable.sharded_weights.items()}

@@ -62,7 +62,7 @@ def training_script(
     entry = FAMILIES[family]
     if ExpertTrainingOptions in extra_options:
         extra_options = [*extra_options, *options_by_expert()]
-    learner = FullDitOptions if full_dit else TrainedNetworkOptions
+    trained_options = FullDitOptions if full_dit else TrainedNetworkOptions
     sampling_settings = {"choices": samplers, **changes.settings.get("timestep_sampling", {})}
     changes = replace(changes, settings={**changes.settings, "timestep_sampling": sampling_settings})
 
@@ -71,13 +71,13 @@ def training_script(
         record = entry.options_record(kind)
         if images is None:
             options, family_options, script_options = read_training(
-                about, record, argv, learner=learner, shared=extra_options, changes=changes
+                about, record, argv, trained_options=trained_options, shared=extra_options, changes=changes
             )
         else:
             from training.image_options import read_image_training  # only for image models
 
             options, family_options, script_options = read_image_training(
-                about, record, images, argv, learner=learner
+                about, record, images, argv, trained_options=trained_options
             )
         with name_as_typed(options.typed_names):
             if full_dit:
@@ -103,7 +103,7 @@ def training_script(
                 family_options=family_options,
                 family=family,
             )
-            others = _make_other_families(entry, model.abilities.sampling_dit_option, family_options)
+            others = _find_other_families(entry, model.abilities.sampling_dit_option, family_options)
             exit_code = train_network(model, options, command, others=others)
         if exit_code:
             raise SystemExit(exit_code)
@@ -111,25 +111,27 @@ def training_script(
     return Script.of_family(family, train)
 
 
-def _make_other_families(entry: FamilyEntry, sample_apart: str, family_options: Any) -> "OtherFamilies":
-    """Return the family with the transformers for samples, and a function that makes the family of a teacher.
+def _find_other_families(
+    entry: FamilyEntry, sampling_dit_option: str, family_options: Any
+) -> "OtherFamilies":
+    """Return the model that generates samples, if it is another one, and a function that makes teachers.
 
     Args:
         entry: Entry of the trained family.
-        sample_apart: The family's option for transformers that only samples use; "" if it has none.
+        sampling_dit_option: Option of transformers that only samples use; "" if the family has none.
         family_options: The record of the family's options.
     """
     from training.other_models import OtherFamilies  # it loads torch
 
     sampling: Any = None  # the family whose transformers make the samples
-    if option_values(family_options).get(sample_apart.removeprefix("--")) is not None:
+    if option_values(family_options).get(sampling_dit_option.removeprefix("--")) is not None:
         sampling = import_own(f"{entry.room}.family").family_for_samples(family_options)
 
-    @cache  # so that it logs only once
-    def make_other(dit: Any) -> Any:
+    @cache  # so that making the same model again logs nothing
+    def with_other_dit(dit: Any) -> Any:
         return entry.make_family("training", replace(family_options, dit=dit))
 
-    return OtherFamilies(sampling, make_other)
+    return OtherFamilies(sampling, with_other_dit)
 
 
 def _warn_of_unused(options: TrainingOptions, family_options: Any) -> None:

@@ -78,7 +78,7 @@ def check_types(record: Any) -> None:
             kinds.append(int)
         value = getattr(record, name)
         if Any not in kinds and not isinstance(value, tuple(kinds)):
-            raise TypeError(f"{name} is of the kind {type(value).__name__}")
+            raise TypeError(f"{name} is of the type {type(value).__name__}")
 
 
 @dataclass
@@ -86,8 +86,10 @@ class StepPlan:
     """Number and order of a run's steps and epochs; `total_steps` includes steps before a resume."""
 
     num_batches: int  # micro-batches of an epoch
-    processes: int
-    accumulation: int  # micro-batches of an optimizer step per process
+    data_parallel_size: (
+        int  # number of processes, or of groups of processes, that read their own micro-batches
+    )
+    accumulation_steps: int  # micro-batches of an optimizer step in each of them
     total_steps: int
     # where this plan began: earlier steps may have had other clips or another size
     first_epoch: int = 0
@@ -95,22 +97,20 @@ class StepPlan:
     first_step: int = 0
     # processes share the transformer, so that all take equally many micro-batches in a step
     in_lockstep: bool = False
-    processes_per_batch: int = (
-        1  # processes that work on the same micro-batch; together they count as one of `processes`
-    )
+    processes_per_batch: int = 1  # size of a group of processes that share each micro-batch
 
     # derived from the fields above
     num_processes: int = field(init=False)  # all processes, including those that share a micro-batch
-    works_together: bool = field(init=False)
-    group_size: int = field(init=False)  # micro-batches of an optimizer step
+    works_together: bool = field(init=False)  # no process can do a pass without the others
+    batches_per_step: int = field(init=False)  # micro-batches of an optimizer step in all processes
     steps_per_epoch: int = field(init=False)
     num_epochs: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.num_processes = self.processes * self.processes_per_batch
+        self.num_processes = self.data_parallel_size * self.processes_per_batch
         self.works_together = self.in_lockstep or self.processes_per_batch > 1
-        self.group_size = self.processes * self.accumulation
-        self.steps_per_epoch = ceil_div(self.num_batches, self.group_size)
+        self.batches_per_step = self.data_parallel_size * self.accumulation_steps
+        self.steps_per_epoch = ceil_div(self.num_batches, self.batches_per_step)
         later_steps = self.total_steps - self.steps_until(self.first_epoch + 1)
         self.num_epochs = self.first_epoch + 1 + max(0, ceil_div(later_steps, self.steps_per_epoch))
 
@@ -119,31 +119,31 @@ class StepPlan:
         if (epoch, position) <= (self.first_epoch, self.first_position):
             return self.first_step
         if epoch == self.first_epoch:
-            return self.first_step + ceil_div(position - self.first_position, self.group_size)
-        steps_in_first_epoch = ceil_div(self.num_batches - self.first_position, self.group_size)
+            return self.first_step + ceil_div(position - self.first_position, self.batches_per_step)
+        steps_in_first_epoch = ceil_div(self.num_batches - self.first_position, self.batches_per_step)
         steps_between = (epoch - self.first_epoch - 1) * self.steps_per_epoch
-        steps_in_epoch = ceil_div(position, self.group_size)
+        steps_in_epoch = ceil_div(position, self.batches_per_step)
         return self.first_step + steps_in_first_epoch + steps_between + steps_in_epoch
 
-    def groups(self, epoch: int, position: int = 0) -> Iterator[range]:
+    def batches_by_step(self, epoch: int, position: int = 0) -> Iterator[range]:
         """Yield the micro-batches of each optimizer step of epoch `epoch` (from 0).
 
         Starts at micro-batch `position` and stops at the end of the run.
         """
         done = self.steps_until(epoch, position)
-        starts = range(position, self.num_batches, self.group_size)
+        starts = range(position, self.num_batches, self.batches_per_step)
         for start in starts[: max(0, self.total_steps - done)]:
-            yield range(start, min(start + self.group_size, self.num_batches))
+            yield range(start, min(start + self.batches_per_step, self.num_batches))
 
-    def share(self, group: range, process: int) -> list[int]:
-        """Return the micro-batches of `group` that process number `process` works on.
+    def batches_of_process(self, step_batches: range, process: int) -> list[int]:
+        """Return the micro-batches of a step that process number `process` works on.
 
-        The list may be empty in the last group of an epoch, but not in lockstep: a process that would lack a
-        micro-batch repeats the last one of the group.
+        The list may be empty in the last step of an epoch, but not in lockstep: a process that would lack a
+        micro-batch repeats the last one of the step.
         """
-        share = [index for index in group if index % self.processes == process]
-        lacks = self.in_lockstep and len(share) * self.processes < len(group)
-        return [*share, group[-1]] if lacks else share
+        batches = [index for index in step_batches if index % self.data_parallel_size == process]
+        lacks_batch = self.in_lockstep and len(batches) * self.data_parallel_size < len(step_batches)
+        return [*batches, step_batches[-1]] if lacks_batch else batches
 
     def keys(
         self, process: int, epoch: int, position: int, num_epochs: int | None = None
@@ -159,5 +159,7 @@ class StepPlan:
         end_epoch = self.num_epochs if num_epochs is None else min(epoch + num_epochs, self.num_epochs)
         for current_epoch in range(epoch, end_epoch):
             start = position if current_epoch == epoch else 0
-            for step_batches in self.groups(current_epoch, start):
-                yield from ((current_epoch, index) for index in self.share(step_batches, process))
+            for step_batches in self.batches_by_step(current_epoch, start):
+                yield from (
+                    (current_epoch, index) for index in self.batches_of_process(step_batches, process)
+                )

@@ -21,8 +21,8 @@ from protocols.full_model import trains_checkpoint
 from runtime.planning.device_memory import MemoryWatch
 from training.checks import describe_learning_rate
 from training.data.table_times import describe_times
-from training.learner import Learner
-from training.metadata import continued_sizes
+from training.learner import NetworkSpec
+from training.metadata import continued_sizes_metadata
 from training.next_commands import NextSteps
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
@@ -98,7 +98,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
         run: The run.
         dtype: Dtype of saved models; None leaves it unchanged.
     """
-    split = run.model.trainable.split_weights  # this process's rows of a weight -> the whole weight
+    split = run.model.trainable.sharded_weights  # this process's rows of a weight -> the whole weight
     parameters = [split.get(parameter, parameter) for parameter in run.parameters]
     rows = [*_make_learning_rows(run, parameters), *_make_writing_rows(run, parameters, dtype)]
     show_box(f"Training {run.plan.names.name}", rows)
@@ -113,12 +113,12 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     """
     plan = run.plan
     options = run.options
-    lora = plan.learner.lora
+    lora = plan.network_spec.lora_options
     # ranks and alphas of a network that continues from a file; None if the options set them
     sizes: tuple[list[int], list[float]] | None = None
     trainable = run.model.trainable
     if options.network is not None and any(
-        continued_sizes(run.model, part) for part in trainable.written_files
+        continued_sizes_metadata(run.model, part) for part in trainable.written_files
     ):
         sizes = trainable.sizes()
     model_keys = ("architecture", "task", "sd_model_name")
@@ -138,33 +138,34 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
         ("timesteps", "\n".join(times)),
         ("targets", "\n".join(targets) or None),
         ("steps", _describe_length(plan)),
-        ("learning rate", _describe_rates(options, run.model.trainable, plan.learner)),
+        ("learning rate", _describe_rates(options, run.model.trainable, plan.network_spec)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
     ]
 
 
-def _describe_rates(options: TrainingOptions, trainable: Trainable, learner: Learner) -> str:
+def _describe_rates(options: TrainingOptions, trainable: Trainable, network_spec: NetworkSpec) -> str:
     """Return the learning rates for the box: --learning_rate, and a line for each rate if parts differ.
 
     Args:
         options: Options of the run.
         trainable: The trained parameters.
-        learner: Description of what is trained, with its recommended learning rate.
+        network_spec: Description of what is trained, with its recommended learning rate.
     """
     default = options.optimizer.learning_rate
     names_by_rate: dict[float, list[str]] = {}
     for name, group in zip(trainable.group_names, trainable.groups, strict=False):
         names_by_rate.setdefault(group.get("lr", default), []).append(name)
-    described_default = describe_learning_rate(options, learner)
+    described_default = describe_learning_rate(options, network_spec)
     # in full fine-tuning all parts may have rates other than --learning_rate
     is_replaced = options.network is None and bool(names_by_rate) and default not in names_by_rate
-    has_one_rate = len(names_by_rate) < 2
     # at 0, only a part without a rate of its own uses --learning_rate
-    uses_default = not is_replaced and (default != 0 or default in names_by_rate)
-    if has_one_rate and uses_default:
+    is_unused = is_replaced or (default == 0 and default not in names_by_rate)
+    if len(names_by_rate) < 2 and not is_unused:
         return described_default
-    parts = "\n".join(f"{rate:g}: {_shorten_list(names)}" for rate, names in names_by_rate.items())
-    return parts if default == 0 or is_replaced else f"{described_default}\n{parts}"
+    lines = "\n".join(f"{rate:g}: {_shorten_list(names)}" for rate, names in names_by_rate.items())
+    if is_replaced or default == 0:
+        return lines
+    return f"{described_default}\n{lines}"
 
 
 def _shorten_list(names: Sequence[str]) -> str:
@@ -213,9 +214,9 @@ def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[f
         plan: The plan of the run.
         sizes: Ranks and alphas of a network that continues from a file; they replace the options.
     """
-    network, full_dit = plan.learner.lora, plan.options.full_dit
-    if plan.learner.description:
-        return plan.learner.description
+    network, full_dit = plan.network_spec.lora_options, plan.options.full_dit
+    if plan.network_spec.description:
+        return plan.network_spec.description
     if network is None:
         parts = full_dit.name_parts if full_dit is not None else ()
         return f"of the model: {' '.join(parts)}" if parts else "the whole model"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,18 @@ from networks.formats import LoraFormat
 from networks.metadata import save_network
 from networks.names.layouts import KNOWN
 from protocols.loading import TensorInfo
-from training.learner import Learner
+from training.learner import NetworkSpec
 
-# learning rates: the default, that of the DiT's part, those of each trained text encoder; None: the default
-Rates = tuple[float, float | None, Sequence[float] | None]
 ListTensors = Callable[[], Mapping[str, Tensor]]
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata
+
+
+class LearningRates(NamedTuple):
+    """Learning rates of a network that may have layers in the DiT and in text encoders."""
+
+    default: float
+    dit: float | None = None  # None: the default
+    text_encoders: Sequence[float] | None = None  # of each trained text encoder; None: the default
 
 
 @dataclass
@@ -64,7 +70,7 @@ class Trainable:
     max_norm: float | None = None  # value of --scale_weight_norms
     by_expert: Sequence[Sequence[Parameter]] = ()  # the parameters of each expert, if each has its own
     # for a DiT that is split over processes: parameter with this process's rows -> the split weight
-    split_weights: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    sharded_weights: Mapping[Tensor, Tensor] = field(default_factory=dict)
     strength: Strength = field(default_factory=Strength)
     # number of steps for which a part of `modules` is trained; parts without an entry are trained to the end
     freeze_at_step: Mapping[str, int] = field(default_factory=dict)
@@ -85,7 +91,7 @@ class Trainable:
     @property
     def names(self) -> dict[Tensor, str]:
         """Return the name of each parameter as `PART.NAME_IN_MODULE`."""
-        rows = {weight: part for part, weight in self.split_weights.items()}
+        rows = {weight: part for part, weight in self.sharded_weights.items()}
         return {
             rows.get(parameter, parameter): f"{part}.{name}"
             for part, module in self.modules.items()
@@ -165,12 +171,12 @@ def seed_networks(trainable: Trainable, seed: int, number: int, device: torch.de
         torch.mps.manual_seed(global_seed)
 
 
-def train_network(
+def prepare_network(
     network: TrainableNetwork,
-    rates: Rates,
+    rates: LearningRates,
     max_norm: float | None,
     device: torch.device,
-    learner: Learner,
+    network_spec: NetworkSpec,
     lora_format: LoraFormat | None = None,
     list_auxiliary_tensors: ListTensors = dict,
 ) -> Trainable:
@@ -178,10 +184,10 @@ def train_network(
 
     Args:
         network: The network.
-        rates: Learning rates of its parts.
+        rates: Learning rates of its layers in the DiT and in text encoders.
         max_norm: Limit on the norm of weights; None for no limit.
         device: Device of the run.
-        learner: Description of the kind of network, with its function to write files if it has its own.
+        network_spec: Description of the kind of network, with its function to write files if it has its own.
         lora_format: Format of the saved files; None keeps the network's own tensor names.
         list_auxiliary_tensors: Returns additional tensors for a LoRA's file when it is saved.
 
@@ -191,7 +197,7 @@ def train_network(
     if lora_format is not None and lora_format.name != KNOWN:  # the known format supports all modules
         lora_format.check(network.module)
     network.module.to(device=device, dtype=torch.float32)
-    groups, names = network.parameter_groups(*rates)
+    groups, names = network.parameter_groups(rates.default, rates.dit, rates.text_encoders)
     if not any(group["params"] for group in groups):
         raise OptionError(
             "the network has no parameters to train: check include_patterns and exclude_patterns in "
@@ -202,8 +208,8 @@ def train_network(
     save_lora = save_network if lora_format is None else lora_format.save
 
     def save(path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        if learner.write is not None:
-            learner.write(network.module, path, dtype, metadata)
+        if network_spec.write_file is not None:
+            network_spec.write_file(network.module, path, dtype, metadata)
         else:
             save_lora(network.module, path, dtype, metadata, list_auxiliary_tensors())
 
@@ -211,7 +217,7 @@ def train_network(
         modules=modules,
         groups=groups,
         group_names=tuple(names),
-        written_files={"": WrittenFile(save, learner.architecture_suffix, network)},
+        written_files={"": WrittenFile(save, network_spec.architecture_suffix, network)},
         networks=[network],
         max_norm=max_norm,
     )
@@ -250,7 +256,7 @@ def join_experts(trainables: Mapping[str, Trainable]) -> Trainable:
     )
 
 
-def train_dit(
+def prepare_dit(
     dit: nn.Module,
     learning_rate: float,
     name_parts: Sequence[str] = (),
@@ -279,7 +285,9 @@ def train_dit(
         if learns:
             by_rate.setdefault(rate, []).append(parameter)
     if not by_rate and not name_parts:
-        raise OptionError("all parts have the learning rate 0, so that nothing would be learned: give one")
+        raise OptionError(
+            "all parts have the learning rate 0, so nothing would be learned: give a rate above 0"
+        )
     if not by_rate:
         reject_no_match(dit, name_parts)
 

@@ -201,7 +201,7 @@ class TrainedModel:
     @property
     def takes_part_in_saving(self) -> bool:
         """Whether this process takes part in saving: the main one, and all with a part of the weights."""
-        return self.plan.accelerator.is_main_process or self.plan.splits_model
+        return self.plan.accelerator.is_main_process or self.plan.shards_model
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:

@@ -17,7 +17,7 @@ from dataset.cache.records import CacheChecks
 from modules.bars import track
 from protocols.data import AUDIO_LATENTS, Batch
 from protocols.rules import expert_at
-from training.data.feed import draw_given_frames, seed_generator
+from training.data.feed import draw_num_clean_frames, seed_generator
 from training.data.timesteps import times_at, times_of_audio
 from training.loss import Autocast, DitOf, LossRule, NoisyAudio, NoisyBatch
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
@@ -46,7 +46,7 @@ class Validation:
         self.sigmas = [sigma for sigma in sigmas if NUM_TIMESTEPS * sigma >= lowest] or [1.0]
 
     def name_tracked_values(
-        self, losses: Mapping[str, float], occasion: str, running: float | None
+        self, losses: Mapping[str, float], occasion: str, training_loss: float | None
     ) -> dict[str, float]:
         """Return the values of a validation that TensorBoard or wandb records.
 
@@ -56,13 +56,13 @@ class Validation:
         Args:
             losses: Validation losses by name.
             occasion: STEP or EPOCH, part of the names.
-            running: Loss of the last training steps; None before the first.
+            training_loss: Mean loss of the last training steps; None before the first.
         """
         if not self.is_of_images:
             return dict(losses)
         values = {f"loss/validation/{occasion}_average": losses[LOSS]}
-        if running is not None:
-            values[f"loss/validation/{occasion}_divergence"] = losses[LOSS] - running
+        if training_loss is not None:
+            values[f"loss/validation/{occasion}_divergence"] = losses[LOSS] - training_loss
         return values
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class Validation:
             autocast: Opens the autocast context of a pass.
         """
         sums = self._sum_losses(dit_at, autocast)
-        if self.plan.steps.processes > 1:
+        if self.plan.steps.data_parallel_size > 1:
             shared = sums.to(self.plan.accelerator.device)
             torch.distributed.all_reduce(shared)
             sums = shared.cpu()
@@ -96,9 +96,9 @@ class Validation:
         """
         steps = self.plan.steps
         all_items = self.plan.validation[: self.plan.options.validation.max_validation_steps]
-        items = all_items[self.process :: steps.processes]
+        items = all_items[self.process :: steps.data_parallel_size]
         # processes whose networks are split have to run as many passes as the process with the most items
-        lacks_item = steps.in_lockstep and len(items) * steps.processes < len(all_items)
+        lacks_item = steps.in_lockstep and len(items) * steps.data_parallel_size < len(all_items)
         # indices of the noise levels at which each expert is used
         levels_by_expert: dict[int, list[int]] = {}
         for level, sigma in enumerate(self.sigmas):
@@ -127,12 +127,12 @@ class Validation:
         batch = self._read(item, autocast)
         frames = batch.tensor("latents").shape[2]
         # the draw depends on the item only: it is the same at all noise levels and in all runs
-        given_frames = draw_given_frames(
+        num_clean_frames = draw_num_clean_frames(
             self.plan.family.noise, frames, "validation", item.key, "given frames"
         )
         losses = []
         for sigma in sigmas:
-            noisy_batch = self._add_noise(batch, sigma, item.key, given_frames)
+            noisy_batch = self._add_noise(batch, sigma, item.key, num_clean_frames)
             noisy_batch = noisy_batch.to(self.plan.accelerator.device)
             errors = measure_streams(self.plan.family, dit, noisy_batch, autocast=autocast, rule=self.loss)
             losses.append(functools.reduce(torch.add, errors))
@@ -152,12 +152,12 @@ class Validation:
             # constant, so that wildcards are the same each time; at the last step, so captions are complete
             place = RunPosition(seed=0, micro_batch=0, step=1, total_steps=1)
             batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), place))
-        if plan.texts is not None:
+        if plan.live_encoders is not None:
             with autocast():
-                batch = plan.texts.add_to(batch)
+                batch = plan.live_encoders.add_encoded_captions(batch)
         return batch
 
-    def _add_noise(self, batch: Batch, sigma: float, key: str, given_frames: int) -> NoisyBatch:
+    def _add_noise(self, batch: Batch, sigma: float, key: str, num_clean_frames: int) -> NoisyBatch:
         """Return a batch of one item at a noise level.
 
         The noise is seeded by the item's key, the level, and --validation_seed if it is set, but not by the
@@ -193,7 +193,7 @@ class Validation:
             sigmas=times.sigmas,
             timesteps=times.timesteps,
             weights=torch.ones(1),
-            given_frames=given_frames,
+            num_clean_frames=num_clean_frames,
             clean_tokens=given,
             audio=audio,
         )

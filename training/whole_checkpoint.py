@@ -13,14 +13,14 @@ from protocols.family import Described, DitSpec, part_rates_of
 from protocols.full_model import DIT, LearningParts, TrainsCheckpoint, trains_checkpoint
 from training.data.live import LiveTextEncoders
 from training.options import TrainingOptions
-from training.trainable import Trainable, WrittenFile, learns_by_name, reject_no_match, train_dit
+from training.trainable import Trainable, WrittenFile, learns_by_name, prepare_dit, reject_no_match
 
 
-def train_full(
+def prepare_full_model(
     family: Described,
     options: TrainingOptions,
     dit: nn.Module,
-    texts: LiveTextEncoders | None,
+    live_encoders: LiveTextEncoders | None,
     writes: bool = True,
 ) -> Trainable:
     """Train all or selected weights of the transformer, and of the text encoders that are trained.
@@ -29,7 +29,7 @@ def train_full(
         family: The model family.
         options: Options of the run.
         dit: The transformer.
-        texts: The loaded text encoders.
+        live_encoders: The loaded text encoders.
         writes: Whether files will be written; if so, the original checkpoint is opened.
 
     Raises:
@@ -39,12 +39,12 @@ def train_full(
     rate, name_parts = options.optimizer.learning_rate, options.full_dit.name_parts
     shard_bytes = options.full_dit.shard_bytes
     if not trains_checkpoint(family):
-        return train_dit(dit, rate, name_parts, part_rates_of(family), SavedForm(shard_bytes))
+        return prepare_dit(dit, rate, name_parts, part_rates_of(family), SavedForm(shard_bytes))
     as_folder = options.full_dit.saves_folders if writes else None
     return _train_checkpoint(
         family,
         dit,
-        texts,
+        live_encoders,
         learning_rate=rate,
         name_parts=name_parts,
         as_folder=as_folder,
@@ -73,7 +73,7 @@ class _OptimizerGroups:
 def _train_checkpoint(
     family: TrainsCheckpoint,
     dit: nn.Module,
-    texts: LiveTextEncoders | None,
+    live_encoders: LiveTextEncoders | None,
     *,
     learning_rate: float,
     name_parts: Sequence[str],
@@ -85,7 +85,7 @@ def _train_checkpoint(
     Args:
         family: The model family.
         dit: The transformer.
-        texts: Text encoders that are loaded.
+        live_encoders: Text encoders that are loaded.
         learning_rate: Learning rate of parts without one of their own.
         name_parts: Parts of names; only weights of the transformer with one of them are trained.
         as_folder: Whether a diffusers folder is written instead of one file; None writes nothing.
@@ -101,7 +101,7 @@ def _train_checkpoint(
         networks[DIT] = dit
     elif name_parts:
         reject_no_match(dit, name_parts)
-    for encoder in () if texts is None else texts.learning_encoders:
+    for encoder in () if live_encoders is None else live_encoders.learning_encoders:
         encoder_rate = parts.texts[encoder.name]
         if encoder_rate is None:
             encoder_rate = learning_rate
@@ -112,7 +112,9 @@ def _train_checkpoint(
             groups.add(encoder.name, encoder_rate if is_used else 0.0, parameter)
     if not groups.params:
         rate_owner = "a part" if parts.have_own_rates else "--learning_rate"
-        raise OptionError(f"nothing learns: all learning rates are 0. Give a rate above 0 to {rate_owner}")
+        raise OptionError(
+            f"nothing is trained: all learning rates are 0. Give a rate above 0 to {rate_owner}"
+        )
     written_files: dict[str, WrittenFile] = {}
     if as_folder is not None:
         written_files[""] = WrittenFile(family.checkpoint_writer(networks, as_folder, shard_bytes).write)

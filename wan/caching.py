@@ -29,7 +29,7 @@ def encode_together(
 ) -> list[CacheEntry]:
     """Encode all items in one batch: latents, control videos, and the image condition of `condition_kind`.
 
-    Without an image encoder there are no image features: Wan2.2 takes none.
+    Without an image encoder there are no image features; Wan2.2 uses none.
 
     Args:
         encoders: VAE and image encoder.
@@ -139,20 +139,22 @@ def batch_conditions(
 
 
 def _read_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
-    """Return the CLIP features of a batch. Raises CacheError if they are for another number of images."""
+    """Return the CLIP features of a batch; raise CacheError if they are for another number of images.
+
+    A model with embedded image positions needs two images, others one.
+    """
     clip = batch.tensor("clip")
     positions = config.image_positions
-    # a model with embedded positions takes the features of two images, one without takes those of one
     if positions:
         fits = clip.shape[1] == positions
         options, images = "--clip --flf2v", "two images"
     else:
-        fits = clip.shape[1] != 2 * CLIP_TOKENS  # any rows but those of two images
+        fits = clip.shape[1] != 2 * CLIP_TOKENS
         options, images = "--clip, without --flf2v", "one image"
     if fits:
         return clip
     raise CacheError(
-        f"{batch.keys[0]}: the cached CLIP features have {clip.shape[1]} rows, --task {task.name} needs "
+        f"{batch.keys[0]}: the cached CLIP features have {clip.shape[1]} rows, but --task {task.name} needs "
         f"{positions or CLIP_TOKENS}, of {images}. Cache again with wan_cache_latents.py {options}."
     )
 

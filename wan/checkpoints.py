@@ -95,14 +95,14 @@ def log_task_differences(
 ) -> None:
     """Log anything unusual about a transformer's file: its dtype, its size, or an ambiguous version.
 
-    Tensors of some versions are alike, so only --task tells them apart. `target` is the compute dtype.
+    Some versions have the same tensors, so only --task distinguishes them. `target` is the compute dtype.
     Warns if a large file stays in float32, as A14B was released.
     """
     config = header.config
     if target == torch.float32 and header.block_dtype == target and config.dim >= TASKS["ti2v-5B"].dim:
         logger.warning(
-            "%s is in float32, and is kept so: twice the memory of bfloat16, and slow. --dit_dtype bfloat16 "
-            "rounds it while it is read",
+            "%s is in float32 and stays so, which is slow and needs twice the memory of bfloat16. Give "
+            "--dit_dtype bfloat16 to convert it while it is read",
             path.name,
         )
     if config.dim != task.dim:
@@ -185,11 +185,11 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
         raise CheckpointError(f"--vace {path}: it has no blocks of VACE. Give a file with vace_blocks.", path)
     width, channels, *_ = patch_shape
     if config.vace_layers:
-        raise CheckpointError(f"{dit} has blocks of VACE itself: leave --vace {path} out.", path)
+        raise CheckpointError(f"{dit} already has blocks of VACE: leave --vace {path} out.", path)
     if width != config.dim or config.num_layers % layers:
         raise CheckpointError(
             f"--vace {path}: {layers} blocks of width {width}; {dit} has {config.num_layers} of width "
-            f"{config.dim}. Give the two of one model.",
+            f"{config.dim}. Give files of the same model.",
             path,
         )
     _check_vace_block_indices(path, config.num_layers, layers)
@@ -246,8 +246,8 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
     if vace_layers and (layers % vace_layers or vace_dim != VACE_DIM):
         raise CheckpointError(
             f"{path}: {vace_layers} VACE blocks next to {layers} blocks, and a vace_patch_embedding for "
-            f"{vace_dim} channels. Each block of VACE belongs to the same number of other blocks, and they "
-            f"take {VACE_DIM} channels. Download it again.",
+            f"{vace_dim} channels. Each VACE block must belong to the same number of other blocks, and "
+            f"the embedding must have {VACE_DIM} channels. Download it again.",
             path,
         )
     if vace_layers:
@@ -322,13 +322,13 @@ def _describe_difference(config: WanConfig, task: WanTask) -> str:
     has_image = task.model_kind in INPUT_CHANNELS[True] or task.kind == "flf2v"
     if config.has_image != has_image:
         return (
-            f"img_emb, which takes features of an image, is {'there' if config.has_image else 'missing'}; "
-            f"{task.name} has {'it' if has_image else 'none'}."
+            f"img_emb, the projection of image features, is {'present' if config.has_image else 'missing'}; "
+            f"{task.name} has {'one' if has_image else 'none'}."
         )
-    # the remaining difference: only models with a first and a last image have position embeddings
+    # the only other difference: models with a first and a last image have position embeddings
     if config.image_positions:
-        return f"img_emb.emb_pos has places for two images, {task.name} is conditioned on one."
-    return f"img_emb.emb_pos is missing, with which {task.name} tells two images apart."
+        return f"img_emb.emb_pos has positions for two images, {task.name} is conditioned on one."
+    return f"img_emb.emb_pos, by which {task.name} distinguishes two images, is missing."
 
 
 def make_dit(config: WanConfig, *settings: Any) -> WanModel:

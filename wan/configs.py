@@ -143,9 +143,8 @@ class WanTask:
     high_noise_guidance: float | None = None
     boundary: float | None = None  # timestep from which on the high-noise expert works
     fps: float = 16.0
-    takes_clean_first_frame: bool = (
-        False  # an image, if one is given, becomes the first latent frame, which stays clean
-    )
+    # an image, if one is given, becomes the first latent frame, which stays clean
+    takes_clean_first_frame: bool = False
     # probability that a training batch of clips keeps its first latent frame clean; None: the model cannot
     first_frame_probability: float | None = None
     # derived from the fields above

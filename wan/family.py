@@ -53,8 +53,8 @@ from wan.inputs import (
     appends_end,
     check_control,
     encode_inputs,
+    keep_task_media,
     prepare_request,
-    take_inputs,
 )
 from wan.names import LORA
 from wan.options import (
@@ -217,18 +217,18 @@ class Wan(OneTransformer):
             one_frame.check_table(table, self.files.clip is not None)
         elif table.has_control and len(table.clean_indices) > 1:
             raise DatasetError(
-                f"{table.name}: Wan takes one control video or image for each item, fp_1f_clean_indices asks "
-                f"for {len(table.clean_indices)}. Remove fp_1f_clean_indices, or give --one_frame."
+                f"{table.name}: Wan uses one control video or image for each item, but fp_1f_clean_indices "
+                f"asks for {len(table.clean_indices)}. Remove fp_1f_clean_indices, or give --one_frame."
             )
         elif table.has_control and self.files.task.kind == "ti2v":
             raise DatasetError(
-                f"{table.name}: Wan2.2 TI2V-5B takes no control videos. Remove the table's control_directory "
-                "or control_path, or cache with the VAE of another model."
+                f"{table.name}: Wan2.2 TI2V-5B does not use control videos. Remove the table's "
+                "control_directory or control_path, or cache with the VAE of another model."
             )
         elif self.condition_kind == VACE and not (table.has_control or table.has_references):
             raise DatasetError(
-                f"{table.name}: --vace, and nothing that VACE could learn from. Give control_directory or "
-                "reference_directory; for LoRAs of texts alone cache without --vace, and train --task t2v-..."
+                f"{table.name}: --vace needs control media or references. Give control_directory or "
+                "reference_directory; for text-to-video LoRAs cache without --vace, and train --task t2v-..."
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -337,7 +337,6 @@ class Wan(OneTransformer):
         """
         task = self.files.task
         self.files.check_dits()
-        # for `prepare_request` or its counterpart for single images
         settings: dict[str, Any] = {"defaults": self.defaults, "latent": self.latent, "experts": self.experts}
         if self.condition_kind == ONE_FRAME:  # samples of a training run of images
             request = replace(request, extra={ONE_FRAME: "default", **request.extra})
@@ -346,17 +345,18 @@ class Wan(OneTransformer):
 
             self.files.check(("dit", "clip"))
             return one_frame.prepare(task, request, **settings)
-        control = None
+        vace_request = None
         if task.kind == VACE:
-            from wan.vace import take_control  # only for VACE
+            from wan.vace import read_vace_request  # only for VACE
 
-            request, control = take_control(request, self.files.dit_header().config.vace_layers)
-        request = take_inputs(task, request)
+            # control media are removed from the request, and added to the prepared one below
+            request, vace_request = read_vace_request(request, self.files.dit_header().config.vace_layers)
+        request = keep_task_media(task, request)
         self.files.check(("dit", "clip"))
         prepared = prepare_request(task, request, **settings)
         if prepared.request.control_path is not None:
             check_control(task, prepared, prepared.request.control_path)
-        return prepared if control is None else control.add_to(prepared)
+        return prepared if vace_request is None else vace_request.add_to(prepared)
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Return whether the task takes an image or control video, or the request starts from an image."""

@@ -61,7 +61,7 @@ class WanFiles(TransformerFiles):
         """Transformer files, low noise first. --dit is required if the file for high noise is missing."""
         if self.dit_high_noise is None:
             return (self.dit_path,)
-        high = require_file(self.dit_high_noise, "--dit_high_noise", "the transformer for much noise")
+        high = require_file(self.dit_high_noise, "--dit_high_noise", "the transformer for high noise")
         return (high,) if self.dit is None else (self.dit_path, high)
 
     def check_dits(self) -> None:
@@ -78,9 +78,9 @@ class WanFiles(TransformerFiles):
         second_config = headers[second].config
         if second_config != config:
             raise CheckpointError(
-                f"{second} {paths[second]} is not of the model of {first} {paths[first]}:\n"
+                f"{second} {paths[second]} belongs to a different model than {first} {paths[first]}:\n"
                 f"  it has {_name_size(second_config)}, the other has {_name_size(config)}.\n"
-                "  Give the two transformers of one model.",
+                "  Give two transformers of the same model.",
                 paths[second],
             )
 
@@ -276,8 +276,8 @@ def check_expert_file_names(dit: Path | None, dit_high_noise: Path | None) -> No
             misnamed[expert] = named_expert
     if len(misnamed) > 1:
         raise OptionError(
-            f"--dit {dit} is named as the transformer for much noise, and --dit_high_noise {dit_high_noise} "
-            "as the one for little noise: swap the two"
+            f"--dit {dit} is named as the transformer for high noise, and --dit_high_noise {dit_high_noise} "
+            "as the one for low noise: swap the two"
         )
     for expert, named_expert in misnamed.items():
         is_alone = expert == LOW_NOISE and dit_high_noise is None
@@ -289,11 +289,11 @@ def check_expert_file_names(dit: Path | None, dit_high_noise: Path | None) -> No
             _name_noise(named_expert),
         )
     if dit is not None and dit == dit_high_noise:
-        logger.warning("--dit and --dit_high_noise are the same file: %s does all steps", dit)
+        logger.warning("--dit and --dit_high_noise are the same file: %s runs all steps", dit)
 
 
 def _name_noise(expert: str | None) -> str:
-    return "much" if expert == HIGH_NOISE else "little"
+    return "high" if expert == HIGH_NOISE else "low"
 
 
 def _find_existing(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
@@ -342,12 +342,12 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
         boundary = release.boundary
     if files.dit is None and files.dit_high_noise is not None:
         raise OptionError(
-            "--dit is missing: --dit_high_noise alone cannot remove the last of the noise. Give the "
-            "transformer for little noise"
+            "--dit is missing: --dit_high_noise alone cannot remove the last noise. Give the "
+            "transformer for low noise"
         )
     if task.boundary is not None and files.dit is not None and files.dit_high_noise is None:
         logger.info(
-            "--task %s has two transformers: without --dit_high_noise --dit makes all steps", task.name
+            "--task %s has two transformers: without --dit_high_noise, --dit runs all steps", task.name
         )
     return files, find_boundary(options, files, boundary)
 
@@ -388,12 +388,12 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     if files.vae is not None:
         release = RELEASES[read_once(files.vae_path, read_vae).config.latent_channels]
     if release is None:
-        logger.info("Sizes are those of %s; for others give --vae", WAN_2_1.description)
+        logger.info("Sizes are those of %s; give --vae for other ones", WAN_2_1.description)
     if release is not WAN_2_2:
         return replace(files, task=TASKS["t2v-14B"]), condition_kind
     if condition_kind == VACE:
         raise OptionError(
-            f"--vace: --vae {options.vae.vae} is {WAN_2_2.description}; VACE has that of Wan2.1"
+            f"--vace: --vae {options.vae.vae} is {WAN_2_2.description}; VACE needs that of Wan2.1"
         )
     if condition_kind is not None:
         switch = "--clip" if options.clip is not None else "--i2v"

@@ -143,7 +143,7 @@ def appends_end(task: WanTask, request: Request) -> bool:
     return task.kind == "i2v" and task.version == "2.1" and request.end_image_path is not None
 
 
-def take_inputs(task: WanTask, request: Request) -> Request:
+def keep_task_media(task: WanTask, request: Request) -> Request:
     """Return the request with only the media that the task takes. Raises OptionError if one is missing."""
     if task.requires_image:
         require(request.first_image, "--image_path", f"--task {task.name} starts from an image")
@@ -274,7 +274,7 @@ def prepare_request(
     width, height, frames = size_of(request, defaults)
     if task.frames == 1 and frames != 1:
         raise OptionError(
-            f"--video_length {frames}: --task {task.name} makes one image. Leave it out, or use a t2v task."
+            f"--video_length {frames}: --task {task.name} generates one image. Leave it out, or use t2v."
         )
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
     # the released image-to-video code and that of TI2V-5B round the size in different ways

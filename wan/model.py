@@ -311,7 +311,7 @@ class WanModel(BlockNetwork):
             num_clean_tokens=num_clean_patches * rows * columns,
             dtype=dtype,
             attention=self.attention,
-            combine_attention=overrides.steer,
+            combine_attention=overrides.combine_attention,
         )
         return Hidden(rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens)
 
@@ -359,23 +359,23 @@ class WanModel(BlockNetwork):
         )
         if not tokens.num_clean_tokens:
             return velocity
-        given_frames = tokens.num_clean_tokens // (rows * columns) * pf  # clean frames, which are first
-        clean = torch.zeros_like(velocity[:, :, :given_frames])
-        return torch.cat([clean, velocity[:, :, given_frames:]], dim=2)
+        num_clean_frames = tokens.num_clean_tokens // (rows * columns) * pf  # these come first
+        clean = torch.zeros_like(velocity[:, :, :num_clean_frames])
+        return torch.cat([clean, velocity[:, :, num_clean_frames:]], dim=2)
 
-    def _embed_times(self, timesteps: Tensor, has_given: bool) -> tuple[Tensor, Tensor]:
+    def _embed_times(self, timesteps: Tensor, has_clean_frames: bool) -> tuple[Tensor, Tensor]:
         """Return the embedded times, B S C, and their modulation, B S 6 C.
 
         S is 1, or 2 if there are clean frames, whose time 0 comes first. Each distinct time is embedded once,
         not once for each token as in the released code.
         """
-        if has_given:
+        if has_clean_frames:
             timesteps = torch.cat([timesteps, timesteps.new_zeros(1)])  # B+1: time 0 is embedded once for all
         time = run_float32(self.time_embedding[0], sinusoid(timesteps, self.config.freq_dim))
         time = run_float32(self.time_embedding[2], functional.silu(time))
         modulation = run_float32(self.time_projection[1], functional.silu(time)).unflatten(1, (6, -1))
         time, modulation = time.to(self._precision), modulation.to(self._precision)
-        if not has_given:
+        if not has_clean_frames:
             return time.unsqueeze(1), modulation.unsqueeze(1)
         return _pair_with_last(time), _pair_with_last(modulation)
 

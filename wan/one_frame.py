@@ -96,11 +96,11 @@ def prepare(
     """
     check_one_frame(task)
     option = f"--one_frame_inference {request.extra[ONE_FRAME]!r}"
-    request = _take_images(task, request, option)
+    request = _keep_used_images(task, request, option)
     order = _read_order(request, option)
     width, height, frames = size_of(request, defaults)
     if frames not in (1, defaults.frames):
-        logger.warning("--video_length %d is ignored because a single picture is made", frames)
+        logger.warning("--video_length %d is ignored because a single picture is generated", frames)
     check_size((width, height, len(order.frame_positions)), latent)
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
     negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
@@ -126,7 +126,7 @@ def _read_order(request: Request, option: str) -> FrameOrder:
         )
     if len(settings.control_indices or (DEFAULT_CONTROL,)) != len(images):
         raise OptionError(
-            f"{option}: {len(images)} control images. Give as many places, as in control_index=0+2 for two"
+            f"{option}: {len(images)} control images. Give as many positions, as in control_index=0+2 for two"
         )
     try:
         return order_frames(settings.control_indices, settings.target_index)
@@ -134,12 +134,12 @@ def _read_order(request: Request, option: str) -> FrameOrder:
         raise OptionError(f"{option}: {error}") from None
 
 
-def _take_images(task: WanTask, request: Request, option: str) -> Request:
+def _keep_used_images(task: WanTask, request: Request, option: str) -> Request:
     """Return the request with only the images that the task takes. Raises OptionError if one is missing."""
     if request.source is not None:
         raise OptionError(
-            f"--{request.source.option} {request.source.path} and {option}: a single picture is made from "
-            "--control_image_path. Leave one of them out"
+            f"--{request.source.option} {request.source.path} and {option}: a single picture is generated "
+            "from --control_image_path. Leave one of them out"
         )
     usable = {
         "image_path": task.uses_clip_features,
@@ -151,14 +151,14 @@ def _take_images(task: WanTask, request: Request, option: str) -> Request:
     if not request.control_images:
         hint = semicolon_hint(request.extra.get(ONE_FRAME, ""))
         raise OptionError(
-            f"{option}: give the images that the picture is made from to --control_image_path{hint}"
+            f"{option}: give the images that the picture is generated from to --control_image_path{hint}"
         )
     for path in request.control_images:
         check_opens("control_image_path", path, is_image=True)
     if task.kind == "flf2v" and len(_list_feature_images(request)) != MAX_FEATURES:
         raise OptionError(
-            f"{option}: --task {task.name} sees two images. Give --image_path and --end_image_path, or two "
-            "control images and neither of these"
+            f"{option}: --task {task.name} needs two images. Give --image_path and --end_image_path, or two "
+            "control images without these"
         )
     return request
 
@@ -172,11 +172,10 @@ def _list_feature_images(request: Request) -> list[Path]:
 def encode_request(
     encoders: MediaEncoders, prepared: Prepared, task: WanTask
 ) -> dict[str, Tensor | list[Tensor]]:
-    """Encode the control images of a request: `condition_latents` 1 20 F h w and the times of its F frames.
+    """Return the conditions of a request: its control images, the F frame indices, and CLIP features.
 
-    Returns these, and CLIP features if the task has them.
-
-    All are on the CPU. Control images are scaled to cover the target's size and cropped.
+    Control images are in `condition_latents`, 1 20 F h w; features are only for tasks that have them. All are
+    on the CPU. Control images are scaled to cover the target's size and cropped.
     """
     request = prepared.request
     order = prepared.family_settings
@@ -209,13 +208,13 @@ def check_table(table: MediaTable, has_features: bool) -> None:
     """
     if table.kind != "image" or not table.has_control:
         raise DatasetError(
-            f"{table.name}: --one_frame learns images from control images. Give an image_directory with a "
+            f"{table.name}: --one_frame trains on images with control images. Give an image_directory with a "
             "control_directory, or control_path in every line of a list."
         )
     if has_features and len(table.clean_indices) > MAX_FEATURES:
         raise DatasetError(
             f"{table.name}: fp_1f_clean_indices asks for {len(table.clean_indices)} control images; with "
-            f"features of images (--clip) Wan2.1 takes {MAX_FEATURES} at most."
+            f"features of images (--clip) Wan2.1 allows {MAX_FEATURES} at most."
         )
     if not table.has_post:
         logger.info("%s: fp_1f_no_post is ignored because only FramePack has that frame", table.name)

@@ -73,7 +73,7 @@ class WanExpertOptions(Options):
 
 _CACHE_CPU = "keep the VAE's features between frames in host memory"
 # in caches of single images: positions in time of the images and their control images
-PLACES_KEY = "f_indices"
+FRAME_INDICES_KEY = "f_indices"
 ONE_FRAME = "one_frame"  # a kind of caches, and the name of --one_frame_inference in Request.extra
 
 
@@ -158,8 +158,8 @@ class WanModelOptions(Options, title="Wan"):
     def __post_init__(self) -> None:
         if self.dit_dtype is not None and self.mixed_precision_transformer:
             raise OptionError(
-                f"--dit_dtype {self.dit_dtype} with --mixed_precision_transformer, which keeps those of the "
-                "file: leave one of them out"
+                f"--dit_dtype {self.dit_dtype} with --mixed_precision_transformer, which keeps the file's "
+                "dtypes: leave one of them out"
             )
         if self.vace is not None and TASKS[self.task].kind != VACE:
             raise OptionError(
@@ -171,11 +171,12 @@ class WanModelOptions(Options, title="Wan"):
                 "--text_as_image_tokens is ignored because --task %s is not one of Fun-Control of Wan2.1",
                 self.task,
             )
-        # each of two transformers needs a file of VACE's blocks, and a single one takes only one such file;
-        # other_transformers: for high noise, or (in training) only for samples
-        other_transformers = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
-        if self.vace is not None and (self.vace_high_noise is None) != (other_transformers == (None, None)):
-            missing = "--vace_high_noise" if self.vace_high_noise is None else "--dit_high_noise"
+        # a second transformer, for high noise or (in training) only for samples, needs its own VACE blocks
+        second_dits = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
+        has_second_dit = second_dits != (None, None)
+        has_second_vace = self.vace_high_noise is not None
+        if self.vace is not None and has_second_vace != has_second_dit:
+            missing = "--dit_high_noise" if has_second_vace else "--vace_high_noise"
             raise OptionError(
                 "--vace with two transformers: each has blocks of VACE, --vace and --vace_high_noise. "
                 f"Give {missing} too"
@@ -306,7 +307,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
             check_one_frame(TASKS[self.task])
             if not self.one_frame_inference.strip():
                 raise OptionError(
-                    "--one_frame_inference is empty: give default, or places such as "
+                    "--one_frame_inference is empty: give default, or positions such as "
                     "target_index=1,control_index=0+2; or leave it out for a video"
                 )
         if TASKS[self.task].kind != VACE:
@@ -315,28 +316,27 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
     def _check_vace_options(self) -> None:
         """Raise OptionError if an option is given that only VACE uses."""
         task = TASKS[self.task]
-        can_make_one_frame = task.requires_image and not task.has_control
-        # prompt lines may ask for one frame too, which uses control images
-        reads_lines = self.from_file is not None or self.interactive
-        one_frame = self.one_frame_inference is not None or (can_make_one_frame and reads_lines)
-        control_images = None if one_frame else self.control_image_path
-        unused = None  # the first option that this task does not use
-        if self.src_mask:
-            unused = MASK
-        elif self.vace_scale != (1.0,):  # not the default
-            unused = SCALE
-        elif self.control_path and not task.has_control:
-            unused = "control_path"
-        elif control_images:
-            unused = "control_image_path"
-        if unused is not None:
-            alone = ""
-            if can_make_one_frame and unused == "control_image_path":
-                alone = " without --one_frame_inference"
-            raise OptionError(
-                f"--{unused}: --task {self.task} has no use for it{alone}. Use --task vace-1.3B, vace-14B or "
-                "vace-A14B, with a checkpoint of VACE"
-            )
+        supports_one_frame = task.requires_image and not task.has_control
+        # a single frame is generated from control images; prompt lines may ask for it too
+        reads_prompt_lines = self.from_file is not None or self.interactive
+        may_make_one_frame = self.one_frame_inference is not None or (
+            supports_one_frame and reads_prompt_lines
+        )
+        unused_options = {
+            MASK: self.src_mask,
+            SCALE: self.vace_scale != (1.0,),  # the default
+            "control_path": self.control_path and not task.has_control,
+            "control_image_path": self.control_image_path and not may_make_one_frame,
+        }
+        for name, is_unused in unused_options.items():
+            if is_unused:
+                condition = ""
+                if supports_one_frame and name == "control_image_path":
+                    condition = " without --one_frame_inference"
+                raise OptionError(
+                    f"--{name}: --task {self.task} does not use it{condition}. Use --task vace-1.3B, "
+                    "vace-14B or vace-A14B, with a checkpoint of VACE"
+                )
 
 
 def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:
@@ -412,8 +412,8 @@ def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict
     task = TASKS[options.task]
     one_frame = options.one_frame or ONE_FRAME in (sample.get("extra") or {})
     if sample.get("example"):
-        # only caches of --one_frame have positions of frames
-        one_frame |= PLACES_KEY in sample["example"].cached
+        # only caches of --one_frame have frame indices
+        one_frame |= FRAME_INDICES_KEY in sample["example"].cached
         inputs = _list_item_inputs(task, one_frame, sample)
     else:
         inputs = _list_sample_inputs(options, sample)
@@ -423,8 +423,7 @@ def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict
         "--end_image_path": Placeholder("END_IMAGE_FILE") if task.kind == "flf2v" else None,
         "--control_path": Placeholder("CONTROL_FILE") if task.has_control else None,
     }
-    # in this mode the control images replace all other inputs
-    if one_frame:
+    if one_frame:  # the control images replace all other inputs
         needed = {
             "--one_frame_inference": "default",
             "--control_image_path": Placeholder("CONTROL_IMAGE_FILE"),
@@ -452,11 +451,11 @@ def _list_sample_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) 
 
 
 def _list_item_inputs(task: WanTask, one_frame: bool, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the images and clips that a training item was cached with, by option of generation."""
+    """Return the generation options that repeat the images and clips of a cached training item."""
     example = sample["example"]
     control = next(iter(example.controls), None)
     if one_frame:
-        return {"--one_frame_inference": example.places, "--control_image_path": example.controls}
+        return {"--one_frame_inference": example.one_frame_settings, "--control_image_path": example.controls}
     if task.kind == VACE:
         return {
             "--src_video": control,
@@ -464,6 +463,6 @@ def _list_item_inputs(task: WanTask, one_frame: bool, sample: Mapping[str, Any])
             "--src_ref_images": example.references,
         }
     return {
-        "--image_path": example.picture if task.requires_image else None,
+        "--image_path": example.image if task.requires_image else None,
         "--control_path": control if task.has_control else None,
     }

@@ -130,12 +130,12 @@ class WanTokens:
         )
 
     @property
-    def first_image(self) -> int:
-        """Index of the first token of the latents to learn, which is the first token of `grid`."""
+    def first_noisy_token(self) -> int:
+        """Index of the first token of the noisy latents, which is the first token of `grid`."""
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> "WanTokens":
-        """Return the inputs for a subset of the tokens; only tokens of the latents to learn may be missing.
+        """Return the inputs for a subset of the tokens; only tokens of the noisy latents may be missing.
 
         `kept` are the ascending positions of the kept tokens, B K; `num_left_out` tokens are missing.
         """

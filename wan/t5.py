@@ -55,7 +55,7 @@ TOKENIZER = TokenizerSource(
 def clean_text(text: str) -> str:
     """Repair encoding mistakes and full-width punctuation, unescape HTML entities, collapse white space.
 
-    White space at the ends becomes a blank. Raises InstallationError if the package ftfy is missing.
+    White space at the ends becomes a single space. Raises InstallationError if the package ftfy is missing.
     """
     if not (text.isascii() and text.isprintable() and "&" not in text):  # else ftfy would change nothing
         try:

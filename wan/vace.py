@@ -73,28 +73,28 @@ def _check_mask_shape(mask: Path, clip: Path, prepared: Prepared) -> None:
         )
 
 
-def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
-    """Return the request with its references as separate images, and VACE's own settings.
+def read_vace_request(request: Request, layers: int) -> tuple[Request, VaceRequest]:
+    """Return the request with its reference images as a list of paths, and VACE's settings.
 
     `layers` is the number of VACE's blocks. Raises OptionError if a file is missing or unused.
     """
     _refuse_images(request)
-    references = split_comma_paths(request.control_images)  # one option may name several, with commas
+    references = split_comma_paths(request.control_images)  # an option may list several, with commas
     mask = _read_mask_path(request)
     if len(references) > MAX_REFERENCES:
         raise OptionError(f"{len(references)} reference pictures: give at most {MAX_REFERENCES}")
     if references and request.source is not None:
         raise OptionError(
-            f"--{request.source.option} {request.source.path} with reference pictures, which come before "
-            "the clip: leave one of them out, or give the video to --src_video"
+            f"--{request.source.option} {request.source.path} with reference pictures, which are placed "
+            "before the clip: leave one of them out, or give the video to --src_video"
         )
     _check_images(mask, references)
     # a control is optional, because VACE also generates from text alone
     scale = request.extra.get(SCALE, "1")
     if request.control_path is None and not references and request.source is None:
-        unused_scale = "" if scale in _DEFAULT_SCALES else f"--vace_scale {scale} acts on nothing: "
+        unused_scale = "" if scale in _DEFAULT_SCALES else f"--vace_scale {scale} has no effect: "
         logger.warning(
-            "%sneither --src_video nor --src_ref_images is given, and the video is made from the text alone",
+            "%sneither --src_video nor --src_ref_images is given: the video is generated from the text alone",
             unused_scale,
         )
     settings = VaceRequest(mask, read_scales(scale, layers))
@@ -206,7 +206,7 @@ def read_mask(path: Path, width: int, height: int, frames: int) -> Tensor:
     mask = ((pixels[:, :1] + 1) / 2).clamp(0, 1)
     if not bool((mask > 0.5).any()):
         raise OptionError(
-            f"--src_mask {path}: it is black. Make the parts white that are to be new, or leave it out"
+            f"--src_mask {path}: it is black. Paint the parts to generate white, or leave it out"
         )
     return mask
 
@@ -230,7 +230,7 @@ def fold_mask(mask: Tensor) -> Tensor:
 
     Mask values are not rounded: the release applies the threshold of 0.5 to the clip alone. As in the
     release, the frames nearest to the middles of L equal parts are used, although the first latent frame
-    holds only one frame.
+    contains only one frame.
     """
     step, rows, columns = LATENT.stride
     frames = (mask.shape[2] - 1) // step + 1

@@ -20,9 +20,11 @@ from wan.spec import VACE_DIT, WanTokens
 
 
 class WanVaceBlock(WanAttentionBlock):
-    """A block of the second stack: it returns the next control stream and a hint for Wan's block.
+    """A block of VACE's stack, which processes the control: it returns the next control tokens and a hint.
 
-    Streams and hints are B L C float32.
+    The hint is added to the output of a block of Wan's own stack.
+
+    All are B L C float32.
     """
 
     def __init__(self, config: WanConfig, index: int) -> None:
@@ -30,12 +32,12 @@ class WanVaceBlock(WanAttentionBlock):
         self.before_proj = nn.Linear(config.dim, config.dim) if index == 0 else None
         self.after_proj = nn.Linear(config.dim, config.dim)
 
-    def forward(self, side: Tensor, x: Tensor, tokens: WanTokens) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Return the next control stream and its hint. `x` enters the network's first block."""
+    def forward(self, control: Tensor, x: Tensor, tokens: WanTokens) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return the next control tokens and the hint. `x` is the input of Wan's first block."""
         if self.before_proj is not None:
-            side = run_in_weight_dtype(self.before_proj, side).float() + x
-        side = super().forward(side, tokens)
-        return side, run_in_weight_dtype(self.after_proj, side).float()
+            control = run_in_weight_dtype(self.before_proj, control).float() + x
+        control = super().forward(control, tokens)
+        return control, run_in_weight_dtype(self.after_proj, control).float()
 
 
 class WanVaceModel(WanModel):

@@ -47,13 +47,13 @@ def batch_control(batch: Batch) -> dict[str, Tensor | list[Tensor]]:
     vace_latents = batch.tensor("latents_control").float()
     if vace_latents.shape[1] != 2 * LATENT.channels:
         raise CacheError(
-            f"{batch.keys[0]}: its control has {vace_latents.shape[1]} channels in the cache, VACE takes "
+            f"{batch.keys[0]}: its control has {vace_latents.shape[1]} channels in the cache, but VACE takes "
             f"{2 * LATENT.channels}. Cache again with wan_cache_latents.py --vace."
         )
     if CONTROL_MASK in batch.tensors:
         mask = batch.tensor(CONTROL_MASK).to(vace_latents) / 255
     else:
-        # white, so that all is generated anew: one channel for each pixel of a latent pixel
+        # white: everything is generated; one channel for each pixel of a latent pixel
         mask = vace_latents.new_ones(
             len(vace_latents), LATENT.stride[1] * LATENT.stride[2], *vace_latents.shape[2:]
         )

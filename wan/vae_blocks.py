@@ -121,8 +121,8 @@ class WanCausalConv(nn.Conv3d):
 def _prepend_previous_frames(x: Tensor, previous_frames: Tensor | None, norm: RmsNorm | None) -> Tensor:
     """Return x preceded by the last two frames before it, B C T+2 H W; missing frames are zeros.
 
-    With `norm`, x is normalized and passed through SiLU first, as `before` was. The result is written into
-    one tensor, so that no concatenation copies it again.
+    With `norm`, x is normalized and passed through SiLU first, as `previous_frames` was. The result is
+    written into one tensor, so that no concatenation copies it again.
     """
     batch, channels, frames, height, width = x.shape
     earlier = TIME_KERNEL - 1  # frames that the convolution sees before the current one
@@ -172,7 +172,7 @@ class WanFrameAttention(nn.Module):
         self.proj = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, frame_cache: FrameCache | None) -> Tensor:
-        """Add the attention within each frame to x, B C T H W. `memory` is unused."""
+        """Add the attention within each frame to x, B C T H W. `frame_cache` is unused."""
         batch, channels, _, height, width = x.shape
         frames = x.transpose(1, 2).flatten(0, 1)  # B*T C H W
         qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)  # B*T 1 H*W 3C
@@ -273,7 +273,7 @@ class WanVaeHalf(nn.Module):
         self.head = nn.ModuleDict({"0": RmsNorm(width_out), "2": WanCausalConv(width_out, channels_out)})
 
     def forward(self, x: Tensor, frame_cache: FrameCache | None) -> Tensor:
-        """Return the result for the next chunk x of a clip; None as `memory` if x is the whole clip."""
+        """Return the result for the next chunk x of a clip; `frame_cache` is None if x is the whole clip."""
         x = self.conv1(x, frame_cache)
         order = [*self.downsamples, *self.middle] if self.is_encoder else [*self.middle, *self.upsamples]
         for layer in order:

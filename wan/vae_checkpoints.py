@@ -5,7 +5,7 @@ Our modules have the names of the official files, so these need no table. diffus
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import isqrt
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from checkpoints.kinds import UNSUPPORTED_MODELS
 from checkpoints.opening import Checkpoint, list_tensor_sources
 from modules.errors import CheckpointError
 from protocols.data import LatentSpec
+from protocols.loading import TensorInfo
 from wan.configs import RELEASES, WAN_2_1, WAN_2_2
 from wan.vae_blocks import FACTORS, VaeLayer, WanVaeConfig
 from wan.vae_shortcuts import fits_shortcut
@@ -46,13 +47,28 @@ DIFFUSERS_RESIDUAL: Names = (  # inside a numbered layer of a list
 )
 # a layer of a level: of the decoder in Wan2.1, of both halves in Wan2.2
 _LAYER = re.compile(r"(?:en|de)coder\.(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)|\w+sampler(?:s\.0)?)\.(.+)")
-_OFFICIAL_FIRST = {  # the encoder's first layer: of Wan2.1, and of Wan2.2, where it is in a stage
+_OFFICIAL_FIRST_LAYERS = {  # the encoder's first layer in Wan2.1, and in Wan2.2, where a stage contains it
     "encoder.downsamples.0.residual.2.weight",
     "encoder.downsamples.0.downsamples.0.residual.2.weight",
 }
 _Layer = tuple[str, int, int]  # down or up, level, index in it
 _RESAMPLER = 1 << 30  # index of the resampler: after all residual blocks
 _LAYER_LISTS = {"down": "encoder.downsamples", "up": "decoder.upsamples"}
+
+
+def _find_name_translation(names: Mapping[str, TensorInfo]) -> Callable[[str], str] | None:
+    """Return the function that converts a file's tensor names to official ones; None for another VAE."""
+    if any(tensor in names for tensor, _ in UNSUPPORTED_MODELS):  # related VAEs with the same layer names
+        return None
+    quant_conv = names.get("quant_conv.weight")  # diffusers' name of `conv1`
+    if quant_conv is not None and "encoder.down_blocks.0.conv1.weight" in names:
+        return _translate_flat_names(names)
+    # with 4 axes, without time, it is Qwen-Image-2.1's VAE
+    has_time_axis = quant_conv is not None and len(quant_conv.shape) != 4
+    if has_time_axis and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
+        return _translate_staged_names(names)
+    is_official = "decoder.conv1.weight" in names and not _OFFICIAL_FIRST_LAYERS.isdisjoint(names)
+    return str if is_official else None
 
 
 def read_vae(
@@ -62,8 +78,7 @@ def read_vae(
 ) -> LoadPlan[WanVaeConfig]:
     """Plan how to load a VAE of Wan2.1 or Wan2.2 from an official, ComfyUI or diffusers file.
 
-    `model` and `files` say in error messages what the model needs and which files were released; without
-    `files` those of Wan.
+    `model` and `files` describe, in error messages, the VAE needed and its released files (default: Wan's).
 
     Raises:
         CheckpointError: For any other file.
@@ -73,21 +88,10 @@ def read_vae(
     )
     names = checkpoint.tensors
     sources = list_tensor_sources(checkpoint)
-    convolution = names.get("quant_conv.weight")
-    # convolutions of Qwen-Image-2.1's VAE have no time axis
-    is_of_clips = convolution is not None and len(convolution.shape) != 4
-    # related VAEs, whose layers have the same names
-    is_unsupported = any(tensor in names for tensor, _ in UNSUPPORTED_MODELS)
-    translate: Callable[[str], str] | None = None
-    if convolution is not None and "encoder.down_blocks.0.conv1.weight" in names:
-        translate = _translate_flat_names(names)
-    elif is_of_clips and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
-        translate = _translate_staged_names(names)
-    elif "decoder.conv1.weight" in names and not _OFFICIAL_FIRST.isdisjoint(names):
-        translate = str
-    if translate is None or is_unsupported:
-        of_wan = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}"
-        raise make_wrong_kind_error(checkpoint, model, "--vae", files or of_wan)
+    translate = _find_name_translation(names)
+    if translate is None:
+        wan_files = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}"
+        raise make_wrong_kind_error(checkpoint, model, "--vae", files or wan_files)
     sources = rename_sources(sources, translate)
     # the dimensions follow from the shapes
     shape = make_shape_reader(checkpoint, sources)
@@ -95,7 +99,7 @@ def read_vae(
     encoder = _read_layers(shape, sources, "encoder.downsamples")
     decoder = _read_layers(shape, sources, "decoder.upsamples")
     colors = shape("encoder.conv1.weight")[1]
-    patch = isqrt(colors // 3)  # a patch of pixels has its colors in channels
+    patch = isqrt(colors // 3)  # edge of a patch, whose pixels are channels
     config = WanVaeConfig(latent_channels, encoder, decoder, patch=patch, colors=colors // patch**2)
     _check_dimensions(config, colors, checkpoint.path)
     return LoadPlan(config, checkpoint, sources)
@@ -120,9 +124,9 @@ def check_latents(
             f"is {RELEASES[config.latent_channels].description}; {needed_by} needs {release.description}"
         )
     elif has_alpha and not latent.has_alpha:
-        difference = f"is a VAE of pixels with alpha; {needed_by} needs one of pixels without"
+        difference = f"is a VAE for pixels with alpha; {needed_by} needs one without"
     elif latent.has_alpha and not has_alpha:
-        difference = f"is a VAE of pixels without alpha; {needed_by} needs its own, of pixels with alpha"
+        difference = f"is a VAE for pixels without alpha; {needed_by} needs one with alpha"
     else:
         return
     raise CheckpointError(f"{path} {difference}.\n  Give {files or release.files} to --vae.", path)
@@ -205,16 +209,16 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
             space_factor *= layer_rows
         if (time_factor, space_factor) != (frame_stride, pixel_stride):
             raise CheckpointError(
-                f"{path}: its {half} scales time by {time_factor} and space by {space_factor}, that of "
-                f"{release.name} by {frame_stride} and {pixel_stride}. It holds another model, or "
+                f"{path}: its {half} scales time by {time_factor} and space by {space_factor}, the one of "
+                f"{release.name} by {frame_stride} and {pixel_stride}. The file contains another model, or "
                 f"tensors are missing.\n  Give {release.files} to --vae.",
                 path,
             )
         for layer in layers:  # after the scales, whose check names what is missing
             if layer.layers and not _has_shortcut(layer, half == "encoder"):
                 raise CheckpointError(
-                    f"{path}: a stage from {layer.width_in} to {layer.width_out} channels can have no "
-                    f"shortcut. It holds another model.\n  Give {release.files} to --vae.",
+                    f"{path}: a stage from {layer.width_in} to {layer.width_out} channels cannot have "
+                    f"a shortcut. The file contains another model.\n  Give {release.files} to --vae.",
                     path,
                 )
 

@@ -49,22 +49,24 @@ def average_groups(x: Tensor, width: int, factors: Factors) -> Tensor:
 def add_repeated(h: Tensor, x: Tensor, factors: Factors) -> Tensor:
     """Add x, B C T H W, to h, B C' T' H*rows W*columns, repeating its values in blocks; return h.
 
-    h is changed in place. Channels fill the pixels of a block in order; if h has more channels, those of x
-    are repeated. T' is T * frames, or less at the beginning of a clip, where the first frames of the
-    first block are left out. One pixel of all blocks is added at a time, so that no enlarged copy of x is
-    made.
+    h is changed in place. Each value of x becomes a block of frames, rows and columns, whose pixels are
+    filled from the channels of x in order; if h has more channels, those of x are repeated. T' is T * frames,
+    or less at the beginning of a clip, where the first frames of the first block are left out. One pixel of
+    all blocks is added at a time, so that no enlarged copy of x is made.
     """
     frames, rows, columns = factors
     block = prod(factors)
     num_channels = h.shape[1]
     if num_channels > x.shape[1]:
         x = x.repeat_interleave(num_channels // x.shape[1], dim=1)
-    step = x.shape[1] // num_channels
-    skipped = x.shape[2] * frames - h.shape[2]
-    for index, (i, j, k) in enumerate(product(range(frames), range(rows), range(columns))):
-        # the first block of frames has no frame i < `skipped`, so that frame i comes from the second block
-        is_left_out = i < skipped
-        # pixel `index` of a block takes its share of x's channels: every step-th, from this first one
-        start = i - skipped + is_left_out * frames
-        h[:, :, start::frames, j::rows, k::columns] += x[:, index * step // block :: step, is_left_out:]
+    channel_step = x.shape[1] // num_channels
+    num_skipped = x.shape[2] * frames - h.shape[2]  # frames that the first block lacks
+    pixels = product(range(frames), range(rows), range(columns))
+    for index, (frame, row, column) in enumerate(pixels):
+        # a frame that the first block lacks begins in the second one
+        first_block = 1 if frame < num_skipped else 0
+        first_frame = first_block * frames + frame - num_skipped
+        first_channel = index * channel_step // block
+        values = x[:, first_channel::channel_step, first_block:]
+        h[:, :, first_frame::frames, row::rows, column::columns] += values
     return h

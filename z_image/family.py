@@ -77,9 +77,8 @@ BASE = replace(DEFAULTS, steps=28, guidance_scale=4.0)
 BASE_NAME_PATTERN = r"(^|--)z[-_ ]?image([-_](base|bf16|fp16|fp32|fp8\w*))*$"
 logger = logging.getLogger(__name__)
 
-NUM_TRAIN_TIMESTEPS = (
-    1000  # timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / UNIT
-)
+# timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / UNIT
+NUM_TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ class ZImage(ModelOfImages):
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        """Predict the velocity, B C 1 H W float32: the negative of the network's own output.
+        """Predict the velocity, noise minus data, B C 1 H W float32.
 
         The network predicts data minus noise, and its time runs from 0 (noise) to 1. The condition is
         llm_embed, T D for each sample.
@@ -194,13 +193,13 @@ class ZImage(ModelOfImages):
         name_inputs = partial(
             name_text_and_mask, argument="caption", name=TEXT_STATES_KEY, device=noisy.device
         )
-        direction = dit(
+        data_minus_noise = dit(
             noisy.squeeze(2),
             1 - timesteps.float() / NUM_TRAIN_TIMESTEPS,
             **name_inputs(cond),
             overrides=overrides.rename_nag(name_inputs),
         )
-        return -direction.unsqueeze(2)
+        return -data_minus_noise.unsqueeze(2)
 
     # generation
 
@@ -213,7 +212,8 @@ class ZImage(ModelOfImages):
         lowest_scale = min(prepared.guidance_scale)
         if lowest_scale < 0:
             logger.warning(
-                "--guidance_scale %g (--l in a prompt line): it counts from 0 here; below 0 guidance is off",
+                "--guidance_scale %g (--l in a prompt line): 0 turns guidance off here, and so does anything "
+                "below 0",
                 lowest_scale,
             )
         solver = prepared.solver

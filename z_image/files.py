@@ -53,7 +53,7 @@ def _read_config(shapes: dialects.DitShapes) -> ZImageConfig:
     if rows != dim or columns != dim or not has_even_heads or patch_width % PATCH**2:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, {rows} rows of queries, heads of {head_width} and patches of "
-            f"{patch_width} numbers are not those of {MODEL_LABEL}. Copy the file again.",
+            f"width {patch_width} do not fit {MODEL_LABEL}. Copy the file again.",
             shapes.path,
         )
     channels = patch_width // PATCH**2

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lumina.options import check_renorm, check_trunc_ratio, extra_words
+from lumina.options import check_renorm, check_trunc_ratio, list_guidance_options
 from modules.option_values import Placeholder
 from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, option
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
@@ -80,7 +80,7 @@ class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
 
 
 def caching_options(options: ZImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
+    """Return a training's options for latent caching and for text caching, as values by option name."""
     return options.vae.command_options(), options.text.command_options("QWEN3_FILE")
 
 
@@ -92,5 +92,5 @@ def generation_options(options: ZImageTrainingOptions, sample: Mapping[str, Any]
         **options.text.command_options("QWEN3_FILE"),
         "--dit_dtype": options.dit_dtype,
         "--use_32bit_attention": options.use_32bit_attention,
-        **extra_words(sample),
+        **list_guidance_options(sample),
     }

@@ -109,10 +109,10 @@ def form_of(quantization: Quantization) -> QuantizationFormat:
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Return the quantization with the matrix product of the device, from the `prepare` of its form.
+    """Return the quantization with a format whose `prepare` has selected the device's matrix product.
 
     Raises:
-        OptionError: If the device or the libraries lack it.
+        OptionError: If the device or the installed libraries do not support the format.
     """
     result: Quantization = import_own(f"checkpoints.stored.{quantization.form}").prepare(quantization, device)
     return result

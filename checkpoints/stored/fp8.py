@@ -46,11 +46,11 @@ def quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor
     if quantization.kind != "cast":
         scale = _find_scale(weight, dtype, by_row=quantization.kind == "rows")
     rounded = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
-    step = 1  # rows that are rounded at once
+    rows_per_block = 1
     if len(weight):
-        step = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel()))
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
+        rows_per_block = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel()))
+    for start in range(0, len(weight), rows_per_block):
+        rows = slice(start, start + rows_per_block)
         values = weight[rows].to(dtype)
         if scale is not None:
             values = values / (scale if scale.ndim == 1 else scale[rows])

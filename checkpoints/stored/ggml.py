@@ -160,12 +160,13 @@ def kind_of_package(number: int) -> Kind | None:
     try:
         kind = gguf.GGMLQuantizationType(number)
         weights_per_block, bytes_per_block = gguf.GGML_QUANT_SIZES[kind]
-        gguf.quants.dequantize(numpy.zeros((1, bytes_per_block), numpy.uint8), kind)  # fails if it cannot
+        # raises NotImplementedError if the package cannot decode the type
+        gguf.quants.dequantize(numpy.zeros((1, bytes_per_block), numpy.uint8), kind)
     except (ValueError, KeyError, NotImplementedError):
         return None
 
     def values(blocks: Tensor) -> Tensor:
-        if type(blocks) is not Tensor:  # a fake tensor of a memory plan has no values
+        if type(blocks) is not Tensor:  # a fake tensor, which has no values
             return torch.empty(len(blocks), weights_per_block, device=blocks.device)
         weights_of_blocks = gguf.quants.dequantize(blocks.cpu().numpy(), kind)
         return torch.from_numpy(weights_of_blocks).to(blocks.device)

@@ -77,7 +77,7 @@ class PackedRowFormat:
         return dequantize_and_multiply(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: QuantizedWeight, first: int, count: int) -> QuantizedWeight | None:
-        """Return `count` rows from `first` on; tensors of one row apply to all rows and are not cut."""
+        """Return `count` rows from `first` on; a tensor with one row, such as a common scale, is not cut."""
         rows = slice(first, first + count)
         parts: list[Tensor | None] = []
         for tensor in stored.tensors:

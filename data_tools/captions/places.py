@@ -310,7 +310,7 @@ def _with_media_only(table: DatasetTable) -> DatasetTable:
         mask_directory=None,
         audio_directory=None,
         class_tokens=None,
-        lists_controls=False,
+        reads_listed_controls=False,
     )
 
 

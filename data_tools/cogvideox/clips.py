@@ -31,7 +31,7 @@ from dataset.caching.prefetch import DECODED_BYTES, Failure, fill_batches, run_a
 from dataset.config import DatasetTable
 from dataset.forms.cogvideox_keys import CogVideoXKeys
 from dataset.forms.cogvideox_lists import EMBEDS, IMAGE_MOMENTS, MOMENTS, missing_clips, read_rows
-from dataset.sources.media_source import Fault, raise_errors
+from dataset.sources.media_source import Fault, raise_if_fatal
 from modules.atomic_write import atomic_path, write_text
 from modules.bars import Bar
 from modules.errors import DatasetError, MediaError
@@ -133,7 +133,7 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
         config_path=root,
         index=0,
         kind="video",
-        own=CogVideoXKeys(
+        format_keys=CogVideoXKeys(
             root,
             dataset_file=source.dataset_file,
             video_column=source.video_column,
@@ -143,7 +143,7 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
     )
     errors: list[Fault] = []
     rows = list(read_rows(table, option_text, errors))
-    raise_errors([*errors, *missing_clips(option_text, rows)])
+    raise_if_fatal([*errors, *missing_clips(option_text, rows)])
     if not rows:
         raise DatasetError(f"{option_text} has no clips")
     num_rows: Counter[Path] = Counter()  # of each clip, so far

@@ -57,7 +57,7 @@ def inspect_audio(source: MediaSource) -> AudioInspection:
             if track is None:
                 raise NoAudio(f"{path}: it has no track of sound")
             # only a video file has its own duration to compare with
-            is_video = local.precomputed is None and not local.path.is_dir() and not local.table.is_of_audio
+            is_video = local.precomputed is None and not local.path.is_dir() and not local.table.is_audio_only
             if is_video:
                 info = video_info(local.path)
                 rate = local.table.declared_fps or info.fps
@@ -124,7 +124,7 @@ def check_audio(
         if audio.mismatch is not None:
             text = f"{plan.source.path}: {audio.mismatch}"
             warnings.append(Fault("have sound that does not fit", text, stem))
-    have = "can be heard" if table.is_of_audio else "clips have it"
+    have = "can be heard" if table.is_audio_only else "clips have it"
     lines = [
         f"sound: {len(tracks)} of {len(plans)} {have}{_describe_tracks(tracks)}",
         f"caches of sound: {total_valid} files are valid, {pluralize(total_missing, 'items need encoding')}",

@@ -35,7 +35,7 @@ from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, gr
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch, stores_for
 from dataset.cache.form import list_format_errors, list_shard_errors
-from dataset.cache.store import LatentNames, Stores, may_be_mixed, npz_names
+from dataset.cache.store import LatentNames, Stores, may_have_both_formats, npz_names
 from dataset.cache_files import EMPTY
 from dataset.caching.audio import AudioCachingFamily, AudioWork
 from dataset.caching.planning import LatentCacheSettings, SourcePlan, SourcePlanner, plan_all
@@ -233,7 +233,7 @@ class _CachingChecker:
             findings.warnings += [Fault(kind, line) for line in list_shard_errors(table)]
         check_captions(findings, self.counters, are_cached=self.scope.texts)
         _check_json_captions(findings, self.family)
-        findings.title = f"{table.name}: {format_count(len(findings.sources), table.holds)}"
+        findings.title = f"{table.name}: {format_count(len(findings.sources), table.media_kind)}"
         if self.scope.media:
             findings.title += f", {format_count(findings.num_items, 'item')}"
         return findings
@@ -331,7 +331,7 @@ def _read_encoder_identities(family: Caches, scope: _Scope) -> _EncoderIdentitie
 
 def _check_cache_format(findings: TableFindings, family: Caches, scope: _Scope) -> None:
     """Add errors for cache folders in a different format than the table's cache_format."""
-    if (scope.latents or scope.texts) and may_be_mixed(findings.table):
+    if (scope.latents or scope.texts) and may_have_both_formats(findings.table):
         lines = list_format_errors(findings.table, family.cache_tag)
         findings.errors += [Fault("folders of caches are in the other form", line) for line in lines]
 
@@ -358,7 +358,7 @@ def _check_media_by_family(findings: TableFindings, family: Caches) -> None:
     table, sources = findings.table, findings.sources
     has_control = any(source.control for source in sources)
     has_references = any(source.references for source in sources)
-    row_references = tuple(source.row_references for source in sources) if table.shows_media else ()
+    row_references = tuple(source.row_references for source in sources) if table.reads_row_references else ()
     family.check_table(media_table(table, has_control, has_references, table.has_guides, row_references))
     reject_companions(table, sources)
     findings.sources = use_moments(family, sources)

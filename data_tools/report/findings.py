@@ -106,7 +106,7 @@ class TableFindings:
     def _describe_bucket(self, bucket: tuple[int, ...]) -> str:
         """Describe a bucket: image size, and the number of frames or the references."""
         frames = f", {format_count(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
-        if self.table.is_of_audio:
+        if self.table.is_audio_only:
             return frames.removeprefix(", ")
         return f"{bucket[0]}x{bucket[1]}{frames}"
 

@@ -246,7 +246,7 @@ def inspect_header(source: MediaSource, fps: float, latent: LatentSpec) -> Inspe
     try:
         with fetch(source) as local:
             plan = plan_source(local, fps, latent.pixel_step, latent.lengths)
-            info = video_info(local.path) if source.table.holds == "video" else None
+            info = video_info(local.path) if source.table.media_kind == "video" else None
     except (MediaError, DatasetError, OSError) as error:
         return Inspection(read_error=str(error))
     return Inspection(
@@ -329,7 +329,7 @@ def _read_frames(
     table = source.table
     values["num_used_frames"] = 0
     values["file_bytes"] = _read_file_size(source)
-    if table.holds == "video":
+    if table.media_kind == "video":
         info = video_info(source.path)
         values["fps"] = info.fps
         values["frames"] = info.frames

@@ -190,13 +190,18 @@ def latent_errors(
 ) -> Iterator[str]:
     """Yield the reasons why cached latents do not fit the table and the model.
 
-    `record` is None if the cache has no record. `is_shared` says that another program may have made the
-    cache.
+    Args:
+        item: Training item of the latents.
+        tensors: Tensors of the cache.
+        record: How the cache was made: sizes, table keys and source files; None if it does not say.
+        latent: Shape of the model's latents.
+        checks: Checks of the run; a source file is compared once.
+        is_shared: Whether another program may have made the cache.
     """
     table = item.table
-    shape = list(tensors["latents"].shape)
-    if shape[0] != latent.channels:
-        yield explain_wrong_channels(shape[0], latent)
+    channels = tensors["latents"].shape[0]
+    if channels != latent.channels:
+        yield explain_wrong_channels(channels, latent)
     yield from _find_mask_errors(item, tensors, record, is_shared)
     if table.augmentation.flip and "latents" + FLIPPED not in tensors:
         yield "it has no mirrored latents, which flip_aug needs"
@@ -209,7 +214,7 @@ def latent_errors(
             yield f"made for {format_shape(made_for)} pixels, but {table.name} needs {format_shape(bucket)}"
         yield from _find_changed_keys(table, tensors, record.options, latent)
         if record.parts != item.num_latent_files:
-            yield f"{record.parts} files of its clip belong together, {item.num_latent_files} are there"
+            yield f"its clip was cached in {record.parts} files, but {item.num_latent_files} of them exist"
         yield from _find_source_changes(item, source_folders(table, record), record, checks)
     yield from _find_shape_errors(item, tensors, latent)
 

@@ -22,13 +22,13 @@ class ExampleItem:
     """Files of a training item that can be passed to generation as an example."""
 
     caption: str = ""
-    picture: Path | None = None  # the item itself, if it is an image on disk
+    image: Path | None = None  # the item itself, if it is an image on disk
     controls: tuple[Path, ...] = ()  # control images in order, or one control clip
     control_mask: Path | None = None
     references: tuple[Path, ...] = ()  # of a clip
     cached: frozenset[str] = frozenset()  # keys of its latents' cache
     # times of a single image and of its control images, as --one_frame_inference takes them
-    places: str = ""
+    one_frame_settings: str = ""
 
 
 def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
@@ -41,7 +41,7 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
     example = ExampleItem(
         _read_caption(item, stores),
         cached=cached_keys,
-        places=one_frame_settings(table) if table.kind == "image" else "",
+        one_frame_settings=one_frame_settings(table) if table.kind == "image" else "",
     )
     with contextlib.suppress(UserError, OSError), quiet():
         # only a listing of the table finds the files in these folders that belong to an item
@@ -55,7 +55,7 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
                 return example
             image = _recorded_image(item, stores)
             if image is not None and image.is_file():
-                return replace(example, picture=image)
+                return replace(example, image=image)
         if not _is_large(table.directory):  # listing it would take long
             return _add_listed_files(example, item)
     return example
@@ -71,7 +71,7 @@ def _add_listed_files(example: ExampleItem, item: TrainingItem) -> ExampleItem:
         return example
     return replace(
         example,
-        picture=source.path if item.table.kind == "image" else None,
+        image=source.path if item.table.kind == "image" else None,
         controls=source.control,
         control_mask=source.control_mask,
         references=source.references,

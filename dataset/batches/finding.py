@@ -24,7 +24,7 @@ from dataset.cache.latent_files import (
     list_latent_files,
     reference_sizes,
 )
-from dataset.cache.store import Stores, may_be_mixed, open_store
+from dataset.cache.store import Stores, may_have_both_formats, open_store
 from dataset.cache_files import CacheStore, NpzNames
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import REQUIRED
@@ -146,7 +146,7 @@ def _add_table(
             listing.items += [_item(table, cache_info, file, captions) for file, captions in index.items]
             listing.left_out[table.index] = index.left_out
             return
-    if in_own_folder and may_be_mixed(table, names):
+    if in_own_folder and may_have_both_formats(table, names):
         _add_format_errors(listing, table, cache_info.tag)
     latent_files = _latent_files(names, cache_info)
     if cache_info.live_sources or store.is_shared:  # a shared folder may also have caches of other tables
@@ -279,7 +279,7 @@ def _latent_files(names: Collection[str], cache_info: TableCacheInfo) -> list[st
 
 
 class _AudioCaches:
-    """Audio caches of a table, which are added to the table's training items."""
+    """Names of a table's audio caches, which are added to the table's training items."""
 
     def __init__(
         self, table: DatasetTable, names: Collection[str], tag: str, spec: AudioSpec, listing: FoundItems
@@ -291,23 +291,31 @@ class _AudioCaches:
         ending = f"_{cache_files.audio_tag(tag)}{cache_files.SUFFIX}"
         self._names = {name for name in names if name.endswith(ending)}
         # each shape as its own key: items share one tuple, which saves memory
-        self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._shared_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def add_audio(self, item: TrainingItem, store: CacheStore) -> TrainingItem:
-        """Return an item with the fields of its audio; the shape is () if batches do not depend on it."""
-        shape: tuple[int, ...] = ()
-        if item.table.batch_size > 1:
-            shape = _audio_shape(store, item.file_name, self.spec, item.bucket[2])
-            shape = self._shapes.setdefault(shape, shape)
+        """Return an item with its audio fields, and report its audio cache if it is needed but missing.
+
+        The lengths of the audio and its reference are read only for batches of several items, which must
+        have equal lengths. Otherwise they stay () and 0.
+        """
         name = cache_files.audio_file_name(item.file_name, self._tag)
         is_cached = name in self._names
-        reference = 0
-        if shape and is_cached and item.table.reference_audio_directory is not None:
-            reference = _reference_length(store, name)
         if self._is_needed and not is_cached:
             self._listing.missing_audio.append(self._folder / name)
+        shape: tuple[int, ...] = ()
+        reference_length = 0
+        if item.table.batch_size > 1:
+            num_frames = item.bucket[2]
+            shape = _audio_shape(store, item.file_name, self.spec, num_frames)
+            shape = self._shared_shapes.setdefault(shape, shape)
+            if shape and is_cached and item.table.reference_audio_directory is not None:
+                reference_length = _reference_length(store, name)
         return replace(
-            item, audio_latent_shape=shape, has_cached_audio=is_cached, audio_reference_length=reference
+            item,
+            audio_latent_shape=shape,
+            has_cached_audio=is_cached,
+            audio_reference_length=reference_length,
         )
 
 

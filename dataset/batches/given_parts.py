@@ -41,7 +41,7 @@ def add_clean_conditions(batch: data.Batch, items: Sequence[TrainingItem]) -> da
                 f"{batch.keys[0]}: its cache has {num_cached} guides, {items[0].table.name} {len(guides)}. "
                 "Cache again"
             )
-        # frame index, and strength in 1 / WHOLE; integers keep their values when a batch is cast
+        # frame index, and strength in 1 / FULLY_CLEAN; integers keep their values when a batch is cast
         positions = [[guide.index, round(FULLY_CLEAN * guide.strength)] for guide in guides]
         tensors[data.GUIDES] = torch.tensor(positions).expand(len(items), -1, -1)
     return replace(

@@ -114,7 +114,7 @@ def read_batch(
         has_empty_text=are_empty if any(are_empty) else (),
         text_metadata=tuple(text.metadata for text in texts),
     )
-    if any(item.table.gives_parts for item in items):
+    if any(item.table.has_conditioned_parts for item in items):
         from dataset.batches.given_parts import add_clean_conditions  # few tables have them
 
         batch = add_clean_conditions(batch, items)
@@ -127,9 +127,9 @@ def _list_makers(
     """List the encoders of a batch: for media and text of each item, then for additional texts."""
     makers: list[data.CacheOrigin] = []
     for item_media, text in zip(media, texts, strict=True):
-        makers += (*item_media.made_by, *text.made_by)
+        makers += (*item_media.origins, *text.origins)
     for text in further_texts:
-        makers += text.made_by
+        makers += text.origins
     return tuple(makers)
 
 
@@ -201,7 +201,7 @@ def _join_media_and_texts(
 def _count_windows(item: TrainingItem, record: LatentRecord, lengths: ClipLengths) -> int:
     """Return the number of windows (spans) in an item's clip, from its record; 0 if unknown."""
     table, clip = item.table, record.clip
-    if table.gives_latents or clip is None or record.parts > 1:
+    if table.has_precomputed_latents or clip is None or record.parts > 1:
         return 0
     # reading may have stopped early; only windows at the head do not depend on the length of the clip
     if not clip.complete and table.frame_extraction != "head":
@@ -218,7 +218,7 @@ class _ItemTensors:
     variable_length: frozenset[str] = frozenset()  # names of tensors of variable length
     caption: str = ""
     is_empty: bool = False  # the caption is known to be empty
-    made_by: tuple[data.CacheOrigin, ...] = ()
+    origins: tuple[data.CacheOrigin, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a text cache
 
 
@@ -267,7 +267,7 @@ class _Reader:
         media = self._read_entry(
             item,
             path=item.latent_path,
-            origin_name=data.LATENTS_MADE,
+            part=data.LATENTS_MADE,
             key="latents",
             find_errors=latent_errors,
         )
@@ -275,14 +275,14 @@ class _Reader:
             audio = self._read_entry(
                 item,
                 path=item.audio_path,
-                origin_name=data.AUDIO_MADE,
+                part=data.AUDIO_MADE,
                 key=data.AUDIO_LATENTS,
                 find_errors=audio_errors,
             )
             for name in (data.AUDIO_LATENTS, data.REFERENCE_AUDIO):
                 if name in audio.tensors:
                     media.tensors[name] = audio.tensors[name]
-            media.made_by += audio.made_by
+            media.origins += audio.origins
         # other programs do not record the frame rate, so the rate that the family assumes is used
         if self.latent.default_fps is not None and data.FPS not in media.tensors:
             media.tensors[data.FPS] = torch.tensor(self.latent.default_fps)
@@ -343,7 +343,7 @@ class _Reader:
         if not caption:  # caches of other programs may not record it
             recorded = next((record.caption for record in records.values()), None)
             caption = entry.metadata.get("caption1", "") if recorded is None else recorded
-        made_by = tuple(data.CacheOrigin(path, name, record.encoder) for name, record in records.items())
+        origins = tuple(data.CacheOrigin(path, name, record.encoder) for name, record in records.items())
         # a caption counts as empty only if it is known: "" may also mean that no file records it
         is_known = number == EMPTY or bool(records) or "caption1" in entry.metadata
         return _ItemTensors(
@@ -352,7 +352,7 @@ class _Reader:
             variable_length=entry.variable,
             caption=caption,
             is_empty=is_known and not caption,
-            made_by=made_by,
+            origins=origins,
             metadata=entry.metadata,
         )
 
@@ -360,7 +360,7 @@ class _Reader:
         self,
         item: TrainingItem,
         path: Path,
-        origin_name: str,
+        part: str,
         key: str,
         find_errors: Callable[..., Iterator[str]],
     ) -> _ItemTensors:
@@ -369,7 +369,7 @@ class _Reader:
         Args:
             item: Item that the cache belongs to.
             path: Path of the cache; its name is read from the item's store.
-            origin_name: Value of `CacheOrigin.part` in the result.
+            part: Value of `CacheOrigin.part` in the result.
             key: Name of a tensor that the cache must have.
             find_errors: Yields the reasons why the tensors do not fit the table.
         """
@@ -396,16 +396,16 @@ class _Reader:
                     raise CacheError(f"{path}: {error}")
             if record is not None:
                 verify_tensors(entry, record.crc32)
-        made_by: tuple[data.CacheOrigin, ...] = ()
+        origins: tuple[data.CacheOrigin, ...] = ()
         if record is not None:
-            made_by = (self._describe_origin(item, path, origin_name, tensors=tensors, record=record),)
-        return _ItemTensors(path, tensors, entry.variable, made_by=made_by)
+            origins = (self._describe_origin(item, path, part, tensors=tensors, record=record),)
+        return _ItemTensors(path, tensors, entry.variable, origins=origins)
 
     def _describe_origin(
         self,
         item: TrainingItem,
         path: Path,
-        origin_name: str,
+        part: str,
         tensors: Mapping[str, Tensor],
         record: LatentRecord,
     ) -> data.CacheOrigin:
@@ -415,7 +415,7 @@ class _Reader:
         is_older = is_video and record.decoding_version < AS_SHOWN
         return data.CacheOrigin(
             path=path,
-            part=origin_name,
+            part=part,
             encoder=record.encoder,
             # records of early versions lack CLOCK: those versions timed companions separately from the clip
             has_separate_timing=is_video and CLOCK not in record.options and has_companions,
@@ -543,10 +543,9 @@ def _add_caching_command(commands: CachingCommands, store: CacheStore, is_text: 
         command = commands.get(is_text)
         if store.is_shared:
             raise CacheError(
-                f"{error}.\n  A training with --cache_latents_to_disk and "
-                "--cache_text_encoder_outputs_to_disk, without --skip_cache_check, makes again what does "
-                "not fit; remove a damaged npz file before. With cache_format npz: "
-                f"{command}"
+                f"{error}.\n  Training with --cache_latents_to_disk and "
+                "--cache_text_encoder_outputs_to_disk, but without --skip_cache_check, replaces caches that "
+                f"do not fit; first remove damaged npz files. With cache_format npz: {command}"
             ) from error
         # without --verify, caching does not read the values of many entries
         flag = " --verify" if "damaged" in str(error) else ""

@@ -51,7 +51,7 @@ def check_caches(
     stores: Stores,
     has_live_texts: bool,
     process: tuple[int, int] = (0, 1),
-    view: str = "",
+    condition_set: str = "",
     trained_encoder_ids: Mapping[str, Mapping[str, str]] = UNKNOWN_ENCODERS,
 ) -> None:
     """Read caches before training begins: all caches of a small dataset, a sample of a large one.
@@ -70,7 +70,7 @@ def check_caches(
         stores: Stores of the run.
         has_live_texts: Whether captions are encoded while training.
         process: Rank of this process, and number of processes; each reads a part.
-        view: Part of a batch that a teacher sees (`Batch.condition_set`); "" if there is no teacher.
+        condition_set: Part of a batch that a teacher sees (`Batch.condition_set`); "" if there is no teacher.
         trained_encoder_ids: Identities of the trained model's text encoders by name, if cached texts are
             compared with them.
 
@@ -101,8 +101,8 @@ def check_caches(
         if item.cache_info.has_cached_texts and not has_live_texts:
             latents = family.latent.to_model(batch.tensor("latents"))
             family.batch_conditions(latents, batch)  # raises CacheError if the texts do not fit the model
-            if view:
-                family.batch_conditions(latents, replace(batch, condition_set=view))
+            if condition_set:
+                family.batch_conditions(latents, replace(batch, condition_set=condition_set))
         for tensors in batch.tensors.values():
             tensor_list = tensors if isinstance(tensors, list) else [tensors]
             size_bytes += sum(tensor.nbytes for tensor in tensor_list)
@@ -285,7 +285,7 @@ def compare_sources(
                 items,
                 missing_text_caches,
                 tag,
-                finds_audio=trains_audio and table.kind == "video" and table.audio != IGNORE,
+                checks_audio=trains_audio and table.kind == "video" and table.audio != IGNORE,
             )
         warnings = (
             (differences.without_latents, "no latents", "not cached, too short or unreadable: left out"),
@@ -314,11 +314,11 @@ def _find_differences(
     items: Sequence[TrainingItem],
     missing_text_caches: Collection[str],
     tag: str,
-    finds_audio: bool,
+    checks_audio: bool,
 ) -> _SourceDifferences:
     """Compare the sources of a folder, by stem, with the training items from its caches.
 
-    `missing_text_caches` are file names whose sources have latents, but no item. `finds_audio` says
+    `missing_text_caches` are file names whose sources have latents, but no item. `checks_audio` says
     whether clips with audio must have cached audio.
     """
     cached = {item.source_stem for item in items}
@@ -327,7 +327,7 @@ def _find_differences(
         if stem not in cached and text_file_name(stem, tag) not in missing_text_caches:
             without_latents.append(str(source.path))
     uncached_audio: list[str] = []
-    if finds_audio:
+    if checks_audio:
         silent = {item.source_stem for item in items if not item.has_cached_audio}
         uncached_audio = [*map(str, list_silent(sources.values(), silent))]
     return _SourceDifferences(without_latents, sorted(cached - sources.keys()), uncached_audio)

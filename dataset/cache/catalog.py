@@ -185,14 +185,15 @@ class Catalog:
                 ((version,),) = connection.execute("PRAGMA user_version")
                 if version > FORMAT:
                     self.problems.append(
-                        f"{path} is of a later version of this program. It is left alone: move it out of the "
+                        f"{path} is from a later version of this program and is not used: move it out of the "
                         "folder, or use that version"
                     )
                     return
                 _require_table(connection)
                 self._add(path.name, _rows_in(connection))
         except sqlite3.Error as error:
-            # SQLite reports some errors of the volume as damage; reading the file raises OSError for them
+            # SQLite reports some errors of the disk as damage. Then reading the whole file raises OSError,
+            # which the caller reports instead
             with path.open("rb") as file:
                 while file.read(1 << 20):
                     pass

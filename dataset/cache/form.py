@@ -10,11 +10,11 @@ from modules.command import quote_command
 from modules.errors import CacheError, DatasetError
 
 
-def require_form(tables: Iterable[DatasetTable], tag: str) -> None:
+def require_declared_format(tables: Iterable[DatasetTable], tag: str) -> None:
     """Check that the caches of tables are in the format that their `cache_format` names.
 
     Args:
-        tables: Tables for which `may_be_mixed` is true.
+        tables: Tables for which `may_have_both_formats` is true.
         tag: The family's cache_tag.
 
     Raises:

@@ -39,14 +39,14 @@ _NOT_COMPARED = frozenset(
         *("config_path", "index", "attributes", "num_repeats", "validation", "validation_split"),
         *("validation_seed", "is_reg", "caption_dropout_rate", "uses_empty_prompt", "prior_loss_weight"),
         *("network_multiplier", "min_timestep", "max_timestep", "discrete_flow_shift"),
-        *("spatial_crop_region", "audio_cond_mask_directory", "gives_parts"),
+        *("spatial_crop_region", "audio_cond_mask_directory", "has_conditioned_parts"),
         *("keyframe_guide_frame_idx", "keyframe_guide_extra_frame_idxs", "latent_idx_guide_frame_idx"),
         *("keyframe_guide_strength", "keyframe_guide_extra_strengths", "latent_idx_guide_strength"),
     }
 )
 # fields that `for_family` sets: they differ between a family's scripts, and text caches do not depend on them
 _SET_BY_FAMILY = (
-    *("finds_audio", "shows_media", "source_fps", "target_frames"),
+    *("finds_audio_by_name", "reads_row_references", "source_fps", "target_frames"),
     *("references", "clip_references", "reference_dropout_rate"),
 )
 # folders that are not listed: they have no sources, or their files are named in a list
@@ -65,7 +65,7 @@ def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
     """
     has_audio_files = audio is not None and has_audio_caches(table, audio)
     has_other_parts = has_audio_files or table.texts_see_references
-    return table.own is None and table.cache_format == "files" and not has_other_parts
+    return table.format_keys is None and table.cache_format == "files" and not has_other_parts
 
 
 def fingerprint_table(table: DatasetTable) -> str | None:

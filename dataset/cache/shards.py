@@ -113,6 +113,8 @@ class ShardStore:
     def write_bytes(self, name: str, data: bytes | None) -> None:
         """Write an entry with the bytes of a safetensors file; None marks the entry as removed.
 
+        This process's shard is finished when it is large or old enough; the next write begins another one.
+
         Raises:
             OutputError: If the entry cannot be written.
         """
@@ -122,7 +124,7 @@ class ShardStore:
                 is_old = self._writer.start_time + SHARD_SECONDS < time.monotonic()
                 if self._writer.size >= self._shard_bytes or is_old:
                     self._finish()
-                    catalog = self._read_catalog()
+                    catalog = self._read_catalog()  # finishing has renamed the shard
             if self._writer is None:
                 self._writer = ShardWriter(self.folder)
             replaced = catalog.entries.get(name)

@@ -174,7 +174,7 @@ def _list_images(table: DatasetTable) -> dict[str, Path]:
     return {source.stem: source.path.with_suffix("") for source in sources}
 
 
-def may_be_mixed(table: DatasetTable, names: Collection[str] | None = None) -> bool:
+def may_have_both_formats(table: DatasetTable, names: Collection[str] | None = None) -> bool:
     """Return whether a table may have both single files and shards, although `cache_format` names one format.
 
     `names` are the names in the table's cache folder, if they have been listed.

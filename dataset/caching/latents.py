@@ -36,9 +36,15 @@ SMALLEST_SIDE = 8  # pixels; less than one latent in either direction cannot be 
 def decode(
     plan: SourcePlan, existing: LatentNames, cache_settings: LatentCacheSettings
 ) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
-    """Read the frames of a source, or its moments; return its completed plan and its missing items.
+    """Decode a source and cut out the items that are not cached yet.
 
-    Large or overlapping items are cut out one by one when they are iterated over, to save memory.
+    1. Decode the frames at bucket size (or read precomputed moments of the VAE).
+    2. If the number of frames was unknown until now, find which items are missing.
+    3. Read the audio of the missing items, for models that store it with latents.
+    4. Cut out the items; large or overlapping ones only when they are iterated over, to save memory.
+
+    Returns:
+        The plan, completed by what decoding found out, and the missing items.
 
     Raises:
         MediaError: If the source cannot be read or is too small.
@@ -48,7 +54,7 @@ def decode(
     source, latent = plan.source, cache_settings.latent
     rate: float | None = None
     if source.precomputed is not None:
-        from dataset.caching.precomputed import decode_moments  # few tables have moments
+        from dataset.caching.precomputed import decode_moments  # few tables have precomputed moments
 
         media = decode_moments(source, latent)
         if cache_settings.stores_frame_rate:
@@ -72,8 +78,7 @@ def decode(
                 f"{source.path}: {width}x{height} pixels are too few to encode; each side needs at least "
                 f"{SMALLEST_SIDE}"
             )
-    # compare again, now that the items are known
-    if plan.missing_spans is None:  # the items were unknown until the source was decoded
+    if plan.missing_spans is None:  # the number of frames was unknown until the source was decoded
         planner = SourcePlanner(source, existing.of(source.stem), cache_settings)
         plan = planner.compare(media.size, media.spans, len(media.frames), media.reason)
     if media.clip is not None:

@@ -216,7 +216,7 @@ def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> N
             ("cache files", f"{num_written} written, {num_kept} kept"),
             ("shards", f"{len(done)} of {len(rows)} are done"),
         ],
-        [("Last, check everything and remove what is stale", command)],
+        [("Finally, check everything and remove stale files", command)],
     )
     errors = _errors_of(rows)
     if errors:

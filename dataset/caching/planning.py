@@ -140,18 +140,22 @@ class LatentCacheSettings:
         self, record: records.LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
     ) -> str | None:
         """Describe how the encoder or options in a record differ from this run's; None if they are equal."""
+        # of a model that learns audio alone, latents of images are only placeholders, from any encoder
+        learns_audio_only = self.audio is not None and self.audio.audio_only
+        if not learns_audio_only:
+            encoder_change = records.difference(record.encoder, self.encoder_identity)
+            if encoder_change is not None:
+                return encoder_change
         options = self.record_options(source, size=size, bucket=bucket, span=span)
         recorded_options = dict(record.options)
         if FLIP not in options:
             recorded_options.pop(FLIP, None)  # unused mirrored latents do no harm
+        # records of early versions lack CLOCK (companions are timed by their clip). If the frame rates are
+        # equal, these versions selected the same frames
         is_early_record = records.CLOCK in options and records.CLOCK not in recorded_options
-        # if the rates are equal, the version that wrote the record selected the same frames
         if is_early_record and selects_frames_as_before(source, self.fps):
             recorded_options[records.CLOCK] = True
-        changed = records.difference(record.encoder, self.encoder_identity)
-        if self.audio is not None and self.audio.audio_only:
-            changed = None  # the model learns audio alone: latents of images are only placeholders
-        return changed or records.options_difference(recorded_options, options, self.latent)
+        return records.options_difference(recorded_options, options, self.latent)
 
 
 def _describe_shown(medium: ReferenceMedium) -> str:

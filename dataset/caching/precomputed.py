@@ -17,7 +17,7 @@ from dataset.caching.text_plans import CaptionFile
 from dataset.config import DatasetTable
 from dataset.sources import moments as moments_files
 from dataset.sources.decoding import NO_FRAMES, DecodedMedia
-from dataset.sources.media_source import Fault, MediaSource, raise_errors
+from dataset.sources.media_source import Fault, MediaSource, raise_if_fatal
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, DatasetError, MediaError
 from modules.text_files import parse_json, read_text
@@ -71,7 +71,7 @@ def _require_image_moments(sources: Sequence[MediaSource]) -> None:
         image = None if source.precomputed is None else source.precomputed.image
         if image is not None and not image.exists():
             errors.append(Fault(kind, str(image), source.stem))
-    raise_errors(errors)
+    raise_if_fatal(errors)
 
 
 def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
@@ -247,7 +247,7 @@ def _read_declared_shapes(
         if changed is not None:
             raise _UnfitEmbeds(f"it was made by another encoder: {changed}")
         if content["caption"] != file.caption:
-            raise _UnfitEmbeds(f"it is of the caption {content['caption']!r}, which now is {file.caption!r}")
+            raise _UnfitEmbeds(f"its caption was {content['caption']!r}, but now is {file.caption!r}")
         return {key: content["tensors"][key] for key in encoder.keys}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _UnfitEmbeds(f"{note.name} cannot be read ({type(error).__name__}: {error})") from error

@@ -389,7 +389,7 @@ def _estimate_frames(source: MediaSource) -> float:
     table = source.table
     if source.remote_or_packed:  # not fetched yet; `check_memory` looks again once the file is local
         return UNKNOWN_FRAMES
-    if table.is_of_audio:  # audio samples take about as much memory as frames at this rate
+    if table.is_audio_only:  # audio samples take about as much memory as frames at this rate
         from dataset.sources.audio import count_frames  # only for tables of audio
 
         with contextlib.suppress(UserError):

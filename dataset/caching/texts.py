@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dataset.cache.records import TextRecord, identify, record_metadata, require_finite, text_records
-from dataset.cache.store import Stores, may_be_mixed, npz_names, remove_caches
+from dataset.cache.store import Stores, may_have_both_formats, npz_names, remove_caches
 from dataset.cache_files import (
     FORMAT_VERSION,
     PART,
@@ -115,11 +115,11 @@ class TextWork:
         log_warnings(find_caption_warnings(self._sources), NAMED)
         family.check_named_files()
         own_folders = [table for table in config.datasets if table.index not in stores.custom_stores]
-        mixed = [table for table in own_folders if may_be_mixed(table)]
-        if mixed:
-            from dataset.cache.form import require_form  # only with shards
+        to_check = [table for table in own_folders if may_have_both_formats(table)]
+        if to_check:
+            from dataset.cache.form import require_declared_format  # only with shards
 
-            require_form(mixed, family.cache_tag)
+            require_declared_format(to_check, family.cache_tag)
         encoders = list(family.text_encoders())
         abilities = [encoder.abilities for encoder in encoders]
         self._visible_media = VisibleMedia(
@@ -141,8 +141,7 @@ class TextWork:
     def encode(self, batches: Sequence[TextBatch], label: str | None) -> CacheReport:
         """Encode the captions of some batches that have no valid cache entry, one encoder after the other.
 
-        An encoder is not loaded if all its outputs are cached. `label` names this share of the work; None
-        means that no progress is shown.
+        An encoder is not loaded if all its outputs are cached. If `label` is None, no progress is shown.
 
         Raises:
             CheckpointError: If an encoder cannot be loaded.
@@ -153,8 +152,9 @@ class TextWork:
             data = f"{self._config.path}, {captions}"
             show_box("Caching texts", [("data", data), ("device", str(self._device))])
         all_files = [file for batch in batches for file in batch]
+        # the same files in the same order, each with the encoders that have to run for it
         files = plan_texts(all_files, self._encoders, self.stores, self._workers)
-        remaining = iter(files)  # in the order of `batches`, so that they form the same batches
+        remaining = iter(files)
         planned_batches = [tuple(itertools.islice(remaining, len(batch))) for batch in batches]
         self._failures_by_file.clear()
         for file in files:
@@ -169,18 +169,16 @@ class TextWork:
                     encoder, identity, batches=planned_batches, to_do=to_do, shows=label is not None
                 )
         num_failed = len(self._failures_by_file)
-        # a text is written if outputs were encoded, or were only in its unfinished file
-        num_written = (
-            sum(bool(file.encoders_to_run or file.has_partial_outputs) for file in files) - num_failed
-        )
+        # a text was planned if an encoder had to run, or if its outputs were only in a `.part`
+        num_planned = sum(bool(file.encoders_to_run or file.has_partial_outputs) for file in files)
+        num_written = num_planned - num_failed
         valid = [file for file in files if file.file_name not in self._failures_by_file]
+        failures = dict.fromkeys(self._failures_by_file.values())  # texts of one source share a failure
         return CacheReport(
             written=num_written,
             reused=len(files) - num_written - num_failed,
             num_without_record=sum(file.lacks_record for file in files),
-            failures=tuple(
-                dict.fromkeys(self._failures_by_file.values())
-            ),  # several texts of a source: one failure
+            failures=tuple(failures),
             num_assigned=len(files),
             num_total=len(self._files),
             valid=frozenset((file.table.index, file.file_name) for file in valid),

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from dataset.cache.records import LatentRecord
-from dataset.cache.store import ExistingNames, LatentNames, Stores, may_be_mixed, npz_names, remove_caches
+from dataset.cache.store import (
+    ExistingNames,
+    LatentNames,
+    Stores,
+    may_have_both_formats,
+    npz_names,
+    remove_caches,
+)
 from dataset.cache_files import SUFFIX, LatentName, is_latent_cache
 from dataset.caching import latents, prefetch
 from dataset.caching.planning import LatentCacheSettings, SourcePlan, plan_all
@@ -56,7 +63,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
     sources_with_companions: dict[int, list[MediaSource]] = {}  # with references or control masks
     reference_media: dict[int, list[tuple[ReferenceMedium, ...]]] = {}  # of each row
     for source in sources:
-        if source.table.shows_media:
+        if source.table.reads_row_references:
             reference_media.setdefault(source.table.index, []).append(source.row_references)
         if source.references or source.control_mask is not None:
             sources_with_companions.setdefault(source.table.index, []).append(source)
@@ -70,7 +77,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
                 companions=sources_with_companions.get(table.index, ()),
                 reference_media=tuple(reference_media.get(table.index, ())),
             )
-            if learns_audio_alone or table.is_of_audio:
+            if learns_audio_alone or table.is_audio_only:
                 _check_audio(table, learns_audio_alone)
         except DatasetError as error:
             # image trainers use the same key for control images and, with --masked_loss, for masks
@@ -100,7 +107,7 @@ def _check_table(
     if table.group is not None:
         reject_changing(table, table.augmentation.varying_keys, "latents")
     # checked first: precomputed latents ignore keys that the family's own check rejects
-    if table.gives_latents:
+    if table.has_precomputed_latents:
         from dataset.caching.precomputed import reject_moments  # few tables have precomputed latents
 
         reject_moments(family, table)
@@ -117,7 +124,7 @@ def _check_audio(table: DatasetTable, learns_audio_alone: bool) -> None:
     if learns_audio_alone and (table.kind == "image" or table.audio == IGNORE):
         why = "it has pictures" if table.kind == "image" else 'audio = "ignore" leaves none'
         raise DatasetError(f"{table.name}: this run learns sound alone, and {why}. Leave it out")
-    if table.is_of_audio and not learns_audio_alone:
+    if table.is_audio_only and not learns_audio_alone:
         raise DatasetError(
             f"{table.name}: it has sounds, and this run learns pictures. Give the mode that learns "
             "sound alone, audio"
@@ -156,7 +163,7 @@ class MediaWork:
         device: torch.device,
         stores: Stores | None = None,
     ) -> None:
-        """List existing cache entries and all sources.
+        """List existing cache entries and all sources; nothing is encoded yet.
 
         `stores` replaces the cache directories of the tables.
 
@@ -175,9 +182,8 @@ class MediaWork:
         if not family.latent.caches_audio and trains_audio(family):
             from dataset.caching import audio  # only for families with audio
 
-            hearing = cast("AudioCachingFamily", family)
             self._audio = audio.AudioWork(
-                hearing,
+                cast("AudioCachingFamily", family),
                 tables=config.datasets,
                 stores=stores,
                 device=device,
@@ -188,11 +194,11 @@ class MediaWork:
         self.complete_tables = listing.complete_tables
         self.work_items: Sequence[MediaSource] = _check_sources(family, config, listing.sources)
         own_folders = [table for table in config.datasets if table.index not in stores.custom_stores]
-        mixed = [table for table in own_folders if may_be_mixed(table)]
-        if mixed:
-            from dataset.cache.form import require_form  # only with shards
+        to_check = [table for table in own_folders if may_have_both_formats(table)]
+        if to_check:
+            from dataset.cache.form import require_declared_format  # only with shards
 
-            require_form(mixed, family.cache_tag)
+            require_declared_format(to_check, family.cache_tag)
         self._cache_settings = LatentCacheSettings(
             tag=family.cache_tag,
             encoder_identity=family.media_identity,
@@ -502,10 +508,10 @@ def _make_report(
         num_total: Number of all sources.
     """
     reused = {(plan.source.table.index, name) for plan in finished for name in plan.valid_files}
-    without_items, shortened, resized, silent = [], [], [], []
+    dropped, shortened, resized, silent = [], [], [], []
     for plan in finished:
         if plan.why_no_items is not None:
-            without_items.append(prefetch.Failure.of(plan.source, plan.why_no_items))
+            dropped.append(prefetch.Failure.of(plan.source, plan.why_no_items))
         if plan.too_short_for is not None:
             shortened.append(prefetch.Failure.of(plan.source, plan.too_short_for))
         if plan.size_changes:
@@ -517,7 +523,7 @@ def _make_report(
         reused=sum(len(plan.valid_files) for plan in finished),
         num_without_record=sum(plan.num_without_record for plan in finished),
         failures=tuple(failures),
-        dropped=tuple(without_items),
+        dropped=tuple(dropped),
         shortened=tuple(shortened),
         resized=tuple(resized),
         silent=tuple(silent),

@@ -29,14 +29,14 @@ class CogVideoX(SourceFormat):
 
     def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
         """Return why `alpha_mask` cannot be used with `load_tensors`, if both are set."""
-        if fields["own"].load_tensors and fields["alpha_mask"]:
+        if fields["format_keys"].load_tensors and fields["alpha_mask"]:
             return "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
         return None
 
     def complete(self, fields: dict[str, Any], position: str) -> None:
         """Set whether latents are precomputed; if so, warn of keys about frames, which have no effect."""
-        fields["gives_latents"] = fields["own"].load_tensors
-        if not fields["gives_latents"]:
+        fields["has_precomputed_latents"] = fields["format_keys"].load_tensors
+        if not fields["has_precomputed_latents"]:
             return
         unused = [name for name, default in defaults_of(FRAMES).items() if fields[name] != default]
         if unused:

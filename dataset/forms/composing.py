@@ -56,7 +56,7 @@ def _compose_keys() -> dict[str, TableKey]:
     keys = {name: key for name, (key, _) in _SOURCES.items()}
     shared = declared_keys(DatasetTable)
     for field in fields(DatasetTable):
-        if field.name == "own":
+        if field.name == "format_keys":
             keys |= OWN_KEYS
         elif field.name in shared:
             keys[field.name] = shared[field.name]
@@ -87,12 +87,12 @@ SOURCES_WITH_ADDRESSES = [source_format.source for source_format in _ADDRESSING]
 
 def source_format_of(table: DatasetTable) -> SourceFormat:
     """Return the source format of a table, which follows from the table's keys."""
-    if table.own is None:
+    if table.format_keys is None:
         return FOLDER if table.directory is not None else JSONL
-    return next(source_format for source_format in FORMS if source_format.keys is type(table.own))
+    return next(source_format for source_format in FORMS if source_format.keys is type(table.format_keys))
 
 
-def read_own_keys(source_format: SourceFormat, source_key: str, values: Mapping[str, Any]) -> Any:
+def read_format_keys(source_format: SourceFormat, source_key: str, values: Mapping[str, Any]) -> Any:
     """Return the record of the keys that only this format has.
 
     Args:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from dataset.table import DatasetTable, OwnKeys
+from dataset.table import DatasetTable, FormatKeys
 
 if TYPE_CHECKING:  # torch is not loaded to read a dataset file
     from dataset.cache_files import CacheStore, NpzNames
@@ -55,7 +55,7 @@ class SourceFormat:
     name: ClassVar[str]  # name for messages
     # the key that says where the items are: in full, or without the `image_` or `video_` before it
     source: ClassVar[str] = ""
-    keys: ClassVar[type[OwnKeys] | None] = None  # record of the keys that only tables of this form have
+    keys: ClassVar[type[FormatKeys] | None] = None  # record of the keys that only tables of this form have
     shared_keys: ClassVar[tuple[str, ...]] = ()  # keys of some forms that tables of this form have, too
     metadata_key: ClassVar[str] = ""  # key of the source in a subset's metadata, instead of class and repeats
     empty: ClassVar[str] = "has no lines"  # follows the name of an empty source in messages

@@ -279,7 +279,7 @@ class NpzStore:
 
         `arrays` are those of one resolution, by name without suffix; `grid` is the latents' height and width.
         """
-        needed_by = {"latents": ""}  # array -> key of the table that needs it; latents have been checked
+        needed_by = {}  # array -> key of the table that needs it; the caller has checked that latents exist
         if self.table.augmentation.flip:
             needed_by[MIRRORED] = "flip_aug"
         if self.table.alpha_mask:
@@ -288,27 +288,33 @@ class NpzStore:
         for key, table_key in needed_by.items():
             if key not in arrays:
                 raise CacheError(f"{path}: it has no {key} of {height}x{width}, which {table_key} needs")
-        named = {}
-        shape = (self.latent.channels, *grid)
-        for key in needed_by:
-            tensor = arrays[key].tensor
-            if key == ALPHA:
-                mask = self._read_foreign_mask(path, tensor, grid)
-                named[cache_files.tensor_name(LOSS_MASK, mask)] = mask
-                continue
-            if tensor.ndim == 4 and tensor.shape[1] == 1:  # older programs keep the axis of frames
-                tensor = tensor[:, 0]
-            if tensor.shape != shape or not tensor.is_floating_point():
-                raise CacheError(
-                    f"{path}: its {key} are {dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}, this "
-                    f"model's are floating-point numbers of shape {shape}"
-                )
-            latents = tensor[:, None]  # C 1 H W
-            named[cache_files.tensor_name(key, latents)] = latents
+        tensors = {"latents": self._to_video_latents(path, "latents", arrays["latents"].tensor, grid)}
+        if MIRRORED in needed_by:
+            tensors[MIRRORED] = self._to_video_latents(path, MIRRORED, arrays[MIRRORED].tensor, grid)
+        if ALPHA in needed_by:
+            tensors[LOSS_MASK] = self._read_foreign_mask(path, arrays[ALPHA].tensor, grid)
         if self.latent.has_size_conditions:
-            sizes = _read_sizes(path, arrays)
-            named[cache_files.tensor_name(FOREIGN_SIZES, sizes)] = sizes
+            tensors[FOREIGN_SIZES] = _read_sizes(path, arrays)
+        named = {cache_files.tensor_name(key, tensor): tensor for key, tensor in tensors.items()}
         return cache_files.Entry.of(path, {}, named)
+
+    def _to_video_latents(self, path: Path, key: str, tensor: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return an array of image latents (C H W, or C 1 H W of older programs) as C 1 H W.
+
+        `key` is the name of the array and `grid` the expected height and width.
+
+        Raises:
+            CacheError: If the array has another shape or dtype than the model's latents.
+        """
+        if tensor.ndim == 4 and tensor.shape[1] == 1:
+            tensor = tensor[:, 0]
+        shape = (self.latent.channels, *grid)
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise CacheError(
+                f"{path}: its {key} are {dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}, but this "
+                f"model's are floating-point numbers of shape {shape}"
+            )
+        return tensor[:, None]
 
     def _read_foreign_mask(self, path: Path, mask: Tensor, grid: tuple[int, int]) -> Tensor:
         """Convert a mask that another program wrote to 1 H W in latent pixels.

@@ -79,7 +79,7 @@ def open_parquet(path: Path, dictionary_columns: Sequence[str] = ()) -> Iterator
     except (OSError, ArrowException, ValueError) as error:  # ValueErrors: damaged data, names not in UTF-8
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise DatasetError(
-            f"{path} cannot be read as Parquet: {reason}. Correct the path, or write it again."
+            f"{path} cannot be read as Parquet: {reason}. Correct the path, or write the file again."
         ) from error
 
 

@@ -112,13 +112,13 @@ class RowReader:
             layers=layers,
         )
         source = self._add_audio(source, values, position)
-        if self.table.shows_media and values.get("references") is not None:
+        if self.table.reads_row_references and values.get("references") is not None:
             from dataset.sources.shown import read_row_references  # few lists have references
 
             source = replace(
                 source, row_references=read_row_references(values["references"], self.file, position)
             )
-        if self.table.shows_media and values.get(FURTHER_TEXT.key) is not None:
+        if self.table.reads_row_references and values.get(FURTHER_TEXT.key) is not None:
             source = replace(source, further_text=self._read_further_text(values[FURTHER_TEXT.key], position))
         self._identities.append(media.identity)  # `assign_unique_stems` uses it
         return source
@@ -129,7 +129,7 @@ class RowReader:
         """Return a source with its audio file: the one named in its row, else one next to the clip."""
         audio_path = values.get("audio_path") if self.table.kind == "video" else None
         audio = self._read_file_cell("audio_path", audio_path, position)
-        if audio is None and self.table.finds_audio and not source.remote_or_packed:
+        if audio is None and self.table.finds_audio_by_name and not source.remote_or_packed:
             from dataset.sources.folders import find_audio_beside  # few lists have audio
 
             audio = find_audio_beside(source.path)
@@ -162,7 +162,7 @@ class RowReader:
             return f", and {layers}: give the table multiple_target = true"
         columns_of_tables = (*PATH_COLUMNS, self.table.kind)
         text_columns = [name for name in columns_of_tables if isinstance(values.get(name), str)]
-        if text_columns and not self.table.is_of_audio:
+        if text_columns and not self.table.is_audio_only:
             kind = self.table.kind
             return (
                 f". {text_columns[0]} is read from tables: give the file to {kind}_table_file in place of "
@@ -221,13 +221,15 @@ class RowReader:
     def _add_numbered_files(
         self, files: dict[int, FileLocation], column: str, name: str, value: Any, first: int, position: str
     ) -> None:
-        """Add the files in a column to `files`, by their numbers.
+        """Add the files in one cell of a row to `files`, by number.
+
+        `control_path_2` with one path is file 2; with a list of three paths, it has the files 2, 3 and 4.
 
         Args:
             files: Control media, or references, of the row so far.
-            column: Default name of such columns, for messages.
+            column: `control_path` or `reference_path`: the column's name without its number, for messages.
             name: Name of the column.
-            value: A path, or a list of paths.
+            value: Value of the cell: a path, or a list of paths.
             first: Number of the first path.
             position: Position of the row, for messages.
         """
@@ -237,9 +239,11 @@ class RowReader:
             if file is None:
                 continue
             if number in files:
-                names = f"{column} and control_column are" if column == "control_path" else f"{column} is"
+                unnumbered = (
+                    "control_path and control_column are" if column == "control_path" else f"{column} is"
+                )
                 raise DatasetError(
-                    f"{position}: {name} repeats the number of another {column}; {names} {column}_0"
+                    f"{position}: {name} repeats the number of another {column}; {unnumbered} {column}_0"
                 )
             files[number] = file
 

@@ -45,7 +45,7 @@ class Tables(SourceFormat):
         """Read the table, row by row."""
         from dataset.forms.tables_listing import list_table  # it loads decoders
 
-        return list_table(table, table.of(TableKeys).path_column, faults)
+        return list_table(table, table.require_format_keys(TableKeys).path_column, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
         """Return where a missing caption would be: in the row's column of captions."""
@@ -55,7 +55,7 @@ class Tables(SourceFormat):
         """Return the rows of the table and the columns that are read."""
         from dataset.forms.tables_listing import inspect_table
 
-        return inspect_table(table, table.of(TableKeys).path_column)
+        return inspect_table(table, table.require_format_keys(TableKeys).path_column)
 
 
 TABLES = Tables()

@@ -44,7 +44,7 @@ class Tars(SourceFormat):
         """List the samples of the tars; tars at addresses are downloaded first."""
         from dataset.forms.tars_listing import list_tars  # it loads decoders
 
-        return list_tars(table, table.of(TarKeys).tars, faults)
+        return list_tars(table, table.require_format_keys(TarKeys).tars, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
         """Describe where a missing caption is expected: in a member with the same name as the media."""
@@ -52,7 +52,7 @@ class Tars(SourceFormat):
 
     def list_addresses(self, table: DatasetTable) -> list[str]:
         """Return the tars that are at addresses."""
-        return [tar for tar in table.of(TarKeys).tars if is_address(tar)]
+        return [tar for tar in table.require_format_keys(TarKeys).tars if is_address(tar)]
 
 
 TARS = Tars()

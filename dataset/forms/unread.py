@@ -22,7 +22,7 @@ from modules.paths import expand_path, hide_secrets, path_exists
 MAX_ROWS = 1000  # rows of a file that are checked
 MAX_SHOWN = 80  # characters of a value in a message
 NEAR = 0.84  # similarity of names, 0..1: contol_path is near control_path, caption_en is not near caption
-# columns that are read only for models whose tables have `shows_media`
+# columns that are read only for models whose tables have `reads_row_references`
 OF_SHOWN_MEDIA = frozenset({"references", FURTHER_TEXT.key})
 # Reelsmith column -> its contents, for messages, and words in other programs' names of such columns
 MEANT: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -105,7 +105,7 @@ def _explain_by_name(name: str, value: Any, table: DatasetTable, lacks_caption: 
         return ": captions are read from another column"
     if name in TIMESTEP_KEYS:
         return OF_TABLE
-    if name in OF_SHOWN_MEDIA and not table.shows_media:
+    if name in OF_SHOWN_MEDIA and not table.reads_row_references:
         return ": models with references of several kinds read it, such as MiniMax-H3"
     return None
 

@@ -48,7 +48,7 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
     images are kept. With `alpha`, frames have an alpha channel if the file has one.
     """
     fps = table.target_fps or fps
-    if table.is_of_audio:
+    if table.is_audio_only:
         from dataset.sources.audio import black_frames  # only for audio files
 
         return itertools.islice(black_frames(path, fps), max_decoded_frames(table))

@@ -59,16 +59,16 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
         companions, unmatched = paired
         lacking = [source.path for source in sources if source.stem not in companions]
         warn_of_paths(table, f"of {len(sources)} {table.kind}s {LACKS_COMPANION[key]}", lacking)
-        warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", unmatched)
-        completed = []
-        for source in sources:
-            paths = companions.get(source.stem, ())
-            if key == REFERENCE:
-                completed.append(replace(source, references=paths))
-            else:
-                completed.append(replace(source, control_mask=next(iter(paths), None)))
-        sources = completed
+        warn_of_paths(table, f"in {key} match no {table.kind} by name and are not read", unmatched)
+        sources = [_with_companion(source, key, companions.get(source.stem, ())) for source in sources]
     return sources
+
+
+def _with_companion(source: MediaSource, key: str, paths: tuple[Path, ...]) -> MediaSource:
+    """Return a source with its files from the folder that a table's `key` names."""
+    if key == REFERENCE:
+        return replace(source, references=paths)
+    return replace(source, control_mask=paths[0] if paths else None)
 
 
 def pair_or_report(
@@ -233,10 +233,6 @@ def read_companions(
 
     In the result, guides (images for single frames) follow the references.
 
-    References are cropped to the bucket divided by the family's factor, or padded with white. An image has
-    one frame. A reference clip has `count` frames, those at `frame_times`; if it ends earlier, its last
-    frame is repeated.
-
     Args:
         local: The fetched source.
         size: Size of the source.
@@ -248,14 +244,35 @@ def read_companions(
     Raises:
         MediaError: If a reference or the mask cannot be read.
     """
+    references, size_changes = _read_references(local, bucket, count=count, fps=fps, frame_times=frame_times)
+    control_mask = None
+    if local.control_mask is not None:
+        control_mask = read_mask(
+            local.control_mask, local, (size, bucket), count=count, fps=fps, frame_times=frame_times
+        )
+    guides = [resize_cover(first_frame(path), bucket)[None] for path in local.guides]
+    return ClipCompanions((*references, *guides), control_mask, tuple(size_changes))
+
+
+def _read_references(
+    local: MediaSource, bucket: Size, *, count: int, fps: float, frame_times: Sequence[tuple[int, float]]
+) -> tuple[list[Clip], list[str]]:
+    """Read the references of a fetched source, in the size of its bucket divided by the family's factor.
+
+    Images are cropped to this size or padded with white, and have one frame. Clips have `count` frames, those
+    at `frame_times`; if a clip ends earlier, its last frame is repeated.
+
+    Returns:
+        The references, and messages about clips whose frames differ in size.
+    """
     rules = local.table.clip_references
     factor = 1 if rules is None else rules.size_factor
-    step = 1 if rules is None else rules.step * factor  # of the clip, so that references fit, too
+    step = 1 if rules is None else rules.step * factor  # of the source, so that references fit, too
     width, height = bucket
     if local.references and (width % step or height % step):
         raise MediaError(
-            f"{local.path}: it has {width}x{height} pixels; with references {factor} times smaller "
-            f"(--reference_downscale) sides are multiples of {step}. Choose another resolution"
+            f"{local.path}: its bucket is {width}x{height} pixels; with references {factor} times smaller "
+            f"(--reference_downscale) sides must be multiples of {step}. Choose another resolution"
         )
     reference_size = width // factor, height // factor
     on_white = rules is not None and rules.pad_with_white
@@ -272,13 +289,7 @@ def read_companions(
         references.append(_fit_reference_clip(frames, reference_size, count))
         if sizes.change is not None:
             size_changes.append(f"{path.name}: {sizes.change}")
-    control_mask = None
-    if local.control_mask is not None:
-        control_mask = read_mask(
-            local.control_mask, local, (size, bucket), count=count, fps=fps, frame_times=frame_times
-        )
-    references += [resize_cover(first_frame(path), bucket)[None] for path in local.guides]
-    return ClipCompanions(tuple(references), control_mask, tuple(size_changes))
+    return references, size_changes
 
 
 def _read_reference_image(path: Path, size: Size, on_white: bool) -> Clip:

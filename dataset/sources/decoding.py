@@ -234,8 +234,8 @@ def _decode_clip(
     max_frames = max_decoded_frames(table)
     original_frames = itertools.chain([first], original_frames)
     mask: Mask | None = None
-    if table.is_of_audio:  # frames are black; only their number matters
-        frames = _repeat_first(original_frames)
+    if table.is_audio_only:  # frames are black; only their number matters
+        frames = _broadcast_black_frame(original_frames)
     else:
         frames, mask = _collect_frames(original_frames, bucket, max_frames)
     if sizes.change is not None:
@@ -368,27 +368,30 @@ def _fit_alpha_and_mask(
     size: tuple[int, int],
     fit_to_bucket: Callable[[Frame], Frame],
 ) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]:
-    """Return the transparency that the model sees (H W) and the loss mask (F H W); each may be None.
+    """Return the alpha channel for the model (H W) and the loss mask (F H W), both cropped like the image.
 
-    Both are resized and cropped like the image.
-
-    With the table's alpha_mask, transparency is the mask instead, and the model does not see it.
+    Alpha has one of two uses. By default it is part of the image, and the loss mask is a file. With the
+    table's alpha_mask, alpha is the loss mask, and the model does not see it.
 
     Args:
         source: The fetched source.
-        alpha: Transparency of the image, H W; None if it has none.
+        alpha: Alpha channel of the image, H W; None if it has none.
         size: Width and height of the image.
         fit_to_bucket: Resizes and crops a frame like the image.
+
+    Returns:
+        Alpha, None if the image is opaque; and the mask, None if the whole image counts.
     """
-    fitted_alpha: NDArray[np.uint8] | None = None
+    cropped_alpha: NDArray[np.uint8] | None = None
     if alpha is not None and alpha.min() < 255:
-        fitted_alpha = fit_to_bucket(alpha)
-    if not source.table.alpha_mask:
-        mask = None if source.mask is None else read_mask_image(source.mask, fit_to_bucket, size, 1)
-        return fitted_alpha, mask
-    if fitted_alpha is None or fitted_alpha.min() == 255:  # the crop may be opaque
-        return None, None
-    return None, fitted_alpha[None]
+        cropped_alpha = fit_to_bucket(alpha)
+    if source.table.alpha_mask:
+        if cropped_alpha is None or cropped_alpha.min() == 255:  # the crop may be opaque
+            return None, None
+        return None, cropped_alpha[None]
+    if source.mask is None:
+        return cropped_alpha, None
+    return cropped_alpha, read_mask_image(source.mask, fit_to_bucket, size, num_frames=1)
 
 
 def _decode_image(
@@ -577,7 +580,7 @@ def plan_source(
     with fetch(source) as local:
         if table.kind == "image":
             size = image_size(local.path)
-        elif table.is_of_audio:
+        elif table.is_audio_only:
             size = table.resolution
             num_frames = _count_kept_frames(local, fps)
             found_spans, reason = spans_or_reason(table, num_frames, lengths)
@@ -614,7 +617,16 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
 
 
 def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
-    """Return how an image of a size is resized and cropped to its bucket.
+    """Return how an image of a size (width, height) is resized and cropped to its bucket.
+
+    The layout of sd-scripts may limit the bucket to the image's size (bucket_no_upscale) and set the
+    interpolation; all other tables cover the bucket and crop.
+
+    Args:
+        table: Table of the image.
+        size: Width and height of the image.
+        step: Bucket sizes are multiples of this many pixels.
+        path: The image, for error messages.
 
     Raises:
         MediaError: If the image is too small to keep its size.
@@ -642,7 +654,7 @@ def check_resolution(table: DatasetTable, step: int) -> None:
         fit_reference(table, (LARGE, LARGE), table.source)
 
 
-def _repeat_first(frames: Iterator[Frame]) -> Clip:
+def _broadcast_black_frame(frames: Iterator[Frame]) -> Clip:
     """Return identical frames of bucket size as a clip that takes the memory of one frame (stride 0)."""
     black = next(frames)
     count = 1 + sum(1 for _ in frames)

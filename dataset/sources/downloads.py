@@ -23,7 +23,7 @@ TRIES = 3  # number of consecutive attempts that receive nothing, after which a 
 FIRST_WAIT = 0.5  # seconds before the second attempt; the third waits twice as long
 NUM_LOCKS = 64  # lock files in a folder, which serve all downloads
 # protocols of fsspec with which the content of a file can make fsspec open other addresses or local files
-INDIRECT = frozenset(
+OPENS_OTHER_ADDRESSES = frozenset(
     [
         "reference", "filecache", "blockcache", "simplecache", "cached", "dir", "zip", "tar", "libarchive",
         "async_wrapper", "asyncwrapper", "generic", "data", "local", "git", "dbfs", "dask", "jupyter",
@@ -42,8 +42,8 @@ def protocol_error(protocol: str) -> str | None:
         from fsspec.registry import known_implementations
     except ImportError:
         return f"{protocol}:// addresses need the package fsspec: pip install fsspec"
-    if protocol in INDIRECT or protocol not in fsspec.available_protocols():
-        return f"{protocol}:// addresses are not read"
+    if protocol in OPENS_OTHER_ADDRESSES or protocol not in fsspec.available_protocols():
+        return f"{protocol}:// addresses are not supported"
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:

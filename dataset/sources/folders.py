@@ -68,7 +68,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
                 caption_errors[caption_path] = content.error
                 stems_with_error.append(stem)
         audio = None
-        if audios or table.finds_audio:
+        if audios or table.finds_audio_by_name:
             audio = _find_audio(table, path, audios, faults)
         source = MediaSource(
             path=path,
@@ -102,7 +102,7 @@ def _find_audio(
     if clip in audios:
         return audios[clip], None
     # a file next to the clip counts only if no other place is set
-    if not table.finds_audio or table.audio_directory is not None or table.audio == IGNORE:
+    if not table.finds_audio_by_name or table.audio_directory is not None or table.audio == IGNORE:
         return None
     try:
         return find_audio_beside(clip)
@@ -210,10 +210,11 @@ def _make_example(table: DatasetTable, what: str) -> str:
 def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     """Return a table folder's images or clips, sorted; add a fault for each that is not a regular file.
 
-    Spare files (GIF, WebP, TIFF) count if no other file has their stem; video tables use only animations.
+    Files with a spare suffix (GIF, WebP, TIFF) are used only if no other file has their stem. Of them, video
+    tables use animations only.
     """
     assert table.directory is not None
-    suffixes, spare_suffixes = media_suffixes(table.holds)
+    suffixes, spare_suffixes = media_suffixes(table.media_kind)
     key = table.source_key if table.group is None else "image_dir"
     entries = list_entries(table.directory, f"{table.name}: {key}", table.config_path)
     found_suffixes: set[str] = set()
@@ -233,13 +234,13 @@ def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
         elif is_file(entry):
             media.append(path)
         else:
-            kind = f"{table.holds}s of {table.name} cannot be opened"
+            kind = f"{table.media_kind}s of {table.name} cannot be opened"
             text = f"{path}: {_explain(path)}"
             faults.append(Fault(kind, text, path.stem, is_fatal=False))
-    # the usual case: no possible animations and no spare files (GIF, TIFF), so nothing has to be opened
+    # usually there are no such files, and none has to be opened
     if (ANIMATION_SUFFIXES | spare_suffixes).isdisjoint(found_suffixes):
         return media
-    if table.leaves_animations:
+    if table.excludes_animations:  # a video table with the same folder uses them
         animations = _find_animations(table, [*media, *spare_files])
         media = [path for path in media if path not in animations]
         spare_files = [path for path in spare_files if path not in animations]
@@ -251,7 +252,7 @@ def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:
     """Return the animations among the files of an image table; log their number."""
     animations = {path for path in paths if _is_animated(path)}
     if animations:
-        text = "%s: %d files, such as %s, are animated: the table of clips with the same folder takes them"
+        text = "%s: %d files, such as %s, are animated: the video table with the same folder uses them"
         logger.info(text, table.name, len(animations), min(animations))
     return animations
 

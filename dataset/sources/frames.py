@@ -57,7 +57,10 @@ def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_
 
 
 def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
-    """Return the first frames of spans of `target` frames; `last` is the last possible first frame."""
+    """Return the indices at which the table's frame_extraction starts spans of `target` frames.
+
+    `last` is the last possible start.
+    """
     match table.frame_extraction:
         case "head":
             return (0,)
@@ -267,7 +270,7 @@ def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     clips = []
     for source in sources:
         table = source.table
-        has_rate = table.kind == "video" and not table.is_of_audio and source.precomputed is None
+        has_rate = table.kind == "video" and not table.is_audio_only and source.precomputed is None
         if has_rate and table.source_fps is None and not source.remote_or_packed:
             clips.append(source)
     errors = []
@@ -379,7 +382,7 @@ def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | N
         MediaError: If the image is too small to keep its size.
         DatasetError: If the resolution does not fit `step`.
     """
-    if table.gives_latents:
+    if table.has_precomputed_latents:
         return size
     if not table.enable_bucket:
         _check_multiple(table, step)

@@ -120,12 +120,12 @@ def read_layers(source: MediaSource, size: Size, fit_image: Callable[[Frame], Fr
         layer_size = frame.shape[1], frame.shape[0]
         if layer_size != size:
             raise MediaError(
-                f"{path} has {format_shape(layer_size)} pixels, its picture, {source.path}, has "
-                f"{format_shape(size)}: a picture and its layers need one size"
+                f"{path} has {format_shape(layer_size)} pixels, but its image, {source.path}, has "
+                f"{format_shape(size)}: an image and its layers must have the same size"
             )
         if frames and frame[..., 3].min() == 255:  # the first layer is the background, which may be opaque
             raise MediaError(
-                f"{path} is opaque, so that it hides the layers below it. Write it as PNG with alpha, and "
+                f"{path} is opaque, so it hides the layers below it. Save it as PNG with alpha, and "
                 "number layers from back to front"
             )
         frames.append(fit_image(frame))

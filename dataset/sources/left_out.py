@@ -67,7 +67,7 @@ class TableFolders:
         tables = self._tables_by_folder[folder_key]
         if tables[0].index != table.index:
             return None
-        kinds = {str(folder_table.holds) for folder_table in tables}
+        kinds = {str(folder_table.media_kind) for folder_table in tables}
         caption_suffixes = {
             folder_table.caption_extension for folder_table in tables if folder_table.caption_extension
         }
@@ -115,7 +115,7 @@ class TableFolders:
                 # caches and output of a run whose run.toml is in the folder
                 if Path(folder).name in FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
                     continue
-                suffixes = _all_suffixes([table.holds])
+                suffixes = _all_suffixes([table.media_kind])
                 if folder_id(folder) in used or not _contains_media(folder, suffixes, used):
                     continue
                 if Path(folder).name.lower() in MASK_FOLDERS:
@@ -123,7 +123,7 @@ class TableFolders:
                     table_folder = table.directory
                     yield f"{folder}: its masks are not used. {key} in the table of {table_folder} uses them"
                 else:
-                    unused = f"its {table.holds}s are not used: folders inside a folder are not searched"
+                    unused = f"its {table.media_kind}s are not used: folders inside a folder are not searched"
                     yield f"{folder}: {unused}. Give it a table"
 
 
@@ -146,10 +146,14 @@ def _count_unused(
     entries: Sequence[_SplitEntry],
     stems: set[str],
 ) -> dict[str, Counter[str]]:
-    """Count the files of a folder that are not read, grouped by hint and suffix.
+    """Count the files of a folder that are not read, grouped by hint (the reason) and suffix.
 
-    A hint explains why they are not read. `entries` are the entries of the folder, `stems` the
-    stems of its media files.
+    Args:
+        table: Table of the folder.
+        folder: The folder.
+        rules: Which suffixes the tables of this folder read.
+        entries: Entries of the folder, each with its stem and suffix.
+        stems: Stems of the folder's media files.
     """
     image_suffixes = _all_suffixes(["image"])
     unread_captions = _find_unread_captions(table, entries, rules)
@@ -161,7 +165,7 @@ def _count_unused(
         if entry.name in caption_names:
             continue
         label = label_of(stem) if suffix.lower() in image_suffixes else None
-        if label is not None and label not in rules.labels_read:  # masks and the like
+        if label is not None and label not in rules.labels_read:  # such as cat-mask.png
             counts.setdefault(_explain_label(label, folder), Counter())[f"{label}{suffix}"] += 1
             continue
         if rules.is_expected(entry.name, suffix, has_media=stem in stems):
@@ -169,7 +173,7 @@ def _count_unused(
         if _is_read_or_folder(entry, suffix.lower(), folder, rules):
             continue
         if suffix.lower() in rules.lower_caption_suffixes:
-            hint = f"captions of no {table.holds}"
+            hint = f"captions of no {table.media_kind}"
             displayed = suffix
         else:
             displayed = suffix.lower()
@@ -266,12 +270,12 @@ def _describe_captions(
     by_hint: dict[str, list[str]] = {}
     for suffix, captions in by_suffix.items():
         setting = _name_suffix_setting(table, suffix)
-        by_hint[f"captions of {table.holds}s without another one, which {setting} reads"] = captions
+        by_hint[f"captions of {table.media_kind}s without another one, which {setting} reads"] = captions
     if misnamed:
         caption, owner = misnamed[0]
         wanted = f"{split_name(owner)[0]}{wanted_suffix}"
         example = f"{caption} of {owner}, which reads {wanted}"
-        hint = f"captions under a different name than their {table.holds}: {example}; rename them"
+        hint = f"captions under a different name than their {table.media_kind}: {example}; rename them"
         by_hint[hint] = [name for name, _ in misnamed]
     return by_hint
 
@@ -343,7 +347,7 @@ def describe_entries(table: DatasetTable) -> str:
     """Describe the contents of a table's folder without usable files, for an error message."""
     assert table.directory is not None
     suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
-    kind = table.holds
+    kind = table.media_kind
     other_kind = "image" if kind == "video" else "video"
     other_suffixes, _ = media_suffixes(other_kind)
     num_others = sum(suffix in other_suffixes for suffix in suffixes)

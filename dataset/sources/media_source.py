@@ -336,7 +336,7 @@ class Fault:
     is_fatal: bool = True  # False: the source is skipped, and counted at the end
 
 
-def raise_errors(faults: Sequence[Fault]) -> None:
+def raise_if_fatal(faults: Sequence[Fault]) -> None:
     """Raise DatasetError with all faults that end a run, by kind; do nothing if there are none."""
     errors = [fault for fault in faults if fault.is_fatal]
     if len(errors) == 1 and errors[0].text.endswith("."):  # a sentence needs no heading

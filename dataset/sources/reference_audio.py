@@ -31,7 +31,7 @@ def add_reference_audio(
     kind = f"problems with {KEY} of {table.name}"
     if not by_stem.keys() & stems:
         example = min(stems, default="clip")
-        text = f"{folder} has no audio for any clip. Files there are named like their clip: {example}.wav."
+        text = f"{folder} has no audio for any clip. Name each file after its clip: {example}.wav."
         faults.append(Fault(kind, text))
         return sources
     for stem in sorted(by_stem.keys() & stems):
@@ -42,7 +42,7 @@ def add_reference_audio(
     lacking = [source.path for source in sources if source.stem not in by_stem]
     warn_of_paths(table, f"of {len(sources)} clips have no reference in {KEY}", lacking)
     unmatched = [paths[0] for stem, paths in by_stem.items() if stem not in stems]
-    warn_of_paths(table, f"files in {KEY} belong to no clip by their name, and are not read", unmatched)
+    warn_of_paths(table, f"files in {KEY} match no clip by name and are not read", unmatched)
     completed = []
     for source in sources:
         paths = by_stem.get(source.stem)

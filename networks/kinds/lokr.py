@@ -75,28 +75,27 @@ def split_size(size: int, factor: int) -> tuple[int, int]:
 def _translate_to_diffusers(
     name: str, factors: Factors, family: "FamilyNames", is_in_diffusers: bool
 ) -> "Pieces | str":
-    """Return the factors of a LoKr by its path in diffusers, or the reason why diffusers cannot read it.
+    """Return a LoKr as {path in diffusers: factors}, or the reason why diffusers cannot read it.
 
     Args:
         name: Name of the module.
         factors: Factors of the module, by name of the part.
         family: The model family.
-        is_in_diffusers: Whether the file has modules of diffusers' layout, which splits some of ours.
+        is_in_diffusers: Whether the modules of the file are in diffusers' layout, which splits some of ours.
     """
     from networks import module_names
     from networks.names.layouts import SWAPPED
     from networks.writing import single_piece
 
     parts = module_names.parts_of(name, family)
-    if any(placed.part.index == SWAPPED for placed in parts):  # a LoKr has no rows that could be swapped
-        return "its halves are in the other order in diffusers, which does not swap those of a LoKr"
+    if any(path_and_part.part.index == SWAPPED for path_and_part in parts):  # a LoKr's rows cannot be swapped
+        return "diffusers has its halves in the opposite order, and does not swap those of a LoKr"
     if not is_in_diffusers:
         return single_piece(module_names.module_path(name, family), factors)
-    if len(parts) == 1:
-        path: str | None = parts[0].path
-    else:
-        path = module_names.part_path(name, family)  # None unless the name is one of diffusers' layout
-    return single_piece(path, factors, "diffusers has it in parts, as the file has other layers")
+    is_renamed = len(parts) == 1
+    # None for a module of our layout, such as a fused qkv
+    path = parts[0].path if is_renamed else module_names.part_path(name, family)
+    return single_piece(path, factors, reason="diffusers splits it, like other layers of the file")
 
 
 class LokrKind(NetworkKind):

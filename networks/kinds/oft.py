@@ -196,20 +196,18 @@ class OftKind(NetworkKind):
                 adjustments[f"{module.in_features} inputs: no rotation"] += 1
                 continue
             if block_size != target.rank:
-                adjustments[f"{module.in_features} inputs: {block_size} in place of {target.rank}"] += 1
+                adjustments[f"{module.in_features} inputs: {block_size} instead of {target.rank}"] += 1
             layers[name] = OftLayer(module, block_size)
         if adjustments:
             lines = [
                 f"{text} ({format_count(count, 'layer')})" for text, count in sorted(adjustments.items())
             ]
             logger.info(
-                "block sizes that do not divide a layer's inputs become the nearest that do. "
+                "block sizes that do not divide a layer's inputs are replaced by the nearest that do. "
                 f"{'; '.join(lines)}"
             )
         if not layers:
-            raise OptionError(
-                f"--network_module {MODULE}: the model has no linear layer left that could be rotated"
-            )
+            raise OptionError(f"--network_module {MODULE}: the model has no linear layer that can be rotated")
         return layers
 
     def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "OftLayer":

@@ -90,13 +90,14 @@ class TLoraKind(NetworkKind):
         if minimum > rank:
             raise OptionError(
                 f"--network_args {MIN_RANK}={minimum}: the rank is {rank}, and at least that many ranks "
-                f"would act at all noise levels. Give less than --network_dim, such as {default.minimum}"
+                "would be active at all noise levels. Give less than --network_dim, such as "
+                f"{default.minimum}"
             )
         power = values.get(ALPHA, default.power)
         # active ranks grow with (1 - level)^power, which is 1 at every level if the power is 0
         if not power:
             raise OptionError(
-                f"--network_args {ALPHA}=0: all ranks would act at all levels of noise. Give more than 0; "
+                f"--network_args {ALPHA}=0: all ranks would be active at all noise levels. Give more than 0; "
                 f"{default.power:g} is usual"
             )
         return TLoraRule(minimum, power)

@@ -51,10 +51,12 @@ OF_CLIP, OF_T5, OF_LANGUAGE_MODEL = "text_model_", "encoder_block_", "layers_"
 
 @dataclass(frozen=True)
 class WeightPart:
-    """A module of another layout whose weight is some or all rows of one of our weights."""
+    """A module of one layout whose weight is some or all rows of a weight in another layout."""
 
-    foreign_path: str  # path in the other layout
-    our_path: str  # path of our module
+    part_path: str
+    fused_path: (
+        str  # path of the module with all rows; of the same module under another name if index is None
+    )
     # Which rows of our weight a part with h rows is. None: all rows; n: rows n * h to (n + 1) * h; REST: the
     # last h rows; BEFORE_REST: the h rows before the last h; SWAPPED: all rows, with the two halves swapped
     index: int | None = None
@@ -118,34 +120,35 @@ class RowsByHead:
 
 
 @dataclass(frozen=True)
-class GrownBlocks:
-    """A list of blocks that is longer in deeper variants of a model, which repeat some of the blocks.
+class DepthVariants:
+    """Variants of a model that differ in depth: deeper ones repeat some blocks of the shallowest.
 
     The copies of a block follow it directly.
     """
 
     blocks: str  # name of the list in our layout
-    also_called: tuple[str, ...]  # names of the list in other layouts
+    other_list_names: tuple[str, ...]  # names of the list in other layouts
     depths: tuple[int, ...]  # number of blocks of each variant; each has one more copy of the copied blocks
-    copied: frozenset[int]  # blocks of the first variant that deeper variants repeat
-    keys: tuple[str, ...]  # metadata keys with the number of blocks that a LoRA is for, ours first
+    repeated_blocks: frozenset[int]  # blocks of the first variant that deeper variants repeat
+    keys: tuple[str, ...]  # metadata keys for the number of blocks of a LoRA's model, ours first
     maximum: int = 1000  # largest valid number of blocks in metadata
 
-    def originals(self, depth: int) -> list[int]:
+    def list_originals(self, depth: int) -> list[int]:
         """Return, for each block of the variant with `depth` blocks, its original in the shortest variant."""
         num_copies = self.depths.index(depth)
         originals = []
         for block in range(self.depths[0]):
             originals.append(block)
-            if block in self.copied:
+            if block in self.repeated_blocks:
                 originals += [block] * num_copies
         return originals
 
-    def map_blocks(self, depth: int, deeper: int) -> list[list[int]]:
+    def map_to_deeper(self, depth: int, deeper: int) -> list[list[int]]:
         """Return, for each block of a variant, the indices of its counterparts in a deeper variant.
 
-        If the variant itself has several copies of a block, the additional copies of the deeper variant
-        belong to the last of these.
+        With depths 2, 3 and 4 and block 0 repeated, `map_to_deeper(2, 4)` is [[0, 1, 2], [3]]. If the variant
+        itself has several copies of a block, the additional ones belong to the last of these:
+        `map_to_deeper(3, 4)` is [[0], [1, 2], [3]].
 
         Args:
             depth: Number of blocks of the variant.
@@ -153,13 +156,14 @@ class GrownBlocks:
         """
         indices: list[list[int]] = []
         next_index = 0  # in the deeper variant
-        originals = self.originals(depth)
-        counts = Counter(self.originals(deeper))  # original block -> its copies in the deeper variant
+        originals = self.list_originals(depth)
+        num_copies = Counter(originals)  # original block -> number of its copies, including itself
+        num_copies_in_deeper = Counter(self.list_originals(deeper))
         for index, original in enumerate(originals):
             is_last_copy = index + 1 == len(originals) or originals[index + 1] != original
             num_blocks = 1
-            if is_last_copy:  # it also gets the copies that only the deeper variant has
-                num_blocks += counts[original] - originals.count(original)
+            if is_last_copy:
+                num_blocks += num_copies_in_deeper[original] - num_copies[original]
             indices.append([*range(next_index, next_index + num_blocks)])
             next_index += num_blocks
         return indices
@@ -173,7 +177,7 @@ class FamilyNames:
     architecture: str  # value of `modelspec.architecture`, without its "/lora"
     aliases: tuple[tuple[str, str], ...] = ()  # (path in another layout, our path)
     parts: tuple[WeightPart, ...] = ()  # parts of our modules in a layout that splits some of them
-    # parts in a layout that fuses some of our modules: here `theirs` is our module, and `ours` the fused one
+    # parts of another layout's fused modules: here `part_path` is our module
     joined: tuple[WeightPart, ...] = ()
     # whether ComfyUI reads LoRAs only under the names of the layout of `joined` and `aliases`
     stacked_in_comfyui: bool = False
@@ -237,14 +241,18 @@ class FamilyNames:
     rejects_strangers: bool = False
     # prefixes of paths, in any layout, to which files do not add the prefix of the transformer
     unprefixed: tuple[str, ...] = ()
-    grown: GrownBlocks | None = (
+    depth_variants: DepthVariants | None = (
         None  # deeper variants that LoRAs are converted for, see `networks.depth_variants`
     )
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
         """All module paths of the network in our layout, each once."""
-        named = (*(ours for _, ours in self.aliases), *(part.our_path for part in self.parts), *self.further)
+        named = (
+            *(ours for _, ours in self.aliases),
+            *(part.fused_path for part in self.parts),
+            *self.further,
+        )
         return tuple(dict.fromkeys(named))
 
 
@@ -273,16 +281,16 @@ def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
 
     `tensor_patterns` only renames them; the code that reads the file swaps the halves.
     """
-    modules = [part.our_path for part in names.parts if part.index == SWAPPED]
+    modules = [part.fused_path for part in names.parts if part.index == SWAPPED]
     return tuple(f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias"))
 
 
 def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Return (pattern, our names in the order of the rows) for each weight that a checkpoint fuses."""
     our_names: dict[str, list[str]] = {}
-    for part in names.joined:  # here `ours` is the fused module, and `theirs` is ours
-        pattern = _pattern(part.our_path) + r"\.weight"
-        our_names.setdefault(pattern, []).append(f"{_replacement(part.foreign_path)}.weight")
+    for part in names.joined:  # here the parts are our modules
+        pattern = _pattern(part.fused_path) + r"\.weight"
+        our_names.setdefault(pattern, []).append(f"{_replacement(part.part_path)}.weight")
     return tuple((pattern, tuple(ours)) for pattern, ours in our_names.items())
 
 
@@ -307,11 +315,11 @@ def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
     for part in parts:
         suffix = ""
         if part.index is not None and part.index != SWAPPED:
-            suffix = f"#{counts[part.our_path]}"
-            counts[part.our_path] += 1
-        leaf = r".\2" if "{n}" in part.foreign_path else r".\1"  # the group after that of the block index
-        pattern = _pattern(part.foreign_path) + r"\.(\w+)"
-        patterns.append((pattern, _replacement(part.our_path) + leaf + suffix))
+            suffix = f"#{counts[part.fused_path]}"
+            counts[part.fused_path] += 1
+        leaf = r".\2" if "{n}" in part.part_path else r".\1"  # the group after that of the block index
+        pattern = _pattern(part.part_path) + r"\.(\w+)"
+        patterns.append((pattern, _replacement(part.fused_path) + leaf + suffix))
     for theirs, ours in names.parameters:
         patterns.append((_pattern(theirs), _replacement(ours)))
     return tuple(patterns)

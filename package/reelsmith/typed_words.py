@@ -47,7 +47,8 @@ class ScriptArguments:
         if table is None:
             raise UserError(f"{script}: this script has no table of options")
         self.script = script
-        self._takes_other_options = bool(table.get("cuts_words"))  # for a script that this one starts
+        # whether the script passes some options on to another script that it starts
+        self._passes_options_on = bool(table.get("cuts_words"))
         self._parser = build_parser(table, script.name, _RaisingParser)
         self._actions = {
             flag.lstrip("-").replace("-", "_"): action
@@ -85,7 +86,7 @@ class ScriptArguments:
         Raises:
             UserError: For what the command itself would reject, with its message.
         """
-        if self._takes_other_options:  # this parser does not know the options of the other script
+        if self._passes_options_on:  # to another script, whose options this parser does not know
             return {}
         parser = self._parser
         if os.environ.get(EXTENSIONS):  # they may bring options, which the command itself checks

@@ -238,7 +238,7 @@ def gather_block(block: nn.Module) -> None:
 
 def gather_weight(weight: Tensor) -> Tensor:
     """Return a full weight, in any dtype. A split weight is gathered, so all processes must call this."""
-    return gather_rows(local_rows(weight), weight) if is_split(weight) else weight
+    return gather_rows(local_rows(weight), weight) if is_sharded_weight(weight) else weight
 
 
 def local_rows(weight: Any) -> Tensor:
@@ -272,12 +272,12 @@ def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
     return gathered[: weight.shape[0] * row_bytes].view(part.dtype).view(weight.shape)
 
 
-def is_split(weight: Tensor) -> bool:
+def is_sharded_weight(weight: Tensor) -> bool:
     """Return whether a weight is a DTensor, of which this process keeps some rows."""
     return hasattr(weight, "to_local")
 
 
-def rows_of(weight: Any, full: Tensor) -> Tensor:
+def slice_local_rows(weight: Any, full: Tensor) -> Tensor:
     """Return a view of those rows of `full` that this process keeps of a split weight."""
     mesh = weight.device_mesh
     count = local_rows(weight).shape[0]
@@ -285,7 +285,7 @@ def rows_of(weight: Any, full: Tensor) -> Tensor:
     return full.narrow(0, min(first, weight.shape[0] - count), count)
 
 
-def as_split(weight: Any, part: Tensor) -> Tensor:
+def as_sharded(weight: Any, part: Tensor) -> Tensor:
     """Return a tensor that is split like a weight, made from this process's rows of it."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
@@ -315,6 +315,6 @@ def trained_rows(weight: Any) -> nn.Parameter:
 
 def set_weight(weight: Tensor, full: Tensor) -> None:
     """Set a weight in place; for a split weight, set this process's part."""
-    if is_split(weight):
-        weight, full = local_rows(weight), rows_of(weight, full)
+    if is_sharded_weight(weight):
+        weight, full = local_rows(weight), slice_local_rows(weight, full)
     weight.copy_(full)

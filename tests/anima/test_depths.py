@@ -66,7 +66,7 @@ def test_the_change_of_a_block_is_put_on_its_copies(tmp_path: Path, depth: int, 
 
 def test_forty_to_fifty_two() -> None:
     """Of the blocks of 40 each copy gets one more, as from 28 the blocks that were copied."""
-    places = GROWN.map_blocks(40, 52)
+    places = GROWN.map_to_deeper(40, 52)
     assert [OF_40[block] for block, own in enumerate(places) for _ in own] == OF_52
     assert sorted(place for own in places for place in own) == [*range(52)]
 

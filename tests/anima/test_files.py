@@ -122,7 +122,7 @@ def wide_adapter(state: dict[str, Tensor]) -> None:
         (connector, "another text encoder, which is not supported"),
         (without_adapter, f"has no adapter .* to {ADAPTER_OPTION} too"),
         (odd_heads, "are not those of an Anima transformer"),
-        (wide_adapter, f"does not fit a transformer that takes texts of 48 numbers.* to {ADAPTER_OPTION}"),
+        (wide_adapter, f"does not fit a transformer that takes texts of width 48.* to {ADAPTER_OPTION}"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, change: object, words: str) -> None:

@@ -253,7 +253,7 @@ def test_a_mask_belongs_to_a_file_for_inpainting(tmp_path: Path) -> None:
             check_mask(path, check_file(path, "--lllite_weights").config, mask)
     with pytest.raises(OptionError, match="is for masks, which control images of 3 channels lack"):
         options_of(lllite_inpaint_masked_input=True)
-    with pytest.raises(OptionError, match="--lllite_cond_in_channels is 3, .*4.safetensors has 4"):
+    with pytest.raises(OptionError, match="is 3, but .*4.safetensors, whose training continues, has 4"):
         describe_lllite(options_of(network_weights=tmp_path / "4.safetensors")).check()
     five = {**load_file(path), "lllite_conditioning1.conv1.weight": torch.zeros(12, 5, 4, 4)}
     save_file(five, tmp_path / "five.safetensors")
@@ -344,7 +344,7 @@ def test_a_file_that_is_trained_on_keeps_its_dilations(tmp_path: Path, with_valu
     found = {layer.dilation for layer in trunk.aspp.modules() if isinstance(layer, nn.Conv2d)}
     assert found == {(1, 1), (2, 2), (3, 3), (6, 6)}
     save_file(state, path, {"lllite.aspp_dilations": "0,1,2,4"})
-    with pytest.raises(CheckpointError, match="aspp_dilations of its metadata is '0,1,2,4'"):
+    with pytest.raises(CheckpointError, match="aspp_dilations in its metadata is '0,1,2,4'"):
         made.check()
 
 

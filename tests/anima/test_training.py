@@ -234,5 +234,5 @@ def test_a_text_encoder_of_another_size_is_refused(files: TinyAnima) -> None:
     made = AnimaFiles(dit=files.dit, text_encoder=files.text_encoder)
     config = made.dit_header().config
     assert config.adapter == CONFIG.adapter
-    with pytest.raises(CheckpointError, match="gives states of 64 numbers, .* takes 32"):
+    with pytest.raises(CheckpointError, match="produces hidden states of width 64, .* takes width 32"):
         made.check_texts(replace(config, adapter=replace(config.adapter, text_dim=32)), needed=True)

@@ -206,7 +206,7 @@ def test_a_scale_below_the_one_that_turns_guidance_off_is_reported(
 
 def test_the_scales_of_a_second_expert_and_of_streams_are_named(caplog: pytest.LogCaptureFixture) -> None:
     both = prepare(Request("p", 0, guidance_scale=3.0, expert_guidance={"high_noise": 0.0}))
-    streams = StreamGuidance(text=3.0), StreamGuidance(text=0.0)
+    streams = StreamGuidance(text_scale=3.0), StreamGuidance(text_scale=0.0)
 
     warn_of_low_scales(replace(both, guidance_scale=(3.0, 0.0)))
     warn_of_low_scales(replace(prepare(Request("p", 0)), rules=GuidanceRules(streams=streams)))

@@ -158,7 +158,7 @@ def test_without_guidance_each_step_is_one_pass_with_the_same_tweaks() -> None:
     (overrides,) = set(network.overrides)
     assert overrides.nag is not None
     assert overrides.nag.text is network.section.nag
-    assert overrides.nag.steer == NormalizedGuidance(5.0, 3.5, 0.5)
+    assert overrides.nag.combine_attention == NormalizedGuidance(5.0, 3.5, 0.5)
 
 
 RULE = Projection(after_step=-1, scale=10.0, momentum=-0.5, norm_limit=10.0)
@@ -227,8 +227,8 @@ TEXTS = ("positive", "negative", "blank")
 JOINT = AudioVideoShapes((2, 2, 3, 2), (2, 3, 4))
 RULES = GuidanceRules(
     streams=(
-        StreamGuidance(perturbed=1.5, modality=3.0, rescale=0.7),
-        StreamGuidance(text=7.0, perturbed=0.5, modality=2.0),
+        StreamGuidance(perturbed_scale=1.5, modality_scale=3.0, rescale=0.7),
+        StreamGuidance(text_scale=7.0, perturbed_scale=0.5, modality_scale=2.0),
     ),
     perturbed_blocks=frozenset({29}),
 )
@@ -296,9 +296,11 @@ def test_each_stream_is_guided_by_the_arithmetic_of_diffusers(joint: AudioVideoS
             for name, one in numbers.items()
         }
         own = clean["positive"]
-        guided = own + (text - 1) * (own - clean["negative"]) + rule.perturbed * (own - clean["perturbed"])
+        guided = (
+            own + (text - 1) * (own - clean["negative"]) + rule.perturbed_scale * (own - clean["perturbed"])
+        )
         if joint is not None:
-            guided = guided + (rule.modality - 1) * (own - clean["isolated"])
+            guided = guided + (rule.modality_scale - 1) * (own - clean["isolated"])
         guided = rescale_noise_cfg(guided, own, guidance_rescale=rule.rescale) if rule.rescale else guided
         expected.append(LTX2Pipeline.convert_x0_to_velocity(None, noisy, guided, 0, Levels()))
     full = expected[0] if joint is None else joint.join(*expected)

@@ -97,7 +97,7 @@ def test_checksums_are_those_of_the_file_of_its_data_and_of_its_lora(
     assert found["hashes"][0]["sha256"] == hashlib.sha256(data).hexdigest()
     assert found["hashes"][0]["data_sha256"] == hashlib.sha256(data[start:]).hexdigest()
     assert found["lora_hashes"]["sshs_model_hash"] == metadata["sshs_model_hash"]
-    assert f"sshs_model_hash: {metadata['sshs_model_hash']} (as the metadata say)" in capsys.readouterr().out
+    assert f"sshs_model_hash: {metadata['sshs_model_hash']} (as the metadata says)" in capsys.readouterr().out
 
 
 # --- writing ---
@@ -285,9 +285,9 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written_to_its_end(tmp_path: P
     path = write(tmp_path / "a.safetensors", {"a": torch.ones(9), "b": torch.tensor([1e6])})
     out = tmp_path / "out"
 
-    with pytest.raises(CheckpointError, match="b has values that float16 cannot hold"):
+    with pytest.raises(CheckpointError, match="b has values that float16 cannot represent"):
         run(path, "--convert", out / "b.safetensors", "--dtype", "fp16")
-    with pytest.raises(CheckpointError, match="b has values that float16 cannot hold"):
+    with pytest.raises(CheckpointError, match="b has values that float16 cannot represent"):
         run(path, "--convert", out, "--dtype", "fp16", "--shard_size", "1000")
 
     assert list(out.iterdir()) == []

@@ -48,7 +48,7 @@ def test_it_is_emptied_only_of_what_was_shown(tmp_path: Path) -> None:
     folder.move_in("a", tmp_path, make(tmp_path, "a"))
     mark = folder.compute_checksum()
     folder.move_in("b", tmp_path, make(tmp_path, "b"))
-    with pytest.raises(OptionError, match="changed meanwhile"):
+    with pytest.raises(OptionError, match="changed in the meantime"):
         folder.empty(mark)
     assert folder.empty(folder.compute_checksum()) == 20
     assert folder.list_entries() == []

@@ -185,8 +185,8 @@ def test_missing_clips_become_one_job_for_equal_files_with_the_settings_of_the_s
         (COMMAND.replace("--vae vae.pth", "--vae VAE_FILE"), "trained without --vae"),
         (COMMAND.replace("--lora_weight", "--lora_weight_high_noise"), "no LoRA that can be compared"),
         (COMMAND.replace("best.safetensors", "best.safetensors fast.safetensors"), "a second LoRA"),
-        ("python rm.py --dit x", "has no command that generates"),
-        ("python 'wan_generate_video.py", "has no command that generates"),
+        ("python rm.py --dit x", "no generation command"),
+        ("python 'wan_generate_video.py", "no generation command"),
     ],
 )
 def test_what_cannot_be_made_is_told_and_no_job_is_added(
@@ -214,7 +214,7 @@ def test_files_of_two_models_are_not_compared(served: Served, folder: Path) -> N
 
     both = f"{form(served, (6,))}&{form(served, (6,), 'y')}"
 
-    message = "Files of one model are compared: x is of Wan, y is of HunyuanVideo"
+    message = "Only files of the same model can be compared: x: Wan, y: HunyuanVideo"
     assert message in served.ask(f"/compare?{both}").text
     assert served.ask("/compare", "POST", both, Origin=served.url).status == 422
     assert jobs(folder) == []

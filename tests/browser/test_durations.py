@@ -55,7 +55,7 @@ def test_a_finished_run_of_the_same_model_and_size_says_how_long(tmp_path: Path)
 
     write_other(tmp_path)
 
-    measured = "2 seconds each, as the run other measured with the same model and size."
+    measured = "2 seconds each, as measured in the run other with the same model and size."
     assert shown(tmp_path, folder) == f"2000 steps take about 1.1 hours: {measured}"
 
 
@@ -97,7 +97,9 @@ def test_the_run_of_the_name_counts_before_others(tmp_path: Path) -> None:
     write_other(tmp_path)
     write_run(folder / "output", "fluff", kind=None)
 
-    assert shown(tmp_path, folder) == "2000 steps take 1.1 hours: 2 seconds each, as the run fluff measured."
+    assert (
+        shown(tmp_path, folder) == "2000 steps take 1.1 hours: 2 seconds each, as measured in the run fluff."
+    )
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_a_file_is_left_out_with_its_caption_and_put_back(served: Served) -> Non
     assert sorted(os.listdir(kept)) == ["a.png", "a.txt"]
     assert "1 left out" in served.ask(f"/new?folder={quote(str(root / 'set'))}").text
     save_image(root / "set/a.png", 5, caption=None)
-    assert "is there already" in post(served, "move", what="back", name="a.png").json()["error"]
+    assert "already exists" in post(served, "move", what="back", name="a.png").json()["error"]
     (root / "set/a.png").unlink()
     assert post(served, "move", what="back", name="a.png").status == 200
     assert sorted(os.listdir(root / "set")) == before
@@ -168,7 +168,7 @@ def test_nothing_outside_the_roots_is_shown(served: Served, tmp_path: Path) -> N
         assert served.ask(f"/new/picture?path={quote(str(path))}").status == 404
     assert "a secret" not in json.dumps(ask(served))
     [row] = [file for file in ask(served)["files"] if file["pictures"][0]["name"] == "link.png"]
-    assert row["faults"] == ["it is gone, or leads outside the folders that are shown"]
+    assert row["faults"] == ["it does not exist, or is outside the folders that are shown"]
     assert post(served, f"caption/{short_digest('b.png')}", what="save", text="x", have="").status == 400
     assert (tmp_path / "secret.txt").read_text() == "a secret"
     place = FolderFiles(Runs((tmp_path,)), read_only=False).address(tmp_path)

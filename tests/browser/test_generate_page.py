@@ -318,7 +318,7 @@ def test_a_longer_prompt_is_refused_by_its_label(served: Served, root: Path) -> 
     for name, label in {"prompt": "Prompt", "negative": "Negative"}.items():
         answer = post(served, "make", fields_of(served, **{name: "ü" * 30_001}))
         assert answer.status == 422
-        assert message(answer).startswith(f"{label} has 30,001 characters: 30,000 are the most")
+        assert message(answer).startswith(f"{label} has 30,001 characters: at most 30,000 are accepted")
     assert states(root) == []
 
 
@@ -413,7 +413,7 @@ def test_form_button_and_what_is_made_are_in_view_together(served: Served, root:
         page.get_by_label("Prompt").fill("slow")
         page.locator("#shelf .plate").first.wait_for()
         page.get_by_role("button", name="Make", exact=True).click()
-        page.get_by_text(re.compile(r"On the way: 1 result, seed \d+\.")).wait_for()
+        page.get_by_text(re.compile(r"In progress: 1 result, seed \d+\.")).wait_for()
         page.locator(".preview img").wait_for()
         for shown in (".preview", "#shelf .plate .picture"):
             form, made = place_of(page, "#make"), place_of(page, shown)
@@ -507,7 +507,7 @@ def test_a_fault_is_shown_and_the_form_stays(served: Served, root: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"prompt": ""}, "Prompt: write what is to be made."),
+        ({"prompt": ""}, "Prompt: describe what to generate."),
         ({"prompt": "a\0b"}, "Prompt: leave out the character NUL"),
         ({"negative": "a\0b"}, "Negative: leave out the character NUL"),
         ({"seed": "x"}, "Seed x: give a whole number"),
@@ -515,11 +515,11 @@ def test_a_fault_is_shown_and_the_form_stays(served: Served, root: Path) -> None
         ({"count": "0"}, "How many 0: give a number from 1 to 64."),
         ({"count": "65"}, "How many 65"),
         ({"count": "1e2"}, "How many 1e2"),
-        ({"source": "run 0123456789abcdef"}, "its history has no command of a script that this page drives"),
-        ({"source": "model no such"}, "there is no such model"),
-        ({"source": "model stable_diffusion 1.5-guided"}, "there is no such model"),
-        ({"source": "model flux dev"}, "is missing: load the model first"),
-        ({"lora": "/etc/passwd"}, "/etc/passwd: there is no such LoRA"),
+        ({"source": "run 0123456789abcdef"}, "its history has no command that this page can run"),
+        ({"source": "model no such"}, "this model is not here"),
+        ({"source": "model stable_diffusion 1.5-guided"}, "this model is not here"),
+        ({"source": "model flux dev"}, "is missing: download the model first"),
+        ({"lora": "/etc/passwd"}, "/etc/passwd: this LoRA does not exist"),
         ({"redraw": "../secret.png"}, "Redraw ../secret.png: there is no such file."),
     ],
 )
@@ -647,7 +647,7 @@ def test_a_lora_from_elsewhere_is_used_by_its_path(served: Served, root: Path) -
     for wrong, words in (
         (str(outside), "is outside the folders that this page shows"),
         (str(root / "x.ckpt"), "give a file that ends in .safetensors"),
-        (str(root / "none.safetensors"), "is not there any more"),
+        (str(root / "none.safetensors"), "no longer exists"),
     ):
         refused = post(served, "make", fields_of(served, lora_file=wrong))
         assert (refused.status, words in message(refused)) == (422, True), message(refused)
@@ -678,7 +678,7 @@ def test_a_file_that_is_gone_is_said(served: Served, root: Path) -> None:
     path.unlink()
     answer = post(served, "make", fields_of(served, lora=str(path), **{f"strength {path}": "1"}))
     assert answer.status == 422
-    assert "is not there any more" in message(answer)
+    assert "no longer exists" in message(answer)
 
 
 def test_numbers_of_render_jobs_that_are_not_there_are_refused(served: Served) -> None:
@@ -735,7 +735,7 @@ def test_a_result_dropped_on_the_page_fills_the_form(served: Served, tmp_path: P
         assert page.get_by_label("use x-step2.safetensors").is_checked()
         assert page.get_by_label("strength of x-step2.safetensors").input_value() == "0.6"
         assert not page.get_by_label("use x-step4.safetensors").is_checked()
-        note = "Filled with the settings of a file that Reelsmith made."
+        note = "Filled with the settings of a file made by Reelsmith."
         assert note == page.locator(".status").first.inner_text()
         page.get_by_label("Steps").fill("8")
         wait_until(page, "document.querySelector('#command').textContent.includes('--infer_steps 8')")
@@ -753,10 +753,10 @@ def test_what_a_dropped_file_needs_and_is_not_here_is_said(served: Served, tmp_p
         tmp_path / "a.png", IMAGE, {**tags, "bt_lora_0": "gone.safetensors: 1.0", "bt_i2i_path": "b.png"}
     )
     page = served.ask(send(served, "settings", tmp_path / "a.png").json()["address"]).text
-    assert "gone.safetensors, a LoRA of it, is not here. It began from b.png: drop that on the form." in page
+    assert "gone.safetensors, a LoRA of it, is not here. It started from b.png: drop that" in page
     write_png(tmp_path / "b.png", IMAGE, {**tags, "bt_model_type": "no such"})
     page = served.ask(send(served, "settings", tmp_path / "b.png").json()["address"]).text
-    assert "Its model is not known here: choose one." in page
+    assert "Its model is unknown: choose one." in page
     write_png(tmp_path / "c.png", IMAGE, {**tags, "bt_task": "t2v-99B"})
     page = served.ask(send(served, "settings", tmp_path / "c.png").json()["address"]).text
     assert "Its model, wan t2v-99B, is not among the models here: choose one." in page
@@ -781,10 +781,10 @@ def test_a_result_is_dragged_onto_a_field(served: Served, root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.png", b"not a picture", "neither a picture nor a clip"),
-        ("a.html", b"<script>alert(1)</script>", "neither a picture nor a clip"),
-        ("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "neither a picture nor a clip"),
-        ("a.mp4", b"#EXTM3U\nfile:///etc/passwd\n", "neither a picture nor a clip"),
+        ("a.png", b"not a picture", "not a readable picture or clip"),
+        ("a.html", b"<script>alert(1)</script>", "not a readable picture or clip"),
+        ("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a readable picture or clip"),
+        ("a.mp4", b"#EXTM3U\nfile:///etc/passwd\n", "not a readable picture or clip"),
         ("a.png", b"", "It is empty"),
     ],
 )
@@ -872,7 +872,7 @@ def test_prompts_of_other_programs_are_read_where_they_are_plain() -> None:
     ],
 )
 def test_files_without_plain_settings_say_so(tags: dict[str, str]) -> None:
-    with pytest.raises(OptionError, match="It holds"):
+    with pytest.raises(OptionError, match="It contains"):
         read_dropped_settings(tags)
 
 

@@ -57,7 +57,7 @@ def test_a_line_that_came_while_no_page_was_open_waits_to_be_read(queue: JobQueu
 
     later = JobQueue(queue.folder)
     assert not reopen_queue(later)
-    assert "1 line came into" in later.problem
+    assert "1 line was added to" in later.problem
     assert count_begun(later) == 0
 
     later.begin_work()  # somebody has read it

@@ -286,9 +286,9 @@ def test_answers_of_buttons_and_json_are_in_the_language(served: Served) -> None
     news = json.loads(served.ask(f"{run}news", Accept_Language="zh").text)
     missing = served.ask("/run/none/news", Accept_Language="zh")
 
-    assert texts["It does not run: it is %(text)s."].partition("%")[0] in stopped.text
+    assert texts["It is not running: it is %(text)s."].partition("%")[0] in stopped.text
     assert texts["Step"] in [tile[0] for tile in news["tiles"]]
-    assert missing.text == texts["It is not there (any more)."]
+    assert missing.text == texts["It does not exist."]
 
 
 # ---- texts that programs make

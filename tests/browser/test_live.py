@@ -251,7 +251,7 @@ def test_a_command_that_another_machine_or_folder_wrote_is_read_before_it_is_que
     with serve_runs(tmp_path) as served, open_page(f"{served.url}{served.of('x')}", width=360) as page:
         queue = open_queue(served.runs, read_only=False)
         assert page.get_by_text("Put it into the queue", exact=True).count() == 0
-        page.click("text=Read it, then put it into the queue")
+        page.click("text=Read it, then add it to the queue")
         page.wait_for_selector("#words")
         assert page.input_value("#words") == line.replace("\u202e", r"\u202e")
         assert "x in" in page.inner_text("form.add .note >> nth=0")
@@ -281,7 +281,7 @@ def test_a_command_that_lacks_a_file_is_not_queued_as_if_it_were_whole(tmp_path:
     with serve_runs(tmp_path) as served, open_page(f"{served.url}{served.of('x')}") as page:
         assert page.get_by_text("Put it into the queue", exact=True).count() == 0
         assert "Fill in VAE_FILE first" in page.inner_text(".command")
-        page.click("text=Fill in what is missing, then put it into the queue")
+        page.click("text=Fill in what is missing, then add it to the queue")
         page.wait_for_selector("#words")
         assert page.input_value("#words") == line
 

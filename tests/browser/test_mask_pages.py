@@ -207,13 +207,16 @@ WHITE = as_png(np.full((HEIGHT, WIDTH), 255, np.uint8))
 @pytest.mark.parametrize(
     ("png", "message"),
     [
-        (as_png(np.full((WIDTH, HEIGHT), 255, np.uint8)), "The mask is 48 × 64 pixels, the picture 64 × 48."),
-        (claim_size(60_000, 60_000), "no PNG that can be read"),
-        (claim_size(9000, 9000), "The mask is 9000 × 9000 pixels"),
-        (WHITE[:-30], "no PNG that can be read"),
-        (b"\xff\xd8\xff\xe0 a JPEG", "no PNG that can be read"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no PNG that can be read"),
-        (b"", "no PNG that can be read"),
+        (
+            as_png(np.full((WIDTH, HEIGHT), 255, np.uint8)),
+            "The mask has 48 × 64 pixels, the picture 64 × 48.",
+        ),
+        (claim_size(60_000, 60_000), "not a readable PNG"),
+        (claim_size(9000, 9000), "The mask has 9000 × 9000 pixels"),
+        (WHITE[:-30], "not a readable PNG"),
+        (b"\xff\xd8\xff\xe0 a JPEG", "not a readable PNG"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a readable PNG"),
+        (b"", "not a readable PNG"),
         (as_png(np.zeros((HEIGHT, WIDTH), np.uint8)), "nothing would be learned"),
     ],
     ids=["other size", "bomb", "large", "cut off", "JPEG", "SVG", "empty", "black"],
@@ -280,7 +283,7 @@ def test_what_leads_outside_is_neither_shown_nor_changed(folder: Path, tmp_path:
     with serve_runs(folder.parent) as served:
         shown = item(served)
         assert shown["shots"] == []
-        assert "leads outside" in shown["fault"]
+        assert "is outside the folders" in shown["fault"]
         for what in ("accept", "invert", "remove"):
             assert press(served, what, shown).status == 404
         assert draw(served, shown, WHITE).status == 404
@@ -295,7 +298,7 @@ def test_no_mask_is_kept_behind_a_link_that_leads_outside(folder: Path, tmp_path
     (folder / "masks" / ".before").symlink_to(outside)
     with serve_runs(folder.parent) as served:
         shown = item(served)
-        assert "leads outside" in shown["fault"]
+        assert "is outside the folders" in shown["fault"]
         assert press(served, "remove", shown).status == 404
         assert draw(served, shown, WHITE).status == 404
     assert list(outside.iterdir()) == []
@@ -664,8 +667,8 @@ def test_a_job_that_waits_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert "the queue is paused" in served.ask(asked).text
         with monkeypatch.context() as changed:
             changed.setattr(type(queue), "worker", "here")
-            assert "begins when the jobs before it have ended" in served.ask(asked).text
-            queue.problem = "Generate makes result 7: the job begins after it"
+            assert "starts when the jobs before it have ended" in served.ask(asked).text
+            queue.problem = "Generate is generating result 7: the job begins after it"
             shown = served.ask(asked).text
-    assert "Generate makes result 7: the job begins after it" in shown
+    assert "Generate is generating result 7: the job begins after it" in shown
     assert "the queue is paused" not in shown

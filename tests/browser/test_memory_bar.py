@@ -155,7 +155,7 @@ def test_missing_files_of_the_model_are_named(tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
     with serve_runs(tmp_path) as served:
         page = served.ask(f"/new/memory?folder={quote(str(folder))}").text
-        assert "Files are missing" in page
+        assert "A plan reads the headers of files that are missing" in page
         assert "<code>dit.safetensors</code>" in page
         answer = post(served, "plan", folder)
     assert answer.status == 422
@@ -179,7 +179,7 @@ def test_a_switch_for_an_earlier_file_is_refused(tmp_path: Path) -> None:
     with serve_runs(tmp_path) as served:
         answer = post(served, "switch", folder, swap="4", checkpointing="recomputed")
     assert answer.status == 422
-    assert "has changed meanwhile" in answer.text
+    assert "has changed in the meantime" in answer.text
     assert (folder / "run.toml").read_text(encoding="utf-8") == theirs
 
 
@@ -203,7 +203,7 @@ def test_the_length_is_said_once_a_run_has_measured_it(tmp_path: Path) -> None:
             history.add(step, loss=1.0, rates={"lr/unet": 1e-4}, seconds=9.0)
         history.flush()
         assert (
-            "2000 steps take 5.0 hours: 9 seconds each, as the run fluff measured."
+            "2000 steps take 5.0 hours: 9 seconds each, as measured in the run fluff."
             in served.ask(address).text
         )
 

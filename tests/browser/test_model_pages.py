@@ -87,7 +87,10 @@ def test_a_task_is_on_disk_when_all_of_its_parts_are(models: Path) -> None:
 def test_files_of_another_size_and_unfinished_downloads_are_told_apart(models: Path) -> None:
     component = known_components()["wan_vae"]
     write_sparse(models / VAE, 1000)
-    assert read_model_part(component, models).state == "a different file than the released one, by its size"
+    assert (
+        read_model_part(component, models).state
+        == "judging by its size, a different file than the released one"
+    )
     (models / VAE).unlink()
 
     write_sparse(models / f".{VAE}.0123456789ab.part", 200_000_000)
@@ -176,16 +179,16 @@ def test_only_parts_of_the_task_can_be_removed_and_nothing_behind_links(tmp_path
     files = find_task(models, "wan", "t2v-1.3B")
     assert files is not None
     for path in ("../outside.txt", str(outside), "wan2.1_t2v_14B_bf16.safetensors"):
-        with pytest.raises(OptionError, match="is not part of Wan2.1 t2v-1.3B on disk"):
+        with pytest.raises(OptionError, match="is not one of the parts of Wan2.1 t2v-1.3B on disk"):
             remove_parts(models, files, [path], BinFolder(tmp_path / "bin"))
-    with pytest.raises(OptionError, match="Tick what is to be removed"):
+    with pytest.raises(OptionError, match="Tick what to remove"):
         remove_parts(models, files, [], BinFolder(tmp_path / "bin"))
 
     tokenizer = next(part for part in files.parts if part.component.option is None)
     inner = models / Path(tokenizer.component.files[0].name).parts[0]
     inner.rename(tmp_path / "elsewhere")
     inner.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OutputError, match="is a link to another place"):
+    with pytest.raises(OutputError, match="is a link to a different place"):
         remove_parts(models, files, [tokenizer.path], BinFolder(tmp_path / "bin"))
     assert outside.read_text(encoding="utf-8") == "mine"
     assert not (tmp_path / "bin").exists()
@@ -228,7 +231,7 @@ def test_the_login_is_told_without_its_text(
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
     with serve(tmp_path) as served:
         text = served.ask("/models").text
-    assert "A token is there: the variable HF_TOKEN." in text
+    assert "A token was found in the variable HF_TOKEN." in text
     assert "hf_secret" not in text
 
     monkeypatch.delenv("HF_TOKEN")
@@ -237,7 +240,7 @@ def test_the_login_is_told_without_its_text(
         assert "No token. Models whose license" in served.ask("/models").text
         (tmp_path / "token").write_text("hf_secretsecretsecret", encoding="utf-8")
         text = served.ask("/models").text
-    assert "A token is there: the file" in text
+    assert "A token was found in the file" in text
     assert "hf_secret" not in text
 
 
@@ -248,7 +251,7 @@ def test_mistakes_are_refused_with_the_page(tmp_path: Path, models: Path) -> Non
         answer = post(served, "load", family="wan", task="--verify", accept="yes")
         assert (answer.status, "Choose a task from the list" in answer.text) == (422, True)
         answer = post(served, "remove", **TASK)
-        assert (answer.status, "Tick what is to be removed" in answer.text) == (422, True)
+        assert (answer.status, "Tick what to remove" in answer.text) == (422, True)
         assert post(served, "steal", **TASK).status == 404
         assert served.ask("/models/load", "POST", "", Origin="http://evil.example").status == 403
         assert served.ask("/models?family=wan&task=none").status == 422

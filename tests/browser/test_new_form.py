@@ -181,7 +181,7 @@ def test_captions_are_written_as_objects_where_the_form_says_so() -> None:
     assert words[-3:] == ["--caption_format", "fibo_2", "--convert_plain"]
     assert "--convert_plain" not in make_caption_argv(CaptionForm.read({**fields, "convert_plain": ""}))
     assert make_caption_argv(CaptionForm.read({**fields, "caption_format": ""}))[-2:] == ["--model", "/m"]
-    with pytest.raises(OptionError, match="no such form"):
+    with pytest.raises(OptionError, match="no such caption format"):
         make_caption_argv(CaptionForm(format="wan --model /x"))
 
 

@@ -249,8 +249,8 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
     assert f"{python_of('reelsmith.py')} new FOLDER --max_train_steps 2000" in html.unescape(plain)
     assert "No folder with clips, pictures or sounds yet" in empty
     assert "Choose one from the list, or drop files" in refused(served, root)
-    assert "is outside of the folders of this page" in refused(served, root, folder=str(tmp_path))
-    assert f"{root.parent} is outside of the folders" in refused(served, root, folder="../")
+    assert "is outside the folders of this page" in refused(served, root, folder=str(tmp_path))
+    assert f"{root.parent} is outside the folders" in refused(served, root, folder="../")
     (root / "set").mkdir()
     assert "has no clips, pictures or sounds. Drop some here first" in refused(served, root)
     write_images(root / "set", 1)
@@ -293,7 +293,7 @@ def test_describe_pressed_twice_runs_once(served: Served, root: Path) -> None:
         thread.join()
     assert sorted(answer.status for answer in answers) == [200, 422]
     [failed] = [answer for answer in answers if answer.status == 422]
-    assert "running already" in text_of(failed)
+    assert "already running" in text_of(failed)
     wait_for(served, root / "set", '">prepared<')
 
 
@@ -374,10 +374,10 @@ def test_a_second_browser_overwrites_nothing(served: Served, root: Path) -> None
 
     answer = post(served, "describe", **{**fields, "steps": "40"})
 
-    assert (answer.status, "have changed meanwhile" in text_of(answer)) == (422, True)
+    assert (answer.status, "have changed in the meantime" in text_of(answer)) == (422, True)
     assert "max_train_steps = 30" in (folder / "run.toml").read_text()
     draft = served.ask(f"/new?{urlencode({**fields, 'steps': '40'})}")
-    assert "have changed meanwhile" in text_of(draft)
+    assert "have changed in the meantime" in text_of(draft)
     assert 'name="steps" value="30"' in draft.text
 
 
@@ -396,7 +396,7 @@ def test_check_and_start_take_no_fields_that_are_not_written(served: Served, roo
         answer = post(served, what, **typed)
         assert answer.status == 422
         assert text_of(answer, "refused") == (
-            "The files of this folder do not have what you have typed yet (Name, Training steps). "
+            "What you have typed is not in the files of this folder yet (Name, Training steps). "
             "Press Prepare first."
         )
     assert served.runs.list_all() == []
@@ -502,7 +502,7 @@ def test_a_model_of_a_server_tries_three_and_then_writes_all(served: Served, roo
     with run_server(reply) as server:
         fields = {"folder": str(folder), "engine": f"{server.address} m", "question": "What is it?"}
         assert post(served, "try", **fields).status == 200
-        text = wait_for(served, folder, "nothing is written yet")
+        text = wait_for(served, folder, "nothing has been written yet")
         assert text.count("a &lt;b&gt;square&lt;/b&gt;") == 3
         assert list(folder.glob("p0*.txt")) == []
         assert "What is it?" in json.dumps(server.bodies[0])
@@ -525,7 +525,7 @@ def test_only_printed_commands_of_this_folder_are_run(served: Served, root: Path
     assert "Type a trigger word" in text
     for line in ("rm -rf /", "python tools/caption_dataset.py --dataset_config x.toml", ""):
         answer = post(served, "remedy", folder=str(folder), line=line)
-        assert "not one that was printed" in text_of(answer, "refused")
+        assert "was not printed" in text_of(answer, "refused")
     (folder / "dataset.toml").write_text('[[datasets]]\nimage_directory = "/etc"\n', encoding="utf-8")
     for what in ("try", "repair"):
         assert "outside the folders" in text_of(post(served, what, folder=str(folder)), "refused")
@@ -721,7 +721,7 @@ def test_files_are_dropped_anywhere_and_refusals_are_said(served: Served, root: 
     with open_page(f"{served.url}/new") as page:
         page.evaluate(drop, ["evil.py", "import os"])
         press(page, "Put them there")
-        page.get_by_text("evil.py: only pictures, clips, sounds").wait_for()
+        page.get_by_text("evil.py: only pictures, clips, audio files").wait_for()
         page.get_by_text("0 of 1 taken").wait_for()
         assert list(root.iterdir()) == []
         page.evaluate(drop, ["a.txt", "a cat"])
@@ -793,7 +793,7 @@ def test_a_path_in_quotes_is_taken(served: Served, root: Path) -> None:
     file = root / "my model.safetensors"
     file.touch()
     message = post(served, "file?option=dit", file_dit=f'"{file}"').text
-    assert "whole path" not in message
+    assert "absolute path" not in message
     assert "It is empty" in message
 
 
@@ -802,7 +802,7 @@ def test_a_folder_outside_is_named_with_the_command_that_includes_it(served: Ser
     outside.mkdir()
     for typed in (f'"{outside}"', str(outside)):
         message = html.unescape(text_of(served.ask(f"/new?folder={quote(typed)}")))
-        assert f"{outside} is outside of the folders of this page" in message
+        assert f"{outside} is outside the folders of this page" in message
     assert f"{python_of('tools/run_browser.py')} {root} '{outside}'" in message
     assert "no such folder" in text_of(served.ask(f"/new?folder={quote(str(outside / 'none'))}"))
     assert "there is no such user" in text_of(served.ask("/new?folder=~nobody-of-this-name/x"))

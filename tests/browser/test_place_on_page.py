@@ -27,7 +27,7 @@ def test_removing_parts_keeps_the_place_and_says_that_it_worked(tmp_path: Path) 
         button.click()
         page.wait_for_url("**moved=**")
         said = page.locator("p.good[role=status]")
-        said.get_by_text("It lies in").wait_for()
+        said.get_by_text("It is now in").wait_for()
         wait_until(page, f"Math.abs(scrollY - {before}) < 5")
         page.reload()
         assert page.problems == []

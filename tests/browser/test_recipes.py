@@ -135,7 +135,7 @@ def test_a_model_keeps_what_its_command_fixes(model: ModelSet, tmp_path: Path) -
     examples |= {"--src_video": "control", "--control_image_path": "references"}
     examples |= {"--first_frame": "start", "--last_frame": "end"}
     assert {*recipe.required_images} == {name for flag, name in examples.items() if flag in typed}
-    assert recipe.missing  # no file is there
+    assert recipe.missing_files  # no file is there
     assert "--interactive" in request.session_argv
     assert "--prompt" not in request.session_argv
 
@@ -197,13 +197,13 @@ def test_a_picture_that_a_runs_command_names_has_its_field(family: str, tmp_path
 def ready_recipe(folder: Path, family: str = "wan", task: str = "t2v-1.3B") -> ModelRecipe:
     model = find_model_set(family, task)
     assert model is not None
-    return replace(recipe_of(model, folder), missing=())
+    return replace(recipe_of(model, folder), missing_files=(), unfilled_options=())
 
 
 @pytest.mark.parametrize(
     ("prompt", "texts", "loras", "message"),
     [
-        (" \n", {}, [], "Prompt: write what is to be made."),
+        (" \n", {}, [], "Prompt: describe what to generate."),
         ("a", {"steps": "ten"}, [], "Steps: 'ten' is not a whole number"),
         ("a", {"steps": "0"}, [], "Steps 0: give a number from 1"),
         ("a", {"width": "64"}, [], "Width and Height: give both"),
@@ -215,7 +215,7 @@ def ready_recipe(folder: Path, family: str = "wan", task: str = "t2v-1.3B") -> M
         ("a", {"share": "2"}, [], "Share 2: give a share from 0 to 1"),
         ("a", {}, [UsedLora("x.safetensors", "much")], "strength much of x.safetensors: give a number"),
         ("a", {}, [UsedLora("x.safetensors", "nan")], "strength nan of x.safetensors: give a number"),
-        ("a", {}, [UsedLora("x.safetensors", "1")], "x.safetensors is not there any more"),
+        ("a", {}, [UsedLora("x.safetensors", "1")], "x.safetensors no longer exists"),
     ],
 )
 def test_wrong_render_jobs_say_which_field_is_wrong(
@@ -241,7 +241,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     model = find_model_set("flux", "dev")
     assert model is not None
     request = RenderRequest(recipe_of(model, tmp_path), prompt="a", texts={}, loras=[], save_path="generated")
-    with pytest.raises(OptionError, match=r"is missing: load the model first \(Models\)"):
+    with pytest.raises(OptionError, match=r"is missing: download the model first \(Models\)"):
         request.check()
 
 
@@ -398,6 +398,6 @@ def test_what_a_script_refuses_or_changes_is_refused_with_the_nearest_value(
 ) -> None:
     found = find_model_set(*model.split())
     assert found is not None
-    recipe = replace(recipe_of(found, tmp_path), missing=[])
+    recipe = replace(recipe_of(found, tmp_path), missing_files=[], unfilled_options=[])
     with pytest.raises(OptionError, match=re.escape(message)):
         RenderRequest(recipe, prompt="a", texts=texts, loras=[], save_path="generated").check()

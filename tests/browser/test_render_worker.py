@@ -155,7 +155,7 @@ def test_a_render_job_that_heeds_no_interrupt_ends_with_its_process_the_second_t
     worker.add([request(tmp_path, "stubborn"), request(tmp_path, "next")])
     wait_for(lambda: worker.list_all()[0].done > 3)
     worker.cancel(1)
-    wait_for(lambda: "once more" in worker.list_all()[0].doing)
+    wait_for(lambda: "press again" in worker.list_all()[0].doing)
     assert states(worker) == [RUNNING, WAITING]
     worker.cancel(1)
     wait_for_states(worker, STOPPED, FINISHED)
@@ -178,7 +178,7 @@ def test_a_waiting_render_job_is_taken_back(worker: RenderWorker, tmp_path: Path
     wait_for_states(worker, STOPPED, STOPPED)
     worker.remove(2)
     assert [making.id for making in worker.list_all()] == [1]
-    with pytest.raises(OptionError, match="no result 2 that has ended"):
+    with pytest.raises(OptionError, match="no finished result 2"):
         worker.remove(2)
 
 
@@ -188,7 +188,7 @@ def test_a_waiting_render_job_is_taken_back(worker: RenderWorker, tmp_path: Path
         ("fail", (), "OptionError: there is no such thing"),
         ("die", (), "it has burst"),
         ("a cat", ("--wrong",), "models/x.safetensors does not fit --task t2v-14B"),
-        ("forget", (), "the process has ended without a word"),
+        ("forget", (), "the process has ended without an error message"),
     ],
 )
 def test_a_render_job_that_fails_says_why_and_the_next_is_made(
@@ -223,7 +223,7 @@ def test_the_model_is_freed_when_it_is_idle_and_on_demand(worker: RenderWorker, 
     worker.idle_seconds = 600
     worker.add([request(tmp_path, "slow")])
     wait_for(lambda: worker.list_all()[1].done > 3)
-    with pytest.raises(OptionError, match="result 2 is being made"):
+    with pytest.raises(OptionError, match="result 2 is being generated"):
         worker.free()
     worker.cancel(2)
     wait_for_states(worker, FINISHED, STOPPED)
@@ -389,7 +389,7 @@ def test_a_damaged_render_job_is_left_out(
 
 
 def test_too_many_render_jobs_are_refused(worker: RenderWorker, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="200 are the most"):
+    with pytest.raises(OptionError, match="largest number accepted: 200"):
         worker.add([request(tmp_path)] * 201)
     assert states(worker) == []
 

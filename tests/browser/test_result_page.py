@@ -93,7 +93,7 @@ def test_plates_stand_by_day_with_their_settings(page: Any, root: Path) -> None:
     text = tile(page, "b.png").inner_text()
     for word in ('a "red" square', "96 x 64", "seed 8", "own-step00000002 0.75"):
         assert word in text
-    assert "does not say how it was made" in tile(page, "foreign.png").inner_text()
+    assert "does not contain its settings" in tile(page, "foreign.png").inner_text()
     assert tile(page, "foreign.png").get_by_role("button", name="again").count() == 0
     assert page.problems == []
 
@@ -235,7 +235,7 @@ def test_the_dialog_of_a_sample_prompt(page: Any, root: Path) -> None:
     with (root / "mine" / "prompts.txt").open("a") as file:
         file.write("written meanwhile\n")
     page.get_by_role("button", name="Add the line").click()
-    wait_until(page, "document.getElementById('sheet').innerText.includes('changed meanwhile')")
+    wait_until(page, "document.getElementById('sheet').innerText.includes('changed in the meantime')")
     assert "written meanwhile" in page.locator("#sheet").inner_text()
     page.get_by_role("button", name="Add the line").click()
     wait_until(page, "document.getElementById('sheet').innerText.includes('last line now')")

@@ -283,7 +283,7 @@ def test_a_hostile_file_sets_nothing_that_reaches_out(name: str, text: str) -> N
 
 @pytest.mark.parametrize("name", ["t5", "slg_layers", "attn_mode"])
 def test_a_hostile_file_names_no_folder(name: str) -> None:
-    with pytest.raises(OptionError, match="It was made with"):
+    with pytest.raises(OptionError, match="It was generated with"):
         remade_of({**TAGS, f"bt_{name}": "/etc/passwd"}, recipe_of())
 
 
@@ -300,7 +300,7 @@ def test_a_hostile_file_names_no_folder(name: str) -> None:
     ],
 )
 def test_a_hostile_file_adds_no_option(name: str, text: str) -> None:
-    with pytest.raises(OptionError, match="It was made with"):
+    with pytest.raises(OptionError, match="It was generated with"):
         remade_of({**TAGS, name: text}, recipe_of())
 
 
@@ -481,12 +481,12 @@ def test_a_file_without_settings_is_made_again_by_nothing(served: Served, root: 
     write_result(root / "generated" / "b.png", {})
     id = id_of(served, "b.png")
     part = served.ask("/results/part?from=0&count=2").text
-    assert part.count("It does not say how it was made") == 1
+    assert part.count("It does not contain its settings") == 1
     assert part.count('data-do="again"') == 1
     for what in ("again", "other", "sample"):
         answer = send(served, id, what)
-        assert (answer.status, "does not say how it was made" in answer.text) == (422, True)
-    assert "does not say how it was made" in served.ask(f"/results/{id}/settings").text
+        assert (answer.status, "does not contain its settings" in answer.text) == (422, True)
+    assert "does not contain its settings" in served.ask(f"/results/{id}/settings").text
 
 
 def describe(folder: Path) -> None:

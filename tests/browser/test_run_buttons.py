@@ -185,7 +185,7 @@ def test_a_run_that_no_form_can_be_filled_from_says_so(script: str, served: Serv
     assert "This file is used by a command, in a terminal" in page
     run = address_of(served).split("/")[2]
     form = served.ask(f"/generate?run={run}").text
-    assert "its history has no command of a script that this page drives" in form
+    assert "its history has no command that this page can run" in form
     assert '<option value="" selected>choose …</option>' in form
     assert 'id="prompt"' not in form
     origin = {"Origin": served.url, "Content_Type": "application/x-www-form-urlencoded"}
@@ -223,19 +223,19 @@ def test_start_puts_the_command_that_it_shows_into_the_queue(
 
     assert lines(queue) == [f"reelsmith run '{tmp_path / 'my clips'}'"]
     again = press(served, "start")
-    assert (again.status, "in the queue already" in again.text) == (422, True)
-    assert press(served, "stop").text == "<span>It was taken out of the queue.</span>"
+    assert (again.status, "already in the queue" in again.text) == (422, True)
+    assert press(served, "stop").text == "<span>It was removed from the queue.</span>"
     assert lines(queue) == []
-    assert "It does not run: it is draft" in press(served, "stop").text
+    assert "It is not running: it is draft" in press(served, "stop").text
 
 
 def test_a_training_is_asked_by_its_file_and_says_that_it_was(served: Served, tmp_path: Path) -> None:
     output = tmp_path / "my clips" / "output"
     write_run(output, "own", kind=None)
-    assert press(served, "stop").text.startswith("<span>Asked: it saves")
+    assert press(served, "stop").text.startswith("<span>Requested: it saves")
     assert (output / "own.stop").is_file()
     assert "asked to stop" in served.ask("/").text
-    assert "asked already" in served.ask(f"{address_of(served)}deeds").text
+    assert "already asked" in served.ask(f"{address_of(served)}deeds").text
 
 
 def test_what_a_terminal_has_begun_is_not_ended_from_here(served: Served, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_train_on_changes_the_steps_and_what_follows_and_starts(
     assert 'value="20"' in actions.text
     path.write_text(before.replace("# mine", "# changed"), encoding="utf-8")
     answer = press(served, "train_on", steps="3000", have=mark_in(actions))
-    assert (answer.status, "changed meanwhile" in answer.text) == (422, True)
+    assert (answer.status, "changed in the meantime" in answer.text) == (422, True)
     path.write_text(before, encoding="utf-8")
 
     message = press(served, "train_on", steps="3000", have=mark_in(actions)).text
@@ -413,7 +413,7 @@ def test_the_command_of_a_foreign_run_is_read_on_the_page_of_the_queue(
 ) -> None:
     process = {"machine": 1, "number": 1, "born": 1}
     write_resumable(tmp_path / "other", "foreign", process=process)
-    assert "you read it first" in served.ask(f"{address_of(served, 'foreign')}deeds").text
+    assert "review it first" in served.ask(f"{address_of(served, 'foreign')}deeds").text
     assert press(served, "start", "foreign").status == 422
     assert lines(queue) == []
 
@@ -529,7 +529,7 @@ def test_typed_steps_stay_and_the_page_follows_the_run(served: Served, tmp_path:
         page.get_by_text("It is in the queue, to 77 steps.").wait_for()
         page.get_by_text("waiting, place 1").wait_for()
         page.get_by_role("button", name="Stop").click()
-        page.get_by_text("It was taken out of the queue").wait_for()
+        page.get_by_text("It was removed from the queue").wait_for()
         page.get_by_role("button", name="Copy and change").click()
         page.wait_for_url("**/new?**")
         assert page.get_by_label("Name").input_value() == "own-2"
@@ -546,7 +546,7 @@ def test_a_run_is_started_and_taken_back_by_the_keyboard_alone(served: Served, q
         while page.evaluate("document.activeElement.id") != "stop":
             page.keyboard.press("Tab")
         page.keyboard.press("Enter")
-        page.get_by_text("It was taken out of the queue").wait_for()
+        page.get_by_text("It was removed from the queue").wait_for()
         wait_until(page, "!!document.activeElement.closest('#deeds')")
         assert page.problems == []
     assert lines(queue) == []

@@ -179,7 +179,7 @@ def test_a_run_is_continued_while_the_job_of_its_stopped_training_is_about_to_en
     words = ["reelsmith", "run", str(folder)]
     tracked_runs.start(folder, words)
     set_job(tracked_runs.queue, None)
-    with pytest.raises(OptionError, match="It runs already: it is starting"):
+    with pytest.raises(OptionError, match="It is already running: it is starting"):
         tracked_runs.start(folder, words)
     history = write_run(folder / "output", "own", kind="")
     later = time.time() + 5
@@ -189,7 +189,7 @@ def test_a_run_is_continued_while_the_job_of_its_stopped_training_is_about_to_en
     tracked_runs.start(folder, words)
 
     assert state(tracked_runs).startswith("waiting, place 1")
-    with pytest.raises(OptionError, match="in the queue already"):
+    with pytest.raises(OptionError, match="already in the queue"):
         tracked_runs.start(folder, words)
 
 
@@ -202,7 +202,7 @@ DIED = "OptionError: dit.safetensors is missing. Add --download"
         (2, f"In the folder x:\n{DIED}\n", "died", "dit.safetensors is missing. Add --download"),
         (1, "OutputError: x: No space left on device\n", "died", "x: No space left on device"),
         (9, "Loading torch ...\n", "died", "It was killed: memory ran out, or somebody ended it."),
-        (1, "what\n", "died", "It ended without a word."),
+        (1, "what\n", "died", "It ended without a message."),
         (0, "", "finished", ""),
     ],
 )
@@ -258,7 +258,7 @@ def test_a_killed_process_is_named_and_a_changed_run_toml_is_a_draft_again(tmp_p
     stored = json.loads(path.read_text(encoding="utf-8"))
     stored["jobs"][0]["process"] = {**describe_process(), "born": round(time.time()), "number": 2**22 + 1}
     path.write_text(json.dumps(stored), encoding="utf-8")
-    assert find(tracked_runs).state.reason.startswith("Its process has ended without a word")
+    assert find(tracked_runs).state.reason.startswith("Its process has ended without a message")
 
     describe(folder, steps=20)
     later = time.time() + 5
@@ -375,7 +375,7 @@ def test_a_foreign_run_toml_is_not_started_before_it_was_read(tmp_path: Path) ->
     tracked_runs.start(folder, words, is_reviewed=True)
 
     assert [job.line for job in tracked_runs.queue.jobs()] == [f"reelsmith run {folder}"]
-    with pytest.raises(OptionError, match="in the queue already"):
+    with pytest.raises(OptionError, match="already in the queue"):
         tracked_runs.start(folder, words)
 
 
@@ -504,7 +504,7 @@ def test_more_unusual_things_than_fit_are_counted(tmp_path: Path) -> None:
     [
         (("own-step00000004-state", "own-step00000005-state"), "continues from step 5."),
         (("own-000002-state",), "continues from its last state, own-000002-state."),
-        ((), "No state was saved: it begins anew."),
+        ((), "No state was saved: it starts again from the beginning."),
     ],
 )
 def test_a_run_that_a_second_stop_has_ended_is_stopped(
@@ -524,9 +524,9 @@ def test_a_run_that_a_second_stop_has_ended_is_stopped(
     shown = find(tracked_runs)
 
     assert shown.state.name == "stopped"
-    assert shown.state.reason.startswith("Ended at once from the page after step 6")
+    assert shown.state.reason.startswith("Ended immediately from the page after step 6")
     assert shown.state.reason.endswith(message)
     with serve_runs(tmp_path) as served:
         page = served.ask(f"/run/{shown.summary.id}/").text
-    assert "Ended at once from the page after step 6" in page
-    assert "without a word" not in page
+    assert "Ended immediately from the page after step 6" in page
+    assert "without a message" not in page

@@ -111,7 +111,7 @@ def test_options_of_a_prompt_are_taken_as_they_are_typed() -> None:
         ({"height_1": "9" * 5000}, "Sample 1 height: 9+... .* is not a whole number"),
         ({"guidance_1": "strong"}, "Sample 1 guidance: strong is not a number, such as 4 or 3.5"),
         ({"seed_1": "1 --w 5"}, "Sample 1 seed: 1 --w 5: leave out the dashes"),
-        ({"seed_3": "5"}, "Sample 3: write its prompt."),
+        ({"seed_3": "5"}, "Sample 3: the prompt is empty. Write one."),
         ({"prompt_3": "# no prompt"}, "Sample 3: a line that begins with # is a comment"),
     ],
 )
@@ -179,7 +179,7 @@ def test_a_file_that_changed_meanwhile_is_not_overwritten(name: str, tmp_path: P
     with serve_runs(tmp_path) as served:
         answer = send(served, folder, "save", prompt_2="fluff, on a boat")
     assert answer.status == 422
-    assert "has changed meanwhile" in answer.text
+    assert "has changed in the meantime" in answer.text
     assert "+fluff, on a boat --W 64 --d 2" in answer.text
     assert (folder / name).read_text(encoding="utf-8") == theirs
 
@@ -268,7 +268,7 @@ def test_samples_are_edited_by_their_labels(tmp_path: Path) -> None:
         assert page.get_by_label("Sample 3 prompt").input_value() == "a dog"
         page.get_by_label("Sample 4 prompt").fill("a hen")
         page.get_by_label("Sample 4 seed").fill("9")
-        page.get_by_label("Made after every").fill("50")
+        page.get_by_label("Generated after every").fill("50")
         wait_until(page, "document.querySelector('#changes-samples').textContent.includes('_steps = 50')")
         page.get_by_role("button", name="Save the samples").click()
         wait_until(page, "document.querySelector('#changes-samples').textContent.includes('Saved into')")

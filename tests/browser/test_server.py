@@ -356,5 +356,5 @@ def test_an_address_that_no_page_has_is_answered_with_a_page_and_links(tmp_path:
         answer = served.ask("/nopage")
 
         assert answer.status == 404
-        assert "It is not there" in answer.text
+        assert "It does not exist" in answer.text
         assert 'href="/new"' in answer.text

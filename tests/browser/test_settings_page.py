@@ -109,7 +109,7 @@ def test_the_bin_is_emptied_only_as_it_was_shown(tmp_path: Path) -> None:
         assert mark is not None
         (place / "later").mkdir()
         answer = post(served, "empty", mark=mark[1])
-        assert (answer.status, "has changed meanwhile" in answer.text) == (422, True)
+        assert (answer.status, "has changed in the meantime" in answer.text) == (422, True)
         assert (place / "2026_a" / "x.bin").is_file()
         assert post(served, "empty", mark=BinFolder(place).compute_checksum()).status == 200
         assert "empty" in served.ask("/settings").text
@@ -207,7 +207,7 @@ def test_emptying_follows_no_link(tmp_path: Path) -> None:
     (tmp_path / "bin" / "a" / "link").symlink_to(tmp_path / "kept")
     (tmp_path / "bin" / "link").symlink_to(tmp_path / "kept")
     bin_folder = BinFolder(tmp_path / "bin")
-    with pytest.raises(OptionError, match="changed meanwhile"):
+    with pytest.raises(OptionError, match="changed in the meantime"):
         bin_folder.empty("")
 
     assert bin_folder.empty(bin_folder.compute_checksum()) == 0

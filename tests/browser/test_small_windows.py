@@ -105,7 +105,7 @@ def test_an_answer_is_green_and_stays_until_the_state_changes(served: Served, fo
         page.evaluate("window.confirm = () => true")
         page.locator("#stop").click()
         done = page.locator("#done")
-        done.get_by_text("Asked: it saves").wait_for()
+        done.get_by_text("Requested: it saves").wait_for()
         good = "getComputedStyle(document.documentElement).getPropertyValue('--good').trim()"
         color = page.evaluate("getComputedStyle(document.querySelector('#done span')).color")
         assert color == page.evaluate(
@@ -114,7 +114,7 @@ def test_an_answer_is_green_and_stays_until_the_state_changes(served: Served, fo
         )
         wait_until(page, "document.querySelector('#deeds .status').textContent.includes('asked to stop')")
         page.wait_for_timeout(5000)
-        assert "Asked: it saves" in done.inner_text()
+        assert "Requested: it saves" in done.inner_text()
         shutil.rmtree(folder / "clips" / "output")
         write_generating(folder / "clips" / "output", "")
         page.locator("#train_on").wait_for(timeout=PATIENCE * MILLISECONDS)
@@ -155,7 +155,7 @@ def test_samples_come_before_the_second_row_of_buttons_and_numbers_take_one_line
         assert len(tops_of(page, "#deeds button")) == 1
         page.get_by_label("up to").fill("1")
         page.get_by_role("button", name="Train on").click()
-        page.locator("#done_further").get_by_text("give more than that").wait_for()
+        page.locator("#done_further").get_by_text("enter a larger number").wait_for()
         page.get_by_role("button", name="Remove").click()
         question = page.get_by_role("button", name="Move it into the bin")
         question.wait_for()

@@ -73,7 +73,7 @@ def test_a_tagger_is_tried_and_then_writes_what_is_missing(pictures: Path, tmp_p
         assert "Load it on the page Models" not in shown
 
         assert press(served, "try").status == 200
-        tried = wait_for(served, "tried; nothing is written yet")
+        tried = wait_for(served, "tried; nothing has been written yet")
         assert "1.txt" not in texts_of(pictures)
         assert press(served, "write").status == 200
         written = wait_for(served, '<span class="state">finished</span>')
@@ -121,7 +121,7 @@ def test_a_tag_is_renamed_in_all_captions_and_each_change_is_undone(pictures: Pa
         refused = press(served, "undo")
 
     assert renamed.text.count("red_hat became hat in 2 captions") == 1
-    assert "hat was removed from 1 caption. 1 has no other tag and stays as it is." in removed.text
+    assert "hat was removed from 1 caption. 1 has no other tag and stays unchanged." in removed.text
     assert after == {
         "0.txt": "cat, catgirl",
         "0.txt.2.bak": "cat, hat, catgirl",
@@ -130,7 +130,9 @@ def test_a_tag_is_renamed_in_all_captions_and_each_change_is_undone(pictures: Pa
         "1.txt.bak": "red_hat",
         "2.txt": "A cat sits.",
     }
-    assert "0 captions are as they were. 1 was written by another program meanwhile and stays." in undone.text
+    assert (
+        "0 captions were restored. 1 was changed by another program in the meantime and stays." in undone.text
+    )
     assert {**texts_of(pictures), "0.txt": before["0.txt"]}.items() >= before.items()
     assert texts_of(pictures)["0.txt"] == "mine"
     assert refused.status == 422
@@ -268,8 +270,8 @@ def test_tags_that_are_kept_in_front_are_counted_and_never_lost(pictures: Path) 
         assert "|||" not in shown
         removed = press(served, "remove", tag="red_hat")
         refused = press(served, "rename", tag="cat", name="a ||| b")
-    assert "red_hat was removed from 1 caption. 1 has no other tag and stays as it is." in removed.text
-    assert (refused.status, "a tag cannot hold |||" in refused.text) == (422, True)
+    assert "red_hat was removed from 1 caption. 1 has no other tag and stays unchanged." in removed.text
+    assert (refused.status, "a tag cannot contain |||" in refused.text) == (422, True)
     assert texts_of(pictures)["0.txt"] == "cat ||| big"
     assert texts_of(pictures)["1.txt"] == "||| red_hat"
 
@@ -324,7 +326,7 @@ def test_many_captions_are_flushed_together(tmp_path: Path, monkeypatch: pytest.
     if os.name != "nt":
         assert (folder / "7.txt").stat().st_mode & 0o777 == 0o600
     (folder / "3.txt").write_text("mine", encoding="utf-8")
-    assert "59 captions are as they were. 1 was written by another program" in editor.undo(folder)
+    assert "59 captions were restored. 1 was changed by another program" in editor.undo(folder)
     assert (folder / "59.txt").read_text(encoding="utf-8") == "cat, tag 59"
     assert (folder / "3.txt").read_text(encoding="utf-8") == "mine"
     assert not list(folder.glob(".*"))

@@ -101,11 +101,11 @@ def test_files_arrive_whole_in_a_new_folder_below_the_first_root(served: Served,
         ("con.png", "name of a device"),
         ("LPT1.txt", "name of a device"),
         ("x" * 201 + ".png", "more than 200 bytes"),
-        ("run.toml", "only pictures, clips, sounds"),
-        ("evil.py", "only pictures, clips, sounds"),
-        ("a.html", "only pictures, clips, sounds"),
-        ("prompts.txt", "only pictures, clips, sounds"),
-        ("a", "only pictures, clips, sounds"),
+        ("run.toml", "only pictures, clips, audio files"),
+        ("evil.py", "only pictures, clips, audio files"),
+        ("a.html", "only pictures, clips, audio files"),
+        ("prompts.txt", "only pictures, clips, audio files"),
+        ("a", "only pictures, clips, audio files"),
         ("photo.PSD", "convert them to PNG"),
         ("a.zip", "unpack them"),
     ],
@@ -158,7 +158,7 @@ def test_a_file_that_is_there_stays(served: Served, tmp_path: Path) -> None:
 
     answer = send(served, "A.TXT", b"second")
 
-    assert "is there already" in answer.json()["error"]
+    assert "already exists" in answer.json()["error"]
     assert (tmp_path / "roots/set/a.txt").read_bytes() == b"first"
 
 
@@ -215,7 +215,7 @@ def test_limits_are_said_in_numbers(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set/a.txt").write_bytes(b"x" * 100)
     folder = tmp_path / "set"
-    with pytest.raises(OptionError, match="has 1 files already"):
+    with pytest.raises(OptionError, match="already has 1 files"):
         FileUploads(runs, UploadLimits(files=1)).check_upload(folder, "b.txt", 1)
     with pytest.raises(OptionError, match="would have more than 0 GiB"):
         FileUploads(runs, UploadLimits(folder_bytes=120)).check_upload(folder, "b.txt", 30)
@@ -251,7 +251,7 @@ def test_no_folder_that_a_disk_takes_for_one_of_ours_is_made(
     answer = send(served, "queue.txt", b"python tools/download.py --list\n", into)
 
     assert answer.status == 422
-    assert "folders that programs write into" in answer.json()["error"]
+    assert "folder that programs write into" in answer.json()["error"]
     assert everything(tmp_path / "roots") == []
 
 
@@ -263,7 +263,7 @@ def test_no_file_that_a_disk_takes_for_a_described_one_is_taken(name: str, serve
 def test_a_file_that_a_disk_takes_for_another_one_replaces_nothing(served: Served) -> None:
     assert send(served, "sides.txt", b"a cat\n").status == 200
     for name in ("SIDES.txt", "\u017fides.txt", "side\uff53.txt"):
-        assert "is there already" in send(served, name, b"a dog\n").text, name
+        assert "already exists" in send(served, name, b"a dog\n").text, name
 
 
 def test_a_file_without_its_size_is_not_taken(served: Served, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_file_without_its_size_is_not_taken(served: Served, tmp_path: Path) ->
         assert answer.status_code == 422
     chunked = {"Origin": served.url, "Transfer_Encoding": "chunked"}
     address = f"{ADDRESS}?into=set&name=a.txt"
-    assert "comes without its size" in served.ask(address, "POST", "a cat", **chunked).text
+    assert "was sent without its size" in served.ask(address, "POST", "a cat", **chunked).text
     announced = served.ask(address, "POST", "a cat" * 100, **chunked, Content_Length="5")
     assert announced.status in (400, 422)
     assert everything(tmp_path / "roots") == []

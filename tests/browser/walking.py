@@ -51,7 +51,7 @@ FREE_OPTIONS = (
 )  # drawn when pressed, or a count
 PRINTS = "--print_run"  # of a command that only prints
 REJECTED = (409, 422)  # statuses of a request that was refused, which the page then says
-NOT_FOUND = re.compile("not there any more|renamed, moved or removed")
+NOT_FOUND = re.compile("no longer exists|does not exist|renamed, moved or removed")
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,16 @@ CONTRADICTIONS: Mapping[str, Callable[[Said], bool]] = {
         "The queue is empty." in it.page["text"] and bool(it.states)
     ),
     "a job that waits above, and none does": lambda it: it.has("it waits above") and WAITING not in it.states,
-    "it does not run, and is active": lambda it: it.has("It does not run") and bool(it.page["isActive"]),
+    "it does not run, and is active": lambda it: it.has("It is not running") and bool(it.page["isActive"]),
     "stop it first, and nothing runs": lambda it: it.has("stop it first") and it.is_idle_run,
     "it is running already, and nothing is": lambda it: (
-        it.has("It runs already|is in the queue already") and it.is_idle_run
+        it.has("It is already running|is already in the queue") and it.is_idle_run
     ),
-    "asked to end, and it has ended": lambda it: it.has("Asked: it saves|asked to stop") and it.is_idle_run,
+    "asked to end, and it has ended": lambda it: (
+        it.has("Requested: it saves|asked to stop") and it.is_idle_run
+    ),
     "taken out of the queue, and in it": lambda it: (
-        it.has("taken out of the queue") and "waiting" in it.page["state"]
+        it.has("removed from the queue") and "waiting" in it.page["state"]
     ),
     "it is in the queue, and is not": lambda it: it.has("^It is in the queue") and it.is_idle_run,
     "the queue goes on, and is paused": lambda it: (

@@ -66,12 +66,15 @@ def of_four_bits(**changed: Any) -> dict[str, Tensor]:
 
 
 BAD = {
-    "unknown": (marked({"format": "int3"}), "m.0 is in the unknown form 'int3'.*known are.*nvfp4"),
-    "no_json": (marked(torch.ones(9, dtype=torch.uint8)), "m.0.comfy_quant is no JSON"),
-    "deep": (marked(torch.full((60_000,), 91, dtype=torch.uint8)), "m.0.comfy_quant (is no JSON|has tables)"),
+    "unknown": (marked({"format": "int3"}), "m.0 has the unknown format 'int3'.*known formats are.*nvfp4"),
+    "no_json": (marked(torch.ones(9, dtype=torch.uint8)), "m.0.comfy_quant is not JSON"),
+    "deep": (
+        marked(torch.full((60_000,), 91, dtype=torch.uint8)),
+        "m.0.comfy_quant (is not JSON|has tables)",
+    ),
     "long": (marked(torch.zeros(1 << 17, dtype=torch.uint8)), "m.0.comfy_quant is not text"),
     "list": (marked([1]), "in place of a table"),
-    "no_format": (marked({}), "m.0: its mark cannot be read"),
+    "no_format": (marked({}), "m.0: its quantization settings cannot be read"),
     "no_scales": (marked({"format": "nvfp4"}), "m.0 has a weight of"),
     "group": (marked({"format": "int8_tensorwise", "convrot": True}), "64 columns, rotated in groups of 256"),
     "huge": (
@@ -148,7 +151,7 @@ BROKEN = {
     "list of lists": (header(0, 1, struct.pack("<QcIIQ", 1, b"a", 9, 9, 1)), "a list has values"),
     "big": (header(1, 0, tensor(b"a", (1 << 30, 1 << 30), 0, 0)), "impossible shape"),
     "axes": (header(1, 0, tensor(b"a", (1,) * 9, 0, 0)), "9 axes"),
-    "twice": (header(2, 0, tensor(b"a", (1,), 0, 0) * 2 + bytes(64)), "is there twice"),
+    "twice": (header(2, 0, tensor(b"a", (1,), 0, 0) * 2 + bytes(64)), "occurs twice"),
     "beyond": (header(1, 0, tensor(b"a", (64,), 0, 0)), "is at bytes"),
     "shared": (
         header(2, 0, tensor(b"a", (8,), 0, 0) + tensor(b"b", (8,), 0, 0) + bytes(128)),
@@ -160,9 +163,9 @@ BROKEN = {
     "no axes": (encoder(b"blk.0.attn_q.weight"), r"does not divide rows of \(\)"),
     "other shape": (
         header(1, 1, shape_key(b"a", 4, 9) + tensor(b"a", (32,), 0, 0)) + bytes(256),
-        r"a lies as \(32,\), and comfy.gguf.orig_shape. says \(4, 9\)",
+        r"a is stored as \(32,\), but comfy.gguf.orig_shape. says \(4, 9\)",
     ),
-    "negative shape": (header(1, 1, shape_key(b"a", -4, -8) + tensor(b"a", (32,), 0, 0)), "a lies as"),
+    "negative shape": (header(1, 1, shape_key(b"a", -4, -8) + tensor(b"a", (32,), 0, 0)), "a is stored as"),
     "long shape": (header(0, 1, shape_key(b"a", *[1] * 9)), "a list of 9 values"),
 }
 
@@ -286,7 +289,7 @@ def test_weights_of_an_unknown_quantiser_are_called_so(tmp_path: Path, name: str
     with open_checkpoint(path) as checkpoint, pytest.raises(CheckpointError) as error:
         list_tensor_sources(checkpoint)
 
-    assert f"quantized, form unknown: it has m.0.{name} in" in str(error.value)
+    assert f"quantized in an unknown format: it has m.0.{name} in" in str(error.value)
     assert "opy it again" not in str(error.value)
 
 

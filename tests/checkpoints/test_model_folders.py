@@ -47,8 +47,8 @@ def test_a_whole_folder_is_taken(folder: Path) -> None:
         (("text_config", "num_hidden_layers"), 1_000_000, "num_hidden_layers is 1,000,000"),
         (("vision_config", "num_hidden_layers"), 1e9, "num_hidden_layers is 1,000,000,000"),
         (("vision_config", "image_size"), 100_000, "image_size is 100,000"),
-        (("vision_config", "image_size"), 4096, "network of .* numbers, its weights have"),
-        (("vision_config", "patch_size"), 1, "by config.json .* has the shape"),
+        (("vision_config", "image_size"), 4096, "network of .* parameters, but its weights have"),
+        (("vision_config", "patch_size"), 1, "according to config.json, .* has the shape"),
         (("vision_config", "hidden_size"), 4096, "network of|has the shape"),
         (("text_config", "vocab_size"), 10**12, "vocab_size is 1,000,000,000,000"),
         (("text_config", "max_position_embeddings"), 4000, "has the shape"),
@@ -71,7 +71,9 @@ def test_sizes_that_the_weights_do_not_show_are_refused(
 def test_a_processor_makes_no_picture_larger_than_networks_look_at(folder: Path, size: object) -> None:
     path = next(folder.glob("*processor_config.json"))
     change(path, "size", value=size)
-    with pytest.raises(CheckpointError, match=r"processor_config.json: \w+ is .* at most 1,024"):
+    with pytest.raises(
+        CheckpointError, match=r"processor_config.json: \w+ is .* but the longest side of an image is 1,024"
+    ):
         load_prompt_finder(folder, ["a cat"], 0.5, "cpu")
 
 
@@ -110,5 +112,5 @@ def test_weights_that_claim_what_they_do_not_hold_are_refused(entry: object, tmp
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="it has no weights"):
+    with pytest.raises(CheckpointError, match="it contains no weights"):
         check_settings(tmp_path, "--model")

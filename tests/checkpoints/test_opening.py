@@ -91,7 +91,7 @@ def _comfy_quant(kind: str) -> Tensor:
         ({"0.weight_scale_2": torch.ones(1)}, {}, "nvfp4: it has 0.weight_scale_2"),
         ({"0.weight_scale": torch.ones(4, 2, dtype=torch.uint8)}, {}, "mxfp8: it has 0.weight_scale"),
         ({"0.weight_scale": torch.ones(2, 2)}, {}, "fp8 in blocks"),
-        ({"0.weight": torch.ones(4, 2, dtype=torch.int8)}, {}, "int8: 0.weight is of that type"),
+        ({"0.weight": torch.ones(4, 2, dtype=torch.int8)}, {}, "int8: 0.weight has this dtype"),
         ({"0.weight.SCB": torch.ones(4)}, {}, "int8 of bitsandbytes"),
         ({"0.qweight": torch.ones(4, 2, dtype=torch.int32)}, {}, "GPTQ or AWQ"),
         ({"0.wscales": torch.ones(4, 2)}, {}, "SVDQuant"),

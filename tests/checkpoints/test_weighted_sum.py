@@ -97,7 +97,7 @@ def test_tensors_of_one_model_alone_are_named(tmp_path: Path) -> None:
     assert not any(name.startswith(("only_b", "model_ema")) for name in merged)
     assert "9 tensors not in a.safetensors, and skipped: only_b0" in said
     assert "only_b8" in said
-    assert "b.safetensors lacks 1 tensor, where a.safetensors has its share: only_a" in said
+    assert "b.safetensors lacks 1 tensor, for which a.safetensors gets its share too: only_a" in said
     assert "1 average of a.safetensors is left out" in said
 
 

@@ -28,11 +28,11 @@ def make_table(folder: Path, source: str = "video_directory", **changes: Any) ->
     table = load_dataset_config(path).datasets[0]
     own = {name: changes.pop(name) for name in {*changes} & OWN_NAMES}
     if own:
-        changes["own"] = make_own_keys(**own)
+        changes["format_keys"] = make_format_keys(**own)
     return dataclasses.replace(table, **changes)
 
 
-def make_own_keys(**keys: Any) -> Any:
+def make_format_keys(**keys: Any) -> Any:
     """The record of the form of data that has these keys, with a source if none is among them."""
     form = next(form for form in FORMS if form.keys and keys.keys() <= declared(form.keys))
     assert form.keys is not None

@@ -23,7 +23,7 @@ from dataset.table import Augmentation, CaptionChanges
 from modules.errors import DatasetError
 from modules.media.lengths import ClipLengths
 from tests.commands import ROOT
-from tests.dataset.making import make_own_keys, make_table
+from tests.dataset.making import make_format_keys, make_table
 from tests.dataset.toy_family import LATENT
 
 
@@ -46,7 +46,7 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
         "config_path": tmp_path / "data.toml",
         "place": "[[datasets]] 1",
         "kind": "image",
-        "holds": "image",
+        "media_kind": "image",
         "directory": Path("pics"),
         "cache_directory": Path("pics"),
         "cache_format": "files",
@@ -65,7 +65,7 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
         "keyframe_guide_frame_idx": -1,
         "keyframe_guide_strength": 1.0,
         "latent_idx_guide_strength": 1.0,
-        "lists_controls": True,
+        "reads_listed_controls": True,
         "changes": CaptionChanges(),
         "augmentation": Augmentation(),
     }
@@ -360,7 +360,7 @@ RANKED = [  # as states and LoRA files have them since the keys exist
 
 def what_caches_tell(table: DatasetTable) -> tuple[object, object]:
     """What is compared of latents and of texts, of a source with whatever the table may ask for."""
-    tensors = CogVideoXTensors(Path(), "a", False) if table.gives_latents else None
+    tensors = CogVideoXTensors(Path(), "a", False) if table.has_precomputed_latents else None
     mask = None if table.mask_directory is None else table.mask_directory / "a.png"
     image = Path("a.png")
     layers = (image,) if table.multiple_target else ()
@@ -380,8 +380,11 @@ def test_each_key_makes_stale_what_it_says_and_nothing_else(tmp_path: Path, name
     stale, latents = KEYS[name].stale, LATENTS | FRAMES | SECTIONS | REFERENCES
     changes: dict[str, Any] = {name: OTHER.get(name, "other")}
     if name in OWN_KEYS:  # of a form of data, whose tables alone have it
-        default = dataclasses.replace(default, own=make_own_keys(**{name: OWN_KEYS[name].default}))
-        changes = {"own": make_own_keys(**changes), "gives_latents": name == "load_tensors"}
+        default = dataclasses.replace(default, format_keys=make_format_keys(**{name: OWN_KEYS[name].default}))
+        changes = {
+            "format_keys": make_format_keys(**changes),
+            "has_precomputed_latents": name == "load_tensors",
+        }
     other = dataclasses.replace(default, **changes)
     (before, texts), (now, texts_now) = map(what_caches_tell, (default, other))
 

@@ -104,8 +104,8 @@ def test_a_picture_and_its_layers_are_read_as_frames_with_alpha(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"alpha": None}, "a_2.png is opaque, so that it hides the layers below it"),
-        ({"size": (32, 32)}, "a_2.png has 32x32 pixels, its picture, .*a.png, has 48x32"),
+        ({"alpha": None}, "a_2.png is opaque, so it hides the layers below it"),
+        ({"size": (32, 32)}, "a_2.png has 32x32 pixels, but its image, .*a.png, has 48x32"),
     ],
 )
 def test_layers_that_cannot_be_are_refused(tmp_path: Path, second: dict[str, int], message: str) -> None:
@@ -131,7 +131,7 @@ def test_check_finds_a_layer_that_hides_others_before_anything_is_cached(name: s
     code, _ = run_here("qwen_image_cache_latents.py", *words, folder=tmp_path, printed=printed)
 
     assert code == 1
-    assert f"{name} is opaque, so that it hides the layers below it" in printed.getvalue()
+    assert f"{name} is opaque, so it hides the layers below it" in printed.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ from encoders.language_models import (
     WORKING,
     LanguageModel,
     load_language_model,
+    plan_streamed_layers,
     read_language_model,
-    streamed_layers,
 )
 from encoders.picture_prompts import load_vision_tower
 from encoders.text_encoder import TokenizerSource
@@ -105,7 +105,7 @@ def expected(
     model: Any, encoder: LanguageModelEncoder, prompts: Sequence[str]
 ) -> list[tuple[Tensor, Tensor]]:
     """The joined states of the whole network, rows padded as the encoder's, and the masks."""
-    use, tokenizer = encoder.use, encoder._loaded.get()[1]
+    use, tokenizer = encoder.settings, encoder._loaded.get()[1]
     rows = [tokenizer.read(f"{use.before}{prompt}{use.after}").ids for prompt in prompts]
     dropped = encoder.count_template_tokens(tokenizer)
     length = max(map(len, rows)) if use.pad is None else dropped + use.maximum
@@ -200,7 +200,7 @@ def test_files_cut_behind_the_states_serve_and_shorter_ones_are_refused(tmp_path
 
     assert len(encoder.network.layers) == 3  # type: ignore[arg-type]
     assert_close(ours, expected(model, encoder, ["a rabbit"])[0][0])
-    with pytest.raises(CheckpointError, match=r"has only 3 layers, 4 are needed.*--text_encoder"):
+    with pytest.raises(CheckpointError, match=r"has only 3 layers, but 4 are needed.*--text_encoder"):
         load_language_model(path, QWEN3, CPU, torch.float32, (2, 4))
 
 
@@ -421,16 +421,18 @@ def test_as_many_layers_wait_in_host_memory_as_do_not_fit(tmp_path: Path) -> Non
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, QWEN3)
         rooms = (None, full, full - 1, full - sizes[0] - 1, 0)
-        counts = [streamed_layers(plan, torch.bfloat16, None, room) for room in rooms]
-        small = {form: streamed_layers(plan, torch.bfloat16, form, 0)[1] for form in ("fp8", "int8", "nf4")}
+        counts = [plan_streamed_layers(plan, torch.bfloat16, None, room) for room in rooms]
+        small = {
+            form: plan_streamed_layers(plan, torch.bfloat16, form, 0)[1] for form in ("fp8", "int8", "nf4")
+        }
     assert counts == [(0, 0), (0, sizes[0]), (1, sizes[0]), (2, sizes[0]), (LAYERS - 1, sizes[0])]
     assert sizes[0] / 2 < small["fp8"] < small["int8"] < sizes[0]  # norms have 16 bits, int8 scales
     for form in ("int8", "nf4"):
         kept = load_language_model(path, QWEN3, CPU, torch.bfloat16, form=form).get_submodule("layers.0")
         assert small[form] == sum(one.nbytes for one in (*kept.parameters(), *kept.buffers()))
     encoder = LanguageModelEncoder(Z_IMAGE, path)
-    assert encoder.waiting_bytes(0) == (LAYERS - 2) * sizes[0]  # its last layer is not run
-    assert LanguageModelEncoder(Z_IMAGE, path, on_cpu=True).waiting_bytes(0) == 0
+    assert encoder.offloaded_bytes(0) == (LAYERS - 2) * sizes[0]  # its last layer is not run
+    assert LanguageModelEncoder(Z_IMAGE, path, on_cpu=True).offloaded_bytes(0) == 0
 
 
 @pytest.mark.parametrize("form", [None, "fp8", "nf4"])

@@ -64,7 +64,7 @@ def processor(use: LanguageEncoderSettings) -> Any:
 
 def expected(model: Any, encoder: LanguageModelEncoder, prompt: str, shown: list[Tensor]) -> Tensor:
     """The states of the whole network that are read."""
-    tokenizer, use = encoder._loaded.get()[1], encoder.use
+    tokenizer, use = encoder._loaded.get()[1], encoder.settings
     inputs: dict[str, Any] = {}
     text = ""
     if shown:
@@ -164,7 +164,7 @@ def test_prompts_together_are_each_alone(encoder: LanguageModelEncoder) -> None:
 
 
 def test_pictures_change_the_identity(encoder: LanguageModelEncoder) -> None:
-    without = LanguageModelEncoder(replace(encoder.use, pictures=None), encoder.path, torch.float32)
+    without = LanguageModelEncoder(replace(encoder.settings, pictures=None), encoder.path, torch.float32)
     assert dict(without.identity) != dict(encoder.identity)
 
 
@@ -173,13 +173,13 @@ def test_pictures_do_not_count_towards_the_most(encoder: LanguageModelEncoder) -
     long = "rabbit grass " * 100
     text, pictured = encode(encoder, (long, []), (long, shown))
     assert len(text) == USE.maximum
-    assert len(pictured) == USE.maximum + 2 * (36 if encoder.use.stacked else 49)
+    assert len(pictured) == USE.maximum + 2 * (36 if encoder.settings.stacked else 49)
 
 
 def test_patches_are_those_of_the_released_processor(encoder: LanguageModelEncoder) -> None:
     shown = pictures(*SIZES)
     ours = read_images(encoder.network.get_submodule("visual"), shown, IMAGES)
-    theirs = processor(encoder.use)([Image.fromarray(one.numpy()) for one in shown], return_tensors="pt")
+    theirs = processor(encoder.settings)([Image.fromarray(one.numpy()) for one in shown], return_tensors="pt")
     assert torch.equal(ours.patches, theirs["pixel_values"])
     assert (2 * torch.tensor(ours.token_grids)).tolist() == theirs["image_grid_thw"][:, 1:].tolist()
 
@@ -275,7 +275,7 @@ def test_without_a_configuration_the_tower_is_the_released_one(tmp_path: Path) -
 
 @pytest.mark.slow_cases("qwen3_vl")
 def test_a_memory_plan_rehearses_prompts_with_pictures(encoder: LanguageModelEncoder, tmp_path: Path) -> None:
-    planned = LanguageModelEncoder(encoder.use, encoder.path, torch.float32)
+    planned = LanguageModelEncoder(encoder.settings, encoder.path, torch.float32)
     planned.load(META)
     prompt = pictured(tmp_path, "a rabbit", pictures(*SIZES[:2]))
     with rehearsing(planned) as ledger:

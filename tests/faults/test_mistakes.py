@@ -43,7 +43,7 @@ def wrong(scripts: str | Sequence[str], line: str, *words: str, without: Sequenc
 
 NUMBERS = (
     wrong((WAN, HV), "--video_length 0", "--video_length 0", "from 1"),
-    wrong((WAN, HV), "--video_size 16384 16384 --video_length 81", "--video_size 16384 16384", "Lower it"),
+    wrong((WAN, HV), "--video_size 16384 16384 --video_length 81", "16384 16384: 81", "Lower the size"),
     wrong(GENERATIONS, "--video_size 33 47", "--video_size 33 47", "Nearest"),
     wrong(GENERATIONS, "--video_size 832x480", "give height and width: --video_size 480 832"),
     wrong(WAN, "--video_size=480,832", "give height and width: --video_size 480 832"),
@@ -99,7 +99,7 @@ NAMES = (
     wrong(TRAININGS, "--xm_best_of_k 2", "the best of several noises is not built"),
     wrong(TRAININGS, "--save_precision bfloat16", "Did you mean bf16?"),
     wrong(TRAININGS, "--config_file dataset.toml", "describes a data set", "give it to --dataset_config"),
-    wrong(TRAININGS, "--config_file t.yaml", "t.yaml is no TOML file"),
+    wrong(TRAININGS, "--config_file t.yaml", "t.yaml is not a TOML file"),
     wrong(GENERATIONS, "--cfg 5 --num_frames 9", "mean --guidance_scale?", "mean --video_length?"),
     wrong(GENERATIONS, "--lora x", "Unknown option --lora. Did you mean --lora_weight?"),
     wrong(GENERATIONS, "--frame 3", "Unknown option --frame. Did you mean --video_length?"),
@@ -140,7 +140,7 @@ FILES = (
     wrong(
         GENERATIONS,
         "--lora_weight model/dit.safetensors",
-        "is no LoRA for a video or image model",
+        "is not a LoRA for a video or image model",
         "Give a LoRA",
     ),
     wrong(GENERATIONS, "--lora_weight BAD/other_lora.safetensors", "is not known", "Give the file"),
@@ -180,11 +180,13 @@ FILES = (
     wrong((HV_TRAIN, FP_TRAIN), SAMPLED, "--text_encoder1 is missing", without=["--text_encoder1"]),
     wrong(FP_TRAIN, SAMPLED, "--image_encoder is missing", without=["--image_encoder"]),
     wrong(
-        NETWORK_TRAININGS, "--network_weights model/dit.safetensors", "is no LoRA for a video or image model"
+        NETWORK_TRAININGS,
+        "--network_weights model/dit.safetensors",
+        "is not a LoRA for a video or image model",
     ),
     wrong(NETWORK_TRAININGS, "--network_weights BAD/other_lora.safetensors", "is not known", "Give the file"),
     wrong(NETWORK_TRAININGS, "--sample_lora BAD/other_lora.safetensors", "is not known", "Give the file"),
-    wrong(TRAININGS, "--sample_lora model/dit.safetensors", "is no LoRA for a video or image model"),
+    wrong(TRAININGS, "--sample_lora model/dit.safetensors", "is not a LoRA for a video or image model"),
     wrong(NETWORK_TRAININGS, "--network_module networks.lokr --network_args factor=0", "factor=0"),
     wrong(NETWORK_TRAININGS, "--network_module networks.loha --network_dropout 0.1", "for LoRAs only"),
     wrong(NETWORK_TRAININGS, "--network_module networks.oft --network_args rank_dropout=0.1", "has no ranks"),
@@ -325,8 +327,8 @@ TOGETHER = (
 SPELLED = (
     wrong(GENERATIONS, "--nf4 --fp8", "--nf4 and --fp8 exclude each other"),
     wrong(GENERATIONS, "--nf4_base --fp8", "--nf4_base and --fp8 exclude each other"),
-    wrong(WAN, "--src_video none.mp4", "--src_video: --task t2v-1.3B has no use for it"),
-    wrong(WAN, "--control_pa none.mp4", "--control_path: --task t2v-1.3B has no use for it"),
+    wrong(WAN, "--src_video none.mp4", "--src_video: --task t2v-1.3B does not use it"),
+    wrong(WAN, "--control_pa none.mp4", "--control_path: --task t2v-1.3B does not use it"),
     wrong(WAN, "--noise_mode sideways", "--noise_mode"),
 )
 MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "kind": OF_ANOTHER_KIND, "path": MISTYPED}

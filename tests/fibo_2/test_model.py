@@ -108,7 +108,9 @@ def test_a_second_text_that_equals_the_first_changes_nothing() -> None:
         tiny_model()(**inputs, overrides=overrides), tiny_model()(**inputs), rtol=1e-4, atol=1e-5
     )
     other = {**second, "text": -second["text"]}
-    steered = tiny_model()(**inputs, overrides=replace(overrides, nag=NagText(other, overrides.nag.steer)))
+    steered = tiny_model()(
+        **inputs, overrides=replace(overrides, nag=NagText(other, overrides.nag.combine_attention))
+    )
     assert error_of(steered, tiny_model()(**inputs)) > 1e-3
 
 

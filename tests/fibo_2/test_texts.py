@@ -14,7 +14,7 @@ from torch import Tensor
 from encoders.language_encoder import LanguageModelEncoder
 from fibo_2.captions import NULL, has_drawn_texts
 from fibo_2.configs import PLACES
-from fibo_2.references import crop_cover, read_edited, read_masked, read_shown, trained_size
+from fibo_2.references import crop_cover, nearest_trained_size, read_edited, read_encoder_image, read_masked
 from fibo_2.texts import ENCODER_SETTINGS, KEY, Fibo2TextEncoder
 from modules.errors import MediaError, OptionError
 from protocols.requests import Prompt
@@ -105,7 +105,7 @@ def test_a_plain_edit_is_told_as_it_is_read(
     "size", [(640, 480), (300, 200), (1920, 1080), (2560, 1080), (400, 200), (77, 500), (64, 64)]
 )
 def test_the_size_of_training_is_the_released_one(size: tuple[int, int]) -> None:
-    assert trained_size(size) == BriaFibo2ImageProcessor().get_image_size(size[0] / size[1])
+    assert nearest_trained_size(size) == BriaFibo2ImageProcessor().get_image_size(size[0] / size[1])
 
 
 def test_pictures_are_cropped_and_shown_as_there(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_pictures_are_cropped_and_shown_as_there(tmp_path: Path) -> None:
         read = read_edited(path, size) if masked is None else read_masked(path, tmp_path / "mask.png", size)
         assert torch.equal(read, expected)
         if masked is None:
-            assert torch.equal(read_shown(path, size), torch.from_numpy(np.array(shown[0])))
+            assert torch.equal(read_encoder_image(path, size), torch.from_numpy(np.array(shown[0])))
 
     (crop, _), _ = BriaFibo2ImageProcessor().preprocess([image, image])
     assert read_edited(path, None).shape[:2] == crop.shape[2:]

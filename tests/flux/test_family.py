@@ -137,7 +137,7 @@ def test_encoders_of_another_width_are_refused(tmp_path: Path) -> None:
     other = write_dit(tmp_path / "other", tiny_state("dev"))
     files = FluxFiles(models.dit, clip_l=models.clip_l, t5xxl=models.t5xxl)
 
-    with pytest.raises(CheckpointError, match="--clip_l .* gives states of"):
+    with pytest.raises(CheckpointError, match="--clip_l .* produces hidden states of"):
         Flux(replace(files, dit=other)).check_files(media=False)
     Flux(files).check_files(media=False)
     with pytest.raises(OptionError, match="--ae"):
@@ -195,7 +195,7 @@ def test_caches_of_texts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for name, wrong, says in (
         ("t5_attn_mask", torch.ones(1, 9), "of a different length than t5_out"),
         ("l_pooled", torch.zeros(1, 24, dtype=torch.int64), "whole numbers"),
-        ("l_pooled", torch.zeros(1, 7), "l_pooled in its cache is 7 numbers wide"),
+        ("l_pooled", torch.zeros(1, 7), "l_pooled in its cache has width 7"),
     ):
         with pytest.raises(CacheError, match=says):
             dev.batch_conditions(latents, Batch({**texts, name: wrong}, ("a",), ("a",)))
@@ -310,7 +310,7 @@ def test_a_strength_of_a_line_counts_in_the_text_encoders_too(
             {"controlnet_mode_embedder.weight": torch.zeros(4, 128)},
             "is a Union ControlNet that needs the kind",
         ),
-        ({"controlnet_x_embedder.weight": torch.zeros(128, 16)}, "numbers of a token 16 and 64"),
+        ({"controlnet_x_embedder.weight": torch.zeros(128, 16)}, "token width 16 and 64"),
         ({"controlnet_x_embedder.weight": None}, "--controlnet_model_name_or_path"),
     ],
 )
@@ -333,12 +333,10 @@ def test_pictures_and_caches_go_with_a_control_net(tmp_path: Path, caplog: pytes
     with_control, batch = replace(plain, controlnet=tmp_path), Batch(texts, ("a", "b"), ("a", "b"))
     seen = {**texts, "latents_control": inputs["noisy"]}
 
-    with pytest.raises(DatasetError, match="no ControlNet sees them. Give --controlnet_model_name_or_path"):
+    with pytest.raises(DatasetError, match="no ControlNet uses them. Give --controlnet_model_name_or_path"):
         plain.check_table(table)
     with_control.check_table(table)
-    with pytest.raises(
-        DatasetError, match="no control pictures that the ControlNet could see. Give control_d"
-    ):
+    with pytest.raises(DatasetError, match="needs control pictures. Give control_d"):
         with_control.check_table(replace(table, has_control=False))
     with pytest.raises(CacheError, match="has no latents_control.*flux_cache_latents.py and --controlnet"):
         with_control.batch_conditions(inputs["noisy"], batch)

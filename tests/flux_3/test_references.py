@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flux_3.family import Flux3
 from flux_3.files import Flux3Files
-from flux_3.references import canvas_of, fit_among, fit_canvas, read_among, read_on_canvas
+from flux_3.references import canvas_of, fit_canvas, fit_one_of_several, read_on_canvas, read_one_of_several
 from protocols.data import MediaEncoders
 
 SIZES = [(75, 61), (64, 48), (16, 9), (16, 40), (20, 100), (17, 640), (2049, 33)]
@@ -62,10 +62,10 @@ def test_one_of_several_is_reduced_and_cut_the_same_way(size: tuple[int, int], t
     image = write_noise(tmp_path / "a.png", *size)
     expected, _ = Flux3ImageProcessor().preprocess(image, resize_mode="crop")
 
-    frames = read_among(tmp_path / "a.png", 16)
+    frames = read_one_of_several(tmp_path / "a.png", 16)
 
     assert torch.equal(frames[0, 0], torch.round((expected[0].permute(1, 2, 0) + 1) * 127.5).to(torch.uint8))
-    assert fit_among(tmp_path / "a.png", 16).bucket == (frames.shape[3], frames.shape[2])
+    assert fit_one_of_several(tmp_path / "a.png", 16).bucket == (frames.shape[3], frames.shape[2])
 
 
 class ShowingVae:

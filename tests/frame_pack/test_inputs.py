@@ -183,9 +183,10 @@ def test_samples_say_frames_which_are_made_whole_sections(
     assert settle(picture, frames=73).frames == 73
     assert "whole sections" not in caplog.text
     assert settle(picture, frames=85).frames == 73
-    assert "85 frames are made 73" in caplog.text
+    assert "85 frames are rounded to 73" in caplog.text
     with pytest.raises(
-        OptionError, match="33 frames are less than a section: the least with --latent_window_size 9 are 37"
+        OptionError,
+        match="33 frames are less than a section, which has at least 37 with --latent_window_size 9",
     ):
         settle(picture, frames=33)
 
@@ -228,7 +229,7 @@ def test_a_video_does_not_take_the_shape_of_its_image(
 ) -> None:
     prepared = settle(picture, width=64, height=64, matches_control_shape=True)
     assert (prepared.width, prepared.height) == (64, 64)
-    assert "--one_frame_auto_resize is ignored because a video is made" in caplog.text
+    assert "--one_frame_auto_resize is ignored because a video is generated" in caplog.text
 
 
 def test_a_length_that_another_one_replaces_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -246,7 +247,7 @@ TWO_MASKS = {"one_frame": "default", "control_image_mask_path": "IMAGE\nIMAGE"}
     ("extra", "prompt", "controls", "said"),
     [
         (FOUR, "0:sits;;;1-2:walks;;;-1:sleeps", 0, ""),
-        (FOUR, "0:sits;;;4-5:walks", 0, "--prompt: 'walks' for section 4 is ignored: no section"),
+        (FOUR, "0:sits;;;4-5:walks", 0, "--prompt: 'walks' for section 4 is ignored: none of"),
         (FOUR, "sits", 1, "--control_image_path is ignored because it is for --one_frame_inference"),
         (TWO_MASKS, "sits", 2, ""),
         (TWO_MASKS, "sits", 1, "of 2 masks the last 1 are ignored"),

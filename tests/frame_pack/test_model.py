@@ -177,7 +177,7 @@ def test_caches_of_another_encoder_are_named(family: FramePack, name: str, comma
     shape = batch().tensor(name).shape
     with pytest.raises(
         CacheError,
-        match=rf"{name} in its cache is 96 numbers wide, .*framepack.safetensors takes .*{command}",
+        match=rf"{name} in its cache has width 96, .*framepack.safetensors requires .*{command}",
     ):
         predicted(family, batch(**{name: torch.zeros(*shape[:-1], 96)}))
 

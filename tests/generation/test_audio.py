@@ -229,10 +229,10 @@ def test_every_clip_of_a_comparison_has_its_track(model: list[str], tmp_path: Pa
     [
         (("--save_audio", "wav", "--output_type", "latent"), "no sound is decoded"),
         (("--from_latent", "LATENT"), "starts from noise"),
-        (("--perp_neg", 1), "one of its own .for the picture and for the sound"),
-        (("--cfgzerostar_scaling",), "one of its own"),
-        (("--slg_layers", 1, "--slg_mode", "uncond"), "one of its own"),
-        (("--guidance_rescale", 0.5), "one of its own"),
+        (("--perp_neg", 1), "needs its own .separate ones for picture and sound"),
+        (("--cfgzerostar_scaling",), "needs its own"),
+        (("--slg_layers", 1, "--slg_mode", "uncond"), "needs its own"),
+        (("--guidance_rescale", 0.5), "needs its own"),
     ],
 )
 def test_what_sound_cannot_have_is_refused(

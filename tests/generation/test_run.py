@@ -267,7 +267,7 @@ def test_what_is_not_a_number_is_an_error_and_no_grey_video(output: str, tmp_pat
     assert not list(out.glob("*.mp4"))
     path = tmp_path / "bad.safetensors"
     save_file({"latent": torch.full((16, 2, 4, 4), math.nan)}, path)
-    with pytest.raises(CheckpointError, match=r"bad.safetensors: its latents have values that are NaN"):
+    with pytest.raises(CheckpointError, match=r"bad.safetensors: its latents contain NaN"):
         generate(ToyFamily(), options(out, "--latent_path", path))
 
 

@@ -138,7 +138,7 @@ def test_caches_of_other_encoders_are_refused(tmp_path: Path) -> None:
         "byt5_mask": torch.zeros(1, 8),
     }
 
-    with pytest.raises(CacheError, match="vlm_embed in its cache is 65 numbers wide"):
+    with pytest.raises(CacheError, match="vlm_embed in its cache has width 65"):
         family.batch_conditions(torch.zeros(1, 64, 1, 2, 2), Batch(tensors, ("a",), ("a.png",)))
     del tensors["byt5_mask"]
     with pytest.raises(CacheError, match="byt5_mask"):
@@ -158,7 +158,7 @@ def test_files_that_do_not_belong_together_are_refused_before_anything_loads(tmp
     HunyuanImage(files).check_files(media=True)
 
     other = replace(files, dit=write_dit(tmp_path, tiny_state(text_dim=32), name="other"))
-    with pytest.raises(CheckpointError, match="gives states of 64 numbers, .* takes 32"):
+    with pytest.raises(CheckpointError, match="produces hidden states of width 64, .* takes width 32"):
         HunyuanImage(other).check_files(media=True)
     with pytest.raises(OptionError, match="--byt5"):
         HunyuanImage(replace(files, byt5=None)).check_files(media=True)

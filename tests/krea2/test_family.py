@@ -222,7 +222,7 @@ def test_states_of_another_encoder_are_refused_with_what_to_do(family: Krea2) ->
 
     assert conditions(3, 12, CONFIG.text_dim)["krea2_vl_embed"][0].shape == (3, 12, CONFIG.text_dim)
     for shape, words in (
-        ((3, 12, 8), "8 numbers wide"),
+        ((3, 12, 8), "has width 8"),
         ((3, 4, 64), "is 3x4x64, not 12"),
         ((3, 64), "is 3x64"),
     ):
@@ -246,7 +246,7 @@ def test_the_release_has_28_blocks(tmp_path: Path) -> None:
     full = write_hollow(tmp_path / "whole.safetensors", tensors)
     assert Krea2Files(full).dit_header().config.num_layers == 28
     cut = {name: one for name, one in tensors.items() if not name.startswith("blocks.27.")}
-    with pytest.raises(CheckpointError, match="27 of 28 blocks of blocks are there"):
+    with pytest.raises(CheckpointError, match="only 27 of 28 blocks of blocks exist"):
         Krea2Files(write_hollow(tmp_path / "cut.safetensors", cut)).dit_header()
 
 

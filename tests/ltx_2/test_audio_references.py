@@ -115,21 +115,21 @@ def hiding(dit: Any, count: int, length: int, time: Tensor, hides: bool) -> Iter
         yield
 
 
-def coordinates(dit: Any, count: int, others: int, is_before: bool) -> Tensor:
+def coordinates(dit: Any, count: int, others: int, ends_before_audio: bool) -> Tensor:
     """Seconds in which `count` latents of sound begin and end, and the `others` of its voice after them."""
     cpu = torch.device("cpu")
     own, of_voice = (dit.audio_rope.prepare_audio_coords(1, number, cpu) for number in (count, others))
-    if is_before:
+    if ends_before_audio:
         of_voice = of_voice - of_voice[..., -1, 1] - STEP
     return torch.cat([own, of_voice], dim=2)
 
 
 def see_voice(
-    dit: Any, inputs: dict[str, Any], voice: Tensor, is_before: bool, hides: bool = False, **more: Any
+    dit: Any, inputs: dict[str, Any], voice: Tensor, ends_before_audio: bool, hides: bool = False, **more: Any
 ) -> tuple[Tensor, Tensor]:
     """The velocities of a clip, 1 ..., with a voice behind its sound: clean, at the time 0.
 
-    is_before: the voice ends one latent before the sound begins; else both begin at 0.
+    ends_before_audio: the voice ends one latent before the sound begins; else both begin at 0.
     """
     count, others = inputs["audio"].shape[2], voice.shape[1]
     both = {**inputs, "audio": torch.cat([inputs["audio"], voice[None]], dim=2)}
@@ -140,7 +140,7 @@ def see_voice(
             dit,
             both,
             audio_timestep=times,
-            audio_coords=coordinates(dit, count, others, is_before),
+            audio_coords=coordinates(dit, count, others, ends_before_audio),
             **{"timestep": time.expand(inputs["noisy"][0, 0].numel())[None], **more},
         )
     return image, audio[:, :, :count]
@@ -151,7 +151,7 @@ def losses(
     batch: Sequence[Heard],
     voices: Sequence[Tensor],
     step: int,
-    is_before: bool,
+    ends_before_audio: bool,
     hides: bool,
     see: Callable[..., tuple[Tensor, Tensor]] = see_voice,
 ) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ def losses(
             **{"noisy": mixed[0][None], "audio": mixed[1][None], "timesteps": time, "audio_timesteps": time},
             **{"text": item.text[None], "audio_text": item.audio_text[None], "fps": item.fps},
         }
-        made = see(dit, inputs, voice, is_before, hides)
+        made = see(dit, inputs, voice, ends_before_audio, hides)
         errors = [
             (one[0] - (other - full)).square().mean()
             for one, other, full in zip(made, drawn, clean, strict=True)
@@ -219,7 +219,7 @@ def test_two_steps_with_a_voice_equal_those_computed_with_diffusers(project: Pro
 
 
 def see_clip_and_voice(
-    dit: Any, inputs: dict[str, Any], given: tuple[Tensor, Tensor], is_before: bool, hides: bool
+    dit: Any, inputs: dict[str, Any], given: tuple[Tensor, Tensor], ends_before_audio: bool, hides: bool
 ) -> tuple[Tensor, Tensor]:
     """The velocities of a clip with a clean clip behind its images, and a voice, maybe of length 0."""
     reference, voice = given
@@ -237,7 +237,7 @@ def see_clip_and_voice(
             dit,
             inputs,
             voice,
-            is_before,
+            ends_before_audio,
             hides,
             hidden_states=torch.cat([noisy[0].flatten(1).T, reference.flatten(1).T])[None],
             timestep=torch.cat([time.expand(count), torch.zeros(reference[0].numel())])[None],
@@ -351,7 +351,7 @@ def test_two_steps_of_sound_alone_with_a_voice_equal_those_computed_with_diffuse
 
 
 def expect_with_voice(
-    pipe: Any, voice: Tensor, is_before: bool, scale: float, length: int
+    pipe: Any, voice: Tensor, ends_before_audio: bool, scale: float, length: int
 ) -> tuple[Tensor, Tensor]:
     """The latents of diffusers' loop, in which each pass sees a voice, C T M, and identity guidance is added.
 
@@ -363,7 +363,7 @@ def expect_with_voice(
     channels, others, bins = voice.shape
     start = pipe._pack_audio_latents(torch.randn(1, channels, length, bins, generator=generator))
     tokens = pipe._pack_audio_latents(voice[None])
-    coords = coordinates(pipe.transformer, length, others, is_before)
+    coords = coordinates(pipe.transformer, length, others, ends_before_audio)
     sees, times = [True], [torch.zeros(1)]
     last: dict[str, Any] = {}
     to_velocity = pipe.convert_x0_to_velocity
@@ -433,14 +433,18 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> TinyRelease:
 
 
 @pytest.mark.slow_cases("beside")
-@pytest.mark.parametrize(("is_before", "scale"), [(True, 3.0), (False, 0.0)], ids=["identity", "beside"])
+@pytest.mark.parametrize(
+    ("ends_before_audio", "scale"), [(True, 3.0), (False, 0.0)], ids=["identity", "beside"]
+)
 def test_sound_after_a_voice_equals_that_of_diffusers(
-    release: TinyRelease, tmp_path: Path, is_before: bool, scale: float
+    release: TinyRelease, tmp_path: Path, ends_before_audio: bool, scale: float
 ) -> None:
     track = Track((0.05, 0.15), seconds=0.2, rate=16000, loud=0.8, codec="pcm_s16le")
     voice = write_media(tmp_path / "voice.wav", track, frames=0)
     words = ["--ltx2_mode", "av", *pipelines.scale_words(SCALES, SCALES), "--reference_audio", voice]
-    lora = write_lora(tmp_path / "voice.safetensors", audio_ref_use_negative_positions=str(is_before).lower())
+    lora = write_lora(
+        tmp_path / "voice.safetensors", audio_ref_use_negative_positions=str(ends_before_audio).lower()
+    )
     words += ["--lora_weight", lora]
     words += ["--audio_ref_identity_guidance_scale", scale] if scale else []
 
@@ -451,7 +455,7 @@ def test_sound_after_a_voice_equals_that_of_diffusers(
     samples = read_track(voice, Fraction(0), 3200, 16000, 2)
     assert samples is not None
     encoded = AudioVae(release.networks["audio_vae"]).encode(torch.from_numpy(samples.copy())[None])[0, :, :5]
-    latents, audio = expect_with_voice(pipe, encoded, is_before, scale, made[AUDIO_LATENTS].shape[1])
+    latents, audio = expect_with_voice(pipe, encoded, ends_before_audio, scale, made[AUDIO_LATENTS].shape[1])
     assert_equal(made["latent"], latents, "images")
     assert_equal(made[AUDIO_LATENTS], audio, "sound")
     with safe_open(next((tmp_path / "made").iterdir()), "pt") as file:
@@ -545,10 +549,13 @@ def test_a_changed_voice_is_cached_again_and_nothing_else(other: Project) -> Non
         (["--ltx2_mode", "v"], ["this run has no sound that could be made after it"]),
         (["--ltx2_mode", "v", "--lora_target_preset", "audio_ref_ic"], ["Give --ltx2_mode av"]),
         (["--ltx2_mode", "audio", "--ic_lora_strategy", "av_ic"], ["Give --ltx2_mode av"]),
-        (["--ic_lora_strategy", "av_ic"], ["--ic_lora_strategy av_ic learns from", "to reference_directory"]),
+        (
+            ["--ic_lora_strategy", "av_ic"],
+            ["--ic_lora_strategy av_ic needs a reference", "to reference_directory"],
+        ),
         (
             ["--lora_target_preset", "audio_ref_ic", "--ltx2_train_direction", "a2v"],
-            ["all of the audio is given"],
+            ["the audio is always clean"],
         ),
         (["--ic_lora_strategy", "video_ref_only_av"], ["takes no sound as reference"]),
         (["--av_multi_ref"], ["a clip has one sound as reference"]),
@@ -568,7 +575,7 @@ def test_batches_without_the_voice_that_they_need_are_refused(tmp_path: Path) ->
 
     said = project.train("--ic_lora_strategy", "audio_ref_ic", *run("lora", 3), code=1)
 
-    assert_one_message(1, said, "--ic_lora_strategy audio_ref_ic learns from a reference in each batch")
+    assert_one_message(1, said, "--ic_lora_strategy audio_ref_ic needs a reference in each batch")
     assert "to reference_audio_directory of its table" in said
     # auto takes what the tables have
     project.train("--ic_lora_strategy", "auto", *run("lora", 3))
@@ -580,7 +587,7 @@ def test_batches_without_the_voice_that_they_need_are_refused(tmp_path: Path) ->
     [
         ("--reference_audio {0}/none.wav", "none.wav"),
         ("--reference_audio {0}/dull.png --ltx2_mode av", "dull.png"),
-        ("--reference_audio {0}/a.wav", "no sound is made after it. Give --ltx2_mode av"),
+        ("--reference_audio {0}/a.wav", "no sound is generated from it. Give --ltx2_mode av"),
         ("--reference_audio {0}/a.wav --ltx2_mode av --ic_lora_strategy none", "Leave one of them out"),
         ("--reference_audio {0}/a.wav --ltx2_mode av --drive_audio {0}/a.wav", "all of the sound"),
         ("--audio_ref_identity_guidance_scale 3", "no reference is given. Give --reference_audio"),
@@ -614,13 +621,13 @@ def test_positions_come_from_loras_and_contradictions_are_told(
         for text in ("true", "false", "2")
     )
     default = Ltx2GivenAudioReference.from_defaults()
-    assert resolve_reference_positions(default, [before]).is_before is True
-    assert resolve_reference_positions(default, [beside]).is_before is False
-    assert resolve_reference_positions(default, []).is_before is None
-    typed = Ltx2GivenAudioReference(is_before=False)
-    assert resolve_reference_positions(typed, [before]).is_before is False
-    assert "has learned with --audio_ref_use_negative_positions" in caplog.text
-    with pytest.raises(OptionError, match="do not work together"):
+    assert resolve_reference_positions(default, [before]).ends_before_audio is True
+    assert resolve_reference_positions(default, [beside]).ends_before_audio is False
+    assert resolve_reference_positions(default, []).ends_before_audio is None
+    typed = Ltx2GivenAudioReference(ends_before_audio=False)
+    assert resolve_reference_positions(typed, [before]).ends_before_audio is False
+    assert "was trained with --audio_ref_use_negative_positions" in caplog.text
+    with pytest.raises(OptionError, match="the values must be equal"):
         resolve_reference_positions(default, [before, beside])
     with pytest.raises(OptionError, match="true or false"):
         resolve_reference_positions(default, [odd])

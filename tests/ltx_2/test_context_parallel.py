@@ -53,7 +53,10 @@ def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
         },
         "hidden audio": {
             AUDIO: LtxAudioReferences(
-                [0.5 * audio[:, :, :5]], is_before=True, is_hidden_from_video=True, is_without_text=True
+                [0.5 * audio[:, :, :5]],
+                ends_before_audio=True,
+                is_hidden_from_video=True,
+                is_without_text=True,
             )
         },
     }

@@ -29,7 +29,7 @@ from ltx_2.given import (
     covered_fractions,
 )
 from ltx_2.given_options import Ltx2GivenParts
-from ltx_2.options import Ltx2TrainingOptions, with_recipe
+from ltx_2.options import Ltx2TrainingOptions, apply_conditioning_config
 from modules.errors import DatasetError, OptionError
 from protocols.data import AUDIO_LATENTS, Batch
 from tests.ltx_2.release import dit_config
@@ -395,7 +395,7 @@ def test_one_draw_is_for_both_ends_unless_one_has_its_own() -> None:
         (
             CleanLatentRules(mask=MaskRule(1, False)),
             {"tensors": {"given_mask": torch.ones(2, 4, 2, 3)}},
-            "a: its mask gives the whole clip",
+            "a: its mask keeps the whole clip",
         ),
         (CleanLatentRules(audio_intervals=MaskRule(1, False)), {"length": 9}, "needs a file of its name"),
         (CleanLatentRules(audio_ends=ClipEndRule(9, 0, 1, 1, True)), {"length": 9}, "9 latents of audio"),
@@ -448,7 +448,7 @@ def options_with(folder: Path, recipe: str, *words: str) -> Ltx2TrainingOptions:
     path.write_text(recipe, encoding="utf-8")
     words = "--ltx2_mode", "av", "--ltx2_conditioning_config", str(path), *words
     options: Ltx2TrainingOptions = read_own("ltx2_train_network", *words)
-    return with_recipe(options)
+    return apply_conditioning_config(options)
 
 
 def test_a_recipe_sets_the_options(tmp_path: Path) -> None:
@@ -494,15 +494,15 @@ def test_a_recipe_that_is_wrong_or_contradicts_an_option_is_refused(
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ("av --ltx2_train_direction v2a --video_anchor_training", "all of the images is given"),
-        ("av --ltx2_train_direction a2v --ltx2_audio_extend_prefix_frames 1", "all of the audio is given"),
+        ("av --ltx2_train_direction v2a --video_anchor_training", "the images are always clean"),
+        ("av --ltx2_train_direction a2v --ltx2_audio_extend_prefix_frames 1", "the audio is always clean"),
         ("v --ltx2_audio_inpaint_mask", "given parts of the audio"),
         ("audio --ltx2_extend_suffix_frames 1", "given parts of images"),
-        ("av --ltx2_train_direction v2a --keyframe_endpoint_training", "all of the images is given"),
+        ("av --ltx2_train_direction v2a --keyframe_endpoint_training", "the images are always clean"),
         ("av --keyframe_endpoint_training --keyframe_random_interior_p 1", "give both above 0"),
         (
             "av --keyframe_endpoint_training --keyframe_first_frame_p 0 --keyframe_last_frame_p 0",
-            "nothing would be shown",
+            "there would be no keyframes",
         ),
         ("av --video_anchor_training --video_anchor_strength 0.5", "--ltx2_graded_conditioning"),
         ("av --video_anchor_training --video_anchor_strategy random --video_anchor_count 0", "1 or more"),

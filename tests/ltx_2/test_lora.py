@@ -243,22 +243,22 @@ def test_connectors_learned_in_a_lora_are_used_in_generation_as_in_the_merged_fi
 
 @pytest.mark.slow_cases(
     "added-2.3-record4-",
-    "added-2.5-record0-was trained for 2.3, as its metadata say",
-    "added-2.5-record1-was trained for 2.3, as its metadata say",
+    "added-2.5-record0-was trained for 2.3 according to its metadata",
+    "added-2.5-record1-was trained for 2.3 according to its metadata",
     "added-2.5-record2-",
     "added-2.5-record3-",
-    "loaded-2.5-record0-was trained for 2.3, as its metadata say",
+    "loaded-2.5-record0-was trained for 2.3 according to its metadata",
     "network-2.3-record4-",
-    "network-2.5-record0-was trained for 2.3, as its metadata say",
-    "network-2.5-record1-was trained for 2.3, as its metadata say",
+    "network-2.5-record0-was trained for 2.3 according to its metadata",
+    "network-2.5-record1-was trained for 2.3 according to its metadata",
     "network-2.5-record2-",
     "network-2.5-record3-",
 )
 @pytest.mark.parametrize(
     ("version", "record", "note"),
     [
-        ("2.5", {"modelspec.architecture": "ltx-2.3/lora"}, "was trained for 2.3, as its metadata say"),
-        ("2.5", {"model_version": "2.3.0"}, "was trained for 2.3, as its metadata say"),
+        ("2.5", {"modelspec.architecture": "ltx-2.3/lora"}, "was trained for 2.3 according to its metadata"),
+        ("2.5", {"model_version": "2.3.0"}, "was trained for 2.3 according to its metadata"),
         ("2.5", {"modelspec.architecture": "ltx-2.5/lora"}, ""),
         ("2.5", {}, ""),
         ("2.3", {"modelspec.architecture": "ltx-2.3/lora"}, ""),

@@ -190,8 +190,8 @@ def test_samples_may_differ_in_frames_a_second() -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"noisy": torch.zeros(2, 7, 3, 4, 5)}, "7 numbers in a token of video, the model takes 8"),
-        ({"audio": torch.zeros(2, 2, 7, 15)}, "30 numbers in a token of sound, the model takes 32"),
+        ({"noisy": torch.zeros(2, 7, 3, 4, 5)}, "video tokens of width 7, but the model requires 8"),
+        ({"audio": torch.zeros(2, 2, 7, 15)}, "sound tokens of width 30, but the model requires 32"),
         ({"audio_text": None}, "the text for the sound is missing"),
         ({"noisy": None, "audio": None}, "neither latents of a video nor of sound"),
     ],

@@ -109,8 +109,8 @@ def test_the_dtype_of_texts_has_two_names() -> None:
         ("ltx2_generate_video", ("--duration-head-path", "a"), "Give --video_length"),
         ("ltx2_generate_video", ("--output_name", "a/b"), "it contains a folder"),
         ("ltx2_generate_video", ("--height", "512"), "give both"),
-        ("ltx2_generate_video", ("--ltx2_mode", "v", "--drive_video", "."), "no sound is made"),
-        ("ltx2_generate_video", ("--ltx_mode", "a", "--sample_disable_audio"), "nothing would be made"),
+        ("ltx2_generate_video", ("--ltx2_mode", "v", "--drive_video", "."), "no sound is generated"),
+        ("ltx2_generate_video", ("--ltx_mode", "a", "--sample_disable_audio"), "nothing would be generated"),
         (
             "ltx2_train_network",
             ("--ltx2_mode", "a", "--lora_target_preset", "v2v"),

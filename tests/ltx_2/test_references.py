@@ -304,7 +304,7 @@ def test_loras_of_other_factors_do_not_work_together(release: TinyRelease, tmp_p
 
     code, said = run_here("ltx2_generate_video.py", *words, "--save_path", "made", folder=tmp_path)
 
-    assert_one_message(code, said, "2.safetensors has learned references with", "do not work together")
+    assert_one_message(code, said, "2.safetensors was trained on references with", "do not work together")
 
 
 @pytest.mark.parametrize(
@@ -317,10 +317,13 @@ def test_loras_of_other_factors_do_not_work_together(release: TinyRelease, tmp_p
         (["--conditioning-attention-mask", "0.5"], ["no reference is given. Give --reference_video"]),
         (
             ["--reference_video", "clip", "--conditioning-attention-mask", "short", "1"],
-            ["short: 1 frames are taken of it, 9 of a reference", "Give a picture, or a clip as long"],
+            ["short: 1 of its frames are used, but 9 of a reference", "Give a picture, or a clip as long"],
         ),
         (["--reference_video", "clip", "--conditioning-attention-mask", "empty", "1"], ["without images"]),
-        (["--reference_video", "clip", "--ic_lora_strategy", "none"], ["Leave them or the option out"]),
+        (
+            ["--reference_video", "clip", "--ic_lora_strategy", "none"],
+            ["none with references: leave one"],
+        ),
     ],
 )
 def test_what_references_lack_is_one_message(
@@ -346,7 +349,7 @@ def test_lines_have_no_references_where_they_are_refused(release: TinyRelease, t
 
     code, said = run_here("ltx2_generate_video.py", *words, "--save_path", "made", folder=tmp_path)
 
-    assert (code, "line 1: OptionError: --ic_lora_strategy none: references" in said) == (1, True), said
+    assert (code, "line 1: OptionError: --ic_lora_strategy none with references" in said) == (1, True), said
 
 
 def test_positions_of_a_reference_are_spread_over_its_target() -> None:

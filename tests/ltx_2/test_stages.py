@@ -330,7 +330,7 @@ def test_two_stages_are_planned_compiled_and_previewed(
         ),
         (
             ["--sample_two_stage", SPATIAL, "plain", "--lora_weight", "ic", "--lora_rounding", "nearest"],
-            "is an IC-LoRA, which is added beside the weights",
+            "is an IC-LoRA, which is not merged into the weights",
         ),
     ],
 )

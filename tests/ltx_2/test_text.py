@@ -202,7 +202,7 @@ def test_layers_that_wait_in_host_memory_give_the_same_texts(gemma: Any, tmp_pat
 
     assert torch.equal(ours[VIDEO], theirs[VIDEO])
     room = 10**12
-    assert layered.waiting_bytes(room) == 0 < layered.waiting_bytes(0)
+    assert layered.offloaded_bytes(room) == 0 < layered.offloaded_bytes(0)
 
 
 def test_published_files_fit_at_full_size(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_a_transformer_that_does_not_say_its_gemma_takes_any_with_projections(
     gemma: Any, tmp_path: Path
 ) -> None:
     files = files_in(tmp_path, gemma, {}, gemma_version=None)
-    assert files.text_encoder().use is GEMMA_4_USE
+    assert files.text_encoder().settings is GEMMA_4_USE
     stock = text_write_gemma(tmp_path / "stock", text_gemma())
     with pytest.raises(CheckpointError, match="without projections.*--ltx2_text_encoder_checkpoint"):
         Ltx2Files(checkpoint=files.checkpoint, gemma=stock, streams=("video",)).text_encoder().check()

@@ -193,7 +193,7 @@ def without(start: str) -> dict[str, Tensor]:
         (lambda: without("vae.decoder.up_blocks.8"), None, "not a video VAE"),
         (lambda: without("vae.encoder.down_blocks.1.conv.conv"), None, "a VAE of LTX-Video or LTX-2"),
         (lambda: without("vae.per_channel"), None, "missing: latents_mean"),
-        (lambda: official("2.3") | TIMED, None, "takes a time step, as LTX-Video's does"),
+        (lambda: official("2.3") | TIMED, None, "requires a timestep, as LTX-Video's does"),
         (lambda: official("2.3"), {"spatial_padding_mode": "replicate"}, "'replicate'"),
         (lambda: official("2.3"), {"decoder_blocks": [["compress_all", {}]]}, "cannot be used"),
         (lambda: official("2.3"), {"decoder_blocks": 3}, "cannot be used"),

@@ -52,7 +52,7 @@ def test_equal_levels_are_left_out_and_told(family: MossImage, caplog: pytest.Lo
     assert not caplog.records
     prepared = prepare(family, steps=500)
     assert prepared.steps == len(prepared.sigmas) - 1 == GOLDEN["evaluations"]["500"]
-    assert "415 of the 500 steps are made" in caplog.text
+    assert "415 of the 500 steps are taken" in caplog.text
 
 
 def test_the_simple_schedule_is_that_of_the_solver(family: MossImage) -> None:
@@ -93,7 +93,7 @@ def test_skipping_has_a_window_of_steps(family: MossImage) -> None:
         [],
     ]
     skips = NegativeSkips(frozenset({1}), 0.01, 1.0)  # the first step is not in it
-    assert [skips.acts(index, 50) for index in (0, 1, 49)] == [False, True, True]
+    assert [skips.is_active(index, 50) for index in (0, 1, 49)] == [False, True, True]
 
 
 def test_skipping_that_has_no_effect_is_told(family: MossImage, caplog: pytest.LogCaptureFixture) -> None:

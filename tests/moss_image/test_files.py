@@ -61,7 +61,7 @@ def test_time_and_modulation_stay_in_float32(tmp_path: Path) -> None:
 def test_weights_that_were_rescaled_for_float16_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "moss_fp16_fix.safetensors"
     save_file(tiny_state(), path, metadata={"kohakumoss_fp16_fix": "16"})
-    with pytest.raises(CheckpointError, match="rescaled for float16.*needs no such file"):
+    with pytest.raises(CheckpointError, match="rescaled for float16.*needs no rescaled file"):
         load_dit(path, CPU)
 
 
@@ -76,7 +76,7 @@ def test_weights_that_were_rescaled_for_float16_are_refused(tmp_path: Path) -> N
 )
 def test_sizes_that_do_not_go_together_are_refused(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
     path = write_dit(tmp_path, {**tiny_state(), name: torch.zeros(shape)})
-    with pytest.raises(CheckpointError, match="are not those of a MOSS-Image transformer"):
+    with pytest.raises(CheckpointError, match="do not fit a MOSS-Image transformer"):
         load_dit(path, CPU)
 
 

@@ -111,7 +111,7 @@ def test_modules_that_only_the_file_to_begin_with_has_join_the_network(
     assert len({name.partition(".")[0] for name in found}) == 28
     assert found.keys() == written.keys()
     assert all(torch.equal(found[name], written[name]) for name in written)
-    assert "4 modules that are no default join" in caplog.text
+    assert "4 modules that are not selected by default" in caplog.text
     assert "is not in this network" not in caplog.text
     # a state of this run is loaded without the file, and by the same order of parameters
     resumed = make_network(NetworkOptions(network_module=module), module, dit, 3, resumed=found).module

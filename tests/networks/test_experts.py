@@ -51,9 +51,9 @@ def test_the_name_of_a_file_tells_its_expert(name: str, expert: str | None) -> N
 @pytest.mark.parametrize(
     ("metadata", "name", "expert", "says"),
     [
-        ({"ss_wan_expert": "high"}, "x", LOW_NOISE, "the high-noise expert, as its metadata say"),
-        ({}, "x_low_noise", HIGH_NOISE, "the low-noise expert, as its name says"),
-        ({"ss_wan_expert": "None"}, "x_low_noise", HIGH_NOISE, "the low-noise expert, as its name says"),
+        ({"ss_wan_expert": "high"}, "x", LOW_NOISE, "the high-noise expert according to its metadata"),
+        ({}, "x_low_noise", HIGH_NOISE, "the low-noise expert according to its name"),
+        ({"ss_wan_expert": "None"}, "x_low_noise", HIGH_NOISE, "the low-noise expert according to its name"),
         ({"ss_wan_expert": "high"}, "x_low_noise", HIGH_NOISE, None),
         ({"ss_wan_expert": "both"}, "x_low_noise", HIGH_NOISE, None),
         ({"ss_wan_expert": "high"}, "x", "", None),
@@ -225,7 +225,7 @@ def test_damaged_metadata_of_parts_are_an_error_with_a_remedy(tmp_path: Path, te
     path = tmp_path / "x.safetensors"
     save_file({name: torch.ones(2, 2) for name in names}, path, {"reelsmith_experts": text})
 
-    with pytest.raises(CheckpointError, match="what its metadata say of its parts cannot be read"):
+    with pytest.raises(CheckpointError, match="the metadata of its LoRAs for experts cannot be read"):
         read_lora(path, by_expert=True)
 
 
@@ -234,10 +234,10 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, pair: Pair) -> Non
     low, high = pair.paths[LOW_NOISE], pair.paths[HIGH_NOISE]
 
     for arguments, text in (
-        (["--input", both, "--target", "default"], "has no form for"),
+        (["--input", both, "--target", "default"], "cannot store in one file"),
         (["--input", low, "--input_high_noise", high, "--target", "other"], "use --target diffusers"),
-        (["--input", low, "--output_high_noise", more, "--target", "other"], "holds a single one"),
-        (["--input", low, "--expert", HIGH_NOISE, "--target", "other"], "holds a single one"),
+        (["--input", low, "--output_high_noise", more, "--target", "other"], "contains a single LoRA"),
+        (["--input", low, "--expert", HIGH_NOISE, "--target", "other"], "contains a single LoRA"),
         (["--input", both, "--output_high_noise", out, "--target", "other"], "give two names"),
         (["--input", low, "--input_high_noise", out, "--target", "diffusers"], "no such file"),
     ):
@@ -274,7 +274,7 @@ def test_merging_warns_of_a_lora_for_the_other_expert_and_asks_which_part(
 ) -> None:
     model = write_dit(tmp_path, tiny_state("t2v"), name="high_noise_model")
     merge(model, pair.paths[LOW_NOISE], tmp_path / "merged.safetensors")
-    assert "was trained for the low-noise expert, as its metadata say" in caplog.text
+    assert "was trained for the low-noise expert according to its metadata" in caplog.text
 
     unknown = write_dit(tmp_path, tiny_state("t2v"), name="dit")
     both = join(pair, tmp_path / "both.safetensors")

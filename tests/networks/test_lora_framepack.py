@@ -258,7 +258,7 @@ def test_a_framepack_lora_on_hunyuan_video_is_warned_about(
 
     for state in (TRUNK, diffusers_state(TRUNK)):
         changes(state, said)
-        assert "fp.safetensors was trained for framepack, as its metadata say" in caplog.text
+        assert "fp.safetensors was trained for framepack according to its metadata" in caplog.text
         assert "is used on a hunyuan_video model" in caplog.text
         caplog.clear()
 

@@ -325,7 +325,7 @@ def test_patterns_choose_the_same_modules_with_dots_and_with_underscores(
 
     assert sizes_of(with_dots) == sizes_of(without)
     assert sizes_of(without) != sizes_of(plain)
-    assert "fits no name" not in caplog.text
+    assert "matches no name" not in caplog.text
 
 
 def sizes_of(made: OwnNetwork) -> list[tuple[str, int, float]]:
@@ -340,7 +340,7 @@ def test_a_pattern_that_fits_nothing_is_told_with_the_nearest_names(caplog: pyte
     made = network("flux", "", ["network_reg_dims=img_atn=8", r"exclude_patterns=['.*_blocks\.9\.']"])
 
     assert {layer.rank for layer in made.layers} == {4}
-    said = [text for text in caplog.messages if "fits no name" in text]
+    said = [text for text in caplog.messages if "matches no name" in text]
     assert [text.split(":")[0] for text in said] == [
         "--network_args exclude_patterns",
         "--network_args network_reg_dims",
@@ -397,7 +397,7 @@ def test_the_last_pattern_that_fits_counts_and_overlaps_are_logged(caplog: pytes
     ranks = dict(zip(made.names, (layer.rank for layer in made.layers), strict=True))
     block = "lora_unet_double_blocks_1_img"
     assert (ranks[f"{block}_attn_qkv"], ranks[f"{block}_mlp_0"]) == (2, 8)
-    assert "4 modules fit 'img' and the later 'img_attn', which counts (2)" in caplog.text
+    assert "4 modules match 'img' and the later 'img_attn', which takes precedence (2)" in caplog.text
 
 
 def test_each_text_encoder_has_its_learning_rate_and_lora_plus_its_ratio() -> None:

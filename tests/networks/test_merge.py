@@ -141,7 +141,7 @@ def test_patterns_for_files_fit_with_dots_too(tmp_path: Path, caplog: pytest.Log
 
     (said,) = caplog.messages
     assert "blocks" in said
-    assert "fits no name" in said
+    assert "matches no name" in said
 
 
 NAME = "blocks.0.self_attn.q.weight"

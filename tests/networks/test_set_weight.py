@@ -107,7 +107,7 @@ def test_other_parts_of_the_same_weight_are_named(tmp_path: Path, caplog: pytest
     both = write(tmp_path, "both", load_file(lora) | {f"diffusion_model.{PROJ}.set_weight": values})
     after = merged(tmp_path, (both, 1.0))
     assert torch.equal(after[f"{PROJ}.weight"], values)
-    assert "set_weight takes the place of the other parts of 1 weight, as in ComfyUI" in caplog.text
+    assert "set_weight replaces the other changes of 1 weight, as in ComfyUI" in caplog.text
 
 
 def test_another_shape_is_refused(tmp_path: Path) -> None:

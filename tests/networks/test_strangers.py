@@ -127,7 +127,7 @@ def test_the_alpha_counts_wherever_a_file_has_it(
 
     check(model, path, {"single_blocks.0.linear2": wanted})
 
-    assert ("no alpha in it: the rank is taken" in caplog.text) == (alpha == RANK)
+    assert ("no alpha in it: the rank is used instead" in caplog.text) == (alpha == RANK)
     assert ("is not a number" in caplog.text) == ("nan" in metadata.values())
     with open_checkpoint(path) as checkpoint:
         assert ("alpha 16" in str(describe_lora(checkpoint))) == (alpha == 16)
@@ -254,7 +254,7 @@ def test_factors_are_read_in_other_spellings(model: Path, factors: str) -> None:
         (
             f"diffusion_model.{PROJ}.inner",
             "lora_A lora_B",
-            r"names have \.inner behind the module's, which is not",
+            r"names have \.inner after the module name, which is not",
         ),
         (
             f"diffusion_model.{PROJ}",
@@ -446,9 +446,9 @@ def test_training_and_generation_read_the_alpha_of_the_header(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        (["pipe.dino_resampler.layers.0.to_q.weight"], "are of another network, pipe.dino_resampler, and"),
-        (["double_blocks.0.img_attn.norm.query_norm.scale"], "are whole norms of the model"),
-        (["diffusion_model.double_blocks.0.img_attn.proj.bias"], "are whole biases of the model"),
+        (["pipe.dino_resampler.layers.0.to_q.weight"], "belong to another network, pipe.dino_resampler, and"),
+        (["double_blocks.0.img_attn.norm.query_norm.scale"], "are complete norms of the model"),
+        (["diffusion_model.double_blocks.0.img_attn.proj.bias"], "are complete biases of the model"),
         (
             [f"diffusion_model.{PROJ}.reshape_weight"],
             "are parts of layers called reshape_weight, which are not",
@@ -457,13 +457,13 @@ def test_training_and_generation_read_the_alpha_of_the_header(tmp_path: Path) ->
             [f"lora_unet_{PROJ.replace('.', '_')}.lora_gate.weight"],
             "are parts of layers called lora_gate, which are not",
         ),
-        (["bundle_emb.word.string_to_param"], "are embeddings of words"),
+        (["bundle_emb.word.string_to_param"], "are word embeddings"),
         (
             ["bundle_emb.ohwx.string_to_param"],
             "so that ohwx means nothing in a prompt here",
         ),
         (["bundle_emb.my.ohwx.clip_l"], "so that my.ohwx means nothing in a prompt here"),
-        (["bundle_emb.ohwx.clip_l"], "know the word if they are given this file as a LoRA"),
+        (["bundle_emb.ohwx.clip_l"], "know the word if this file is one of their LoRAs"),
         (
             ["img_encoder.x.lora_A.weight", "img_encoder.x.lora_B.weight"],
             "no known model has layers of these names",

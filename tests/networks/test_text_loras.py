@@ -66,7 +66,9 @@ def test_a_part_that_is_said_to_be_ignored_does_not_act(
     use = write(tmp_path / "lora.safetensors", f"lora_te_text_model_{LAYER}")
 
     uses = rename_for_encoders([use], "this model", SDXL)
-    assert "2 tensors change a text encoder, which this model does not hold, and are ignored" in caplog.text
+    assert (
+        "2 tensors change a text encoder, which this model does not contain, and are ignored" in caplog.text
+    )
     assert not acting(uses, "lora_te1")
     assert not acting([use], "lora_te1", SDXL)
 

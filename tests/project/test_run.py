@@ -330,7 +330,7 @@ def test_the_first_failure_ends_the_run(collected: Path, tmp_path: Path) -> None
     assert 'class_tokens = "WORD"' in done.stdout
     # it works where it says
     told = run_here("tools/caption_dataset.py", *shlex.split(command)[2:], folder=folder)
-    assert_one_message(*told, "--model Qwen/Qwen2-VL-2B-Instruct", "cannot be fetched from the hub")
+    assert_one_message(*told, "--model Qwen/Qwen2-VL-2B-Instruct", "cannot be downloaded from the hub")
     told = run_here(
         "tools/dataset_report.py", "--dataset_config", folder / "dataset.toml", "--json", folder=tmp_path
     )

@@ -117,7 +117,7 @@ def test_a_text_cache_of_another_encoder_is_refused_with_what_to_do(family: Qwen
     given: dict[str, Any] = {"latents": latents, "vl_embed": [torch.zeros(3, 8)]}
     batch = Batch(given, ("a cat",), ("a.png",))
 
-    with pytest.raises(CacheError, match="8 numbers wide.*qwen_image_cache_text_encoder_outputs.py"):
+    with pytest.raises(CacheError, match="has width 8.*qwen_image_cache_text_encoder_outputs.py"):
         family.batch_conditions(latents, batch)
     with pytest.raises(CacheError, match="has no vl_embed"):
         family.batch_conditions(latents, replace(batch, tensors={"latents": latents}))

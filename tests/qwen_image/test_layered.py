@@ -129,7 +129,10 @@ def test_files_of_another_release_are_refused_with_what_to_give(files: TinyModel
             QwenImageReleaseFiles(others.dit, version=LAYERED),
             "has no time_text_embed.addition_t_embedding.weight",
         ),
-        (QwenImageReleaseFiles(files.dit), "which takes pictures apart; Qwen-Image needs another one"),
+        (
+            QwenImageReleaseFiles(files.dit),
+            "which splits pictures into layers; Qwen-Image needs a different one",
+        ),
         (
             QwenImageReleaseFiles(vae=others.vae, version=LAYERED),
             "without alpha(.|\n)*qwen_image_layered_vae",

@@ -128,7 +128,7 @@ def test_caches_that_belong_together_pass() -> None:
         (
             SEEN_HASHES,
             lambda hashes: hashes.flip(0),
-            r"other reference pictures than its latents \(number 1, 2",
+            r"different reference pictures than its latents \(number 1, 2",
         ),
         (
             HASHES,
@@ -218,7 +218,7 @@ def test_training_refuses_texts_of_other_references_and_of_normed_states(tmp_pat
         tensors["varlen_vlm_reference_hashes_uint8"] = tensors["varlen_vlm_reference_hashes_uint8"].flip(1)
         save_file(tensors, path, {"architecture": "qwen_image_21"})
     code, written = run_here(*train, folder=tmp_path)
-    assert_one_message(code, written, "other reference pictures than its latents", "Cache again with")
+    assert_one_message(code, written, "different reference pictures than its latents", "Cache again with")
 
     for path in paths:
         path.write_bytes(originals[path])

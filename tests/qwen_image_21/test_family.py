@@ -195,7 +195,7 @@ def test_a_configuration_says_what_tensors_do_not(tmp_path: Path) -> None:
 def test_the_release_has_32_blocks(tmp_path: Path) -> None:
     tensors = tensor_list("qwen-image-2.1-dit")
     cut = {name: each for name, each in tensors.items() if ".31." not in name}
-    with pytest.raises(CheckpointError, match="31 of 32 blocks are there"):
+    with pytest.raises(CheckpointError, match="31 of 32 blocks are present"):
         QwenImage21Files(write_hollow(tmp_path / "cut.safetensors", cut)).dit_header()
 
 

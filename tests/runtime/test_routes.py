@@ -50,7 +50,7 @@ def test_the_middle_blocks_see_half_of_the_picture_at_its_own_positions(tiny: Ti
     _, tokens, before = seen[0]
     chosen = draw_half(tokens.grid)
     size = torch.Size(tokens.grid).numel()
-    start = tokens.first_image
+    start = tokens.first_noisy_token
     count = before.shape[1]
     middle, last = seen[1:-1], seen[-1]
     for sample in range(BATCH):

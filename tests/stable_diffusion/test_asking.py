@@ -55,7 +55,7 @@ def test_seeds_that_are_not_used_are_told(caplog: pytest.LogCaptureFixture) -> N
         assert seeds_of(lines=("a --d 1,2,3",)) == [1]
         assert seeds_of(lines=("{e$$a|b|c} --d 1,2",)) == [1, 1, 1]
     assert "--d has more seeds than are used. Raise --images_per_prompt" in caplog.text
-    assert "--d has more seeds than are used. All variants have the first one" in caplog.text
+    assert "--d has more seeds than are used. All variants use the first one" in caplog.text
     caplog.clear()
     seeds_of("--images_per_prompt", 3, lines=("a --d 1,1,1", "b --d 4,5,6"))
     assert not caplog.records

@@ -15,7 +15,7 @@ from modules.errors import CheckpointError, OptionError
 from stable_diffusion.contract import SD1, UnetCall
 from stable_diffusion.control_net import BatchGuides, check_control_nets, load_control_nets
 from stable_diffusion.control_net_files import load_control_net
-from stable_diffusion.network_options import ControlOptions, ControlUse
+from stable_diffusion.network_options import ControlOptions, ControlSpec
 from tests.manifests import write_hollow
 from tests.stable_diffusion import loaded
 from tests.tiny import control_nets
@@ -254,7 +254,7 @@ def test_edges_are_white_lines_at_the_size_of_the_picture(tmp_path: Path) -> Non
     image = np.zeros((96, 128, 3), dtype=np.uint8)
     image[32:64, 32:96] = (255, 128, 0)
     Image.fromarray(image).save(tmp_path / "guide.png")
-    canny = ControlUse(Path("net"), (63, 191), 1.0, 1.0)
+    canny = ControlSpec(Path("net"), (63, 191), 1.0, 1.0)
 
     (found,) = BatchGuides(
         [canny], "--control_net_models", [loaded.picture(tmp_path / "guide.png")], 64, 48
@@ -273,11 +273,11 @@ def test_values_belong_to_models_in_their_order() -> None:
         control_net_preps=("none", "canny_10_20"),
         control_net_multipliers=(0.5, 2.0),
         control_net_ratios=(1.0, 0.25),
-    ).uses
+    ).specs
 
-    assert first == ControlUse(Path("0.safetensors"), None, 0.5, 1.0)
-    assert second == ControlUse(Path("1.safetensors"), (10, 20), 2.0, 0.25)
-    assert options_of(TWO[0], control_net_preps=("canny",)).uses[0].canny == (63, 191)
+    assert first == ControlSpec(Path("0.safetensors"), None, 0.5, 1.0)
+    assert second == ControlSpec(Path("1.safetensors"), (10, 20), 2.0, 0.25)
+    assert options_of(TWO[0], control_net_preps=("canny",)).specs[0].canny == (63, 191)
 
 
 @pytest.mark.parametrize(

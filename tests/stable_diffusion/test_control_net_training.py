@@ -31,7 +31,8 @@ folder = test_lllite_training.folder
 
 def family_of(kind: str, tmp_path: Path, path: Path | None) -> StableDiffusion:
     family = make_family(kind, tmp_path)
-    return with_control_net(family, path, new_layers_lr=0.5 if kind == "sdxl" else None, checkpoints=False)
+    new_layers_lr = 0.5 if kind == "sdxl" else None
+    return with_control_net(family, path, new_layers_lr=new_layers_lr, gradient_checkpointing=False)
 
 
 class Controlled(nn.Module):

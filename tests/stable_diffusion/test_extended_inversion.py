@@ -49,7 +49,7 @@ def test_gradients_are_those_of_a_network_whose_layers_are_given_their_states(tm
     for index, parameter in enumerate(rows.parameters()):  # each layer's own
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
 
-    found = replace(noisy_batch, batch=texts.add_to(noisy_batch.batch))
+    found = replace(noisy_batch, batch=texts.add_encoded_captions(noisy_batch.batch))
     loss = training_loss(family, unet, found, contextlib.nullcontext)
     loss.backward()
 

@@ -312,7 +312,7 @@ def test_a_vector_of_another_width_is_refused(tmp_path: Path) -> None:
     write_tower(tmp_path / "image_encoder", projection=32)
     noise(40, 30).save(tmp_path / "one.png")
     vectors = ImageVectors(make_model("sdxl", tmp_path / "x.safetensors"), None, 1.0)
-    with pytest.raises(CheckpointError, match="makes vectors of 32 numbers, the pooled state of .* has 64"):
+    with pytest.raises(CheckpointError, match="vectors of width 32, but the pooled state of .* has width 64"):
         vectors.replace_pooled([TextState(torch.ones(77, 128), torch.ones(64))], [tmp_path / "one.png"])
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import CLIPTokenizer
 
-from encoders.inversion import LearntRows, write_rows
+from encoders.inversion import WordVectors, write_vectors
 from modules.errors import OptionError
 from protocols.loading import Placement
 from protocols.requests import Prompt
@@ -57,7 +57,7 @@ def inversion_family(kind: str, folder: Path, **values: Any) -> StableDiffusion:
     return with_inversion(make_family(kind, folder, options=options, text_training=TextEncoderTraining({})))
 
 
-def make_rows(family: StableDiffusion) -> tuple[LearntRows, LiveTextEncoders]:
+def make_rows(family: StableDiffusion) -> tuple[WordVectors, LiveTextEncoders]:
     """Load the text encoders, with rows in them that learn."""
     encoders = [encoder for encoder in family.text_encoders() if isinstance(encoder, LazyTextEncoder)]
     texts = LiveTextEncoders(encoders, encoders)
@@ -65,7 +65,7 @@ def make_rows(family: StableDiffusion) -> tuple[LearntRows, LiveTextEncoders]:
     assert family.custom_network is not None
     torch.manual_seed(0)
     rows = family.custom_network.make(torch.nn.ModuleDict(texts.networks), True).requires_grad_(True)
-    assert isinstance(rows, LearntRows)
+    assert isinstance(rows, WordVectors)
     return rows, texts
 
 
@@ -121,7 +121,7 @@ def test_gradients_of_the_rows_are_those_of_autograd(kind: str, tmp_path: Path) 
     unet: Any = family.load_dit(Placement(CPU)).requires_grad_(False)
     rows, texts = make_rows(family)
 
-    found = replace(noisy_batch, batch=texts.add_to(noisy_batch.batch))
+    found = replace(noisy_batch, batch=texts.add_encoded_captions(noisy_batch.batch))
     loss = training_loss(family, unet, found, contextlib.nullcontext)
     loss.backward()
 
@@ -158,7 +158,7 @@ def test_rows_alone_are_the_whole_table_with_its_old_rows_copied_back(tmp_path: 
 
     def learn(optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
-        states = texts.add_to(batch).tensor("hidden_state")
+        states = texts.add_encoded_captions(batch).tensor("hidden_state")
         (states - target).square().mean().backward()
         optimizer.step()
 
@@ -242,9 +242,9 @@ def test_the_next_command_has_the_word_by_the_name_of_its_file(
     ("word", "told"),
     [
         ("Zorb", "Give zorb"),
-        ("a zorb", "has blanks"),
+        ("a zorb", "has spaces"),
         ("zorb1", "ends with a digit"),
-        ("zorb(x)", "holds ("),
+        ("zorb(x)", "contains ("),
         ("", "is empty"),
     ],
 )
@@ -256,7 +256,7 @@ def test_words_that_cannot_be_new_ones_are_refused(word: str, told: str) -> None
 def test_diffusers_reads_the_file_as_we_do(tmp_path: Path) -> None:
     family = inversion_family("sdxl", tmp_path, num_vectors_per_token=2)
     rows, texts = make_rows(family)
-    write_rows(rows, tmp_path / "zorb.safetensors", None, {})
+    write_vectors(rows, tmp_path / "zorb.safetensors", None, {})
     vectors = load_file(tmp_path / "zorb.safetensors")
     encoders = plain_encoders("sdxl", tmp_path / "sdxl")
     loader: Any = TextualInversionLoaderMixin()
@@ -323,7 +323,7 @@ def test_samples_are_the_pictures_of_gen_img_and_a_resumed_run_is_the_same(folde
     succeed_here(script, *words_of(model, *resumed), folder=folder)
 
     assert f"1 of 3 captions lack the word {WORD}" in told
-    assert "norms of the vectors of zorb" in told or "So loud a word" in told
+    assert "norms of the vectors of zorb" in told or "Such a word drowns" in told
     saved = folder / "output" / f"{WORD}.safetensors"
     tensors, again = load_file(saved), load_file(folder / "resumed" / saved.name)
     assert tensors.keys() == again.keys() == {"clip_l", "clip_g"}
@@ -384,7 +384,7 @@ def test_mistakes_are_named(folder: Path) -> None:
     save_file({"clip_l": torch.zeros(1, 8), "clip_g": torch.zeros(1, 8)}, folder / "xl.safetensors")
 
     assert "knows this word already" in rejection(script, folder, *words, "--token_string", "a")
-    assert "its vectors have 9 numbers" in rejection(script, folder, *words, "--weights", "wide.safetensors")
+    assert "its vectors have width 9" in rejection(script, folder, *words, "--weights", "wide.safetensors")
     assert "--weights xl.safetensors" in rejection(script, folder, *words, "--weights", "xl.safetensors")
     assert "--num_vectors_per_token" in rejection(script, folder, *words, "--num_vectors_per_token", "76")
     assert "number of vectors" in rejection(script, folder, *words, "--network_dim", "4")

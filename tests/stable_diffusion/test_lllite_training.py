@@ -226,7 +226,7 @@ def test_samples_are_the_pictures_of_gen_img_and_a_resumed_run_is_the_same(folde
     resumed = [*sizes, "--resume", state, "--output_dir", "resumed"]
     succeed_here(SCRIPT, *words_of(model, *resumed), folder=folder)
 
-    assert "made by the base alone" in told
+    assert "generated without control" in told
     saved = folder / "output" / "net.safetensors"
     assert load_file(saved).keys() == load_file(folder / "resumed" / "net.safetensors").keys()
     for name, tensor in load_file(saved).items():
@@ -292,7 +292,7 @@ def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
 
     assert "is odd" in rejection(folder, *words, "--cond_emb_dim", "7")
     assert "no program reads a mask" in rejection(folder, *words, "--lllite_cond_in_channels", "4")
-    assert "has 8, with which it is trained on" in rejection(
+    assert "wide.safetensors, whose training continues, has 8" in rejection(
         folder, *words, "--network_weights", wide.name, "--network_dim", "4"
     )
     assert "is not a ControlNet-LLLite" in rejection(folder, *words, "--network_weights", control_net.name)

@@ -35,10 +35,10 @@ from tests.tiny.stable_diffusion import write_sd1, write_sdxl
 from training.data.live import LiveTextEncoders
 from training.features.embedding import EmbeddingOptions
 from training.features.embedding_rows import make_word_vectors
-from training.learner import find_learner
+from training.learner import find_network_spec
 from training.saving.files import Names, find_results
 from training.targets.passes import training_loss
-from training.trainable import train_network
+from training.trainable import LearningRates, prepare_network
 
 __all__ = ("folder",)
 
@@ -69,8 +69,10 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     rows = make_word_vectors(
         word, of_word, False, texts.networks_with_new_word, seed=3, has_initial_values=True
     )
-    learner = find_learner(family, NetworkOptions.from_defaults())
-    trainable = train_network(network, (1.0, None, None), max_norm=None, device=CPU, learner=learner)
+    network_spec = find_network_spec(family, NetworkOptions.from_defaults())
+    trainable = prepare_network(
+        network, LearningRates(1.0), max_norm=None, device=CPU, network_spec=network_spec
+    )
     trainable = rows.add_to(trainable, learning_rate=1.0, total_steps=2, device=CPU)
     plain_rows = {name: Parameter(tensor.detach().clone()) for name, tensor in rows.module.named_parameters()}
     plain_parameters = [*twin.parameters(), *plain_rows.values()]
@@ -82,7 +84,7 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     plain = torch.optim.SGD([{"params": [*twin.parameters()], "lr": 1.0}, of_rows])
 
     for _ in range(2):
-        found = replace(noisy_batch, batch=texts.add_to(noisy_batch.batch))
+        found = replace(noisy_batch, batch=texts.add_encoded_captions(noisy_batch.batch))
         training_loss(family, unet, found, contextlib.nullcontext).backward()
         torch.nn.utils.clip_grad_norm_(trainable.parameters, 1.0)
         tensors = {**noisy_batch.batch.tensors, **encode_plainly(kind, tmp_path / kind, plain_rows)}
@@ -225,7 +227,7 @@ def test_a_run_continues_with_the_word_of_a_lora(folder: Path) -> None:
     first = load_file(folder / "output" / "more.safetensors")[name]
     again = next((folder / "output").glob("cat.before-*")) / "cat.safetensors"
     assert (first - load_file(again)[name]).abs().max() < 0.06  # a step of AdamW at this rate
-    assert lost.count(f"brings the word {WORD}, which is not trained on") == 1
+    assert lost.count(f"contains the word {WORD}, which is not trained further") == 1
     assert not any("bundle_emb" in key for key in load_file(folder / "output" / "cat.safetensors"))
 
 

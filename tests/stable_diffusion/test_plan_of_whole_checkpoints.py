@@ -22,7 +22,7 @@ from training.planning.memory import predict
 ADAMW = "--optimizer_type AdamW"
 FUSED = "--optimizer_type Adafactor --full_bf16 --fused_backward_pass --optimizer_args relative_step=False"
 RECORDS = {"sdxl": SdxlFullTrainingOptions, "sd1": Sd1FineTuningOptions, "sd2": Sd1FineTuningOptions}
-KINDS = {"sdxl": sd.OF_XL, "sd1": sd.OF_SD, "sd2": sd.OF_SD}
+KINDS = {"sdxl": sd.ONLY_SDXL, "sd1": sd.SD1_AND_SD2, "sd2": sd.SD1_AND_SD2}
 CASES = [(kind, words) for kind in RECORDS for words in (FUSED, ADAMW)]
 
 

@@ -163,7 +163,7 @@ def test_parts_and_their_loras_act_in_their_regions(kind: str, halves: Path) -> 
         made = run_unet(unet, idea(call))
 
     changes = [{name: lora.change for name, lora in layers.items()} for layers in loras]
-    expected = plain(unet, call, maker.read(masked, WIDTH, HEIGHT), changes)
+    expected = plain(unet, call, maker.read_regions(masked, WIDTH, HEIGHT), changes)
     torch.testing.assert_close(made, expected, **CLOSE)
     assert all(lora.apply_region is None for layers in loras for lora in layers.values())
 
@@ -184,10 +184,10 @@ def test_there_are_as_many_loras_as_parts(halves: Path) -> None:
     unet = unet_of("sd1")
     maker = Regions(unet, add_loras(unet, 2))
     with pytest.raises(OptionError, match=r"the prompt has 3 parts between AND, --network_weights 2 LoRAs"):
-        maker.read(a_image(halves, 3), WIDTH, HEIGHT)
-    assert maker.read(a_image(None, 3), WIDTH, HEIGHT).shape == (3, 1, 1)
+        maker.read_regions(a_image(halves, 3), WIDTH, HEIGHT)
+    assert maker.read_regions(a_image(None, 3), WIDTH, HEIGHT).shape == (3, 1, 1)
     with pytest.raises(OptionError, match=r"--network_pre_calc folds LoRAs"):
-        Regions(unet, None).read(a_image(halves, 2), WIDTH, HEIGHT)
+        Regions(unet, None).read_regions(a_image(halves, 2), WIDTH, HEIGHT)
 
 
 # Masks

@@ -123,7 +123,7 @@ def test_prompts_come_from_the_metadata_of_pictures(tmp_path: Path, caplog: pyte
         ("third", ""),
     ]
     assert names(tmp_path) == ["a.png", "c.png"]
-    assert "b.png is left out because its metadata have no prompt" in caplog.text
+    assert "b.png is skipped because its metadata contains no prompt" in caplog.text
 
 
 def test_pictures_without_prompts_are_an_error(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import gen_img
 from modules.errors import OptionError, UserError
 from modules.limits import MAX_VARIANTS
 from modules.media.reading import read_image, read_tags
-from stable_diffusion.lines import LINE_OPTIONS, enumerates, expand, read_line, split_seeds
+from stable_diffusion.lines import LINE_OPTIONS, enumerates, expand, read_line, read_line_seeds
 from tests.commands import QUIET, ROOT, run_python
 from tests.stable_diffusion.loaded import load, make_images, write_guide, write_kohya
 from tests.stable_diffusion.test_mistakes import write_good
@@ -282,11 +282,11 @@ def test_a_line_has_the_long_names_of_other_scripts(caplog: pytest.LogCaptureFix
 
 
 def test_seeds_are_found_before_variants_are_chosen() -> None:
-    assert split_seeds("a") is None
-    assert split_seeds("a --seed 7,8") == (7, 8)
-    assert split_seeds("a {b|c} --D 7,8 --n x") == (7, 8)
+    assert read_line_seeds("a") is None
+    assert read_line_seeds("a --seed 7,8") == (7, 8)
+    assert read_line_seeds("a {b|c} --D 7,8 --n x") == (7, 8)
     with pytest.raises(OptionError, match="not a whole number"):
-        split_seeds("a {b --d 1|c}")
+        read_line_seeds("a {b --d 1|c}")
 
 
 # prompt -> all texts that it may stand for

@@ -150,8 +150,8 @@ def test_equal_names_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "content", "message"),
     [
-        ("sd1", "blob", {"emb_params": vectors(2, 32)}, "have 32 numbers.*take 64"),
-        ("sd1", "blob", {"clip_l": vectors(), "clip_g": vectors()}, "have 64 and 64 numbers.*take 64"),
+        ("sd1", "blob", {"emb_params": vectors(2, 32)}, "have width 32.*take width 64"),
+        ("sd1", "blob", {"clip_l": vectors(), "clip_g": vectors()}, "have width 64 and 64.*take width 64"),
         ("sdxl", "blob", {"emb_params": vectors()}, "one set of vectors.*clip_l and clip_g"),
         ("sd1", "blob", {"emb_params": vectors(76)}, "it has 76 vectors.*75"),
         ("sd1", "cat", {"emb_params": vectors()}, "cat is a word that the text encoder knows"),
@@ -423,7 +423,7 @@ def test_a_word_of_a_lora_may_be_known_and_has_to_fit(tmp_path: Path) -> None:
     assert not torch.equal(texts.encode("a cat").context, plain.context)
 
     wide = read_lora_words({lora: {"blob": {"emb_params": vectors(2, 32)}}}, "--lora_weight")
-    with pytest.raises(CheckpointError, match=r"the word blob in --lora_weight .*have 32 numbers"):
+    with pytest.raises(CheckpointError, match=r"the word blob in --lora_weight .*have width 32"):
         PromptEncoder(make_towers("sd1")[0], sort, options().text, lora_words=wide)
     with pytest.raises(
         CheckpointError, match=r"the word blob in .*is not a textual inversion: it contains t5"

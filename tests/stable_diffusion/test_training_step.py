@@ -273,7 +273,7 @@ def test_text_encoders_learn_as_in_a_plain_loop(kind: str, tmp_path: Path) -> No
     for layer in network.layers:
         nn.init.normal_(layer.lora_up.weight, std=0.05, generator=generator)
 
-    live = replace(noisy_batch, batch=texts.add_to(noisy_batch.batch))
+    live = replace(noisy_batch, batch=texts.add_encoded_captions(noisy_batch.batch))
     training_loss(family, dit, live, contextlib.nullcontext).backward()
 
     plain = plain_encoders(kind, tmp_path / kind)

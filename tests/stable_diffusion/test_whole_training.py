@@ -277,7 +277,7 @@ def test_blocks_of_the_unet_learn_at_their_own_rates(folder: Path) -> None:
         "sdxl_train.py", *words(model.name, *fixed, "--block_lr", "1e-5,1e-5"), folder=folder
     )
 
-    remark = "--learning_rate has no effect: all parts that learn have rates of their own."
+    remark = "--learning_rate has no effect: all trained parts have their own rates."
     assert [remark in text for text in (usually, shown)] == [False, True]
     assert LearningParts({"text_encoder": 1e-5}, (1e-5,)).have_own_rates
     assert not LearningParts({"text_encoder": None}, (1e-5,)).have_own_rates  # which learns at it

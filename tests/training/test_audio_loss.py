@@ -19,7 +19,7 @@ from training.data.feed import NoiseSampler
 from training.data.timesteps import draw
 from training.features.guided import GuidedTarget, with_guided_target
 from training.features.teacher_errors import Split
-from training.features.teacher_passes import TeacherComparison, TeacherTarget, teach_as_base
+from training.features.teacher_passes import TeacherComparison, TeacherTarget, predict_as_base_model
 from training.loss import PLAIN_LOSS, LossRule, NoisyBatch
 from training.noise_options import SHIFTED_LOGIT, TimestepOptions
 from training.targets.passes import measure_streams, training_loss
@@ -158,7 +158,7 @@ def test_the_colour_of_a_teacher_is_of_the_picture_alone() -> None:
         Shifted.is_base = False
 
     noisy = drawn(batch_of(True))
-    teaching = TeacherComparison(TeacherTarget(1.0, split=Split(1.0, 0.25)), teach_as_base)
+    teaching = TeacherComparison(TeacherTarget(1.0, split=Split(1.0, 0.25)), predict_as_base_model)
     rule = LossRule(as_base=as_base, targets=[teaching.compare])
 
     image, heard = measure_streams(Shifted(), nn.Identity(), noisy, nullcontext, rule)

@@ -158,7 +158,7 @@ def test_a_file_that_cannot_be_used_leaves_the_earlier_prompts_with_one_warning(
     made = train_edited(tmp_path, edit, {2: text, 4: DOG.replace("--d 1", "--d 9")})
 
     assert made == ["1.0 seed 1", "2.0 seed 1", "3.0 seed 1", "4.0 seed 9"]
-    said = [record.message for record in caplog.records if "earlier ones stay" in record.message]
+    said = [record.message for record in caplog.records if "earlier ones are kept" in record.message]
     assert len(said) == 1
     assert reason in said[0]
     assert "\n" not in said[0]
@@ -282,5 +282,5 @@ def test_processes_take_their_share_of_what_the_first_one_has_read(tmp_path: Pat
     later = [f"{step}.{sample}" for step in (2, 3, 4) for sample in of_edited]
     assert list_made(tmp_path) == ["1.0 seed 1", *later]
     said = done[0].stderr + done[1].stderr
-    assert said.count("The edited sample prompts are not taken") == 2
+    assert said.count("The edited sample prompts are not used") == 2
     assert "gone.png" in said

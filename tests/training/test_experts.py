@@ -24,11 +24,10 @@ from tests.runtime.offload.test_turns import taking_turns
 from tests.training import toy
 from tests.training.test_resume import train_in_two_processes
 from training.experts import ExpertNetworks
-from training.learner import find_learner
+from training.learner import find_network_spec
 from training.loop import take_step
 from training.run import prepare_run, train_network
-from training.trainable import share_network
-from training.trainable import train_network as make_trainable
+from training.trainable import LearningRates, prepare_network, share_network
 
 BOTH = toy.ToyFamily(experts=toy.TWO_EXPERTS)
 APART = "--lora_per_expert"
@@ -70,12 +69,12 @@ def test_a_shared_network_has_the_same_parameters_in_both(tmp_path: Path, module
     )
     first, second = (make_network(options, BOTH.lora_module, dit, seed=3) for dit in (low, high))
 
-    trainable = make_trainable(
+    trainable = prepare_network(
         first,
-        (1e-2, None, None),
+        LearningRates(1e-2),
         None,
         torch.device("cpu"),
-        find_learner(BOTH, NetworkOptions.from_defaults()),
+        find_network_spec(BOTH, NetworkOptions.from_defaults()),
     )
     trainable = share_network(trainable, second, torch.device("cpu"))
 

@@ -18,7 +18,7 @@ from tests.training.toy_images import (
     write_images,
     write_subset,
 )
-from training.caching_inside import find_live_texts
+from training.caching_inside import find_live_encoders
 from training.data.live import LiveTextEncoders
 from training.learner import FULL_MODEL
 from training.plan import read_config
@@ -146,13 +146,13 @@ def test_encoders_whose_outputs_are_all_cached_do_not_learn(
 
     with caplog.at_level("INFO"):
         options = image_toy_options(tmp_path, *both)
-        texts = find_live_texts(TextFamily(), options, read_config(options, TextFamily(), FULL_MODEL))
+        texts = find_live_encoders(TextFamily(), options, read_config(options, TextFamily(), FULL_MODEL))
 
     assert texts is None
     assert "Text encoders do not learn (clip and t5)" in caplog.text
     options = image_toy_options(tmp_path, *both, "--network_train_text_encoder_only")
     with pytest.raises(OptionError, match="outputs of clip and t5 change"):
-        find_live_texts(TextFamily(), options, read_config(options, TextFamily(), FULL_MODEL))
+        find_live_encoders(TextFamily(), options, read_config(options, TextFamily(), FULL_MODEL))
 
 
 def test_an_encoder_that_is_told_to_learn_is_not_cached(
@@ -232,16 +232,16 @@ def test_the_memory_plan_counts_the_text_encoders(tmp_path: Path) -> None:
     family, options = TextFamily(), image_toy_options(tmp_path)
     with prepare_run(family, options) as run:
         batch = run.feed.read((0, 0))
-        assert run.plan.texts is not None
-        known = replace(batch, batch=run.plan.texts.add_to(batch.batch))
+        assert run.plan.live_encoders is not None
+        known = replace(batch, batch=run.plan.live_encoders.add_encoded_captions(batch.batch))
     encoders = family.text_encoders()
 
     cached = peak_of_phases(predict(family, options, known.moved(torch.detach), CPU).phase_peaks)[1]
     frozen = peak_of_phases(
-        predict(family, options, batch, CPU, texts=LiveTextEncoders(encoders)).phase_peaks
+        predict(family, options, batch, CPU, live_encoders=LiveTextEncoders(encoders)).phase_peaks
     )[1]
     texts = LiveTextEncoders(encoders, family.made[-2:-1])
-    learning = peak_of_phases(predict(family, options, batch, CPU, texts=texts).phase_peaks)[1]
+    learning = peak_of_phases(predict(family, options, batch, CPU, live_encoders=texts).phase_peaks)[1]
 
     assert TEXTS not in cached
     weights = sum(round_up_bytes(tensor.nbytes) for tensor in TinyText(1).state_dict().values())

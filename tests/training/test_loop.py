@@ -23,7 +23,7 @@ from protocols.family import NoiseSpec
 from protocols.loading import Placement
 from tests.dataset.making import make_image
 from tests.training import toy
-from training.data.feed import BatchSources, Feed, NoiseSampler, PackedBatch, draw_given_frames
+from training.data.feed import BatchSources, Feed, NoiseSampler, PackedBatch, draw_num_clean_frames
 from training.loop import take_step
 from training.loss import NoisyBatch
 from training.optimizers.stepping import StepAfterBackward
@@ -353,7 +353,7 @@ def test_the_first_process_warns_once_of_caches_that_other_encoders_made(
 def test_how_often_the_first_frame_is_given_follows_from_seed_and_number() -> None:
     def given(probability: float, frames: int = 2, seed: int = 3) -> list[int]:
         spec = NoiseSpec(first_frame_probability=probability)
-        return [draw_given_frames(spec, frames, seed, "given frames", number) for number in range(400)]
+        return [draw_num_clean_frames(spec, frames, seed, "given frames", number) for number in range(400)]
 
     assert given(0.5) == given(0.5)
     assert given(0.5) != given(0.5, seed=4)
@@ -372,7 +372,7 @@ def test_a_packed_micro_batch_comes_out_as_it_went_in() -> None:
     sigmas = torch.rand(1)
     data = NoisyBatch(
         *(Batch(tensors, ("a",), ("b",)), torch.randn(1, 2, 1, 3, 3), sigmas, 1000 * sigmas, torch.ones(1)),
-        given_frames=1,
+        num_clean_frames=1,
         number=3,
     )
 
@@ -380,7 +380,7 @@ def test_a_packed_micro_batch_comes_out_as_it_went_in() -> None:
     out = packed.unpacked()
 
     assert (out.number, out.batch.captions, out.batch.keys) == (3, ("a",), ("b",))
-    assert out.given_frames == 1
+    assert out.num_clean_frames == 1
     torch.testing.assert_close(dict(out.batch.tensors), tensors, rtol=0, atol=0)
     for name in ("noise", "sigmas", "timesteps", "weights"):
         assert torch.equal(getattr(out, name), getattr(data, name))

@@ -26,7 +26,7 @@ from tests.golden_cases import read_case
 from tests.training.toy import LATENT, ToyFamily, record_encoders, toy_options, train_toy, write_caches
 from training.features.contract import PRESERVE_OUTPUT
 from training.features.output_preservation import preserve
-from training.features.teacher_passes import TeacherComparison, TeacherTarget, teach_as_base
+from training.features.teacher_passes import TeacherComparison, TeacherTarget, predict_as_base_model
 from training.loss import PLAIN_LOSS, LossRule, NoisyBatch, convert_velocity, element_errors, find_thresholds
 from training.noise_options import PREDICTIONS, LossOptions
 from training.run import prepare_run
@@ -91,7 +91,7 @@ def test_given_frames_are_clean_and_left_out_of_the_loss() -> None:
     latents = latents * torch.tensor([1.0, 2, 3]).view(3, 1, 1)
     mask = torch.tensor([1.0, 0.5, 0.25]).view(1, 3, 1, 1).expand(2, 3, 2, 2)
     plain = noisy_batch(latents=latents, **{LOSS_MASK: mask})
-    batch = replace(plain, noise=torch.ones_like(latents), given_frames=1)
+    batch = replace(plain, noise=torch.ones_like(latents), num_clean_frames=1)
     dit, family = Constant(), Told()
 
     errors = errors_of(batch, dit, family)
@@ -102,7 +102,7 @@ def test_given_frames_are_clean_and_left_out_of_the_loss() -> None:
     assert not torch.equal(dit.noisy[:, :, 1:], clean[:, :, 1:])
     each = (0.5 - (1 - clean[:, 0, :, 0, 0])).square()  # B F
     torch.testing.assert_close(errors, (0.5 * each[:, 1] + 0.25 * each[:, 2]) / 2)
-    errors_of(replace(batch, given_frames=0), dit, family)
+    errors_of(replace(batch, num_clean_frames=0), dit, family)
     assert family.__dict__["given"] == 0
 
 
@@ -222,7 +222,7 @@ def test_preserved_samples_and_a_teachers_share_are_compared_with_the_base_model
     """Its prediction is a constant 0.25 here, whatever the latents and the noise are."""
     batch, dit = with_batch(noisy_batch(), attributes=(frozenset(), frozenset({PRESERVE_OUTPUT}))), Constant()
 
-    teaching = TeacherComparison(TeacherTarget(teacher_weight), teach_as_base)
+    teaching = TeacherComparison(TeacherTarget(teacher_weight), predict_as_base_model)
     rule = LossRule(
         as_base=lambda: saying(dit, 0.25),
         base_target_attributes=frozenset({PRESERVE_OUTPUT}),
@@ -253,7 +253,7 @@ def test_a_teacher_is_told_dropped_captions_and_the_first_frame() -> None:
     dit = Constant()
     batch = noisy_batch().moved(lambda tensor: tensor.repeat(1, 1, 3, 1, 1) if tensor.ndim == 5 else tensor)
     batch = with_batch(batch, undropped={"letters": [torch.full((1, 1), 7.0), torch.ones(3, 1)]})
-    teaching = TeacherComparison(TeacherTarget(1.0), teach_as_base)
+    teaching = TeacherComparison(TeacherTarget(1.0), predict_as_base_model)
     rule = LossRule(as_base=lambda: saying(dit, 0.75), targets=[teaching.compare])
 
     errors = errors_of(batch, dit, Watching(teacher_only_conditions=(CAPTION, FIRST_FRAME)), rule)

@@ -19,7 +19,7 @@ from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, gradients, learner
 from tests.training import toy
 from training.features.ema_weights import make_average
-from training.learner import find_learner
+from training.learner import find_network_spec
 from training.learning_options import FullDitOptions
 from training.metadata import file_metadata, run_metadata
 from training.options import TrainingOptions, read_arguments, training_parser
@@ -52,10 +52,10 @@ def make_plan(options: TrainingOptions, folder: str, name: str, **family: str) -
     return SimpleNamespace(
         options=options,
         features=options.features,
-        learner=find_learner(model, options.network),
+        network_spec=find_network_spec(model, options.network),
         family=model,
         progress=Progress(42, 7, 12.5),
-        steps=StepPlan(num_batches=3, processes=1, accumulation=1, total_steps=6),
+        steps=StepPlan(num_batches=3, data_parallel_size=1, accumulation_steps=1, total_steps=6),
         order=SimpleNamespace(num_items=6),
         network_module=module,
         config=SimpleNamespace(datasets=[table]),

@@ -19,7 +19,7 @@ from protocols.family import Abilities
 from protocols.rules import ONE_EXPERT
 from tests.training.toy import TWO_EXPERTS, Killed, killed_at, toy_options, write_caches
 from training import next_commands as following
-from training.learner import find_learner
+from training.learner import find_network_spec
 from training.learning_options import FullDitOptions
 from training.next_commands import NextSteps, TrainingCommand
 from training.options import (
@@ -58,7 +58,7 @@ def plan_of(options: TrainingOptions, folder: Path, family: str = "hunyuan_video
     return SimpleNamespace(
         options=options,
         features=options.features,
-        learner=find_learner(model, options.network),
+        network_spec=find_network_spec(model, options.network),
         names=Names(folder, "x"),
         steps=SimpleNamespace(total_steps=40),
         accelerator=SimpleNamespace(num_processes=processes),
@@ -173,7 +173,7 @@ def test_two_transformers_are_generated_with_by_the_files_for_each(
     generation = ["wan_generate_video.py", "--dit", "low", "--dit_high_noise", "high"]
     steps = next_steps(tmp_path, ["--ema_decay", "0.9", "--sample_ema"], guidance_scale_high_noise=4.0)
     loras = [(Path("distilled.safetensors"), 0.8)]
-    entry: Any = SimpleNamespace(generation_words=lambda *_: generation, spellings={})
+    entry: Any = SimpleNamespace(generation_argv=lambda *_: generation, spellings={})
     steps = replace(steps, command=replace(steps.command, entry=entry), sample_loras=loras)
     steps.plan.family.experts = TWO_EXPERTS
     steps.plan.names = Names(tmp_path, "x", parts)
@@ -285,7 +285,7 @@ def test_a_caption_that_no_terminal_takes_is_left_out(
     plan: Any = SimpleNamespace(training=[item], sources=SimpleNamespace(stores=None))
     monkeypatch.setattr(following, "find_example", lambda *_: ExampleItem(caption))
 
-    assert following.say_example(plan, {})["prompt"] == (caption if is_told else None)
+    assert following.example_values(plan, {})["prompt"] == (caption if is_told else None)
 
 
 @pytest.mark.parametrize("removed", [(), ("--save_last_n_steps", 2)], ids=["all kept", "old ones removed"])
@@ -296,7 +296,7 @@ def test_a_killed_run_names_the_file_that_was_saved_last(removed: tuple[object, 
     options = toy_options(tmp_path, *saves, has_page=True)
     entry: Any = SimpleNamespace(
         caching_commands=lambda *_: ("cache", "cache"),
-        generation_words=lambda *_: ["toy_generate.py"],
+        generation_argv=lambda *_: ["toy_generate.py"],
         spellings={},
     )
 

@@ -58,7 +58,7 @@ def other_words(folder: Path) -> list[object]:
 def teacher_of(run: TrainingRun) -> Any:
     """Return the model that teaches, of the function of the hooks."""
     (compare,) = run.features.on.target
-    return compare.__self__.teach.__self__  # type: ignore[attr-defined]
+    return compare.__self__.predict_target.__self__  # type: ignore[attr-defined]
 
 
 def compare_losses(
@@ -156,7 +156,7 @@ def test_a_model_for_samples_of_another_width_is_refused_by_its_shapes(tmp_path:
     write_project(tmp_path)
     others = OtherFamilies(sampling=OtherToy(width=6, is_unused=True))
 
-    message = r"--other_dit: its head\.weight has the shape \[2, 6\], in the trained transformer \[2, 8\]"
+    message = r"--other_dit: its head\.weight has the shape \[2, 6\], but in the trained transformer \[2, 8\]"
     with (
         pytest.raises(CheckpointError, match=message),
         prepare_run(SampledToy(is_unused=True), toy.toy_options(tmp_path), others=others),

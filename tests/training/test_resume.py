@@ -23,7 +23,7 @@ from modules.options import FREE, HABIT, IDENTITY
 from tests.commands import ROOT, run_python
 from tests.dataset.making import make_table
 from tests.training import toy
-from training.resuming import _normalize_identity, epoch_digest
+from training.resuming import _normalize_fixed_settings, epoch_digest
 from training.run import train_network
 from training.saving.states import SavedState, read_state
 
@@ -277,7 +277,7 @@ def test_a_state_of_a_known_tuner_gives_weights_and_optimizer_and_counts_from_ze
     else:
         assert max(moments) < 1
         assert "the weights alone are restored" in caplog.text
-        assert "in which order that program numbers the layers" in caplog.text
+        assert "the order in which that program numbers the layers" in caplog.text
 
 
 def test_a_state_with_more_modules_than_the_default_goes_on_with_them(tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def train_in_two_processes(
 def test_a_respelled_value_of_the_same_meaning_resumes() -> None:
     saved, same, other = ({"--ltx_mode": mode, "--seed": 3} for mode in ("video", "v", "av"))
 
-    before = _normalize_identity(saved, Ltx2TrainingOptions)
+    before = _normalize_fixed_settings(saved, Ltx2TrainingOptions)
 
-    assert before == _normalize_identity(same, Ltx2TrainingOptions)
-    assert before != _normalize_identity(other, Ltx2TrainingOptions)
+    assert before == _normalize_fixed_settings(same, Ltx2TrainingOptions)
+    assert before != _normalize_fixed_settings(other, Ltx2TrainingOptions)

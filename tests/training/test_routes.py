@@ -18,12 +18,18 @@ GRID = (2, 4, 4)
 LENGTH = 32
 
 
-def make_batch(given_frames: int = 0, number: int = 0, **masks: Tensor) -> NoisyBatch:
+def make_batch(num_clean_frames: int = 0, number: int = 0, **masks: Tensor) -> NoisyBatch:
     latents = torch.zeros(2, 4, 4, 8, 8)
     batch = Batch({"latents": latents, **masks}, ("a", "b"), ("a", "b"))
     numbers = torch.full((2,), 0.5)
     return NoisyBatch(
-        batch, latents, numbers, 1000 * numbers, torch.ones(2), given_frames=given_frames, number=number
+        batch,
+        latents,
+        numbers,
+        1000 * numbers,
+        torch.ones(2),
+        num_clean_frames=num_clean_frames,
+        number=number,
     )
 
 
@@ -54,7 +60,7 @@ def test_all_places_are_left_out_equally_often() -> None:
 
 def test_given_frames_take_part() -> None:
     """The share is one of the other tokens."""
-    chosen = select_kept_tokens(make_batch(given_frames=2), GRID, drop_rate=0.5, seed=1)
+    chosen = select_kept_tokens(make_batch(num_clean_frames=2), GRID, drop_rate=0.5, seed=1)
 
     assert chosen.shape == (2, 16 + 8)
     assert torch.equal(chosen[:, :16], torch.arange(16).expand(2, -1))

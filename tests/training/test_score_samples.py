@@ -73,7 +73,7 @@ def test_a_failure_is_said_once_and_nothing_is_started_again(
         scorer.__exit__(None)
     assert len(calls(tmp_path, 1)) == 1
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warning == "--score_samples: the samples are not scored any more: no such device"
+    assert warning == "--score_samples: samples are no longer scored: no such device"
 
 
 def test_a_run_that_was_ended_at_once_waits_for_nothing(tmp_path: Path) -> None:

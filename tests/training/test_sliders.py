@@ -172,7 +172,7 @@ def test_strengths_of_tables_are_refused_beside_it(tmp_path: Path) -> None:
     """A slider has its own strengths, 1 and -1, which would replace that of the table."""
     write_project(tmp_path, more="network_multiplier = -0.5\n")
 
-    with pytest.raises(OptionError, match="network_multiplier cannot be had with --slider"):
+    with pytest.raises(OptionError, match="network_multiplier cannot be used with --slider"):
         toy.train_toy(tmp_path, "--slider", write_slider(tmp_path))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.training.toy import ToyFamily, toy_options, train_toy, write_caches, write_prompts
-from training.learner import FULL_MODEL, find_learner
+from training.learner import FULL_MODEL, find_network_spec
 from training.previews import describe_run
 from training.reports.history import History
 from training.reports.pauses import StepClock
@@ -28,16 +28,18 @@ from training.summary import (
 def test_groups_after_a_resume_are_the_rest_of_the_epoch(position: int) -> None:
     plan = StepPlan(7, 1, 4, 100)
 
-    assert list(plan.groups(0, position)) == [group for group in plan.groups(0) if group.start >= position]
+    assert list(plan.batches_by_step(0, position)) == [
+        group for group in plan.batches_by_step(0) if group.start >= position
+    ]
 
 
 def test_the_run_ends_at_its_total_in_the_middle_of_an_epoch() -> None:
-    plan = StepPlan(num_batches=6, processes=1, accumulation=2, total_steps=4)
+    plan = StepPlan(num_batches=6, data_parallel_size=1, accumulation_steps=2, total_steps=4)
 
     assert plan.num_epochs == 2
-    assert list(plan.groups(1)) == [range(0, 2)]
+    assert list(plan.batches_by_step(1)) == [range(0, 2)]
     assert list(plan.keys(0, 0, 2)) == [(0, 2), (0, 3), (0, 4), (0, 5), (1, 0), (1, 1)]
-    assert list(plan.groups(1, 2)) == []
+    assert list(plan.batches_by_step(1, 2)) == []
 
 
 @pytest.mark.parametrize("begin", [(0, 0, 0), (2, 0, 9), (1, 3, 5), (1, 7, 5)])
@@ -46,7 +48,7 @@ def test_steps_are_counted_from_where_the_plan_began(begin: tuple[int, int, int]
     plan = StepPlan(7, 1, 4, 30, *begin)
 
     for number in range(epoch, plan.num_epochs):
-        for group in plan.groups(number, position):
+        for group in plan.batches_by_step(number, position):
             assert plan.steps_until(number, position) == step
             step, position = step + 1, group.stop
         position = 0
@@ -92,7 +94,7 @@ def test_a_rate_and_an_alpha_that_were_forgotten_are_judged(
     # 2e-6 is the default
     options = toy_options(tmp_path, "--learning_rate", "2e-6", "--network_dim", 32, *words.split())
 
-    said = describe_learning_rate(options, find_learner(ToyFamily(), options.network))
+    said = describe_learning_rate(options, find_network_spec(ToyFamily(), options.network))
     assert said == rate if "which" not in rate else said.startswith(rate)
     assert options.network is not None
     assert alpha in str(judge_alpha(options.network))
@@ -133,7 +135,7 @@ def test_a_check_tells_of_validation_and_of_an_unusual_rate(
     tmp_path: Path, words: str, held: int, lines: list[str]
 ) -> None:
     options = toy_options(tmp_path, *words.split())
-    assert describe_run(options, find_learner(ToyFamily(), options.network), held) == lines
+    assert describe_run(options, find_network_spec(ToyFamily(), options.network), held) == lines
 
 
 def test_a_resumed_run_counts_its_own_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -157,7 +159,7 @@ def test_a_resumed_run_counts_its_own_steps(tmp_path: Path, caplog: pytest.LogCa
     ],
 )
 def test_the_files_of_a_run_are_counted_before(tmp_path: Path, words: str, files: int, states: int) -> None:
-    plan = StepPlan(num_batches=5, processes=1, accumulation=1, total_steps=8)
+    plan = StepPlan(num_batches=5, data_parallel_size=1, accumulation_steps=1, total_steps=8)
     write_caches(tmp_path)
     saving = toy_options(tmp_path, *words.split()).saving
 

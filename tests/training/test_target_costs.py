@@ -95,7 +95,7 @@ def test_bands_masks_and_tokens_are_described(tmp_path: Path) -> None:
         "noise",
         "outside masks as the model without the network, weight 0.5",
         "passes in a step: 1 with gradients, 2 without: about 1.7 to 2.0 times a plain step",
-        "25 % of the tokens pass by the blocks 2 to -2, in passes with gradients",
+        "25 % of the tokens bypass the blocks 2 to -2, in passes with gradients",
     ]
 
 

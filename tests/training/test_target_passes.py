@@ -26,7 +26,7 @@ from training.features.teacher_passes import (
     Band,
     TeacherComparison,
     TeacherTarget,
-    teach_as_base,
+    predict_as_base_model,
     with_teacher_inputs,
 )
 from training.loss import LossRule, NoisyBatch
@@ -117,7 +117,7 @@ def test_a_sample_at_the_lowest_level_is_guided() -> None:
 
 def test_an_anchor_has_its_weight_and_its_balance() -> None:
     band = Band(0.0, 0.5)
-    teaching = TeacherComparison(TeacherTarget(0.7, band=band, anchor_weight=0.5), teach_as_base)
+    teaching = TeacherComparison(TeacherTarget(0.7, band=band, anchor_weight=0.5), predict_as_base_model)
     step = Step(targets=[teaching.compare])
     noisy_batch = replace(make_batch(0.5, 0.6), notes={BALANCE: 2.0})
 
@@ -132,9 +132,9 @@ def test_a_teacher_that_knows_the_first_frame_is_not_compared_there(
     frames: int, given: int, expected: int
 ) -> None:
     family = toy.ToyFamily(teacher_only_conditions=(FIRST_FRAME,))
-    noisy_batch = replace(make_batch(0.5, frames=frames), given_frames=given)
+    noisy_batch = replace(make_batch(0.5, frames=frames), num_clean_frames=given)
 
-    assert with_teacher_inputs(family, noisy_batch, "").given_frames == expected
+    assert with_teacher_inputs(family, noisy_batch, "").num_clean_frames == expected
 
 
 @pytest.mark.parametrize("attributes", [(), (frozenset(), frozenset({PRESERVE_OUTPUT}))])

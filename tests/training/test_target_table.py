@@ -34,7 +34,7 @@ from training.features.slider import SliderOptions
 from training.features.slider_file import Slider, SliderFile
 from training.features.slider_passes import SliderTarget, slider_passes
 from training.features.teacher_options import TeacherOptions
-from training.features.teacher_passes import Band, TeacherComparison, TeacherTarget, teach_as_base
+from training.features.teacher_passes import Band, TeacherComparison, TeacherTarget, predict_as_base_model
 from training.features.tread import TreadOptions, check_tread
 from training.features.tread_runner import Route, bypassing_blocks
 from training.loss import MASK, LossRule, NoisyAudio, NoisyBatch
@@ -59,7 +59,7 @@ CARRIED = (
     "weights",
     "network_multiplier",
     "has_empty_text",
-    "given_frames",
+    "num_clean_frames",
     "perturbation",
     "audio",
     "loss_type",
@@ -76,12 +76,12 @@ WORDS = {
 ONLY = "--network_train_unet_only"
 PRESERVED = "custom_attributes.diff_output_preservation = true"
 REJECTED = {
-    ("guided", "teacher"): "are two answers to one question",
+    ("guided", "teacher"): "both choose what is learned instead of the clip",
     **{(name, "preference"): "has no place for another target" for name in TARGETS[:4]},
     **{(name, "slider"): "a slider learns from its captions alone" for name in TARGETS[:5]},
-    ("preference", "preserved"): "cannot be had with --preference",
-    ("slider", "preserved"): "cannot be had with --slider",
-    ("slider", "network_multiplier"): "cannot be had with --slider",
+    ("preference", "preserved"): "cannot be used with --preference",
+    ("slider", "preserved"): "cannot be used with --slider",
+    ("slider", "network_multiplier"): "cannot be used with --slider",
     ("tread", "audio"): "second stream, the sound",
 }
 SHAPE = (4, toy.LATENT.channels, 2, 2, 2)
@@ -186,7 +186,7 @@ def make_batch(names: tuple[str, ...]) -> NoisyBatch:
         timesteps=1000 * sigmas,
         weights=weights,
         levels=LEVELS,
-        given_frames=1 if "given_frames" in names else 0,
+        num_clean_frames=1 if "num_clean_frames" in names else 0,
         perturbation=0.2 * draw(*SHAPE) if "perturbation" in names else None,
         audio=audio,
     )
@@ -207,7 +207,7 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
     changes: dict[str, Any] = {
         "guided": partial(with_guided_target, GUIDED),
         "mask_prior_weight": partial(compare_outside_masks, MASK_PRIOR),
-        "teacher": TeacherComparison(TEACHER, teach_as_base).compare,
+        "teacher": TeacherComparison(TEACHER, predict_as_base_model).compare,
     }
     rule = LossRule(
         LossOptions.from_defaults(loss_type="l1") if "loss_type" in names else L2,
@@ -255,7 +255,7 @@ class ByHand:
 
     def streams(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]]:
         """Of each stream: noised input and velocity, B N; how much places count; weights; levels; scale."""
-        noisy_batch, given = self.noisy_batch, self.noisy_batch.given_frames
+        noisy_batch, given = self.noisy_batch, self.noisy_batch.num_clean_frames
         latents = toy.LATENT.to_model(self.batch.tensor("latents"))
         share = noisy_batch.sigmas.view(-1, 1, 1, 1, 1)
         noise = noisy_batch.noise

@@ -367,7 +367,10 @@ def test_the_file_says_what_its_network_learned_towards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--guided_target 3 --teacher base", "--guided_target 3 and --teacher base are two answers"),
+        (
+            "--guided_target 3 --teacher base",
+            "--guided_target 3 and --teacher base both choose what is learned",
+        ),
         ("--guided_target 1", "--guided_target 1: give a number above 1 and of at most 20"),
         ("--guided_target_min_timestep 150", "--guided_target_min_timestep needs --guided_target"),
         ("--guided_target 3 --guided_target_sound 3", "the model toy has no sound"),

@@ -73,7 +73,7 @@ def test_a_tracker_whose_disk_is_full_ends_no_training(
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def texts() -> list[str]:
-        return [text for text in caplog.messages if "gets no more numbers" in text]
+        return [text for text in caplog.messages if "receives no more values" in text]
 
     with make_logs(given, 4, 1) as logs:
         resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
@@ -86,7 +86,9 @@ def test_a_tracker_whose_disk_is_full_ends_no_training(
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     (said,) = texts()
-    assert said.startswith("--log_with tensorboard gets no more numbers, the training continues: [Errno 27]")
+    assert said.startswith(
+        "--log_with tensorboard receives no more values; the training continues: [Errno 27]"
+    )
     assert "Traceback" not in capfd.readouterr().err
 
 

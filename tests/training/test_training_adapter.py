@@ -307,7 +307,7 @@ def test_a_distilled_transformer_without_an_adapter_is_warned_of(
     assert [len(texts) for texts in said] == [1, 0, 0]
     assert "Train on another, or give --training_adapter with a LoRA that undoes the dist" in said[0][0]
     assert "If you train this one" in said[0][0]
-    assert "keeps more of them: --guided_target 3" in said[0][0]
+    assert "keep more of them: --guided_target 3" in said[0][0]
 
 
 def test_check_says_that_a_transformer_is_distilled(

@@ -18,7 +18,7 @@ from tests.faults.messages import succeed_here
 from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily
 from tests.tiny.further_families import FURTHER
 from tests.tiny.runs import make_project
-from training.trainable import train_dit
+from training.trainable import prepare_dit
 
 OF_DIT = ("--dit", "--pretrained_model_name_or_path", "--ltx2_checkpoint")
 ALL = {family.train_full: family for family in reversed((*FAMILIES, *FURTHER)) if family.train_full}
@@ -71,7 +71,7 @@ def test_the_written_file_has_the_names_of_its_source(script: str, tmp_path: Pat
         expected = {name: bare.read(name) for name in bare.tensors}
 
     dit = dit_format.load(path, Placement(torch.device("cpu")))
-    writes = train_dit(dit, 1e-3).written_files[""].write
+    writes = prepare_dit(dit, 1e-3).written_files[""].write
     writes(tmp_path / "written.safetensors", None, {})
 
     written = load_file(tmp_path / "written.safetensors")

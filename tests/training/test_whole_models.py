@@ -183,7 +183,7 @@ def test_what_a_whole_model_has_no_use_for_is_refused_by_name(tmp_path: Path) ->
         (image, ("--unet_lr", "1e-5"), ("--unet_lr is refused", "--learning_rate")),
         (image, ("--text_encoder_lr", "1e-5"), ("--text_encoder_lr is refused", "are not trained")),
         (image, ("--save_model_as", "ckpt"), ("can hold code",)),
-        (image, ("--double_blocks_to_swap", "2", "--blocks_to_swap", "3"), ("say the same in two ways",)),
+        (image, ("--double_blocks_to_swap", "2", "--blocks_to_swap", "3"), ("both mean the same",)),
         (video, ("--h3_teacher_matching",), ("--h3_teacher_matching is refused", "no frozen one")),
         (audio, ("--lora_target_preset", "full"), ("is refused", "--trainable_modules")),
         (audio, (*ltx, "--ltx2_mode", "v"), ("would be missing", "--ltx2_mode av")),
@@ -231,7 +231,9 @@ def krea2_options(folder: Path, *more: str) -> tuple[Any, TrainingOptions]:
     record = FAMILIES_BY_NAME["krea2"].options_record("FullTraining")
     dit = str(folder / "model" / "dit.safetensors")
     words = ["--dit", dit, "--dataset_config", "d.toml", "--output_dir", str(folder / "new")]
-    options, own, _ = read_training("", record, [*words, "--output_name", "x", *more], learner=FullDitOptions)
+    options, own, _ = read_training(
+        "", record, [*words, "--output_name", "x", *more], trained_options=FullDitOptions
+    )
     return own, options
 
 

@@ -179,7 +179,7 @@ def test_control_videos_are_refused_for_the_5b_vae(clips: Path, vaes: dict[str, 
     dataset = write_dataset(
         clips.parent, size=80, frames="5", more=f'control_directory = "{clips.parent.as_posix()}/control"'
     )
-    with pytest.raises(DatasetError, match="TI2V-5B takes no control videos"):
+    with pytest.raises(DatasetError, match="TI2V-5B does not use control videos"):
         cache_of(dataset, vaes["2.2"])
     assert not cached(dataset)
 

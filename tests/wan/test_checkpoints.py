@@ -71,7 +71,7 @@ def test_relatives_are_refused_by_name(tmp_path: Path, tensors: TensorList, name
     assert ("--task" in str(caught.value)) != ("unknown" in name), "what to use instead"
 
 
-IMAGE = "img_emb, which takes features of an image, is"
+IMAGE = "img_emb, the projection of image features, is"
 ALIKE = "Use --task t2v-14B or t2v-1.3B or t2v-A14B (their files have the same tensors), or give a Wan2.1 I2V"
 
 
@@ -85,11 +85,11 @@ ALIKE = "Use --task t2v-14B or t2v-1.3B or t2v-A14B (their files have the same t
             "--task i2v-14B, or give a Wan T2V",
         ),
         ("t2v", "i2v-14B", "takes 16 input channels, i2v-14B has 36", f"{ALIKE} checkpoint"),
-        ("i2v", "i2v-A14B", f"{IMAGE} there; i2v-A14B has none", "i2v-14B, or give a Wan2.2 I2V"),
+        ("i2v", "i2v-A14B", f"{IMAGE} present; i2v-A14B has none", "i2v-14B, or give a Wan2.2 I2V"),
         (
             "i2v-2.2",
             "i2v-14B",
-            f"{IMAGE} missing; i2v-14B has it",
+            f"{IMAGE} missing; i2v-14B has one",
             "--task i2v-A14B, or give a Wan2.1 I2V",
         ),
         (
@@ -100,8 +100,13 @@ ALIKE = "Use --task t2v-14B or t2v-1.3B or t2v-A14B (their files have the same t
         ),
         ("ti2v", "t2v-1.3B-FC", f"{IMAGE} missing", "ti2v-5B, or give a"),
         ("fun-control", "t2v-1.3B", "takes 48 input", "t2v-1.3B-FC or t2v-14B-FC or i2v-14B-FC, or"),
-        ("flf2v", "i2v-14B", "img_emb.emb_pos has places for two images", "Use --task flf2v-14B"),
-        ("i2v", "flf2v-14B", "img_emb.emb_pos is missing", "Use --task i2v-14B"),
+        ("flf2v", "i2v-14B", "img_emb.emb_pos has positions for two images", "Use --task flf2v-14B"),
+        (
+            "i2v",
+            "flf2v-14B",
+            "img_emb.emb_pos, by which flf2v-14B distinguishes two images, is missing",
+            "Use --task i2v-14B",
+        ),
         ("t2v", "i2v-14B-FC", "takes 16 input channels, i2v-14B-FC has 48", "give a Wan2.1 Fun-Control"),
     ],
 )
@@ -164,7 +169,7 @@ def test_a_large_file_that_stays_in_float32_is_warned_about(
 
     log_task_differences(read_once(path, read_dit_header), TASKS["i2v-A14B"], path, target)
 
-    assert ("--dit_dtype bfloat16 rounds it" in caplog.text) == (target == torch.float32)
+    assert ("--dit_dtype bfloat16 to convert it" in caplog.text) == (target == torch.float32)
 
 
 def test_a_file_says_what_it_is(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_a_table_with_several_control_images_for_one_item_is_refused(family_of: 
     family.check_table(MediaTable("data.toml", "image", has_control=True, clean_indices=(0,)))
     family.check_table(MediaTable("data.toml", "image", clean_indices=(0, 10)))  # there are none
     with pytest.raises(
-        DatasetError, match=r"^data\.toml: Wan takes one control.* fp_1f_clean_indices asks for 2"
+        DatasetError, match=r"^data\.toml: Wan uses one control.* fp_1f_clean_indices asks for 2"
     ):
         family.check_table(MediaTable("data.toml", "image", has_control=True, clean_indices=(0, 10)))
 
@@ -338,13 +338,13 @@ def test_swapped_files_are_refused() -> None:
 @pytest.mark.parametrize(
     ("dit", "high", "message"),
     [
-        ("a_high_noise.st", None, "--dit a_high_noise.st is used for all noise levels, but .* much noise"),
+        ("a_high_noise.st", None, "--dit a_high_noise.st is used for all noise levels, but .* high noise"),
         (
             None,
             "a_low_noise.st",
-            "--dit_high_noise a_low_noise.st is used for much noise, but .* little noise",
+            "--dit_high_noise a_low_noise.st is used for high noise, but .* low noise",
         ),
-        ("a_high_noise.st", "b.st", "--dit a_high_noise.st is used for little noise"),
+        ("a_high_noise.st", "b.st", "--dit a_high_noise.st is used for low noise"),
         ("a.st", "a.st", "are the same file"),
         ("a_low_noise.st", "a_high_noise.st", None),
         ("a_low_noise.st", None, None),

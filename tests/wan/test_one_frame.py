@@ -25,9 +25,9 @@ def test_frames_stand_in_the_order_of_their_places() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"kind": "video"}, "learns images from control images"),
-        ({"has_control": False}, "learns images from control images"),
-        ({"clean_indices": (0, 2, 4)}, "takes 2 at most"),
+        ({"kind": "video"}, "trains on images with control images"),
+        ({"has_control": False}, "trains on images with control images"),
+        ({"clean_indices": (0, 2, 4)}, "allows 2 at most"),
         ({"clean_indices": (0, 5), "target_index": 5}, "fp_1f_target_index: .* both at 5"),
     ],
 )

@@ -20,7 +20,7 @@ from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import read_dit_header
 from wan.options import WanGenerationOptions
 from wan.spec import VACE_DIT
-from wan.vace import read_scales, split_comma_paths, take_control
+from wan.vace import read_scales, read_vace_request, split_comma_paths
 from wan_generate_video import DEFAULTS
 
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def test_references_are_divided_at_commas_unless_a_file_has_one(tmp_path: Path) 
 )
 def test_what_has_no_use_is_refused(asked: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
-        take_control(Request("a cat", 1, **asked), 2)
+        read_vace_request(Request("a cat", 1, **asked), 2)
 
 
 def test_options_of_vace_are_refused_beside_other_tasks(tmp_path: Path) -> None:

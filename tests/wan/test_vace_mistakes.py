@@ -116,7 +116,7 @@ def test_a_request_that_cannot_be_meant(folder: Path, case: str) -> None:
 
 
 CACHING = {
-    "nothing to learn from": ("", "nothing that VACE could learn from"),
+    "nothing to learn from": ("", "--vace needs control media or references"),
     "masks without control": ('control_mask_directory = "masks"\n', "Give control_directory"),
 }
 
@@ -171,9 +171,9 @@ TRAINING: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "latents for Fun-Control": (
         "*_wan.safetensors",
         for_fun_control,
-        "16 channels in the cache, VACE takes 32",
+        "16 channels in the cache, but VACE takes 32",
     ),
-    "captions of another encoder": ("*_te.safetensors", widen, "t5 in its cache is 64 numbers wide"),
+    "captions of another encoder": ("*_te.safetensors", widen, "t5 in its cache has width 64"),
     "no captions": ("*_te.safetensors", Path.unlink, "wan_cache_text_encoder_outputs.py"),
 }
 

@@ -254,7 +254,7 @@ def test_a_vae_of_neither_generation_is_refused(tmp_path: Path, config: WanVaeCo
 
 def test_a_vae_of_pixels_with_alpha_is_refused_where_pixels_have_none(tmp_path: Path) -> None:
     path = tmp_path / "vae.safetensors"
-    with pytest.raises(CheckpointError, match="is a VAE of pixels with alpha; --task t2v-1.3B needs one of"):
+    with pytest.raises(CheckpointError, match="is a VAE for pixels with alpha; --task t2v-1.3B needs one"):
         check_latents(replace(vae_config(), colors=4), LATENT, path, "--task t2v-1.3B")
 
 

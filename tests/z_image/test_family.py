@@ -136,7 +136,7 @@ def test_a_text_cache_of_another_encoder_is_refused_with_what_to_do(family: ZIma
     given: dict[str, Any] = {"latents": latents, "llm_embed": [torch.zeros(3, 8)]}
     batch = Batch(given, ("a cat",), ("a.png",))
 
-    with pytest.raises(CacheError, match="8 numbers wide.*zimage_cache_text_encoder_outputs.py"):
+    with pytest.raises(CacheError, match="has width 8.*zimage_cache_text_encoder_outputs.py"):
         family.batch_conditions(latents, batch)
     with pytest.raises(CacheError, match="has no llm_embed"):
         family.batch_conditions(latents, replace(batch, tensors={"latents": latents}))

@@ -179,7 +179,7 @@ class NoiseSampler:
     audio: AudioLearning | None = None  # None: the family has no sound
     # functions of this object and a drawn micro-batch that return the micro-batch to use instead
     batch_hooks: Sequence[Callable[["NoiseSampler", NoisyBatch], NoisyBatch]] = ()
-    view: str = ""  # additional conditions of a feature, as `Batch.condition_set`
+    condition_set: str = ""  # additional conditions of a feature, as `Batch.condition_set`
     caption_choices: Sequence[str] = ()  # replace captions: one is drawn for each sample
 
     def add_noise(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
@@ -197,7 +197,9 @@ class NoiseSampler:
         times = self.draw(len(batch), number, first_sample, shape)
         num_clean_frames = 0
         if self.noise_spec.first_frame_probability:
-            num_clean_frames = draw_given_frames(self.noise_spec, shape[2], self.seed, "given frames", number)
+            num_clean_frames = draw_num_clean_frames(
+                self.noise_spec, shape[2], self.seed, "given frames", number
+            )
         audio = None
         weights = self._weigh(batch, times)
         if self.audio is not None:
@@ -214,7 +216,7 @@ class NoiseSampler:
             sigmas=times.sigmas,
             timesteps=times.timesteps,
             weights=weights,
-            given_frames=num_clean_frames,
+            num_clean_frames=num_clean_frames,
             expert=times.expert,
             perturbation=self._draw_perturbation(shape, number) if self.perturbations else None,
             audio=audio,
@@ -245,7 +247,7 @@ class NoiseSampler:
             batch = replace(batch, captions=captions)
         if self.noise_spec.change_conditions is not None:
             generator = seed_generator(self.seed, "varied inputs", number)
-            tensors = self.noise_spec.change_conditions(batch.tensors, self.view, generator)
+            tensors = self.noise_spec.change_conditions(batch.tensors, self.condition_set, generator)
             batch = replace(batch, tensors=tensors)
         return batch
 
@@ -321,7 +323,7 @@ class NoiseSampler:
         )
 
 
-def draw_given_frames(spec: NoiseSpec, frames: int, *stream: int | str) -> int:
+def draw_num_clean_frames(spec: NoiseSpec, frames: int, *stream: int | str) -> int:
     """Return the number of latent frames at the start of a batch that stay clean: 1 or 0.
 
     Args:
@@ -443,7 +445,7 @@ class Feed:
         if items[0].table.reference_dropout_rate and should_drop_references(items, seed, number):
             batch = batch.without_references()
         if self.sources.tables:  # captions are encoded during training: shuffle and drop their tags now
-            first_of_step = index - index % plan.group_size
+            first_of_step = index - index % plan.batches_per_step
             step = plan.steps_until(epoch, first_of_step)
             place = RunPosition(seed, number, step, plan.total_steps)
             batch = replace(batch, captions=change_captions(items, batch.captions, captions, place))

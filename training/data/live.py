@@ -46,17 +46,17 @@ class LiveTextEncoders:
         """Names of all tensors that the loaded encoders compute, which caches need not contain."""
         return frozenset().union(*(encoder.keys for encoder in self.encoders))
 
-    def load(self, device: torch.device, blocks: BlockSharder | None = None) -> None:
+    def load(self, device: torch.device, block_sharder: BlockSharder | None = None) -> None:
         """Load all encoders with frozen weights; the caller adds what is trained in them.
 
         Args:
             device: Device of the run.
-            blocks: Splits the blocks of untrained encoders over processes; None keeps them complete.
+            block_sharder: Splits the blocks of untrained encoders over processes; None keeps them complete.
         """
         for encoder in self.encoders:
             is_frozen = not self._is_trained(encoder)
-            if blocks is not None and can_divide(encoder) and is_frozen:
-                encoder.blocks = blocks
+            if block_sharder is not None and can_divide(encoder) and is_frozen:
+                encoder.blocks = block_sharder
             encoder.load(device)
         for encoder in self.trained_encoders:
             encoder.network.requires_grad_(False)
@@ -87,7 +87,7 @@ class LiveTextEncoders:
         """Return `networks_with_new_word` if a new word is trained alone, else `networks`."""
         return self.networks_with_new_word if is_embedding else self.networks
 
-    def add_to(self, batch: Batch) -> Batch:
+    def add_encoded_captions(self, batch: Batch) -> Batch:
         """Return the batch with the outputs of these encoders for its captions, B first, on the CPU.
 
         Trained encoders run with gradients if these are enabled, all others without.
@@ -115,30 +115,30 @@ class LiveTextEncoders:
         return replace(batch, empty_text=empty_text, has_empty_text=are_empty if any(are_empty) else ())
 
     def encode_again(
-        self, texts: Mapping[int, Prompts], encoded: Mapping[int, EncodedPrompts]
+        self, prompts_by_section: Mapping[int, Prompts], encoded: Mapping[int, EncodedPrompts]
     ) -> dict[int, EncodedPrompts]:
         """Return the encoded prompts of a sample, with the outputs of trained encoders recomputed.
 
         The returned tensors have no batch dimension.
 
         Args:
-            texts: Texts by section.
-            encoded: Outputs of all encoders for these texts, by section.
+            prompts_by_section: Prompts by section.
+            encoded: Outputs of all encoders for these prompts, by section.
         """
         with torch.no_grad():
             return {
                 section: self._encode_prompts_again(prompts, encoded[section])
-                for section, prompts in texts.items()
+                for section, prompts in prompts_by_section.items()
             }
 
-    def _encode_prompts_again(self, texts: Prompts, encoded: EncodedPrompts) -> EncodedPrompts:
+    def _encode_prompts_again(self, prompts: Prompts, encoded: EncodedPrompts) -> EncodedPrompts:
         encoded_again: dict[str, dict[str, Tensor | list[Tensor]]] = {}
         for name in ("positive", "negative", "blank", "nag"):
-            text, conditions = getattr(texts, name), getattr(encoded, name)
-            if text is not None and conditions is not None:
+            prompt, conditions = getattr(prompts, name), getattr(encoded, name)
+            if prompt is not None and conditions is not None:
                 encoded_again[name] = dict(conditions)
                 for encoder in self.trained_encoders:
-                    encoded_again[name] |= encoder.encode([text])[0]
+                    encoded_again[name] |= encoder.encode([prompt])[0]
         return replace(encoded, **encoded_again)
 
     def _encode(self, encoder: TextEncoder, prompts: Sequence[Prompt]) -> list[Conditions]:

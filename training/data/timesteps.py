@@ -395,8 +395,8 @@ def _explain_no_draws(options: TimestepOptions, expert: Expert) -> OptionError:
     if not expert.name:
         return OptionError(
             f"--min_timestep {options.lowest} --max_timestep {options.highest}: of {NUM_SCANNED_DRAWS} draws "
-            f"of --timestep_sampling {options.timestep_sampling} none lies between. Widen the range or leave "
-            "out --preserve_distribution_shape."
+            f"of --timestep_sampling {options.timestep_sampling} none lies between them. Widen the range or "
+            "leave out --preserve_distribution_shape."
         )
     counts_from_noisy_end = options.timestep_sampling == "sigma"
     return OptionError(

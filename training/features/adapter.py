@@ -50,7 +50,7 @@ def _join(run: "RunFeatures", options: AdapterOptions) -> None:
     if network is not None and network.frozen.training_adapter is not None:
         raise OptionError(
             "--make_adapter with --training_adapter: with an adapter in use, little is left to unlearn. "
-            "To train one on, give it as --network_weights"
+            "To continue training one, give it as --network_weights"
         )
     _check_targets(run)
     run.keeps_few_step_ability = True

@@ -112,8 +112,8 @@ def _reject_targets(targets: Sequence[StepTarget]) -> None:
     replacing = [target.option for target in targets if target.replaces_velocity]
     if len(replacing) > 1:
         raise OptionError(
-            f"{replacing[0]} and {replacing[1]} are two answers to one question: what to learn in place of "
-            "the clip. Leave out one of the two"
+            f"{replacing[0]} and {replacing[1]} both choose what is learned instead of the clip. Leave out "
+            "one of the two"
         )
     for target in targets:
         others = [other.option for other in targets if other is not target]

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from modules.errors import OptionError
 from modules.private_torch import lerp_each
 from runtime.offload.block_swap import write_back_all
-from runtime.offload.sharding import as_split
+from runtime.offload.sharding import as_sharded
 from training.optimizers.optimizer import find_averaging_optimizer
 from training.saving.states import AVERAGE, SavedState
 from training.trainable import Trainable
@@ -42,7 +42,7 @@ class WeightAverage:
         """
         self.decay, self.every = decay, every
         self.on_host = on_host
-        self._dits, self._parameters, self._split = dits, trainable.parameters, trainable.split_weights
+        self._dits, self._parameters, self._split = dits, trainable.parameters, trainable.sharded_weights
         names = trainable.names
         self._names = [names[parameter] for parameter in self._parameters]
         self.steps = 0
@@ -90,7 +90,7 @@ class WeightAverage:
         """Return the average by weight name, without copying it, for a saved state."""
         split = (self._split.get(weight) for weight in self._parameters)
         return {
-            name: value if weight is None else as_split(weight, value)
+            name: value if weight is None else as_sharded(weight, value)
             for name, value, weight in zip(self._names, self.values, split, strict=True)
         }
 

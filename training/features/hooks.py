@@ -466,7 +466,7 @@ class RunFeatures:
     targets: list[StepTarget] = field(default_factory=list)
     # whether a target or a merged LoRA keeps the ability of a transformer that was distilled for few steps
     keeps_few_step_ability: bool = False
-    view: str = ""  # additional conditions of passes, as `Batch.condition_set`
+    condition_set: str = ""  # additional conditions of passes, as `Batch.condition_set`
     mask_input_option: str = ""  # option that uses the masks of tables as inputs instead of loss weights
     # given all captions, return a note on those from which nothing is learned, or ""; raises DatasetError
     caption_checks: list[Callable[[Sequence[str]], str]] = field(default_factory=list)

@@ -84,7 +84,7 @@ def write_images(folder: Path, name: str, pictures: Mapping[str, ItemImage]) -> 
 
 
 @dataclass(frozen=True)
-class ArrivingLosses:
+class UnreadLosses:
     """Losses of a micro-batch that are being copied to the host."""
 
     step: int
@@ -102,15 +102,15 @@ class ItemLossRecorder:
     name: str
     progress: Progress = field(default_factory=_not_begun)
     now: Callable[[], float] = time.monotonic
-    _process: int | None = None  # None: not in a run, such as when memory is predicted
+    _process_index: int | None = None  # None: nothing is recorded, as when memory is predicted
     _tables: Sequence[DatasetTable] = ()
     _cache_tag: str = ""
     _total_steps: int = 0
-    _arriving: list[ArrivingLosses] = field(default_factory=list)
+    _unread_losses: list[UnreadLosses] = field(default_factory=list)
     _unwritten_losses: list[ItemDraw] = field(default_factory=list)  # read, but not written yet
-    _written: float = 0.0
+    _last_write_time: float = 0.0
     _has_images: bool = False
-    _count: int = 0  # number of recorded micro-batches
+    _num_recorded_batches: int = 0  # number of recorded micro-batches
     _has_failed: bool = False  # whether recording has stopped after an error
 
     def join_run(self, plan: "PlannedRun", records: Sequence[Any]) -> "ItemLossRecorder":
@@ -128,26 +128,26 @@ class ItemLossRecorder:
         self._tables = plan.config.datasets
         self._cache_tag = plan.family.cache_tag
         self._total_steps = plan.steps.total_steps
-        self._process = plan.accelerator.process_index
+        self._process_index = plan.accelerator.process_index
         return self
 
     def __enter__(self) -> "ItemLossRecorder":
         self._run_or_stop_recording(self._begin)
-        self._written = self.now()
+        self._last_write_time = self.now()
         return self
 
     def __exit__(self, *_: object) -> None:
-        read = functools.partial(self._collect_losses, self.progress.step)
+        read = functools.partial(self._read_losses_until, self.progress.step)
         self._run_or_stop_recording(read, self._write, self._write_images)
-        self._process = None
-        if not self._count and self.progress.step > 0 and not self._has_failed:
+        self._process_index = None
+        if not self._num_recorded_batches and self.progress.step > 0 and not self._has_failed:
             logger.warning("--item_losses recorded nothing: this run does not learn one picture at a time.")
 
     def observe(
         self, passes: TrainingPasses, noisy_batch: "NoisyBatch", comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
         """Wrap the first comparison, the one with the clip, so that its errors are recorded when measured."""
-        if self._process is None:
+        if self._process_index is None:
             return comparisons
         clip, *others = comparisons
         return [replace(clip, measure=functools.partial(self._measure_and_record, clip.measure)), *others]
@@ -161,29 +161,30 @@ class ItemLossRecorder:
     ) -> StreamErrors:
         """Measure the errors of a batch, and record the loss of each item without waiting for the device."""
         errors = measure(output, target, noisy_batch)
-        if self._process is None or self._has_failed:
+        if self._process_index is None or self._has_failed:
             return errors
         image_losses = errors[0].detach()
         if image_losses.is_cuda:
             pinned = empty_pinned(image_losses.shape, image_losses.dtype)
             image_losses = pinned.copy_(image_losses, non_blocking=True)
         step = self.progress.step + 1
-        self._count += 1
-        arriving = ArrivingLosses(
+        self._num_recorded_batches += 1
+        unread_losses = UnreadLosses(
             step=step,
             number=noisy_batch.number,
             keys=noisy_batch.batch.keys,
             levels=noise_fractions_of(noisy_batch),
             losses=image_losses,
         )
-        self._arriving.append(arriving)
-        # the run reads the values of each step one step later, so those of two steps ago are on the host
-        self._run_or_stop_recording(functools.partial(self._collect_losses, step - 2))
+        self._unread_losses.append(unread_losses)
+        # copies to the host are asynchronous: those of two steps ago are complete, because the run reads the
+        # loss of each step one step later
+        self._run_or_stop_recording(functools.partial(self._read_losses_until, step - 2))
         return errors
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:
         """Write the item losses up to `step`, whose copies from the device are complete by then."""
-        self._run_or_stop_recording(functools.partial(self._collect_losses, step))
+        self._run_or_stop_recording(functools.partial(self._read_losses_until, step))
         if step >= self._total_steps:  # before the last page of the run is drawn
             self._run_or_stop_recording(self._write, self._write_images)
 
@@ -194,36 +195,36 @@ class ItemLossRecorder:
 
     def _begin(self) -> None:
         """Start the file, with the lines of earlier steps; raise OutputError if it cannot be written."""
-        assert self._process is not None
+        assert self._process_index is not None
         start_losses_file(
             self.folder,
             self.name,
-            process=self._process,
+            process=self._process_index,
             session=self.progress.session_id,
             step=self.progress.step,
         )
 
-    def _collect_losses(self, step: int) -> None:
+    def _read_losses_until(self, step: int) -> None:
         """Take the losses up to `step`, which have reached the host; write the lines from time to time."""
-        while self._arriving and self._arriving[0].step <= step:
-            arrived = self._arriving.pop(0)
+        while self._unread_losses and self._unread_losses[0].step <= step:
+            arrived = self._unread_losses.pop(0)
             losses = arrived.losses.tolist()
             for key, level, loss in zip(arrived.keys, arrived.levels, losses, strict=True):
                 if math.isfinite(loss):
                     self._unwritten_losses.append(ItemDraw(arrived.step, arrived.number, key, level, loss))
-        if self.now() - self._written >= WRITE_SECONDS:
+        if self.now() - self._last_write_time >= WRITE_SECONDS:
             self._write()
 
     def _write(self) -> None:
         """Write the pending lines. Raises OutputError if they cannot be written."""
         draws, self._unwritten_losses = self._unwritten_losses, []
-        self._written = self.now()
-        if draws and self._process is not None:
-            append_losses(self.folder, self.name, self._process, draws)
+        self._last_write_time = self.now()
+        if draws and self._process_index is not None:
+            append_losses(self.folder, self.name, self._process_index, draws)
 
     def _write_images(self) -> None:
         """Write thumbnails of the items shown on the page, once per run and in the first process only."""
-        if self._process != 0 or self._has_images:
+        if self._process_index != 0 or self._has_images:
             return
         self._has_images = True
         keys = [item.key for item in select_shown(compare_items(read_draws(self.folder, self.name)))]
@@ -241,7 +242,7 @@ class ItemLossRecorder:
                 work()
         except Exception as error:  # an error of a disk or device must not end the training
             self._has_failed = True
-            self._arriving.clear()
+            self._unread_losses.clear()
             logger.warning("--item_losses stops recording, but the training continues: %s", error)
 
 
@@ -254,7 +255,7 @@ def make_thumbnails(table: DatasetTable, cache_tag: str, keys: Sequence[str]) ->
         keys: Keys of the items, which are the names of their cache files; items of other tables are ignored.
     """
     keys_by_stem = _group_keys_by_source(table, cache_tag, keys)
-    if not keys_by_stem or table.is_of_audio:
+    if not keys_by_stem or table.is_audio_only:
         return {}
     errors: list[Fault] = []
     sources: list[MediaSource] = []

@@ -68,7 +68,7 @@ def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) 
         audio.audio_only or (trains_audio(family) and family.audio_learning.clean_stream)
     ):
         raise OptionError(
-            f"--preference {options.beta:g}: pairs are of images, and here one stream alone is learned. "
+            f"--preference {options.beta:g}: pairs consist of images, but only one stream is trained here. "
             "Leave it out"
         )
 
@@ -78,7 +78,7 @@ def _check_tables(run: "RunFeatures") -> None:
     preserving = next((table.name for table in run.tables if PRESERVE_OUTPUT in table.attributes), None)
     if preserving is not None:
         raise OptionError(
-            f"{preserving}: {PRESERVE_OUTPUT} cannot be had with --preference, whose loss has no "
+            f"{preserving}: {PRESERVE_OUTPUT} cannot be used with --preference, whose loss has no "
             "place for another target. Leave out one of the two"
         )
 

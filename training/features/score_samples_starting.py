@@ -115,4 +115,4 @@ class SampleScorer:
 
     def _fail(self, reason: str) -> None:
         self._has_failed = True
-        logger.warning("--score_samples: the samples are not scored any more: %s", reason)
+        logger.warning("--score_samples: samples are no longer scored: %s", reason)

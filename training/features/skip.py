@@ -187,7 +187,7 @@ def describe_skip(
     if limit is not None:
         text += f", above the limit of {limit:.4g} that --skip_spikes sets"
     if is_new_level:
-        text += f". {MAX_SPIKES} in a row are no spikes: steps are taken again, and the median begins anew"
+        text += f". {MAX_SPIKES} in a row are not spikes: steps are taken again, and the median starts over"
     return f"{text}."
 
 

@@ -49,21 +49,21 @@ def _check_tables(run: "RunFeatures", path: Path) -> None:
     for table in run.tables:
         if PRESERVE_OUTPUT in table.attributes:
             raise OptionError(
-                f"{table.name}: {PRESERVE_OUTPUT} cannot be had with --slider {path}, which learns "
+                f"{table.name}: {PRESERVE_OUTPUT} cannot be used with --slider {path}, which learns "
                 "its own captions and not those of the table. Leave it out; an anchor in the slider's file "
                 "keeps what a caption makes"
             )
         if table.network_multiplier != 1:
             raise OptionError(
-                f"{table.name}: network_multiplier cannot be had with --slider {path}, which learns at the "
+                f"{table.name}: network_multiplier cannot be used with --slider {path}, which learns at the "
                 "strengths 1 and -1. Leave out one of the two"
             )
 
 
-def _check_texts(path: Path, texts: "LiveTextEncoders | None") -> None:
+def _reject_trained_encoders(path: Path, live_encoders: "LiveTextEncoders | None") -> None:
     """Raise OptionError if text encoders are trained, because a slider's captions are encoded only once."""
-    if texts is not None and texts.trained_encoders:
-        names = " and ".join(encoder.name for encoder in texts.trained_encoders)
+    if live_encoders is not None and live_encoders.trained_encoders:
+        names = " and ".join(encoder.name for encoder in live_encoders.trained_encoders)
         raise OptionError(
             f"--slider {path}: its captions are encoded before the training, and here {names} "
             "learns. Train the transformer alone (--network_train_unet_only)"
@@ -107,7 +107,7 @@ def _join(run: "RunFeatures", options: SliderOptions) -> None:
     run.targets.append(target)
     run.keeps_few_step_ability = True  # a slider does not undo a distillation for few steps
     run.info.in_files |= given_values(options)
-    run.on.texts.append(partial(_check_texts, path))
+    run.on.texts.append(partial(_reject_trained_encoders, path))
     run.on.plan.append(partial(_prepare_passes, run, file))
 
 

@@ -43,10 +43,10 @@ def _check_files(options: TeacherOptions, family: "Family", others: "OtherFamili
     check_other_teacher(options, family, others)
 
 
-def _check_texts(options: TeacherOptions, texts: "LiveTextEncoders | None") -> None:
+def _reject_live_encoders(options: TeacherOptions, live_encoders: "LiveTextEncoders | None") -> None:
     """Raise OptionError if captions are encoded during training instead of read from caches."""
-    if texts is not None:
-        names = " and ".join(encoder.name for encoder in texts.encoders)
+    if live_encoders is not None:
+        names = " and ".join(encoder.name for encoder in live_encoders.encoders)
         raise OptionError(
             f"--teacher {options.teacher}: captions are encoded while training here, by {names}, and the "
             "teacher's come from caches. Cache them (--cache_text_encoder_outputs), train the transformer "
@@ -74,13 +74,13 @@ def _start(options: TeacherOptions, run: "RunFeatures") -> None:
     """Install the teacher; another transformer as the teacher is loaded next to the trained one."""
     from training.features.teacher_passes import install_teacher  # torch: only with --teacher
 
-    teaching = install_teacher(run, options)
+    comparison = install_teacher(run, options)
     if options.teacher == OTHER_DIT:
         from training.features.teacher_model import OtherTeacher  # only with another model
 
-        other = OtherTeacher(options, teaching, run.options.speed.compilation.choice is not None)
-        run.on.before_setup.append(other.add_to_trained)
-        run.on.after_load.append(other.load)
+        other_teacher = OtherTeacher(options, comparison, run.options.speed.compilation.choice is not None)
+        run.on.before_setup.append(other_teacher.add_loras_if_own_teacher)
+        run.on.after_load.append(other_teacher.load)
 
 
 def _join(run: "RunFeatures", options: TeacherOptions) -> None:
@@ -103,14 +103,14 @@ def _join(run: "RunFeatures", options: TeacherOptions) -> None:
     if options.teacher == OTHER_DIT or options.teacher_weight == 1:
         run.keeps_few_step_ability = True
     run.needs.add(DROPPED_CAPTIONS)  # the teacher reads the captions before dropout
-    run.view = options.view  # conditions that only the teacher gets
+    run.condition_set = options.condition_set  # conditions that only the teacher gets
     # metadata of the saved files
     run.info.in_files |= {**given_values(options), "teacher_weight": options.teacher_weight}
     if options.teacher_dit is not None:
         model = FurtherModel("the teacher", f"--teacher_dit {options.teacher_dit}")
         run.further_models.append(model)
     run.on.check.append(partial(_check, options))
-    run.on.texts.append(partial(_check_texts, options))
+    run.on.texts.append(partial(_reject_live_encoders, options))
     if options.teacher == OTHER_DIT:
         run.on.check_files.append(partial(_check_files, options))
     run.on.start.append(partial(_start, options))

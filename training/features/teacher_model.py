@@ -51,11 +51,11 @@ class TeacherModel:
                 stack.enter_context(adapter.switched_to(is_on=False))
             return teacher_passes.predict_base_model(noisy_batch)
 
-    def teach(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+    def predict_with_loras(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction of the teacher model with its LoRAs enabled."""
         return self.predict(passes, noisy_batch, has_loras=True)
 
-    def teach_change(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+    def predict_base_plus_lora_effect(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
         """Return the target b + T' - T, which teaches only the effect of the LoRAs.
 
         b is the prediction of the trained model without its network; T' and T are the teacher's predictions
@@ -71,19 +71,20 @@ class OtherTeacher:
     """Load a second DiT for --teacher dit and use it as the teacher."""
 
     options: TeacherOptions
-    teaching: TeacherComparison
+    comparison: TeacherComparison
     is_compiled: bool
     loras: "list[AddedLoras]" = field(default_factory=list)  # in the trained transformer, if it teaches
 
-    def add_to_trained(self, network: FrozenNetwork) -> None:
+    def add_loras_if_own_teacher(self, network: FrozenNetwork) -> None:
         """Add the LoRAs to the trained transformer if it is its own teacher."""
         if self.options.teacher_dit is None:
             self.loras.append(self._add_loras(network))
 
     def load(self, model: HookedModel) -> None:
-        """Set the teacher of `teaching`: the transformer of --teacher_dit, or the trained transformer itself.
+        """Let `comparison` get its targets from the teacher, now that the networks are loaded.
 
-        Both have the LoRAs of --teacher_lora; the trained one teaches without its own LoRA.
+        The teacher is the transformer of --teacher_dit, or else the trained transformer without its trained
+        LoRA. Either has the LoRAs of --teacher_lora.
         """
         if self.options.teacher_dit is None:
             teacher = TeacherModel(
@@ -95,7 +96,10 @@ class OtherTeacher:
         else:
             teacher = self._load_teacher(self.options.teacher_dit, model)
         teacher.loras.place_on(model.plan.accelerator.device, model.compute_dtype)
-        self.teaching.teach = teacher.teach_change if self.options.teacher_delta else teacher.teach
+        if self.options.teacher_delta:
+            self.comparison.predict_target = teacher.predict_base_plus_lora_effect
+        else:
+            self.comparison.predict_target = teacher.predict_with_loras
 
     def _load_teacher(self, path: Path, model: HookedModel) -> TeacherModel:
         """Load the transformer of --teacher_dit with its LoRAs, frozen and in evaluation mode."""
@@ -148,7 +152,7 @@ def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFa
             "model that the trained one was made from"
         )
     with _renaming_dit_option("--teacher_dit"):
-        require_equal_shapes(teacher, family, name, "the caches of one are not for the other")
+        require_equal_shapes(teacher, family, name, "caches of one cannot be used for the other")
     _check_loras(teacher, options)
 
 

@@ -142,7 +142,7 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
         self.loras()  # raises for a wrong number of multipliers
 
     @property
-    def view(self) -> str:
+    def condition_set(self) -> str:
         """Name of the conditions that only the teacher gets, such as a fuller caption; "" for none."""
         return "" if self.teacher is None or self.teacher_sees == INPUTS else self.teacher_sees
 

@@ -31,7 +31,7 @@ from training.targets.passes import (
 THOUSAND = 1000
 BALANCE = "anchor"  # key in `NoisyBatch.notes`: factor on the loss outside the teacher's band
 
-Teach = Callable[[TrainingPasses, NoisyBatch], Tensor]  # returns the teacher's prediction
+PredictTarget = Callable[[TrainingPasses, NoisyBatch], Tensor]  # returns the teacher's prediction
 
 
 def install_teacher(run: RunFeatures, options: TeacherOptions) -> "TeacherComparison":
@@ -39,13 +39,13 @@ def install_teacher(run: RunFeatures, options: TeacherOptions) -> "TeacherCompar
 
     Until the teacher is loaded, and when memory is predicted, the trained model is used in its place.
     """
-    teaching = TeacherComparison(
-        make_target(options), run_change_passes_for_memory if options.teacher_delta else teach_as_base
+    comparison = TeacherComparison(
+        make_target(options), run_change_passes_for_memory if options.teacher_delta else predict_as_base_model
     )
-    run.on.target.append(teaching.compare)
+    run.on.target.append(comparison.compare)
     if options.band is not None:
         run.on.batch.append(functools.partial(balance_anchor, options.band))
-    return teaching
+    return comparison
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class TeacherTarget:
     band: Band | None = None  # None: all levels
     anchor_weight: float = 1.0  # factor on the loss outside the band
     split: Split | None = None  # None: squared differences, or those of --loss_type
-    view: str = ""  # `Batch.condition_set` inside the band
+    condition_set: str = ""  # `Batch.condition_set` inside the band
 
 
 def make_target(options: TeacherOptions) -> TeacherTarget:
@@ -85,7 +85,7 @@ def make_target(options: TeacherOptions) -> TeacherTarget:
         band=band,
         anchor_weight=options.teacher_anchor_weight,
         split=split,
-        view=options.view,
+        condition_set=options.condition_set,
     )
 
 
@@ -94,7 +94,7 @@ class TeacherComparison:
     """Functions that compare the network's predictions with its teacher's."""
 
     target: TeacherTarget
-    teach: Teach
+    predict_target: PredictTarget
 
     def compare(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch, comparisons: list[TargetComparison]
@@ -147,8 +147,8 @@ class TeacherComparison:
         self, passes: TrainingPasses, noisy_batch: NoisyBatch, is_inside: Sequence[bool]
     ) -> TargetComparison:
         """Compare with a teacher that gets all known inputs; samples outside its band have weight 0."""
-        teacher_batch = with_teacher_inputs(passes.family, noisy_batch, self.target.view)
-        target = self.teach(passes, teacher_batch)
+        teacher_batch = with_teacher_inputs(passes.family, noisy_batch, self.target.condition_set)
+        target = self.predict_target(passes, teacher_batch)
         weights = [self.target.weight * inside for inside in is_inside]
         return TargetComparison(
             target,
@@ -161,7 +161,7 @@ class TeacherComparison:
         self, passes: TrainingPasses, noisy_batch: NoisyBatch, is_outside: Sequence[bool]
     ) -> TargetComparison:
         """Compare with a teacher that gets the network's inputs; samples inside its band have weight 0."""
-        target = self.teach(passes, noisy_batch)
+        target = self.predict_target(passes, noisy_batch)
         teacher = self.target
         weight = teacher.weight * teacher.anchor_weight * noisy_batch.notes.get(BALANCE, 1.0)
         weights = [weight * outside for outside in is_outside]
@@ -227,25 +227,27 @@ def _weighted_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tens
     weights = mask_weights(noisy_batch.batch, prediction)
     if weights is not None:
         prediction = prediction * weights.sqrt()  # the root, because the norm squares it
-    # the first `given_frames` latent frames are clean
-    return (prediction[:, :, noisy_batch.given_frames :], *audios)
+    # the first `num_clean_frames` latent frames are clean
+    return (prediction[:, :, noisy_batch.num_clean_frames :], *audios)
 
 
-def with_teacher_inputs(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBatch:
+def with_teacher_inputs(family: Trains, noisy_batch: NoisyBatch, condition_set: str) -> NoisyBatch:
     """Return the batch with all inputs, including those that the trained network does not get.
 
     Args:
         family: The model family.
         noisy_batch: Batch with noise and timesteps.
-        view: Name of the additional conditions that the teacher gets; "" for none.
+        condition_set: Name of the additional conditions that the teacher gets; "" for none.
     """
     has_first = FIRST_FRAME in family.teacher_only_conditions and noisy_batch.noise.shape[2] > 1
-    given_frames = max(noisy_batch.given_frames, int(has_first))
-    batch = replace(noisy_batch.batch.restore_dropped(family.teacher_only_conditions), condition_set=view)
-    return replace(noisy_batch, batch=batch, given_frames=given_frames)
+    num_clean_frames = max(noisy_batch.num_clean_frames, int(has_first))
+    batch = replace(
+        noisy_batch.batch.restore_dropped(family.teacher_only_conditions), condition_set=condition_set
+    )
+    return replace(noisy_batch, batch=batch, num_clean_frames=num_clean_frames)
 
 
-def teach_as_base(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+def predict_as_base_model(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
     """Return the prediction of the base model, for runs in which it is the teacher."""
     return passes.predict_base_model(noisy_batch)
 

@@ -95,7 +95,9 @@ class Trackers:
         except kind as error:
             if not self._has_failed:
                 names = " ".join(self.options.trackers)
-                logger.warning("--log_with %s gets no more numbers, the training continues: %s", names, error)
+                logger.warning(
+                    "--log_with %s receives no more values; the training continues: %s", names, error
+                )
             self._has_failed = True
 
     def _log_values(self, tracker: Any, values: Mapping[str, float], step: int) -> None:

@@ -76,7 +76,7 @@ def check_tread(options: TreadOptions, family: "Family", counts: Sequence[int]) 
         typed = " ".join(map(str, options.tread_blocks))
         raise OptionError(
             f"{name} with --tread_blocks {typed}: the model {family.name} has {num_blocks} blocks, from 0 "
-            f"to {num_blocks - 1}, and these are {first} to {last}. Give two of them, the first not behind "
+            f"to {num_blocks - 1}, and these are {first} to {last}. Give two of them, the first not after "
             "the last"
         )
 
@@ -84,7 +84,7 @@ def check_tread(options: TreadOptions, family: "Family", counts: Sequence[int]) 
 def _describe(options: TreadOptions) -> str:
     first, last = options.tread_blocks
     percent = f"{100 * options.drop_rate:g} %"
-    return f"{percent} of the tokens pass by the blocks {first} to {last}, in passes with gradients"
+    return f"{percent} of the tokens bypass the blocks {first} to {last}, in passes with gradients"
 
 
 def bypass_blocks(
@@ -110,7 +110,7 @@ def _register(run: "RunFeatures", options: TreadOptions) -> None:
     """Register --tread, which lets some tokens bypass middle blocks; check --tread_blocks."""
     if len(options.tread_blocks) != 2:
         raise OptionError(
-            f"--tread_blocks takes two numbers and has {len(options.tread_blocks)}: give the first and the "
+            f"--tread_blocks needs two numbers and has {len(options.tread_blocks)}: give the first and the "
             "last block, such as 2 -2"
         )
     dividing_option = run.options.speed.modes.divides_tokens

@@ -48,7 +48,7 @@ def _count_clean_tokens(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> int:
     """Return the number of tokens of the first latent frames, which stay clean in this batch."""
     frames, rows, columns = sizes
     num_latent_frames = noisy_batch.noise.shape[2]
-    return ceil_div(noisy_batch.given_frames * frames, num_latent_frames) * rows * columns
+    return ceil_div(noisy_batch.num_clean_frames * frames, num_latent_frames) * rows * columns
 
 
 def _find_required_tokens(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> Tensor:

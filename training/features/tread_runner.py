@@ -97,7 +97,7 @@ class _TokenBypass:
         num_dropped = num_clip_tokens - selected.shape[1]
         if not num_dropped:
             return
-        clip_start = tokens.first_image
+        clip_start = tokens.first_noisy_token
         clip_end = clip_start + num_clip_tokens
         all_indices = torch.arange(x.shape[1], device=selected.device).expand(len(x), -1)
         kept_indices = [all_indices[:, :clip_start], selected + clip_start, all_indices[:, clip_end:]]

@@ -121,7 +121,7 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
         needs_weights=needs_weights,
         sample_loras=tuple(ComfyLora(path.name, strength) for path, strength in options.samples.loras()),
     )
-    workflows.read_samples()
+    workflows.update_samples()
     if not workflows.samples:
         reasons = "; ".join(workflows.skipped_prompts.values())
         raise OptionError(f"{FLAG}: no sample of {prompts} can be in it: {reasons}. Leave it out")
@@ -148,13 +148,12 @@ class Workflows:
     needs_weights: bool = False  # converting them requires the model
     sample_loras: Sequence[ComfyLora] = ()  # LoRAs of --sample_lora
     samples: dict[int, Prepared] = field(default_factory=dict)  # by index in the prompt file
-    skipped_prompts: dict[int, str] = field(
-        default_factory=dict
-    )  # why a prompt is not in the workflow, by index
+    # why a prompt is not in the workflow, by index
+    skipped_prompts: dict[int, str] = field(default_factory=dict)
     _text: str = ""  # content of the prompt file
 
-    def read_samples(self) -> None:
-        """Fill `samples` and `skipped_prompts` from the prompt file, if it has changed since the last call.
+    def update_samples(self) -> None:
+        """Read the prompt file again if it has changed; set `samples` and `skipped_prompts`.
 
         If the file cannot be used, the samples of the last call are kept.
 
@@ -207,7 +206,7 @@ class Workflows:
         Args:
             paths: Files of a save.
         """
-        self.read_samples()
+        self.update_samples()
         names = self.plan.names
         for stem, files in groupby(sorted(paths), names.stem_of):
             # a LoRA file is named STEM or STEM_EXPERT

@@ -54,7 +54,9 @@ def renumber(
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise RenumberingError(f"it cannot be read ({type(error).__name__}: {error})") from None
     if not orders:
-        raise RenumberingError("in which order that program numbers the layers of this network is not known")
+        raise RenumberingError(
+            "the order in which that program numbers the layers of this network is not known"
+        )
     if not fitting:
         raise RenumberingError(
             "it belongs to different tensors. Use the --optimizer_type, --network_args and learning rates of "

@@ -28,6 +28,10 @@ LARGEST_ARGUMENT = 1e12  # limit for --lr_scheduler_args; the comparison also re
 def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_steps: int) -> "LrSchedule":
     """Create the schedule for this optimizer and this number of optimizer steps.
 
+    * An optimizer that adapts its own rates (schedule-free, Adafactor's relative_step) keeps them.
+    * --lr_scheduler_type names a scheduler class of torch or of another package.
+    * Otherwise --lr_scheduler names one of the curves of this file.
+
     Raises:
         OptionError: If the options conflict.
     """

@@ -194,7 +194,7 @@ def check_arguments(
 
 
 # names in early guides of video trainers -> ours
-GUIDE_NAMES = dict.fromkeys(
+NAMES_IN_EARLY_GUIDES = dict.fromkeys(
     (
         "adamw8bit_apex_fused",
         "adamw8bit_apex_fused_legacy",
@@ -218,8 +218,10 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
     module, _, class_name = PATHS.get(name.lower(), name).rpartition(".")
     if not module:  # neither a known name nor an import path
         names = sorted(filter(None, PATHS))
-        ours = GUIDE_NAMES.get(name.lower())
-        remedy = "" if ours is None else f"\n  {GUIDE_NAME_HINT} Give --optimizer_type {ours}."
+        present_name = NAMES_IN_EARLY_GUIDES.get(name.lower())
+        remedy = (
+            "" if present_name is None else f"\n  {GUIDE_NAME_HINT} Give --optimizer_type {present_name}."
+        )
         raise OptionError(
             f"--optimizer_type {name}: unknown.{did_you_mean(name.lower(), names)} Use one of "
             f"{', '.join(names)}, or an import path such as package.module.Class.{remedy}"

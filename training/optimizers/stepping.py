@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from modules.errors import OptionError
 from modules.seeds import derive_seed
 from networks.adapter import TrainableNetwork
-from runtime.offload.sharding import gather_rows, rows_of
+from runtime.offload.sharding import gather_rows, slice_local_rows
 from training.optimizers.optimizer import find_optimizer
 from training.processes import norm_of_gradients
 from training.steps import Progress
@@ -80,7 +80,7 @@ class ParameterSteps:
     names: Mapping[Tensor, str]  # of every parameter
     progress: Progress  # seed and step, for rounding
     # parameter with this process's rows -> the split weight
-    split_weights: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    sharded_weights: Mapping[Tensor, Tensor] = field(default_factory=dict)
     # states wait in host memory, except those of the parameter that is stepped
     offloads_states: bool = False
 
@@ -101,18 +101,18 @@ class ParameterSteps:
         gradient = parameter.grad
         assert gradient is not None
         is_bfloat16 = parameter.dtype == torch.bfloat16
-        split_weight = self.split_weights.get(parameter)  # None: the parameter is not split over processes
-        needs_whole_weight = split_weight is not None and not is_elementwise(type(self.optimizer))
-        if split_weight is not None and needs_whole_weight:
-            value = gather_rows(value, split_weight)
-            gradient = gather_rows(gradient, split_weight)
+        sharded_weight = self.sharded_weights.get(parameter)  # None: it is not split
+        needs_whole_weight = sharded_weight is not None and not is_elementwise(type(self.optimizer))
+        if sharded_weight is not None and needs_whole_weight:
+            value = gather_rows(value, sharded_weight)
+            gradient = gather_rows(gradient, sharded_weight)
             value = self._step_in_float32(parameter, value, gradient)
             if is_bfloat16:
                 value = self._round(parameter, value, None)
-            parameter.copy_(rows_of(split_weight, value))
+            parameter.copy_(slice_local_rows(sharded_weight, value))
         elif is_bfloat16:
             value = self._step_in_float32(parameter, value, gradient)
-            parameter.copy_(self._round(parameter, value, split_weight))
+            parameter.copy_(self._round(parameter, value, sharded_weight))
         else:
             self._step(parameter, parameter)
 
@@ -206,7 +206,7 @@ def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tens
     full_shape = values.shape if weight is None else weight.shape
     noise = torch.randint(_LOW_16, full_shape, dtype=torch.int32, device=values.device, generator=generator)
     if weight is not None:
-        noise = rows_of(weight, noise)
+        noise = slice_local_rows(weight, noise)
     # a GPU's NaN has all bits set: adding noise would overflow to zero
     noise.masked_fill_(values.isnan(), 0)
     bits = noise.add_(values.view(torch.int32)).bitwise_and_(-_LOW_16)
@@ -234,7 +234,7 @@ class StepAfterBackward:
     scaler: torch.amp.GradScaler
     networks: Sequence[TrainableNetwork] = ()  # are notified once gradients are clipped
     parameter_steps: ParameterSteps | None = None  # steps the weights one by one; None: the optimizer itself
-    split_weights: Collection[Tensor] = ()  # parameters of which each process has some rows
+    sharded_weights: Collection[Tensor] = ()  # parameters of which each process has some rows
 
     def finish(self, may_step: Callable[[Tensor], bool] | None = None) -> Tensor:
         """Unscale and clip the gradients, then step the optimizer or, by `parameter_steps`, each parameter.
@@ -249,7 +249,7 @@ class StepAfterBackward:
         if self.scaler.is_enabled() and not has_gradients:  # an audio-only network, for clips without audio
             return self.parameters[0].new_zeros(())
         self.scaler.unscale_(self.optimizer)
-        norm = norm_of_gradients(self.parameters, self.split_weights)
+        norm = norm_of_gradients(self.parameters, self.sharded_weights)
         if may_step is not None and not may_step(norm):
             if self.scaler.is_enabled():
                 # keep the scale: a skipped step does not show whether it is right
@@ -325,7 +325,7 @@ def check_fused_backward(optimizer_type: str, processes: int) -> None:
             "before any weight is stepped. Use one process, or leave it out"
         )
     if not can_step_one_parameter(find_optimizer(optimizer_type)):
-        _reject("--fused_backward_pass", optimizer_type)
+        _reject_optimizer("--fused_backward_pass", optimizer_type)
 
 
 def check_offload(optimizer_type: str) -> None:
@@ -338,14 +338,14 @@ def check_offload(optimizer_type: str) -> None:
             f"come to the GPU page by page. Leave {option} out"
         )
     if not can_step_one_parameter(kind):
-        _reject(option, optimizer_type)
+        _reject_optimizer(option, optimizer_type)
 
 
-def check_split(option: str, optimizer_type: str) -> None:
-    """Reject optimizers that cannot train a transformer that is split over processes.
+def check_sharded_optimizer(option: str, optimizer_type: str) -> None:
+    """Reject optimizers that cannot train a transformer whose weights FSDP shards over processes.
 
     Args:
-        option: The option that splits the transformer, for the message.
+        option: The option that shards the transformer, for the message.
         optimizer_type: Value of --optimizer_type.
 
     Raises:
@@ -361,10 +361,10 @@ def check_split(option: str, optimizer_type: str) -> None:
         )
     kind = find_optimizer(optimizer_type)
     if not (is_elementwise(kind) or can_step_one_parameter(kind)):
-        _reject(option, optimizer_type)
+        _reject_optimizer(option, optimizer_type)
 
 
-def _reject(option: str, optimizer_type: str) -> None:
+def _reject_optimizer(option: str, optimizer_type: str) -> None:
     """Raise OptionError: the optimizer cannot step each weight separately, as `option` needs."""
     name = find_optimizer(optimizer_type).__name__.lower()
     reasons = (reason for ending, reason in WHY_NOT_SINGLE.items() if name.endswith(ending))

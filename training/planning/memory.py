@@ -31,7 +31,7 @@ from training.data.feed import BatchSources, NoiseSampler
 from training.data.live import LiveTextEncoders
 from training.experts import placement_of
 from training.features.contract import EMPTY_PROMPT, REJECTED_ONES
-from training.learner import find_learner
+from training.learner import find_network_spec
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
@@ -64,49 +64,51 @@ class StepPrediction:
     host_average_bytes: int = 0  # bytes of a whole model's average in host memory
     num_further_dits: int = 0  # trained transformers, each like the one that was rehearsed
     num_sample_only_dits: int = 0  # transformers that only samples need
-    texts: LiveTextEncoders | None = None  # encoded in each step
+    live_encoders: LiveTextEncoders | None = None  # encoded in each step
     network: str = "LoRA"  # name of the trained network
 
     def phase(self, blocks: int) -> memory_plan.Phase:
         """Return the memory at the peak of a step, part by part, with this number of swapped blocks."""
-        swap = self.swaps[blocks]
+        offloaded = self.swaps[blocks]
         # the phase of the step with the most memory, and its bytes by kind, such as weights and gradients
-        phase_name, moment = dry.peak_of_phases(self.phase_peaks)
+        phase_name, peak_bytes = dry.peak_of_phases(self.phase_peaks)
         notes = {
-            dry.WEIGHTS: self.weight_dtypes + swap.describe(blocks, "to pass through"),
+            dry.WEIGHTS: self.weight_dtypes + offloaded.describe(blocks, "to pass through"),
             dry.TEMPORARY: phase_name,
         }
         if self.host_activation_bytes:
             notes[dry.ACTIVATIONS] = "the rest waits in host memory"
-        parts = [*memory_plan.parts_of(moment, swap, notes, self.host_activation_bytes, self.network)]
-        parts += self._list_other_models(moment, swap)
+        parts = [
+            *memory_plan.parts_of(peak_bytes, offloaded, notes, self.host_activation_bytes, self.network)
+        ]
+        parts += self._list_other_models(peak_bytes, offloaded)
         parts += self._list_host_parts()
         return memory_plan.Phase(f"training step, {self.batch_description}", (*parts, self.workspace))
 
     def _list_other_models(
-        self, moment: dry.BytesByKind, swap: memory_plan.OffloadedWeights
+        self, peak_bytes: dry.BytesByKind, offloaded: memory_plan.OffloadedWeights
     ) -> list[memory_plan.MemoryPart]:
         """Return the memory of the transformers that were not rehearsed, and of their trained weights.
 
         Args:
-            moment: Bytes by kind at the peak of the rehearsed step.
-            swap: Effect of swapping the blocks of a transformer.
+            peak_bytes: Bytes by kind at the peak of the rehearsed step.
+            offloaded: Effect of swapping the blocks of a transformer.
         """
         parts = []
         has_more = self.num_further_dits + self.num_sample_only_dits > 0
         if has_more:
-            parts.append(self._further_transformers(moment.get(dry.WEIGHTS, 0), swap))
+            parts.append(self._make_part_of_further_transformers(peak_bytes.get(dry.WEIGHTS, 0), offloaded))
         if has_more and self.options.by_expert.lora_per_expert:
             kinds = [dry.NETWORK, dry.OPTIMIZER]
             # a micro-batch trains one transformer, so only accumulated steps have gradients of both
             if self.options.loop.gradient_accumulation_steps > 1:
                 kinds.append(dry.GRADIENTS)
-            trained_bytes = sum(moment.get(kind, 0) for kind in kinds)
+            trained_bytes = sum(peak_bytes.get(kind, 0) for kind in kinds)
             parts.append(memory_plan.MemoryPart("what learns in them", self.num_further_dits * trained_bytes))
         # models of features, such as a teacher, count as large as the trained transformer
         for model in self.options.features.further_models:
-            device = moment.get(dry.WEIGHTS, 0) - swap.saved
-            parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, swap.host))
+            device = peak_bytes.get(dry.WEIGHTS, 0) - offloaded.saved
+            parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, offloaded.host))
         return parts
 
     def _list_host_parts(self) -> list[memory_plan.MemoryPart]:
@@ -123,21 +125,21 @@ class StepPrediction:
             parts.append(memory_plan.MemoryPart(name, 0, self.host_average_bytes))
         return parts
 
-    def _further_transformers(
-        self, weights: int, swap: memory_plan.OffloadedWeights
+    def _make_part_of_further_transformers(
+        self, weights: int, offloaded: memory_plan.OffloadedWeights
     ) -> memory_plan.MemoryPart:
-        """Return the memory of the transformers that were not rehearsed.
+        """Return the memory of the transformers in addition to the one that was rehearsed.
 
         Args:
             weights: Bytes of one transformer's weights.
-            swap: Effect of swapping its blocks.
+            offloaded: Effect of swapping its blocks.
         """
         count = self.num_further_dits + self.num_sample_only_dits
         if self.takes_turns:  # host memory contains all weights of each, even of the one on the device
-            host = (1 + count) * weights - swap.host
+            host = (1 + count) * weights - offloaded.host
             return memory_plan.MemoryPart("further transformers", 0, host, "they take turns on the device")
-        device = count * (weights - swap.saved)
-        return memory_plan.MemoryPart("further transformers", device, count * swap.host, "")
+        device = count * (weights - offloaded.saved)
+        return memory_plan.MemoryPart("further transformers", device, count * offloaded.host, "")
 
     @property
     def takes_turns(self) -> bool:
@@ -149,11 +151,12 @@ class StepPrediction:
     def scaled(self, share: float) -> "StepPrediction":
         """Return the prediction for a smaller batch, whose activations shrink by the factor `share`."""
         phase_peaks: dict[str, dry.BytesByKind] = {}
-        for phase, moment in self.phase_peaks.items():
+        for phase, peak_bytes in self.phase_peaks.items():
             # memory of the optimizer step does not depend on the batch
             scaled_kinds = () if phase == STEP else (dry.ACTIVATIONS, dry.TEMPORARY, dry.BATCH)
             phase_peaks[phase] = {
-                kind: round(size * share) if kind in scaled_kinds else size for kind, size in moment.items()
+                kind: round(size * share) if kind in scaled_kinds else size
+                for kind, size in peak_bytes.items()
             }
         return replace(
             self, phase_peaks=phase_peaks, host_activation_bytes=round(self.host_activation_bytes * share)
@@ -185,7 +188,7 @@ def predict(
     noisy_batch: NoisyBatch,
     device: torch.device,
     num_sample_only_dits: int = 0,
-    texts: LiveTextEncoders | None = None,
+    live_encoders: LiveTextEncoders | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
     tables: Sequence[DatasetTable] = (),
 ) -> StepPrediction:
@@ -200,7 +203,7 @@ def predict(
         noisy_batch: The batch, on the CPU.
         device: Device of the run; nothing is allocated on it.
         num_sample_only_dits: Number of transformers that only samples use.
-        texts: Text encoders that are loaded during training; None for none.
+        live_encoders: Text encoders that are loaded during training; None for none.
         watch: `TokenCounter.watch` if several devices are to share the step.
         tables: Tables of the dataset.
     """
@@ -214,18 +217,18 @@ def predict(
     shape: Shape = (count, *size)
     try:
         with quiet():
-            for encoder in () if texts is None else texts.encoders:
+            for encoder in () if live_encoders is None else live_encoders.encoders:
                 encoder.load(META)
             phase_peaks, host_activation_bytes = rehearse(
-                family, options, dit, noisy_batch, texts=texts, watch=watch, tables=tables
+                family, options, dit, noisy_batch, live_encoders=live_encoders, watch=watch, tables=tables
             )
             trained_networks = [dit]
-            if texts is not None:
-                trained_networks += [encoder.network for encoder in texts.learning_encoders]
+            if live_encoders is not None:
+                trained_networks += [encoder.network for encoder in live_encoders.learning_encoders]
             trained_sizes = _list_trained_sizes(trained_networks)
     finally:
-        if texts is not None:
-            texts.free()
+        if live_encoders is not None:
+            live_encoders.free()
     host_optimizer_bytes = host_average_bytes = 0
     if options.full_dit is not None and options.features.average is not None:
         host_average_bytes = 4 * sum(trained_sizes)  # float32; frozen weights are not averaged
@@ -248,8 +251,8 @@ def predict(
         host_average_bytes=host_average_bytes,
         num_further_dits=len(family.experts) - 1,
         num_sample_only_dits=num_sample_only_dits,
-        texts=texts,
-        network=find_learner(family, options.network, options.features.lora_replacement).label,
+        live_encoders=live_encoders,
+        network=find_network_spec(family, options.network, options.features.lora_replacement).label,
     )
 
 
@@ -279,9 +282,11 @@ def _offload_states(
         phase_peaks: Peaks with all states on the device.
         share: Fraction of all trained elements that the largest weight has.
     """
-    total = max(moment.get(dry.OPTIMIZER, 0) for moment in phase_peaks.values())
+    total = max(peak_bytes.get(dry.OPTIMIZER, 0) for peak_bytes in phase_peaks.values())
     on_device = round(total * share)
-    return {phase: {**moment, dry.OPTIMIZER: on_device} for phase, moment in phase_peaks.items()}, total
+    return {
+        phase: {**peak_bytes, dry.OPTIMIZER: on_device} for phase, peak_bytes in phase_peaks.items()
+    }, total
 
 
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
@@ -336,7 +341,7 @@ def read_largest(
         noise,
         perturbations=options.features.on.noise,
         audio=AudioLearning(),
-        view=options.features.view,
+        condition_set=options.features.condition_set,
     )
     return randomness.add_noise(batch, 0, 0)  # as the first micro-batch of a run
 
@@ -349,7 +354,7 @@ def plan_one_card(
     device: torch.device,
     room: DeviceMemory | None,
     num_sample_only_dits: int,
-    texts: LiveTextEncoders | None,
+    live_encoders: LiveTextEncoders | None,
     tables: Sequence[DatasetTable],
 ) -> None:
     """Print how much memory a step of the run needs on a single GPU, and what would save memory.
@@ -363,7 +368,7 @@ def plan_one_card(
         device: Device of the run.
         room: Memory of the GPU; None if unknown.
         num_sample_only_dits: Number of transformers that only samples need.
-        texts: Text encoders that are loaded.
+        live_encoders: Text encoders that are loaded.
         tables: Tables of the dataset.
     """
     prediction = predict(
@@ -372,7 +377,7 @@ def plan_one_card(
         noisy_batch,
         device=device,
         num_sample_only_dits=num_sample_only_dits,
-        texts=texts,
+        live_encoders=live_encoders,
         tables=tables,
     )
     compiled = [] if options.speed.compilation.choice is None else [COMPILED]
@@ -476,7 +481,7 @@ def _rehearse_largest(plan: TrainingPlan) -> StepPrediction:
         plan.options,
         noisy_batch,
         plan.accelerator.device,
-        texts=plan.texts,
+        live_encoders=plan.live_encoders,
         tables=plan.config.datasets,
     )
 
@@ -500,7 +505,7 @@ def suggest_changes(
         noisy_batch=noisy_batch,
         device=device,
         num_sample_only_dits=prediction.num_sample_only_dits,
-        texts=prediction.texts,
+        live_encoders=prediction.live_encoders,
     )
     rehearsals = [
         (flags, partial(rehearse_with, changed_options))

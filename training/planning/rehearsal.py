@@ -26,7 +26,7 @@ from training.data.live import LiveTextEncoders
 from training.experts import AUTOCAST, TRAINING_ADAPTER, read_adapter, set_up_network
 from training.features.composing import begin_run
 from training.features.hooks import LearningPass
-from training.learner import find_learner
+from training.learner import find_network_spec
 from training.loss import Autocast, LossRule, NoisyBatch
 from training.optimizers.optimizer import arrange_weights, find_averaging_optimizer, make_optimizer
 from training.optimizers.stepping import (
@@ -39,7 +39,7 @@ from training.options import TrainingOptions
 from training.processes import fill_missing_gradients
 from training.steps import Progress
 from training.targets.passes import training_loss
-from training.whole_checkpoint import train_full
+from training.whole_checkpoint import prepare_full_model
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +66,18 @@ class Rehearsal:
     dit: nn.Module
     parameters: list[Parameter]
     optimizer: Optimizer
-    steps: ParameterSteps | None  # steps single weights; None: all are stepped at once
+    parameter_steps: ParameterSteps | None  # steps single weights; None: all are stepped together
     states: list[Tensor]  # stand-ins for the average, and for states that a rehearsal cannot make
     blocks: Mapping[str, list[nn.Module]]  # all blocks, by the name of their list
-    texts: LiveTextEncoders | None = None  # encoded in each step, without content
+    live_encoders: LiveTextEncoders | None = None  # encoded in each step, without content
     # with --fused_backward_pass, once the optimizer has its states
-    fused: FusedBackward | None = None
+    fused_backward: FusedBackward | None = None
     tables: Sequence[DatasetTable] = ()  # of the dataset
     # functions of features that return the context of a pass with gradients
     learning_pass: Sequence[LearningPass] = ()
 
     @property
-    def counts(self) -> dry.Counts:
+    def num_blocks(self) -> dry.Counts:
         """Number of blocks in each block list of the DiT."""
         return tuple(map(len, self.blocks.values()))
 
@@ -89,7 +89,7 @@ class Rehearsal:
         inputs = [self.ledger.inputs[name] for name, blocks in self.blocks.items() for _ in blocks]
         return sum(inputs[:-1])
 
-    def measure(self, noisy_batch: NoisyBatch, counts: dry.Counts) -> dict[str, dry.BytesByKind]:
+    def measure_passes(self, noisy_batch: NoisyBatch, counts: dry.Counts) -> dict[str, dry.BytesByKind]:
         """Run forward and backward with `counts` blocks of each list; return the peak memory of each phase.
 
         Tensors have sizes but no values, and the ledger counts their bytes. The optimizer's step is not
@@ -101,28 +101,27 @@ class Rehearsal:
         self.ledger.begin_phase("text encoders")
         self.ledger.forget_peaks()
         self.ledger.is_backward = False
-        if self.texts is not None:
+        if self.live_encoders is not None:
             with autocast_of(self.options, self.ledger.device)():
-                batch = self.texts.add_to(noisy_batch.batch)
+                batch = self.live_encoders.add_encoded_captions(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
         self.ledger.begin_phase("forward outside the blocks")
         autocast = autocast_of(self.options, self.ledger.device)
         rule = self._make_loss_rule()
-        with (
-            self.ledger.reading_unknown_as_one()
-        ):  # families may read noise levels, whose values change no sizes
+        # families may read noise levels, whose values change no sizes
+        with self.ledger.reading_unknown_as_one():
             loss = training_loss(self.family, self.dit, noisy_batch, autocast=autocast, rule=rule)
         self.ledger.is_backward = True
         self.ledger.begin_phase("backward outside the blocks")
         # with --fused_backward_pass optimizers run in the backward pass, and may read values
-        with self.ledger.reading_unknown_as_one() if self.fused else contextlib.nullcontext():
+        with self.ledger.reading_unknown_as_one() if self.fused_backward else contextlib.nullcontext():
             loss.backward()
             peaks = dict(self.ledger.peaks)
-            if self.fused is not None:
-                self.fused.finish()
+            if self.fused_backward is not None:
+                self.fused_backward.finish()
         self.register_optimizer_states()
         self.clear_gradients()
-        dry.truncate_blocks(self.dit, self.blocks, self.counts, self.ledger)
+        dry.truncate_blocks(self.dit, self.blocks, self.num_blocks, self.ledger)
         return peaks
 
     def _make_loss_rule(self) -> LossRule:
@@ -140,29 +139,34 @@ class Rehearsal:
             learning_pass=self.learning_pass,
         )
 
-    def measure_step(self) -> dict[str, dry.BytesByKind]:
-        """Clip the gradients and make an optimizer step, which creates the optimizer's states.
+    def rehearse_optimizer(self) -> dict[str, dry.BytesByKind]:
+        """Create the optimizer's states by clipping the gradients and making a step.
 
         Returns:
-            The moment of the step with the most memory in use, by phase; empty if the optimizer cannot be
-                rehearsed, or if weights are stepped during the backward pass.
+            The peak memory of the step, as the only phase; empty if the states are merely estimated, or if
+                weights are stepped during the backward pass.
         """
-        full_dit = self.options.full_dit
         phase_peaks: dict[str, dry.BytesByKind] = {}
-        # by package: only some optimizers run on tensors without values; of others the states are estimated
-        if type(self.optimizer).__module__.partition(".")[0] in REHEARSABLE:
+        package = type(self.optimizer).__module__.partition(".")[0]
+        if package in REHEARSABLE:  # its optimizers can step tensors without values
             phase_peaks = {STEP: self._rehearse_optimizer_step()}
         else:
-            with self.ledger.allocating(dry.OPTIMIZER):
-                size = estimate_state_bytes(self.optimizer, self.parameters)
-                self.states.append(torch.empty(size, dtype=torch.uint8, device=self.ledger.device))
-        if full_dit is None or not full_dit.fused_backward_pass:
+            self._allocate_estimated_states()
+        full_dit = self.options.full_dit
+        steps_in_backward = full_dit is not None and full_dit.fused_backward_pass
+        if not steps_in_backward:
             return phase_peaks
-        assert self.steps is not None
-        # the weights step during the backward pass, so that no moment of a whole step exists
-        if self.fused is None:
-            self.fused = FusedBackward(self.steps, self.parameters, self.options.optimizer.max_grad_norm)
+        assert self.parameter_steps is not None
+        if self.fused_backward is None:  # from now on, the backward pass steps the weights
+            max_norm = self.options.optimizer.max_grad_norm
+            self.fused_backward = FusedBackward(self.parameter_steps, self.parameters, max_norm)
         return {}
+
+    def _allocate_estimated_states(self) -> None:
+        """Allocate one tensor as large as the states of an optimizer that cannot be rehearsed."""
+        with self.ledger.allocating(dry.OPTIMIZER):
+            size = estimate_state_bytes(self.optimizer, self.parameters)
+            self.states.append(torch.empty(size, dtype=torch.uint8, device=self.ledger.device))
 
     def _rehearse_optimizer_step(self) -> dry.BytesByKind:
         """Step all weights on tensors without values; return the bytes by kind at the peak of the step."""
@@ -172,7 +176,7 @@ class Rehearsal:
         scaler = torch.amp.GradScaler(self.ledger.device.type, enabled=False)
         max_norm = self.options.optimizer.max_grad_norm
         stepping = StepAfterBackward(
-            self.optimizer, self.parameters, max_norm, scaler, parameter_steps=self.steps
+            self.optimizer, self.parameters, max_norm, scaler, parameter_steps=self.parameter_steps
         )
         with self.ledger.reading_unknown_as_one():  # the norm of tensors without values reads as 1
             stepping.finish()
@@ -205,7 +209,7 @@ def rehearse(
     options: TrainingOptions,
     dit: nn.Module,
     noisy_batch: NoisyBatch,
-    texts: LiveTextEncoders | None = None,
+    live_encoders: LiveTextEncoders | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
     tables: Sequence[DatasetTable] = (),
 ) -> tuple[dict[str, dry.BytesByKind], int]:
@@ -218,26 +222,28 @@ def rehearse(
         options: Options of the run.
         dit: The network as loaded, on the meta device; do not use it afterwards.
         noisy_batch: Batch on the CPU.
-        texts: Text encoders that run in each step, on the meta device too.
+        live_encoders: Text encoders that run in each step, on the meta device too.
         watch: Given the network, returns the function that computes memory with all blocks from a few.
         tables: Tables of the dataset.
     """
     with dry.dry_run() as ledger:
-        rehearsal = set_up_trainable(family, options, dit, ledger=ledger, texts=texts)
+        rehearsal = set_up_trainable(family, options, dit, ledger=ledger, live_encoders=live_encoders)
         rehearsal.tables = tables
-        phase_peaks = rehearsal.measure_step()  # first: the states that it creates count in the other phases
+        phase_peaks = (
+            rehearsal.rehearse_optimizer()
+        )  # first: the states that it creates count in the other phases
         device_batch = noisy_batch.moved(lambda tensor: empty_like_on_device(tensor, ledger))
         rehearsal.learning_pass = [
             functools.partial(_enter_with, enter, noisy_batch) for enter in options.features.on.learning_pass
         ]
         # gets the number of blocks in each list, of which few are run
         measure: Callable[[dry.Counts], Mapping[str, dry.BytesByKind]]
-        measure = functools.partial(rehearsal.measure, device_batch)
+        measure = functools.partial(rehearsal.measure_passes, device_batch)
         if rehearsal.learning_pass:
             # some blocks get fewer tokens than others, so all blocks are measured instead of extrapolated
-            measure = functools.partial(_as_measured, measure(rehearsal.counts))
+            measure = functools.partial(_as_measured, measure(rehearsal.num_blocks))
         extrapolate = watch(dit)
-        phase_peaks |= extrapolate(measure, rehearsal.counts)
+        phase_peaks |= extrapolate(measure, rehearsal.num_blocks)
         return phase_peaks, rehearsal.host_activation_bytes
 
 
@@ -249,7 +255,7 @@ def _enter_with(
 
 
 def _as_measured(phase_peaks: Mapping[str, dry.BytesByKind], _: dry.Counts) -> Mapping[str, dry.BytesByKind]:
-    """Return `moments`, measured with all blocks; ignore the number of blocks."""
+    """Return `phase_peaks`, measured with all blocks; ignore the number of blocks."""
     return phase_peaks
 
 
@@ -272,18 +278,18 @@ def set_up_trainable(
     options: TrainingOptions,
     dit: nn.Module,
     ledger: dry.Ledger,
-    texts: LiveTextEncoders | None = None,
+    live_encoders: LiveTextEncoders | None = None,
 ) -> Rehearsal:
     """Prepare a DiT without values for a rehearsed step, which predicts the memory of a real one.
 
     The network is added, the blocks are wrapped and the optimizer is made in the order of a real run.
     """
     dry.allocate_empty_weights(dit, ledger)
-    for encoder in () if texts is None else texts.encoders:
+    for encoder in () if live_encoders is None else live_encoders.encoders:
         for module in dry.modules_in(encoder):
             dry.allocate_empty_weights(module.requires_grad_(False), ledger, dry.TEXTS)
     dit.requires_grad_(False)
-    groups = _make_learning_groups(family, options, dit, ledger=ledger, texts=texts)
+    groups = _make_learning_groups(family, options, dit, ledger=ledger, live_encoders=live_encoders)
     blocks = family.dit.blocks(dit)
     dry.keep_kernels(recomputed_parts(dit, family.dit))
     dry.track_blocks(blocks, ledger)
@@ -307,10 +313,10 @@ def set_up_trainable(
         dit=dit,
         parameters=parameters,
         optimizer=optimizer,
-        steps=_single_steps(options, optimizer, parameters),
+        parameter_steps=_make_parameter_steps(options, optimizer, parameters),
         states=average,
         blocks=blocks,
-        texts=texts,
+        live_encoders=live_encoders,
     )
 
 
@@ -328,7 +334,7 @@ def _make_optimizer_as_on_gpu(options: TrainingOptions, groups: list[dict[str, A
     return optimizer
 
 
-def _single_steps(
+def _make_parameter_steps(
     options: TrainingOptions, optimizer: Optimizer, parameters: Sequence[Parameter]
 ) -> ParameterSteps | None:
     """Return the object that steps weights one at a time; None if all weights are stepped together."""
@@ -348,32 +354,32 @@ def _make_learning_groups(
     dit: nn.Module,
     *,
     ledger: dry.Ledger,
-    texts: LiveTextEncoders | None,
+    live_encoders: LiveTextEncoders | None,
 ) -> list[dict[str, Any]]:
     """Add the network and adapters, or select trained weights of the DiT; return the optimizer's groups.
 
     The arguments 0 are seeds, which do not matter because tensors have no values.
     """
-    learner = find_learner(family, options.network, options.features.lora_replacement)
-    if options.network is None or learner.make is None:
-        trainable = train_full(family, options, dit, texts, writes=False)
+    network_spec = find_network_spec(family, options.network, options.features.lora_replacement)
+    if options.network is None or network_spec.make_network is None:
+        trainable = prepare_full_model(family, options, dit, live_encoders, writes=False)
         trainable = arrange_weights(trainable, options.optimizer, family.dit)
         return [dict(group) for group in trainable.groups]
     network_options = options.network
     if not network_options.dim_from_weights:
         network_options = replace(network_options, network_weights=None)  # the file is not read
-    network = learner.make(
+    network = network_spec.make_network(
         network_options,
         dit,
         0,
-        encoders={} if texts is None else texts.networks_for(learner.is_embedding),
-        in_dit=options.parts is None or options.parts.trains_dit,
-        with_values=False,
+        encoders={} if live_encoders is None else live_encoders.networks_for(network_spec.is_embedding),
+        trains_dit=options.parts is None or options.parts.trains_dit,
+        has_initial_values=False,
     )
     dry.allocate_empty_weights(network.module, ledger, dry.NETWORK)
     _add_adapters(family, options, dit, ledger)
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
-    word_encoders = {} if texts is None else texts.networks_with_new_word
+    word_encoders = {} if live_encoders is None else live_encoders.networks_with_new_word
     # features may train something next to the network, such as the vectors of a new word
     for make in begin_run(options, family).on.auxiliary_learners:
         auxiliary = make(word_encoders, 0, False)

@@ -1,8 +1,9 @@
 """Compare the ways to train on several GPUs: `--plan 2x24` of a training script."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -29,7 +30,7 @@ def plan_several_cards(
     num_gpus: int,
     room: DeviceMemory,
     num_sample_only_dits: int,
-    texts: LiveTextEncoders | None,
+    live_encoders: LiveTextEncoders | None,
     tables: Sequence[DatasetTable],
 ) -> None:
     """Print the memory of each way to divide a training over several GPUs, and the cheapest one that fits.
@@ -42,36 +43,45 @@ def plan_several_cards(
         num_gpus: Number of cards.
         room: Memory of each card.
         num_sample_only_dits: Number of transformers that only samples need.
-        texts: Text encoders that are loaded.
+        live_encoders: Text encoders that are loaded.
         tables: Tables of the dataset.
     """
 
-    def estimate_on_one_gpu(options: TrainingOptions, added_flags: tuple[str, ...]) -> SingleGpuRun:
-        """Predict the memory of a step on one card; the result has a function to divide it over cards."""
-        counter = TokenCounter()
-        prediction = predict(
+    def predict_on_one_gpu(options: TrainingOptions, counter: TokenCounter) -> StepPrediction:
+        return predict(
             family,
             options,
             noisy_batch,
             device=device,
             num_sample_only_dits=num_sample_only_dits,
-            texts=texts,
+            live_encoders=live_encoders,
             watch=counter.watch,
             tables=tables,
         )
-        divide = partial(_divide_prediction, family, options, prediction, counter, num_gpus)
-        return SingleGpuRun(added_flags, counter.heads, options.can_swap, divide)
 
-    def rehearse_runs() -> Iterator[SingleGpuRun]:
-        """Yield the run with its own options, then with memory-saving options added one at a time."""
-        undivided = replace(options, speed=with_division(options.speed, Division(1)))
-        yield estimate_on_one_gpu(undivided, ())
-        added_flags: tuple[str, ...] = ()
-        for flags, changed_options in list_memory_savings(undivided, len(family.experts) - 1):
-            added_flags = (*added_flags, *flags.split())
-            yield estimate_on_one_gpu(changed_options, added_flags)
+    undivided = replace(options, speed=with_division(options.speed, Division(1)))
+    runs = _estimate_with_savings(family, undivided, num_gpus, predict_on_one_gpu)
+    print_layouts(runs, num_gpus, room, is_training=True)
 
-    print_layouts(rehearse_runs(), num_gpus, room, is_training=True)
+
+def _estimate_with_savings(
+    family: Family,
+    options: TrainingOptions,
+    num_gpus: int,
+    predict_on_one_gpu: Callable[[TrainingOptions, TokenCounter], StepPrediction],
+) -> Iterator[SingleGpuRun]:
+    """Yield estimates of the run with its own options, then with memory-saving options added one at a time.
+
+    Each estimate is for one card, and has a function that divides it over `num_gpus` cards.
+    """
+    added_flags: tuple[str, ...] = ()
+    savings = list_memory_savings(options, len(family.experts) - 1)
+    for flags, changed_options in chain([("", options)], savings):
+        added_flags = (*added_flags, *flags.split())
+        counter = TokenCounter()
+        prediction = predict_on_one_gpu(changed_options, counter)
+        divide = partial(_divide_prediction, family, changed_options, prediction, counter, num_gpus)
+        yield SingleGpuRun(added_flags, counter.heads, changed_options.can_swap, divide)
 
 
 def _divide_prediction(

@@ -131,7 +131,7 @@ def draw_page(history: Path, draw: Callable[[Path, RunHistory], None], *, is_ove
     run_history = read_history(history, session)
     if is_over and run_history.ending is None:
         step = max(run_history.loss, default=0)
-        run_history.ending = f"died after step {step:,}, without a word", "bad"
+        run_history.ending = f"died after step {step:,} without a message", "bad"
     page = page_path(history.parent, history_name(history))
     new_page = temporary_name(page)
     draw(new_page, run_history)

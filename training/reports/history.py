@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 END = "-history.jsonl"
 BEFORE_TRAINING = ".run"  # suffix of the run's name for the history of what `run` did before the training
-MAX_WAITING = 2000  # lines in memory
+MAX_BUFFERED_LINES = 2000  # lines in memory
 MAX_STEPS = 10**15
 LOSS = "validation/loss"
 METRICS = "pairs"  # key of additional values of features in the line of a step; a historical name
@@ -331,9 +331,8 @@ class History:
         """
         self.path, self.session, self.is_written = path, session, is_written
         self._buffered_lines: list[str] = []
-        self._last_step_to_keep: int | None = (
-            step  # the last step of the lines on disk that are kept; None: all
-        )
+        # the first write drops the lines on disk after this step; None: it has been done
+        self._last_step_to_keep: int | None = step
         self.run_history = RunHistory()  # all lines except those about single steps
         try:
             for row in _read_lines(path, session, step):
@@ -343,20 +342,20 @@ class History:
             logger.warning("%s cannot be read (%s): the page begins at step %d.", path, error.strerror, step)
 
     def add(self, step: int, **values: Any) -> None:
-        """Add a line, whose key (such as `loss` or `saved`) says what it records; write it when many wait.
+        """Record a line, named by a key such as `loss` or `saved`; it is written together with later ones.
 
         Raises:
-            OutputError: If many lines are buffered and cannot be written. They are dropped.
+            OutputError: If MAX_BUFFERED_LINES are buffered and cannot be written. They are dropped.
         """
         row: Row = _to_storable({"step": step, **values})
-        # the line of the start is only read when the page is drawn later
+        # neither lines about single steps nor the one of the start are needed in memory
         if not row.keys() & {*TRANSIENT_KEYS, "started"}:
             self.run_history.add(row)
         # bytes of a file's name that are not UTF-8 become \\udce9 and the like, which JSON can restore
         line = replace_surrogates(json.dumps(row, ensure_ascii=False)) + "\n"
         if self.is_written:
             self._buffered_lines.append(line)
-        if len(self._buffered_lines) >= MAX_WAITING:
+        if len(self._buffered_lines) >= MAX_BUFFERED_LINES:
             try:
                 self.flush()
             finally:

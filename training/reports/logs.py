@@ -93,12 +93,12 @@ class StepReport:
 class DelayedReports:
     """Hold the report of the last step while its values are copied to the host; `now` returns seconds.
 
-    A "moment" is a time in seconds or a CUDA event, which may be pending.
+    A time stamp is a time in seconds or, on a GPU, a CUDA event that may be pending.
     """
 
     now: Callable[[], float] = time.monotonic
     _pending: tuple[StepReport, Tensor, Any] | None = field(default=None, init=False)
-    last: Any = field(default=None, init=False)  # moment at the end of the last step or pause
+    last_time_stamp: Any = field(default=None, init=False)  # at the end of the last step or pause
 
     def push(self, step: StepReport, values: Tensor) -> StepReport | None:
         """Store a step with its values (1-D, on any device); return the previous step, values on the host."""
@@ -106,7 +106,7 @@ class DelayedReports:
         if values.is_cuda:
             values = empty_pinned(values.shape, values.dtype).copy_(values, non_blocking=True)
         # other devices: the time is taken when the values have arrived
-        ended = self.moment(device_type) if device_type in {"cuda", "cpu"} else None
+        ended = self.time_stamp(device_type) if device_type in {"cuda", "cpu"} else None
         previous = self.flush()
         self._pending = (step, values, ended)
         return previous
@@ -121,15 +121,15 @@ class DelayedReports:
         if is_cuda_event:
             ended.synchronize()
         report = replace(step, values=tuple(values.tolist()))
-        started = self.last
-        self.last = self.now() if ended is None else ended
+        started = self.last_time_stamp
+        self.last_time_stamp = self.now() if ended is None else ended
         if started is None:
             return report
         if isinstance(started, float):
-            return replace(report, seconds=self.last - started)
-        return replace(report, seconds=started.elapsed_time(self.last) / 1000)
+            return replace(report, seconds=self.last_time_stamp - started)
+        return replace(report, seconds=started.elapsed_time(self.last_time_stamp) / 1000)
 
-    def moment(self, device: str) -> Any:
+    def time_stamp(self, device: str) -> Any:
         """Return a time stamp that a step's duration is measured from.
 
         Args:

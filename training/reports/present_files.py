@@ -34,7 +34,14 @@ def current_commands(run_history: RunHistory, folder: Path, name: str = "") -> l
 def _replace_missing_files(
     command: PageCommand, run_history: RunHistory, folder: Path, best: str | None
 ) -> PageCommand:
-    """Replace saved files in a command with the best existing one if they are deleted or not the best."""
+    """Replace saved files in a command with the best existing one if they are deleted or not the best.
+
+    Args:
+        command: The command.
+        run_history: Content of the run's history.
+        folder: Folder of the run's files.
+        best: The run's best file; None if existing files are not to be replaced.
+    """
     try:
         arguments = shlex.split(command.bash)
     except ValueError:  # an edited history
@@ -44,15 +51,16 @@ def _replace_missing_files(
         path = Path(argument)
         if not _is_saved_file(path, run_history, folder):
             continue
-        best_step = None if best is None else run_history.saved[best]
         exists = (folder / path.name).exists()
-        if exists and best_step in {None, run_history.saved[path.name]}:
+        if exists:
+            replacement = _find_better_file(path.name, run_history, folder, best)
+            reason = "is not the best file"
+        else:
+            replacement = _find_replacement(path.name, run_history, folder, best)
+            reason = "is not there any more"
+        if replacement is None:
             continue
-        replacement = _find_replacement(path.name, run_history, folder, best)
-        if replacement is None or (exists and run_history.saved[replacement] != best_step):
-            continue  # no candidate, or none better than the existing file
         arguments[index] = str(path.with_name(replacement))
-        reason = "is not the best file" if exists else "is not there any more"
         notes.append(f"{path.name} {reason}: {replacement} takes its place.")
     if not notes:
         return command
@@ -70,6 +78,19 @@ def _is_saved_file(path: Path, run_history: RunHistory, folder: Path) -> bool:
     if working_folder is None and not path.is_absolute():
         return False
     return (working_folder or folder) / path.parent == folder
+
+
+def _find_better_file(name: str, run_history: RunHistory, folder: Path, best: str | None) -> str | None:
+    """Return the best step's file to use instead of an existing file of another step; None to keep that."""
+    if best is None:
+        return None
+    best_step = run_history.saved[best]
+    if run_history.saved[name] == best_step:
+        return None
+    replacement = _find_replacement(name, run_history, folder, best)
+    # no file of the same kind may be left of the best step
+    is_of_best_step = replacement is not None and run_history.saved[replacement] == best_step
+    return replacement if is_of_best_step else None
 
 
 def _find_replacement(name: str, run_history: RunHistory, folder: Path, best: str | None) -> str | None:

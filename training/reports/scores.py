@@ -33,8 +33,8 @@ NOTES = {
     "no_dataset": say("The history does not name a dataset: --dataset_config gives one for the likeness."),
     "dataset_gone": say("The dataset %(path)s is not here: --dataset_config gives one for the likeness."),
     "cut": say(
-        "Prompts longer than the %(most)s tokens that the model reads: %(n)s of %(all)s. The rest of them is "
-        "not compared."
+        "Prompts longer than the %(most)s tokens that the model reads: %(n)s of %(all)s. Their "
+        "remaining tokens are not compared."
     ),
     "few": say(
         "Training pictures: %(n)s, too few to say from which cosine a sample is very near to one (%(least)s "
@@ -42,7 +42,7 @@ NOTES = {
     ),
     "faces": say("Likeness of faces is left out: no network here describes faces."),
     "no_tags": say("No prompt has tags, with commas between them, that the tagger knows."),
-    "sounds": say("Samples of sound alone are left out."),
+    "sounds": say("Samples with audio only are left out."),
 }
 
 
@@ -274,8 +274,8 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
     if without_copies:
         remark = say_count(
             num_copying,
-            "%(n)s file whose samples copy a training picture is left out",
-            "%(n)s files whose samples copy a training picture are left out",
+            "%(n)s file is left out because its samples copy a training picture",
+            "%(n)s files are left out because their samples copy a training picture",
         )
     else:
         remark = say("samples of all files copy training pictures")

@@ -395,19 +395,20 @@ def _is_result(entry: Path, name: str, names: Names) -> bool:
 
     Args:
         entry: The file or folder.
-        name: Its name, which begins with the run's name as the run spells it.
+        name: Its name, which begins with the run's name in the run's upper and lower case.
         names: Names of the run's files.
     """
-    save = re.escape(names.name) + r"(?:-\d{6,}|-step\d{8,})?"  # at the end, or after a step or epoch
+    # cat, cat-000002 (after an epoch) or cat-step00000100
+    stem = re.escape(names.name) + r"(?:-\d{6,}|-step\d{8,})?"
     if entry.is_dir():
-        is_model = re.fullmatch(f"{save}(?:{AVERAGE})?", name) is not None and is_saved_folder(entry)
+        is_model = re.fullmatch(f"{stem}(?:{AVERAGE})?", name) is not None and is_saved_folder(entry)
         return is_model or state_pattern(names.name).fullmatch(name) is not None
-    if re.fullmatch(save + replace(names, suffix=SAFETENSORS).pattern, name):
+    if re.fullmatch(stem + replace(names, suffix=SAFETENSORS).pattern, name):
         return True
     pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
     if entry.with_name(name) in pages or is_section_file(name, names.name):
         return True
-    embedding = re.fullmatch(f"{save}(?:{AVERAGE})?_(.+){re.escape(SAFETENSORS)}", name)
+    embedding = re.fullmatch(f"{stem}(?:{AVERAGE})?_(.+){re.escape(SAFETENSORS)}", name)
     name_on_disk = entry.name[: len(names.name)]
     return embedding is not None and _is_embedding_of(entry, name_on_disk, word=embedding[1])
 

@@ -29,14 +29,21 @@ from checkpoints.unused import OpenedTensors
 from modules.atomic_write import check_space
 from modules.errors import CheckpointError
 from protocols.loading import TensorInfo
-from runtime.offload.sharding import as_split, gather_rows, is_split, local_rows, rows_of, trained_rows
+from runtime.offload.sharding import (
+    as_sharded,
+    gather_rows,
+    is_sharded_weight,
+    local_rows,
+    slice_local_rows,
+    trained_rows,
+)
 from training.saving.states import REMEDY, SavedState, file_checksum, share_of_files, write_state
 from training.trainable import (
     Trainable,
     WrittenFile,
     open_unused,
+    prepare_dit,
     saved_dtypes,
-    train_dit,
     unused_infos,
     written_dtypes,
 )
@@ -45,7 +52,7 @@ FILE_BYTES = 128 << 20  # approximate size of a file; small, because writing it 
 OPTIMIZER = "optimizer"  # prefix of the optimizer's tensors, next to the names of a state's parts
 
 
-def train_split_dit(
+def prepare_sharded_dit(
     dit: nn.Module,
     learning_rate: float,
     name_parts: Sequence[str],
@@ -61,9 +68,11 @@ def train_split_dit(
         part_rates: Different learning rates, by a part of the parameter's name.
         form: Form of saved files: one file or several.
     """
-    trainable = train_dit(dit, learning_rate, name_parts, part_rates, form)
+    trainable = prepare_dit(dit, learning_rate, name_parts, part_rates, form)
     # split weight -> parameter with the rows of this process
-    local_parameters = {weight: trained_rows(weight) for weight in trainable.parameters if is_split(weight)}
+    local_parameters = {
+        weight: trained_rows(weight) for weight in trainable.parameters if is_sharded_weight(weight)
+    }
     groups = [
         {**group, "params": [local_parameters.get(weight, weight) for weight in group["params"]]}
         for group in trainable.groups
@@ -73,7 +82,7 @@ def train_split_dit(
         trainable,
         groups=groups,
         written_files={"": WrittenFile(write)},
-        split_weights={parameter: weight for weight, parameter in local_parameters.items()},
+        sharded_weights={parameter: weight for weight, parameter in local_parameters.items()},
     )
 
 
@@ -102,7 +111,7 @@ def _write_model(
             assert unused is not None
             return unused.read(name).to(unused_tensors[name].dtype)
         weight: Any = weights[name]
-        if not is_split(weight):
+        if not is_sharded_weight(weight):
             return weight.detach().to(dtypes[name])
         rows = local_parameters[weight].detach() if weight in local_parameters else local_rows(weight)
         return gather_rows(rows.to(weight.device, dtypes[name]), weight)
@@ -117,7 +126,7 @@ def _write_model(
                 read(name)
 
 
-def write_split_state(folder: Path, state: SavedState) -> None:
+def write_sharded_state(folder: Path, state: SavedState) -> None:
     """Write a state whose tensors may be split, completely or not at all.
 
     All processes must call it.
@@ -125,15 +134,17 @@ def write_split_state(folder: Path, state: SavedState) -> None:
     Raises:
         OutputError: If writing fails.
     """
-    split: dict[str, Tensor] = {}
+    sharded_tensors: dict[str, Tensor] = {}
     for prefix, tensors in _tensors(state):
-        for name in [name for name, value in tensors.items() if is_split(value)]:
-            split[f"{prefix}/{name}"] = tensors.pop(name)  # saved in separate files
+        for name in [name for name, value in tensors.items() if is_sharded_weight(value)]:
+            sharded_tensors[f"{prefix}/{name}"] = tensors.pop(name)  # saved in separate files
     if distributed.get_rank() == 0:
-        check_space(folder, sum(tensor.numel() * tensor.dtype.itemsize for tensor in split.values()))
-        write_state(folder, state, lambda temporary: _write_files(temporary, split))
+        check_space(
+            folder, sum(tensor.numel() * tensor.dtype.itemsize for tensor in sharded_tensors.values())
+        )
+        write_state(folder, state, lambda temporary: _write_files(temporary, sharded_tensors))
     else:
-        _write_files(None, split)
+        _write_files(None, sharded_tensors)
 
 
 def _tensors(state: SavedState) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -157,10 +168,10 @@ def _write_files(folder: Path | None, tensors: Mapping[str, Any]) -> dict[str, i
     return dict(gather_object([(path.name, file_checksum(path)) for path in share_of_files(folder)]))
 
 
-def fill_state(
+def load_sharded_tensors(
     saved: SavedState,
     parts: Mapping[str, Mapping[str, Tensor]],
-    split: Mapping[str, Tensor],
+    sharded_weights: Mapping[str, Tensor],
     device: torch.device,
 ) -> None:
     """Load the sharded tensors of a saved state in place into this run's tensors.
@@ -170,21 +181,21 @@ def fill_state(
     Args:
         saved: The saved state.
         parts: Tensors of this run by part and name.
-        split: Trained weights that are split over processes in this run, by name.
+        sharded_weights: Trained weights that are split over processes in this run, by name.
         device: Device of the run.
 
     Raises:
         CheckpointError: If the state belongs to different weights.
     """
-    targets = _allocate_tensors_to_load(saved, parts, split, device)
+    targets = _allocate_tensors_to_load(saved, parts, sharded_weights, device)
     if targets:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns if there is only one process
             load(targets, storage_reader=HuggingFaceStorageReader(str(saved.folder)))
-    # tensors that an unsplit state contains whole
+    # tensors that the state of an unsharded run contains whole
     for part, tensors in parts.items():
         _copy_local_rows(saved, part, tensors)
-    for name, weight in split.items():
+    for name, weight in sharded_weights.items():
         _select_local_rows_of_moments(saved.optimizer["states"].get(name, {}), weight)
 
 
@@ -192,10 +203,10 @@ def _copy_local_rows(saved: SavedState, part: str, tensors: Mapping[str, Tensor]
     """Copy this process's rows of whole saved tensors to the run's split tensors, which replace them."""
     for name, tensor in tensors.items():
         saved_tensor: Any = saved.parts.get(part, {}).get(name)
-        if saved_tensor is None or not is_split(tensor) or saved_tensor.shape != tensor.shape:
+        if saved_tensor is None or not is_sharded_weight(tensor) or saved_tensor.shape != tensor.shape:
             continue
-        if not is_split(saved_tensor):
-            local_rows(tensor).copy_(rows_of(tensor, saved_tensor))
+        if not is_sharded_weight(saved_tensor):
+            local_rows(tensor).copy_(slice_local_rows(tensor, saved_tensor))
             _writable_parts(saved)[part][name] = tensor
 
 
@@ -203,13 +214,13 @@ def _select_local_rows_of_moments(optimizer_state: dict[str, Any], weight: Tenso
     """Replace whole moments of a split weight by this process's rows; scalars such as `step` stay."""
     for key, value in optimizer_state.items():
         if isinstance(value, Tensor) and value.ndim and value.shape != local_rows(weight).shape:
-            optimizer_state[key] = rows_of(weight, value)
+            optimizer_state[key] = slice_local_rows(weight, value)
 
 
 def _allocate_tensors_to_load(
     saved: SavedState,
     parts: Mapping[str, Mapping[str, Tensor]],
-    split: Mapping[str, Tensor],
+    sharded_weights: Mapping[str, Tensor],
     device: torch.device,
 ) -> dict[str, Tensor]:
     """Return the tensors into which the sharded tensors of a state are loaded, and put them into the state.
@@ -230,10 +241,10 @@ def _allocate_tensors_to_load(
         if part == OPTIMIZER:
             weight_name, _, moment_name = name.rpartition("/")
             _require_weight(parts, weight_name, record.size)
-            weight = split.get(weight_name)  # None: each process has all rows of this weight
+            weight = sharded_weights.get(weight_name)  # None: each process has all rows of this weight
             shape = record.size if weight is None else local_rows(weight).shape
             moment = torch.empty(shape, dtype=record.properties.dtype, device=device)
-            targets[key] = moment if weight is None else as_split(weight, moment)
+            targets[key] = moment if weight is None else as_sharded(weight, moment)
             saved.optimizer["states"][weight_name][moment_name] = moment
         elif part in parts:
             tensor = parts[part].get(name)
@@ -250,7 +261,7 @@ def _require_weight(parts: Mapping[str, Mapping[str, Tensor]], name: str, shape:
     part, _, weight_name = name.partition(".")
     weight = parts.get(part, {}).get(weight_name)
     if weight is None or weight.shape != shape:
-        raise CheckpointError(f"its optimizer has {name} of {[*shape]}, and this run has not.\n  {REMEDY}")
+        raise CheckpointError(f"its optimizer has {name} of {[*shape]}, but this run does not.\n  {REMEDY}")
 
 
 def _writable_parts(saved: SavedState) -> dict[str, dict[str, Tensor]]:

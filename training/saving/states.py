@@ -26,7 +26,7 @@ from modules.errors import CheckpointError, OptionError, UserError
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text, require_regular_file
 from networks.names.layouts import OF_LTX_FORK, OURS
-from runtime.offload.sharding import is_split
+from runtime.offload.sharding import is_sharded_weight
 from training.saving.files import recover_states, state_pattern
 from training.steps import Progress, check_types
 
@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 FILE, CHECKSUM = "state.pt", "state.crc32"
 RECORD = "state.json"  # in states of version 1
 VERSION = 2  # 1: a JSON record and a safetensors file for each part, which `read_old_state` reads
-SPLIT_VERSION = 3  # with files of tensors that were split over processes, see split_model.py
+SHARDED_VERSION = 3  # with files of tensors that were split over processes, see split_model.py
 AVERAGE = "ema"  # key of the averaged weights among the parts of a state
 MAX_COUNT = 10**9  # steps or epochs
 MAX_OF_CHECKSUM = 100  # bytes of the file CHECKSUM
 # a state may have this many times the entries of a model file: several optimizer tensors for each weight,
 # and the losses of an epoch
-_LONGER = 20
+_ENTRY_COUNT_FACTOR = 20
 FRESH_START = "--network_weights FILE for a LoRA, --dit FILE for a whole model"
 REMEDY = (
     "Resume from another state folder, or start a new run from what was trained: --network_weights FILE or "
@@ -101,7 +101,7 @@ def write_state(
         OutputError: If writing fails.
     """
     content: dict[str, Any] = {
-        "version": SPLIT_VERSION if add_files else VERSION,
+        "version": SHARDED_VERSION if add_files else VERSION,
         "progress": state.progress.as_state(),
     }
     skipped = {"folder", "files", *content}  # `files` is set below, from the files that are written
@@ -174,7 +174,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         has_epochs = 0 <= progress.plan_epoch <= progress.epoch <= MAX_COUNT
         has_steps = 0 <= progress.plan_step <= progress.step <= MAX_COUNT
         if not (has_epochs and has_steps):
-            raise ValueError("its counts of steps and epochs do not go together")
+            raise ValueError("its counts of steps and epochs are inconsistent")
         return state
 
 
@@ -284,8 +284,8 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             "  Use --network_module, --network_dim and --network_args, or the --dit, of the run that saved "
             "it."
         )
-    # split tensors were filled in place while the state was read (`fill_state`)
-    unsplit = {name: tensor for name, tensor in tensors.items() if not is_split(tensor)}
+    # split tensors were filled in place while the state was read (`load_sharded_tensors`)
+    unsplit = {name: tensor for name, tensor in tensors.items() if not is_sharded_weight(tensor)}
     _require_finite(unsplit)
     module.load_state_dict(unsplit, strict=len(unsplit) == len(tensors))
 
@@ -324,8 +324,8 @@ def _read_content(folder: Path, verify_checksum: bool = False) -> dict[str, Any]
         checksum = file_checksum(folder / FILE)
         if checksum != int(read_text(folder / CHECKSUM, MAX_OF_CHECKSUM), 16):
             raise ValueError(f"the checksum of {FILE} is not the one in {CHECKSUM}")
-    content: dict[str, Any] = load_pickled(folder / FILE, _LONGER)
-    if content.pop("version") not in {VERSION, SPLIT_VERSION}:
+    content: dict[str, Any] = load_pickled(folder / FILE, _ENTRY_COUNT_FACTOR)
+    if content.pop("version") not in {VERSION, SHARDED_VERSION}:
         raise CheckpointError(
             f"{folder} was saved by a newer version. Update, or resume from another state.", path=folder
         )
@@ -366,7 +366,7 @@ def _read_foreign(folder: Path) -> ForeignState:
         if name.startswith(OF_LTX_FORK):  # a fork of LTX names the same layers with a different prefix
             name = name.replace(OF_LTX_FORK, OURS, 1)
         network[name] = tensor
-    optimizer_state = load_pickled(optimizer, _LONGER) if optimizer.exists() else {}
+    optimizer_state = load_pickled(optimizer, _ENTRY_COUNT_FACTOR) if optimizer.exists() else {}
     return ForeignState(folder, network, optimizer_state, is_ordered)
 
 

@@ -415,7 +415,7 @@ class SampleComparison:
                 if is_copy(open_path(path).open(), training.media[neighbor.media_index], self.num_frames):
                     return neighbor
             except (MediaError, OSError) as error:
-                logger.warning("%s is not looked at for copies: %s", path.name, error)
+                logger.warning("%s is not checked for copies: %s", path.name, error)
         return None
 
 

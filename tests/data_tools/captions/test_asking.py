@@ -301,9 +301,17 @@ def test_what_is_saved_while_a_caption_is_written_stays_and_a_list_that_is_gone_
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        (("text_config", "hidden_size"), 1 << 20, "describes a network of .* numbers, its weights have"),
+        (
+            ("text_config", "hidden_size"),
+            1 << 20,
+            "describes a network of .* parameters, but its weights have",
+        ),
         (("text_config", "num_hidden_layers"), 10**6, "num_hidden_layers is 1,000,000, and at most"),
-        (("vision_config", "image_size"), 1 << 20, "describes a network of .* numbers, its weights have"),
+        (
+            ("vision_config", "image_size"),
+            1 << 20,
+            "describes a network of .* parameters, but its weights have",
+        ),
     ],
 )
 def test_sizes_that_the_weights_do_not_show_are_refused(

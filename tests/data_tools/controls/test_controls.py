@@ -155,5 +155,5 @@ def test_a_folder_without_a_depth_model_is_one_sentence(pictures: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no config.json in this folder"):
         make(pictures, "--depth", pictures)
     (pictures / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
-    with pytest.raises(CheckpointError, match="it has no weights"):
+    with pytest.raises(CheckpointError, match="it contains no weights"):
         make(pictures, "--depth", pictures)

@@ -43,7 +43,7 @@ def change(config: DatasetConfig, **changes: str) -> DatasetConfig:
 
 
 def test_sounds_have_no_size(config: DatasetConfig) -> None:
-    found = TableFindings(dataclasses.replace(config.datasets[0], is_of_audio=True), "2 sounds")
+    found = TableFindings(dataclasses.replace(config.datasets[0], is_audio_only=True), "2 sounds")
     found.add_items(["a", "b"], (64, 64, 25))
     assert found.lines() == ["2 sounds", "  25 frames: 2 items x 1, 2 batches of 1"]
 

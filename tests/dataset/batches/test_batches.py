@@ -142,7 +142,7 @@ def test_caches_of_the_known_tuners_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
-        ({"resolution": (64, 64)}, "made for 32x32 pixels, .* asks for 64x64"),
+        ({"resolution": (64, 64)}, "made for 32x32 pixels, .* needs 64x64"),
         ({"source_fps": 30.0}, "made for source_fps = None, .* has 30"),
     ],
 )
@@ -349,7 +349,7 @@ def test_a_window_without_latents_is_told(
     count = reading._count_windows
 
     def given(item: TrainingItem) -> TrainingItem:
-        return replace(item, table=replace(item.table, gives_latents=True))
+        return replace(item, table=replace(item.table, has_precomputed_latents=True))
 
     config = cached(tmp_path, clips=(10, 10), frame_extraction=mode, frame_sample=3)
 

@@ -159,7 +159,11 @@ def test_what_numpy_wrote_is_taken_as_it_is(folder: Path) -> None:
     ("name", "arrays", "says"),
     [
         (LATENTS, {"latents_8x8": np.zeros((2, 8, 8), np.float32)}, "has no latents_4x4, but those of _8x8"),
-        (LATENTS, {"latents_4x4": np.zeros((3, 4, 4), np.float32)}, r"of shape \(3, 4, 4\), this model's"),
+        (
+            LATENTS,
+            {"latents_4x4": np.zeros((3, 4, 4), np.float32)},
+            r"of shape \(3, 4, 4\), but this model's",
+        ),
         (LATENTS, {"latents_4x4": np.zeros((2, 4, 4), np.int64)}, "int64"),
         (LATENTS, {"latents_4x4": np.array([{}], object)}, "Object arrays"),
         (
@@ -227,7 +231,7 @@ def test_damaged_values_are_found_when_they_are_read(folder: Path) -> None:
     data[data.index(b"latents_64x64.npy") + 20_000] ^= 1
     (folder / LATENTS).write_bytes(bytes(data))
 
-    with pytest.raises(CacheError, match=r"(?s)damaged, cannot be read as npz.*remove a damaged npz file"):
+    with pytest.raises(CacheError, match=r"(?s)damaged, cannot be read as npz.*remove damaged npz files"):
         read_all(config)
     assert cache(config) == (1, 0)
     read_all(config)

@@ -210,7 +210,7 @@ def test_a_shard_of_a_later_version_is_left_alone(folder: Path) -> None:
     ShardStore(folder).close(is_last=True)
     assert later.exists()
     assert seen(folder) == FULL
-    assert "of a later version" in shard_errors(folder)[0]
+    assert "from a later version" in shard_errors(folder)[0]
 
 
 # --- shards of earlier versions

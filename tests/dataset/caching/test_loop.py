@@ -333,7 +333,7 @@ def test_sections_of_other_programs_are_as_long_as_the_window(tmp_path: Path) ->
         write_foreign(tmp_path, f"a_00000-017-000{section}_0032x0032_toy", tensors)
     good, bad = find_items(DatasetConfig(table.config_path, (table,)), "toy", LATENT).items
     assert read_batch([good], LATENT).tensor("latents").shape == (1, 2, 2, 4, 4)
-    with pytest.raises(CacheError, match="shape 2x9x4x4, .* asks for 2x2x4x4"):
+    with pytest.raises(CacheError, match="shape 2x9x4x4, .* needs 2x2x4x4"):
         read_batch([bad], LATENT)
 
 

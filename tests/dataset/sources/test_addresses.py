@@ -136,8 +136,8 @@ def test_fsspec_reads_all_other_addresses(tmp_path: Path) -> None:
         download("memory://bucket/b.png", tmp_path / "b.png", nothing)
     with pytest.raises(MediaError, match="memory://bucket cannot be downloaded: it is a folder"):
         download("memory://bucket", tmp_path / "c.png", nothing)
-    assert protocol_error("reference") == "reference:// addresses are not read"
-    assert protocol_error("nonsense") == "nonsense:// addresses are not read"
+    assert protocol_error("reference") == "reference:// addresses are not supported"
+    assert protocol_error("nonsense") == "nonsense:// addresses are not supported"
     assert "s3fs" in str(protocol_error("s3")) or protocol_error("s3") is None
 
 
@@ -180,8 +180,8 @@ def test_an_address_of_a_file_is_its_path(tmp_path: Path) -> None:
     ("address", "why"),
     [
         ("simplecache::https://host.org/a.png", "chains of addresses"),
-        ("zip://a.png::https://host.org/a.zip", "not read"),
-        ("nonsense://host/a.png", "nonsense:// addresses are not read"),
+        ("zip://a.png::https://host.org/a.zip", "not supported"),
+        ("nonsense://host/a.png", "nonsense:// addresses are not supported"),
     ],
 )
 def test_addresses_that_lead_elsewhere_are_refused(tmp_path: Path, address: str, why: str) -> None:

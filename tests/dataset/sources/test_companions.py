@@ -50,7 +50,7 @@ def test_companions_are_paired_by_name_read_and_cut(tmp_path: Path, caplog: pyte
     assert found["b"].references == ()
     assert found["b"].control_mask is None
     assert "1 of 3 videos have no reference" in caplog.text
-    assert "1 in reference_directory belong to no video" in caplog.text
+    assert "1 in reference_directory match no video" in caplog.text
     assert "stray.png" in caplog.text
 
     media = decode_source(found["a"], 24.0, 32)

@@ -57,7 +57,7 @@ def test_the_usual_names_of_columns_are_found_and_others_are_named(tmp_path: Pat
     assert (one.path, one.caption) == (Path("b.png"), "y")
     with pytest.raises(DatasetError, match=f"path_column = 'no' is not a column. It has 'id', '{column}', "):
         find_sources(table_of(tmp_path, rows, path_column="no"))
-    with pytest.raises(DatasetError, match=r"none of the columns image_path, path, .* is there.*'picture'"):
+    with pytest.raises(DatasetError, match=r"none of the columns image_path, path, .* exists.*'picture'"):
         find_sources(table_of(tmp_path, [{"picture": "a.png", "label": 1}]))
 
 
@@ -421,7 +421,7 @@ def test_columns_of_whole_files_and_lists_of_paths_are_told(tmp_path: Path) -> N
     assert error.text == "'prompt': did you mean 'caption'?"
 
     audios = list_of(tmp_path, [{"audio_path": "a.wav", "caption": "x", "video_path": "q"}], "list")
-    assert find_unused(dataclasses.replace(audios, kind="video", is_of_audio=True)) == []
+    assert find_unused(dataclasses.replace(audios, kind="video", is_audio_only=True)) == []
 
 
 @pytest.mark.parametrize("form", ["list", "jsonl", "csv", "parquet"])

@@ -108,7 +108,7 @@ def test_a_state_of_another_kind_of_schedule_is_refused() -> None:
     named, imported = schedule("--lr_scheduler linear")[0], schedule("--lr_scheduler_type ConstantLR")[0]
 
     for one, other in ((named, imported), (imported, named)):
-        with pytest.raises(CheckpointError, match="another kind"):
+        with pytest.raises(CheckpointError, match="a different kind"):
             one.load_state_dict(other.state_dict())
 
 

@@ -17,7 +17,7 @@ from tests.tiny.families import family_called
 from tests.tiny.runs import make_project
 from tests.training.test_whole_models import full_words
 from training.optimizers.muon import BETAS, MATCH_RMS_ADAMW, NUM_MATRICES, MuonWithAdam, arrange_groups
-from training.trainable import train_dit
+from training.trainable import prepare_dit
 
 STEPS = ("--max_train_steps", "2")
 NEAR = 0.06  # of the largest move: Newton-Schulz steps are in bf16, and torch rounds before it divides
@@ -74,7 +74,7 @@ def test_other_weights_are_stepped_by_adamw(shape: tuple[int, ...], group: dict[
 
 
 def test_weights_of_moss_image_are_grouped_as_its_report_trains_them() -> None:
-    trainable = train_dit(tiny_model().requires_grad_(True), 1e-3)
+    trainable = prepare_dit(tiny_model().requires_grad_(True), 1e-3)
 
     arranged = arrange_groups(trainable, DIT)
 

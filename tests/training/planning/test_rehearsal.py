@@ -116,10 +116,10 @@ def counted(
                 for group in groups:
                     real.optimizer.add_param_group(dict(group))
                     real.parameters += group["params"]
-        found = real.measure_step()
+        found = real.rehearse_optimizer()
         with ledger.allocating(BATCH):
             moved = batch.moved(lambda tensor: tensor.clone() if tensor.is_floating_point() else tensor)
-        return found | real.measure(moved, real.counts)
+        return found | real.measure_passes(moved, real.num_blocks)
 
 
 def placement(options: TrainingOptions, device: str) -> Placement:

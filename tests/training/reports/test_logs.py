@@ -230,7 +230,7 @@ def test_a_cuda_device_measures_between_its_own_events() -> None:
             return later.milliseconds - self.milliseconds
 
     delayed_reports = DelayedReports(lambda: 5.0)
-    delayed_reports.last = Event(1000)
+    delayed_reports.last_time_stamp = Event(1000)
     delayed_reports._pending = (StepReport(1, {}), torch.zeros(2), Event(1250))
     found = delayed_reports.flush()
     assert found is not None

@@ -79,7 +79,7 @@ def test_the_page_is_there_after_samples_and_complete_at_the_end(
 ) -> None:
     with pytest.raises(Killed):
         train_toy(tmp_path, *sampling, family=killed_at(4), has_page=True)
-    wait_for(lambda: "died after step 3, without a word" in text_of(page_of(tmp_path)))
+    wait_for(lambda: "died after step 3 without a message" in text_of(page_of(tmp_path)))
     assert columns_of(page_of(tmp_path)) == ["step 3"]
 
     train_toy(tmp_path, *sampling, "--validation_split", "0.2", "--validate_every_n_steps", 4, has_page=True)

@@ -66,7 +66,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_a_part_of_another_kind_is_damage(tmp_path: Path, name: str, value: object) -> None:
     write_state(tmp_path / "x-state", replace(state(), **{name: value}))
 
-    with pytest.raises(CheckpointError, match=f"x-state is damaged: {name} is of the kind"):
+    with pytest.raises(CheckpointError, match=f"x-state is damaged: {name} is of the type"):
         read_state(tmp_path / "x-state")
 
 
@@ -77,7 +77,7 @@ def test_counts_that_no_run_has_are_damage(tmp_path: Path, change: dict[str, int
     full = state()
     write_state(tmp_path / "x-state", replace(full, progress=replace(full.progress, **change)))
 
-    with pytest.raises(CheckpointError, match="its counts of steps and epochs do not go together"):
+    with pytest.raises(CheckpointError, match="its counts of steps and epochs are inconsistent"):
         read_state(tmp_path / "x-state")
 
 
