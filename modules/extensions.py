@@ -29,7 +29,7 @@ def list_named() -> list[str]:
 
 
 def check_named() -> None:
-    """Raise OptionError if no installed package brings an extension that was named, or if two of them do."""
+    """Raise OptionError if no installed package provides a named extension, or if two of them do."""
     for name in list_named():
         entries = [entry for group in GROUPS for entry in entry_points(group=group, name=name)]
         if not entries:

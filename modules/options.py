@@ -188,7 +188,7 @@ class Declared(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """An option of other programs that the parser knows and no record holds."""
+    """An option of another program that the parser recognizes, although no record has it."""
 
     help: str
     reason: str  # why it is rejected; "" if it is accepted
@@ -416,7 +416,7 @@ def _warn_of_useless_default(record: Any, field: "dataclasses.Field[Any]") -> No
 def list_idle(record: Any, written: Collection[str]) -> list[str]:
     """Return the public names of options with default values that have no effect without another option.
 
-    `written` holds the names of the arguments that the user wrote.
+    `written` are the names of the arguments that the user wrote.
     """
     idle = []
     for field in dataclasses.fields(record):

@@ -516,7 +516,7 @@ def _collect_checked_facts(cls: type[Options], field: Field[Any], default: Any) 
 
 
 def _add_rejections(group: _Group, cls: type[Options], without: Collection[str]) -> None:
-    """Declare the options of other programs that a record or its bases reject, or accept without need."""
+    """Declare the options of other programs that a record or its bases reject, or accept and ignore."""
     attributes = [(name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)]
     for name, rejection in attributes:
         if not isinstance(rejection, Rejection) or name in without:

@@ -310,7 +310,7 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
 
 
 def _describe_rejection(rejection: Rejection) -> dict[str, Any]:
-    """Return the facts of a rejection that are not empty; its help stands in the row of the option."""
+    """Return the facts of a rejection that are not empty; its help is in the option's row."""
     facts = {"reason": rejection.reason, "instead": rejection.instead, "values": list(rejection.values)}
     return {name: value for name, value in facts.items() if value}
 

@@ -88,7 +88,7 @@ def _fits(num_blocks: Sequence[int], swapped: Sequence[int], unswapped: int) -> 
 
 @dataclass(frozen=True)
 class SwapPlan:
-    """The swap options for the transformers of one family."""
+    """The weights of a family's transformers that are swapped, as the swap options ask."""
 
     spec: DitSpec
     blocks: int  # --blocks_to_swap

@@ -114,7 +114,7 @@ def lay_out(speed: SpeedOptions, shares_passes: bool) -> "ProcessGrid":
 
 
 def make_block_sharder(speed: SpeedOptions, device: "torch.device") -> "BlockSharder | None":
-    """Return the place to load a network's blocks into; None if this process holds complete blocks."""
+    """Return what splits a network's blocks over the processes as they load; None if no active mode does."""
     places = [make_place(device) for make_place in speed.modes.hooks.make_block_sharder]
     return next(filter(None, places), None)
 

@@ -54,7 +54,7 @@ class FurtherModel(NamedTuple):
 
 @dataclass(frozen=True)
 class RunUses:
-    """Uses of a run that modes of running may conflict with: the option of each use, or "" if it is off."""
+    """Features of a run with which modes of running may conflict: the option of each, or "" if it is off."""
 
     turn_taking_options: tuple[str, ...] = ()  # options by which two transformers take turns on a device
     # in training runs: the option that names a separate model for samples
@@ -72,7 +72,7 @@ class RunUses:
 class Division:
     """How a step is divided over processes, each with a GPU.
 
-    The fact `division` of an option names the field that contains its value.
+    An option with the metadata `division` sets the field of that name.
     """
 
     processes: int
@@ -114,7 +114,7 @@ class WayOptions(Options):
 
 @dataclass(frozen=True)
 class ModeHooks:
-    """Functions that modes of running call at points of a run, in the order of the modes."""
+    """Functions of the active modes, in the order of the modes, that a run calls at certain points."""
 
     # check full training: takes --mixed_precision, raises OptionError
     check_full_training: list[Callable[[str], None]] = field(default_factory=list)
