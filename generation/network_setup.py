@@ -288,19 +288,22 @@ def _warn_of_missing_experts(
     loras_by_key: "Mapping[str, Sequence[WeightedLora]]", expert_keys: Sequence[str]
 ) -> None:
     """Warn about LoRAs that were trained for all experts but are used in only some of them."""
-    paths = {key: {lora_use.lora.path for lora_use in loras} for key, loras in loras_by_key.items()}
+    paths_by_key = {key: {lora_use.lora.path for lora_use in loras} for key, loras in loras_by_key.items()}
     for key, loras in loras_by_key.items():
         for lora_use in loras:
-            missing = [
+            if lora_use.lora.expert != FOR_BOTH:
+                continue
+            path = lora_use.lora.path
+            missing_options = [
                 LORA_OPTIONS[expert_key]
                 for expert_key in expert_keys
-                if expert_key != key and lora_use.lora.path not in paths[expert_key]
+                if expert_key != key and path not in paths_by_key[expert_key]
             ]
-            if missing and lora_use.lora.expert == FOR_BOTH:
+            if missing_options:
                 logger.warning(
                     "%s was trained for both experts and is used for only one of them: give it to %s too",
-                    lora_use.lora.path,
-                    " and ".join(missing),
+                    path,
+                    " and ".join(missing_options),
                 )
 
 

@@ -161,7 +161,7 @@ def tensor_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype =
 
 
 def make_deterministic() -> None:
-    """Make torch deterministic, with a warning for operations that cannot be. Call before the first CUDA call."""
+    """Make torch deterministic, and warn of other operations. Call before the first CUDA call."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
