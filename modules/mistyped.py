@@ -297,22 +297,21 @@ def explain_number(action: argparse.Action, word: str, expected: str) -> str:
     return f"{shorten_word(word)} is not {expected}. Give one, such as {example:g}."
 
 
-def explain_unused_words(
-    flags: Flags, argv: Sequence[str], unused: Sequence[str], without_flag: Sequence[argparse.Action] = ()
-) -> str:
-    """Return the message about words of the command line that belong to no option.
-
-    `argv` are all command-line arguments, and `unused` those that belong to no option. `without_flag` are
-    the options that are recognized without a flag.
-    """
-    first = unused[0]
+def _explain_expanded_pattern(flags: Flags, argv: Sequence[str], unused: Sequence[str]) -> str:
+    """Return the message if the shell has replaced a pattern such as *.mp4 by several paths, else ""."""
     for flag, path, next_path in zip(argv, argv[1:], argv[2:], strict=False):
-        is_first_unused = next_path == first and _takes_one_value(flags, flag)
+        is_first_unused = next_path == unused[0] and _takes_one_value(flags, flag)
         if is_first_unused and path_exists(Path(path)) and path_exists(Path(next_path)):
             return (
                 f"{flag} takes one path but got {len(unused) + 1}, {path} {next_path} ...: the shell "
                 "replaced a pattern (*) by all matching files. Give the one to use."
             )
+    return ""
+
+
+def _explain_extra_value(flags: Flags, argv: Sequence[str], unused: Sequence[str]) -> str:
+    """Return the message if a number has several values, or a switch has a value such as true; else ""."""
+    first = unused[0]
     index = argv.index(first)
     before_first = argv[index - 1] if index >= 1 else ""
     flag = argv[index - 2] if index >= 2 else ""
@@ -321,6 +320,20 @@ def explain_unused_words(
         return f"{flag} takes one value but got {1 + len(unused)}, {values}. Give one."
     if before_first in flags and flags[before_first].nargs == 0 and first.lower() in SWITCHES:
         return f"{before_first} is a switch: leave {first} out, and to turn it off leave out the switch too."
+    return ""
+
+
+def explain_unused_words(
+    flags: Flags, argv: Sequence[str], unused: Sequence[str], without_flag: Sequence[argparse.Action] = ()
+) -> str:
+    """Return the message about words of the command line that belong to no option.
+
+    `argv` are all command-line arguments, and `unused` those that belong to no option. `without_flag` are
+    the options that are recognized without a flag.
+    """
+    explanation = _explain_expanded_pattern(flags, argv, unused) or _explain_extra_value(flags, argv, unused)
+    if explanation:
+        return explanation
     unused_text = quote_command(unused)
     if any(quote in word for word in argv for quote in "“”„«»"):
         return (
