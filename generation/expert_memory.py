@@ -100,7 +100,7 @@ class ExpertSchedule:
         """
         if self.count < 2:
             return ()
-        if self.all_stay_on_device:  # without the weights that other processes hold
+        if self.all_stay_on_device:  # without the weights that other processes have
             return (MemoryPart("idle experts", (self.count - 1) * (weights - swap.on_other_processes)),)
         note = "each is loaded when its steps begin"
         if not self.lazy:

@@ -336,7 +336,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
     settings: dict[str, Any] = {
         name: value for name, value in options.settings.items() if name not in left_out
     }
-    if speed.fp8.fp8 and not options.speed.fp8.fp8:  # set in place of --fp8_scaled
+    if speed.fp8.fp8 and not options.speed.fp8.fp8:  # set instead of --fp8_scaled
         settings["fp8"] = True
     return replace(options, speed=speed, settings=settings)
 

@@ -193,7 +193,7 @@ class GenerationOptions(Options, title="run"):
     optimized: bool = option(OPTIMIZED, title="preset", facts=OF_REQUEST, often=True)
     step_cache: StepCacheOptions
     # no options:
-    # --interactive: a line's hold for later ones
+    # --interactive: the options of a line apply to later ones
     remembers_lines: bool = option(default=False, facts=NO_PIXELS)
     line_options: Mapping[str, LineOption] = option(default={})  # what the letters of a prompt line mean
     # options given, the family's too, as metadata record them

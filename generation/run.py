@@ -405,7 +405,7 @@ def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]
     options = replace(options, lora=lora, experts=experts)
     loras_by_expert = expert_loras(run.family, options, with_texts=True)
     loader = dit_loader(run.family, loras_by_expert, run.session.device, options)
-    run.session.free()  # callers may still hold the old run
+    run.session.free()  # callers may still have the old run
     return replace(run, options=options, session=make_session(run.family, options, loader, keep=True))
 
 

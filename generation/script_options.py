@@ -21,7 +21,7 @@ MEDIA = ("image_path", "end_image_path", "control_path", "control_image_path")
 class RequestOptions(Options, title="what to make"):
     """Command-line options of each video or image; a prompt line can override them.
 
-    None stands for the task's default.
+    None means the task's default.
     """
 
     prompt: str | None = option("what to show; @caption.json reads a JSON object from a file", often=True)
@@ -261,7 +261,7 @@ FASTER: Mapping[str, Any] = {"attn_mode": "sageattn", "compile": True, "fp8_scal
 class ScriptDefaults:
     """Defaults of the shared generation options in one family's script, and which options the script has.
 
-    None stands for the task's default, unless the field says otherwise.
+    None means the task's default, unless the field says otherwise.
     """
 
     fps: int
@@ -300,7 +300,7 @@ class ScriptDefaults:
     output_types: tuple[str, ...] = ("video", "images", "latent", "both")  # the first is the default
     # rotary frequencies of the frames that --riflex_index counts; None: no such option
     riflex_frequencies: int | None = None
-    riflex_beyond: int = 0  # frames: videos of up to so many are not changed
+    riflex_beyond: int = 0  # videos of at most this many frames are not changed
     # videos are made section by section and can be watched while they grow; there is no --video_length
     in_sections: bool = False
     numbers_single: bool = False  # a single image is NAME_000.png, never in a folder

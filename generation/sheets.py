@@ -88,7 +88,7 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
     write_png(sheet, compose(grid, _read_middle_frames(grid)))
     if all(map(is_image, grid.clips)):
         return [page, sheet]
-    # limited by the number of videos that can be open at once, and by the height of the frame
+    # limited by the number of videos that can be open at the same time, and by the height of the frame
     rows_to_open = MAX_OPEN_VIDEOS // len(grid.columns)
     rows_in_height = MAX_VIDEO_HEIGHT // (MAX_CELL_SIDE + TEXT_HEIGHT)
     max_rows = max(1, min(rows_to_open, rows_in_height))

@@ -274,7 +274,7 @@ def _parse_literal(text: str) -> Any:
 
 
 def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
-    """Return the seed that a text stands for: a whole number itself, other text hashed to `bits` bits.
+    """Return the seed for a text: a whole number itself, other text hashed to `bits` bits.
 
     The hash is that of other tools; values measured with them are in tests/golden/string_seeds.json.
 

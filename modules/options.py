@@ -28,7 +28,7 @@ from modules.run_limits import reject_outside, reject_sending
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-# Facts about resuming and about the metadata of generated files; a field that holds a record passes its
+# Facts about resuming and about the metadata of generated files; a field that contains a record passes its
 # facts on to all options in that record.
 IDENTITY = {"resume": "identity"}  # a resumed run must have the saved value
 CHANGEABLE = {"resume": "identity", "resume_changed": True}  # unless --resume_changed is given
@@ -492,7 +492,7 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
     """
     hints = hints_of(cls)
     values: dict[str, Any] = {}
-    records: set[str] = set()  # names of fields that hold a record
+    records: set[str] = set()  # names of fields that contain a record
     for option, field in cls.fields_by_name.items():
         hint = hints[field.name]
         record = find_record_type(hint)
@@ -504,7 +504,7 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
         declared = field.metadata.get("declared")
         argument = option.replace("-", "_")
         if not hasattr(args, argument):
-            # an option without help is not declared to every parser; its record then holds the default
+            # an option without help is not declared to every parser; its record then has the default
             if declared is None or declared.help:
                 raise TypeError(
                     f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser"

@@ -118,7 +118,7 @@ class Parser(argparse.ArgumentParser):
         """Parse as argparse does, but report mistyped options before missing ones (often the same option)."""
         argv = sys.argv[1:] if args is None else list(args)
         self._show_help(argv)  # ends the program if help is asked for
-        # find mistakes that argparse would explain worse, and bring the words into its form
+        # find mistakes that argparse would explain worse, and convert the words to the form that it expects
         self._reject_line_continuation(argv)
         argv = self._normalize(argv)
         self._reject_unknown(argv)
@@ -301,7 +301,7 @@ class Parser(argparse.ArgumentParser):
             self.error(" ".join(messages))
 
     def _explain_dash(self, word: str) -> str:
-        """Explain a word that begins with a typographic dash in place of a hyphen; "" for any other word."""
+        """Explain a word that begins with a typographic dash instead of a hyphen; "" for any other word."""
         name = word.partition("=")[0]
         plain = _DASHES.sub("--", name)
         flags = self._option_string_actions
@@ -450,12 +450,12 @@ def _add_field(
     field: Field[Any],
     overrides: _ScriptOverrides,
 ) -> None:
-    """Declare the option of a field, or all options of the record that it holds."""
+    """Declare the option of a field, or all options of the record that it contains."""
     declared = field.metadata.get("declared")
     if declared is not None and declared.title:
         group = group_of(parser, declared.title)
     hint = hints_of(cls)[field.name]
-    if find_record_type(hint) is hint:  # the field holds a record
+    if find_record_type(hint) is hint:  # the field contains a record
         nested = {} if declared is None else declared.settings
         records = (hint,) if issubclass(hint, Options) else ()  # other records are declared by a function
         add_options(

@@ -151,7 +151,7 @@ def explain_path(text: str) -> str | None:
 
 
 def explain_missing(path: Path) -> str:
-    """Return a hint, beginning with a blank, about a path that does not exist; "" if there is no hint.
+    """Return a hint, beginning with a space, about a path that does not exist; "" if there is no hint.
 
     For example, `$MODELS/wan.safetensors` becomes `/wan.safetensors` if the variable is not set.
     """
@@ -169,7 +169,7 @@ def describe_lookup(path: Path) -> str:
 
 
 def similar_path(path: Path, only_folders: bool = False) -> Path | None:
-    """Return a missing path with its first missing part replaced by the most similar name that is there.
+    """Return a missing path with its first missing part replaced by the most similar existing name.
 
     The result is None if no name is similar, or if the remaining path does not exist below the similar name.
     """
@@ -236,7 +236,7 @@ def hide_secrets(text: str) -> str:
 def address_identity(address: str) -> str:
     """Return a file's identity: the address without password, signature and `#...`.
 
-    Do not show it to users: the query may hold a secret of an unknown kind.
+    Do not show it to users: the query may contain a secret of an unknown kind.
     """
     if _PLAIN.fullmatch(address):
         return address

@@ -65,7 +65,7 @@ def _examine_packages() -> Iterator[Finding]:
 
 def _examine_versions() -> Finding:
     """Compare the versions of the installed packages with those of requirements.txt."""
-    from packaging.requirements import Requirement  # accelerate brings it
+    from packaging.requirements import Requirement  # accelerate depends on it
 
     mismatches = []
     for requirement in map(Requirement, read_requirements()):

@@ -339,7 +339,8 @@ def prepare_samples(
         has_metadata: Whether files of samples get metadata.
         weights: Addition to the model's name in metadata, if samples use other weights or LoRAs.
         preview: Options of previews.
-        together: Whether all processes generate every sample and the first one writes it; `block_sharder` then
+        together: Whether all processes generate every sample and the first one writes it; `block_sharder`
+        then
             splits the text encoders over them.
         block_sharder: Splits blocks over processes; None keeps them complete.
 

@@ -115,7 +115,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         if stream is None or stream.codec_context is None or is_cover(stream):
             raise _explain_missing_video(path, container, stream)
         check_pixels(path, stream.width, stream.height)
-        # a decoder holds many frames, so the bytes of one are limited
+        # a decoder keeps many frames, so the bytes of one are limited
         codec = stream.codec_context
         is_intra_only = codec.codec.intra_only or codec.name in _LONE_CODECS
         max_bytes = MAX_LONE_FRAME_BYTES if is_intra_only else MAX_FRAME_BYTES
@@ -288,7 +288,7 @@ def _is_video(path: Path) -> bool:
         return False
 
 
-# Import PyAV, which brings FFmpeg, at its first use: reading images or caches does not need it.
+# Import PyAV, which includes FFmpeg, at its first use: reading images or caches does not need it.
 if TYPE_CHECKING:
     import av as av
     import av.sidedata.sidedata

@@ -38,7 +38,7 @@ from runtime.run_blocks import Hidden, Runner, runner_of, set_runner
 
 logger = logging.getLogger(__name__)
 
-_NAME = "_block_swap"  # attribute of a network that holds its block swap
+_NAME = "_block_swap"  # attribute of a network that contains its block swap
 
 
 @dataclass(frozen=True, eq=False)

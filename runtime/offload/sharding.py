@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 U = TypeVar("U")
 
-_NAME = "_sharding"  # attribute of a network that holds its `ShardedBlocks`
+_NAME = "_sharding"  # attribute of a network that contains its `ShardedBlocks`
 TOKEN_PART = "token_part"  # attribute of a layer: the part of the tokens that it gets, if not all
 TOKEN_GROUP = "_token_group"  # attribute of a network: the processes that share its tokens
 

@@ -76,7 +76,7 @@ class HostCopy:
             if host is None:
                 host = allocated[name]
                 host.copy_(tensor.data)
-                tensor.data = host  # at once, so that there is never a second copy of all weights
+                tensor.data = host  # immediately, so that there is never a second copy of all weights
             self._pairs.append(_HostPair(tensor, host))
         self.free_device_memory()  # frees the slots of a block swap that has run
 

@@ -1,4 +1,4 @@
-"""Run real code on tensors without data, and count the bytes that a device would hold.
+"""Run real code on tensors without data, and count the bytes that a device would need.
 
 Inside `dry_run` tensors have shapes, dtypes, devices and storages with their usual lifetimes, but no values:
 a step of a 14B model takes seconds and no memory. The device `ACCELERATOR` stands for the GPU, the plain CPU
@@ -493,7 +493,7 @@ def _with_both_ends(peaks_by_phase: Mapping[str, BytesByKind]) -> dict[str, Byte
 
 
 def peak_of_phases(peaks_by_phase: Mapping[str, BytesByKind]) -> tuple[str, BytesByKind]:
-    """Return the phase in which the device holds the most memory, and its bytes by kind."""
+    """Return the phase in which the most device memory is in use, and its bytes by kind."""
     name = max(
         peaks_by_phase,
         key=lambda allocate_empty_weights: sum(peaks_by_phase[allocate_empty_weights].values()),

@@ -122,7 +122,7 @@ class ModeHooks:
     check_uses: list[Callable[[RunUses], None]] = field(default_factory=list)
     # takes the number of processes, how often they would repeat each prompt, and the run; raises OptionError
     check_launch: list[Callable[[int, int, RunUses], None]] = field(default_factory=list)
-    # takes the device; returns the place into which blocks are loaded, None if this process holds all blocks
+    # takes the device; returns what splits blocks as they are loaded, None if this process has all blocks
     make_block_sharder: "list[Callable[[torch.device], BlockSharder | None]]" = field(default_factory=list)
     # takes a network, the grid of processes and the device; changes the network after all other changes
     finish_network: "list[Callable[[nn.Module, ProcessGrid, torch.device], None]]" = field(
