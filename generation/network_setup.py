@@ -34,7 +34,7 @@ from runtime.run_blocks import stage_files_of
 from runtime.ways.composing import finish_network, make_block_sharder
 
 if TYPE_CHECKING:  # loaded only for LoRA files, and for networks that take turns
-    from networks.apply import Change, LoraPatch, OriginalWeights
+    from networks.apply import LoraPatch, OriginalWeights
     from networks.loading import WeightedLora
     from runtime.offload.turns import HostCopy
 
@@ -91,7 +91,7 @@ class DitLoader:
         family = self.family
         speed = self.options.speed
         # T-LoRAs mask ranks by timestep, so they are not merged but wrap the layers
-        loras, t_loras = self._split(self.loras_by_expert[expert] if self.loras_by_expert else ())
+        loras, t_loras = self._separate_t_loras(self.loras_by_expert[expert] if self.loras_by_expert else ())
         lora_patch: LoraPatch | None = None
         if loras and not self.originals:
             from networks import apply, rounding  # only with LoRAs
@@ -117,17 +117,8 @@ class DitLoader:
         warn_if_emulated(self.device, compute_dtype_of(dit), "the transformer")
         if patch is not None:
             patch.check()
-        unmerged_changes: list[Mapping[str, Sequence[Change]]] = []
-        if lora_patch is not None and lora_patch.unmerged:  # LoRAs of quantized layers
-            unmerged_changes.append(lora_patch.unmerged)
-        if t_loras:
-            from networks.unmerged_loras import masked_changes  # only with T-LoRAs
-
-            unmerged_changes.append(masked_changes(dit, t_loras))
-        for changes in unmerged_changes:
-            from networks.unmerged_loras import add_unmerged  # only with LoRAs that are not merged
-
-            add_unmerged(dit, changes, self.device, compute_dtype_of(dit))
+        if lora_patch is not None or t_loras:
+            self._add_unmerged_loras(dit, lora_patch, t_loras)
         dit.eval().requires_grad_(False)
         if stage_files_of(dit):
             from networks.gated_loras import add_stage_loras  # only with LoRAs of stages
@@ -140,8 +131,19 @@ class DitLoader:
             finish_network(dit, speed, self.device)
         return dit
 
+    def _add_unmerged_loras(
+        self, dit: nn.Module, lora_patch: "LoraPatch | None", t_loras: "Sequence[WeightedLora]"
+    ) -> None:
+        """Add the LoRAs that are not merged into weights: those of quantized layers, and T-LoRAs."""
+        from networks.unmerged_loras import add_unmerged, masked_changes  # only with LoRAs
+
+        if lora_patch is not None and lora_patch.unmerged:
+            add_unmerged(dit, lora_patch.unmerged, self.device, compute_dtype_of(dit))
+        if t_loras:
+            add_unmerged(dit, masked_changes(dit, t_loras), self.device, compute_dtype_of(dit))
+
     @staticmethod
-    def _split(uses: "Sequence[WeightedLora]") -> "tuple[list[WeightedLora], list[WeightedLora]]":
+    def _separate_t_loras(uses: "Sequence[WeightedLora]") -> "tuple[list[WeightedLora], list[WeightedLora]]":
         """Split LoRAs into those to merge into a transformer and T-LoRAs, which wrap its layers instead."""
         if not uses:
             return [], []
