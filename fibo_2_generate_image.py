@@ -30,7 +30,7 @@ DEFAULTS = ScriptDefaults(
     size=(SIDE, SIDE),
     pictures=True,
     media=frozenset({"control_image_path"}),
-    source=SourceDefaults(strength_option="strength", denoise=0.75, takes_video=False),
+    source=SourceDefaults(denoise_option="strength", denoise=0.75, takes_video=False),
     joins_guidance=True,
     line_options={
         **IMAGE_GENERATION_OPTIONS,

@@ -49,7 +49,7 @@ DEFAULTS = ScriptDefaults(
     },
     sample_solver="vanilla",
     media=frozenset({"control_image_path"}),
-    source=SourceDefaults(strength_option="strength", denoise=0.75, takes_video=False),
+    source=SourceDefaults(denoise_option="strength", denoise=0.75, takes_video=False),
     splits_attention=True,
     size=(SIDE, SIDE),
     pictures=True,

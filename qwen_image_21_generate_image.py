@@ -29,7 +29,7 @@ DEFAULTS = ScriptDefaults(
     },
     sample_solver="vanilla",
     media=frozenset({"control_image_path"}),
-    source=SourceDefaults(strength_option="strength", denoise=0.8, pad_mode=None),
+    source=SourceDefaults(denoise_option="strength", denoise=0.8, pad_mode=None),
     splits_attention=True,
     size=(SIDE, SIDE),
     pictures=True,

@@ -303,7 +303,7 @@ def _is_required_by_other_model(script: str, name: str) -> bool:
 def find_flag(key: str, defaults: ScriptDefaults) -> str:
     """Return the command-line flag for the key of a prompt-line option."""
     if key == "denoise":
-        return f"--{defaults.source.strength_option}"
+        return f"--{defaults.source.denoise_option}"
     name = SIZE if key in SIDE_POSITIONS else key
     flags = defaults.flags_by_option.get(name)
     return flags[0] if flags else f"--{name}"

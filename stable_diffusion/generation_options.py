@@ -80,7 +80,7 @@ def script_defaults(side: int, side_step: int) -> ScriptDefaults:
         solvers={name: name for name in SAMPLERS},
         solver_help="how steps are made, as gen_img.py --sampler; k_NAME is the same as NAME",
         media=frozenset(),
-        source=SourceDefaults(strength_option="strength", denoise=DEFAULT_STRENGTH, takes_video=False),
+        source=SourceDefaults(denoise_option="strength", denoise=DEFAULT_STRENGTH, takes_video=False),
         size=(side, side),
         side_step=side_step,
         pictures=True,

@@ -250,8 +250,8 @@ def list_run_uses(family: Family, options: TrainingOptions, others: OtherFamilie
     # two transformers, of which only the one in use is on the device
     takes_turns = len(family.experts) > 1 and options.by_expert.offload_inactive_dit
     return RunUses(
-        takes_turns=("--offload_inactive_dit",) if takes_turns else (),
-        sampling_dit_option="" if others.sampling is None else family.abilities.sampling_dit_option,
+        turn_taking_options=("--offload_inactive_dit",) if takes_turns else (),
+        separate_sample_model="" if others.sampling is None else family.abilities.sampling_dit_option,
         further_models=tuple(options.features.further_models),
         foreign_module=next((module for module in modules if module not in OWN_MODULES), ""),
         own_modules=OWN_MODULES,

@@ -264,7 +264,7 @@ class TextWork:
             captions = [(file.caption_path or file.name, file.caption or "") for file in to_do]
             warn_cut_captions(encoder, captions)
             incomplete = {*to_do}
-            bar = Bar(len(to_do), f"Encoding with {encoder.name}", "caption", shows, at_once=True)
+            bar = Bar(len(to_do), f"Encoding with {encoder.name}", "caption", shows, shows_immediately=True)
             with bar, torch.no_grad():
                 for batch in batches:
                     if incomplete.isdisjoint(batch):

@@ -345,7 +345,7 @@ class MediaWork:
             source_of=lambda plan: plan.source,
             work=decode,
             workers=workers,
-            bar=Bar(len(plans), "Encoding", "source", shows, at_once=True),
+            bar=Bar(len(plans), "Encoding", "source", shows, shows_immediately=True),
             decodes=True,
         )
         with contextlib.closing(ahead):

@@ -234,7 +234,7 @@ def test_captions_of_other_names(end: str, found: int, tmp_path: Path) -> None:
 
     said = run_script("new_project.py", tmp_path, "--family", "lumina", "--trigger_word", "ohwx").stdout
 
-    assert "gone.jpg is a link to nowhere.jpg, which is not there" in said
+    assert "gone.jpg is a link to nowhere.jpg, which does not exist" in said
     assert "10_ohwx: by its name, each file is trained 10 times an epoch" in said
     assert "2024_06: by its name" not in said
     told = f"q0.txt: left out, captions are read from {end} files. Rename them"

@@ -556,7 +556,7 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("other --family lumina", "other is not used: give one folder, and put quotes around"),
         ("--family lumina --network_dim 4", "write network_dim = ... below [training] in run.toml"),
         ("--family lumina --num_repeats 2", "a key of the dataset file: write num_repeats = ..."),
-        ("--family lumina --memory 12TB", "'12TB' is no memory. Give GiB, such as 12"),
+        ("--family lumina --memory 12TB", "'12TB' is not an amount of memory. Give GiB, such as 12"),
         ("--family lumina --model_file dit=short", "short is a folder without exactly one model"),
         ("--family qwen --task edit", "there is no picture to edit from"),
         ("--family lumina --model_file vae=x", "--model_file vae=x: give NAME=PATH with one of dit, "),

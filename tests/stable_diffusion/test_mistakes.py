@@ -43,7 +43,7 @@ NUMBERS = (
     ),
     ("--scale nan", "--scale nan"),
     ("--scale inf", "--scale inf"),
-    ("--seed 99999999999999999999", "does not fit 64 bits"),
+    ("--seed 99999999999999999999", "does not fit in 64 bits"),
     ("--clip_skip 9", "--clip_skip 9"),
     ("--sampler eulr", "Did you mean euler?"),
     ("--network_weights lora.safetensors --network_mul 1 2 3", "--network_mul has 3 values"),

@@ -73,7 +73,7 @@ class MemoryPrediction:
         # the phase of the step with the most memory, and its bytes by kind, such as weights and gradients
         phase_name, peak_bytes = dry.peak_of_phases(self.phase_peaks)
         notes = {
-            dry.WEIGHTS: self.weight_dtypes + offloaded.format_note(blocks, "to pass through"),
+            dry.WEIGHTS: self.weight_dtypes + offloaded.describe(blocks, "to pass through"),
             dry.TEMPORARY: phase_name,
         }
         if self.host_activation_bytes:

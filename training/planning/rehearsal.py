@@ -86,7 +86,7 @@ class Rehearsal:
         """Host bytes of --gradient_checkpointing_cpu_offload: the inputs of all blocks except one."""
         if not self.options.loop.gradient_checkpointing_cpu_offload:
             return 0
-        inputs = [self.ledger.inputs[name] for name, blocks in self.blocks.items() for _ in blocks]
+        inputs = [self.ledger.input_bytes[name] for name, blocks in self.blocks.items() for _ in blocks]
         return sum(inputs[:-1])
 
     def measure_passes(self, noisy_batch: NoisyBatch, counts: dry.Counts) -> dict[str, dry.BytesByKind]:
