@@ -209,7 +209,7 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
         beginning = f"The transformer {rule.distilled} ({why}). Plain training unlearns"
     if options.full_dit is not None:  # without a frozen model, there are no targets that keep the ability
         return f"{beginning} {rule.lost}: {rule.cost}. {rule.advice_for_full_training}."
-    warning = f"{beginning} {rule.lost}: with the trained network {rule.cost}. {rule.instead}."
+    warning = f"{beginning} {rule.lost}: with the trained network {rule.cost}. {rule.advice_for_lora}."
     if rule.targets:
         targets = ", or ".join(target.options for target in rule.targets)
         warning += (
