@@ -77,7 +77,7 @@ def cache_family_latents(
             config = with_audio_files(config, option, folder)
 
         if entry.notice:
-            entry.say_notice()
+            entry.log_notice()
         print_loading()
         from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read
@@ -132,7 +132,7 @@ def cache_family_texts(
             config = with_downloads(config, options.download_directory)
 
         if entry.notice:
-            entry.say_notice()
+            entry.log_notice()
         print_loading()
         from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read

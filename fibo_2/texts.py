@@ -121,7 +121,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         new = [error for error in _list_oddities(text, is_edit) if error not in self._logged_errors]
         self._logged_errors.update(new)
         if new:
-            message = "%s, which is not as the captions of the model's training: %s"
+            message = "%s, which differs from the captions that the model was trained on: %s"
             logger.warning(message, shorten(text, 60), "; ".join(new))
 
     def _warn_of_texts(self, text: str) -> None:
@@ -129,7 +129,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
             self._has_warned = True
             logger.warning(
                 "%s of %s: the release's pipeline also shows drawings of these texts to the text encoder; "
-                "here it reads the words alone, so that letters come out less surely",
+                "here it reads only the words, so letters are less reliable",
                 TEXTS,
                 shorten(text, 60),
             )
@@ -151,7 +151,7 @@ def _list_oddities(text: str, is_edit: bool) -> list[str]:
     content = read_caption(text) or {}
     errors = find_caption_errors(text)
     if content.get(INSTRUCTION) and not is_edit:
-        errors.append(f"{INSTRUCTION} is left out, as there is no picture to edit")
+        errors.append(f"{INSTRUCTION} is left out, as there is no image to edit")
     return errors
 
 
@@ -167,7 +167,7 @@ def _move_spans(prompt: Prompt, caption: WrittenCaption) -> Spans:
         return prompt.weighted_spans
     if not caption.is_plain:
         logger.warning(
-            "the weights of parts of %s are ignored because its JSON was not as the model reads it: without "
+            "the weights of parts of %s are ignored because its JSON was rewritten for the model, without "
             "empty values, scores and white space between its parts",
             shorten(prompt.text, 60),
         )

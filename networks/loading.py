@@ -803,7 +803,9 @@ def select_network_part(weighted_loras: Iterable[WeightedLora], of_text_encoders
             else:
                 dit_modules[name] = factors
         is_selected = _keeps_any(weighted_lora, text_modules if of_text_encoders else dit_modules)
-        is_left_for_report = not of_text_encoders and bool(dit_modules) and not _keeps_any(weighted_lora, text_modules)
+        is_left_for_report = (
+            not of_text_encoders and bool(dit_modules) and not _keeps_any(weighted_lora, text_modules)
+        )
         if is_selected or is_left_for_report:
             tensors = weighted_lora.lora.tensors
             has_both_sides = bool(text_modules) and bool(dit_modules)

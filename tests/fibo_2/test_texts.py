@@ -65,7 +65,7 @@ def test_the_states_are_those_of_the_pipeline(
         ("{}", "short_description is missing"),
         (
             '{"short_description": "a", "edit_instruction": "make it red"}',
-            "edit_instruction is left out, as there is no picture to edit",
+            "edit_instruction is left out, as there is no image to edit",
         ),
     ],
 )
@@ -127,7 +127,7 @@ def test_pictures_are_cropped_and_shown_as_there(tmp_path: Path) -> None:
     (crop, _), _ = BriaFibo2ImageProcessor().preprocess([image, image])
     assert read_edited(path, None).shape[:2] == crop.shape[2:]
     mask.resize((5, 6)).save(tmp_path / "small.png")
-    with pytest.raises(OptionError, match="Give a mask of the picture's size"):
+    with pytest.raises(OptionError, match="Give a mask of the image's size"):
         read_masked(path, tmp_path / "small.png", size)
 
 
@@ -180,7 +180,7 @@ def test_texts_that_are_not_drawn_are_told_once(
 
     (warned,) = [record.getMessage() for record in caplog.records if "drawings" in record.getMessage()]
     assert warned.startswith("text_render of {")
-    assert "reads the words alone" in warned
+    assert "reads only the words" in warned
 
 
 def test_texts_of_an_edit_are_told_too(encoder: LanguageModelEncoder) -> None:

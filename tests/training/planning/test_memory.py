@@ -125,7 +125,10 @@ def test_auto_swaps_nothing_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_a_swapped_block_leaves_the_prediction_and_goes_to_the_host(whole: MemoryPrediction) -> None:
-    steps = {whole.device_bytes(count) - whole.device_bytes(count + 1) for count in range(whole.max_swapped_blocks - 1)}
+    steps = {
+        whole.device_bytes(count) - whole.device_bytes(count + 1)
+        for count in range(whole.max_swapped_blocks - 1)
+    }
     assert len(steps) == 1
     assert steps.pop() > 0
     assert whole.phase(1).host > whole.phase(0).host == 0
