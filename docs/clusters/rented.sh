@@ -11,7 +11,7 @@ pack=${1:-}
 case $pack in -*) pack=./$pack ;; esac # a name, no option of the commands below
 folder=${pack%-pack.zip}
 if [ "$folder" = "$pack" ] || { [ ! -d "$folder" ] && [ ! -f "$pack" ]; }; then
-  echo "rented.sh: '$pack' is no packed folder. Give the file that pack has made, NAME-pack.zip" >&2
+  echo "rented.sh: '$pack' is not a packed folder. Give the file that pack has made, NAME-pack.zip" >&2
   exit 2
 fi
 models=$(dirname "$pack")/models

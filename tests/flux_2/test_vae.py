@@ -85,7 +85,7 @@ def test_the_released_file_has_the_known_sizes(
 
 def test_another_autoencoder_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"16 latent channels, the autoencoder of FLUX.2 has 32 and one"
+        CheckpointError, match=r"16 latent channels, but the autoencoder of FLUX.2 has 32 and one"
     ):
         load_vae(write(tmp_path, autoencoder_tensors()), CPU, torch.float32)
     with pytest.raises(CheckpointError, match="32 latent channels and a quant_conv, .* has 16 and none"):

@@ -259,7 +259,7 @@ def test_sizes_are_compared_with_those_of_the_release(caplog: pytest.LogCaptureF
     read_official(None, ["--prompt", "a", "--video-size", "540", "960"])  # becomes 544, which it knows
     assert not caplog.text
     read_official(None, ["--prompt", "a", "--video-size", "512", "960"])
-    assert "Nearest: 544 960" in caplog.text
+    assert "nearest is 544 960" in caplog.text
     read_official(None, ["--prompt", "a", "--model-resolution", "540p"])
     assert "is a size of --model-resolution 720p, not of 540p" in caplog.text
 

@@ -265,5 +265,5 @@ def test_tensors_of_an_unknown_network_beside_it_are_named(tmp_path: Path) -> No
 def test_a_clip_of_fewer_positions_is_refused(tmp_path: Path) -> None:
     tensors = clip_text_tensors()
     tensors["embeddings.position_embedding.weight"] = tensors["embeddings.position_embedding.weight"][:64]
-    with pytest.raises(CheckpointError, match="takes 64 tokens, 77 are needed"):
+    with pytest.raises(CheckpointError, match="takes 64 tokens, but 77 are needed"):
         load_clip(save(tmp_path / "clip.safetensors", clip_text_layouts(tensors)["text"]))

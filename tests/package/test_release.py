@@ -135,7 +135,7 @@ def test_files_of_another_version_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="contains no file"):
         release.write_checksums(tmp_path)
     (tmp_path / "reelsmith_trainer-0.0.1-py3-none-any.whl").touch()
-    with pytest.raises(UserError, match=r"holds reelsmith_trainer-0\.0\.1"):
+    with pytest.raises(UserError, match=r"contains reelsmith_trainer-0\.0\.1"):
         release.check_files(tmp_path)
 
 
