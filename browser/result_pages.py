@@ -793,7 +793,7 @@ class ResultPages:
         """Add the prompt line of a result to a prompt file, unless the file has changed or has the line."""
         settings = self.require_settings(result)
         line = format_sample_line(settings)
-        # path and checksum of the file when the dialog was shown; the path may have blanks
+        # path and checksum of the file when the dialog was shown; the path may have spaces
         selected_path, _, checksum = "".join(form.get("file", ())).rpartition(" ")
         prompt_files = {str(path): path for path in self.list_prompt_files(settings.family)}
         path = prompt_files.get(selected_path)
