@@ -957,10 +957,7 @@ class NewPages:
         if problem:
             keeps_typed_values = action == "describe"
             return self.answer(sent_form if keeps_typed_values else self.read_form(str(folder)), problem)
-        # success: the browser opens the page again, and shows the message from the header
-        response = answer_move(f"/new?{encode_address({'folder': str(folder)})}")
-        response.headers[MESSAGE_HEADER] = quote(message)
-        return response
+        return _reopen_page(folder, message)
 
     def reject_unsaved(self, button: PressedButton) -> None:
         """Raise OptionError if fields of a page have values that are not in the folder's files."""
@@ -1241,6 +1238,13 @@ def make_repair_argv(commands: Sequence[list[str]], folder: Path) -> list[str]:
 def find_free_name(output: Path, name: str) -> str:
     """Return another name for a LoRA if the folder has one with this name; otherwise ""."""
     return free_name(output, name) if (output / f"{name}.safetensors").exists() else ""
+
+
+def _reopen_page(folder: Path, message: str) -> Response:
+    """Let the browser open a folder's page again, and show a message from the header."""
+    response = answer_move(f"/new?{encode_address({'folder': str(folder)})}")
+    response.headers[MESSAGE_HEADER] = quote(message)
+    return response
 
 
 def _list_ended(*background_jobs: Job | None) -> str:
