@@ -181,7 +181,7 @@ def test_two_pages_do_not_write_one_file_at_a_time(served: Served, tmp_path: Pat
     link.endheaders(content[:10])
     wait_for(lambda: served.ask(address(content, 0)).json()["at"] == 10)
     refused = send(served, content, 10, 10)
-    assert (refused["status"], "arrives from another page too" in refused["error"]) == (503, True)
+    assert (refused["status"], "is also being uploaded from another page" in refused["error"]) == (503, True)
     link.close()
 
 
