@@ -91,7 +91,7 @@ class KeyChanges:
             return changes_text
         return say_count(
             len(user_lines),
-            "%(written)s. %(kept)s stays, as typed by hand",
+            "%(written)s. %(kept)s stays: it was typed by hand",
             "%(written)s. %(kept)s stay: they were typed by hand",
             written=changes_text,
             kept=", ".join(user_lines),

@@ -90,7 +90,7 @@ class Setting(DescribedOption):
         try:
             words = shlex.split(text)
         except ValueError as error:
-            raise OptionError(f"{self.name}: {error}. Put quotes round a value with blanks") from None
+            raise OptionError(f"{self.name}: {error}. Quote a value that contains spaces") from None
         return [self._convert_word(word) for word in words]
 
     def _convert_word(self, text: str) -> Any:
@@ -396,13 +396,13 @@ class FolderSettingsPages:
         )
 
     def read_rows(
-        self, text: str, chosen: str | None, dataset: DatasetKeys | None = None
+        self, text: str, proposed_run: str | None, dataset: DatasetKeys | None = None
     ) -> list[SettingRow]:
-        """Return the rows of the settings table for `text`, a run.toml, and the training script it names.
+        """Return the rows of the settings table for `text`, a run.toml, with all options of its script.
 
         Raises OptionError if its script is unknown.
         """
-        return list_rows(text, read_settings(find_training_script(text)), chosen, dataset)
+        return list_rows(text, read_settings(find_training_script(text)), proposed_run, dataset)
 
     def proposal_argv(self, folder: Path) -> list[str]:
         """Return the command that prints, without writing it, the run.toml that `new` would write.

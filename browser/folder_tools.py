@@ -68,7 +68,10 @@ class FolderTool:
         job = self.find_job(folder)
         if job is not None and job.state in (WAITING, RUNNING):
             raise OptionError(
-                say("job %(id)s of the queue does this: wait until it has ended, or stop it", id=job.id)
+                say(
+                    "job %(id)s of the queue is already doing this: wait until it has ended, or stop it",
+                    id=job.id,
+                )
             )
         self.site.queue.add_and_begin(argv, folder, within=folder)
 

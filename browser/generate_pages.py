@@ -504,16 +504,10 @@ class GeneratePages:
             check_family(recipe.folder / lora.path, recipe.family)
         seeds = select_seeds(form)
         launch.check_options(render_request.command(seeds[0]), recipe.folder)  # only seeds differ
-        render_jobs = []
-        for seed in seeds:
-            # each job stores a form that generates its single result again
-            field_values = {**form.field_values, "seed": seed}
-            repeated = replace(form, field_values=field_values, num_results="1", keeps_seed=True)
-            render_jobs.append(replace(render_request.as_render_job(seed), form=repeated.as_fields()))
-        self.render_worker.add(render_jobs)
+        self.render_worker.add([_make_render_job(render_request, form, seed) for seed in seeds])
         return say_count(
             len(seeds),
-            "On the way: %(n)s result, seed %(first)s.",
+            "In progress: %(n)s result, seed %(first)s.",
             "In progress: %(n)s results, seeds %(first)s to %(last)s.",
             first=seeds[0],
             last=seeds[-1],
@@ -795,6 +789,13 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
         finally:
             named.rename(path)
     raise OptionError(say("It is not a readable picture, clip or audio file."))
+
+
+def _make_render_job(render_request: RenderRequest, form: GenerateForm, seed: str) -> RenderJob:
+    """Return the job for one seed of a form; it stores a form that generates this single result again."""
+    field_values = {**form.field_values, "seed": seed}
+    form_of_result = replace(form, field_values=field_values, num_results="1", keeps_seed=True)
+    return replace(render_request.as_render_job(seed), form=form_of_result.as_fields())
 
 
 def select_seeds(form: GenerateForm) -> list[str]:

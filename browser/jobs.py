@@ -452,12 +452,17 @@ class JobQueue:
                     self.problem = str(error)
 
     def start_next(self) -> None:
-        """Start the first waiting job, unless a job is running. Raises OutputError if it cannot start now."""
+        """Start the first waiting job, unless a job is running. Raises OutputError if it cannot start now.
+
+        1. Free the GPU, which a model loaded for generation may use.
+        2. Under the lock of the queue, start a process that waits for its command, and store its id.
+        3. Send it the command.
+        """
         if self._child_process is not None and self._child_process.poll() is not None:
             self._child_process = None  # `poll` has reaped the process
         if self._read_content().find_next() is None:
             return
-        reason = self.before_start()  # frees the card of a model loaded for generation; "" if it is free
+        reason = self.before_start()  # "" if the GPU is free
         if reason:
             raise OutputError(reason)
         with self._edit_files() as content:

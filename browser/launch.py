@@ -140,7 +140,7 @@ def split_folder(line: str, folder: Path) -> tuple[str, Path]:
         return line, folder
     argv = split_arguments(match[1])
     if len(argv) != 1:
-        raise OptionError(f"cd {match[1]}: give one folder; put quotes round a name with blanks")
+        raise OptionError(f"cd {match[1]}: give one folder; quote a name that contains spaces")
     target = folder / Path(argv[0])
     try:
         is_there = target.is_dir()

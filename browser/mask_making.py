@@ -181,7 +181,9 @@ class MaskMakingPages:
         """
         finder = fields.get("finder", BY_DESCRIPTION)
         if finder not in FINDERS:
-            raise OptionError(say("%(finder)s finds nothing: choose from the list.", finder=finder[:40]))
+            raise OptionError(
+                say("%(finder)s is not a way to find masks: choose from the list.", finder=finder[:40])
+            )
         argv = FORM.make_argv(".", fields)
         network = fields.get("model", "").strip() or self.name_network(finder)
         if finder == BY_DESCRIPTION:  # the mask tool takes one --what for each object

@@ -39,7 +39,7 @@ class MaskUse:
         ChangedMeanwhileError if it has changed.
         """
         if not self.num_masks:
-            raise OptionError(say("There are no masks yet: make or draw one first."))
+            raise OptionError(say("There are no masks yet: generate or draw one first."))
         document = _parse(self.config.text)
         base = self.config.path.parent
         mask_path = self.masks.relative_to(base) if self.masks.is_relative_to(base) else self.masks

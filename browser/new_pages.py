@@ -310,7 +310,7 @@ class NewPages:
         return described is not None and self.make_form(described).address == displayed_address
 
     def is_dry_run_current(self, dry_run_job: Job, folder: Path) -> bool:
-        """Return whether saving would still make the changes that `comparing`, a `new --dry_run`, found."""
+        """Return whether saving would still make the changes that a `new --dry_run` job has found."""
         return dry_run_job.state == RUNNING or not has_changed_since(dry_run_job, folder, FILES)
 
     def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:
@@ -329,11 +329,7 @@ class NewPages:
             content = replace(content, num_unreadable=self.files.count_unreadable(content.path))
         progress_values = self.collect_progress(folder, described)
         duration = self.describe_duration(form, described)
-        folder_error = ""  # why the typed folder cannot be used
-        if form.folder and folder is None:
-            folder_error = self.explain_folder(form.folder)
-        elif folder is not None and described is None:
-            folder_error = explain_missing_media(folder)
+        folder_error = self.find_folder_error(form.folder, folder, described)
         unknown_folder_error = folder_error if folder is None and not error else ""
         values = {
             **progress_values,
@@ -795,6 +791,15 @@ class NewPages:
         """Return whether the files of a folder have changed since its check began."""
         return check_job is not None and folder is not None and has_changed_since(check_job, folder, FILES)
 
+    def find_folder_error(self, text: str, folder: Path | None, described: DescribedFolder | None) -> str:
+        """Return why the typed folder cannot be used; "" if it can, or if nothing is typed.
+
+        `folder` is the existing folder that `text` names, `described` the content of its files.
+        """
+        if folder is None:
+            return self.explain_folder(text) if text else ""
+        return explain_missing_media(folder) if described is None else ""
+
     def explain_folder(self, text: str) -> str:
         """Return the reason why `text`, a typed path, names no folder that this page can describe."""
         roots = ", ".join(str(top) for top in self.site.runs.root_folders)
@@ -952,10 +957,7 @@ class NewPages:
         if problem:
             keeps_typed_values = action == "describe"
             return self.answer(sent_form if keeps_typed_values else self.read_form(str(folder)), problem)
-        # success: the browser opens the page again, and shows the message from the header
-        response = answer_move(f"/new?{encode_address({'folder': str(folder)})}")
-        response.headers[MESSAGE_HEADER] = quote(message)
-        return response
+        return _reopen_page(folder, message)
 
     def reject_unsaved(self, button: PressedButton) -> None:
         """Raise OptionError if fields of a page have values that are not in the folder's files."""
@@ -1236,6 +1238,13 @@ def make_repair_argv(commands: Sequence[list[str]], folder: Path) -> list[str]:
 def find_free_name(output: Path, name: str) -> str:
     """Return another name for a LoRA if the folder has one with this name; otherwise ""."""
     return free_name(output, name) if (output / f"{name}.safetensors").exists() else ""
+
+
+def _reopen_page(folder: Path, message: str) -> Response:
+    """Let the browser open a folder's page again, and show a message from the header."""
+    response = answer_move(f"/new?{encode_address({'folder': str(folder)})}")
+    response.headers[MESSAGE_HEADER] = quote(message)
+    return response
 
 
 def _list_ended(*background_jobs: Job | None) -> str:

@@ -167,6 +167,6 @@ class BrowserOptions(Options, title="browser"):
         if not TOKEN_PATTERN.fullmatch(token):
             raise OptionError(
                 f"--token {self.token}: the word has to have at least {MIN_TOKEN_LENGTH} letters, digits, - "
-                f"and _, without blanks. {HOW_TO_MAKE_TOKEN.format(self.token)}"
+                f"and _, without spaces. {HOW_TO_MAKE_TOKEN.format(self.token)}"
             )
         return token

@@ -100,20 +100,7 @@ def read_jobs(
     Raises:
         UserError: If a command is not valid. Then none is added.
     """
-    entries = map(str.strip, ENTRY.findall(text.replace("\r\n", "\n")))
-    lines = [line for line in entries if line and not line.startswith("#")]
-    if not lines:
-        raise OptionError(say("Type a command first, such as: %(example)s", example=EXAMPLE[0]))
-    if len(lines) > MAX_ADDED:
-        raise OptionError(
-            say(
-                "%(n)s jobs are too many: each is checked by its script, so at most %(most_added)s "
-                "can be added at a time. Add them in parts, or write them into %(queue)s",
-                n=f"{len(lines):,}",
-                most_added=MAX_ADDED,
-                queue=QUEUE,
-            )
-        )
+    lines = _read_job_lines(text)
     jobs = [_parse_job(line, run) for line in lines]
     for argv, folder in jobs:  # find all programs first: checking takes about a second per script
         find_program(argv, folder)
@@ -128,6 +115,25 @@ def read_jobs(
         if earlier_job:
             earlier_jobs.append(earlier_job)
     return jobs
+
+
+def _read_job_lines(text: str) -> list[str]:
+    """Return the command lines of a text. Raises OptionError without any, or for more than MAX_ADDED."""
+    entries = map(str.strip, ENTRY.findall(text.replace("\r\n", "\n")))
+    lines = [line for line in entries if line and not line.startswith("#")]
+    if not lines:
+        raise OptionError(say("Type a command first, such as: %(example)s", example=EXAMPLE[0]))
+    if len(lines) > MAX_ADDED:
+        raise OptionError(
+            say(
+                "%(n)s jobs are too many: each is checked by its script, so at most %(most_added)s "
+                "can be added at a time. Add them in parts, or write them into %(queue)s",
+                n=f"{len(lines):,}",
+                most_added=MAX_ADDED,
+                queue=QUEUE,
+            )
+        )
+    return lines
 
 
 def _parse_job(line: str, run: RunSummary | None) -> tuple[list[str], Path]:

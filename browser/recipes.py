@@ -435,15 +435,16 @@ def _make_recipe_of_command(
         file_defaults: Option values to use with the model's files instead of the script's defaults.
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
-    field_of_key = {key: name for name, key in find_field_keys(defaults, list_extras(family)).items()}
+    field_keys = find_field_keys(defaults, list_extras(family))
+    field_of_key: dict[str, str | None] = {key: name for name, key in field_keys.items()}
+    # the field for an image to redraw also accepts a clip
+    field_of_key["video_path"] = field_of_key.get("i2i_path")
     command_options = []
     for flag, words in options.items():
         key = _find_key(flag, defaults)
-        # the field for a start image also accepts a clip
-        field_name = field_of_key.get("i2i_path" if key == "video_path" else key)
         values = [word for word in words if not is_placeholder(word)]
         has_placeholder = len(values) < len(words)
-        command_options.append(_CommandOption(flag, key, field_name, values, has_placeholder))
+        command_options.append(_CommandOption(flag, key, field_of_key.get(key), values, has_placeholder))
     fixed_options = [option for option in command_options if option.is_fixed]
     # fields for which the command has only a placeholder: the user has to fill them
     unfilled_fields = [
@@ -617,6 +618,10 @@ class RenderRequest:
             ) from None
         if not isinstance(value, (int, float)):  # only numbers have limits
             return
+        self._check_limits(name, text, value)
+
+    def _check_limits(self, name: str, text: str, value: float) -> None:
+        """Raise OptionError if the number in a field is outside its limits, or not a multiple of its step."""
         minimum, maximum = self.recipe.find_limits(name)
         if not minimum <= value <= maximum:
             kind = "share" if name == "share" else "number"
@@ -630,7 +635,7 @@ class RenderRequest:
                     maximum=f"{maximum:,g}",
                 )
             )
-        nearest = self.recipe.nearest(name, value)  # sizes and lengths have fixed increments
+        nearest = self.recipe.nearest(name, value)
         if nearest != value:
             rule = say("a length of %(lengths)s", lengths=self.recipe.defaults.lengths)
             if name in SIDES:

@@ -304,6 +304,16 @@ class ResultRegenerator:
 
     def list_candidates(self, result: Result, settings: ResultSettings) -> Iterator[Candidate]:
         """Yield recipes of the result's model family: its own run, other runs, then released models."""
+        for comparable_run in self._list_comparable_runs(result, settings):
+            yield Candidate(make_run_recipe(comparable_run), comparable_run.run)
+        for model in model_sets():
+            if can_generate(model):
+                recipe = make_model_recipe(model, self.site.models, Path.cwd())
+                if recipe.family == settings.family:
+                    yield Candidate(recipe, None)
+
+    def _list_comparable_runs(self, result: Result, settings: ResultSettings) -> list[compare.ComparableRun]:
+        """Return the runs of the result's family: its own run, then runs with its files, then newer ones."""
         names = {*(lora.name for lora in settings.loras), *settings.embeddings}
 
         def rank(run: RunSummary) -> tuple[bool, bool, float]:
@@ -312,20 +322,14 @@ class ResultRegenerator:
             lacks_files = not any((folder / name).is_file() for name in names)
             return is_other_run, lacks_files, -run.changed  # False sorts first, and newer runs
 
+        comparable_runs = []
         with self.site.runs.lock:
-            comparable_runs = []
             for run in sorted(self.site.runs.list_all(), key=rank):
                 with contextlib.suppress(OSError):
                     comparable_run = compare.read_source(self.site.runs, run)
                     if comparable_run is not None and comparable_run.family == settings.family:
                         comparable_runs.append(comparable_run)
-        for comparable_run in comparable_runs:
-            yield Candidate(make_run_recipe(comparable_run), comparable_run.run)
-        for model in model_sets():
-            if can_generate(model):
-                recipe = make_model_recipe(model, self.site.models, Path.cwd())
-                if recipe.family == settings.family:
-                    yield Candidate(recipe, None)
+        return comparable_runs
 
     def find_weights(self, name: str, recipe: ModelRecipe, result: Result) -> str:
         """Return the path of a LoRA or an embedding by its file name.
@@ -793,7 +797,7 @@ class ResultPages:
         """Add the prompt line of a result to a prompt file, unless the file has changed or has the line."""
         settings = self.require_settings(result)
         line = format_sample_line(settings)
-        # path and checksum of the file when the dialog was shown; the path may have blanks
+        # path and checksum of the file when the dialog was shown; the path may have spaces
         selected_path, _, checksum = "".join(form.get("file", ())).rpartition(" ")
         prompt_files = {str(path): path for path in self.list_prompt_files(settings.family)}
         path = prompt_files.get(selected_path)

@@ -38,6 +38,20 @@ from protocols.families import HIGH_NOISE, with_scripts
 
 PREFIX = "bt_"
 NOT_SET = "N/A"
+# metadata that `ResultSettings.rows` shows in rows with translated names
+NAMES_OF_MAIN_ROWS = {
+    "prompt",
+    "negative_prompt",
+    "width",
+    "height",
+    "video_length",
+    "infer_steps",
+    "guidance_scale",
+    "embedded_cfg_scale",
+    "seeds",
+    "model_type",
+    "task",
+}
 MAX_KEPT = 4000  # maximum characters of a text kept in lists
 MAX_TAGS = 400  # maximum number of metadata entries that are read in a file
 MAX_TYPED = 1 << 16  # characters of all strings of a render job
@@ -71,6 +85,16 @@ class NamedLora(NamedTuple):
     name: str  # name in its file
     strength: str
     expert: str  # "" or HIGH_NOISE
+
+    @property
+    def description(self) -> str:
+        """Name, strength and expert, as text that pages translate."""
+        return say(
+            "%(name)s, strength %(strength)s%(expert)s",
+            name=self.name,
+            strength=self.strength,
+            expert=f", {self.expert.replace('_', ' ')}" if self.expert else "",
+        )
 
 
 @dataclass(frozen=True)
@@ -135,34 +159,9 @@ class ResultSettings:
             say("model"): self.title,
         }
         rows = [(name, text) for name, text in main_values.items() if text]
-        for lora in self.loras:
-            expert = f", {lora.expert.replace('_', ' ')}" if lora.expert else ""
-            rows.append(
-                (
-                    "LoRA",
-                    say(
-                        "%(name)s, strength %(strength)s%(expert)s",
-                        name=lora.name,
-                        strength=lora.strength,
-                        expert=expert,
-                    ),
-                )
-            )
+        rows += [("LoRA", lora.description) for lora in self.loras]
         rows += [("afterwards", text) for text in self.done]  # later processing, such as enlarging
-        main_names = {
-            "prompt",
-            "negative_prompt",
-            "width",
-            "height",
-            "video_length",
-            "infer_steps",
-            "guidance_scale",
-            "embedded_cfg_scale",
-            "seeds",
-            "model_type",
-            "task",
-        }
-        rows += [(name, text) for name, text in self.values.items() if name not in main_names]
+        rows += [(name, text) for name, text in self.values.items() if name not in NAMES_OF_MAIN_ROWS]
         return rows
 
     def shortened(self) -> "ResultSettings":

@@ -101,7 +101,7 @@ def select_runs(
         if query.get("family") and model_title(query["family"]) != run.title:
             continue
         state = (states or {}).get(run.id) or read_run_state(run)
-        wanted_states = ACTIVE_STATES if wanted_state == RUNNING else (wanted_state,)
+        wanted_states = (RUNNING, *ACTIVE_STATES) if wanted_state == RUNNING else (wanted_state,)
         if not wanted_state or state.name in wanted_states:
             selected.append(run)
     sort_key = SORTS.get(query.get("sort", ""), SORTS["newest"])

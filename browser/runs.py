@@ -528,7 +528,7 @@ class Runs:
         return [root.parent if root.is_file() else root for root in self.roots]
 
     def find_top(self, path: Path) -> Path:
-        """Return the folder of `tops` that contains, or is, a path. Raises OutputError if there is none."""
+        """Return the root folder that contains, or is, a path. Raises OutputError if there is none."""
         real = real_path(path)
         for top in self.root_folders:
             if real.is_relative_to(real_path(top)):

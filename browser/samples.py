@@ -556,7 +556,7 @@ def list_images(folder: Path) -> list[str]:
                 if depth < MAX_DEPTH and not is_written(entry.name):
                     unlisted.append((subfolder / entry.name, depth + 1))
                 continue
-            # in a prompt line, two dashes after a blank begin an option
+            # in a prompt line, two dashes after a space begin an option
             fits_in_line = re.search(r"\s--", entry.name) is None
             if fits_in_line and Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
                 images.append((subfolder / entry.name).relative_to(folder).as_posix())

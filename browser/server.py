@@ -179,7 +179,11 @@ class Gate:
     headers: dict[str, str] = field(default_factory=lambda: dict(HEADERS))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check a request, and pass it on or reject it, with limits on its body and common headers.
+        """Check a request, and pass it on or reject it.
+
+        1. With a token, the secret root of the addresses is removed from the request.
+        2. A request with a wrong host, origin or cookie is rejected; all others are passed on.
+        3. The body is limited while it is read, and the response gets common headers.
 
         An error in a route is answered with status 500, unless the response has already begun.
         """
@@ -187,8 +191,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         access = None if self.token is None else find_page_access(self.token, scope)
-        # with a token, all addresses begin with a secret root; routes are matched without it
-        is_below_root, scope = _strip_root(scope, access)
+        is_below_root, scope = _strip_root(scope, access)  # routes are matched without the root
         root = access.root if access is not None and is_below_root else ""
         request = Request(scope)
         body = _BoundedBody(receive, max_bytes=LARGEST_BODIES.get(request.url.path, MAX_BYTES))

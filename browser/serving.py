@@ -55,12 +55,7 @@ def run_browser(options: BrowserOptions) -> None:
 
     server_socket = open_socket(options.host, options.port)
     port = server_socket.getsockname()[1]
-    queue = open_queue(runs, options.read_only)
-    if options.work:
-        queue.begin_work(stays_open=False)
-    elif not options.read_only and reopen_queue(queue):
-        logger.info("The queue goes on, as it was started and not paused. Its page pauses it.")
-    address = make_address(options, port, token.secret)
+    queue = start_queue(runs, options)
     show_address(options, port, token)
     log_runs(runs)
     settings = ServerSettings(
@@ -69,7 +64,7 @@ def run_browser(options: BrowserOptions) -> None:
         token=token,
         is_token_given=options.token is not None,
         is_local=options.is_local,
-        address=address,
+        address=make_address(options, port, token.secret),
         public_origin=options.public_origin,
     )
     ticket = Ticket()
@@ -96,6 +91,16 @@ def run_browser(options: BrowserOptions) -> None:
             asyncio.run(uvicorn.Server(config).serve(sockets=[server_socket]))
     finally:  # the next start continues an open queue
         queue.end_work()
+
+
+def start_queue(runs: Runs, options: BrowserOptions) -> JobQueue:
+    """Open the queue, and start it with --work, or if it was running when its last server ended."""
+    queue = open_queue(runs, options.read_only)
+    if options.work:
+        queue.begin_work(stays_open=False)
+    elif not options.read_only and reopen_queue(queue):
+        logger.info("The queue goes on, as it was started and not paused. Its page pauses it.")
+    return queue
 
 
 def reopen_queue(queue: JobQueue) -> bool:

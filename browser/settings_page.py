@@ -121,7 +121,7 @@ class SettingsPages:
         if token.path is not None:
             return say("the word in %(absolute)s", absolute=token.path.absolute())
         if token.secret is not None:
-            return say("a word of its own making, until the page ends")
+            return say("a generated word, until the server ends")
         return say("none: every account of this machine can open the page")
 
     def command_argv(self, worker: str, extra_folders: Sequence[Path] = ()) -> list[str]:

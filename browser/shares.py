@@ -110,7 +110,7 @@ class Shares:
         share = ShareLink(secrets.token_urlsafe(24), run_id, time.time() + days * DAY, session)
         with self._change() as shares:
             if len(self.list_all()) >= MAX_SHARES:
-                raise UserError(say("There are %(n)s links already: take some back", n=MAX_SHARES))
+                raise UserError(say("There are already %(n)s links: withdraw some", n=MAX_SHARES))
             shares.append(share)
         return share
 

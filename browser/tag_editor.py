@@ -47,7 +47,7 @@ class TagChange:
 
 
 def split_line(line: str) -> list[str]:
-    """Return the tags in a line of a caption without surrounding blanks, from all sections of the line."""
+    """Return the tags in a line of a caption without surrounding spaces, from all sections of the line."""
     return [tag for section in line.split(KEEP_TOKENS_SEPARATOR) for tag in split_section(section)]
 
 

@@ -62,7 +62,7 @@ FORM = ToolForm(
             },
         ),
         ToolField("character_tags_first", say("characters first"), SWITCH),
-        ToolField("remove_underscore", say("underscores become blanks"), SWITCH),
+        ToolField("remove_underscore", say("underscores become spaces"), SWITCH),
         ToolField("use_rating_tags", say("with a rating"), SWITCH),
     ),
 )

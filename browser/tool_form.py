@@ -64,7 +64,7 @@ class ToolForm:
         """
         argv = ["python", self.script, target]
         for field in self.fields:
-            text = " ".join(texts.get(field.name, "").split())  # one line, single blanks
+            text = " ".join(texts.get(field.name, "").split())  # one line, single spaces
             if not text or text == self.name_default(field):
                 continue
             self._check(field, text)

@@ -176,5 +176,5 @@ class PieceUploads:
 def _read_integer_field(request: Request, name: str) -> int:
     text = request.query_params.get(name, "")
     if not (text.isascii() and text.isdecimal()) or len(text) > MAX_DIGITS:
-        raise OptionError(say("A piece of a file comes without %(name)s", name=name))
+        raise OptionError(say("A piece of a file was sent without %(name)s", name=name))
     return int(text)

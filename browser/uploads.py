@@ -78,7 +78,7 @@ def claim_file(folder: Path, name: str) -> Iterator[None]:
             if claims.enter_context(claim_name(path)):
                 break
             if is_second_try:
-                raise FileBusyError(say("%(name)s arrives from another page too", name=name))
+                raise FileBusyError(say("%(name)s is also being uploaded from another page", name=name))
             # a killed server may have left the lock file behind: remove it, and try once more
             remove_leftovers(folder, lambda claimed: claimed == f"{path.name}.claim")
         yield

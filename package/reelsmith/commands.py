@@ -53,7 +53,7 @@ class ScriptCommand:
 
     @property
     def name(self) -> str:
-        """The command as it is typed after `reelsmith`: its words with blanks between them."""
+        """The command as it is typed after `reelsmith`: its words, separated by spaces."""
         return " ".join(self.words)
 
     @property

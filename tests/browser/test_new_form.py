@@ -142,7 +142,7 @@ def test_what_somebody_changed_by_hand_stays_and_is_named() -> None:
     assert change.new_values == {"max_train_steps": 100, "save_last_n_steps_state": 50}
     assert change.text == (
         "run.toml: max_train_steps = 100, save_last_n_steps_state = 50. "
-        "save_every_n_steps = 7 stays, as typed by hand"
+        "save_every_n_steps = 7 stays: it was typed by hand"
     )
 
 

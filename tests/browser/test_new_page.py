@@ -728,7 +728,7 @@ def test_files_are_dropped_anywhere_and_refusals_are_said(served: Served, root: 
         press(page, "Put them there")
         page.wait_for_url("**folder=**")
         page.evaluate(drop, ["a.txt", "another cat"])  # what was chosen is folded, and opens to say it
-        page.get_by_text("a.txt is there already").wait_for()
+        page.get_by_text("a.txt already exists").wait_for()
     [path] = root.rglob("a.txt")
     assert path.read_text() == "a cat"
 

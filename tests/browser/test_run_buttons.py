@@ -272,7 +272,7 @@ def test_train_on_changes_the_steps_and_what_follows_and_starts(
     assert (
         "to 3,000 steps. Written into run.toml: max_train_steps = 3000, save_every_n_steps = 300" in message
     )
-    assert "sample_every_n_steps = 3 stays, as typed by hand" in message
+    assert "sample_every_n_steps = 3 stays: it was typed by hand" in message
     after = path.read_text(encoding="utf-8")
     expected = before.replace("max_train_steps = 10", "max_train_steps = 3000")
     assert after == expected.replace("save_every_n_steps = 10", "save_every_n_steps = 300")
@@ -527,7 +527,7 @@ def test_typed_steps_stay_and_the_page_follows_the_run(served: Served, tmp_path:
         assert page.get_by_label("up to").input_value() == "77"
         page.get_by_role("button", name="Train on").click()
         page.get_by_text("It is in the queue and trains to 77 steps.").wait_for()
-        page.get_by_text("waiting, place 1").wait_for()
+        page.get_by_text("waiting, position 1").wait_for()
         page.get_by_role("button", name="Stop").click()
         page.get_by_text("It was removed from the queue").wait_for()
         page.get_by_role("button", name="Copy and change").click()
@@ -541,7 +541,7 @@ def test_a_run_is_started_and_taken_back_by_the_keyboard_alone(served: Served, q
     with open_page(f"{served.url}{address_of(served)}") as page:
         page.get_by_role("button", name="Start").focus()
         page.keyboard.press("Enter")
-        page.get_by_text("waiting, place 1").wait_for()
+        page.get_by_text("waiting, position 1").wait_for()
         wait_until(page, "document.activeElement.closest('.stands, .first') !== null")
         while page.evaluate("document.activeElement.id") != "stop":
             page.keyboard.press("Tab")

@@ -167,7 +167,7 @@ def test_a_run_that_is_started_again_waits_before_it_is_what_it_was(tmp_path: Pa
     tracked_runs = look(tmp_path)
     assert state(tracked_runs) == "stopped"
     tracked_runs.queue.add(["reelsmith", "run", str(folder)], tmp_path)
-    assert state(tracked_runs).startswith("waiting, place 1")
+    assert state(tracked_runs).startswith("waiting, position 1")
     tracked_runs.queue.remove(1)
     assert state(tracked_runs) == "stopped"
 
@@ -188,7 +188,7 @@ def test_a_run_is_continued_while_the_job_of_its_stopped_training_is_about_to_en
 
     tracked_runs.start(folder, words)
 
-    assert state(tracked_runs).startswith("waiting, place 1")
+    assert state(tracked_runs).startswith("waiting, position 1")
     with pytest.raises(OptionError, match="already in the queue"):
         tracked_runs.start(folder, words)
 

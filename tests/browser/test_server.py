@@ -79,7 +79,7 @@ def test_only_workflows_of_saved_files_are_given(served: Served, tmp_path: Path)
 def test_a_button_writes_the_file_that_the_run_looks_for(served: Served, kind: str, tmp_path: Path) -> None:
     answer = served.ask(served.of("y", "ask"), "POST", f"what={kind}", Origin=served.url)
 
-    assert (answer.status, answer.text[:6]) == (200, "Asked:")
+    assert (answer.status, answer.text[:10]) == (200, "Requested:")
     assert (tmp_path / "runs" / f"y.{kind}").is_file()
 
 

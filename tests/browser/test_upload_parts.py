@@ -108,8 +108,8 @@ def test_more_than_was_announced_is_not_written_and_bad_content_leaves_nothing(
         ({"name": "../a.png"}, "the character '/'"),
         ({"name": "a.exe"}, "only pictures, clips"),
         ({"size": 9 << 30}, "has more than 8 GiB"),
-        ({"size": "1e9"}, "comes without size"),
-        ({"at": "-1"}, "comes without at"),
+        ({"size": "1e9"}, "was sent without size"),
+        ({"at": "-1"}, "was sent without at"),
     ],
 )
 def test_what_no_file_may_be_is_refused_before_a_byte_is_written(
@@ -181,7 +181,7 @@ def test_two_pages_do_not_write_one_file_at_a_time(served: Served, tmp_path: Pat
     link.endheaders(content[:10])
     wait_for(lambda: served.ask(address(content, 0)).json()["at"] == 10)
     refused = send(served, content, 10, 10)
-    assert (refused["status"], "arrives from another page too" in refused["error"]) == (503, True)
+    assert (refused["status"], "is also being uploaded from another page" in refused["error"]) == (503, True)
     link.close()
 
 
