@@ -40,7 +40,7 @@ from modules.errors import OptionError, UserError
 from modules.media.layers import COMPOSITE
 from modules.media.reading import read_tags
 from networks.apply import OriginalWeights
-from networks.loading import WeightedLora, on_side
+from networks.loading import WeightedLora, restrict_to_component
 from networks.text_loras import TextLoras, with_words_of
 from networks.unmerged_loras import split_masked
 from protocols.family import Family
@@ -410,7 +410,7 @@ def _load_switched_networks(
     run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.EncodedJob]]]
 ) -> making.JobsWithNetworks:
     """Load the network once and change its weights for each column; yield the clips of each column."""
-    dit_uses = [on_side(variant.uses[0], False) for variant, _ in columns]
+    dit_uses = [restrict_to_component(variant.uses[0], is_text=False) for variant, _ in columns]
     all_uses = [use for uses in dit_uses for use in uses]
     originals = OriginalWeights(all_uses, rounding=run.options.lora_rounding)
     all_ready = [cell for _, encoded_jobs in columns for cell in encoded_jobs]

@@ -22,7 +22,7 @@ from modules.devices import format_gib
 from modules.errors import OptionError, UserError
 from modules.media.reading import image_size
 from networks.apply import Change, LoraPatch
-from networks.loading import on_side
+from networks.loading import restrict_to_component
 from networks.rank_masks import has_rule
 from networks.unmerged_loras import masked_changes, split_masked
 from protocols.family import Family
@@ -226,7 +226,7 @@ def load_dit_with_unmerged_loras(
     if files is None or not (is_stored or has_rule(files)):
         return dit, {}
     # the first expert's LoRAs without their changes of text encoders (False); T-LoRAs are `masked`
-    uses, masked = split_masked(on_side(expert_loras(family, options)[0], False))
+    uses, masked = split_masked(restrict_to_component(expert_loras(family, options)[0], is_text=False))
     changes: dict[str, list[Change]] = {}
     if uses and is_stored:  # load again: the patch collects the changes that cannot be merged
         patch = LoraPatch(uses)

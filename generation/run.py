@@ -461,10 +461,12 @@ def _make_text_loras(loras_by_expert: LorasByExpert, rounding: str) -> "TextLora
     """
     if not loras_by_expert or not loras_by_expert[0]:
         return None
-    from networks.loading import on_side  # only with LoRAs
+    from networks.loading import restrict_to_component  # only with LoRAs
 
     first_loras = loras_by_expert[0]
-    if not any(lora_use.lora.text_tensors for lora_use in first_loras) and not on_side(first_loras, True):
+    if not any(lora_use.lora.text_tensors for lora_use in first_loras) and not restrict_to_component(
+        first_loras, is_text=True
+    ):
         return None
     from networks.text_loras import TextLoras  # only with LoRAs of text encoders
 

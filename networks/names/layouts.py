@@ -60,7 +60,7 @@ class WeightPart:
     # Which rows of our weight a part with h rows is. None: all rows; n: rows n * h to (n + 1) * h; REST: the
     # last h rows; BEFORE_REST: the h rows before the last h; SWAPPED: all rows, with the two halves swapped
     index: int | None = None
-    default_height: int = 1  # number of rows as a multiple of the smallest part's, in all published models
+    relative_rows: int = 1  # number of rows as a multiple of the smallest part's, in all published models
 
 
 # Order of a LoRA's modules in other trainers, by which their optimizer states number parameters: (prefix,
