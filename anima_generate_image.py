@@ -14,7 +14,7 @@ DEFAULTS = ScriptDefaults(
     flow_shift=FLOW_SHIFT,
     sample_solver="vanilla",
     media=frozenset(),
-    source=SourceDefaults(strength_option="strength", denoise=0.8, pad_mode=None),
+    source=SourceDefaults(denoise_option="strength", denoise=0.8, pad_mode=None),
     size=(1024, 1024),
     pictures=True,
     line_options=IMAGE_GENERATION_OPTIONS,

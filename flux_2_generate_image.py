@@ -13,7 +13,7 @@ DEFAULTS = ScriptDefaults(
     pictures=True,
     embedded_guidance=4.0,
     media=frozenset({"control_image_path"}),
-    source=SourceDefaults(strength_option="strength", denoise=0.75, takes_video=False),
+    source=SourceDefaults(denoise_option="strength", denoise=0.75, takes_video=False),
     joins_guidance=True,
     line_options={**IMAGE_GENERATION_OPTIONS, "g": EMBEDDED_IMAGE_OPTIONS["g"], **REFERENCES},
     output_types=PICTURE_OUTPUTS,

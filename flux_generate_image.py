@@ -15,7 +15,7 @@ DEFAULTS = ScriptDefaults(
     sample_solver="vanilla",
     embedded_guidance=DEFAULT_GUIDANCE,
     media=frozenset(),
-    source=SourceDefaults(strength_option="strength", denoise=0.75, takes_video=False),
+    source=SourceDefaults(denoise_option="strength", denoise=0.75, takes_video=False),
     joins_guidance=True,
     blocks_to_swap=None,
     has_second_prompt=True,

@@ -15,7 +15,7 @@ DEFAULTS = ScriptDefaults(
     sample_solver="vanilla",
     embedded_guidance=GUIDANCE,
     media=frozenset({"control_image_path"}),
-    source=SourceDefaults(strength_option="strength", denoise=0.75, takes_video=False),
+    source=SourceDefaults(denoise_option="strength", denoise=0.75, takes_video=False),
     joins_guidance=True,
     has_second_prompt=True,
     line_options={**EMBEDDED_IMAGE_OPTIONS, **REFERENCES},

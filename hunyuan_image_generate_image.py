@@ -15,7 +15,7 @@ DEFAULTS = ScriptDefaults(
     flow_shift=5.0,
     sample_solver="vanilla",
     media=frozenset(),
-    source=SourceDefaults(strength_option="strength", denoise=0.8, pad_mode=None),
+    source=SourceDefaults(denoise_option="strength", denoise=0.8, pad_mode=None),
     joins_guidance=True,
     size=(2048, 2048),
     pictures=True,

@@ -24,7 +24,7 @@ DEFAULTS = ScriptDefaults(
     solver_names={"default": "vanilla", "dpm++": "dpm++", "dpm++sde": "dpm++sde"},
     embedded_guidance=6.0,
     media=frozenset({"image_path"}),
-    source=SourceDefaults(strength_option="strength", denoise=0.8, pad_mode=None),
+    source=SourceDefaults(denoise_option="strength", denoise=0.8, pad_mode=None),
     joins_guidance=True,
     blocks_to_swap=None,
     has_second_prompt=True,

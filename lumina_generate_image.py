@@ -13,7 +13,7 @@ DEFAULTS = ScriptDefaults(
     flow_shift=6.0,
     sample_solver="vanilla",
     media=frozenset(),
-    source=SourceDefaults(strength_option="strength", denoise=0.8, pad_mode=None),
+    source=SourceDefaults(denoise_option="strength", denoise=0.8, pad_mode=None),
     blocks_to_swap=None,
     size=(1024, 1024),
     pictures=True,

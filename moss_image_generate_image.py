@@ -16,7 +16,7 @@ DEFAULTS = ScriptDefaults(
     size=(SIDE, SIDE),
     pictures=True,
     media=frozenset({"control_image_path"}),
-    source=SourceDefaults(strength_option="strength", denoise=0.75, takes_video=False),
+    source=SourceDefaults(denoise_option="strength", denoise=0.75, takes_video=False),
     line_options={
         **IMAGE_GENERATION_OPTIONS,
         **REFERENCES,

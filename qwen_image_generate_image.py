@@ -19,7 +19,7 @@ DEFAULTS = ScriptDefaults(
     infer_steps=25,
     sample_solver="vanilla",
     media=frozenset({"control_image_path"}),
-    source=SourceDefaults(strength_option="strength", denoise=0.8, pad_mode=None),
+    source=SourceDefaults(denoise_option="strength", denoise=0.8, pad_mode=None),
     size=(1328, 1328),
     pictures=True,
     line_options={

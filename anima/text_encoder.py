@@ -50,14 +50,14 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache  # one object for each length
-def make_use(maximum: int) -> LanguageEncoderSettings:
-    """Return the settings for using Qwen3 with at most `maximum` tokens of a prompt."""
+def make_encoder_settings(max_tokens: int) -> LanguageEncoderSettings:
+    """Return the settings for using Qwen3 with at most `max_tokens` tokens of a prompt."""
     return LanguageEncoderSettings(
         name="qwen3",
         states_key=STATES,
         model=QWEN3_SMALL,
         source=qwen_tokenizer("--qwen3_tokenizer", "Qwen/Qwen3-0.6B-Base"),
-        max_length=maximum,
+        maximum=max_tokens,
         batch_size=1,  # so that a state does not depend on other prompts, to the last bit
     )
 
@@ -128,8 +128,8 @@ class AnimaTextEncoder(LanguageModelEncoder):
         assert tokenizer is not None  # call `load` first
         encoded: list[Conditions] = []
         for prompt, conditions in zip(prompts, super().encode(prompts), strict=True):
-            written = self.write(prompt)
-            tokens = tokenizer.read(written.text)
+            templated = self.apply_template(prompt)
+            tokens = tokenizer.read(templated.text)
             used = tokens.cut(self.t5_max_tokens)
             if len(used.ids) < len(tokens.ids):
                 left_out = len(tokens.ids) - len(used.ids)
@@ -138,7 +138,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
             ids, mask = (rows[0].to(torch.int32) for rows in fill_rows([used.ids], self.t5_max_tokens, PAD))
             if prompt.weighted_spans:
                 mask = mask.float()
-                mask[: len(used.ids)] *= torch.tensor(weights_of(written, used.char_spans))
+                mask[: len(used.ids)] *= torch.tensor(weights_of(templated, used.char_spans))
             encoded.append({**conditions, IDS: ids, WEIGHTS: mask})
         return encoded
 

@@ -49,9 +49,9 @@ class Device:
             getattr(self._plain, name) for name in ("mark", "copy", "wait", "finish")
         )
 
-    def memory(self, size_bytes: int) -> Tensor:
+    def allocate(self, size_bytes: int) -> Tensor:
         """Return memory that counts until nothing holds it."""
-        memory = self._plain.memory(size_bytes)
+        memory = self._plain.allocate(size_bytes)
         self.take(memory.untyped_storage(), size_bytes)
         return memory
 

@@ -34,7 +34,7 @@ from runtime.planning.memory_plan import workspace
 from training.experts import placement_of, set_up_network
 from training.loss import NoisyAudio, NoisyBatch
 from training.optimizers.optimizer import find_averaging_optimizer, make_optimizer
-from training.planning.memory import predict
+from training.planning.memory import predict_memory
 from training.planning.rehearsal import autocast_of
 from training.targets.passes import training_loss
 
@@ -133,7 +133,7 @@ def generation(row: Row, path: Path, device: torch.device, high: Path | None = N
 
 def plan_of_training(row: Row, options: Any, family: Any, device: torch.device) -> float:
     """Return the bytes of the device that the plan predicts for a training step."""
-    prediction = predict(family, options, random_batch(row, family), device)
+    prediction = predict_memory(family, options, random_batch(row, family), device)
     return prediction.device_bytes(options.speed.swap.number)
 
 

@@ -9,7 +9,7 @@ from modules.errors import OptionError
 from modules.options import Options, option
 from protocols.inputs import IMAGE, LATENTS, SOURCES, VIDEO
 
-STRENGTH_OPTIONS = ("strength", "v2v_denoise")  # names of one option; each script uses one of them
+DENOISE_OPTIONS = ("strength", "v2v_denoise")  # names of one option; each script uses one of them
 SPELLINGS = ("--strength", "--v2v_denoise", "--denoise_strength")
 MAX_NOISE = 10
 DEFAULT_NOISE = "0.01 to 0.05 are usual"
@@ -24,9 +24,9 @@ USED_WITH = {  # options that only apply to some sources
 }
 
 
-# options whose defaults differ between scripts: `SourceOptions.of_script`
+# options whose defaults differ between scripts: `SourceOptions.script_defaults`
 SCRIPT_DEPENDENT_OPTIONS = (
-    *STRENGTH_OPTIONS,
+    *DENOISE_OPTIONS,
     "v2v_noise_mode",
     "v2v_pad_mode",
     "v2v_extra_noise",
@@ -38,7 +38,7 @@ SCRIPT_DEPENDENT_OPTIONS = (
 class SourceDefaults:
     """Settings with which a family's script declares the options of a video or image to start from."""
 
-    strength_option: str = "v2v_denoise"  # of SHARES: the name that the script's users know
+    denoise_option: str = "v2v_denoise"  # of DENOISE_OPTIONS: the name that the script's users know
     denoise: float = 0.5
     pad_mode: str | None = "end"  # None: a short video is refused
     takes_image: bool = True  # whether there is an --i2i_path
@@ -48,21 +48,23 @@ class SourceDefaults:
         """Return the settings of `SourceOptions` for `add_options` in the script."""
         refused = {} if self.takes_image else {"i2i_path": _NO_IMAGE}
         refused |= {} if self.takes_video else dict.fromkeys(("video_path", "v2v_pad_mode"), _NO_VIDEO)
-        spelled = tuple(dict.fromkeys((f"--{self.strength_option}", *SPELLINGS)))
-        unused_share = next(name for name in STRENGTH_OPTIONS if name != self.strength_option)
+        spelled = tuple(dict.fromkeys((f"--{self.denoise_option}", *SPELLINGS)))
+        unused_denoise_option = next(name for name in DENOISE_OPTIONS if name != self.denoise_option)
         rejected_if_short = {"v2v_pad_mode": {"help": f"{_PAD}; default: it is refused"}}
         defaults = {
-            self.strength_option: self.denoise,
+            self.denoise_option: self.denoise,
             "v2v_pad_mode": self.pad_mode if self.takes_video else None,
         }
         return {
             "refused": refused,
             "settings": {
-                self.strength_option: {"flags": spelled},
+                self.denoise_option: {"flags": spelled},
                 **({} if self.pad_mode else rejected_if_short),
             },
             "defaults": defaults,
-            "without": (unused_share,) if self.takes_image else (unused_share, "i2_extra_noise"),
+            "without": (unused_denoise_option,)
+            if self.takes_image
+            else (unused_denoise_option, "i2_extra_noise"),
         }
 
 
@@ -77,9 +79,9 @@ class SourceOptions(Options, title="video or image to start from"):
     from_latent: Path | None = option(
         "latent file of an earlier run (--output_type latent or both) to start from"
     )
-    # None: the script has the other of SHARES
-    strength: float | None = option(_SHARE, minimum=0, maximum=1, hint="a share of the steps")
-    v2v_denoise: float | None = option(_SHARE, minimum=0, maximum=1, hint="a share of the steps")
+    # None: the script has the other of DENOISE_OPTIONS
+    strength: float | None = option(_SHARE, minimum=0, maximum=1, hint="a fraction of the steps")
+    v2v_denoise: float | None = option(_SHARE, minimum=0, maximum=1, hint="a fraction of the steps")
     v2v_noise_mode: str = option(
         "traditional: the value is a fraction of the steps; direct: it is the noise level of the first step",
         default="traditional",
@@ -104,15 +106,15 @@ class SourceOptions(Options, title="video or image to start from"):
     script_defaults: Mapping[str, Any] = option(name="usual_sources", default={})
 
     @property
-    def share(self) -> str:
+    def denoise_option(self) -> str:
         """Name of the option that sets the denoising strength for a source."""
         return "v2v_denoise" if self.strength is None else "strength"
 
     @property
     def denoise(self) -> float:
         """Return the denoising strength, 0 to 1; 1 if it is not set."""
-        share = getattr(self, self.share)
-        return 1.0 if share is None else share
+        strength = getattr(self, self.denoise_option)
+        return 1.0 if strength is None else strength
 
 
 def check_one_source(paths: Mapping[str, object]) -> None:
@@ -124,7 +126,7 @@ def check_one_source(paths: Mapping[str, object]) -> None:
         )
 
 
-def check_share(option: str, share: float) -> None:
+def check_denoise(option: str, denoise: float) -> None:
     """Raise OptionError if a fraction is not between 0 and 1."""
-    if not 0 <= share <= 1:
-        raise OptionError(f"{option} {share:g}: give a share of the steps from 0 to 1")
+    if not 0 <= denoise <= 1:
+        raise OptionError(f"{option} {denoise:g}: give a fraction of the steps, from 0 to 1")

@@ -76,15 +76,8 @@ def read_autoencoder(
     Raises:
         CheckpointError: If the file contains another model or is incomplete.
     """
-    prefixes = ("first_stage_model.", "vae.")  # prefixes of the autoencoder in all-in-one files
-    other_networks = [prefix for prefix in ALL_IN_ONE if prefix not in prefixes]
-    checkpoint = checkpoint.without_prefix(*prefixes, ignored_prefixes=(*other_networks, "model."))
-    sources = list_tensor_sources(checkpoint)
-    # 1. translate diffusers' names to those of the released file, and reject other models
-    if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:
-        levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
-        sources = dialects.rename_sources(sources, lambda name: _from_diffusers(name, levels))
-    wrong_model = dialects.make_wrong_kind_error(checkpoint, kind.description, kind.option, kind.release)
+    checkpoint, sources = _find_autoencoder(checkpoint)
+    wrong_model = dialects.make_wrong_kind_error(checkpoint, kind.what, kind.option, kind.release)
     if "encoder.down.0.block.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise wrong_model
     as_matrices(sources, ATTENTION)
@@ -94,7 +87,6 @@ def read_autoencoder(
     _check_kind(checkpoint, kind, channels, is_quantized)
     for part in ("encoder.down", "decoder.up"):
         _check_levels(checkpoint, kind, part, dialects.count(sources, rf"{re.escape(part)}\.\d+"))
-    # 2. read the channels of each level, and check that the groups of the norms divide them
     widths = tuple(shape_of(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     decoder_widths = tuple(shape_of(f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     groups = declared_groups(checkpoint, kind.classes) or GROUPS
@@ -111,11 +103,23 @@ def read_autoencoder(
     return dialects.LoadPlan(config, checkpoint, sources, unused)
 
 
+def _find_autoencoder(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
+    """Return the tensors of an autoencoder in a file, and its weights by the names of the released file."""
+    prefixes = ("first_stage_model.", "vae.")  # prefixes of the autoencoder in all-in-one files
+    other_networks = [prefix for prefix in ALL_IN_ONE if prefix not in prefixes]
+    autoencoder = checkpoint.without_prefix(*prefixes, others=(*other_networks, "model."))
+    sources = list_tensor_sources(autoencoder)
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:  # diffusers' names
+        levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
+        sources = dialects.rename_sources(sources, lambda name: _from_diffusers(name, levels))
+    return autoencoder, sources
+
+
 def _check_levels(checkpoint: Checkpoint, kind: AutoencoderKind, part: str, num_levels: int) -> None:
     if num_levels != LEVELS:
         raise CheckpointError(
             f"{checkpoint.path}: {part} has {num_levels} levels, but that of FLUX has {LEVELS}. The file "
-            f"holds another model, or tensors are missing. Give {kind.release}.",
+            f"contains another model, or tensors are missing. Give {kind.release}.",
             checkpoint.path,
         )
 

@@ -158,7 +158,7 @@ class PooledClip(FileTextEncoder[ClipText]):
         settings = f"{config.num_heads} heads, {config.activation}, eps {config.eps}"
         return self.identify(self.naming.name, config=settings, dtype=dtype_name(self.dtype))
 
-    def write(self, prompt: Prompt) -> TemplatedPrompt:
+    def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
         """Return the second text, or the prompt if it has none, without prompt weights."""
         text = prompt.text if prompt.prompt_2 is None else prompt.prompt_2
         return TemplatedPrompt(text, text, ())

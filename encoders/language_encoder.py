@@ -291,7 +291,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             transformers=version("transformers").partition(".")[0] if self.settings.pre_norm else None,
         )
 
-    def write(self, prompt: Prompt) -> TemplatedPrompt:
+    def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
         """Insert a prompt into the template, and shift the spans of its weights accordingly."""
         settings = self.settings
         text = prompt.text
@@ -325,8 +325,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         expected = self.settings.num_dropped_tokens
         if expected and counted != expected:
             logger.warning(
-                "the tokenizer makes %d tokens of the template before the prompt, the model's own makes %d: "
-                "prompts will be cut in the wrong place. Give the tokenizer of this model to %s.",
+                "the tokenizer splits the template before the prompt into %d tokens, but the model's own "
+                "into %d: prompts will be cut in the wrong place. Give the tokenizer of this model to %s.",
                 counted,
                 expected,
                 self.source.files.option,
@@ -426,19 +426,36 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         for first in range(0, len(token_ids), batch_size):
             batch = token_ids[first : first + batch_size]
             batch_images = images[first : first + batch_size]
-            padded_length = self._select_length(batch, num_template_tokens)
-            padded_ids, mask = fill_rows(batch, padded_length, pad, self.settings.pads_left)
-            states = self._run_network(network, tokenizer, padded_ids, mask=mask, images=batch_images)
-            states = states[:, num_template_tokens:].cpu()
-            mask = mask[:, num_template_tokens:]
-            for index, ids in enumerate(batch):
-                length = self._length_alone(ids, num_template_tokens) - num_template_tokens
-                conditions = self._make_conditions(states[index], mask[index], length)
-                if self.settings.image_positions_key:
-                    grids = batch_images[index].token_grids if batch_images else ()
-                    prompt_ids = ids[num_template_tokens:]
-                    conditions |= self._split_images(tokenizer, states[index], prompt_ids, grids)
-                results.append(conditions)
+            results += self._compute_batch(network, tokenizer, batch, batch_images, pad, num_template_tokens)
+        return results
+
+    def _compute_batch(
+        self,
+        network: nn.Module,
+        tokenizer: TextTokenizer,
+        batch: Sequence[list[int]],
+        images: Sequence[PatchedImages],
+        pad: int,
+        num_template_tokens: int,
+    ) -> list[Conditions]:
+        """Return the conditions of prompts that run together, without the padding that this takes.
+
+        `pad` is the id of the padding token; other arguments as in `compute`.
+        """
+        padded_length = self._select_length(batch, num_template_tokens)
+        padded_ids, mask = fill_rows(batch, padded_length, pad, self.settings.pads_left)
+        states = self._run_network(network, tokenizer, padded_ids, mask=mask, images=images)
+        states = states[:, num_template_tokens:].cpu()
+        mask = mask[:, num_template_tokens:]
+        results: list[Conditions] = []
+        for index, ids in enumerate(batch):
+            length = self._length_alone(ids, num_template_tokens) - num_template_tokens
+            conditions = self._make_conditions(states[index], mask[index], length)
+            if self.settings.image_positions_key:
+                grids = images[index].token_grids if images else ()
+                prompt_ids = ids[num_template_tokens:]
+                conditions |= self._split_images(tokenizer, states[index], prompt_ids, grids)
+            results.append(conditions)
         return results
 
     def _length_alone(self, ids: list[int], num_template_tokens: int) -> int:
@@ -614,7 +631,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         placeholder = self.find_token(tokenizer, image_format.token)
         templated_prompts: list[TemplatedPrompt] = []
         for prompt, prompt_images in zip(prompts, images, strict=True):
-            templated = self.write(prompt)
+            templated = self.apply_template(prompt)
             # a typed placeholder would be taken for an image
             if prompt_images.token_grids and placeholder in tokenizer.read(templated.prompt).ids:
                 raise MediaError(
@@ -622,7 +639,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
                     f"{templated.prompt}"
                 )
             templated_prompts.append(_put_in_front(templated, prompt_images, image_format))
-        return self.encode_written(templated_prompts, functools.partial(self.compute, images=images))
+        return self.encode_templated(templated_prompts, functools.partial(self.compute, images=images))
 
 
 @dataclass(frozen=True)
@@ -721,17 +738,17 @@ def _read_all_images(
 
 
 def _put_in_front(
-    written: TemplatedPrompt, pictures: PatchedImages, image_format: ImagePromptFormat
+    templated: TemplatedPrompt, pictures: PatchedImages, image_format: ImagePromptFormat
 ) -> TemplatedPrompt:
     """Return the prompt with the placeholder tokens of its images before the text."""
     total = len(pictures.counts)
     inserted = ""
     for number, num_tokens in enumerate(pictures.counts, start=1):
         inserted += image_format.write(number, num_tokens, total)
-    return written._replace(
-        text=written.text[: written.start] + inserted + written.text[written.start :],
-        start=written.start + len(inserted),
-        suffix_start=written.suffix_start + len(inserted),
+    return templated._replace(
+        text=templated.text[: templated.start] + inserted + templated.text[templated.start :],
+        start=templated.start + len(inserted),
+        suffix_start=templated.suffix_start + len(inserted),
         num_image_tokens=sum(pictures.counts),
     )
 

@@ -173,14 +173,13 @@ QWEN3_VL = LanguageModel(
 
 
 def _read_delta_layers(
-    config_json: Mapping[str, Any], num_layers: int, width: int, shapes: Mapping[str, tuple[int, ...]]
+    config_json: Mapping[str, Any], num_layers: int, _width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> Mapping[str, Any]:
     """Return the settings of Gated DeltaNet layers and the kinds of all layers, as transformers names them.
 
     Raises:
         ValueError: If a setting is missing or invalid.
     """
-    _ = width  # not used: heads of DeltaNet and attention layers differ in width
     delta = "layers.0.linear_attn."  # layer 0 of Qwen3.5 is a DeltaNet layer
     value_heads = shapes[f"{delta}A_log"][0]
     value_width = shapes[f"{delta}norm.weight"][0]
@@ -286,13 +285,7 @@ def read_language_model(
     """
     path = checkpoint.path
     layer = f"layers.{model.first_attention_layer}."  # prefix of a layer with attention
-    network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_PROJ}", OTHER_TENSORS)
-    # tensors that only some models have, such as biases and norms, tell the models apart
-    if (
-        network is None
-        or _list_distinguishing_tensors(network, checkpoint, layer) != model.distinguishing_tensors
-    ):
-        raise make_wrong_kind_error(checkpoint, model.description, model.option, model.files)
+    network = _find_language_model(checkpoint, model, layer)
     sources = list_tensor_sources(network)
     wrong_sizes = CheckpointError(
         f"{path}: its tensors do not have the sizes of {model.description}. Give {model.files} to "
@@ -342,6 +335,21 @@ def read_language_model(
         settings=constants.settings,
     )
     return LoadPlan(config, network, sources, _list_unused_names(config, all_layers))
+
+
+def _find_language_model(checkpoint: Checkpoint, model: LanguageModel, layer: str) -> Checkpoint:
+    """Return the language model's tensors in a file, without their prefix; raise CheckpointError for another.
+
+    `layer` is the prefix of a layer with attention.
+    """
+    network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_PROJ}", OTHER_TENSORS)
+    # tensors that only some models have, such as biases and norms, tell the models apart
+    if (
+        network is None
+        or _list_distinguishing_tensors(network, checkpoint, layer) != model.distinguishing_tensors
+    ):
+        raise make_wrong_kind_error(checkpoint, model.what, model.option, model.files)
+    return network
 
 
 def _find_head_dim(
@@ -559,9 +567,9 @@ def _split_frequencies(config: LanguageConfig) -> list[int]:
         # thirds; the first axes get the remainder
         return [(frequencies + 2 - axis) // 3 for axis in range(3)]
     time_share, row_share, _ = config.model.mrope_sixteenths  # in sixteenths
-    times = frequencies * time_share // 16
-    rows = frequencies * row_share // 16
-    return [times, rows, frequencies - times - rows]
+    num_time = frequencies * time_share // 16
+    num_row = frequencies * row_share // 16
+    return [num_time, num_row, frequencies - num_time - num_row]
 
 
 def load_language_model(

@@ -152,16 +152,7 @@ def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str
         CheckpointError: If the file has no vectors for these encoders, or unequal numbers of vectors.
     """
     assert word.content is not None
-    nested = word.content.get(TABLE)  # some files nest their vectors in a table with this name
-    tensors = list_tensors(nested if isinstance(nested, Mapping) else word.content)
-    vectors_by_encoder: dict[str, Tensor] = {}  # by the first key of each encoder; others are aliases
-    for encoder in encoders:
-        key_in_file = next((key for key in encoder.word_keys if key in tensors), None)
-        if key_in_file is not None:
-            vectors_by_encoder[encoder.word_keys[0]] = tensors[key_in_file]
-    if not vectors_by_encoder and len(tensors) == len(encoders) == 1:
-        # with one text encoder and one tensor, the name of the tensor does not matter
-        vectors_by_encoder[encoders[0].word_keys[0]] = next(iter(tensors.values()))
+    vectors_by_encoder = _find_vectors(word.content, encoders)
     if not vectors_by_encoder:
         keys = " and ".join(encoder.word_keys[0] for encoder in encoders)
         raise CheckpointError(
@@ -169,15 +160,30 @@ def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str
             f"{describe_content(word.content)}. Its text encoders take {keys}.",
             word.source,
         )
-    rows = to_rows(word.source, word.option, vectors_by_encoder)  # each V C
-    if len({len(vectors) for vectors in rows.values()}) > 1:
+    matrices = to_rows(word.source, word.option, vectors_by_encoder)  # each V C
+    if len({len(vectors) for vectors in matrices.values()}) > 1:
         raise reject_embedding(
             word.source, word.option, "it has unequal numbers of vectors for the text encoders"
         )
-    num_vectors = len(next(iter(rows.values())))
-    covered = "" if len(rows) == len(encoders) else f", for {' and '.join(rows)} alone"
-    logger.info("%s: %s (%s%s)", word.source, word.text, format_count(num_vectors, "vector"), covered)
-    return rows
+    num_vectors = len(next(iter(matrices.values())))
+    only_for = "" if len(matrices) == len(encoders) else f", for {' and '.join(matrices)} alone"
+    logger.info("%s: %s (%s%s)", word.source, word.text, format_count(num_vectors, "vector"), only_for)
+    return matrices
+
+
+def _find_vectors(content: "WordContent", encoders: Sequence[WordEncoder]) -> dict[str, Tensor]:
+    """Return the tensors of an embedding file by the first key of their text encoder."""
+    nested = content.get(TABLE)  # some files nest their vectors in a table with this name
+    tensors = list_tensors(nested if isinstance(nested, Mapping) else content)
+    found: dict[str, Tensor] = {}
+    for encoder in encoders:
+        key_in_file = next((key for key in encoder.word_keys if key in tensors), None)
+        if key_in_file is not None:
+            found[encoder.word_keys[0]] = tensors[key_in_file]
+    if not found and len(tensors) == len(encoders) == 1:
+        # with one text encoder and one tensor, the name of the tensor does not matter
+        found[encoders[0].word_keys[0]] = next(iter(tensors.values()))
+    return found
 
 
 class GrowingEmbedding(nn.Embedding):

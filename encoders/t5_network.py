@@ -349,11 +349,17 @@ def load_t5(
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_t5(checkpoint, kind)
-        stored = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
+        stored_dtype = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
         # bfloat16 (as trained) replaces fp8, which has no arithmetic, and float16 on CPUs
-        keeps_dtype = stored == torch.float32 or (stored == torch.float16 and device.type != "cpu")
-        compute = dtype or (stored if keeps_dtype else torch.bfloat16)
+        keeps_dtype = stored_dtype == torch.float32 or (
+            stored_dtype == torch.float16 and device.type != "cpu"
+        )
+        compute_dtype = dtype or (stored_dtype if keeps_dtype else torch.bfloat16)
         what = f"the {kind.name} text encoder ({kind.option})"
-        t5 = load_planned(plan, T5Network, device=device, dtype=compute, label=what, form=form, blocks=blocks)
-    logger.info("T5: %s, stored as %s, computing in %s", path, dtype_name(stored), dtype_name(compute))
+        t5 = load_planned(
+            plan, T5Network, device=device, dtype=compute_dtype, what=what, form=form, blocks=blocks
+        )
+    logger.info(
+        "T5: %s, stored as %s, computing in %s", path, dtype_name(stored_dtype), dtype_name(compute_dtype)
+    )
     return t5

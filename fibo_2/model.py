@@ -370,7 +370,7 @@ class Fibo2Model(BlockNetwork):
         channels, frames, height, width = latents.shape[1:]
         if channels != self.config.in_dim or frames != 1:
             raise ValueError(
-                f"latents of {tuple(latents.shape[1:])}: {self.config.in_dim} channels of one picture"
+                f"latents of {tuple(latents.shape[1:])}: {self.config.in_dim} channels of one image"
             )
         return height, width
 

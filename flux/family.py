@@ -176,7 +176,7 @@ class Flux(ModelOfImages):
             )
         if self.controlnet is not None and not table.has_control:
             raise DatasetError(
-                f"{table.name}: {CONTROL_NET} needs control pictures. Give "
+                f"{table.name}: {CONTROL_NET} needs control images. Give "
                 f"control_directory, or leave out {CONTROL_NET}."
             )
         # the check for every family rejects control images, which are allowed here
@@ -195,7 +195,7 @@ class Flux(ModelOfImages):
             return entries
         if len(media.control) > 1:
             raise DatasetError(
-                f"{media.table.name}: {len(media.control)} control pictures each, but a ControlNet uses one"
+                f"{media.table.name}: {len(media.control)} control images each, but a ControlNet uses one"
             )
         # encode the control images as if they were the targets, without their alpha
         control = replace(media, frames=media.control[0][..., :3], control=())
@@ -261,7 +261,7 @@ class Flux(ModelOfImages):
         if self.custom_network is not None:
             consumer, remedy = self.custom_network.label, "flux_cache_latents.py --control_pictures"
         elif self.controlnet is not None:
-            consumer, remedy = CONTROL_NET, f"flux_cache_latents.py and {CONTROL_NET}, of a control picture"
+            consumer, remedy = CONTROL_NET, f"flux_cache_latents.py and {CONTROL_NET}, of a control image"
         else:
             if CONTROL in batch.tensors:
                 _warn_of_unused_control()
@@ -270,7 +270,7 @@ class Flux(ModelOfImages):
         control = batch.tensor(CONTROL)
         if control.shape != latents.shape:
             raise CacheError(
-                f"{batch.keys[0]}: {CONTROL} in its cache is of a different size than its image's. Cache "
+                f"{batch.keys[0]}: {CONTROL} in its cache and its image differ in size. Cache "
                 "again with flux_cache_latents.py."
             )
         return {CONTROL: control}
@@ -281,7 +281,7 @@ class Flux(ModelOfImages):
         batch_size, length = batch.tensor(STATES).shape[:2]
         if batch.tensor(MASK).shape != (batch_size, length):
             raise CacheError(
-                f"{batch.keys[0]}: {MASK} in its cache is of a different length than {STATES}. Cache again "
+                f"{batch.keys[0]}: {MASK} and {STATES} in its cache differ in length. Cache again "
                 f"with {TEXTS_AGAIN}."
             )
         maximum = self.files.t5_tokens
@@ -301,7 +301,7 @@ class Flux(ModelOfImages):
                 option = configs.CHROMA if self.files.kind == configs.CHROMA else "--apply_t5_attn_mask"
                 own_setting = f"for {option}" if uses_mask else "without --apply_t5_attn_mask"
                 raise CacheError(
-                    f"{record.path}: T5's mask of padding was {mask} when it was made, and this training is "
+                    f"{record.path}: T5's padding mask was {mask} when it was written, but this training is "
                     f"{own_setting}. Cache again with {TEXTS_AGAIN} and the same --model_type and "
                     "--apply_t5_attn_mask."
                 )

@@ -40,7 +40,7 @@ from modules.errors import OptionError, UserError
 from modules.media.layers import COMPOSITE
 from modules.media.reading import read_tags
 from networks.apply import OriginalWeights
-from networks.loading import WeightedLora, restrict_to_component
+from networks.loading import WeightedLora, select_network_part
 from networks.text_loras import TextLoras, with_words_of
 from networks.unmerged_loras import split_masked
 from protocols.family import Family
@@ -105,7 +105,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     device = select_device(options.device)
     options = _resolve_options(family, options, device)
     loras = network_setup.expert_loras(family, options, with_texts=True)
-    # add the words that files of LoRAs and of --textual_inversion_embeddings bring
+    # add the words in files of LoRAs and of --textual_inversion_embeddings
     family = with_words_of(family, loras)
     family = with_embeddings(family, options.textual_inversion_embeddings or ())
     variants = make_variants(family.experts, loras, comparison.lora_multiplier)
@@ -410,7 +410,7 @@ def _load_switched_networks(
     run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.EncodedJob]]]
 ) -> making.JobsWithNetworks:
     """Load the network once and change its weights for each column; yield the clips of each column."""
-    dit_uses = [restrict_to_component(variant.uses[0], is_text=False) for variant, _ in columns]
+    dit_uses = [select_network_part(variant.uses[0], of_text_encoders=False) for variant, _ in columns]
     all_uses = [use for uses in dit_uses for use in uses]
     originals = OriginalWeights(all_uses, rounding=run.options.lora_rounding)
     all_ready = [cell for _, encoded_jobs in columns for cell in encoded_jobs]

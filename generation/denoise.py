@@ -56,12 +56,9 @@ def denoise(
     """
     schedule = solver.schedule
     has_edit_reference = section.edit_reference is not None
-    assert not (has_edit_reference and section.overrides.audio_video_shapes), (
-        "an anchor contains only a picture"
-    )
-    is_joint = (
-        section.overrides.audio_video_shapes is not None
-    )  # latents are video and audio in one tensor, B N
+    assert not (has_edit_reference and section.overrides.audio_video_shapes), "an edit reference has no audio"
+    # latents are video and audio in one tensor, B N
+    is_joint = section.overrides.audio_video_shapes is not None
     has_fixed = is_joint or section.clean_frames is not None or section.fixed_latents is not None
     latents = latents.float()
     # clean latents and unchanged regions of an edited image are inserted before the first step and after
@@ -122,15 +119,14 @@ def match_audio_schedule(section: steps.Section, schedule: Schedule, index: int,
         index: Index of the step.
         velocity: Velocity of video and audio, B N.
     """
-    joint = (
-        section.overrides.audio_video_shapes
-    )  # how latents of video and audio lie in one tensor; None without audio
-    if joint is None or schedule.audio_sigmas is None:
+    # how latents of video and audio lie in one tensor; None without audio
+    audio_video = section.overrides.audio_video_shapes
+    if audio_video is None or schedule.audio_sigmas is None:
         return velocity
-    image, audio = joint.split(velocity)
+    image, audio = audio_video.split(velocity)
     audio_change = schedule.audio_sigmas[index + 1] - schedule.audio_sigmas[index]
     image_change = schedule.sigmas[index + 1] - schedule.sigmas[index]  # the solver uses it for both streams
-    return joint.join(image, audio * float(audio_change / image_change))
+    return audio_video.join(image, audio * float(audio_change / image_change))
 
 
 def insert_fixed_latents(section: steps.Section, latents: Tensor) -> Tensor:
@@ -145,13 +141,13 @@ def insert_fixed_latents(section: steps.Section, latents: Tensor) -> Tensor:
     """
     if section.fixed_latents is not None:
         latents = section.fixed_latents.insert_clean(latents)
-    joint = section.overrides.audio_video_shapes
-    if joint is None:
+    audio_video = section.overrides.audio_video_shapes
+    if audio_video is None:
         return latents if section.clean_frames is None else _put_first_frames(latents, section.clean_frames)
-    image, audio = joint.split(latents)
+    image, audio = audio_video.split(latents)
     if section.clean_frames is not None:
         image = _put_first_frames(image, section.clean_frames)
-    return joint.join(image, audio if section.clean_audio is None else section.clean_audio)
+    return audio_video.join(image, audio if section.clean_audio is None else section.clean_audio)
 
 
 def _put_first_frames(latents: Tensor, frames: Tensor) -> Tensor:
@@ -292,7 +288,7 @@ def make_latents(
         run: Runs the passes of a step.
 
     Returns:
-        Latents in model space, B C F H W, or B N with `prepared.joint`, float32, on the device.
+        Latents in model space, B C F H W, or B N with `prepared.audio_video_shapes`, float32, on the device.
     """
     on_cpu = cpu_noise or family.defaults.noise_on_cpu
     noise = SeededNoise(prepared.seed, device, on_cpu)
@@ -329,9 +325,8 @@ def make_latents(
         while True:
             if on_section is not None:
                 on_section(section)
-            section = on_device(
-                replace(section, previous_piece=None), device
-            )  # `previous` is for `on_section`
+            # only `on_section` needs the previous piece
+            section = on_device(replace(section, previous_piece=None), device)
             section = sections.send(denoiser.denoise_section(section, device))
     except StopIteration as end:  # no more sections: the generator returns the latents of the clip
         if caches is not None:
@@ -426,9 +421,8 @@ def sections_of(
                 from blissful_tuner.video_to_video import trim_or_pad_frames  # only with a source
 
                 # a section may end after the source, with the frame of an end image: repeat the last frame
-                source_frames = source[
-                    :, :, section.first_latent_frame :
-                ]  # from the section's first latent frame on
+                # from the section's first latent frame on
+                source_frames = source[:, :, section.first_latent_frame :]
                 section_source = trim_or_pad_frames(source_frames, section.noise.shape[2], "end")
                 section = replace(section, source=section_source)
             section = sections.send((yield section))

@@ -33,7 +33,7 @@ def with_embeddings(family: Family, paths: Sequence[Path]) -> Family:
         paths: Files of embeddings.
 
     Raises:
-        CheckpointError: If a file is missing, damaged or of another kind.
+        CheckpointError: If a file is missing, damaged or of a different kind.
     """
     from checkpoints.embedding_files import read_embedding  # torch: only with embeddings
 

@@ -22,7 +22,7 @@ from modules.devices import format_gib
 from modules.errors import OptionError, UserError
 from modules.media.reading import image_size
 from networks.apply import Change, LoraPatch
-from networks.loading import restrict_to_component
+from networks.loading import select_network_part
 from networks.rank_masks import has_rule
 from networks.unmerged_loras import masked_changes, split_masked
 from protocols.family import Family
@@ -89,7 +89,7 @@ class ExpertSchedule:
             peak = max(peak, sum(host_bytes_by_expert.values()))
         return peak
 
-    def parts(self, weights: int, swap: OffloadedWeights) -> tuple[MemoryPart, ...]:
+    def list_idle_parts(self, weights: int, swap: OffloadedWeights) -> tuple[MemoryPart, ...]:
         """Return the memory of the experts that do not denoise at the moment; () if there is one expert.
 
         Swapped weights of the expert that denoises are in host memory too, but count in its own line.
@@ -100,9 +100,7 @@ class ExpertSchedule:
         """
         if self.count < 2:
             return ()
-        if (
-            self.all_stay_on_device
-        ):  # all experts stay on the device, without the weights that other processes hold
+        if self.all_stay_on_device:  # without the weights that other processes have
             return (MemoryPart("idle experts", (self.count - 1) * (weights - swap.on_other_processes)),)
         note = "each is loaded when its steps begin"
         if not self.lazy:
@@ -225,8 +223,9 @@ def load_dit_with_unmerged_loras(
     is_stored = any(map(quantized_weight_of, dit.modules()))
     if files is None or not (is_stored or has_rule(files)):
         return dit, {}
-    # the first expert's LoRAs without their changes of text encoders (False); T-LoRAs are `masked`
-    uses, masked = split_masked(restrict_to_component(expert_loras(family, options)[0], is_text=False))
+    first_loras = select_network_part(expert_loras(family, options)[0], of_text_encoders=False)
+    # T-LoRAs are `masked`
+    uses, masked = split_masked(first_loras)
     changes: dict[str, list[Change]] = {}
     if uses and is_stored:  # load again: the patch collects the changes that cannot be merged
         patch = LoraPatch(uses)

@@ -60,7 +60,8 @@ def _copy_to_host(network: nn.Module, device: torch.device) -> WaitingNetwork:
     return HostCopy(network, device)
 
 
-# expert -> its network in host memory, and what brings it to the device; `Check` is called for each tensor
+# expert -> its network in host memory, and the object that moves it to the device; `Check` is called for
+# each tensor
 LoadToHost = Callable[[int, Check], tuple[nn.Module, WaitingNetwork]]
 
 
@@ -70,7 +71,7 @@ class ExpertPrefetch:
 
     expert: int
     future: Future[tuple[nn.Module, WaitingNetwork]]
-    stop: threading.Event  # set if the expert is not needed any more
+    stop: threading.Event  # set if the expert is no longer needed
 
     def join(self) -> None:
         """Wait for the thread in short intervals, so that Ctrl-C can interrupt."""
@@ -109,7 +110,7 @@ class ExpertOffloader:
     one_at_a_time: bool = False  # whether to keep only one on the device (--offload_inactive_dit)
     lazy: bool = False  # whether to load each when its steps begin, and free it afterwards (--lazy_loading)
     all_stay_on_device: bool = (
-        False  # whether all stay on the device, because each process holds only a part of them
+        False  # whether all stay on the device, because each process has only a part of them
     )
     spare_bytes: Callable[[torch.device], int] = spare_bytes  # of a CUDA device
     free_host_memory: Callable[[], int | None] = free_host_memory

@@ -17,7 +17,7 @@ from modules.paths import explain_missing, sort_by_numbers
 from modules.text_files import read_safetensors_texts
 
 MAX_AXES = 2
-MAX_CELLS = 100  # of a sheet: their videos are open at once while it is drawn
+MAX_CELLS = 100  # of a sheet: their videos are all open while it is drawn
 PROMPT = LineOption("prompt", str)
 # no axes, and why
 REJECTED = {

@@ -152,7 +152,7 @@ def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, previe
             try:
                 with (
                     interrupts.allowed(),
-                    # a broken pipe ends the loop: nobody reads the answers any more
+                    # a broken pipe ends the loop: nobody reads the answers any longer
                     failures.collect_errors(LABEL, (*run.fatal, BrokenPipeError)),
                     send_warnings(answers),
                 ):

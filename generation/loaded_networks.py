@@ -89,7 +89,7 @@ class Session:
         """
         if self._text_encoders is None:
             self._text_encoders = self.family.text_encoders()
-            if self.blocks is not None:  # each of several processes holds only some blocks of the encoders
+            if self.blocks is not None:  # each of several processes has only some blocks of the encoders
                 for encoder in self._text_encoders:
                     if can_divide(encoder):
                         encoder.blocks = self.blocks

@@ -221,9 +221,8 @@ class EncodedJob(NamedTuple):
     inputs: Mapping[int, Conditions]
 
 
-JobsWithNetworks = Iterable[
-    tuple[Sequence[EncodedJob], DitAt]
-]  # groups of jobs, each with the networks to denoise it
+# groups of jobs, each with the networks to denoise it
+JobsWithNetworks = Iterable[tuple[Sequence[EncodedJob], DitAt]]
 
 
 def denoise_all(
@@ -296,8 +295,8 @@ def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem:
     # another program may have taken the stem in the meantime
     stem = outputs.free_stem(output.save_path, stem, [outputs.LATENT_SUFFIX])
     path = output.save_path / f"{stem}{outputs.LATENT_SUFFIX}"
-    joint_shapes = job.prepared.audio_video_shapes  # of video and audio in one tensor; None without audio
-    image, audio = (latents, None) if joint_shapes is None else joint_shapes.split(latents)
+    audio_video = job.prepared.audio_video_shapes  # of video and audio in one tensor; None without audio
+    image, audio = (latents, None) if audio_video is None else audio_video.split(latents)
     outputs.save_latents(path, image, metadata, audio)
     until = "" if output.output_type in LATENT_OUTPUTS else ", kept until they are decoded"
     logger.info("Latents: %s%s", path, until)

@@ -63,13 +63,12 @@ class PhasePrediction:
     peaks_by_phase: Mapping[str, dry.BytesByKind]  # place in the step -> its peak
     swaps: Sequence[memory_plan.OffloadedWeights]  # the item at index n is the effect of --blocks_to_swap n
     weights: str  # description of the weights' dtypes
-    work_between_steps: Sequence[
-        tuple[int, str]
-    ]  # bytes and name of each network that runs between two steps
+    # bytes and name of each network that runs between two steps
+    work_between_steps: Sequence[tuple[int, str]]
     expert_schedule: ExpertSchedule
     cublas_workspace: memory_plan.MemoryPart  # other memory in use on the device
-    before: tuple[memory_plan.Phase, ...] = ()  # encoding of prompts and inputs
-    after: tuple[memory_plan.Phase, ...] = ()  # decoding
+    phases_before: tuple[memory_plan.Phase, ...] = ()  # encoding of prompts and inputs
+    phases_after: tuple[memory_plan.Phase, ...] = ()  # decoding
 
     @property
     def max_swapped_blocks(self) -> int:
@@ -79,23 +78,24 @@ class PhasePrediction:
     def phase(self, count: int) -> memory_plan.Phase:
         """Return the denoising phase with its peak memory for a number of swapped blocks."""
         swap = self.swaps[count]
-        where, bytes_by_kind = dry.peak_of_phases(self.peaks_by_phase)
+        peak_name, bytes_by_kind = dry.peak_of_phases(self.peaks_by_phase)
         weights = bytes_by_kind[dry.WEIGHTS]
         work_between, name = max(self.work_between_steps, default=(0, ""))
-        if (
-            work_between > sum(bytes_by_kind.values()) - weights
-        ):  # between steps only the weights are in memory
-            where = name
+        # between steps only the weights are in memory
+        if work_between > sum(bytes_by_kind.values()) - weights:
+            peak_name = name
             bytes_by_kind = {dry.WEIGHTS: weights, dry.TEMPORARY: work_between}
-        note = self.weights + swap.format_note(count, "of buffers")
-        parts = memory_plan.parts_of(bytes_by_kind, swap, {dry.WEIGHTS: note, dry.TEMPORARY: where})
+        note = self.weights + swap.describe(count, "of buffers")
+        parts = memory_plan.parts_of(bytes_by_kind, swap, {dry.WEIGHTS: note, dry.TEMPORARY: peak_name})
         return memory_plan.Phase(
-            "denoising", (*parts, *self.expert_schedule.parts(weights, swap), self.cublas_workspace)
+            "denoising", (*parts, *self.expert_schedule.list_idle_parts(weights, swap), self.cublas_workspace)
         )
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
         """Return the memory plan of all phases with a number of swapped blocks."""
-        return memory_plan.MemoryPlan((*self.before, self.phase(blocks), *self.after), tuple(remarks))
+        return memory_plan.MemoryPlan(
+            (*self.phases_before, self.phase(blocks), *self.phases_after), tuple(remarks)
+        )
 
     def device_bytes(self, blocks: int) -> int:
         """Return the device memory of denoising, in bytes, with this number of swapped blocks."""
@@ -142,8 +142,10 @@ def predict_request(
         expert_schedule=expert_schedule,
         watch=watch,
     )
-    after = _predict_all_decoding(family, options, prepared, cublas_workspace)
-    return replace(denoising, before=(*text_phases, *input_phases), after=tuple(after))
+    decoding_phases = _predict_all_decoding(family, options, prepared, cublas_workspace)
+    return replace(
+        denoising, phases_before=(*text_phases, *input_phases), phases_after=tuple(decoding_phases)
+    )
 
 
 def _predict_input_encoding(
@@ -167,13 +169,12 @@ def _predict_all_decoding(
     if options.output.output_type not in UNDECODED and not prepared.is_audio_alone:
         pixels.append(predict_decoding(family, prepared, cublas_workspace))
     audio: list[memory_plan.Phase] = []
-    joint_shapes = (
-        None if prepared.is_still else prepared.audio_video_shapes
-    )  # sizes of image and audio latents
-    if joint_shapes is not None and trains_audio(family) and options.output.writes_audio:
+    # sizes of image and audio latents
+    audio_video = None if prepared.is_still else prepared.audio_video_shapes
+    if audio_video is not None and trains_audio(family) and options.output.writes_audio:
         networks = family.audio_networks(META, decodes=True)
         with rehearsing(networks) as ledger:
-            family.decode_audio(networks, torch.empty(1, *joint_shapes.audio))
+            family.decode_audio(networks, torch.empty(1, *audio_video.audio))
             audio.append(make_phase("decoding sound", ledger, cublas_workspace))
     return [*audio, *pixels]
 
@@ -227,11 +228,9 @@ def _with_fewer_weights(
     processes = memory_plan.sharing_processes(options.speed)
     if processes > 1 and can_divide(encoder):
         network = encoder.network
-        (split,) = memory_plan.predict_swaps(network, spec_of(network), options.speed.swap, processes)
-        note = split.format_note(0, "").removeprefix(
-            "; "
-        )  # written to follow another note; here it stands alone
-        weights = replace(weights, device=weights.device - split.saved_device_bytes, note=note)
+        (offloaded,) = memory_plan.predict_swaps(network, spec_of(network), options.speed.swap, processes)
+        note = offloaded.describe(0, "").removeprefix("; ")  # "; " separates it from a note before it
+        weights = replace(weights, device=weights.device - offloaded.saved_device_bytes, note=note)
     elif device_memory is not None and phase.device > device_memory.usable and is_layered(encoder):
         waiting = encoder.offloaded_bytes(device_memory.usable)
         if waiting:
@@ -554,7 +553,7 @@ def suggest_options(
 def _suggest_for_other_phases(prediction: PhasePrediction, usable: int) -> list[str]:
     """Return what to change for each phase before or after denoising that does not fit by itself."""
     lines: list[str] = []
-    for phase in (*prediction.before, *prediction.after):
+    for phase in (*prediction.phases_before, *prediction.phases_after):
         if phase.device > usable:
             remedy = REMEDIES.get(
                 phase.name, "a smaller form of the text encoder, if --help has --text_encoder_form"
@@ -615,6 +614,6 @@ def resolve_options(
     options = replace(options, speed=speed)
     if prediction is None:
         return options, None
-    # `after` are the phases that follow denoising
-    decoding = max((phase.device for phase in prediction.after), default=0)
+    # `phases_after` are those that follow denoising
+    decoding = max((phase.device for phase in prediction.phases_after), default=0)
     return options, Peaks(prediction.plan(speed.swap.number).device, decoding)

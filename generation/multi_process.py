@@ -36,7 +36,7 @@ from runtime.ways.composing import check_launch, count_shared_passes
 from runtime.ways.contract import Division, RunUses
 
 
-def plan_ways(
+def plan_divisions(
     family: Family, options: GenerationOptions, device: torch.device, cards: int, device_memory: DeviceMemory
 ) -> None:
     """Print how a clip can be divided over several GPUs, what memory each takes, and the cheapest that fits.
@@ -194,7 +194,9 @@ def _uses_of(family: Family, options: GenerationOptions) -> RunUses:
     }
     cache = options.step_cache
     return RunUses(
-        takes_turns=tuple(name for name, is_given in turns.items() if is_given and len(family.experts) > 1),
+        turn_taking_options=tuple(
+            name for name, is_given in turns.items() if is_given and len(family.experts) > 1
+        ),
         has_step_cache=cache.is_on,
         calibrates=bool(cache.magcache_calibration or cache.teacache_calibration),
         rewrites_prompts=options.rewriting.prompt_rewrite is not None,

@@ -34,7 +34,7 @@ from runtime.run_blocks import stage_files_of
 from runtime.ways.composing import finish_network, make_block_sharder
 
 if TYPE_CHECKING:  # loaded only for LoRA files, and for networks that take turns
-    from networks.apply import Change, LoraPatch, OriginalWeights
+    from networks.apply import LoraPatch, OriginalWeights
     from networks.loading import WeightedLora
     from runtime.offload.turns import HostCopy
 
@@ -91,7 +91,7 @@ class DitLoader:
         family = self.family
         speed = self.options.speed
         # T-LoRAs mask ranks by timestep, so they are not merged but wrap the layers
-        loras, t_loras = self._split(self.loras_by_expert[expert] if self.loras_by_expert else ())
+        loras, t_loras = self._separate_t_loras(self.loras_by_expert[expert] if self.loras_by_expert else ())
         lora_patch: LoraPatch | None = None
         if loras and not self.originals:
             from networks import apply, rounding  # only with LoRAs
@@ -117,17 +117,8 @@ class DitLoader:
         warn_if_emulated(self.device, compute_dtype_of(dit), "the transformer")
         if patch is not None:
             patch.check()
-        unmerged_changes: list[Mapping[str, Sequence[Change]]] = []
-        if lora_patch is not None and lora_patch.unmerged:  # LoRAs of quantized layers
-            unmerged_changes.append(lora_patch.unmerged)
-        if t_loras:
-            from networks.unmerged_loras import masked_changes  # only with T-LoRAs
-
-            unmerged_changes.append(masked_changes(dit, t_loras))
-        for changes in unmerged_changes:
-            from networks.unmerged_loras import add_unmerged  # only with LoRAs that are not merged
-
-            add_unmerged(dit, changes, self.device, compute_dtype_of(dit))
+        if lora_patch is not None or t_loras:
+            self._add_unmerged_loras(dit, lora_patch, t_loras)
         dit.eval().requires_grad_(False)
         if stage_files_of(dit):
             from networks.gated_loras import add_stage_loras  # only with LoRAs of stages
@@ -145,15 +136,26 @@ class DitLoader:
             finish_network(dit, speed, self.device)
         return dit
 
+    def _add_unmerged_loras(
+        self, dit: nn.Module, lora_patch: "LoraPatch | None", t_loras: "Sequence[WeightedLora]"
+    ) -> None:
+        """Add the LoRAs that are not merged into weights: those of quantized layers, and T-LoRAs."""
+        from networks.unmerged_loras import add_unmerged, masked_changes  # only with LoRAs
+
+        if lora_patch is not None and lora_patch.unmerged:
+            add_unmerged(dit, lora_patch.unmerged, self.device, compute_dtype_of(dit))
+        if t_loras:
+            add_unmerged(dit, masked_changes(dit, t_loras), self.device, compute_dtype_of(dit))
+
     @staticmethod
-    def _split(uses: "Sequence[WeightedLora]") -> "tuple[list[WeightedLora], list[WeightedLora]]":
+    def _separate_t_loras(uses: "Sequence[WeightedLora]") -> "tuple[list[WeightedLora], list[WeightedLora]]":
         """Split LoRAs into those to merge into a transformer and T-LoRAs, which wrap its layers instead."""
         if not uses:
             return [], []
-        from networks.loading import restrict_to_component  # only with LoRAs
+        from networks.loading import select_network_part  # only with LoRAs
         from networks.rank_masks import rank_rule_of
 
-        of_dit = restrict_to_component(uses, is_text=False)
+        of_dit = select_network_part(uses, of_text_encoders=False)
         if not any(rank_rule_of(use.lora.metadata) for use in of_dit):
             return of_dit, []
         from networks.unmerged_loras import split_masked  # only with T-LoRAs
@@ -278,11 +280,10 @@ def _check_experts(loras_by_key: "Mapping[str, Sequence[WeightedLora]]", expert_
     for key, loras in loras_by_key.items():
         if key in expert_keys:
             continue
-        has_single_lora = any(
-            not lora_use.lora.loras_by_expert for lora_use in loras
-        )  # not one for each expert
-        is_of_named_expert = bool(key and loras)
-        if has_single_lora or is_of_named_expert:
+        # a file with a LoRA for each expert is used for the other experts too
+        is_for_missing_expert = any(not lora_use.lora.loras_by_expert for lora_use in loras)
+        names_missing_expert = bool(key and loras)
+        if is_for_missing_expert or names_missing_expert:
             dit = f"--dit_{key}" if key else "--dit"
             remedy = "add it, or leave the option out"
             if expert_keys[0]:
@@ -294,19 +295,22 @@ def _warn_of_missing_experts(
     loras_by_key: "Mapping[str, Sequence[WeightedLora]]", expert_keys: Sequence[str]
 ) -> None:
     """Warn about LoRAs that were trained for all experts but are used in only some of them."""
-    paths = {key: {lora_use.lora.path for lora_use in loras} for key, loras in loras_by_key.items()}
+    paths_by_key = {key: {lora_use.lora.path for lora_use in loras} for key, loras in loras_by_key.items()}
     for key, loras in loras_by_key.items():
         for lora_use in loras:
-            missing = [
+            if lora_use.lora.expert != FOR_BOTH:
+                continue
+            path = lora_use.lora.path
+            missing_options = [
                 LORA_OPTIONS[expert_key]
                 for expert_key in expert_keys
-                if expert_key != key and lora_use.lora.path not in paths[expert_key]
+                if expert_key != key and path not in paths_by_key[expert_key]
             ]
-            if missing and lora_use.lora.expert == FOR_BOTH:
+            if missing_options:
                 logger.warning(
                     "%s was trained for both experts and is used for only one of them: give it to %s too",
-                    lora_use.lora.path,
-                    " and ".join(missing),
+                    path,
+                    " and ".join(missing_options),
                 )
 
 
@@ -339,7 +343,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
     settings: dict[str, Any] = {
         name: value for name, value in options.settings.items() if name not in left_out
     }
-    if speed.fp8.fp8 and not options.speed.fp8.fp8:  # set in place of --fp8_scaled
+    if speed.fp8.fp8 and not options.speed.fp8.fp8:  # set instead of --fp8_scaled
         settings["fp8"] = True
     return replace(options, speed=speed, settings=settings)
 

@@ -193,7 +193,7 @@ class GenerationOptions(Options, title="run"):
     optimized: bool = option(OPTIMIZED, title="preset", facts=OF_REQUEST, often=True)
     step_cache: StepCacheOptions
     # no options:
-    # --interactive: a line's hold for later ones
+    # --interactive: the options of a line apply to later ones
     remembers_lines: bool = option(default=False, facts=NO_PIXELS)
     line_options: Mapping[str, LineOption] = option(default={})  # what the letters of a prompt line mean
     # options given, the family's too, as metadata record them
@@ -201,7 +201,7 @@ class GenerationOptions(Options, title="run"):
     decoding_options: frozenset[str] = option(default=frozenset())  # which of all say how latents are decoded
     typed_names: Mapping[str, str] = option(default={}, facts=NO_PIXELS)  # see `name_as_typed`
     # options given that do nothing without reference images
-    of_references: tuple[str, ...] = option(default=(), facts=NO_PIXELS)
+    typed_reference_options: tuple[str, ...] = option(default=(), facts=NO_PIXELS)
     # arguments of the options that are typed, with their usual values too
     typed_options: frozenset[str] = option(default=frozenset(), facts={**NO_PIXELS, **OF_TYPING})
 
@@ -383,7 +383,9 @@ def read_generation(
         options,
         settings=settings,
         decoding_options=decoding_options,
-        of_references=list_given_with(family_options, OF_REFERENCES) if has_reference_options else (),
+        typed_reference_options=list_given_with(family_options, OF_REFERENCES)
+        if has_reference_options
+        else (),
         output=output,
     )
     return options, family_options

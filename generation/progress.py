@@ -174,9 +174,9 @@ def log_job_progress(label: str, requests: Sequence[Prepared], begun: int, secon
     done = sum(map(measure_work, requests[:begun]))
     to_do = sum(map(measure_work, requests[begun:]))
     left = f", about {format_duration(seconds * to_do / done)} left" if done else ""
-    where = f"{begun + 1} of {len(requests)}{left}"
+    position = f"{begun + 1} of {len(requests)}{left}"
     prompt = shorten_prompt(requests[begun].request.prompt)
-    logger.info("%s (%s): %s: %s", where, label, size_in_words(requests[begun]), prompt)
+    logger.info("%s (%s): %s: %s", position, label, size_in_words(requests[begun]), prompt)
 
 
 def measure_work(prepared: Prepared) -> float:
@@ -185,7 +185,7 @@ def measure_work(prepared: Prepared) -> float:
 
 
 def fade_in_clip(
-    edge: Tensor | None, clip: Tensor, overlap: int, in_front: bool
+    edge: Tensor | None, clip: Tensor, overlap: int, is_prepended: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Blend the newest clip into the waiting frames; all are 1 3 F H W.
 
@@ -193,7 +193,7 @@ def fade_in_clip(
         edge: Waiting frames of the previous clip; None for the first clip.
         clip: The newest clip, whose first or last `overlap` frames show the same moments as the edge.
         overlap: Number of frames that both show.
-        in_front: Whether the clip plays before the edge.
+        is_prepended: Whether the clip plays before the edge.
 
     Returns:
         The frames that are final now (None if there are none), and those that still wait.
@@ -207,11 +207,11 @@ def fade_in_clip(
         return None, clip
     if min(edge.shape[2], clip.shape[2]) < overlap:
         raise ValueError(f"clips of {edge.shape[2]} and {clip.shape[2]} frames cannot overlap by {overlap}")
-    earlier, later = (clip, edge) if in_front else (edge, clip)
+    earlier, later = (clip, edge) if is_prepended else (edge, clip)
     before, tail = earlier.tensor_split([earlier.shape[2] - overlap], dim=2)
     head, behind = later.tensor_split([overlap], dim=2)
     faded = cross_fade(tail, head) if overlap else head
-    if in_front:
+    if is_prepended:
         # clone: a view would keep the whole clip in memory
         return torch.cat([faded, behind], dim=2), before.clone()
     return torch.cat([before, faded], dim=2), behind.clone()

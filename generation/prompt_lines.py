@@ -286,11 +286,11 @@ def split_line(line: str) -> SplitLine:
         OptionError: If a line names its prompt but starts with another text, or names several prompts.
     """
     starts_with_option = line.lstrip().startswith("--")
-    # an option is only recognized after a blank
+    # an option is only recognized after a space
     text, *parts = _cut_options(f" {line.lstrip()}" if starts_with_option else line)
     prompt_options = [part for part in parts if part.partition(" ")[0].lower() == PROMPT]
     if not prompt_options:
-        # a line that starts with dashes is taken as text, as in other programs, unless a blank precedes them
+        # a line that starts with dashes is taken as text, as in other programs, unless a space precedes them
         if line.startswith("--"):
             return SplitLine(f"--{parts[0]}", parts[1:])
         return SplitLine(text, parts)
@@ -462,7 +462,7 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
             f"--from_file {path}: give a text file with a prompt on each line and its options after it, "
             "such as: a cat --w 832 --h 480 --d 7"
         )
-    lines = numbered_lines(read_prompt_file(path, "--from_file"))
+    lines = numbered_lines(read_prompt_file(path, "--from_file"))  # without empty lines and comments
     if not lines:
         raise OptionError(f"--from_file {path}: the file has no prompt. Write one per line.")
     return lines
@@ -480,7 +480,7 @@ def numbered_lines(text: str) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if not is_blank(line)]
 
 
-# how files begin that were saved in place of another one: a Git LFS pointer, a web page
+# beginnings of files that were saved instead of the intended one: a Git LFS pointer, a web page
 _NO_PROMPTS = re.compile(r"\s*(version https://git-lfs|<!doctype html|<html)", re.IGNORECASE)
 
 

@@ -15,7 +15,7 @@ from blissful_tuner.guidance import check_guidance, warn_of_low_scales
 from blissful_tuner.guidance_formulas import run_passes
 from blissful_tuner.metadata import output_metadata
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions, SteadierOptions
-from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
+from blissful_tuner.video_to_video_options import SourceOptions, check_denoise, check_one_source
 from generation.loaded_networks import Session
 from generation.network_setup import list_loras
 from generation.options import GenerationOptions
@@ -197,7 +197,7 @@ def _select_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | 
         paths = {name: getattr(options, name) for name in SOURCES}
     sources = {name: str(path) for name, path in paths.items() if path is not None and str(path) != ""}
     if "denoise" in line:
-        check_share("--vd in a prompt line", line["denoise"])
+        check_denoise("--vd in a prompt line", line["denoise"])
     if not sources:
         if "denoise" in line:
             logger.warning("--vd %g is ignored because the line has no source video (--v)", line["denoise"])
@@ -208,7 +208,7 @@ def _select_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | 
         name,
         to_path(f"--{name}", path),
         denoise=line.get("denoise", options.denoise),
-        denoise_option=options.share,
+        denoise_option=options.denoise_option,
         noise_mode=options.v2v_noise_mode,
         pad_mode=options.v2v_pad_mode,
     )
@@ -264,9 +264,9 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     prepared = family.prepare(request)
     if family.references is not None and not family.references.clips and not request.control_images:
         _warn_of_edit_loras(options.lora.lora_weight or ())
-    # `of_references` names the given options that do nothing without reference images
-    if options.of_references and not prepared.request.control_images:
-        names = ", ".join(f"--{name}" for name in options.of_references)
+    # these options do nothing without reference images
+    if options.typed_reference_options and not prepared.request.control_images:
+        names = ", ".join(f"--{name}" for name in options.typed_reference_options)
         logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", names)
     if prepared.request.source is not None:
         from blissful_tuner.video_to_video import start_from_source  # only with a source

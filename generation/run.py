@@ -47,7 +47,7 @@ from modules.output_files import reject_replacing
 from protocols.data import MediaEncoders
 from protocols.families import HIGH_NOISE
 from protocols.family import Family, trains_audio
-from protocols.loading import Placement
+from protocols.loading import BlockSharder, Placement
 from protocols.requests import Box
 from runtime.offload.joining import have_joined, launched_processes
 from runtime.offload.swap_plan import check_swap
@@ -213,7 +213,7 @@ def _check_audio(family: Family, path: Path, audio: Tensor, latent_frames: int) 
         del axes[spec.time_axis]  # the length may differ
     if shape != expected_shape:
         raise CheckpointError(
-            f"--latent_path {path}: its sound has {' x '.join(map(str, shape))} values at a time, "
+            f"--latent_path {path}: its sound has {' x '.join(map(str, shape))} values per time step, "
             f"{family.source.model_label} has {' x '.join(map(str, expected_shape))}",
             path,
         )
@@ -308,10 +308,10 @@ def _print_plan(family: Family, options: GenerationOptions, device: torch.device
     cards, card_size = options.speed.plan.cards
     device_memory = device_memory_to_plan(device, card_size)
     if cards > 1:
-        from generation.multi_process import plan_ways  # only with --plan
+        from generation.multi_process import plan_divisions  # only with --plan
 
         assert device_memory is not None, "--plan gives each of several cards a size"
-        plan_ways(family, options, device, cards=cards, device_memory=device_memory)
+        plan_divisions(family, options, device, cards=cards, device_memory=device_memory)
     else:
         from generation.memory import plan_generation  # only with --plan
 
@@ -405,7 +405,7 @@ def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]
     options = replace(options, lora=lora, experts=experts)
     loras_by_expert = expert_loras(run.family, options, with_texts=True)
     loader = dit_loader(run.family, loras_by_expert, run.session.device, options)
-    run.session.free()  # callers may still hold the old run
+    run.session.free()  # callers may still have the old run
     return replace(run, options=options, session=make_session(run.family, options, loader, keep=True))
 
 
@@ -427,28 +427,27 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
                 logger.warning("%s is ignored because there is only one transformer", option)
         one_at_a_time = False
         lazy = False
-    # several processes may each hold some of the blocks of every network
-    blocks = (
-        make_block_sharder(options.speed, loader.device)
-        if options.speed.modes.hooks.make_block_sharder
-        else None
-    )
+    # splits the blocks of every network over the processes
+    block_sharder: BlockSharder | None = None
+    if options.speed.modes.hooks.make_block_sharder:
+        block_sharder = make_block_sharder(options.speed, loader.device)
     dits = ExpertOffloader(
         family.experts,
         loader.device,
         loader,
-        loader.load_to_host if blocks is None else None,  # all processes read split blocks together
+        # no prefetching with split blocks, which all processes read together
+        loader.load_to_host if block_sharder is None else None,
         keep=keep,
         one_at_a_time=one_at_a_time,
         lazy=lazy,
-        all_stay_on_device=blocks is not None,
+        all_stay_on_device=block_sharder is not None,
     )
     return Session(
         family,
         loader.device,
         dits,
         text_loras=_make_text_loras(loader.loras_by_expert, options.lora_rounding),
-        blocks=blocks,
+        blocks=block_sharder,
     )
 
 
@@ -461,12 +460,11 @@ def _make_text_loras(loras_by_expert: LorasByExpert, rounding: str) -> "TextLora
     """
     if not loras_by_expert or not loras_by_expert[0]:
         return None
-    from networks.loading import restrict_to_component  # only with LoRAs
+    from networks.loading import select_network_part  # only with LoRAs
 
     first_loras = loras_by_expert[0]
-    if not any(lora_use.lora.text_tensors for lora_use in first_loras) and not restrict_to_component(
-        first_loras, is_text=True
-    ):
+    has_text_tensors = any(lora_use.lora.text_tensors for lora_use in first_loras)
+    if not has_text_tensors and not select_network_part(first_loras, of_text_encoders=True):
         return None
     from networks.text_loras import TextLoras  # only with LoRAs of text encoders
 

@@ -21,7 +21,7 @@ MEDIA = ("image_path", "end_image_path", "control_path", "control_image_path")
 class RequestOptions(Options, title="what to make"):
     """Command-line options of each video or image; a prompt line can override them.
 
-    None stands for the task's default.
+    None means the task's default.
     """
 
     prompt: str | None = option("what to show; @caption.json reads a JSON object from a file", often=True)
@@ -85,10 +85,12 @@ OUTPUT_TYPES = {
 
 
 # names with such an ending are files, and no folders
-WRITTEN = {".mp4", ".mkv", ".png", ".wav"}
+WRITABLE_SUFFIXES = {".mp4", ".mkv", ".png", ".wav"}
 _OF_IMAGES = {".gif", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
-_OF_AUDIO = {".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac"}
-OF_RESULTS = WRITTEN | {".mov", ".webm", ".avi", ".m4v", ".safetensors"} | _OF_IMAGES | _OF_AUDIO
+_AUDIO_SUFFIXES = {".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac"}
+OF_RESULTS = (
+    WRITABLE_SUFFIXES | {".mov", ".webm", ".avi", ".m4v", ".safetensors"} | _OF_IMAGES | _AUDIO_SUFFIXES
+)
 
 
 class OutputOptions(Options, title="output"):
@@ -162,15 +164,17 @@ class OutputOptions(Options, title="output"):
                 f"--save_path {self.save_path} with --output_type {self.output_type}: latents get their own "
                 f"names. Give a folder for them, such as {self.save_path.with_suffix('')}"
             )
-        if self.save_path.suffix.lower() not in WRITTEN:
+        if self.save_path.suffix.lower() not in WRITABLE_SUFFIXES:
             default = self.save_path.with_suffix(".png" if self.pictures else self.format.suffix)
-            if self.save_path.suffix.lower() in _OF_AUDIO:
+            if self.save_path.suffix.lower() in _AUDIO_SUFFIXES:
                 default = self.save_path.with_suffix(".wav")
                 raise OptionError(
-                    f"--save_path {self.save_path}: no such files are written. Sound alone is "
+                    f"--save_path {self.save_path}: files of this type are not written. Sound alone is "
                     f"written as WAV: give {default}"
                 )
-            raise OptionError(f"--save_path {self.save_path}: no such files are written. Give {default}")
+            raise OptionError(
+                f"--save_path {self.save_path}: files of this type are not written. Give {default}"
+            )
 
     @property
     def names_file(self) -> bool:
@@ -257,7 +261,7 @@ FASTER: Mapping[str, Any] = {"attn_mode": "sageattn", "compile": True, "fp8_scal
 class ScriptDefaults:
     """Defaults of the shared generation options in one family's script, and which options the script has.
 
-    None stands for the task's default, unless the field says otherwise.
+    None means the task's default, unless the field says otherwise.
     """
 
     fps: int
@@ -296,7 +300,7 @@ class ScriptDefaults:
     output_types: tuple[str, ...] = ("video", "images", "latent", "both")  # the first is the default
     # rotary frequencies of the frames that --riflex_index counts; None: no such option
     riflex_frequencies: int | None = None
-    riflex_beyond: int = 0  # frames: videos of up to so many are not changed
+    riflex_beyond: int = 0  # videos of at most this many frames are not changed
     # videos are made section by section and can be watched while they grow; there is no --video_length
     in_sections: bool = False
     numbers_single: bool = False  # a single image is NAME_000.png, never in a folder

@@ -33,17 +33,19 @@ from modules.pages.page import embed_clip, write_page
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).resolve().parent / "compare.html"
+# pixels: longer side of a cell, its minimum; width of a grid
 MAX_CELL_SIDE, NARROWEST_CELL, WIDEST = (
     256,
     64,
     3840,
-)  # pixels: longer side of a cell, its minimum; width of a grid
+)
 BACKGROUND, EMPTY = "white", (225, 225, 225)
+# pixels: height of column labels and of row labels, size of letters
 HEADING_HEIGHT, TEXT_HEIGHT, FONT_SIZE = (
     20,
     24,
     13,
-)  # pixels: height of column labels and of row labels, size of letters
+)
 SQUARE, SQUARE_SHADES = 10, (187, 238)  # size in pixels and grays of the checkerboard behind transparency
 NARROWEST_COLUMN = 128  # pixels, so that the label is readable
 MAX_FRAMES = 2000  # maximum number of frames shown of a clip
@@ -86,7 +88,7 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
     write_png(sheet, compose(grid, _read_middle_frames(grid)))
     if all(map(is_image, grid.clips)):
         return [page, sheet]
-    # limited by the number of videos that can be open at once, and by the height of the frame
+    # limited by the number of videos that can be open at the same time, and by the height of the frame
     rows_to_open = MAX_OPEN_VIDEOS // len(grid.columns)
     rows_in_height = MAX_VIDEO_HEIGHT // (MAX_CELL_SIDE + TEXT_HEIGHT)
     max_rows = max(1, min(rows_to_open, rows_in_height))
@@ -351,9 +353,8 @@ def _make_grid(axes: Sequence[Axis], paths: Mapping[CellIndex, Path], prompt: st
         columns=tuple(horizontal.describe(column) for column in range(num_columns)),
         rows=tuple(rows),
         title="" if has_prompts else shorten_prompt(prompt, MAX_TITLE_LENGTH),
-        max_cell_side=min(
-            MAX_CELL_SIDE_OF_SHEET, MAX_VIDEO_HEIGHT // num_rows - TEXT_HEIGHT
-        ),  # all rows, each with a line of text, fit
+        # all rows, each with a line of text, fit
+        max_cell_side=min(MAX_CELL_SIDE_OF_SHEET, MAX_VIDEO_HEIGHT // num_rows - TEXT_HEIGHT),
     )
 
 

@@ -184,7 +184,7 @@ class Krea2(pictures.ModelOfImages):
         for cache in batch.cache_origins:
             fingerprint = cache.encoder.get(encoder_settings.template_key, encoder_settings.fingerprint)
             if cache.part == encoder_settings.name and fingerprint != encoder_settings.fingerprint:
-                how, words = ("without pictures", " with --edit") if self.edits else ("for edits", "")
+                how, words = ("without images", " with --edit") if self.edits else ("for edits", "")
                 raise CacheError(f"{cache.path}: the caption was encoded {how}. Run {TEXTS_AGAIN}{words}.")
 
     def predict(
@@ -232,7 +232,7 @@ class Krea2(pictures.ModelOfImages):
         # a guidance scale of 1 turns guidance off
         if prepared.guidance_scale == (1.0,) and self._says_raw():
             logger.warning(
-                "%s is raw, whose pictures are blurred without guidance. Give Turbo, a LoRA that makes it "
+                "%s is raw, whose images are blurred without guidance. Give Turbo, a LoRA that makes it "
                 "Turbo, or a --guidance_scale such as %g",
                 self.files.dit,
                 DEFAULTS.guidance_scale,
@@ -311,7 +311,7 @@ def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
     release = find_release(turbo)
     if release is not None and not release.is_turbo:
         raise OptionError(
-            f"--turbo_dit {turbo}: it says that it is raw ({release.source}), which makes no image in "
+            f"--turbo_dit {turbo}: it is marked as raw ({release.source}), which cannot generate images in "
             "eight steps. Give turbo.safetensors, or leave the option out"
         )
     return replace(family_for_training(options, turbo), samples_on_turbo=True)

@@ -108,8 +108,8 @@ class Ltx2Files(TransformerFiles):
         path = inside(release, folder)
         if part is None and folder in APART and read_once(path, _lacks, f"{folder}."):
             raise OptionError(
-                f"{RELEASED} {path} has a transformer, but not this part, which LTX-2.5 has in a file of its "
-                f"own. Give {APART[folder]} to {option}: {what}"
+                f"{RELEASED} {path} has a transformer, but not this part, which LTX-2.5 has in a separate "
+                f"file. Give {APART[folder]} to {option}: {what}"
             )
         return path
 
@@ -180,7 +180,7 @@ class Ltx2Files(TransformerFiles):
 
     def audio_path(self, part: str) -> Path:
         """Return the path of the audio VAE or the vocoder, as `part` names it."""
-        return self._find_part(self.audio_vae, AUDIO_VAE, part, "it turns sound into latents and back")
+        return self._find_part(self.audio_vae, AUDIO_VAE, part, "it turns audio into latents and back")
 
     @property
     def audio(self) -> AudioSpec | None:
@@ -206,8 +206,8 @@ class Ltx2Files(TransformerFiles):
         default = AUDIO_SETTINGS["latent_channels"] * AUDIO_SETTINGS["mel_bins"] // MEL_DOWNSAMPLING
         if stream is not None and stream.channels != default:
             raise OptionError(
-                f"{AUDIO_VAE}: {self.dit_path} takes sound of {stream.channels} channels, those of the "
-                f"releases have {default}. Give the file of its sound's VAE"
+                f"{AUDIO_VAE}: {self.dit_path} takes audio of {stream.channels} channels, but that of "
+                f"the releases has {default}. Give the file of its audio VAE"
             )
 
     def audio_identity(self) -> dict[str, str]:
@@ -301,7 +301,7 @@ class Ltx2Files(TransformerFiles):
     def check_cached_texts(self, batch: Batch) -> tuple[str, ...]:
         """Check a batch's cached texts, and return the keys of those that the transformer needs.
 
-        Raises CacheError if texts or sound are missing, or texts are of another release.
+        Raises CacheError if texts or audio are missing, or texts are of another release.
         """
         config = self.dit_header().config
         text_dims = _text_dims(config)
@@ -316,13 +316,13 @@ class Ltx2Files(TransformerFiles):
         """Raise CacheError if a batch lacks a stream, video or audio, that the run trains."""
         if not self.has_images and AUDIO_LATENTS not in batch.tensors:
             raise CacheError(
-                f"{batch.keys[0]}: it has no sound, and --ltx2_mode audio learns nothing else. Leave it out"
+                f"{batch.keys[0]}: it has no audio, but --ltx2_mode audio learns nothing else. Leave it out"
             )
         for cache in batch.cache_origins if self.has_images else ():
             if cache.part == LATENTS_PART and cache.encoder == NO_IMAGES:
                 raise CacheError(
-                    f"{cache.path}: it was cached with --ltx2_mode audio and has no pictures. Cache again, "
-                    "or train, with the mode of the other"
+                    f"{cache.path}: it was cached with --ltx2_mode audio and has no images. Cache again "
+                    "without it, or train with --ltx2_mode audio"
                 )
 
     def _check_caption_release(self, batch: Batch, config: LtxConfig) -> None:

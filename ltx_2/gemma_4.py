@@ -133,7 +133,7 @@ def wanted_gemma(checkpoint: Checkpoint) -> str | None:
     return _read_version(checkpoint, OF_GEMMA_4)
 
 
-def _own_version(checkpoint: Checkpoint) -> str | None:
+def _read_own_version(checkpoint: Checkpoint) -> str | None:
     return _read_version(checkpoint, CONFIG)
 
 
@@ -155,7 +155,7 @@ def _read_version(checkpoint: Checkpoint, key: str) -> str | None:
 def check_version(transformer: Path, gemma: Path) -> None:
     """Raise CheckpointError if the transformer's metadata names another Gemma version."""
     trained_with = read_once(transformer, wanted_gemma)
-    version = read_once(gemma, _own_version)
+    version = read_once(gemma, _read_own_version)
     if trained_with is not None and version != trained_with:
         raise CheckpointError(
             f"{gemma} is not the Gemma of LTX-2.5: {transformer} was trained with {trained_with}, this is "

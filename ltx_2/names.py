@@ -15,7 +15,7 @@ ENTRY = FamilyEntry(
     further_models=("ltx2_v1",),
 )
 
-# LTX-2, video and sound. Layers of blocks have the same names in diffusers, except norms
+# LTX-2, video and audio. Layers of blocks have the same names in diffusers, except norms
 _LTX_ATTENTIONS = (
     "attn1",
     "attn2",
@@ -121,7 +121,7 @@ LTX_2 = FamilyNames(
     release_pattern=r"(?:architecture=ltx-|model_version=)(\d\.\d)",
     newest_release=("2.5", "keyframes_abs_pos_embedding"),
     optional_paths=tuple(ours for _, ours in (*_LTX_ALIASES, *_LTX_PARAMETERS) if _LTX_STREAM.search(ours)),
-    optional_description="a stream that this run is without (sound or pictures, --ltx2_mode)",
+    optional_description="a stream that this run is without (audio or images, --ltx2_mode)",
     parameters=_LTX_PARAMETERS,
     text_module_prefixes=(
         *(f"{stream}_embeddings_connector." for stream in _LTX_STREAMS),

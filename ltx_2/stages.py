@@ -271,9 +271,9 @@ def _add_noise(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
     return (1 - sigma) * latents + sigma * noise.to(latents.device)
 
 
-def _draw_image_tokens(noise: NoiseSource, picture: Tensor) -> Tensor:
+def _draw_image_tokens(noise: NoiseSource, latents: Tensor) -> Tensor:
     """Draw noise for latents B C F H W in token order, as this model's released pipelines do."""
-    _, channels, frames, rows, columns = picture.shape
+    _, channels, frames, rows, columns = latents.shape
     drawn = noise.draw((1, frames * rows * columns, channels))
     return rearrange(drawn, "b (f h w) c -> b c f h w", f=frames, h=rows)
 

@@ -238,7 +238,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         num_weights = sum(weight.numel() for weight in connectors.parameters())
         return num_weights * self.dtype.itemsize
 
-    def write(self, prompt: Prompt) -> TemplatedPrompt:
+    def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
         """Strip white space from a prompt, and shift its weighted spans to match."""
         text = prompt.text.strip()
         cut = len(prompt.text) - len(prompt.text.lstrip())

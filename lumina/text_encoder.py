@@ -151,7 +151,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         )
         return {**identity, "system_prompt": self.system_prompt}
 
-    def write(self, prompt: Prompt) -> TemplatedPrompt:
+    def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
         """Put the system prompt before the prompt; negative prompts get none unless the options say so."""
         has_system = self.system_prompt and (self.in_negative or not prompt.is_negative)
         before = f"{self.system_prompt} {PROMPT_START} " if has_system else ""

@@ -14,7 +14,7 @@ ENTRY = FamilyEntry(
     cache="minimax_h3_cache",
     makes="video",
     record="H3",
-    encoders=(("vae", "--video_vae", CLIPS), ("audio_vae", "--audio_vae", "it encodes their sound")),
+    encoders=(("vae", "--video_vae", CLIPS), ("audio_vae", "--audio_vae", "it encodes their audio")),
     texts="--text_encoder QWEN3_VL_FILE --tokenizer TOKENIZER_FOLDER",
     notice=LICENSE,
 )

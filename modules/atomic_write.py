@@ -260,7 +260,7 @@ _remove_leftovers_once = lru_cache(maxsize=64)(remove_leftovers)
 
 
 def give_name(file: Path, path: Path) -> None:
-    """Rename a finished file in its folder, replacing an existing one.
+    """Rename a finished file to `path` in the same folder, replacing an existing file.
 
     Raises:
         OutputError: If that fails.

@@ -39,7 +39,7 @@ class Bar(ExitStack):
         what: str,
         unit: str = STEPS,
         shown: bool = True,
-        at_once: bool = False,
+        shows_immediately: bool = False,
         now: Callable[[], float] = time.monotonic,
         is_terminal: Callable[[], bool] = lambda: sys.stderr.isatty(),
     ) -> None:
@@ -50,7 +50,7 @@ class Bar(ExitStack):
             what: Description of the work.
             unit: Unit of the amounts.
             shown: Whether to show the progress at all.
-            at_once: Whether to show the bar now instead of after a second.
+            shows_immediately: Whether to show the bar now instead of after a second.
             now: Returns the time in seconds.
             is_terminal: Returns whether standard error is a terminal.
         """
@@ -67,7 +67,7 @@ class Bar(ExitStack):
 
             self._report = ProgressFile().note
         self._start = self._last_line = now()  # times of the beginning and of the last log line
-        if at_once and self.shown and is_terminal():
+        if shows_immediately and self.shown and is_terminal():
             self._open_bar()
 
     def update(self, amount: float = 1) -> None:

@@ -74,7 +74,7 @@ def select_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Seq
         return _select_for_nvidia(nvidia)
     if system == "linux" and AMD_CARDS.intersection(amd):
         return BuildChoice("rocm", "an AMD card; not tried")
-    return BuildChoice("cpu", "no card was found that it can use, so that only small models are of use")
+    return BuildChoice("cpu", "no supported GPU was found, so only small models are practical")
 
 
 def _select_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:

@@ -162,7 +162,7 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def respell_options(text: str, names: Mapping[str, str]) -> str:
-    """Replace flags in a message by the flags that the user typed, except in lines that hold a command.
+    """Replace flags in a message by the flags that the user typed, except in lines that contain a command.
 
     `names` maps a flag, or a flag and its value ("--mode fast"), to the typed flag.
     """

@@ -45,8 +45,9 @@ class Compilation:
             )
         if self.mode == "reduce-overhead" or self.backend == "cudagraphs":
             raise OptionError(
-                f"{self.backend} {self.mode} records CUDA graphs, which need weights at fixed addresses, but "
-                "here all blocks share their code: no card has shown right results. Use inductor default"
+                f"{self.backend} {self.mode} records CUDA graphs, which need weights at fixed addresses, "
+                "but here all blocks share their code: no GPU has produced correct results. Use inductor "
+                "default"
             )
 
 
@@ -142,8 +143,8 @@ class CompileOptions(Options):
             words["FULLGRAPH"] = "true"
         if words and self.compile_args != default:
             raise OptionError(
-                f"--compile_args and --compile_{next(iter(words)).lower()} both say how to compile: give "
-                "either all four words to --compile_args, or an option for each"
+                f"--compile_args and --compile_{next(iter(words)).lower()} both set how to compile: give "
+                "either all four values to --compile_args, or an option for each"
             )
         return words
 

@@ -21,7 +21,7 @@ _SEQUENCES = re.compile(
 def drop_control_codes(text: str) -> str:
     """Remove control codes and the sequences that they begin, so that a text can be stored in a file.
 
-    Unicode's line separators become blanks; newlines and tabs are kept.
+    Unicode's line separators become spaces; newlines and tabs are kept.
     """
     return _CODES.sub(lambda match: " " if match[0].isspace() else "", _SEQUENCES.sub("", text))
 
@@ -60,7 +60,7 @@ _COMMAND = re.compile(r"(^|[\s:$])(python3?|reelsmith|accelerate|torchrun|pip|ba
 
 
 def wrap_text(text: str, columns: int | None) -> str:
-    """Wrap a text at blanks to the width of a terminal; commands and long words are not broken.
+    """Wrap a text at spaces to the width of a terminal; commands and long words are not broken.
 
     If `columns` is None, because there is no terminal, the text is returned unchanged.
     """

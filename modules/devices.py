@@ -161,7 +161,7 @@ def tensor_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype =
 
 
 def make_deterministic() -> None:
-    """Make torch deterministic; other operations cause a warning. Call this before the first CUDA call."""
+    """Make torch deterministic, and warn of other operations. Call before the first CUDA call."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -246,8 +246,8 @@ def warn_if_emulated(device: torch.device, dtype: torch.dtype, what: str) -> Non
     """
     if device.type == "cpu" and dtype == torch.bfloat16 and emulates_bfloat16():
         logger.warning(
-            "%s computes in bfloat16, which this processor is very slow at; in float32 it takes a fraction "
-            "of the time (--vae_dtype float32, --dit_dtype float32, --mixed_precision no)",
+            "%s computes in bfloat16, which is very slow on this processor; float32 takes a fraction of the "
+            "time (--vae_dtype float32, --dit_dtype float32, --mixed_precision no)",
             what,
         )
 

@@ -203,7 +203,7 @@ def ask_http(
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
         # errors that requests does not convert: redirects without an address, chunks of negative length
         if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
-            raise DownloadRejected("it is not an address that can be asked for") from None
+            raise DownloadRejected("it is not a valid address") from None
         # without its text, which may contain the address
         problem = (
             "connection broke" if isinstance(error, requests.RequestException) else "answer is malformed"
@@ -250,7 +250,7 @@ def _check_answer(address: str, answer: "requests.Response") -> None:
     if code == 416:  # range not satisfiable: the site's file is now shorter than the part on this disk
         raise RetryableError("the site cannot continue the file", from_start=True)
     if code not in (200, 206):
-        meaning = {401: ": a password is needed", 403: ": not allowed", 404: ": nothing is there"}
+        meaning = {401: ": a password is needed", 403: ": not allowed", 404: ": not found"}
         raise DownloadRejected(f"the site answers {code}{meaning.get(code, '')}", code)
     if answer.headers.get("content-encoding", "").strip().lower() not in ACCEPTED_ENCODINGS:
         raise DownloadRejected("the site uses a content encoding that was not requested")
@@ -270,7 +270,7 @@ def _find_first_byte(answer: "requests.Response", have: int) -> int:
     match = re.fullmatch(r"bytes 0-(\d{1,15})/(\d{1,15})", sent, re.ASCII)
     if match and int(match[1]) + 1 == int(match[2]):  # an unrequested range
         return 0
-    raise DownloadRejected(f"asked for a file from byte {have} on, the site sends {shorten(sent, 60)!r}")
+    raise DownloadRejected(f"requested from byte {have} on, the site sends {shorten(sent, 60)!r}")
 
 
 def _read_number(answer: "requests.Response", name: str) -> int | None:

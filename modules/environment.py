@@ -147,8 +147,8 @@ def create_environment(folder: Path, may_inherit: bool = True) -> None:
         )
     except OSError as error:
         raise UserError(
-            f"{folder}: the virtual environment cannot be made ({error}). Make one yourself, activate it, "
-            "and run again."
+            f"{folder}: the virtual environment cannot be created ({error}). Create one yourself, activate "
+            "it, and run again."
         ) from None
 
 

@@ -41,7 +41,7 @@ class CacheError(UserError):
 
 
 class CheckpointError(UserError):
-    """Raised for a model, LoRA or state file that is missing, damaged, or of another kind.
+    """Raised for a model, LoRA or state file that is missing, damaged, or of a different kind.
 
     The caller may add to the message what kind of file `path` is.
     """

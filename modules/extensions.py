@@ -29,17 +29,18 @@ def list_named() -> list[str]:
 
 
 def check_named() -> None:
-    """Raise OptionError if no installed package brings an extension that was named, or if two of them do."""
+    """Raise OptionError if no installed package provides a named extension, or if two of them do."""
     for name in list_named():
         entries = [entry for group in GROUPS for entry in entry_points(group=group, name=name)]
         if not entries:
             known = {entry.name for group in GROUPS for entry in entry_points(group=group)}
             there = f"Installed are {', '.join(sorted(known))}" if known else "None is installed"
-            raise OptionError(f"extension {name}: no installed package brings it. {there}")
+            raise OptionError(f"extension {name}: no installed package provides it. {there}")
         owners = {entry.dist.name for entry in entries if entry.dist is not None}
         if len(owners) > 1:
             raise OptionError(
-                f"extension {name}: {' and '.join(sorted(owners))} both bring one of this name. Uninstall one"
+                f"extension {name}: {' and '.join(sorted(owners))} both provide one of this name. Uninstall "
+                "one"
             )
 
 

@@ -251,12 +251,12 @@ def describe_missing(error: ImportError) -> str:
         return str(error)
     package, _, inner = error.name.removeprefix(PREFIX).partition(".")
     if inner:
-        return f"{package} has no module {inner}. Correct the name, or install the version that has it"
+        return f"{package} has no module {inner}. Fix the name, or install the version that has it"
     if package in DISTRIBUTIONS:
         return f"the package {package} is not installed. Run: pip install {DISTRIBUTIONS[package]}"
     return (
-        f"the package {package} is not installed. Correct the name, or install the package that has the "
-        f"module {package}; it may have another name"
+        f"the package {package} is not installed. Fix the name, or install the package that has the module "
+        f"{package}; it may have another name"
     )
 
 
@@ -284,12 +284,12 @@ def reject_starting(option: str, effect: str = "starts a program") -> None:
     `effect` is the effect of the option, for the message.
     """
     if os.environ.get(RUN_GOES_ON):
-        remedy = f"Leave it out of run.toml; or, if you want it, type --{option} behind `run FOLDER`"
+        remedy = f"Leave it out of run.toml; or, if you want it, type --{option} after `run FOLDER`"
     elif os.environ.get(FROM_QUEUE):
         remedy = "Leave it out of the job; or, if you want it, start the command in a terminal"
     else:
         return
-    raise OptionError(f"--{option} {effect}, and no file may do that, only who types it. {remedy}")
+    raise OptionError(f"--{option} {effect}, which no file may do: the option has to be typed. {remedy}")
 
 
 def reject_in_queue(option: str) -> None:

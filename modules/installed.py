@@ -34,8 +34,7 @@ def require_installed(place: str, name: str, remedy: str) -> None:
     else:
         why = f"{name} is not a module of an installed package"
     raise OptionError(
-        f"{place}: {why}.\n  A file names what installed packages have, and no other code. If it is your "
-        f"own, {remedy}"
+        f"{place}: {why}.\n  A file may name code of installed packages only. If it is your own, {remedy}"
     )
 
 

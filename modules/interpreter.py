@@ -11,13 +11,13 @@ from pathlib import Path
 
 if not (3, 11) <= sys.version_info[:2] <= (3, 14):
     sys.exit(
-        f"Python {sys.version.split()[0]} ({sys.executable}) is not supported: use 3.11 to 3.14.\n"
-        "Make an environment with one of them: docs/install.md says how."
+        f"Python {sys.version.split()[0]} ({sys.executable}) is not supported: use 3.11 to 3.14.\nCreate an "
+        "environment with one of them: see docs/install.md."
     )
 if sys.maxsize < 2**32:
     sys.exit(
-        f"This Python ({sys.executable}) is 32 bit, and PyTorch is made for 64 bit only.\n"
-        "Install a Python of 64 bit: docs/install.md says how."
+        f"This Python ({sys.executable}) is 32-bit, and PyTorch supports only 64-bit.\nInstall a 64-bit "
+        "Python: see docs/install.md."
     )
 
 _ROOT = Path(__file__).resolve().parent.parent

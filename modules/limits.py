@@ -46,9 +46,8 @@ MAX_IMAGE_BYTES = 9 << 27  # of a file: uncompressed 64-bit pixels, and metadata
 MAX_FRAME_BYTES = (
     100_000_000  # of a decoded frame of a clip: 8K with 10 bits. Decoders hold up to 17 of them,
 )
-MAX_LONE_FRAME_BYTES = (
-    1 << 28
-)  # but few where each frame stands alone, as in ProRes: 8K of 12 bits with alpha
+# but few where each frame stands alone, as in ProRes: 8K of 12 bits with alpha
+MAX_LONE_FRAME_BYTES = 1 << 28
 MAX_SHOWN_SECONDS = 60.0  # of one frame; longer ones are damaged times or slide shows
 MAX_TAG_CHARACTERS = 1 << 18  # of a metadata string that is parsed
 

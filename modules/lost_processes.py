@@ -51,7 +51,7 @@ DEFAULT = Pace()
 
 
 class LostProcess(NamedTuple):
-    """A process that the run cannot continue without."""
+    """A process of the run that was lost, so that the run cannot continue."""
 
     rank: int
     cause: str  # KILLED or SILENT
@@ -97,7 +97,7 @@ class OtherProcesses:
 
     @contextlib.contextmanager
     def explain(self) -> Iterator[None]:
-        """Raise LostProcessError in place of torch's error if another process was lost.
+        """Raise LostProcessError instead of torch's error if another process was lost.
 
         One process of each machine raises LostProcessError; the others raise SystemExit.
         """
@@ -305,7 +305,7 @@ def _accept_all(server: socket.socket, password: str, count: int, pace: Pace) ->
             raise UserError(f"no connection from process {missing} (counted from 0)") from None
         link.settimeout(pace.grace)
         with contextlib.suppress(OSError):
-            greeting = link.recv(len(password) + 7).decode("latin-1")  # password, a blank, rank
+            greeting = link.recv(len(password) + 7).decode("latin-1")  # password, a space, rank
             password_received, _, rank_received = greeting.partition(" ")
             if password_received == password:
                 links[int(rank_received)] = link

@@ -297,6 +297,32 @@ def explain_number(action: argparse.Action, word: str, expected: str) -> str:
     return f"{shorten_word(word)} is not {expected}. Give one, such as {example:g}."
 
 
+def _explain_expanded_pattern(flags: Flags, argv: Sequence[str], unused: Sequence[str]) -> str:
+    """Return the message if the shell has replaced a pattern such as *.mp4 by several paths, else ""."""
+    for flag, path, next_path in zip(argv, argv[1:], argv[2:], strict=False):
+        is_first_unused = next_path == unused[0] and _takes_one_value(flags, flag)
+        if is_first_unused and path_exists(Path(path)) and path_exists(Path(next_path)):
+            return (
+                f"{flag} takes one path but got {len(unused) + 1}, {path} {next_path} ...: the shell "
+                "replaced a pattern (*) by all matching files. Give the one to use."
+            )
+    return ""
+
+
+def _explain_extra_value(flags: Flags, argv: Sequence[str], unused: Sequence[str]) -> str:
+    """Return the message if a number has several values, or a switch has a value such as true; else ""."""
+    first = unused[0]
+    index = argv.index(first)
+    before_first = argv[index - 1] if index >= 1 else ""
+    flag = argv[index - 2] if index >= 2 else ""
+    if _takes_one_value(flags, flag) and flags[flag].type in NUMBER_TYPES:
+        values = quote_command([before_first, *unused])
+        return f"{flag} takes one value but got {1 + len(unused)}, {values}. Give one."
+    if before_first in flags and flags[before_first].nargs == 0 and first.lower() in SWITCHES:
+        return f"{before_first} is a switch: leave {first} out, and to turn it off leave out the switch too."
+    return ""
+
+
 def explain_unused_words(
     flags: Flags, argv: Sequence[str], unused: Sequence[str], without_flag: Sequence[argparse.Action] = ()
 ) -> str:
@@ -305,32 +331,19 @@ def explain_unused_words(
     `argv` are all command-line arguments, and `unused` those that belong to no option. `without_flag` are
     the options that are recognized without a flag.
     """
-    first = unused[0]
-    for flag, path, next_path in zip(argv, argv[1:], argv[2:], strict=False):
-        is_first_unused = next_path == first and _takes_one_value(flags, flag)
-        if is_first_unused and path_exists(Path(path)) and path_exists(Path(next_path)):
-            return (
-                f"{flag} takes one path and has {len(unused) + 1}, {path} {next_path} ...: the shell put "
-                "all that fit in the place of a pattern (*). Give the one to use."
-            )
-    index = argv.index(first)
-    before_first = argv[index - 1] if index >= 1 else ""
-    flag = argv[index - 2] if index >= 2 else ""
-    if _takes_one_value(flags, flag) and flags[flag].type in NUMBER_TYPES:
-        values = quote_command([before_first, *unused])
-        return f"{flag} takes one value and has {1 + len(unused)}, {values}. Give one."
-    if before_first in flags and flags[before_first].nargs == 0 and first.lower() in SWITCHES:
-        return f"{before_first} is a switch: leave {first} out, and to turn it off the switch too."
+    explanation = _explain_expanded_pattern(flags, argv, unused) or _explain_extra_value(flags, argv, unused)
+    if explanation:
+        return explanation
     unused_text = quote_command(unused)
     if any(quote in word for word in argv for quote in "“”„«»"):
         return (
-            f"{unused_text} belongs to no option: the quotation marks “ ” are typographic, and the "
-            'shell knows straight ones only. Write "..." around a text with blanks.'
+            f"{unused_text} belongs to no option: the quotation marks “ ” are typographic, and the shell "
+            'recognizes only straight ones. Write "..." around a text with spaces.'
         )
     if len(without_flag) == 1 and without_flag[0].nargs is None:
         name = without_flag[0].dest
-        return f"{unused_text} is not used: give one {name}, and put quotes around a name with blanks."
-    return f"{unused_text} belongs to no option. Put a text with blanks in quotes."
+        return f"{unused_text} is not used: give one {name}, and put quotes around a name with spaces."
+    return f"{unused_text} belongs to no option. Put a text with spaces in quotes."
 
 
 def _takes_one_value(flags: Flags, flag: str) -> bool:

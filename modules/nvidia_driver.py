@@ -49,7 +49,7 @@ def find_nvidia_cards() -> list[NvidiaCard]:
 
 
 def read_nvidia_cards(text: str) -> list[NvidiaCard]:
-    """Return the cards of the driver's list; lines of another form are left out."""
+    """Return the cards of the driver's list; lines in a different format are left out."""
     cards = []
     for line in text.splitlines():
         name, *cells = [cell.strip() for cell in line.rsplit(",", 2)]

@@ -101,7 +101,7 @@ def load_onnx(path: Path, more_bytes: int = 0, may_use_cuda: bool = False) -> On
     except Exception as error:  # errors of onnxruntime have no common base class
         if "InvalidProtobuf" in type(error).__name__ or not size:
             raise CheckpointError(
-                f"{path} is no ONNX file, or a damaged one. Download or export it again.", path
+                f"{path} is not an ONNX file, or it is damaged. Download or export it again.", path
             ) from None
         raise _cannot_run(path, error) from None
     return OnnxModel(
@@ -134,7 +134,7 @@ def _read_input(path: Path, session: Any) -> Shape:
         inputs_text = (
             ", ".join(f"{model_input.name}: {model_input.type}" for model_input in inputs[:4]) or "nothing"
         )
-        raise CheckpointError(f"{path} cannot be used: it takes {inputs_text}, not just images.", path)
+        raise CheckpointError(f"{path} cannot be used: it requires {inputs_text}, not just images.", path)
     shape = _read_shape(inputs[0])
     if any(size is not None and size > limits.MAX_ONNX_SIDE for size in shape[1:]):
         raise CheckpointError(

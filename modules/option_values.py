@@ -168,7 +168,7 @@ def require(value: T | None, option: str, why: str) -> T:
 def check_seed(option: str, seed: int | None) -> None:
     """Raise OptionError if a seed does not fit the 64 bits that torch's generators take."""
     if seed is not None and not -(2**63) <= seed < 2**64:
-        raise OptionError(f"{option} {format_number(seed)} does not fit 64 bits: give a number below 2^64")
+        raise OptionError(f"{option} {format_number(seed)} does not fit in 64 bits: give a number below 2^64")
 
 
 def gibibytes(text: str) -> float:
@@ -179,7 +179,9 @@ def gibibytes(text: str) -> float:
     """
     match = re.fullmatch(MEMORY, text.strip(), re.IGNORECASE)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no memory. Give GiB, such as 12; 0 for a CPU")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an amount of memory. Give GiB, such as 12; 0 for a CPU"
+        )
     return float(match[1])
 
 
@@ -272,9 +274,9 @@ def _parse_literal(text: str) -> Any:
 
 
 def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
-    """Return the seed that a text stands for: a whole number itself, other text hashed to `bits` bits.
+    """Return the seed for a text: a whole number itself, other text hashed to `bits` bits.
 
-    Source: the known tools; the measured values are in tests/golden/string_seeds.json.
+    The hash is that of other tools; values measured with them are in tests/golden/string_seeds.json.
 
     Raises:
         ValueError: For a number of more digits than any seed has.

@@ -28,7 +28,7 @@ from modules.run_limits import reject_outside, reject_sending
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-# Facts about resuming and about the metadata of generated files; a field that holds a record passes its
+# Facts about resuming and about the metadata of generated files; a field that contains a record passes its
 # facts on to all options in that record.
 IDENTITY = {"resume": "identity"}  # a resumed run must have the saved value
 CHANGEABLE = {"resume": "identity", "resume_changed": True}  # unless --resume_changed is given
@@ -188,7 +188,7 @@ class Declared(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """An option of other programs that the parser knows and no record holds."""
+    """An option of another program that the parser recognizes, although no record has it."""
 
     help: str
     reason: str  # why it is rejected; "" if it is accepted
@@ -416,7 +416,7 @@ def _warn_of_useless_default(record: Any, field: "dataclasses.Field[Any]") -> No
 def list_idle(record: Any, written: Collection[str]) -> list[str]:
     """Return the public names of options with default values that have no effect without another option.
 
-    `written` holds the names of the arguments that the user wrote.
+    `written` are the names of the arguments that the user wrote.
     """
     idle = []
     for field in dataclasses.fields(record):
@@ -454,7 +454,7 @@ def find_reach(facts: Mapping[str, Any]) -> str:
 
 
 def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Raise OptionError if an option has effects that a run of somebody else's folder must not have."""
+    """Raise OptionError if an option has an effect that a file must not request: only a user may type it."""
     value = getattr(record, field.name)
     reach = find_reach(field.metadata)
     name = option_name(field)
@@ -492,7 +492,7 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
     """
     hints = hints_of(cls)
     values: dict[str, Any] = {}
-    records: set[str] = set()  # names of fields that hold a record
+    records: set[str] = set()  # names of fields that contain a record
     for option, field in cls.fields_by_name.items():
         hint = hints[field.name]
         record = find_record_type(hint)
@@ -504,7 +504,7 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
         declared = field.metadata.get("declared")
         argument = option.replace("-", "_")
         if not hasattr(args, argument):
-            # an option without help is not declared to every parser; its record then holds the default
+            # an option without help is not declared to every parser; its record then has the default
             if declared is None or declared.help:
                 raise TypeError(
                     f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser"

@@ -40,7 +40,7 @@ def check_output_name(option: str, name: str, is_new: bool = True) -> None:
     elif escape_control_codes(name) != name or "\n" in name or "\t" in name:
         reason = "it contains control codes"
     elif name.lower().endswith(".safetensors"):
-        reason = "files get their ending by themselves"
+        reason = "the suffix is added automatically"
     elif size > MAX_OF_OUTPUT_NAME:
         reason = f"it has {size} bytes, and {MAX_OF_OUTPUT_NAME} are the most"
     elif is_new:
@@ -59,7 +59,7 @@ def find_error_on_windows(name: str) -> str:
     if is_windows_device(name):
         return f"on Windows {name.partition('.')[0].strip()} is a device, with any ending"
     if name[-1] in ". ":
-        return f"it ends in a {'dot' if name[-1] == '.' else 'blank'}, which Windows takes off"
+        return f"it ends in a {'dot' if name[-1] == '.' else 'blank'}, which Windows removes"
     return ""
 
 
@@ -84,7 +84,7 @@ def check_output_file(option: str, path: Path) -> None:
         )
     check_place(option, path)
     if path.exists():
-        logger.warning("%s %s is there already: it will be replaced", option, path)
+        logger.warning("%s %s already exists: it will be replaced", option, path)
 
 
 def check_place(option: str, path: Path) -> None:

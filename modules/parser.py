@@ -118,7 +118,7 @@ class Parser(argparse.ArgumentParser):
         """Parse as argparse does, but report mistyped options before missing ones (often the same option)."""
         argv = sys.argv[1:] if args is None else list(args)
         self._show_help(argv)  # ends the program if help is asked for
-        # find mistakes that argparse would explain worse, and bring the words into its form
+        # find mistakes that argparse would explain worse, and convert the words to the form that it expects
         self._reject_line_continuation(argv)
         argv = self._normalize(argv)
         self._reject_unknown(argv)
@@ -170,17 +170,17 @@ class Parser(argparse.ArgumentParser):
                 flag = completions[0]
             self.typed_flags.setdefault(flags[flag].dest, flag)
             self._typed_spellings.add(flag)
-        for_messages: dict[str, str] = {}
+        displayed_flags: dict[str, str] = {}
         for action in self._actions:
             if action.dest in self.typed_flags:
                 typed_flag = self.typed_flags[action.dest]
                 for flag in action.option_strings:
                     is_switched_off = flag[:5] == "--no-"
                     if flag[:2] == "--" and not is_switched_off and flag not in self._typed_spellings:
-                        for_messages[flag] = typed_flag
+                        displayed_flags[flag] = typed_flag
             elif action.dest in self.shown_flags:
-                for_messages[f"--{action.dest}"] = self.shown_flags[action.dest]
-        return {flag: shown for flag, shown in for_messages.items() if flag != shown}
+                displayed_flags[f"--{action.dest}"] = self.shown_flags[action.dest]
+        return {flag: shown for flag, shown in displayed_flags.items() if flag != shown}
 
     def _reject_joined_numbers(self, argv: Sequence[str]) -> None:
         """Reject two numbers typed as one word for an option that takes two, such as 832x480."""
@@ -228,7 +228,7 @@ class Parser(argparse.ArgumentParser):
         if len(free_words) > len(unset):
             self.error(
                 f"{quote_command(free_words)}: {len(free_words)} words without an option, and only "
-                f"{' and '.join(flags)} can be left out. Put a name with blanks in quotes."
+                f"{' and '.join(flags)} can be left out. Put a name with spaces in quotes."
             )
         return [*used_words, *(f"{flag}={word}" for flag, word in zip(flags, free_words, strict=False))]
 
@@ -301,7 +301,7 @@ class Parser(argparse.ArgumentParser):
             self.error(" ".join(messages))
 
     def _explain_dash(self, word: str) -> str:
-        """Explain a word that begins with a typographic dash in place of a hyphen; "" for any other word."""
+        """Explain a word that begins with a typographic dash instead of a hyphen; "" for any other word."""
         name = word.partition("=")[0]
         plain = _DASHES.sub("--", name)
         flags = self._option_string_actions
@@ -450,22 +450,22 @@ def _add_field(
     field: Field[Any],
     overrides: _ScriptOverrides,
 ) -> None:
-    """Declare the option of a field, or all options of the record that it holds."""
+    """Declare the option of a field, or all options of the record that it contains."""
     declared = field.metadata.get("declared")
     if declared is not None and declared.title:
         group = group_of(parser, declared.title)
     hint = hints_of(cls)[field.name]
-    if find_record_type(hint) is hint:  # the field holds a record
-        inner = {} if declared is None else declared.settings
+    if find_record_type(hint) is hint:  # the field contains a record
+        nested = {} if declared is None else declared.settings
         records = (hint,) if issubclass(hint, Options) else ()  # other records are declared by a function
         add_options(
             parser,
             *records,
             group=group,
-            without={*overrides.without, *inner.get("without", ())},
-            defaults={**inner.get("defaults", {}), **overrides.defaults},
-            settings={**inner.get("settings", {}), **overrides.settings},
-            refused={**inner.get("refused", {}), **overrides.refused},
+            without={*overrides.without, *nested.get("without", ())},
+            defaults={**nested.get("defaults", {}), **overrides.defaults},
+            settings={**nested.get("settings", {}), **overrides.settings},
+            refused={**nested.get("refused", {}), **overrides.refused},
         )
         return
     if declared is None or not declared.help:
@@ -516,7 +516,7 @@ def _collect_checked_facts(cls: type[Options], field: Field[Any], default: Any) 
 
 
 def _add_rejections(group: _Group, cls: type[Options], without: Collection[str]) -> None:
-    """Declare the options of other programs that a record or its bases reject, or accept without need."""
+    """Declare the options of other programs that a record or its bases reject, or accept and ignore."""
     attributes = [(name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)]
     for name, rejection in attributes:
         if not isinstance(rejection, Rejection) or name in without:

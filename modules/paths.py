@@ -138,7 +138,7 @@ def explain_path(text: str) -> str | None:
     if text.strip().lower() in NOTHING:
         return "this names nothing, and is taken for a path. Leave it out"
     if text != text.strip():
-        return "this path begins or ends with a blank. Remove it"
+        return "this path begins or ends with a space. Remove it"
     match = _VARIABLE.search(text)
     if match is not None and not path_exists(Path(text[: match.end()])):
         return (
@@ -146,19 +146,19 @@ def explain_path(text: str) -> str | None:
             "$NAME outside of single quotes, cmd replaces %NAME%. Set it, or write the path out"
         )
     if os.name != "nt" and _DRIVE.match(text):
-        return "this is a path of Windows. Here (in WSL) C: is /mnt/c, and folders are parted by /"
+        return "this is a path of Windows. Here (in WSL) C: is /mnt/c, and folders are separated by /"
     return None
 
 
 def explain_missing(path: Path) -> str:
-    """Return a hint, beginning with a blank, about a path that does not exist; "" if there is no hint.
+    """Return a hint, beginning with a space, about a path that does not exist; "" if there is no hint.
 
     For example, `$MODELS/wan.safetensors` becomes `/wan.safetensors` if the variable is not set.
     """
     if path.is_absolute() and path.parent == Path(path.anchor):
         return f" It is at the very top, in {path.anchor}: is a variable that stood before it not set?"
     if any(mark in str(path) for mark in "*?"):
-        return " A pattern that fits no file stays as it is, and some shells replace none."
+        return " A pattern that matches no file stays unchanged, and some shells replace none."
     near = similar_path(path)
     return "" if near is None else f" Did you mean {near}?"
 
@@ -169,7 +169,7 @@ def describe_lookup(path: Path) -> str:
 
 
 def similar_path(path: Path, only_folders: bool = False) -> Path | None:
-    """Return a missing path with its first missing part replaced by the most similar name that is there.
+    """Return a missing path with its first missing part replaced by the most similar existing name.
 
     The result is None if no name is similar, or if the remaining path does not exist below the similar name.
     """
@@ -236,7 +236,7 @@ def hide_secrets(text: str) -> str:
 def address_identity(address: str) -> str:
     """Return a file's identity: the address without password, signature and `#...`.
 
-    Do not show it to users: the query may hold a secret of an unknown kind.
+    Do not show it to users: the query may contain a secret of an unknown kind.
     """
     if _PLAIN.fullmatch(address):
         return address

@@ -81,9 +81,9 @@ def scale_each(values: Sequence[Tensor], factors: Sequence[float]) -> None:
     torch._foreach_mul_(list(values), list(factors))
 
 
-def lerp_each(values: list[Tensor], ends: Sequence[Tensor], share: float) -> None:
-    """Move each value towards its end by `share`, in place."""
-    torch._foreach_lerp_(values, list(ends), share)
+def lerp_each(values: list[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    """Move each value towards its end by `weight`, in place."""
+    torch._foreach_lerp_(values, list(ends), weight)
 
 
 def exchange_rows(tensors: Sequence[Tensor], group: str) -> tuple[Tensor, ...]:

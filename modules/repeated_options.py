@@ -61,6 +61,7 @@ def accepted_options(
         settings: Mapping[str, Any] = {} if declared is None else declared.settings
         nested_record = find_record_type(hint)
         if nested_record is not None:
+            # a field that contains a record may change the flags of the record's options
             changes = settings.get("settings", {})
             changed_flags = {key: change["flags"] for key, change in changes.items() if "flags" in change}
             accepted |= accepted_options(nested_record, {**changed_flags, **outer_flags})

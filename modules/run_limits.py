@@ -104,11 +104,11 @@ def describe_outside(path: Path, option: str = "") -> str | None:
     restriction = f"{resolved} is outside of {allowed_folders[0]}, the only place where"
     if not os.environ.get(COMMAND_VARIABLE):
         return (
-            f"{restriction} a button of the page for that folder writes. Correct it; or, if you want it "
-            "there, start the command in a terminal"
+            f"{restriction} a button of the page for that folder writes. Fix it; or, if you want it there, "
+            "start the command in a terminal"
         )
     command = _run_command(f"--{ALLOWED_BY.get(option, OTHER_FOLDERS_OPTION)}", str(resolved))
-    return f"{restriction} `run` writes unasked.\n  Correct it; or, if you want it there, type it: {command}"
+    return f"{restriction} `run` writes unasked.\n  Fix it; or, if you want it there, type it: {command}"
 
 
 def is_in_queue(path: Path) -> bool:
@@ -134,10 +134,10 @@ def reject_writing(path: Path) -> None:
 
 
 def reject_sending(option: str, value: object, run_has_option: bool = False) -> None:
-    """Raise OptionError if an option sends something from this machine and is not typed for the run.
+    """Raise OptionError if an option that sends data from this machine comes from a file and was not typed.
 
-    Nothing is raised outside of a run of a described folder. With `run_has_option`, the message names the
-    option of the command `run` that allows it.
+    Only processes whose folders are limited (`limit_run`) are checked. With `run_has_option`, the message
+    names the option of the command `run` that allows it.
     """
     if not is_limited() or option in os.environ.get(TYPED_VARIABLE, "").split():
         return

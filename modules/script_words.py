@@ -34,8 +34,8 @@ def name_words(script: str) -> str:
 def has_own_command(script: str) -> bool:
     """Return whether the package installs a console command of a script's name.
 
-    Scripts of a model do. Plain names such as `compare` and `download` would hide other programs on the PATH:
-    they are reached by `reelsmith compare` alone.
+    Scripts of a model have one. Plain names such as `compare` and `download` would hide other programs on the
+    PATH, so these scripts are run as `reelsmith compare` only.
     """
     return " " in name_words(script) or OF_A_MODEL.fullmatch(script) is not None
 

@@ -173,7 +173,7 @@ class TrainingAttentionOptions(Options, title="attention"):
 
 
 class GenerationAttentionOptions(Options):
-    """The back end of generation. Some scripts have no --split_attn."""
+    """Attention options of a generation script; some scripts leave out --split_attn."""
 
     attn_mode: str = option(
         "attention back end; torch or sdpa: torch's own kernels; flash or flash2, flash3, sageattn, "

@@ -249,7 +249,7 @@ def _default_help(rejection: Rejection) -> str:
 def describe_parser(parser: Parser) -> dict[str, Any]:
     """Return a description of a script's parser that can be stored as JSON: its options in sections.
 
-    A section holds consecutive options of one group, so a group whose options are apart has several.
+    A section contains consecutive options of one group, so a group whose options are apart has several.
     """
     groups = [group for group in parser._action_groups if group.title is not None]
     title_of = {id(action): group.title for group in groups for action in group._group_actions}
@@ -310,7 +310,7 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
 
 
 def _describe_rejection(rejection: Rejection) -> dict[str, Any]:
-    """Return the facts of a rejection that are not empty; its help stands in the row of the option."""
+    """Return the facts of a rejection that are not empty; its help is in the option's row."""
     facts = {"reason": rejection.reason, "instead": rejection.instead, "values": list(rejection.values)}
     return {name: value for name, value in facts.items() if value}
 

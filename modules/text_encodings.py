@@ -55,7 +55,7 @@ _FREQUENT = {
 }
 _SCRIPTS = {"cp1251": "CYRILLIC", "koi8_r": "CYRILLIC", "cp1253": "GREEK"}  # others: Latin, East Asian
 _PUNCTUATION = set("“”‘’„–—…•«»¿¡€°、。，！？「」『』（）：；・ー～　")
-MIN_PLAUSIBLE = 0.6  # minimum fraction of letters, blanks and punctuation
+MIN_PLAUSIBLE = 0.6  # minimum fraction of letters, spaces and punctuation
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 MAX_SCORED = 5000  # maximum characters of a file that are scored
 _MIN_SURE_SCORE = 0.75  # minimum score for converting without asking

@@ -67,7 +67,7 @@ def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
 
 def _too_large(path: Path, limit_bytes: int) -> OSError:
     maximum = f"{limit_bytes >> 20} MiB" if limit_bytes >> 20 else f"{limit_bytes:,} bytes"
-    text = f"it is larger than {maximum}, the most that is read"
+    text = f"it is larger than {maximum}, the maximum"
     return OSError(errno.EFBIG, text, str(path))
 
 
@@ -217,14 +217,14 @@ def read_object(text: str) -> dict[str, Any]:
     try:
         content = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"it is no JSON ({error})") from None
+        raise ValueError(f"it is not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     return content
 
 
 def read_if_object(text: str) -> dict[str, Any] | None:
-    """Return a text's JSON object; None for a plain text, such as a choice {a|b} of words."""
+    """Parse a text that is a JSON object; return None for other text, such as {a|b}."""
     try:
         return read_object(text) if looks_like_object(text) else None
     except ValueError:
@@ -275,12 +275,12 @@ def _explain_toml(text: str, error: str) -> str:
     table = re.fullmatch(r"Cannot declare \('([^']*)',\) twice.*", error)
     if table:
         name = table[1]
-        return f"\n  [{name}] may stand once: join the tables, or write [[{name}]] if it is a list of tables."
+        return f"\n  [{name}] may occur once: join the tables, or write [[{name}]] if it is a list of tables."
     if error.startswith("Cannot overwrite a value"):
-        return "\n  A key may stand once in a table: remove one of the two."
+        return "\n  A key may occur once in a table: remove one of the two."
     value = line.partition("=")[2].strip()
     hints = (
-        (r"(?i)none|null|nil|nan_?", "TOML has no word for nothing: leave the key out."),
+        (r"(?i)none|null|nil|nan_?", "TOML has no null: leave the key out."),
         (r"(?i)true|false|yes|no|on|off", "Write true or false, in lower case."),
         (r"[\u2018\u2019\u201c\u201d\u00ab\u00bb].*", 'Use straight quotes: "...".'),
         (r"[^\W\d][\w./~ -]*|[./~].*", f'A text needs quotes: "{value}".'),
@@ -309,7 +309,7 @@ def _explain_json(following: str, before: str) -> str:
     )
     hint = next((hint for pattern, hint in hints if re.match(pattern, following)), "")
     if following[:1] in {"]", "}"} and before.rstrip().endswith(","):
-        hint = "Remove the comma behind the last entry"
+        hint = "Remove the comma after the last entry"
     return f". {hint}" if hint else ""
 
 

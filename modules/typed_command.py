@@ -43,7 +43,7 @@ def read_command(option: str, text: str) -> list[str]:
     script = argv[1] if len(argv) > 1 else "-"  # "-", as before an option: no script
     runs_script = name.rstrip("0123456789.") in INTERPRETERS and not script.startswith("-")
     if runs_script and not Path(script).is_file():
-        raise OptionError(f"{option}: there is no script {script} in {Path.cwd()}. Correct the path")
+        raise OptionError(f"{option}: there is no script {script} in {Path.cwd()}. Fix the path")
     return argv
 
 
@@ -81,12 +81,12 @@ def _reject_shell(option: str, argv: Sequence[str]) -> None:
     as_shell = f"Put the line into a script, or give it to a shell: {option} \"bash -c '...'\""
     for word in argv:
         if word in OPERATORS or word.endswith(";"):
-            raise OptionError(f"{option}: {word} is for a shell, and none reads this command. {as_shell}")
+            raise OptionError(f"{option}: {word} is for a shell, but none reads this command. {as_shell}")
         if any(start in word for start in VARIABLES):
             raise OptionError(
-                f"{option}: {word} is replaced by a shell, and none reads this command. Let the program "
-                f"read the variable from its environment, or give the line to a shell: "
-                f"{option} \"bash -c '...'\""
+                f"{option}: {word} is replaced by a shell, but none reads this command. Let the program "
+                f'read the variable from its environment, or give the line to a shell: {option} "bash -c '
+                "'...'\""
             )
 
 
@@ -99,4 +99,4 @@ def _explain_missing(option: str, program: str) -> str:
         return f'is a script. Start it with Python: {option} "python {program}"'
     if path.is_file():
         return f"is a file that may not be executed, or is not below ./. Give ./{program}, or chmod +x it"
-    return "is not a program that can be started here. Correct the name, or give the whole path"
+    return "is not a program that can be started here. Fix the name, or give the full path"

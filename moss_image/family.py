@@ -178,8 +178,8 @@ class MossImage(pictures.ModelOfImages):
         num_steps = len(levels) - 1
         if num_steps < prepared.steps:
             logger.warning(
-                "%d of the %d steps are taken: the official noise levels are whole thousandths, and equal "
-                "ones are skipped. --moss_schedule simple takes all",
+                "%d of the %d steps are used: the official noise levels are whole thousandths, and equal "
+                "ones are skipped. --moss_schedule simple uses all",
                 num_steps,
                 prepared.steps,
             )
@@ -244,8 +244,8 @@ def family_for_training(options: own.MossImageTrainingOptions) -> MossImage:
     name = find_sft(options.dit)
     if name is not None:
         logger.warning(
-            "--dit %s: %s says that it is SFT, which was post-trained. Base is made to train on, and its "
-            "LoRAs work on SFT too",
+            "--dit %s: %s says that it is SFT, which was post-trained. Base is intended for training, and "
+            "its LoRAs work on SFT too",
             options.dit,
             name,
         )

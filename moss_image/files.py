@@ -103,8 +103,8 @@ def _read_config(shapes: DitShapes) -> MossImageConfig:
     )
     if not fits:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} are not those "
-            f"of {MODEL_KIND}. Copy the file again.",
+            f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} do not fit "
+            f"{MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     return MossImageConfig(

@@ -776,7 +776,7 @@ def warn_of_absent(
         )
 
 
-def restrict_to_component(weighted_loras: Iterable[WeightedLora], is_text: bool) -> list[WeightedLora]:
+def select_network_part(weighted_loras: Iterable[WeightedLora], of_text_encoders: bool) -> list[WeightedLora]:
     """Return the LoRAs reduced to one side: modules of the transformer, or modules loaded with text encoders.
 
     A LoRA is left out if it has no modules on the side, or if its patterns select none of them. If the
@@ -785,14 +785,14 @@ def restrict_to_component(weighted_loras: Iterable[WeightedLora], is_text: bool)
 
     Args:
         weighted_loras: LoRA files with their patterns.
-        is_text: Whether to return the side of the text encoder.
+        of_text_encoders: Whether to return the side of the text encoder.
     """
     loras_on_side = []
     for weighted_lora in weighted_loras:
         family = weighted_lora.lora.trusted_family
         has_only_dit_modules = family is not None and not family.text_module_prefixes
         if has_only_dit_modules:
-            if weighted_lora.lora.tensors and not is_text:
+            if weighted_lora.lora.tensors and not of_text_encoders:
                 loras_on_side.append(weighted_lora)
             continue
         text_modules: dict[str, Factors] = {}
@@ -802,13 +802,15 @@ def restrict_to_component(weighted_loras: Iterable[WeightedLora], is_text: bool)
                 text_modules[name] = factors
             else:
                 dit_modules[name] = factors
-        is_selected = _keeps_any(weighted_lora, text_modules if is_text else dit_modules)
-        is_left_for_report = not is_text and bool(dit_modules) and not _keeps_any(weighted_lora, text_modules)
+        is_selected = _keeps_any(weighted_lora, text_modules if of_text_encoders else dit_modules)
+        is_left_for_report = (
+            not of_text_encoders and bool(dit_modules) and not _keeps_any(weighted_lora, text_modules)
+        )
         if is_selected or is_left_for_report:
             tensors = weighted_lora.lora.tensors
             has_both_sides = bool(text_modules) and bool(dit_modules)
             if has_both_sides:
-                tensors = ungroup(text_modules if is_text else dit_modules)
+                tensors = ungroup(text_modules if of_text_encoders else dit_modules)
             loras_on_side.append(replace(weighted_lora, lora=replace(weighted_lora.lora, tensors=tensors)))
     return loras_on_side
 

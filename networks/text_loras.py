@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
-from networks.loading import LoraFile, WeightedLora, restrict_to_component
+from networks.loading import LoraFile, WeightedLora, select_network_part
 from networks.lora_network import prefix_of, rename_texts
 from networks.names.layouts import OURS
 from networks.names.texts import TEXT_PROJECTION, open_clip_names, published_parameter
@@ -93,7 +93,7 @@ class TextLoras:
             weighted_lora for weighted_lora in weighted_loras if weighted_lora.lora.text_tensors
         ]
         # changes of the transformer's modules that are loaded with a text encoder
-        self._connector_loras = restrict_to_component(weighted_loras, is_text=True)
+        self._connector_loras = select_network_part(weighted_loras, of_text_encoders=True)
         self._known_prefixes: set[str] = set()  # prefixes of the model's text encoders seen so far
         self._merged: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # networks with merged LoRAs
 

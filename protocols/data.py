@@ -477,9 +477,9 @@ class AudioVideoShapes:
     image: tuple[int, int, int, int]  # C F H W
     audio: tuple[int, int, int]  # C T M
 
-    def join(self, picture: Tensor, audio: Tensor) -> Tensor:
+    def join(self, images: Tensor, audio: Tensor) -> Tensor:
         """Flatten image latents B C F H W and audio latents B C T M, and concatenate them to B N."""
-        return torch.cat([picture.flatten(1), audio.flatten(1)], dim=1)
+        return torch.cat([images.flatten(1), audio.flatten(1)], dim=1)
 
     def split(self, joined: Tensor) -> tuple[Tensor, Tensor]:
         """Split B N into image latents B C F H W and audio latents B C T M, both as views."""

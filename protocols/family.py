@@ -213,7 +213,7 @@ class DitSpec:
     def execution_order(self, counts: Sequence[int]) -> list[int]:
         """Return the indices of all blocks in the order in which they run.
 
-        Indices count over all lists, in the order of `block_lists`; blocks of `second_list` are interleaved.
+        Indices count over all lists, in the order of `block_lists`; blocks of `side_list` are interleaved.
 
         Args:
             counts: Number of blocks in each list.

@@ -199,7 +199,7 @@ class QwenImage(ModelOfImages):
         """
         if request.control_images and self.references is None:
             raise OptionError(
-                f"--control_image_path: {self.display_name} generates pictures from text alone. Give "
+                f"--control_image_path: {self.display_name} generates images from text alone. Give "
                 "--model_version edit, edit-2509 or edit-2511 and its transformer, or leave it out"
             )
         if LAYER_COUNT in request.extra:

@@ -224,7 +224,7 @@ class QwenImageReleaseFiles(QwenImageFiles):
         header = super().dit_header()
         if header.config.has_layers and not self.version.has_layers:
             raise CheckpointError(
-                f"{self.dit_path} is the transformer of {NAME}-Layered, which splits pictures into layers; "
+                f"{self.dit_path} is the transformer of {NAME}-Layered, which splits images into layers; "
                 f"{self.version.display_name} needs a different one. Give --model_version layered, or "
                 "another file",
                 self.dit_path,

@@ -129,7 +129,7 @@ class QwenImageLayered(ModelOfImages):
         check_batch(batch, VERSION, self.files)
         if latents.shape[2] == 1:
             raise CacheError(
-                f"{batch.keys[0]}: its cache has a picture without layers. Give its table multiple_target = "
+                f"{batch.keys[0]}: its cache has an image without layers. Give its table multiple_target = "
                 f"true, and cache again with {LATENTS_AGAIN}"
             )
         return {KEY: batch.tensors[KEY], CONTROL: latents[:, :, :1]}
@@ -199,8 +199,8 @@ class QwenImageLayered(ModelOfImages):
         request = keep_usable_media(request, usable_media, f"{self.display_name} does not take it")
         if len(request.control_images) != 1:
             raise OptionError(
-                f"--control_image_path (--ci in a prompt line): {len(request.control_images)} pictures, "
-                f"{self.display_name} takes one apart. Give exactly one"
+                f"--control_image_path (--ci in a prompt line): {len(request.control_images)} images, but "
+                f"{self.display_name} decomposes one image. Give exactly one"
             )
         return request
 

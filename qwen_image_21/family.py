@@ -184,8 +184,8 @@ class QwenImage21(pictures.ModelOfImages):
                 levels = stretch_levels(torch.tensor(turbo.levels, dtype=torch.float64), shift, TERMINAL)
                 return replace(prepared, flow_shift=shift, sigmas=(*levels.tolist(), 0.0))
             logger.warning(
-                "Turbo was distilled for its own %d noise levels: with %d steps they are evenly spaced, and "
-                "images get worse",
+                "Turbo was distilled for its own %d noise levels: with %d steps they are evenly spaced, "
+                "which makes images worse",
                 len(turbo.levels),
                 prepared.steps,
             )
@@ -198,8 +198,8 @@ class QwenImage21(pictures.ModelOfImages):
         scale = request.guidance_scale
         if scale is not None and scale != 1 and request.negative_prompt is None:
             raise OptionError(
-                f"--guidance_scale {scale:g} (--l in a prompt line): {NAME} is made for 1, without guidance. "
-                "Other values need a --negative_prompt (--n in a prompt line); it may be empty"
+                f"--guidance_scale {scale:g} (--l in a prompt line): {NAME} is intended for 1, without "
+                "guidance. Other values need a --negative_prompt (--n in a prompt line); it may be empty"
             )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:

@@ -150,8 +150,8 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
     rows, columns = shapes.shape_of(QUERY_WEIGHT)
     if rows != dim or columns != dim or dim % head_dim or head_dim % 2:
         raise CheckpointError(
-            f"{shapes.path}: {rows} rows of queries in blocks of width {dim} with heads of {head_dim} are "
-            f"not those of {MODEL_KIND}. Copy the file again.",
+            f"{shapes.path}: {rows} rows of queries in blocks of width {dim} with heads of {head_dim} do "
+            f"not fit {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     num_layers = shapes.count_blocks("transformer_blocks")

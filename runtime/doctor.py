@@ -65,7 +65,7 @@ def _examine_packages() -> Iterator[Finding]:
 
 def _examine_versions() -> Finding:
     """Compare the versions of the installed packages with those of requirements.txt."""
-    from packaging.requirements import Requirement  # accelerate brings it
+    from packaging.requirements import Requirement  # accelerate depends on it
 
     mismatches = []
     for requirement in map(Requirement, read_requirements()):
@@ -76,7 +76,7 @@ def _examine_versions() -> Finding:
             mismatches.append(f"{requirement.name} {installed} is not {requirement.specifier}")
     verdict = "all of requirements.txt, in the versions that it asks for"
     if mismatches:
-        remedy = "; nothing here was tried with that: python -m pip install -r requirements.txt"
+        remedy = "; these versions are untested: python -m pip install -r requirements.txt"
         verdict = ", ".join(mismatches) + remedy
     return Finding("packages", verdict, is_fit=not mismatches)
 

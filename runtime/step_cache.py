@@ -122,7 +122,7 @@ def residual_of(dit: nn.Module, after: Tensor, before: Tensor) -> Tensor:
 def compute_first_block_input(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> Tensor:
     """Return the modulated input of the first block's attention, B L C, without running the block.
 
-    If the block is swapped, its weights are brought to the device. Usually they are there already, because
+    If the block is swapped, its weights are copied to the device. Usually they are already there, because
     the previous pass prefetched them, and they stay for the next pass. A block that is split over processes
     is gathered in the same way.
     """

@@ -183,5 +183,5 @@ def _check_file(options: SdxlLlliteTrainingOptions) -> None:
         for name in plan.config:
             if find_layer_path(name) is None:
                 raise OptionError(
-                    f"{WEIGHTS} {path}: Stable Diffusion XL has no layer for {name}. Give another"
+                    f"{WEIGHTS} {path}: Stable Diffusion XL has no layer for {name}. Give another file."
                 )

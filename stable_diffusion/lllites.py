@@ -97,7 +97,7 @@ class _LlliteBatch:
 
     def begin(self, call: UnetCall) -> UnetCall:
         """U-Net hook: select the guide images that are active in this call, which is returned unchanged."""
-        images = self._guides.at(call, self._dtype)
+        images = self._guides.resize_for(call, self._dtype)
         self._active_guides = []
         for spec, spec_images in zip(self._specs, images, strict=True):
             self._active_guides.append(spec_images if is_active(spec, call) else None)

@@ -104,11 +104,11 @@ class _LoraTarget:
     network: nn.Module
     prefix: str = ""  # prefix of the network's modules in LoRA files; "" for the U-Net
 
-    def published(self, name: str) -> str:
+    def get_published_name(self, name: str) -> str:
         """Return a parameter's published name."""
         return published_parameter(name) if self.prefix else name
 
-    def published_module(self, path: str) -> str:
+    def get_published_module(self, path: str) -> str:
         return published_path(path) if self.prefix else path
 
 
@@ -133,8 +133,8 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
             logger.info(f"{path} says of itself:\n{_as_json(lora.metadata)}")
     if options.network_args:
         logger.warning(
-            f"--network_args {' '.join(options.network_args)} is ignored because the files say by their "
-            "tensors what they are"
+            f"--network_args {' '.join(options.network_args)} is ignored because the tensors in the files "
+            "show what they are"
         )
     return loras
 
@@ -202,7 +202,7 @@ def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
         if family is not None and family.name != kind.name:
             logger.warning(
                 f"{lora.path} was trained for {kinds[family.name].title}, as {lora.evidence} say, and is "
-                f"used with {kind.title}: do not expect much of it"
+                f"used with {kind.title}: the results may be poor"
             )
 
 
@@ -273,7 +273,7 @@ def _merge(targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora
         target_loras = select_for_network(weighted_loras, target.prefix)
         if target_loras:
             patch = LoraPatch(target_loras, rounding=LoraRounding(rounding))
-            patch.bake(target.network, target.published)
+            patch.bake(target.network, target.get_published_name)
             patch.check()
 
 
@@ -297,7 +297,7 @@ def _make_folding(
     for target in targets:
         target_loras = select_for_network(weighted_loras, target.prefix)
         if target_loras:
-            original = OriginalWeights(target_loras, target.published, rounding)
+            original = OriginalWeights(target_loras, target.get_published_name, rounding)
             original.keep(target.network)
             original.check()
             originals.append((target, original))
@@ -320,7 +320,7 @@ def _attach_loras(
     target: _LoraTarget, weighted_loras: Sequence[WeightedLora], model: Model
 ) -> list[dict[str, LoraBranch]]:
     """Attach LoRAs to a network; return the added layers of each LoRA by module name."""
-    parameters = find_parameters(target.network, target.published_module)
+    parameters = find_parameters(target.network, target.get_published_module)
     layers_by_lora: list[dict[str, LoraBranch]] = []
     for weighted in weighted_loras:
         layers: dict[str, LoraBranch] = {}

@@ -78,7 +78,7 @@ def test_a_python_of_32_bit_is_refused() -> None:
     done = run_python("-c", code, folder=ROOT, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(
-        f"This Python ({sys.executable}) is 32 bit, and PyTorch is made for 64 bit only."
+        f"This Python ({sys.executable}) is 32-bit, and PyTorch supports only 64-bit."
     )
     assert len(done.stderr.splitlines()) == 2
 

@@ -94,7 +94,7 @@ def check_before_loading(
     network_spec.check_initial_file()
     if network_spec.lora_options is not None:
         check_networks(family, options)
-    if options.parts is not None or (options.network is not None and options.network.network_args):
+    if options.lora_parts is not None or (options.network is not None and options.network.network_args):
         rates = _list_rates(options)
         if len(rates) > 1:
             check_rates(options.optimizer, rates)
@@ -195,7 +195,7 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
     Parts with rate 0 are not trained. Parts that only the loaded networks reveal are left out. A key names
     an option, with its value where one option sets several rates.
     """
-    parts = options.parts
+    parts = options.lora_parts
     dit_option, dit_rate = "--learning_rate", options.optimizer.learning_rate
     if parts is not None and parts.trains_dit and parts.unet_lr is not None:
         dit_option, dit_rate = "--unet_lr", parts.unet_lr
@@ -250,8 +250,8 @@ def list_run_uses(family: Family, options: TrainingOptions, others: OtherFamilie
     # two transformers, of which only the one in use is on the device
     takes_turns = len(family.experts) > 1 and options.by_expert.offload_inactive_dit
     return RunUses(
-        takes_turns=("--offload_inactive_dit",) if takes_turns else (),
-        sampling_dit_option="" if others.sampling is None else family.abilities.sampling_dit_option,
+        turn_taking_options=("--offload_inactive_dit",) if takes_turns else (),
+        separate_sample_model="" if others.sampling is None else family.abilities.sampling_dit_option,
         further_models=tuple(options.features.further_models),
         foreign_module=next((module for module in modules if module not in OWN_MODULES), ""),
         own_modules=OWN_MODULES,
@@ -442,7 +442,7 @@ def describe_learning_rate(options: TrainingOptions, network_spec: NetworkSpec) 
         network_spec: What the run trains.
     """
     optimizer = options.optimizer
-    parts = options.parts
+    parts = options.lora_parts
     is_full = network_spec.make_network is None
     rate = optimizer.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
     text = f"{rate:g}"

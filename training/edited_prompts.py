@@ -38,14 +38,14 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, log_activity: Call
         log_activity: Called with a description of work that takes a while.
     """
     source = sampler.source
-    text, error = source.text, source.fault
+    text, error = source.text, source.read_error
     if source.process_index == 0:
         text, error = _read_prompts(source.path, text)
     if num_processes > 1:
         text, error = broadcast_object_list([text, error])
-    if (text, error) == (source.text, source.fault):
+    if (text, error) == (source.text, source.read_error):
         return sampler
-    sampler = replace(sampler, source=replace(source, text=text, fault=error))
+    sampler = replace(sampler, source=replace(source, text=text, read_error=error))
     if text == source.text and not error:
         return sampler  # only an earlier reading error has disappeared
     edited = sampler

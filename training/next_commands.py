@@ -114,7 +114,7 @@ class NextSteps:
                 commands name the file that the end of the run will save.
             is_finished: Whether the run has done all its steps.
         """
-        file = saved or [*self.plan.names.files(self.plan.names.name).values()][0]
+        file = saved or [*self.plan.names.model_files(self.plan.names.name).values()][0]
         resume = self._resume(is_finished)
         folder_note = f"Commands here are typed in the folder {Path.cwd()}."
         values = option_values(self.plan.options)
@@ -128,9 +128,8 @@ class NextSteps:
             if saved is None and not file.exists():
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
-        trains_model = (
-            self.plan.network_spec.make_network is None
-        )  # the model itself, not a network added to it
+        # the model itself, not a network added to it
+        trains_model = self.plan.network_spec.make_network is None
         if trains_model and saved is not None and self._can_extract:
             commands.append(self._extract(file))
         lora = self.plan.network_spec.lora_options
@@ -143,7 +142,7 @@ class NextSteps:
                 is_for_comfyui = lora.kind.is_for_comfyui_alone
                 needs_conversion &= is_for_comfyui and self.converted_for != COMFYUI_TOOL
             if plain_kind is not None or needs_conversion:
-                lora_files = self.plan.names.files(self.plan.names.stem_of(file)).values()
+                lora_files = self.plan.names.model_files(self.plan.names.stem_of(file)).values()
                 if plain_kind is not None:
                     commands += [self._make_plain(path, plain_kind) for path in lora_files]
                 else:
@@ -232,7 +231,7 @@ class NextSteps:
         ] or [start_option]
         replaced_options = RESUMING | STARTING | {*start_options}
         arguments = [*self._run_arguments(without=replaced_options), "--max_train_steps", str(steps)]
-        trained_files = self.plan.names.files(self.plan.names.name).values()
+        trained_files = self.plan.names.model_files(self.plan.names.name).values()
         for option, file in zip(start_options, trained_files, strict=False):
             arguments += [f"--{option}", str(file)]
         if not self.plan.options.saving.saves_state_at_end:
@@ -282,7 +281,7 @@ class NextSteps:
         shows_sample = self.plan.options.samples.sample_prompts is not None and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
         launcher = self._launcher() if self.plan.options.speed.modes.flags_for_generation else ["python"]
-        arguments = self._generation_words
+        arguments = self._generation_arguments
         assert self.command.family_entry is not None
         spellings = self.command.family_entry.spellings
         folder_flag = spellings.get("save_path", "--save_path")
@@ -290,9 +289,8 @@ class NextSteps:
             *arguments_of_sample(self.sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
-        generate = (
-            self.plan.network_spec.generation_command
-        )  # None: the model's own script generates with the file
+        # None: the model's own script generates with the file
+        generate = self.plan.network_spec.generation_command
         if generate is not None:
             arguments = [*generate(file, self.sample, [*arguments, *sample_arguments])]
             return _command("Generate with it", [*launcher, *arguments], note)
@@ -303,7 +301,7 @@ class NextSteps:
         return _command("Generate with it", [*launcher, *arguments, *sample_arguments], note)
 
     @cached_property
-    def _generation_words(self) -> list[str]:
+    def _generation_arguments(self) -> list[str]:
         """Script and options that generate, except for the trained files and the sample."""
         command = self.command
         assert command.family_entry is not None
@@ -319,7 +317,7 @@ class NextSteps:
         """Return the files of the save that `file` belongs to: high-noise files, then all other files."""
         average = self.plan.features.average
         suffix = AVERAGE if average is not None and average.is_sampled else ""  # what the samples show
-        files = [*self.plan.names.files(self.plan.names.stem_of(file) + suffix).values()]
+        files = [*self.plan.names.model_files(self.plan.names.stem_of(file) + suffix).values()]
         high_files = []
         other_files = []
         for index, expert in enumerate(self.plan.family.experts):

@@ -115,7 +115,7 @@ class TrainingOptions(Options, must_give=True):
     # None: the script's models have one transformer
     experts: learning_options.ExpertTrainingOptions | None = option(facts=FREE)
     # only for image trainers that train LoRAs; None for other scripts
-    parts: learning_options.PartsOptions | None
+    lora_parts: learning_options.PartsOptions | None
     start: run_options.StartOptions | None = option(facts=FREE)
     subset: SubsetOptions | None = option(facts=FREE)  # the resulting tables are compared instead
     # no option: see `name_as_typed`
@@ -199,7 +199,7 @@ class TrainingOptions(Options, must_give=True):
     @property
     def is_fused(self) -> bool:
         """Whether weights are stepped inside the backward pass (--fused_backward_pass)."""
-        records = (self.full_dit, self.parts)
+        records = (self.full_dit, self.lora_parts)
         return any(options is not None and options.fused_backward_pass for options in records)
 
     @property

@@ -89,7 +89,7 @@ def training_script(
                 return
 
             if entry.notice:
-                entry.say_notice()
+                entry.log_notice()
             print_loading()
             from training.next_commands import TrainingCommand
             from training.run import train_network  # torch loads here, after every option has been read

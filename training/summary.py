@@ -120,7 +120,7 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     if options.network is not None and any(
         continued_sizes_metadata(run.model, part) for part in trainable.written_files
     ):
-        sizes = trainable.sizes()
+        sizes = trainable.ranks_and_alphas()
     model_keys = ("architecture", "task", "sd_model_name")
     model = [text for key, text in plan.family.metadata.items() if text and key.startswith(model_keys)]
     num_weights = sum(parameter.numel() for parameter in parameters)
@@ -279,7 +279,7 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
     losses = run.progress.losses
 
     rows: list[Row] = []
-    for path in names.files(names.name).values():
+    for path in names.model_files(names.name).values():
         if path.exists():
             rows.append(("result", f"{path} ({format_size(_size_of(path))})"))
     if run_history.validations:

@@ -144,7 +144,10 @@ class Validation:
         batch = plan.sources.read(
             (item,),
             checks=self.checks,
-            stream=("validation", item.key),  # seeds random choices: equal each time that the item is read
+            seed_parts=(
+                "validation",
+                item.key,
+            ),  # seeds random choices: equal each time that the item is read
         )
         if self.process == 0:
             plan.sources.encoders.warn(batch.cache_origins)  # if the caches are of several text encoders

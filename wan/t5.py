@@ -113,7 +113,7 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
         """Everything that the outputs depend on: the file, the tokenizer, and the form of the weights."""
         return self.identify("t5", weights=self.form)
 
-    def write(self, prompt: Prompt) -> TemplatedPrompt:
+    def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
         """Return the cleaned prompt with the positions of its weighted parts, which cleaning may shift."""
         text, spans = clean_spans(prompt.text, prompt.weighted_spans)
         return TemplatedPrompt(text, text, spans)

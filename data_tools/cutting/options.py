@@ -112,7 +112,7 @@ class CuttingOptions(Options, title="input and output"):
     )
     jsonl: Path | None = option(f"list of the clips (default: {LIST_NAME} in --output)")
     dry_run: bool = option("print the scenes and what becomes of them, and write nothing")
-    num_workers: int = option("files that are worked on at once", default=1, minimum=1, maximum=64)
+    num_workers: int = option("number of files processed in parallel", default=1, minimum=1, maximum=64)
     scenes: SceneOptions
     lengths: LengthOptions
     choice: ChoiceOptions

@@ -52,7 +52,7 @@ class CutRecord:
         status = source.stat()
         return (self.size_bytes, self.modified) == (status.st_size, status.st_mtime_ns)
 
-    def changes(self, source: Path, options: CuttingOptions) -> str:
+    def find_reason_to_recut(self, source: Path, options: CuttingOptions) -> str:
         """Return why a source must be cut again, such as `--min_seconds 2 (was 1)`; "" if it need not be."""
         changed = [
             f"--{name} {value} (was {self.options.get(name)})"
@@ -61,7 +61,7 @@ class CutRecord:
         ]
         if changed:
             return ", ".join(changed)
-        return "" if self.is_unchanged(source) else "the file is another one"
+        return "" if self.is_unchanged(source) else "the file has changed"
 
 
 def start_record(

@@ -79,7 +79,7 @@ def check_caches(
             changed captions.
     """
     rank, num_processes = process
-    cached = [item for item in items if item.cache_info.live_buckets is None]
+    cached = [item for item in items if item.cache_info.on_the_fly_buckets is None]
     size_bytes = 0
     checks = CacheChecks()
     # caches of earlier versions, which read clips or their companions in another way
@@ -254,10 +254,10 @@ def compare_sources(
     tag: str,
     trains_audio: bool = False,
 ) -> None:
-    """Warn of files without latents, latents without a file, and audio that is not cached.
+    """Warn of source files without latents, latents without a source file, and audio that is not cached.
 
-    Caching may have been stopped between a clip's latents and its audio. Folders of more than MAX_LISTED
-    files are left out.
+    The differences are in the index of the caches, or the folder is listed unless it has more than MAX_LISTED
+    files.
 
     Args:
         tables: Tables of the dataset.
@@ -291,8 +291,8 @@ def compare_sources(
             (differences.without_latents, "no latents", "not cached, too short or unreadable: left out"),
             (
                 differences.without_source,
-                "caches but no file any more",
-                "trained on until the caches are made again",
+                "caches whose file no longer exists",
+                "trained on until the table is cached again",
             ),
             (differences.uncached_audio, "sound that is not cached", "only their pictures are learned"),
         )

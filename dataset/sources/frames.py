@@ -233,7 +233,7 @@ def compare_rates(rate: float | None, declared: object, fps: float) -> str | Non
         return None
     if not rate or abs(rate / expected - 1) < TOLERANCE:
         return None
-    return f"{cause}: the model sees it at {expected / rate:.2g} times its speed"
+    return f"{cause}: the model sees the clip at {expected / rate:.2g} times its speed"
 
 
 def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:

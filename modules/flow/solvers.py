@@ -63,7 +63,9 @@ def solver_for(
     schedule = make_schedule(name, steps, flow_shift, table=table, levels=levels)
     if audio_shift != 1:
         if _SOLVERS.get(name) is not Euler:
-            raise ValueError(f"the solver {name!r} follows one schedule: sound with its own needs Euler")
+            raise ValueError(
+                f"the solver {name!r} supports only one schedule: audio with its own needs Euler"
+            )
         schedule = replace(schedule, audio_sigmas=shift_sigmas(schedule.sigmas, audio_shift))
     if name not in _STOCHASTIC_SOLVERS:
         return _SOLVERS[name](schedule)
@@ -266,7 +268,7 @@ def _solve_weights(step: float, distances: list[float]) -> list[float]:
 def _move(
     current: _Level, following: _Level, sample: Tensor, x0: Tensor, change: Tensor | float = 0.0
 ) -> Tensor:
-    """Step between two levels, exact if the prediction stays x0; `change` is its change on the way."""
+    """Step between two levels, exact for a constant prediction x0; `change` corrects for how it changes."""
     step = following.log_ratio - current.log_ratio
     return (following.sigma / current.sigma) * sample - following.alpha * math.expm1(-step) * (x0 + change)
 

@@ -22,9 +22,9 @@ def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         first, second = x.type_as(table).chunk(2, dim=-1)
         # the products of eager code, so that both give the same bits where nothing is fused
-        count_among_first = torch.addcmul(first * cosine, second, sine, value=-1)
-        of_second = torch.addcmul(second * cosine, first, sine)
-        return torch.cat([count_among_first, of_second], dim=-1).type_as(x)
+        rotated_first = torch.addcmul(first * cosine, second, sine, value=-1)
+        rotated_second = torch.addcmul(second * cosine, first, sine)
+        return torch.cat([rotated_first, rotated_second], dim=-1).type_as(x)
     rotated: Tensor = _Rotate.apply(x, cosine, sine)
     return rotated
 
@@ -48,9 +48,9 @@ def _rotate_by(x: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tenso
     """Rotate x, B L N D, forwards (1) or back (-1)."""
     halves = x.unflatten(-1, (2, -1))  # B L N 2 D/2
     first, second = halves.unbind(-2)
-    count_among_first, of_second = (halves * cosine.unsqueeze(-2)).unbind(-2)
+    first_products, second_products = (halves * cosine.unsqueeze(-2)).unbind(-2)
     rotated = torch.empty_like(halves)
     # with `out` also because autocast casts what a plain addcmul gets
-    torch.addcmul(count_among_first, second, sine, value=-direction, out=rotated[..., 0, :])
-    torch.addcmul(of_second, first, sine, value=direction, out=rotated[..., 1, :])
+    torch.addcmul(first_products, second, sine, value=-direction, out=rotated[..., 0, :])
+    torch.addcmul(second_products, first, sine, value=direction, out=rotated[..., 1, :])
     return rotated.flatten(-2)

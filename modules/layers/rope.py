@@ -143,7 +143,7 @@ def bind_rotary_table(
 
 
 def joined_tables(make: TableMaker[TokenGrid]) -> TableMaker[tuple[TokenGrid, ...]]:
-    """Return a function that makes one table for several grids whose tokens follow one another."""
+    """Return a function that makes one table for several grids whose tokens are consecutive."""
 
     def make_joined(grids: tuple[TokenGrid, ...], /, *, device: torch.device) -> Tensor:
         return torch.cat([make(grid, device=device) for grid in grids])

@@ -52,7 +52,7 @@ def _convert_to_aac(stream: Any, gapless: "_Gapless", packet: Any) -> Iterator[A
 
 
 class _Gapless:
-    """Fills gaps between decoded audio frames with silence, because encoders number samples on."""
+    """Fills gaps between decoded audio frames with silence, because encoders count samples without gaps."""
 
     def __init__(self, time_base: Fraction) -> None:
         self._time_base = time_base

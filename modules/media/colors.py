@@ -170,7 +170,7 @@ def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
     """Return the transform to sRGB of FFmpeg's frame, or of a stream's codec.
 
     Returns:
-        None for HDR, and for the primaries of television, which count as sRGB's.
+        None for HDR and unknown codes, and for the primaries of BT.709, which are those of sRGB.
     """
     primaries, transfer = int(frame.color_primaries), int(frame.color_trc)
     transfer = 1 if transfer == _UNSPECIFIED else transfer

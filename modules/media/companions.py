@@ -186,7 +186,7 @@ class OtherStreams:
             added, convert = add_aac(target, stream)
             self._register(stream, added, name, convert)
             logger.info(
-                "%s: %s is encoded to AAC, because %s files do not play it; .mkv keeps it as it is",
+                "%s: %s is encoded to AAC, because %s files do not play it; .mkv keeps it unchanged",
                 self._path,
                 name,
                 self._suffix,
@@ -203,7 +203,7 @@ class OtherStreams:
         if not is_cover(stream):
             self._skip(name, "only the main stream of pictures is written", remedy="")
         elif not self._with_images:
-            self._skip(name, "it is a picture that no tool has worked on", remedy="")
+            self._skip(name, "it is a picture that no tool has processed", remedy="")
         elif self._suffix == ".mkv" and codec in _COVER_FILES:
             with open_container(self._path) as again:
                 image = _read_first_packet(again, stream.index)
@@ -220,7 +220,7 @@ class OtherStreams:
         is_font = file_name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2"))
         is_font = is_font or "font" in stream.metadata.get("mimetype", "").lower()
         if not self._with_images and not is_font:  # subtitles need fonts
-            self._skip(name, "there may be a picture in it, that no tool has worked on", remedy="")
+            self._skip(name, "it may contain a picture that no tool has processed", remedy="")
         elif self._suffix == ".mkv":
             mimetype = stream.metadata.get("mimetype", "application/octet-stream")
             target.add_attachment(stream.metadata.get("filename", "attachment"), mimetype, stream.data)
@@ -241,7 +241,7 @@ class OtherStreams:
         self._register(stream, added, name, _copy)
 
     def _open_delayed_copy(self, stream: Any) -> Any | None:
-        """Return a container whose audio stream declares the samples before time 0; else None."""
+        """Return a container whose copy of an audio stream declares samples before time 0, if it has any."""
         with open_container(self._path) as reopened:
             first = _read_first_packet(reopened, stream.index)
         if first is None or first.pts is None:

@@ -14,7 +14,7 @@ LAYER, COMPOSITE = "_layer{}", "_composite"  # suffixes of a result's name; laye
 
 
 def compose_layers(layers: Sequence[Frame]) -> Frame:
-    """Blend RGBA images with straight alpha, H W 4 uint8, over one another, the first one at the bottom."""
+    """Blend RGBA images with straight alpha, H W 4 uint8, the first one at the bottom."""
     height, width, _ = layers[0].shape
     colors: NDArray[np.float64] = np.zeros((height, width, 3))  # colors multiplied by opacity
     opacity: NDArray[np.float64] = np.zeros((height, width, 1))

@@ -76,9 +76,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         check_pixels(path, *image.size)
         _check_memory(path, image)
         if image.mode in {"I", "F"}:
-            raise MediaError(
-                f"{path} has numbers of 32 bits, which do not say what is white. Convert it to PNG."
-            )
+            raise MediaError(f"{path} has 32-bit values without a defined white. Convert it to PNG.")
         yield image
 
 
@@ -89,7 +87,7 @@ def _check_memory(path: Path, image: Image.Image) -> None:
     if num_bytes > MAX_DECODED_BYTES:
         raise MediaError(
             f"{path} has {width} x {height} pixels as {image.format}, which takes {num_bytes / 1e9:.1f} GB "
-            f"of memory to decode; at most {MAX_DECODED_BYTES / 1e9:.1f} GB are taken. Make the picture "
+            f"of memory to decode; at most {MAX_DECODED_BYTES / 1e9:.1f} GB are allowed. Make the picture "
             "smaller, or save it as PNG or JPEG."
         )
     if path.stat().st_size > MAX_IMAGE_BYTES:
@@ -117,7 +115,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         if stream is None or stream.codec_context is None or is_cover(stream):
             raise _explain_missing_video(path, container, stream)
         check_pixels(path, stream.width, stream.height)
-        # a decoder holds many frames, so the bytes of one are limited
+        # a decoder keeps many frames, so the bytes of one are limited
         codec = stream.codec_context
         is_intra_only = codec.codec.intra_only or codec.name in _LONE_CODECS
         max_bytes = MAX_LONE_FRAME_BYTES if is_intra_only else MAX_FRAME_BYTES
@@ -141,7 +139,7 @@ def _explain_missing_video(path: Path, container: Any, stream: Any | None) -> Me
         return MediaError(f"{path} has no video stream, only {kinds}")
     if is_cover(stream):  # cover image of a song
         return MediaError(f"{path} has no video stream, only sound and a cover picture")
-    return MediaError(f"{path} is damaged, or its video is of a kind that FFmpeg here does not know")
+    return MediaError(f"{path} is damaged, or its video has a format that FFmpeg here does not support")
 
 
 def _pixel_bits(codec: Any) -> int:
@@ -253,7 +251,7 @@ def check_pixels(path: Path, width: int, height: int) -> None:
 def reading(path: Path) -> Iterator[None]:
     """Turn errors of Pillow and FFmpeg into MediaError; raise it also if `path` is not a file or folder."""
     if path.is_symlink() and not path.exists():
-        raise MediaError(f"{path} is a link to {path.readlink()}, which is not there")
+        raise MediaError(f"{path} is a link to {path.readlink()}, which does not exist")
     if not path.exists():
         raise MediaError(f"{path} does not exist")
     try:
@@ -264,7 +262,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except UnidentifiedImageError:
         if _is_video(path):
-            raise MediaError(f"{path} is a video, and an image is needed") from None
+            raise MediaError(f"{path} is a video, but an image is needed") from None
         raise MediaError(f"{path} is not an image that can be read, or it is damaged") from None
     except Image.DecompressionBombError:  # Pillow checks the size first, with a limit above ours
         raise MediaError(
@@ -290,7 +288,7 @@ def _is_video(path: Path) -> bool:
         return False
 
 
-# Import PyAV, which brings FFmpeg, at its first use: reading images or caches does not need it.
+# Import PyAV, which includes FFmpeg, at its first use: reading images or caches does not need it.
 if TYPE_CHECKING:
     import av as av
     import av.sidedata.sidedata

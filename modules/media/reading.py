@@ -565,7 +565,7 @@ def without_images(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
         if _OF_IMAGES.search(name) or len(text) > MAX_TAG_CHARACTERS or _CODED.search(text)
     ]
     if left_out:
-        logger.warning("%s: left out, because there may be a picture in it: %s", path, ", ".join(left_out))
+        logger.warning("%s: left out, because it may contain a picture: %s", path, ", ".join(left_out))
     return {name: text for name, text in tags.items() if name not in left_out}
 
 

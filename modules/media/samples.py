@@ -167,8 +167,8 @@ def read_reference(path: Path, seconds: float, rate: int, channels: int) -> Samp
     count = 0 if beginning is None else beginning.samples.shape[1]
     if beginning is None or count < int(min(MIN_REFERENCE_SECONDS, seconds) * rate):
         raise MediaError(
-            f"{path}: it has {count / rate:.2g} s of sound, and is a reference for sound. Give a file with "
-            f"at least {MIN_REFERENCE_SECONDS} s"
+            f"{path}: it has {count / rate:.2g} s of sound, too little for a reference. Give a file with at "
+            f"least {MIN_REFERENCE_SECONDS} s"
         )
     return np.broadcast_to(beginning.samples, (channels, count)).copy()  # a single channel is copied to all
 

@@ -158,7 +158,7 @@ class Timing:
             yield frame.pixels
 
     def assign_times(self, packets: Iterable[Any]) -> Iterator[Any]:
-        """Yield the packets of an encoder, in decoding order, with times in place of image indices.
+        """Yield the packets of an encoder, in decoding order, with times instead of image indices.
 
         Each packet is held back until the next one arrives, because the last packet is treated differently.
         """
@@ -336,8 +336,8 @@ def write_timed_video(
         ) as writers,
     ):
         all_tags = dict(tags or {})
-        if writers.copied is not None:
-            all_tags = _replace_tags(writers.copied.tags, all_tags)
+        if writers.copied_video is not None:
+            all_tags = _replace_tags(writers.copied_video.tags, all_tags)
         with encoding.create_container(
             temporary, suffix, all_tags, _select_mux_options(suffix, rate, all_tags)
         ) as container:
@@ -354,17 +354,17 @@ def write_timed_video(
 
 def _write_packets(container: Any, stream: Any, packets: Iterable[Any], writers: "_StreamWriters") -> None:
     """Write the packets of the images, each after the other streams' packets of earlier times."""
-    if writers.other is not None:
-        writers.other.add_streams(container, stream)
+    if writers.side_streams is not None:
+        writers.side_streams.add_streams(container, stream)
     for packet in packets:
-        if writers.other is not None:
-            writers.other.write(container, packet.dts * packet.time_base)
-        if writers.copied is not None:
-            writers.copied.mux(container, packet)
+        if writers.side_streams is not None:
+            writers.side_streams.write(container, packet.dts * packet.time_base)
+        if writers.copied_video is not None:
+            writers.copied_video.mux(container, packet)
         else:
             container.mux(packet)
-    if writers.other is not None:
-        writers.other.write(container, None)
+    if writers.side_streams is not None:
+        writers.side_streams.write(container, None)
 
 
 def _replace_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
@@ -381,10 +381,10 @@ def _select_mux_options(suffix: str, rate: Fraction, tags: Mapping[str, str]) ->
 
 
 class _StreamWriters(NamedTuple):
-    """What writes the streams other than the images into a new video."""
+    """Writers of the audio, subtitles and other streams next to the images of a new video."""
 
-    other: "TrackAudio | OtherStreams | SectionAudio | None"  # None: there are no other streams
-    copied: "OtherStreams | None"  # the same object, if it copies the streams of a whole video
+    side_streams: "TrackAudio | OtherStreams | SectionAudio | None"  # None: there are no other streams
+    copied_video: "OtherStreams | None"  # the same object, if it copies the streams of a whole video
 
 
 @contextlib.contextmanager
@@ -403,10 +403,10 @@ def _open_stream_writers(
     """
     path = video if section is None else section.path
     if generated is not None:
-        yield _StreamWriters(generated, None)
+        yield _StreamWriters(side_streams=generated, copied_video=None)
         return
     if path is None or is_animation(path):
-        yield _StreamWriters(None, None)
+        yield _StreamWriters(side_streams=None, copied_video=None)
         return
     with reading(path):
         source = open_container(path)
@@ -415,9 +415,9 @@ def _open_stream_writers(
             from modules.media.companions import OtherStreams  # only if streams are copied
 
             copied = OtherStreams(path, source, suffix, rate=rate, with_images=with_images)
-            yield _StreamWriters(copied, copied)
+            yield _StreamWriters(side_streams=copied, copied_video=copied)
         else:
-            yield _StreamWriters(SectionAudio(section, source), None)
+            yield _StreamWriters(side_streams=SectionAudio(section, source), copied_video=None)
 
 
 def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:

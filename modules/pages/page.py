@@ -38,7 +38,7 @@ from modules.run_limits import temporary_folder
 # Templates enclose what a copy for others must not contain in these, and `mark_folders` does so in all texts
 # of a page; escaped text cannot contain them.
 PRIVATE, END = Markup("<!--private-->"), Markup("<!--/private-->")
-# One folder's name and what separates it from the next. Names may contain blanks, but no option, and
+# One folder's name and what separates it from the next. Names may contain spaces, but no option, and
 # nothing after a script: then it is a command, and other paths may follow.
 _SEGMENT = r"""[^\\/\s:*?"<>|](?:(?:(?!\s--?[A-Za-z]|(?<=\.py)'?\s)[^\\/\n:*?"<>|])*[^\\/\s:*?"<>|])?[\\/]+"""
 # folders at the root of a machine: after a letter or a dot, a slash begins a path only with one of these

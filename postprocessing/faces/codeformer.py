@@ -49,7 +49,7 @@ class CodeFormerConfig:
     hidden: int  # width inside a layer of the transformer
     layers: int
     codes: tuple[int, int]  # number of codes, and their width
-    fused: tuple[int, ...]  # sizes at which the generator sees the encoder's features
+    fusion_sizes: tuple[int, ...]  # sizes at which the generator sees the encoder's features
 
     @property
     def grid_size(self) -> int:
@@ -233,7 +233,9 @@ class CodeFormer(nn.Module):
         self.idx_pred_layer = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, codes, bias=False))
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(codes, code_width)})
         widths = {size: config.encoder[block].width for size, block in last_blocks(config).items()}
-        self.fuse_convs_dict = nn.ModuleDict({str(size): Fusion(widths[size]) for size in config.fused})
+        self.fuse_convs_dict = nn.ModuleDict(
+            {str(size): Fusion(widths[size]) for size in config.fusion_sizes}
+        )
 
     def forward(self, faces: Tensor, fidelity: float) -> Tensor:
         """Restore aligned faces: replace latents by codebook entries, and decode them, B 3 S S.
@@ -257,7 +259,7 @@ class CodeFormer(nn.Module):
         is_doubled = False
         for block, part in zip(self.generator["blocks"], self.config.generator, strict=True):
             x = block(x)
-            if is_doubled and size in self.config.fused and fidelity > 0:  # after a doubling's block
+            if is_doubled and size in self.config.fusion_sizes and fidelity > 0:  # after a doubling's block
                 x = self.fuse_convs_dict[str(size)](encoded[size], x, fidelity)
             is_doubled = part.kind == RESIZE
             size *= 2 if is_doubled else 1
@@ -278,7 +280,7 @@ class CodeFormer(nn.Module):
         fused = {}
         for number, block in enumerate(self.encoder["blocks"]):
             x = block(x)
-            if sizes.get(number) in self.config.fused:
+            if sizes.get(number) in self.config.fusion_sizes:
                 fused[sizes[number]] = x
         return x, fused
 
@@ -334,7 +336,7 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
         hidden=shape("ft_layers.0.linear1.weight", 2)[0],
         layers=count(names, r"ft_layers\.\d+"),
         codes=(codes, code_width),
-        fused=tuple(sorted({int(match[1]) for match in matches if match})),
+        fusion_sizes=tuple(sorted({int(match[1]) for match in matches if match})),
     )
     if not _is_possible(config):
         raise wrong_kind_error
@@ -348,7 +350,7 @@ def _is_possible(config: CodeFormerConfig) -> bool:
     return (
         config.grid_size**2 == config.num_positions
         and config.size == config.grid_size << doublings
-        and set(config.fused) <= last_blocks(config).keys()
+        and set(config.fusion_sizes) <= last_blocks(config).keys()
         and config.tokens % HEADS == 0
         and not any(block.width_in % GROUPS or block.width % GROUPS for block in normed)
         and CONV in {block.kind for block in config.encoder[-1:]}

@@ -189,8 +189,9 @@ def load_networks(
     # reflection padding needs at least two features on a side
     if size % stride or size < 2 * stride:
         raise CheckpointError(
-            f"{parsenet} and {model} do not go together: the first takes faces of a multiple of {stride} "
-            f"pixels, from {2 * stride} on, the second makes faces of {size}. Give the released files.",
+            f"{parsenet} and {model} do not fit together: the first requires faces whose size is a multiple "
+            f"of {stride} "
+            f"pixels, from {2 * stride} on, the second produces faces of {size}. Use the released files.",
             parsenet,
         )
     return restorer, parts

@@ -247,8 +247,8 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
         raise make_wrong_kind_error(checkpoint, "a detector of faces", option, RELEASED_FILES)
     sources = list_tensor_sources(checkpoint)
     shape_error = CheckpointError(
-        f"{checkpoint.path} is no RetinaFace: a tensor of it has another shape. Give {RELEASED_FILES} to "
-        f"{option}.",
+        f"{checkpoint.path} is not a RetinaFace: one of its tensors has an unexpected shape. Give "
+        f"{RELEASED_FILES} to {option}.",
         checkpoint.path,
     )
     shape = make_shape_reader(checkpoint, sources, shape_error)

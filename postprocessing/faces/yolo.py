@@ -159,19 +159,19 @@ def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | 
     task = model.notes.get("task")
     if task is not None and task not in TASKS:
         raise CheckpointError(
-            f"{path} is a YOLO for {task}, which gives no upright boxes. Give one for detect, segment or "
+            f"{path} is a YOLO for {task}, which returns no upright boxes. Give one for detect, segment or "
             "pose.",
             path,
         )
-    # exporters note the task; of files without notes, the shape of the output has to tell
-    gives_rows = any(len(shape) == 3 and shape[0] in (1, None) for shape in model.outputs.values())
-    if task is None and not gives_rows:
+    # exporters note the task; files without notes are recognized by the shape of their output
+    has_rows = any(len(shape) == 3 and shape[0] in (1, None) for shape in model.outputs.values())
+    if task is None and not has_rows:
         return None
     height, width = input_shape[2:]
     if height != width:
         raise CheckpointError(
-            f"{path} takes pictures of {width or 'any width'} x {height or 'any height'} pixels. Export it "
-            f"for square ones: imgsz={DEFAULT_SIDE}.",
+            f"{path} requires pictures of {width or 'any width'} x {height or 'any height'} pixels. Export "
+            f"it for square ones: imgsz={DEFAULT_SIDE}.",
             path,
         )
     return YoloLayout(
@@ -248,7 +248,7 @@ def _parse_literal(text: str | None) -> Any:
 
 def _other_layout(path: Path, shapes: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} gives {shapes}: this is not how YOLO v8 and later give their boxes. v5 and v7 are not "
+        f"{path} gives {shapes}: this is not the output format of YOLO v8 and later. v5 and v7 are not "
         "supported.",
         path,
     )
@@ -337,8 +337,8 @@ class YuNetDetector:
         columns = WIDTHS[kind]
         if output.size != cells * columns or not np.isfinite(output).all():
             raise CheckpointError(
-                f"{self.path} gives {list(output.shape)} as {kind}_{step}: it is no YuNet, or a "
-                "damaged one. Download it again.",
+                f"{self.path} gives {list(output.shape)} as {kind}_{step}: it is not a YuNet, or is "
+                "damaged. Download it again.",
                 self.path,
             )
         return output.reshape(cells, columns)

@@ -123,7 +123,7 @@ def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> Synthes
         last=last,
         low=_read_update("amt_update4_low", weight_shape),
         high=_read_update("amt_update4_high", weight_shape),
-        mixed=weight_shape("amt_comb_block.0")[0],
+        combined_width=weight_shape("amt_comb_block.0")[0],
     )
 
 
@@ -270,7 +270,7 @@ def read_settings(path: Path | None) -> ModeSettings:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0]  # errors of YAML have several lines
         raise CheckpointError(
-            f"{path} cannot be used: {reason}. Without it the released settings hold.", path
+            f"{path} cannot be used: {reason}. Without it the released settings are used.", path
         ) from error
 
 

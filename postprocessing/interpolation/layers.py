@@ -183,7 +183,7 @@ def _weigh_neighbor(
 
 
 def _find_targets(flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x and y, H*W each, of where the flow moves each pixel; outside if the flow is not finite."""
+    """Return x and y, H*W each, to which the flow moves each pixel: outside the image if it is not finite."""
     height, width = flow.shape[-2:]
     rows = torch.arange(height, device=flow.device, dtype=torch.float32)[:, None]
     columns = torch.arange(width, device=flow.device, dtype=torch.float32)
@@ -257,7 +257,7 @@ class Correlation:
         self._levels = [make_level(features) for features in pyramid]
 
     def _multiply_level(self, features: Tensor) -> Tensor:
-        """Return the products of all positions of the first image with all of a level, h*w by h*w of it."""
+        """Return the products of all positions of the first image with those of the second at a level."""
         return self._first @ features[0].flatten(1)
 
     def lookup(self, positions: Tensor) -> Tensor:

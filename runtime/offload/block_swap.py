@@ -38,7 +38,7 @@ from runtime.run_blocks import Hidden, Runner, runner_of, set_runner
 
 logger = logging.getLogger(__name__)
 
-_NAME = "_block_swap"  # attribute of a network that holds its block swap
+_NAME = "_block_swap"  # attribute of a network that contains its block swap
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +247,7 @@ class BlockSwap:
         """Start copying a block's weights into a slot. After an exception the slot is empty."""
         if not slot.memory:
             with torch.inference_mode(False):  # a slot made for a sample also serves the next training step
-                slot.memory = [self._transfer.memory(size) for size in pool.slot_sizes]
+                slot.memory = [self._transfer.allocate(size) for size in pool.slot_sizes]
             for index, part in enumerate(slot.memory):
                 self._owners[part.untyped_storage().data_ptr()] = (slot, index)
         after = self._transfer.record_event()  # deterministic runs fill new memory: the copy comes after that

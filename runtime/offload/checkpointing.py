@@ -143,7 +143,7 @@ class Offload:
     def _start_fetch(self, offloaded: _OffloadedInput) -> None:
         """Start copying an input back to the device, unless the copy is already running."""
         if not offloaded.running_copies:
-            # allocated on the computing stream, which also frees it; record_stream would hold it for longer
+            # allocated on the computing stream, which also frees it; record_stream would keep it for longer
             target = torch.empty(offloaded.host.shape, dtype=offloaded.host.dtype, device=offloaded.device)
             offloaded.running_copies.append(
                 (target, self._transfer.copy([(target, offloaded.host)], self._transfer.record_event()))
@@ -361,7 +361,7 @@ class _SaveTensors(torch.autograd.Function):
 class _SharedInputs:
     """The inputs that all pieces of a call share.
 
-    This object holds them during the forward pass, until `release`. After that, they are only saved in a node
+    This object keeps them during the forward pass, until `release`. After that, they are only saved in a node
     of the autograd graph (`_SaveTensors`); the backward pass reads them from there, which makes torch
     recompute the block.
     """

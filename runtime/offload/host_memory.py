@@ -32,7 +32,7 @@ from protocols.loading import TensorInfo
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256  # bytes; tensors begin at multiples of it
-PIN_CHUNK = 256 << 20  # bytes that are pinned at once, if a tensor is not larger
+PIN_CHUNK = 256 << 20  # bytes that are pinned in one call, if a tensor is not larger
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _plan_offsets(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
 
 
 def wait_for_all(local_processes: LocalProcesses | None) -> None:
-    """Wait until every process has arrived here; with None, there is only one, which continues at once."""
+    """Wait until every process has arrived here; None: the only process, which does not wait."""
     if local_processes is not None:
         torch.distributed.barrier()
 
@@ -262,7 +262,7 @@ Pairs = Sequence[tuple[Tensor, Tensor]]  # (target, source), of one size
 
 
 class Transfer:
-    """Copy between host and device in the order of the requests; this class copies at once.
+    """Copy between host and device in the order of the requests; this class copies immediately.
 
     It serves devices whose copies need no separate stream, such as the CPU. `record_event` and `copy` return
     events, whose type the subclass chooses.
@@ -271,7 +271,7 @@ class Transfer:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def memory(self, size_bytes: int) -> Tensor:
+    def allocate(self, size_bytes: int) -> Tensor:
         """Allocate bytes on the device."""
         return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
 
@@ -297,9 +297,9 @@ class CudaTransfer(Transfer):
         super().__init__(device)
         self._stream = torch.cuda.Stream(device)
 
-    def memory(self, size_bytes: int) -> Tensor:
+    def allocate(self, size_bytes: int) -> Tensor:
         """Allocate bytes that are not reused while a copy into them is still running."""
-        memory = super().memory(size_bytes)
+        memory = super().allocate(size_bytes)
         # if it is freed during a copy into it, torch does not reuse it before the copy is done
         memory.record_stream(self._stream)
         return memory

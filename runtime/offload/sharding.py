@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 U = TypeVar("U")
 
-_NAME = "_sharding"  # attribute of a network that holds its `ShardedBlocks`
+_NAME = "_sharding"  # attribute of a network that contains its `ShardedBlocks`
 TOKEN_PART = "token_part"  # attribute of a layer: the part of the tokens that it gets, if not all
 TOKEN_GROUP = "_token_group"  # attribute of a network: the processes that share its tokens
 
@@ -97,7 +97,7 @@ class ShardedBlocks:
         fully_shard(root, mesh=self._mesh)
         runner = runner_of(network)
         if any(parameter.requires_grad for parameter in root.parameters()):
-            runner = functools.partial(_keep_no_copies, runner)
+            runner = functools.partial(_run_without_autocast_cache, runner)
             _sum_gradients(blocks)
         if self._mesh.device_type == "cpu":
             _gather_without_prefetch(blocks)
@@ -105,7 +105,7 @@ class ShardedBlocks:
             for block, next_block in pairwise(blocks):
                 block.set_modules_to_forward_prefetch([next_block])  # type: ignore[operator]
         network.forward = functools.partial(_run_inside, root, network.forward)
-        set_runner(network, functools.partial(_run_all, runner))
+        set_runner(network, functools.partial(_run_with_input_gradient, runner))
         setattr(network, _NAME, self)
         total = sum(parameter.nbytes for parameter in root.parameters())
         logger.info(
@@ -197,7 +197,7 @@ def _blocks_of(network: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.{index}": block for name, blocks in lists for index, block in enumerate(blocks)}
 
 
-def _run_all(inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
+def _run_with_input_gradient(inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     """Run the blocks with the previous runner; route gradients back through every block.
 
     Otherwise, if dropout left a block without gradients in one process only, the other processes would wait
@@ -208,7 +208,7 @@ def _run_all(inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides
     inner(dit, hidden, overrides)
 
 
-def _keep_no_copies(inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
+def _run_without_autocast_cache(inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     """Run the blocks without autocast's cache, which would collect copies of all trained weights."""
     is_cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

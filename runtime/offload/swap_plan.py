@@ -38,7 +38,7 @@ class ListPlan:
 def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> ListPlan:
     """Plan the streaming of one list of blocks.
 
-    The device holds num_blocks - swapped blocks, but at least `slots`, so that one can be copied while
+    The device has num_blocks - swapped blocks, but at least `slots`, so that one can be copied while
     another computes.
 
     Args:
@@ -88,7 +88,7 @@ def _fits(num_blocks: Sequence[int], swapped: Sequence[int], unswapped: int) -> 
 
 @dataclass(frozen=True)
 class SwapPlan:
-    """The swap options for the transformers of one family."""
+    """The weights of a family's transformers that are swapped, as the swap options ask."""
 
     spec: DitSpec
     blocks: int  # --blocks_to_swap
@@ -178,7 +178,7 @@ class HostWeights:
         local_processes: LocalProcesses | None = None,
         all_weights: bool = False,
     ) -> None:
-        """Prepare host memory for a network; `hold` allocates it.
+        """Prepare host memory for a network; `allocate_on_host` allocates it.
 
         Args:
             plan: The plan of the swap.
@@ -189,7 +189,7 @@ class HostWeights:
         """
         self.plan = plan
         self._pinned, self._local_processes, self._all_weights = pinned, local_processes, all_weights
-        self._host_tensors: HostTensors | None = None  # allocated by `hold`
+        self._host_tensors: HostTensors | None = None  # allocated by `allocate_on_host`
 
     def allocate_on_host(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
         """Allocate memory for the weights that the plan keeps there, or for all `tensors`; return it by name.
@@ -231,7 +231,7 @@ class HostWeights:
         for name, weight in weights.items():
             if self.is_written_by_this_process:  # else another process fills the shared memory
                 tensors[name].copy_(weight.data)
-            weight.data = tensors[name]  # at once, so that there is never a second copy of all weights
+            weight.data = tensors[name]  # immediately, so that there is never a second copy of all weights
         self.finish()
 
 

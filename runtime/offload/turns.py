@@ -76,7 +76,7 @@ class HostCopy:
             if host is None:
                 host = allocated[name]
                 host.copy_(tensor.data)
-                tensor.data = host  # at once, so that there is never a second copy of all weights
+                tensor.data = host  # immediately, so that there is never a second copy of all weights
             self._pairs.append(_HostPair(tensor, host))
         self.free_device_memory()  # frees the slots of a block swap that has run
 
@@ -102,7 +102,7 @@ class HostCopy:
             with torch.inference_mode(False), torch.no_grad():
                 copies: list[tuple[Tensor, Tensor]] = []  # (target on the device, source on the host)
                 for _, host in self._pairs:
-                    memory = self._transfer.memory(host.nbytes)
+                    memory = self._transfer.allocate(host.nbytes)
                     copies.append((memory.view(host.dtype).view(host.shape), host))
                 if copies:
                     # the copies start only after `allocated`: in a deterministic run PyTorch fills new

@@ -1,4 +1,4 @@
-"""Run real code on tensors without data, and count the bytes that a device would hold.
+"""Run real code on tensors without data, and count the bytes that a device would need.
 
 Inside `dry_run` tensors have shapes, dtypes, devices and storages with their usual lifetimes, but no values:
 a step of a 14B model takes seconds and no memory. The device `ACCELERATOR` stands for the GPU, the plain CPU
@@ -85,8 +85,10 @@ class Ledger(TorchDispatchMode):
         self._reads_unknown_as_one = (
             False  # whether code that reads a number from a tensor without values gets 1
         )
-        self.counts: dict[str, int] = {}  # name of a list of blocks -> number of its blocks that run
-        self.inputs: dict[str, int] = {}  # name of a list of blocks -> bytes of the tokens that a block gets
+        self.block_counts: dict[str, int] = {}  # name of a list of blocks -> number of its blocks that run
+        self.input_bytes: dict[
+            str, int
+        ] = {}  # name of a list of blocks -> bytes of the tokens that a block gets
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._reads_unknown_as_one and func is READ_NUMBER and isinstance(args[0], FakeTensor):
@@ -307,7 +309,7 @@ class OneOfManyPieces(TorchFunctionMode):
 
 @contextmanager
 def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
-    """Dry-run everything inside: sizes and memory are tracked, and nothing is computed.
+    """Run the `with` block on tensors without values: memory is tracked, and nothing is computed.
 
     Args:
         device: Device on which the code inside computes.
@@ -408,8 +410,8 @@ def _track_forward(
         # the gradient of the first block's input is ready when the backward pass leaves the blocks
         if is_first and x.requires_grad:
             x.register_hook(enter_hook("backward before the blocks"))
-        ledger.inputs[name] = round_up_bytes(x.nbytes)
-        position = _name_position(index, ledger.counts[name])
+        ledger.input_bytes[name] = round_up_bytes(x.nbytes)
+        position = _name_position(index, ledger.block_counts[name])
         ledger.begin_phase(f"forward of {name}, {position}")
         result = forward(x, *inputs, **named)
         ledger.begin_phase("forward outside the blocks")
@@ -444,7 +446,7 @@ def truncate_blocks(
     for (name, all_blocks), count in zip(blocks.items(), counts, strict=True):
         parent, _, leaf = name.rpartition(".")
         setattr(dit.get_submodule(parent), leaf, nn.ModuleList(all_blocks[:count]))
-        ledger.counts[name] = count
+        ledger.block_counts[name] = count
 
 
 def extrapolate(
@@ -491,7 +493,7 @@ def _with_both_ends(peaks_by_phase: Mapping[str, BytesByKind]) -> dict[str, Byte
 
 
 def peak_of_phases(peaks_by_phase: Mapping[str, BytesByKind]) -> tuple[str, BytesByKind]:
-    """Return the phase in which the device holds the most memory, and its bytes by kind."""
+    """Return the phase in which the most device memory is in use, and its bytes by kind."""
     name = max(
         peaks_by_phase,
         key=lambda allocate_empty_weights: sum(peaks_by_phase[allocate_empty_weights].values()),

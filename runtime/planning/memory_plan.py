@@ -107,7 +107,7 @@ class OffloadedWeights:
         """Bytes of device memory that the swap saves: the moved weights minus the slots for streaming."""
         return self.host_bytes + self.on_other_processes - self.slot_bytes
 
-    def format_note(self, blocks: int, use_of_slots: str) -> str:
+    def describe(self, blocks: int, use_of_slots: str) -> str:
         """Return the note of a memory plan about the swapped or split weights.
 
         Args:
@@ -240,9 +240,8 @@ def parts_of(
         if kind == dry_run.WEIGHTS:
             size -= swap.saved_device_bytes
             host = swap.host_bytes
-        elif (
-            kind == dry_run.ACTIVATIONS
-        ):  # activations, some of which wait in host memory for the backward pass
+        elif kind == dry_run.ACTIVATIONS:
+            # some of them wait in host memory for the backward pass
             host = waiting
         elif kind == dry_run.NETWORK:
             name = f"{name} ({network})"
@@ -386,7 +385,8 @@ def print_plan(
     blocks, reason = swap_for(prediction, swap, device_memory)
     plan = plan_of(blocks, [] if reason is None else [reason])
     fits = device_memory is None or plan.device <= device_memory.usable
-    show(plan, verdict(plan, device_memory, () if fits or device_memory is None else advice(device_memory)))
+    advice_lines = () if fits or device_memory is None else advice(device_memory)
+    show(plan, verdict(plan, device_memory, advice_lines))
 
 
 logger = logging.getLogger(__name__)

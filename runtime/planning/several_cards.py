@@ -163,17 +163,37 @@ def print_layouts(
         is_training: Whether the run is a training run.
     """
     layouts: list[GpuLayout] = []
-    added: tuple[str, ...] = ()
+    added_options: tuple[str, ...] = ()
     for run in runs:
         layouts = list(plan_layouts(run, cards, device_memory, is_training))
-        added = run.extra_options
+        added_options = run.extra_options
         if any(layout.fits for layout in layouts):
             break  # options that save more memory are not needed
     plans = [layout.memory for layout in layouts if layout.memory is not None]
     if not plans:  # no layout is possible
         raise OptionError(layouts[0].rejection)
     total = f"{device_memory.total / GIB:g}"
-    with_added = f", with {' '.join(added)}, as nothing fits without" if added else ""
+    lines = _compare_layouts(layouts, cards, device_memory, added_options)
+    fitting = [layout for layout in layouts if layout.fits]
+    if fitting:
+        displayed_plan = fitting[0].memory
+        assert displayed_plan is not None
+        lines += _advise(fitting, added_options, is_training)
+    else:
+        displayed_plan = min(plans, key=lambda plan: plan.device)
+        lines.append(
+            f"No layout fits: {displayed_plan.worst.name} takes {format_gib(displayed_plan.device)} GiB at "
+            f"least. Run with --plan {total} to see what makes it smaller, or use more or larger cards."
+        )
+    show(displayed_plan, escape_control_codes("\n".join(lines)))
+
+
+def _compare_layouts(
+    layouts: Sequence[GpuLayout], cards: int, device_memory: DeviceMemory, added_options: Sequence[str]
+) -> list[str]:
+    """Return the lines of a table of possible layouts, then the reason for each impossible one."""
+    total = f"{device_memory.total / GIB:g}"
+    with_added = f", with {' '.join(added_options)}, as nothing fits without" if added_options else ""
     lines = [
         f"\n{cards} cards of {total} GiB, {format_gib(device_memory.usable)} GiB of each for "
         f"tensors{with_added}:",
@@ -182,19 +202,7 @@ def print_layouts(
     for layout in layouts:
         if layout.rejection:
             lines.append(f"{' '.join(layout.extra_options)} is not possible: {layout.rejection}")
-    fitting = [layout for layout in layouts if layout.fits]
-    if fitting:
-        memory = fitting[0].memory
-        assert memory is not None
-        lines += _advise(fitting, added, is_training)
-    else:
-        # nothing fits: show the plan that needs the least memory
-        memory = min(plans, key=lambda plan: plan.device)
-        lines.append(
-            f"No way fits: {memory.worst.name} takes {format_gib(memory.device)} GiB at least. Run with "
-            f"--plan {total} to see what makes it smaller, or use more or larger cards."
-        )
-    show(memory, escape_control_codes("\n".join(lines)))
+    return lines
 
 
 def _advise(fitting: Sequence[GpuLayout], added: Sequence[str], is_training: bool) -> list[str]:

@@ -40,17 +40,17 @@ class SharedPasses:
         velocities: dict[tuple[Overrides, int], Tensor] = {}
         for group in self._group_passes(calls):  # passes that can run at the same time
             for start in range(0, len(group), self.processes):
-                at_once = group[start : start + self.processes]
+                concurrent_passes = group[start : start + self.processes]
                 velocity = section.noise.new_zeros(section.noise.shape, dtype=torch.float32)
                 # in lockstep a process without a pass repeats one, because it has to gather the same blocks
-                if self._in_lockstep or self._rank < len(at_once):
-                    overrides, key = at_once[self._rank % len(at_once)]
+                if self._in_lockstep or self._rank < len(concurrent_passes):
+                    overrides, key = concurrent_passes[self._rank % len(concurrent_passes)]
                     (predicted,) = predict(calls[overrides][key], overrides=overrides)
                     velocity.copy_(predicted)
                 # B C F H W of each process, one after the other
                 gathered = velocity.new_empty(self.processes * len(velocity), *velocity.shape[1:])
                 gather_parts(gathered, velocity, self._group)
-                velocities.update(zip(at_once, gathered.chunk(self.processes), strict=False))
+                velocities.update(zip(concurrent_passes, gathered.chunk(self.processes), strict=False))
         return velocities
 
     def _group_passes(self, calls: Calls) -> list[list[tuple[Overrides, int]]]:

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# prefixes of variables that make accelerate split
 SPLIT_VARIABLE_PREFIXES = (
     "ACCELERATE_USE_",
     "PARALLELISM_CONFIG_",
-)  # prefixes of variables that make accelerate split
+)
 
 
 def options_of_ways(is_training: bool) -> type[Options]:
@@ -56,7 +57,7 @@ def join_ways(speed: SpeedOptions) -> RunModes:
 
 
 def check_launch(speed: SpeedOptions, processes: int, uses: RunUses) -> None:
-    """Raise OptionError if the launched processes would repeat a generation or cannot share it."""
+    """Raise OptionError if the launched processes would repeat a generation, or cannot share it."""
     times = count_groups(speed, processes)
     if speed.modes.divides_passes:
         times = 1
@@ -113,7 +114,7 @@ def lay_out(speed: SpeedOptions, shares_passes: bool) -> "ProcessGrid":
 
 
 def make_block_sharder(speed: SpeedOptions, device: "torch.device") -> "BlockSharder | None":
-    """Return the place to load a network's blocks into; None if this process holds complete blocks."""
+    """Return what splits a network's blocks over the processes as they load; None if no active mode does."""
     places = [make_place(device) for make_place in speed.modes.hooks.make_block_sharder]
     return next(filter(None, places), None)
 
@@ -145,7 +146,7 @@ def warn_if_alone(speed: SpeedOptions) -> None:
 
 
 def _list_info() -> dict[str, Mapping[str, Any]]:
-    """Return the declared facts about each option of all modes of running, by option name."""
+    """Return the metadata declared with each option of the modes of running, by option name."""
     return {name: info for way in WAYS for name, info in info_of(way.options).items()}
 
 

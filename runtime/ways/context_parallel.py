@@ -56,9 +56,10 @@ def _check_launch(options: ContextParallelOptions, processes: int, times: int, u
 
 
 def _finish(network: "nn.Module", grid: "ProcessGrid", device: "torch.device") -> None:
+    # imports torch: only where networks are loaded
     from runtime.ways.context_parallel_tokens import (
         share_tokens,
-    )  # imports torch: only where networks are loaded
+    )
 
     share_tokens(network, grid, device)
 

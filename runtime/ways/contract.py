@@ -54,11 +54,11 @@ class FurtherModel(NamedTuple):
 
 @dataclass(frozen=True)
 class RunUses:
-    """Uses of a run that modes of running may conflict with: the option of each use, or "" if it is off."""
+    """Features of a run with which modes of running may conflict: the option of each, or "" if it is off."""
 
-    takes_turns: tuple[str, ...] = ()  # options by which two transformers take turns on a device
+    turn_taking_options: tuple[str, ...] = ()  # options by which two transformers take turns on a device
     # in training runs: the option that names a separate model for samples
-    sampling_dit_option: str = ""
+    separate_sample_model: str = ""
     foreign_module: str = ""  # network module of another package
     own_modules: Collection[str] = ()  # network modules that can replace it
     further_models: tuple[FurtherModel, ...] = ()
@@ -72,7 +72,7 @@ class RunUses:
 class Division:
     """How a step is divided over processes, each with a GPU.
 
-    The fact `division` of an option names the field that contains its value.
+    An option with the metadata `division` sets the field of that name.
     """
 
     processes: int
@@ -114,16 +114,15 @@ class WayOptions(Options):
 
 @dataclass(frozen=True)
 class ModeHooks:
-    """Functions that modes of running call at points of a run, in the order of the modes."""
+    """Functions of the active modes, in the order of the modes, that a run calls at certain points."""
 
     # check full training: takes --mixed_precision, raises OptionError
     check_full_training: list[Callable[[str], None]] = field(default_factory=list)
-    check_uses: list[Callable[[RunUses], None]] = field(
-        default_factory=list
-    )  # takes the run, raises OptionError
+    # takes the run, raises OptionError
+    check_uses: list[Callable[[RunUses], None]] = field(default_factory=list)
     # takes the number of processes, how often they would repeat each prompt, and the run; raises OptionError
     check_launch: list[Callable[[int, int, RunUses], None]] = field(default_factory=list)
-    # takes the device; returns the place into which blocks are loaded, None if this process holds all blocks
+    # takes the device; returns what splits blocks as they are loaded, None if this process has all blocks
     make_block_sharder: "list[Callable[[torch.device], BlockSharder | None]]" = field(default_factory=list)
     # takes a network, the grid of processes and the device; changes the network after all other changes
     finish_network: "list[Callable[[nn.Module, ProcessGrid, torch.device], None]]" = field(
@@ -149,12 +148,10 @@ class RunModes:
     divides_passes: str = ""  # option by which the remaining processes share the passes of a step; "" if off
     # option -> number of processes that share a micro-batch, or a pass of a step
     process_counts_by_option: dict[str, int] = field(default_factory=dict)
-    single_process_effects: dict[str, str] = field(
-        default_factory=dict
-    )  # option -> what a single process does with it
-    flags_for_generation: dict[str, bool] = field(
-        default_factory=dict
-    )  # those that a LoRA needs in generation
+    # option -> what a single process does with it
+    single_process_effects: dict[str, str] = field(default_factory=dict)
+    # those that a LoRA needs in generation
+    flags_for_generation: dict[str, bool] = field(default_factory=dict)
     hooks: ModeHooks = field(default_factory=ModeHooks)
 
     @property

@@ -54,15 +54,16 @@ def _check_uses(uses: RunUses) -> None:
             f"{model.option} with --shard_base: {model.name} would not be split over the processes. Leave "
             "out one of the two"
         )
-    if uses.takes_turns:
+    if uses.turn_taking_options:
         raise OptionError(
-            f"{uses.takes_turns[0]} and --shard_base cannot be used together: each process has a part of "
+            f"{uses.turn_taking_options[0]} and --shard_base cannot be used together: each process has a "
+            "part of "
             "both transformers, and they stay on the devices. Leave one of the two options out"
         )
-    if uses.sampling_dit_option:
+    if uses.separate_sample_model:
         raise OptionError(
             "--shard_base: samples by further transformers need networks that take turns, which are not "
-            f"split over processes. Leave {uses.sampling_dit_option} out"
+            f"split over processes. Leave {uses.separate_sample_model} out"
         )
     if uses.foreign_module:
         raise OptionError(

@@ -581,7 +581,7 @@ def test_an_upscaler_that_cannot_be_loaded_says_why(
     id = id_of(served, "a.png")
     assert "Choose a file to load" in send(served, id, "load", task="gfpgan").text
     send(served, id, "load", task="realesrgan_x2")
-    wait_for(lambda: "being loaded" not in served.ask(f"/results/{id}/larger").text)
+    wait_for(lambda: "being downloaded" not in served.ask(f"/results/{id}/larger").text)
     sheet = served.ask(f"/results/{id}/larger").text
     assert "It could not be loaded" in sheet
     assert "127.0.0.1" in sheet

@@ -90,8 +90,8 @@ def test_gradients_of_rows_are_those_of_transformers(tmp_path: Path) -> None:
         weights = torch.randn_like(states)
         (ours,) = torch.autograd.grad((states * weights).sum(), rows)
 
-        written = encoder.write(Prompt("a zorb in the grass"))
-        ids = torch.tensor([encoder._loaded.get()[1].read(written.text).ids])
+        templated = encoder.apply_template(Prompt("a zorb in the grass"))
+        ids = torch.tensor([encoder._loaded.get()[1].read(templated.text).ids])
         if encoder is t5:
             ids = torch.nn.functional.pad(ids, (0, 16 - ids.shape[1]))
         embeds = torch.cat([table.weight, rows])[ids]

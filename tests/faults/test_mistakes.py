@@ -70,7 +70,7 @@ NUMBERS = (
     wrong((*NETWORK_TRAININGS, WAN, FP), "--blocks_to_swap 99", "--blocks_to_swap 99", "Use", "or less"),
     wrong((WAN_TRAIN, WAN), "--blocks_to_swap many", "neither a number of blocks nor auto"),
     wrong(CACHE, "--vae_spatial_tile_sample_min_size 7", "multiple of 16"),
-    wrong(TRAININGS, "--learning_rate 1e-4 1e-5", "--learning_rate takes one value and has 2, 1e-4 1e-5"),
+    wrong(TRAININGS, "--learning_rate 1e-4 1e-5", "--learning_rate takes one value but got 2, 1e-4 1e-5"),
     wrong(TRAININGS, "--learning_rate 0,0001", "write a decimal point: 0.0001"),
     wrong(GENERATIONS, "--lora_multiplier 0.5,0.7", "write several numbers apart: 0.5 0.7"),
 )
@@ -242,7 +242,7 @@ NEARLY = (
     wrong(FP, "--end_image_path strat.png", "Did you mean start.png?"),
     wrong(MERGE, "--lora_weight lorra.safetensors", "Did you mean lora.safetensors?"),
     wrong(CONVERT, "--input lorra.safetensors", "Did you mean lora.safetensors?"),
-    wrong(FP, "--end_image_path BAD/clip.png", "clip.png is a video, and an image is needed"),
+    wrong(FP, "--end_image_path BAD/clip.png", "clip.png is a video, but an image is needed"),
 )
 # how paths go wrong on their way from a page or a shell
 MISTYPED = (
@@ -257,8 +257,8 @@ MISTYPED = (
     ),
     wrong(WAN, "--dit=%MODELS%/wan.safetensors", "%MODELS% is not a folder"),
     wrong(WAN, f"--dit={Path('/').absolute()}wan.safetensors", "is a variable that stood before it not set?"),
-    wrong(WAN, "--dit=models/*.safetensors", "A pattern that fits no file stays as it is"),
-    wrong(WAN, "--lora_weight=models/*.safetensors", "A pattern that fits no file stays as it is"),
+    wrong(WAN, "--dit=models/*.safetensors", "A pattern that matches no file stays unchanged"),
+    wrong(WAN, "--lora_weight=models/*.safetensors", "A pattern that matches no file stays unchanged"),
     wrong(WAN, "--dit=None", "Leave it out"),
     wrong(WAN, "--dit=~nosuchuser/wan.safetensors", "there is no such user"),
     wrong(WAN, f"--dit={'w' * 300}", "no file has so long a name"),
@@ -299,8 +299,8 @@ TOGETHER = (
     wrong(
         (*GENERATIONS, *TRAININGS, MERGE),
         "--dit model/dit.safetensors model/vae.safetensors lora.safetensors",
-        "takes one path and has 3",
-        "in the place of a pattern (*)",
+        "takes one path but got 3",
+        "replaced a pattern (*)",
     ),
     wrong(GENERATIONS, "", "--save_path", "is missing", without=["--save_path"]),
     wrong(TRAININGS, "--log_with tensorboard", "--log_with tensorboard needs --logging_dir"),

@@ -250,7 +250,7 @@ def test_latents_of_another_sound_are_refused(model: list[str], tmp_path: Path) 
     save_latents(latents, torch.zeros(1, 16, 3, 4, 4), None, torch.zeros(1, 8, 5, 16))
     words = [*model, "--save_path", tmp_path, "--latent_path", latents, "--device", "cpu"]
 
-    with pytest.raises(CheckpointError, match="8 x 16 values at a time, .* has 2 x 320"):
+    with pytest.raises(CheckpointError, match="8 x 16 values per time step, .* has 2 x 320"):
         generate_with_audio(words)
 
 

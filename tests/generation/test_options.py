@@ -241,7 +241,7 @@ def read_images(tmp_path: Path, *words: str) -> GenerationOptions:
         pictures=True,
         output_types=PICTURE_OUTPUTS,
         media=frozenset(),
-        source=SourceDefaults(strength_option="strength", takes_video=False),
+        source=SourceDefaults(denoise_option="strength", takes_video=False),
         embedded_guidance=3.5,
         line_options=EMBEDDED_IMAGE_OPTIONS,
     )

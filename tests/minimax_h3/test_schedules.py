@@ -80,5 +80,5 @@ def test_training_makes_sound_as_noisy_as_the_sampler_does() -> None:
 
 
 def test_other_solvers_follow_one_schedule() -> None:
-    with pytest.raises(ValueError, match="sound with its own needs Euler"):
+    with pytest.raises(ValueError, match="audio with its own needs Euler"):
         solver_for("unipc", 7, IMAGE_SHIFT, audio_shift=NOISE.audio_shift)

@@ -22,8 +22,8 @@ class CountedMemory:
 
     used = maximum = 0
 
-    def memory(self, size_bytes: int) -> Tensor:
-        memory: Tensor = super().memory(size_bytes)  # type: ignore[misc]  # of the class it stands before
+    def allocate(self, size_bytes: int) -> Tensor:
+        memory: Tensor = super().allocate(size_bytes)  # type: ignore[misc]  # of the class it stands before
         self.used += size_bytes
         self.maximum = max(self.maximum, self.used)
         weakref.finalize(memory.untyped_storage(), self._free, size_bytes)
@@ -59,7 +59,7 @@ class FakeDevice(Transfer):
         self._queued = 0  # of computations
         self._memory: dict[int, int] = {}  # address -> the computation that fills it with nonsense
 
-    def memory(self, size_bytes: int) -> Tensor:
+    def allocate(self, size_bytes: int) -> Tensor:
         memory = torch.full((size_bytes,), NONSENSE, dtype=torch.uint8)
         self.live_bytes += size_bytes
         self.log.append("memory")

@@ -63,7 +63,7 @@ def _parser() -> Parser:
             "--save_path x --layers \x1b[2J",
             r"argument --layers: \x1b[2J is not a whole number. Give one, such as 1.",
         ),
-        ("--save_path x --prompt a cat", "cat belongs to no option. Put a text with blanks in quotes."),
+        ("--save_path x --prompt a cat", "cat belongs to no option. Put a text with spaces in quotes."),
         ("--prompt cat", "--save_path is missing: folder, 90% full"),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_mistake_is_one_message(words: str, message: str, capsys: pytest.Captu
         ("convert_lora.py other --output y.safetensors --target other", "--input other: no such file"),
         ("convert_lora.py a b c --target other", "3 words without an option, and only --input and --output"),
         ("tools/compare.py folder --prompt x", "--lora folder is a folder: give folder/*.safetensors"),
-        ("tools/split_video.py --input x.mp4 y.mp4 --output made", "--input takes one path and has 2"),
+        ("tools/split_video.py --input x.mp4 y.mp4 --output made", "--input takes one path but got 2"),
     ],
 )
 def test_a_word_without_an_option_is_what_the_tool_is_for(words: str, message: str, tmp_path: Path) -> None:
@@ -590,9 +590,9 @@ def test_steps_are_counted_in_words_and_a_bar_may_show_before_anything_is_done(
     with Bar(300, "sample 1 of 2", is_terminal=lambda: False) as bar:
         bar.update(140)
         assert bar.line().startswith("sample 1 of 2, step 140 of 300, about ")
-    with Bar(12, "Encoding", "source", at_once=True, is_terminal=lambda: True):
+    with Bar(12, "Encoding", "source", shows_immediately=True, is_terminal=lambda: True):
         assert "Encoding:   0%|" in capsys.readouterr().err
-    with Bar(300, "sample 1 of 2", at_once=True, is_terminal=lambda: True):
+    with Bar(300, "sample 1 of 2", shows_immediately=True, is_terminal=lambda: True):
         assert "sample 1 of 2, step 0 of 300: |" in capsys.readouterr().err
 
 

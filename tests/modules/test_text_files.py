@@ -325,8 +325,8 @@ def test_other_names_are_taken(name: str) -> None:
         ('a"b', 'names on Windows cannot have the character "'),
         ("a:b", "names on Windows cannot have the character :"),
         ("what?", "cannot have the character \\?"),
-        ("v1.", "it ends in a dot, which Windows takes off"),
-        ("v1 ", "it ends in a blank, which Windows takes off"),
+        ("v1.", "it ends in a dot, which Windows removes"),
+        ("v1 ", "it ends in a blank, which Windows removes"),
     ],
 )
 def test_what_windows_cannot_have_is_refused_everywhere_but_goes_on(name: str, reason: str) -> None:
@@ -350,7 +350,7 @@ def test_a_file_is_not_replaced_without_a_word(tmp_path: Path, caplog: pytest.Lo
     assert not caplog.text
     file.touch()
     check_output_file("--output", file)
-    assert f"--output {file} is there already: it will be replaced" in caplog.text
+    assert f"--output {file} already exists: it will be replaced" in caplog.text
 
 
 def test_a_file_that_may_not_be_replaced_is_not_said_to_be(

@@ -110,8 +110,8 @@ def test_wrong_names_and_broken_packages_are_named(tmp_path: Path) -> None:
     (tmp_path / "reelsmith_glow.py").write_text("import nothing_there", encoding="utf-8")
     broken = run(tmp_path, tmp_path, script, "-h", named="glow", check=False)
 
-    assert_user_error(unknown, "extension glwo: no installed package brings it. Installed are glow, half")
-    assert_user_error(none, "extension glow: no installed package brings it. None is installed")
+    assert_user_error(unknown, "extension glwo: no installed package provides it. Installed are glow, half")
+    assert_user_error(none, "extension glow: no installed package provides it. None is installed")
     assert "extension glow (reelsmith_glow:GLOW) cannot be loaded" in broken.stderr
 
 
@@ -123,7 +123,7 @@ def test_two_packages_with_one_name_are_refused(tmp_path: Path) -> None:
 
     done = run(tmp_path, tmp_path, ROOT / "wan_train_network.py", "-h", named="glow", check=False)
 
-    assert_user_error(done, "other and reelsmith-glow both bring one of this name")
+    assert_user_error(done, "other and reelsmith-glow both provide one of this name")
 
 
 PAGE = """

@@ -346,7 +346,7 @@ def test_a_file_that_is_replaced_is_warned_of_once(folder: Path, words: list[str
         (folder / f"{name}.safetensors").touch()
     files = ["--dit", "dit.safetensors", "--save_merged_model", "merged.safetensors"]
     done = run_script(*words, *files, folder=folder, check=False)
-    assert done.stderr.count("merged.safetensors is there already: it will be replaced") == 1
+    assert done.stderr.count("merged.safetensors already exists: it will be replaced") == 1
 
 
 def test_warnings_of_a_command_are_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -131,7 +131,7 @@ def test_templates_are_those_of_the_releases() -> None:
     [
         (["dot.png"], "edit-2511", r"dot.png: 1 x 1 pixels are too few, each side needs at least 16"),
         (["good.png"] * 2, "edit", r"2 reference pictures, but Qwen-Image-Edit takes 1 at most"),
-        (["good.png"], "original", r"--control_image_path: Qwen-Image generates pictures from text alone."),
+        (["good.png"], "original", r"--control_image_path: Qwen-Image generates images from text alone."),
     ],
 )
 def test_a_picture_that_cannot_be_used_is_refused(
@@ -150,7 +150,7 @@ def test_what_stays_needs_a_picture_of_the_size_of_the_result(files: TinyModel, 
     family, mask = family_of(files, rcm_threshold=0.1), {"mask_path": str(tmp_path / "none.png")}
 
     with pytest.raises(
-        OptionError, match=r"--rcm_threshold: .*a.png is taken with 64 x 48 .* --image_size 48 64"
+        OptionError, match=r"--rcm_threshold: .*a.png is read with 64 x 48 .* --image_size 48 64"
     ):
         prepare(family, tmp_path / "a.png", **sized)
     with pytest.raises(OptionError, match=r"--mask_path .*none.png: no such file"):
@@ -164,7 +164,7 @@ def test_what_holds_to_a_picture_is_not_ignored_in_silence(files: TinyModel, tmp
     masked = {"extra": {"mask_path": str(tmp_path / "a.png")}, **sized}
 
     for version in (name for name in VERSIONS if name != LAYERED):
-        with pytest.raises(OptionError, match=r"--mask_path .*a.png: there is no picture to keep. Give"):
+        with pytest.raises(OptionError, match=r"--mask_path .*a.png: there is no image to keep. Give"):
             prepare(family_of(files, version), **masked)
     with pytest.raises(OptionError, match=r"a.png \(in a prompt line\): leave --rcm_threshold out"):
         prepare(family_of(files, rcm_threshold=0.1), tmp_path / "a.png", **masked)

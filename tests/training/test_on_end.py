@@ -219,7 +219,7 @@ def test_the_script_keeps_its_exit_code_and_refuses_at_the_start(project: TinyPr
     assert info["REELSMITH_OUTPUT_DIR"] == "output"
     assert "has failed with exit code 7" in done.stderr
     assert refused.returncode == 2
-    assert_user_error(refused, "--on_end: no-such-program is not a program", "Correct the name")
+    assert_user_error(refused, "--on_end: no-such-program is not a program", "Fix the name")
 
 
 def test_of_several_processes_the_first_starts_it_once(project: TinyProject, tmp_path: Path) -> None:

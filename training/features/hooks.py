@@ -91,7 +91,7 @@ class OptionsOfRun(Protocol):
         """Options of caches made by the training command; None in scripts that cannot make them."""
 
     @property
-    def parts(self) -> "PartsOptions | None":
+    def lora_parts(self) -> "PartsOptions | None":
         """Options that select which networks get a LoRA; None if text encoders cannot have one."""
 
     @property
@@ -484,9 +484,8 @@ class RunFeatures:
     storage: Storage | None = None
     # creates the dataset instead of reading the user's
     make_data: "Callable[[], DatasetConfig] | None" = None
-    progress_records: list[type] = field(
-        default_factory=list
-    )  # dataclasses kept in `Progress` and saved in states
+    # dataclasses kept in `Progress` and saved in states
+    progress_records: list[type] = field(default_factory=list)
     tallies: list[Tally] = field(default_factory=list)
     info: RunInfo = field(default_factory=RunInfo)
     on: Hooks = field(default_factory=Hooks)

@@ -214,7 +214,7 @@ def _make_table_row(item: ItemLoss, image: ItemImage | None) -> tuple[str | Mark
 def _compare_files(
     folder: Path, name: str, file_versions: tuple[tuple[str, int, int], ...]
 ) -> list[ItemLoss]:
-    """Return the items of a run; `marks` (name, size and change time of each file) is the cache key."""
+    """Return the items of a run. The cache key `file_versions` has each file's name, size and change time."""
     return compare_items(read_draws(folder, name))
 
 

@@ -44,7 +44,7 @@ def test_a_check_of_training_groups_as_training_does(tmp_path: Path) -> None:
 
     (found,) = result.tables
     assert found.errors == []
-    assert found.buckets == {(64, 48, 64, 48): 1, (64, 48, 32, 32): 2, (64, 48): 1}
+    assert found.num_items_by_bucket == {(64, 48, 64, 48): 1, (64, 48, 32, 32): 2, (64, 48): 1}
     assert "An epoch: 4 items with repeats, 3 batches, 3 steps" in result.tail
     assert result.num_batches == 3
 

@@ -254,7 +254,7 @@ def test_looking_writes_nothing_and_counts_tags(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"model.onnx": b"x" * 99}, "no ONNX file, or a damaged one"),
+        ({"model.onnx": b"x" * 99}, "not an ONNX file, or it is damaged"),
         ({"selected_tags.csv": b"a,b\n1,2\n"}, "first line has to name the columns"),
         ({"selected_tags.csv": b"tag_id,name,category,count\n1,x,7,1\n"}, "line 2: category 7 is unknown"),
         ({"selected_tags.csv": b"\xff\xfe"}, "is not a list of tags"),
@@ -331,9 +331,9 @@ def test_a_tagger_that_makes_more_than_memory_holds_ends_in_a_sentence(
         (make_model((1, SIDE, SIDE, 3), BY_COLOR, kind="Loop"), "cannot be run"),
         (make_model((1, SIDE, SIDE, 3), BY_COLOR, kind="Scan"), "cannot be run"),
         (make_model((1, SIDE, SIDE, 3), BY_COLOR, is_outside=True), "cannot be run"),
-        (b"", "no ONNX file"),
-        (b"\x3a\xff\xff\xff\xff\x0f", "no ONNX file"),
-        (b"\0" * 1000, "no ONNX file"),
+        (b"", "not an ONNX file"),
+        (b"\x3a\xff\xff\xff\xff\x0f", "not an ONNX file"),
+        (b"\0" * 1000, "not an ONNX file"),
     ],
 )
 def test_graphs_that_could_have_no_end_or_read_other_files_are_refused(
@@ -347,7 +347,7 @@ def test_graphs_that_could_have_no_end_or_read_other_files_are_refused(
 
 def test_a_tagger_that_takes_more_pictures_at_once_than_memory_holds_is_refused(tmp_path: Path) -> None:
     tagger = write_tagger(tmp_path / "tagger", BY_COLOR, batch=10**8)
-    with pytest.raises(CheckpointError, match="takes 100,000,000 pictures of 4 x 4 pixels at once"):
+    with pytest.raises(CheckpointError, match="requires batches of 100,000,000 pictures of 4 x 4 pixels"):
         load(tagger)
 
 

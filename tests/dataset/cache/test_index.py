@@ -133,7 +133,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a clip is removed": (
         lambda folder: (folder / "clip_0.mp4").unlink(),
-        "caches but no file any more, such as clip_0",
+        "caches whose file no longer exists, such as clip_0",
     ),
     "a caption is written anew": (
         lambda folder: touch(folder / "clip_0.txt", "another text"),

@@ -316,7 +316,7 @@ def test_a_tiff_is_what_a_viewer_shows(tmp_path: Path, kind: str) -> None:
     else:
         Image.fromarray(grays[..., 0] / np.float32(255)).save(path)
         for read in (read_image, image_size):  # `--check` reads headers
-            with pytest.raises(MediaError, match=r"numbers of 32 bits, .* Convert it to PNG"):
+            with pytest.raises(MediaError, match=r"32-bit values .* Convert it to PNG"):
                 read(path)
 
 

@@ -241,7 +241,7 @@ def write_unknown(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "write", "reason"),
     [
-        ("unknown.mp4", write_unknown, "of a kind that FFmpeg here does not know"),
+        ("unknown.mp4", write_unknown, "a format that FFmpeg here does not support"),
         ("song.m4a", lambda path: write_audio(path, with_cover=True), "only sound and a cover picture"),
         ("sound.mp4", write_audio, "no video stream, only audio"),
         ("cut.mp4", write_cut, "cannot be read|cut short"),

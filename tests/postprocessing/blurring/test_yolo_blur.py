@@ -159,7 +159,7 @@ def test_pictures_of_the_source_stay_behind_and_the_rest_is_kept(
         assert tags["title"] == "At home"
         assert not tags.keys() & {"xmp", "note"}
     assert caplog.text.count("is left out: ") == 1
-    assert "left out, because there may be a picture in it: " in caplog.text
+    assert "left out, because it may contain a picture: " in caplog.text
 
 
 def test_texts_of_a_picture_that_may_hold_a_small_copy_stay_behind(tmp_path: Path, detector: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_box_that_is_no_number_covers_the_whole_picture() -> None:
 def test_a_file_that_is_no_detector_is_refused_before_the_video_is_read(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"nothing of the kind")
 
-    with pytest.raises(CheckpointError, match="is no ONNX file"):
+    with pytest.raises(CheckpointError, match="is not an ONNX file"):
         blur(tmp_path, tmp_path / "model.onnx", [frame()])
     with pytest.raises(OptionError, match="--compile"):
         blur(tmp_path, write_yunet(tmp_path / "yunet.onnx"), [frame()], "--compile")

@@ -181,8 +181,8 @@ def test_files_that_are_no_detectors_are_named_as_what_they_are(tmp_path: Path) 
 
     for name, write, said in (
         ("taehv.pth", write_taehv, "not a detector of faces"),
-        ("text.onnx", lambda path: path.write_text("hello, this is not a model"), "is no ONNX file"),
-        ("empty.onnx", lambda path: path.touch(), "is no ONNX file"),
+        ("text.onnx", lambda path: path.write_text("hello, this is not a model"), "is not an ONNX file"),
+        ("empty.onnx", lambda path: path.touch(), "is not an ONNX file"),
         ("page.pth", lambda path: path.write_text("<html><body>log in"), "is a web page"),
         ("gone.onnx", lambda path: path, "there is no such file"),
         ("gone.pth", lambda path: path, "there is no such file"),
@@ -198,7 +198,7 @@ def test_a_broken_off_download_and_a_damaged_archive_are_refused(tmp_path: Path)
     large = write_yolo(tmp_path / "large.onnx")
     with large.open("r+b") as file:
         file.truncate(1 << 24)  # as a download that was given up
-    with pytest.raises(CheckpointError, match="is no ONNX file"):
+    with pytest.raises(CheckpointError, match="is not an ONNX file"):
         check_detector(large)
 
     packed = tmp_path / "a.pt"

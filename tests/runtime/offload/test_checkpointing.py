@@ -153,7 +153,7 @@ class LateTransfer(Transfer):
         self._pieces.append(piece.data_ptr())
         return piece
 
-    def memory(self, size_bytes: int) -> Tensor:
+    def allocate(self, size_bytes: int) -> Tensor:
         raise AssertionError("such memory is held back by the stream of the copies")
 
     def record_event(self) -> str:

@@ -125,7 +125,7 @@ def test_a_network_that_has_worked_on_the_device_frees_all_it_has_there() -> Non
     assert device.used == 0
 
 
-@pytest.mark.parametrize("name", ["record_event", "memory", "copy", "wait"])
+@pytest.mark.parametrize("name", ["record_event", "allocate", "copy", "wait"])
 def test_after_an_interruption_the_network_can_be_brought_again(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +134,7 @@ def test_after_an_interruption_the_network_can_be_brought_again(
     original, calls = getattr(device, name), count(1)
 
     def interrupted(*arguments: Any) -> Any:
-        if next(calls) == (20 if name == "memory" else 1):
+        if next(calls) == (20 if name == "allocate" else 1):
             raise Interruption
         return original(*arguments)
 

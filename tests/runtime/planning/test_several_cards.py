@@ -31,11 +31,11 @@ class Card:
     def swaps(self) -> Sequence[OffloadedWeights]:
         return [OffloadedWeights(blocks * GIB, 0) for blocks in range(self.max_swapped_blocks + 1)]
 
-    def device(self, blocks: int) -> int:
+    def device_bytes(self, blocks: int) -> int:
         return int((self.gib - blocks) * GIB)
 
     def plan(self, blocks: int) -> MemoryPlan:
-        part = MemoryPart("weights", self.device(blocks), 2 * GIB + self.swaps[blocks].host_bytes)
+        part = MemoryPart("weights", self.device_bytes(blocks), 2 * GIB + self.swaps[blocks].host_bytes)
         return MemoryPlan((Phase("training step", (part,)),))
 
 
@@ -98,7 +98,7 @@ def test_a_generation_that_shares_anything_makes_one_clip_at_a_time() -> None:
         ([run(40), run(20, "--fp8_base")], 12, " --fp8_base --shard_base --context_parallel 2", "with --fp8"),
         ([run(20, heads=5)], 12, None, "5 heads of attention are not divisible by 2"),
         ([run(20, is_full=True)], 16, " --context_parallel 2", "splits frozen weights"),
-        ([run(20), run(19)], 5, None, "No way fits: training step takes 9.50 GiB at least"),
+        ([run(20), run(19)], 5, None, "No layout fits: training step takes 9.50 GiB at least"),
     ],
 )
 def test_the_cheapest_that_fits_is_shown_with_its_command(

@@ -33,9 +33,9 @@ USED = {
         RunUses(further_models=(FurtherModel("the teacher", "--teacher_dit x"),)),
         "--teacher_dit x with --shard_base: the teacher would not be split",
     ),
-    "turns": (RunUses(takes_turns=("--lazy_loading",)), "--lazy_loading and --shard_base"),
+    "turns": (RunUses(turn_taking_options=("--lazy_loading",)), "--lazy_loading and --shard_base"),
     "samples": (
-        RunUses(sampling_dit_option="--sample_dit"),
+        RunUses(separate_sample_model="--sample_dit"),
         "--shard_base: samples .* Leave --sample_dit out",
     ),
     "module": (

@@ -221,7 +221,7 @@ def test_arguments_reach_the_optimizer_and_its_description_and_groups_keep_their
         ("AdamW8bit_apex_fused_legacy", (), "Give --optimizer_type AdamW8bit"),
         ("adamw8bit_apex_fused_legacy_no_scale", (), "it stands for AdamW with 8-bit states. Give --opt"),
         ("nowhere.Fast", (), "install the package that has the module nowhere; it may have another name"),
-        ("torch.nowhere.Fast", (), "torch has no module nowhere. Correct the name"),
+        ("torch.nowhere.Fast", (), "torch has no module nowhere. Fix the name"),
         ("torch.optim.Fast", (), "cannot be imported"),
         ("AdamW", ("speed=3",), "--optimizer_args speed=3"),
         ("AdamW", ("betas=2",), "--optimizer_args betas=2"),
