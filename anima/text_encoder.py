@@ -57,7 +57,7 @@ def make_encoder_settings(max_tokens: int) -> LanguageEncoderSettings:
         states_key=STATES,
         model=QWEN3_SMALL,
         source=qwen_tokenizer("--qwen3_tokenizer", "Qwen/Qwen3-0.6B-Base"),
-        maximum=max_tokens,
+        max_length=max_tokens,
         batch_size=1,  # so that a state does not depend on other prompts, to the last bit
     )
 

@@ -660,7 +660,7 @@ class RenderRequest:
 
         The callers add the reference images, which are a list.
         """
-        values = {}
+        values: dict[str, str] = {}
         for name, key in self.recipe.option_keys.items():
             if name in ("references", "share"):  # `share` is set together with `redraw`
                 continue

@@ -512,12 +512,10 @@ def read_keys(
         else:
             value_type = keys[name].value_type
             try:
-                values[name] = keys[name].value_type.read(value)
+                values[name] = value_type.read(value)
             except InvalidValue as invalid:
                 values[name] = INVALID
-                errors.append(
-                    f"{table_label}: {_explain(name, value, keys[name].value_type.allowed, str(invalid))}"
-                )
+                errors.append(f"{table_label}: {_explain(name, value, value_type.allowed, str(invalid))}")
     return values
 
 

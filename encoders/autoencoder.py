@@ -77,7 +77,7 @@ def read_autoencoder(
         CheckpointError: If the file contains another model or is incomplete.
     """
     checkpoint, sources = _find_autoencoder(checkpoint)
-    wrong_model = dialects.make_wrong_kind_error(checkpoint, kind.what, kind.option, kind.release)
+    wrong_model = dialects.make_wrong_kind_error(checkpoint, kind.description, kind.option, kind.release)
     if "encoder.down.0.block.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise wrong_model
     as_matrices(sources, ATTENTION)
@@ -107,7 +107,7 @@ def _find_autoencoder(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Ten
     """Return the tensors of an autoencoder in a file, and its weights by the names of the released file."""
     prefixes = ("first_stage_model.", "vae.")  # prefixes of the autoencoder in all-in-one files
     other_networks = [prefix for prefix in ALL_IN_ONE if prefix not in prefixes]
-    autoencoder = checkpoint.without_prefix(*prefixes, others=(*other_networks, "model."))
+    autoencoder = checkpoint.without_prefix(*prefixes, ignored_prefixes=(*other_networks, "model."))
     sources = list_tensor_sources(autoencoder)
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:  # diffusers' names
         levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")

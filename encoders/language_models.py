@@ -348,7 +348,7 @@ def _find_language_model(checkpoint: Checkpoint, model: LanguageModel, layer: st
         network is None
         or _list_distinguishing_tensors(network, checkpoint, layer) != model.distinguishing_tensors
     ):
-        raise make_wrong_kind_error(checkpoint, model.what, model.option, model.files)
+        raise make_wrong_kind_error(checkpoint, model.description, model.option, model.files)
     return network
 
 

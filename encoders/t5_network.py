@@ -357,7 +357,7 @@ def load_t5(
         compute_dtype = dtype or (stored_dtype if keeps_dtype else torch.bfloat16)
         what = f"the {kind.name} text encoder ({kind.option})"
         t5 = load_planned(
-            plan, T5Network, device=device, dtype=compute_dtype, what=what, form=form, blocks=blocks
+            plan, T5Network, device=device, dtype=compute_dtype, label=what, form=form, blocks=blocks
         )
     logger.info(
         "T5: %s, stored as %s, computing in %s", path, dtype_name(stored_dtype), dtype_name(compute_dtype)

@@ -435,7 +435,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             try:
                 templated = self.apply_template(Prompt(text))
             except CaptionError:  # reported when the text is encoded, and by --check
-                return TokenCount(text, tokens=0, limit=self.maximum, num_read=len(text), size_bytes=0)
+                return TokenCount(text, tokens=0, limit=self.max_length, num_read=len(text), size_bytes=0)
             tokens = tokenizer.read(templated.text)
             # a prompt that is too long loses its last tokens, but not the template and end token after it
             num_suffix_tokens = tokens.count_after(templated.suffix_start)
@@ -443,7 +443,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             # for each of these tokens: how many characters of the prompt end with it
             ends = [0 if span is None else span[1] - templated.start for span in spans_before_suffix]
             length = len(templated.prompt)
-            max_tokens_read = num_template_tokens + self.maximum - num_suffix_tokens
+            max_tokens_read = num_template_tokens + self.max_length - num_suffix_tokens
             characters_read = count_covered_characters(ends, max_tokens_read, length)
             num_tokens = max(len(tokens.ids) - num_template_tokens, 0)
             # caches contain the states of these tokens; encoders of fixed length pad to `maximum`

@@ -87,7 +87,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         # only JSON can say which texts the image shows
         if not caption.is_plain and has_drawn_texts(prompt.text):
             self._warn_of_texts(prompt.text)
-        templated = super().apply_template(Prompt(caption.text, spans=_move_spans(prompt, caption)))
+        templated = super().apply_template(Prompt(caption.text, weighted_spans=_move_spans(prompt, caption)))
         if not prompt.images:
             return templated
         # the JSON's opening brace belongs before the image placeholders, so the text positions shift by one

@@ -342,7 +342,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
     for prefix in (VAE, "vae."):
         if any(name.startswith(prefix) for name in checkpoint.tensors):
             # others=("",): all tensors without this prefix belong to other networks
-            vae = checkpoint.without_prefix(prefix, others=("",))
+            vae = checkpoint.without_prefix(prefix, ignored_prefixes=("",))
             break
     stored_sources = list_tensor_sources(vae)
     num_levels = dialects.count(stored_sources, r"decoder\.up\.\d+")

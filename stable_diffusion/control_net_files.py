@@ -134,7 +134,7 @@ def _read_control_net(
         model_title: Name of the U-Net's model.
     """
     # the file may contain a whole model too
-    control_net = checkpoint.without_prefix(PREFIX, others=("",))
+    control_net = checkpoint.without_prefix(PREFIX, ignored_prefixes=("",))
     _reject_similar(control_net)
     translate = ldm_to_diffusers_translator(control_net.tensors)
     sources = {}

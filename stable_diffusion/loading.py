@@ -336,7 +336,9 @@ def _make_networks(
 def _load_weights(networks: Sequence[_NetworkToLoad], device: torch.device) -> None:
     """Load weights from the open files; on the meta device, compare only names and shapes."""
     for network, plan, dtype, label in networks:
-        filled = load_planned(plan, partial(_return_network, network), device=device, dtype=dtype, what=label)
+        filled = load_planned(
+            plan, partial(_return_network, network), device=device, dtype=dtype, label=label
+        )
         filled.requires_grad_(False)
 
 

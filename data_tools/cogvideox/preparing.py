@@ -61,7 +61,7 @@ def prepare(options: PrepareOptions) -> None:
         # called only to make the others wait until the main process has checked the folder
         process.gather(None)
         # each process takes every n-th item
-        missing = _find_missing_files(items[process.rank :: process.count], options, networks)
+        missing = _find_missing_files(items[process.rank :: process.num_processes], options, networks)
         if is_main:
             _show_start(options, process, num_items=len(items), num_to_do=missing.num_items)
         failures_of_process = _prepare_items(options, networks, process, missing)
@@ -106,7 +106,7 @@ def _select_networks(encoding: EncodingOptions) -> PipelineNetworks | None:
 
 def _show_start(options: PrepareOptions, process: Share, num_items: int, num_to_do: int) -> None:
     """Print what will be prepared, and how much of it is not done yet."""
-    who = "clips" if process.count == 1 else f"clips, process 1 of {process.count}"
+    who = "clips" if process.num_processes == 1 else f"clips, process 1 of {process.num_processes}"
     where = f"{options.source.data_root} -> {options.output_dir}"
     counts = f"{format_count(num_items, 'clip')}, {num_to_do} of them to do"
     show_box("Preparing", [("data", where), (who, counts)])

@@ -176,7 +176,7 @@ def test_a_prompt_that_is_too_long_loses_its_end(encoder: LanguageModelEncoder) 
 
 
 def test_spans_follow_a_prompt_whose_white_space_is_left_out(encoder: LanguageModelEncoder) -> None:
-    templated = encoder.apply_template(Prompt("  a cat", spans=((4, 7, 2.0),)))
+    templated = encoder.apply_template(Prompt("  a cat", weighted_spans=((4, 7, 2.0),)))
     (first, last, _), text = templated.spans[0], templated.prompt
     assert text[first:last] == "cat"
 
