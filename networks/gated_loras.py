@@ -506,9 +506,8 @@ def add_loras(
         branches: dict[str, LoraBranch] = {}
         for name, delta in deltas_by_module.items():
             branch = LoraBranch(parameters[name], delta, weighted_lora.multiplier)
-            branch.mask_ranks(
-                dit, weighted_lora.lora.metadata
-            )  # a T-LoRA uses fewer ranks at high noise levels
+            # a T-LoRA uses fewer ranks at high noise levels
+            branch.mask_ranks(dit, weighted_lora.lora.metadata)
             branches[name] = branch
         branches_of_loras.append(branches)
     return AddedLoras(attach_branches(branches_of_loras, parameters))

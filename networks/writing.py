@@ -27,9 +27,8 @@ from networks.tensor_names import MAGNITUDES_END, PEFT_ENDS
 logger = getLogger(__name__)
 _UNKNOWN = "no known model has a module with this name"
 Pieces = Mapping[str, Factors]  # path in the other dialect -> factors
-ConvertedFactors = (
-    dict[str, Tensor] | str
-)  # tensors of a module by the endings of their names, or why it has no form
+# tensors of a module by the endings of their names, or why it cannot be converted
+ConvertedFactors = dict[str, Tensor] | str
 
 
 def in_dialect(
