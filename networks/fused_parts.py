@@ -555,7 +555,7 @@ def _stack_factor(parts: Sequence[FactorsOfRows], name: str, num_rows: int) -> T
 
     Args:
         parts: Factors of each part, with the part's rows in the fused weight.
-        name: Name of the tensor in the factors, such as that of the up factor.
+        name: Name of the tensor in the factors, such as the name of the up factor.
         num_rows: Number of rows of the fused weight.
     """
     parts_with_tensor = [part for part in parts if name in part.factors]

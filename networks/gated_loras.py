@@ -175,7 +175,7 @@ class LoraBranch:
         Args:
             out: Output of the module; it may be changed in place.
             x: Input of the module.
-            includes_weight: Whether the change of the weight is added; False adds only that of the bias.
+            includes_weight: Whether the change of the weight is added, and not only the change of the bias.
         """
         if includes_weight and self._adds_in_place(out):
             # the last product is added to `out` in place: one pass over it, not three

@@ -609,7 +609,7 @@ def warn_of_unused_parts(
         path: File of the LoRA.
         unused: Unused names.
         total: Number of all names.
-        statement: Plural noun and verb for the message, as in "4 of 24 {what}: a, b, c".
+        statement: Plural noun and verb for the message, as in "4 of 24 {statement}: a, b, c".
         consequence: Sentence for the second line; "" for none.
     """
     logger.warning(f"{path}: {len(unused)} of {total} {statement}: {list_some(unused)}")
@@ -821,7 +821,7 @@ def _keeps_any(weighted_lora: WeightedLora, modules: Mapping[str, Factors]) -> b
 
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Collection[str] = ()) -> None:
-    """Warn if a LoRA fits by its names but its metadata name another model.
+    """Warn if a LoRA's tensor names fit but its metadata name another model.
 
     Args:
         lora: The LoRA file.

@@ -489,7 +489,7 @@ class _Tables(NamedTuple):
 
 @cache
 def _tables(family: FamilyNames) -> _Tables:
-    """Return the lookup tables between a family's names and those of the other layout."""
+    """Return the lookup tables between a family's names in our layout and in the other one."""
     # one of our bare parameters may be the weight of a module in the other layout
     parameters = [(theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters]
     aliases = [*family.aliases, *parameters]

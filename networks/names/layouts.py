@@ -1,7 +1,7 @@
 """Records of the module names of a family, and patterns that rename the tensors of a checkpoint.
 
-"Our" layout is that of our networks. In paths, `{n}` stands for the index of a block. LoRA files under our
-names have paths with "_" instead of "."; these records restore the path.
+"Our" layout is the layout of our networks. In paths, `{n}` is replaced by the index of a block. LoRA files
+under our names have paths with "_" instead of "."; these records restore the path.
 """
 
 import re
