@@ -102,7 +102,8 @@ def prepare_request(
         request, defaults, (width, height, frames), flow_shift, default_negative=""
     )
     # typed options, except --video_seconds, which is rounded to whole sections
-    metadata = {name: value for name, value in request.extra.items() if name != "video_seconds"}
+    metadata = dict(request.extra)
+    metadata.pop("video_seconds", None)
     metadata |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
     if not is_one_frame:  # in seconds at 30 frames per second, as in --video_seconds, regardless of --fps
         metadata["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"

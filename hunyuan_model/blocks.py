@@ -213,40 +213,39 @@ class DoubleStreamBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Apply the block to tokens x, B L+T C."""
-        # x: B L+T C
         video, text = tokens.split_video(x)
         # conditioning vectors of video and text, from which modulations are computed
         video_vector, text_vector = tokens.modulation_vectors
-        video_modulation, video_project, video_mlp = self.layers(is_text=False)
-        text_modulation, text_project, text_mlp = self.layers(is_text=True)
-        # shift, scale and gate of attention, then those of the feed-forward layers
-        video_shift, video_scale, video_gate, *video_mlp_modulation = video_modulation(video_vector)
-        text_shift, text_scale, text_gate, *text_mlp_modulation = text_modulation(text_vector)
+        modulate_video, video_project, video_mlp = self.layers(is_text=False)
+        modulate_text, text_project, text_mlp = self.layers(is_text=True)
+        # each six tensors: shift, scale and gate of attention, then those of the feed-forward layers
+        video_modulation = modulate_video(video_vector)
+        text_modulation = modulate_text(text_vector)
 
         video_heads = self._modulate_heads(
-            video, video_shift, video_scale, tokens.video_modulation_split, tokens.dtype, is_text=False
+            video, *video_modulation[:2], tokens.video_modulation_split, tokens.dtype, is_text=False
         )
         text_heads = self._modulate_heads(
-            text, text_shift, text_scale, tokens.modulation_split, tokens.dtype, is_text=True
+            text, *text_modulation[:2], tokens.modulation_split, tokens.dtype, is_text=True
         )
         heads = tokens.join(video_heads, text_heads)
         del video_heads, text_heads
         video_branch, text_branch = tokens.split_video(attend_jointly(*heads, tokens))
         video = add_gated(
             video,
-            video_gate,
+            video_modulation[2],
             run_in_weight_dtype(video_project, video_branch),
             tokens.video_modulation_split,
         )
         text = add_gated(
-            text, text_gate, run_in_weight_dtype(text_project, text_branch), tokens.modulation_split
+            text, text_modulation[2], run_in_weight_dtype(text_project, text_branch), tokens.modulation_split
         )
 
         # positional: code that computes it in pieces passes arguments by position
-        text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.modulation_split, *text_mlp_modulation)
+        text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.modulation_split, *text_modulation[3:])
         # the video's feed-forward comes last: if it runs in pieces, recomputing the block can stop before it
         parts = []
-        for part, *rows in split_segments(tokens.video_modulation_split, video_mlp_modulation, video):
+        for part, *rows in split_segments(tokens.video_modulation_split, video_modulation[3:], video):
             parts.append(self.feed_forward(part, video_mlp, tokens.dtype, 0, *rows))
         return torch.cat([*parts, text], dim=1)
 
@@ -331,7 +330,6 @@ class MMSingleStreamBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Apply the block to tokens x, B L+T C."""
-        # x: B L+T C
         shift, scale, gate = self.modulation(tokens.vector)
         h = modulate(self.norm(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
         # in one split, so that its gradient is written once

@@ -1,7 +1,7 @@
 """LTX-2, 2.3 and 2.5, video with audio: read family.py first, then model.py.
 
 audio_reference_options: options of voices, and which references are learned
-audio_references: reference audio for a generated clip's audio, such as a voice
+audio_references: reference audio for generated clips, such as a voice
 blocks: blocks of two streams, video and audio, and their attention
 checkpoints: transformer files: what one is, and loading
 configs: dimensions of a transformer, latents, names of parts, LoRA presets

@@ -24,7 +24,7 @@ WORD = "word"  # name of the vectors' part in states
 
 
 @dataclass(frozen=True)
-class WordVectors:
+class TrainedWord:
     """The embedding vectors of a word, trained together with a network."""
 
     word: WordToLearn
@@ -99,7 +99,7 @@ def make_word_vectors(
     encoders: Mapping[str, nn.Module],
     seed: int,
     has_initial_values: bool,
-) -> WordVectors:
+) -> TrainedWord:
     """Create the embedding vectors of a word on the CPU, and add them to the text encoders.
 
     Args:
@@ -116,7 +116,7 @@ def make_word_vectors(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, WORD))
         module = network.make(nn.ModuleDict(encoders), has_initial_values)
-    return WordVectors(word, network, module.requires_grad_(True), has_file)
+    return TrainedWord(word, network, module.requires_grad_(True), has_file)
 
 
 def _log_continued_word(word: WordToLearn) -> None:
