@@ -202,7 +202,7 @@ FILES = (
     wrong(NETWORK_TRAININGS, "--network_module networks.loha --network_args tlora=True", "for LoRAs only"),
     wrong(NETWORK_TRAININGS, "--network_args tlora=True dora_wd=True", "cannot be used together"),
     wrong(TRAININGS, "--do_differential_guidance", "the same as a higher --learning_rate"),
-    wrong(NETWORK_TRAININGS, "--network_module networks.lora_flux", "is for another model", "Give networks."),
+    wrong(NETWORK_TRAININGS, "--network_module networks.lora_flux", "is for a different model", "Give networks."),
     wrong(NETWORK_TRAININGS, "--base_weights BAD/other_lora.safetensors", "is not known"),
     wrong(TRAININGS, "--config_file BAD/none.toml", "--config_file", "Give the path of a TOML file"),
     wrong(TRAININGS, "--config_file BAD/utf16.toml", "--config_file", "utf16.toml is not"),
@@ -216,7 +216,7 @@ FILES = (
     wrong(MERGE, "--lora_weight BAD/other_lora.safetensors", "is not known", "Give the file"),
     wrong(MERGE, "--save_merged_model model/dit.safetensors", "would be lost. Give a new name"),
     wrong(MERGE, "--dit_in_channels 7", "--dit_in_channels is 7"),
-    wrong(CONVERT, "--input model/dit.safetensors", "is no LoRA"),
+    wrong(CONVERT, "--input model/dit.safetensors", "is not a LoRA"),
     wrong(AVERAGE, "--output_file lora.safetensors", "--output_file lora.safetensors", "Give a new name"),
     wrong(AVERAGE, "--output_file BAD/folder", "--output_file", "is a folder"),
 )
@@ -227,7 +227,7 @@ OF_ANOTHER_KIND = (
     wrong(CACHE_TEXTS, "--t5 model/clip.safetensors", "clip.safetensors is not", "--t5"),
     wrong((HV, *HV_TEXTS), f"--text_encoder1 {SECOND}", f"{SECOND} is not", "--text_encoder1"),
     wrong((FP, "fpack_cache_latents.py"), "--image_encoder model/vae.safetensors", "vae.safetensors is not"),
-    wrong(WAN_TRAIN, "--base_weights model/t5.safetensors", "t5.safetensors is no LoRA"),
+    wrong(WAN_TRAIN, "--base_weights model/t5.safetensors", "t5.safetensors is not a LoRA"),
 )
 # a letter is wrong: the name that was meant is shown
 NEARLY = (

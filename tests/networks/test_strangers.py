@@ -259,7 +259,7 @@ def test_factors_are_read_in_other_spellings(model: Path, factors: str) -> None:
         (
             f"diffusion_model.{PROJ}",
             "down up",
-            r"is no LoRA|factors have names that are not known, such as .*down",
+            r"is not a LoRA|factors have names that are not known, such as .*down",
         ),
     ],
 )

@@ -102,7 +102,7 @@ FILES = (
     ("--vae lora.safetensors", "it looks like a LoRA"),
     ("--network_weights BAD/flux_lora.safetensors", "not for Stable Diffusion"),
     ("--network_weights BAD/sdxl_lora.safetensors", "does not fit"),
-    ("--network_weights BAD/sdxl.safetensors", "is no LoRA"),
+    ("--network_weights BAD/sdxl.safetensors", "is not a LoRA"),
     ("--textual_inversion_embeddings BAD/wide_word.safetensors", "width 99"),
     ("--textual_inversion_embeddings lora.safetensors", "is not a textual inversion"),
     ("--textual_inversion_embeddings nothing.pt", "nothing.pt"),
