@@ -205,7 +205,7 @@ def test_files_of_another_version_are_refused(klein: TinyFlux2, dev: TinyFlux2, 
     ):
         of_9b.check()  # as before captions are encoded
     short = write_model(tmp_path / "short" / "model.safetensors", mistral3(12))
-    with pytest.raises(CheckpointError, match=r"has only 12 layers, 30 are needed. Give mistral_3_small"):
+    with pytest.raises(CheckpointError, match=r"has only 12 layers, but 30 are needed. Give mistral_3_small"):
         prepare(family_of(replace(dev, text_encoder=short)))
 
 
