@@ -182,7 +182,7 @@ class SafetensorsFile(HeaderFile):
 
 
 def _check_contiguous(spans: Iterable[tuple[int, int, str]]) -> int:
-    """Check that tensors follow one another without gaps or overlaps; return the end of the data.
+    """Check that there are no gaps or overlaps between tensors; return the end of the data.
 
     Args:
         spans: First byte, end and name of each tensor.

@@ -70,7 +70,7 @@ def check_vision_language_settings(folder: Path, option: str) -> list[Shape]:
     shapes = read_shapes(folder, option)
     for path, content in _read_settings(folder):
         if path.name in PROCESSORS:
-            _check_numbers(path, content, MAX_PIXELS, "the most pixels of an image are")
+            _check_numbers(path, content, MAX_PIXELS, "the maximum number of pixels is")
             _check_sides(path, content)
         elif path.name == CONFIG:
             # not compared with the number of tensors: default values may count layers that a model lacks

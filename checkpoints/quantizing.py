@@ -51,11 +51,8 @@ logger = logging.getLogger(__name__)
 
 # prefixes of metadata that describe the old tensors
 _STALE_METADATA_PREFIXES = ("sshs_", "modelspec.hash_sha256", COMFY_QUANT_KEY)
-_GGUF_METADATA_PREFIXES = (
-    "general.",
-    "GGUF.",
-    "comfy.gguf.",
-)  # prefixes of metadata that only GGUF files have
+# prefixes of metadata that only GGUF files have
+_GGUF_METADATA_PREFIXES = ("general.", "GGUF.", "comfy.gguf.")
 # pattern of a tensor that identifies a text encoder -> pattern of its linear weights, after the same prefix
 _TEXT_ENCODERS = {
     r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight": (

@@ -36,9 +36,8 @@ class TokenizerFiles:
     # token that only this tokenizer has; it identifies files in folders that models share
     unique_token: str = ""
     hub_filename: str = "tokenizer.json"  # name of the file to download
-    ambiguous_folders: tuple[str, ...] = (
-        ".",
-    )  # those of `folders` that may contain tokenizers of other models too
+    # those of `folders` that may contain tokenizers of other models too
+    ambiguous_folders: tuple[str, ...] = (".",)
 
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
         """Return the tokenizer's file, or None if no file is found.

@@ -232,9 +232,9 @@ def expert_loras(
     patterns = options.lora_patterns
     if not (all_files or patterns.include_patterns or patterns.exclude_patterns):
         return ((),) * len(family.experts)
-    from networks.loading import lora_uses  # only with LoRAs
+    from networks.loading import read_weighted_loras  # only with LoRAs
 
-    all_loras = iter(lora_uses(all_files, patterns, with_texts, with_words=with_texts))
+    all_loras = iter(read_weighted_loras(all_files, patterns, with_texts, with_embeddings=with_texts))
     loras_by_key = {key: list(islice(all_loras, len(files))) for key, files in files_by_key.items()}
     expert_keys = [key_of(expert) for expert in family.experts]
     is_for_missing_expert = any(loras for key, loras in loras_by_key.items() if key not in expert_keys)

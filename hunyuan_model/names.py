@@ -91,7 +91,7 @@ BLOCK_ALIASES = (
 _LINEAR1 = "single_blocks.{n}.linear1"
 LINEAR1_PARTS = (
     *stacked_parts("single_transformer_blocks.{n}.attn.to_{x}", _LINEAR1),
-    WeightPart("single_transformer_blocks.{n}.proj_mlp", _LINEAR1, layouts.REST, default_height=4),
+    WeightPart("single_transformer_blocks.{n}.proj_mlp", _LINEAR1, layouts.REST, relative_rows=4),
 )
 BLOCK_PARTS = (
     *stacked_parts("transformer_blocks.{n}.attn.to_{x}", "double_blocks.{n}.img_attn_qkv"),

@@ -63,9 +63,9 @@ LUMINA = FamilyNames(
     parts=(
         # several queries share one key and value: k and v are the last rows, q all before them
         *(
-            WeightPart(f"{block}attn.to_{x}", f"{block}attention.qkv", index, default_height)
+            WeightPart(f"{block}attn.to_{x}", f"{block}attention.qkv", index, relative_rows)
             for block in LUMINA_BLOCKS
-            for x, index, default_height in (
+            for x, index, relative_rows in (
                 ("q", 0, 3),
                 ("k", layouts.BEFORE_REST, 1),
                 ("v", layouts.REST, 1),

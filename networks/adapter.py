@@ -375,7 +375,7 @@ def _read_network_weights(
     from networks.loading import WeightedLora, read_lora
 
     assert options.network_weights is not None
-    lora = read_lora(options.network_weights, with_texts=bool(encoders), with_words=True)
+    lora = read_lora(options.network_weights, with_texts=bool(encoders), with_embeddings=True)
     # blocks of a LoRA for a deeper or shallower model are mapped to those of the DiT
     weighted_lora = WeightedLora(lora)
     with quiet():  # `load_weights` makes the same call and logs its messages

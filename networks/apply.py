@@ -376,10 +376,10 @@ def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundCha
             rotated_parts.setdefault(id(change.weighted_lora), []).append(part)
     # id of the `WeightedLora` -> keys of its parts with equal rotations
     equal_parts: dict[int, list[str]] = {}
-    for use_id, parts in rotated_parts.items():
+    for lora_id, parts in rotated_parts.items():
         with contextlib.suppress(FusionError):
             join_rotations(parts)  # raises if they are not equal
-            equal_parts[use_id] = [part.name for part in parts]
+            equal_parts[lora_id] = [part.name for part in parts]
     remaining: list[FoundChange] = []
     for found in found_changes:
         joined_keys = equal_parts.get(id(found.change.weighted_lora), [])

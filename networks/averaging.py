@@ -270,7 +270,7 @@ def _reject_other_network(file: Checkpoint, first: Checkpoint) -> None:
 
 
 def _advise(file: Checkpoint, first: Checkpoint) -> str:
-    """Return the remedy for a file whose names or sizes differ from those of the first one."""
+    """Return the remedy for a file whose names or sizes differ from the first file's."""
     file_format = file.metadata.get(LORA_FORMAT, KNOWN)
     first_format = first.metadata.get(LORA_FORMAT, KNOWN)
     if file_format == first_format or first_format not in _TARGETS:

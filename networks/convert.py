@@ -376,7 +376,7 @@ def _find_modules_to_bake(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
     unjoinable: dict[str, Factors] = {}
     for name, factors in group_by_module(tensors).items():
         is_other_kind = bool(factors.keys() & (FACTORS_OF_OTHER_KINDS - {MAGNITUDES}))
-        if is_other_kind and module_names.is_stacked(name.removeprefix(OURS), Z_IMAGE):
+        if is_other_kind and module_names.is_fused_elsewhere(name.removeprefix(OURS), Z_IMAGE):
             unjoinable[name] = factors
     return unjoinable
 

@@ -154,7 +154,7 @@ class Delta:
 
         Args:
             weight: Weight before any change, out in (kernel); used only if there are magnitudes.
-            device: Device to compute on, that of the weight.
+            device: Device to compute on, the weight's own.
             uses_frozen_norms: Whether rows are divided by the norms of the frozen weight, not of the changed
                 one.
         """

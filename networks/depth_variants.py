@@ -36,15 +36,14 @@ def fit_depths(
     Raises:
         CheckpointError: For a LoRA whose blocks cannot be mapped to those of the model.
     """
-    variants_of_uses = [
-        weighted_lora.lora.depth_variants for weighted_lora in weighted_loras
-    ]  # None: the LoRA's model has no deeper variants
-    if not any(variants_of_uses):
+    # None: the LoRA's model has no deeper variants
+    variants_of_loras = [weighted_lora.lora.depth_variants for weighted_lora in weighted_loras]
+    if not any(variants_of_loras):
         return [*weighted_loras]
     model_depths: dict[str, int] = {}  # name of a block list -> number of blocks in the model
     names = [*names]
     fitted: list[WeightedLora] = []
-    for weighted_lora, variants in zip(weighted_loras, variants_of_uses, strict=True):
+    for weighted_lora, variants in zip(weighted_loras, variants_of_loras, strict=True):
         if variants is None:
             fitted.append(weighted_lora)
             continue

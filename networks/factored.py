@@ -127,7 +127,7 @@ class FactoredLayer(nn.Module):
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the frozen module plus that of the product of factors."""
+        """Return the output of the frozen module plus the output of the factors."""
         # x: ... in, or B in H W
         is_autocast = torch.is_autocast_enabled(x.device.type)
         if is_autocast and x.dtype == torch.float32:

@@ -93,11 +93,11 @@ def find_default_rows(part: WeightPart, fused_rows: int) -> slice | None:
         for sibling in _list_parts_of_weight(part.fused_path, {part.part_path})
         if is_row_slice(sibling)
     ]
-    # `default_height` is a multiple of the smallest part's number of rows
-    smallest_part_rows, remainder = divmod(fused_rows, sum(sibling.default_height for sibling in siblings))
+    # `relative_rows` is a multiple of the smallest part's number of rows
+    smallest_part_rows, remainder = divmod(fused_rows, sum(sibling.relative_rows for sibling in siblings))
     if remainder:
         return None
-    rows = find_rows_of_part(part, smallest_part_rows * part.default_height, fused_rows)
+    rows = find_rows_of_part(part, smallest_part_rows * part.relative_rows, fused_rows)
     return rows if isinstance(rows, slice) else None
 
 
@@ -376,16 +376,16 @@ def _estimate_rows(siblings: Sequence[WeightPart], known_rows: Mapping[int | Non
         return 0
     if not is_row_slice(reference):  # it covers the whole weight
         return known_rows[reference.index]
-    smallest_part_rows = known_rows[reference.index] // reference.default_height
+    smallest_part_rows = known_rows[reference.index] // reference.relative_rows
     total = 0
     for part in siblings:
         if not is_row_slice(part):
             continue
         part_rows = known_rows.get(part.index)
-        total += part_rows or smallest_part_rows * part.default_height
-        if not part_rows and part.default_height > reference.default_height:
+        total += part_rows or smallest_part_rows * part.relative_rows
+        if not part_rows and part.relative_rows > reference.relative_rows:
             logger.info(
-                f"{part.part_path} is not in the file; it is assumed to have {part.default_height} times "
+                f"{part.part_path} is not in the file; it is assumed to have {part.relative_rows} times "
                 "as many rows as the parts next to it"
             )
     return total
@@ -555,7 +555,7 @@ def _stack_factor(parts: Sequence[FactorsOfRows], name: str, num_rows: int) -> T
 
     Args:
         parts: Factors of each part, with the part's rows in the fused weight.
-        name: Name of the tensor in the factors, such as that of the up factor.
+        name: Name of the tensor in the factors, such as the name of the up factor.
         num_rows: Number of rows of the fused weight.
     """
     parts_with_tensor = [part for part in parts if name in part.factors]

@@ -175,7 +175,7 @@ class LoraBranch:
         Args:
             out: Output of the module; it may be changed in place.
             x: Input of the module.
-            includes_weight: Whether the change of the weight is added; False adds only that of the bias.
+            includes_weight: Whether the change of the weight is added, and not only the change of the bias.
         """
         if includes_weight and self._adds_in_place(out):
             # the last product is added to `out` in place: one pass over it, not three
@@ -506,9 +506,8 @@ def add_loras(
         branches: dict[str, LoraBranch] = {}
         for name, delta in deltas_by_module.items():
             branch = LoraBranch(parameters[name], delta, weighted_lora.multiplier)
-            branch.mask_ranks(
-                dit, weighted_lora.lora.metadata
-            )  # a T-LoRA uses fewer ranks at high noise levels
+            # a T-LoRA uses fewer ranks at high noise levels
+            branch.mask_ranks(dit, weighted_lora.lora.metadata)
             branches[name] = branch
         branches_of_loras.append(branches)
     return AddedLoras(attach_branches(branches_of_loras, parameters))

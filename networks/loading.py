@@ -208,7 +208,7 @@ def read_lora(
     by_expert: bool = False,
     with_texts: bool = False,
     family: str | None = None,
-    with_words: bool = False,
+    with_embeddings: bool = False,
 ) -> LoraFile:
     """Read a LoRA file (or a PEFT folder) of any dialect; a warning lists keys that cannot be used.
 
@@ -218,7 +218,7 @@ def read_lora(
             `loras_by_expert`.
         with_texts: Whether to read changes of text encoders too.
         family: Family that the user named; None if none was named.
-        with_words: Whether to read trained words (embeddings) too.
+        with_embeddings: Whether to read trained words (embeddings) too.
 
     Raises:
         CheckpointError: If the file is missing, damaged, not a LoRA, or of an unsupported kind.
@@ -242,7 +242,7 @@ def read_lora(
         raise _make_unsupported_error(path, *unsupported)
     rank_rule_of(metadata, path)  # raises if the file's rank masks (T-LoRA) cannot be read
     words: BundledWords = {}
-    if with_words and any(name.startswith(BUNDLE) for name in stored):
+    if with_embeddings and any(name.startswith(BUNDLE) for name in stored):
         words = find_words(stored)
         stored = without_words(stored)
     # fast path for files written by us, which use only our names
@@ -609,7 +609,7 @@ def warn_of_unused_parts(
         path: File of the LoRA.
         unused: Unused names.
         total: Number of all names.
-        statement: Plural noun and verb for the message, as in "4 of 24 {what}: a, b, c".
+        statement: Plural noun and verb for the message, as in "4 of 24 {statement}: a, b, c".
         consequence: Sentence for the second line; "" for none.
     """
     logger.warning(f"{path}: {len(unused)} of {total} {statement}: {list_some(unused)}")
@@ -653,11 +653,11 @@ class WeightedLora:
         return False
 
 
-def lora_uses(
+def read_weighted_loras(
     files: Collection[tuple[Path, float]],
     patterns: LoraPatternOptions | None = None,
     with_texts: bool = False,
-    with_words: bool = False,
+    with_embeddings: bool = False,
 ) -> list[WeightedLora]:
     """Read LoRA files; return each with its multiplier and patterns.
 
@@ -665,7 +665,7 @@ def lora_uses(
         files: Files with their multipliers.
         patterns: Patterns, one per file in the same order; None for none.
         with_texts: Whether to read changes of text encoders.
-        with_words: Whether to read the trained words in the files.
+        with_embeddings: Whether to read the trained words (embeddings) in the files.
     """
     include_patterns: Sequence[str] = ()
     exclude_patterns: Sequence[str] = ()
@@ -683,7 +683,7 @@ def lora_uses(
         # the last files may have no pattern
         include = include_patterns[index] if index < len(include_patterns) else None
         exclude = exclude_patterns[index] if index < len(exclude_patterns) else None
-        lora = read_lora(path, by_expert=True, with_texts=with_texts, with_words=with_words)
+        lora = read_lora(path, by_expert=True, with_texts=with_texts, with_embeddings=with_embeddings)
         if include or exclude:
             names = _names_for_patterns(lora)
             include = fit_pattern(include, names, str(path))
@@ -821,7 +821,7 @@ def _keeps_any(weighted_lora: WeightedLora, modules: Mapping[str, Factors]) -> b
 
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Collection[str] = ()) -> None:
-    """Warn if a LoRA fits by its names but its metadata name another model.
+    """Warn if a LoRA's tensor names fit but its metadata name another model.
 
     Args:
         lora: The LoRA file.
@@ -857,7 +857,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
     )
 
 
-def read_use(path: Path, expert: str, multiplier: float) -> WeightedLora:
+def read_weighted_lora(path: Path, expert: str, multiplier: float) -> WeightedLora:
     """Read the LoRA of one expert from a file; warn if the file was trained for another expert."""
     lora = read_lora(path, by_expert=True).for_expert(expert)
     warn_of_other_expert(lora, expert)

@@ -189,7 +189,7 @@ class LoraLayer(nn.Module):
         return torch.where(is_dropped, out, total)
 
     def _compute_addition(self, x: Tensor, dropouts: Dropouts | None, shared: SharedInput | None) -> Tensor:
-        """Return the output of the LoRA alone, which is added to that of the frozen module.
+        """Return the output of the LoRA alone, which is added to the frozen module's output.
 
         Args:
             x: Input, ... in, or B in H W, in the dtype of the products.

@@ -169,7 +169,7 @@ class OwnNetwork(nn.Module):
 
         trains_text_encoders = any(prefix_of(name) != UNET for name in network_modules)
         weighted_lora = loading.WeightedLora(
-            loading.read_lora(path, with_texts=trains_text_encoders, with_words=True)
+            loading.read_lora(path, with_texts=trains_text_encoders, with_embeddings=True)
         )
         (weighted_lora,) = fit_depths([weighted_lora], modules)
         lora = weighted_lora.lora

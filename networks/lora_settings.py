@@ -521,7 +521,7 @@ def _make_readers_of_kinds() -> dict[str, Reader]:
 
 _read_probability = partial(_read_number, float, below=1)
 _read_float = partial(_read_number, float)
-# the order is that of the list in the message for an unknown argument
+# in the order of the list in the message for an unknown argument
 _READERS: Mapping[str, Reader] = {
     "conv_dim": partial(_read_number, int, minimum=1),
     "conv_alpha": _read_float,

@@ -28,7 +28,7 @@ from networks.depth_variants import fit_depths
 from networks.fused_rows import with_stacked_rows
 from networks.key_formats import families_of
 from networks.kinds.factors import DOWN, UP, Factors
-from networks.loading import LoraFile, WeightedLora, lora_uses, read_lora
+from networks.loading import LoraFile, WeightedLora, read_lora, read_weighted_loras
 from networks.lora_network import prefix_of
 from networks.metadata import add_hashes
 from networks.module_names import family_named, read_family
@@ -71,7 +71,7 @@ def merge_dit(options: MergeOptions) -> None:
     merge_into_file(
         model=options.dit,
         weighted_loras=[
-            weighted_lora.for_expert(expert) for weighted_lora in lora_uses(files, with_texts=True)
+            weighted_lora.for_expert(expert) for weighted_lora in read_weighted_loras(files, with_texts=True)
         ],
         output=options.save_merged_model,
         device=select_device(options.device),

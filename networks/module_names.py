@@ -282,12 +282,12 @@ def to_alias(name: str, family: FamilyNames) -> str:
     return name if path is None else path.replace(".", "_")
 
 
-def stacked_path(name: str, family: FamilyNames) -> str | None:
+def find_fused_path(name: str, family: FamilyNames) -> str | None:
     """Return a module's path in the layout that fuses some of our modules; None if the family lacks it."""
     return _find(_tables(family).alias_of, name) or module_path(name, family)
 
 
-def is_stacked(name: str, family: FamilyNames) -> bool:
+def is_fused_elsewhere(name: str, family: FamilyNames) -> bool:
     """Return whether another layout of the family fuses this module with others."""
     return _tables(family).fused_elsewhere.first(name) is not None
 
@@ -489,7 +489,7 @@ class _Tables(NamedTuple):
 
 @cache
 def _tables(family: FamilyNames) -> _Tables:
-    """Return the lookup tables between a family's names and those of the other layout."""
+    """Return the lookup tables between a family's names in our layout and in the other one."""
     # one of our bare parameters may be the weight of a module in the other layout
     parameters = [(theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters]
     aliases = [*family.aliases, *parameters]

@@ -76,7 +76,7 @@ def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[Module
     """Yield the modules of a DiT that patterns and ranks of --network_args then select from."""
     spec = spec_of(unet)
     rules = settings.family_rules
-    # beginnings of the paths of the blocks; the order of the groups is that of the layers
+    # beginnings of the paths of the blocks; groups are in the order of the layers
     prefix_groups = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
     if rules is not None:
         if settings.train_blocks is not None:

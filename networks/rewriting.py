@@ -26,7 +26,7 @@ from networks.tensor_names import FACTORS, split_end
 
 _XLABS = re.compile(
     r"(?P<start>(?:.+\.)?)(?P<list>double|single)_blocks\.(?P<n>\d+)\.processor\."
-    r"(?P<what>qkv|proj)_lora(?P<stream>[12]?)\.(?P<factor>down|up)\.weight"
+    r"(?P<layer>qkv|proj)_lora(?P<stream>[12]?)\.(?P<factor>down|up)\.weight"
 )
 _STREAMS = {"1": "img", "2": "txt"}
 # names of numbered factors, with the number after the factor or after the module
@@ -93,7 +93,7 @@ def _translate_xlabs(match: re.Match[str]) -> list[str]:
     """
     start = match["start"]
     number = match["n"]
-    layer = match["what"]
+    layer = match["layer"]
     end = f"lora_{match['factor']}.weight"
     if match["list"] == "double" and match["stream"]:
         return [f"{start}double_blocks.{number}.{_STREAMS[match['stream']]}_attn.{layer}.{end}"]

@@ -95,7 +95,7 @@ class SampledRows:
         return tensor[self.rows] if tensor.ndim else tensor
 
     def record_sum(self, path: Path, total: Tensor) -> None:
-        """Record what a file adds: the difference between this sum and that of the last call.
+        """Record what a file adds: the difference between this sum and the previous call's.
 
         Args:
             path: File of the LoRA.

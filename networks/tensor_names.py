@@ -224,7 +224,7 @@ def in_default_spelling(key: str) -> str:
 def list_stripped_paths(path: str) -> list[StrippedPath]:
     """Return a module's path with 0, 1, 2, ... known prefixes removed.
 
-    The dialect of each result is that of the first removed prefix that shows one.
+    The dialect of each result comes from the first removed prefix that reveals one.
     """
     special_dialect = next((dialect for prefix, dialect in _SPECIAL.items() if path.startswith(prefix)), "")
     path = _WRAPPERS.sub("", path).rstrip("_.")

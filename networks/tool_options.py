@@ -166,9 +166,7 @@ class FluxMergeOptions(Options, must_give=True):
 class FullMergeOptions(Options):
     """Options of `networks/sdxl_merge_lora.py`."""
 
-    save_precision: str | None = option(
-        "dtype of the result; default: that of the checkpoint", choices=PRECISIONS
-    )
+    save_precision: str | None = option("dtype of the result; default: the checkpoint's", choices=PRECISIONS)
     precision: str = option(
         "dtype of a merged LoRA if --save_precision is not given; sums are always computed in float",
         default="float",

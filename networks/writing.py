@@ -19,7 +19,7 @@ from networks.kinds.composing import MAGNITUDE_KIND_NAME, MAGNITUDES, kinds_of_p
 from networks.kinds.contract import TranslatedModules
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_products import diagonal_blocks, rows_of_fused_parts
-from networks.module_names import alias, is_stacked, module_path, parts_of, stacked_path, to_alias
+from networks.module_names import alias, find_fused_path, is_fused_elsewhere, module_path, parts_of, to_alias
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.texts import comfyui_path_of_text, diffusers_path_of_text
 from networks.tensor_names import MAGNITUDES_END, PEFT_ENDS
@@ -27,9 +27,8 @@ from networks.tensor_names import MAGNITUDES_END, PEFT_ENDS
 logger = getLogger(__name__)
 _UNKNOWN = "no known model has a module with this name"
 Pieces = Mapping[str, Factors]  # path in the other dialect -> factors
-ConvertedFactors = (
-    dict[str, Tensor] | str
-)  # tensors of a module by the endings of their names, or why it has no form
+# tensors of a module by the endings of their names, or why it cannot be converted
+ConvertedFactors = dict[str, Tensor] | str
 
 
 def in_dialect(
@@ -452,14 +451,14 @@ def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> Translate
     fused: dict[str, Factors] = {}
     unfused: list[str] = []  # modules that could not be joined, which still have the name of a part
     for name, factors in deltas.group_by_module(join_parts(native, family=family)).items():
-        if is_stacked(name.removeprefix(OURS), family):
+        if is_fused_elsewhere(name.removeprefix(OURS), family):
             unfused.append(name)
         else:
             fused[name] = factors
     written = write_modules(
         fused,
         IN_COMFYUI,
-        lambda name, factors: single_piece(stacked_path(name, family), factors),
+        lambda name, factors: single_piece(find_fused_path(name, family), factors),
         in_comfyui,
     )
     reason = "ComfyUI stacks this layer with others, and only plain LoRAs can be stacked"

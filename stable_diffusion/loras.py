@@ -120,7 +120,7 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     """
     loras = []
     for path in options.files:
-        lora = read_lora(path, with_texts=True, with_words=True)
+        lora = read_lora(path, with_texts=True, with_embeddings=True)
         names = [family.name for family in lora.families()]
         if names and not {kind.name for kind in KINDS}.intersection(names):
             raise CheckpointError(

@@ -381,7 +381,7 @@ def test_an_encoder_that_is_small_already_is_not_rounded_to_another_form(
 
     found = run_here(*again, folder=project.folder)
 
-    assert_one_message(*found, "kept in nf4", "already in int8", "--text_encoder_form")
+    assert_one_message(*found, "nf4 is requested", "already in int8", "--text_encoder_form")
 
 
 def test_a_whole_transformer_is_not_trained_on_small_weights(

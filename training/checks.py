@@ -177,11 +177,11 @@ def _check_sample_loras(family: Family, multiplier_by_file: Sequence[tuple[Path,
     """
     from networks.apply import check_loras_fit
     from networks.gated_loras import reject_magnitudes  # only with LoRA files
-    from networks.loading import read_use
+    from networks.loading import read_weighted_lora
 
     # a family may have no files of its transformer yet: then the LoRAs are read and not compared
     for expert, file in zip_longest(family.experts, family.dit_files):
-        uses = [read_use(path, expert.name, multiplier) for path, multiplier in multiplier_by_file]
+        uses = [read_weighted_lora(path, expert.name, multiplier) for path, multiplier in multiplier_by_file]
         for use in uses:
             reject_magnitudes(use.lora, "--sample_lora")
         if uses and file is not None:

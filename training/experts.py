@@ -79,7 +79,7 @@ def read_adapter(
     path, multiplier = options.frozen.training_adapter, options.frozen.training_adapter_multiplier
     if path is None:
         return None
-    from networks.loading import read_lora, read_use  # only with an adapter
+    from networks.loading import read_lora, read_weighted_lora  # only with an adapter
 
     name_in_file = read_lora(path, by_expert=True).expert
     if name_in_file != expert.name and name_in_file in [trained.name for trained in experts]:
@@ -90,7 +90,7 @@ def read_adapter(
             expert.description,
         )
         return None
-    return read_use(path, expert.name, multiplier)
+    return read_weighted_lora(path, expert.name, multiplier)
 
 
 def module_of(family: Family, options: TrainingOptions) -> str:

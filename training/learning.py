@@ -425,12 +425,12 @@ class NetworkLoader:
         if adapter is None and not sample_files and not uses_stage_loras:
             return
         from networks.gated_loras import add_loras, add_stage_loras  # only with LoRA files
-        from networks.loading import read_use
+        from networks.loading import read_weighted_lora
 
         if adapter is not None:
             self.adapters.append(add_loras(dit, [adapter], is_compiled, experts.TRAINING_ADAPTER))
         if sample_files:
-            loras = [read_use(path, expert.name, multiplier) for path, multiplier in sample_files]
+            loras = [read_weighted_lora(path, expert.name, multiplier) for path, multiplier in sample_files]
             self.sample_loras.append(add_loras(dit, loras, is_compiled))
         if uses_stage_loras:
             add_stage_loras(dit, is_compiled)

@@ -79,9 +79,9 @@ class DoraKind(NetworkKind):
         target: str,
     ) -> "LoraFile":
         """Convert the magnitudes of a file between norms of frozen and of changed weights."""
-        from networks.kinds.dora_files import with_norms  # torch
+        from networks.kinds.dora_files import convert_to_norms  # torch
 
-        return with_norms(lora, family, baking=baking, are_frozen=are_frozen, target=target)
+        return convert_to_norms(lora, family, baking=baking, are_frozen=are_frozen, target=target)
 
     def extend_layer(self, layer: "LoraLayer") -> None:
         """Give the layer of a LoRA magnitudes."""

@@ -22,7 +22,7 @@ PART = "dora_scale"
 
 
 @torch.no_grad()
-def with_norms(
+def convert_to_norms(
     lora: LoraFile, family: FamilyNames | None, baking: Baking | None, are_frozen: bool, target: str
 ) -> LoraFile:
     """Convert a DoRA's magnitudes by output between the norms of frozen and of changed weights.
@@ -45,16 +45,19 @@ def with_norms(
     tensors = {**lora.tensors, **lora.text_tensors}
     magnitudes = [tensor for name, tensor in tensors.items() if name.endswith(PART)]
     is_dora_by_output = any(not is_by_input(tensor) for tensor in magnitudes)
-    has_target_form = lora.has_frozen_norms == are_frozen
-    needs_conversion = is_dora_by_output and not has_target_form
-    if not needs_conversion and baking is None:
-        return lora
-    if not needs_conversion:
+    has_target_norms = lora.has_frozen_norms == are_frozen
+    if is_dora_by_output and not has_target_norms:
+        if baking is None:
+            return _keep_norms(lora, target)
+        return _convert_norms(lora, family, baking, are_frozen)
+    if baking is not None:
         state = "already has this form" if is_dora_by_output else "has no DoRA magnitudes by output"
         raise OptionError(f"--dit: {lora.path} {state}, so --target {target} needs no model. Leave --dit out")
-    if baking is not None:
-        return _convert_norms(lora, family, baking, are_frozen)
-    # without a model, the file keeps its form
+    return lora
+
+
+def _keep_norms(lora: LoraFile, target: str) -> LoraFile:
+    """Return a DoRA that cannot be converted without a model; warn or raise if it acts differently there."""
     if target == "default":
         return lora
     if lora.has_frozen_norms:
@@ -93,14 +96,13 @@ def _convert_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, a
 def _compute_ratio_of_norms(
     name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device
 ) -> Tensor:
-    """Return the norm of each row of the frozen weight divided by that of the changed weight, on the CPU."""
+    """Return |W| / |W + change| for each row of a weight W, on the CPU."""
     delta = read_delta(factors)
     change = delta.compute_change(device)
     assert change is not None
     weight, path = read_weight_of_module(name, len(change), lora, weights)
-    Change(WeightedLora(lora), delta).fit(
-        None, weight, name, str(path)
-    )  # raises CheckpointError if shapes differ
+    # raises CheckpointError if shapes differ
+    Change(WeightedLora(lora), delta).fit(None, weight, name, str(path))
     frozen = weight.to(device, torch.float32)
     changed = frozen + change.reshape(frozen.shape)
     return (norms_of(frozen) / norms_of(changed)).cpu()

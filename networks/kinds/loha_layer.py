@@ -43,7 +43,7 @@ class LohaAlgebra(Algebra):
         return first.mul_(second)
 
     def find_factors_with_rows(self, factors: Factors) -> set[str] | None:
-        """Return the left factors; None if they have a core, because their rows are then the second axis."""
+        """Return the names of the left factors; None with a core: rows are then the second axis of these."""
         if any(core in factors for _, _, core in MATRICES):
             return None
         return factors.keys() & {"hada_w1_a", "hada_w2_a"}

@@ -1,7 +1,7 @@
 """Records of the module names of a family, and patterns that rename the tensors of a checkpoint.
 
-"Our" layout is that of our networks. In paths, `{n}` stands for the index of a block. LoRA files under our
-names have paths with "_" instead of "."; these records restore the path.
+"Our" layout is the layout of our networks. In paths, `{n}` is replaced by the index of a block. LoRA files
+under our names have paths with "_" instead of "."; these records restore the path.
 """
 
 import re
@@ -54,13 +54,12 @@ class WeightPart:
     """A module of one layout whose weight is some or all rows of a weight in another layout."""
 
     part_path: str
-    fused_path: (
-        str  # path of the module with all rows; of the same module under another name if index is None
-    )
+    # path of the module with all rows; of the same module under another name if index is None
+    fused_path: str
     # Which rows of our weight a part with h rows is. None: all rows; n: rows n * h to (n + 1) * h; REST: the
     # last h rows; BEFORE_REST: the h rows before the last h; SWAPPED: all rows, with the two halves swapped
     index: int | None = None
-    default_height: int = 1  # number of rows as a multiple of the smallest part's, in all published models
+    relative_rows: int = 1  # number of rows as a multiple of the smallest part's, in all published models
 
 
 # Order of a LoRA's modules in other trainers, by which their optimizer states number parameters: (prefix,
@@ -102,9 +101,8 @@ class LoraRules:
     outside_paths: tuple[str, ...] = ()  # modules that are not in a block
     # ending of a fused layer's path -> number of parts, see `networks.lora_products.rows_of_fused_parts`
     num_fused_parts: Mapping[str, int] = field(default_factory=dict)
-    encoder_switches: Mapping[str, str] = field(
-        default_factory=dict
-    )  # argument -> text encoder that it enables
+    # argument -> text encoder that it enables
+    encoder_switches: Mapping[str, str] = field(default_factory=dict)
     # argument -> pattern of `DitSpec.lora_exclude` whose modules it enables
     module_switches: Mapping[str, str] = field(default_factory=dict)
 

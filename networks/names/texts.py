@@ -47,9 +47,8 @@ _OPEN_CLIP = (
     (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(\w+)", r"encoder.layers.\1.mlp.fc2.\2"),
     (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(\w+)", r"encoder.layers.\1.self_attn.out_proj.\2"),
 )
-_FUSED = re.compile(
-    r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)"
-)  # rows of q, then k, then v
+# rows of q, then k, then v
+_FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
 
 
 def open_clip_names(name: str) -> list[tuple[str, int | None]]:

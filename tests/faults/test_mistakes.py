@@ -202,7 +202,9 @@ FILES = (
     wrong(NETWORK_TRAININGS, "--network_module networks.loha --network_args tlora=True", "for LoRAs only"),
     wrong(NETWORK_TRAININGS, "--network_args tlora=True dora_wd=True", "cannot be used together"),
     wrong(TRAININGS, "--do_differential_guidance", "the same as a higher --learning_rate"),
-    wrong(NETWORK_TRAININGS, "--network_module networks.lora_flux", "is for a different model", "Give networks."),
+    wrong(
+        NETWORK_TRAININGS, "--network_module networks.lora_flux", "for a different model", "Give networks."
+    ),
     wrong(NETWORK_TRAININGS, "--base_weights BAD/other_lora.safetensors", "is not known"),
     wrong(TRAININGS, "--config_file BAD/none.toml", "--config_file", "Give the path of a TOML file"),
     wrong(TRAININGS, "--config_file BAD/utf16.toml", "--config_file", "utf16.toml is not"),

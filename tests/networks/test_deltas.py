@@ -335,8 +335,8 @@ def test_a_lora_is_read_and_fitted_without_torchs_compiler(tmp_path: Path) -> No
         "import sys, torch\n"
         "from pathlib import Path\n"
         "from networks.apply import LoraPatch\n"
-        "from networks.loading import lora_uses\n"
-        "uses = lora_uses([(Path(sys.argv[1]), 0.5)])\n"
+        "from networks.loading import read_weighted_loras\n"
+        "uses = read_weighted_loras([(Path(sys.argv[1]), 0.5)])\n"
         "changed = LoraPatch(uses)('x.weight', torch.zeros(4, 5))\n"
         "print(changed.unique().item(), 'torch._dynamo' in sys.modules)\n"
     )

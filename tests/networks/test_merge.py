@@ -13,7 +13,7 @@ from lumina.configs import DIT as LUMINA_DIT
 from networks.apply import LoraPatch, OriginalWeights
 from networks.delta import read_delta
 from networks.deltas import group_by_module
-from networks.loading import LoraFile, WeightedLora, lora_uses, read_lora
+from networks.loading import LoraFile, WeightedLora, read_lora, read_weighted_loras
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
 from networks.use_options import LoraOptions, LoraPatternOptions
@@ -109,7 +109,7 @@ def test_options_become_uses_with_missing_multipliers_one(tmp_path: Path) -> Non
         save_file({"lora_unet_a.diff": torch.ones(2, 2)}, file)
     options = LoraOptions.from_defaults(lora_weight=files, lora_multiplier=(0.5,))
 
-    uses = lora_uses(
+    uses = read_weighted_loras(
         [*zip(files, options.multipliers(), strict=True)],
         LoraPatternOptions.from_defaults(include_patterns=("a",)),
     )
@@ -128,13 +128,13 @@ def test_patterns_for_files_fit_with_dots_too(tmp_path: Path, caplog: pytest.Log
         ("blocks.1", [True, True]),
         (r"blocks\.2\.", [False, False]),
     ]:
-        (use,) = lora_uses(files, LoraPatternOptions.from_defaults(include_patterns=(pattern,)))
+        (use,) = read_weighted_loras(files, LoraPatternOptions.from_defaults(include_patterns=(pattern,)))
         assert [use.selects(["diff"], name) for name in names] == kept
     for typed in (None, ("blocks_1_",)):  # what an option excludes beside them may fit nothing
         patterns = LoraPatternOptions.from_defaults(exclude_patterns=typed).also_excluding(
             "single_blocks|q$", 1
         )
-        (use,) = lora_uses(files, patterns)
+        (use,) = read_weighted_loras(files, patterns)
         assert [use.selects(["diff"], name) for name in names] == [typed is None, True]
         assert not use.selects(["diff"], "lora_unet_single_blocks_1")
         assert "option" not in str(use.exclude)

@@ -82,13 +82,14 @@ def _check(options: BaseWeightsOptions, family: "Family", counts: Sequence[int])
 
 def _read_merged(options: BaseWeightsOptions, expert: "Expert") -> MergedLoras:
     """Read the LoRA files of --base_weights that are merged into the expert's transformer."""
-    from networks.loading import read_use  # torch: only with such files
+    from networks.loading import read_weighted_lora  # torch: only with such files
 
     files, multipliers = options.base_weights or (), options.multipliers()
     if expert.name == HIGH_NOISE and options.high_noise is not None and options.high_noise_files:
         files, multipliers = options.high_noise_files, options.high_noise.multipliers()
     uses = [
-        read_use(path, expert.name, multiplier) for path, multiplier in zip(files, multipliers, strict=True)
+        read_weighted_lora(path, expert.name, multiplier)
+        for path, multiplier in zip(files, multipliers, strict=True)
     ]
     return MergedLoras(uses, options.lora_rounding)
 

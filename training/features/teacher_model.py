@@ -112,9 +112,12 @@ class OtherTeacher:
 
     def _add_loras(self, network: FrozenNetwork) -> "AddedLoras":
         from networks.gated_loras import add_loras  # only with such a teacher
-        from networks.loading import read_use
+        from networks.loading import read_weighted_lora
 
-        uses = [read_use(path, network.expert.name, multiplier) for path, multiplier in self.options.loras()]
+        uses = [
+            read_weighted_lora(path, network.expert.name, multiplier)
+            for path, multiplier in self.options.loras()
+        ]
         return add_loras(network.dit, uses, self.is_compiled, "--teacher_lora")
 
 
@@ -172,11 +175,11 @@ def _check_loras(model: Family, options: TeacherOptions) -> None:
         return
     from networks.apply import check_loras_fit
     from networks.gated_loras import reject_magnitudes  # only with LoRA files
-    from networks.loading import read_use
+    from networks.loading import read_weighted_lora
 
     (expert,) = model.experts
     with quiet():  # adding the LoRAs logs all warnings again
-        uses = [read_use(path, expert.name, multiplier) for path, multiplier in options.loras()]
+        uses = [read_weighted_lora(path, expert.name, multiplier) for path, multiplier in options.loras()]
         for use in uses:
             reject_magnitudes(use.lora, "--teacher_lora")
         if model.dit_files:
