@@ -48,15 +48,15 @@ def join_adapter(transformer: Checkpoint, adapter: Checkpoint) -> Checkpoint:
 
     Raises CheckpointError if the second file has no adapter.
     """
-    bare = bare_names(adapter)
-    if any(name.startswith(ADAPTER_PREFIX) for name in bare.tensors):
-        renamed = bare.select_by_prefix(ADAPTER_PREFIX)
-    elif ADAPTER_NORM in bare.tensors:
-        renamed = bare.rename(lambda name: ADAPTER_PREFIX + name)
+    unprefixed = bare_names(adapter)
+    if any(name.startswith(ADAPTER_PREFIX) for name in unprefixed.tensors):
+        renamed = unprefixed.select_by_prefix(ADAPTER_PREFIX)
+    elif ADAPTER_NORM in unprefixed.tensors:
+        renamed = unprefixed.rename(lambda name: ADAPTER_PREFIX + name)
     else:
         raise make_wrong_kind_error(adapter, f"{NAME}'s adapter", ADAPTER_OPTION, ADAPTER_FILES)
-    alone = transformer.rename(lambda name: "" if name.startswith(ADAPTER_PREFIX) else name)
-    return alone.join(renamed)
+    without_adapter = transformer.rename(lambda name: "" if name.startswith(ADAPTER_PREFIX) else name)
+    return without_adapter.join(renamed)
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:

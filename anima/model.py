@@ -171,7 +171,6 @@ class AnimaBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
         """Apply the block to image tokens x, B L C."""
-        # x: B L C
         branch = self.modulation(self.adaln_modulation_self_attn, tokens)
         h = modulate(self.norm(x), branch.shift, branch.scale, tokens.dtype)
         x = add_gated(x, branch.gate, self.self_attn.attend_image(h, tokens))

@@ -43,7 +43,7 @@ DEFAULT_RATE = DefaultRate(1e-4, "1e-3", 2e-2)  # each step changes a vector by 
 LOUD = 3.0  # warn if a vector's norm exceeds this multiple of the mean norm, as it then dominates the prompt
 
 
-class WordVectors(nn.Module):
+class LearnedWordVectors(nn.Module):
     """Trained vectors of a word: one parameter, V C, for each name in files."""
 
     def __init__(self, word: WordToLearn, vectors: Mapping[str, Tensor]) -> None:
@@ -91,8 +91,8 @@ class WordVectors(nn.Module):
 
 
 def report_norms(module: nn.Module) -> None:
-    """Log the norms of the vectors in a `WordVectors`."""
-    assert isinstance(module, WordVectors)
+    """Log the norms of the vectors in a `LearnedWordVectors`."""
+    assert isinstance(module, LearnedWordVectors)
     module.log_norms()
 
 
@@ -183,7 +183,7 @@ class Inversion:
             check_captions=self.check_captions,
         )
 
-    def make(self, networks: nn.Module, with_values: bool) -> WordVectors:
+    def make(self, networks: nn.Module, with_values: bool) -> LearnedWordVectors:
         """Create the vectors of the word, and let the text encoders use them.
 
         Random vectors are drawn from torch's default generator.
@@ -212,7 +212,7 @@ class Inversion:
                 width = token_embeddings[encoder.vector_key].embedding_dim
                 for key in encoder.vector_keys:
                     initial[key] = torch.zeros(self.word.count, width)
-        vectors = WordVectors(self.word_options, initial)
+        vectors = LearnedWordVectors(self.word_options, initial)
         for encoder in self.encoders:
             embedding = token_embeddings[encoder.vector_key]
             # called in each forward pass of the encoder: returns the current vectors of the new tokens

@@ -638,7 +638,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
                     f"{image_format.token} stands for a picture. Leave it out of the prompt: "
                     f"{templated.prompt}"
                 )
-            templated_prompts.append(_put_in_front(templated, prompt_images, image_format))
+            templated_prompts.append(_insert_image_placeholders(templated, prompt_images, image_format))
         return self.encode_templated(templated_prompts, functools.partial(self.compute, images=images))
 
 
@@ -737,19 +737,19 @@ def _read_all_images(
     return images
 
 
-def _put_in_front(
-    templated: TemplatedPrompt, pictures: PatchedImages, image_format: ImagePromptFormat
+def _insert_image_placeholders(
+    templated: TemplatedPrompt, images: PatchedImages, image_format: ImagePromptFormat
 ) -> TemplatedPrompt:
-    """Return the prompt with the placeholder tokens of its images before the text."""
-    total = len(pictures.counts)
+    """Insert the placeholder tokens of a prompt's images before its text."""
+    total = len(images.counts)
     inserted = ""
-    for number, num_tokens in enumerate(pictures.counts, start=1):
+    for number, num_tokens in enumerate(images.counts, start=1):
         inserted += image_format.write(number, num_tokens, total)
     return templated._replace(
         text=templated.text[: templated.start] + inserted + templated.text[templated.start :],
         start=templated.start + len(inserted),
         suffix_start=templated.suffix_start + len(inserted),
-        num_image_tokens=sum(pictures.counts),
+        num_image_tokens=sum(images.counts),
     )
 
 

@@ -168,7 +168,7 @@ def _read_settings_without_tensors(path: Path) -> dict[str, Any]:
         return {"global_pool_conditions": "shuffle" in path.name.lower()}
     try:
         settings = parse_json(read_text(file))
-        return {name: settings[name] for name in _ONLY_IN_FOLDERS if name in settings}
+        return {name: settings[name] for name in _SETTINGS_ONLY_IN_FOLDERS if name in settings}
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}. Copy the folder again.", path) from error
 
@@ -318,7 +318,7 @@ _COPIED_FROM_UNET = (
 )  # fmt: skip
 
 
-_ONLY_IN_FOLDERS = ("controlnet_conditioning_channel_order", "global_pool_conditions")
+_SETTINGS_ONLY_IN_FOLDERS = ("controlnet_conditioning_channel_order", "global_pool_conditions")
 
 
 def _check_fits_unet(

@@ -60,7 +60,6 @@ class LatentRefiner(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Add the predicted detail to latents, B 4 h w."""
-        # latents: B 4 h w
         x = torch.relu(self.bn1(self.conv1(latents)))
         for first in range(1, NUM_BLOCKS + 1, BLOCKS_OF_A_GROUP):
             group = x

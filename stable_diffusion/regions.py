@@ -258,9 +258,8 @@ class _Batch:
         if added.ndim == 2:
             mask = self._mean_masks[:, part, None]
         elif added.ndim == 3:
-            mask = self._resize_masks(self._masks, self._find_spatial_size(added))[:, part].flatten(1)[
-                ..., None
-            ]
+            masks = self._resize_masks(self._masks, self._find_spatial_size(added))
+            mask = masks[:, part].flatten(1).unsqueeze(-1)  # B N 1
         else:
             mask = self._resize_masks(self._masks, (added.shape[-2], added.shape[-1]))[:, part : part + 1]
         return added * mask.repeat(repeats, *[1] * (mask.ndim - 1)).to(added.dtype)

@@ -135,7 +135,7 @@ class TrainingFiles:
     @contextmanager
     def open_plan(self) -> Iterator[loading.CheckpointPlan]:
         """Open the checkpoint and plan how its networks are loaded; its files are closed after the block."""
-        _ = self.model_type
+        _ = self.model_type  # raises if the script does not support the model
         options = ModelOptions.from_defaults(
             ckpt=self.path, vae=self.vae, v_parameterization=self.v_parameterization
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import CLIPTokenizer
 
-from encoders.inversion import WordVectors, write_vectors
+from encoders.inversion import LearnedWordVectors, write_vectors
 from modules.errors import OptionError
 from protocols.loading import Placement
 from protocols.requests import Prompt
@@ -57,7 +57,7 @@ def inversion_family(kind: str, folder: Path, **values: Any) -> StableDiffusion:
     return with_inversion(make_family(kind, folder, options=options, text_training=TextEncoderTraining({})))
 
 
-def make_rows(family: StableDiffusion) -> tuple[WordVectors, LiveTextEncoders]:
+def make_rows(family: StableDiffusion) -> tuple[LearnedWordVectors, LiveTextEncoders]:
     """Load the text encoders, with rows in them that learn."""
     encoders = [encoder for encoder in family.text_encoders() if isinstance(encoder, LazyTextEncoder)]
     texts = LiveTextEncoders(encoders, encoders)
@@ -65,7 +65,7 @@ def make_rows(family: StableDiffusion) -> tuple[WordVectors, LiveTextEncoders]:
     assert family.custom_network is not None
     torch.manual_seed(0)
     rows = family.custom_network.make(torch.nn.ModuleDict(texts.networks), True).requires_grad_(True)
-    assert isinstance(rows, WordVectors)
+    assert isinstance(rows, LearnedWordVectors)
     return rows, texts
 
 
