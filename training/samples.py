@@ -133,7 +133,7 @@ class Sampler:
         self,
         get_dit: DitOf,
         autocast: Autocast,
-        occasion: str,
+        step_label: str,
         check: Callable[[], None],
         show_progress: Callable[[str], None] = lambda _: None,
     ) -> list[Path]:
@@ -144,7 +144,7 @@ class Sampler:
         Args:
             get_dit: Returns the network of an expert by its index, in evaluation mode and on its device.
             autocast: Opens the autocast context of a pass.
-            occasion: Part of the file names: `e000001` at the end of an epoch, `000020` at a step.
+            step_label: Part of the file names: `e000001` at the end of an epoch, `000020` at a step.
             check: Called after each step; what it raises ends the samples.
             show_progress: Called with the sample and its step in words.
         """
@@ -164,8 +164,8 @@ class Sampler:
                 continue
             seed_suffix = f"_{sample.prepared.seed}" if sample.is_seeded else ""
             date = time.strftime("%Y%m%d%H%M%S")
-            stem = f"{self.name}_{occasion}_{sample.index:02d}_{date}{seed_suffix}"
-            path = self._write(latents, sample.prepared, stem, f"{self.name}_{occasion}{self.weights}")
+            stem = f"{self.name}_{step_label}_{sample.index:02d}_{date}{seed_suffix}"
+            path = self._write(latents, sample.prepared, stem, f"{self.name}_{step_label}{self.weights}")
             logger.info("Sample %s", path)
             paths.append(path)
         return paths

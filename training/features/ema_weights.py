@@ -42,7 +42,9 @@ class WeightAverage:
         """
         self.decay, self.every = decay, every
         self.on_host = on_host
-        self._dits, self._parameters, self._split = dits, trainable.parameters, trainable.sharded_weights
+        self._dits = dits
+        self._parameters = trainable.parameters
+        self._sharded_weights = trainable.sharded_weights
         names = trainable.names
         self._names = [names[parameter] for parameter in self._parameters]
         self.steps = 0
@@ -88,10 +90,10 @@ class WeightAverage:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the average by weight name, without copying it, for a saved state."""
-        split = (self._split.get(weight) for weight in self._parameters)
+        sharded_weights = (self._sharded_weights.get(weight) for weight in self._parameters)
         return {
             name: value if weight is None else as_sharded(weight, value)
-            for name, value, weight in zip(self._names, self.values, split, strict=True)
+            for name, value, weight in zip(self._names, self.values, sharded_weights, strict=True)
         }
 
     @property
