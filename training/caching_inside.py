@@ -556,7 +556,7 @@ def _overrides_text_cache(
     if any(switches.get(encoder.lora_prefix) for encoder in trained):
         logger.warning(
             "--cache_text_encoder_outputs is ignored because it would keep the outputs of %s, which "
-            "learn: captions are encoded at each step.",
+            "are trained: captions are encoded at each step.",
             names,
         )
         return True
@@ -567,8 +567,8 @@ def _overrides_text_cache(
         )
     log = logger.info if options.lora_parts.text_encoder_lr is None else logger.warning
     log(
-        "Text encoders do not learn (%s), because --cache_text_encoder_outputs keeps their outputs: only the "
-        "transformer is trained, as with %s. To train both, leave out the caches.",
+        "Text encoders are not trained (%s), because --cache_text_encoder_outputs keeps their outputs: only "
+        "the transformer is trained, as with %s. To train both, leave out the caches.",
         names,
         UNET_ONLY,
     )
