@@ -139,7 +139,7 @@ def prepare_sources(
     caches_in_memory = _exchange_memory_caches(stores)
     tables = list_live_tables(family.cache_tag, plans, needs_captions=live_encoders is not None)
     if os.environ.get("RANK", "0") == "0":  # all processes have the same tables
-        _warn_of_live(
+        _warn_of_live_sources(
             family, config, tables, encoders=() if live_encoders is None else live_encoders.encoders
         )
     media_encoder = None
@@ -358,7 +358,7 @@ def _check_references(table: DatasetTable, sources: Sequence[MediaSource]) -> No
         )
 
 
-def _warn_of_live(
+def _warn_of_live_sources(
     family: Caches, config: DatasetConfig, tables: LiveTables, encoders: Sequence[TextEncoder]
 ) -> None:
     """Log the same warnings about images and captions encoded during training that caching logs.

@@ -271,7 +271,7 @@ def predict(
         autocast: Opens the autocast context of a pass.
         rule: How the prediction is compared.
     """
-    conditioned = noisy_batch.clean_tokens  # latents that stay clean
+    clean_tokens = noisy_batch.clean_tokens  # how clean each latent stays
     num_clean_frames = noisy_batch.num_clean_frames
     conditions = family.batch_conditions(latents, noisy_batch.batch)
     noise = noisy_batch.noise
@@ -280,12 +280,12 @@ def predict(
     noisy = add_noise(latents, noise, noisy_batch.sigmas, family.noise.signal_scale(noisy_batch.sigmas))
     if num_clean_frames:
         noisy = torch.cat([latents[:, :, :num_clean_frames], noisy[:, :, num_clean_frames:]], dim=2)
-    if conditioned is not None:
-        noisy = blend_clean_latents(noisy, latents, conditioned.image)
+    if clean_tokens is not None:
+        noisy = blend_clean_latents(noisy, latents, clean_tokens.image)
     timesteps = noisy_batch.timesteps
     overrides = NO_OVERRIDES
-    if num_clean_frames or conditioned is not None:
-        overrides = Overrides(num_clean_frames=num_clean_frames, clean_tokens=conditioned)
+    if num_clean_frames or clean_tokens is not None:
+        overrides = Overrides(num_clean_frames=num_clean_frames, clean_tokens=clean_tokens)
     if noisy_batch.audio is not None:  # images and audio go through the network as one tensor, B N
         noisy = noisy_batch.joint.join(noisy, _noise_audio(family, noisy_batch, noisy_batch.audio))
         timesteps = torch.stack([timesteps, noisy_batch.audio.timesteps], dim=1)  # B 2

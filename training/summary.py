@@ -132,7 +132,7 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     targets = plan.features.describe_targets() if plan.features.targets or plan.features.info.targets else ()
     return [
         ("model", ", ".join(model)),
-        ("learns", f"{_describe_learner(plan, ranks_and_alphas)}, {format_count(num_weights, 'weight')}"),
+        ("learns", f"{_describe_trained(plan, ranks_and_alphas)}, {format_count(num_weights, 'weight')}"),
         ("alpha", None if lora is None else judge_alpha(lora, ranks_and_alphas)),
         ("data", data),
         ("timesteps", "\n".join(times)),
@@ -207,7 +207,7 @@ def _make_writing_rows(
     ]
 
 
-def _describe_learner(
+def _describe_trained(
     plan: TrainingPlan, ranks_and_alphas: tuple[Sequence[int], Sequence[float]] | None
 ) -> str:
     """Describe what is trained: the network with its rank, or the trained parts of the model.

@@ -120,7 +120,7 @@ def make_average(
     dits: Sequence[nn.Module],
     trainable: Trainable,
     optimizer: Optimizer,
-    keeps: bool,
+    is_needed: bool,
 ) -> WeightAverage | None:
     """Start the average of --ema_decay, in host memory if a full model is trained.
 
@@ -130,7 +130,7 @@ def make_average(
         dits: The trained transformers.
         trainable: The trained parameters.
         optimizer: The optimizer.
-        keeps: Whether this process writes files or samples with the average.
+        is_needed: Whether this process writes files or samples with the average.
 
     Returns:
         The average; None for a full model in a process that does not need it.
@@ -143,7 +143,7 @@ def make_average(
             f"--ema_decay {decay}: {type(optimizer).__name__} saves an average already. Leave it out"
         )
     is_full = any(module in dits for module in trainable.modules.values())
-    if is_full and not keeps:
+    if is_full and not is_needed:
         return None
     # swapped weights must be in place before they are averaged. A LoRA is never swapped, so it needs no
     # `dits`: resolving the base model would only empty the swap's slots after each step
