@@ -139,7 +139,7 @@ def prepare_sources(
     caches_in_memory = _exchange_memory_caches(stores)
     tables = list_on_the_fly_tables(family.cache_tag, plans, needs_captions=live_encoders is not None)
     if os.environ.get("RANK", "0") == "0":  # all processes have the same tables
-        _warn_of_live(
+        _warn_of_live_sources(
             family, config, tables, encoders=() if live_encoders is None else live_encoders.encoders
         )
     media_encoder = None
@@ -212,7 +212,7 @@ def plan_tables(
     family: Caches,
     config: DatasetConfig,
     options: CachingInRunOptions | None,
-    live: Collection[str] = (),
+    live_keys: Collection[str] = (),
     needs: Collection[str] = (),
 ) -> list[TablePlan]:
     """Decide where the latents and texts of each table come from; nothing is encoded.
@@ -221,7 +221,7 @@ def plan_tables(
         family: The model family.
         config: The dataset, as read from its file.
         options: Options of the run.
-        live: Names of text tensors that are encoded at each step; the others come from caches.
+        live_keys: Names of text tensors that are encoded at each step; the others come from caches.
         needs: What the active features need in batches, as names such as NO_DATASET.
 
     Raises:
@@ -232,7 +232,7 @@ def plan_tables(
         return [TablePlan(table, TensorLocation.MEMORY, TensorLocation.MEMORY) for table in config.datasets]
     if options is not None and family.latent.npz is None:
         _reject_npz(options)
-    texts = _locate_texts(family, options, live)
+    texts = _locate_texts(family, options, live_keys)
     if LIVE_MEDIA in needs:  # the feature that needs it has already rejected --cache_latents
         return [TablePlan(table, TensorLocation.LIVE, texts) for table in config.datasets]
     return [TablePlan(table, _locate_latents(family, table, options), texts) for table in config.datasets]
@@ -250,11 +250,11 @@ def _reject_npz(options: CachingInRunOptions) -> None:
 
 
 def _locate_texts(
-    family: Caches, options: CachingInRunOptions | None, live: Collection[str]
+    family: Caches, options: CachingInRunOptions | None, live_keys: Collection[str]
 ) -> TensorLocation:
-    """Return where the text encoder outputs of all tables come from; `live` are encoded at each step."""
+    """Return where the text encoder outputs of all tables come from; `live_keys` are encoded at each step."""
     # only if all outputs are live: otherwise the rest is read from caches
-    if live and family.text_keys.issubset(live):
+    if live_keys and family.text_keys.issubset(live_keys):
         return TensorLocation.LIVE
     if options is None or not options.caches_texts:
         return TensorLocation.CACHE
@@ -358,7 +358,7 @@ def _check_references(table: DatasetTable, sources: Sequence[MediaSource]) -> No
         )
 
 
-def _warn_of_live(
+def _warn_of_live_sources(
     family: Caches, config: DatasetConfig, tables: OnTheFlyTables, encoders: Sequence[TextEncoder]
 ) -> None:
     """Log the same warnings about images and captions encoded during training that caching logs.
@@ -481,13 +481,13 @@ def _select_new_word_encoders(family: Family, options: TrainingOptions) -> LiveT
     """Return all text encoders, for a run in which they learn the embedding of a new word."""
     encoders = _require_text_encoders(family, "they learn a new word")
     trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
-    learning = _select_learning_encoders(family, options, trainable_encoders)
+    trained = _select_trained_encoders(family, options, trainable_encoders)
     word_encoders = [
         cast(WithNetwork, encoder) for encoder in encoders if encoder.abilities.accepts_new_words
     ]
     return LiveTextEncoders(
         encoders,
-        learning,
+        trained,
         [encoder.lora_prefix for encoder in trainable_encoders],
         word_encoders=word_encoders,
     )
@@ -508,13 +508,13 @@ def _select_for_varying_captions_or_loras(
     encoders = _require_text_encoders(family, why)
     trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
     prefixes = [encoder.lora_prefix for encoder in trainable_encoders]
-    learning = _select_learning_encoders(family, options, trainable_encoders)
-    if varies or (learning and not caches_texts):
-        return LiveTextEncoders(encoders, learning, prefixes)
-    if 0 < len(learning) < len(encoders):  # the frozen encoders' states come from caches
-        return LiveTextEncoders(learning, learning, prefixes)
-    if learning and _overrides_text_cache(family, options, learning):
-        return LiveTextEncoders(encoders, learning, prefixes)
+    trained = _select_trained_encoders(family, options, trainable_encoders)
+    if varies or (trained and not caches_texts):
+        return LiveTextEncoders(encoders, trained, prefixes)
+    if 0 < len(trained) < len(encoders):  # the frozen encoders' states come from caches
+        return LiveTextEncoders(trained, trained, prefixes)
+    if trained and _overrides_text_cache(family, options, trained):
+        return LiveTextEncoders(encoders, trained, prefixes)
     return None
 
 
@@ -528,36 +528,36 @@ def _select_fully_trained_encoders(family: Family, caches_texts: bool) -> LiveTe
         return None
     parts = family.learning_parts
     encoders = family.text_encoders() if parts.text_encoder_rates else []
-    learning = [encoder for encoder in encoders if can_learn(encoder) and parts.learns(encoder.name)]
-    if not learning:
+    trained = [encoder for encoder in encoders if can_learn(encoder) and parts.learns(encoder.name)]
+    if not trained:
         return None
     if caches_texts:
         raise OptionError(
-            f"--cache_text_encoder_outputs: outputs of {' and '.join(encoder.name for encoder in learning)} "
+            f"--cache_text_encoder_outputs: outputs of {' and '.join(encoder.name for encoder in trained)} "
             "change, as they are trained. Leave out the caches, or train the U-Net alone"
         )
-    return LiveTextEncoders(encoders, learning)
+    return LiveTextEncoders(encoders, trained)
 
 
 def _overrides_text_cache(
-    family: Family, options: TrainingOptions, learning: Sequence[LearningEncoder]
+    family: Family, options: TrainingOptions, trained: Sequence[LearningEncoder]
 ) -> bool:
     """Return whether to train the text encoders and ignore --cache_text_encoder_outputs; log what is ignored.
 
     Args:
         family: The model family.
         options: Options of the run.
-        learning: The text encoders that would be trained.
+        trained: The text encoders that would be trained.
 
     Raises:
         OptionError: If only text encoders would be trained, whose outputs cannot be cached.
     """
-    names = " and ".join(encoder.name for encoder in learning)
+    names = " and ".join(encoder.name for encoder in trained)
     switches = _encoder_switches(family, options)  # choices for encoders that are off by default
-    if any(switches.get(encoder.lora_prefix) for encoder in learning):
+    if any(switches.get(encoder.lora_prefix) for encoder in trained):
         logger.warning(
             "--cache_text_encoder_outputs is ignored because it would keep the outputs of %s, which "
-            "learn: captions are encoded at each step.",
+            "are trained: captions are encoded at each step.",
             names,
         )
         return True
@@ -568,8 +568,8 @@ def _overrides_text_cache(
         )
     log = logger.info if options.lora_parts.text_encoder_lr is None else logger.warning
     log(
-        "Text encoders do not learn (%s), because --cache_text_encoder_outputs keeps their outputs: only the "
-        "transformer is trained, as with %s. To train both, leave out the caches.",
+        "Text encoders are not trained (%s), because --cache_text_encoder_outputs keeps their outputs: only "
+        "the transformer is trained, as with %s. To train both, leave out the caches.",
         names,
         UNET_ONLY,
     )
@@ -579,7 +579,7 @@ def _overrides_text_cache(
 def _trains_text_loras(options: TrainingOptions) -> bool:
     """Return whether the options train LoRAs of text encoders, if the family has trainable ones."""
     trains_lora = options.network is not None and options.features.lora_replacement is None
-    return options.lora_parts is not None and options.lora_parts.trains_texts and trains_lora
+    return options.lora_parts is not None and options.lora_parts.trains_text_encoders and trains_lora
 
 
 def _require_text_encoders(family: Family, why: str) -> Sequence[TextEncoder]:
@@ -590,7 +590,7 @@ def _require_text_encoders(family: Family, why: str) -> Sequence[TextEncoder]:
         raise OptionError(f"{error}\n  Text encoders are needed because {why}.") from None
 
 
-def _select_learning_encoders(
+def _select_trained_encoders(
     family: Family, options: TrainingOptions, trainable_encoders: Sequence[LearningEncoder]
 ) -> list[LearningEncoder]:
     """Return the encoders that get a network, out of those that can be trained.
@@ -610,13 +610,13 @@ def _select_learning_encoders(
             f"{list_kinds(lambda kind: kind.network_module and kind.is_for_texts)}"
         )
     switches = _encoder_switches(family, options)
-    learning = [encoder for encoder in trainable_encoders if switches.get(encoder.lora_prefix, True)]
-    if not learning and not options.lora_parts.trains_dit:
+    trained = [encoder for encoder in trainable_encoders if switches.get(encoder.lora_prefix, True)]
+    if not trained and not options.lora_parts.trains_dit:
         raise OptionError(
             "--network_train_text_encoder_only: this model has no text encoder that can be trained. Leave it "
             "out"
         )
-    return learning
+    return trained
 
 
 def _encoder_switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:

@@ -200,32 +200,32 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
     if parts is not None and parts.trains_dit and parts.unet_lr is not None:
         dit_option, dit_rate = "--unet_lr", parts.unet_lr
     rates = {dit_option: dit_rate}
-    trains_texts = parts is not None and parts.trains_texts
-    if parts is not None and trains_texts:
+    trains_text_encoders = parts is not None and parts.trains_text_encoders
+    if parts is not None and trains_text_encoders:
         text_rates = {f"--text_encoder_lr {rate:g}": rate for rate in parts.text_encoder_lr or ()}
         if parts.trains_dit:
             rates |= text_rates
         elif text_rates:  # else text encoders use --learning_rate
             rates = text_rates
     if options.network is not None and options.network.network_args:
-        rates |= _list_network_rates(options.network, dit_rate, trains_texts)
+        rates |= _list_network_rates(options.network, dit_rate, trains_text_encoders)
     return {option: rate for option, rate in rates.items() if rate > 0}
 
 
-def _list_network_rates(network: NetworkOptions, base: float, trains_texts: bool) -> dict[str, float]:
+def _list_network_rates(network: NetworkOptions, base: float, trains_text_encoders: bool) -> dict[str, float]:
     """Return the learning rates that --network_args sets, keyed by the argument as it is typed.
 
     Args:
         network: The network.
         base: Learning rate of the transformer's part.
-        trains_texts: Whether text encoders get a network too.
+        trains_text_encoders: Whether text encoders get a network too.
     """
     rates: dict[str, float] = {}
     # other networks may give these arguments another meaning
     if not (network.network_module or RANKED_NETWORKS[0]).startswith(RANKED_NETWORKS):
         return rates
     for key, text in network.arguments().items():
-        has_effect = trains_texts or key != "loraplus_text_encoder_lr_ratio"
+        has_effect = trains_text_encoders or key != "loraplus_text_encoder_lr_ratio"
         if key.startswith("loraplus_") and has_effect:
             rates[f"--network_args {key}={text}"] = base * float(text)
         elif key == REG_RATES:

@@ -288,7 +288,7 @@ def _describe_dataset(
         "tag_frequency": {name: tags[name] for name in sorted(names) if name in tags},
         "bucket_info": image_counts.bucket_info,
         "resize_interpolation": None if buckets is None else buckets.interpolation,
-        "has_control": all(other["has_control"] for other in descriptions),
+        "has_control": all(subset["has_control"] for subset in descriptions),
         "subsets": [_describe_subset(table, image_counts.num_by_table[table.index]) for table in tables],
     }
 

@@ -186,10 +186,10 @@ def image_training_parser(
     settings = {name: {"choices": values} for name, values in choices.items()} | dict(defaults.settings)
     script: dict[str, Any] = {"defaults": default, "refused": defaults.refused}
     parser = training_parser(doc, trained_options, settings=settings, **script)
-    learner_options: tuple[type[Options], ...] = LORA_OPTIONS
+    record_classes: tuple[type[Options], ...] = LORA_OPTIONS
     if trained_options is not TrainedNetworkOptions:
-        learner_options = FULL_MODEL_OPTIONS if defaults.whole is None else defaults.whole
-    add_options(parser, ImageModelOptions, *learner_options, PredictionOptions, **script)
+        record_classes = FULL_MODEL_OPTIONS if defaults.whole is None else defaults.whole
+    add_options(parser, ImageModelOptions, *record_classes, PredictionOptions, **script)
     add_options(parser, SubsetOptions, CachingInRunOptions, **script)
     foreign = OTHER_TRAINERS_OPTIONS if defaults.foreign is None else defaults.foreign
     add_options(parser, StartOptions, ConsoleOptions, OtherNames, *foreign, **script)

@@ -79,7 +79,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
         swap: Block swap of the plan, with auto resolved.
     """
     accelerator = plan.accelerator
-    loading = NetworkLoader(plan, swap)
+    loader = NetworkLoader(plan, swap)
     encoders = {} if plan.live_encoders is None else plan.live_encoders.networks_with_new_word
     # networks that features train in addition to the LoRA, such as the vectors of a new word
     auxiliary_learners = [
@@ -91,13 +91,13 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     builder = TrainableBuilder(plan, auxiliary_learners)
     networks: list[nn.Module] = []
     for index in range(len(plan.family.experts)):
-        network = loading.load(plan.family, index)
+        network = loader.load(plan.family, index)
         builder.add(network.dit, network.expert)
-        loading.set_up_network(network)
+        loader.set_up_network(network)
         networks.append(network.dit)
     sample_networks: Sequence[nn.Module] = networks
-    if loading.has_sample_only_networks:
-        sample_networks = _load_sample_networks(loading, builder, networks)
+    if loader.has_sample_only_networks:
+        sample_networks = _load_sample_networks(loader, builder, networks)
     trainable = builder.join()
     optimizer, optimizer_name = _make_optimizer(plan, trainable)
     schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
@@ -107,9 +107,9 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
     model = TrainedModel(
         plan=plan,
-        dits=experts.ExpertNetworks(networks, loading.host_copies, loading.adapters),
-        sample_dits=experts.ExpertNetworks(sample_networks, loading.host_copies, loading.sample_loras),
-        loading=loading,
+        dits=experts.ExpertNetworks(networks, loader.host_copies, loader.adapters),
+        sample_dits=experts.ExpertNetworks(sample_networks, loader.host_copies, loader.sample_loras),
+        loader=loader,
         trainable=trainable,
         optimizer=optimizer,
         optimizer_name=optimizer_name,
@@ -149,26 +149,26 @@ def _check_initial_lora(
 
 
 def _load_sample_networks(
-    loading: "NetworkLoader", builder: "TrainableBuilder", networks: Sequence[nn.Module]
+    loader: "NetworkLoader", builder: "TrainableBuilder", networks: Sequence[nn.Module]
 ) -> list[nn.Module]:
     """Load the networks that only samples use; return all networks of samples, by expert.
 
     Args:
-        loading: Loads the networks.
+        loader: Loads the networks.
         builder: The trained parts.
         networks: Networks that are trained.
     """
-    plan = loading.plan
+    plan = loader.plan
     network_by_file = dict(zip(plan.family.dit_files, networks, strict=True))
     # if samples use none of the trained networks, the trained LoRA is added to the networks loaded here
     uses_trained = bool(network_by_file.keys() & set(plan.sample_family.dit_files))
     sample_networks = []
     for index, file in enumerate(plan.sample_family.dit_files):
         if file not in network_by_file:
-            network = loading.load(plan.sample_family, index)
+            network = loader.load(plan.sample_family, index)
             if not uses_trained:
                 builder.add(network.dit, network.expert)
-            loading.set_up_network(network)
+            loader.set_up_network(network)
             network_by_file[file] = network.dit
         sample_networks.append(network_by_file[file].eval())
     return sample_networks
@@ -534,7 +534,7 @@ class TrainableBuilder:
         """Return the tensors by name that are saved in a LoRA's file in addition to the LoRA."""
         tensors: dict[str, Tensor] = {}
         for auxiliary in self.auxiliary_learners:
-            tensors |= auxiliary.list_in_lora()
+            tensors |= auxiliary.tensors_for_lora_file()
         return tensors
 
     def _train_full(self, dit: nn.Module) -> Trainable:

@@ -231,7 +231,7 @@ class PartsOptions(Options, title="what is trained"):
     text_encoder_lr: tuple[float, ...] | None = option(
         "learning rates of the text encoders' networks, one for all or one for each; default: "
         "--learning_rate",
-        acts_if={"the text encoders do not learn": lambda options: options.trains_texts},
+        acts_if={"the text encoders do not learn": lambda options: options.trains_text_encoders},
         minimum=0,
         below=LARGEST_RATE,
         hint="1e-4 is usual",
@@ -250,7 +250,7 @@ class PartsOptions(Options, title="what is trained"):
         return not self.network_train_text_encoder_only
 
     @property
-    def trains_texts(self) -> bool:
+    def trains_text_encoders(self) -> bool:
         """Whether the text encoders get a LoRA."""
         return not self.network_train_unet_only
 

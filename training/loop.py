@@ -603,7 +603,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
                 sampler.make(
                     model.sample_dits.on_device,
                     run.autocast,
-                    occasion=run.progress.sample_pending,
+                    step_label=run.progress.sample_pending,
                     check=raise_if_stopped,
                     show_progress=run.reporter.log_activity,
                 )

@@ -180,20 +180,20 @@ def _mean_of_noisy_frames(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
         noisy_batch: Batch with noise and timesteps.
     """
     errors = errors[:, :, noisy_batch.num_clean_frames :]
-    given = noisy_batch.clean_tokens
-    if given is None or given.image is None:
+    clean_tokens = noisy_batch.clean_tokens
+    if clean_tokens is None or clean_tokens.image is None:
         return errors.flatten(1).mean(1)
-    return mean_over_noisy_latents(errors, given.image[:, :, noisy_batch.num_clean_frames :])
+    return mean_over_noisy_latents(errors, clean_tokens.image[:, :, noisy_batch.num_clean_frames :])
 
 
-def mean_over_noisy_latents(errors: Tensor, given: Tensor) -> Tensor:
+def mean_over_noisy_latents(errors: Tensor, cleanness: Tensor) -> Tensor:
     """Return the mean error of each sample, B, over its fully noisy latents; 0 if it has none.
 
     Args:
         errors: Error of each element, B C F H W, or B C T M of audio.
-        given: How clean each position is, from 0 (noisy) to FULLY_CLEAN, B 1 F H W or B 1 T 1.
+        cleanness: How clean each position is, from 0 (noisy) to FULLY_CLEAN (clean), B 1 F H W or B 1 T 1.
     """
-    is_noisy = (clean_fraction(given, errors) == 0).expand_as(errors).flatten(1)
+    is_noisy = (clean_fraction(cleanness, errors) == 0).expand_as(errors).flatten(1)
     sums = torch.where(is_noisy, errors.flatten(1), 0).sum(1)
     return sums / is_noisy.sum(1).clamp(min=1)
 
@@ -271,7 +271,7 @@ def predict(
         autocast: Opens the autocast context of a pass.
         rule: How the prediction is compared.
     """
-    conditioned = noisy_batch.clean_tokens  # latents that stay clean
+    clean_tokens = noisy_batch.clean_tokens  # how clean each latent stays
     num_clean_frames = noisy_batch.num_clean_frames
     conditions = family.batch_conditions(latents, noisy_batch.batch)
     noise = noisy_batch.noise
@@ -280,12 +280,12 @@ def predict(
     noisy = add_noise(latents, noise, noisy_batch.sigmas, family.noise.signal_scale(noisy_batch.sigmas))
     if num_clean_frames:
         noisy = torch.cat([latents[:, :, :num_clean_frames], noisy[:, :, num_clean_frames:]], dim=2)
-    if conditioned is not None:
-        noisy = blend_clean_latents(noisy, latents, conditioned.image)
+    if clean_tokens is not None:
+        noisy = blend_clean_latents(noisy, latents, clean_tokens.image)
     timesteps = noisy_batch.timesteps
     overrides = NO_OVERRIDES
-    if num_clean_frames or conditioned is not None:
-        overrides = Overrides(num_clean_frames=num_clean_frames, clean_tokens=conditioned)
+    if num_clean_frames or clean_tokens is not None:
+        overrides = Overrides(num_clean_frames=num_clean_frames, clean_tokens=clean_tokens)
     if noisy_batch.audio is not None:  # images and audio go through the network as one tensor, B N
         noisy = noisy_batch.joint.join(noisy, _noise_audio(family, noisy_batch, noisy_batch.audio))
         timesteps = torch.stack([timesteps, noisy_batch.audio.timesteps], dim=1)  # B 2
@@ -396,6 +396,7 @@ def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, times
     if options.huber_schedule == "exponential":
         progress = timesteps.float().clamp(0, TRAIN_TIMESTEPS) / TRAIN_TIMESTEPS
         return (progress * math.log(options.huber_c)).exp() * options.huber_scale
-    shares = spec.signal_scale(sigmas)  # factors of the clean latents in the noisy ones
-    # 1 / (1 + r), written so that a share of 0 is no division by 0
-    return (1 - options.huber_c) * (shares / (shares + sigmas.float())).square() + options.huber_c
+    signal_scales = spec.signal_scale(sigmas)  # factors of the clean latents in the noisy ones
+    # 1 / (1 + r)^2, written so that a scale of 0 is no division by 0
+    factors = (signal_scales / (signal_scales + sigmas.float())).square()
+    return (1 - options.huber_c) * factors + options.huber_c

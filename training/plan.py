@@ -222,7 +222,7 @@ def make_plan(
             frozen.training_adapter, frozen.training_adapter_multiplier, with_content=True
         )
     if saving.save_n_epoch_ratio is not None:
-        saving = saving.spread(steps.num_epochs, saving.save_n_epoch_ratio)
+        saving = saving.with_epochs_between_saves(steps.num_epochs, saving.save_n_epoch_ratio)
     plan = TrainingPlan(
         family=family,
         options=options,

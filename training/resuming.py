@@ -89,7 +89,7 @@ def _report_missing_state(resume: str, folder: Path, name: str) -> None:
     """
     earlier_states = find_moved_states(folder, name)
     has_trained_file = (folder / f"{name}.safetensors").is_file() or is_saved_folder(folder / name)
-    hint = f" That of an earlier run is {earlier_states[-1]}: --resume takes it." if earlier_states else ""
+    hint = f" An earlier run saved {earlier_states[-1]}: give it to --resume." if earlier_states else ""
     if resume == LATEST_ONLY:
         raise OptionError(
             f"--resume {resume}: there is no state of {name} in {folder}: none was saved yet, or it is "

@@ -231,10 +231,10 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
     options, accelerator = plan.options, plan.accelerator
     from training.samples import prepare_samples  # only with prompts
 
-    weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.samples.loras())
+    weights_suffix = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.samples.loras())
     average = plan.features.average
     if average is not None and average.is_sampled:
-        weights = f" ({average.name}){weights}"
+        weights_suffix = f" ({average.name}){weights_suffix}"
     sampler = prepare_samples(
         plan.sample_family,
         prompts,
@@ -244,7 +244,7 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         has_metadata=not options.metadata.no_metadata,
-        weights=weights,
+        weights_suffix=weights_suffix,
         preview=options.samples.preview,
         is_joint=plan.steps.works_together,
         block_sharder=make_block_sharder(options.speed, accelerator.device),

@@ -42,7 +42,7 @@ def start_command(
     error: BaseException | None,
     *,
     has_begun: bool,
-    patience: float = MAX_WAIT_SECONDS,
+    max_seconds: float = MAX_WAIT_SECONDS,
 ) -> None:
     """Start the command of an option when a run is over, and wait for it; log a warning if it fails.
 
@@ -55,12 +55,12 @@ def start_command(
         error: Error that ended the run.
         has_begun: Whether the run itself has begun. Before that, wrong options do not start the command,
             because the user has just typed them and sees the error.
-        patience: Seconds to wait for its end.
+        max_seconds: Seconds to wait for its end.
     """
     code = exit_code_of(error)
     if code == OptionError.exit_code and not has_begun:
         return
-    _start_program(option, argv, _list_variables(run, code, error), patience)
+    _start_program(option, argv, _list_variables(run, code, error), max_seconds)
 
 
 def exit_code_of(error: BaseException | None) -> int:

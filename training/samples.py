@@ -112,7 +112,7 @@ class Sampler:
     folder: Path
     name: str  # --output_name
     has_metadata: bool = True  # files record their settings, as generated files do
-    weights: str = ""  # for the metadata: added to the model's name if samples use other weights or LoRAs
+    weights_suffix: str = ""  # addition to the name of the model in metadata, if samples use other weights
     prompts: Sequence[str] = ()  # prompts of all processes, in the order of the file
     previews: LatentPreviews | None = None
     # encodes texts again with the trained text encoders; None if no text encoder is trained
@@ -133,7 +133,7 @@ class Sampler:
         self,
         get_dit: DitOf,
         autocast: Autocast,
-        occasion: str,
+        step_label: str,
         check: Callable[[], None],
         show_progress: Callable[[str], None] = lambda _: None,
     ) -> list[Path]:
@@ -144,7 +144,7 @@ class Sampler:
         Args:
             get_dit: Returns the network of an expert by its index, in evaluation mode and on its device.
             autocast: Opens the autocast context of a pass.
-            occasion: Part of the file names: `e000001` at the end of an epoch, `000020` at a step.
+            step_label: Part of the file names: `e000001` at the end of an epoch, `000020` at a step.
             check: Called after each step; what it raises ends the samples.
             show_progress: Called with the sample and its step in words.
         """
@@ -164,8 +164,10 @@ class Sampler:
                 continue
             seed_suffix = f"_{sample.prepared.seed}" if sample.is_seeded else ""
             date = time.strftime("%Y%m%d%H%M%S")
-            stem = f"{self.name}_{occasion}_{sample.index:02d}_{date}{seed_suffix}"
-            path = self._write(latents, sample.prepared, stem, f"{self.name}_{occasion}{self.weights}")
+            stem = f"{self.name}_{step_label}_{sample.index:02d}_{date}{seed_suffix}"
+            path = self._write(
+                latents, sample.prepared, stem, f"{self.name}_{step_label}{self.weights_suffix}"
+            )
             logger.info("Sample %s", path)
             paths.append(path)
         return paths
@@ -319,7 +321,7 @@ def prepare_samples(
     process_index: int,
     num_processes: int,
     has_metadata: bool = True,
-    weights: str = "",
+    weights_suffix: str = "",
     preview: PreviewOptions = NO_PREVIEW,
     is_joint: bool = False,
     block_sharder: BlockSharder | None = None,
@@ -337,7 +339,7 @@ def prepare_samples(
         process_index: Index of this process.
         num_processes: Number of processes.
         has_metadata: Whether files of samples get metadata.
-        weights: Addition to the model's name in metadata, if samples use other weights or LoRAs.
+        weights_suffix: Addition to the model's name in metadata, if samples use other weights or LoRAs.
         preview: Options of previews.
         is_joint: Whether all processes generate every sample together, and the first one writes it.
             `block_sharder` then splits the text encoders over them.
@@ -377,7 +379,7 @@ def prepare_samples(
         folder,
         name,
         has_metadata=has_metadata,
-        weights=weights,
+        weights_suffix=weights_suffix,
         prompts=prompts_of(entries),
         previews=previews,
         draw_seed=draw_together if is_joint else draw_local_seed,

@@ -27,7 +27,7 @@ class Progress:
     step: int = 0  # optimizer steps done
     epoch: int = 0  # epochs done
     position: int = 0  # micro-batches done in the current epoch
-    sample_pending: str = ""  # mark of samples that are due and not made yet
+    sample_pending: str = ""  # step label of samples that are due and not made yet
     sampled_step: int = -1  # step of the last samples
     losses: list[float] = field(default_factory=list)  # losses of the last steps, at most one epoch
     # where the current plan of steps began: --resume_changed may change the clips or the size of a step

@@ -115,12 +115,12 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     options = run.options
     lora = plan.network_spec.lora_options
     # ranks and alphas of a network that continues from a file; None if the options set them
-    sizes: tuple[list[int], list[float]] | None = None
+    ranks_and_alphas: tuple[list[int], list[float]] | None = None
     trainable = run.model.trainable
     if options.network is not None and any(
         continued_sizes_metadata(run.model, part) for part in trainable.written_files
     ):
-        sizes = trainable.ranks_and_alphas()
+        ranks_and_alphas = trainable.ranks_and_alphas()
     model_keys = ("architecture", "task", "sd_model_name")
     model = [text for key, text in plan.family.metadata.items() if text and key.startswith(model_keys)]
     num_weights = sum(parameter.numel() for parameter in parameters)
@@ -132,8 +132,8 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     targets = plan.features.describe_targets() if plan.features.targets or plan.features.info.targets else ()
     return [
         ("model", ", ".join(model)),
-        ("learns", f"{_describe_learner(plan, sizes)}, {format_count(num_weights, 'weight')}"),
-        ("alpha", None if lora is None else judge_alpha(lora, sizes)),
+        ("learns", f"{_describe_trained(plan, ranks_and_alphas)}, {format_count(num_weights, 'weight')}"),
+        ("alpha", None if lora is None else judge_alpha(lora, ranks_and_alphas)),
         ("data", data),
         ("timesteps", "\n".join(times)),
         ("targets", "\n".join(targets) or None),
@@ -207,12 +207,14 @@ def _make_writing_rows(
     ]
 
 
-def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[float]] | None) -> str:
+def _describe_trained(
+    plan: TrainingPlan, ranks_and_alphas: tuple[Sequence[int], Sequence[float]] | None
+) -> str:
     """Describe what is trained: the network with its rank, or the trained parts of the model.
 
     Args:
         plan: The plan of the run.
-        sizes: Ranks and alphas of a network that continues from a file; they replace the options.
+        ranks_and_alphas: Those of a network that continues from a file; they replace the options.
     """
     network, full_dit = plan.network_spec.lora_options, plan.options.full_dit
     if plan.network_spec.description:
@@ -221,9 +223,9 @@ def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[f
         parts = full_dit.name_parts if full_dit is not None else ()
         return f"of the model: {' '.join(parts)}" if parts else "the whole model"
     rank_name = network.kind.size_word
-    if sizes is None:
+    if ranks_and_alphas is None:
         return f"{plan.network_module}, {rank_name} {network.rank}"
-    ranks, _ = sizes
+    ranks, _ = ranks_and_alphas
     return f"{plan.network_module}, {describe_numbers(rank_name, ranks)} of the file"
 
 
@@ -423,16 +425,16 @@ def count_pauses(
 
 
 def judge_alpha(
-    network: NetworkOptions, sizes: tuple[Sequence[int], Sequence[float]] | None = None
+    network: NetworkOptions, ranks_and_alphas: tuple[Sequence[int], Sequence[float]] | None = None
 ) -> str | None:
     """Return alpha with its effect, and the usual value if it is low; None for networks without a rank.
 
     Args:
         network: The network.
-        sizes: Ranks and alphas of a network that continues from a file; they replace the options.
+        ranks_and_alphas: Those of a network that continues from a file; they replace the options.
     """
-    if sizes is not None:
-        ranks, alphas = sizes
+    if ranks_and_alphas is not None:
+        ranks, alphas = ranks_and_alphas
         text = describe_numbers("alpha", alphas).removeprefix("alpha ")
         return f"{text} for {describe_numbers('rank', ranks)}, of the file" if alphas else None
     is_ranked = network.network_module is None or network.network_module.startswith(RANKED_NETWORKS)

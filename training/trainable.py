@@ -290,7 +290,7 @@ def prepare_dit(
     if not by_rate:
         reject_no_match(dit, name_parts)
 
-    groups = [{"params": learning, "lr": rate} for rate, learning in by_rate.items()]
+    groups = [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
     # group names for logs: the part that has this rate
     names = {rate: part.strip(".") for part, rate in part_rates.items()} | {learning_rate: "dit"}
     dtypes = written_dtypes(dit)

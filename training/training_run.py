@@ -168,7 +168,7 @@ class TrainedModel:
     plan: TrainingPlan
     dits: ExpertNetworks  # networks of the trained experts
     sample_dits: ExpertNetworks  # networks that generate samples, some of which may not be trained
-    loading: NetworkLoading  # loads additional networks
+    loader: NetworkLoading  # loads additional networks
     trainable: Trainable
     optimizer: Optimizer
     optimizer_name: str  # for metadata

@@ -73,7 +73,7 @@ def _without_samples(options: TrainingOptions, record: Any) -> dict[str, str]:
 def _replaces_rate(parts: PartsOptions) -> bool:
     """Return whether every trained part has its own learning rate."""
     dit_is_replaced = parts.unet_lr is not None or not parts.trains_dit
-    texts_are_replaced = parts.text_encoder_lr is not None or not parts.trains_texts
+    texts_are_replaced = parts.text_encoder_lr is not None or not parts.trains_text_encoders
     return dit_is_replaced and texts_are_replaced
 
 

@@ -182,14 +182,14 @@ class Validation:
             audio_noise = torch.randn(audio_latents.shape, generator=generator)
             audio_times = times_of_audio(times, self.plan.family.noise)
             audio = NoisyAudio(audio_noise, audio_times.sigmas, audio_times.timesteps, torch.ones(1))
-        vary = self.plan.family.noise.change_conditions
-        if vary is not None:
+        change_conditions = self.plan.family.noise.change_conditions
+        if change_conditions is not None:
             generator = seed_generator("validation inputs", *seed)
-            batch = replace(batch, tensors=vary(batch.tensors, "", generator))
-        given_tokens_spec = self.plan.family.noise.clean_token_rule
-        given = None
-        if given_tokens_spec is not None:
-            given = given_tokens_spec.draw(batch, seed_generator("validation given tokens", *seed))
+            batch = replace(batch, tensors=change_conditions(batch.tensors, "", generator))
+        clean_token_rule = self.plan.family.noise.clean_token_rule
+        clean_tokens = None
+        if clean_token_rule is not None:
+            clean_tokens = clean_token_rule.draw(batch, seed_generator("validation given tokens", *seed))
         return NoisyBatch(
             batch=batch,
             noise=noise,
@@ -197,7 +197,7 @@ class Validation:
             timesteps=times.timesteps,
             weights=torch.ones(1),
             num_clean_frames=num_clean_frames,
-            clean_tokens=given,
+            clean_tokens=clean_tokens,
             audio=audio,
         )
 

@@ -236,9 +236,8 @@ def test_files_name_the_model_as_the_known_tuner_and_are_read_in_both_spellings(
     family: Any, architecture: str, resolution: str, read: str
 ) -> None:
     options = image_toy_options(Path("/nowhere"))
-    options = replace(
-        options, lora_parts=None, prediction=None
-    )  # these scripts follow the tuner of video models
+    # these scripts follow the tuner of video models
+    options = replace(options, lora_parts=None, prediction=None)
     made = file_metadata({}, options, family.metadata, 1, 1, datetime(2030, 1, 1))
     assert made["modelspec.architecture"] == f"{architecture}/lora"
     assert made["modelspec.resolution"] == resolution

@@ -149,7 +149,7 @@ def test_encoders_whose_outputs_are_all_cached_do_not_learn(
         texts = find_live_encoders(TextFamily(), options, read_config(options, TextFamily(), FULL_MODEL))
 
     assert texts is None
-    assert "Text encoders do not learn (clip and t5)" in caplog.text
+    assert "Text encoders are not trained (clip and t5)" in caplog.text
     options = image_toy_options(tmp_path, *both, "--network_train_text_encoder_only")
     with pytest.raises(OptionError, match="outputs of clip and t5 change"):
         find_live_encoders(TextFamily(), options, read_config(options, TextFamily(), FULL_MODEL))
@@ -167,7 +167,7 @@ def test_an_encoder_that_is_told_to_learn_is_not_cached(
 
     assert _prefixes(asked) == {"lora_unet", "lora_te1", "lora_te3"}
     assert same(plain, asked)
-    assert "is ignored because it would keep the outputs of clip and t5, which learn" in caplog.text
+    assert "is ignored because it would keep the outputs of clip and t5, which are trained" in caplog.text
 
 
 def test_rates_of_encoders_that_do_not_learn_stop_no_run(

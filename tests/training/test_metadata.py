@@ -207,7 +207,7 @@ def test_the_average_of_a_lora_leaves_swapped_blocks_where_they_are() -> None:
         modules={"network": network}, groups=[{"params": parameters}], group_names=("unet",), written_files={}
     )
     optimizer = torch.optim.SGD(parameters, 0.1)
-    average = make_average(0.5, 1, dits=[dit], trainable=trainable, optimizer=optimizer, keeps=True)
+    average = make_average(0.5, 1, dits=[dit], trainable=trainable, optimizer=optimizer, is_needed=True)
     assert average is not None
     swap = swap_of(dit)
     assert swap is not None

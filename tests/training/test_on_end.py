@@ -125,8 +125,8 @@ def test_a_command_that_fails_or_does_not_end_is_a_warning(
     info = EndedRun(tmp_path, "x", step=1, steps=1, is_finished=True, page=None)
     for code in ("raise SystemExit(3)", "import time; time.sleep(20)"):
         words = [sys.executable, "-c", code]
-        patience = 0.5 if "time" in code else 60
-        start_command("--on_end", words, info, None, has_begun=True, patience=patience)
+        max_seconds = 0.5 if "time" in code else 60
+        start_command("--on_end", words, info, None, has_begun=True, max_seconds=max_seconds)
     start_command("--on_end", [str(tmp_path / "gone")], info, None, has_begun=True)
 
     failed, alone, gone = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]

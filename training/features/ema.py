@@ -48,7 +48,7 @@ def _keep_average(run: "RunFeatures", options: EmaOptions, model: "HookedModel")
         dits=model.networks,
         trainable=model.trainable,
         optimizer=model.optimizer,
-        keeps=model.takes_part_in_saving,
+        is_needed=model.takes_part_in_saving,
     )
     if average is not None:
         model.average = average

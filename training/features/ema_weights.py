@@ -42,7 +42,9 @@ class WeightAverage:
         """
         self.decay, self.every = decay, every
         self.on_host = on_host
-        self._dits, self._parameters, self._split = dits, trainable.parameters, trainable.sharded_weights
+        self._dits = dits
+        self._parameters = trainable.parameters
+        self._sharded_weights = trainable.sharded_weights
         names = trainable.names
         self._names = [names[parameter] for parameter in self._parameters]
         self.steps = 0
@@ -88,10 +90,10 @@ class WeightAverage:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the average by weight name, without copying it, for a saved state."""
-        split = (self._split.get(weight) for weight in self._parameters)
+        sharded_weights = (self._sharded_weights.get(weight) for weight in self._parameters)
         return {
             name: value if weight is None else as_sharded(weight, value)
-            for name, value, weight in zip(self._names, self.values, split, strict=True)
+            for name, value, weight in zip(self._names, self.values, sharded_weights, strict=True)
         }
 
     @property
@@ -118,7 +120,7 @@ def make_average(
     dits: Sequence[nn.Module],
     trainable: Trainable,
     optimizer: Optimizer,
-    keeps: bool,
+    is_needed: bool,
 ) -> WeightAverage | None:
     """Start the average of --ema_decay, in host memory if a full model is trained.
 
@@ -128,7 +130,7 @@ def make_average(
         dits: The trained transformers.
         trainable: The trained parameters.
         optimizer: The optimizer.
-        keeps: Whether this process writes files or samples with the average.
+        is_needed: Whether this process writes files or samples with the average.
 
     Returns:
         The average; None for a full model in a process that does not need it.
@@ -141,7 +143,7 @@ def make_average(
             f"--ema_decay {decay}: {type(optimizer).__name__} saves an average already. Leave it out"
         )
     is_full = any(module in dits for module in trainable.modules.values())
-    if is_full and not keeps:
+    if is_full and not is_needed:
         return None
     # swapped weights must be in place before they are averaged. A LoRA is never swapped, so it needs no
     # `dits`: resolving the base model would only empty the swap's slots after each step

@@ -32,7 +32,7 @@ class TrainedWord:
     module: nn.Module  # its state dict is the content of an embedding file
     has_file: bool = False  # whether an embedding file is saved next to each LoRA
 
-    def list_in_lora(self) -> dict[str, Tensor]:
+    def tensors_for_lora_file(self) -> dict[str, Tensor]:
         """Return the vectors under their names in a LoRA file; log what users of the file need to know."""
         self.network.report(self.module)
         return self.tensors()

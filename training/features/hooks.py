@@ -238,7 +238,7 @@ class AuxiliaryLearner(Protocol):
     def tensors(self) -> "dict[str, Tensor]":
         """Return the tensors to write into the file of a LoRA."""
 
-    def list_in_lora(self) -> "dict[str, Tensor]":
+    def tensors_for_lora_file(self) -> "dict[str, Tensor]":
         """Return the tensors of `tensors` for a LoRA file, and log how the file has to be used."""
 
     def add_to(
@@ -279,7 +279,7 @@ class HookedModel(Protocol):
         """Plan of the run from before the networks were loaded."""
 
     @property
-    def loading(self) -> NetworkLoading:
+    def loader(self) -> NetworkLoading:
         """Loader of additional networks, with the settings of the run."""
 
     @property

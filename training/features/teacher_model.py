@@ -104,9 +104,9 @@ class OtherTeacher:
     def _load_teacher(self, path: Path, model: HookedModel) -> TeacherModel:
         """Load the transformer of --teacher_dit with its LoRAs, frozen and in evaluation mode."""
         family = model.plan.other_families.with_dit(path)
-        network = model.loading.load(family, 0)
+        network = model.loader.load(family, 0)
         loras = self._add_loras(network)
-        model.loading.set_up_blocks(network)
+        model.loader.set_up_blocks(network)
         network.dit.eval()
         return TeacherModel(family, network.dit, loras)
 

@@ -219,11 +219,11 @@ def _weighted_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tens
     if noisy_batch.audio is not None:
         prediction, audio = noisy_batch.joint.split(prediction)  # the network gets both as one tensor
         audios.append(audio)
-    given = noisy_batch.clean_tokens  # how clean each latent of the input is; None: all are noisy
-    if given is not None and given.image is not None:
-        prediction = prediction * (clean_fraction(given.image, prediction) == 0)
-    if given is not None and given.audio is not None:
-        audios = [audio * (clean_fraction(given.audio, audio) == 0) for audio in audios]
+    clean_tokens = noisy_batch.clean_tokens  # how clean each latent of the input is; None: all are noisy
+    if clean_tokens is not None and clean_tokens.image is not None:
+        prediction = prediction * (clean_fraction(clean_tokens.image, prediction) == 0)
+    if clean_tokens is not None and clean_tokens.audio is not None:
+        audios = [audio * (clean_fraction(clean_tokens.audio, audio) == 0) for audio in audios]
     weights = mask_weights(noisy_batch.batch, prediction)
     if weights is not None:
         prediction = prediction * weights.sqrt()  # the root, because the norm squares it

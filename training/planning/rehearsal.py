@@ -288,7 +288,7 @@ def set_up_trainable(
         for module in dry.modules_in(encoder):
             dry.allocate_empty_weights(module.requires_grad_(False), ledger, dry.TEXTS)
     dit.requires_grad_(False)
-    groups = _make_learning_groups(family, options, dit, ledger=ledger, live_encoders=live_encoders)
+    groups = _make_optimizer_groups(family, options, dit, ledger=ledger, live_encoders=live_encoders)
     blocks = family.dit.blocks(dit)
     dry.keep_kernels(recomputed_parts(dit, family.dit))
     dry.track_blocks(blocks, ledger)
@@ -347,7 +347,7 @@ def _make_parameter_steps(
     return ParameterSteps(optimizer, names, Progress(0, 0, 0.0))
 
 
-def _make_learning_groups(
+def _make_optimizer_groups(
     family: Trains,
     options: TrainingOptions,
     dit: nn.Module,

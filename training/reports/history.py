@@ -167,9 +167,9 @@ class RunHistory:
         elif "validation" in row:
             self._add_validation(step, row["validation"])
         elif "samples" in row:
-            mark = str(row["samples"])
+            step_label = str(row["samples"])
             files, prompts = (_texts_by_index(row[key]) for key in SAMPLE_TEXTS)
-            self.samples[step, mark] = SampleRow(step, mark, files, prompts)
+            self.samples[step, step_label] = SampleRow(step, step_label, files, prompts)
         elif "saved" in row:
             self.saved[row["saved"]] = step
         elif "doing" in row:
@@ -275,14 +275,15 @@ class RunHistory:
 
     def is_average(self, name: str) -> bool:
         """Return whether a saved file is the average (EMA) of another one: its loss was not measured."""
-        # the mark may be followed by the name of a transformer
-        marks = re.finditer(re.escape(AVERAGE), name)
-        return any(f"{name[: mark.start()]}{name[mark.end() :]}" in self.saved for mark in marks)
+        # the ending of averages may be followed by the name of a transformer
+        endings = re.finditer(re.escape(AVERAGE), name)
+        return any(f"{name[: ending.start()]}{name[ending.end() :]}" in self.saved for ending in endings)
 
     def is_embedding(self, name: str) -> bool:
         """Return whether a file has only a word's embedding, as `x_mycat.safetensors` next to its LoRA."""
         stem, dot, ending = name.rpartition(".")
-        return any(f"{stem[: mark.start()]}{dot}{ending}" in self.saved for mark in re.finditer("_", stem))
+        stems_without_word = [stem[: match.start()] for match in re.finditer("_", stem)]
+        return any(f"{shorter}{dot}{ending}" in self.saved for shorter in stems_without_word)
 
 
 class ValidationLoss(NamedTuple):

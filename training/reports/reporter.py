@@ -153,13 +153,13 @@ class RunReporter:
         self._record(step, validation=dict(losses))
 
     def log_samples(
-        self, step: int, file_label: str, prompts: Sequence[str] = (), recorders: Sequence[Recorder] = ()
+        self, step: int, step_label: str, prompts: Sequence[str] = (), recorders: Sequence[Recorder] = ()
     ) -> None:
         """Record the samples of all processes, write a sheet of them, and request the page.
 
         Args:
             step: Number of the optimizer step.
-            file_label: Step or epoch as the file names contain it, such as e000001.
+            step_label: Step or epoch as the file names contain it, such as e000001.
             prompts: Prompts of all samples.
             recorders: Receive the samples too.
         """
@@ -170,7 +170,7 @@ class RunReporter:
         all_prompts = dict(enumerate(prompts))
         files: dict[int, Path] = {}
         with self._errors_as_warning():
-            files = sample_files.find_samples(self.folder / SAMPLES, self.name, file_label)
+            files = sample_files.find_samples(self.folder / SAMPLES, self.name, step_label)
         file_prompts = {index: all_prompts.get(index, "") for index in files}
         strips: dict[int, Frame] = {}  # a downscaled preview of each sample: frames of a clip side by side
         for index, path in files.items():
@@ -183,14 +183,14 @@ class RunReporter:
             return
         self._record(
             step,
-            samples=file_label,
+            samples=step_label,
             files={str(index): path.name for index, path in files.items()},
             prompts={str(index): prompt for index, prompt in file_prompts.items()},
         )
         with self._errors_as_warning():
             title = f"{self.name}, step {step:,}"
             # the name sorts after those of the samples
-            sheet = self.folder / SAMPLES / f"{self.name}_{file_label}_sheet.png"
+            sheet = self.folder / SAMPLES / f"{self.name}_{step_label}_sheet.png"
             sample_files.write_sheet(sheet, title, strips, file_prompts)
         self._request_page()
 

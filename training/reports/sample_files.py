@@ -43,14 +43,14 @@ class DownscaledClip:
     fps: float
 
 
-def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
-    """Return the newest sample file of each prompt with this mark, by the prompt's number.
+def find_samples(folder: Path, name: str, step_label: str) -> dict[int, Path]:
+    """Return the newest sample file of each prompt at a step, by the prompt's number.
 
     For an image with layers, it is the file of the composed image.
     """
     # the seed, if the prompt has one; then `_000` for a single image of a video model
     end = rf"(_\d+)?(_000|{COMPOSITE})?\.(png|mp4|wav)"
-    pattern = re.compile(rf"{re.escape(name)}_{mark}_(\d{{2,9}})_(\d{{14}}){end}")
+    pattern = re.compile(rf"{re.escape(name)}_{step_label}_(\d{{2,9}})_(\d{{14}}){end}")
     newest: dict[int, tuple[str, Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = pattern.fullmatch(path.name)

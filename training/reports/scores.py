@@ -80,7 +80,7 @@ class StepScores:
     """Scores of the samples of one step, with the file saved at that step."""
 
     step: int
-    step_label: str  # mark in the names of the samples
+    step_label: str  # as in the names of the samples, such as 000020 or e000001
     samples: tuple[SampleScore, ...]
     saved: str = ""  # name of the saved file; "": no file was kept
     loss: float | None = None  # validation loss, measured nearest to the step
@@ -172,6 +172,7 @@ def write_scores(path: Path, scores: RunScores) -> None:
     for row, row_values in zip(scores.rows, values["rows"], strict=True):
         row_values |= {"clip": row.clip, "clip_score": clip_score(row.clip), "likeness": row.likeness}
         row_values["tag_recall"] = row.tag_recall
+        row_values["mark"] = row_values.pop("step_label")  # as in earlier versions
     best = find_best(scores.rows, scores.unsampled)
     values["best"] = None if best is None else {"file": best.name, "reason": str(best.text)}
     values["remark"] = str(NO_TASTE)

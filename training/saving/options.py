@@ -126,7 +126,7 @@ class SavingOptions(Options, title="saving"):
         """Whether the end of the run writes a state folder."""
         return self.save_state or self.save_state_on_train_end
 
-    def spread(self, num_epochs: int, ratio: int) -> "SavingOptions":
+    def with_epochs_between_saves(self, num_epochs: int, ratio: int) -> "SavingOptions":
         """Return options in which --save_every_n_epochs replaces --save_n_epoch_ratio.
 
         Args:

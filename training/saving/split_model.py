@@ -37,7 +37,7 @@ from runtime.offload.sharding import (
     slice_local_rows,
     trained_rows,
 )
-from training.saving.states import REMEDY, SavedState, file_checksum, share_of_files, write_state
+from training.saving.states import REMEDY, SavedState, file_checksum, select_files_to_check, write_state
 from training.trainable import (
     Trainable,
     WrittenFile,
@@ -165,7 +165,7 @@ def _write_files(folder: Path | None, tensors: Mapping[str, Any]) -> dict[str, i
         file_numbers[name] = 1 + total_bytes // FILE_BYTES
     writer = HuggingFaceStorageWriter(str(folder), file_numbers, save_distributed=True)
     save(dict(tensors), storage_writer=writer)
-    return dict(gather_object([(path.name, file_checksum(path)) for path in share_of_files(folder)]))
+    return dict(gather_object([(path.name, file_checksum(path)) for path in select_files_to_check(folder)]))
 
 
 def load_sharded_tensors(

@@ -187,7 +187,7 @@ def _check_files(folder: Path, checksums: Mapping[str, int]) -> None:
         folder: Folder of the files.
         checksums: Checksums of all files, by name.
     """
-    shares = gather_object([(path.name, file_checksum(path)) for path in share_of_files(folder)])
+    shares = gather_object([(path.name, file_checksum(path)) for path in select_files_to_check(folder)])
     present = dict(shares)
     for name in checksums.keys() | present:
         if present.get(name) != checksums.get(name):
@@ -420,7 +420,7 @@ def _decode_optimizer(optimizer: Mapping[str, Any], tensors: Mapping[str, Tensor
     return {"groups": groups, "states": states, "on_host": sorted(on_host)}
 
 
-def share_of_files(folder: Path) -> list[Path]:
+def select_files_to_check(folder: Path) -> list[Path]:
     """Return the weight files of a state that this process checks: every n-th file with n processes."""
     paths = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
     if not distributed.is_initialized():

@@ -122,7 +122,7 @@ class ImageTextModel:
         )
         return _with_length_one(output.pooler_output)
 
-    def is_cut(self, text: str) -> bool:
+    def is_truncated(self, text: str) -> bool:
         """Return whether a text has more tokens than the model reads."""
         return len(self.tokenizer(text)["input_ids"]) > self.max_tokens
 

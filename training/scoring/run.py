@@ -354,7 +354,7 @@ def _list_prompts(rows: Sequence[tuple[SampleRow, Mapping[int, Path]]]) -> list[
 
 def _note_truncated_prompts(model: ImageTextModel, prompts: Sequence[str]) -> list[ScoreNote]:
     """Return a note on the prompts that have more tokens than the model reads, if there are any."""
-    num_truncated = sum(model.is_cut(prompt) for prompt in prompts)
+    num_truncated = sum(model.is_truncated(prompt) for prompt in prompts)
     if not num_truncated:
         return []
     counts = {"n": str(num_truncated), "all": str(len(prompts)), "most": str(model.max_tokens)}

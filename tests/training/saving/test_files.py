@@ -430,11 +430,11 @@ def test_without_a_state_a_new_run_names_those_set_aside_and_latest_or_fail_ends
     toy.train_toy(folder)
     (aside,) = asides(folder)
 
-    with pytest.raises(OptionError, match="x-state: --resume takes it"):
+    with pytest.raises(OptionError, match="x-state: give it to --resume"):
         toy.train_toy(folder, "--resume", "latest-or-fail")
     toy.train_toy(folder, "--resume", "latest")
 
-    assert f"That of an earlier run is {aside / 'x-state'}" in caplog.text
+    assert f"An earlier run saved {aside / 'x-state'}" in caplog.text
 
 
 def test_what_a_run_left_that_had_saved_nothing_is_not_kept_when_it_is_started_again(folder: Path) -> None:
