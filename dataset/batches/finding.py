@@ -247,9 +247,9 @@ def _count_images(cache_info: TableCacheInfo, store: CacheStore, file: LatentFil
 def _leave_out_unlisted(
     listing: FoundItems, table: DatasetTable, cache_info: TableCacheInfo, latent_files: list[str]
 ) -> list[str]:
-    """Return the latent caches whose source is still in the table; add the others to `listing.unlisted`.
+    """Return the latent caches whose source is still in the table; add others to `listing.unlisted_caches`.
 
-    Returns all caches if the table's sources cannot be listed.
+    Returns all caches if only the caches determine the items.
     """
     stems = _find_listed_stems(table, cache_info, latent_files)
     if stems is None:
@@ -607,7 +607,7 @@ def _warn_left_out(listing: FoundItems, commands: CachingCommands) -> None:
     ]
     if gone:
         logger.warning(
-            "%d sources have caches but are gone, or are in no list (the first: %s): they are left out.",
+            "%d sources have caches but no longer exist, or are in no list (the first: %s): left out.",
             len(gone),
             gone[0],
         )

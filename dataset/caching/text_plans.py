@@ -22,7 +22,7 @@ from dataset.sources.media_source import MediaSource, Origin, pause_garbage_coll
 from modules.bars import Bar
 from modules.errors import CacheError, DatasetError, MediaError
 from modules.media.reading import image_size
-from protocols.family import Caches, FitsCaptions, TextEncoder, can_mark, fits_captions
+from protocols.family import Caches, FitsCaptions, TextEncoder, fits_captions, has_cache_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -259,12 +259,12 @@ def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
     """
     table = source.table
     if source.remote_or_packed or table.references is None or not table.references.text_sees_vae_input:
-        return table.seen_settings(())
+        return table.visible_reference_settings(())
     try:
         bucket = fit_of(table, image_size(source.path), table.references.step, source.path).bucket
     except (MediaError, OSError):  # encoding reports the reason
         bucket = (0, 0)
-    return table.seen_settings(bucket)
+    return table.visible_reference_settings(bucket)
 
 
 def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[CaptionFile]:
@@ -421,6 +421,6 @@ def _is_valid_without_record(entry: Entry, encoder: TextEncoder, file: CaptionFi
     is_same_caption = entry.metadata.get("caption1", file.caption) == file.caption
     if not is_same_caption or not encoder.keys <= entry.keys:
         return False
-    if can_mark(encoder):
+    if has_cache_metadata(encoder):
         encoder.check_metadata(path, entry.metadata)
     return True

@@ -101,7 +101,7 @@ def media_table(
     has_control: bool = False,
     has_references: bool = False,
     has_guides: bool = False,
-    shown: tuple[tuple[ReferenceMedium, ...], ...] = (),
+    reference_media: tuple[tuple[ReferenceMedium, ...], ...] = (),
 ) -> MediaTable:
     """Return the properties of a table that families check.
 
@@ -110,7 +110,7 @@ def media_table(
         has_control: Whether its items have control media.
         has_references: Whether its items have references or control masks.
         has_guides: Whether its items have guides.
-        shown: Reference media of each row.
+        reference_media: Reference media of each row.
     """
     target_frames: tuple[int, ...] = ()
     max_frames = None
@@ -131,7 +131,7 @@ def media_table(
         has_post=not table.fp_1f_no_post,
         flips=table.augmentation.flip,
         guides=name_guides(table.guides) if has_guides else (),
-        shown=shown if any(shown) else (),  # empty if no row has any
+        shown=reference_media if any(reference_media) else (),  # empty if no row has any
     )
 
 
@@ -281,7 +281,7 @@ def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
         except (MediaError, OSError):
             continue
         if rate and not 1 / FAR <= rate / fps <= FAR:
-            text = f"{source.path}: {rate:.4g} frames a second, the model takes {fps:g}; "
+            text = f"{source.path}: {rate:.4g} frames per second, the model uses {fps:g}; "
             errors.append(Fault(FAR_RATES, f"{text}{compare_rates(rate, None, fps)}", source.stem))
     return errors
 

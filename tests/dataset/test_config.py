@@ -270,7 +270,7 @@ def test_a_table_of_sound_alone_is_one_of_black_clips(
     assert (table.frame_extraction, table.target_frames) == ("head", (9,))
     assert tables(tmp_path, f"{text}source_fps = 24.0")[0].source_fps == "auto"
     assert "source_fps: ignored, as sounds have no pictures" in caplog.text
-    with pytest.raises(DatasetError, match='audio = "ignore" leaves nothing of sounds to learn'):
+    with pytest.raises(DatasetError, match='audio = "ignore" leaves nothing to learn of audio files'):
         tables(tmp_path, f"{text}audio = 'ignore'")
     with pytest.raises(DatasetError, match="audio_directory and audio_jsonl_file exclude each other"):
         tables(tmp_path, f"{text}{'audio_directory' if more else 'audio_jsonl_file'} = 'b'")
@@ -321,7 +321,7 @@ def test_keys_of_sections_are_told_to_families_that_take_clips_whole(
     for_family(config, family(1), for_texts=True)
     assert not caplog.text
     for_family(config, family(1))
-    assert "fp_1f_target_index and fp_1f_no_post: ignored, as only FramePack, and Wan and" in caplog.text
+    assert "fp_1f_target_index and fp_1f_no_post: ignored, because only FramePack, and Wan and" in caplog.text
 
 
 OTHER = {  # another value, as a table holds it, of each key that makes caches stale
