@@ -481,22 +481,22 @@ class SameEncoders:
     _first: dict[str, data.CacheOrigin] = field(default_factory=dict)  # first cache's origin, by part
     _warned: set[str] = field(default_factory=set)  # parts with a warning
 
-    def warn(self, made_by: Iterable[data.CacheOrigin]) -> None:
+    def warn(self, origins: Iterable[data.CacheOrigin]) -> None:
         """Log a warning if the batch's encoders differ from those of earlier batches."""
-        warning = self.difference(made_by)
+        warning = self.difference(origins)
         if warning is not None:
             logger.warning(warning)
 
-    def difference(self, made_by: Iterable[data.CacheOrigin]) -> str | None:
+    def difference(self, origins: Iterable[data.CacheOrigin]) -> str | None:
         """Return a warning if a batch's encoders differ from the first batch's; None if nothing is new.
 
-        `made_by` are the origins of the batch's caches, each for a part such as latents. Each part is
+        `origins` are those of the batch's caches, each for a part such as latents. Each part is
         reported once.
         """
         lines: list[str] = []
         latents_differ = texts_differ = False
         networks_differ = False  # not only settings such as the dtype
-        for origin in made_by:
+        for origin in origins:
             first = self._first.setdefault(origin.part, origin)
             if origin.part == data.LATENTS_MADE:
                 # only the keys of both: not all tables have image conditions
@@ -524,7 +524,7 @@ class SameEncoders:
             commands.append(self.commands.text)
         if networks_differ:
             consequence = (
-                "Unless the encoders' files hold the same network, the model learns a mixture that fits "
+                "Unless the encoders' files contain the same network, the model learns a mixture that fits "
                 "neither."
             )
         else:

@@ -110,11 +110,10 @@ def find_items(
             trusts_index=trusts_index,
         )
     if audio is not None and audio.audio_only:
-        listing.why_audio_is_needed = "sound alone is learned"
-    has_own_caches = audio is not None and not audio.is_in_latent_cache
-    # audio that is encoded while training is unknown here, so nothing can be said about it
-    expects_audio = has_own_caches and bool(listing.items) and not live
-    if expects_audio and not any(item.has_cached_audio for item in listing.items):
+        listing.why_audio_is_needed = "only audio is learned"
+    # the audio of tables that are encoded while training is not known yet
+    expects_audio_caches = audio is not None and not audio.is_in_latent_cache and not live
+    if expects_audio_caches and listing.items and not any(item.has_cached_audio for item in listing.items):
         listing.trained_but_absent_audio = audio
     return listing
 

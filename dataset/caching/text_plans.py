@@ -364,14 +364,14 @@ def find_outputs(
     in_part: bool = False,
     verifies_tensors: bool = True,
 ) -> ValidOutputs:
-    """Find the outputs in a text's cache that do not have to be encoded again.
+    """Find the encoders whose outputs in a text's cache are valid, and do not have to run again.
 
     Args:
         file: The text.
         encoders: Encoders of the family with their identities.
         stores: Stores of the run.
-        in_part: Whether to search the unfinished file. If any output in it is outdated, no outputs are
-            returned, because merging the file would corrupt valid outputs.
+        in_part: Whether to search the unfinished file (`.part`). If any output in it is outdated, no outputs
+            are returned, because merging the file would corrupt valid outputs.
         verifies_tensors: Whether to compare tensors with their checksums; else only the header is read.
 
     Raises:

@@ -216,6 +216,11 @@ class MediaWork:
     def encode(self, sources: Sequence[MediaSource], label: str | None) -> prefetch.CacheReport:
         """Encode the items of `sources` that have no valid cache entry.
 
+        1. Plan which items of each source are missing, by comparing its caches with the sources.
+        2. Copy latents that another model with the same VAE has cached.
+        3. Decode the remaining sources in threads, encode their missing items in batches, and write them.
+        4. Encode the audio of the clips, if it has separate caches.
+
         A source that cannot be read becomes a failure in the report and does not stop the run. `label` names
         this share of the work; None means that no progress is shown.
 
@@ -232,7 +237,6 @@ class MediaWork:
             workers=workers,
             show_progress=shows,
         )
-        # latents of another model with the same VAE are copied instead of encoding
         if self._family.latent.shares_caches:
             from dataset.caching.taking_over import OtherCaches  # few models share caches
 
@@ -263,7 +267,7 @@ class MediaWork:
         outdated_reasons = [plan.outdated_reason for plan in finished if plan.outdated_reason is not None]
         if len(outdated_reasons) > len(incompatible_reasons):  # some have not been logged
             logger.info(
-                "%d sources had outdated cache files, which were made again. The first: %s",
+                "%d sources had outdated cache files, which were replaced. The first: %s",
                 len(outdated_reasons),
                 outdated_reasons[0],
             )

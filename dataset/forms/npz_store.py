@@ -380,7 +380,7 @@ class NpzStore:
         try:
             members = read_members(path)
         except CacheError as error:
-            logger.warning("%s. It is made again; what it held of other sizes has to be cached again.", error)
+            logger.warning("%s. It is made again; cache other sizes that it contained again.", error)
             return {}
         return {array: data for array, data in members.items() if not array.endswith(suffix)}
 

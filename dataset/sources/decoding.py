@@ -218,10 +218,12 @@ def _decode_clip(
 ) -> DecodedMedia:
     """Read a clip and its control media; `local` is the fetched source.
 
-    Control media are read only if the clip has a span, at the times of the clip's kept frames.
+    1. Read the frames that training keeps, up to the number it can use, and note their times.
+    2. Find the spans that training cuts from them.
+    3. If there are any, read control media at the same times.
     """
     table = source.table
-    frame_times: list[tuple[int, float]] = []  # index and second of each kept frame, for its control media
+    frame_times: list[tuple[int, float]] = []  # index and second of each kept frame
 
     def read_frames() -> Iterator[Frame]:
         """Yield the kept frames; `frame_times` is complete when all of them have been taken."""

@@ -254,7 +254,7 @@ def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
             continue
         error = compare_rates(rate, source.table.source_fps, 1.0)  # 1.0 is unused: source_fps is set
         if error is not None:
-            text = f"{source.path}: {rate or 0:.4g} frames a second; {error}"
+            text = f"{source.path}: {rate or 0:.4g} frames per second; {error}"
             errors.append(Fault(kind, text, source.stem))
     return errors
 
