@@ -273,7 +273,7 @@ class TableKey:
         default: Value in tables without the key.
         kinds: Kinds of tables that may have the key.
         in_general: Whether [general] may have the key, too.
-        of_some_forms: Whether only tables of data forms that list the key may have it.
+        of_some_forms: Whether only tables of some source formats, which list the key, may have it.
         stale: What becomes stale if the value changes.
         rank: Order among LEARNING keys; lower ranks come first in states and metadata.
     """

@@ -311,9 +311,9 @@ def _find_changed_keys(
 
 
 def _find_factor_errors(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
-    """Yield an error if the factors of a clip's references have changed.
+    """Yield an error if size factor, time factor or largest number of frames of references have changed.
 
-    `recorded` is the number of references, followed by their factors.
+    `recorded` is the number of references, followed by these factors; see `ReferenceRules.factors`.
     """
     _, *factors = recorded
     if factors != [*factors_now]:

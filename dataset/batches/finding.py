@@ -388,7 +388,7 @@ def _is_edited(table: DatasetTable) -> bool:
 
 
 class _TextCaches:
-    """Text caches of a table."""
+    """Names of a table's text caches, which tell how many captions of each source are cached."""
 
     def __init__(self, table: DatasetTable, names: Collection[str], tag: str, listing: FoundItems) -> None:
         """Find the text caches among `names`; unfinished ones are added to `listing`."""

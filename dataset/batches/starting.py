@@ -240,7 +240,7 @@ def _sources_of(table: DatasetTable) -> Sequence[MediaSource]:
 
 
 class _SourceDifferences(NamedTuple):
-    """Names of files or stems by which the sources of a table differ from its caches."""
+    """Files that are not cached, and stems of caches whose file no longer exists, of one table."""
 
     without_latents: list[str]
     without_source: list[str]  # stems with latents, but without a file

@@ -165,7 +165,7 @@ def _describe_shown(medium: ReferenceMedium) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SourcePlan:
-    """Caches that one source still needs, those that are valid, and messages about it."""
+    """What has to be encoded for one source, which of its cache files are valid, and messages about it."""
 
     source: MediaSource
     valid_files: frozenset[str]  # names of valid files

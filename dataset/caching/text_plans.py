@@ -31,7 +31,7 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
 class VisibleMedia(NamedTuple):
-    """What text encoders see in addition to captions and reference images."""
+    """Whether text encoders see the clip, or media of a list's row, in addition to caption and references."""
 
     frames: bool = False  # whether they see the frames of the item
     reference_media: bool = False  # whether they see the reference media in the item's row

@@ -449,7 +449,7 @@ class NpzStore:
 
 
 def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
-    """Return `FOREIGN_SIZES` for latents of another program.
+    """Return width, height and crop box of an image (`FOREIGN_SIZES`), as another program stored them.
 
     Raises:
         CacheError: If the file lacks a size.

@@ -77,7 +77,7 @@ def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
 
 
 def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frames: int) -> str | None:
-    """Describe which target_frames a clip is too short for; None if for none or all of them."""
+    """Describe which target_frames a clip is too short for; None if it fits all of them, or none."""
     if not clip_spans or table.kind == "image" or table.frame_extraction == "full":
         return None
     lengths = {length for _, length in clip_spans}
