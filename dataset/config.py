@@ -547,10 +547,10 @@ def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, A
     """Convert the entry of an audio table to the entry of a table of clips with black frames."""
     for key in forms.LENGTHS:
         if key in entry:
-            logger.info("%s: not needed: the last few frames of a sound are cut off, none is padded", key)
+            logger.info("%s: not needed: audio is never padded, its last few frames are cut off", key)
     for key in BLACK:
         if key in entry:
-            logger.info("%s: ignored, as sounds have no pictures", key)
+            logger.info("%s: ignored, because audio files have no images", key)
     defaults = {key: value for key, value in FULL_AUDIO.items() if key not in general}
     if "target_frames" in entry:  # the clips have these lengths, not that of the file
         defaults.pop("frame_extraction", None)

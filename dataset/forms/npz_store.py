@@ -457,7 +457,7 @@ def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
     numbers: list[float] = []
     for name, count in (("original_size", 2), ("crop_ltrb", 4)):
         if name not in arrays or arrays[name].tensor.numel() != count:
-            raise CacheError(f"{path}: it has no {name} of {count} numbers, which the model is told")
+            raise CacheError(f"{path}: it has no {name} with {count} numbers, which the model needs")
         numbers += arrays[name].tensor.double().flatten().tolist()
     if not all(map(math.isfinite, numbers)):
         raise CacheError(f"{path}: its original_size or crop_ltrb is NaN or infinite")

@@ -240,8 +240,8 @@ def test_sounds_without_pictures_take_the_memory_of_one_picture(tmp_path: Path) 
     assert [str(one) for one in report.failures] == [
         f"{clips / 'quiet.mp4'}: it has no audio track; only audio is learned"
     ]
-    for refused, why in (({"audio": "ignore"}, "leaves none"), ({"kind": "image"}, "it has pictures")):
-        with pytest.raises(DatasetError, match=f"this run learns sound alone, and .*{why}"):
+    for refused, why in (({"audio": "ignore"}, "leaves none"), ({"kind": "image"}, "it has images")):
+        with pytest.raises(DatasetError, match=f"this run trains audio only, and .*{why}"):
             cache(make_set(clips, **refused), family)
     with pytest.raises(
         DatasetError, match=r"has no sounds but 2 videos, for which the key is video_directory"

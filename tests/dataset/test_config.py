@@ -236,10 +236,10 @@ def test_a_cache_folder_of_references_is_taken_with_a_line(
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("reference_audio_directories = ['r']", "a clip has one audio as reference"),
-        ("audio_bucket_strategy = 'pad'", "sound is as long as its clip"),
-        ("audio_jsonl_file = 'a'", "it lists sounds without clips"),
-        ("separate_audio_buckets = true", "do not affect the sound of other clips"),
+        ("reference_audio_directories = ['r']", "a clip has one audio reference"),
+        ("audio_bucket_strategy = 'pad'", "audio is as long as its clip"),
+        ("audio_jsonl_file = 'a'", "it lists audio without clips"),
+        ("separate_audio_buckets = true", "do not affect the audio of other clips"),
     ],
 )
 @pytest.mark.parametrize("place", ["[general]", "[[datasets]]"])
@@ -269,7 +269,7 @@ def test_a_table_of_sound_alone_is_one_of_black_clips(
     (table,) = tables(tmp_path, f"{text}target_frames = [9]")
     assert (table.frame_extraction, table.target_frames) == ("head", (9,))
     assert tables(tmp_path, f"{text}source_fps = 24.0")[0].source_fps == "auto"
-    assert "source_fps: ignored, as sounds have no pictures" in caplog.text
+    assert "source_fps: ignored, because audio files have no images" in caplog.text
     with pytest.raises(DatasetError, match='audio = "ignore" leaves nothing to learn of audio files'):
         tables(tmp_path, f"{text}audio = 'ignore'")
     with pytest.raises(DatasetError, match="audio_directory and audio_jsonl_file exclude each other"):
