@@ -256,7 +256,7 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
         if section_keys and not (family.latent.in_sections or for_texts):
             keys = " and ".join(section_keys)
             logger.warning(
-                "%s: %s: ignored, as only FramePack, and Wan and MiniMax-H3 with --one_frame, take them",
+                "%s: %s: ignored, because only FramePack, and Wan and MiniMax-H3 with --one_frame, use them",
                 table.name,
                 keys,
             )
@@ -304,13 +304,13 @@ def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetCo
         if table.reference_audio_directory is not None:
             if audio is None:
                 raise DatasetError(
-                    f"{table.name}: reference_audio_directory: this run has no sound that could be made "
-                    "after it. Give the mode of the model that has sound, or leave the key out"
+                    f"{table.name}: reference_audio_directory: this run does not train audio. Choose a mode "
+                    "of the model with audio, or leave the key out"
                 )
             if not audio.takes_references:
                 raise DatasetError(
-                    f"{table.name}: reference_audio_directory: this run takes no sound as reference. Leave "
-                    "it out, or change the option that says which references are learned"
+                    f"{table.name}: reference_audio_directory: this run takes no audio as reference. Leave "
+                    "it out, or change the option that selects the references to learn"
                 )
             table = replace(table, reference_dropout_rate=audio.reference_dropout_rate)
         tables.append(table)
@@ -547,10 +547,10 @@ def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, A
     """Convert the entry of an audio table to the entry of a table of clips with black frames."""
     for key in forms.LENGTHS:
         if key in entry:
-            logger.info("%s: not needed: the last few frames of a sound are cut off, none is padded", key)
+            logger.info("%s: not needed: audio is never padded, its last few frames are cut off", key)
     for key in BLACK:
         if key in entry:
-            logger.info("%s: ignored, as sounds have no pictures", key)
+            logger.info("%s: ignored, because audio files have no images", key)
     defaults = {key: value for key, value in FULL_AUDIO.items() if key not in general}
     if "target_frames" in entry:  # the clips have these lengths, not that of the file
         defaults.pop("frame_extraction", None)
@@ -611,9 +611,9 @@ def _find_conflict(fields: Mapping[str, Any]) -> str | None:
         key = "alpha_mask" if fields["alpha_mask"] else "worse_directory"
         return f"{key} cannot be used with multiple_target, whose layers are learned with their alpha"
     if fields["is_audio_only"] and fields["worse_directory"]:
-        return "worse_directory is for pictures and clips, not for sounds alone; leave it out"
+        return "worse_directory is for images and clips, not for audio alone; leave it out"
     if fields["is_audio_only"] and fields["audio"] == forms.IGNORE:
-        return 'audio = "ignore" leaves nothing of sounds to learn; leave it out'
+        return 'audio = "ignore" leaves nothing to learn of audio files; leave it out'
     conflict = _find_guide_conflict(fields)
     if conflict is None and fields["min_timestep"] is not None and fields["max_timestep"] is not None:
         return find_window_error(fields)

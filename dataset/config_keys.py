@@ -273,7 +273,7 @@ class TableKey:
         default: Value in tables without the key.
         kinds: Kinds of tables that may have the key.
         in_general: Whether [general] may have the key, too.
-        of_some_forms: Whether only tables of data forms that list the key may have it.
+        of_some_forms: Whether only tables of some source formats, which list the key, may have it.
         stale: What becomes stale if the value changes.
         rank: Order among LEARNING keys; lower ranks come first in states and metadata.
     """
@@ -315,18 +315,18 @@ OTHER_SPELLINGS: Mapping[str, str] = {
 LENGTHS = ("audio_bucket_strategy", "audio_bucket_interval")
 # keys of musubi-tuner's fork for LTX-2 that have no counterpart, and the reason
 NO_KEYS: Mapping[str, str] = {
-    "audio_jsonl_file": "it lists sounds without clips. audio_path in a list of clips names their sound",
-    **dict.fromkeys(LENGTHS, "sound is as long as its clip"),
+    "audio_jsonl_file": "it lists audio without clips. audio_path in a list of clips names their audio",
+    **dict.fromkeys(LENGTHS, "audio is as long as its clip"),
     **dict.fromkeys(
         (
             *("reference_audio_directories", "reference_audio_cache_directories"),
             *("reference_directories",),
         ),
-        "a clip has one audio as reference, of reference_audio_directory; several clips and images are "
+        "a clip has one audio reference, from reference_audio_directory; several clips and images are "
         "numbered in reference_directory: cat_0.mp4, cat_1.mp4",
     ),
-    "separate_audio_buckets": "clips without sound do not affect the sound of other clips in their batch",
-    "bucket_batch_sizes": "batch_size is that of all sizes; make a [[datasets]] table for each",
+    "separate_audio_buckets": "clips without audio do not affect the audio of other clips in their batch",
+    "bucket_batch_sizes": "batch_size is for all sizes; make a [[datasets]] table for each",
     **dict.fromkeys(
         ("default_loss_mask_path", "loss_mask_invert"),
         "masks are files in mask_directory, white is learned; an item without one is learned whole",

@@ -43,8 +43,8 @@ def check_pairs(config: DatasetConfig, network_name: str, warn: Callable[[str], 
         folder = table.control_directory
         if folder is None:
             raise DatasetError(
-                f"{table.name}: {network_name} learns from pairs of a picture and its control picture. Give "
-                "conditioning_data_dir, a folder of control pictures with the names of the pictures"
+                f"{table.name}: {network_name} learns from pairs of an image and its control image. Give "
+                "conditioning_data_dir, a folder of control images with the names of the images"
             )
         if table.directory is None or table.directory.is_dir():
             by_folder.setdefault(folder, []).extend(find_sources(table))
@@ -53,9 +53,9 @@ def check_pairs(config: DatasetConfig, network_name: str, warn: Callable[[str], 
         if unmatched:
             names = ", ".join(path.name for path in unmatched[:SHOWN])
             more = " ..." if len(unmatched) > SHOWN else ""
-            count = format_count(len(unmatched), "control picture")
+            count = format_count(len(unmatched), "control image")
             raise DatasetError(
-                f"{folder}: {count} without a picture of the same name: "
+                f"{folder}: {count} without an image of the same name: "
                 f"{names}{more}. Rename them, or move them away"
             )
         shape_warning = describe_shapes(folder, sources)

@@ -146,16 +146,16 @@ def typed_options(typed: SubsetOptions) -> dict[str, str]:
 
 
 def _read_option_values(typed: SubsetOptions | None) -> dict[str, Any]:
-    """Return the values of options under the keys of a dataset file, in the types of such a file."""
+    """Return the values of options as if a dataset file had them: by key, and in the types of such a file."""
     if typed is None:
         return {}
     by_option = {option.name: getattr(typed, option.name) for option in dataclasses.fields(typed)}
     by_key = {}
     for name, key in SUBSET_KEYS.items():
-        option_name = name if key.option is None else key.option
+        option_name = name if key.option is None else key.option  # "": the key has no option
         by_key[name] = by_option.get(option_name)
     by_key |= {name: by_option.get(name) for name in OTHER_NAMES}
-    by_key["resolution"] = None if typed.size is None else list(typed.size)  # not the text of the option
+    by_key["resolution"] = None if typed.size is None else list(typed.size)  # the option is a text
     values = {}
     for name, value in by_key.items():
         if value is not None:

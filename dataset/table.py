@@ -383,11 +383,11 @@ class DatasetTable:
         """Return whether these are images for a model that was trained to edit reference images."""
         return self.kind == "image" and self.references is not None and self.references.edits_images
 
-    def seen_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
-        """Return the settings on which the text encoder's view of reference images depends, by name.
+    def visible_reference_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
+        """Return the table's settings that change the reference images that text encoders see, by name.
 
-        Returns {} unless the text encoder sees reference images in the size in which the VAE encodes them.
-        `bucket` is the item's width and height.
+        Returns {} unless text encoders see them in the size in which the VAE encodes them. `bucket` is the
+        item's width and height.
         """
         if self.references is None or not self.references.text_sees_vae_input:
             return {}

@@ -51,7 +51,7 @@ def run_download(options: DownloadOptions) -> None:
     planned = []
     for file in files:
         download = _plan_download(file, options)
-        if download is not None:  # else the file is there already
+        if download is not None:  # else the file exists already
             planned.append(download)
     if planned:
         make_folder(options.to, "--to")

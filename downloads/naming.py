@@ -205,7 +205,7 @@ def _resolve_fine_tune(text: str, models: Sequence[ModelSet]) -> NamedModel | No
     image_families = _list_families(models, is_clip=False)
     video_families = _list_families(models, is_clip=True)
     raise OptionError(
-        f"--family {text}: {base_or_title} is not supported. For pictures choose from {image_families}; for "
+        f"--family {text}: {base_or_title} is not supported. For images choose from {image_families}; for "
         f"clips from {video_families}"
     )
 

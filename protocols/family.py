@@ -406,7 +406,7 @@ class MarkingEncoder(TextEncoder, Protocol):
         """
 
 
-def can_mark(encoder: TextEncoder) -> TypeGuard[MarkingEncoder]:
+def has_cache_metadata(encoder: TextEncoder) -> TypeGuard[MarkingEncoder]:
     """Return whether the encoder records the purpose of a cache in its metadata."""
     return encoder.abilities.writes_cache_metadata
 

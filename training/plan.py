@@ -201,7 +201,7 @@ def make_plan(
         accelerator=accelerator,
         features=features,
         network_spec=network_spec,
-        has_live_texts=live_encoders is not None,
+        encodes_texts_on_the_fly=live_encoders is not None,
         seed=progress.seed,
     )
     order = BatchOrder(training, progress.seed)
@@ -265,7 +265,7 @@ def _find_training_items(
     accelerator: Accelerator,
     features: RunFeatures,
     network_spec: NetworkSpec,
-    has_live_texts: bool,
+    encodes_texts_on_the_fly: bool,
     seed: int,
 ) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
     """Return the cached items to train on and those to validate on, after checking their caches."""
@@ -274,7 +274,7 @@ def _find_training_items(
         config,
         sources,
         accelerator=accelerator,
-        has_live_texts=has_live_texts,
+        encodes_texts_on_the_fly=encodes_texts_on_the_fly,
         condition_set=features.condition_set,
         trusts_caches=options.caching is not None and options.caching.skip_cache_check,
     )
@@ -321,8 +321,8 @@ def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
     """Return whether the training may encode images or captions itself, instead of reading caches alone."""
     subsets = [table for table in config.datasets if table.group is not None]
     varies = any(table.caption_changes.varying_keys or table.augmentation.varying_keys for table in subsets)
-    has_live_texts = LIVE_TEXTS in options.features.needs
-    return varies or has_live_texts or options.is_for_images or options.caching is not None
+    encodes_texts_on_the_fly = LIVE_TEXTS in options.features.needs
+    return varies or encodes_texts_on_the_fly or options.is_for_images or options.caching is not None
 
 
 def _find_sources(
@@ -472,7 +472,7 @@ def _find_items(
     sources: BatchSources,
     *,
     accelerator: Accelerator,
-    has_live_texts: bool,
+    encodes_texts_on_the_fly: bool,
     condition_set: str,
     trusts_caches: bool,
 ) -> Sequence[TrainingItem]:
@@ -483,7 +483,7 @@ def _find_items(
         config: The dataset, as read from its file.
         sources: Where batches are read from.
         accelerator: The processes of the run.
-        has_live_texts: Whether texts are encoded during training.
+        encodes_texts_on_the_fly: Whether texts are encoded during training.
         condition_set: Name of the additional conditions that a batch must offer; "" for none.
         trusts_caches: Whether texts may come from another checkpoint (--skip_cache_check).
 
@@ -517,7 +517,7 @@ def _find_items(
         items,
         commands,
         sources.stores,
-        has_live_texts=has_live_texts,
+        encodes_texts_on_the_fly=encodes_texts_on_the_fly,
         process=(accelerator.process_index, accelerator.num_processes),
         condition_set=condition_set,
         trained_encoder_ids=trained_encoder_ids,

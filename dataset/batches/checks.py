@@ -124,17 +124,17 @@ def text_errors(
 def _find_text_setting_changes(
     item: TrainingItem, recorded: Mapping[str, Any], saw_references: bool
 ) -> Iterator[str]:
-    """Yield a line if a table key that changes text embeddings differs from a cache's record.
+    """Yield a line if a table key that changes text embeddings differs from a cache's record (`recorded`).
 
-    `saw_references` says that a text encoder saw reference images, so that the keys that change their
-    appearance count as well.
+    These are keys about the caption, about reference images if a text encoder saw any (`saw_references`), and
+    about other media that it saw.
     """
     table = item.table
     defaults = {**defaults_of(TEXTS), "captions": 1}
     current = {**defaults, **table.non_default_values(TEXTS), "captions": item.num_captions}
     if saw_references:
-        current |= table.seen_settings(item.bucket[:2])
-    current |= _current_seen_settings(item, recorded)
+        current |= table.visible_reference_settings(item.bucket[:2])
+    current |= _current_visible_media_settings(item, recorded)
     changed = difference({**defaults, **recorded}, current)
     if changed is not None:
         yield f"{changed} in {table.name}"
@@ -152,7 +152,7 @@ def _find_caption_change(
         yield f"made from the caption {record.caption!r}, which now is {text!r}"
 
 
-def _current_seen_settings(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
+def _current_visible_media_settings(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return the current values of the settings about media that text encoders see.
 
     If the item's sources cannot be listed, the recorded values of its row's media are returned, so that no
@@ -162,7 +162,9 @@ def _current_seen_settings(item: TrainingItem, recorded: Mapping[str, Any]) -> d
     sees_clip = CLIP in recorded
     if companions is not None:
         further_text = companions.further_text
-        return item.table.visible_media_settings(sees_clip, companions.references, further_text=further_text)
+        return item.table.visible_media_settings(
+            sees_clip, companions.reference_media, further_text=further_text
+        )
     settings = item.table.visible_media_settings(sees_clip, reference_media=None)
     return settings | {key: recorded[key] for key in (MEDIA, FURTHER_TEXT.key) if key in recorded}
 
@@ -176,7 +178,7 @@ def _find_seen_reference_errors(item: TrainingItem, records: Mapping[str, TextRe
     # without records, nothing says how many images were seen: no error
     num_seen = min((len(record.references) for record in records.values()), default=num_references)
     if num_seen < num_references:
-        images = format_count(num_references, "reference picture")
+        images = format_count(num_references, "reference image")
         yield f"its caption was encoded with {num_seen} of its {images}"
 
 
@@ -309,9 +311,9 @@ def _find_changed_keys(
 
 
 def _find_factor_errors(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
-    """Yield an error if the factors of a clip's references have changed.
+    """Yield an error if size factor, time factor or largest number of frames of references have changed.
 
-    `recorded` is the number of references, followed by their factors.
+    `recorded` is the number of references, followed by these factors; see `ReferenceRules.factors`.
     """
     _, *factors = recorded
     if factors != [*factors_now]:
@@ -479,22 +481,22 @@ class SameEncoders:
     _first: dict[str, data.CacheOrigin] = field(default_factory=dict)  # first cache's origin, by part
     _warned: set[str] = field(default_factory=set)  # parts with a warning
 
-    def warn(self, made_by: Iterable[data.CacheOrigin]) -> None:
+    def warn(self, origins: Iterable[data.CacheOrigin]) -> None:
         """Log a warning if the batch's encoders differ from those of earlier batches."""
-        warning = self.difference(made_by)
+        warning = self.difference(origins)
         if warning is not None:
             logger.warning(warning)
 
-    def difference(self, made_by: Iterable[data.CacheOrigin]) -> str | None:
+    def difference(self, origins: Iterable[data.CacheOrigin]) -> str | None:
         """Return a warning if a batch's encoders differ from the first batch's; None if nothing is new.
 
-        `made_by` are the origins of the batch's caches, each for a part such as latents. Each part is
+        `origins` are those of the batch's caches, each for a part such as latents. Each part is
         reported once.
         """
         lines: list[str] = []
         latents_differ = texts_differ = False
         networks_differ = False  # not only settings such as the dtype
-        for origin in made_by:
+        for origin in origins:
             first = self._first.setdefault(origin.part, origin)
             if origin.part == data.LATENTS_PART:
                 # only the keys of both: not all tables have image conditions
@@ -522,7 +524,7 @@ class SameEncoders:
             commands.append(self.commands.text)
         if networks_differ:
             consequence = (
-                "Unless the encoders' files hold the same network, the model learns a mixture that fits "
+                "Unless the encoders' files contain the same network, the model learns a mixture that fits "
                 "neither."
             )
         else:

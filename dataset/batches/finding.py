@@ -110,11 +110,10 @@ def find_items(
             trusts_index=trusts_index,
         )
     if audio is not None and audio.audio_only:
-        listing.why_audio_is_needed = "sound alone is learned"
-    has_own_caches = audio is not None and not audio.is_in_latent_cache
-    # audio that is encoded while training is unknown here, so nothing can be said about it
-    expects_audio = has_own_caches and bool(listing.items) and not live
-    if expects_audio and not any(item.has_cached_audio for item in listing.items):
+        listing.why_audio_is_needed = "only audio is learned"
+    # the audio of tables that are encoded while training is not known yet
+    expects_audio_caches = audio is not None and not audio.is_in_latent_cache and not live
+    if expects_audio_caches and listing.items and not any(item.has_cached_audio for item in listing.items):
         listing.trained_but_absent_audio = audio
     return listing
 
@@ -247,9 +246,9 @@ def _count_images(cache_info: TableCacheInfo, store: CacheStore, file: LatentFil
 def _leave_out_unlisted(
     listing: FoundItems, table: DatasetTable, cache_info: TableCacheInfo, latent_files: list[str]
 ) -> list[str]:
-    """Return the latent caches whose source is still in the table; add the others to `listing.unlisted`.
+    """Return the latent caches whose source is still in the table; add others to `listing.unlisted_caches`.
 
-    Returns all caches if the table's sources cannot be listed.
+    Returns all caches if only the caches determine the items.
     """
     stems = _find_listed_stems(table, cache_info, latent_files)
     if stems is None:
@@ -389,7 +388,7 @@ def _is_edited(table: DatasetTable) -> bool:
 
 
 class _TextCaches:
-    """Text caches of a table."""
+    """Names of a table's text caches, which tell how many captions of each source are cached."""
 
     def __init__(self, table: DatasetTable, names: Collection[str], tag: str, listing: FoundItems) -> None:
         """Find the text caches among `names`; unfinished ones are added to `listing`."""
@@ -607,7 +606,7 @@ def _warn_left_out(listing: FoundItems, commands: CachingCommands) -> None:
     ]
     if gone:
         logger.warning(
-            "%d sources have caches but are gone, or are in no list (the first: %s): they are left out.",
+            "%d sources have caches but no longer exist, or are in no list (the first: %s): left out.",
             len(gone),
             gone[0],
         )

@@ -387,7 +387,7 @@ class _CaptionParts(NamedTuple):
 
 
 def _split_parts(text: str, changes: CaptionChanges) -> _CaptionParts:
-    """Split a caption at `separator` into parts; keep_tokens or its separator keeps some in place."""
+    """Split a caption at `separator` into parts: those that keep_tokens keeps in place, and movable ones."""
     fix_separator = changes.keep_tokens_separator
     if fix_separator and fix_separator in text:
         # a second separator marks where the fixed end begins

@@ -492,7 +492,7 @@ def _stack(
         if unequal:
             raise CacheError(
                 f"{item.path} and {first.path} do not have the same tensors: {', '.join(sorted(unequal))}.\n"
-                f"  Make them again with the same options: {commands.get(is_text)}"
+                f"  Cache them again with the same options: {commands.get(is_text)}"
             )
     stacked: dict[str, Tensor | list[Tensor]] = {}
     for name in first.tensors:

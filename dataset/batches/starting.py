@@ -49,7 +49,7 @@ def check_caches(
     items: Sequence[TrainingItem],
     commands: CachingCommands,
     stores: Stores,
-    has_live_texts: bool,
+    encodes_texts_on_the_fly: bool,
     process: tuple[int, int] = (0, 1),
     condition_set: str = "",
     trained_encoder_ids: Mapping[str, Mapping[str, str]] = UNKNOWN_ENCODERS,
@@ -68,7 +68,7 @@ def check_caches(
         items: Items of the run.
         commands: Commands that repair caches, for messages.
         stores: Stores of the run.
-        has_live_texts: Whether captions are encoded while training.
+        encodes_texts_on_the_fly: Whether captions are encoded while training.
         process: Rank of this process, and number of processes; each reads a part.
         condition_set: Part of a batch that a teacher sees (`Batch.condition_set`); "" if there is no teacher.
         trained_encoder_ids: Identities of the trained model's text encoders by name, if cached texts are
@@ -82,7 +82,7 @@ def check_caches(
     cached = [item for item in items if item.cache_info.on_the_fly_buckets is None]
     size_bytes = 0
     checks = CacheChecks()
-    # caches of earlier versions, which read clips or their companions in another way
+    # latents from versions that decoded clips, or timed their companions, differently
     by_earlier_version: list[tuple[TrainingItem, CacheOrigin]] = []
     # number of windows that each clip was cut into, as its caches record it; by table index and stem
     num_windows: dict[tuple[int, str], int] = {}
@@ -98,7 +98,7 @@ def check_caches(
                 by_earlier_version.append((item, origin))
         clip = item.table.index, item.source_stem
         num_windows[clip] = max((origin.windows for origin in batch.cache_origins), default=0)
-        if item.cache_info.has_cached_texts and not has_live_texts:
+        if item.cache_info.has_cached_texts and not encodes_texts_on_the_fly:
             latents = family.latent.to_model(batch.tensor("latents"))
             family.batch_conditions(latents, batch)  # raises CacheError if the texts do not fit the model
             if condition_set:
@@ -240,7 +240,7 @@ def _sources_of(table: DatasetTable) -> Sequence[MediaSource]:
 
 
 class _SourceDifferences(NamedTuple):
-    """Names of files or stems by which the sources of a table differ from its caches."""
+    """Files that are not cached, and stems of caches whose file no longer exists, of one table."""
 
     without_latents: list[str]
     without_source: list[str]  # stems with latents, but without a file
@@ -360,12 +360,12 @@ def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], command
     if targets - cached:
         lengths = ", ".join(map(str, sorted(targets - cached)))
         lines.append(
-            f"{lengths} frames are in no cache: all clips are shorter, or it was added after caching"
+            f"{lengths} frames are in no cache: all clips are shorter, or the length was added after caching"
         )
     if cached - targets:
         lengths = ", ".join(map(str, sorted(cached - targets)))
         lines.append(
-            f"{lengths} frames are in caches, and not in target_frames: trained on until the caches are made "
+            f"{lengths} frames are in caches, but not in target_frames: they are trained on until cached "
             "again"
         )
     for line in lines:

@@ -120,9 +120,8 @@ class Catalog:
         Raises CacheError if a shard cannot be read.
         """
         self.shard_sizes = list_shards(folder)
-        self.damaged_shards: set[str] = (
-            set()
-        )  # shards that were cut or changed: none of their entries is used
+        # shards that were cut or changed: none of their entries is used
+        self.damaged_shards: set[str] = set()
         self.problems: list[str] = []  # messages about shards that cannot be used
         # total size of all rows by SQLite shard, including those of replaced entries
         self.stored_bytes: dict[str, int] = {}
@@ -133,7 +132,7 @@ class Catalog:
                 if writer is not None and path == writer.path:
                     self._add(name, _rows_in(writer.connection))
                 elif path.suffix == ".writing":  # the shard of another process, or of a killed one
-                    self.problems.append(f"{path} has no end: caching was stopped, or is still running")
+                    self.problems.append(f"{path} is unfinished: caching was stopped, or is still running")
                 elif path.suffix == ".tar":
                     self._add(name, read_old_shard(path))
                     del self.stored_bytes[name]  # only SQLite shards are counted

@@ -175,7 +175,7 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
 
 
 def split_names(names: Collection[str], tag: str) -> tuple[list[str], list[str]]:
-    """Split file names into a family's latent caches and its text caches, sorted, also unfinished ones."""
+    """Return the names of a family's latent caches, and of its text caches (also unfinished ones), sorted."""
     latents = [name for name in names if name.endswith(f"_{tag}{cache_files.SUFFIX}")]
     texts = [name for name in names if f"{tag}_te." in name]
     return sorted(latents), sorted(texts)
@@ -226,7 +226,7 @@ def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 class IndexPart(NamedTuple):
-    """The lines of an index about the latents of a family, or about its text caches."""
+    """The part of an index about the latents of a family, or about its text caches: a line for each file."""
 
     table_fingerprint: str  # from `fingerprint_table`
     latent_fingerprint: str  # from `fingerprint_latents`; "" for texts

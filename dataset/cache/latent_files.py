@@ -54,8 +54,8 @@ def list_latent_files(
     num_sections: Counter[tuple[str, LatentName]] = Counter()
     if table.kind == "video":
         num_sections = _count_sections(files, tag)
-    # bucket by id of the parsed ending: `latent_names` yields one object for all names with equal endings
-    buckets: dict[int, tuple[int, ...]] = {}
+    # `latent_names` yields the same object for all names with equal endings, so each bucket is found once
+    buckets: dict[int, tuple[int, ...]] = {}  # by id of the parsed ending
     shared_tuples: dict[tuple[int, ...], tuple[int, ...]] = {}  # one object for equal sizes, to save memory
     for file_name, stem, ending in cache_files.latent_names(files, tag, table.kind):
         bucket = buckets.get(id(ending))
@@ -63,8 +63,9 @@ def list_latent_files(
             bucket = _find_bucket(table, ending, latent, table.cache_directory / file_name)
             buckets[id(ending)] = bucket
         num_files = 1
-        if num_sections:  # 0 for a clip without sections, which is in one file
-            num_files = num_sections[stem, replace(ending, section=None)] or 1
+        if num_sections:
+            item = stem, replace(ending, section=None)
+            num_files = num_sections[item] or 1  # 0: the clip has no sections, and is in one file
         sizes: tuple[int, ...] = ()
         if reads_references:
             sizes = reference_sizes(store, file_name)

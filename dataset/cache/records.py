@@ -62,7 +62,7 @@ HAS_REFERENCE = "reference_audio"
 
 @dataclass(frozen=True)
 class LatentRecord:
-    """Record of a latent cache's origin."""
+    """How a latent cache was made: encoder, table keys, source files; stored in the cache's metadata."""
 
     encoder: Mapping[str, str]  # Family.media_identity
     options: Mapping[str, Any]  # other options that latents depend on: span, sizes, frame rate; JSON values
@@ -75,7 +75,7 @@ class LatentRecord:
 
 @dataclass(frozen=True)
 class TextRecord:
-    """Record of the origin of one encoder's tensors in a text cache."""
+    """How one encoder's tensors in a text cache were made; stored in the cache's metadata."""
 
     encoder: Mapping[str, str]  # TextEncoder.identity
     caption: str

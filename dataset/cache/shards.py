@@ -61,7 +61,7 @@ class ShardStore:
         self._writer: ShardWriter | None = None
         self._opened: dict[str, sqlite3.Connection] = {}
         self._process = os.getpid()
-        self._inherited: object = None  # what a forked process got from its parent
+        self._parent_state: object = None  # what a forked process got from its parent
 
     def __reduce__(self) -> tuple[Any, ...]:
         # without connections, which cannot be pickled: the copy in another process opens its own
@@ -169,13 +169,13 @@ class ShardStore:
         With `is_new`, it includes shards that other processes have finished since it was read.
         """
         if self._process != os.getpid():
-            # A forked process must not close its parent's connections: they are kept, but not used
-            self._inherited = self._writer, self._opened, self._catalog
+            # a forked process must not close its parent's connections: references to them are kept, unused
+            self._parent_state = self._writer, self._opened, self._catalog
             self._process = os.getpid()
             self._writer = None
             self._discard_catalog()
         if is_new or self._catalog is None:
-            # shards that killed processes left unfinished are used, too, but not the one that is written here
+            # finish what killed processes left, but not the shard that this process is writing
             own_shard = None if self._writer is None else self._writer.path
             finish_abandoned_shards(self.folder, own_shard)
         if is_new and self._catalog is not None:

@@ -309,7 +309,7 @@ def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[E
             is_removable = store.holds_only_caches
             if not is_removable:
                 logger.warning(
-                    "%s. It belongs to no item, but is kept because it may not be a cache file.", error
+                    "%s. No item uses it, but it is kept because it may not be a cache file.", error
                 )
         if is_removable:
             store.remove(name)

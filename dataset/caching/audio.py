@@ -264,9 +264,9 @@ class AudioWork:
             references = self._read_references(plan.source, seconds)
         except NoAudio as reason:
             if plan.source.table.audio == REQUIRED or self.spec.audio_only:
-                why_required = 'audio = "required" asks for it'
+                why_required = 'audio = "required" needs it'
                 if self.spec.audio_only:
-                    why_required = "sound alone is learned"
+                    why_required = "only audio is learned"
                 raise MediaError(f"{reason}; {why_required}") from None
             return replace(plan, silence_reason=str(reason))
         files = tuple(itertools.starmap(records.identify, _source_files(plan.source)))
@@ -298,7 +298,7 @@ class AudioWork:
         (latents,) = self._family.encode_audio(self._networks, samples, frames, plan.rate)
         expected = self.spec.shape(frames, plan.rate)
         if tuple(latents.shape) != expected:  # batches are formed from the expected shape
-            raise ValueError(f"latents of sound are {tuple(latents.shape)}, SoundSpec.shape says {expected}")
+            raise ValueError(f"audio latents are {tuple(latents.shape)}, but AudioSpec.shape says {expected}")
         length = torch.tensor(expected[1], dtype=torch.int32)
         tensors = {AUDIO_LATENTS: latents.detach().cpu().contiguous(), cache_files.AUDIO_LENGTH: length}
         if plan.references:

@@ -165,7 +165,7 @@ def _describe_shown(medium: ReferenceMedium) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SourcePlan:
-    """Caches that one source still needs, those that are valid, and messages about it."""
+    """What has to be encoded for one source, which of its cache files are valid, and messages about it."""
 
     source: MediaSource
     valid_files: frozenset[str]  # names of valid files
@@ -371,8 +371,8 @@ class SourcePlanner:
             if clip.complete or (needed_frames is not None and clip.kept_frames >= needed_frames):
                 return self._compare_clip(clip)
         if self.existing_files and self.cache_settings.stores.skip_existing:
-            # skip_existing accepts files without a record. The video's header may be wrong about the number
-            # of frames, so it counts only if it agrees with the existing files
+            # skip_existing accepts files without a record. The number of frames in the video's header may be
+            # wrong, so the plan counts only if it agrees with the existing files
             self._trusted_header = True
             header = plan_source(self.source, self.cache_settings.fps, latent.pixel_step, latent.lengths)
             with contextlib.suppress(MediaError):  # too short for a section, according to the header
@@ -656,7 +656,7 @@ class SourcePlanner:
             MediaError: If the header of the image cannot be read.
         """
         must_be_fetched = bool(self.source.remote_or_packed)
-        # if all caches are read anyway, or none is, nothing is saved by reading the size from a cache
+        # a cache is not quicker if all caches are read anyway (`verifies_tensors`), or none is
         reads_no_records = self.cache_settings.stores.trusts_shared_caches
         if (self.verifies_tensors or reads_no_records) and not must_be_fetched:
             return image_size(self.source.path)

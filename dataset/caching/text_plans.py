@@ -22,7 +22,7 @@ from dataset.sources.media_source import MediaSource, Origin, pause_garbage_coll
 from modules.bars import Bar
 from modules.errors import CacheError, DatasetError, MediaError
 from modules.media.reading import image_size
-from protocols.family import Caches, FitsCaptions, TextEncoder, can_mark, fits_captions
+from protocols.family import Caches, FitsCaptions, TextEncoder, fits_captions, has_cache_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
 class VisibleMedia(NamedTuple):
-    """What text encoders see in addition to captions and reference images."""
+    """Whether text encoders see the clip, or media of a list's row, in addition to caption and references."""
 
     frames: bool = False  # whether they see the frames of the item
     reference_media: bool = False  # whether they see the reference media in the item's row
@@ -259,12 +259,12 @@ def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
     """
     table = source.table
     if source.remote_or_packed or table.references is None or not table.references.text_sees_vae_input:
-        return table.seen_settings(())
+        return table.visible_reference_settings(())
     try:
         bucket = fit_of(table, image_size(source.path), table.references.step, source.path).bucket
     except (MediaError, OSError):  # encoding reports the reason
         bucket = (0, 0)
-    return table.seen_settings(bucket)
+    return table.visible_reference_settings(bucket)
 
 
 def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[CaptionFile]:
@@ -364,14 +364,14 @@ def find_outputs(
     in_part: bool = False,
     verifies_tensors: bool = True,
 ) -> ValidOutputs:
-    """Find the outputs in a text's cache that do not have to be encoded again.
+    """Find the encoders whose outputs in a text's cache are valid, and do not have to run again.
 
     Args:
         file: The text.
         encoders: Encoders of the family with their identities.
         stores: Stores of the run.
-        in_part: Whether to search the unfinished file. If any output in it is outdated, no outputs are
-            returned, because merging the file would corrupt valid outputs.
+        in_part: Whether to search the unfinished file (`.part`). If any output in it is outdated, no outputs
+            are returned, because merging the file would corrupt valid outputs.
         verifies_tensors: Whether to compare tensors with their checksums; else only the header is read.
 
     Raises:
@@ -421,6 +421,6 @@ def _is_valid_without_record(entry: Entry, encoder: TextEncoder, file: CaptionFi
     is_same_caption = entry.metadata.get("caption1", file.caption) == file.caption
     if not is_same_caption or not encoder.keys <= entry.keys:
         return False
-    if can_mark(encoder):
+    if has_cache_metadata(encoder):
         encoder.check_metadata(path, entry.metadata)
     return True

@@ -61,7 +61,7 @@ from modules.errors import CacheError, CaptionError, MediaError
 from modules.media.colors import AS_SHOWN
 from modules.paths import path_exists
 from protocols.data import Conditions
-from protocols.family import Caches, TextEncoder, can_mark
+from protocols.family import Caches, TextEncoder, has_cache_metadata
 from protocols.requests import Prompt
 
 logger = logging.getLogger(__name__)
@@ -403,12 +403,11 @@ class TextWork:
             crc32={},  # filled in by `_write`
             settings=file.settings,
             references=references,
-            decoding_version=AS_SHOWN
-            if references
-            else 0,  # 0: no image was decoded, so its reading cannot change
+            # 0: no image was decoded, so later versions cannot decode it differently
+            decoding_version=AS_SHOWN if references else 0,
         )
         encoder_metadata: Mapping[str, str] = {}
-        if can_mark(encoder):
+        if has_cache_metadata(encoder):
             encoder_metadata = encoder.cache_metadata(record.caption, [image.sha256 for image in references])
         write(
             partial(

@@ -57,7 +57,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
     """Raise DatasetError with all errors that make tables unusable for a family."""
     errors = []
     audio_spec = audio_of(family)
-    learns_audio_alone = audio_spec is not None and audio_spec.audio_only
+    trains_audio_only = audio_spec is not None and audio_spec.audio_only
     # all by table index
     tables_with_control = {source.table.index for source in sources if source.control}
     sources_with_companions: dict[int, list[MediaSource]] = {}  # with references or control masks
@@ -77,8 +77,8 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
                 companions=sources_with_companions.get(table.index, ()),
                 reference_media=tuple(reference_media.get(table.index, ())),
             )
-            if learns_audio_alone or table.is_audio_only:
-                _check_audio(table, learns_audio_alone)
+            if trains_audio_only or table.is_audio_only:
+                _check_audio(table, trains_audio_only)
         except DatasetError as error:
             # image trainers use the same key for control images and, with --masked_loss, for masks
             may_be_masks = has_control and table.conditioning_directory is not None
@@ -119,15 +119,15 @@ def _check_table(
         reject_companions(table, companions)
 
 
-def _check_audio(table: DatasetTable, learns_audio_alone: bool) -> None:
+def _check_audio(table: DatasetTable, trains_audio_only: bool) -> None:
     """Raise DatasetError if a table has no audio in an audio-only run, or only audio in another run."""
-    if learns_audio_alone and (table.kind == "image" or table.audio == IGNORE):
-        why = "it has pictures" if table.kind == "image" else 'audio = "ignore" leaves none'
-        raise DatasetError(f"{table.name}: this run learns sound alone, and {why}. Leave it out")
-    if table.is_audio_only and not learns_audio_alone:
+    if trains_audio_only and (table.kind == "image" or table.audio == IGNORE):
+        why = "it has images" if table.kind == "image" else 'audio = "ignore" leaves none'
+        raise DatasetError(f"{table.name}: this run trains audio only, and {why}. Leave it out")
+    if table.is_audio_only and not trains_audio_only:
         raise DatasetError(
-            f"{table.name}: it has sounds, and this run learns pictures. Give the mode that learns "
-            "sound alone, audio"
+            f"{table.name}: it has audio files, but this run trains on images. Give the mode that trains "
+            "audio only, audio"
         )
 
 
@@ -216,6 +216,11 @@ class MediaWork:
     def encode(self, sources: Sequence[MediaSource], label: str | None) -> prefetch.CacheReport:
         """Encode the items of `sources` that have no valid cache entry.
 
+        1. Plan which items of each source are missing, by comparing its caches with the sources.
+        2. Copy latents that another model with the same VAE has cached.
+        3. Decode the remaining sources in threads, encode their missing items in batches, and write them.
+        4. Encode the audio of the clips, if it has separate caches.
+
         A source that cannot be read becomes a failure in the report and does not stop the run. `label` names
         this share of the work; None means that no progress is shown.
 
@@ -232,7 +237,6 @@ class MediaWork:
             workers=workers,
             show_progress=shows,
         )
-        # latents of another model with the same VAE are copied instead of encoding
         if self._family.latent.shares_caches:
             from dataset.caching.taking_over import OtherCaches  # few models share caches
 
@@ -263,7 +267,7 @@ class MediaWork:
         outdated_reasons = [plan.outdated_reason for plan in finished if plan.outdated_reason is not None]
         if len(outdated_reasons) > len(incompatible_reasons):  # some have not been logged
             logger.info(
-                "%d sources had outdated cache files, which were made again. The first: %s",
+                "%d sources had outdated cache files, which were replaced. The first: %s",
                 len(outdated_reasons),
                 outdated_reasons[0],
             )

@@ -80,8 +80,8 @@ def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzAr
                     raise ValueError(f"{name} is longer than its header says")
             if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
                 raise ValueError(f"{name} is of {array.dtype}, which are not numbers")
-            # in the byte order of this machine, for torch; `reshape`, as `ascontiguousarray` makes a scalar
-            # one-dimensional
+            # in the byte order of this machine, which torch needs; `ascontiguousarray` makes a scalar
+            # one-dimensional, which `reshape` undoes
             native = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
             arrays[name] = NpzArray(torch.from_numpy(native), file.getinfo(name + _MEMBER).CRC)
     return arrays

@@ -380,7 +380,7 @@ class NpzStore:
         try:
             members = read_members(path)
         except CacheError as error:
-            logger.warning("%s. It is made again; what it held of other sizes has to be cached again.", error)
+            logger.warning("%s. It is made again; cache other sizes that it contained again.", error)
             return {}
         return {array: data for array, data in members.items() if not array.endswith(suffix)}
 
@@ -449,7 +449,7 @@ class NpzStore:
 
 
 def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
-    """Return `FOREIGN_SIZES` for latents of another program.
+    """Return width, height and crop box of an image (`FOREIGN_SIZES`), as another program stored them.
 
     Raises:
         CacheError: If the file lacks a size.
@@ -457,7 +457,7 @@ def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
     numbers: list[float] = []
     for name, count in (("original_size", 2), ("crop_ltrb", 4)):
         if name not in arrays or arrays[name].tensor.numel() != count:
-            raise CacheError(f"{path}: it has no {name} of {count} numbers, which the model is told")
+            raise CacheError(f"{path}: it has no {name} with {count} numbers, which the model needs")
         numbers += arrays[name].tensor.double().flatten().tolist()
     if not all(map(math.isfinite, numbers)):
         raise CacheError(f"{path}: its original_size or crop_ltrb is NaN or infinite")

@@ -405,7 +405,7 @@ def read_cell(origin: ParquetCell) -> bytes:
     except (DatasetError, ValueError, IndexError) as error:
         raise MediaError(f"{position}: it cannot be read: {error}") from error
     if not content:
-        raise MediaError(f"{position}: {origin.column} is empty there")
+        raise MediaError(f"{position}: its {origin.column} is empty")
     return bytes(content)
 
 

@@ -46,7 +46,7 @@ def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
     if columns.nested_types:  # rejected, because the unpacked size of their values is unknown
         name, arrow_type = next(iter(columns.nested_types.items()))
         raise DatasetError(
-            f"{path}: the column {name!r} holds {arrow_type}, which is neither a text nor a list of them"
+            f"{path}: the column {name!r} contains {arrow_type}, which is neither a text nor a list of texts"
         )
     with parquet_files.open_parquet(path, columns.list_items) as file:
         limit = parquet_files.UnpackedBytesLimit.of(path)  # counts unpacked bytes, and raises if too many
@@ -89,7 +89,10 @@ class _ParquetColumns(NamedTuple):
 
 
 def _find_columns(path: Path, names: Collection[str] | None) -> _ParquetColumns:
-    """Return the columns `names` of a file; None means all columns."""
+    """Return the columns `names` of a file (None: all columns), and what their values are.
+
+    A column is a single value, a list of values, or nested: a struct, or a list of lists or structs.
+    """
     with parquet_files.open_parquet(path) as file:
         schema = file.schema_arrow
         leaf_paths = [file.schema.column(index).path for index in range(len(file.schema))]
@@ -100,12 +103,13 @@ def _find_columns(path: Path, names: Collection[str] | None) -> _ParquetColumns:
     nested_types: dict[str, Any] = {}
     list_items: list[str] = []
     for name in columns:
-        arrow_type = schema.field(name).type
-        if types.is_list(arrow_type) or types.is_large_list(arrow_type):
-            arrow_type = arrow_type.value_type
+        value_type = schema.field(name).type
+        if types.is_list(value_type) or types.is_large_list(value_type):
+            value_type = value_type.value_type
+            # Parquet stores the items of the list as a leaf, such as `captions.list.element`
             list_items += [leaf for leaf in leaf_paths if leaf.startswith(f"{name}.")]
-        if types.is_nested(arrow_type):
-            nested_types[name] = arrow_type
+        if types.is_nested(value_type):
+            nested_types[name] = value_type
     return _ParquetColumns(columns, nested_types, list_items)
 
 

@@ -37,8 +37,8 @@ def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]
     media, caption_column = _select_columns(table, path_column, columns)
     names = names_read(table, media, caption_column or "")
     names |= {name for name in columns if is_companion(name)}
-    cell_finders = {}  # functions that locate files stored in the cells of a column
-    # audio is given by paths, and captions are strings
+    cell_finders = {}  # for columns whose cells contain files: function that locates them
+    # not for audio, which is always named by path, and captions, which are strings
     for name in names - {"audio_path", caption_column}:
         # an empty media cell is an error; in other columns it means that the row has no such file
         find_cell = find_cells(path, name, finds_nulls=name != media)

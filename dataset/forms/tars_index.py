@@ -162,7 +162,7 @@ def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> Ta
     except TarDamage as damage:
         if damage.is_no_tar:
             raise DatasetError(
-                f"{tar} is not a tar, or it is damaged at its beginning. Make it again."
+                f"{tar} is not a tar, or is damaged at its beginning. Make it again."
             ) from None
         index.damage = _describe_damage(damage, files_by_key, last_key)
     _add_samples(index, files_by_key, rules)

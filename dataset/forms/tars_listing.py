@@ -195,7 +195,7 @@ def _make_source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -
 
 
 def _locate_member(tar: Path, member: Member) -> FileLocation:
-    """Return a path that names a member in messages, and where its bytes are."""
+    """Return the location of a tar's member: a path that names it in messages, and where its bytes are."""
     origin = TarMember(tar, member.offset, member.size_bytes)
     return name_parts(tar, readable_path(member.name)), origin
 

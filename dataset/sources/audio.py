@@ -88,7 +88,7 @@ def read_span_audios(local: MediaSource, spans: Sequence[Span], fps: float, spec
             return SpanAudios(tuple(read_audios(find_audio(local), spans, rate, spec)))
         except NoAudio as reason:
             if local.table.audio == REQUIRED:
-                raise MediaError(f'{reason}; audio = "required" asks for it') from None
+                raise MediaError(f'{reason}; audio = "required" needs it') from None
             if local.audio is not None:
                 raise MediaError(f"{reason}. Give another file, or remove it") from None
             silence_reason = str(reason)
@@ -104,13 +104,13 @@ def count_frames(path: Path, fps: float) -> int:
     """
     info = track_info(path)
     if info is None or info.end is None:
-        why = "it has no audio track" if info is None else "it is empty, or does not say how long it is"
+        why = "it has no audio track" if info is None else "it is empty, or does not state its duration"
         raise MediaError(f"{path}: {why}. Convert it to WAV or FLAC, or remove it")
     count = int(info.end * Fraction(fps))
     if not 0 < count <= MAX_FRAMES:
         # a number above MAX_FRAMES comes from a wrong header
         error = "days long according to its header" if count > 0 else f"shorter than a frame, {1 / fps:.2g} s"
-        raise MediaError(f"{path}: its sound is {error}. Take it out")
+        raise MediaError(f"{path}: its audio is {error}. Remove it")
     return count
 
 

@@ -100,16 +100,16 @@ def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: i
             if pair is not None:
                 earlier, later = pair
                 names = f"{earlier.name} before {later.name}"
-                return f"{path.name} was read in the order of names as texts, now in that of numbers: {names}"
+                return f"{path.name} was read in alphabetical order, but now is in numerical order: {names}"
             if had_other_orientation(path):
-                return f"{path.name} was read without the mirroring that it states, but is now read with it"
+                return f"{path.name} was read without the mirroring that its header states, but now with it"
             if decoder_version > 1:  # since version 2, colors and pixel shapes are respected
                 continue
             ignored = _formerly_ignored(
                 media_colors(path), keeps_transparent, had_profiles=decoder_version > 0
             )
             if ignored is not None:
-                return f"{path.name} was read without {ignored}, now with it"
+                return f"{path.name} was read without {ignored}, but now with it"
     return None
 
 

@@ -161,7 +161,7 @@ def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> No
     accepts_masks = rules is not None and rules.control_masks
     for source in sources:
         if len(source.references) > maximum:
-            accepted = "none beside control_path" if rules is None else f"{maximum} at most"
+            accepted = "none besides control_path" if rules is None else f"at most {maximum}"
             raise DatasetError(f"{table.name}: {source.path} has references; this model takes {accepted}.")
         if source.control_mask is not None and not accepts_masks:
             raise DatasetError(
@@ -169,8 +169,8 @@ def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> No
             )
         if source.control_mask is not None and not source.control:
             raise DatasetError(
-                f"{table.name}: {source.path} has a control mask, which says what of a control clip is made "
-                "new, and no such clip. Give control_directory, or control_path in a list."
+                f"{table.name}: {source.path} has a control mask, the part of a clip to generate, but no "
+                "control clip. Give control_directory, or control_path in a list."
             )
 
 

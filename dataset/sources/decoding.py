@@ -135,7 +135,10 @@ class DecodedMedia:
         return mask_bytes + sum(array.nbytes for array in self.arrays)
 
     def cut(self, span: Span) -> "DecodedMedia":
-        """Cut the item of a span; a short span is copied, so that the rest of the clip can be freed."""
+        """Cut out the item of a span: frames, control clips, mask, references and rejected clip.
+
+        A short span is copied, so that the rest of the clip can be freed.
+        """
         start, length = span
         end = start + length
         num_frames = len(self.frames)
@@ -200,7 +203,7 @@ def decode_source(
     """
     with fetch(source) as local:
         if source.precomputed is not None:
-            raise MediaError(f"{source.path}: its latents are given (load_tensors), so no frames are read")
+            raise MediaError(f"{source.path}: its latents are precomputed (load_tensors): no frames are read")
         if source.table.kind == "image":
             with IMAGES.hold(planned_bytes(local)):
                 media = _decode_image(
@@ -215,10 +218,12 @@ def _decode_clip(
 ) -> DecodedMedia:
     """Read a clip and its control media; `local` is the fetched source.
 
-    Control media are read only if the clip has a span, at the times of the clip's kept frames.
+    1. Read the frames that training keeps, up to the number it can use, and note their times.
+    2. Find the spans that training cuts from them.
+    3. If there are any, read control media at the same times.
     """
     table = source.table
-    frame_times: list[tuple[int, float]] = []  # index and second of each kept frame, for its control media
+    frame_times: list[tuple[int, float]] = []  # index and second of each kept frame
 
     def read_frames() -> Iterator[Frame]:
         """Yield the kept frames; `frame_times` is complete when all of them have been taken."""

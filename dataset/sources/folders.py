@@ -99,7 +99,7 @@ def _find_audio(
     """
     if clip in audios:
         return audios[clip], None
-    # a file next to the clip counts only if no other place is set
+    # a file next to the clip counts only if no audio_directory is set
     if not table.finds_audio_by_name or table.audio_directory is not None or table.audio == IGNORE:
         return None
     try:
@@ -119,7 +119,7 @@ def find_audio_beside(clip: Path) -> tuple[Path, None] | None:
     files = [path for path in paths if path.exists()]
     if len(files) > 1:
         names = " and ".join(path.name for path in files)
-        raise DatasetError(f"{clip}: {names} are sound of the same clip. Remove one.")
+        raise DatasetError(f"{clip}: several files contain its audio: {names}. Remove all but one.")
     return (files[0], None) if files else None
 
 

@@ -77,7 +77,7 @@ def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
 
 
 def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frames: int) -> str | None:
-    """Describe which target_frames a clip is too short for; None if for none or all of them."""
+    """Describe which target_frames a clip is too short for; None if it fits all of them, or none."""
     if not clip_spans or table.kind == "image" or table.frame_extraction == "full":
         return None
     lengths = {length for _, length in clip_spans}
@@ -101,7 +101,7 @@ def media_table(
     has_control: bool = False,
     has_references: bool = False,
     has_guides: bool = False,
-    shown: tuple[tuple[ReferenceMedium, ...], ...] = (),
+    reference_media: tuple[tuple[ReferenceMedium, ...], ...] = (),
 ) -> MediaTable:
     """Return the properties of a table that families check.
 
@@ -110,7 +110,7 @@ def media_table(
         has_control: Whether its items have control media.
         has_references: Whether its items have references or control masks.
         has_guides: Whether its items have guides.
-        shown: Reference media of each row.
+        reference_media: Reference media of each row.
     """
     target_frames: tuple[int, ...] = ()
     max_frames = None
@@ -131,7 +131,7 @@ def media_table(
         has_post=not table.fp_1f_no_post,
         flips=table.augmentation.flip,
         guides=name_guides(table.guides) if has_guides else (),
-        reference_media=shown if any(shown) else (),  # empty if no row has any
+        reference_media=reference_media if any(reference_media) else (),  # empty if no row has any
     )
 
 
@@ -254,7 +254,7 @@ def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
             continue
         error = compare_rates(rate, source.table.source_fps, 1.0)  # 1.0 is unused: source_fps is set
         if error is not None:
-            text = f"{source.path}: {rate or 0:.4g} frames a second; {error}"
+            text = f"{source.path}: {rate or 0:.4g} frames per second; {error}"
             errors.append(Fault(kind, text, source.stem))
     return errors
 
@@ -281,7 +281,7 @@ def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
         except (MediaError, OSError):
             continue
         if rate and not 1 / FAR <= rate / fps <= FAR:
-            text = f"{source.path}: {rate:.4g} frames a second, the model takes {fps:g}; "
+            text = f"{source.path}: {rate:.4g} frames per second, the model uses {fps:g}; "
             errors.append(Fault(FAR_RATES, f"{text}{compare_rates(rate, None, fps)}", source.stem))
     return errors
 

@@ -153,5 +153,5 @@ def read_prepared(folder: Path) -> PreparedFolder | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(
             f"{path} cannot be read ({type(error).__name__}: {error}). prepare_dataset.py writes it; prepare "
-            "the data into another folder, or remove this file if the data are of another program."
+            "the data into another folder, or remove this file if another program made the data."
         ) from error

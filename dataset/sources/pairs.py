@@ -105,6 +105,6 @@ def read_rejected_clip(
         if len(frames) == count:
             return np.stack(frames)
     raise MediaError(
-        f"{local.path} gives {count} frames, but its worse one, {local.rejected}, only {len(frames)}: "
-        "both of a pair need one length. Cut the longer one"
+        f"{local.path} has {count} frames, but its worse one, {local.rejected}, only {len(frames)}: both "
+        "clips of a pair must have the same length. Cut the longer one"
     )

@@ -67,8 +67,8 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
     with_surplus = [source for source in sources if len(source.control) > maximum]
     if with_surplus:
         logger.warning(
-            "%s: %d of %d images have more reference pictures than the %d that this model takes; further "
-            "ones are left out. The first: %s has %d",
+            "%s: %d of %d images have more reference images than the %d that this model takes; the others "
+            "are left out. The first: %s has %d",
             table.name,
             len(with_surplus),
             num_sources,
@@ -80,8 +80,8 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
     without_any = [source for source in sources if not source.control]
     if without_any:
         logger.warning(
-            "%s: %d of %d images have no reference picture and are trained without one, such as %s. Add it, "
-            "or move the image to a table of its own, if that is not intended",
+            "%s: %d of %d images have no reference image and are trained without one, such as %s. If that is "
+            "not intended, add it, or move the image to a table of its own",
             table.name,
             len(without_any),
             num_sources,

@@ -44,7 +44,7 @@ def _read_medium(entry: Mapping[str, Any], file: Path, position: str) -> Referen
     """Read an entry of `references`. Raises DatasetError for an unknown key, type or file."""
     kind = entry.get("type")
     if kind not in KINDS:
-        raise DatasetError(f"{position}: type = {_show(kind)}: it must be one of {', '.join(KINDS)}")
+        raise DatasetError(f"{position}: type = {_show(kind)}: give one of {', '.join(KINDS)}")
     unknown = sorted(entry.keys() - KEYS)
     if unknown:
         raise DatasetError(f"{position}: unknown key {unknown[0]}; known keys: {', '.join(sorted(KEYS))}")
@@ -77,7 +77,7 @@ def _locate(text: Any, file: Path, position: str) -> Path:
         if path.exists():
             return path
     raise DatasetError(
-        f"{position}: {in_working_folder}: no such file, nor in the folder of {file.name}. Fix the path"
+        f"{position}: {in_working_folder}: no such file, nor in the folder of {file.name}. Correct the path"
     )
 
 

@@ -141,7 +141,7 @@ def test_sound_at_another_speed_than_its_frames_is_refused(tmp_path: Path) -> No
     assert "24 frames per second, but source_fps says 16" in one.reason
     assert caches(tmp_path) == []
     (failure,) = cache(make_set(tmp_path, source_fps=16.0, audio="required")).failures
-    assert 'audio = "required" asks for it' in failure.reason
+    assert 'audio = "required" needs it' in failure.reason
     assert cache(make_set(tmp_path, source_fps=23.976)).silent == ()
 
 
@@ -224,8 +224,8 @@ def test_sounds_without_pictures_take_the_memory_of_one_picture(tmp_path: Path) 
     table = make_table(bells, "audio_directory", **changes)
     report = cache(DatasetConfig(bells / "data.toml", (table,)), family)
     assert [one.stem for one in report.failures] == ["empty", "short"]
-    assert "is empty, or does not say how long it is" in str(report.failures[0])
-    assert "its sound is shorter than a frame, 0.062 s" in str(report.failures[1])
+    assert "is empty, or does not state its duration" in str(report.failures[0])
+    assert "its audio is shorter than a frame, 0.062 s" in str(report.failures[1])
     assert caches(bells) == ["long_00000-009_0064x0064", "long_00023-009_0064x0064"]
     long = MediaSource(bells / "long.wav", "long", None, None, (), table)
     assert decode_source(long, 16.0).frames.strides[0] == 0 < estimate_decoded_bytes(long)
@@ -238,10 +238,10 @@ def test_sounds_without_pictures_take_the_memory_of_one_picture(tmp_path: Path) 
     report = cache(config, family)  # latents of another VAE only hold a place
     assert (report.written, report.reused) == (0, 3)
     assert [str(one) for one in report.failures] == [
-        f"{clips / 'quiet.mp4'}: it has no audio track; sound alone is learned"
+        f"{clips / 'quiet.mp4'}: it has no audio track; only audio is learned"
     ]
-    for refused, why in (({"audio": "ignore"}, "leaves none"), ({"kind": "image"}, "it has pictures")):
-        with pytest.raises(DatasetError, match=f"this run learns sound alone, and .*{why}"):
+    for refused, why in (({"audio": "ignore"}, "leaves none"), ({"kind": "image"}, "it has images")):
+        with pytest.raises(DatasetError, match=f"this run trains audio only, and .*{why}"):
             cache(make_set(clips, **refused), family)
     with pytest.raises(
         DatasetError, match=r"has no sounds but 2 videos, for which the key is video_directory"

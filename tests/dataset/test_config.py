@@ -236,10 +236,10 @@ def test_a_cache_folder_of_references_is_taken_with_a_line(
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("reference_audio_directories = ['r']", "a clip has one audio as reference"),
-        ("audio_bucket_strategy = 'pad'", "sound is as long as its clip"),
-        ("audio_jsonl_file = 'a'", "it lists sounds without clips"),
-        ("separate_audio_buckets = true", "do not affect the sound of other clips"),
+        ("reference_audio_directories = ['r']", "a clip has one audio reference"),
+        ("audio_bucket_strategy = 'pad'", "audio is as long as its clip"),
+        ("audio_jsonl_file = 'a'", "it lists audio without clips"),
+        ("separate_audio_buckets = true", "do not affect the audio of other clips"),
     ],
 )
 @pytest.mark.parametrize("place", ["[general]", "[[datasets]]"])
@@ -269,8 +269,8 @@ def test_a_table_of_sound_alone_is_one_of_black_clips(
     (table,) = tables(tmp_path, f"{text}target_frames = [9]")
     assert (table.frame_extraction, table.target_frames) == ("head", (9,))
     assert tables(tmp_path, f"{text}source_fps = 24.0")[0].source_fps == "auto"
-    assert "source_fps: ignored, as sounds have no pictures" in caplog.text
-    with pytest.raises(DatasetError, match='audio = "ignore" leaves nothing of sounds to learn'):
+    assert "source_fps: ignored, because audio files have no images" in caplog.text
+    with pytest.raises(DatasetError, match='audio = "ignore" leaves nothing to learn of audio files'):
         tables(tmp_path, f"{text}audio = 'ignore'")
     with pytest.raises(DatasetError, match="audio_directory and audio_jsonl_file exclude each other"):
         tables(tmp_path, f"{text}{'audio_directory' if more else 'audio_jsonl_file'} = 'b'")
@@ -321,7 +321,7 @@ def test_keys_of_sections_are_told_to_families_that_take_clips_whole(
     for_family(config, family(1), for_texts=True)
     assert not caplog.text
     for_family(config, family(1))
-    assert "fp_1f_target_index and fp_1f_no_post: ignored, as only FramePack, and Wan and" in caplog.text
+    assert "fp_1f_target_index and fp_1f_no_post: ignored, because only FramePack, and Wan and" in caplog.text
 
 
 OTHER = {  # another value, as a table holds it, of each key that makes caches stale

@@ -73,9 +73,9 @@ def test_images_may_have_other_numbers_of_references(tmp_path: Path, caplog) -> 
     # a_1.png would be the second of `a`, if there were no image of that name
     assert found == {"a": ["a_0.png"], "a_1": ["a_1_0.png"], "b": ["b_0.png", "b_1.png"], "c": []}
     over, none = (record.getMessage() for record in caplog.records)
-    assert "1 of 4 images have more reference pictures than the 2" in over
+    assert "1 of 4 images have more reference images than the 2" in over
     assert "b.png has 3" in over
-    assert "1 of 4 images have no reference picture" in none
+    assert "1 of 4 images have no reference image" in none
     assert "c.png" in none
 
 

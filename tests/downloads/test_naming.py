@@ -55,7 +55,7 @@ def test_a_further_trained_model_names_its_release(name: str, base: str) -> None
 )
 def test_a_model_that_is_not_supported_is_named_and_no_other_is_taken(name: str, title: str) -> None:
     with pytest.raises(
-        OptionError, match=f"^--family {name}: {title} is not supported. For pictures choose from"
+        OptionError, match=f"^--family {name}: {title} is not supported. For images choose from"
     ):
         read_family(name, find_models())
 

@@ -544,9 +544,9 @@ def test_a_changed_voice_is_cached_again_and_nothing_else(other: Project) -> Non
 @pytest.mark.parametrize(
     ("words", "messages"),
     [
-        (["--ic_lora_strategy", "none"], ["this run takes no sound as reference"]),
-        (["--ic_lora_strategy", "v2v"], ["this run takes no sound as reference"]),
-        (["--ltx2_mode", "v"], ["this run has no sound that could be made after it"]),
+        (["--ic_lora_strategy", "none"], ["this run takes no audio as reference"]),
+        (["--ic_lora_strategy", "v2v"], ["this run takes no audio as reference"]),
+        (["--ltx2_mode", "v"], ["this run does not train audio"]),
         (["--ltx2_mode", "v", "--lora_target_preset", "audio_ref_ic"], ["Give --ltx2_mode av"]),
         (["--ltx2_mode", "audio", "--ic_lora_strategy", "av_ic"], ["Give --ltx2_mode av"]),
         (

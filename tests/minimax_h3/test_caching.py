@@ -330,7 +330,7 @@ def test_a_check_finds_clips_and_their_caches(project: Path, files: TinyH3) -> N
 def test_two_sounds_of_one_clip_are_refused(project: Path, files: TinyH3) -> None:
     for suffix in (".wav", ".flac"):
         (project / "clips" / "a").with_suffix(suffix).write_bytes(b"x")
-    assert "a.flac and a.wav are sound of the same clip" in reject(project, files)
+    assert "several files contain its audio: a.flac and a.wav" in reject(project, files)
 
 
 def test_lengths_are_rounded_to_17n_plus_5(project: Path, files: TinyH3) -> None:
@@ -393,7 +393,7 @@ def test_references_are_those_of_diffusers(project: Path, files: TinyH3) -> None
         ([{"type": "audio", "path": "a.wav"}], "references are audio"),
         ([{"type": "image", "path": "none.png"}], "no such file"),
         ([{"type": "image", "path": "a.png", "audio_path": "a.wav"}], "of type video"),
-        ([{"type": "picture", "path": "a.png"}], "must be one of image, video, audio"),
+        ([{"type": "picture", "path": "a.png"}], "give one of image, video, audio"),
         ([], "has no references"),
     ],
 )

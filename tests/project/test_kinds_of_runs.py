@@ -253,7 +253,7 @@ def test_faults_of_pairs_come_before_the_command_that_trains(tmp_path: Path) -> 
     (folder / "p1.jpg").unlink()
     (folder / "p1.txt").unlink()
     said = describe(folder, "sd xl", "--overwrite")
-    assert "1 control picture without a picture of the same name: q.jpg" in said
+    assert "1 control image without an image of the same name: q.jpg" in said
     assert "First fix the problems listed above. Then" in said
 
 

@@ -552,7 +552,7 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--family hunyuan", "Did you mean hunyuan_video or hunyuan_image?"),
         ("--family sdxl --task 1.5", "--family names stable_diffusion xl, and --task 1.5 is 1.5. Leave one"),
         ("--family sd", "--task is missing: give one of 1.5 ("),
-        ("--family cosmos", "Cosmos is not supported. For pictures choose from "),
+        ("--family cosmos", "Cosmos is not supported. For images choose from "),
         ("other --family lumina", "other is not used: give one folder, and put quotes around"),
         ("--family lumina --network_dim 4", "write network_dim = ... below [training] in run.toml"),
         ("--family lumina --num_repeats 2", "a key of the dataset file: write num_repeats = ..."),

@@ -301,7 +301,7 @@ def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
     assert "Give mask_directory" in rejection(folder, *words, "--masked_loss")
     assert "is Stable Diffusion 1.x" in rejection(folder, *words_of(sd1))
     (folder / "control" / "3.png").write_bytes((folder / "control" / "0.png").read_bytes())
-    assert "1 control picture without a picture of the same name: 3.png" in rejection(folder, *words)
+    assert "1 control image without an image of the same name: 3.png" in rejection(folder, *words)
     (folder / "control" / "3.png").unlink()
     (folder / "control" / "1.png").unlink()
     assert "control images for 1; needed: 1.png" in rejection(folder, *words)

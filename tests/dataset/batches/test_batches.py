@@ -60,7 +60,7 @@ def test_items_are_found_by_name_alone(tmp_path: Path) -> None:
     ("asked", "said"),
     [
         ((1, 5), ()),
-        ((1,), ("clips of 5 frames are in caches, and not in target_frames",)),
+        ((1,), ("clips of 5 frames are in caches, but not in target_frames",)),
         ((1, 5, 9), ("clips of 9 frames are in no cache",)),
         ((9,), ("clips of 9 frames are in no cache", "clips of 1, 5 frames are in caches")),
     ],
@@ -289,8 +289,8 @@ def test_what_differs_is_told_once_with_a_file_of_each_and_what_to_do(tmp_path: 
         "Not all caches were made by the same encoders:",
         f"  {tmp_path / 'cache' / 'clip_0_00000-005_0032x0032_toy.safetensors'}: vae 1a2b3c4d...",
         f"  {tmp_path / 'cache' / 'clip_1_00000-005_0032x0032_toy.safetensors'}: vae 99887766...",
-        "  Unless the encoders' files hold the same network, the model learns a mixture that fits neither. "
-        "To make all caches alike, cache again with:",
+        "  Unless the encoders' files contain the same network, the model learns a mixture that fits "
+        "neither. To make all caches alike, cache again with:",
         "  python cache_latents.py --x",
     ]
 

@@ -52,7 +52,7 @@ def start(config: DatasetConfig) -> list[str]:
         found = find(config)
         items = require_items(found, COMMANDS)
         family: Any = ToyFamily()
-        check_caches(family, items, COMMANDS, Stores(), has_live_texts=True)
+        check_caches(family, items, COMMANDS, Stores(), encodes_texts_on_the_fly=True)
         compare_sources(config.datasets, found, COMMANDS, "toy")
     except UserError as error:
         said.append(str(error))

@@ -84,10 +84,10 @@ def test_lists_name_companions(tmp_path: Path) -> None:
     (source,) = find_sources(table)
 
     assert (source.references, source.control_mask) == ((Path("r0.mp4"), Path("r1.png")), Path("m.png"))
-    with pytest.raises(DatasetError, match="no such clip.*control_path in a list"):
+    with pytest.raises(DatasetError, match="no control clip.*control_path in a list"):
         reject_companions(table, [source])
     reject_companions(table, [replace(source, control=(Path("c.mp4"),))])
-    for rules, words in ((None, "takes none"), (ReferenceRules(1, clips=True), "takes 1 at most")):
+    for rules, words in ((None, "takes none"), (ReferenceRules(1, clips=True), "takes at most 1")):
         other = make_table(tmp_path, "video_jsonl_file", clip_references=rules)
         with pytest.raises(DatasetError, match=words):
             reject_companions(other, find_sources(other))

@@ -259,7 +259,7 @@ def test_clips_far_from_the_rate_of_the_model_are_told(tmp_path: Path, rate: int
     declared = find_far_rates(find_sources(make_table(tmp_path, source_fps="auto")), 16.0)
 
     assert [error.text.partition("; ")[0] for error in found] == [
-        f"{tmp_path / 'a.mp4'}: {rate} frames a second, the model takes 16"
+        f"{tmp_path / 'a.mp4'}: {rate} frames per second, the model uses 16"
     ] * is_told
     assert declared == []
 

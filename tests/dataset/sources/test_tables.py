@@ -164,7 +164,7 @@ def test_files_in_a_column_are_read_row_by_row(tmp_path: Path) -> None:
         assert then.sha256 == hashlib.sha256(content).hexdigest()
         assert is_unchanged(then, *source.latent_inputs[0])
         assert is_unchanged(dataclasses.replace(then, mtime_ns=1), *source.latent_inputs[0])
-    empty = r"train-1.v1.parquet, row 1 of row group 2: image.bytes is empty"
+    empty = r"train-1.v1.parquet, row 1 of row group 2: its image.bytes is empty"
     with pytest.raises(MediaError, match=empty), fetch(sources[5]):
         pass
 
@@ -175,7 +175,7 @@ def test_files_in_a_column_are_read_row_by_row(tmp_path: Path) -> None:
     named = {**edits, "mask_path": {"bytes": None, "path": "m.png"}}  # it names a file that is not there
     first = {**edits, "mask_path": {"bytes": contents[2], "path": None}}
     _, two = find_sources(table_of(tmp_path, [first, {**named, "image": other["image"]}]))
-    with pytest.raises(MediaError, match="mask_path.bytes is empty there"), fetch(two):
+    with pytest.raises(MediaError, match="its mask_path.bytes is empty"), fetch(two):
         pass
     one, two = find_sources(table_of(tmp_path, [edits, other], control_column="be/fore"))
     with fetch(one) as here:
