@@ -160,7 +160,7 @@ def test_a_metadata_file_is_cleaned(folder: Path) -> None:
     assert read(folder) == {"a": changed, "b": {}}
     (folder / "old.json").write_text('{"a": {"tags": ["x"]}}', encoding="utf-8")
     code, said = run_here(script, "old.json", "meta.json", folder=folder)
-    assert_one_message(code, said, "'a': tags is not a text")
+    assert_one_message(code, said, "'a': tags is not text")
 
 
 def test_captions_of_a_folder_come_from_git(folder: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_picture_goes_through_tools_for_pictures_only(tmp_path: Path) -> None:
     post, loaded = post_of(Smoother(), needs_video=True)
     with pytest.raises(OptionError, match="--post smoother works between the frames of a video"):
         save_pixels(output_options(tmp_path), "b", chunks(1), 16.0, None, post)
-    with pytest.raises(OptionError, match="and line 3 gives a single one"):
+    with pytest.raises(OptionError, match="but line 3 gives a single one"):
         post.check_length(1, "line 3")
     assert not loaded
 

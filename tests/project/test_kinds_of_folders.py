@@ -540,7 +540,7 @@ def test_a_picture_model_learns_the_first_frames_of_clips(tmp_path: Path) -> Non
 
     for text in (said, again):
         assert f"{tmp_path}: 4 pictures. " in text
-        assert "clip 0.mp4, clip 1.mp4, clip 0.mp4: z_image turbo uses only pictures." in text
+        assert "clip 0.mp4, clip 1.mp4, clip 0.mp4: z_image turbo is trained only on pictures." in text
     tables = load_dataset_config(tmp_path / "dataset.toml").datasets
     folders = {str(table.directory and table.directory.as_posix()): table.kind for table in tables}
     assert folders == dict.fromkeys([".", "first_frames", "first_frames/deep"], "image")

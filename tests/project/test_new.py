@@ -399,7 +399,7 @@ def test_a_named_checkpoint_brings_its_own_vae_and_is_not_downloaded_again(tmp_p
     told = run_script("new_project.py", *words, folder=tmp_path)
 
     run = parse_toml((tmp_path / "p" / "run.toml").read_text("utf-8"))
-    assert "--vae: the one inside" in told.stdout
+    assert "--vae: taken from" in told.stdout
     assert "its files are there" in told.stdout
     assert "vae" not in run["training"]
     assert len(run[PROJECT_TABLE]["files"]) == 1

@@ -277,7 +277,7 @@ def test_only_commands_of_ours_are_run(words: list[str], collected: Path, tmp_pa
     text = (collected / "run.toml").read_text(encoding="utf-8")
     changed = re.sub("^commands.*$", f"commands = [[], {words}]", text, flags=re.MULTILINE)
     (tmp_path / "run.toml").write_text(changed, encoding="utf-8")
-    assert_one_message(*run_here("run_project.py", tmp_path, folder=tmp_path), "is not a command", "Correct")
+    assert_one_message(*run_here("run_project.py", tmp_path, folder=tmp_path), "is not a command", "Fix")
 
 
 def test_no_code_of_the_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
