@@ -189,7 +189,8 @@ class OtherProcesses:
             reason = "another process of this run was lost: it was killed, or ended by an error"
         elif self._lost.cause == SILENT:
             reason = (
-                f"process {self._lost.rank} (counted from 0) has not answered for {self._pace.timeout_seconds:g} "
+                f"process {self._lost.rank} (counted from 0) has not answered for "
+                f"{self._pace.timeout_seconds:g} "
                 "seconds: it is stopped, or its machine cannot be reached"
             )
         else:
