@@ -88,7 +88,7 @@ def check_output_file(option: str, path: Path) -> None:
 
 
 def check_place(option: str, path: Path) -> None:
-    """Raise OptionError if no file can be written under this name: a folder has it, or a file is above it."""
+    """Raise OptionError if no file can be written here: a folder has the name, or a parent is a file."""
     if path.is_dir():
         raise OptionError(f"{option} {path}: is a folder. Give the name of the file to write in it")
     above = next((folder for folder in path.parents if folder.exists()), None)

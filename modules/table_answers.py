@@ -36,7 +36,7 @@ class _TableParser(Parser):
 
 
 class CommandLine(NamedTuple):
-    """The arguments of a command line, as options of a script."""
+    """The parser of a script, and the arguments that it has parsed."""
 
     parser: Parser
     arguments: argparse.Namespace
