@@ -165,7 +165,7 @@ def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
     max_passes = max((len(plan.passes) for plan in plans), default=run.processes)
     if max_passes < run.processes:
         logger.warning(
-            "%s: the largest number of passes in a step is %d, which makes %d processes no faster than %d",
+            "%s: the largest number of passes in a step is %d, so %d processes are no faster than %d",
             options.speed.modes.divides_passes,
             max_passes,
             run.processes,

@@ -208,18 +208,18 @@ class OutputOptions(Options, title="output"):
             frames: Number of frames; below 1 for audio alone.
         """
         path = self.save_path / self.file_name
-        reason = "a video is made"
+        reason = "the result is a video"
         suffix = self.format.suffix
         if frames < 1:
-            reason = "sound alone is made"
+            reason = "the result is sound alone"
             suffix = ".wav"
         elif self.is_image(frames - self.trim_tail_frames <= 1):
-            reason = "a picture is made"
+            reason = "the result is a picture"
             suffix = ".png"
         elif self.output_type in IMAGE_OUTPUTS:
             raise OptionError(
-                f"--save_path {path} with --output_type {self.output_type}: {frames} pictures are made. Give "
-                f"a folder for them, such as {path.with_suffix('')}"
+                f"--save_path {path} with --output_type {self.output_type}: the result is {frames} "
+                f"pictures. Give a folder for them, such as {path.with_suffix('')}"
             )
         if path.suffix.lower() != suffix:
             raise OptionError(f"--save_path {path}: {reason}. Give {path.with_suffix(suffix)}")

@@ -59,7 +59,7 @@ def find_error_on_windows(name: str) -> str:
     if is_windows_device(name):
         return f"on Windows {name.partition('.')[0].strip()} is a device, with any ending"
     if name[-1] in ". ":
-        return f"it ends in a {'dot' if name[-1] == '.' else 'blank'}, which Windows removes"
+        return f"it ends in a {'dot' if name[-1] == '.' else 'space'}, which Windows removes"
     return ""
 
 
