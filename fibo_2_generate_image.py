@@ -20,7 +20,7 @@ DEFAULTS = ScriptDefaults(
     infer_steps=STEPS,
     sample_solver="vanilla",
     defaults_from_model={
-        "video_size": f"size in pixels; default: {SIDE} {SIDE}, with pictures to edit about a megapixel in "
+        "video_size": f"size in pixels; default: {SIDE} {SIDE}, with images to edit about a megapixel in "
         "the shape of the first",
         "flow_shift": "time shift of the schedule; default: by size, e^1.15 at 1024 x 1024",
         "guidance_scale": "weight of the prompt: negative + weight * (positive - negative); 1 turns guidance "

@@ -14,7 +14,7 @@ DEFAULTS = ScriptDefaults(
     flow_shift=SHIFT,
     sample_solver="vanilla",
     defaults_from_model={
-        "video_size": f"size in pixels; default: {SIDE} {SIDE}, with reference pictures that of the first",
+        "video_size": f"size in pixels; default: {SIDE} {SIDE}, with reference images that of the first",
         "guidance_scale": "weight of the prompt: negative + weight * (positive - negative); 1 turns guidance "
         f"off; default: {GUIDANCE}, of the distilled model none",
         "infer_steps": f"number of denoising steps; default: {STEPS}, of the distilled model "

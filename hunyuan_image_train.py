@@ -1,7 +1,7 @@
 """Fine-tune the whole transformer of HunyuanImage-2.1."""
 
 import modules.interpreter  # noqa: F401
-from hunyuan_image.options import TRAINER, name_attention
+from hunyuan_image.options import TRAINER, translate_attention
 from training.image_options import ImageTrainerDefaults
 from training.scripts import training_script
 
@@ -9,7 +9,7 @@ main = training_script(
     "hunyuan_image",
     __doc__,
     full_dit=True,
-    images=ImageTrainerDefaults(**{**TRAINER, "translate": name_attention}),
+    images=ImageTrainerDefaults(**{**TRAINER, "translate": translate_attention}),
 )
 
 

@@ -10,11 +10,11 @@ from generation.scripts import generation_script
 from krea2.options import REPLACED, SIDE, resolve_generation
 
 
-def _read_one(text: str) -> int:
-    """Read --i of a prompt line, which is a number of pictures in other tools."""
+def _read_image_count(text: str) -> int:
+    """Read --i of a prompt line, which is the number of images in other tools."""
     if text != "1":
         raise ValueError(
-            f"a line makes one picture, not {text}: repeat it, each time with another seed (--d)"
+            f"a line generates one image, not {text}: repeat it, each time with another seed (--d)"
         )
     return 1
 
@@ -58,7 +58,7 @@ DEFAULTS = ScriptDefaults(
         **IMAGE_GENERATION_OPTIONS,
         **REFERENCES,
         **_shift_options(),
-        "i": LineOption("pictures_of_line", _read_one),
+        "i": LineOption("pictures_of_line", _read_image_count),
     },
     output_types=PICTURE_OUTPUTS,
 )

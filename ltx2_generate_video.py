@@ -1,4 +1,4 @@
-"""Generate videos with LTX-2 and LTX-2.3, with or without sound."""
+"""Generate videos with LTX-2 and LTX-2.3, with or without audio."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -125,7 +125,7 @@ def reject_image_options(shared: GenerationOptions) -> None:
     }
     options = ", ".join(name for name, is_given in given_options.items() if is_given)
     if options:
-        raise OptionError(f"{options}: sound alone has no pictures. Leave out what is for these")
+        raise OptionError(f"{options}: audio alone has no images. Leave out what is for these")
 
 
 main = generation_script("ltx_2", DEFAULTS, __doc__, adjust_options=settle)

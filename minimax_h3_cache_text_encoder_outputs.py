@@ -24,7 +24,7 @@ def write_probe(options: "H3TextCachingOptions", family: Any, config: "DatasetCo
     save_empty_prompt(options.uncond_output, entry.tensors, options.uncond_text)
 
 
-main = caching_script("minimax_h3", "texts", __doc__, finish=write_probe)
+main = caching_script("minimax_h3", "texts", __doc__, on_completed=write_probe)
 
 
 if __name__ == "__main__":

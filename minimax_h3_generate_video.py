@@ -1,4 +1,4 @@
-"""Generate videos with sound, or single pictures, with MiniMax-H3."""
+"""Generate videos with audio, or single images, with MiniMax-H3."""
 
 import modules.interpreter  # noqa: F401
 from generation.prompt_lines import (
@@ -32,7 +32,7 @@ DEFAULTS = ScriptDefaults(
         **dict.fromkeys(("video_size", "video_length"), ""),
         "image_path": "picture that the clip begins with",
         "end_image_path": "picture that it ends with; alone too",
-        "flow_shift": "time shift of the pictures' schedule; 6 for LoRAs of four steps; default 12",
+        "flow_shift": "time shift of the images' schedule; 6 for LoRAs of four steps; default 12",
         "guidance_scale": "1: guidance is built into the model",
     },
     spellings={

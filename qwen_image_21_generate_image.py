@@ -12,7 +12,7 @@ from generation.prompt_lines import (
 )
 from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
-from qwen_image_21.options import SIDE, STEPS, read_negative, resolve_generation
+from qwen_image_21.options import SIDE, STEPS, replace_empty_prompt, resolve_generation
 
 DEFAULTS = ScriptDefaults(
     fps=IMAGE_FPS,
@@ -20,7 +20,7 @@ DEFAULTS = ScriptDefaults(
     guidance_scale=1.0,
     infer_steps=STEPS,
     defaults_from_model={
-        "video_size": "size in pixels, multiples of 32; default: 1024 1024, with pictures to edit about a "
+        "video_size": "size in pixels, multiples of 32; default: 1024 1024, with images to edit about a "
         "megapixel in the shape of the last one",
         "infer_steps": "number of denoising steps; default: for Turbo as many as it was distilled to (8), "
         f"else {STEPS}",
@@ -36,7 +36,7 @@ DEFAULTS = ScriptDefaults(
     line_options={
         **IMAGE_GENERATION_OPTIONS,
         **REFERENCES,
-        "n": LineOption("negative_prompt", read_negative, NO_TEXT),
+        "n": LineOption("negative_prompt", replace_empty_prompt, NO_TEXT),
         **dict.fromkeys(("m", "mask_path"), LineOption("mask_path", read_path, CANCELS)),
     },
     output_types=PICTURE_OUTPUTS,

@@ -71,7 +71,7 @@ class AdapterBlock(nn.Module):
 
 
 class AnimaAdapter(nn.Module):
-    """Turn T5's tokens and Qwen3's states into text rows for the transformer."""
+    """Turn T5's tokens and Qwen3's states into text tokens for the transformer."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class AnimaAdapter(nn.Module):
         self._rotary, self._states_rotary = GridTable(make_table), GridTable(make_table)
 
     def forward(self, states: Tensor, ids: Tensor, attention: AttentionChoice) -> Tensor:
-        """Turn one prompt's T5 tokens and Qwen3 states into text rows, 1 T C, without padding or masks.
+        """Turn one prompt's T5 tokens and Qwen3 states into text tokens, 1 T C, without padding or masks.
 
         Args:
             states: States of the prompt's own tokens, 1 S text_dim. A prompt without tokens has one state of

@@ -74,7 +74,7 @@ class Anima(ModelOfImages):
     lora_module: str = LORA[0].network_module
 
     name: str = field(default="anima", init=False)
-    named: ClassVar = {
+    model_metadata: ClassVar = {
         "architecture": "anima-preview",
         "implementation": "https://huggingface.co/circlestone-labs/Anima",
         "model_type": "anima",
@@ -91,13 +91,13 @@ class Anima(ModelOfImages):
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=RELEASE, init=False)
     text_keys: frozenset[str] = field(default=frozenset(INPUTS.values()), init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
 
     @property
     def metadata(self) -> Mapping[str, str]:
         """Return the model's metadata and its number of blocks, which LoRA names do not always show."""
         blocks = {} if self.files.dit is None else {SOURCE_BLOCKS[0]: str(*self.block_counts())}
-        return self.metadata_of({**self.named, **blocks})
+        return self.metadata_of({**self.model_metadata, **blocks})
 
     @property
     def defaults(self) -> SamplingDefaults:

@@ -12,7 +12,7 @@ from anima.configs import ADAPTER, PATCH, AdapterConfig, AnimaConfig
 from anima.model import AnimaModel
 from anima.names import ANIMA
 from anima.options import MAX_TOKENS, NAME, AnimaTextOptions
-from anima.text_encoder import T5_FILES, AnimaTextEncoder, make_use
+from anima.text_encoder import T5_FILES, AnimaTextEncoder, make_encoder_settings
 from checkpoints.dialects import DitShapes, join_parts, joined_shapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.model_files import read_once, require_file
@@ -79,10 +79,10 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
 
 def _read_config(shapes: DitShapes) -> AnimaConfig:
     """Return the dimensions of an Anima transformer; raise CheckpointError for another model."""
-    dim, columns = shapes.shape_of("x_embedder.proj.1.weight")
-    patch_width, _ = shapes.shape_of("final_layer.linear.weight")
+    dim, input_width = shapes.shape_of("x_embedder.proj.1.weight")
+    output_width, _ = shapes.shape_of("final_layer.linear.weight")
     # other models with the same tensor names
-    if columns == patch_width + 2 * PATCH**2:
+    if input_width == output_width + 2 * PATCH**2:
         raise CheckpointError(
             f"{shapes.path} takes two channels more than latents have: it is Cosmos-Predict2 for videos, "
             f"which is not supported. Give {FILES}.",
@@ -90,31 +90,32 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
         )
     if dim == COSMOS_14B_WIDTH:
         raise CheckpointError(
-            f"{shapes.path} is {dim} wide: it is Cosmos-Predict2 14B, and {NAME} was made from its 2B. Give "
-            f"{FILES}.",
+            f"{shapes.path} has width {dim}: it is Cosmos-Predict2 14B, but {NAME} was made from its 2B. "
+            f"Give {FILES}.",
             shapes.path,
         )
-    rows, _ = shapes.shape_of("blocks.0.self_attn.q_proj.weight")
-    (width,) = shapes.shape_of("blocks.0.self_attn.q_norm.weight", axes=1)
+    query_width, _ = shapes.shape_of("blocks.0.self_attn.q_proj.weight")
+    (head_dim,) = shapes.shape_of("blocks.0.self_attn.q_norm.weight", axes=1)
     # the embedder takes one channel more than the output has: the mask of padding
-    has_patches = patch_width % PATCH**2 == 0 and columns == patch_width + PATCH**2
+    has_patches = output_width % PATCH**2 == 0 and input_width == output_width + PATCH**2
     # frequencies come in pairs, and more than one of them are stretched on each axis
-    has_heads = rows == dim and dim % width == 0 and width % 2 == 0 and width // 6 >= 2
+    has_heads = query_width == dim and dim % head_dim == 0 and head_dim % 2 == 0 and head_dim // 6 >= 2
     if not has_heads or not has_patches:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, {rows} rows of queries, heads of {width}, patches of {columns} and "
-            f"{patch_width} numbers are not those of {MODEL_KIND}. Copy the file again.",
+            f"{shapes.path} does not have the sizes of {MODEL_KIND}: width {dim}, queries of width "
+            f"{query_width}, heads of width {head_dim}, patches of {input_width} values in the input and "
+            f"{output_width} in the output. Copy the file again.",
             shapes.path,
         )
     return AnimaConfig(
         dim=dim,
         ffn_dim=shapes.shape_of("blocks.0.mlp.layer1.weight")[0],
-        num_heads=dim // width,
+        num_heads=dim // head_dim,
         num_layers=shapes.count_blocks("blocks"),
         context_dim=shapes.shape_of("blocks.0.cross_attn.k_proj.weight")[1],
         modulation_dim=shapes.shape_of("blocks.0.adaln_modulation_mlp.1.weight")[0],
         adapter=_read_adapter(shapes),
-        channels=patch_width // PATCH**2,
+        channels=output_width // PATCH**2,
     )
 
 
@@ -127,11 +128,11 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
         return None
     start = f"{ADAPTER_PREFIX}blocks.0."
     vocabulary, dim = shapes.shape_of(f"{ADAPTER_PREFIX}embed.weight")
-    (width,) = shapes.shape_of(f"{start}cross_attn.q_norm.weight", axes=1)
+    (head_dim,) = shapes.shape_of(f"{start}cross_attn.q_norm.weight", axes=1)
     text_width = shapes.shape_of("blocks.0.cross_attn.k_proj.weight")[1]
-    if dim % width or width % 2 or dim != text_width:
+    if dim % head_dim or head_dim % 2 or dim != text_width:
         raise CheckpointError(
-            f"{shapes.path}: an adapter of width {dim} with heads of width {width} does not fit a "
+            f"{shapes.path}: an adapter of width {dim} with heads of width {head_dim} does not fit a "
             f"transformer that takes texts of width {text_width}. Give {ADAPTER_FILES} to {ADAPTER_OPTION}.",
             shapes.path,
         )
@@ -139,7 +140,7 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
         dim=dim,
         text_dim=shapes.shape_of(f"{start}cross_attn.k_proj.weight")[1],
         ffn_dim=shapes.shape_of(f"{start}mlp.0.weight")[0],
-        num_heads=dim // width,
+        num_heads=dim // head_dim,
         num_layers=shapes.count_blocks(f"{ADAPTER_PREFIX}blocks"),
         vocabulary=vocabulary,
     )
@@ -198,7 +199,7 @@ class AnimaFiles(QwenImageFiles):
     adapter: Path | None = None
     t5_tokenizer: Path | None = None
     t5_max_tokens: int = MAX_TOKENS
-    encoder_settings: LanguageEncoderSettings = make_use(MAX_TOKENS)
+    encoder_settings: LanguageEncoderSettings = make_encoder_settings(MAX_TOKENS)
 
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
     called: ClassVar[str] = NAME
@@ -211,14 +212,14 @@ class AnimaFiles(QwenImageFiles):
             text_encoder_tokenizer=options.text_encoder_tokenizer,
             t5_tokenizer=options.t5_tokenizer_path,
             t5_max_tokens=options.t5_max_token_length,
-            encoder_settings=make_use(options.qwen3_max_token_length),
+            encoder_settings=make_encoder_settings(options.qwen3_max_token_length),
             text_dtype=select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
             text_form=text_form(options),
             text_on_cpu=options.text_encoder_cpu,
         )
 
     def adapter_config(self) -> AdapterConfig:
-        """Return the dimensions of the adapter that turns T5's tokens and Qwen3's states into text rows.
+        """Return the dimensions of the adapter that turns T5's tokens and Qwen3's states into text tokens.
 
         Raises CheckpointError if the transformer's files have none, or are another model's.
         """

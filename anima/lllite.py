@@ -126,8 +126,8 @@ def _check_layer(name: str, layer: Any, width: int, path: Path | None) -> None:
     if layer is None or layer.in_features != width:
         has = "has no such layer" if layer is None else f"takes {layer.in_features} channels in this layer"
         raise CheckpointError(
-            f"{path} does not fit the transformer: it is made for {name.removeprefix(PREFIX)} with "
-            f"inputs of {width} numbers, and the model {has}. Give {LLLITE_FILES} for this model.",
+            f"{path} does not fit the transformer: it is made for {name.removeprefix(PREFIX)} with inputs "
+            f"of {width} channels, but the model {has}. Give {LLLITE_FILES} for this model.",
             path,
         )
 
@@ -155,8 +155,8 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
     channels = _shape_of(checkpoint, f"{TRUNK}.conv1.weight", 4)[1]
     if channels not in {3, MASKED_CHANNELS}:
         raise CheckpointError(
-            f"{option} {checkpoint.path} takes control images of {channels} channels; known are 3, and "
-            f"{MASKED_CHANNELS} for inpainting. Give another file.",
+            f"{option} {checkpoint.path} takes control images of {channels} channels; only 3, and "
+            f"{MASKED_CHANNELS} for inpainting, are supported. Give another file.",
             checkpoint.path,
         )
     config = LlliteConfig(
@@ -225,7 +225,7 @@ def load_lllite(
         plan = read_lllite(checkpoint, option)
         _check_blocks(plan.config, path, dit)
         build = partial(AttachedLllite, scale=multiplier)
-        attached = load_planned(plan, build, device=device, dtype=dtype, what=MODEL_KIND)
+        attached = load_planned(plan, build, device=device, dtype=dtype, label=MODEL_KIND)
     attached.attach_to(dit, path)
     return attached
 
@@ -238,7 +238,7 @@ def check_file(path: Path, option: str) -> LllitePlan:
     with open_checkpoint(require_file(path, option, "")) as checkpoint:
         plan = read_lllite(checkpoint, option)
         build = partial(AttachedLllite, scale=1.0)
-        load_planned(plan, build, device=torch.device("meta"), dtype=torch.float32, what=MODEL_KIND)
+        load_planned(plan, build, device=torch.device("meta"), dtype=torch.float32, label=MODEL_KIND)
     return plan.config
 
 
@@ -257,8 +257,8 @@ def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
     depth: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
     if plan.num_blocks != depth:
         raise CheckpointError(
-            f"{path} is made for {plan.num_blocks} blocks, the transformer has {depth}: "
-            "each module has learned its place. Give the model that it was trained with, or another file.",
+            f"{path} is made for {plan.num_blocks} blocks, but the transformer has {depth}: each module was "
+            "trained for its own block. Give the model that it was trained with, or another file.",
             path,
         )
 
@@ -335,7 +335,7 @@ def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values
         with open_checkpoint(path) as checkpoint:
             plan = read_lllite(checkpoint, WEIGHTS)
             _check_blocks(plan.config, path, dit)
-            attached = load_planned(plan, build, torch.device("cpu"), torch.float32, what=MODEL_KIND)
+            attached = load_planned(plan, build, torch.device("cpu"), torch.float32, label=MODEL_KIND)
     else:
         attached = build(_plan_for(dit, _initial_config(options)))
     attached.attach_to(dit, path)
@@ -358,22 +358,23 @@ def _check_start(options: AnimaLlliteTrainingOptions) -> None:
     path = options.network_weights
     if path is None:
         return
-    stored, asked = check_file(path, WEIGHTS).config, _config_from_options(options)
+    stored = check_file(path, WEIGHTS).config
+    new = _config_from_options(options)
     sizes = {
-        "cond_emb_dim": (asked.cond_emb_dim, stored.cond_emb_dim),
-        "lllite_cond_dim": (asked.cond_dim, stored.cond_dim),
-        "lllite_cond_resblocks": (asked.resblocks, stored.resblocks),
-        "lllite_mlp_dim": (asked.mlp_dim, stored.mlp_dim),
-        "lllite_cond_in_channels": (asked.cond_in_channels, stored.cond_in_channels),
-        "lllite_inpaint_masked_input": (asked.hides_masked, stored.hides_masked),
-        "lllite_use_aspp": (asked.use_aspp, stored.use_aspp),
-        "lllite_target_layers": (sorted(asked.layers), sorted(stored.layers)),
+        "cond_emb_dim": (new.cond_emb_dim, stored.cond_emb_dim),
+        "lllite_cond_dim": (new.cond_dim, stored.cond_dim),
+        "lllite_cond_resblocks": (new.resblocks, stored.resblocks),
+        "lllite_mlp_dim": (new.mlp_dim, stored.mlp_dim),
+        "lllite_cond_in_channels": (new.cond_in_channels, stored.cond_in_channels),
+        "lllite_inpaint_masked_input": (new.hides_masked, stored.hides_masked),
+        "lllite_use_aspp": (new.use_aspp, stored.use_aspp),
+        "lllite_target_layers": (sorted(new.layers), sorted(stored.layers)),
     }
-    for name, (of_options, of_file) in sizes.items():
-        if of_options != of_file:
+    for name, (new_value, stored_value) in sizes.items():
+        if new_value != stored_value:
             raise OptionError(
-                f"--{name} is {of_options}, but {path}, whose training continues, has {of_file}. Give the "
-                "same"
+                f"--{name} is {new_value}, but {path}, whose training continues, has {stored_value}. "
+                "Give the same value."
             )
 
 

@@ -148,22 +148,22 @@ class AnimaLllite(nn.Module):
     """The trunk and all blocks' modules of a ControlNet-LLLite, named as in files."""
 
     def __init__(
-        self, config: LlliteConfig, blocks: int, widths: dict[str, int], dropout: float = 0.0
+        self, config: LlliteConfig, num_blocks: int, input_widths: dict[str, int], dropout: float = 0.0
     ) -> None:
-        """Build the modules for a transformer of `blocks` blocks; `widths` are its layers' input widths."""
+        """Build the modules for a transformer of `num_blocks` blocks; `input_widths` are keyed by layer."""
         super().__init__()
         self.lllite_conditioning1 = LlliteTrunk(config)
-        for name, path in list_layers(config.layers, blocks):
-            width = widths[path.split(".", 2)[2]]
+        for name, path in list_layers(config.layers, num_blocks):
+            width = input_widths[path.split(".", 2)[2]]
             self.add_module(name, AnimaLlliteModule(config, width, dropout))
 
 
-def list_layers(layers: Sequence[str], blocks: int) -> Iterator[tuple[str, str]]:
+def list_layers(layers: Sequence[str], num_blocks: int) -> Iterator[tuple[str, str]]:
     """Yield each module's name in files and the path of its layer, in the network's order.
 
     `layers` are the layers of a block that have a module.
     """
-    for block in range(blocks):
+    for block in range(num_blocks):
         for layer in _ORDER:
             if layer in layers:
                 path = f"blocks.{block}.{layer}"

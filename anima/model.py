@@ -118,11 +118,13 @@ class AnimaAttention(nn.Module):
     def attend_text(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
         """Return the cross-attention, B L C, of image tokens to all text tokens, including zero padding."""
         query = self.query(x)
-        of_texts = []
+        attended_by_text = []
         for text, repeats in tokens.text_tokens:
             key, value = self.key_and_value(text)
-            of_texts.append(attend(query, key, value, tokens.attention, repeats=repeats))
-        attended = of_texts[0] if tokens.combine_attention is None else tokens.combine_attention(*of_texts)
+            attended_by_text.append(attend(query, key, value, tokens.attention, repeats=repeats))
+        attended = attended_by_text[0]
+        if tokens.combine_attention is not None:
+            attended = tokens.combine_attention(*attended_by_text)
         return run_in_weight_dtype(self.output_proj, attended.flatten(2))
 
 
@@ -269,9 +271,10 @@ class AnimaModel(BlockNetwork):
             sigmas: B, 0..1, as the model takes them.
             states: States of the language model, B S text_dim.
             states_mask: B S, 1 for real ones, which come first.
-            ids: T5's tokens, B T'.
+            ids: Token ids of T5, B T'.
             weights: B T', 0 for padding after the tokens, 1 or a weight for each token.
-            overrides: Changes to this call; a NAG text has the last four too.
+            overrides: Changes to this call; a second text in them (for negative attention) has its own
+                `states`, `states_mask`, `ids` and `weights`.
 
         Raises:
             ValueError: If sizes do not match.
@@ -346,8 +349,8 @@ class AnimaModel(BlockNetwork):
         sizes = (1, *grid)
         for size, width, ratio in zip(sizes, self.config.rotary_widths, self.config.rope_ratios, strict=True):
             theta = self.config.rope_theta * ratio ** (width / (width - 2))
-            places = torch.arange(size, dtype=torch.float64)
-            axes.append(axis_rotations(places, width, theta, device))
+            positions = torch.arange(size, dtype=torch.float64)
+            axes.append(axis_rotations(positions, width, theta, device))
         return spread_over_grid(axes).unsqueeze(1)
 
 

@@ -86,22 +86,22 @@ ANIMA = FamilyNames(
         ),
         *renamed_parts(_CONDITIONER, _ADAPTER, ((name, name) for name in ("out_proj", "norm", "embed"))),
     ),
-    versions=("anima",),
+    version_prefixes=("anima",),
     encoders=(("lora_te", layouts.OF_LANGUAGE_MODEL),),
     texts_in_comfyui=(("lora_te_", "text_encoders.qwen3_06b.transformer.model."),),
-    sides=(
+    relative_sizes=(
         *((f".blocks.{{n}}.{attention}.q_proj", 1, 1) for attention in ("self_attn", "cross_attn")),
         *((f".blocks.{{n}}.{attention}.output_proj", 1, 1) for attention in ("self_attn", "cross_attn")),
         *((f".blocks.{{n}}.self_attn.{letter}_proj", 1, 1) for letter in "kv"),
         (".mlp.layer1", 4, 1),
         (".mlp.layer2", 1, 4),
     ),
-    released=tuple((2048, (("blocks", depth),)) for depth in GROWN.depths),
+    released_sizes=tuple((2048, (("blocks", depth),)) for depth in GROWN.depths),
     depth_variants=GROWN,
-    numbered=(("blocks.{n}.", _ORDER), (f"{_ADAPTER}blocks.{{n}}.", _ADAPTER_ORDER)),
+    optimizer_numbering=(("blocks.{n}.", _ORDER), (f"{_ADAPTER}blocks.{{n}}.", _ADAPTER_ORDER)),
     network_module="networks.lora_anima",
     rules=LoraRules(module_switches={"train_llm_adapter": f".{_ADAPTER}blocks."}),
-    unprefixed=(_CONDITIONER,),
+    unprefixed_paths=(_CONDITIONER,),
 )
 LORA = (ANIMA,)
 MARKS: Marks = (

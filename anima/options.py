@@ -85,7 +85,7 @@ class AnimaTextOptions(Options):
     text_encoder_form: str | None = text_form_option()
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
-    def words(self) -> dict[str, Any]:
+    def as_options(self) -> dict[str, Any]:
         """Return the options that select the same text encoder in another script."""
         return {
             "--qwen3_tokenizer": self.text_encoder_tokenizer,
@@ -108,7 +108,7 @@ def _rate_option(part: str) -> Any:
 
 _QWEN3 = "Qwen3 (0.6B, base) text encoder: file or folder"
 _ADAPTER = (
-    "file of the adapter, in place of the one in the transformer's file, such as the folder text_conditioner "
+    "file of the adapter, instead of the one in the transformer's file, such as the folder text_conditioner "
     "of a diffusers release; default: that one"
 )
 
@@ -207,9 +207,7 @@ class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
         "channels of the convolutions that see the control image; even", 64, minimum=2
     )
     lllite_cond_resblocks: int = _size("residual blocks among them", 1, minimum=0, maximum=64)
-    lllite_use_aspp: bool = option(
-        "let them see wide surroundings too, by dilated convolutions", facts=IDENTITY
-    )
+    lllite_use_aspp: bool = option("let them also see a wide area, by dilated convolutions", facts=IDENTITY)
     lllite_cond_in_channels: int = option(
         "channels of control images: 3, or 4 to train inpainting. Control images are then the images, and "
         "each step draws a mask, which is the fourth channel",
@@ -222,7 +220,7 @@ class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
         "with --lllite_cond_in_channels 4: make control images gray where the mask marks them",
         facts=IDENTITY,
     )
-    lllite_mlp_dim: int = _size("numbers that the input of a layer becomes", 64)
+    lllite_mlp_dim: int = _size("width to which the input of a layer is projected", 64)
     lllite_target_layers: str = option(
         f"layers that are changed: {', '.join(PRESETS)}; or some of {', '.join(TARGETS)}, with commas",
         default="self_attn_q",
@@ -233,7 +231,7 @@ class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
         "fraction of the inner values that is set to zero during training", minimum=0, below=1, facts=HABIT
     )
     lllite_multiplier: float = option(
-        "strength with which it acts while it learns",
+        "strength during training",
         default=1.0,
         minimum=-10,
         maximum=10,
@@ -338,7 +336,7 @@ TRAINER: Mapping[str, Any] = {  # defaults of both training scripts, for `ImageT
 
 def caching_options(options: AnimaLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a training's options for latent caching and for text caching, as values by option name."""
-    texts = {"--qwen3": options.qwen3 or Placeholder("QWEN3_FILE"), **options.text.words()}
+    texts = {"--qwen3": options.qwen3 or Placeholder("QWEN3_FILE"), **options.text.as_options()}
     return options.vae.file.command_options(), texts
 
 
@@ -349,7 +347,7 @@ def generation_options(options: AnimaLearningOptions, sample: Mapping[str, Any])
         "--llm_adapter_path": options.llm_adapter_path,
         **options.vae.file.command_options(),
         "--text_encoder": options.qwen3 or Placeholder("QWEN3_FILE"),
-        **options.text.words(),
+        **options.text.as_options(),
         "--dit_dtype": options.dit_dtype,
     }
 

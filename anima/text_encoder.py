@@ -50,14 +50,14 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache  # one object for each length
-def make_use(maximum: int) -> LanguageEncoderSettings:
-    """Return the settings for using Qwen3 with at most `maximum` tokens of a prompt."""
+def make_encoder_settings(max_tokens: int) -> LanguageEncoderSettings:
+    """Return the settings for using Qwen3 with at most `max_tokens` tokens of a prompt."""
     return LanguageEncoderSettings(
         name="qwen3",
         states_key=STATES,
         model=QWEN3_SMALL,
         source=qwen_tokenizer("--qwen3_tokenizer", "Qwen/Qwen3-0.6B-Base"),
-        maximum=maximum,
+        max_length=max_tokens,
         batch_size=1,  # so that a state does not depend on other prompts, to the last bit
     )
 
@@ -86,7 +86,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
     @property
     def identity(self) -> Mapping[str, str]:
         """Return what the text states depend on besides the text; reads no weights."""
-        lengths = {"tokens": str(self.maximum), "t5_tokens": str(self.t5_max_tokens)}
+        lengths = {"tokens": str(self.max_length), "t5_tokens": str(self.t5_max_tokens)}
         return {**super().identity, "t5": T5_SOURCE.identity(self.t5_tokenizer, self.path), **lengths}
 
     def load(self, device: torch.device) -> None:
@@ -114,8 +114,8 @@ class AnimaTextEncoder(LanguageModelEncoder):
             if ids:
                 (encoded,) = super().compute(network, tokenizer, [ids], num_template_tokens)
                 (states,) = encoded[STATES]
-            mask = (torch.arange(self.maximum) < len(ids)).to(torch.int64)
-            conditions.append({STATES: pad(states, (0, 0, 0, self.maximum - len(ids))), MASK: mask})
+            mask = (torch.arange(self.max_length) < len(ids)).to(torch.int64)
+            conditions.append({STATES: pad(states, (0, 0, 0, self.max_length - len(ids))), MASK: mask})
         return conditions
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -128,17 +128,17 @@ class AnimaTextEncoder(LanguageModelEncoder):
         assert tokenizer is not None  # call `load` first
         encoded: list[Conditions] = []
         for prompt, conditions in zip(prompts, super().encode(prompts), strict=True):
-            written = self.write(prompt)
-            tokens = tokenizer.read(written.text)
+            templated = self.apply_template(prompt)
+            tokens = tokenizer.read(templated.text)
             used = tokens.cut(self.t5_max_tokens)
             if len(used.ids) < len(tokens.ids):
                 left_out = len(tokens.ids) - len(used.ids)
                 text = "%d of T5's tokens of the prompt are cut off; %d are used: %.60s"
                 logger.info(text, left_out, self.t5_max_tokens, prompt.text)
             ids, mask = (rows[0].to(torch.int32) for rows in fill_rows([used.ids], self.t5_max_tokens, PAD))
-            if prompt.spans:
+            if prompt.weighted_spans:
                 mask = mask.float()
-                mask[: len(used.ids)] *= torch.tensor(weights_of(written, used.char_spans))
+                mask[: len(used.ids)] *= torch.tensor(weights_of(templated, used.char_spans))
             encoded.append({**conditions, IDS: ids, WEIGHTS: mask})
         return encoded
 

@@ -169,7 +169,7 @@ def _measure_loading(row: Row, path: Path, device: torch.device) -> Figures:
     def load() -> None:
         host = make_host_weights(family.dit, options.speed.swap, device)
         placement = placement_of(options, device, options.speed.fp8.quantization)
-        dit = family.load_dit(replace(placement, host=host))
+        dit = family.load_dit(replace(placement, host_weights=host))
         synchronize(device)
         del dit
         gc.collect()

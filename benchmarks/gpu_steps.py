@@ -34,7 +34,7 @@ from runtime.planning.memory_plan import workspace
 from training.experts import placement_of, set_up_network
 from training.loss import NoisyAudio, NoisyBatch
 from training.optimizers.optimizer import find_averaging_optimizer, make_optimizer
-from training.planning.memory import predict
+from training.planning.memory import predict_memory
 from training.planning.rehearsal import autocast_of
 from training.targets.passes import training_loss
 
@@ -70,7 +70,7 @@ def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
     host = make_host_weights(family.dit, options.speed.swap, device)
     form = options.speed.fp8.quantization
     placement = placement_of(options, device, form and prepare(form, device))
-    dit = NoisyFamily(family).load_dit(replace(placement, host=host)).requires_grad_(False)
+    dit = NoisyFamily(family).load_dit(replace(placement, host_weights=host)).requires_grad_(False)
     loading = time.monotonic() - begun
     assert options.network is not None
     network = make_network(options.network, family.lora_module, dit, seed=SEED)
@@ -133,8 +133,8 @@ def generation(row: Row, path: Path, device: torch.device, high: Path | None = N
 
 def plan_of_training(row: Row, options: Any, family: Any, device: torch.device) -> float:
     """Return the bytes of the device that the plan predicts for a training step."""
-    prediction = predict(family, options, random_batch(row, family), device)
-    return prediction.device(options.speed.swap.number)
+    prediction = predict_memory(family, options, random_batch(row, family), device)
+    return prediction.device_bytes(options.speed.swap.number)
 
 
 def plan_of_generation(row: Row, options: Any, family: Any, path: Path, device: torch.device) -> float:

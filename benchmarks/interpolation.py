@@ -109,9 +109,9 @@ def _time(
     def bare() -> list[Any]:
         made, before = [], None
         for pixels in known:
-            now = network.frame(to_tensor(pixels, device))
+            now = network.encode_image(to_tensor(pixels, device))
             if before is not None:
-                made += [image.cpu() for image in network.between(before, now, (0.5,))]
+                made += [image.cpu() for image in network.interpolate(before, now, (0.5,))]
             before = now
         return made
 

@@ -54,7 +54,7 @@ from protocols.data import Batch  # noqa: E402
 from runtime.planning.device_memory import DeviceMemory  # noqa: E402
 from runtime.planning.memory_plan import smallest_swap  # noqa: E402
 from training.experts import placement_of  # noqa: E402
-from training.planning.memory import StepPrediction, predict  # noqa: E402
+from training.planning.memory import MemoryPrediction, predict_memory  # noqa: E402
 
 CPU = torch.device("cpu")
 CARDS = (8, 10, 12, 16)  # GiB
@@ -106,28 +106,28 @@ def about(row: Row) -> str:
 
 def cells(row: Row) -> Iterator[str]:
     """Yield the text of each card's cell."""
-    made: dict[tuple[str, ...], StepPrediction] = {}
+    made: dict[tuple[str, ...], MemoryPrediction] = {}
 
-    def plan(way: tuple[str, ...]) -> StepPrediction:
+    def plan(way: tuple[str, ...]) -> MemoryPrediction:
         if way not in made:
             with tempfile.TemporaryDirectory() as folder:
                 asked = replace(row, options=(*row.options, *way, *vae_of(row, Path(folder))))
                 options, family = training_family(asked, lay_out(row, Path(folder))[0])
-                made[way] = predict(family, options, random_batch(row, family), CPU)
+                made[way] = predict_memory(family, options, random_batch(row, family), CPU)
         return made[way]
 
     found = [choose(plan, DeviceMemory("", card * GIB, card * GIB).usable) for card in reversed(CARDS)]
     yield from reversed(found)
 
 
-def choose(plan: Callable[[tuple[str, ...]], StepPrediction], usable: int) -> str:
+def choose(plan: Callable[[tuple[str, ...]], MemoryPrediction], usable: int) -> str:
     """Return the options of the form that fits into this many bytes.
 
     It is int8 or nf4 if no block has to be swapped, else nf4 with the fewest blocks swapped. int8 is not
     planned if nf4, which is smaller, does not fit.
     """
-    if plan(NF4).device(0) <= usable:
-        way = INT8 if plan(INT8).device(0) <= usable else NF4
+    if plan(NF4).device_bytes(0) <= usable:
+        way = INT8 if plan(INT8).device_bytes(0) <= usable else NF4
         return cell(way, plan(way), 0)
     found = [(smallest_swap(plan(way), usable), way) for way in (NF4, OFFLOADED_NF4)]
     swaps = [(blocks, way) for blocks, way in found if blocks is not None]
@@ -137,7 +137,7 @@ def choose(plan: Callable[[tuple[str, ...]], StepPrediction], usable: int) -> st
     return cell(way, plan(way), blocks)
 
 
-def cell(way: Sequence[str], prediction: StepPrediction, blocks: int) -> str:
+def cell(way: Sequence[str], prediction: MemoryPrediction, blocks: int) -> str:
     """Return the short names of the options, the GiB of the device, and in brackets those of the host."""
     phase = prediction.phase(blocks)
     words = [SHORT[word] for word in way]

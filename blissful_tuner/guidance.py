@@ -564,15 +564,17 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
 def _name_scales(prepared: Prepared) -> dict[float, str]:
     """Return, for messages, the first option that sets each guidance scale of a request."""
     request = prepared.request
-    named: dict[float, str] = {}
+    options_by_scale: dict[float, str] = {}
     if request.guidance_scale is not None:
-        named[request.guidance_scale] = f"--guidance_scale {request.guidance_scale:g} (--l in a prompt line)"
+        options_by_scale[request.guidance_scale] = (
+            f"--guidance_scale {request.guidance_scale:g} (--l in a prompt line)"
+        )
     for expert, scale in request.expert_guidance.items():
-        named.setdefault(scale, f"--guidance_scale_{expert} {scale:g}")
+        options_by_scale.setdefault(scale, f"--guidance_scale_{expert} {scale:g}")
     for name, stream in zip(("video", "audio"), prepared.rules.streams, strict=False):
         if stream.text_scale is not None:
-            named.setdefault(stream.text_scale, f"--{name}_cfg_scale {stream.text_scale:g}")
-    return named
+            options_by_scale.setdefault(stream.text_scale, f"--{name}_cfg_scale {stream.text_scale:g}")
+    return options_by_scale
 
 
 def _describe_low_scale(scale: float, neutral_scale: float) -> str:

@@ -8,7 +8,7 @@ are bit-identical.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +101,7 @@ REST_ON_CPU = 50.0
 CPU = torch.device("cpu")
 
 
-class Shot(NamedTuple):
+class PendingPreview(NamedTuple):
     """A preview that waits to be written."""
 
     frames: Callable[[], Iterator[Frame]]  # H W 3; may wait for the device
@@ -122,8 +122,8 @@ class LatentPreviews:
     _has_warned: bool = field(default=False, init=False)
     has_ended: bool = field(default=False, init=False)  # whether an error has ended the run's previews
 
-    def take(self, latents: Tensor, fps: float) -> Shot | None:
-        """Start a preview: queue the work on the device, and return a `Shot` for the work on the host.
+    def take(self, latents: Tensor, fps: float) -> PendingPreview | None:
+        """Queue the device work of a preview, and return a `PendingPreview` for the work on the host.
 
         Args:
             latents: Latents in model space, 1 C F h w.
@@ -142,13 +142,13 @@ class LatentPreviews:
             except torch.OutOfMemoryError:
                 self._stop_using_vae("the device ran out of memory")
             else:
-                return Shot(lambda: (frame for chunk in chunks for frame in chunk().numpy()), fps, is_image)
+                return PendingPreview(lambda: _copied_frames(chunks), fps, is_image)
         if not self.latent.preview_factors:
             return None
         step, rows, columns = self.latent.stride
         # without a decoder: one frame of colors for each latent frame
         colors = copy_to_host(project(latents[0], self.latent))
-        return Shot(lambda: enlarge(colors(), rows, columns), fps / step, is_image)
+        return PendingPreview(lambda: enlarge(colors(), rows, columns), fps / step, is_image)
 
     def _check_room(self, height: int, width: int) -> None:
         """Disable the decoder if the device has no memory for it.
@@ -162,10 +162,10 @@ class LatentPreviews:
         needed = decoding_bytes(self.vae.config, select_dtype(self.device), height, width)
         if not self.has_room(needed):
             room = f"{needed / 2**20:,.0f} MiB free in addition to the transformer"
-            self._stop_using_vae(f"the device is not known to have {room}")
+            self._stop_using_vae(f"the device may not have {room}")
 
     @torch.no_grad()
-    def write(self, take: Callable[[], Shot | None]) -> None:
+    def write(self, take: Callable[[], PendingPreview | None]) -> None:
         """Replace the preview file atomically with the next preview."""
         with self.optional():
             shot = take()
@@ -264,6 +264,12 @@ class _ClipPreviews:
                 return
             shot = self.previews.take(latents(), self.fps)
             self.writer.put(lambda: shot)
+
+
+def _copied_frames(chunks: Sequence[Callable[[], Tensor]]) -> Iterator[Frame]:
+    """Yield the frames of chunks, each a function that waits for its copy, as from `copy_to_host`."""
+    for wait_for_chunk in chunks:
+        yield from wait_for_chunk().numpy()
 
 
 def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:

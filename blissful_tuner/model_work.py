@@ -38,7 +38,7 @@ PIECE_BYTES = 1 << 20  # bytes that are read at once
 AUTOV1_START, AUTOV1_BYTES = 0x100000, 0x10000
 # values of --dtype; 8-bit quantization happens while loading, where the layers to quantize are known
 DTYPES = ("fp32", "float32", "float", "fp16", "float16", "bf16", "bfloat16")
-_NO_CODE = "files that hold program code are never opened here, as opening them would run that code"
+_NO_CODE = "files that contain program code are never opened here, because opening them would run that code"
 _SHOWN = "what is shown; without any of these options: the kind of file, its dtypes and sizes"
 _WRITTEN, _NAMES, _SAFETY = "what is written", "names of tensors", "safety"
 _TEXTS = "one of these texts in their names"
@@ -376,7 +376,7 @@ def select_output_path(path: Path, in_shards: bool) -> Path:
         path = path / "model.safetensors"
     # another format's suffix would be wrong for the written file
     if path.suffix.lower() in SUFFIXES and path.suffix.lower() not in SAFETENSORS:
-        logger.info("%s: a safetensors file is written, so its name ends in .safetensors", path.name)
+        logger.info("%s: the written file is safetensors, so its name will end in .safetensors", path.name)
         path = path.with_suffix(".safetensors")
     # an existing folder is reported by the last check
     if path.suffix.lower() not in SAFETENSORS and not path.is_dir():
@@ -485,7 +485,7 @@ def _write(output: Path, plan: changing.NewFile, shard_bytes: int) -> list[Path]
         what = f"{paths[-1]} and {len(paths) - 1} files"
     else:
         if shard_bytes:
-            logger.info("All of it fits into one file of that size, which needs no index")
+            logger.info("Everything fits into one file of that size, so there is no index")
         stream_tensors(output, plan.tensors, plan.read, plan.metadata)
         paths = [output]
         what = str(output)

@@ -61,7 +61,7 @@ class GuidanceOptions(Options, title="guidance"):
         default="none",
         choices=CFG_SKIP_MODES,
         needs="cfg_apply_ratio",
-        hint="the share of the steps with guidance",
+        hint="the fraction of the steps with guidance",
     )
     cfg_apply_ratio: float | None = option(
         "with --cfg_skip_mode: fraction of the steps that keep guidance, 0 to 1",
@@ -304,7 +304,7 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
         hint="MagCache and TeaCache both decide which steps are skipped",
     )
     magcache_retention_ratio: float = option(
-        f"share of the steps, from the first on, in which nothing is skipped; default {RETENTION:g}",
+        f"fraction of the steps, from the first, in which nothing is skipped; default {RETENTION:g}",
         default=RETENTION,
         minimum=0,
         maximum=1,

@@ -158,9 +158,9 @@ def rewrite_prompts(prepared: Prepared, rewriter: PromptRewriter) -> Prepared:
     sections: dict[int, Prompts] = {}
     for section, section_prompts in prepared.prompts.items():
         prompt = section_prompts.positive
-        if prompt.spans:
+        if prompt.weighted_spans:
             logger.warning("the weights in the prompt are left out because it is rewritten: %s", prompt.text)
-        new_prompt = replace(prompt, text=rewriter.rewrite(prompt.text), spans=())
+        new_prompt = replace(prompt, text=rewriter.rewrite(prompt.text), weighted_spans=())
         sections[section] = replace(section_prompts, positive=new_prompt)
     # sections often share a prompt: list each rewritten prompt once
     rewritten = list(dict.fromkeys(section_prompts.positive.text for section_prompts in sections.values()))

@@ -110,8 +110,8 @@ class Drawing:
         self.num_characters += len(line)
         if self.num_characters > MAX_WILDCARD_CHARACTERS:
             raise OptionError(
-                f"--prompt_wildcards: {prompt_name} makes a prompt of more than "
-                f"{MAX_WILDCARD_CHARACTERS >> 20} million characters. Draw fewer or shorter lines"
+                f"--prompt_wildcards: {prompt_name} becomes longer than {MAX_WILDCARD_CHARACTERS >> 20} "
+                "million characters. Draw fewer or shorter lines"
             )
         return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*enclosing_wildcards, key))
 
@@ -120,9 +120,9 @@ class Drawing:
         if len(enclosing_wildcards) == MAX_WILDCARD_ROUNDS:
             chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*enclosing_wildcards[:4], key))
             raise OptionError(
-                f"--prompt_wildcards: {prompt_name} is drawn by wildcards that draw one another more "
-                f"than {MAX_WILDCARD_ROUNDS} times ({chain} ...). Remove the wildcard that leads back from "
-                "its file"
+                f"--prompt_wildcards: {prompt_name} is drawn by wildcards that draw each other more than "
+                f"{MAX_WILDCARD_ROUNDS} times ({chain} ...). Remove the wildcard that leads back from its "
+                "file"
             )
         if len(self.drawn) == MAX_WILDCARD_DRAWS:
             raise OptionError(
@@ -460,8 +460,8 @@ def _read_weight(inside: str) -> tuple[str, float] | None:
     weight = float(number) if len(number) < 40 else float("inf")
     if abs(weight) > MAX_WEIGHT:
         raise OptionError(
-            f"--prompt_weighting: ({shorten(inside, 60)}) gives a weight of more than {MAX_WEIGHT:g}; 0.5 "
-            "to 1.5 are usual. For a text with parentheses write \\( and \\)"
+            f"--prompt_weighting: ({shorten(inside, 60)}) has a weight beyond {MAX_WEIGHT:g}; 0.5 to 1.5 are "
+            "usual. For a text with parentheses write \\( and \\)"
         )
     return text, weight
 
@@ -470,12 +470,12 @@ def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
     """Parse weights such as `(text:1.3)` in all prompts; return the prompts with plain text and weights."""
 
     def weigh_optional(prompt: Prompt | None) -> Prompt | None:
-        return None if prompt is None else _weigh(prompt)
+        return None if prompt is None else _parse_prompt_weights(prompt)
 
     weighted = {}
     for section, prompts in by_section.items():
         weighted[section] = Prompts(
-            _weigh(prompts.positive),
+            _parse_prompt_weights(prompts.positive),
             weigh_optional(prompts.negative),
             weigh_optional(prompts.blank),
             weigh_optional(prompts.nag),
@@ -483,8 +483,8 @@ def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
     return weighted
 
 
-def _weigh(prompt: Prompt) -> Prompt:
+def _parse_prompt_weights(prompt: Prompt) -> Prompt:
     """Parse the weights in a prompt; in its second text, of which CLIP makes one vector, they are removed."""
     text, spans = parse_weights(prompt.text)
-    second = None if prompt.second is None else parse_weights(prompt.second)[0]
-    return replace(prompt, text=text, spans=spans, second=second)
+    second = None if prompt.prompt_2 is None else parse_weights(prompt.prompt_2)[0]
+    return replace(prompt, text=text, weighted_spans=spans, prompt_2=second)

@@ -311,7 +311,7 @@ def load_taehv(path: Path, latent: LatentSpec, device: torch.device) -> TinyVae:
 
 def _load(plan: LoadPlan[TaehvConfig], device: torch.device, dtype: torch.dtype) -> TinyDecoder:
     """Load the planned decoder onto a device; onto META it only checks names and shapes."""
-    return load_planned(plan, TinyDecoder, device=device, dtype=dtype, what="--preview_vae")
+    return load_planned(plan, TinyDecoder, device=device, dtype=dtype, label="--preview_vae")
 
 
 def select_dtype(device: torch.device) -> torch.dtype:

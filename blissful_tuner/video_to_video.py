@@ -169,8 +169,8 @@ def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
 def _make_length_error(source: Source, num_frames: int, needed: int) -> MediaError:
     """Return the exception for a video that is too short."""
     return MediaError(
-        f"{_name_source(source)}: it has {num_frames} frames, {needed} are needed. Lower the length, give a "
-        "longer video, or repeat its last frame with --v2v_pad_mode end."
+        f"{_name_source(source)}: it has {num_frames} frames, but {needed} are needed. Lower the length, "
+        "give a longer video, or repeat its last frame with --v2v_pad_mode end."
     )
 
 
@@ -240,7 +240,7 @@ def _read_frames(source: Source, prepared: Prepared, stretches: bool, alpha: boo
     frames = torch.from_numpy(numpy.stack([resize(frame, size) for frame in measured_frames]))
     if sizes.change is not None:
         logger.warning(
-            "--%s %s changes its size (%s): all frames are brought to %dx%d.",
+            "--%s %s changes its size (%s): all frames are resized to %dx%d.",
             source.option,
             source.path,
             sizes.change,
@@ -282,7 +282,9 @@ def check_latent_space(saved: SavedLatents, rules: SourceRules, path: Path, star
     """
     model = saved.metadata.get("bt_model_type")
     if model is not None and model not in rules.compatible_models:  # only our files record it
-        error = f"the latents were made by {model}, whose latents mean something else to {rules.model_label}"
+        error = (
+            f"the latents were made by {model}, whose latent space differs from that of {rules.model_label}"
+        )
         raise CheckpointError(f"{start}: {error}. {remedy}", path)
 
 
@@ -305,7 +307,7 @@ def _load_saved_latents(
     check_latent_space(saved, rules, source.path, _name_source(source), remedy)
     if saved.latents.shape[1] != latent.channels:
         raise CheckpointError(
-            f"{_name_source(source)}: the latents have {saved.latents.shape[1]} channels, "
+            f"{_name_source(source)}: the latents have {saved.latents.shape[1]} channels, but "
             f"{rules.model_label} has {latent.channels}",
             source.path,
         )

@@ -80,8 +80,8 @@ class SourceOptions(Options, title="video or image to start from"):
         "latent file of an earlier run (--output_type latent or both) to start from"
     )
     # None: the script has the other of DENOISE_OPTIONS
-    strength: float | None = option(_SHARE, minimum=0, maximum=1, hint="a share of the steps")
-    v2v_denoise: float | None = option(_SHARE, minimum=0, maximum=1, hint="a share of the steps")
+    strength: float | None = option(_SHARE, minimum=0, maximum=1, hint="a fraction of the steps")
+    v2v_denoise: float | None = option(_SHARE, minimum=0, maximum=1, hint="a fraction of the steps")
     v2v_noise_mode: str = option(
         "traditional: the value is a fraction of the steps; direct: it is the noise level of the first step",
         default="traditional",
@@ -129,4 +129,4 @@ def check_one_source(paths: Mapping[str, object]) -> None:
 def check_denoise(option: str, denoise: float) -> None:
     """Raise OptionError if a fraction is not between 0 and 1."""
     if not 0 <= denoise <= 1:
-        raise OptionError(f"{option} {denoise:g}: give a share of the steps from 0 to 1")
+        raise OptionError(f"{option} {denoise:g}: give a fraction of the steps, from 0 to 1")

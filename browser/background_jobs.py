@@ -156,7 +156,7 @@ class BackgroundJobs:
             time.sleep(LOOKED_EVERY)
 
     def stop(self, name: str) -> None:
-        """End a running background job at once, with all processes that it has started.
+        """End a running background job immediately, with all processes that it has started.
 
         Nothing happens if no job with this name is running.
 

@@ -62,23 +62,11 @@ def make_caption_argv(form: CaptionForm, try_on: int | None = None) -> list[str]
     Raises:
         OptionError: If the form names a server without a model, or an unknown format.
     """
-    question = form.question
-    engine = form.engine.strip() or CAPTION_MODEL
-    argv = WRITE_CAPTIONS[: WRITE_CAPTIONS.index("--model")]  # the printed command without its model
-    if engine.startswith(("http://", "https://")):
-        address, _, model = engine.partition(" ")  # the address of a server, and the name of its model
-        if not model.strip():
-            raise OptionError(
-                say(
-                    "%(address)s: write the name of the server's model behind the address, after a blank.",
-                    address=address,
-                )
-            )
-        argv = [*argv, "--api_base", address, "--api_model", model.strip()]
-    else:
-        argv = [*argv, "--model", engine]
-    if question.strip():
-        argv += ["--prompt", " ".join(question.split())]
+    # the command that `new` prints, without its model
+    argv = WRITE_CAPTIONS[: WRITE_CAPTIONS.index("--model")]
+    argv = [*argv, *_make_engine_options(form.engine.strip() or CAPTION_MODEL)]
+    if form.question.strip():
+        argv += ["--prompt", " ".join(form.question.split())]
     if form.format:
         if form.format not in caption_formats():
             raise OptionError(say("There is no such caption format."))
@@ -87,6 +75,21 @@ def make_caption_argv(form: CaptionForm, try_on: int | None = None) -> list[str]
     if try_on is not None:
         argv += ["--try_on", str(try_on)]
     return argv
+
+
+def _make_engine_options(engine: str) -> list[str]:
+    """Return the options for a model's name or folder, or for `ADDRESS MODEL` of a server."""
+    if not engine.startswith(("http://", "https://")):
+        return ["--model", engine]
+    address, _, model = engine.partition(" ")
+    if not model.strip():
+        raise OptionError(
+            say(
+                "%(address)s: add the name of the server's model after the address and a space.",
+                address=address,
+            )
+        )
+    return ["--api_base", address, "--api_model", model.strip()]
 
 
 def describe_engine(engine: str) -> str:

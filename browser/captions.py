@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,13 +170,13 @@ class Captions:
                 _write(path, new_content)
                 self._push_undo(path, old_content)
 
-    def save_all(self, edits: Sequence["CaptionEdit"], checksums: dict[Path, str]) -> None:
+    def save_all(self, edits: Sequence["CaptionEdit"], on_saved: Callable[[Path, str], None]) -> None:
         """Write many captions with a .bak copy of each old file, skipping files that have changed.
 
         Args:
             edits: Captions to write, each with the checksum that its file had when it was read.
-            checksums: Filled with the new checksum of each written file. If an error ends the writing early,
-                for example a full disk, it contains the files written until then.
+            on_saved: Called after each written file with its path and new checksum. An error, for example of
+                a full disk, may end the writing between two files.
 
         Raises:
             ValueError: If a text cannot be stored. Then no file is written.
@@ -196,7 +196,7 @@ class Captions:
 
             def record_written(path: Path) -> None:
                 self._push_undo(path, old_contents[path])
-                checksums[path] = compute_checksum(new_contents[path])
+                on_saved(path, compute_checksum(new_contents[path]))
 
             write_files(new_contents, record_written)
 
@@ -285,7 +285,7 @@ def compute_checksum(content: bytes | None) -> str:
 
 
 def _encode(text: str, old_content: bytes) -> bytes:
-    """Return the new bytes of a caption file with `text` in place of the caption in `old_content`.
+    """Return the new bytes of a caption file with the caption in `old_content` replaced by `text`.
 
     Raises ValueError if the text cannot be stored.
     """

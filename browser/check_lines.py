@@ -45,7 +45,7 @@ FAULTS = (
     say("%(n)s tables have no item to train on"),
     say("%(n)s tables cannot be used"),
     say("%(n)s tokenizers are missing, and nothing is downloaded while HF_HUB_OFFLINE is set"),
-    say("%(n)s model that takes reference pictures gets none"),
+    say("%(n)s model that uses reference pictures gets none"),
     say("%(n)s word to learn is not in all captions"),
     say("%(n)s faults in captions as JSON objects"),
     say("%(n)s text caches are missing"),
@@ -53,7 +53,7 @@ FAULTS = (
     say("%(n)s caches may be incomplete"),
     say("%(n)s shards or folders are incomplete; caching repairs them"),
     say("%(n)s folders of caches are in the other form"),
-    say("%(n)s masks are all black: nothing of what they mask is learned"),
+    say("%(n)s masks are all black: nothing in their pictures is trained on"),
     say(
         "%(n)s masks are so thin that none of their latents lies above %(share)s: --expand_pixels "
         "of tools/mask.py"
@@ -110,19 +110,17 @@ LINES_OF_CHECKS = (
     say("Nothing is wrong. Remarks above: %(remarks)s."),
     say("Something is wrong: see above. Faults: %(faults)s. Remarks above: %(remarks)s."),
     say("Something is wrong: see above. Faults: %(faults)s."),
-    say("Correct what is listed above in the folder %(folder)s, then run this again."),
-    say(
-        "Captions that are missing are written by a model (%(model)s, %(size)s to download), in that folder:"
-    ),
+    say("Fix the problems listed above in the folder %(folder)s, then run this again."),
+    say("Missing captions are written by a model (%(model)s, %(size)s to download), in that folder:"),
     say("or add %(key)s to the table in dataset.toml: a made-up word in their place."),
     say("%(part)s: fingerprint %(digest)s"),
     say("tokens of %(name)s are not counted: %(reason)s"),
-    say("tokens of captions are not counted, which is no fault: %(reason)s"),
+    say("tokens of captions are not counted, which is not an error: %(reason)s"),
     say("Tokens are counted by --check --html of the text caching script."),
     say("Give %(option)s the folder %(folder)s of %(repository)s (or its tokenizer.json or spiece.model)."),
     say("dataset.toml, [[datasets]] %(table)s: %(images)s"),
     say("%(size)s: %(items)s x %(repeats)s, %(batches)s of %(batch)s"),
-    say("%(n)s of %(total)s have a mask; the others are learned whole"),
+    say("%(n)s of %(total)s have a mask; the others are used completely"),
     say("text caches of %(name)s: about %(size)s, that of the longest caption %(longest)s"),
     say("An epoch: %(items)s with repeats, %(batches)s, %(steps)s"),
     say("For validation: %(items)s"),
@@ -131,7 +129,7 @@ LINES_OF_CHECKS = (
     say("pairs of a better and a worse one: %(n)s"),
     say("nearly the same as %(name)s and %(n)s more"),
     say("nearly the same as %(name)s"),
-    say("%(table)s: not one of its %(media)s gives an item"),
+    say("%(table)s: none of its %(media)s yields an item"),
     say("... and %(n)s more"),
     say("Training on all of it: %(batches)s an epoch, as many steps without accumulation"),
     say(

@@ -151,16 +151,18 @@ def _make_row(
 ) -> CheckRow | None:
     """Return the row of a printed line and its details; None if nothing is left to do or to read in it.
 
-    `unreadable` are names of files that another row lists.
+    The row is BAD if the line is an error or offers to leave files out, and WARN if it is a warning or has
+    another remedy. `unreadable` are names of files that another row lists.
     """
     head = group.head
     is_repaired = head.remedy == REPAIR_CAPTIONS and REPAIR_CAPTIONS in applied_remedies
     is_in_other_row = head.remedy == LEAVE_OUT_FILES and set(head.files_to_leave_out) <= set(unreadable)
     if head.kind in KINDS_SHOWN_ELSEWHERE or is_repaired or is_in_other_row:
         return None
-    done = {*applied_remedies, *unreadable}
-    open_details = [detail for detail in group.details if detail.text not in done]
-    if head.text.endswith(":") and not open_details:  # all details announced by this line are fixed
+    # details are commands to run or names of files
+    settled_texts = {*applied_remedies, *unreadable}
+    open_details = [detail for detail in group.details if detail.text not in settled_texts]
+    if head.text.endswith(":") and not open_details:  # nothing is left of what this line announces
         return None
     if head.is_error or any(detail.remedy == LEAVE_OUT_FILES for detail in open_details):
         return CheckRow(BAD, line=head, details=open_details)

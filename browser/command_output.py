@@ -23,7 +23,7 @@ NAMED_ENCODING = re.compile(r"name it: --repair_captions (\S+)$")
 LEAVE_OUT_FILES = "out"
 REPAIR_CAPTIONS = "repair"  # convert them to UTF-8
 RUN_COMMAND = "run"
-UNREADABLE_PHRASES = ("left out: ", "cannot be read", "no image that can be read", "is damaged")
+UNREADABLE_PHRASES = ("left out: ", "cannot be read", "not an image that can be read", "is damaged")
 _SUFFIXES = "|".join(sorted(suffix.lstrip(".") for suffix in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)))
 FILE_NAME = re.compile(rf"[^\s/\\]+\.(?:{_SUFFIXES})\b", re.IGNORECASE)
 # a line that equals the name of a file in the folder
@@ -136,22 +136,29 @@ def _parse_line(line: str, names: Collection[str]) -> OutputLine:
             return OutputLine(text, needs_trigger_word=True)
         return OutputLine(text, remedy=RUN_COMMAND)
     found_names = _find_names(text, names)
-    is_error = text.startswith("left out: ") or "Something is wrong" in text
     encoding = NAMED_ENCODING.search(text)
     if encoding is not None and encoding[1] in ENCODING_NAMES:
         return OutputLine(text, found_names, remedy=REPAIR_CAPTIONS, encoding=encoding[1])
     if "not UTF-8" in text:
         return OutputLine(text, found_names, remedy=REPAIR_CAPTIONS)
+    is_error = text.startswith("left out: ") or "Something is wrong" in text
+    remedy = LEAVE_OUT_FILES if _may_leave_out(text, found_names, names) else ""
+    return OutputLine(text, found_names, remedy=remedy, is_error=is_error)
+
+
+def _may_leave_out(text: str, found_names: Sequence[str], names: Collection[str]) -> bool:
+    """Return whether a line names one unreadable file, or several equal ones, so that they can be left out.
+
+    `found_names` are the files in the line, `names` all files of the folder.
+    """
     # a line that is only a name is an item of a list of unreadable files
     is_unreadable = any(phrase in text for phrase in UNREADABLE_PHRASES) or text in names
     lists_copies = EQUAL_COPIES in text and len(found_names) > 1
-    if (is_unreadable and len(found_names) == 1) or lists_copies:
-        return OutputLine(text, found_names, remedy=LEAVE_OUT_FILES, is_error=is_error)
-    return OutputLine(text, found_names, is_error=is_error)
+    return (is_unreadable and len(found_names) == 1) or lists_copies
 
 
 def _find_names(text: str, names: Collection[str]) -> tuple[str, ...]:
-    """Return those of `names` (files of a folder) that a printed line has, in its order, up to MAX_LINKS."""
+    """Return up to MAX_LINKS of the file names in `names` that a printed line contains, in its order."""
     if len(names) <= MAX_SEARCHED:
         contained = [name for name in names if name in text]
         found_names = [name for name in contained if _find_whole_name(name, text) >= 0]

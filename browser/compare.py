@@ -308,7 +308,7 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
     if len(columns) > MAX_COLUMNS or len(rows) > MAX_ROWS:
         raise OptionError(
             say(
-                "%(max_columns)s files and %(most_rows)s prompts are the most: choose fewer",
+                "at most %(max_columns)s files and %(most_rows)s prompts can be compared: choose fewer",
                 max_columns=MAX_COLUMNS,
                 most_rows=MAX_ROWS,
             )
@@ -603,15 +603,14 @@ def plan_jobs(comparison: Comparison, row_clips: Sequence[RowClips]) -> list[Pla
     """
     if comparison.problem:
         return []
-    rows_by_columns: dict[tuple[int, ...], list[ComparedPrompt]] = {}  # indices of columns without a clip
+    rows_by_missing_columns: dict[tuple[int, ...], list[ComparedPrompt]] = {}  # keyed by column indices
     for row, clips in zip(comparison.rows, row_clips, strict=True):
-        if row.line.splitlines() != [row.line] or row.line.startswith("#"):
-            continue  # cannot be a line of a prompt file
-        missing = [index for index, clip in enumerate(clips.with_lora) if clip.is_missing]
-        if missing:
-            rows_by_columns.setdefault(tuple(missing), []).append(row)
+        can_be_prompt_line = row.line.splitlines() == [row.line] and not row.line.startswith("#")
+        missing_columns = tuple(index for index, clip in enumerate(clips.with_lora) if clip.is_missing)
+        if can_be_prompt_line and missing_columns:
+            rows_by_missing_columns.setdefault(missing_columns, []).append(row)
     jobs = []
-    for missing_columns, rows in rows_by_columns.items():
+    for missing_columns, rows in rows_by_missing_columns.items():
         files = [comparison.columns[index] for index in missing_columns]
         jobs.append(_plan_job(comparison.sources[0], files, rows))
     return jobs
@@ -628,7 +627,7 @@ def _plan_job(
     if len(files[0].paths) > 1:  # each file is a pair: one for each expert of Wan 2.2
         argv += ["--lora_high_noise", *(str(file.paths[1]) for file in files)]
     for name, values in source.options.items():
-        if name not in OPTIONS_OF_COMPARISON:  # options that this job sets itself
+        if name not in OPTIONS_OF_COMPARISON:  # this job sets these itself
             argv += [name, *values]
     argv += ["--seed", DEFAULT_SEED, "--from_file", str(prompt_file), "--save_path", str(source.folder)]
     return PlannedJob(argv, prompt_file, prompts)

@@ -74,7 +74,7 @@ def passes_filters(file: File, search_terms: Sequence[str], filter_key: str) -> 
         return False
     if filter_key == "dropped":
         return bool(file["dropped"])
-    if filter_key == "told":  # files with messages of the report
+    if filter_key == "told":  # files about which the report has a message
         return bool(file["faults"] or file["remarks"])
     if filter_key == "uncaptioned":
         # a caption edited on the page counts instead of those that the report has read
@@ -445,7 +445,7 @@ def _with_stale_text(caches: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
 
 
 def _count_by_filter(files: Collection[File]) -> dict[str, int]:
-    """Return the number of files that pass each filter of the page, by the key of the filter in ONLY."""
+    """Return the number of files that pass each filter of the page, by the key of the filter in FILTERS."""
     return {name: sum(passes_filters(file, (), name) for file in files) for name in FILTERS}
 
 

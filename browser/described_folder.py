@@ -73,28 +73,28 @@ class DescribedFolder:
 class KeyChanges:
     """Changes to the options in a run.toml, and options that keep a value that the user has typed."""
 
-    changes: Mapping[str, Any]  # new value of each option; None removes the option
-    unchanged: Mapping[str, Any] = field(default_factory=dict)  # typed values that stay
+    new_values: Mapping[str, Any]  # by option; None removes the option
+    user_values: Mapping[str, Any] = field(default_factory=dict)  # typed values that stay
 
     @property
     def text(self) -> str:
         """The changed lines, such as `run.toml: max_train_steps = 100`, and the lines that stay."""
         lines = []
-        for name, value in self.changes.items():
+        for name, value in self.new_values.items():
             is_removed = value is None
             lines.append(
                 say("%(name)s is removed", name=name) if is_removed else f"{name} = {toml_value(value)}"
             )
         changes_text = join(": ", (RUN_FILE, join(", ", lines)))
-        unchanged_lines = [f"{name} = {toml_value(value)}" for name, value in self.unchanged.items()]
-        if not unchanged_lines:
+        user_lines = [f"{name} = {toml_value(value)}" for name, value in self.user_values.items()]
+        if not user_lines:
             return changes_text
         return say_count(
-            len(unchanged_lines),
+            len(user_lines),
             "%(written)s. %(kept)s stays, as typed by hand",
             "%(written)s. %(kept)s stay: they were typed by hand",
             written=changes_text,
-            kept=", ".join(unchanged_lines),
+            kept=", ".join(user_lines),
         )
 
 
@@ -114,16 +114,16 @@ def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
     old_intervals = {}
     if isinstance(old_steps, int) and old_steps > 0:
         old_intervals = derive_intervals(old_steps, saves_full_models)
-    unchanged = {}
+    user_values = {}
     for name, new_value in new_intervals.items():
         if name not in values or values[name] == new_value:
             continue
-        is_derived = values[name] == old_intervals.get(name)
-        if is_derived:
+        was_derived = values[name] == old_intervals.get(name)
+        if was_derived:
             changes[name] = new_value
         else:
-            unchanged[name] = values[name]
-    return KeyChanges(changes, unchanged)
+            user_values[name] = values[name]
+    return KeyChanges(changes, user_values)
 
 
 def is_described(folder: Path) -> bool:

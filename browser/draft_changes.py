@@ -143,7 +143,7 @@ def save_change(change: DraftChange, new_texts: Mapping[DraftFile, str]) -> Draf
         return change
     changed = {draft: new_text for draft, new_text in new_texts.items() if new_text != draft.text}
     if not changed:
-        return DraftChange(section=change.section, message=say("Nothing is changed."))
+        return DraftChange(section=change.section, message=say("Nothing was changed."))
     for draft, new_text in changed.items():
         draft.save(new_text)
     names = ", ".join(draft.name for draft in changed)
@@ -167,7 +167,7 @@ def describe_underived_intervals(before: str, after: str) -> str:
     if not isinstance(steps, int) or steps < 1 or steps == old_options.get(MAX_TRAIN_STEPS):
         return ""
     underived = {}
-    for name, derived_value in change_steps(old_options, steps).changes.items():
+    for name, derived_value in change_steps(old_options, steps).new_values.items():
         is_untouched = new_options.get(name) == old_options.get(name)
         if name != MAX_TRAIN_STEPS and derived_value is not None and is_untouched:
             underived[name] = derived_value
@@ -176,8 +176,8 @@ def describe_underived_intervals(before: str, after: str) -> str:
     current_values = ", ".join(f"{name} = {toml_value(old_options[name])}" for name in underived)
     derived_values = ", ".join(f"{name} = {toml_value(value)}" for name, value in underived.items())
     return say(
-        "%(now)s: as for the steps before. For %(steps)s steps `new` writes %(wanted)s. "
-        "The field Training steps, at the top, changes them together.",
+        "%(now)s: derived from the previous number of steps. For %(steps)s steps, `new` writes "
+        "%(wanted)s. The field Training steps, at the top, changes them together.",
         now=current_values,
         steps=f"{steps:,}",
         wanted=derived_values,

@@ -59,7 +59,7 @@ def _list_paths(job: EarlierJob) -> Iterator[Path]:
 def _list_named_paths(path: Path, folder: Path) -> Iterator[Path]:
     """Yield the paths that are quoted in the settings file `path`, or in the TOML files of a folder `path`.
 
-    Relative ones are resolved against that folder; those of a file also against `folder`.
+    Relative paths are resolved against that folder, and paths in a file also against `folder`.
     """
     if path.is_dir():
         texts = [text for file in path.glob("*.toml") for text in _list_quoted(file)]

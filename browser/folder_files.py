@@ -82,7 +82,7 @@ def find_caption_file(folder: Path, name: str) -> Path:
 
 
 def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
-    """Return those of `names`, media files of a folder, whose caption file is missing or empty.
+    """Return the media files in `names` whose caption file in the folder is missing or empty.
 
     Raises OSError if the folder cannot be listed.
 

@@ -198,9 +198,24 @@ def list_rows(
             )
         )
     set_values = {by_name[key].name: value for key, value in values.items() if key in by_name}
+    rows += _list_unset_rows(settings, set_values, proposed_values, dataset)
+    return sorted(rows, key=lambda row: row.has_no_effect and not row.value)
+
+
+def _list_unset_rows(
+    settings: Sequence[Setting],
+    set_values: Mapping[str, Any],
+    proposed_values: Mapping[str, Any] | None,
+    dataset: DatasetKeys | None,
+) -> list[SettingRow]:
+    """Return the rows of options that run.toml does not set; options that `new` proposes come first.
+
+    `set_values` are the values that run.toml sets, by the name of the option.
+    """
     unset_settings = [setting for setting in settings if setting.name not in set_values]
     unset_settings.sort(key=lambda setting: setting.name not in (proposed_values or {}))
     idle_reasons = _explain_idle(settings, set_values)
+    rows = []
     for setting in unset_settings:
         unused_reason = _explain_unused(dataset, setting.name)
         rows.append(
@@ -213,7 +228,7 @@ def list_rows(
                 idle_reason="" if unused_reason else idle_reasons.get(setting.name, ""),
             )
         )
-    return sorted(rows, key=lambda row: row.has_no_effect and not row.value)
+    return rows
 
 
 def _explain_unused(dataset: DatasetKeys | None, option: str) -> str:
@@ -429,10 +444,11 @@ class FolderSettingsPages:
             draft = read_draft_file(self.site, folder, name)
             if draft.checksum != fields.get("have", ""):  # not the file that the page was built from
                 return self.answer_conflict(folder, section, draft, fields)
-            typed_text = None if section == SETTINGS_TABLE else fields.get("text", "")
-            if typed_text is None:
+            if section == SETTINGS_TABLE:
+                typed_text = None
                 new_texts = self.edit_by_table(draft, fields)
             else:
+                typed_text = fields.get("text", "")
                 new_texts = {draft: typed_text}
             run_file = read_draft_file(self.site, folder, RUN_FILE)
             change = plan_change(self.site, section, new_texts, run_file, typed_text)

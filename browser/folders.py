@@ -166,14 +166,13 @@ def read_outer_folder(folder: Path) -> MediaFolder | None:
     """
     direct = _read_subfolders(folder)
     in_img = _read_subfolders(folder / IMG_FOLDER)
-    is_part_of_project = PROJECT_SUBFOLDER_NAME.fullmatch(folder.name) is not None  # `img` and the like
-    # the subfolders of such a folder belong to the folder above, which is the dataset
-    candidates = in_img if is_part_of_project else [*direct, *in_img]
-    has_trainer_names = any(TRAINER_FOLDER_NAME.fullmatch(candidate.path.name) for candidate in candidates)
+    # the direct subfolders of a folder such as `img` belong to the folder above, which is the dataset
+    is_img_folder = PROJECT_SUBFOLDER_NAME.fullmatch(folder.name) is not None
+    named_subfolders = in_img if is_img_folder else [*direct, *in_img]
+    has_trainer_names = any(TRAINER_FOLDER_NAME.fullmatch(named.path.name) for named in named_subfolders)
     if not has_trainer_names and not is_described(folder):
         return None
-    by_path = {subfolder.path: subfolder for subfolder in (*direct, *in_img)}
-    subfolders = list(by_path.values())
+    subfolders = [*direct, *in_img]
     if not subfolders:
         return None
     shown_files = [subfolder.shown_file for subfolder in subfolders if subfolder.shown_file is not None]

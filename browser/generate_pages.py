@@ -85,7 +85,7 @@ LABELS = {
     "control": say("Follow"),
     "references": say("Edit"),
     "redraw": say("Redraw"),
-    "share": say("Share made anew"),
+    "share": say("Share to regenerate"),
     "count": say("How many"),
     "lora_file": say("LoRA file"),
     "lora_strength": say("Its strength"),
@@ -320,7 +320,7 @@ class GeneratePages:
         if preview is None or Path(name).suffix != preview.suffix:
             return Response(status_code=204)
         kind = {".png": "image/png", ".mp4": "video/mp4"}[preview.suffix]
-        try:  # read it at once, because the next preview replaces it
+        try:  # read it immediately: the next preview replaces it
             return Response(preview.read_bytes(), media_type=kind, headers={"cache-control": "no-store"})
         except OSError:
             return Response(status_code=204)
@@ -594,12 +594,12 @@ class GeneratePages:
         source = self._select_source(settings, sources) or self.first_source(sources)
         recipe = self.find_recipe(source)
         rows = self.run_loras.list_rows(recipe)
-        lora_strengths: dict[str, str] = {}
+        lora_strengths: dict[str, str] = {}  # keyed by the path of the LoRA
         for row in rows:
-            matching_names = row.names & settings.loras.keys()
+            used_names = row.names & settings.loras.keys()  # LoRAs of the dropped file
             is_selected = any(Path(path).name in row.names for path in lora_strengths)
-            if matching_names and not is_selected:
-                lora_strengths[row.path] = settings.loras[min(matching_names)]
+            if used_names and not is_selected:
+                lora_strengths[row.path] = settings.loras[min(used_names)]
         field_values = dict(make_default_form(source, recipe, []).field_values)
         field_values |= settings.fields(recipe)
         return GenerateForm(
@@ -612,7 +612,7 @@ class GeneratePages:
     def describe_filling(self, settings: DroppedSettings, form: GenerateForm) -> str:
         """Say which program's settings have filled the form, and which of them are missing here.
 
-        `settings` are those of a dropped file; `form` is already filled with them.
+        `settings` come from a dropped file; `form` is already filled with them.
         """
         program = settings.program
         sentences = [say("Filled with the settings of a file made by %(program)s.", program=program)]
@@ -626,7 +626,7 @@ class GeneratePages:
         selected_names = {name for row in selected_rows for name in row.names}
         for name in settings.loras:
             if name not in selected_names:
-                sentences.append(say("%(name)s, a LoRA of it, is not here.", name=name))
+                sentences.append(say("Its LoRA %(name)s is not here.", name=name))
         for field_name in IMAGES:
             option_key = recipe.option_keys.get(field_name, "")
             paths = settings.options.get(option_key, "").splitlines()
@@ -675,7 +675,7 @@ class GeneratePages:
             return -1
         lora_names = {Path(lora.path).name for lora in recipe.loras}
         if kind == "run":
-            lora_names |= self.run_loras.find_run_files(name)
+            lora_names |= self.run_loras.find_run_file_names(name)
         # 4 for each LoRA of the file: more than what is added below
         score = 4 * sum(name in lora_names for name in settings.loras)
         if kind == "run" or not (recipe.missing_files or recipe.unfilled_options):

@@ -11,9 +11,9 @@ from training.learning_options import LrScheduleOptions
 from training.noise_options import LossOptions, TimestepOptions
 from training.saving.options import SavingOptions
 
-RECORDS: tuple[type[Options], ...] = (LrScheduleOptions, SavingOptions, TimestepOptions, LossOptions)
+OPTION_RECORDS: tuple[type[Options], ...] = (LrScheduleOptions, SavingOptions, TimestepOptions, LossOptions)
 WARM_UP, SCHEDULE = "lr_warmup_steps", "lr_scheduler"
-WITHOUT_WARM_UP = "constant"  # schedule that rejects warm-up steps
+SCHEDULE_WITHOUT_WARM_UP = "constant"  # schedule that rejects warm-up steps
 
 
 def explain_idle(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str]:
@@ -26,10 +26,10 @@ def explain_idle(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
         defaults: Default values of the options of its script.
     """
     all_values = {**defaults, **values}
-    reasons = {name: reason for record in RECORDS for name, reason in _list_idle(record, all_values)}
-    if all_values.get(SCHEDULE) == WITHOUT_WARM_UP:
+    reasons = {name: reason for record in OPTION_RECORDS for name, reason in _list_idle(record, all_values)}
+    if all_values.get(SCHEDULE) == SCHEDULE_WITHOUT_WARM_UP:
         reasons[WARM_UP] = say(
-            "No effect in this run: %(needed)s is %(value)s.", needed=SCHEDULE, value=WITHOUT_WARM_UP
+            "No effect in this run: %(needed)s is %(value)s.", needed=SCHEDULE, value=SCHEDULE_WITHOUT_WARM_UP
         )
     return {name: reason for name, reason in reasons.items() if name not in values}
 

@@ -311,7 +311,7 @@ class JobQueue:
         """Append a command, and start the queue, unless it is paused and has other jobs.
 
         Returns the number of the job. `within` is the folder that it may write to, `typed` are options that
-        may send data nevertheless.
+        may still send data.
         """
         others_wait = any(job.state == WAITING for job in self.jobs())
         number = self.add(argv, folder, within=within, typed=typed)

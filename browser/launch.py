@@ -222,7 +222,7 @@ def _count_launcher_arguments(argv: Sequence[str]) -> int:
 
 # Runs a script until it has read its options: it ends before torch loads, or by ONLY_OPTIONS, or
 # before it writes, starts or asks anything, because the options may come from somebody else's file.
-READ_OPTIONS = f"""
+ENDING_BEFORE_TORCH = f"""
 import builtins, os, runpy, sys
 sys.dont_write_bytecode = True
 writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -251,10 +251,10 @@ else:
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # commands that load torch right after reading their options
-WITH_TORCH = ("train", "finetune", "cache", "generate", "compare", "gen-img-diffusers")
-WITH_TORCH_ENDS = ("gen-img", "minimal-inference")  # endings after the name of a model
+COMMANDS_WITH_TORCH = ("train", "finetune", "cache", "generate", "compare", "gen-img-diffusers")
+ENDINGS_WITH_TORCH = ("gen-img", "minimal-inference")  # endings after the name of a model
 # the other scripts read their options with one of these functions, which can end the script afterwards
-ENDS_AFTER_OPTIONS = re.compile(r"\b(parse_options|plain_script|tool_script)\(")
+SUPPORTS_ONLY_OPTIONS = re.compile(r"\b(parse_options|plain_script|tool_script)\(")
 WARNING_LINE = re.compile(r"^WARNING: (.+)$", re.MULTILINE)  # as scripts print them
 CHECK_SECONDS = 20
 MIN_SIMILAR = 0.75  # similarity from which a script name is suggested
@@ -298,7 +298,7 @@ def check_options(
     if command.words[0] == "run":
         _check_folder_of_run(program, folder, earlier)
     try:
-        process = _read_options(command, program, folder, min(seconds, CHECK_SECONDS))
+        process = _run_until_options_are_read(command, program, folder, min(seconds, CHECK_SECONDS))
     except (OSError, subprocess.TimeoutExpired) as error:
         logger.debug("%s", argv, exc_info=error)
         return []  # undecided: the command counts as accepted
@@ -311,10 +311,10 @@ def check_options(
     return [escape_control_codes(text) for text in WARNING_LINE.findall(process.stderr)]
 
 
-def _read_options(
+def _run_until_options_are_read(
     command: ScriptCommand, program: Sequence[str], folder: Path, seconds: float
 ) -> "subprocess.CompletedProcess[str] | None":
-    """Run a script until it has read its options; None if it cannot be ended then.
+    """Run a script only until it has read and checked its options; None if it would not end there.
 
     Args:
         command: The command that the script belongs to.
@@ -322,22 +322,22 @@ def _read_options(
         folder: Working folder of the script.
         seconds: Time limit.
     """
-    variables = {FROM_QUEUE: "1", TELLS_UNUSED: "1"}
-    # READ_OPTIONS ends scripts of WITH_TORCH when they import torch; others must end after reading options
-    has_torch = command.words[0] in WITH_TORCH or command.words[0].endswith(WITH_TORCH_ENDS)
-    if not has_torch:
-        if not ENDS_AFTER_OPTIONS.search(command.path.read_text(encoding="utf-8")):
+    environment = {FROM_QUEUE: "1", TELLS_UNUSED: "1"}  # TELLS_UNUSED: report options without effect
+    name = command.words[0]
+    if name not in COMMANDS_WITH_TORCH and not name.endswith(ENDINGS_WITH_TORCH):
+        # the import of torch does not end this script, so it has to end itself
+        if not SUPPORTS_ONLY_OPTIONS.search(command.path.read_text(encoding="utf-8")):
             return None
-        variables[ONLY_OPTIONS] = "1"
+        environment[ONLY_OPTIONS] = "1"
     python, *script_argv = program
     if script_argv[:3] == ACCELERATE:  # check the script without the launcher and its options
         script = program_words(command.path.relative_to(ROOT))
         script_start = script_argv.index(script[-1]) + 1 - len(script)
         script_argv = script_argv[script_start:]
     return subprocess.run(
-        [python, "-P", "-c", READ_OPTIONS, *script_argv],
+        [python, "-P", "-c", ENDING_BEFORE_TORCH, *script_argv],
         cwd=folder,
-        env=program_environment(**variables),
+        env=program_environment(**environment),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
@@ -439,8 +439,8 @@ def _check_folder_of_run(program: Sequence[str], folder: Path, earlier: Sequence
     if is_typed and not (folder / described).exists() and not may_be_created(folder / described, earlier):
         raise OptionError(
             say(
-                "%(described)s: there is no such folder in %(folder)s, where relative paths "
-                "begin. Give its whole path",
+                "%(described)s: there is no such folder in %(folder)s, where relative paths begin. "
+                "Give its absolute path",
                 described=shorten(described, 80),
                 folder=folder,
             )
@@ -449,13 +449,10 @@ def _check_folder_of_run(program: Sequence[str], folder: Path, earlier: Sequence
 
 def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:
     """Return the command of this project that a line begins with, and the number of words in its name."""
-    first_word = "".join(argv[:1])
-    name = script_name = first_word
-    num_words = 1
-    if first_word == "-m":  # `python -m reelsmith.tools.mask`, as the installed package is run
-        name = " ".join(argv[:2])
-        script_name = name.removeprefix("-m reelsmith.").replace(".", "/")
-        num_words = 2
+    num_words = 2 if argv[:1] == ["-m"] else 1
+    name = " ".join(argv[:num_words])
+    # the installed package is run as `python -m reelsmith.tools.mask`
+    script_name = name.removeprefix("-m reelsmith.").replace(".", "/") if num_words == 2 else name
     script = find_script(script_name)
     if script is None and name.endswith(".py"):
         script = _find_script_file(folder / name)

@@ -67,7 +67,7 @@ class LoraRow:
         return replace(self, reason=reason)
 
     def _with_copy_first(self, copy: str) -> "LoraRow":
-        """Return the row for a copy of its file, whose path is `copy`; the row's file becomes a copy."""
+        """Return the row with `copy`, a file with the same weights, as its file; its file becomes a copy."""
         high_path = ""
         if self.high_path:  # a pair: the copy has its own file for the high-noise expert
             high_path = copy.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
@@ -140,7 +140,7 @@ class RunLoras:
         loras = self._loras_of_runs.get(run_id)
         return "" if loras is None else loras.family
 
-    def find_run_files(self, run_id: str) -> set[str]:
+    def find_run_file_names(self, run_id: str) -> set[str]:
         """Return the names of a run's files."""
         loras = self._loras_of_runs.get(run_id)
         return set() if loras is None else {name for row in loras.rows for name in row.names}
@@ -254,10 +254,10 @@ def check_family(path: Path, family: str) -> None:
     trained_on = read_family(texts)
     if trained_on is None:
         return
-    names_of_family = {
-        name for names in families_of_scripts(family) for name in (names.name, *names.compatible_families)
-    }
-    if trained_on.name not in names_of_family:
+    accepted_families = set()
+    for script_family in families_of_scripts(family):
+        accepted_families |= {script_family.name, *script_family.compatible_families}
+    if trained_on.name not in accepted_families:
         raise OptionError(
             say(
                 "%(name)s is a LoRA of %(name2)s, not of %(family)s.",

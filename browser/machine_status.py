@@ -47,7 +47,7 @@ class GraphicsCard:
     temperature: int | None  # Celsius
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         """Name, used and total memory, and temperature of the card, as far as known."""
         words = self.name
         if self.used_gib is not None and self.total_gib is not None:

@@ -170,7 +170,7 @@ class MaskReview:
         with self._lock, only_one(folder / LOCK):
             media_file = self._require_unchanged(media_file, version)
             if media_file.kind != "image":
-                raise OptionError(say("A brush corrects the mask of a picture, not that of a clip."))
+                raise OptionError(say("A brush corrects the mask of a picture, not the mask of a clip."))
             with DECODING:
                 replace_mask(media_file, read_drawn(png, image_size(media_file.media_path)))
             self._record_change(folder, media_file)
@@ -209,7 +209,7 @@ class MaskReview:
         modified_ns = media_file.media_path.stat().st_mtime_ns
         key = media_file.media_path, modified_ns, frame_index
         with DECODING:
-            if key not in self._jpegs:  # decode all frames of the clip at once: the page shows them together
+            if key not in self._jpegs:  # decode all frames of the clip together, as the page shows them
                 for index, frame in read_shown_frames(media_file, frame_indices):
                     self._jpegs[media_file.media_path, modified_ns, index] = _encode_jpeg(frame)
                 while len(self._jpegs) > MAX_JPEGS:
@@ -239,7 +239,7 @@ class MaskReview:
         del changes[:-MAX_UNDONE]
 
     def _find_path(self, folder: Path, path: Path) -> MaskEntry | None:
-        """Return the image or clip with a path in a folder; None if it does not exist any more."""
+        """Return the image or clip of a folder with this path; None if it no longer exists."""
         for media_file in self.list_media(folder):
             if media_file.media_path == path:
                 return media_file

@@ -236,7 +236,7 @@ def _list_partial_paths(component: Component, models: Path) -> list[Path]:
 def list_parts_on_disk(models: Path, part_cache: PartCache) -> list[ModelPart]:
     """Return all parts with files on disk, even unfinished ones, the largest first.
 
-    `known` caches the parts that were read already.
+    `part_cache` has the parts that were read already; new parts are added to it.
     """
     parts: PartCache = {}
     for in_fp8 in (False, True):
@@ -322,7 +322,7 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
 
 
 def _list_files_on_disk(components: Sequence[Component], models: Path) -> list[Path]:
-    """Return the existing files of some networks or tokenizers, with those of unfinished downloads."""
+    """Return the existing files of some networks or tokenizers, with the files of unfinished downloads."""
     paths = []
     for component in components:
         paths += [models / file.name for file in component.files]

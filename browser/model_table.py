@@ -93,13 +93,20 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
         memory: GiB of the graphics card; 0 without a card.
         content: Media of the folder; None if no folder is selected.
     """
-    rows = [_rank_row(_make_row(model, models, memory), memory, content) for model in find_models()]
+    ranked_rows = [_rank_row(_make_row(model, models, memory), memory, content) for model in find_models()]
     # False sorts first; the sort is stable: models of equal rank stay in the order of the catalogue
-    rows.sort(key=lambda row: (not row.suits_media, row.is_distilled, not row.fits_memory, row.size_bytes))
+    ranked_rows.sort(
+        key=lambda ranked: (
+            not ranked.suits_media,
+            ranked.is_distilled,
+            not ranked.fits_memory,
+            ranked.size_bytes,
+        )
+    )
     num_suggested = 0 if content is None else MAX_SUGGESTED
-    suggested = [replace(ranked.row, is_suggested=True) for ranked in rows[:num_suggested]]
+    suggested = [replace(ranked.row, is_suggested=True) for ranked in ranked_rows[:num_suggested]]
     others = sorted(
-        rows[num_suggested:],
+        ranked_rows[num_suggested:],
         key=lambda ranked: (not ranked.suits_media, ranked.row.model.title.lower()),
     )
     return [*suggested, *(ranked.row for ranked in others)]

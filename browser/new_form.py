@@ -54,8 +54,8 @@ KIND_TITLES = {  # name of a kind of run -> title
 }
 KIND_NOTES = {
     "lora": say(
-        "A LoRA is a small file beside the model, right for a person, an object or a style. The whole model "
-        "learns a domain of hundreds of files."
+        "A LoRA is a small file next to the model, suited to a person, an object or a style. The "
+        "whole model learns a domain of hundreds of files."
     ),
     "adapter": say(
         "A LoRA that unlearns what the model was distilled for. Other LoRAs are trained with it and used "
@@ -289,8 +289,8 @@ def hint_at_word(word: str) -> str:
     if word.strip().lower() not in COMMON_WORDS:
         return ""
     return say(
-        "Every model knows %(word)s already: what it draws for that word changes too. A made-up word changes "
-        "yours alone.",
+        "Every model already knows %(word)s: what it draws for that word changes too. A made-up "
+        "word changes only your subject.",
         word=word.strip(),
     )
 
@@ -402,7 +402,7 @@ def list_changed_fields(form: NewForm, before: NewForm) -> list[str]:
 def list_unsaved(sent: NewForm, initial: NewForm, saved: NewForm) -> list[str]:
     """Return the labels of the fields that were changed on the page and are not yet in the files.
 
-    An empty name or number of steps stands for the value in the files.
+    An empty name or number of steps means the value in the files.
 
     Args:
         sent: Values that the page has sent.
@@ -437,4 +437,4 @@ def list_key_changes(form: NewForm, before: NewForm, values: Mapping[str, Any]) 
     if form.steps == before.steps or not form.steps:
         return KeyChanges(changes)
     step_changes = change_steps(values, read_steps(form.steps))
-    return KeyChanges({**changes, **step_changes.changes}, step_changes.unchanged)
+    return KeyChanges({**changes, **step_changes.new_values}, step_changes.user_values)

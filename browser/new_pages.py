@@ -168,14 +168,14 @@ class PreparePlan:
     """What the button Prepare will do: run a `new` command, or change keys of run.toml."""
 
     argv: list[str]  # arguments of the command; empty if keys of run.toml are changed instead
-    changes: KeyChanges = KeyChanges({})  # changed keys of run.toml
-    compares: bool = False  # the command shows the changes of a described folder
+    key_changes: KeyChanges = KeyChanges({})  # changed keys of run.toml
+    is_comparison: bool = False  # the command shows the changes of a described folder
 
     @property
     def text(self) -> str:
         """Text next to the button: the changed keys, or the command line."""
-        if self.changes.changes:
-            return self.changes.text
+        if self.key_changes.new_values:
+            return self.key_changes.text
         return format_command(self.argv)
 
 
@@ -575,7 +575,7 @@ class NewPages:
         }
 
     def collect_commands(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return the displayed command lines of a folder: those of run.toml, and of run, check and repair."""
+        """Return the displayed command lines of a folder: from run.toml, and for run, check and repair."""
         if folder is None:
             return {"repair_line": "", "commands": [], "run_command": "", "check_command": ""}
         # a folder that cannot be read as described may still list commands
@@ -609,14 +609,14 @@ class NewPages:
         download = download_values["download"]
         # if this page cannot download the missing files, `run` does when the training starts
         can_download = download_values["download_command"] != ""
-        return FolderProgress(
+        return replace(
+            self.find_missing_inputs(folder, described, check_job, command_output["new_lines"]),
             is_described=described is not None,
             description_job=command_output["new_job"],
             has_changes=bool(command_output["dry_run_job"] is not None and command_output["changes"]),
             download=download,
             missing_gigabytes=download_values["missing_gigabytes"] if can_download else "",
             download_failure=describe_failure(download) if can_download else "",
-            **self.find_missing_inputs(folder, described, check_job, command_output["new_lines"]),
             downloads_at_start=bool(download_values["licenses"]) and not can_download,
             check_job=check_job,
             is_check_old=command_output["is_check_old"],
@@ -628,27 +628,28 @@ class NewPages:
         described: DescribedFolder | None,
         check_job: Job | None,
         lines: Sequence[OutputLine],
-    ) -> dict[str, Any]:
-        """Return the fields of `FolderProgress` for missing captions and errors that `new` has reported.
+    ) -> FolderProgress:
+        """Return a progress that has only the missing captions and the errors that `new` has reported.
 
         `lines` were printed by `new` about files that still exist.
         """
+        progress = FolderProgress()
         description_job = self.find_background_job(DESCRIBE, folder)
         if folder is None or described is None or description_job is None or description_job.code != 0:
-            return {}  # `new` has reported nothing about this folder
+            return progress  # `new` has reported nothing about this folder
         line_kinds = {line.kind for line in lines}
-        missing: dict[str, Any] = {}
         content = read_media_folder(folder) or read_outer_folder(folder)
         if CAPTIONS in line_kinds and not described.trigger and content is not None:
-            missing["uncaptioned"] = content.num_uncaptioned
-            missing["only_pictures"] = not content.num_clips and not content.num_audios
+            only_pictures = not content.num_clips and not content.num_audios
+            progress = replace(progress, uncaptioned=content.num_uncaptioned, only_pictures=only_pictures)
         # a later check reports the errors that are left
         was_checked = (
             check_job is not None and check_job.log.stat().st_mtime > description_job.log.stat().st_mtime
         )
         if MEND in line_kinds and not was_checked:
-            missing["has_listed_errors"] = any(row.grade == BAD for row in make_checklist(None, lines).rows)
-        return missing
+            has_errors = any(row.grade == BAD for row in make_checklist(None, lines).rows)
+            progress = replace(progress, has_listed_errors=has_errors)
+        return progress
 
     def collect_command_output(
         self, folder: Path | None, background_jobs: Mapping[str, Job | None]
@@ -800,8 +801,8 @@ class NewPages:
         text = complete_home(text)
         if WINDOWS_PATH.match(text) and os.name != "nt":
             return say(
-                "%(text)s: that is a path of Windows, and this page runs elsewhere. Drop the files here, or "
-                "give a folder below %(roots)s.",
+                "%(text)s is a Windows path, but this page runs on another system. Drop the files "
+                "here, or give a folder below %(roots)s.",
                 text=text,
                 roots=roots,
             )
@@ -918,10 +919,10 @@ class NewPages:
             return PreparePlan(make_new_argv(form, models))
         if described is not None:
             before = NewForm.from_described(described, models)
-            changes = list_key_changes(form, before, described.values)
-            if changes.changes and not list_changed_fields(form, before):
-                return PreparePlan([], changes)
-        return PreparePlan(make_new_argv(form, models, dry_run=True), compares=True)
+            key_changes = list_key_changes(form, before, described.values)
+            if key_changes.new_values and not list_changed_fields(form, before):
+                return PreparePlan([], key_changes)
+        return PreparePlan(make_new_argv(form, models, dry_run=True), is_comparison=True)
 
     def change(self, request: Request, form: Form) -> Response:
         """Carry out a button's action on the selected folder, and show the folder's page again."""
@@ -939,7 +940,7 @@ class NewPages:
         message = problem = ""
         try:
             message = self.actions[action](PressedButton(folder, sent_form, fields))
-        except ChangedMeanwhileError:
+        except ChangedMeanwhileError:  # since the page was built
             problem = say(
                 "The files of %(folder)s have changed in the meantime. Reload this page to see them.",
                 folder=folder,
@@ -951,7 +952,7 @@ class NewPages:
         if problem:
             keeps_typed_values = action == "describe"
             return self.answer(sent_form if keeps_typed_values else self.read_form(str(folder)), problem)
-        # success: the browser opens the page anew, and shows the message from the header
+        # success: the browser opens the page again, and shows the message from the header
         response = answer_move(f"/new?{encode_address({'folder': str(folder)})}")
         response.headers[MESSAGE_HEADER] = quote(message)
         return response
@@ -975,7 +976,7 @@ class NewPages:
     def prepare(self, button: PressedButton) -> str:
         """Describe a folder with the form's values, or change its files, and return a message.
 
-        Small changes are written at once; otherwise a `new` command starts, and the message is "".
+        Small changes are written directly; otherwise a `new` command starts, and the message is "".
         """
         folder, form = button.folder, button.form
         check_form(form)
@@ -989,11 +990,11 @@ class NewPages:
             raise OptionError(reason)
         described, _ = self.try_read(folder)
         plan = self.plan_prepare(form, folder, described)
-        if plan.changes.changes:
+        if plan.key_changes.new_values:
             run_checksum = compute_checksum(read_content(folder / RUN_FILE))
-            change_keys(folder / RUN_FILE, plan.changes.changes, run_checksum)
-            return say("Written into %(text)s.", text=plan.changes.text)
-        kind = DRY_RUN if plan.compares else DESCRIBE
+            change_keys(folder / RUN_FILE, plan.key_changes.new_values, run_checksum)
+            return say("Written into %(text)s.", text=plan.key_changes.text)
+        kind = DRY_RUN if plan.is_comparison else DESCRIBE
         self.site.background_jobs.start(
             name_background_job(kind, folder), plan.argv, Path.cwd(), within=folder
         )
@@ -1123,9 +1124,10 @@ class NewPages:
         return ""
 
     def show_file_description(self, request: Request, form: Form) -> Response:
-        """Respond with a description of the file typed for a model option, and whether the page asks `new`.
+        """Respond with a description of the file typed for a model option.
 
-        `new` is asked whether the file fits the model only if the described folder uses another file.
+        The page then also requests whether the file fits the model (`show_misfit`), unless the described
+        folder already uses this file.
         """
         option = request.query_params.get("option", "")
         path = "".join(form.get(f"file_{option}", ()))
@@ -1186,7 +1188,7 @@ def list_applied_remedies(
     """
     if description_job is None or not description_job.log.exists():
         return set()
-    # a log's modification time is that of the last output
+    # a log's modification time is the time of the last output
     described_at = description_job.log.stat().st_mtime
     succeeded = [job for job in jobs if job is not None and job.code == 0 and job.log.exists()]
     applied = [_split_line(job.line) for job in succeeded if job.log.stat().st_mtime > described_at]

@@ -32,7 +32,7 @@ class NextStep:
     second_address: str = ""
 
     @property
-    def mark(self) -> str:
+    def change_key(self) -> str:
         """Text that changes with the step."""
         return short_digest(repr(self))
 
@@ -57,9 +57,9 @@ class FolderProgress:
     run_address: str = ""  # address of the page of its training
 
     @property
-    def mark(self) -> str:
+    def change_key(self) -> str:
         """Text that changes with the next step, as long as no field has been edited."""
-        return select_step(NewForm(folder="as", family="in", task="files"), self, is_saved=True).mark
+        return select_step(NewForm(folder="as", family="in", task="files"), self, is_saved=True).change_key
 
     @property
     def is_checked(self) -> bool:

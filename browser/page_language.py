@@ -21,7 +21,7 @@ from browser.responses import answer_not_found
 from modules.pages.language import Language, language
 
 TABLES = Path(__file__).resolve().parent / "languages"
-# HTML code -> the language's own name; the first language is that of the untranslated strings
+# HTML code -> the language's own name; the untranslated strings are in the first language
 NAMES = (("en", "English"), ("zh", "中文"), ("ja", "日本語"))
 CODES = tuple(code for code, _ in NAMES)
 COOKIE = "reelsmith_language"  # the port is appended, because all ports of a host share cookies
@@ -146,7 +146,7 @@ def _write_script(code: str) -> str:
 
 
 FUNCTIONS = """
-// Returns an English text in the language of the page, with values in place of %(name)s.
+// Returns an English text in the language of the page, with %(name)s replaced by values.
 function translate(text, values = {}) {
   return (TEXTS[text] ?? text).replace(/%\\((\\w+)\\)s/g, (place, name) => values[name] ?? place);
 }

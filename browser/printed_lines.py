@@ -26,7 +26,7 @@ from training.reports.history import PageCommand
 LINES = (
     say("%(folder)s: %(media)s. %(model)s at %(size)s, %(frames)s frames, on %(card)s"),
     say("%(folder)s: %(media)s. %(model)s at %(size)s, on %(card)s"),
-    say("%(names)s: tiny, below %(pixels)s pixels: their blur is learned"),
+    say("%(names)s: tiny, below %(pixels)s pixels: the model would learn their blur"),
     say(
         "%(size)s: the size of a typical file, %(file)s. Every file keeps its own shape, at this area "
         "(resolution in dataset.toml)"
@@ -48,7 +48,7 @@ LINES = (
         "leaves it out"
     ),
     say(
-        "%(names)s: %(model)s learns pictures alone. The first frame of each clip is written as a "
+        "%(names)s: %(model)s is trained only on pictures. The first frame of each clip is written as a "
         "picture with its caption into %(folder)s"
     ),
     say(
@@ -57,21 +57,20 @@ LINES = (
     ),
     say("%(folder)s: %(kind)s learns from its pairs with %(controls)s"),
     say(
-        "%(folder)s: %(count)s (is_reg), %(word)s for those without a caption, as %(reason)s. If they "
-        "are to be learned as others, rename the folder"
+        "%(folder)s: %(count)s (is_reg), %(word)s for those without a caption, as %(reason)s. To train on "
+        "them like on other images, rename the folder"
     ),
     say(
-        "%(folder)s: %(count)s (is_reg), as %(reason)s. If they are to be learned as others, rename "
-        "the folder"
-    ),
-    say(
-        "%(folder)s: left out, as %(reason)s. A dataset file with [[datasets.subsets]] and is_reg = "
-        "true takes them (docs/image_datasets.md). If they are to be learned as others, rename the "
+        "%(folder)s: %(count)s (is_reg), as %(reason)s. To train on them like on other images, rename the "
         "folder"
     ),
     say(
-        "%(folder)s: left out, as %(reason)s, and %(kind)s learns nothing from such. If they are to "
-        "be learned as others, rename the folder"
+        "%(folder)s: left out, as %(reason)s. A dataset file with [[datasets.subsets]] and is_reg = true "
+        "supports them (docs/image_datasets.md). To train on them like on other images, rename the folder"
+    ),
+    say(
+        "%(folder)s: left out, as %(reason)s, and %(kind)s does not use such images. To train on them like "
+        "on other images, rename the folder"
     ),
     say(
         "%(folder)s: left out: %(names)s: regularization pictures without a caption, in a folder "
@@ -82,14 +81,15 @@ LINES = (
         "is the caption of files without one (class_tokens)"
     ),
     say("%(folder)s: masks are left out. %(key)s in dataset.toml, with their pictures, takes them"),
-    say("%(names)s: captions of no file. %(name)s seems to be that of %(file)s: call it %(right)s"),
+    say("%(names)s: captions without a file. %(name)s seems to be that of %(file)s: call it %(right)s"),
     say(
-        "%(names)s: captions of no file. A caption has the name of its file, such as %(example)s for cat.png"
+        "%(names)s: captions without a file. A caption has the name of its file, such as %(example)s for "
+        "cat.png"
     ),
     say("%(names)s: more than %(n)s times as long as wide, as few models know pictures: crop them"),
-    say("%(names)s: equal copies, learned more often than others. Delete all but one of %(n)s"),
+    say("%(names)s: equal copies, which are trained more often than others. Delete all but one of %(n)s"),
     say("... and %(n)s more groups of equal copies"),
-    say("%(files)s to learn from: few. Most is learned by heart; 10 to 30 are usual"),
+    say("%(files)s to learn from: few. They would mostly be memorized; 10 to 30 are usual"),
     say(
         "%(captions)s: lists of tags (%(tags)s, ...). %(reader)s such lists, so they are in another "
         "order each time (shuffle_caption), %(kept)s. The training encodes them in each step"
@@ -99,39 +99,36 @@ LINES = (
         "order each time (shuffle_caption). The training encodes them in each step"
     ),
     say(
-        "%(tag)s: the model's own tags have blanks (%(words)s). To write yours so (the old captions "
-        "are kept as .bak), in the folder %(folder)s:"
+        "%(tag)s: the model's own tags have spaces (%(words)s). To convert yours (the old captions are kept "
+        "as .bak), run this in the folder %(folder)s:"
     ),
     say(
-        "%(tag)s: such a model's own tags have blanks (%(words)s). To write yours so (the old "
-        "captions are kept as .bak), in the folder %(folder)s:"
+        "%(tag)s: such a model's own tags have spaces (%(words)s). To convert yours (the old captions are "
+        "kept as .bak), run this in the folder %(folder)s:"
     ),
-    say("and describe it again, as its lists have commas then:"),
+    say("then run `new` again, because the lists are separated by commas afterwards:"),
     say(
-        "%(folder)s: left out. A folder of this name contains what pictures are made from, and %(model)s "
-        "does not edit, --task %(task)s does. If it is to be learned, rename it"
+        "%(folder)s: left out. A folder of this name contains source images of edits, and %(model)s "
+        "does not edit, --task %(task)s does. To train on it, rename it"
     ),
     say(
-        "%(folder)s: left out. A folder of this name contains what pictures are made from, and %(model)s "
-        "does not edit. If it is to be learned, rename it"
+        "%(folder)s: left out. A folder of this name contains source images of edits, and %(model)s "
+        "does not edit. To train on it, rename it"
     ),
     say("%(folder)s: left out. Runs write into a folder of this name: rename it"),
     say("%(folder)s: left out because it is too deep. Move its files up, or give this folder to `new`"),
     say("%(folder)s: left out. No file there has the name of a picture next to it"),
     say(
-        "%(folder)s: left out, as %(kind)s learns no control pictures. %(n)s of %(total)s pictures "
-        "have one there. --train %(option)s trains %(other)s on such pairs (docs/control.md)"
+        "%(folder)s: left out, as %(kind)s does not use control pictures. %(n)s of %(total)s pictures have "
+        "one there. --train %(option)s trains %(other)s on such pairs (docs/control.md)"
     ),
     say(
-        "%(folder)s: %(n)s of %(total)s pictures have no reference in %(source)s, such as %(name)s: "
-        "learned without one"
+        "%(folder)s: %(n)s of %(total)s pictures have no reference in %(source)s, such as %(name)s: trained "
+        "without one"
     ),
-    say(
-        "%(names)s: learned as results. If they are what others are made from, move them into a "
-        "folder control"
-    ),
+    say("%(names)s: learned as results. If others are made from them, move them into a folder named control"),
     say("%(names)s: not trained on, its reference cannot be read: %(reason)s"),
-    say("%(names)s: without sound: only the pictures are learned"),
+    say("%(names)s: without sound: only their pictures are used"),
     say("%(names)s: captions of %(count)s. %(n)s are written into %(suffix)s files, which count from now on"),
     say("%(names)s: captions of %(count)s"),
     say("%(names)s: the %(suffix)s file says something else than the list, and counts"),
@@ -143,7 +140,7 @@ LINES = (
     ),
     say("The whole model is trained. Its weights: %(fit)s"),
     say("Each saved file has %(size)s; with the states output takes about %(total)s"),
-    say("--%(option)s: the one inside %(file)s. --model_file %(value)s takes another"),
+    say("--%(option)s: taken from %(file)s. --model_file %(value)s uses another one"),
     say(
         "This processor computes bfloat16 many times slower than float32, so all is in float32, which "
         "needs twice the memory. On a card, describe the folder again with --memory GIB --overwrite"
@@ -161,17 +158,14 @@ LINES = (
     say("left out: %(reason)s"),
     say("%(names)s: left out, %(reason)s"),
     say("%(names)s: shorter than %(frames)s frames (at %(fps)s a second)"),
-    say("%(names)s: pictures, of which this model learns nothing"),
+    say("%(names)s: pictures, which this model cannot train on"),
     say("%(names)s: too short for a clip of this model, which learns their first frame"),
-    say("%(names)s: an empty caption: nothing is learned by name"),
-    say("%(names)s: empty captions: nothing is learned by name"),
+    say("%(names)s: an empty caption: nothing is learned under a name"),
+    say("%(names)s: empty captions: nothing is learned under a name"),
     say("%(names)s: an empty caption: only %(word)s is learned there"),
     say("%(names)s: empty captions: only %(word)s is learned there"),
     say("%(folder)s: learned by its masks"),
-    say(
-        "%(captions)s: lists of tags (%(tags)s, ...), learned as they stand: %(model)s was trained on "
-        "sentences"
-    ),
+    say("%(captions)s: lists of tags (%(tags)s, ...), used unchanged: %(model)s was trained on sentences"),
     say("captions that are not UTF-8: %(names)s: read as %(encoding)s"),
     say("%(n)s cannot be read and has no caption, which ends a run: delete each, or move it away:"),
     say("%(n)s cannot be read and have no caption, which ends a run: delete each, or move it away:"),
@@ -200,7 +194,7 @@ LINES = (
     say("%(kind)s: %(folder)s has no sound, and %(model)s learns sound. Give clips that have some."),
     say(
         "%(kind)s: %(folder)s has no sound, and %(model)s learns sound. Give clips that have some, or "
-        "take --task %(task)s, which learns pictures and movement alone."
+        "take --task %(task)s, which is trained on pictures and movement only."
     ),
     say(
         "%(kind)s: --task %(task)s learns from clips of at least %(seconds)s seconds, and %(folder)s "
@@ -249,8 +243,8 @@ PLACEHOLDER_TEXTS = (
     say("unpack them"),
     say("convert them to .mp4"),
     say("audio_directory in dataset.toml takes sounds of clips by their names and, for LTX-2, sounds alone"),
-    say("as %(kind)s learns pictures alone"),
-    say("without layers, such as %(name)s"),
+    say("as %(kind)s uses only pictures"),
+    say("because they have no layers, such as %(name)s"),
     say("conditioning images of OneTrainer. Move them into a folder control"),
     say("it cannot be listed (%(reason)s)"),
     say(
@@ -278,7 +272,7 @@ PLACEHOLDER_TEXTS = (
     say("sound"),
     say("%(size)s in float32"),
     say("%(size)s in bf16, which fits a card of %(memory)s GiB"),
-    say("%(size)s in bf16, of which about %(left)s GiB wait in RAM"),
+    say("%(size)s in bf16, of which about %(left)s GiB stay in RAM"),
     say("%(n)s images"),
     say("1 image"),
     say("%(n)s items"),
@@ -300,7 +294,7 @@ PLACEHOLDER_TEXTS = (
     say("its files are there"),
     say("%(n)s to download"),
     say("Slow on a CPU"),
-    say("correct what is listed above"),
+    say("fix the problems listed above"),
     say("give captions or a trigger word as above"),
     say("exit code %(code)s"),
     say("it was stopped"),

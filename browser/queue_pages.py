@@ -131,7 +131,7 @@ def read_jobs(
 
 
 def _parse_job(line: str, run: RunSummary | None) -> tuple[list[str], Path]:
-    """Return a command's arguments, and its folder: that of a `cd` in the line, or where it was typed.
+    """Return a command's arguments, and its folder: from a `cd` in the line, or where it was typed.
 
     `run` is the run that the command comes from; None if it was typed into the page.
     """

@@ -59,9 +59,9 @@ SIDES = ("width", "height")
 SIDE_POSITIONS = {
     "video_size_width": 1,
     "video_size_height": 0,
-}  # key of each side: its index in --video_size
+}  # key of each side -> its index in the values of --video_size
 SIZE = "video_size"
-# options that the form sets on its own, in addition to those of its fields
+# options that the form sets itself, in addition to the options of its fields
 # fmt: off
 OPTIONS_OF_FORM = {
     "prompt", "save_path", "lora_weight", "lora_multiplier", f"lora_weight_{HIGH_NOISE}",
@@ -118,18 +118,19 @@ class ModelRecipe:
     def option_keys(self) -> dict[str, str]:
         """Option that each field of the form sets, by the field's name; only fields that the model uses."""
         keys = find_field_keys(self.defaults, self.extra_options)
+        unused_fields = []
         if not self.has_experts:
-            keys.pop("high_cfg", None)
+            unused_fields.append("high_cfg")  # CFG scale of the high-noise expert
         for name in ("start", "end", "control", "references"):
             is_in_command = name in self.required_images or bool(self.initial_texts.get(name))
             if not is_in_command and not self._may_accept(name):
-                keys.pop(name, None)
-        # only releases that split images into layers name this option
+                unused_fields.append(name)
+        # only the commands of releases that split images into layers have this option
         if not self.initial_texts.get("layers"):
-            keys.pop("layers", None)
-        if "redraw" not in keys:  # `share` is how much of `redraw` changes
-            keys.pop("share", None)
-        return keys
+            unused_fields.append("layers")
+        if "redraw" not in keys:  # `share` is the fraction of `redraw` that is generated anew
+            unused_fields.append("share")
+        return {name: key for name, key in keys.items() if name not in unused_fields}
 
     def _may_accept(self, name: str) -> bool:
         """Return whether the model can use an image that its command does not require."""
@@ -181,8 +182,8 @@ class ModelRecipe:
     def find_default(self, name: str) -> str:
         """Return the value, as text, that is used if the field `name` is empty; "" if it is unknown.
 
-        `file_defaults` (of the model's files) takes precedence, then the default of the task, then that of
-        the generation script.
+        `file_defaults` (of the model's files) takes precedence, then the default of the task, then the
+        default of the generation script.
         """
         scale = self.defaults.guidance_scale
         values: dict[str, Any] = {
@@ -261,22 +262,28 @@ def list_extras(family: str) -> dict[str, str]:
     return request_extras(with_scripts()[family].options_record("Generation"))
 
 
-def find_field_keys(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict[str, str]:
-    """Return the option that each field sets in a script, by the name of the field.
+def find_field_keys(defaults: ScriptDefaults, extra_options: Mapping[str, str]) -> dict[str, str]:
+    """Return the option that each form field sets in a generation script, by the name of the field.
 
-    `extras` are the options that only this family's generation requests have.
+    The option is the first one in `FIELDS` that the script has as an option of prompt lines. Fields without
+    such an option are missing.
+
+    Args:
+        defaults: The script's defaults; they also tell which shared options it lacks.
+        extra_options: Options that only this family has.
     """
     declared = defaults.declared()
-    unsupported = {*declared["without"], *declared["refused"]}
+    unsupported_options = {*declared["without"], *declared["refused"]}
+    # width and height are not options of their own, but the values of --video_size
+    supported_anyway = {*extra_options, *SIDE_POSITIONS}
     keys = {}
     for name, candidates in FIELDS.items():
-        if name == "cfg" and defaults.embedded_guidance is None:  # `guidance` sets the CFG scale already
+        if name == "cfg" and defaults.embedded_guidance is None:  # the field `guidance` sets the CFG scale
             continue
-        if defaults.builds_in_guidance and name in ("negative", "guidance"):
+        if name in ("negative", "guidance") and defaults.builds_in_guidance:
             continue
         for key in candidates:
-            # width and height are not options of their own, but the values of --video_size
-            is_supported = key in extras or key in SIDE_POSITIONS or key not in unsupported
+            is_supported = key in supported_anyway or key not in unsupported_options
             if is_supported and find_option(key, defaults.line_options) is not None:
                 keys[name] = key
                 break
@@ -351,7 +358,7 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
     if not find_memory():  # CPUs are many times slower in 16 bits than in 32
         for flag in HALF_PRECISION_FLAGS:
             options.pop(flag, None)
-    return _split_command(
+    return _make_recipe_of_command(
         title=say(model.title),
         family=families[script],
         options=options,
@@ -365,7 +372,7 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
 def make_run_recipe(source: ComparableRun) -> ModelRecipe:
     """Return the recipe of a run, from the command in its history."""
     names = {Path(word).name for words in source.options.values() for word in words}
-    return _split_command(
+    return _make_recipe_of_command(
         title=source.run.name,
         family=source.family,
         options=source.options,
@@ -407,7 +414,7 @@ class _CommandOption:
         return not is_shown and self.key not in OPTIONS_OF_FORM
 
 
-def _split_command(
+def _make_recipe_of_command(
     title: str,
     family: str,
     options: Mapping[str, Sequence[str]],
@@ -416,7 +423,7 @@ def _split_command(
     is_placeholder: Callable[[str], bool],
     file_defaults: Mapping[str, Any],
 ) -> ModelRecipe:
-    """Split the options of a command into fixed options and options that fields show.
+    """Return a recipe from a command: each option is either fixed, or the initial value of a form field.
 
     Args:
         title: Name of the model or run.
@@ -437,21 +444,23 @@ def _split_command(
         values = [word for word in words if not is_placeholder(word)]
         has_placeholder = len(values) < len(words)
         command_options.append(_CommandOption(flag, key, field_name, values, has_placeholder))
-    fixed = [option for option in command_options if option.is_fixed]
+    fixed_options = [option for option in command_options if option.is_fixed]
     # fields for which the command has only a placeholder: the user has to fill them
-    unfilled = [option.field for option in command_options if option.has_placeholder and not option.is_size]
+    unfilled_fields = [
+        option.field for option in command_options if option.has_placeholder and not option.is_size
+    ]
     values_by_key = {option.key: option.values for option in command_options}
     initial_texts = _list_initial_texts(command_options, defaults)
     return ModelRecipe(
         title=title,
         family=family,
-        fixed_options={option.flag: option.values for option in fixed},
+        fixed_options={option.flag: option.values for option in fixed_options},
         initial_texts=initial_texts,
         folder=folder,
         missing_files=missing_files,
-        unfilled_options=[option.flag for option in fixed if option.has_placeholder],
+        unfilled_options=[option.flag for option in fixed_options if option.has_placeholder],
         loras=[*_read_loras(values_by_key, ""), *_read_loras(values_by_key, HIGH_NOISE)],
-        required_images=[name for name in unfilled if name in IMAGES],
+        required_images=[name for name in unfilled_fields if name in IMAGES],
         paths=[path for name in IMAGES for path in initial_texts.get(name, "").splitlines()],
         file_defaults=file_defaults,
     )
@@ -460,7 +469,7 @@ def _split_command(
 def _list_initial_texts(options: Sequence[_CommandOption], defaults: ScriptDefaults) -> dict[str, str]:
     """Return the initial values of the form's fields, by name.
 
-    They come from the options of a command; width and height default to those of the script.
+    They come from the options of a command; width and height default to the script's size.
     """
     height, width = (str(side) for side in defaults.size)
     texts = {"height": height, "width": width}
@@ -599,7 +608,7 @@ class RenderRequest:
     def _check_text(self, name: str, text: str) -> None:
         """Raise OptionError if the text of a field is not a possible value of its option."""
         option = self.recipe.find_line_option(name)
-        assert option is not None, say("the model has the field")
+        assert option is not None, f"the model has no field {name}"
         try:
             value = option.read(text)
         except ValueError as error:
@@ -647,23 +656,34 @@ class RenderRequest:
         return [lora.strength.strip() for lora in self.loras if lora.expert == expert]
 
     def _line_values(self, seed: str) -> dict[str, str]:
-        """Return the options of the prompt line, by key, from the form's filled fields and a seed."""
-        recipe = self.recipe
-        values = {}
-        for name, key in recipe.option_keys.items():
-            text = seed if name == "seed" else self._field_text(name)
-            is_added_elsewhere = name in ("references", "share")  # by the callers; with `redraw`
-            if not text or is_added_elsewhere:
+        """Return the options of the prompt line, by key, from the form's filled fields and a seed.
+
+        The callers add the reference images, which are a list.
+        """
+        values: dict[str, str] = {}
+        for name, key in self.recipe.option_keys.items():
+            if name in ("references", "share"):  # `share` is set together with `redraw`
                 continue
-            if name == "redraw":  # the image or clip that is generated anew
-                is_clip = Path(text).suffix.lower() in VIDEO_SUFFIXES
-                if is_clip and recipe.defaults.source.takes_video:
-                    key = "video_path"
-                denoising_strength = self._field_text("share")
-                if denoising_strength:
-                    values["denoise"] = denoising_strength
-            values[key] = text
+            text = seed if name == "seed" else self._field_text(name)
+            if not text:
+                continue
+            if name == "redraw":
+                values |= self._make_redraw_options(text, key)
+            else:
+                values[key] = text
         return values
+
+    def _make_redraw_options(self, path: str, image_key: str) -> dict[str, str]:
+        """Return the options that redraw an image or clip, with the denoising strength if it is filled in.
+
+        `image_key` is the key of the option for images.
+        """
+        denoising_strength = self._field_text("share")
+        options = {"denoise": denoising_strength} if denoising_strength else {}
+        is_clip = Path(path).suffix.lower() in VIDEO_SUFFIXES
+        takes_video = is_clip and self.recipe.defaults.source.takes_video
+        options["video_path" if takes_video else image_key] = path
+        return options
 
     @property
     def session_argv(self) -> list[str]:

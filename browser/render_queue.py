@@ -51,8 +51,8 @@ class RenderJob:
 
     id: int  # 0: not stored yet
     title: str  # title of the model
-    session: list[str]  # command that loads the model
-    command: list[str]  # command line that generates the same result
+    session: list[str]  # command of the process that loads the model and then reads requests
+    command: list[str]  # command that generates the same result without such a process
     request: dict[str, Any]  # request as `generation/json_requests.py` reads it
     folder: str  # working folder of the commands
     save_path: str
@@ -187,7 +187,7 @@ class RenderQueue:
         with self._change():
             job = self.find(number)
             if job is None or job.state not in states:
-                raise OptionError(f"there is no result {number} that is {' or '.join(states)} (any more)")
+                raise OptionError(f"there is no result {number} that is {' or '.join(states)}")
             for name, value in values.items():
                 setattr(job, name, value)
             self._write(job)

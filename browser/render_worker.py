@@ -107,7 +107,8 @@ class RenderWorker:
     def __init__(self, queue: JobQueue, find_program: FindProgram = find_session) -> None:
         """Open the render jobs stored next to `queue`; its training jobs share the graphics card with them.
 
-        `find_program` returns the program that a session's words start in a folder, as `find_session` does.
+        `find_program` gets the command that loads a model, and its folder, and returns the command of this
+        program and the arguments of the process to start, as `find_session` does.
         """
         self.queue = queue
         self.find_program = find_program
@@ -311,13 +312,13 @@ class RenderWorker:
         Only one server of these folders generates at a time: it holds a lock file. After an error, or while
         another server has the lock, this thread tries again after some seconds.
         """
-        with contextlib.ExitStack() as held_lock:
+        with contextlib.ExitStack() as lock_of_server:
             has_lock = False
             while not self._is_ended:
                 wait_seconds = QUEUE_POLL_SECONDS
                 try:
                     if not has_lock:
-                        held_lock.enter_context(only_one(self.folder / ".maker.lock", waits=False))
+                        lock_of_server.enter_context(only_one(self.folder / ".maker.lock", waits=False))
                         has_lock = True
                         self._end_orphan()  # a generating process of a killed server
                     has_generated = self._generate_next()
@@ -326,7 +327,7 @@ class RenderWorker:
                         continue
                     if self._end_thread_if_idle():
                         return
-                except BlockingIOError:
+                except BlockingIOError:  # another server has the lock
                     self.problem = say("another server of these folders generates the results")
                     wait_seconds = RETRY_SECONDS
                     if self._end_thread_if_idle():
@@ -538,7 +539,7 @@ class RenderWorker:
             if session is not None and has_same_model and session.is_alive and session.is_ready:
                 return session
             session = self._detach_session()
-        self._end_process(session)  # another model: it frees the card before the next one is loaded
+        self._end_process(session)  # it has another model: unload this before the next one is loaded
         with self._lock:
             if self._num_cancel_requests or self._is_ended:
                 self._end_render_job(render_job, STOPPED)
@@ -606,11 +607,11 @@ class RenderWorker:
     def _end_process(self, session: ModelSession | None, patience: float = SHUTDOWN_SECONDS) -> None:
         """End a process by closing its input; kill it if it is still alive after `patience` seconds.
 
-        Call this without the lock, which other threads need meanwhile. It returns only after every process
-        that is being ended has ended, because two models may not fit on the card.
+        It also waits for the processes that other threads are ending, because two models may not fit on the
+        GPU; with None, it only waits. Call it without the lock, which those threads need.
         """
         with self._process_end_lock:
-            if session is None:  # only another thread's process had to be waited for
+            if session is None:
                 return
             with contextlib.suppress(OSError):
                 assert session.process.stdin is not None

@@ -75,6 +75,7 @@ DOWNLOAD_UPSCALER = "upscaler"  # kind of a background job
 UPSCALE_FACTOR = 2  # factor for width and height
 UPSCALERS = "upscalers"  # subfolder of the models folder
 UPSCALER_SUFFIXES = (".pth", ".safetensors")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".gguf", ".sft")
 MAX_OF_PROMPTS = 1 << 20  # bytes of a prompt file
 MAX_TITLE_CHARACTERS = 160  # characters of a prompt in the list
 
@@ -212,7 +213,7 @@ class ResultTile:
         return say("larger: %(state)s", state=name_state(self.job.state))
 
     @property
-    def mark(self) -> str:
+    def change_key(self) -> str:
         """Key that changes when anything that the tile shows has changed."""
         text = f"{self.result.changed} {self.result.size_bytes} {self.job_text}"
         return short_digest(text, 6)
@@ -338,7 +339,7 @@ class ResultRegenerator:
                 return path
         render_job = self.find_render_job(result)
         if render_job is not None:
-            for word in render_job.session:  # command that loaded the model
+            for word in render_job.session:  # the command that loaded the model
                 if Path(word).name == name and Path(render_job.folder, word).is_file():
                     return word
         with self.site.runs.lock:
@@ -633,10 +634,9 @@ class ResultPages:
         Raises OptionError or OutputError if that fails.
         """
         render_job = self.regenerator.regenerate(result, settings, seed)
-        suffixes = (".safetensors", ".pth", ".gguf", ".sft")  # files with weights
-        # session: the command line that loads the model
-        files = [word for word in render_job.session if Path(word).suffix in suffixes]
-        missing = [word for word in files if not Path(render_job.folder, word).exists()]
+        load_argv = render_job.session  # the command that loads the model
+        weight_files = [word for word in load_argv if Path(word).suffix in WEIGHT_SUFFIXES]
+        missing = [file for file in weight_files if not Path(render_job.folder, file).exists()]
         if missing:
             raise OptionError(
                 say("%(missing)s is missing: download the model first (Models).", missing=missing[0])
@@ -712,11 +712,11 @@ class ResultPages:
         upscaler = next((path for path in self.list_upscalers() if path.name == selected_name), None)
         earlier_job = self.find_upscale_jobs().get(str(result.path))
         if result.kind == "sound":
-            raise OptionError(say("A sound has no size."))
+            raise OptionError(say("An audio file has no size."))
         if upscaler is None:
             return self.show_upscale_dialog(result, say("Choose the file of an upscaler."))
         if earlier_job is not None and earlier_job.state in (WAITING, RUNNING):
-            return self.show_upscale_dialog(result, say("It is being enlarged already."))
+            return self.show_upscale_dialog(result, say("It is already being enlarged."))
         number = queue.add_and_begin(self.make_upscale_argv(result, upscaler), Path.cwd())
         message = say(
             "It is job %(number)s of the queue. The enlarged one will appear here when it is finished.",
@@ -835,7 +835,7 @@ class ResultPages:
         if change is None:
             return answer_unknown()
         if result is None:
-            return answer_message(say("This file is not there any more."), is_rejected=True)
+            return answer_message(say("This file no longer exists."), is_rejected=True)
         try:
             return change(result, form)
         except (UserError, OSError, ValueError) as error:

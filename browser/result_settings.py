@@ -107,7 +107,7 @@ class ResultSettings:
         return find_family(self.get("model_type"))
 
     @property
-    def facts(self) -> str:
+    def summary(self) -> str:
         """Size, length, steps, guidance and seed in one line."""
         frames = self.get("video_length")
         guidance = self.get("embedded_cfg_scale") or self.get("guidance_scale")
@@ -306,7 +306,7 @@ def regenerate(
         path = find_weights(lora.name, recipe)
         if not lora.expert:
             loras.append(UsedLora(path, lora.strength))
-        else:  # the LoRA of an expert has options of its own, named after it
+        else:  # the command has separate options for the LoRAs of this expert
             fixed.setdefault(f"{LORA}_{lora.expert}", []).append(path)
             fixed.setdefault(f"{STRENGTHS}_{lora.expert}", []).append(lora.strength)
     if settings.embeddings:
@@ -318,7 +318,7 @@ def regenerate(
         loras=loras,
         save_path=save_path,
     )
-    request = render_request.request("")  # the seed is one of the line's options
+    request = render_request.request("")  # `line_options` have the seed
     request["options"] = {**request["options"], **line_options}
     command = _make_command(render_request, line_options)
     return replace(render_request.as_render_job(""), request=request, command=command)
@@ -344,17 +344,19 @@ def _make_fixed_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[s
     options = read_script_options(recipe.family)
     _check_task(settings, recipe, options)
     fixed = _select_recipe_options(settings, recipe, options)
+    # an option may have several flags: the recipe's flag is kept
     option_names = {flag: name for name, option in options.items() for flag in option.flags}
     recipe_flags = {option_names[flag]: flag for flag in fixed if flag in option_names}
     for name, recorded_text in settings.values.items():
         option = options.get(name)
+        # options of the prompt line are not fixed: each result may have other values
         if option is None or not option.is_recorded or _is_line_option(name, recipe):
             continue
         if _is_separate_metadata(name) or name in PROMPT_LINE_KEYS or name == EMBEDDINGS:
             continue
         flag = recipe_flags.get(name, option.flags[0])
-        current_words = fixed.get(flag, [str(option.default)])
-        if not _is_equal(current_words, recorded_text):  # equal values keep the recipe's spelling
+        recipe_words = fixed.get(flag, [str(option.default)])
+        if not _is_equal(recipe_words, recorded_text):  # equal values keep the recipe's spelling
             _set_recorded_option(fixed, flag, option, recorded_text)
     return fixed
 
@@ -488,12 +490,8 @@ def _make_prompt_line_options(
         if not is_known or line_option is None:
             continue
         option = options.get(key)
-        if option is not None and not is_side:
-            is_default = _is_equal([str(option.default)], text)
-            # a value of the recipe has to be replaced, even by the default
-            is_set_by_recipe = any(flag in recipe.fixed_options for flag in option.flags)
-            if is_default and not is_set_by_recipe:
-                continue
+        if option is not None and not is_side and _is_set_without_line(option, text, recipe):
+            continue
         if key in MEDIA_OPTIONS or line_option.read is read_path:
             paths = [find_media(media_name) for media_name in text.split("\n")]
             line[key] = paths if line_option.repeats else paths[0]
@@ -501,6 +499,12 @@ def _make_prompt_line_options(
             line[key] = text
     line["seed"] = seed
     return line
+
+
+def _is_set_without_line(option: KnownOption, text: str, recipe: ModelRecipe) -> bool:
+    """Return whether a value is the default of its option, and the recipe sets no other value."""
+    is_set_by_recipe = any(flag in recipe.fixed_options for flag in option.flags)
+    return not is_set_by_recipe and _is_equal([str(option.default)], text)
 
 
 # letters of an option in a prompt line -> metadata name, in the order in which `new` writes them

@@ -39,7 +39,7 @@ class Result:
     path: Path
     changed: float  # when, in seconds since 1970
     size_bytes: int
-    shown_at: float = 0.0  # time for sorting: that of the file it was derived from
+    shown_at: float = 0.0  # time for sorting: the time of the file it was derived from
     layers: tuple[Path, ...] = ()  # the whole image first, then its layers from back to front
 
     @cached_property
@@ -152,10 +152,11 @@ def _list_folder(folder: Path, changed: int, previous: Mapping[str, _ListedFile]
                 file = _read_entry(entry, previous.get(entry.name))
                 if file is not None:
                     files[entry.name] = file
-    # two changes within one clock tick have the same time: -1 lets the next request list a fresh folder
-    is_fresh = time.time() - changed / 1e9 < FRESH_SECONDS
+    # a later change within the same clock tick would not change the modification time, so a folder that has
+    # just changed is listed again by the next request: its recorded time, -1, equals no time
+    has_just_changed = time.time() - changed / 1e9 < FRESH_SECONDS
     results = _make_results(folder, heapq.nlargest(MAX_RESULTS, files.values()))
-    return _ListedFolder(-1 if is_fresh else changed, sorted(subfolders), results, entries=files)
+    return _ListedFolder(-1 if has_just_changed else changed, sorted(subfolders), results, entries=files)
 
 
 def _read_entry(entry: "os.DirEntry[str]", previous: _ListedFile | None) -> _ListedFile | None:
@@ -181,13 +182,13 @@ def _make_results(folder: Path, files: Sequence[_ListedFile]) -> list[Result]:
     stems_and_suffixes = [os.path.splitext(file.name) for file in files]  # noqa: PTH122
     times = {stem: file.changed for (stem, _), file in zip(stems_and_suffixes, files, strict=True)}
     clips = {stem for stem, suffix in stems_and_suffixes if KINDS[suffix.lower()] == "clip"}
+    last_frames_of_clips = {f"{clip}{LAST_FRAME_SUFFIX}" for clip in clips}
     layers = _group_layers(folder, times)
     layer_stems = {layer.stem for image_layers in layers.values() for layer in image_layers}
     results = []
     for (stem, suffix), file in zip(stems_and_suffixes, files, strict=True):
-        is_last_frame = suffix.lower() == ".png" and stem.endswith(LAST_FRAME_SUFFIX)
-        is_frame_of_clip = is_last_frame and stem.removesuffix(LAST_FRAME_SUFFIX) in clips
-        if stem in layer_stems or is_frame_of_clip:
+        is_last_frame = suffix.lower() == ".png" and stem in last_frames_of_clips
+        if stem in layer_stems or is_last_frame:
             continue
         source_time = _find_source_time(stem, times)
         result = Result(

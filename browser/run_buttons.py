@@ -317,7 +317,7 @@ class RunButtons:
         if state.background_job is not None:
             return say("ends the check")
         if state.name == WAITING and state.job is not None:
-            return say("takes job %(id)s out of %(queue)s", id=state.job.id, queue=QUEUE)
+            return say("removes job %(id)s from %(queue)s", id=state.job.id, queue=QUEUE)
         job = self.find_running_job(tracked_run)
         if job is not None:
             return say("Ctrl-C for job %(id)s of the queue", id=job.id)
@@ -568,9 +568,9 @@ class RunButtons:
         """
         run, run_config = tracked_run.summary, tracked_run.run_config
         output = run.history.parent
-        paths = self.list_trained(run)
-        if run_config is not None and not run.history.exists():
-            paths = []  # a run.toml that never ran has no results; files with its name belong to another run
+        has_run = run_config is None or run.history.exists()
+        # a run.toml that never ran has no results: files with its name belong to another run
+        paths = self.list_trained(run) if has_run else []
         name = run.name.removesuffix(BEFORE_TRAINING)
         # history of the downloads and caching that `run` did before the training
         preparation_history = history_path(output, f"{name}{BEFORE_TRAINING}")
@@ -697,7 +697,7 @@ class RunButtons:
             return self._extend_by_run_config(tracked_run.run_config, steps, "".join(form.get("have", ())))
         self.add_command(run, steps)
         return say(
-            "It is in the queue, to %(steps)s steps. All other options of its command stay.",
+            "It is in the queue and trains to %(steps)s steps. All other options of its command stay.",
             steps=f"{steps:,}",
         )
 
@@ -714,13 +714,13 @@ class RunButtons:
             )
         if not run_config.steps:  # 0: run.toml sets max_train_epochs instead
             raise OptionError(say("%(folder)s counts in epochs. Change max_train_epochs there.", folder=path))
-        changes = change_steps(read_described(run_config.folder).values, steps)
-        change_keys(path, changes.changes, checksum)
+        key_changes = change_steps(read_described(run_config.folder).values, steps)
+        change_keys(path, key_changes.new_values, checksum)
         self.tracked_runs.start(run_config.folder, find_start_argv(run_config, self.site.models))
         return say(
-            "It is in the queue, to %(steps)s steps. Written into %(text)s.",
+            "It is in the queue and trains to %(steps)s steps. Written into %(text)s.",
             steps=f"{steps:,}",
-            text=changes.text,
+            text=key_changes.text,
         )
 
     def check(self, tracked_run: TrackedRun, _: Form) -> str:
@@ -749,7 +749,7 @@ class RunButtons:
         if job is not None:
             self.site.queue.stop(job.id)
             if job.stops:  # a stop was requested before: this second request kills the process
-                return say("Ended at once.")
+                return say("Ended immediately.")
             return say("Requested: it saves and ends after its current step.")
         # the queue did not start this training, but it watches for request files
         if run.state == RUNNING and run.start is not None and run.start.listens:
@@ -769,7 +769,7 @@ class RunButtons:
         self.samples.write(path, text, "".join(form.get("have", ())))
         if tracked_run.state.name in ACTIVE_STATES:
             return say(
-                "Written into %(name)s. The training takes it in its next round of samples.", name=path.name
+                "Written into %(name)s. The training uses it in its next round of samples.", name=path.name
             )
         return say("Written into %(name)s.", name=path.name)
 

@@ -40,10 +40,12 @@ class RunSamples:
             OSError: If the file cannot be read.
             UnicodeDecodeError: If the file is not UTF-8.
         """
-        caption, checksum, _ = self.prompts.read(path)
-        is_typed = "row 1" in fields  # the form's rows were sent but not saved
-        text = fields.get("base", "") if is_typed else caption.text
-        rows = read_typed_rows(text, fields) if is_typed else read_rows(text)
+        prompts, checksum, _ = self.prompts.read(path)
+        text = prompts.text
+        rows = read_rows(text)
+        if "row 1" in fields:  # unsaved rows of the form, with the text and checksum that it was made from
+            text, checksum = fields.get("base", ""), fields.get("have", "")
+            rows = read_typed_rows(text, fields)
         requested_rows = fields.get("rows", "")
         num_rows = int(requested_rows) if requested_rows.isdecimal() and len(requested_rows) < 4 else 0
         is_described = (
@@ -52,7 +54,7 @@ class RunSamples:
         return {
             "path": path,
             "text": text,
-            "have": fields.get("have", "") if is_typed else checksum,
+            "have": checksum,
             "is_running": tracked_run.state.name in ACTIVE_STATES,
             # page on which the interval of the samples is edited
             "times": f"/new?{urlencode({'folder': path.parent})}#samples" if is_described else "",

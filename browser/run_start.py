@@ -182,7 +182,7 @@ def parse_run_config(path: Path, content: bytes, changed: float) -> RunConfig | 
         return _parse_training_table(folder, tables, changed)
     except (OptionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        problem = f"{path} is not as `new` writes it ({reason})"
+        problem = f"{path} is not in the form that `new` writes ({reason})"
         return RunConfig(folder, _find_default_history(folder), changed, problem=problem)
 
 
@@ -223,8 +223,8 @@ def _find_command_family(commands: Sequence[Sequence[str]]) -> str:
     """Return the family of a run's commands, as lists of runs name it; "" if they belong to no family.
 
     The catalogue's families are divided differently (`wan22`, `stable_diffusion`). For a ControlNet, an
-    embedding or a full model, the family is that of the caching commands, which are the same for all kinds of
-    runs.
+    embedding or a full model, the family is taken from the caching commands, which are the same for all kinds
+    of runs.
     """
     family_of_script = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
     family_of_script |= {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
@@ -386,19 +386,19 @@ class TrackedRuns:
         if state.name == WAITING and job is not None:
             state = self._add_queue_position(state, job, waiting)
         # the list sorts runs by the time of their last change
-        times = [entry.changed for entry in (run_config, run, preparation) if entry is not None]
+        change_times = [entry.changed for entry in (run_config, run, preparation) if entry is not None]
         if job is not None and (job.state == RUNNING or state.job is job):
-            times.append(job.born)
+            change_times.append(job.born)
         if state.name == WAITING:
             with contextlib.suppress(OSError):
-                times.append((self.queue.folder / QUEUE).stat().st_mtime)
+                change_times.append((self.queue.folder / QUEUE).stat().st_mtime)
         summary = run_config.summary if run is None else run
-        return TrackedRun(replace(summary, changed=max(times)), state, run_config)
+        return TrackedRun(replace(summary, changed=max(change_times)), state, run_config)
 
     def _add_queue_position(self, state: RunState, job: Job, waiting: WaitingJobs) -> RunState:
         """Return the state of a waiting job with its position in the queue, and the reason why it waits."""
         position = waiting.numbers.index(job.id) + 1
-        text = say("place %(place)s in the queue", place=position)
+        text = say("position %(place)s in the queue", place=position)
         if waiting.is_paused:
             text = say("%(place)s, which is paused", place=text)
         reason = "" if waiting.is_paused else self.queue.problem
@@ -679,7 +679,7 @@ def _find_latest_ended_state(
     job: Job | None,
     check: Job | None,
 ) -> RunState:
-    """Return the state of an inactive run: that of its job, histories or check, whichever ended last.
+    """Return the state of an inactive run: the state of its job, histories or check, whichever ended last.
 
     `preparation` is the history of the downloads and caching before the training.
     """

@@ -179,12 +179,11 @@ class LiveRunState:
 
         `kill_message` is the reason to show for a run that the page has killed; "" for all other runs.
         """
-        # histories of older versions have no start; the run's page has some of its values
-        start = run_history.start or Start(run.model, run.total_steps)
-        ending = run_history.ending
-        if ending is None and run_history.start is None:  # the summary also reads the page of an old history
-            ending = run.ending
-        state = find_state(run_history.start, ending, run.changed)
+        start, ending = run_history.start, run_history.ending
+        if start is None:  # written by an older version: the summary has the values from the run's page
+            ending = ending or run.ending
+        state = find_state(start, ending, run.changed)
+        start = start or Start(run.model, run.total_steps)
         trained_steps = run_history.loss or run_history.starts
         step = next(reversed(trained_steps)) if trained_steps else 0  # keys are steps in their order
         if state == DIED and kill_message:
@@ -257,21 +256,31 @@ def run_page(
     commands = current_commands(run_history, run.history.parent, run.name)
     values["commands"] = [translate_command(command) for command in commands]
     values["memory"] = translate_memory(run_history.memory)
-    sample_names = [name for row in run_history.samples.values() for name in row.files.values()]
     values["live"] = {
-        "id": run.id,
-        "mark": mark_page(run_history, live_state),
-        "left": live_state.time_left,
-        "name": run.name,
+        **_describe_live_run(runs, run, run_history, live_state),
         # whether the training watches for request files, such as NAME.stop
         "can_ask": can_write and start.listens and live_state.state == RUNNING,
         "can_sample": bool(dict(start.changed).get("sample_prompts")),
         "can_queue": can_write,
-        "shape": read_shape(runs, run.history.parent, sample_names),
-        "plays": any(name.endswith(PLAYED) for name in sample_names),
         "is_paused": is_paused,
         "actions": Markup(actions),
         "further": Markup(lower_buttons),
+    }
+    return render_page(TEMPLATE, run.name, values, POLICY)
+
+
+def _describe_live_run(
+    runs: Runs, run: RunSummary, run_history: RunHistory, live_state: LiveRunState
+) -> dict[str, Any]:
+    """Return the values of a run's page that a page written by the training itself does not have."""
+    sample_names = [name for row in run_history.samples.values() for name in row.files.values()]
+    return {
+        "id": run.id,
+        "mark": mark_page(run_history, live_state),
+        "left": live_state.time_left,
+        "name": run.name,
+        "shape": read_shape(runs, run.history.parent, sample_names),
+        "plays": any(name.endswith(PLAYED) for name in sample_names),
         "folder": run.history.parent,
         "is_of_here": run.is_trusted,
         "cd": format_cd(run.working_folder),
@@ -279,7 +288,6 @@ def run_page(
         "others": _list_other_runs(runs, run),
         "messages": run_history.messages[-MAX_MESSAGES:],
     }
-    return render_page(TEMPLATE, run.name, values, POLICY)
 
 
 def read_shape(runs: Runs, folder: Path, sample_names: Sequence[str]) -> str:
@@ -345,12 +353,12 @@ def collect_news(
     live_state = LiveRunState.of(run, run_history, kill_message)
     low = float(query.get("from") or -math.inf)
     high = float(query.get("to") or math.inf)
-    file_number = history.status and history.status.st_ino  # a new run in this folder writes a new file
+    inode = history.status and history.status.st_ino  # a new run in this folder writes a new file
     folder = run.history.parent
     scores = scores_path(folder, run.name)
-    scored = scores.stat().st_mtime_ns if scores.is_file() else 0
+    scored_at = scores.stat().st_mtime_ns if scores.is_file() else 0
     # equal keys mean equal curves: then they are not sent again
-    key = f"{file_number}-{scored}-{len(run_history.starts)}-{live_state.displayed.step}-{low}-{high}"
+    key = f"{inode}-{scored_at}-{len(run_history.starts)}-{live_state.displayed.step}-{low}-{high}"
     news = {
         "key": key,
         "page": mark_page(run_history, live_state),
@@ -361,10 +369,9 @@ def collect_news(
     }
     if query.get("have") != key:
         charts = list_charts(_limit_steps(run_history, low, high), maximum=MAX_POINTS)
-        if scored:
-            charts[1:1] = list_score_charts(
-                folder, run.name, run_history=run_history, low=low, high=high
-            )  # next to the loss
+        if scored_at:
+            score_charts = list_score_charts(folder, run.name, run_history=run_history, low=low, high=high)
+            charts[1:1] = score_charts  # after the loss
         news["charts"] = [asdict(chart) for chart in charts]
         news["tiles"] = list_tiles(live_state.displayed, run_history)
     return news

@@ -284,22 +284,22 @@ def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -
     steps = LOSS.findall(end) or LOSS.findall(tail)  # long lines may follow the last step
     step = int(steps[-1][0]) if steps else max(run_history.starts, default=0)
     if run_history.start is not None:
-        page = PageStatus(run_history.start.model, None, run_history.start.total_steps)
+        model, ending, total_steps = run_history.start.model, None, run_history.start.total_steps
     else:  # an older version wrote these values only into the run's page
-        page = read_page_status(path) or PageStatus("", None, step)
+        model, ending, total_steps = read_page_status(path) or ("", None, step)
     seconds = [float(text) for text in SECONDS.findall(end)]
     return RunSummary(
         history=path,
         changed=status.st_mtime,
         start=run_history.start,
-        ending=run_history.ending or page.ending,
+        ending=run_history.ending or ending,
         step=step,
         losses=_sample_losses(content),
         step_seconds=compute_mean(seconds[-SHOWN:]) if seconds else None,
         sample=_find_newest_sample(run_history),
         memory=dict(run_history.memory),
-        model=page.model,
-        total_steps=page.total_steps,
+        model=model,
+        total_steps=total_steps,
         average=_read_last_number(AVERAGE, tail),
         seconds_left=_read_last_number(LEFT, tail),
         doing=find_doing(tail),

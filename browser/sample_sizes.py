@@ -61,7 +61,8 @@ def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable
         used_size = None if pixels is None else fit_side(pixels, recipe.side_step)
         if used_size != pixels:
             yield say(
-                "%(name)s %(pixels)s: give a multiple of %(side_step)s. The sample is made with %(made)s.",
+                "%(name)s %(pixels)s: give a multiple of %(side_step)s. The sample is generated "
+                "with %(made)s.",
                 name=SIDE_NAMES[name],
                 pixels=pixels,
                 side_step=recipe.side_step,
@@ -73,7 +74,7 @@ def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable
     used_size = recipe.defaults.lengths.fit(frames)
     if used_size != frames:
         yield say(
-            "%(frames)s frames: give a length of %(lengths)s. The sample is made with %(made)s.",
+            "%(frames)s frames: give a length of %(lengths)s. The sample is generated with %(made)s.",
             frames=frames,
             lengths=recipe.defaults.lengths,
             made=used_size,
@@ -90,8 +91,8 @@ def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) 
         used_size = None if pixels is None else fit_side(pixels, recipe.side_step)
         if used_size != pixels:
             yield say(
-                "%(file)s, line %(number)s, --%(letter)s %(pixels)s: give a multiple of %(side_step)s. The "
-                "sample is made with %(made)s.",
+                "%(file)s, line %(number)s, --%(letter)s %(pixels)s: give a multiple of "
+                "%(side_step)s. The sample is generated with %(made)s.",
                 file=PROMPTS_FILE,
                 number=number,
                 letter=name[0],  # the options are --w and --h
@@ -105,8 +106,8 @@ def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) 
     used_size = recipe.defaults.lengths.fit(frames)
     if used_size != frames:
         yield say(
-            "%(file)s, line %(number)s, --f %(frames)s: give a length of %(lengths)s. The sample is made "
-            "with %(made)s.",
+            "%(file)s, line %(number)s, --f %(frames)s: give a length of %(lengths)s. The sample is "
+            "generated with %(made)s.",
             file=PROMPTS_FILE,
             number=number,
             frames=frames,

@@ -139,14 +139,14 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
     split = _split(line)
     options = split.options  # with values, such as `w 768`
     for name, text in changes.items():
-        key, new_letters = FIELDS[name]
+        key, short_name = FIELDS[name]
         indices = [index for index, option in enumerate(options) if _find_key(option) == key]
-        if text and indices:  # the field shows the last use of an option
+        if text and indices:  # an option may be repeated; the field shows its last use
             last_index = indices[-1]
-            letters, _, _ = options[last_index].partition(" ")
-            options[last_index] = f"{letters} {text}"
+            typed_name, _, _ = options[last_index].partition(" ")
+            options[last_index] = f"{typed_name} {text}"
         elif text:
-            options.append(f"{new_letters} {text}")
+            options.append(f"{short_name} {text}")
         else:
             # from a list, such as several --ci, remove only the item that the field shows
             is_list = any(_repeats(options[index]) for index in indices)

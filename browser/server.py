@@ -472,7 +472,7 @@ def make_app(
         host: Name of the server in requests, in addition to IP addresses and this machine's name.
         token: Secret token; None to let everybody in.
         read_only: Reject requests that could write.
-        queue: The queue; None for that of `open_queue`.
+        queue: The queue; None to open it with `open_queue`.
         models: The models folder.
         settings: Options of the server, for the page that shows them.
         render_worker: Worker of the page Generate; None to make one for the queue.

@@ -99,7 +99,7 @@ def _read_pieces(path: Path, replacements: list[Replacement], begin: int, end: i
 
 
 def find_replacements(path: Path) -> list[Replacement]:
-    """Return the bytes to send in place of a file's metadata; [] for a file without metadata.
+    """Return the bytes that replace a file's metadata when it is sent; [] for a file without metadata.
 
     Raises OSError if it cannot be read.
     """

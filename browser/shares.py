@@ -53,7 +53,7 @@ DEFAULT_DAYS, MAX_DAYS = 7, 365
 MAX_SHARES = 200
 MAX_KEPT = 300  # links in the file, also expired ones, each about 150 of 64 KiB
 RELOAD_SECONDS = "60"  # interval at which a shared page of a running training reloads
-ENDED = say("This link does not hold any more: ask for a new one.")
+ENDED = say("This link has expired: ask for a new one.")
 MAX_SHOWN = (100, 30)  # columns and rows of the grid of samples
 # without the script that loads samples: a shared page loads them by plain links
 TAGS = {
@@ -161,7 +161,7 @@ def read_days(form: Form) -> int:
     """Return the number of days for which a link is valid. Raises UserError if the field is invalid."""
     days = parse_integer("".join(form.get("days", ())).strip(), MAX_DAYS)
     if days is None:
-        raise UserError(say("A link holds 1 to %(maximum)s days", maximum=MAX_DAYS))
+        raise UserError(say("A link is valid for 1 to %(maximum)s days", maximum=MAX_DAYS))
     return days
 
 

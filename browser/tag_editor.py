@@ -52,7 +52,7 @@ def split_line(line: str) -> list[str]:
 
 
 def split_section(section: str) -> list[str]:
-    """Return the tags in a section, a part of a caption line between KEPT signs, without outer blanks."""
+    """Return the tags in a section, the part of a caption line between two KEEP_TOKENS_SEPARATOR signs."""
     return [tag for part in section.split(SEPARATOR) if (tag := part.strip())]
 
 
@@ -121,7 +121,7 @@ class TagEditor:
                 num_emptied += 1
         change = TagChange(old, new)
         try:
-            self.captions.save_all(edits, change.checksums)
+            self.captions.save_all(edits, on_saved=change.checksums.__setitem__)
         except ValueError as error:
             raise OptionError(str(error)) from None
         finally:  # a full disk may stop it between two captions

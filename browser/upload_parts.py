@@ -90,11 +90,12 @@ class PieceUploads:
             offset = _read_integer_field(request, "at")
             with claim_file(upload.folder, upload.partial_path.name):
                 num_received = await run_in_threadpool(upload.count_bytes)
-                was_lost_or_repeated = offset != num_received
-                if not was_lost_or_repeated:
+                # otherwise a piece was lost or is repeated, and the page continues after the received bytes
+                is_next_piece = offset == num_received
+                if is_next_piece:
                     await run_in_threadpool(self.remove_old, upload)
                     num_received = await self.add(request, upload)
-                if was_lost_or_repeated or num_received < upload.size:
+                if not is_next_piece or num_received < upload.size:
                     return answer_json({"at": num_received, "folder": str(upload.folder)})
                 await run_in_threadpool(self.finish, upload)
         except FileBusyError as error:

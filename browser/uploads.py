@@ -242,7 +242,7 @@ class FileUploads:
         name = into.strip()
         typed_path = Path(complete_home(name))
         root = self.runs.root_folders[0]
-        if typed_path.parent in self.runs.root_folders:  # a whole path of a folder directly in a root
+        if typed_path.parent in self.runs.root_folders:  # an absolute path of a folder directly in a root
             root, name = typed_path.parent, typed_path.name
         check_file_name(name)
         path = real_path(root) / name

@@ -97,7 +97,7 @@ def reject_packed(checkpoint: Checkpoint) -> None:
     for name, info in checkpoint.tensors.items():
         if info.packing is not None and info.packing.shape != info.shape:
             raise CheckpointError(
-                f"{checkpoint.path} stores {name} in 4 or 8 bits, packed. Make a 16-bit file of it first: "
+                f"{checkpoint.path} stores {name} in 4 or 8 bits, packed. Convert it to a 16-bit file first: "
                 "tools/quantise.py FILE RESULT --form bf16",
                 checkpoint.path,
             )
@@ -121,11 +121,11 @@ def plan_change(
     reject_packed(checkpoint)
     names = [name for name in checkpoint.tensors if change.selected.selects(name)]
     _check_selections(change, names)
-    # weights that can be cast; scales and other companions have no source
+    # the tensors that can be cast: scales and other companions have no source
     sources = list_tensor_sources(checkpoint) if change.dtype is not None else {}
     scales = find_scales(checkpoint.tensors)
-    # fp8 weights that are cast are multiplied by their scales, which are dropped; integer weights keep scales
-    dequantized = set()
+    # cast fp8 weights are multiplied by their scales, which are dropped; integer weights keep theirs
+    dequantized: set[str] = set()
     for name in names:
         is_cast_fp8 = change.cast.selects(name) and is_fp8(checkpoint.tensors[name].dtype)
         if name in scales and name in sources and is_cast_fp8:
@@ -148,16 +148,23 @@ def plan_change(
         tensor = checkpoint.read(name)
         return _cast(checkpoint, name, tensor=tensor, scale=scale, dtype=tensors[new_name].dtype)
 
-    metadata, notes = _make_metadata(checkpoint, change, dequantized, stale_metadata)
-    if dequantized:
-        weights = format_count(len(dequantized), "weight")
+    metadata, metadata_notes = _make_metadata(checkpoint, change, dequantized, stale_metadata)
+    notes = (*metadata_notes, *_list_notes(checkpoint, change, len(dequantized)))
+    return NewFile(tensors, metadata, read, notes)
+
+
+def _list_notes(checkpoint: Checkpoint, change: CheckpointChange, num_dequantized: int) -> list[str]:
+    """Return notes for the user on dequantized weights, and on what is left out of the new file."""
+    notes: list[str] = []
+    if num_dequantized:
+        weights = format_count(num_dequantized, "weight")
         notes.append(f"in 8 bits: {weights}, multiplied by their scales, which are left out")
     if checkpoint.left_out:
         notes.append(f"only tensors are written, not {', '.join(checkpoint.left_out[:6])}")
-    dropped = [name for name in checkpoint.tensors if not change.selected.selects(name)]
-    if dropped:
-        notes.append(f"{len(dropped)} of {len(checkpoint.tensors)} tensors are left out, as requested")
-    return NewFile(tensors, metadata, read, tuple(notes))
+    num_dropped = sum(not change.selected.selects(name) for name in checkpoint.tensors)
+    if num_dropped:
+        notes.append(f"{num_dropped} of {len(checkpoint.tensors)} tensors are left out, as requested")
+    return notes
 
 
 def _without_scales(names: Sequence[str], scales: Mapping[str, str], dequantized: set[str]) -> list[str]:
@@ -167,7 +174,7 @@ def _without_scales(names: Sequence[str], scales: Mapping[str, str], dequantized
         layer = weight.removesuffix(".weight")
         unneeded |= {layer + ending for ending in _COMPANIONS}
     still_scaled = set(scales) & set(names) - dequantized  # weights that keep their scales
-    if dequantized and not still_scaled:  # no weight is scaled any more, so the file is not marked as scaled
+    if dequantized and not still_scaled:  # no scaled weight is left, so the file is not marked as scaled
         unneeded |= {name for name in names if name.endswith(_SCALED_FP8_MARKER)}
     return [name for name in names if name not in unneeded]
 
@@ -181,7 +188,7 @@ def _check_scale_pairs(
         is_pair = (weight in remaining) == (scale in remaining)
         if weight in checkpoint.tensors and weight not in dequantized and not is_pair:
             raise OptionError(
-                f"{weight} is in 8 bits and means nothing without {scale}: keep both, or leave both out"
+                f"{weight} is in 8 bits and unusable without {scale}: keep both, or leave both out"
             )
 
 
@@ -215,21 +222,21 @@ def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
     if change.dtype is not None and not any(change.cast.selects(name) for name in names):
         raise OptionError("--target_keys and --exclude_keys leave no tensor to cast: give other names")
-    # each prefix is looked for after the previous ones have been removed
+    # prefixes are removed one after another
     for index, prefix in enumerate(change.strip_prefixes):
         earlier_prefixes = replace(change, strip_prefixes=change.strip_prefixes[:index], add_prefix="")
         if not any(rename(name, earlier_prefixes).startswith(prefix) for name in names):
-            raise OptionError(f"--strip_prefix {prefix}: no tensor's name begins so, such as {names[0]}")
+            raise OptionError(f"--strip_prefix {prefix}: no tensor name begins with it, such as {names[0]}")
     only_strip = replace(change, add_prefix="")
     if change.strip_prefixes and any(not rename(name, only_strip) for name in names):
         raise OptionError(
-            f"--strip_prefix {' '.join(change.strip_prefixes)} leaves nothing of a tensor's name"
+            f"--strip_prefix {' '.join(change.strip_prefixes)} removes the complete name of a tensor"
         )
     # safetensors headers have this key for metadata
     if METADATA_ENTRY in {rename(name, change) for name in names}:
         raise OptionError(
-            f"a tensor would be called {METADATA_ENTRY}, which stands for the metadata: leave it out with "
-            f"--full_exclude_keys {METADATA_ENTRY}, or give an --add_prefix"
+            f"a tensor would be called {METADATA_ENTRY}, which is reserved for the metadata: leave it out "
+            f"with --full_exclude_keys {METADATA_ENTRY}, or give an --add_prefix"
         )
 
 
@@ -274,7 +281,7 @@ def _make_metadata(
             layers = _rename_layers(checkpoint, change, dequantized, record["layers"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{checkpoint.path}: its record of quantization cannot be read ({error!r}).", checkpoint.path
+                f"{checkpoint.path}: its quantization record cannot be read ({error!r}).", checkpoint.path
             ) from error
         if layers:
             metadata[COMFY_QUANT_KEY] = json.dumps({**record, "layers": layers})

@@ -1,7 +1,8 @@
 """Read files of named tensors: safetensors, and zip or pickle files of torch without running code.
 
-Each reader lists its tensors without reading them. `borrow` then reads one at a time, to be copied at once. A
-read error on an unreliable volume is thus an exception; in a memory-mapped file it would crash the process.
+Each reader lists its tensors without reading them. `borrow` then reads one at a time, to be copied
+immediately. A read error on an unreliable volume is thus an exception; in a memory-mapped file it would crash
+the process.
 """
 
 import itertools
@@ -321,7 +322,7 @@ class _ReadLimitedFile:
         return getattr(self._file, name)
 
 
-_TOO_LONG = "its list of tensors and values is longer than that of any model"
+_TOO_LONG = "its list of tensors and values is longer than in any model"
 
 
 def _check_program(path: Path, limit_factor: int) -> None:

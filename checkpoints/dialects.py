@@ -53,7 +53,7 @@ def load_planned(
     build: Callable[[Config], Network],
     device: torch.device,
     dtype: torch.dtype | Callable[[str, torch.dtype], torch.dtype],
-    what: str,
+    label: str,
     form: str | None = None,
     host: HostWeightMemory | None = None,
     blocks: BlockSharder | None = None,
@@ -65,15 +65,15 @@ def load_planned(
         build: Makes the network from the plan's dimensions; called on the meta device.
         device: Device of the network.
         dtype: Dtype of all tensors, or a function of our name and the dtype in the file that returns it.
-        what: Option or name of the network, for messages.
-        form: Module of `checkpoints.stored` that quantizes linear layers; None keeps the file's form, except
-            that fp8 is dequantized.
+        label: Option or name of the network, for messages.
+        form: Module of `checkpoints.stored` that quantizes linear layers; None keeps the file's format,
+            except that fp8 is dequantized.
         host: Keeps some of the tensors in host memory.
         blocks: Splits blocks over processes; None for all blocks here.
 
     Raises:
         CheckpointError: If tensors are missing, unexpected, misshaped, NaN or infinite, or if the file stores
-            weights in a form other than `form`.
+            weights in a format other than `form`.
     """
     with on_meta_device():
         network = build(plan.config)
@@ -84,7 +84,7 @@ def load_planned(
         device=device,
         dtype=(lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype,
         ignore=plan.ignore,
-        what=what,
+        label=label,
         quantized=_select_quantized_layers(plan, network, form, device),
         host=host,
         on_tensor_loaded=None if blocks is None else blocks.watch(network),
@@ -118,7 +118,7 @@ def _select_quantized_layers(
 
 
 def text_quantization(form: str) -> Quantization:
-    """Return the quantization of a text encoder for a form, the name of a module in `checkpoints.stored`."""
+    """Return the quantization of a text encoder to `form`, the name of a module in `checkpoints.stored`."""
     return Quantization("rows", float32_scales=True, form=form)
 
 
@@ -135,7 +135,7 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
     tensors = plan.checkpoint.tensors
     shape = tensors[source.names[0]].shape
     weight = read_quantized_on_meta(source, tensors)
-    stays_quantized = weight is not None and (form is not None or weight.form.is_kept_by_default)
+    stays_quantized = weight is not None and (form is not None or weight.format.is_kept_by_default)
     if not stays_quantized:
         if form is None:
             return math.prod(shape) * dtype.itemsize
@@ -146,16 +146,16 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
 
 
 def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) -> None:
-    """Raise CheckpointError if one of the weights `names` is stored in a quantized form other than `form`."""
+    """Raise CheckpointError if a weight in `names` is stored in another quantized format than `form`."""
     tensors = plan.checkpoint.tensors
     for name in sorted(names):
         weight = read_quantized_on_meta(plan.sources[name], tensors)
-        if weight is not None and weight.form.name != form:
+        if weight is not None and weight.format.name != form:
             path = plan.checkpoint.path
             raise CheckpointError(
-                f"the text encoder is to be kept in {form}, but {path} is already in {weight.form.name}, and "
-                "rounding twice only loses quality. Leave out --text_encoder_form (or --fp8_...): "
-                "its form stays; or give the file in 16 bits.",
+                f"{form} is requested for the text encoder, but {path} is already in {weight.format.name}, "
+                "and rounding twice only loses quality. Leave out --text_encoder_form (or --fp8_...) to "
+                "keep the file's format, or give the 16-bit file.",
                 path,
             )
 
@@ -289,7 +289,7 @@ def make_wrong_kind_error(checkpoint: Checkpoint, right_kind: str, option: str, 
         give: Description of files of the right kind.
 
     Raises:
-        CheckpointError: If the file is quantized in an unsupported form, because its tensors may then be
+        CheckpointError: If the file is quantized in an unsupported format, because its tensors may then be
             those of the right kind under other names.
     """
     reject_quantized(checkpoint)
@@ -369,10 +369,10 @@ def _concatenate(parts: list[TensorSource]) -> TensorSource:
         weights: list[QuantizedWeight] = []
         for part, group in _group_by_part(parts, file_tensors):
             weight = part.make_quantized(group)
-            if weight is None or (weights and weight.form != weights[0].form):
+            if weight is None or (weights and weight.format != weights[0].format):
                 return None
             weights.append(weight)
-        return weights[0].form.join(weights)
+        return weights[0].format.join(weights)
 
     names = tuple(name for part in parts for name in part.names)
     can_stay_quantized = all(part.build_quantized is not None for part in parts)
@@ -443,6 +443,6 @@ def _cut(source: TensorSource, index: int, count: int) -> TensorSource:
         if fused_weight is None or fused_weight.shape[0] % count:
             return fused_weight
         num_rows = fused_weight.shape[0] // count
-        return fused_weight.form.cut(fused_weight, index * num_rows, num_rows)
+        return fused_weight.format.cut(fused_weight, index * num_rows, num_rows)
 
     return TensorSource(source.names, build, None if source.build_quantized is None else build_quantized)

@@ -197,11 +197,13 @@ class DitFormat(Generic[Config, Dit]):
                 dtype=dtype_of,
                 patch=placement.patch,
                 ignore=self.ignore,
-                what=description,
+                label=description,
                 quantized=select_quantized_layers(dit, checkpoint, sources, placement=placement, spec=spec),
-                host=placement.host,
+                host=placement.host_weights,
                 check=placement.check,
-                on_tensor_loaded=None if placement.blocks is None else placement.blocks.watch(dit),
+                on_tensor_loaded=None
+                if placement.block_sharder is None
+                else placement.block_sharder.watch(dit),
             )
             # record what a full fine-tuning needs to save the file like its source
             saved_dtypes = _select_saved_dtypes(checkpoint, sources, weight_dtype, header.block_dtype)
@@ -259,7 +261,7 @@ def own_names(checkpoint: Checkpoint, _: object) -> Mapping[str, TensorSource]:
 
 def bare_names(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint without the prefixes that trainers and all-in-one files add to tensor names."""
-    return checkpoint.without_prefix(*PREFIXES, others=OTHER_NETWORKS)
+    return checkpoint.without_prefix(*PREFIXES, ignored_prefixes=OTHER_NETWORKS)
 
 
 def select_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
@@ -328,7 +330,7 @@ def _select_requested_layers(
     if have_chosen_form(quantization, quantized_in_file, sources, checkpoint):
         logger.info(
             "%s: %s is already in %s and is not changed",
-            quantization.asked_by,
+            quantization.option_name,
             checkpoint.path,
             quantization.form,
         )
@@ -336,7 +338,7 @@ def _select_requested_layers(
     elif quantization.kind != "cast":  # a plain cast (--fp8) leaves quantized layers as in the file
         infos = [checkpoint.tensors[sources[name].names[0]] for name in quantized_in_file]
         is_packed = any(info.packing is not None for info in infos)
-        raise _make_quantized_error(checkpoint.path, quantization.asked_by, is_packed)
+        raise _make_quantized_error(checkpoint.path, quantization.option_name, is_packed)
     # layers that a quantized file has in 16 bits stay so
     unmerged = _without_merged_weights(quantized_in_file, dit, checkpoint.path, placement)
     return QuantizedLoading(new_format, quantized_in_file=unmerged)
@@ -371,7 +373,7 @@ def _make_quantized_error(path: Path, flag: str, is_packed: bool) -> CheckpointE
     )
 
 
-# forms whose rounding is deterministic, so that stored layers equal newly rounded ones
+# formats whose rounding is deterministic, so that stored layers equal newly rounded ones
 _SAME_FORMS = {form.name for form in BASE_FORMS if form.rounds_in_one_way}
 
 
@@ -381,11 +383,11 @@ def have_chosen_form(
     sources: Mapping[str, TensorSource],
     checkpoint: Checkpoint,
 ) -> bool:
-    """Return whether all quantized weights of a file have the form that the options select."""
+    """Return whether all quantized weights of a file have the format that the options select."""
     if quantization.form not in _SAME_FORMS or quantization.int8_backward:
         return False
     stored = [read_quantized_on_meta(sources[name], checkpoint.tensors) for name in names]
-    return all(weight is not None and weight.form.name == quantization.form for weight in stored)
+    return all(weight is not None and weight.format.name == quantization.form for weight in stored)
 
 
 def _without_merged_weights(

@@ -50,14 +50,14 @@ def find_network(
     other_prefixes = (*excluded, *ALL_IN_ONE)
     strange = [name for name in checkpoint.tensors if not name.startswith((prefix, *other_prefixes))]
     if strange:
-        reject_quantized(checkpoint)  # a better message, if they are tensors of a quantized form
+        reject_quantized(checkpoint)  # a better message, if they are tensors of a quantized format
         raise CheckpointError(
-            f"{checkpoint.path}: besides {prefix}{embeddings} and its network it has {len(strange)} "
-            f"tensors of an unknown network, such as {', '.join(strange[:3])}. Give the file "
-            "of that encoder alone.",
+            f"{checkpoint.path}: in addition to {prefix}{embeddings} and its network, it has {len(strange)} "
+            f"tensors of an unknown network, such as {', '.join(strange[:3])}. Give a file with only this "
+            "encoder.",
             checkpoint.path,
         )
-    return checkpoint.without_prefix(prefix, others=other_prefixes)
+    return checkpoint.without_prefix(prefix, ignored_prefixes=other_prefixes)
 
 
 def head_width(path: Path, rows: int, config: Mapping[str, Any], default_width: int) -> int:
@@ -82,7 +82,9 @@ def head_width(path: Path, rows: int, config: Mapping[str, Any], default_width: 
     else:
         reason = f"config.json next to it says {heads} heads"
     raise CheckpointError(
-        f"{path}: {rows} rows of queries, but {reason}. Give the config.json that belongs to it.", path
+        f"{path}: the query projection has {rows} rows, but {reason}. Give the config.json that belongs to "
+        "this file.",
+        path,
     )
 
 

@@ -5,7 +5,7 @@
         with on_meta_device():
             network = Network(config)
         dtype = lambda name, stored: torch.bfloat16
-        load_module(network, checkpoint, sources, device=device, dtype=dtype, what="--vae")
+        load_module(network, checkpoint, sources, device=device, dtype=dtype, label="--vae")
 
 Each tensor is renamed, merged with LoRAs, cast or quantized, and moved to its device. All mismatches are
 reported before any tensor is read. Host memory needs to fit only the network in its target dtype and one
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 class QuantizedLoading:
     """Which linear weights of a network stay or become quantized to 8 or 4 bits while it is loaded."""
 
-    form: QuantizationFormat | None  # of `to_quantize`, from the options; None if they set none
+    format: QuantizationFormat | None  # of `to_quantize`, from the options; None if they set none
     to_quantize: frozenset[str] = frozenset()  # names of weights that are quantized while loading
     quantized_in_file: frozenset[str] = frozenset()  # names of weights that keep the format of the file
 
@@ -93,7 +93,7 @@ def find_quantized_weights(
         source = sources.get(name)
         if source is not None and source.build_quantized is not None:
             weight = read_quantized_on_meta(source, tensors)
-            if weight is not None and (format_is_requested or weight.form.is_kept_by_default):
+            if weight is not None and (format_is_requested or weight.format.is_kept_by_default):
                 quantized_in_file.add(name)
     return frozenset(quantized_in_file)
 
@@ -141,7 +141,7 @@ def load_module(
     dtype: Callable[[str, torch.dtype], torch.dtype],
     patch: WeightPatch | None = None,
     ignore: Sequence[str] = (),
-    what: str = "this model",
+    label: str = "this model",
     quantized: QuantizedLoading | None = None,
     host: HostWeightMemory | None = None,
     check: Callable[[], None] | None = None,
@@ -161,7 +161,7 @@ def load_module(
         patch: Takes a state-dict name, the weight before rounding, and the target dtype, and returns the
             changed weight, for example with LoRAs added.
         ignore: Patterns (`*`) of tensors in the file that may be unused.
-        what: Option or network, for messages.
+        label: Option or network, for messages.
         quantized: Which weights stay or become quantized, in which format; None if there are none.
         host: Keeps some of the tensors in host memory; their values are still computed on `device`.
         check: Called before each tensor, and may raise to stop loading; replaces the progress bar.
@@ -172,11 +172,11 @@ def load_module(
             values are NaN or infinite.
         OptionError: If the device does not support the quantized form.
     """
-    if quantized is not None and quantized.form is not None:
-        quantized.form.check_device(device)
+    if quantized is not None and quantized.format is not None:
+        quantized.format.check_device(device)
     # compare names and shapes before any tensor is read
     targets = module.state_dict()
-    _check_fit(targets, checkpoint, sources, ignore=ignore, what=what)
+    _check_fit(targets, checkpoint, sources, ignore=ignore, label=label)
     dtypes, sizes = {}, {}
     for name in targets:
         infos = [checkpoint.tensors[stored_name] for stored_name in sources[name].names]
@@ -222,7 +222,7 @@ def load_module(
     if device.type == "cuda":
         release_pinned_memory()
     if quantized is not None:
-        _log_quantization(quantized, loader, what)
+        _log_quantization(quantized, loader, label)
     if loader.on_host and host is not None:
         host.finish()
 
@@ -244,7 +244,7 @@ def _reject_non_finite_errors(
 
 def _log_quantization(quantized: QuantizedLoading, loader: "_TensorLoader", network_name: str) -> None:
     """Log the quantization formats of loaded layers and their rounding errors, which must be finite."""
-    new_format = "" if quantized.form is None else quantized.form.name
+    new_format = "" if quantized.format is None else quantized.format.name
     for format_name, num_layers in Counter(loader.kept_formats).items():
         logger.info("%s: %d linear layers stay in %s, as in the file", network_name, num_layers, format_name)
     names_by_format: dict[str, list[str]] = {}
@@ -298,11 +298,11 @@ class _TensorLoader:
             self.on_host = host.allocate_on_host(module, infos)
         # False if another process writes the weights into memory that both share
         self._is_written_by_this_process = host is None or host.is_written_by_this_process
-        # scalar bools by name in the file; empty on the CPU, where values are checked at once
+        # scalar bools by name in the file; empty on the CPU, where values are checked immediately
         self.finite_checks: dict[str, Tensor] = {}
         self.rounding_errors: dict[str, Tensor] = {}  # relative rounding errors, by state-dict name
-        self.rounded_formats: dict[str, str] = {}  # description of the form for the log, by state-dict name
-        self.kept_formats: list[str] = []  # form of each weight that stays as in the file
+        self.rounded_formats: dict[str, str] = {}  # description of the format for the log, by state-dict name
+        self.kept_formats: list[str] = []  # format of each weight that stays as in the file
         # one buffer for all reads, because temporary tensors would fragment the heap
         buffer_bytes = 0
         for name in self._dtypes if self._device.type != "meta" else ():
@@ -354,11 +354,11 @@ class _TensorLoader:
         elif name in plan.quantized_in_file:
             loaded = self._read_quantized(name, layer)
         else:
-            assert plan.form is not None
-            loaded = self._quantize(name, plan.form)
-        form = loaded.form
-        if plan.form is not None:  # products are computed as the user chose
-            form = form.with_compute_settings_of(plan.form)
+            assert plan.format is not None
+            loaded = self._quantize(name, plan.format)
+        form = loaded.format
+        if plan.format is not None:  # products are computed as the user chose
+            form = form.with_compute_settings_of(plan.format)
         weight, *scales = loaded.tensors
         assert weight is not None
         host_weight = self.on_host.get(name)
@@ -374,9 +374,9 @@ class _TensorLoader:
         source = self._sources[name]
         padded_weight = source.make_quantized(self._read_parts(source))
         assert padded_weight is not None
-        self.kept_formats.append(padded_weight.form.name)
+        self.kept_formats.append(padded_weight.format.name)
         shape = (layer.out_features, layer.in_features)
-        return QuantizedWeight(padded_weight.form, shape, padded_weight.tensors)
+        return QuantizedWeight(padded_weight.format, shape, padded_weight.tensors)
 
     def _quantize(self, name: str, form: QuantizationFormat) -> QuantizedWeight:
         """Quantize a weight after LoRAs have been folded in, and record its rounding error."""
@@ -384,17 +384,17 @@ class _TensorLoader:
         weight = self._compute_unrounded(name, self._checkpoint.tensors[first_part].dtype)
         quantized_weight = form.quantize(weight)
         self.rounding_errors[name] = _measure_rounding_error(weight, quantized_weight)
-        self.rounded_formats[name] = quantized_weight.form.log_description
+        self.rounded_formats[name] = quantized_weight.format.log_description
         return quantized_weight
 
     def _empty_quantized(self, name: str, plan: QuantizedLoading) -> QuantizedWeight:
-        """Return the quantized form of a layer's weight on the meta device."""
+        """Return the quantized format of a layer's weight on the meta device."""
         empty: QuantizedWeight | None = None
         if name in plan.quantized_in_file:
             empty = read_quantized_on_meta(self._sources[name], self._checkpoint.tensors)
-        elif plan.form is not None:
+        elif plan.format is not None:
             rows, columns = self._shapes[name]
-            empty = plan.form.empty((rows, columns))
+            empty = plan.format.empty((rows, columns))
         assert empty is not None
         return empty
 
@@ -459,7 +459,7 @@ class _TensorLoader:
 def _measure_rounding_error(weight: Tensor, quantized_weight: QuantizedWeight) -> Tensor:
     """Return sum |error| / sum |weight| of a quantized weight on some rows; NaN if a scale is not finite."""
     sample = weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
-    rounded = quantized_weight.form.quantize(sample).dequantize()
+    rounded = quantized_weight.format.quantize(sample).dequantize()
     exact = sample.float()
     smallest = torch.finfo(torch.float32).tiny  # avoids a division by zero if all weights are zero
     error = (rounded - exact).abs().sum() / exact.abs().sum().clamp_min(smallest)
@@ -475,7 +475,7 @@ def _check_fit(
     sources: Mapping[str, TensorSource],
     *,
     ignore: Sequence[str],
-    what: str,
+    label: str,
 ) -> None:
     """Raise CheckpointError, with up to MAX_ERRORS lines, if tensors are missing, unexpected or misshaped."""
     # compare the names
@@ -508,7 +508,7 @@ def _check_fit(
             lines = [*lines[:MAX_ERRORS], f"  and {len(lines) - MAX_ERRORS:,} lines like these"]
         text = "\n".join(lines)
         raise CheckpointError(
-            f"{checkpoint.path} does not fit {what}:\n{text}\n  Give the complete file of that model.",
+            f"{checkpoint.path} does not fit {label}:\n{text}\n  Give the complete file of that model.",
             checkpoint.path,
         )
 
@@ -566,7 +566,7 @@ def compress_names(names: Iterable[str]) -> list[str]:
     for name in names:
         match = re.search(r"(?<=\.)\d+(?=\.)", name)  # a number between two dots
         if match is None:
-            groups.setdefault((name, ""), [])  # a name without a number is a group of its own
+            groups.setdefault((name, ""), [])  # a name without a number is a group by itself
         else:
             key = (name[: match.start()], name[match.end() :])
             groups.setdefault(key, []).append(int(match[0]))

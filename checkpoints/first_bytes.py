@@ -18,10 +18,10 @@ def describe_kind(start: bytes) -> str:
     if start.startswith(GGUF):
         return "is a GGUF file, which is not read here. Give the safetensors or .pth file of the same model."
     if ONNX.match(start):
-        return "is an ONNX file, which only yolo_blur.py --model takes. Give a safetensors or .pth file."
+        return "is an ONNX file, which only yolo_blur.py --model accepts. Give a safetensors or .pth file."
     if start.startswith(LFS_POINTER):
         return (
-            "is a Git LFS pointer, a text of a few lines in place of the model. Run git lfs pull in its "
+            "is a Git LFS pointer, a short text file instead of the model. Run git lfs pull in its "
             "folder, or download the file itself."
         )
     if is_pointer_or_page(start):

@@ -186,17 +186,12 @@ class GgufFile(HeaderFile):
         """Translate llama.cpp's names of tensors to those of transformers; undo the permutation of q and k.
 
         Raises:
-            CheckpointError: If llama.cpp changes the weights of this model in a way that cannot be undone.
+            CheckpointError: If llama.cpp changes the weights of this model irreversibly.
         """
-        if "token_embd.weight" not in self.tensors:  # only files of llama.cpp have its names
+        has_names_of_llama_cpp = "token_embd.weight" in self.tensors
+        if not has_names_of_llama_cpp:
             return
-        for layer, model_name in _UNSUPPORTED.items():
-            if any(f".{layer}." in name for name in self.tensors):
-                raise CheckpointError(
-                    f"{self.path} is {model_name} with llama.cpp's names, which is not supported. Give the "
-                    "safetensors file of the model.",
-                    self.path,
-                )
+        self._reject_unsupported_models()
         is_t5 = "enc.blk.0.attn_q.weight" in self.tensors
         # Qwen2 has biases and Qwen3 norms of q and k; only Llama's rows are permuted
         is_qwen = "blk.0.attn_q.bias" in self.tensors or "blk.0.attn_q_norm.weight" in self.tensors
@@ -219,10 +214,24 @@ class GgufFile(HeaderFile):
                 new = f"{blocks}.{number}.{inside_blocks.get(layer, layer)}.{leaf}"
                 if is_llama and layer in ("attn_q", "attn_k"):
                     self._num_permuted_heads[new] = self._count_heads(layer, self.tensors[old])
-            if new != old and new in self.tensors:
-                raise ValueError(f"{shorten(old, 60)} and {shorten(new, 60)} are the same tensor")
-            self.tensors[new] = self.tensors.pop(old)
-            self._offsets[new] = self._offsets.pop(old)
+            self._rename_tensor(old, new)
+
+    def _reject_unsupported_models(self) -> None:
+        """Raise CheckpointError if llama.cpp changes the weights of the model irreversibly."""
+        for layer, model_name in _UNSUPPORTED.items():
+            if any(f".{layer}." in name for name in self.tensors):
+                raise CheckpointError(
+                    f"{self.path} is {model_name} with llama.cpp's names, which is not supported. Give the "
+                    "safetensors file of the model.",
+                    self.path,
+                )
+
+    def _rename_tensor(self, old: str, new: str) -> None:
+        """Rename a tensor; raise ValueError if another tensor has the new name."""
+        if new != old and new in self.tensors:
+            raise ValueError(f"{shorten(old, 60)} and {shorten(new, 60)} are the same tensor")
+        self.tensors[new] = self.tensors.pop(old)
+        self._offsets[new] = self._offsets.pop(old)
 
     def _count_heads(self, layer: str, info: TensorInfo) -> int:
         """Return the head count of Llama's attn_q or attn_k, after checking that it divides the rows."""
@@ -325,7 +334,7 @@ def _make_quantized(kind: Kind, shape: tuple[int, int], packed: Tensor) -> Quant
 def _restore_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the five axes of a patch embedding, which GGUF flattens because it allows only four axes.
 
-    Patches are taken to be 1 x 2 x 2, as in all released models with such an embedding.
+    Patches are assumed to be 1 x 2 x 2, as in all released models with such an embedding.
     """
     num_axes = len(shape)
     is_of_wan = name.endswith("patch_embedding.weight") and num_axes in (2, 4)

@@ -141,7 +141,7 @@ _OF_LORAS = re.compile(
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    """Return whether a tensor name belongs to a LoRA, LoHa, LoKr or OFT."""
+    """Return whether any of these tensor names belongs to a LoRA, LoHa, LoKr or OFT."""
     return any(_OF_LORAS.search(name) for name in names)
 
 

@@ -132,7 +132,7 @@ def _find_prefix(layers: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 def _require_table(value: Any) -> dict[str, Any]:
     """Return the value if it is a dictionary; raise ValueError if it is not."""
     if not isinstance(value, dict):
-        raise ValueError(f"its record of quantization has {str(value)[:60]!r} in place of a table")
+        raise ValueError(f"its quantization record has {str(value)[:60]!r} instead of a table")
     return value
 
 
@@ -236,7 +236,7 @@ class _QuantizedLayer:
         for suffix in ("weight_scale", "scale_weight"):
             if f"{self.name}.{suffix}" in self.tensors:
                 return suffix
-        raise ValueError(f"is marked as {self.settings['format']}, but {self.name}.weight_scale is not there")
+        raise ValueError(f"has the format {self.settings['format']}, but {self.name}.weight_scale is missing")
 
     def packed_infos(
         self,
@@ -314,7 +314,7 @@ def _describe_mxfp8(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
     """Return the infos of a layer in MXFP8: e4m3 values with an e8m0 scale for each block of 32 columns."""
     rows, columns = layer.check_matrix(_E4M3, torch.uint8)
     if rows % 32 or columns % 32:
-        raise ValueError(f"has {rows} x {columns} weights, which its form pads to multiples of 32")
+        raise ValueError(f"has {rows} x {columns} weights, but its format pads both to multiples of 32")
     scale = _check_tiled_scale(layer, _E8M0, rows, columns // 32)
     return layer.packed_infos((rows, columns), scale, _make_mxfp8, pad=32)
 
@@ -329,12 +329,12 @@ def _make_mxfp8(weight: Tensor, scales: Tensor) -> QuantizedWeight:
 def _describe_nvfp4(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
     """Return the infos of a layer in NVFP4: 4-bit values, scales per 16 columns, and a scale per layer.
 
-    Raises ValueError if the tensors of the layer do not have that form.
+    Raises ValueError if the tensors of the layer do not have this format.
     """
     rows, num_bytes = layer.check_matrix(torch.uint8)
     columns = 2 * num_bytes  # two values per byte
     if rows % 16 or columns % 16:
-        raise ValueError(f"has {rows} x {columns} weights, which its form pads to multiples of 16")
+        raise ValueError(f"has {rows} x {columns} weights, but its format pads both to multiples of 16")
     companions = _check_tiled_scale(layer, _E4M3, rows, columns // 16)
     companions |= layer.check_companion("weight_scale_2", _FLOATS, (), (1,))
     if f"{layer.name}.pre_quant_scale" in layer.tensors:  # factors of the layer's input
@@ -388,7 +388,7 @@ def _describe_w4a8(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
     bits = 8 * num_bytes // max(columns, 1)
     is_one_scale_per_group = len(group_shape) == 2 and group_shape[0] == rows
     if not is_one_scale_per_group or columns * bits != 8 * num_bytes or bits not in (4, 6):
-        raise ValueError(f"has {num_bytes} bytes for {columns} columns, in place of 4 or 6 bits for each")
+        raise ValueError(f"has {num_bytes} bytes for {columns} columns, instead of 4 or 6 bits for each")
     companions |= layer.check_companion("weight_s_channel", _FLOATS, (rows,), (rows, 1))
     if f"{layer.name}.weight_codebook" in layer.tensors:
         if bits == 6:  # its codes are whole numbers from -32
@@ -435,7 +435,7 @@ def _describe_awq(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
 def _make_awq(weight: Tensor, scales: Tensor, zeros: Tensor) -> QuantizedWeight:
     form = PackedRowFormat("awq_w4a16", ("scale_blocks", "zeros"), packed.awq_rows)
     rows, num_bytes = weight.shape
-    # the file has a row of scales per group, the form a row per row of the weight
+    # the file has a row of scales per group, the format a row per row of the weight
     return QuantizedWeight(
         form, (rows, 2 * num_bytes), (weight, scales.t().contiguous(), zeros.t().contiguous())
     )
@@ -485,7 +485,7 @@ def _check_four_bits(layer: _QuantizedLayer, rows: Any, columns: Any, block: int
     """Raise ValueError if a bitsandbytes 4-bit weight does not match the sizes in its `QuantState`."""
     form = layer.settings["quant_type"]
     if form not in ("nf4", "fp4"):
-        raise ValueError(f"the form {str(form)[:60]!r}; nf4 and fp4 are read")
+        raise ValueError(f"the format {str(form)[:60]!r}; nf4 and fp4 are read")
     are_integers = type(rows) is int and type(columns) is int
     is_shape = are_integers and rows > 0 and columns > 0
     if not is_shape or columns % block or block % 2:

@@ -41,14 +41,15 @@ def require_file(path: Path | None, option: str, why: str, default: Path | None 
         raise OptionError(f"{option} is missing: {why}. {command} shows where to get it")
     if not path.exists():
         named = f"{option} is not given, and its default" if path == default else option
-        # `owner/name`: the first part is not a folder here, and the second has no suffix of a file
-        has_file_suffix = re.search(r"\.[a-z]\w*$", path.name) is not None
+        # `owner/name`: the owner is not a folder here, and the name has no file extension
+        has_extension = re.search(r"\.[a-z]\w*$", path.name) is not None
         has_one_slash = re.fullmatch(r"[\w-]+/[\w.-]+", path.as_posix()) is not None
-        looks_like_repository = has_one_slash and not path.parent.exists() and not has_file_suffix
-        hub = " A name on the hub is not downloaded here." if looks_like_repository else ""
+        looks_like_repository = has_one_slash and not path.parent.exists() and not has_extension
+        hint = explain_missing(path)
+        if not hint and looks_like_repository:
+            hint = " Repositories of the hub are not downloaded here."
         raise CheckpointError(
-            f"{named} {path}: no such file or folder.{explain_missing(path) or hub} Give the path of the "
-            "model",
+            f"{named} {path}: no such file or folder.{hint} Give the path of the model",
             path,
         )
     return path

@@ -112,14 +112,14 @@ class Checkpoint(contextlib.ExitStack):
         try:
             return file.borrow(stored_name, read_buffer)
         except OSError as error:
-            why = f"{self.path} cannot be read: {error.strerror or error}."
-            raise CheckpointError(why, self.path) from error
+            message = f"{self.path} cannot be read: {error.strerror or error}."
+            raise CheckpointError(message, self.path) from error
 
     def stored_name(self, name: str) -> str:
         """Return the full name of a tensor in its file, including removed prefixes."""
         return self._locations[name][1]
 
-    def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
+    def without_prefix(self, *prefixes: str, ignored_prefixes: Sequence[str] = ()) -> "Checkpoint":
         """Return a checkpoint with prefixes removed, each only if all tensors of the network have it.
 
         Tensors of other networks in an all-in-one file, whose prefixes are `others`, are ignored in this
@@ -130,7 +130,7 @@ class Checkpoint(contextlib.ExitStack):
         for prefix in prefixes:
             with_prefix = {name: where for name, where in locations.items() if name.startswith(prefix)}
             remaining = locations.keys() - with_prefix.keys()
-            if with_prefix and all(name.startswith(tuple(others)) for name in remaining):
+            if with_prefix and all(name.startswith(tuple(ignored_prefixes)) for name in remaining):
                 locations = {name.removeprefix(prefix): where for name, where in with_prefix.items()}
         return Checkpoint(self.path, locations, self._files, self.rejection)
 
@@ -397,7 +397,7 @@ _UNSUPPORTED = {
 
 
 def reject_quantized(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if weights are quantized in a form that is not supported.
+    """Raise CheckpointError if weights are quantized in a format that is not supported.
 
     Call it before shapes are compared, because packed weights have other shapes. No weights are read.
     """
@@ -408,7 +408,7 @@ def reject_quantized(checkpoint: Checkpoint) -> None:
     if form:
         raise CheckpointError(
             f"{checkpoint.path} is quantized in a way that is not supported ({form}). Give the bf16, fp16 or "
-            "fp8 file of the model, or one that ComfyUI, bitsandbytes or GGUF mark.",
+            "fp8 file of the model, or a file quantized by ComfyUI, bitsandbytes or as GGUF.",
             checkpoint.path,
         )
 
@@ -461,7 +461,7 @@ def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 
 def _without_packed(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the tensors without packed weights of known forms and their additional tensors."""
+    """Return the tensors without packed weights of known formats and their additional tensors."""
     packed: set[str] = set()
     for name, info in tensors.items():
         if info.packing is not None:

@@ -100,7 +100,9 @@ class QuantizeOptions(Options):
         },
         required=True,
     )
-    output: Path = option("file to write: .safetensors, with --form q8_0 .gguf", required=True, by_place=True)
+    output: Path = option(
+        "file to write: .safetensors, or .gguf with --form q8_0", required=True, by_place=True
+    )
     device: str | None = option("device that rounds; default: CUDA if available, else the CPU")
 
     def __post_init__(self) -> None:
@@ -357,7 +359,7 @@ def _plan_layer(
 
 
 class _LayerQuantizer:
-    """Quantize a layer to one of the forms of ComfyUI: fp8, int8, or int8 with rotated columns (convrot)."""
+    """Quantize a layer to one of ComfyUI's formats: fp8, int8, or int8 with rotated columns (convrot)."""
 
     def __init__(self, form: str, shape: Shape) -> None:
         """Select dtype, shape of the scale and ComfyUI's settings for a weight of this shape, out x in."""
@@ -417,8 +419,8 @@ def _write_gguf(
     block_width, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0]
     layers = {name for name in model.layers if checkpoint.tensors[name].shape[1] % block_width == 0}
     if len(layers) < len(model.layers):
-        text = "%d layers are not quantized: their rows are not whole blocks of Q8_0"
-        logger.info(text, len(model.layers) - len(layers))
+        num_skipped = len(model.layers) - len(layers)
+        logger.info("%d layers are not quantized: their rows are not whole blocks of Q8_0", num_skipped)
     with atomic_path(options.output) as temporary:
         writer = gguf.GGUFWriter(temporary, _ARCHITECTURES.get(model.family, model.family))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -502,15 +504,17 @@ def _write_bf16(
     """Write quantized weights in bfloat16 and others unchanged; return the number of quantized weights."""
     dequantized = dequantized_on_read(checkpoint, device)
     if dequantized is checkpoint:
-        text = f"{options.model} has no quantized weights. Give a file that has some, or another --form."
-        raise CheckpointError(text, options.model)
+        raise CheckpointError(
+            f"{options.model} has no quantized weights. Give a quantized file, or another --form.",
+            options.model,
+        )
     tensors: dict[str, TensorInfo] = {}
     num_quantized = 0
     for name, info in dequantized.tensors.items():
         tensors[name] = info
-        if (
-            info is not checkpoint.tensors[name]
-        ):  # `dequantized_on_read` replaces only the infos of quantized weights
+        # `dequantized_on_read` replaces only the infos of quantized weights
+        was_quantized = info is not checkpoint.tensors[name]
+        if was_quantized:
             tensors[name] = replace(info, dtype=torch.bfloat16)
             num_quantized += 1
 

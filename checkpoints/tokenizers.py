@@ -59,7 +59,7 @@ class TokenizerFiles:
             file = self._find_file(candidate.joinpath(*further))
             if file is None:
                 continue
-            # single-file encoders of several models may lie in one folder, together with their tokenizers
+            # single-file encoders of several models may be in one folder, together with their tokenizers
             may_be_another_model = relative_folder in self.ambiguous_folders and not checkpoint_path.is_dir()
             if not may_be_another_model or self.unique_token.encode() in self.read_bytes(file):
                 return file

@@ -36,8 +36,8 @@ class MergeModelsOptions(Options, title="what to do"):
     """Options of tools/merge_models.py."""
 
     models: tuple[Path, ...] = option(
-        "at least two checkpoints of one model, in one layout. The first one's names and metadata are those "
-        "of the result",
+        "at least two checkpoints of the same model, in the same layout; the result gets the names and "
+        "metadata of the first one",
         nargs="+",
         place="there",
         required=True,
@@ -54,10 +54,10 @@ class MergeModelsOptions(Options, title="what to do"):
         "1 1 -1 adds to the first model what distinguishes the second from the third. Default: equal shares",
         nargs="+",
     )
-    unet_only: bool = option("merge the U-Net alone; text encoders and the VAE are those of the first model")
+    unet_only: bool = option("merge only the U-Net; text encoders and VAE come from the first model")
     device: str = option("device that computes, such as cuda", default="cpu")
     saving_precision: str = option(
-        "type of the numbers to write",
+        "dtype of the result",
         default="float",
         choices=tuple(DTYPES),
         known_as=("save_precision",),
@@ -68,7 +68,7 @@ class MergeModelsOptions(Options, title="what to do"):
     def __post_init__(self) -> None:
         """Raise OptionError unless there are two models or more, and ratios whose sum is 1."""
         if len(self.models) < 2:
-            raise OptionError("--models names one file: give two or more to merge")
+            raise OptionError("--models names only one file: give at least two")
         if self.ratios is None:
             return
         if len(self.ratios) != len(self.models):
@@ -104,7 +104,6 @@ def merge_models(options: MergeModelsOptions) -> None:
         models = [dequantized_on_read(opened.enter_context(open_checkpoint(path))) for path in options.models]
         first, *others = models
         _reject_loras(models)
-        ema_names = [name for name in first.tensors if name.startswith(EMA_PREFIX)]
         saved = {name: info for name, info in first.tensors.items() if not name.startswith(EMA_PREFIX)}
         merged = {name for name, info in saved.items() if info.dtype.is_floating_point}
         if options.unet_only:
@@ -112,10 +111,7 @@ def merge_models(options: MergeModelsOptions) -> None:
         for other in others:
             _check_fits(first, other, merged, options.unet_only)
         _warn_of_skipped(models, saved, options)
-        if ema_names:
-            count = format_count(len(ema_names), "average")
-            verb = "is" if len(ema_names) == 1 else "are"
-            logger.info("%s of %s %s left out, because averages are not merged", count, first.path, verb)
+        _log_averages(first, len(first.tensors) - len(saved))
         written: dict[str, TensorInfo] = {}
         for name, info in saved.items():
             written[name] = replace(info, dtype=dtype) if info.dtype.is_floating_point else info
@@ -132,12 +128,20 @@ def merge_models(options: MergeModelsOptions) -> None:
     _show(options, len(merged))
 
 
+def _log_averages(checkpoint: Checkpoint, num_averages: int) -> None:
+    """Log how many averages of training (EMA) in a checkpoint are left out."""
+    if num_averages:
+        count = format_count(num_averages, "average")
+        verb = "is" if num_averages == 1 else "are"
+        logger.info("%s of %s %s left out, because averages are not merged", count, checkpoint.path, verb)
+
+
 def _reject_loras(models: Sequence[Checkpoint]) -> None:
     """Raise CheckpointError for LoRA files, because averaging their factors does not average their deltas."""
     for model in models:
         if is_lora(model.tensors):
             raise CheckpointError(
-                f"{model.path} is a LoRA or the like, and not a whole checkpoint. Use "
+                f"{model.path} is a LoRA or a similar network, not a complete checkpoint. Use "
                 "networks/merge_lora.py or networks/svd_merge_lora.py",
                 model.path,
             )
@@ -188,8 +192,8 @@ def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_onl
     if wrong[0] in FIRST_LAYERS and len(wrong) == 1:
         hint = f"{other.path.name} is an inpainting model: give it as the first of --models."
     raise CheckpointError(
-        f"{other.path} does not fit {first.path}: {format_count(len(wrong), 'tensor')} of other sizes, such "
-        f"as {wrong[0]}, {list(shapes[1])} and not {list(shapes[0])}. {hint}",
+        f"{other.path} does not fit {first.path}: {format_count(len(wrong), 'tensor')} have other sizes, "
+        f"such as {wrong[0]}, {list(shapes[1])} instead of {list(shapes[0])}. {hint}",
         other.path,
     )
 

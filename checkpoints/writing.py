@@ -98,7 +98,7 @@ def order_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
 def _make_header(
     tensors: Mapping[str, TensorInfo],
     metadata: Mapping[str, str] | None,
-    what: Path | str,
+    file_label: Path | str,
     spare_bytes: int = 0,
 ) -> tuple[list[str], bytes]:
     """Return the names in the order of the file, and the header.
@@ -109,7 +109,7 @@ def _make_header(
     Args:
         tensors: Dtype and shape of each tensor.
         metadata: Metadata of the file.
-        what: The file, for messages.
+        file_label: The file, for messages.
         spare_bytes: Spaces to add, which later metadata replaces.
 
     Raises:
@@ -131,8 +131,9 @@ def _make_header(
     text += b" " * (-len(text) % 8)  # up to the next multiple of 8
     if len(text) > MAX_HEADER_BYTES:
         raise OutputError(
-            f"{what}: the names of its {len(tensors):,} tensors and its metadata take {len(text):,} bytes; "
-            f"safetensors files with more than {MAX_HEADER_BYTES:,} cannot be read. Give shorter names."
+            f"{file_label}: the names of its {len(tensors):,} tensors and its metadata take {len(text):,} "
+            f"bytes; safetensors files with more than {MAX_HEADER_BYTES:,} cannot be read. Give shorter "
+            "names."
         )
     return order, len(text).to_bytes(8, "little") + text
 

@@ -81,7 +81,7 @@ def clean_metadata(options: CleaningOptions) -> None:
             if text is None:
                 continue
             if not isinstance(text, str):
-                raise DatasetError(f"{options.in_json}: {key[:200]!r}: {name} is not a text. Correct it")
+                raise DatasetError(f"{options.in_json}: {key[:200]!r}: {name} is not text. Fix it")
             cleaned[key][name] = clean(text)
             if cleaned[key][name] != text:
                 num_changed += 1

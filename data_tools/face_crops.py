@@ -45,9 +45,7 @@ class CropFacesOptions(Options, title="what to do"):
     )
     least_score: float = option("how sure the detector has to be", default=0.5, minimum=0, maximum=1)
     rotate: bool = option("turn each image around the face, until the line between its eyes is level")
-    resize_fit: bool = option(
-        "scale each image so that what is cut just covers --crop_size", needs="crop_size"
-    )
+    resize_fit: bool = option("scale each image so that the crop just covers --crop_size", needs="crop_size")
     resize_face_size: int | None = option(
         "scale each image so that the longer side of its face has this many pixels",
         minimum=1,
@@ -148,7 +146,7 @@ class Portrait:
         self.image = self.image[top : top + height, left : left + width].copy()
         self.center = (self.center[0] - left, self.center[1] - top)
 
-    def draw_frame(self) -> None:
+    def draw_rectangle(self) -> None:
         """Draw a rectangle around the face in the image."""
         (x, y), (width, height) = self.center, self.size
         corners = (round(x - width / 2), round(y - height / 2)), (round(x + width / 2), round(y + height / 2))
@@ -172,7 +170,7 @@ def crop_faces(options: CropFacesOptions) -> None:
         raise OptionError(f"--dst_dir {options.dst_dir} is the folder of the images. Give another folder")
     images = [path for path in list_images(source) if is_single_image(path)]
     if not images:
-        raise DatasetError(f"{options.src_dir} has no images. Folders in it are not looked into")
+        raise DatasetError(f"{options.src_dir} has no images. Subfolders are not searched")
     detector = _load_detector(options)
     make_folder(target, "--dst_dir")
     failures: list[Failure] = []
@@ -242,7 +240,7 @@ def _write_faces(
     for number, face in enumerate(faces, start=1):
         portrait = make_portrait(image, face, options)
         if options.debug:
-            portrait.draw_frame()
+            portrait.draw_rectangle()
         which = f"_{number}" if options.multiple_faces else ""
         places = "_".join(f"{max(0, round(value)):04d}" for value in (*portrait.center, *portrait.size))
         write_png(folder / f"{path.stem}{which}_{places}.png", portrait.image)

@@ -60,7 +60,7 @@ class GitCaptionOptions(WritingOptions, CaptionedFolderOptions, title="what to d
     batch_size: int = option("images described together", default=1, minimum=1, maximum=1024)
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available")
     max_length: int = option("most tokens of a caption", default=50, minimum=1, maximum=32_768)
-    remove_words: bool = option('leave out of captions what is written in an image: with the words "Hi"')
+    remove_words: bool = option('remove from captions the text that an image contains: with the words "Hi"')
     pin_memory = not_needed("it changes only how images get to the GPU")
 
 

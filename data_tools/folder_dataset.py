@@ -36,7 +36,7 @@ def make_folder_dataset(folder: Path, extension: str, is_recursive: bool, tempor
             lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
             tables.append("\n".join(["[[datasets]]", *lines]))
     if not tables:
-        hint = "" if is_recursive else ". --recursive also takes those below it"
+        hint = "" if is_recursive else ". --recursive also searches its subfolders"
         raise DatasetError(f"{folder} has no pictures and no clips{hint}")
     file = temporary / "dataset.toml"
     write_text(file, "\n\n".join(tables))

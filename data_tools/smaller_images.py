@@ -46,7 +46,7 @@ class ResizeImagesOptions(Options, title="what to do"):
     interpolation: str = option("how images are made smaller", default="area", choices=METHODS)
     save_as_png: bool = option("write PNG, with transparency, and not JPEG")
     copy_associated_files: bool = option(
-        "copy files of an image's name, such as captions, under its new name"
+        "copy files with the name of an image, such as captions, under its new name"
     )
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ def resize_images(options: ResizeImagesOptions) -> None:
         )
     images = list_images(source)
     if not images:
-        raise DatasetError(f"{options.src_img_folder} has no images. Folders in it are not looked into")
+        raise DatasetError(f"{options.src_img_folder} has no images. Subfolders are not searched")
     _reject_equal_stems(images)
     companions = _list_companions(source, images) if options.copy_associated_files else {}
     make_folder(target, "the folder to write to")
@@ -124,7 +124,7 @@ def resize_images(options: ResizeImagesOptions) -> None:
             counts.failures.append(Failure(path, reason=str(error), table=0, stem=path.stem))
             continue
         counts.companions += _copy_companions(companions.get(path.stem, ()), target, options.sizes)
-    existing_text = f"{counts.existing} there before"
+    existing_text = f"{counts.existing} existed before"
     if counts.existing:
         existing_text += "; delete them to make them again"
     rows: list[Row] = [

@@ -126,14 +126,14 @@ def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
 def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[str, str, LatentName]]:
     """Yield the latent caches of a family among file names, in order: file name, stem, and parsed ending.
 
-    The parsed ending is a `LatentName` with a meaningless stem. For speed, each distinct ending is parsed
-    once, and names with the same ending share the object.
+    Folders may have a million names with few different endings (size, span and tag). For speed, each ending
+    is parsed once, to a `LatentName` with a meaningless stem, which all names with this ending share.
     """
     family_ending = f"_{tag}{SUFFIX}"
     num_tokens = 1 if kind == "image" else 2  # _0112x0080, _00000-017_0112x0080
     parsed_endings: dict[str, LatentName | None] = {}
-    # the ending of the previous name and its fields; most names have the same ending as the previous name
-    ending = family_ending + "?"  # no name ends like this
+    # most names have the same ending as the previous name
+    ending = family_ending + "?"  # before the first name: no name ends like this
     parsed: LatentName | None = None
     for name in names:
         if not name.endswith(family_ending) or name[0] == ".":

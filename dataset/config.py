@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from dataset import config_keys as forms
 from dataset.config_keys import MODES
 from dataset.forms.composing import (
+    FORMAT_KEYS,
     FORMAT_OF_SOURCE,
     KEYS,
     KEYS_OF_SOURCE,
-    OWN_KEYS,
     SHARED_CACHES,
     SOURCES,
     SOURCES_WITH_ADDRESSES,
@@ -46,16 +46,16 @@ TOP_LEVEL = ("general", "datasets")
 MAX_LISTED = 100  # problems that a message names
 KNOWN_KEYS = {*KEYS, *forms.OTHER_SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of both layouts of dataset files
 # keys that only tables with subsets have, and the end of the message about such a key elsewhere
-OF_SUBSETS = {
+KEYS_OF_SUBSETS = {
     name: "is a key of tables with [[datasets.subsets]] (docs/image_datasets.md), and there are none. Leave "
-    "it out, or write the file with them"
+    "it out, or convert the file to that layout"
     for name, key in SUBSET_KEYS.items()
-    if name not in KEYS and key.place != SUBSET
+    if name not in KEYS and key.level != SUBSET
 }
 
 # A table of audio files is read as a table of clips with 25 black frames a second, which no network sees.
 # source key of audio files -> source key of clips
-OF_AUDIO = {"audio_directory": "video_directory", "audio_jsonl_file": "video_jsonl_file"}
+VIDEO_KEY_OF_AUDIO_KEY = {"audio_directory": "video_directory", "audio_jsonl_file": "video_jsonl_file"}
 # values of such a table that cannot be changed
 BLACK = {"resolution": [64, 64], "enable_bucket": False, "bucket_no_upscale": False, "source_fps": "auto"}
 # its defaults: 497 frames at 25 a second are the 20 seconds for which LTX-2 has positions
@@ -132,7 +132,7 @@ def _read_tables(path: Path, content: Table, errors: list[str]) -> tuple[Dataset
         errors=errors,
         misplaced_reasons=misplaced_reasons,
         other_spellings=forms.OTHER_SPELLINGS,
-        other_layout_reasons=OF_SUBSETS,
+        other_layout_reasons=KEYS_OF_SUBSETS,
     )
     tables = []
     for index, entry in enumerate(entries):
@@ -150,21 +150,21 @@ def _check_cache_folders(tables: Sequence[DatasetTable], errors: list[str]) -> N
         nearest_existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
         if nearest_existing is not None and not nearest_existing.is_dir():
             errors.append(
-                f"{table.place}: cache_directory = {folder}: {nearest_existing} is a file; name a "
-                "folder, which is made if it is not there"
+                f"{table.label}: cache_directory = {folder}: {nearest_existing} is a file; name a "
+                "folder, which is created if it does not exist"
             )
         if table.download_directory is not None or is_limited():
             errors += _find_forbidden_folders(table)
         is_shared = table.cache_format in SHARED_CACHES
         if is_shared and table.kind == "video":
             key = f'cache_format = "{table.cache_format}"'
-            errors.append(f'{table.place}: {key} is for tables of pictures; use "files" or "shards"')
+            errors.append(f'{table.label}: {key} is for image tables; use "files" or "shards"')
         first = first_tables.setdefault(folder_id(folder), table)
         may_share = first is table or (is_shared and first.cache_format == table.cache_format)
         if not may_share:
-            second = table.place.removeprefix("[[datasets]] ")
+            second = table.label.removeprefix("[[datasets]] ")
             errors.append(
-                f"{first.place} and {second} share the cache directory {folder}; "
+                f"{first.label} and {second} share the cache directory {folder}; "
                 "give each its own cache_directory (the default is the folder of the images or videos)"
             )
 
@@ -177,14 +177,13 @@ def _find_forbidden_folders(table: DatasetTable) -> list[str]:
     cache, downloads = table.cache_directory, table.download_directory
     error = describe_outside(cache)
     if error is not None:
-        return [f"{table.place}: caches go to cache_directory = {cache}, and {error}"]
+        return [f"{table.label}: caches go to cache_directory = {cache}, and {error}"]
     if downloads is None or real_path(downloads).is_relative_to(real_path(cache)):
         return []
     return [
-        f"{table.place}: download_directory = {downloads} lies outside of cache_directory = {cache}, and a "
-        f"file may name no other place for downloads. Take it out of the file: {cache / 'downloads'} is used "
-        "then. If you want them there, type it for the command that caches: "
-        f"--download_directory {downloads}"
+        f"{table.label}: download_directory = {downloads} is outside cache_directory = {cache}, and a "
+        f"dataset file must not name another place for downloads. Remove it from the file, to use "
+        f"{cache / 'downloads'}, or pass it to the caching command: --download_directory {downloads}"
     ]
 
 
@@ -217,9 +216,9 @@ def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]
 def _with_keys_in_general(path: Path, content: Table, errors: list[str]) -> Table:
     """Return the content of a dataset file with the keys above all tables moved into [general].
 
-    Some guides omit this heading. Errors about keys that may stand only in [[datasets]] go to `errors`.
+    Some guides omit the heading [general]. Keys that only [[datasets]] may have become errors in `errors`.
     """
-    general_keys = {name for name, key in SUBSET_KEYS.items() if key.place != SUBSET}
+    general_keys = {name for name, key in SUBSET_KEYS.items() if key.level != SUBSET}
     general_keys |= {name for name, key in KEYS.items() if key.in_general}
     general_keys |= {*OTHER_NAMES, *forms.OTHER_SPELLINGS}
     general = content.get("general", {})
@@ -236,7 +235,6 @@ def _with_keys_in_general(path: Path, content: Table, errors: list[str]) -> Tabl
         return remaining
     if not isinstance(general, dict):  # nothing can be added to it; its reader reports the error
         return {name: value for name, value in content.items() if name in remaining or name in moved}
-    # a key must not stand both above all tables and in [general]
     duplicates = [name for name in moved if name in general]
     if duplicates:
         errors.append(f"above all tables and in [general]: {', '.join(duplicates)}; leave one out")
@@ -374,8 +372,8 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
     flipped = [table.name for table in config.datasets if table.augmentation.flip]
     if flipped and rules is not None and rules.seen_by_text:
         raise DatasetError(
-            f"{flipped[0]}: flip_aug mirrors reference pictures, but not what the text encoder sees of them. "
-            "Leave it out"
+            f"{flipped[0]}: flip_aug mirrors reference images, but the text encoder would still see the "
+            "original ones. Leave it out"
         )
     errors: list[str] = []
     for table in config.datasets:
@@ -389,7 +387,7 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
         return config
     tables = []
     for table in config.datasets:
-        if rules.clips:  # references of clips; other models take reference images
+        if rules.clips:  # the model takes references of clips; other models take reference images
             table = replace(table, clip_references=rules, reference_dropout_rate=rules.dropout_probability)
         elif table.kind == "image":
             table = replace(table, references=rules)
@@ -406,13 +404,13 @@ def _find_clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | No
     if table.reference_directory is not None and not takes_clips:
         accepted = "none" if rules is None else "them from control_directory"
         errors.append(
-            f"{table.name}: reference_directory has clips and pictures as references; this model takes "
+            f"{table.name}: reference_directory has clips and images as references; this model takes "
             f"{accepted}. {remedy}"
         )
     if table.control_mask_directory is not None and not takes_masks:
         errors.append(
-            f"{table.name}: control_mask_directory: this model takes no masks of control clips; those of the "
-            f"loss are in mask_directory. {remedy}"
+            f"{table.name}: control_mask_directory: this model takes no masks of control clips; loss masks "
+            f"are in mask_directory. {remedy}"
         )
     return errors
 
@@ -422,14 +420,14 @@ def _find_image_reference_errors(table: DatasetTable) -> list[str]:
     errors = []
     if table.reference_dropout_rate:
         errors.append(
-            f"{table.name}: reference_dropout_rate: this model takes no reference pictures that are left out "
-            "at times. Leave it out"
+            f"{table.name}: reference_dropout_rate: this model takes no reference images that could be "
+            "dropped. Leave it out"
         )
     changed = table.non_default_values(forms.REFERENCES)
     if changed:
         errors.append(
-            f"{table.name}: {' and '.join(changed)}: this model fits control images to the size of their "
-            "picture; the keys are for models that take reference pictures. Leave them out"
+            f"{table.name}: {' and '.join(changed)}: this model resizes control images to the size of their "
+            "image; the keys are for models that take reference images. Leave them out"
         )
     return errors
 
@@ -438,9 +436,7 @@ def _find_entries(content: Table, errors: list[str]) -> list[Any]:
     """Return the entries of [[datasets]]; an error is added to `errors` if there are none."""
     entries = content.get("datasets")
     if isinstance(entries, dict):
-        errors.append(
-            "[datasets] needs two pairs of brackets: write [[datasets]], once for each folder or list"
-        )
+        errors.append("[datasets] needs double brackets: write [[datasets]], once for each folder or list")
         return [entries]  # so that errors in its keys are reported, too
     if isinstance(entries, list) and entries:
         return entries
@@ -454,17 +450,21 @@ def _find_entries(content: Table, errors: list[str]) -> list[Any]:
 def _read_table(
     path: Path, index: int, entry: Any, general: dict[str, Any], errors: list[str]
 ) -> DatasetTable | None:
-    """Read a table of a dataset file. If it is invalid, return None and add errors to `errors`."""
+    """Read a table of a dataset file. If it is invalid, return None and add errors to `errors`.
+
+    A key has the value of the table's entry, else that of [general] (`general`), else its default.
+    """
     table_label = f"[[datasets]] {index + 1}"
     num_errors_before = len(errors)
     entry = forms.without_nulls(entry, table_label, errors)
     source_key = _find_source(entry, table_label, errors)
     if source_key is None:
         return None
-    is_audio_only = source_key in OF_AUDIO
+    media_key = source_key  # the key that names images or clips
+    is_audio_only = source_key in VIDEO_KEY_OF_AUDIO_KEY
     if is_audio_only:  # read like a table of clips, whose frames are black
         entry = _audio_to_clips(entry, source_key, general)
-    media_key = OF_AUDIO.get(source_key, source_key)
+        media_key = VIDEO_KEY_OF_AUDIO_KEY[source_key]
     source_format = FORMAT_OF_SOURCE[media_key]
     kind: Literal["image", "video"] = "image" if media_key.startswith("image") else "video"
     values = {name: key.default for name, key in KEYS.items()}
@@ -476,22 +476,20 @@ def _read_table(
         errors=errors,
         misplaced_reasons=_find_misplaced_keys(media_key, kind),
         other_spellings=forms.OTHER_SPELLINGS,
-        other_layout_reasons=OF_SUBSETS,
+        other_layout_reasons=KEYS_OF_SUBSETS,
     )
     validation_error = find_unused(entry) if entry.get("validation") else None
     if validation_error is not None:
         errors.append(f"{table_label}: {validation_error}")
-    # an invalid value may come from [general], whose errors have been added before
+    # invalid values of [general] have been reported before
     if len(errors) > num_errors_before or any(value is forms.INVALID for value in values.values()):
         return None
-    fields = {name: value for name, value in values.items() if name not in {*SOURCES, *OWN_KEYS}}
-    # a data form with its own keys has its source there; otherwise the source is a field, such as `directory`
-    fields["format_keys"] = (
-        None if source_format.keys is None else read_format_keys(source_format, media_key, values)
-    )
-    fields |= {"directory": None, "is_audio_only": is_audio_only}
-    if source_format.keys is None:
+    fields = {name: value for name, value in values.items() if name not in {*SOURCES, *FORMAT_KEYS}}
+    fields |= {"directory": None, "is_audio_only": is_audio_only, "format_keys": None}
+    if source_format.keys is None:  # the source is a field, such as `directory`
         fields[source_format.source] = values[media_key]
+    else:
+        fields["format_keys"] = read_format_keys(source_format, media_key, values)
     if not _fill_in_fields(source_format, fields, source_key, f"{path}, {table_label}", errors):
         return None
     return DatasetTable(path, index, kind, **fields)
@@ -504,7 +502,7 @@ def _find_source(entry: dict[str, Any], table_label: str, errors: list[str]) -> 
     """
     sources = [name for name in SOURCES if name in entry]
     if not sources:
-        sources = [name for name in OF_AUDIO if name in entry]
+        sources = [name for name in VIDEO_KEY_OF_AUDIO_KEY if name in entry]
     if len(sources) == 1:
         return sources[0]
     if sources:
@@ -557,7 +555,7 @@ def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, A
     if "target_frames" in entry:  # the clips have these lengths, not that of the file
         defaults.pop("frame_extraction", None)
     declared = {key: value for key, value in entry.items() if key != source_key and key not in forms.LENGTHS}
-    return {**defaults, **declared, **BLACK, OF_AUDIO[source_key]: entry[source_key]}
+    return {**defaults, **declared, **BLACK, VIDEO_KEY_OF_AUDIO_KEY[source_key]: entry[source_key]}
 
 
 def _fill_in_fields(

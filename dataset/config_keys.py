@@ -51,7 +51,7 @@ class ValueType(NamedTuple):
     allowed: str  # describes valid values, for messages
 
 
-def value_type(
+def make_value_type(
     kinds: type | tuple[type, ...],
     fits: Callable[[Any], bool],
     allowed: str,
@@ -81,21 +81,23 @@ def whole(minimum: int, maximum: int, allowed: str = "") -> ValueType:
     limit = f"{minimum} or more"
     if maximum < MAX_COUNT:
         limit += f", at most {maximum}"
-    return value_type(int, lambda value: minimum <= value <= maximum, allowed or f"a whole number, {limit}")
+    return make_value_type(
+        int, lambda value: minimum <= value <= maximum, allowed or f"a whole number, {limit}"
+    )
 
 
 def number(fits: Callable[[float], bool], allowed: str) -> ValueType:
     """Make the type of numbers that `fits` accepts; they are read as float."""
-    return value_type((int, float), fits, allowed, float)
+    return make_value_type((int, float), fits, allowed, float)
 
 
 def one_of(values: tuple[str, ...]) -> ValueType:
     """Make the type whose values are these words."""
     quoted = ", ".join(f'"{value}"' for value in values)
-    return value_type(str, lambda value: value in values, f"one of {quoted}")
+    return make_value_type(str, lambda value: value in values, f"one of {quoted}")
 
 
-def _list_of(form: ValueType, allowed: str, or_one: bool = False) -> ValueType:
+def _list_of(item_type: ValueType, allowed: str, or_one: bool = False) -> ValueType:
     """Make the type of lists of at least one value.
 
     `or_one` allows a single value without a list.
@@ -106,7 +108,7 @@ def _list_of(form: ValueType, allowed: str, or_one: bool = False) -> ValueType:
         values = [value] if or_one and not isinstance(value, list) else value
         if not isinstance(values, list) or not values:
             raise InvalidValue
-        return tuple(map(form.read, values))
+        return tuple(map(item_type.read, values))
 
     return ValueType(read, allowed)
 
@@ -160,7 +162,7 @@ def is_short(value: str) -> bool:
     return len(value) <= MAX_WORDS and not bad_character(value)
 
 
-YES_NO = value_type(bool, lambda _: True, "true or false, without quotes")
+YES_NO = make_value_type(bool, lambda _: True, "true or false, without quotes")
 COUNT = whole(1, MAX_COUNT)
 REPEATS = whole(1, MAX_REPEATS)
 SAMPLES = whole(1, MAX_SAMPLES)
@@ -197,7 +199,9 @@ def _is_region(value: list[Any]) -> bool:
     return bool(top < bottom and left < right)
 
 
-REGION = value_type(list, _is_region, "[top, left, bottom, right] in pixels, such as [0, 0, 512, 384]", tuple)
+REGION = make_value_type(
+    list, _is_region, "[top, left, bottom, right] in pixels, such as [0, 0, 512, 384]", tuple
+)
 SIZE = ValueType(
     _size,
     f"a whole number or [width, height], such as 512 or [960, 544], each at most {LONGEST_SIDE}, "
@@ -205,31 +209,33 @@ SIZE = ValueType(
 )
 MODE, CACHE_FORMAT = one_of(MODES), one_of(CACHE_FORMATS)
 AUDIO = one_of((REQUIRED, IF_PRESENT, IGNORE))
-PATH = value_type(str, _is_text, "a path in quotes", _path)
-LIST_PATH = value_type(
+PATH = make_value_type(str, _is_text, "a path in quotes", _path)
+LIST_PATH = make_value_type(
     str,
     lambda value: _is_text(value) and not paths.is_address(value),
     "a path in quotes, not an address: download the list or table itself first",
     _path,
 )
 PATHS = _list_of(PATH, 'a list of paths in quotes, such as ["styles"]')
-COLUMN = value_type(str, _is_text, "the name of a column in quotes")
+COLUMN = make_value_type(str, _is_text, "the name of a column in quotes")
 TARS = _list_of(
-    value_type(str, _is_text, ""), 'a path in quotes, such as "clips-*.tar", or a list of them', or_one=True
+    make_value_type(str, _is_text, ""),
+    'a path in quotes, such as "clips-*.tar", or a list of them',
+    or_one=True,
 )
-EXTENSION = value_type(
+EXTENSION = make_value_type(
     str,
     lambda value: _is_text(value) and "." in value and not _is_unsafe_extension(value),
     'an extension with its dot, such as ".txt"; no folder, and none of programs or pages',
 )
 # may be empty, to override [general]
-WORDS = value_type(
+WORDS = make_value_type(
     str,
     lambda value: is_short(value) and len(value.splitlines()) < 2,
     f"text in quotes, one line of at most {MAX_WORDS} characters",
     str.strip,
 )
-TEXT = value_type(str, is_short, f"text in quotes, at most {MAX_WORDS} characters")
+TEXT = make_value_type(str, is_short, f"text in quotes, at most {MAX_WORDS} characters")
 
 
 # --- keys of a [[datasets]] table
@@ -263,7 +269,7 @@ class TableKey:
     """One key of a table.
 
     Attributes:
-        form: Type of its value.
+        value_type: Type of its value in the file.
         default: Value in tables without the key.
         kinds: Kinds of tables that may have the key.
         in_general: Whether [general] may have the key, too.
@@ -272,7 +278,7 @@ class TableKey:
         rank: Order among LEARNING keys; lower ranks come first in states and metadata.
     """
 
-    form: ValueType
+    value_type: ValueType
     default: Any
     kinds: tuple[str, ...] = BOTH
     in_general: bool = False
@@ -281,18 +287,18 @@ class TableKey:
     rank: int = 0
 
 
-def key(form: ValueType, default: Any = None, *, stale: Stale, **settings: Any) -> Any:
+def key(value_type: ValueType, default: Any = None, *, stale: Stale, **settings: Any) -> Any:
     """Declare a dataclass field that is also a key of the same name in dataset files.
 
     `settings` are further fields of `TableKey`.
     """
-    table_key = TableKey(form, default, stale=stale, **settings)
+    table_key = TableKey(value_type, default, stale=stale, **settings)
     return dataclasses.field(default=default, metadata={"key": table_key})
 
 
-def of_kind(form: ValueType) -> Any:
+def of_kind(value_type: ValueType) -> Any:
     """Declare a dataclass field that the key `image_<name>` or `video_<name>` sets."""
-    return dataclasses.field(default=None, metadata={"source": form})
+    return dataclasses.field(default=None, metadata={"source": value_type})
 
 
 # spellings of other trainers -> our keys
@@ -385,7 +391,7 @@ class HasValueType(Protocol):
     """Protocol of a key in dataset files, of this program or of another one: its value has a `ValueType`."""
 
     @property
-    def form(self) -> ValueType:
+    def value_type(self) -> ValueType:
         """Type of the key's value."""
 
 
@@ -479,10 +485,10 @@ def read_keys(
         table: The table.
         table_label: Name of the table, for messages.
         errors: List to which errors are added.
-        misplaced_reasons: Keys that only other tables may have, each with the end of its error message.
+        misplaced_reasons: Keys that this table may not have, each with the end of its error message.
         other_spellings: Names of keys by their other spellings.
         ignored: Keys that another function reads.
-        other_layout_reasons: Keys of tables in another layout, each with the end of its error message.
+        other_layout_reasons: Keys of files in the other layout, each with the end of its error message.
     """
     names_by_spelling = other_spellings or {}
     reasons_of_layout = other_layout_reasons or {}
@@ -504,13 +510,12 @@ def read_keys(
             both.sort(key=lambda each: each == name)  # our own spelling last
             errors.append(f"{table_label}: {' and '.join(both)} are the same key; leave out one")
         else:
+            value_type = keys[name].value_type
             try:
-                values[name] = keys[name].form.read(value)
+                values[name] = value_type.read(value)
             except InvalidValue as invalid:
                 values[name] = INVALID
-                errors.append(
-                    f"{table_label}: {_explain(name, value, keys[name].form.allowed, str(invalid))}"
-                )
+                errors.append(f"{table_label}: {_explain(name, value, value_type.allowed, str(invalid))}")
     return values
 
 

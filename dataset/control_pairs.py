@@ -77,6 +77,6 @@ def describe_shapes(folder: Path, sources: Sequence[MediaSource]) -> str:
         return ""
     more = " ..." if len(mismatched) > SHOWN else ""
     return (
-        f"{folder}: {format_count(len(mismatched), 'control picture')} of a different shape than the "
-        f"picture, so that places in them do not match: {', '.join(mismatched[:SHOWN])}{more}"
+        f"{folder}: {format_count(len(mismatched), 'control image')} with a different aspect ratio than the "
+        f"image, so their contents do not line up: {', '.join(mismatched[:SHOWN])}{more}"
     )

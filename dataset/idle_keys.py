@@ -30,8 +30,8 @@ def warn_idle(path: Path, content: Mapping[str, Any], tables: Sequence[DatasetTa
     # whether any subset fulfills each condition that keys may depend on
     is_fulfilled = {
         _BUCKETS: any(table.enable_bucket for table in tables),
-        _VARIES: any(table.changes.moves_tags for table in tables),
-        "token_warmup_step": any(table.changes.warmup_step > 0 for table in tables),
+        _VARIES: any(table.caption_changes.moves_tags for table in tables),
+        "token_warmup_step": any(table.caption_changes.warmup_step > 0 for table in tables),
         "is_reg = true": any(table.is_reg for table in tables),
     }
     values_by_key: dict[str, list[Any]] = {}  # values of each key anywhere in the file

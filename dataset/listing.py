@@ -136,7 +136,7 @@ class CompanionCounts(NamedTuple):
     num_references: int
     has_mask: bool
     has_reference_audio: bool
-    shown: tuple[ReferenceMedium, ...]  # reference media that its row names
+    references: tuple[ReferenceMedium, ...]  # reference media that its row names
     further_text: str | None  # `FURTHER_TEXT` of its row
 
 
@@ -158,7 +158,7 @@ def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
             num_references=len(source.references),
             has_mask=source.mask is not None,
             has_reference_audio=source.reference_audio is not None,
-            shown=source.row_references,
+            references=source.row_references,
             further_text=source.further_text,
         )
         for source in sources

@@ -53,7 +53,7 @@ class CheckPageOptions(Options):
             raise OptionError(f"--html {self.html}: name a file that ends in .html")
 
     def require_check(self, check: bool) -> None:
-        """Raise OptionError for a page without --check."""
+        """Raise OptionError if --html is set without --check, whose results the page shows."""
         if not check:
             raise OptionError("--html writes what --check finds: add --check")
 

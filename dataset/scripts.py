@@ -21,7 +21,7 @@ def caching_script(
     family: str,
     kind: str,
     about: str | None,
-    finish: Callable[[Any, Any, "DatasetConfig"], None] | None = None,
+    on_completed: Callable[[Any, Any, "DatasetConfig"], None] | None = None,
 ) -> Script:
     """Return a caching script of a family.
 
@@ -32,23 +32,26 @@ def caching_script(
         family: Name of the family.
         kind: `latents` or `texts`.
         about: Docstring of the script.
-        finish: Is called with the family's options, the family and the dataset when all texts are cached.
+        on_completed: Called with the family's options, the family and the dataset when all texts are cached.
     """
     if kind == "latents":
         return Script.of_family(family, partial(cache_family_latents, family, about))
-    return Script.of_family(family, partial(cache_family_texts, family, about, finish=finish))
+    return Script.of_family(family, partial(cache_family_texts, family, about, on_completed=on_completed))
 
 
 def cache_family_latents(
-    family: str, about: str | None, argv: Sequence[str] | None = None, run: Callable[..., None] | None = None
+    family: str,
+    about: str | None,
+    argv: Sequence[str] | None = None,
+    run_instead: Callable[..., None] | None = None,
 ) -> None:
     """Encode the images and clips of a dataset.
 
     Args:
         family: Name of the family.
         about: Docstring of the script.
-        argv: Arguments; None for those of the process.
-        run: Is called instead of the caching loop.
+        argv: Arguments; None for sys.argv.
+        run_instead: Called with the arguments of the caching loop, instead of it.
     """
     entry = FAMILIES[family]
     record = entry.options_record("LatentCaching")
@@ -74,7 +77,7 @@ def cache_family_latents(
             config = with_audio_files(config, option, folder)
 
         if entry.notice:
-            entry.say_notice()
+            entry.log_notice()
         print_loading()
         from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read
@@ -94,26 +97,26 @@ def cache_family_latents(
             typed=typed,
             training=entry.training_options(family_options, caches),
         )
-        following = loop.NextCommand(command, remember)
-        cache = run or partial(loop.run_caching, loop.LATENTS)
-        cache(caches, config, options, debug, following)
+        next_command = loop.NextCommand(command, remember)
+        cache = run_instead or partial(loop.run_caching, loop.LATENTS)
+        cache(caches, config, options, debug, next_command)
 
 
 def cache_family_texts(
     family: str,
     about: str | None,
     argv: Sequence[str] | None = None,
-    run: Callable[..., None] | None = None,
-    finish: Callable[[Any, Any, "DatasetConfig"], None] | None = None,
+    run_instead: Callable[..., None] | None = None,
+    on_completed: Callable[[Any, Any, "DatasetConfig"], None] | None = None,
 ) -> None:
     """Encode the captions of a dataset.
 
     Args:
         family: Name of the family.
         about: Docstring of the script.
-        argv: Arguments; None for those of the process.
-        run: Is called instead of the caching loop.
-        finish: Is called with the family's options, the family and the dataset when all texts are cached.
+        argv: Arguments; None for sys.argv.
+        run_instead: Called with the arguments of the caching loop, instead of it.
+        on_completed: Called with the family's options, the family and the dataset when all texts are cached.
     """
     entry = FAMILIES[family]
     record = entry.options_record("TextCaching")
@@ -129,7 +132,7 @@ def cache_family_texts(
             config = with_downloads(config, options.download_directory)
 
         if entry.notice:
-            entry.say_notice()
+            entry.log_notice()
         print_loading()
         from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read
@@ -152,12 +155,12 @@ def cache_family_texts(
             family_options=family_options,
             typed=typed,
         )
-        following = loop.NextCommand(command, remember)
-        cache = run or partial(loop.run_caching, loop.TEXTS)
-        cache(caches, config, options, None, following)
+        next_command = loop.NextCommand(command, remember)
+        cache = run_instead or partial(loop.run_caching, loop.TEXTS)
+        cache(caches, config, options, None, next_command)
         # with shards, only the command that runs last has all texts
-        if finish is not None and run is None and options.shard.num_shards is None:
-            finish(family_options, caches, config)
+        if on_completed is not None and run_instead is None and options.shard.num_shards is None:
+            on_completed(family_options, caches, config)
 
 
 def _text_caching_command(

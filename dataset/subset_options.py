@@ -39,10 +39,10 @@ SAME = "same"  # the table's field has the name of the key
 class SubsetKey(NamedTuple):
     """One key of the layout of sd-scripts."""
 
-    form: forms.ValueType  # type of its value
+    value_type: forms.ValueType  # type of its value
     default: Any
-    place: str = ANYWHERE  # SUBSET, ANYWHERE or DATASET
-    # field of the `DatasetTable` that gets the value: `name`, `changes.name`, `augmentation.name`,
+    level: str = ANYWHERE  # SUBSET, ANYWHERE or DATASET
+    # field of the `DatasetTable` that gets the value: `name`, `caption_changes.name`, `augmentation.name`,
     # `buckets.name`, or SAME; "": the value is converted first
     field: str = ""
     # command-line option whose value is used if no table has the key; None: the option of the same name;
@@ -52,8 +52,10 @@ class SubsetKey(NamedTuple):
 
 # dataset files allow more values than the option
 _INTERPOLATION = forms.one_of((*INTERPOLATIONS, "box", "lanczos4"))
-_SEPARATOR = forms.value_type(str, lambda value: bool(value) and forms.is_short(value), forms.TEXT.allowed)
-_SEED = forms.value_type(int, lambda value: -(2**63) <= value < 2**64, "a whole number")
+_SEPARATOR = forms.make_value_type(
+    str, lambda value: bool(value) and forms.is_short(value), forms.TEXT.allowed
+)
+_SEED = forms.make_value_type(int, lambda value: -(2**63) <= value < 2**64, "a whole number")
 _LOSS_WEIGHT = forms.number(
     lambda value: 0 <= value <= forms.MAX_WEIGHT, f"a number from 0 to {forms.MAX_WEIGHT}"
 )
@@ -61,7 +63,7 @@ _UNTIL = forms.number(lambda value: 0 <= value < 10**9, "a number of steps, or b
 _STRENGTH = forms.number(
     lambda value: value == 1, "1.0; another strength of the LoRA for one dataset is not supported"
 )
-_ATTRIBUTES = forms.value_type(dict, lambda value: len(value) <= MAX_ATTRIBUTES, "a table of keys")
+_ATTRIBUTES = forms.make_value_type(dict, lambda value: len(value) <= MAX_ATTRIBUTES, "a table of keys")
 FACES = forms.ValueType(
     _two_numbers, 'two ascending numbers above 0, such as "2.0,4.0": sides of the crop in faces'
 )
@@ -102,22 +104,22 @@ SUBSET_KEYS: Mapping[str, SubsetKey] = {
     "validation_seed": SubsetKey(_SEED, None, ANYWHERE, field=SAME, option=""),
     # captions
     "caption_extension": SubsetKey(forms.EXTENSION, ".caption", ANYWHERE, SAME),
-    "shuffle_caption": SubsetKey(forms.YES_NO, False, ANYWHERE, "changes.shuffle"),
-    "caption_separator": SubsetKey(_SEPARATOR, ",", ANYWHERE, "changes.separator"),
-    "keep_tokens": SubsetKey(forms.FROM_ZERO, 0, ANYWHERE, "changes.keep_tokens"),
-    "keep_tokens_separator": SubsetKey(forms.TEXT, "", ANYWHERE, "changes.keep_tokens_separator"),
-    "secondary_separator": SubsetKey(forms.TEXT, "", ANYWHERE, "changes.secondary_separator"),
-    "enable_wildcard": SubsetKey(forms.YES_NO, False, ANYWHERE, "changes.wildcards"),
+    "shuffle_caption": SubsetKey(forms.YES_NO, False, ANYWHERE, "caption_changes.shuffle"),
+    "caption_separator": SubsetKey(_SEPARATOR, ",", ANYWHERE, "caption_changes.separator"),
+    "keep_tokens": SubsetKey(forms.FROM_ZERO, 0, ANYWHERE, "caption_changes.keep_tokens"),
+    "keep_tokens_separator": SubsetKey(forms.TEXT, "", ANYWHERE, "caption_changes.keep_tokens_separator"),
+    "secondary_separator": SubsetKey(forms.TEXT, "", ANYWHERE, "caption_changes.secondary_separator"),
+    "enable_wildcard": SubsetKey(forms.YES_NO, False, ANYWHERE, "caption_changes.wildcards"),
     "trigger_word": SubsetKey(forms.WORDS, "", ANYWHERE, field=SAME, option=""),
     "caption_prefix": SubsetKey(forms.WORDS, "", ANYWHERE, SAME),
     "caption_suffix": SubsetKey(forms.WORDS, "", ANYWHERE, SAME),
     "caption_dropout_rate": SubsetKey(forms.SHARE, 0.0, ANYWHERE, SAME),
     "caption_dropout_every_n_epochs": SubsetKey(
-        forms.FROM_ZERO, 0, ANYWHERE, "changes.dropout_every_n_epochs"
+        forms.FROM_ZERO, 0, ANYWHERE, "caption_changes.dropout_every_n_epochs"
     ),
-    "caption_tag_dropout_rate": SubsetKey(forms.SHARE, 0.0, ANYWHERE, "changes.part_dropout_rate"),
-    "token_warmup_min": SubsetKey(forms.FROM_ZERO, 1, ANYWHERE, "changes.warmup_min"),
-    "token_warmup_step": SubsetKey(_UNTIL, 0.0, ANYWHERE, "changes.warmup_step"),
+    "caption_tag_dropout_rate": SubsetKey(forms.SHARE, 0.0, ANYWHERE, "caption_changes.part_dropout_rate"),
+    "token_warmup_min": SubsetKey(forms.FROM_ZERO, 1, ANYWHERE, "caption_changes.warmup_min"),
+    "token_warmup_step": SubsetKey(_UNTIL, 0.0, ANYWHERE, "caption_changes.warmup_step"),
     # images that change
     "flip_aug": SubsetKey(forms.YES_NO, False, ANYWHERE, "augmentation.flip"),
     "color_aug": SubsetKey(forms.YES_NO, False, ANYWHERE, "augmentation.color"),
@@ -217,7 +219,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
             raise OptionError(
                 f"--min_bucket_reso {self.min_bucket_reso} is above --max_bucket_reso {self.max_bucket_reso}"
             )
-        _ = self.size  # raises OptionError if --resolution cannot be read
+        _ = self.size  # a property that raises OptionError if --resolution cannot be read
         try:
             if self.face_crop_aug_range is not None:
                 FACES.read(self.face_crop_aug_range)
@@ -226,9 +228,9 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
                 f"--face_crop_aug_range {self.face_crop_aug_range}: give two numbers, the smaller one first, "
                 "as 2.0,4.0"
             ) from None
-        # a dataset file would give the resolution; without a file the option has to
+        # without a dataset file, the resolution has to come from the option
         if self.replaces_toml:
-            require(self.resolution, "--resolution", "the size of the pictures, such as 1024 or 768,1024")
+            require(self.resolution, "--resolution", "the size of the images, such as 1024 or 768,1024")
 
     @property
     def replaces_toml(self) -> bool:

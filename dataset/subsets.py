@@ -27,6 +27,7 @@ from modules.text_files import real_path
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"(\d+)_(.*)", re.DOTALL)  # name of a folder: repeats and class
+_TABLE_ITSELF = ""  # in `_fields_by_record`, next to the names of the table's records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class FolderName:
 
 
 def read_folder_name(name: str) -> FolderName | None:
-    """Return the repeats and words in the name of a folder; None if it does not begin with repeats."""
+    """Return the repeats and class tokens in the name of a folder; None if it does not begin with repeats."""
     match = _NAME.fullmatch(name)
     if match is None or int(match[1]) == 0:
         return None
@@ -48,10 +49,10 @@ def read_folder_name(name: str) -> FolderName | None:
 def read_subsets(
     path: Path, content: Mapping[str, Any], typed: SubsetOptions | None, errors: list[str]
 ) -> tuple[DatasetTable, ...]:
-    """Return one table for each subset of a file, in order.
+    """Return one table for each subset of a dataset file in the layout of sd-scripts, in order.
 
-    If a subset lacks a key, the value comes from its [[datasets]], else from [general], else from the command
-    line, else it is the default.
+    A key has the value of the subset, else of its [[datasets]], else of [general], else of the command line,
+    else its default.
 
     Args:
         path: Path of the dataset file.
@@ -59,7 +60,6 @@ def read_subsets(
         typed: Values from the command line; None means the keys' defaults.
         errors: Errors are added to this list.
     """
-    # from the weakest to the strongest: defaults, command line, [general], [[datasets]], subset
     defaults = {name: key.default for name, key in SUBSET_KEYS.items()}
     defaults |= read_keys(
         SUBSET_KEYS,
@@ -69,11 +69,11 @@ def read_subsets(
         misplaced_reasons={},
         other_spellings=OTHER_NAMES,
     )
-    command_line_values = dict(defaults)  # before [general] replaces some
+    command_line_values = dict(defaults)  # the keys' values so far, before [general] replaces some
     general = without_nulls(content.get("general"), "[general]", errors)
     entries = content.get("datasets")
     if not isinstance(entries, list):
-        errors.append("[datasets] needs two pairs of brackets: write [[datasets]], once for each resolution")
+        errors.append("[datasets] needs double brackets: write [[datasets]], once for each resolution")
         entries = [entries]
     defaults |= _read_level(general, "[general]", errors, DATASET)
     is_masked = typed is not None and typed.masked_loss
@@ -86,10 +86,10 @@ def read_subsets(
                 continue
             all_values.append(values)
             contradictions = _find_contradictions(values, is_masked)
-            errors += [f"{subset.place}: {line}" for line in contradictions]
+            errors += [f"{subset.label}: {line}" for line in contradictions]
             if contradictions:
                 continue
-            fields = _table_fields(values, subset.place, is_masked)
+            fields = _table_fields(values, subset.label, is_masked)
             table = DatasetTable(path, len(tables), "image", group=group, subset=subset.number, **fields)
             tables.append(table)
     if tables:
@@ -105,7 +105,7 @@ def _warn_of_replaced(typed: SubsetOptions, defaults: Table, all_values: Sequenc
     """Warn about each option on the command line whose value every subset of the file overrides."""
     for name, option in typed_options(typed).items():
         if all(values[name] != defaults[name] for values in all_values):
-            logger.warning("%s is ignored because %s gives another value everywhere", option, path)
+            logger.warning("%s is ignored because %s sets another value everywhere", option, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class _Subset:
     """The values of all keys of one subset."""
 
     number: int  # index in its [[datasets]], from 0
-    place: str  # position in the file, for messages
+    label: str  # [[datasets]] and subset, for messages
     values: Table
 
 
@@ -124,9 +124,9 @@ def _subsets_of(entry: Any, group: int, defaults: Table, errors: list[str]) -> I
     subsets = dataset.get("subsets")
     shared = {**defaults, **_read_level(dataset, place, errors, DATASET, ignored=("subsets",))}
     if isinstance(subsets, dict):
-        errors.append(f"{place}: [datasets.subsets] needs two pairs of brackets: write [[datasets.subsets]]")
+        errors.append(f"{place}: [datasets.subsets] needs double brackets: write [[datasets.subsets]]")
     elif not isinstance(subsets, list) or not subsets:
-        errors.append(f"{place} has no [[datasets.subsets]]; each folder of pictures needs one")
+        errors.append(f"{place} has no [[datasets.subsets]]; each folder of images needs one")
     else:
         for number, subset in enumerate(subsets):
             table_label = f"{place}, subset {number + 1}"
@@ -171,7 +171,7 @@ def _read_level(
     misplaced_reasons = {
         name: f"is for {other_tables}; move it there"
         for name, key in SUBSET_KEYS.items()
-        if key.place not in (level, ANYWHERE)
+        if key.level not in (level, ANYWHERE)
     }
     return read_keys(
         SUBSET_KEYS,
@@ -187,18 +187,18 @@ def _read_level(
 def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str, Any]:
     """Return the fields of a `DatasetTable` from the values of a subset's keys."""
     if values["cache_info"]:
-        logger.info("cache_info is not needed: sizes and captions are kept with the caches")
+        logger.info("cache_info is not needed: sizes and captions are stored in the caches")
     by_record = _fields_by_record(values)
-    # otherwise minimum and maximum have no effect, and nobody needs to know that they were rounded
+    # otherwise the limits of the sizes have no effect, and rounding them needs no warning
     uses_limits = values["enable_bucket"] and not values["bucket_no_upscale"]
     buckets = _round_buckets(BucketRule(**by_record["buckets"]), table_label, warns=uses_limits)
-    changes = CaptionChanges(**by_record["changes"])
+    changes = CaptionChanges(**by_record["caption_changes"])
     from_json = values["metadata_file"] is not None
     # with --masked_loss, the images in this folder are masks
     conditioning = values["conditioning_data_dir"]
     controls = None if is_masked else conditioning
     masks = conditioning if is_masked else None
-    fields = by_record[""]  # the fields of the table itself
+    fields = by_record[_TABLE_ITSELF]
     metadata_file = fields.pop("metadata_file")
     return fields | {
         "format_keys": None if metadata_file is None else MetadataKeys(metadata_file),
@@ -209,21 +209,26 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
         "bucket_no_upscale": values["bucket_no_upscale"] and values["enable_bucket"],
         "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,
         "buckets": buckets,
-        "changes": dataclasses.replace(changes, varies_per_step=bool(changes.varying_keys)),
+        "caption_changes": dataclasses.replace(changes, varies_per_step=bool(changes.varying_keys)),
         "augmentation": Augmentation(**by_record["augmentation"]),
         "attributes": frozenset(name for name, value in values["custom_attributes"].items() if value),
     }
 
 
 def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
-    """Return the values of fields, grouped by the record in the table that has the field.
+    """Return the values of a table's fields, grouped by the record that has the field.
 
-    The records are `changes`, `augmentation` and `buckets`; "" stands for the table itself.
+    The records are the table's `caption_changes`, `augmentation` and `buckets`, and _TABLE_ITSELF.
     """
-    by_record: dict[str, dict[str, Any]] = {"changes": {}, "augmentation": {}, "buckets": {}, "": {}}
+    by_record: dict[str, dict[str, Any]] = {
+        "caption_changes": {},
+        "augmentation": {},
+        "buckets": {},
+        _TABLE_ITSELF: {},
+    }
     for name, key in SUBSET_KEYS.items():
         if key.field:
-            record, _, field_name = key.field.rpartition(".")
+            record, _, field_name = key.field.rpartition(".")  # such as `caption_changes.shuffle`
             if field_name == SAME:
                 field_name = name
             by_record[record][field_name] = values[name]
@@ -254,7 +259,7 @@ def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
     from_json = values["metadata_file"] is not None
     if values["image_dir"] is None and not from_json:
         errors.append(
-            "image_dir, the folder of its pictures, is missing (or metadata_file, a JSON that names them)"
+            "image_dir, the folder of its images, is missing (or metadata_file, a JSON file that names them)"
         )
     errors += _size_errors(values)
     window_error = find_window_error(values)
@@ -269,7 +274,7 @@ def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
         mask_sources.append("conditioning_data_dir with --masked_loss")
     if len(mask_sources) > 1:
         names = " and ".join(mask_sources)
-        errors.append(f"{names}: both say where the masks of the loss are from; leave out one")
+        errors.append(f"{names}: both say where the loss masks come from; leave out one")
     elif from_json and (conditioning or masks):
         errors.append(
             "conditioning_data_dir and mask_directory cannot be used with metadata_file; use image_dir"
@@ -319,7 +324,7 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
     used: Counter[tuple[str, str]] = Counter()  # number of tables by image folder and resolution
     changed = []
     for table in tables:
-        folder = table.picture_folder
+        folder = table.base_folder
         if table.cache_directory is None and table.cache_format in SHARED_CACHES:
             table = dataclasses.replace(table, cache_directory=folder)
         elif table.cache_directory is None:
@@ -398,12 +403,12 @@ def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = 
     # no subset: explain which folder to give
     if not subsets and read_folder_name(real_path(folder).name) is not None:
         raise DatasetError(
-            f"{option} {folder}: give the folder around it, {folder.parent}. Folders whose names begin with "
-            "a number of repeats are read from there."
+            f"{option} {folder}: give its parent folder, {folder.parent}. Folders whose names begin with a "
+            "number of repeats are read from there."
         )
     if not subsets:
         inner = [folder / name for name in sorted(names) if _has_repeats(folder / name)]
-        remedy = "Move the pictures into one."
+        remedy = "Move the images into one."
         if inner:
             remedy = f"Give {' or '.join(map(str, inner))}."
         raise DatasetError(
@@ -417,8 +422,8 @@ def _warn_left_out(folder: Path, option: str) -> None:
     """Warn about an ignored folder with images, or with subfolders that are named like image folders."""
     if _has_repeats(folder):
         logger.warning(
-            "%s: %s is left out because its name does not begin with a number of repeats. If the folders in "
-            "it hold regularization images, add --reg_data_dir %s",
+            "%s: %s is left out because its name does not begin with a number of repeats. If its "
+            "subfolders contain regularization images, add --reg_data_dir %s",
             option,
             folder,
             folder,

@@ -257,7 +257,7 @@ class DatasetTable:
     group: int | None = None  # index of its [[datasets]], whose subsets share batches; None: not a subset
     subset: int | None = None  # index of the subset in its [[datasets]]
     buckets: BucketRule | None = None  # None: buckets of video trainers
-    changes: CaptionChanges = PLAIN_CAPTIONS
+    caption_changes: CaptionChanges = PLAIN_CAPTIONS
     augmentation: Augmentation = NO_AUGMENTATION
     # regularization images: repeated until they are as many as the other images of the group
     is_reg: bool = False
@@ -270,7 +270,7 @@ class DatasetTable:
     attributes: frozenset[str] = frozenset()
     # --- derived in __post_init__
     # where the table is in the dataset file, for messages
-    place: str = field(init=False, repr=False, compare=False)
+    label: str = field(init=False, repr=False, compare=False)
     # items with the same index may share a batch; subsets of one entry have the same index
     batch_group: int = field(init=False, repr=False, compare=False)
     # min_timestep, max_timestep or discrete_flow_shift is set
@@ -290,9 +290,9 @@ class DatasetTable:
         if self.group is not None and self.subset is not None:
             title = f"[[datasets]] {self.group + 1}, subset {self.subset + 1}"
         timestep_settings = (self.min_timestep, self.max_timestep, self.discrete_flow_shift)
-        drops_captions = self.caption_dropout_rate != 0 or self.changes.dropout_every_n_epochs > 0
+        drops_captions = self.caption_dropout_rate != 0 or self.caption_changes.dropout_every_n_epochs > 0
         derived = {
-            "place": title,
+            "label": title,
             "batch_group": self.index if self.group is None else self.group,
             "has_own_timesteps": timestep_settings != (None, None, None),
             "caches_empty_prompt": drops_captions or self.uses_empty_prompt,
@@ -307,7 +307,7 @@ class DatasetTable:
     @property
     def name(self) -> str:
         """Return the table's name for messages: `data.toml, [[datasets]] 2 (clips)`."""
-        return f"{self.config_path}, {self.place} ({self.source})"
+        return f"{self.config_path}, {self.label} ({self.source})"
 
     @property
     def guides(self) -> tuple[Guide, ...]:
@@ -352,7 +352,7 @@ class DatasetTable:
         return self.format_keys
 
     @property
-    def picture_folder(self) -> Path:
+    def base_folder(self) -> Path:
         """Folder that relative paths of images refer to."""
         return self.directory or self.image_folder or self.source.parent
 
@@ -381,7 +381,7 @@ class DatasetTable:
     @property
     def learns_edits(self) -> bool:
         """Return whether these are images for a model that was trained to edit reference images."""
-        return self.kind == "image" and self.references is not None and self.references.edits
+        return self.kind == "image" and self.references is not None and self.references.edits_images
 
     def seen_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
         """Return the settings on which the text encoder's view of reference images depends, by name.
@@ -399,9 +399,9 @@ class DatasetTable:
         reference_media: "Iterable[ReferenceMedium] | None",
         further_text: str | None = None,
     ) -> dict[str, Any]:
-        """Return the settings that decide which frames and reference media text encoders see, by name.
+        """Return the table's settings that change the frames and reference media that text encoders see.
 
-        They are recorded in text caches, as JSON: embeddings are stale if a setting changes.
+        Text caches record them as JSON, by name: embeddings are stale if a setting changes.
 
         Args:
             sees_frames: Whether text encoders see the frames of the clip.
@@ -447,7 +447,7 @@ class DatasetTable:
             values["is_reg"] = True
         for name, subset_key in SUBSET_KEYS.items():  # random changes of captions and images
             record, _, field_name = subset_key.field.partition(".")
-            if record in ("changes", "augmentation"):
+            if record in ("caption_changes", "augmentation"):
                 value = getattr(getattr(self, record), field_name)
                 if value != subset_key.default:
                     values[name] = _as_json(value)
@@ -516,7 +516,7 @@ FURTHER_TEXT = FurtherText("teacher_caption", "the teacher")
 
 
 def declared_keys(record: Any) -> dict[str, forms.TableKey]:
-    """Return the keys that a record class, `DatasetTable` or an `OwnKeys`, declares, by name."""
+    """Return the keys that a record class, `DatasetTable` or a `FormatKeys`, declares, by name."""
     return {each.name: each.metadata["key"] for each in fields(record) if "key" in each.metadata}
 
 

@@ -111,7 +111,7 @@ def _require_space(planned: Sequence[PlannedDownload], folder: Path) -> None:
 
 
 def _plan_download(file: ReleasedFile, options: DownloadOptions) -> PlannedDownload | None:
-    """Return the download of a file; None if the file is there and complete.
+    """Return the download of a file; None if the file exists and is complete.
 
     Raises:
         DownloadError: If the site lacks the file or has a different one than the catalogue.
@@ -120,29 +120,29 @@ def _plan_download(file: ReleasedFile, options: DownloadOptions) -> PlannedDownl
     target = options.to / file.name
     if not real_path(target.parent).is_relative_to(real_path(options.to)):
         raise OutputError(
-            f"{target.parent} links to a different place than {options.to}. Download to a folder of its own "
-            "with --to, and move the files."
+            f"{target.parent} is a link that leads out of {options.to}. Download to another folder with "
+            "--to, and move the files."
         )
     if target.is_dir():
-        raise OutputError(f"{target}: there is a folder of that name. Move it away, or choose another --to.")
-    is_there = target.is_file()
-    if is_there and not options.verify and file.size_bytes == target.stat().st_size:
-        logger.info("%s is there and complete", target)
+        raise OutputError(f"{target} is a folder. Move it away, or choose another --to.")
+    exists = target.is_file()
+    if exists and not options.verify and file.size_bytes == target.stat().st_size:
+        logger.info("%s exists and is complete", target)
         return None
     remote = find_file(file, options.source)
     if not options.accept_changed:
         remote = _add_known_checksums(file, remote)
-    if not is_there:
+    if not exists:
         return PlannedDownload(remote, target)
     # without --verify only the size is compared
     expected = remote if options.verify else replace(remote, sha256=None, git_sha1=None)
     damage = find_damage(target, expected)
     if damage is not None:
         raise OutputError(
-            f"{target} exists and is another file, or damaged: {damage}.\n  Move it away and run again, or "
-            "choose another --to."
+            f"{target} exists, but is a different file or damaged: {damage}.\n  Move it away and run again, "
+            "or choose another --to."
         )
-    logger.info("%s is there and complete%s", target, ", SHA-256 compared" if options.verify else "")
+    logger.info("%s exists and is complete%s", target, ", SHA-256 compared" if options.verify else "")
     return None
 
 
@@ -181,7 +181,7 @@ def download_file(
         remote: File to download.
         target: Path to store it at.
         wait: Waits for a number of seconds before a new attempt.
-        note: Called with the bytes that have arrived and the size of the file.
+        note: Called with the number of bytes received and the size of the file.
 
     Raises:
         DownloadError: If the connection stays broken, if the data arrive damaged twice, or if the content
@@ -194,7 +194,7 @@ def download_file(
         try:
             lock_stack.enter_context(only_one(lock, waits=False))
         except BlockingIOError:
-            logger.info("%s: another run downloads it. Waiting for it to end ...", target.name)
+            logger.info("%s: another run is downloading it. Waiting for it to finish ...", target.name)
             lock_stack.enter_context(only_one(lock))
         if target.is_file() and target.stat().st_size == remote.size_bytes:
             return
@@ -204,7 +204,7 @@ def download_file(
         if error is not None:
             partial.unlink()
             raise DownloadError(
-                f"{remote.page}: what it sends as {target.name} is something else: {error}. Nothing was "
+                f"{remote.page}: the data it sends as {target.name} are something else: {error}. Nothing was "
                 "kept. Look at that page, or try --source or another mirror."
             )
         give_name(partial, target)
@@ -219,8 +219,7 @@ def _receive_undamaged(
     """Download what is missing of a file, and all of it once more if its checksum is wrong.
 
     Raises:
-        DownloadError: If the data arrive damaged twice, if the site refuses, or if the connection stays
-            broken.
+        DownloadError: If the checksum is wrong twice, if the site refuses, or if the connection stays broken.
         OutputError: If the disk is full.
     """
     name = _display_name(partial)
@@ -336,7 +335,7 @@ def _receive_remaining(
         if rejection.status is not None:
             raise explain_status(rejection.status, name, remote.page, bool(remote.headers)) from None
         raise DownloadError(
-            f"{remote.page}: {rejection}. Try --source or another mirror. What has arrived is kept."
+            f"{remote.page}: {rejection}. Try --source or another mirror. The data received so far are kept."
         ) from None
     except RetryableError as error:
         raise DownloadError(
@@ -345,8 +344,8 @@ def _receive_remaining(
         ) from None
     except OSError as error:
         raise OutputError(
-            f"{partial.parent}: {error.strerror or error}. What has arrived is kept: free some space and run "
-            "the same command again."
+            f"{partial.parent}: {error.strerror or error}. The data received so far are kept: free some "
+            "space and run the same command again."
         ) from error
 
 
@@ -357,7 +356,7 @@ def _receive_with_bar(
     wait: Callable[[float], None],
     note: Callable[[int, int], None],
 ) -> None:
-    """Append to `partial` the bytes that it lacks, and show and note how many have arrived."""
+    """Append to `partial` the bytes that it lacks; report their number to the progress bar and to `note`."""
 
     def request(start: int, _: str | None) -> AbstractContextManager[Answer]:
         # the version tag is not compared: a site's servers may have different ones for equal files

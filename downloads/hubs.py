@@ -173,7 +173,7 @@ def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> Remot
     except requests.RequestException as error:
         raise unreachable(page, error) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DownloadError(f"{page}: the list of files has a different form than before.") from error
+        raise DownloadError(f"{page}: the list of files has an unknown format.") from error
     query = urllib.parse.urlencode({"Revision": "master", "FilePath": file.file})
     return RemoteFile(
         url=f"{address}?{query}",

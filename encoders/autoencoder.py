@@ -38,7 +38,7 @@ GROUPS = 32  # groups of group norms, as released; tensors do not show them
 class AutoencoderKind:
     """Properties of one of the released autoencoders with FLUX's layers."""
 
-    what: str = "the autoencoder of FLUX"
+    description: str = "the autoencoder of FLUX"
     option: str = "--ae"
     release: str = "ae.safetensors of FLUX.1 or the folder vae of its diffusers release"
     channels: int = 16  # latent channels
@@ -76,15 +76,8 @@ def read_autoencoder(
     Raises:
         CheckpointError: If the file contains another model or is incomplete.
     """
-    prefixes = ("first_stage_model.", "vae.")  # prefixes of the autoencoder in all-in-one files
-    other_networks = [prefix for prefix in ALL_IN_ONE if prefix not in prefixes]
-    checkpoint = checkpoint.without_prefix(*prefixes, others=(*other_networks, "model."))
-    sources = list_tensor_sources(checkpoint)
-    # 1. translate diffusers' names to those of the released file, and reject other models
-    if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:
-        levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
-        sources = dialects.rename_sources(sources, lambda name: _from_diffusers(name, levels))
-    wrong_model = dialects.make_wrong_kind_error(checkpoint, kind.what, kind.option, kind.release)
+    checkpoint, sources = _find_autoencoder(checkpoint)
+    wrong_model = dialects.make_wrong_kind_error(checkpoint, kind.description, kind.option, kind.release)
     if "encoder.down.0.block.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise wrong_model
     as_matrices(sources, ATTENTION)
@@ -94,7 +87,6 @@ def read_autoencoder(
     _check_kind(checkpoint, kind, channels, is_quantized)
     for part in ("encoder.down", "decoder.up"):
         _check_levels(checkpoint, kind, part, dialects.count(sources, rf"{re.escape(part)}\.\d+"))
-    # 2. read the channels of each level, and check that the groups of the norms divide them
     widths = tuple(shape_of(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     decoder_widths = tuple(shape_of(f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     groups = declared_groups(checkpoint, kind.classes) or GROUPS
@@ -111,11 +103,23 @@ def read_autoencoder(
     return dialects.LoadPlan(config, checkpoint, sources, unused)
 
 
+def _find_autoencoder(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
+    """Return the tensors of an autoencoder in a file, and its weights by the names of the released file."""
+    prefixes = ("first_stage_model.", "vae.")  # prefixes of the autoencoder in all-in-one files
+    other_networks = [prefix for prefix in ALL_IN_ONE if prefix not in prefixes]
+    autoencoder = checkpoint.without_prefix(*prefixes, ignored_prefixes=(*other_networks, "model."))
+    sources = list_tensor_sources(autoencoder)
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:  # diffusers' names
+        levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
+        sources = dialects.rename_sources(sources, lambda name: _from_diffusers(name, levels))
+    return autoencoder, sources
+
+
 def _check_levels(checkpoint: Checkpoint, kind: AutoencoderKind, part: str, num_levels: int) -> None:
     if num_levels != LEVELS:
         raise CheckpointError(
             f"{checkpoint.path}: {part} has {num_levels} levels, but that of FLUX has {LEVELS}. The file "
-            f"holds another model, or tensors are missing. Give {kind.release}.",
+            f"contains another model, or tensors are missing. Give {kind.release}.",
             checkpoint.path,
         )
 
@@ -127,7 +131,7 @@ def _check_kind(checkpoint: Checkpoint, kind: AutoencoderKind, channels: int, is
     quant_conv = " and a quant_conv" if is_quantized else ""
     expected = "one" if kind.is_quantized else "none"
     raise CheckpointError(
-        f"{checkpoint.path}: this VAE has {channels} latent channels{quant_conv}, but {kind.what} has "
+        f"{checkpoint.path}: this VAE has {channels} latent channels{quant_conv}, but {kind.description} has "
         f"{kind.channels} and {expected}. Give {kind.release}.",
         checkpoint.path,
     )
@@ -267,12 +271,12 @@ class ImageVae(nn.Module):
     def _moments(self, pixels: Tensor) -> Tensor:
         if pixels.dtype == torch.uint8:
             pixels = from_bytes(pixels.to(self.device))
-        return self.encoder(self.place(pixels)).float()
+        return self.encoder(self.cast_input(pixels)).float()
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        return self.decoder(self.place(latents)).float()
+        return self.decoder(self.cast_input(latents)).float()
 
-    def place(self, x: Tensor) -> Tensor:
+    def cast_input(self, x: Tensor) -> Tensor:
         """Convert a tensor to the VAE's device, dtype and memory format, which all layers preserve."""
         return x.to(self.device, self.dtype, memory_format=memory_formats(self.device)[1])
 
@@ -343,7 +347,7 @@ def load_autoencoder(
             lambda config: Autoencoder(config, tile),
             device=device,
             dtype=dtype,
-            what="the autoencoder of FLUX",
+            label="the autoencoder of FLUX",
         )
     set_memory_format(network, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))

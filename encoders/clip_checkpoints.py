@@ -54,7 +54,7 @@ class ClipNaming:
     name: str = "clip_l"  # in cache records
     pooled_key: str = "l_pooled"  # key of the pooled state
     mask_key: str | None = None  # key of the mask of real tokens; None: it is not returned
-    what: str = "CLIP-L"  # in the log
+    description: str = "CLIP-L"  # in the log
     option: str = "--clip_l"
     release: str = "clip_l.safetensors, the folder text_encoder of FLUX.1 or clip-vit-large-patch14"
     folder: str = "text_encoder"  # subfolder in a full release

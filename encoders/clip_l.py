@@ -123,7 +123,7 @@ class PooledClip(FileTextEncoder[ClipText]):
     """
 
     abilities = EncoderAbilities(accepts_new_words=True)
-    maximum = CLIP_TOKENS
+    max_length = CLIP_TOKENS
     embedding = "embeddings.token_embedding.weight"
     word_keys = ("clip_l",)
 
@@ -145,7 +145,7 @@ class PooledClip(FileTextEncoder[ClipText]):
         super().__init__(inside(path, naming.folder), tokenizer)
         self.name = naming.name
         self.keys = naming.keys
-        self.what = naming.what
+        self.description = naming.description
         self.source = TokenizerSource(naming.tokenizer, read_file=_read_clip)
         self.naming = naming
         self.dtype = dtype
@@ -158,9 +158,9 @@ class PooledClip(FileTextEncoder[ClipText]):
         settings = f"{config.num_heads} heads, {config.activation}, eps {config.eps}"
         return self.identify(self.naming.name, config=settings, dtype=dtype_name(self.dtype))
 
-    def write(self, prompt: Prompt) -> TemplatedPrompt:
+    def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
         """Return the second text, or the prompt if it has none, without prompt weights."""
-        text = prompt.text if prompt.second is None else prompt.second
+        text = prompt.text if prompt.prompt_2 is None else prompt.prompt_2
         return TemplatedPrompt(text, text, ())
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
@@ -173,7 +173,7 @@ class PooledClip(FileTextEncoder[ClipText]):
     def load_network(self, device: torch.device) -> ClipText:
         """Load the text tower and log its file and dtype."""
         clip = load_clip_text(self.path, device, self.dtype, self.naming)
-        logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
+        logger.info("%s: %s, computing in %s", self.description, self.path, dtype_name(self.dtype))
         return clip
 
     def compute(

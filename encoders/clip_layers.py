@@ -242,7 +242,7 @@ def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, naming:
         plan = read_clip_text(checkpoint, naming)
         check_activation(plan.config, path, "CLIP-L has quick_gelu")
         what = f"the CLIP text encoder ({naming.option})"
-        return load_planned(plan, ClipText, device=device, dtype=dtype, what=what)
+        return load_planned(plan, ClipText, device=device, dtype=dtype, label=what)
 
 
 # Letters: B images, L patches and the class token, C width, P width of the projection
@@ -346,4 +346,4 @@ def load_clip_vision(
         plan = read_clip_vision(checkpoint, option, release)
         check_activation(plan.config, path, "OpenCLIP has gelu")
         what = f"the CLIP image encoder ({option})"
-        return load_planned(plan, ClipVision, device=device, dtype=dtype, what=what)
+        return load_planned(plan, ClipVision, device=device, dtype=dtype, label=what)

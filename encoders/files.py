@@ -59,7 +59,7 @@ class TransformerFiles(ABC):
     vae_dtype: torch.dtype | None = None
     vae_tile: int | None = None
     text_dtype: torch.dtype | None = None
-    words: tuple[ModelWord, ...] = ()  # additional words of the text encoders
+    added_words: tuple[ModelWord, ...] = ()  # additional words of the text encoders
 
     format: ClassVar[DitFormat[Any, Any]]  # format of the transformer's file
     vae_option: ClassVar[str] = "--vae"
@@ -170,7 +170,9 @@ class OneTransformer:
     """Base class of families with a single transformer; most properties follow from their files."""
 
     abilities: ClassVar[Abilities] = Abilities(detects_few_steps=True)
-    named: ClassVar[Mapping[str, str]] = {}  # metadata with the model's name, if it is always the same
+    model_metadata: ClassVar[
+        Mapping[str, str]
+    ] = {}  # metadata with the model's name, if it is always the same
     few_steps: ClassVar[FewSteps] = FewSteps()  # releases distilled to few steps
 
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
@@ -192,7 +194,7 @@ class OneTransformer:
     @property
     def metadata(self) -> Mapping[str, str]:
         """The family's metadata together with the names of the files."""
-        return self.metadata_of(self.named)
+        return self.metadata_of(self.model_metadata)
 
     @property
     def hashed_files(self) -> Mapping[str, Path]:
@@ -202,14 +204,14 @@ class OneTransformer:
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return the text encoders that `files` describes."""
         encoders = self.files.text_encoders()
-        if self.files.words:
-            give_words(encoders, self.files.words)
+        if self.files.added_words:
+            give_words(encoders, self.files.added_words)
         return encoders
 
     @property
     def word_names(self) -> tuple[str, ...]:
         """Return the additional words of the text encoders."""
-        return tuple(word.text for word in self.files.words)
+        return tuple(word.text for word in self.files.added_words)
 
     def with_words(self, files: "WordsByFile", option: str) -> Self:
         """Return a copy whose text encoders know the textual-inversion words of embedding files and LoRAs.
@@ -220,7 +222,7 @@ class OneTransformer:
             files: Words with their vectors, by file.
             option: Option that names the files, for messages.
         """
-        known_words = {word.text.lower(): word for word in self.files.words}  # case does not matter
+        known_words = {word.text.lower(): word for word in self.files.added_words}  # case does not matter
         for path, vectors_by_word in files.items():
             for text, vectors in vectors_by_word.items():
                 word = ModelWord(text, content=vectors, source=path, option=option)
@@ -231,11 +233,11 @@ class OneTransformer:
 
     def with_word_in_texts(self, word: "WordToLearn") -> Self:
         """Return a copy whose text encoders have rows for a word to train."""
-        return self._with_model_words([*self.files.words, ModelWord(word.text, word.count)])
+        return self._with_model_words([*self.files.added_words, ModelWord(word.text, word.count)])
 
     def _with_model_words(self, words: Sequence[ModelWord]) -> Self:
         family: Any = self  # a dataclass, as all families are
-        copy: Self = replace(family, files=replace(self.files, words=tuple(words)))
+        copy: Self = replace(family, files=replace(self.files, added_words=tuple(words)))
         return copy
 
     def word_network(self, word: "WordToLearn") -> "CustomNetwork":

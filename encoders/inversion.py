@@ -108,8 +108,10 @@ def write_vectors(
         metadata: Metadata of the file.
     """
     report_norms(module)
-    tensors = {name: rows.detach() for name, rows in module.named_parameters()}
-    infos = {name: TensorInfo(dtype or rows.dtype, tuple(rows.shape)) for name, rows in tensors.items()}
+    tensors = {name: vectors.detach() for name, vectors in module.named_parameters()}
+    infos = {}
+    for name, vectors in tensors.items():
+        infos[name] = TensorInfo(dtype or vectors.dtype, tuple(vectors.shape))
     stream_tensors(path, infos, lambda name: tensors[name].to(infos[name].dtype), metadata)
 
 
@@ -258,7 +260,7 @@ class Inversion:
         if len(ids) != count:
             option_names = self.word_options.option_names
             logger.warning(
-                "%s %r has %s in text encoder %d, %s is %d: its vectors are %s.",
+                "%s %r has %s in text encoder %d, but %s is %d: its vectors are %s.",
                 option_names.init_word,
                 self.word_options.init_word,
                 format_count(len(ids), "token"),
@@ -301,7 +303,7 @@ class Inversion:
         num_stored = len(next(iter(vectors.values())))
         if num_stored != self.word.count:
             raise CheckpointError(
-                f"{option} {path}: it has {format_count(num_stored, 'vector')}, {option_names.count} is "
+                f"{option} {path}: it has {format_count(num_stored, 'vector')}, but {option_names.count} is "
                 f"{self.word.count}. Give {option_names.count} {num_stored}.",
                 path,
             )

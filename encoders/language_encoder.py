@@ -147,32 +147,34 @@ class LanguageEncoderSettings:
     states_key: str  # key of the states in the conditions that `encode` returns
     model: LanguageModel
     source: TokenizerSource
-    maximum: int  # longest prompt in tokens, without the template tokens that `dropped` counts
-    before: str = ""  # the template before the prompt
-    after: str = ""  # the template after the prompt
+    max_length: int  # longest prompt in tokens, without the template tokens that `dropped` counts
+    template_prefix: str = ""  # the template before the prompt
+    template_suffix: str = ""  # the template after the prompt
     # Number of template tokens before the prompt whose states are dropped, with the model's own tokenizer.
     # None: the tokens of `system` (a prefix of `before`) are counted, or those of `before` if `system` is ""
-    dropped: int | None = 0
+    num_dropped_tokens: int | None = 0
     system: str = ""
-    blank: str = ""  # replaces an empty prompt
-    strips: bool = False  # whether white space around a prompt is stripped
+    empty_prompt_text: str = ""  # replaces an empty prompt
+    strips_prompt: bool = False  # whether white space around a prompt is stripped
     # Hidden states that are concatenated, by the number of layers before them, ascending; or ALL_STATES. -1
     # is the last state after the final norm. -2 is the state before the last layer; it must be the only one,
     # and the file must have all layers
     states: tuple[int, ...] = (-1,)
-    stacked: tuple[int, ...] = ()  # hidden states that are stacked, L n C, instead of concatenating `states`
+    stacked_states: tuple[
+        int, ...
+    ] = ()  # hidden states that are stacked, L n C, instead of concatenating `states`
     final_norm: bool = False  # whether the final norm is applied to the last state even if it is not -1
     pre_norm: bool = False  # whether state -1 is the one before the final norm
-    keeps_after: bool = False  # whether `after` is kept if a prompt is too long
+    keeps_template_suffix: bool = False  # whether `after` is kept if a prompt is too long
     # padding token: prompts are padded to `maximum` tokens, and padding has states; None: no padding
-    pad: str | None = None
+    pad_token: str | None = None
     # If `pad` is set, each prompt is padded to a multiple of this number of tokens instead. Padding has
     # position 1, as in the version of transformers that models were trained with
     pad_to_multiple_of: int = 0
     pads_left: bool = False  # if `pad` is None: positions are those after padding on the left to `maximum`
     mask_key: str = ""  # key of the mask, 1 for real tokens; "": no mask is returned
     batch_size: int = 8  # number of prompts in a batch; limits memory
-    pictures: ImagePromptFormat | None = None  # how images are put into a prompt; None: no images
+    image_format: ImagePromptFormat | None = None  # how images are put into a prompt; None: no images
     # Keys of the positions and sizes of images. If `image_positions_key` is set, the states of image tokens
     # are removed, and an image's position is the number of remaining states before it. Sizes are rows and
     # columns of patches, of which a token has 2 x 2. "": states of image tokens are not removed
@@ -180,12 +182,12 @@ class LanguageEncoderSettings:
     image_sizes_key: str = ""
     # key of the hashes of a dataset item's images (`ImagePromptFormat.hash_images`); "": no hashes
     image_hashes_key: str = ""
-    record: str = ""  # prefix of the encoder's keys in cache records; "": `name`
+    record_prefix: str = ""  # prefix of the encoder's keys in cache records; "": `name`
 
     @property
     def state_indices(self) -> tuple[int, ...]:
         """Numbers of the hidden states that the encoder returns, stacked or concatenated."""
-        return self.stacked or self.states
+        return self.stacked_states or self.states
 
     @property
     def keys(self) -> frozenset[str]:
@@ -197,13 +199,13 @@ class LanguageEncoderSettings:
     @property
     def template(self) -> str:
         """The template, with `{}` for the prompt."""
-        images = self.pictures.text if self.pictures else ""
-        return f"{self.before}{images}{{}}{self.after}"
+        images = self.image_format.text if self.image_format else ""
+        return f"{self.template_prefix}{images}{{}}{self.template_suffix}"
 
     @property
     def template_key(self) -> str:
         """Key of the template's fingerprint in cache records (`LanguageModelEncoder.identity`)."""
-        return f"{self.record or self.name}_template"
+        return f"{self.record_prefix or self.name}_template"
 
     @property
     def fingerprint(self) -> str:
@@ -245,10 +247,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.on_cpu = on_cpu
         self.name = settings.name
         self.source = settings.source
-        self.maximum = settings.maximum
+        self.max_length = settings.max_length
         self.keys = settings.keys
         self.word_keys = (settings.model.word_key,)
-        pads_to_maximum = settings.pad is not None and not settings.pad_to_multiple_of
+        pads_to_maximum = settings.pad_token is not None and not settings.pad_to_multiple_of
         self.variable_length: frozenset[str] = frozenset()  # conditions whose length differs between prompts
         if not pads_to_maximum:
             self.variable_length = settings.keys | {settings.image_hashes_key}
@@ -279,7 +281,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """Entries of cache records: all that states depend on except the text, such as network and dtype."""
         config = self._config
         return self.identify(
-            self.settings.record or self.name,
+            self.settings.record_prefix or self.name,
             config=f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}{config.settings_text}",
             dtype=dtype_name(self.dtype),
             state=self.state,
@@ -289,42 +291,42 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             transformers=version("transformers").partition(".")[0] if self.settings.pre_norm else None,
         )
 
-    def write(self, prompt: Prompt) -> TemplatedPrompt:
+    def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
         """Insert a prompt into the template, and shift the spans of its weights accordingly."""
         settings = self.settings
         text = prompt.text
         num_stripped = 0  # characters of white space removed before the prompt
-        if settings.strips:
+        if settings.strips_prompt:
             num_stripped = len(text) - len(text.lstrip())
             text = text.strip()
-        text = text or settings.blank  # what the family writes for an empty prompt
+        text = text or settings.empty_prompt_text  # what the family writes for an empty prompt
         weighted_spans = []
-        for first_character, last_character, weight in prompt.spans:
+        for first_character, last_character, weight in prompt.weighted_spans:
             weighted_spans.append((first_character - num_stripped, last_character - num_stripped, weight))
-        start = len(settings.before)
+        start = len(settings.template_prefix)
         return TemplatedPrompt(
-            text=f"{settings.before}{text}{settings.after}",
+            text=f"{settings.template_prefix}{text}{settings.template_suffix}",
             prompt=text,
             spans=tuple(weighted_spans),
             start=start,
             # tokens from here on are kept if the prompt is too long
-            suffix_start=start + len(text) if settings.keeps_after else math.inf,
+            suffix_start=start + len(text) if settings.keeps_template_suffix else math.inf,
         )
 
     def count_template_tokens(self, tokenizer: TextTokenizer) -> int:
         """Return the number of template tokens before the prompt whose states are dropped."""
-        if self.settings.dropped is not None:
-            return self.settings.dropped
-        return len(tokenizer.read(self.settings.system or self.settings.before).ids)
+        if self.settings.num_dropped_tokens is not None:
+            return self.settings.num_dropped_tokens
+        return len(tokenizer.read(self.settings.system or self.settings.template_prefix).ids)
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Warn if the template before the prompt does not have `settings.dropped` tokens."""
-        counted = len(tokenizer.read(self.settings.before).ids)
-        expected = self.settings.dropped
+        counted = len(tokenizer.read(self.settings.template_prefix).ids)
+        expected = self.settings.num_dropped_tokens
         if expected and counted != expected:
             logger.warning(
-                "the tokenizer makes %d tokens of the template before the prompt, the model's own makes %d: "
-                "prompts will be cut in the wrong place. Give the tokenizer of this model to %s.",
+                "the tokenizer splits the template before the prompt into %d tokens, but the model's own "
+                "into %d: prompts will be cut in the wrong place. Give the tokenizer of this model to %s.",
                 counted,
                 expected,
                 self.source.files.option,
@@ -343,7 +345,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         # splitting over processes saves device memory, which a network on the CPU does not use
         blocks = None if self.on_cpu else self.blocks
         vision_tower = None
-        if settings.pictures is not None and settings.pictures.loads_tower_at_once:
+        if settings.image_format is not None and settings.image_format.loads_tower_at_once:
             vision_tower = load_vision_tower(self.path, settings.model, device, self.dtype)
         free_bytes = None  # free bytes on the device; None: load all layers there
         # backward passes need all layers on the device
@@ -363,7 +365,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         )
         if vision_tower is not None:
             network.visual = vision_tower
-        logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
+        logger.info("%s: %s, computing in %s", self.description, self.path, dtype_name(self.dtype))
         return network
 
     def offloaded_bytes(self, free_bytes: int) -> int:
@@ -391,7 +393,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     def find_pad(self, tokenizer: TextTokenizer) -> int:
         """Return the id of the padding token; 0 for a model without one."""
-        return self.find_token(tokenizer, self.settings.pad) if self.settings.pad else 0
+        return self.find_token(tokenizer, self.settings.pad_token) if self.settings.pad_token else 0
 
     def compute(
         self,
@@ -424,19 +426,36 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         for first in range(0, len(token_ids), batch_size):
             batch = token_ids[first : first + batch_size]
             batch_images = images[first : first + batch_size]
-            padded_length = self._select_length(batch, num_template_tokens)
-            padded_ids, mask = fill_rows(batch, padded_length, pad, self.settings.pads_left)
-            states = self._run_network(network, tokenizer, padded_ids, mask=mask, images=batch_images)
-            states = states[:, num_template_tokens:].cpu()
-            mask = mask[:, num_template_tokens:]
-            for index, ids in enumerate(batch):
-                length = self._length_alone(ids, num_template_tokens) - num_template_tokens
-                conditions = self._make_conditions(states[index], mask[index], length)
-                if self.settings.image_positions_key:
-                    grids = batch_images[index].token_grids if batch_images else ()
-                    prompt_ids = ids[num_template_tokens:]
-                    conditions |= self._split_images(tokenizer, states[index], prompt_ids, grids)
-                results.append(conditions)
+            results += self._compute_batch(network, tokenizer, batch, batch_images, pad, num_template_tokens)
+        return results
+
+    def _compute_batch(
+        self,
+        network: nn.Module,
+        tokenizer: TextTokenizer,
+        batch: Sequence[list[int]],
+        images: Sequence[PatchedImages],
+        pad: int,
+        num_template_tokens: int,
+    ) -> list[Conditions]:
+        """Return the conditions of prompts that run together, without the padding that this takes.
+
+        `pad` is the id of the padding token; other arguments as in `compute`.
+        """
+        padded_length = self._select_length(batch, num_template_tokens)
+        padded_ids, mask = fill_rows(batch, padded_length, pad, self.settings.pads_left)
+        states = self._run_network(network, tokenizer, padded_ids, mask=mask, images=images)
+        states = states[:, num_template_tokens:].cpu()
+        mask = mask[:, num_template_tokens:]
+        results: list[Conditions] = []
+        for index, ids in enumerate(batch):
+            length = self._length_alone(ids, num_template_tokens) - num_template_tokens
+            conditions = self._make_conditions(states[index], mask[index], length)
+            if self.settings.image_positions_key:
+                grids = images[index].token_grids if images else ()
+                prompt_ids = ids[num_template_tokens:]
+                conditions |= self._split_images(tokenizer, states[index], prompt_ids, grids)
+            results.append(conditions)
         return results
 
     def _length_alone(self, ids: list[int], num_template_tokens: int) -> int:
@@ -463,8 +482,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             position_ids=inputs.position_ids,
             layer_additions=inputs.layer_additions,
         )
-        if self.settings.stacked:
-            states = states.unflatten(-1, (len(self.settings.stacked), -1))
+        if self.settings.stacked_states:
+            states = states.unflatten(-1, (len(self.settings.stacked_states), -1))
         return states
 
     def _split_images(
@@ -483,8 +502,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             token_grids: For each image, its rows and columns of tokens.
         """
         settings = self.settings
-        assert settings.pictures is not None
-        placeholder = self.find_token(tokenizer, settings.pictures.token) if token_grids else None
+        assert settings.image_format is not None
+        placeholder = self.find_token(tokenizer, settings.image_format.token) if token_grids else None
         # indices instead of a mask, because memory planning runs with fake tensors, which cannot be masked
         text_indices = [index for index, token_id in enumerate(ids) if token_id != placeholder]
         image_positions = []  # number of text tokens in front of each image
@@ -509,8 +528,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """Return the number of tokens, including the template's, to which a batch's prompts are padded."""
         settings = self.settings
         longest = max(map(len, token_ids))
-        max_length = num_template_tokens + settings.maximum
-        if settings.pad is None:
+        max_length = num_template_tokens + settings.max_length
+        if settings.pad_token is None:
             return longest
         if settings.pad_to_multiple_of:
             rounded_up = math.ceil(longest / settings.pad_to_multiple_of) * settings.pad_to_multiple_of
@@ -534,8 +553,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         device = network.get_parameter(self.embedding).device
         token_embeddings = embedding(ids.to(device))
         if any(prompt.token_grids for prompt in images):
-            assert settings.pictures is not None
-            placeholder = self.find_token(tokenizer, settings.pictures.token)
+            assert settings.image_format is not None
+            placeholder = self.find_token(tokenizer, settings.image_format.token)
             vision_tower = network.get_submodule("visual")
             return embed_images(
                 vision_tower, token_embeddings, ids=ids, images=images, placeholder=placeholder
@@ -548,9 +567,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         length = mask.shape[1]
         if settings.pad_to_multiple_of:  # all padding has position 1
             return torch.arange(length).masked_fill(mask == 0, 1)
-        if settings.pad is None and settings.pads_left:
+        if settings.pad_token is None and settings.pads_left:
             # the prompt is not padded, but has the positions as if padding before it filled `maximum` tokens
-            return torch.arange(settings.maximum - length, settings.maximum)[None]
+            return torch.arange(settings.max_length - length, settings.max_length)[None]
         return None
 
     def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
@@ -560,7 +579,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         the first `length` tokens (including the padding of `pad_to_multiple_of`), each in a list.
         """
         settings = self.settings
-        if settings.pad is not None and not settings.pad_to_multiple_of:
+        if settings.pad_token is not None and not settings.pad_to_multiple_of:
             return {settings.states_key: states.clone(), **self._mask(mask)}
         conditions = {settings.states_key: states[:length].clone(), **self._mask(mask[:length])}
         return {key: [tensor] for key, tensor in conditions.items()}
@@ -579,7 +598,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """
         encoded = self._encode_prompts(prompts)
         image_hashes_key = self.settings.image_hashes_key
-        image_format = self.settings.pictures
+        image_format = self.settings.image_format
         if not image_hashes_key or image_format is None or image_format.hash_images is None:
             return encoded
         # some families check that text encoder and transformer saw the same images
@@ -598,12 +617,12 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             CheckpointError: If the file has no vision tower, or that of another model.
         """
         network, _ = self._loaded.get()
-        if self.settings.pictures is not None and not hasattr(network, "visual"):
+        if self.settings.image_format is not None and not hasattr(network, "visual"):
             network.visual = load_vision_tower(self.path, self.settings.model, device, self.dtype)
 
     def _encode_prompts(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode prompts with their images in front of the text."""
-        image_format = self.settings.pictures
+        image_format = self.settings.image_format
         if image_format is None or not any(prompt.images for prompt in prompts):
             return super().encode(prompts)
         network, tokenizer = self._loaded.get()
@@ -612,7 +631,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         placeholder = self.find_token(tokenizer, image_format.token)
         templated_prompts: list[TemplatedPrompt] = []
         for prompt, prompt_images in zip(prompts, images, strict=True):
-            templated = self.write(prompt)
+            templated = self.apply_template(prompt)
             # a typed placeholder would be taken for an image
             if prompt_images.token_grids and placeholder in tokenizer.read(templated.prompt).ids:
                 raise MediaError(
@@ -620,7 +639,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
                     f"{templated.prompt}"
                 )
             templated_prompts.append(_put_in_front(templated, prompt_images, image_format))
-        return self.encode_written(templated_prompts, functools.partial(self.compute, images=images))
+        return self.encode_templated(templated_prompts, functools.partial(self.compute, images=images))
 
 
 @dataclass(frozen=True)
@@ -653,7 +672,7 @@ class LanguageModelFiles(TransformerFiles):
     def text_encoder_path(self) -> Path:
         """Path of the language model; raises an error if it is missing."""
         model = self.encoder_settings.model
-        return require_file(self.text_encoder, model.option, f"{model.what} encodes the prompts")
+        return require_file(self.text_encoder, model.option, f"{model.description} encodes the prompts")
 
     def language_model(self) -> LanguageModelEncoder:
         """Return the language model; its file is opened when it is loaded."""
@@ -692,7 +711,7 @@ class LanguageModelFiles(TransformerFiles):
                 dit_width=None if config is None else config.text_dim,
                 fits=model.files,
             )
-            if settings.pictures is not None and settings.pictures.loads_tower_at_once:
+            if settings.image_format is not None and settings.image_format.loads_tower_at_once:
                 self.check_tower()
         if self.text_encoder_tokenizer is not None:
             settings.source.files.check_option_value(self.text_encoder_tokenizer)
@@ -719,24 +738,24 @@ def _read_all_images(
 
 
 def _put_in_front(
-    written: TemplatedPrompt, pictures: PatchedImages, image_format: ImagePromptFormat
+    templated: TemplatedPrompt, pictures: PatchedImages, image_format: ImagePromptFormat
 ) -> TemplatedPrompt:
     """Return the prompt with the placeholder tokens of its images before the text."""
     total = len(pictures.counts)
     inserted = ""
     for number, num_tokens in enumerate(pictures.counts, start=1):
         inserted += image_format.write(number, num_tokens, total)
-    return written._replace(
-        text=written.text[: written.start] + inserted + written.text[written.start :],
-        start=written.start + len(inserted),
-        suffix_start=written.suffix_start + len(inserted),
+    return templated._replace(
+        text=templated.text[: templated.start] + inserted + templated.text[templated.start :],
+        start=templated.start + len(inserted),
+        suffix_start=templated.suffix_start + len(inserted),
         num_image_tokens=sum(pictures.counts),
     )
 
 
 def _measure_states(checkpoint: Checkpoint, settings: LanguageEncoderSettings) -> int:
     config = read_language_model(checkpoint, settings.model, settings.state_indices).config
-    if settings.stacked:
+    if settings.stacked_states:
         return config.dim
     states = settings.states or all_states(config.num_layers)
     return len(states) * config.dim

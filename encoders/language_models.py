@@ -78,7 +78,7 @@ _COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq")
 class LanguageModel:
     """A released language model: how its files are recognized, and settings that its tensors do not show."""
 
-    what: str  # for messages, such as "a Llama language model"
+    description: str  # for messages, such as "a Llama language model"
     option: str  # option for its file
     files: str  # names of suitable files, for messages
     class_prefix: str  # classes in transformers, without "Config" and "Model"
@@ -112,7 +112,7 @@ class LanguageModel:
 
 
 LLAMA = LanguageModel(
-    what="a Llama language model",
+    description="a Llama language model",
     option="--text_encoder1",
     files=(
         "the folder text_encoder of HunyuanVideo, llava-llama-3-8b-v1_1-transformers or "
@@ -127,7 +127,7 @@ LLAMA = LanguageModel(
     skip_option="--hidden_state_skip_layer",
 )
 QWEN25_VL = LanguageModel(
-    what="the language model of Qwen2.5-VL",
+    description="the language model of Qwen2.5-VL",
     option="--text_encoder",
     files="qwen_2.5_vl_7b.safetensors of Comfy-Org, or the folder of Qwen/Qwen2.5-VL-7B-Instruct,",
     class_prefix="Qwen2_5_VLText",
@@ -143,7 +143,7 @@ QWEN25_VL = LanguageModel(
     settings={"use_sliding_window": False},
 )
 QWEN3 = LanguageModel(
-    what="a Qwen3 language model",
+    description="a Qwen3 language model",
     option="--text_encoder",
     files="qwen_3_4b.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-4B,",
     class_prefix="Qwen3",
@@ -156,7 +156,7 @@ QWEN3 = LanguageModel(
     settings={"use_sliding_window": False},
 )
 QWEN3_VL = LanguageModel(
-    what="the language model of Qwen3-VL",
+    description="the language model of Qwen3-VL",
     option="--text_encoder",
     files="qwen3vl_4b_bf16.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-VL-4B-Instruct,",
     class_prefix="Qwen3VLText",
@@ -173,14 +173,13 @@ QWEN3_VL = LanguageModel(
 
 
 def _read_delta_layers(
-    config_json: Mapping[str, Any], num_layers: int, width: int, shapes: Mapping[str, tuple[int, ...]]
+    config_json: Mapping[str, Any], num_layers: int, _width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> Mapping[str, Any]:
     """Return the settings of Gated DeltaNet layers and the kinds of all layers, as transformers names them.
 
     Raises:
         ValueError: If a setting is missing or invalid.
     """
-    _ = width  # not used: heads of DeltaNet and attention layers differ in width
     delta = "layers.0.linear_attn."  # layer 0 of Qwen3.5 is a DeltaNet layer
     value_heads = shapes[f"{delta}A_log"][0]
     value_width = shapes[f"{delta}norm.weight"][0]
@@ -206,7 +205,7 @@ def _read_delta_layers(
 
 
 QWEN35 = LanguageModel(
-    what="the language model of Qwen3.5",
+    description="the language model of Qwen3.5",
     option="--text_encoder",
     files="qwen3.5_9b_bf16.safetensors of Comfy-Org, or the folder text_encoder of MOSS-Image,",
     class_prefix="Qwen3_5Text",
@@ -286,16 +285,11 @@ def read_language_model(
     """
     path = checkpoint.path
     layer = f"layers.{model.first_attention_layer}."  # prefix of a layer with attention
-    network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_PROJ}", OTHER_TENSORS)
-    # tensors that only some models have, such as biases and norms, tell the models apart
-    if (
-        network is None
-        or _list_distinguishing_tensors(network, checkpoint, layer) != model.distinguishing_tensors
-    ):
-        raise make_wrong_kind_error(checkpoint, model.what, model.option, model.files)
+    network = _find_language_model(checkpoint, model, layer)
     sources = list_tensor_sources(network)
     wrong_sizes = CheckpointError(
-        f"{path}: its tensors do not have the sizes of {model.what}. Give {model.files} to {model.option}.",
+        f"{path}: its tensors do not have the sizes of {model.description}. Give {model.files} to "
+        f"{model.option}.",
         path,
     )
     shape = make_shape_reader(network, sources, wrong_sizes)
@@ -341,6 +335,21 @@ def read_language_model(
         settings=constants.settings,
     )
     return LoadPlan(config, network, sources, _list_unused_names(config, all_layers))
+
+
+def _find_language_model(checkpoint: Checkpoint, model: LanguageModel, layer: str) -> Checkpoint:
+    """Return the language model's tensors in a file, without their prefix; raise CheckpointError for another.
+
+    `layer` is the prefix of a layer with attention.
+    """
+    network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_PROJ}", OTHER_TENSORS)
+    # tensors that only some models have, such as biases and norms, tell the models apart
+    if (
+        network is None
+        or _list_distinguishing_tensors(network, checkpoint, layer) != model.distinguishing_tensors
+    ):
+        raise make_wrong_kind_error(checkpoint, model.description, model.option, model.files)
+    return network
 
 
 def _find_head_dim(
@@ -531,7 +540,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
     classes = config.model.class_prefix
     if not hasattr(transformers, f"{classes}Model"):
         raise OptionError(
-            f"{config.model.what} needs transformers {config.model.min_transformers} or later, not "
+            f"{config.model.description} needs transformers {config.model.min_transformers} or later, not "
             f"{transformers.__version__}: pip install --upgrade transformers"
         )
     transformers_config = getattr(transformers, f"{classes}Config")(**settings)
@@ -558,9 +567,9 @@ def _split_frequencies(config: LanguageConfig) -> list[int]:
         # thirds; the first axes get the remainder
         return [(frequencies + 2 - axis) // 3 for axis in range(3)]
     time_share, row_share, _ = config.model.mrope_sixteenths  # in sixteenths
-    times = frequencies * time_share // 16
-    rows = frequencies * row_share // 16
-    return [times, rows, frequencies - times - rows]
+    num_time = frequencies * time_share // 16
+    num_row = frequencies * row_share // 16
+    return [num_time, num_row, frequencies - num_time - num_row]
 
 
 def load_language_model(
@@ -615,7 +624,7 @@ def load_language_model(
             build_language_model,
             device=device,
             dtype=lambda name, _: torch.float32 if name.endswith(float32_suffixes) else dtype,
-            what=name_in_messages,
+            label=name_in_messages,
             form=form,
             host=streamed_weights,
             blocks=blocks,

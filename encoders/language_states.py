@@ -1,6 +1,7 @@
 """Run the layers of a language model under a causal mask and collect hidden states."""
 # Letters: B prompts, L tokens, C width of the model, n states that are joined
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -40,27 +41,24 @@ def language_states(
         position_ids = torch.arange(embeddings.shape[1])[None]
     masks = _make_attention_masks(network.config, embeddings, mask)
     collected: list[Tensor] = []
-    hooks = []
-    for state in states[:-1]:
-        if state == 0:
-            collected.append(embeddings)
-        else:
-            append_state = functools.partial(_append_output, collected)
-            hooks.append(layers[state - 1].register_forward_hook(append_state))
-    # the state of a layer is its output before the addition; only -1 includes that of the last layer
-    layers_with_addition = layers if states[-1] == -1 else layers[:-1]
-    for layer, addition in zip(layers_with_addition, layer_additions, strict=False):
-        hooks.append(layer.register_forward_hook(functools.partial(_add_to_output, addition)))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for state in states[:-1]:
+            if state == 0:
+                collected.append(embeddings)
+            else:
+                append_state = functools.partial(_append_output, collected)
+                hooks.callback(layers[state - 1].register_forward_hook(append_state).remove)
+        # the state of a layer is its output before the addition; only -1 includes that of the last layer
+        layers_with_addition = layers if states[-1] == -1 else layers[:-1]
+        for layer, addition in zip(layers_with_addition, layer_additions, strict=False):
+            add = functools.partial(_add_to_output, addition)
+            hooks.callback(layer.register_forward_hook(add).remove)
         output = network(
             inputs_embeds=embeddings,
             attention_mask=masks if len(masks) > 1 else masks[FULL_ATTENTION],
             position_ids=position_ids,
             use_cache=False,
         )
-    finally:
-        for hook in hooks:
-            hook.remove()
     last: Tensor = output.last_hidden_state
     return torch.cat([*collected, last], dim=-1) if collected else last
 

@@ -99,7 +99,7 @@ class WordEncoder(TextEncoder, Protocol):
     embedding: str  # name of the weight of the token embeddings in the network
     # keys of its vectors in embedding files: first the key that is written, then others that are read
     word_keys: tuple[str, ...]
-    words: Sequence[EncoderWord]
+    added_words: Sequence[EncoderWord]
     learns_word: bool  # gradients flow through the network
 
     @property
@@ -130,7 +130,7 @@ def give_words(encoders: Sequence[TextEncoder], words: Sequence[ModelWord]) -> N
         # a new word, which is learned: each encoder gets rows for it
         if word.content is None:
             for encoder in word_encoders:
-                encoder.words = (*encoder.words, EncoderWord(NewWord(word.text, word.count)))
+                encoder.added_words = (*encoder.added_words, EncoderWord(NewWord(word.text, word.count)))
                 encoder.learns_word = True
             continue
         # a word from a file: its vectors for each of the encoders
@@ -139,7 +139,10 @@ def give_words(encoders: Sequence[TextEncoder], words: Sequence[ModelWord]) -> N
             rows = vectors.get(encoder.word_keys[0])  # the first key names the encoder, others are aliases
             if rows is not None:  # a file need not have vectors for all text encoders
                 new_word = NewWord(word.text, len(rows))
-                encoder.words = (*encoder.words, EncoderWord(new_word, rows, word.source, word.option))
+                encoder.added_words = (
+                    *encoder.added_words,
+                    EncoderWord(new_word, rows, word.source, word.option),
+                )
 
 
 def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str, Tensor]:
@@ -149,16 +152,7 @@ def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str
         CheckpointError: If the file has no vectors for these encoders, or unequal numbers of vectors.
     """
     assert word.content is not None
-    nested = word.content.get(TABLE)  # some files nest their vectors in a table with this name
-    tensors = list_tensors(nested if isinstance(nested, Mapping) else word.content)
-    vectors_by_encoder: dict[str, Tensor] = {}  # by the first key of each encoder; others are aliases
-    for encoder in encoders:
-        key_in_file = next((key for key in encoder.word_keys if key in tensors), None)
-        if key_in_file is not None:
-            vectors_by_encoder[encoder.word_keys[0]] = tensors[key_in_file]
-    if not vectors_by_encoder and len(tensors) == len(encoders) == 1:
-        # with one text encoder and one tensor, the name of the tensor does not matter
-        vectors_by_encoder[encoders[0].word_keys[0]] = next(iter(tensors.values()))
+    vectors_by_encoder = _find_vectors(word.content, encoders)
     if not vectors_by_encoder:
         keys = " and ".join(encoder.word_keys[0] for encoder in encoders)
         raise CheckpointError(
@@ -166,15 +160,30 @@ def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str
             f"{describe_content(word.content)}. Its text encoders take {keys}.",
             word.source,
         )
-    rows = to_rows(word.source, word.option, vectors_by_encoder)  # each V C
-    if len({len(vectors) for vectors in rows.values()}) > 1:
+    matrices = to_rows(word.source, word.option, vectors_by_encoder)  # each V C
+    if len({len(vectors) for vectors in matrices.values()}) > 1:
         raise reject_embedding(
             word.source, word.option, "it has unequal numbers of vectors for the text encoders"
         )
-    num_vectors = len(next(iter(rows.values())))
-    covered = "" if len(rows) == len(encoders) else f", for {' and '.join(rows)} alone"
-    logger.info("%s: %s (%s%s)", word.source, word.text, format_count(num_vectors, "vector"), covered)
-    return rows
+    num_vectors = len(next(iter(matrices.values())))
+    only_for = "" if len(matrices) == len(encoders) else f", for {' and '.join(matrices)} alone"
+    logger.info("%s: %s (%s%s)", word.source, word.text, format_count(num_vectors, "vector"), only_for)
+    return matrices
+
+
+def _find_vectors(content: "WordContent", encoders: Sequence[WordEncoder]) -> dict[str, Tensor]:
+    """Return the tensors of an embedding file by the first key of their text encoder."""
+    nested = content.get(TABLE)  # some files nest their vectors in a table with this name
+    tensors = list_tensors(nested if isinstance(nested, Mapping) else content)
+    found: dict[str, Tensor] = {}
+    for encoder in encoders:
+        key_in_file = next((key for key in encoder.word_keys if key in tensors), None)
+        if key_in_file is not None:
+            found[encoder.word_keys[0]] = tensors[key_in_file]
+    if not found and len(tensors) == len(encoders) == 1:
+        # with one text encoder and one tensor, the name of the tensor does not matter
+        found[encoders[0].word_keys[0]] = next(iter(tensors.values()))
+    return found
 
 
 class GrowingEmbedding(nn.Embedding):

@@ -127,7 +127,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
             path,
         )
     prefix = names[0].removesuffix(PATCHES)
-    network = checkpoint.without_prefix(prefix, others=("",))  # all other tensors are left out
+    network = checkpoint.without_prefix(prefix, ignored_prefixes=("",))  # all other tensors are left out
     sources = list_tensor_sources(network)
     other_tower = CheckpointError(
         f"{path}: its vision tower is not that of {tower.name}. Give {model.files} with its config.json.",
@@ -198,7 +198,7 @@ def load_vision_tower(
     with open_checkpoint(path) as checkpoint:
         plan = read_vision_tower(checkpoint, model)
         what = f"the vision tower ({model.option})"
-        tower = load_planned(plan, build_vision_tower, device=device, dtype=dtype, what=what)
+        tower = load_planned(plan, build_vision_tower, device=device, dtype=dtype, label=what)
     angles: Any = tower.rotary_pos_emb
     angles.to(device)
     return tower
@@ -206,7 +206,7 @@ def load_vision_tower(
 
 def read_images(
     tower: nn.Module,
-    pictures: Sequence[Tensor],
+    images: Sequence[Tensor],
     prompt_format: ImagePromptFormat,
     colors: Mapping[str, Sequence[float]] | None = None,
 ) -> PatchedImages:
@@ -214,7 +214,7 @@ def read_images(
 
     Args:
         tower: The vision tower.
-        pictures: Images, each H W 3 uint8 RGB.
+        images: Images, each H W 3 uint8 RGB.
         prompt_format: How the family puts images into prompts.
         colors: Replaces the mean and standard deviation of the tower (`VisionTower.colors`).
 
@@ -228,10 +228,10 @@ def read_images(
     patch_size = config.patch_size
     frames_per_patch = config.temporal_patch_size
     processor_class = _import_processor()
-    if not pictures:
+    if not images:
         values_per_patch = 3 * frames_per_patch * patch_size**2  # of three colors
         return PatchedImages(torch.zeros(0, values_per_patch))
-    for image in pictures:
+    for image in images:
         height, width = image.shape[:2]
         if max(height, width) > MAX_RATIO * min(height, width):
             raise MediaError(
@@ -246,7 +246,7 @@ def read_images(
         max_pixels=prompt_format.max_pixels,
         **{**tower_colors, **(colors or {})},
     )
-    inputs = processor(images=[Image.fromarray(image.numpy()) for image in pictures], return_tensors="pt")
+    inputs = processor(images=[Image.fromarray(image.numpy()) for image in images], return_tensors="pt")
     token_grids = []
     for _, patch_rows, patch_columns in inputs["image_grid_thw"]:
         token_grids.append((int(patch_rows) // merge, int(patch_columns) // merge))

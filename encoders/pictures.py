@@ -207,7 +207,7 @@ class ModelOfImages(OneTransformer):
 
         @property
         @abstractmethod
-        def called(self) -> str:
+        def display_name(self) -> str:
             """The model's name in messages."""
 
         @property
@@ -226,12 +226,12 @@ class ModelOfImages(OneTransformer):
         """Raise DatasetError if a table has clips or control images."""
         if table.kind != "image":
             raise DatasetError(
-                f"{table.name}: the table has clips, and {self.called} can only learn pictures. Give "
+                f"{table.name}: the table has clips, and {self.display_name} can only learn pictures. Give "
                 "image_directory or image_jsonl_file, or train a video model."
             )
         if table.has_control and self.references is None:
             raise DatasetError(
-                f"{table.name}: the table has control images, which {self.called} cannot take: "
+                f"{table.name}: the table has control images, which {self.display_name} cannot take: "
                 f"{self.to_edit}."
             )
 
@@ -262,7 +262,7 @@ class ModelOfImages(OneTransformer):
         `flow_shift` and `negative` (prompt) are the defaults of the model.
         """
         self.files.check()
-        request = self.keep_media(request, self.called)
+        request = self.keep_media(request, self.display_name)
         width, height, _ = size_of(request, self.defaults)
         size = *full_patches(width, height, self.latent), 1
         check_size(size, self.latent)
@@ -283,7 +283,7 @@ class ModelOfImages(OneTransformer):
             return request
         if request.control_images:
             _check_references(request.control_images, rules, model_name)
-        elif rules.edits:
+        elif rules.edits_images:
             logger.warning(
                 "%s edits pictures, but %r has none to edit (--control_image_path, --ci in a prompt line): "
                 "the picture is made from the text alone",
@@ -308,7 +308,7 @@ class ModelOfImages(OneTransformer):
     @property
     def source(self) -> SourceRules:
         """Rules for starting from an image or from a latent file instead of noise."""
-        return SourceRules((IMAGE, LATENTS), self.called, False, self.same_latents)
+        return SourceRules((IMAGE, LATENTS), self.display_name, False, self.same_latents)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode an image, 1 1 H W 3 uint8, to latents in model space, 1 C 1 h w.

@@ -45,7 +45,7 @@ PAD = 0  # id of the padding token
 
 T5_XXL = T5Kind(
     name="T5",
-    what="a T5 encoder",
+    description="a T5 encoder",
     option="--t5xxl",
     release="t5xxl_fp16.safetensors or the folder text_encoder_2 of FLUX.1",
     has_own_tables=False,
@@ -101,7 +101,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 
     abilities = EncoderAbilities(trainable=True, shardable=True, accepts_new_words=True)
     lora_prefix = LORA_PREFIX
-    what = "T5"
+    description = "T5"
     embedding = "token_embedding.weight"
     word_keys = ("t5xxl", "t5")  # in embedding files of ComfyUI and of OneTrainer
     blocks: BlockSharder | None = None  # splits the network over processes
@@ -133,7 +133,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         self.name = naming.name
         self.keys = naming.keys
         self.weighted_states_key = naming.states_key
-        self.maximum = max_length
+        self.max_length = max_length
         self.dtype = dtype
         self.source = TokenizerSource(naming.tokenizer, end=TEXT_END, may_be_inside=True)
         self.uses_mask = uses_mask
@@ -145,7 +145,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         return self.identify(
             self.name,
             dtype="of the file" if self.dtype is None else dtype_name(self.dtype),
-            length=str(self.maximum),
+            length=str(self.max_length),
             mask="used" if self.uses_mask else "not used",
             weights=self.form,
         )
@@ -167,7 +167,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 
         `num_template_tokens` is not used, because T5 has no template before the prompt.
         """
-        ids, masks = fill_rows(token_ids, self.maximum, PAD)
+        ids, masks = fill_rows(token_ids, self.max_length, PAD)
         results: list[Conditions] = []
         num_encoded = 0
         for batch in in_groups(ids.tolist()):  # a few prompts at a time, to limit memory
@@ -190,7 +190,7 @@ END = 1  # id of the end token
 FIRST_BYTE = 3  # id of byte 0; id 2 is for unknown tokens
 BYT5 = T5Kind(
     name="ByT5",
-    what="a ByT5 encoder",
+    description="a ByT5 encoder",
     option="--byt5",
     release="byt5_small_glyphxl_fp16.safetensors",
     has_own_tables=False,

@@ -54,7 +54,7 @@ class T5Kind:
     """One kind of T5 encoder, such as umT5, and how messages name it."""
 
     name: str  # such as "umT5"
-    what: str  # such as "an umT5 encoder"
+    description: str  # such as "an umT5 encoder"
     option: str  # such as "--t5"
     release: str  # names of suitable files
     has_own_tables: bool  # whether each block has its own position table (umT5) or only the first (T5)
@@ -95,10 +95,10 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
     Raises:
         CheckpointError: If the file contains another model.
     """
-    checkpoint = checkpoint.without_prefix(*_T5_PREFIXES, others=_NOT_T5)
+    checkpoint = checkpoint.without_prefix(*_T5_PREFIXES, ignored_prefixes=_NOT_T5)
     # only for official names: in Hugging Face's names, "encoder." is not a prefix but part of the name
     if "encoder.token_embedding.weight" in checkpoint.tensors:
-        checkpoint = checkpoint.without_prefix("encoder.", others=_NOT_T5)
+        checkpoint = checkpoint.without_prefix("encoder.", ignored_prefixes=_NOT_T5)
     # transformers may store the same embedding under two names; the second one is not translated, and ignored
     duplicate = "encoder.embed_tokens.weight" if "shared.weight" in checkpoint.tensors else ""
     sources = rename_sources(
@@ -108,7 +108,7 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
     # reject other models, T5 for umT5 and the reverse, and the first version of T5
     num_layers = count(sources, r"blocks\.\d+", checkpoint.path)
     if "token_embedding.weight" not in sources or "blocks.0.pos_embedding.embedding.weight" not in sources:
-        raise make_wrong_kind_error(checkpoint, kind.what, kind.option, kind.release)
+        raise make_wrong_kind_error(checkpoint, kind.description, kind.option, kind.release)
     is_umt5 = "blocks.1.pos_embedding.embedding.weight" in sources  # each block has a table of positions
     if num_layers > 1 and is_umt5 != kind.has_own_tables:
         found_kind = "a T5 encoder, not an umT5: only its first block has"
@@ -349,11 +349,17 @@ def load_t5(
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_t5(checkpoint, kind)
-        stored = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
+        stored_dtype = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
         # bfloat16 (as trained) replaces fp8, which has no arithmetic, and float16 on CPUs
-        keeps_dtype = stored == torch.float32 or (stored == torch.float16 and device.type != "cpu")
-        compute = dtype or (stored if keeps_dtype else torch.bfloat16)
+        keeps_dtype = stored_dtype == torch.float32 or (
+            stored_dtype == torch.float16 and device.type != "cpu"
+        )
+        compute_dtype = dtype or (stored_dtype if keeps_dtype else torch.bfloat16)
         what = f"the {kind.name} text encoder ({kind.option})"
-        t5 = load_planned(plan, T5Network, device=device, dtype=compute, what=what, form=form, blocks=blocks)
-    logger.info("T5: %s, stored as %s, computing in %s", path, dtype_name(stored), dtype_name(compute))
+        t5 = load_planned(
+            plan, T5Network, device=device, dtype=compute_dtype, label=what, form=form, blocks=blocks
+        )
+    logger.info(
+        "T5: %s, stored as %s, computing in %s", path, dtype_name(stored_dtype), dtype_name(compute_dtype)
+    )
     return t5

@@ -198,7 +198,7 @@ class TokenizerSource:
             name = _find_inside(checkpoint) or ""
             info = checkpoint.tensors[name]
             if len(info.shape) != 1 or math.prod(info.shape) * info.dtype.itemsize > MAX_TOKENIZER_BYTES:
-                error = ValueError(f"{name} is too large, or not a row of bytes")
+                error = ValueError(f"{name} is too large, or not a 1D tensor of bytes")
                 raise self.files.unreadable(checkpoint_path, error)
             model = checkpoint.read(name).view(torch.uint8).numpy().tobytes()
         if name.endswith(TOKENIZER_JSON):
@@ -341,23 +341,23 @@ class TemplatedPrompt(NamedTuple):
 class FileTextEncoder(ABC, Generic[Network]):
     """A text encoder whose network is read from a file: load, encode, free.
 
-    Subclasses implement the template (`write`) and compute the conditions from tokens (`compute`).
+    Subclasses implement the template (`apply_template`) and compute the conditions from tokens (`compute`).
     """
 
     abilities: ClassVar[EncoderAbilities] = EncoderAbilities()
     name: str  # name in messages and cache records
     keys: frozenset[str]  # keys of the conditions that `encode` returns
     variable_length: frozenset[str] = frozenset()  # keys whose tensors have the length of the prompt
-    what: str = "the text encoder"  # name in the log
+    description: str = "the text encoder"  # name in the log
     source: TokenizerSource
-    maximum: int  # longest prompt in tokens, not counting dropped template tokens
+    max_length: int  # longest prompt in tokens, not counting dropped template tokens
     weighted_states_key: str = ""  # key of the states that prompt weights multiply; "": no weights
     pads_left: bool = False  # padding is on the left, up to `maximum`
     logs_truncation: ClassVar[bool] = False  # whether each prompt that is too long is logged
     embedding: str = "embed_tokens.weight"  # name of the token embeddings in the network
     # keys of its vectors in embedding files (see `encoders.new_words.WordEncoder`)
     word_keys: tuple[str, ...] = ()
-    words: Sequence[EncoderWord] = ()  # additional words (textual inversion)
+    added_words: Sequence[EncoderWord] = ()  # additional words (textual inversion)
     learns_word: bool = False  # whether an additional word is trained: gradients flow through the network
     # returns the number of template tokens before the prompt, whose states are dropped; None: there are none
     count_template_tokens: Callable[[TextTokenizer], int] | None = None
@@ -410,9 +410,9 @@ class FileTextEncoder(ABC, Generic[Network]):
                 identity[f"{name}_{setting}"] = value
         return identity
 
-    def write(self, prompt: Prompt) -> TemplatedPrompt:
+    def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
         """Return the prompt in the template; by default, there is no template."""
-        return TemplatedPrompt(prompt.text, prompt.text, prompt.spans)
+        return TemplatedPrompt(prompt.text, prompt.text, prompt.weighted_spans)
 
     def token_counter(self) -> CountTokens:
         """Return a function that counts a text's tokens, including those of the template; loads no weights.
@@ -420,10 +420,10 @@ class FileTextEncoder(ABC, Generic[Network]):
         Raises:
             CheckpointError: If the tokenizer is not on this machine; it is not downloaded.
         """
-        tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
-        if self.words:
+        tokenizer = self.source.load(self.tokenizer, self.path, self.description, may_download=False)
+        if self.added_words:
             # tokens are only counted, so any ids will do
-            tokenizer = tokenizer.with_words(name_ids([word.word for word in self.words], 0))
+            tokenizer = tokenizer.with_words(name_ids([word.word for word in self.added_words], 0))
         count_template_tokens = self.count_template_tokens
         num_template_tokens = 0 if count_template_tokens is None else count_template_tokens(tokenizer)
         token_bytes = 0
@@ -433,25 +433,25 @@ class FileTextEncoder(ABC, Generic[Network]):
         def count(text: str) -> TokenCount:
             """Count the tokens of a text, and the characters that the encoder reads of it."""
             try:
-                written = self.write(Prompt(text))
+                templated = self.apply_template(Prompt(text))
             except CaptionError:  # reported when the text is encoded, and by --check
-                return TokenCount(text, tokens=0, limit=self.maximum, num_read=len(text), size_bytes=0)
-            tokens = tokenizer.read(written.text)
+                return TokenCount(text, tokens=0, limit=self.max_length, num_read=len(text), size_bytes=0)
+            tokens = tokenizer.read(templated.text)
             # a prompt that is too long loses its last tokens, but not the template and end token after it
-            num_suffix_tokens = tokens.count_after(written.suffix_start)
+            num_suffix_tokens = tokens.count_after(templated.suffix_start)
             spans_before_suffix = tokens.char_spans[: len(tokens.char_spans) - num_suffix_tokens]
             # for each of these tokens: how many characters of the prompt end with it
-            ends = [0 if span is None else span[1] - written.start for span in spans_before_suffix]
-            length = len(written.prompt)
-            max_tokens_read = num_template_tokens + self.maximum - num_suffix_tokens
+            ends = [0 if span is None else span[1] - templated.start for span in spans_before_suffix]
+            length = len(templated.prompt)
+            max_tokens_read = num_template_tokens + self.max_length - num_suffix_tokens
             characters_read = count_covered_characters(ends, max_tokens_read, length)
             num_tokens = max(len(tokens.ids) - num_template_tokens, 0)
             # caches contain the states of these tokens; encoders of fixed length pad to `maximum`
-            num_stored = min(num_tokens, self.maximum) if self.variable_length else self.maximum
+            num_stored = min(num_tokens, self.max_length) if self.variable_length else self.max_length
             return TokenCount(
-                written.prompt,
+                templated.prompt,
                 tokens=num_tokens,
-                limit=self.maximum,
+                limit=self.max_length,
                 num_read=min(max(characters_read, 0), length),
                 size_bytes=num_stored * token_bytes,
             )
@@ -464,12 +464,12 @@ class FileTextEncoder(ABC, Generic[Network]):
 
     def _read(self, device: torch.device) -> tuple[Network, TextTokenizer]:
         # the tokenizer is loaded first, so that an error in it is reported before gigabytes are read
-        tokenizer = self.source.load(self.tokenizer, self.path, self.what)
+        tokenizer = self.source.load(self.tokenizer, self.path, self.description)
         if self.check_tokenizer is not None:
             self.check_tokenizer(tokenizer)
         network = self.load_network(device)
-        if self.words:
-            ids = grow_table(network, self.embedding, self.words)
+        if self.added_words:
+            ids = grow_table(network, self.embedding, self.added_words)
             tokenizer = tokenizer.with_words(ids)
         return network, tokenizer
 
@@ -480,7 +480,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             CheckpointError: If the tokenizer is not on this machine; it is not downloaded.
         """
         with quiet():  # the tokenizer is logged when the encoder is loaded
-            tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
+            tokenizer = self.source.load(self.tokenizer, self.path, self.description, may_download=False)
         tokens = tokenizer.read(f" {text.strip()}")  # inside a text, most tokens begin with a space
         # without the tokens that the tokenizer adds, which have no span in the text
         return [
@@ -516,37 +516,39 @@ class FileTextEncoder(ABC, Generic[Network]):
         Raises:
             CheckpointError: If the tokenizer has more tokens than the network.
         """
-        return self.encode_written([self.write(prompt) for prompt in prompts], self.compute)
+        return self.encode_templated([self.apply_template(prompt) for prompt in prompts], self.compute)
 
-    def encode_written(
-        self, written: Sequence[TemplatedPrompt], compute: Callable[..., list[Conditions]]
+    def encode_templated(
+        self, templated_prompts: Sequence[TemplatedPrompt], compute: Callable[..., list[Conditions]]
     ) -> list[Conditions]:
         """Encode prompts that are already in the template.
 
         `compute` is `self.compute`, possibly as a partial with further arguments.
         """
-        if not written:
+        if not templated_prompts:
             return []
         network, tokenizer = self._loaded.get()
         # tokens of the template before the prompt, whose states are not part of the result
         count_template_tokens = self.count_template_tokens
         num_template_tokens = 0 if count_template_tokens is None else count_template_tokens(tokenizer)
-        all_tokens = [tokenizer.read(prompt.text) for prompt in written]
+        all_tokens = [tokenizer.read(prompt.text) for prompt in templated_prompts]
         cut_tokens = []
-        for tokens, prompt in zip(all_tokens, written, strict=True):
+        for tokens, prompt in zip(all_tokens, templated_prompts, strict=True):
             # only the tokens of the prompt's own text are limited
-            max_tokens = num_template_tokens + prompt.num_image_tokens + self.maximum
+            max_tokens = num_template_tokens + prompt.num_image_tokens + self.max_length
             cut_tokens.append(tokens.cut(max_tokens, prompt.suffix_start))
         if self.logs_truncation:
-            self._log_truncated(written, all_tokens, cut_tokens)
+            self._log_truncated(templated_prompts, all_tokens, cut_tokens)
         token_ids = [tokens.ids for tokens in cut_tokens]
-        vocabulary = len(network.get_parameter(self.embedding)) + sum(word.word.count for word in self.words)
+        vocabulary = len(network.get_parameter(self.embedding)) + sum(
+            word.word.count for word in self.added_words
+        )
         check_ids(token_ids, vocabulary, self.path, self.source.files.option)
         results = compute(network, tokenizer, token_ids, num_template_tokens)
         if not self.weighted_states_key:  # the family does not support weights such as (cat:1.2)
             return results
         weighted = []
-        for conditions, prompt, tokens in zip(results, written, cut_tokens, strict=True):
+        for conditions, prompt, tokens in zip(results, templated_prompts, cut_tokens, strict=True):
             if prompt.spans:  # parts of the prompt that have a weight
                 weights = weights_of(prompt, tokens.char_spans[num_template_tokens:])
                 conditions = self.weigh(conditions, weights)
@@ -554,23 +556,26 @@ class FileTextEncoder(ABC, Generic[Network]):
         return weighted
 
     def _log_truncated(
-        self, written: Sequence[TemplatedPrompt], all_tokens: Sequence[Tokens], cut_tokens: Sequence[Tokens]
+        self,
+        templated_prompts: Sequence[TemplatedPrompt],
+        all_tokens: Sequence[Tokens],
+        cut_tokens: Sequence[Tokens],
     ) -> None:
         """Log each prompt that is too long."""
-        for prompt, tokens, cut in zip(written, all_tokens, cut_tokens, strict=True):
+        for prompt, tokens, cut in zip(templated_prompts, all_tokens, cut_tokens, strict=True):
             left_out = len(tokens.ids) - len(cut.ids)
             if left_out > 0:
                 logger.info(
                     "%d tokens of the prompt are cut off, %d are used: %.60s",
                     left_out,
-                    self.maximum,
+                    self.max_length,
                     prompt.prompt,
                 )
 
     def weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
         """Multiply the states of a prompt's tokens by their weights."""
         if self.pads_left:  # padding before the prompt has weight 1
-            weights = [1.0] * (self.maximum - len(weights)) + [*weights]
+            weights = [1.0] * (self.max_length - len(weights)) + [*weights]
         states: Any = conditions[self.weighted_states_key]
         if isinstance(states, Tensor):
             return {**conditions, self.weighted_states_key: weigh_tokens(states, weights)}
@@ -582,14 +587,14 @@ class FileTextEncoder(ABC, Generic[Network]):
         self._loaded.free()
 
 
-def weights_of(written: TemplatedPrompt, char_spans: Sequence[CharSpan]) -> list[float]:
+def weights_of(templated: TemplatedPrompt, char_spans: Sequence[CharSpan]) -> list[float]:
     """Return the weight of each token; `char_spans` has the character range of each token in the text."""
-    start = written.start
-    prompt_characters = range(start, start + len(written.prompt))
+    start = templated.start
+    prompt_characters = range(start, start + len(templated.prompt))
     prompt_spans: list[CharSpan] = []
     for span in char_spans:
         is_of_prompt = span is not None and span[0] in prompt_characters
         prompt_spans.append(span if is_of_prompt else None)  # tokens of the template have weight 1
     # positions in the prompt -> positions in the text
-    spans = [(first + start, last + start, weight) for first, last, weight in written.spans]
-    return token_weights(written.text, prompt_spans, spans)
+    spans = [(first + start, last + start, weight) for first, last, weight in templated.spans]
+    return token_weights(templated.text, prompt_spans, spans)

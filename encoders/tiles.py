@@ -245,8 +245,7 @@ def sample_posterior(
     mean, log_variance = moments.chunk(2, dim=1)
     if limits is not None:
         log_variance.clamp_(*limits)
-    # computed in place, because the latents of a long clip are large
-    # exp(log(variance) / 2)
+    # exp(log(variance) / 2), in place because the latents of a long clip are large
     deviation = log_variance.mul_(0.5).exp_()
     for index, generator in enumerate(generators):
         noise = torch.randn(mean.shape[1:], generator=generator, device=generator.device)

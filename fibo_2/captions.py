@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from modules.control_codes import shorten
 from modules.errors import CaptionError
 from modules.text_files import looks_like_object, read_object
-from protocols.caption_formats import CaptionFormat, CaptionKey, is_said
+from protocols.caption_formats import CaptionFormat, CaptionKey, has_text
 
 DESCRIPTION, TEXTS = "short_description", "text_render"
 CAPTION, INSTRUCTION = "structured_caption", "edit_instruction"
@@ -161,7 +161,7 @@ def has_drawn_texts(text: str) -> bool:
     inner = caption.get(CAPTION, caption)
     entries = inner.get(TEXTS) if isinstance(inner, dict) else None
     return any(
-        isinstance(entry, dict) and is_said(entry.get("text"))
+        isinstance(entry, dict) and has_text(entry.get("text"))
         for entry in (entries if isinstance(entries, list) else ())
     )
 
@@ -188,7 +188,7 @@ def find_edit_error(content: dict[str, Any]) -> str:
     if not isinstance(content[CAPTION], dict | str):
         return f"{CAPTION} is neither an object nor a text"
     others = sorted(content.keys() - {CAPTION, INSTRUCTION})
-    return f"beside {CAPTION} stands {', '.join(others)}: put that into it" if others else ""
+    return f"next to {CAPTION} it has {', '.join(others)}: move that into {CAPTION}" if others else ""
 
 
 def find_caption_errors(text: str) -> list[str]:

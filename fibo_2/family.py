@@ -74,10 +74,10 @@ class Fibo2(pictures.ModelOfImages):
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=RELEASE, init=False)
     text_keys: frozenset[str] = field(default=frozenset({KEY}), init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
     name: str = field(default="fibo_2", init=False)
     cache_tag: str = field(default="fibo", init=False)
-    named: ClassVar = {
+    model_metadata: ClassVar = {
         "architecture": "Fibo-2.0",
         "resolution": f"{SIDE}x{SIDE}",
         "implementation": "https://github.com/huggingface/diffusers",
@@ -133,7 +133,7 @@ class Fibo2(pictures.ModelOfImages):
                     f"{batch.keys[0]}: {KEY} in its cache is {'x'.join(map(str, states.shape))}, not "
                     f"{len(STATES)} states of each token. Cache again with {remedy}."
                 )
-        for cache in batch.made_by:
+        for cache in batch.cache_origins:
             fingerprint = cache.encoder.get(ENCODER_SETTINGS.template_key, ENCODER_SETTINGS.fingerprint)
             if cache.part == ENCODER_SETTINGS.name and fingerprint != ENCODER_SETTINGS.fingerprint:
                 raise CacheError(
@@ -174,7 +174,7 @@ class Fibo2(pictures.ModelOfImages):
         first image's aspect ratio. Without a negative prompt, the null caption is used. Raises OptionError
         for a prompt with invalid JSON.
         """
-        request = self._select_size(self.keep_media(request, self.called))
+        request = self._select_size(self.keep_media(request, self.display_name))
         edited = request.control_images
         # reject invalid JSON before anything is computed
         check_prompt = write_edit if edited else write_caption

@@ -62,7 +62,7 @@ class TextStates(NamedTuple):
 class Fibo2Tokens(LuminaTokens):
     """Inputs of the blocks besides x, B L+R+G C; `time` is B S time_dim, of noisy and of clean tokens."""
 
-    texts: tuple[TextStates, ...] = ()  # the prompt, and a second text
+    text_states: tuple[TextStates, ...] = ()  # the prompt, and a second text
     bundles: tuple[TextBundle, ...] = ()  # what a block reads of each of `texts`; empty: nothing
     modulation_split: int = 0  # where the clean tokens begin, among those that this process has
 
@@ -251,7 +251,7 @@ def _add_bundles_of_block(block: nn.Module, inputs: tuple[Tensor, Fibo2Tokens]) 
     assert isinstance(block, Fibo2Block)
     assert block.bundle is not None
     x, tokens = inputs
-    bundles = tuple(text.bundle(block.bundle) for text in tokens.texts)
+    bundles = tuple(text.bundle(block.bundle) for text in tokens.text_states)
     return x, replace(tokens, bundles=bundles)
 
 
@@ -346,7 +346,7 @@ class Fibo2Model(BlockNetwork):
             time=self.embed_times(timesteps),
             dtype=dtype,
             attention=self.attention,
-            texts=tuple(texts),
+            text_states=tuple(texts),
             modulation_split=math.prod(grids[0]),
         )
         image = self._refine(image, tokens)
@@ -370,7 +370,7 @@ class Fibo2Model(BlockNetwork):
         channels, frames, height, width = latents.shape[1:]
         if channels != self.config.in_dim or frames != 1:
             raise ValueError(
-                f"latents of {tuple(latents.shape[1:])}: {self.config.in_dim} channels of one picture"
+                f"latents of {tuple(latents.shape[1:])}: {self.config.in_dim} channels of one image"
             )
         return height, width
 
@@ -383,7 +383,7 @@ class Fibo2Model(BlockNetwork):
     def _refine(self, image: Tensor, tokens: Fibo2Tokens) -> Tensor:
         """Apply the noise refiner: self-attention among tokens of image and references, B L+R C."""
         count = image.shape[1]
-        alone = replace(tokens, rotary=tokens.rotary[:count], lengths=None, texts=())
+        alone = replace(tokens, rotary=tokens.rotary[:count], lengths=None, text_states=())
         if count == tokens.modulation_split:  # no references: one row of modulation serves all
             alone = replace(alone, time=tokens.time[:, :1])
         for block in self.noise_refiner:

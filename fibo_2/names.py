@@ -50,7 +50,7 @@ FIBO_2 = FamilyNames(
             for row, name in enumerate(("w1", "w3"))
         ),
     ),
-    further=(
+    more_modules=(
         *(path for attention in _ATTENTIONS for path in with_endings(f"{attention}.", "to_q to_k to_v")),
         *(path for feed in _FEEDS for path in with_endings(f"{feed}.", "w1 w2 w3")),
         *(
@@ -69,14 +69,14 @@ FIBO_2 = FamilyNames(
     converted_for="ComfyUI",
     kinds_in_diffusers=("LoKr",),
     is_as_in_diffusers=True,
-    versions=("fibo_2", "fibo-2", "fibo 2", "fibo2"),
-    sides=(
+    version_prefixes=("fibo_2", "fibo-2", "fibo 2", "fibo2"),
+    relative_sizes=(
         *((f".attention.{name}", 1, 1) for name in _ATTENTION),
         *((f".cross_attention.to_{x}", 15 / 7, 1) for x in "kv"),
         *LUMINA_SIDES,
     ),
-    released=((3584, (("layers", 44),)),),
-    numbered=tuple(
+    released_sizes=((3584, (("layers", 44),)),),
+    optimizer_numbering=tuple(
         (start, " ".join(endings))
         for start, endings in (
             *((f"{attention}.", _ATTENTION) for attention in _ATTENTIONS),

@@ -55,11 +55,11 @@ def crop_cover(frame: Frame, size: Size) -> Frame:
     return fit_frame(frame, Fit(resized, crop, size, "lanczos"))
 
 
-def shrink(picture: Tensor) -> Tensor:
+def shrink(image: Tensor) -> Tensor:
     """Reduce an image, H W C uint8, for the text encoder: H W 3, edges of at most `SHOWN_SIDE` pixels."""
-    image = Image.fromarray(picture[..., :3].numpy())
-    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    return torch.from_numpy(np.array(image))
+    pil_image = Image.fromarray(image[..., :3].numpy())
+    pil_image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    return torch.from_numpy(np.array(pil_image))
 
 
 def read_edited(path: Path, size: Size | None) -> Tensor:
@@ -95,7 +95,7 @@ def read_masked(path: Path, mask: Path, size: Size) -> Tensor:
         (height, width), (rows, columns) = frame.shape[:2], is_masked.shape
         raise OptionError(
             f"--{MASK} {mask}: {columns} x {rows} pixels, but {path} has {width} x {height}. Give a mask "
-            "of the picture's size"
+            "of the image's size"
         )
     return torch.from_numpy(crop_cover(np.where(is_masked[..., None], np.uint8(GRAY), frame), size).copy())
 

@@ -48,12 +48,12 @@ ENCODER_SETTINGS = LanguageEncoderSettings(
     source=replace(
         _SOURCE, files=replace(_SOURCE.files, folder="", folders=(*BESIDE, "processor", "../processor"))
     ),
-    maximum=MAX_TOKENS,
-    before="<|im_start|>user\n",
-    after="<|im_end|>\n<|im_start|>assistant\n",
-    stacked=STATES,
+    max_length=MAX_TOKENS,
+    template_prefix="<|im_start|>user\n",
+    template_suffix="<|im_end|>\n<|im_start|>assistant\n",
+    stacked_states=STATES,
     batch_size=1,  # so that a state does not depend on other prompts, to the last bit
-    pictures=ImagePromptFormat(
+    image_format=ImagePromptFormat(
         _SEEN.format(name="_{number}"),
         alone=_SEEN.format(name=""),
         read=read_encoder_image,
@@ -76,26 +76,26 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         self._has_warned = False  # whether a warning about texts that are not drawn has been logged
         self._logged_errors: set[str] = set()  # in keys of captions
 
-    def write(self, prompt: Prompt) -> TemplatedPrompt:
+    def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
         """Insert a caption or prompt as JSON into the template; a negative prompt is not turned into JSON.
 
         Raises CaptionError for invalid JSON, and for the JSON of an edit without an instruction.
         """
         if prompt.is_negative:
-            return super().write(prompt)
+            return super().apply_template(prompt)
         caption = write_edit(prompt.text) if prompt.images else write_caption(prompt.text)
         # only JSON can say which texts the image shows
         if not caption.is_plain and has_drawn_texts(prompt.text):
             self._warn_of_texts(prompt.text)
-        written = super().write(Prompt(caption.text, spans=_move_spans(prompt, caption)))
+        templated = super().apply_template(Prompt(caption.text, weighted_spans=_move_spans(prompt, caption)))
         if not prompt.images:
-            return written
+            return templated
         # the JSON's opening brace belongs before the image placeholders, so the text positions shift by one
-        start = written.start
-        return written._replace(
-            text=f"{written.text[:start]}{{{written.text[start:]}",
+        start = templated.start
+        return templated._replace(
+            text=f"{templated.text[:start]}{{{templated.text[start:]}",
             start=start + 1,
-            suffix_start=written.suffix_start + 1,
+            suffix_start=templated.suffix_start + 1,
         )
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -121,7 +121,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         new = [error for error in _list_oddities(text, is_edit) if error not in self._logged_errors]
         self._logged_errors.update(new)
         if new:
-            message = "%s, which is not as the captions of the model's training: %s"
+            message = "%s, which differs from the captions that the model was trained on: %s"
             logger.warning(message, shorten(text, 60), "; ".join(new))
 
     def _warn_of_texts(self, text: str) -> None:
@@ -129,7 +129,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
             self._has_warned = True
             logger.warning(
                 "%s of %s: the release's pipeline also shows drawings of these texts to the text encoder; "
-                "here it reads the words alone, so that letters come out less surely",
+                "here it reads only the words, so letters are less reliable",
                 TEXTS,
                 shorten(text, 60),
             )
@@ -151,7 +151,7 @@ def _list_oddities(text: str, is_edit: bool) -> list[str]:
     content = read_caption(text) or {}
     errors = find_caption_errors(text)
     if content.get(INSTRUCTION) and not is_edit:
-        errors.append(f"{INSTRUCTION} is left out, as there is no picture to edit")
+        errors.append(f"{INSTRUCTION} is left out, as there is no image to edit")
     return errors
 
 
@@ -163,17 +163,17 @@ def scale_states(states: Tensor) -> Tensor:
 
 def _move_spans(prompt: Prompt, caption: WrittenCaption) -> Spans:
     """Return the weighted spans of a prompt, moved to their positions in the written caption."""
-    if not prompt.spans or caption.text == prompt.text:
-        return prompt.spans
+    if not prompt.weighted_spans or caption.text == prompt.text:
+        return prompt.weighted_spans
     if not caption.is_plain:
         logger.warning(
-            "the weights of parts of %s are ignored because its JSON was not as the model reads it: without "
+            "the weights of parts of %s are ignored because its JSON was rewritten for the model, without "
             "empty values, scores and white space between its parts",
             shorten(prompt.text, 60),
         )
         return ()
     moved_spans = []
-    for start, end, weight in prompt.spans:
+    for start, end, weight in prompt.weighted_spans:
         # escaping in JSON lengthens the text, so measure the written prefix, without its two quotes
         new_start, new_end = (
             len(caption.before) + len(write_json(prompt.text[:position])) - 2 for position in (start, end)

@@ -49,16 +49,16 @@ class ModulationRows(nn.Module):
 def make_modulation(config: FluxConfig, kind: str, block: int = 0) -> HunyuanModulation | ModulationRows:
     """Return a block's modulation module: its own layer, or rows of Chroma's approximator output.
 
-    `kind` is single, picture or text (both in double blocks), or final; the approximator's rows follow this
+    `kind` is single, image or text (both in double blocks), or final; the approximator's rows follow this
     order, block by block. Source: the released code of Chroma.
     """
-    count = {"single": 3, "picture": 6, "text": 6, "final": 2}[kind]
+    count = {"single": 3, "image": 6, "text": 6, "final": 2}[kind]
     if config.approximator is None:
         return HunyuanModulation(config.dim, count, "lin")
     image = 3 * config.single_blocks
     text = image + 6 * config.double_blocks
     final = text + 6 * config.double_blocks
-    first = {"single": 0, "picture": image, "text": text, "final": final}[kind]
+    first = {"single": 0, "image": image, "text": text, "final": final}[kind]
     return ModulationRows(first + count * block, count)
 
 
@@ -88,7 +88,7 @@ class DoubleBlock(DoubleStreamBlock):
     def __init__(self, config: FluxConfig, index: int) -> None:
         dim = config.dim
         super().__init__(dim, config.eps)
-        self.img_mod = make_modulation(config, "picture", index)
+        self.img_mod = make_modulation(config, "image", index)
         self.img_attn = JointAttention(dim, config.num_heads, config.eps)
         sizes = (config.dim, config.ffn_dim, config.dim)
         self.img_mlp = TwoLayerMlp("0 2", sizes, gelu)

@@ -167,7 +167,7 @@ def load_network(
     with _open(path) as checkpoint:
         settings = read_control_net(path, checkpoint, config)
         plan = LoadPlan(settings, checkpoint, list_tensor_sources(checkpoint))
-        return load_planned(plan, build_network, device, dtype, what=CONTROL_NET)
+        return load_planned(plan, build_network, device, dtype, label=CONTROL_NET)
 
 
 def build_network(settings: Mapping[str, Any]) -> FluxControlNetModel:
@@ -203,8 +203,8 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
     # reject ControlNets of other kinds
     if hint is not None:
         raise CheckpointError(
-            f"{CONTROL_NET} {path} sees pixels ({hint}), as those of XLabs do; caches contain latents of "
-            f"control pictures.\n  Give one that sees latents: {FITTING_FILES}.",
+            f"{CONTROL_NET} {path} takes pixels ({hint}), as those of XLabs do, but caches contain latents "
+            f"of control images.\n  Give one that takes latents: {FITTING_FILES}.",
             path,
         )
     if CONTROL_EMBEDDER not in names or "transformer_blocks.0.attn.to_q.weight" not in names:
@@ -294,7 +294,7 @@ def _read_or_infer_settings(path: Path, checkpoint: Checkpoint, config: FluxConf
     transformer_head = config.dim // config.num_heads
     if head_width != transformer_head:
         raise CheckpointError(
-            f"{CONTROL_NET} {path}: its heads have width {head_width}, those of the transformer "
+            f"{CONTROL_NET} {path}: its heads have width {head_width}, but those of the transformer have "
             f"{transformer_head}. Give the folder with its config.json",
             path,
         )

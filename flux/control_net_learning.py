@@ -181,7 +181,7 @@ def _check_can_copy_blocks(options: FluxControlNetTrainingOptions, files: FluxFi
     header = files.dit_header()
     if header.block_dtype.itemsize == 1:
         raise OptionError(
-            f"{files.dit_path} is rounded to 8 bits or fewer, and a ControlNet begins as a copy of its "
+            f"{files.dit_path} is rounded to 8 bits or fewer, but a ControlNet starts as a copy of its "
             f"weights. Give the file in 16 bits, or a ControlNet to start from to {CONTROL_NET}"
         )
     sizes = {
@@ -191,7 +191,7 @@ def _check_can_copy_blocks(options: FluxControlNetTrainingOptions, files: FluxFi
     for name, (asked, maximum) in sizes.items():
         if asked > maximum:
             raise OptionError(
-                f"--{name} {asked}: a ControlNet copies the first blocks, and {files.dit_path} has "
+                f"--{name} {asked}: a ControlNet copies the first blocks, but {files.dit_path} has "
                 f"{maximum} of them. Give fewer"
             )
 
@@ -211,7 +211,8 @@ def _check_options_fit_file(
     for name, (number, stored) in typed.items():
         if number is not None and number != stored:
             raise OptionError(
-                f"--{name} is {number}, but {controlnet} has {stored}, which stays so. Leave the option out"
+                f"--{name} is {number}, but {controlnet} has {stored}, which does not change. Leave the "
+                "option out"
             )
 
 

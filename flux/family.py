@@ -93,7 +93,7 @@ class Flux(ModelOfImages):
     name: str = field(default="flux", init=False)
     cache_tag: str = field(default="flux", init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
     abilities: ClassVar = Abilities(detects_few_steps=True, has_custom_network=True, has_comfy_nodes=True)
     few_steps: ClassVar = FewSteps(
         base="FLUX.1 dev (for Chroma on Chroma1-HD)",
@@ -176,7 +176,7 @@ class Flux(ModelOfImages):
             )
         if self.controlnet is not None and not table.has_control:
             raise DatasetError(
-                f"{table.name}: {CONTROL_NET} needs control pictures. Give "
+                f"{table.name}: {CONTROL_NET} needs control images. Give "
                 f"control_directory, or leave out {CONTROL_NET}."
             )
         # the check for every family rejects control images, which are allowed here
@@ -195,7 +195,7 @@ class Flux(ModelOfImages):
             return entries
         if len(media.control) > 1:
             raise DatasetError(
-                f"{media.table.name}: {len(media.control)} control pictures each, but a ControlNet uses one"
+                f"{media.table.name}: {len(media.control)} control images each, but a ControlNet uses one"
             )
         # encode the control images as if they were the targets, without their alpha
         control = replace(media, frames=media.control[0][..., :3], control=())
@@ -261,7 +261,7 @@ class Flux(ModelOfImages):
         if self.custom_network is not None:
             consumer, remedy = self.custom_network.label, "flux_cache_latents.py --control_pictures"
         elif self.controlnet is not None:
-            consumer, remedy = CONTROL_NET, f"flux_cache_latents.py and {CONTROL_NET}, of a control picture"
+            consumer, remedy = CONTROL_NET, f"flux_cache_latents.py and {CONTROL_NET}, of a control image"
         else:
             if CONTROL in batch.tensors:
                 _warn_of_unused_control()
@@ -270,7 +270,7 @@ class Flux(ModelOfImages):
         control = batch.tensor(CONTROL)
         if control.shape != latents.shape:
             raise CacheError(
-                f"{batch.keys[0]}: {CONTROL} in its cache is of a different size than its image's. Cache "
+                f"{batch.keys[0]}: {CONTROL} in its cache and its image differ in size. Cache "
                 "again with flux_cache_latents.py."
             )
         return {CONTROL: control}
@@ -281,7 +281,7 @@ class Flux(ModelOfImages):
         batch_size, length = batch.tensor(STATES).shape[:2]
         if batch.tensor(MASK).shape != (batch_size, length):
             raise CacheError(
-                f"{batch.keys[0]}: {MASK} in its cache is of a different length than {STATES}. Cache again "
+                f"{batch.keys[0]}: {MASK} and {STATES} in its cache differ in length. Cache again "
                 f"with {TEXTS_AGAIN}."
             )
         maximum = self.files.t5_tokens
@@ -295,13 +295,13 @@ class Flux(ModelOfImages):
     def _check_t5_masking(self, batch: Batch) -> None:
         """Raise CacheError if caches and this training differ in whether the padding of T5 is masked."""
         uses_mask = self.files.uses_mask
-        for record in batch.made_by:
+        for record in batch.cache_origins:
             mask = record.encoder.get("t5_mask")
             if mask not in (None, "used" if uses_mask else "not used"):  # None: cached by another program
                 option = configs.CHROMA if self.files.kind == configs.CHROMA else "--apply_t5_attn_mask"
                 own_setting = f"for {option}" if uses_mask else "without --apply_t5_attn_mask"
                 raise CacheError(
-                    f"{record.path}: T5's mask of padding was {mask} when it was made, and this training is "
+                    f"{record.path}: T5's padding mask was {mask} when it was written, but this training is "
                     f"{own_setting}. Cache again with {TEXTS_AGAIN} and the same --model_type and "
                     "--apply_t5_attn_mask."
                 )
@@ -412,7 +412,7 @@ class Flux(ModelOfImages):
     def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs FLUX.1. Raises OptionError for Chroma and for models that edit images."""
         if self.references is not None or self.files.kind == configs.CHROMA:
-            raise OptionError(f"of {self.called}, only those of FLUX.1 dev and schnell are known here")
+            raise OptionError(f"of {self.display_name}, only those of FLUX.1 dev and schnell are known here")
         from flux.workflow import FLUX as FLUX_NODES  # only with --save_workflow
 
         return FLUX_NODES

@@ -251,8 +251,8 @@ class FluxModel(BlockNetwork):
             lengths = make_lengths([num_image_tokens + count for count in counts], t5.device)
         return run_in_weight_dtype(self.txt_in, t5[:, :longest]).to(dtype), lengths
 
-    def _check(self, pictures: Sequence[Tensor], t5: Tensor, mask: Tensor | None) -> None:
-        for latents in pictures:
+    def _check(self, images: Sequence[Tensor], t5: Tensor, mask: Tensor | None) -> None:
+        for latents in images:
             channels, frames = latents.shape[1:3]
             height, width = latents.shape[-2:]
             if channels != self.config.channels:

@@ -107,14 +107,14 @@ FLUX = FamilyNames(
         *renamed_parts("", "", _FLUX_REST),
         WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", layouts.SWAPPED),
     ),
-    start=layouts.IN_DIFFUSERS,
+    path_prefix=layouts.IN_DIFFUSERS,
     parameters=(
         *FLUX_NORMS,
         ("distilled_guidance_layer.norms.{n}.weight", "distilled_guidance_layer.norms.{n}.scale"),
     ),
-    versions=("flux", "chroma"),
+    version_prefixes=("flux", "chroma"),
     texts_in_diffusers=("lora_te1",),
-    sides=(
+    relative_sizes=(
         ("_attn.qkv", 3, 1),
         ("_attn.proj", 1, 1),
         ("_mlp.0", 4, 1),
@@ -124,8 +124,8 @@ FLUX = FamilyNames(
         (".linear1", 7, 1),
         (".linear2", 1, 5),
     ),
-    released=((3072, (("double_blocks", 19), ("single_blocks", 38))),),
-    numbered=(
+    released_sizes=((3072, (("double_blocks", 19), ("single_blocks", 38))),),
+    optimizer_numbering=(
         *FLUX_NUMBERS,
         ("", "img_in"),
         *((f"{name}.", "in_layer out_layer") for name in ("time_in", "vector_in", "guidance_in")),

@@ -93,7 +93,7 @@ class FluxMinimalOptions(Options):
     """Options of flux_minimal_inference.py."""
 
     model: FluxModelOptions
-    picture: FluxImageOptions
+    image: FluxImageOptions
 
 
 def read_minimal(description: str | None, argv: Sequence[str] | None) -> FluxMinimalOptions:
@@ -125,7 +125,7 @@ TYPED = {
 
 def generation_argv(options: FluxMinimalOptions) -> list[str]:
     """Return the command line of flux_generate_image.py that equals one of the image guides' script."""
-    model, image = options.model, options.picture
+    model, image = options.model, options.image
     values = {
         "--dit": model.ckpt_path,
         "--model_type": model.model_type,

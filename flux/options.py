@@ -101,7 +101,7 @@ class FluxLatentCachingOptions(Options, title=NAME):
 
     vae: VaeOptions = option(settings=AE)
     controlnet: Path | None = _control_net(
-        "encode the tables' control pictures too, for a training with this ControlNet; only its name is used"
+        "encode the tables' control images too, for a training with this ControlNet; only its name is used"
     )
     control_pictures: bool = option("encode the tables' control images too, for flux_train_control_net.py")
 
@@ -245,7 +245,7 @@ class FluxGenerationOptions(Options, title=NAME):
         needs="control_image",
     )
     control_image: Path | None = option(
-        f"control picture for {CONTROL_NET}", needs=CONTROL_NET[2:], place="file"
+        f"control image for {CONTROL_NET}", needs=CONTROL_NET[2:], place="file"
     )
     control_multiplier: float = option(
         f"strength of {CONTROL_NET}",

@@ -65,7 +65,7 @@ class Flux2(pictures.ModelOfImages):
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=frozenset({TEXT_STATES_KEY}), init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
     draws_latents: ClassVar[bool] = False
     few_steps: ClassVar = FewSteps(
         base="klein-base-4b or klein-base-9b (with its file)",
@@ -128,8 +128,10 @@ class Flux2(pictures.ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return a batch's conditions: text, guidance (B) and references."""
         batch.check({TEXT_STATES_KEY: TEXT_CACHING_SCRIPT}, "the transformer")
-        config, use = self.files.dit_header().config, self.files.version.use
-        remedy = f"{TEXT_CACHING_SCRIPT} --model_version {self.files.model_version} and {use.model.what}"
+        config, use = self.files.dit_header().config, self.files.version.encoder_settings
+        remedy = (
+            f"{TEXT_CACHING_SCRIPT} --model_version {self.files.model_version} and {use.model.description}"
+        )
         batch.check_widths({TEXT_STATES_KEY: config.text_dim}, self.files.dit_path, remedy)
         conditions: dict[str, Tensor | list[Tensor]] = {TEXT_STATES_KEY: batch.tensor(TEXT_STATES_KEY)}
         if config.has_guidance:

@@ -123,7 +123,7 @@ class Flux2Files(LanguageModelFiles):
     @property
     def encoder_settings(self) -> LanguageEncoderSettings:
         """Return how the release uses its language model."""
-        return self.version.use
+        return self.version.encoder_settings
 
     def check_texts(self, config: Any, needed: bool) -> None:
         """Check the text encoder's width against the transformer's, or without one against all releases'."""

@@ -54,9 +54,9 @@ FLUX_2 = FamilyNames(
         WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", layouts.SWAPPED),
     ),
     parameters=FLUX_NORMS,
-    versions=("flux_2", "flux-2", "flux2", "flux.2"),
+    version_prefixes=("flux_2", "flux-2", "flux2", "flux.2"),
     kinds_in_diffusers=("LoKr",),
-    sides=(
+    relative_sizes=(
         ("_attn.qkv", 3, 1),
         ("_attn.proj", 1, 1),
         ("_mlp.0", 6, 1),
@@ -64,11 +64,11 @@ FLUX_2 = FamilyNames(
         (".linear1", 9, 1),
         (".linear2", 1, 4),
     ),
-    released=tuple(  # dev, klein 9B, klein 4B
+    released_sizes=tuple(  # dev, klein 9B, klein 4B
         (width, (("double_blocks", double), ("single_blocks", single)))
         for width, double, single in ((6144, 8, 48), (4096, 8, 24), (3072, 5, 20))
     ),
-    numbered=FLUX_NUMBERS,
+    optimizer_numbering=FLUX_NUMBERS,
     network_module="networks.lora_flux_2",
 )
 

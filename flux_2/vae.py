@@ -24,7 +24,7 @@ from modules.layers.convolution import set_memory_format
 logger = logging.getLogger(__name__)
 
 KIND = AutoencoderKind(
-    what="the autoencoder of FLUX.2",
+    description="the autoencoder of FLUX.2",
     option="--vae",
     release="flux2-vae.safetensors of Comfy-Org, or the folder vae of FLUX.2's diffusers release",
     channels=32,
@@ -86,7 +86,7 @@ class Flux2Vae(Autoencoder):
         # in float32: 16 bits would tint every image
         packed = latents.to(self.device).float() * self.deviation + self.mean
         unpacked = rearrange(packed, "b (z ph pw) h w -> b z (h ph) (w pw)", ph=2, pw=2)
-        return self.decoder(self.place(unpacked)).float()
+        return self.decoder(self.cast_input(unpacked)).float()
 
 
 def read_vae(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
@@ -116,7 +116,9 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | N
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
-        network = load_planned(plan, lambda config: Flux2Vae(config, tile), device, dtype, what=KIND.what)
+        network = load_planned(
+            plan, lambda config: Flux2Vae(config, tile), device, dtype, label=KIND.description
+        )
         mean, variance = (plan.checkpoint.read(name).float().to(device) for name in (MEAN, VARIANCE))
     network.mean = mean.view(-1, 1, 1)
     network.deviation = (variance + EPS).sqrt().view(-1, 1, 1)

@@ -11,7 +11,7 @@ from protocols.data import SamplingDefaults
 from protocols.rules import ModelRelease
 
 MISTRAL3 = LanguageModel(
-    what="the language model of Mistral Small 3",
+    description="the language model of Mistral Small 3",
     option="--text_encoder",
     files="mistral_3_small_flux2_bf16.safetensors of Comfy-Org, or the folder text_encoder of FLUX.2-dev",
     class_prefix="Mistral",
@@ -44,11 +44,11 @@ MISTRAL_USE = LanguageEncoderSettings(
     states_key=TEXT_STATES_KEY,
     model=MISTRAL3,
     source=TokenizerSource(_MISTRAL_FILES, adds_own=False),
-    maximum=TOKENS,
-    before=f"<s>[SYSTEM_PROMPT]{SYSTEM}[/SYSTEM_PROMPT][INST]",
-    after="[/INST]",
+    max_length=TOKENS,
+    template_prefix=f"<s>[SYSTEM_PROMPT]{SYSTEM}[/SYSTEM_PROMPT][INST]",
+    template_suffix="[/INST]",
     states=(10, 20, 30),
-    pad="<pad>",
+    pad_token="<pad>",
     pads_left=True,
     batch_size=1,
 )
@@ -57,11 +57,11 @@ QWEN3_4B_USE = LanguageEncoderSettings(
     states_key=TEXT_STATES_KEY,
     model=QWEN3,
     source=qwen_tokenizer(DIT_OPTION, "black-forest-labs/FLUX.2-klein-4B"),
-    maximum=TOKENS,
-    before=_BEFORE,
-    after=_AFTER,
+    max_length=TOKENS,
+    template_prefix=_BEFORE,
+    template_suffix=_AFTER,
     states=(9, 18, 27),
-    pad="<|endoftext|>",
+    pad_token="<|endoftext|>",
     batch_size=1,  # so that a state does not depend on other prompts, to the last bit
 )
 QWEN3_8B_USE = replace(
@@ -90,7 +90,7 @@ class Flux2Version:
     cache_tag: str
     name: str  # in caches, samples and LoRAs
     architecture: str  # modelspec.architecture
-    use: LanguageEncoderSettings
+    encoder_settings: LanguageEncoderSettings
     release: ModelRelease
     defaults: SamplingDefaults
     dim: int  # width of the released transformer
@@ -106,7 +106,7 @@ DEV = Flux2Version(
     cache_tag="f2d",
     name="flux_2_dev",
     architecture="Flux.2-dev",
-    use=MISTRAL_USE,
+    encoder_settings=MISTRAL_USE,
     release=_release("FLUX.2-dev", _OF_DEV),
     defaults=image_defaults(50, 1.0, 1024, embedded_guidance=GUIDANCE),
     dim=6144,
@@ -117,7 +117,7 @@ KLEIN_4B = Flux2Version(
     cache_tag="f2k4b",
     name="flux_2_klein_4b",
     architecture="Flux.2-klein-4b",
-    use=QWEN3_4B_USE,
+    encoder_settings=QWEN3_4B_USE,
     release=_release("FLUX.2-klein-4B", _APACHE),
     defaults=image_defaults(4, 1.0, 1024),
     dim=3072,
@@ -129,7 +129,7 @@ KLEIN_9B = replace(
     cache_tag="f2k9b",
     name="flux_2_klein_9b",
     architecture="Flux.2-klein-9b",
-    use=QWEN3_8B_USE,
+    encoder_settings=QWEN3_8B_USE,
     release=_release("FLUX.2-klein-9B", _OF_9B),
     dim=4096,
     text_dim=12288,

@@ -54,8 +54,8 @@ def count_swapped(blocks: int) -> tuple[int, ...]:
     Joint blocks leave first. Up to 26 of the released 28 may leave, then up to four of each list of five.
     """
     joint = min(blocks, 26)
-    others = blocks - joint
-    shares = [others // 3 + (others % 3 > place) for place in range(3)]
+    num_single = blocks - joint
+    shares = [num_single // 3 + (num_single % 3 > index) for index in range(3)]
     return (*shares, joint)
 
 

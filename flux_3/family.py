@@ -66,10 +66,10 @@ class Flux3(pictures.ModelOfImages):
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=RELEASE, init=False)
     text_keys: frozenset[str] = field(default=frozenset({TEXT_STATES_KEY}), init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
     name: str = field(default="flux_3", init=False)
     cache_tag: str = field(default="f3", init=False)
-    named: ClassVar = {
+    model_metadata: ClassVar = {
         "architecture": "Flux.3-klein",
         "resolution": f"{SIDE}x{SIDE}",
         "implementation": "https://github.com/black-forest-labs/flux-3-image-klein",
@@ -168,7 +168,7 @@ class Flux3(pictures.ModelOfImages):
         """
         if self.is_distilled:
             request = self._drop_guidance_scale(request)
-        request = self.keep_media(request, self.called)
+        request = self.keep_media(request, self.display_name)
         has_size = None not in (request.width, request.height)
         if not request.control_images or has_size:
             return self.resolve_image(request, SHIFT, "")

@@ -46,11 +46,11 @@ FLUX_3_USE = LanguageEncoderSettings(
     states_key=TEXT_STATES_KEY,
     model=QWEN3_VL,
     source=replace(_SOURCE, files=replace(_SOURCE.files, folder="", folders=TOKENIZER_FOLDERS)),
-    maximum=8192,
-    before=_BEFORE,
-    after=_AFTER,
+    max_length=8192,
+    template_prefix=_BEFORE,
+    template_suffix=_AFTER,
     states=(4, 8, 12, 16, 20, 24, 28, 32),
-    pad="<|endoftext|>",
+    pad_token="<|endoftext|>",
     pad_to_multiple_of=TEXT_LENGTH_MULTIPLE,
     batch_size=1,  # as released
 )

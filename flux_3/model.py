@@ -67,7 +67,7 @@ class Flux3Tokens:
     text_lengths: SampleLengths | None  # how many of the T tokens of the text are real; None: all
     second_text: SecondText | None = None
     second_lengths: SampleLengths | None = None  # real tokens of the second text alone
-    parts: tuple["TokenShard", ...] = ()  # the tokens of each kind that this process has; (): all
+    shards: tuple["TokenShard", ...] = ()  # the tokens of each kind that this process has; (): all
 
     @property
     def stream_lengths(self) -> tuple[int, ...]:
@@ -91,7 +91,7 @@ class Flux3Tokens:
             [part.slice_rotary(table) for part, table in zip(parts, tables, strict=True)], dim=-4
         )
         counts = tuple(part.count_among_first(part.length) for part in parts)
-        return replace(self, rotary=rotary, counts=counts, parts=parts)
+        return replace(self, rotary=rotary, counts=counts, shards=parts)
 
     def select(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
         """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.
@@ -192,10 +192,10 @@ def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, modality_index:
     """
     is_text = tokens.modalities[modality_index] == TEXT
     attend_modality = _attend_within_texts if is_text else _attend_unpadded
-    if not tokens.parts:
+    if not tokens.shards:
         return attend_modality(heads, tokens)
     # with several processes, each has a part of the tokens: gather them for whole heads
-    token_part = tokens.parts[modality_index]
+    token_part = tokens.shards[modality_index]
     return token_part.gather_heads(attend_modality(token_part.gather_tokens(*heads), tokens))
 
 
@@ -227,7 +227,7 @@ def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
 
     With several processes (`parts`), each computes some heads for all tokens.
     """
-    parts = tokens.parts
+    parts = tokens.shards
     if parts:
         heads = _gather_tokens(heads, tokens)
     if tokens.second_text is not None:
@@ -245,10 +245,10 @@ def _attend_with_two_texts(heads: Sequence[Tensor], tokens: Flux3Tokens, second:
     """
     with_first = _attend([second.drop_second_text(tensor) for tensor in heads], tokens, tokens.lengths)
     with_second = _attend([second.drop_first_text(tensor) for tensor in heads], tokens, second.lengths)
-    if not tokens.parts:
+    if not tokens.shards:
         return second.combine(with_first, with_second)
     # combining needs all heads of a token, so image tokens are returned to their processes before
-    *image_parts, text_part = tokens.parts
+    *image_parts, text_part = tokens.shards
     num_images = second.num_image_tokens
     images = second.combine_attention(
         _return_tokens(with_first[:, :num_images], image_parts),
@@ -262,7 +262,7 @@ def _gather_tokens(heads: Sequence[Tensor], tokens: Flux3Tokens) -> list[Tensor]
     """All-to-all of heads: give each process all tokens, B L+R+T n D, for its share of the heads."""
     # by modality: query, key and value of its tokens
     by_modality = zip(*(tensor.split(tokens.counts, dim=1) for tensor in heads), strict=True)
-    gathered = [part.gather_tokens(*qkv) for part, qkv in zip(tokens.parts, by_modality, strict=True)]
+    gathered = [part.gather_tokens(*qkv) for part, qkv in zip(tokens.shards, by_modality, strict=True)]
     return [torch.cat(tensors, dim=1) for tensors in zip(*gathered, strict=True)]
 
 
@@ -281,7 +281,7 @@ class Flux3Layout(NamedTuple):
 
     grid: tuple[int, int]  # rows, columns of the image's tokens
     references: tuple[tuple[int, int], ...]  # rows, columns of each reference's tokens
-    texts: tuple[int, ...]  # tokens of each text
+    text_lengths: tuple[int, ...]  # tokens of each text
 
 
 class Flux3Text(NamedTuple):
@@ -393,7 +393,7 @@ class Flux3Model(BlockNetwork):
         layout = Flux3Layout(
             grid=_measure_grid(noisy),
             references=tuple(_measure_grid(latents) for latents in references),
-            texts=tuple(embedded.states.shape[1] for embedded in texts),
+            text_lengths=tuple(embedded.states.shape[1] for embedded in texts),
         )
         tokens = Flux3Tokens(
             layout.grid,
@@ -478,7 +478,7 @@ class Flux3Model(BlockNetwork):
         for number, (rows, columns) in enumerate((layout.grid, *layout.references)):  # 0: the image
             axes = (POSITION_STEP * torch.arange(side, dtype=torch.float64) for side in (rows, columns))
             tables.append(self._make_grid_table((zero, *axes, zero - number), device))
-        for length in layout.texts:
+        for length in layout.text_lengths:
             positions = torch.arange(length, dtype=torch.float64)
             tables.append(self._make_grid_table((zero, zero, zero, positions), device))
         return torch.cat(tables)

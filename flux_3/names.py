@@ -53,16 +53,16 @@ FLUX_3 = FamilyNames(
         WeightPart("norm_out.linear", "final_layer.image.adaLN_modulation.1", layouts.SWAPPED),
     ),
     parameters=tuple((theirs + one, ours + other) for theirs, ours in _BLOCKS for one, other in _NORMS),
-    optional=("ref_time_in.in_layer", "ref_time_in.out_layer"),
+    optional_paths=("ref_time_in.in_layer", "ref_time_in.out_layer"),
     optional_description="the time that a step of the distilled model jumps to",
-    versions=("flux_3", "flux-3", "flux3", "flux.3"),
-    sides=(
+    version_prefixes=("flux_3", "flux-3", "flux3", "flux.3"),
+    relative_sizes=(
         *((f".{name}", 1, 1) for name in ("q_proj", "k_proj", "v_proj", "attn_out")),
         (".mlp_in", 6, 1),
         (".mlp_out", 1, 3),
     ),
-    released=((3072, (("single_blocks", 28), ("txt_mode_blocks", 5))),),
-    numbered=(
+    released_sizes=((3072, (("single_blocks", 28), ("txt_mode_blocks", 5))),),
+    optimizer_numbering=(
         ("content_mode_blocks.image.{n}.", _ORDER),
         ("content_mode_blocks.image_cond.{n}.", _ORDER),
         ("txt_mode_blocks.{n}.", _ORDER),

@@ -80,7 +80,7 @@ def _check_clip_lengths(table: MediaTable) -> None:
         used = video_frames(_count_full_sections(table, frames), table.window)
         if used < frames:
             logger.warning(
-                "%s: the last %d of %d frames of a clip are not used, because %d make whole sections",
+                "%s: the last %d of %d frames of a clip are not used, because %d fill whole sections",
                 table.name,
                 frames - used,
                 frames,
@@ -96,7 +96,7 @@ def _check_images(table: MediaTable) -> None:
         )
     if not table.has_control:
         raise DatasetError(
-            f"{table.name}: --one_frame needs control images, from which each image is made. Set "
+            f"{table.name}: --one_frame needs control images, from which each image is generated. Set "
             "control_directory, or control_path in every line of the list."
         )
 
@@ -109,7 +109,7 @@ def count_sections(table: MediaTable, frames: int) -> int:
     sections = _count_full_sections(table, frames)
     if sections == 0:
         raise MediaError(
-            f"{frames} usable frames (4 n + 1 of the clip's) are too few: a section takes "
+            f"{frames} usable frames (4 n + 1 of the clip's) are too few: a section needs "
             f"{_count_least_frames(table)}, 4 x {table.window} (fp_latent_window_size) + 1. Use a longer "
             "clip, or take this one out"
         )

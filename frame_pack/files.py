@@ -99,7 +99,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
     Raises CheckpointError for another model.
     """
     path, names = checkpoint.path, checkpoint.tensors
-    if not any(mark in names for mark in FRAMEPACK_TENSORS):
+    if not any(name in names for name in FRAMEPACK_TENSORS):
         files = (
             "the transformer's checkpoint, such as the folder of FramePackI2V_HY or "
             "FramePackI2V_HY_bf16.safetensors,"

@@ -172,7 +172,7 @@ def load_siglip(path: Path, device: torch.device, dtype: torch.dtype = torch.flo
         plan = read_siglip(checkpoint)
         check_activation(plan.config, path, f"SigLIP has {SiglipConfig.activation}")
         siglip = load_planned(
-            plan, SiglipVision, device, dtype, what=f"the SigLIP image encoder ({ENCODER_OPTION})"
+            plan, SiglipVision, device, dtype, label=f"the SigLIP image encoder ({ENCODER_OPTION})"
         )
     logger.info("SigLIP: %s, computing in %s", path, dtype_name(dtype))
     return siglip

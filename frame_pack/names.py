@@ -19,18 +19,18 @@ ENTRY = FamilyEntry(
 FRAMEPACK = FamilyNames(
     "framepack",
     "framepack",
-    further=(
+    more_modules=(
         *(part.part_path for part in HUNYUAN_VIDEO.parts),
         *with_endings("clean_x_embedder.", "proj proj_2x proj_4x"),
         *with_endings("image_projection.", "up down"),
     ),
     compatible_families=("hunyuan_video",),
     # diffusers' HunyuanVideoFramepackPipeline only loads layers with this prefix
-    start=layouts.IN_DIFFUSERS,
+    path_prefix=layouts.IN_DIFFUSERS,
     converted_for="diffusers",
     not_in_comfyui="ComfyUI has no FramePack, so that it has no names for its layers",
     is_as_in_diffusers=True,
-    sides=(
+    relative_sizes=(
         *layouts.IN_TWO_STREAMS,
         (".norm1.linear", 6, 1),
         (".norm1_context.linear", 6, 1),
@@ -38,8 +38,8 @@ FRAMEPACK = FamilyNames(
         (".proj_mlp", 4, 1),
         (".proj_out", 1, 5),
     ),
-    released=((3072, (("transformer_blocks", 20), ("single_transformer_blocks", 40))),),
-    numbered=(
+    released_sizes=((3072, (("transformer_blocks", 20), ("single_transformer_blocks", 40))),),
+    optimizer_numbering=(
         (
             "transformer_blocks.{n}.",
             f"norm1.linear norm1_context.linear {layouts.NUMBERED_ATTENTION} attn.to_add_out ff.net.0.proj "

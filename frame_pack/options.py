@@ -185,8 +185,8 @@ class FramePackGenerationOptions(Options, title="FramePack"):
     f1: bool = option("generate the video as FramePack-F1 does, in playing order", facts=OF_REQUEST, flags=F1)
     video: FramePackVideoOptions
     one_frame_auto_resize: bool = option(
-        "with --one_frame_inference: as many pixels as --video_size says, in the shape of the first control "
-        "image, or of the start image if there is none",
+        "with --one_frame_inference: the pixel count of --video_size in the aspect ratio of the first "
+        "control image, or of the start image if there is none",
         facts=OF_REQUEST,
     )
     latent_paddings: str | None = option(
@@ -264,5 +264,5 @@ def _join_one_frame_settings(settings: str, cached_with: Mapping[str, Any]) -> s
 def _warn_of_both(f1: bool, one_frame: bool) -> None:
     if f1 and one_frame:
         logger.warning(
-            "--f1 is ignored because --one_frame is given: FramePack makes single images, F1 does not"
+            "--f1 is ignored because --one_frame is given: FramePack generates single images, F1 does not"
         )

@@ -31,7 +31,7 @@ from protocols.one_frame import OneFrame, parse_one_frame
 logger = logging.getLogger(__name__)
 
 SOLVER = "unipc-bh1"
-_NEEDS_IMAGE = "FramePack starts from an image, and so does a single picture (--i in a line of prompts)"
+_NEEDS_IMAGE = "FramePack starts from an image, also for a single image (--i in a line of prompts)"
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest)
     typed = ",".join(map(str, paddings))
     sections = len(settings.images)
     if paddings and settings.one_frame is not None:
-        logger.warning("--latent_paddings %s is ignored because a single picture is generated", typed)
+        logger.warning("--latent_paddings %s is ignored because a single image is generated", typed)
     elif len(paddings) > sections:
         logger.warning(
             "--latent_paddings %s: only the first %d count, as there are no more sections; that played first "
@@ -148,7 +148,7 @@ def _read_prompts(request: requests.Request, sections: int, is_one_frame: bool) 
     if request.second_prompt is None:
         return [requests.Prompt(text) for text in texts]
     second = _split_by_section(request.second_prompt, "--prompt_2", sections, is_one_frame)
-    return [requests.Prompt(text, second=for_clip) for text, for_clip in zip(texts, second, strict=True)]
+    return [requests.Prompt(text, prompt_2=for_clip) for text, for_clip in zip(texts, second, strict=True)]
 
 
 def _drop_unusable_media(request: requests.Request, is_f1: bool, is_one_frame: bool) -> requests.Request:
@@ -156,14 +156,14 @@ def _drop_unusable_media(request: requests.Request, is_f1: bool, is_one_frame: b
 
     Raises OptionError if a file cannot be opened.
     """
-    reason = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
+    reason = "--f1 generates a video from its start" if is_f1 else "a single image has no end"
     request = requests.keep_usable_media(request, {"end_image_path": not is_f1 and not is_one_frame}, reason)
     if request.end_image_path is not None:
         _check_image("--end_image_path", request.end_image_path)
     if is_one_frame and request.source is not None:
         raise OptionError(
-            f"--{request.source.option} {request.source.path} and --one_frame_inference: a single picture is "
-            "made from --image_path and --control_image_path. Leave one of them out"
+            f"--{request.source.option} {request.source.path} and --one_frame_inference: a single image is "
+            "generated from --image_path and --control_image_path. Leave one of them out"
         )
     return requests.keep_usable_media(request, {"control_path": False}, "FramePack does not take it")
 
@@ -177,7 +177,7 @@ def _count_sections(
     if is_one_frame:
         if typed_sections not in (None, "1"):
             logger.warning(
-                "--video_sections %s is ignored because a single picture is generated", typed_sections
+                "--video_sections %s is ignored because a single image is generated", typed_sections
             )
         return 1
     if typed_sections is not None or seconds is not None:

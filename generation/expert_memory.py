@@ -105,7 +105,11 @@ class ExpertSchedule:
         note = "each is loaded when its steps begin"
         if not self.lazy:
             note = "in host memory, if it has room; else they are loaded again"
-        return (MemoryPart("experts that wait", 0, self.host_peak(weights, swap.host) - swap.host, note),)
+        return (
+            MemoryPart(
+                "experts that wait", 0, self.host_peak(weights, swap.host_bytes) - swap.host_bytes, note
+            ),
+        )
 
     def note_fit(
         self,

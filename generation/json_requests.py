@@ -70,7 +70,7 @@ class Interrupts:
             self._may_raise = False
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def delayed(self) -> Iterator[None]:
         """Delay a KeyboardInterrupt until the `with` block has ended."""
         self._is_held = True
         try:
@@ -96,7 +96,7 @@ class Answers:
         Raises:
             BrokenPipeError: If the reader has closed the pipe.
         """
-        with self._interrupts.held():
+        with self._interrupts.delayed():
             self._stream.write(json.dumps({"event": event, **facts}) + "\n")
             self._stream.flush()
 

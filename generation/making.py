@@ -217,7 +217,7 @@ class EncodedJob(NamedTuple):
     """A job with its encoded prompts and inputs, by section index."""
 
     job: GenerationJob
-    texts: Mapping[int, EncodedPrompts]
+    encoded_prompts: Mapping[int, EncodedPrompts]
     inputs: Mapping[int, Conditions]
 
 

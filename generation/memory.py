@@ -97,7 +97,7 @@ class PhasePrediction:
             (*self.phases_before, self.phase(blocks), *self.phases_after), tuple(remarks)
         )
 
-    def device(self, blocks: int) -> int:
+    def device_bytes(self, blocks: int) -> int:
         """Return the device memory of denoising, in bytes, with this number of swapped blocks."""
         return self.phase(blocks).device
 
@@ -230,7 +230,7 @@ def _with_fewer_weights(
         network = encoder.network
         (offloaded,) = memory_plan.predict_swaps(network, spec_of(network), options.speed.swap, processes)
         note = offloaded.describe(0, "").removeprefix("; ")  # "; " separates it from a note before it
-        weights = replace(weights, device=weights.device - offloaded.saved, note=note)
+        weights = replace(weights, device=weights.device - offloaded.saved_device_bytes, note=note)
     elif device_memory is not None and phase.device > device_memory.usable and is_layered(encoder):
         waiting = encoder.offloaded_bytes(device_memory.usable)
         if waiting:
@@ -508,7 +508,7 @@ def predict_largest_request(
             )
             predictions.append((stage, prediction))
     # by the bytes on the device with 0 swapped blocks
-    return max(predictions, key=lambda candidate: candidate[1].device(0))
+    return max(predictions, key=lambda candidate: candidate[1].device_bytes(0))
 
 
 def suggest_options(
@@ -521,7 +521,7 @@ def suggest_options(
 ) -> list[str]:
     """Return changes of options that make all phases fit, cheapest first; apply them cumulatively."""
     lines = _suggest_for_other_phases(prediction, device_memory.usable)
-    if prediction.device(0) <= device_memory.usable:  # denoising fits without swapped blocks
+    if prediction.device_bytes(0) <= device_memory.usable:  # denoising fits without swapped blocks
         return lines
     speed = options.speed
 
@@ -546,7 +546,7 @@ def suggest_options(
     if cheapest is not None:
         maximum = cheapest.max_swapped_blocks
         limit = f"even --blocks_to_swap {maximum} leaves" if can_swap else "what is above leaves"
-        lines.append(f"fewer frames or a smaller size: {limit} {format_gib(cheapest.device(maximum))}")
+        lines.append(f"fewer frames or a smaller size: {limit} {format_gib(cheapest.device_bytes(maximum))}")
     return lines
 
 

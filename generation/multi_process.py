@@ -95,7 +95,7 @@ class _DividedRun:
     @cached_property
     def sharded_prediction(self) -> PhasePrediction:
         """Predict memory from a dry run with the network split over all GPUs."""
-        options = self._with_division(Division(self.cards, shards=True))
+        options = self._with_division(Division(self.cards, shards_weights=True))
         with quiet():
             return predict_request(
                 self.family, options, self.prepared, self.device, device_memory=self.device_memory
@@ -109,12 +109,14 @@ class _DividedRun:
         """
         if division != Division(self.cards):  # not just one complete network on each GPU
             check_together(self.family, self._with_division(division))
-        prediction = self.sharded_prediction if division.shards else self.full_prediction
-        if division.context == 1:  # the tokens are not divided
+        prediction = self.sharded_prediction if division.shards_weights else self.full_prediction
+        if division.num_context_parallel == 1:  # the tokens are not divided
             return prediction
         return replace(
             prediction,
-            peaks_by_phase=divide_tokens(prediction.peaks_by_phase, division.context, self.counter),
+            peaks_by_phase=divide_tokens(
+                prediction.peaks_by_phase, division.num_context_parallel, self.counter
+            ),
         )
 
     def _with_division(self, division: Division) -> GenerationOptions:

@@ -109,8 +109,8 @@ class DitLoader:
             patch=patch,
             leave_unmerged=lora_patch.leave_unmerged if lora_patch else None,
             quantization=self.quantization,
-            host=host,
-            blocks=blocks,
+            host_weights=host,
+            block_sharder=blocks,
             check=check,
         )
         dit = family.load_dit(placement, expert)
@@ -125,7 +125,12 @@ class DitLoader:
 
             add_stage_loras(dit, is_compiled=speed.compilation.choice is not None)
         set_up_network(
-            dit, family.dit, self.device, compilation=speed.compilation.choice, host=host, blocks=blocks
+            dit,
+            family.dit,
+            self.device,
+            compilation=speed.compilation.choice,
+            host_weights=host,
+            block_sharder=blocks,
         )
         if speed.modes.hooks.finish_network:
             finish_network(dit, speed, self.device)

@@ -261,7 +261,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     # LoRAs are read first, so that a wrong file is reported immediately. --save_merged_model writes only the
     # DiT and needs no changes of text encoders
     loras_by_expert = expert_loras(family, options, with_texts=options.save_merged_model is None)
-    if any(lora_use.lora.words for loras in loras_by_expert for lora_use in loras):
+    if any(lora_use.lora.embeddings for loras in loras_by_expert for lora_use in loras):
         from networks.text_loras import with_words_of  # only with words in LoRA files
 
         family = with_words_of(family, loras_by_expert)

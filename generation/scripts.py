@@ -49,7 +49,7 @@ def generation_script(
                 stack.enter_context(name_as_typed(options.typed_names))
             options.warn_of_ignored()
             if entry.notice:
-                entry.say_notice()
+                entry.log_notice()
             if options.interactive:  # each prompt has its own
                 warnings.close()
             print_loading()

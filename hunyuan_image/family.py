@@ -66,7 +66,7 @@ class HunyuanImage(ModelOfImages):
     options: Any = NO_OPTIONS  # set for trainings only
 
     name: str = field(default="hunyuan_image", init=False)
-    named: ClassVar = {
+    model_metadata: ClassVar = {
         "architecture": "hunyuan-image-2.1",
         "implementation": "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
         "model_type": "hunyuan_image",
@@ -80,7 +80,7 @@ class HunyuanImage(ModelOfImages):
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=HUNYUAN_IMAGE, init=False)
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
     defaults: SamplingDefaults = field(default=GENERATION, init=False)
 
     # the network

@@ -191,7 +191,7 @@ class HunyuanImageFiles(TransformerFiles):
     @property
     def byt5_path(self) -> Path:
         """Return ByT5's path; raise OptionError if --byt5 is missing."""
-        return require_file(self.byt5, BYT5.option, "ByT5 encodes the texts to be written in the picture")
+        return require_file(self.byt5, BYT5.option, "ByT5 encodes the texts to be written in the image")
 
     def text_encoders(self) -> list[TextEncoder]:
         """Return the text encoders, whose weights are read when they are loaded."""

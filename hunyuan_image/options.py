@@ -144,7 +144,7 @@ class HunyuanImageGenerationOptions(Options, title=NAME):
     projection: ProjectedGuidanceOptions
 
 
-def name_attention(args: argparse.Namespace) -> None:
+def translate_attention(args: argparse.Namespace) -> None:
     """Translate HunyuanImage's names of the attention options into the shared ones."""
     if args.attn_mode is not None:
         flag = TRAINING_FLAGS[GENERATION_VALUES[args.attn_mode]]
@@ -157,7 +157,7 @@ def translate_training(args: argparse.Namespace) -> None:
 
     Raises OptionError if only text encoders are to be trained, because those of this model cannot be.
     """
-    name_attention(args)
+    translate_attention(args)
     if args.network_train_text_encoder_only:
         raise OptionError(
             f"--network_train_text_encoder_only: the text encoders of {NAME}, a language model of 7 bn "

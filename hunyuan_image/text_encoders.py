@@ -59,10 +59,10 @@ QWEN_USE = LanguageEncoderSettings(
     mask_key="vlm_mask",
     model=QWEN25_VL,
     source=TOKENIZER,
-    maximum=TEXT_TOKENS,
-    before=BEFORE,
-    after=AFTER,
-    dropped=NUM_TEMPLATE_TOKENS,
+    max_length=TEXT_TOKENS,
+    template_prefix=BEFORE,
+    template_suffix=AFTER,
+    num_dropped_tokens=NUM_TEMPLATE_TOKENS,
     states=(-3,),  # two layers follow it; it is not normed
     batch_size=1,
 )

@@ -257,14 +257,14 @@ class NamesByLevel:
         if match is None:
             return translate_name(name, DIFFUSERS)
         half, direction, digits, name_end = match.groups()
-        place = int(digits)
+        index = int(digits)
         changes = self._changes[half]
-        level = sum(change < place for change in changes)
+        level = sum(change < index for change in changes)
         start = f"{half}.{direction}.{level}"
-        if place in changes:
+        if index in changes:
             return f"{start}.{direction}sample.{name_end}"
         first = changes[level - 1] + 1 if level else 0
-        return f"{start}.block.{place - first}.{name_end}"
+        return f"{start}.block.{index - first}.{name_end}"
 
 
 logger = logging.getLogger(__name__)
@@ -304,7 +304,7 @@ def load_vae(
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
         vae = load_planned(
-            plan, lambda config: HunyuanImageVae(config, tile), device, dtype, what=MODEL_LABEL
+            plan, lambda config: HunyuanImageVae(config, tile), device, dtype, label=MODEL_LABEL
         )
     set_memory_format(vae, device)  # memory layout of the convolutions' weights that is fast on this device
     if chunk_size is not None:

@@ -62,7 +62,7 @@ class HunyuanVideo(OneTransformer):
     options: Any = NO_OPTIONS  # set for trainings only
 
     name: str = field(default="hunyuan_video", init=False)
-    named: ClassVar = {
+    model_metadata: ClassVar = {
         "architecture": "hunyuan-video",
         "implementation": "https://github.com/Tencent/HunyuanVideo",
         "model_type": "hunyuan",

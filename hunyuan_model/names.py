@@ -150,11 +150,11 @@ HUNYUAN_VIDEO = FamilyNames(
     "hunyuan-video",
     BLOCK_ALIASES,
     (*BLOCK_PARTS, *renamed_parts("", "", _DIFFUSERS_REST)),
-    further=with_endings("txt_in.individual_token_refiner.blocks.{n}.", "norm1 norm2"),
+    more_modules=with_endings("txt_in.individual_token_refiner.blocks.{n}.", "norm1 norm2"),
     converted_for="ComfyUI",
-    sides=BLOCK_SIDES,
-    released=((3072, BLOCK_DEPTHS),),
-    numbered=BLOCK_NUMBERS,
+    relative_sizes=BLOCK_SIDES,
+    released_sizes=((3072, BLOCK_DEPTHS),),
+    optimizer_numbering=BLOCK_NUMBERS,
     network_module="networks.lora_hunyuan",
 )
 

@@ -27,7 +27,7 @@ CLIP = ClipNaming(
     name="clipL",
     pooled_key="clipL",
     mask_key="clipL_mask",
-    what="text encoder 2",
+    description="text encoder 2",
     option="--text_encoder2",
     release="the folder text_encoder_2 of HunyuanVideo, clip-vit-large-patch14 or clip_l.safetensors",
     folder="text_encoder_2",
@@ -99,16 +99,16 @@ LLAVA_SETTINGS = LanguageEncoderSettings(
     mask_key="llm_mask",
     model=LLAMA,
     source=LLAMA_TOKENIZER,
-    maximum=PROMPT_TOKENS,
-    pad="",
-    record="llm",
+    max_length=PROMPT_TOKENS,
+    pad_token="",
+    record_prefix="llm",
 )
 
 
 class LlavaTextEncoder(LanguageModelEncoder):
     """Text encoder 1: the Llama 3 of LLaVA. Each prompt gives 256 states; those after its end are masked."""
 
-    what = "text encoder 1"
+    description = "text encoder 1"
     default_settings: ClassVar[LanguageEncoderSettings] = LLAVA_SETTINGS
 
     def __init__(
@@ -135,9 +135,9 @@ class LlavaTextEncoder(LanguageModelEncoder):
         """
         use = replace(
             self.default_settings,
-            before=template.before,
-            after=template.after,
-            dropped=template.crop_start,
+            template_prefix=template.before,
+            template_suffix=template.after,
+            num_dropped_tokens=template.crop_start,
             states=(-1 - skip_layers,),  # counted from the end
             final_norm=final_norm or skip_layers == 0,
         )
@@ -154,7 +154,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Warn if the tokenizer splits the template into different tokens than the model's own tokenizer."""
         super().check_tokenizer(tokenizer)
-        if self.settings.dropped is None:
+        if self.settings.num_dropped_tokens is None:
             message = "system prompt: %s (%d tokens before the prompt, which are cut off)"
             logger.info(message, self.template.system, self.count_template_tokens(tokenizer))
 

@@ -226,7 +226,7 @@ def load_vae(
             lambda config: HunyuanVae(config, chunk_size, cuts),
             device,
             dtype,
-            what="the HunyuanVideo VAE",
+            label="the HunyuanVideo VAE",
         )
     set_memory_format(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))

@@ -209,12 +209,12 @@ class HunyuanCausalConv(nn.Module):
         return conv3d(conv, padded)
 
 
-def _repeat_borders(picture: Tensor) -> None:
+def _repeat_borders(frames: Tensor) -> None:
     """Fill the border of an image, B C H W, in place with the rows and columns next to it."""
-    picture[..., 0, :] = picture[..., 1, :]
-    picture[..., -1, :] = picture[..., -2, :]
-    picture[..., 0] = picture[..., 1]
-    picture[..., -1] = picture[..., -2]
+    frames[..., 0, :] = frames[..., 1, :]
+    frames[..., -1, :] = frames[..., -2, :]
+    frames[..., 0] = frames[..., 1]
+    frames[..., -1] = frames[..., -2]
 
 
 class HunyuanResidualBlock(nn.Module):

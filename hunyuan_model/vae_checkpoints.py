@@ -46,7 +46,7 @@ def read_vae(checkpoint: Checkpoint) -> dialects.LoadPlan[HunyuanVaeConfig]:
         "_orig_mod.",
         "first_stage_model.",
         "vae.",
-        others=("model.diffusion_model.", "model.model.", "text_encoders."),
+        ignored_prefixes=("model.diffusion_model.", "model.model.", "text_encoders."),
     )
     names = checkpoint.tensors
     if "encoder.conv_in.conv.weight" not in names or "quant_conv.weight" not in names:

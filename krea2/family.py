@@ -75,12 +75,12 @@ class Krea2(pictures.ModelOfImages):
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=KREA_2, init=False)
     text_keys: frozenset[str] = field(default=KREA_2_SETTINGS.keys, init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
 
     @property
     def edits(self) -> bool:
         """Return whether this run edits images."""
-        return self.references is not None and self.references.edits
+        return self.references is not None and self.references.edits_images
 
     @property
     def name(self) -> str:
@@ -181,10 +181,10 @@ class Krea2(pictures.ModelOfImages):
     def _check_template(self, batch: Batch) -> None:
         """Raise CacheError unless captions and training agree on whether there are images to edit."""
         encoder_settings = self.files.encoder_settings
-        for cache in batch.made_by:
+        for cache in batch.cache_origins:
             fingerprint = cache.encoder.get(encoder_settings.template_key, encoder_settings.fingerprint)
             if cache.part == encoder_settings.name and fingerprint != encoder_settings.fingerprint:
-                how, words = ("without pictures", " with --edit") if self.edits else ("for edits", "")
+                how, words = ("without images", " with --edit") if self.edits else ("for edits", "")
                 raise CacheError(f"{cache.path}: the caption was encoded {how}. Run {TEXTS_AGAIN}{words}.")
 
     def predict(
@@ -232,7 +232,7 @@ class Krea2(pictures.ModelOfImages):
         # a guidance scale of 1 turns guidance off
         if prepared.guidance_scale == (1.0,) and self._says_raw():
             logger.warning(
-                "%s is raw, whose pictures are blurred without guidance. Give Turbo, a LoRA that makes it "
+                "%s is raw, whose images are blurred without guidance. Give Turbo, a LoRA that makes it "
                 "Turbo, or a --guidance_scale such as %g",
                 self.files.dit,
                 DEFAULTS.guidance_scale,
@@ -311,7 +311,7 @@ def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
     release = find_release(turbo)
     if release is not None and not release.is_turbo:
         raise OptionError(
-            f"--turbo_dit {turbo}: it says that it is raw ({release.source}), which makes no image in "
+            f"--turbo_dit {turbo}: it is marked as raw ({release.source}), which cannot generate images in "
             "eight steps. Give turbo.safetensors, or leave the option out"
         )
     return replace(family_for_training(options, turbo), samples_on_turbo=True)
@@ -333,7 +333,7 @@ def _make_rules(options: Any, is_edit: bool | None) -> ReferenceRules | None:
         return None
     area = None if getattr(options, "match_target_res", False) else MEGAPIXEL
     return ReferenceRules(
-        MAX_REFERENCES, seen_by_text=True, edits=bool(is_edit), keeps_aspect_ratio=True, max_area=area
+        MAX_REFERENCES, seen_by_text=True, edits_images=bool(is_edit), keeps_aspect_ratio=True, max_area=area
     )
 
 

@@ -37,9 +37,9 @@ KREA_2_SETTINGS = replace(
     states_key=KEY,
     model=QWEN3_VL,
     source=replace(QWEN_SETTINGS.source, files=FROM),
-    maximum=512,  # including the template's tokens after the prompt, which remain if the prompt is cut off
-    keeps_after=True,
-    stacked=STATES,
+    max_length=512,  # including the template's tokens after the prompt, which remain if the prompt is cut off
+    keeps_template_suffix=True,
+    stacked_states=STATES,
 )
 MEGAPIXEL, SHOWN_AREA = 1024 * 1024, 384 * 384  # maximum area of a reference: for the VAE, and in a prompt
 SHOWN = ImagePromptFormat(
@@ -47,9 +47,9 @@ SHOWN = ImagePromptFormat(
     read=partial(read_within, area=SHOWN_AREA),
     min_pixels=256 * 256,
 )
-EDIT_SETTINGS = replace(KREA_2_SETTINGS, pictures=SHOWN)
+EDIT_SETTINGS = replace(KREA_2_SETTINGS, image_format=SHOWN)
 # of a generation, most of which show none
-MIXED_SETTINGS = replace(KREA_2_SETTINGS, pictures=replace(SHOWN, loads_tower_at_once=False))
+MIXED_SETTINGS = replace(KREA_2_SETTINGS, image_format=replace(SHOWN, loads_tower_at_once=False))
 MAX_REFERENCES = 10  # references
 MODEL_KIND = f"a {NAME} transformer"
 DIT_OPTION = "--dit"
@@ -115,7 +115,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
             shapes.path,
         )
     # blocks that the release has: a file that lacks some of them is refused
-    released_blocks = dict(KREA_2.released).get(blocks.dim, ())
+    released_blocks = dict(KREA_2.released_sizes).get(blocks.dim, ())
     config = Krea2Config(
         dim=blocks.dim,
         ffn_dim=blocks.ffn_dim,

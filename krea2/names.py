@@ -53,16 +53,16 @@ KREA_2 = FamilyNames(
         ("transformer_blocks.{n}.scale_shift_table", "blocks.{n}.mod.lin"),
         ("final_layer.scale_shift_table", "last.modulation.lin"),
     ),
-    versions=("krea2", "krea-2", "krea_2"),
+    version_prefixes=("krea2", "krea-2", "krea_2"),
     # for the blocks over the image: the text's have another width and other heads
-    sides=(
+    relative_sizes=(
         *((f".blocks.{{n}}.attn.{name}", 1, 1) for name in ("wq", "gate", "wo")),
         *((f".blocks.{{n}}.attn.{name}", 1 / 4, 1) for name in ("wk", "wv")),
         *((f".blocks.{{n}}.mlp.{name}", 8 / 3, 1) for name in ("gate", "up")),
         (".blocks.{n}.mlp.down", 1, 8 / 3),
     ),
-    released=((6144, (("blocks", 28),)),),
-    numbered=(
+    released_sizes=((6144, (("blocks", 28),)),),
+    optimizer_numbering=(
         ("", "first"),
         ("blocks.{n}.", _ORDER),
         ("tmlp.", "0 2"),
@@ -78,8 +78,8 @@ KREA_2 = FamilyNames(
         (
             # the extension of ai-toolkit that trains them calls its architecture so
             r"^(?!ss_network_module=networks\.).*(identity[ _-]?edit|krea2_edit .*ai-toolkit)",
-            "its metadata say that it is an identity edit, whose references have the time of the picture "
-            "and come before it: that is not supported. Use a LoRA of ai-toolkit's own edits, or of --edit.",
+            "its metadata say that it is an identity edit, whose references have the timestep of the image "
+            "and precede it, which is not supported. Use a LoRA of ai-toolkit's own edits, or of --edit.",
         ),
     ),
 )

@@ -33,10 +33,10 @@ MAX_SIDE = 16384
 MAX_MU = 20.0  # e^20: all steps at pure noise
 # mu of the noise levels at 256 and at 6400 tokens; Turbo's at all sizes. Source: the released code
 MU_OF_FEW, MU_OF_MANY, MU_OF_TURBO = 0.5, 1.15, 1.15
-_EDIT = "edits: control images of the dataset are references, which the text encoder sees too"
+_EDIT = "edits: control images of the dataset are references, which the text encoder reads too"
 _MATCH = (
-    "reduce a reference to at most the pixels of the image that is made, in its own shape: larger ones of "
-    "the same shape get its size; default: to a megapixel"
+    "reduce references to at most the pixel count of the generated image, keeping their aspect ratio; "
+    "default: to a megapixel"
 )
 _ALONE = "references attend to each other alone"
 # options of a generation -> their names in Request.extra

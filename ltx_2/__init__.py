@@ -1,8 +1,8 @@
-"""LTX-2, 2.3 and 2.5, video with sound: read family.py first, then model.py.
+"""LTX-2, 2.3 and 2.5, video with audio: read family.py first, then model.py.
 
 audio_reference_options: options of voices, and which references are learned
-audio_references: voices that a clip's sound is made after
-blocks: blocks of two streams, video and sound, and their attention
+audio_references: reference audio for a generated clip's audio, such as a voice
+blocks: blocks of two streams, video and audio, and their attention
 checkpoints: transformer files: what one is, and loading
 configs: dimensions of a transformer, latents, names of parts, LoRA presets
 connectors: from Gemma's states to texts of both streams
@@ -15,7 +15,7 @@ files: paths of a run, parts of a released file
 gemma_4: the language model of LTX-2.5's texts
 guidance: weights of guidance by stream, as released
 keyframes: images that guide a video at one of its frames
-media: the family's half of latents, images and sound
+media: the family's half of latents, images and audio
 model: the transformer around the blocks
 model_options: options of files, how they run, and of guidance
 names: what it is called everywhere, from scripts to tensors

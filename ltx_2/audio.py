@@ -5,7 +5,7 @@ The audio VAE and the vocoders are classes of diffusers, always in float32, as i
 normalized with the statistics in the VAE's file. Settings are derived from tensor sizes; names are
 diffusers', to which the official file's are translated.
 """
-# Letters: B batch, C channels (2 of sound), S samples, T frames of a mel spectrogram or latent frames, M bins
+# Letters: B batch, C channels (2 of audio), S samples, T frames of a mel spectrogram or latent frames, M bins
 
 import functools
 import logging
@@ -28,7 +28,7 @@ from checkpoints.dialects import (
     rename_sources,
 )
 from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
-from ltx_2.released import own_part
+from ltx_2.released import select_part
 from ltx_2.vae_checkpoints import STATISTICS, UNUSED
 from modules.errors import CheckpointError
 from modules.installation import hide_packages
@@ -43,7 +43,7 @@ MIN_MAGNITUDE = 1e-5  # lower limit of magnitudes before the logarithm
 OUTPUT_RATE = 48000  # output rate of LTX-2.3's vocoder, in Hz; LTX-2's follows from its strides
 MEL_DOWNSAMPLING = 4  # mel frames of one latent frame, mel bins of one latent bin
 NUM_LEVELS = 3  # resolutions of the audio VAE: two steps that join two
-FILES = "the official file of LTX-2 or LTX-2.3, its sound alone, or diffusers' folder"
+FILES = "the official file of LTX-2 or LTX-2.3, its audio alone, or diffusers' folder"
 VOCODER = (  # parts of names: official -> diffusers
     (r"\bconv_pre\b", "conv_in"),
     (r"\bconv_post\b", "conv_out"),
@@ -157,7 +157,7 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 
     `option` is the option that named the file. Raises CheckpointError for any other file.
     """
-    checkpoint = own_part(checkpoint, "audio_vae.")  # without the prefix that the official file gives it
+    checkpoint = select_part(checkpoint, "audio_vae.")  # without the prefix that the official file gives it
     sources = rename_sources(list_tensor_sources(checkpoint), lambda name: STATISTICS.get(name, name))
     rejection = make_wrong_kind_error(checkpoint, "an audio VAE of LTX-2", option, f"{FILES} audio_vae")
     if "encoder.mid.block_1.conv1.conv.weight" not in sources or "latents_mean" not in sources:
@@ -183,7 +183,7 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
         "mel_bins": MEL_DOWNSAMPLING * values_per_frame // latent_channels,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in sources,
         "norm_type": "pixel",
-        "causality_axis": "height",  # no latent depends on later sound
+        "causality_axis": "height",  # no latent depends on later audio
     }
     return LoadPlan(settings, checkpoint, sources, UNUSED)
 
@@ -194,7 +194,7 @@ def read_vocoder(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     `option` is the option that named the file. The settings are those of a vocoder with bandwidth extension
     if they have `bwe_in_channels`. Raises CheckpointError for any other file.
     """
-    checkpoint = own_part(checkpoint, "vocoder.")
+    checkpoint = select_part(checkpoint, "vocoder.")
     sources = rename_sources(list_tensor_sources(checkpoint), _translate_vocoder_name)
     rejection = make_wrong_kind_error(checkpoint, "a vocoder of LTX-2", option, f"{FILES} vocoder")
     shape = make_shape_reader(checkpoint, sources, rejection)
@@ -269,7 +269,7 @@ def load_audio_vae(path: Path, device: torch.device, option: str = "--audio_vae"
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_audio_vae(checkpoint, option)
-        network = load_planned(plan, build_audio_vae, device, torch.float32, what="the audio VAE of LTX-2")
+        network = load_planned(plan, build_audio_vae, device, torch.float32, label="the audio VAE of LTX-2")
     logger.info("Audio VAE: %s", path)
     return AudioVae(network)
 
@@ -282,7 +282,7 @@ def load_vocoder(path: Path, device: torch.device, option: str = "--audio_vae") 
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vocoder(checkpoint, option)
-        network = load_planned(plan, build_vocoder, device, torch.float32, what="the vocoder of LTX-2").to(
+        network = load_planned(plan, build_vocoder, device, torch.float32, label="the vocoder of LTX-2").to(
             device
         )
     rate = OUTPUT_RATE if "bwe_in_channels" in plan.config else _read_rate(plan.config)

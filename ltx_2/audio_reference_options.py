@@ -98,8 +98,8 @@ class Ltx2GivenAudioReference(Options, title="audio references"):
     """Audio whose voice or style the generated audio follows."""
 
     reference_audio: Path | None = option(
-        "file after whose sound the audio is made, with a LoRA that has learned it, such as a voice; as long "
-        "as the result at most",
+        "reference file for the generated audio, such as a voice, with a LoRA trained for it; at most as "
+        "long as the result",
         flags=("--reference-audio",),
         place="there",
         facts=of_request("reference_audio"),

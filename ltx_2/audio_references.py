@@ -84,7 +84,7 @@ def warn_of_unused(options: Ltx2AudioReferences, strategy: str) -> None:
     """Warn about audio-reference options if the training's `strategy` uses no audio."""
     given = [f"--{option_name(field)}" for field in fields(options) if is_set(options, field)]
     if given:
-        logger.warning("%s: ignored, because %s takes no sound as reference", ", ".join(given), strategy)
+        logger.warning("%s: ignored, because %s takes no audio reference", ", ".join(given), strategy)
 
 
 def check_batch(batch: Batch, strategy: ReferenceStrategy, option: str) -> None:
@@ -128,7 +128,7 @@ def find_audio_reference(request: Request) -> Path | None:
     except MediaError as error:
         raise MediaError(f"--{REFERENCE_AUDIO_OPTION} {error}") from error
     if info is None:
-        raise OptionError(f"--{REFERENCE_AUDIO_OPTION} {path}: it has no sound. Give a file with sound")
+        raise OptionError(f"--{REFERENCE_AUDIO_OPTION} {path}: it has no audio. Give a file with audio")
     return path
 
 

@@ -5,7 +5,7 @@ between the streams. Source: the released code of LTX-2. Norms, modulation and r
 Everything else, including the residual stream, computes in the dtype of its weights or of autocast. Module
 names follow the published checkpoints.
 """
-# Letters: B batch, L video tokens, M sound tokens, T text tokens, S times (2 with given frames), N heads,
+# Letters: B batch, L video tokens, M audio tokens, T text tokens, S times (2 with given frames), N heads,
 # D head width, C width of a stream, W of the wider one
 
 import math

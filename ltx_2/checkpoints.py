@@ -39,7 +39,7 @@ DEFAULT_HEADS = 32  # number of heads in all releases, because without gates no 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
     names = checkpoint.tensors
-    dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
+    dialect = next((name for name, (tensor_name, _) in DIALECTS.items() if tensor_name in names), None)
     if dialect is None:
         raise make_wrong_kind_error(checkpoint, f"an {NAME} transformer", OPTION, FILES)
     file_shapes = {name: info.shape for name, info in names.items()}

@@ -265,7 +265,9 @@ class Ltx2(Ltx2Media):
                 "name its folder reference_directory, not control_directory, and in lists reference_path."
             )
         if table.guides and not self.files.has_images:
-            raise DatasetError(f"{table.name}: --ltx2_mode audio has no images that guides could be for")
+            raise DatasetError(
+                f"{table.name}: --ltx2_mode audio has no images, so guides have no effect. Leave them out"
+            )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Encode clips and their references; without video, return empty latents of the clip's shape."""
@@ -439,7 +441,7 @@ class Ltx2(Ltx2Media):
         joint = self._make_joint(prepared)
         if self.drive_video is not None and joint is None:
             raise OptionError(
-                f"--drive_video {self.drive_video}: a single picture has no sound. Make it longer"
+                f"--drive_video {self.drive_video}: a single image has no audio. Give a longer --video_length"
             )
         if references.audio is not None:
             self._check_audio_reference(references.audio, joint, media)
@@ -478,7 +480,7 @@ class Ltx2(Ltx2Media):
         minimum = 2 * latent.pixel_step
         if min(width, height) < minimum and self.version == "2.0":
             raise OptionError(
-                f"--video_size {height} {width}: version 2.0 makes {minimum} pixels a side or more"
+                f"--video_size {height} {width}: version 2.0 needs sides of {minimum} pixels or more"
             )
 
     def _check_audio_reference(
@@ -492,13 +494,13 @@ class Ltx2(Ltx2Media):
             )
         if joint is None:
             raise OptionError(
-                f"--{REFERENCE_AUDIO_OPTION} {path}: no sound is generated from it. Give --ltx2_mode av, and "
+                f"--{REFERENCE_AUDIO_OPTION} {path}: no audio is generated from it. Give --ltx2_mode av, and "
                 "more than one frame"
             )
         if media.drive_audio is not None:
             raise OptionError(
-                f"--{REFERENCE_AUDIO_OPTION} {path} and --drive_audio {media.drive_audio}: the latter is all "
-                "of the sound. Give one of them"
+                f"--{REFERENCE_AUDIO_OPTION} {path} and --drive_audio {media.drive_audio}: the latter "
+                "already is the entire audio. Give one of them"
             )
 
     def _check_media(self, request: Request, media: Ltx2GivenMedia) -> None:
@@ -506,7 +508,9 @@ class Ltx2(Ltx2Media):
         if request.image_path is not None and self.drive_video is not None:
             raise OptionError("--image_path and --drive_video: the video sets all frames. Give one of them")
         if self.drive_video is not None and self.stages is not None:
-            raise OptionError("--drive_video and --sample_two_stage: its images stay. Give one of them")
+            raise OptionError(
+                "--drive_video and --sample_two_stage: frames of the video do not change. Give one of them"
+            )
         self._check_generated_keyframes()
         if request.source is not None and (media.image_files or media.audio_files):
             raise OptionError(
@@ -617,9 +621,7 @@ class Ltx2(Ltx2Media):
         }
         for name, image in images.items():
             if image:
-                raise OptionError(
-                    f"--{name} with --ltx2_mode audio: sound alone has no pictures. Leave it out"
-                )
+                raise OptionError(f"--{name} with --ltx2_mode audio: audio alone has no images. Leave it out")
 
     def _resolve_references(self, request: Request, media: Ltx2GivenMedia) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
@@ -940,7 +942,7 @@ def _resolve_training_references(options: Ltx2TrainingOptions) -> rules.Referenc
     dropped = 1 - options.ic_lora_ref_probability
     is_v2v = options.strategy is STRATEGIES["v2v"]
     edits = dropped > 0 or is_v2v or VIDEO in options.strategy.needs
-    return replace(make_rules(options.references), dropout_probability=dropped, edits=edits)
+    return replace(make_rules(options.references), dropout_probability=dropped, edits_images=edits)
 
 
 def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:

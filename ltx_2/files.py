@@ -40,7 +40,7 @@ from ltx_2.video_vae_blocks import VideoVaeConfig
 from modules.devices import select_compute_dtype
 from modules.errors import CacheError, OptionError
 from modules.speed_options import text_form
-from protocols.data import AUDIO_LATENTS, LATENTS_MADE, AudioSpec, Batch, LatentSpec
+from protocols.data import AUDIO_LATENTS, LATENTS_PART, AudioSpec, Batch, LatentSpec
 from protocols.family import TextEncoder
 from protocols.loading import Placement
 from protocols.rules import ShiftedLogit
@@ -108,8 +108,8 @@ class Ltx2Files(TransformerFiles):
         path = inside(release, folder)
         if part is None and folder in APART and read_once(path, _lacks, f"{folder}."):
             raise OptionError(
-                f"{RELEASED} {path} has a transformer, but not this part, which LTX-2.5 has in a file of its "
-                f"own. Give {APART[folder]} to {option}: {what}"
+                f"{RELEASED} {path} has a transformer, but not this part, which LTX-2.5 has in a separate "
+                f"file. Give {APART[folder]} to {option}: {what}"
             )
         return path
 
@@ -180,7 +180,7 @@ class Ltx2Files(TransformerFiles):
 
     def audio_path(self, part: str) -> Path:
         """Return the path of the audio VAE or the vocoder, as `part` names it."""
-        return self._find_part(self.audio_vae, AUDIO_VAE, part, "it turns sound into latents and back")
+        return self._find_part(self.audio_vae, AUDIO_VAE, part, "it turns audio into latents and back")
 
     @property
     def audio(self) -> AudioSpec | None:
@@ -206,8 +206,8 @@ class Ltx2Files(TransformerFiles):
         default = AUDIO_SETTINGS["latent_channels"] * AUDIO_SETTINGS["mel_bins"] // MEL_DOWNSAMPLING
         if stream is not None and stream.channels != default:
             raise OptionError(
-                f"{AUDIO_VAE}: {self.dit_path} takes sound of {stream.channels} channels, those of the "
-                f"releases have {default}. Give the file of its sound's VAE"
+                f"{AUDIO_VAE}: {self.dit_path} takes audio of {stream.channels} channels, but that of "
+                f"the releases has {default}. Give the file of its audio VAE"
             )
 
     def audio_identity(self) -> dict[str, str]:
@@ -287,8 +287,8 @@ class Ltx2Files(TransformerFiles):
         is_gemma_3 = encoder.settings is GEMMA_USE
         if config is not None and is_gemma_3 == (config.kind == "2.5"):
             raise OptionError(
-                f"{encoder.path} is {encoder.settings.model.what}, {self.dit_path} is of LTX-{config.kind}, "
-                "which needs a different one. Give the text encoder of its release"
+                f"{encoder.path} is {encoder.settings.model.description}, {self.dit_path} is of "
+                f"LTX-{config.kind}, which needs a different one. Give the text encoder of its release"
             )
         with open_connectors(encoder.connectors, encoder.path) as checkpoint:
             connectors = read_connectors(checkpoint, self.streams).config.streams
@@ -301,7 +301,7 @@ class Ltx2Files(TransformerFiles):
     def check_cached_texts(self, batch: Batch) -> tuple[str, ...]:
         """Check a batch's cached texts, and return the keys of those that the transformer needs.
 
-        Raises CacheError if texts or sound are missing, or texts are of another release.
+        Raises CacheError if texts or audio are missing, or texts are of another release.
         """
         config = self.dit_header().config
         text_dims = _text_dims(config)
@@ -316,18 +316,18 @@ class Ltx2Files(TransformerFiles):
         """Raise CacheError if a batch lacks a stream, video or audio, that the run trains."""
         if not self.has_images and AUDIO_LATENTS not in batch.tensors:
             raise CacheError(
-                f"{batch.keys[0]}: it has no sound, and --ltx2_mode audio learns nothing else. Leave it out"
+                f"{batch.keys[0]}: it has no audio, but --ltx2_mode audio learns nothing else. Leave it out"
             )
-        for cache in batch.made_by if self.has_images else ():
-            if cache.part == LATENTS_MADE and cache.encoder == NO_IMAGES:
+        for cache in batch.cache_origins if self.has_images else ():
+            if cache.part == LATENTS_PART and cache.encoder == NO_IMAGES:
                 raise CacheError(
-                    f"{cache.path}: it was cached with --ltx2_mode audio and has no pictures. Cache again, "
-                    "or train, with the mode of the other"
+                    f"{cache.path}: it was cached with --ltx2_mode audio and has no images. Cache again "
+                    "without it, or train with --ltx2_mode audio"
                 )
 
     def _check_caption_release(self, batch: Batch, config: LtxConfig) -> None:
         """Raise CacheError if captions were encoded by the Gemma of a different release."""
-        for cache in batch.made_by:  # caches of other tools have no records
+        for cache in batch.cache_origins:  # caches of other tools have no records
             is_gemma_4 = "gemma4" in cache.encoder
             if cache.part == GEMMA_USE.name and is_gemma_4 != (config.kind == "2.5"):
                 release = "LTX-2.5 (Gemma 4)" if is_gemma_4 else "LTX-2.3 or 2.0 (Gemma 3)"

@@ -91,7 +91,7 @@ def _list_layer_types(num_layers: int, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 GEMMA_4 = LanguageModel(
-    what="a Gemma 4 language model",
+    description="a Gemma 4 language model",
     option=OPTION,
     files=f"{FILE}, or the folder of a release in diffusers' layout to --gemma_root",
     class_prefix="Gemma4UnifiedText",
@@ -119,7 +119,7 @@ GEMMA_4_USE = replace(
             unique_token="<|turn>",
         ),
     ),
-    record="gemma4",
+    record_prefix="gemma4",
 )
 
 
@@ -133,7 +133,7 @@ def wanted_gemma(checkpoint: Checkpoint) -> str | None:
     return _read_version(checkpoint, OF_GEMMA_4)
 
 
-def _own_version(checkpoint: Checkpoint) -> str | None:
+def _read_own_version(checkpoint: Checkpoint) -> str | None:
     return _read_version(checkpoint, CONFIG)
 
 
@@ -155,7 +155,7 @@ def _read_version(checkpoint: Checkpoint, key: str) -> str | None:
 def check_version(transformer: Path, gemma: Path) -> None:
     """Raise CheckpointError if the transformer's metadata names another Gemma version."""
     trained_with = read_once(transformer, wanted_gemma)
-    version = read_once(gemma, _own_version)
+    version = read_once(gemma, _read_own_version)
     if trained_with is not None and version != trained_with:
         raise CheckpointError(
             f"{gemma} is not the Gemma of LTX-2.5: {transformer} was trained with {trained_with}, this is "

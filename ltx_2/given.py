@@ -464,7 +464,7 @@ def _warn_if_all_clean(keys: Sequence[str], weights: Tensor | None) -> None:
         return
     for key, sample_weights in zip(keys, weights, strict=True):
         if (sample_weights > 0).all():
-            logger.warning("%s: all of it is given in this step, from which nothing is learned", key)
+            logger.warning("%s: all of it is given in this step, so nothing is learned from it", key)
 
 
 def select_clean_latents_by_mask(tensors: Conditions, name: str, generator: torch.Generator) -> Conditions:

@@ -127,7 +127,7 @@ def _check_extensions(media: Ltx2GivenMedia, frames: int, latent: LatentSpec) ->
     has_extension = prefix_frames > 0 or suffix_frames > 0
     if has_extension and prefix_latents + suffix_latents >= num_latent_frames:
         raise OptionError(
-            f"--video_length {frames}: --extend_prefix and --extend_suffix give all of it. Make it longer, "
+            f"--video_length {frames}: --extend_prefix and --extend_suffix cover all of it. Make it longer, "
             "or give --extend_prefix_frames, --extend_suffix_frames"
         )
 
@@ -321,7 +321,7 @@ def _read_mask_frames(mask: Path, prepared: Prepared, latent: LatentSpec) -> Ten
     if white.shape[1] < prepared.frames:
         raise OptionError(
             f"--inpaint_mask {mask}: it has {white.shape[1]} frames, but {prepared.frames} "
-            "are generated. Give a picture, or a clip as long as the result"
+            "are generated. Give an image, or a clip as long as the result"
         )
     return white
 
@@ -428,7 +428,7 @@ def _read_samples(path: Path, start: float, seconds: float, spec: AudioSpec) -> 
 def _require_samples(name: str, path: Path, start: float, seconds: float, spec: AudioSpec) -> Tensor:
     samples = _read_samples(path, start, seconds, spec)
     if samples is None:
-        raise MediaError(f"--{name} {path}: the file has no sound. Give one with sound")
+        raise MediaError(f"--{name} {path}: the file has no audio. Give one with audio")
     return samples
 
 
@@ -436,7 +436,7 @@ def _measure_audio(path: Path) -> float:
     """Return the length of a file's audio in seconds; raise MediaError if it has none."""
     track = read_beginning(path, MAX_SECONDS, 1)
     if track is None:
-        raise MediaError(f"--audio_prefix {path}: the file has no sound. Give one with sound")
+        raise MediaError(f"--audio_prefix {path}: the file has no audio. Give one with audio")
     return track.samples.shape[1] / track.rate
 
 

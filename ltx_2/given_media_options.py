@@ -56,7 +56,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         facts=OF_REQUEST,
     )
     extend_suffix: Path | None = _file(
-        "make what comes before this clip: its first frames are the end of the result"
+        "generate what comes before this clip: its first frames are the end of the result"
     )
     extend_suffix_frames: int | None = option(
         "how many frames, made 8n + 1; the first one is not shown; default: all",
@@ -81,15 +81,15 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         facts=of_request("latent_frame"),
     )
     num_generated_keyframes: int = option(
-        "LTX-2.5: how many single frames, evenly spaced between the ends, are denoised next to the clip, in "
-        "the first stage; they steady long clips and are not part of it",
+        "LTX-2.5: number of single frames, evenly spaced between the ends, that are denoised next to the "
+        "clip in the first stage; they stabilize long clips and are not part of the result",
         flags=("--num-generated-keyframes",),
         default=0,
         minimum=0,
         facts=OF_REQUEST,
     )
     outpaint_source: Path | None = _file(
-        "clip or folder of images that the result continues to all sides, at --outpaint_region",
+        "clip or folder of images that the result extends on all sides of --outpaint_region",
         needs="outpaint_region",
     )
     outpaint_region: str | None = option(
@@ -99,7 +99,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
     )
     inpaint_source: Path | None = _file("clip or folder of images that --inpaint_mask or --retake changes")
     inpaint_mask: Path | None = option(
-        "image or clip: what is white in it is kept of --inpaint_source, or without it of --reference_video",
+        "mask, image or clip: where it is white, --inpaint_source is kept, or without it --reference_video",
         place="there",
         facts=of_request("inpaint_mask"),
     )
@@ -119,8 +119,8 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         facts=OF_REQUEST,
     )
     paste_source: int | None = option(
-        "put the pixels of --inpaint_source or --outpaint_source back over what is kept of them in the "
-        "decoded result; PIXELS: over how many pixels from the edge of what is kept the two are blended; "
+        "paste the kept pixels of --inpaint_source or --outpaint_source into the decoded result; PIXELS: "
+        "width of the blended border inside the kept area; "
         f"without a value {FEATHER}",
         nargs="?",
         const=FEATHER,
@@ -132,11 +132,13 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         facts=OF_REQUEST,
     )
     retake: str | None = option(
-        "START,END in seconds: what is made anew of --inpaint_source, images and audio",
+        "START,END in seconds: part of --inpaint_source that is regenerated, images and audio",
         needs="inpaint_source",
         facts=OF_REQUEST,
     )
-    drive_audio: Path | None = _file("make images for this audio, which does not change; with --ltx2_mode av")
+    drive_audio: Path | None = _file(
+        "generate images for this audio, which does not change; with --ltx2_mode av"
+    )
     audio_prefix: Path | None = _file(
         "continue the audio of this file: its last seconds are the start of the result's"
     )
@@ -147,7 +149,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         "file whose audio is kept, except in --audio_inpaint_interval", needs="audio_inpaint_interval"
     )
     audio_inpaint_interval: str | None = option(
-        "START,END in seconds: what is made anew of --audio_inpaint_audio",
+        "START,END in seconds: part of --audio_inpaint_audio that is regenerated",
         needs="audio_inpaint_audio",
         facts=OF_REQUEST,
     )

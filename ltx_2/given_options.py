@@ -48,22 +48,22 @@ class Ltx2GivenParts(Options, title="given parts of clips"):
         "1 + 8 (n - 1) frames"
     )
     ltx2_extend_suffix_frames: int = _frames(
-        "latent frames at the end of clips that are given: a LoRA that makes what came before; 8 n frames"
+        "latent frames at the end of clips that are given: a LoRA that generates what came before; 8 n frames"
     )
     ltx2_extend_p: float = _both_ends("")
     ltx2_extend_prefix_p: float | None = _one_end("", "prefix")
     ltx2_extend_suffix_p: float | None = _one_end("", "suffix")
     ltx2_spatial_crop: bool = option(
-        "give a rectangle of the clips, spatial_crop_region of their table: a LoRA for outpainting",
+        "a rectangle of the clips is given, spatial_crop_region of their table: a LoRA for outpainting",
         facts=HABIT,
     )
     ltx2_spatial_crop_p: float = _chance("fraction of clips in which it is given", 0.0, ignored_without=_CROP)
     ltx2_spatial_crop_invert: bool = option(
-        "give what is outside of the rectangle", ignored_without=_CROP, facts=HABIT
+        "the outside of the rectangle is given instead", ignored_without=_CROP, facts=HABIT
     )
     ltx2_inpaint_mask: bool = option(
-        "give what is white in the masks of mask_directory, which then do not weight the loss: a LoRA for "
-        "inpainting",
+        "the white parts of the masks of mask_directory are given, and these masks do not weight the loss: a "
+        "LoRA for inpainting",
         facts=HABIT,
     )
     ltx2_inpaint_mask_p: float = _chance("fraction of clips in which it is given", 0.0, ignored_without=_MASK)
@@ -79,13 +79,13 @@ class Ltx2GivenParts(Options, title="given parts of clips"):
     ltx2_audio_extend_prefix_p: float | None = _one_end("audio_", "prefix")
     ltx2_audio_extend_suffix_p: float | None = _one_end("audio_", "suffix")
     ltx2_audio_inpaint_mask: bool = option(
-        "give the intervals of the audio that the files of audio_cond_mask_directory list", facts=HABIT
+        "intervals of the audio are given, as listed in the files of audio_cond_mask_directory", facts=HABIT
     )
     ltx2_audio_inpaint_mask_p: float = _chance(
         "fraction of clips in which they are given", 0.0, ignored_without=_SOUND_MASK
     )
     ltx2_audio_inpaint_mask_invert: bool = option(
-        "give what is outside of the intervals", ignored_without=_SOUND_MASK, facts=HABIT
+        "the audio outside of the intervals is given instead", ignored_without=_SOUND_MASK, facts=HABIT
     )
     ltx2_audio_inpaint_mask_threshold: float = _chance(
         "a latent is given if intervals cover more than this fraction of its time",
@@ -108,26 +108,27 @@ class Ltx2GivenParts(Options, title="given parts of clips"):
         "how many latent frames are drawn", default=1, minimum=0, ignored_without=_ANCHORS, facts=HABIT
     )
     video_anchor_strength: float = _chance(
-        "how much of them is given; below 1 with --ltx2_graded_conditioning", 1.0, ignored_without=_ANCHORS
+        "how clean they are; below 1 with --ltx2_graded_conditioning", 1.0, ignored_without=_ANCHORS
     )
     ltx2_graded_conditioning: bool = option(
-        "allow --video_anchor_strength below 1: the rest of these frames is noise, at as much less time",
+        "allow --video_anchor_strength below 1: these frames then have less noise and a lower timestep "
+        "than the others",
         ignored_without=_ANCHORS,
         facts=HABIT,
     )
     keyframe_endpoint_training: bool = option(
-        "show latent frames of clips besides, as --keyframe shows images: a LoRA that leads from one to the "
-        "next. They are drawn for each clip",
+        "add latent frames of clips as keyframes, as --keyframe adds images: a LoRA that interpolates "
+        "between them. They are drawn for each clip",
         facts=HABIT,
     )
     keyframe_first_frame_p: float = _chance(
-        "fraction of clips that show the first latent frame", 1.0, ignored_without=_KEYFRAMES
+        "fraction of clips with the first latent frame as a keyframe", 1.0, ignored_without=_KEYFRAMES
     )
     keyframe_last_frame_p: float = _chance(
-        "fraction of clips that show the last one", 1.0, ignored_without=_KEYFRAMES
+        "fraction of clips with the last one", 1.0, ignored_without=_KEYFRAMES
     )
     keyframe_random_interior_p: float = _chance(
-        "fraction of clips that show random ones between these", 0.0, ignored_without=_KEYFRAMES
+        "fraction of clips with random ones in between", 0.0, ignored_without=_KEYFRAMES
     )
     keyframe_max_random_interior: int = option(
         "how many of them at most", default=0, minimum=0, ignored_without=_KEYFRAMES, facts=HABIT

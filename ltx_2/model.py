@@ -4,7 +4,7 @@ Module names follow the published checkpoints. Source: the released code of LTX-
 differs: attention between the streams is modulated by each stream's own times, and gated by the noise level
 of the other one. `blocks` lists the steps in float32.
 """
-# Letters: B batch, L video tokens, M sound tokens, S times (2 with given frames), C width of a stream,
+# Letters: B batch, L video tokens, M audio tokens, S times (2 with given frames), C width of a stream,
 # W of the wider one
 
 import math
@@ -305,7 +305,7 @@ class LtxModel(nn.Module):
             stream = self._embed_stream(inputs, [text.to(dtype) for text in embedded_texts], fps)
             if has_cross_attention:
                 other_timesteps = timesteps[AUDIO if is_video else VIDEO]
-                # audio of a sample without sound must not influence its video
+                # audio of a sample without audio must not influence its video
                 has_other = has_audio if is_video else None
                 cross = self._embed_cross(inputs, other_timesteps, has_other, fps)
                 stream = replace(stream, cross=cross)
@@ -464,9 +464,9 @@ class LtxModel(nn.Module):
     def _check(self, latents: dict[Modality, Tensor], texts: dict[Modality, Tensor | None]) -> None:
         """Raise ValueError if latents or texts of a stream are missing or do not fit the network."""
         if not latents:
-            raise ValueError("neither latents of a video nor of sound are given")
+            raise ValueError("neither latents of a video nor of audio are given")
         for modality, stream_latents in latents.items():
-            title = "sound" if modality is AUDIO else "video"
+            title = "audio" if modality is AUDIO else "video"
             config = self.config.streams.get(modality)
             if config is None:
                 raise ValueError(f"{title} is given, but the network was loaded without the stream for it")

@@ -89,7 +89,7 @@ class Ltx2TextOptions(Options):
         is_there = self.gemma_root != GEMMA or self.gemma_root.is_dir()
         return self.gemma_root if self.gemma_safetensors is not None and is_there else None
 
-    def words(self, checkpoint: Path) -> dict[str, Any]:
+    def command_options(self, checkpoint: Path) -> dict[str, Any]:
         """Return the options that select the same text encoder in another script.
 
         `checkpoint` is the released file. A placeholder stands for a missing file.
@@ -143,7 +143,8 @@ class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
         "guide the audio away from predictions without video; 1: not at all; {default}", minimum=0
     )
     rescale_scale: float | None = option(
-        "how far guided predictions are rescaled to the spread of unguided ones, for both streams; {default}",
+        "how far guided predictions are rescaled to the standard deviation of unguided ones, for both "
+        "streams; {default}",
         minimum=0,
         maximum=1,
     )

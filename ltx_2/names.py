@@ -15,7 +15,7 @@ ENTRY = FamilyEntry(
     further_models=("ltx2_v1",),
 )
 
-# LTX-2, video and sound. Layers of blocks have the same names in diffusers, except norms
+# LTX-2, video and audio. Layers of blocks have the same names in diffusers, except norms
 _LTX_ATTENTIONS = (
     "attn1",
     "attn2",
@@ -117,19 +117,19 @@ LTX_2 = FamilyNames(
     # the names of its official code, which ComfyUI, diffusers and the fork of musubi-tuner read, too
     default_format=COMFYUI,
     not_in_diffusers=(("DoRA", "diffusers leaves the magnitudes of LTX-2's DoRAs out"),),
-    versions=("ltx2", "ltx-2", "ltx_2"),
+    version_prefixes=("ltx2", "ltx-2", "ltx_2"),
     release_pattern=r"(?:architecture=ltx-|model_version=)(\d\.\d)",
     newest_release=("2.5", "keyframes_abs_pos_embedding"),
-    optional=tuple(ours for _, ours in (*_LTX_ALIASES, *_LTX_PARAMETERS) if _LTX_STREAM.search(ours)),
-    optional_description="a stream that this run is without (sound or pictures, --ltx2_mode)",
+    optional_paths=tuple(ours for _, ours in (*_LTX_ALIASES, *_LTX_PARAMETERS) if _LTX_STREAM.search(ours)),
+    optional_description="a stream that this run is without (audio or images, --ltx2_mode)",
     parameters=_LTX_PARAMETERS,
     text_module_prefixes=(
         *(f"{stream}_embeddings_connector." for stream in _LTX_STREAMS),
         "text_embedding_projection.",
     ),
     text_module_description="the text connectors",
-    unprefixed=("connectors.", "text_embedding_projection."),
-    numbered=(
+    unprefixed_paths=("connectors.", "text_embedding_projection."),
+    optimizer_numbering=(
         *((f"{prefix}caption_projection.", "linear_1 linear_2") for prefix in ("", "audio_")),
         (
             "transformer_blocks.{n}.",

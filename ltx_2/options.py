@@ -124,9 +124,9 @@ def _version() -> Any:
 def log_ignored(streams: Collection[str], *records: Options) -> None:
     """Warn about set options that have no effect because audio or video is missing."""
     if VIDEO not in streams:
-        lacking, reason = _OF_IMAGES, "sound alone has no pictures"
+        lacking, reason = _OF_IMAGES, "audio alone has no images"
     elif AUDIO not in streams:
-        lacking, reason = _OF_AUDIO, "pictures alone have no sound"
+        lacking, reason = _OF_AUDIO, "images alone have no audio"
     else:
         return
     given = [field for record in records for field in fields(record) if is_set(record, field)]
@@ -141,8 +141,8 @@ class Ltx2LatentCachingOptions(Options, title=NAME):
     model: Ltx2ModelOptions
     vae: Ltx2VaeOptions
     ltx2_audio_source: str = option(
-        "where audio is: in the clips, or in files of their names; a table's audio_directory takes "
-        "precedence",
+        "where audio is: in the clips, or in separate files of the same names; a table's audio_directory "
+        "takes precedence",
         default="video",
         choices=("video", "audio_files"),
     )
@@ -206,14 +206,15 @@ class Ltx2SigmaOptions(Options):
         choices=("legacy", "stretched"),
     )
     shifted_logit_eps: float = option(
-        "stretched: draws below this are mirrored at it", default=1e-3, minimum=0, below=1
+        "stretched: lower draws are mirrored at this value", default=1e-3, minimum=0, below=1
     )
     shifted_logit_uniform_prob: float = option(
         "stretched: fraction of uniform draws", default=0.1, minimum=0, maximum=1
     )
     shifted_logit_shift: float | None = option("shift of all clips; default: follows the number of tokens")
     shifted_logit_clamp_auto_shift: bool = option(
-        "keep a shift that follows the tokens between the next two; default: beyond 4096 tokens it grows on"
+        "limit a shift that follows the tokens to the range of the next two; default: beyond 4096 tokens "
+        "it keeps growing"
     )
     shifted_logit_min_shift: float = option("shift at 1024 tokens", default=0.95)
     shifted_logit_max_shift: float = option("shift at 4096 tokens", default=2.05)
@@ -233,7 +234,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     """Options of ltx2_train_network.py in addition to the shared ones."""
 
     ltx_version: str | None = option(
-        "release of the file; it is only compared with the release that the file records",
+        "release of the file; only compared with the one that the file records",
         choices=VERSIONS,
         facts=FREE,
     )
@@ -260,8 +261,8 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     video_loss_weight: float = option("weight of the video loss", default=1.0, minimum=0, facts=HABIT)
     audio_loss_weight: float = option("weight of the audio loss", default=1.0, minimum=0, facts=HABIT)
     ltx2_train_direction: str = option(
-        "what is learned from clips with audio. joint: both; a2v: images for audio that is given; v2a: "
-        "audio for images that are given",
+        "what is learned from clips with audio. joint: both; a2v: images for given audio; v2a: audio for "
+        "given images",
         default="joint",
         choices=("joint", "a2v", "v2a"),
         facts=HABIT,
@@ -293,14 +294,14 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     given: Ltx2GivenParts = option(facts=HABIT)
     references: Ltx2ReferenceOptions = option(facts=HABIT)
     ic_lora_strategy: str = _strategy(
-        "what clips are made from. auto: what their tables have; none: reject tables with references; v2v, "
-        "video_ref_only_av: clips and images of reference_directory, the latter with sound of their own; "
-        "audio_ref_ic: sound of reference_audio_directory; av_ic: both, in each batch",
+        "what clips are generated from. auto: what their tables have; none: reject tables with "
+        "references; v2v, video_ref_only_av: clips and images of reference_directory, the latter with "
+        "audio of their own; audio_ref_ic: audio of reference_audio_directory; av_ic: both, in each batch",
         HABIT,
     )
     audio_references: Ltx2AudioReferences = option(facts=HABIT)
     ic_lora_ref_probability: float = option(
-        "fraction of batches that see their references", default=1.0, minimum=0, maximum=1, facts=HABIT
+        "fraction of batches that use their references", default=1.0, minimum=0, maximum=1, facts=HABIT
     )
     guidance: Ltx2GuidanceOptions = option(facts={**FREE, **OF_SAMPLES})
     stages: Ltx2StageOptions = option(facts={**FREE, **OF_SAMPLES})
@@ -342,7 +343,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         for option_text, streams in needed_streams.items():
             missing = streams - {*self.model.streams}
             if missing:
-                title = "sound" if AUDIO in missing else "pictures"
+                title = "audio" if AUDIO in missing else "images"
                 raise OptionError(
                     f"{option_text}: without {title} nothing would be learned or heard. Give --ltx2_mode av"
                 )
@@ -428,7 +429,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     audio_references: Ltx2GivenAudioReference
     given: Ltx2GivenMedia
     silent: bool = _silent()
-    sample_audio_only: bool = option("make audio alone: the same as --ltx2_mode audio")
+    sample_audio_only: bool = option("generate audio alone: the same as --ltx2_mode audio")
     ltx_version = _version()
     height: int | None = option("with --width: the same as --video_size", minimum=1, facts=NO_PIXELS)
     width: int | None = option("with --height: the same as --video_size", minimum=1, facts=NO_PIXELS)
@@ -443,7 +444,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     flash3: bool = option("the same as --attn_mode flash3", facts=NO_PIXELS)
     sage_attn: bool = option("the same as --attn_mode sageattn", facts=NO_PIXELS)
     xformers: bool = option("the same as --attn_mode xformers", facts=NO_PIXELS)
-    ic_lora_strategy: str = _strategy("none: refuse references; else as they are given", NO_PIXELS)
+    ic_lora_strategy: str = _strategy("none: reject references; otherwise they are used as given", NO_PIXELS)
     output_name: str | None = option("start of file names, before time and seed", facts=NO_PIXELS)
     image_crf: int | None = option(
         "compress the first image like a frame of a video of this H.264 quality, because the model "
@@ -452,7 +453,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
         maximum=51,
     )
     drive_video: Path | None = option(
-        "make audio for this video or folder of images, which does not change; with --ltx2_mode av",
+        "generate audio for this video or folder of images, which does not change; with --ltx2_mode av",
         place="there",
     )
     sample_prompts = unsupported("--from_file reads prompts with their options", type=str)
@@ -464,10 +465,10 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
         if (self.height is None) != (self.width is None):
             raise OptionError("--height and --width: give both")
         if self.drive_video is not None and (self.silent or AUDIO not in self.model.streams):
-            raise OptionError(f"--drive_video {self.drive_video}: no sound is generated. Give --ltx2_mode av")
+            raise OptionError(f"--drive_video {self.drive_video}: no audio is generated. Give --ltx2_mode av")
         if self.given.audio_files and (self.silent or AUDIO not in self.streams):
             name, path = next(iter(self.given.audio_files.items()))
-            raise OptionError(f"--{name} {path}: no sound is generated. Give --ltx2_mode av")
+            raise OptionError(f"--{name} {path}: no audio is generated. Give --ltx2_mode av")
         if self.silent and VIDEO not in self.streams:
             raise OptionError("--sample_disable_audio: nothing would be generated. Give --ltx2_mode av or v")
 
@@ -585,13 +586,13 @@ def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[
         latents["--ltx2_video_vae"] = options.vae.file.vae or Placeholder("VIDEO_VAE_FILE")
         if AUDIO in options.model.streams:
             latents["--ltx2_audio_vae"] = options.vae.audio_vae or Placeholder("AUDIO_VAE_FILE")
-    texts = options.text.words(checkpoint)
-    return {**model, **latents, **options.references.words()}, {**model, **texts}
+    texts = options.text.command_options(checkpoint)
+    return {**model, **latents, **options.references.command_options()}, {**model, **texts}
 
 
 def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
     """Return the options for caching texts with a release's text encoder, whose file is a placeholder."""
-    return Ltx2TextOptions.from_defaults().words(options.model.ltx2_checkpoint)
+    return Ltx2TextOptions.from_defaults().command_options(options.model.ltx2_checkpoint)
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -606,7 +607,7 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
     return {
         **latents,
         # None leaves an option out: the reference factors are in the LoRA's metadata
-        **dict.fromkeys(options.references.words()),
+        **dict.fromkeys(options.references.command_options()),
         "--reference_video": reference,
         "--reference_audio": extra.get("reference_audio"),
         f"--{IDENTITY_SCALE}": options.audio_references.identity_scale or None,

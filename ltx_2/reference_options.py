@@ -1,4 +1,4 @@
-"""Options of references (IC-LoRA): clips and pictures that a clip is made from. Standard library only."""
+"""Options of references (IC-LoRA): clips and images that a clip is made from. Standard library only."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class Ltx2ReferenceOptions(Options, title="references (IC-LoRA)"):
         facts=HABIT,
     )
 
-    def words(self) -> dict[str, int | None]:
+    def command_options(self) -> dict[str, int | None]:
         """Return the non-default options by their command-line names."""
         size, time = self.reference_downscale, self.reference_temporal_scale
         return {
@@ -45,13 +45,13 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
     """IC-LoRA references of a generation."""
 
     reference_video: Path | None = option(
-        "clip, folder of images or image that the video is made from, with an IC-LoRA",
+        "reference clip, folder of images or image for the video, with an IC-LoRA",
         flags=("--reference-video",),
         place="there",
         facts=OF_REQUEST,
     )
     reference_videos: tuple[Path, ...] | None = option(
-        "several of them, for a LoRA that has learned from several",
+        "several of them, for a LoRA that was trained with several",
         place="there",
         facts=OF_REQUEST,
         nargs="+",
@@ -68,7 +68,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         minimum=1,
     )
     reference_strength: float = option(
-        "1: references stay clean; below 1: only this share of them is kept, and they are denoised with "
+        "1: references stay clean; below 1: only this fraction of them is kept, and they are denoised with "
         "the video",
         default=1.0,
         minimum=0,
@@ -82,8 +82,8 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         facts=OF_REQUEST,
     )
     conditioning_attention_mask: tuple[str, ...] | None = option(
-        "[FILE] STRENGTH: how much video and references see each other, 0 to 1; with a gray image or "
-        "clip by place, whose white is all of STRENGTH",
+        "[FILE] STRENGTH: how much video and references attend to each other, 0 to 1; a gray image or "
+        "clip sets it by position: white is STRENGTH, black 0",
         flags=("--conditioning-attention-mask",),
         nargs="+",
         facts=OF_REQUEST,

@@ -91,8 +91,8 @@ def check_mask_length(mask: Path, frames: int, needed: int) -> None:
     """Raise OptionError if a mask has fewer frames than the `needed` ones that are encoded of a reference."""
     if frames < needed:
         raise OptionError(
-            f"--conditioning-attention-mask {mask}: {frames} of its frames are used, but {needed} of a "
-            "reference. Give a picture, or a clip as long as the reference"
+            f"--conditioning-attention-mask {mask}: it has {frames} usable frames, but a reference has "
+            f"{needed}. Give an image, or a clip as long as the reference"
         )
 
 
@@ -113,10 +113,10 @@ def join_tokens(references: Sequence[Tensor]) -> Tensor:
     return torch.cat([latents.flatten(2) for latents in references], dim=2)  # B C N
 
 
-def pack(picture: Tensor, tokens: Tensor) -> Tensor:
+def pack(latents: Tensor, tokens: Tensor) -> Tensor:
     """Append reference tokens, B C N, to latents, B C F H W, padding with zeros to whole frames."""
-    tokens = functional.pad(tokens, (0, -tokens.shape[2] % math.prod(picture.shape[3:])))
-    return torch.cat([picture, tokens.unflatten(2, (-1, *picture.shape[3:]))], dim=2)
+    tokens = functional.pad(tokens, (0, -tokens.shape[2] % math.prod(latents.shape[3:])))
+    return torch.cat([latents, tokens.unflatten(2, (-1, *latents.shape[3:]))], dim=2)
 
 
 def unpack(packed: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -323,7 +323,7 @@ def read_reference_factors(loras: Sequence[Path]) -> dict[str, int]:
                 text = next(metadata[name] for name in names if name in metadata)
                 raise OptionError(
                     f"--lora_weight {path} was trained on references with {names[0]} {text}, {first_path} "
-                    f"with {first_factor}: they do not work together. Give one of them"
+                    f"with {first_factor}: they cannot be combined. Give one of them"
                 )
     return factors
 

@@ -18,7 +18,7 @@ TYPES: dict[str, Any] = {"int": int, "float": float, "path": Path, "str": str}
 
 # reasons, which follow "--flag is refused: "
 ALWAYS_GIVEN = "a first frame that is given has time 0, as it has in training"
-ATTENTION = "attention is that of the released model, in both directions between picture and sound"
+ATTENTION = "attention is that of the released model, in both directions between video and audio"
 AVERAGE = "--ema_decay 0.9999 turns the average of the weights on, and --ema_update_every thins it out"
 BALANCE = "the two losses are added by --video_loss_weight and --audio_loss_weight, in each batch"
 BITS = (
@@ -28,7 +28,7 @@ BITS = (
 BLANK = "what the model makes without a prompt is kept by --blank_prior_weight 1"
 BLANK_CACHE = "--empty_prompt caches the empty prompt, which --blank_prior_weight compares"
 CONNECTORS = "texts are cached behind the connectors, which are not trained"
-DATA = "the dataset configuration says how clips, sound and captions are read"
+DATA = "the dataset configuration says how clips, audio and captions are read"
 DROPOUT = "caption_dropout_rate is a key of the tables of the dataset configuration"
 DURATION = "LTX-2.5's network that chooses the duration is not built. Give --video_length"
 DEVICES = "devices share a model by accelerate launch, with --shard_base or --context_parallel"
@@ -50,11 +50,11 @@ RATES = (
     "rates and ranks of some modules are set by their names: --network_args network_reg_lrs=audio=1e-5 "
     "network_reg_dims=audio=16"
 )
-ONE_AUDIO = "a clip has one sound as reference. Give it by reference_audio_directory of its table"
+ONE_AUDIO = "a clip has one audio reference. Give it by reference_audio_directory of its table"
 APART = "a sample's video has what was made alone; references are files that one can look at beside it"
 REPORTS = "--log_with, --show_timesteps and --check report on a run"
 RESUMING = "--resume STATE_FOLDER continues a whole state, --network_weights starts a new run from a LoRA"
-AUDIO_DTYPE = "sound is cached in float32, as its VAE computes"
+AUDIO_DTYPE = "audio is cached in float32, as its VAE computes"
 SPEED = (
     "kernels and memory are chosen by --flash_attn and the like, --compile, --gradient_checkpointing "
     "and --blocks_to_swap"
@@ -68,19 +68,19 @@ WEIGHTS = (
 )
 # what happens anyway, for options that are not needed
 ALONE_SO = (
-    "--ltx2_mode audio trains and makes sound alone, whose length, at target_fps of its table, and whose "
-    "noise levels need no pictures."
+    "--ltx2_mode audio trains and generates audio alone, whose length, at target_fps of its table, and whose "
+    "noise levels need no images."
 )
 DECODER_SO = "videos are decoded by PyAV, on the CPU."
 FILES_SO = "files are read tensor by tensor, written whole or not at all, and say how they were made."
 FLOATS_SO = "a LoRA's weights are kept in float32, which costs little; use --mixed_precision."
 KERNELS_SO = "torch's own kernels are the default of --attn_mode."
 PER_SAMPLE_SO = "the loss of a clip is the mean over its tokens that are not given."
-SAMPLES_SO = "a training encodes the texts and pictures of its samples itself."
-AUDIO_NAMES_SO = "a file of the clip's name is its sound, whatever it ends with."
+SAMPLES_SO = "a training encodes the texts and images of its samples itself."
+AUDIO_NAMES_SO = "a file of the clip's name is its audio, whatever it ends with."
 AUDIO_SO = (
-    "sound keeps its speed, clips without it do not affect the sound of other clips in their batch, and a "
-    "video file contains its sound."
+    "audio keeps its speed, clips without it do not affect the audio of other clips in their batch, and a "
+    "video file contains its audio."
 )
 WORK_SO = "processes share the work, and weights wait in host memory, where that is of use."
 

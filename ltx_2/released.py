@@ -12,9 +12,9 @@ from modules.text_files import parse_json
 CONFIG = "config"  # key of the metadata: settings of all parts, as JSON
 
 
-def own_part(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
+def select_part(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     """Return one part of an official file, without its name prefix; return other files unchanged."""
-    return checkpoint.without_prefix(prefix, others=("model.", *OTHER_NETWORKS))
+    return checkpoint.without_prefix(prefix, ignored_prefixes=("model.", *OTHER_NETWORKS))
 
 
 def read_settings(checkpoint: Checkpoint, part: str, class_name: str) -> Mapping[str, Any]:

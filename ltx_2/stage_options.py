@@ -68,7 +68,7 @@ class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):
         facts=OF_REQUEST,
     )
     skip_stage_2: bool = option(
-        "end with the first stage's clip", flags=("--skip-stage-2",), ignored_without=_STAGES
+        "stop after the first stage", flags=("--skip-stage-2",), ignored_without=_STAGES
     )
     # files of --lora_weight that only the first stage has (IC-LoRAs), with their strengths
     first_loras: tuple[tuple[Path, float], ...] = option(default=())

@@ -85,7 +85,7 @@ class TwoStages:
         for option, path in self.upscalers.items():
             scale_factors = read_scale_factors(path, option, latent.channels)
             frames *= scale_factors.frames
-            side *= scale_factors.side
+            side *= scale_factors.spatial
         return ScaleFactors(frames, side)
 
     def with_coarser_steps(self, latent: LatentSpec) -> LatentSpec:
@@ -93,7 +93,7 @@ class TwoStages:
         scale_factors = self.scale_factors(latent)
         return replace(
             latent,
-            pixel_step=latent.pixel_step * scale_factors.side.numerator,
+            pixel_step=latent.pixel_step * scale_factors.spatial.numerator,
             frame_step=latent.frame_step * scale_factors.frames,
         )
 
@@ -134,8 +134,8 @@ class TwoStages:
     def _make_first_stage(self, prepared: Prepared, latent: LatentSpec) -> Prepared:
         """Return the request of the small clip that the first stage generates."""
         scale_factors = self.scale_factors(latent)
-        width = int(prepared.width / scale_factors.side)
-        height = int(prepared.height / scale_factors.side)
+        width = int(prepared.width / scale_factors.spatial)
+        height = int(prepared.height / scale_factors.spatial)
         # the first frame has a latent frame to itself, so only the others are multiplied later
         frames = (prepared.frames - 1) // scale_factors.frames + 1
         joint = prepared.audio_video_shapes
@@ -168,7 +168,7 @@ class TwoStages:
             factors = read_scale_factors(path, option, channels)
             # the first latent frame stays single
             length = (length - 1) * factors.frames + 1
-            shape = (batch, channels, length, int(rows * factors.side), int(columns * factors.side))
+            shape = (batch, channels, length, int(rows * factors.spatial), int(columns * factors.spatial))
         return tuple(loaders)
 
 
@@ -271,9 +271,9 @@ def _add_noise(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
     return (1 - sigma) * latents + sigma * noise.to(latents.device)
 
 
-def _draw_image_tokens(noise: NoiseSource, picture: Tensor) -> Tensor:
+def _draw_image_tokens(noise: NoiseSource, latents: Tensor) -> Tensor:
     """Draw noise for latents B C F H W in token order, as this model's released pipelines do."""
-    _, channels, frames, rows, columns = picture.shape
+    _, channels, frames, rows, columns = latents.shape
     drawn = noise.draw((1, frames * rows * columns, channels))
     return rearrange(drawn, "b (f h w) c -> b c f h w", f=frames, h=rows)
 

@@ -110,7 +110,7 @@ def _list_layer_types(settings: Mapping[str, Any], num_layers: int, pattern: int
 
 
 GEMMA_3 = LanguageModel(
-    what="a Gemma 3 language model",
+    description="a Gemma 3 language model",
     option="--gemma_root",
     files=(
         "the folder of google/gemma-3-12b-it-qat-q4_0-unquantized, or one file of the model to "
@@ -152,7 +152,7 @@ GEMMA_USE = LanguageEncoderSettings(
     states_key=STATES,
     model=GEMMA_3,
     source=TokenizerSource(TOKENIZER_FILES, begin="<bos>", may_be_inside=True),
-    maximum=ROWS,
+    max_length=ROWS,
     states=ALL_STATES,
     # padding is not computed: its states are unused, and it only shifts the positions of other tokens
     pads_left=True,
@@ -238,11 +238,11 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         num_weights = sum(weight.numel() for weight in connectors.parameters())
         return num_weights * self.dtype.itemsize
 
-    def write(self, prompt: Prompt) -> TemplatedPrompt:
+    def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
         """Strip white space from a prompt, and shift its weighted spans to match."""
         text = prompt.text.strip()
         cut = len(prompt.text) - len(prompt.text.lstrip())
-        spans = tuple((first - cut, last - cut, weight) for first, last, weight in prompt.spans)
+        spans = tuple((first - cut, last - cut, weight) for first, last, weight in prompt.weighted_spans)
         return TemplatedPrompt(text, text, spans)
 
     def load_network(self, device: torch.device) -> nn.Module:
@@ -252,7 +252,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         with open_connectors(self.connectors, self.path) as checkpoint:
             plan = read_connectors(checkpoint, self.streams)
             what = f"LTX-2's text connectors ({OPTION})"
-            connectors = load_planned(plan, TextConnectors, device, self.dtype, what=what)
+            connectors = load_planned(plan, TextConnectors, device, self.dtype, label=what)
         network: Any = super().load_network(device)
         network.connectors = connectors
         return network

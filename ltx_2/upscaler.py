@@ -98,7 +98,7 @@ class ScaleFactors(NamedTuple):
     """Factors by which upscalers multiply a clip's frames and its height and width."""
 
     frames: int
-    side: Fraction
+    spatial: Fraction
 
 
 def read_scale_factors(path: Path, option: str, channels: int) -> ScaleFactors:
@@ -144,7 +144,7 @@ def load_upscaler(path: Path, option: str, dtype: torch.dtype, device: torch.dev
     """Load a latent upscaler; raise CheckpointError for another file."""
     with open_checkpoint(path) as checkpoint:
         plan = read_upscaler(checkpoint, option)
-        return load_planned(plan, build, device, dtype, what="the latent upscaler of LTX-2")
+        return load_planned(plan, build, device, dtype, label="the latent upscaler of LTX-2")
 
 
 def build(settings: Settings) -> nn.Module:

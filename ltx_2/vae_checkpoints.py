@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from checkpoints.dialects import LoadPlan, count, make_shape_reader, make_wrong_kind_error, rename_sources
 from checkpoints.opening import Checkpoint, list_tensor_sources
-from ltx_2.released import own_part, read_settings
+from ltx_2.released import read_settings, select_part
 from ltx_2.video_vae_blocks import BlockGroup, CoderConfig, Factors, Resampling, VideoVaeConfig
 from modules.errors import CheckpointError
 
@@ -44,7 +44,7 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
 
     Raises CheckpointError for any other file.
     """
-    checkpoint = own_part(checkpoint, "vae.")
+    checkpoint = select_part(checkpoint, "vae.")
     names = checkpoint.tensors
     sources = list_tensor_sources(checkpoint)
     rejection = make_wrong_kind_error(checkpoint, "a video VAE of LTX-2", "--vae", FILES)

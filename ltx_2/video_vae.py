@@ -144,7 +144,7 @@ def load_video_vae(
             device,
             # latent statistics: rounded to 16 bits they would tint every video
             lambda name, _: torch.float32 if name.startswith("latents_") else dtype,
-            what="the video VAE of LTX-2",
+            label="the video VAE of LTX-2",
         )
     set_memory_format(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))

@@ -180,16 +180,16 @@ class ClipConv(nn.Module):
         memory.keep(self, joined[:, :, 1 - KERNEL :])
         return conv3d(self.conv, joined)
 
-    def _write(self, x: Tensor, place: Tensor) -> None:
-        """Write frames x, normalized if the layer has a norm, into the view `place`, both B C T H W."""
+    def _write(self, x: Tensor, out: Tensor) -> None:
+        """Write frames x, normalized if the layer has a norm, into the view `out`, both B C T H W."""
         if not self.is_normed:
-            place.copy_(x)
+            out.copy_(x)
             return
         # float32: in 16 bits, rounding would scale all channels of a pixel wrongly
         exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype
         squares = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact).square_()
         scale = squares / x.shape[1] + EPS
-        functional.silu(torch.mul(x, scale.rsqrt_(), out=place), inplace=True)
+        functional.silu(torch.mul(x, scale.rsqrt_(), out=out), inplace=True)
 
 
 def _mirror_borders(x: Tensor) -> None:

@@ -62,7 +62,7 @@ class Lumina(ModelOfImages):
     options: Any = NO_OPTIONS  # set for trainings only
 
     name: str = field(default="lumina", init=False)
-    named: ClassVar = {
+    model_metadata: ClassVar = {
         "architecture": "lumina-2",
         "implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
         "model_type": "lumina",
@@ -76,7 +76,7 @@ class Lumina(ModelOfImages):
     defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
     release: ModelRelease = field(default=LUMINA_2, init=False)
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
 
     # the network
 

@@ -77,12 +77,12 @@ LUMINA = FamilyNames(
         *renamed_parts(LUMINA_BLOCKS[2], LUMINA_BLOCKS[2], _LUMINA_MODULATED),
         *renamed_parts("", "", _LUMINA_REST),
     ),
-    versions=("lumina2", "lumina-2", "lumina-image-2"),
+    version_prefixes=("lumina2", "lumina-2", "lumina-image-2"),
     encoders=(("lora_te", layouts.OF_LANGUAGE_MODEL),),
     texts_in_comfyui=(("lora_te_", "text_encoders.gemma2_2b.transformer.model."),),
-    sides=((".qkv", 5 / 3, 1), (".out", 1, 1), *LUMINA_SIDES),
-    released=((2304, (("layers", 26),)),),
-    numbered=(
+    relative_sizes=((".qkv", 5 / 3, 1), (".out", 1, 1), *LUMINA_SIDES),
+    released_sizes=((2304, (("layers", 26),)),),
+    optimizer_numbering=(
         *(
             (
                 f"{name}.{{n}}.",

@@ -30,7 +30,7 @@ class LuminaModelOptions(MinimalLoraOptions, title="model"):
 
 
 class LuminaImageOptions(Options, title="what to make"):
-    """The picture that lumina_minimal_inference.py makes."""
+    """The image that lumina_minimal_inference.py generates."""
 
     prompt: str = option("what the image shows", default="A beautiful sunset over the mountains")
     negative_prompt: str = option("what to avoid", default="")
@@ -68,7 +68,7 @@ class LuminaMinimalOptions(Options):
     """Options of lumina_minimal_inference.py."""
 
     model: LuminaModelOptions
-    picture: LuminaImageOptions
+    image: LuminaImageOptions
 
 
 def read_minimal(description: str | None, argv: Sequence[str] | None) -> LuminaMinimalOptions:
@@ -93,7 +93,7 @@ TYPED = {
 
 def translate_to_generation_argv(options: LuminaMinimalOptions) -> list[str]:
     """Return the arguments of lumina_generate_image.py that are equivalent to these options."""
-    model, image = options.model, options.picture
+    model, image = options.model, options.image
     values = {
         "--pretrained_model_name_or_path": model.pretrained_model_name_or_path,
         "--gemma2": model.gemma2_path,

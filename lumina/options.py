@@ -108,7 +108,7 @@ def check_trunc_ratio(ratio: float, option: str) -> None:
     """Raise OptionError unless a ratio is between 0 and 1."""
     if not 0 <= ratio <= 1:
         raise OptionError(
-            f"{option} {ratio:g}: give a share from 0 to 1; guidance ends when the picture contains so much. "
+            f"{option} {ratio:g}: give a share from 0 to 1; guidance ends when the image contains so much. "
             "0.25 is usual, 1 keeps guidance to the end"
         )
 

@@ -47,7 +47,7 @@ def read_settings(
 
 
 GEMMA_2 = language_models.LanguageModel(
-    what="a Gemma 2 language model",
+    description="a Gemma 2 language model",
     option=GEMMA_OPTION,
     files=GEMMA_NAMES,
     class_prefix="Gemma2",
@@ -138,7 +138,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         self.system_prompt = system_prompt
         self.in_negative = in_negative
         self.padded_length = round_up(max_tokens, LENGTH_MULTIPLE)
-        self.maximum = max_tokens
+        self.max_length = max_tokens
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -147,15 +147,15 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
             config = read_gemma(checkpoint).config
         words = f"{config.num_heads} heads, theta {config.theta}, scaled by {config.settings[SCALAR]}"
         identity = self.identify(
-            "gemma2", config=words, dtype=dtype_name(self.dtype), tokens=str(self.maximum)
+            "gemma2", config=words, dtype=dtype_name(self.dtype), tokens=str(self.max_length)
         )
         return {**identity, "system_prompt": self.system_prompt}
 
-    def write(self, prompt: Prompt) -> TemplatedPrompt:
+    def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
         """Put the system prompt before the prompt; negative prompts get none unless the options say so."""
         has_system = self.system_prompt and (self.in_negative or not prompt.is_negative)
         before = f"{self.system_prompt} {PROMPT_START} " if has_system else ""
-        return TemplatedPrompt(before + prompt.text, prompt.text, prompt.spans, len(before))
+        return TemplatedPrompt(before + prompt.text, prompt.text, prompt.weighted_spans, len(before))
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raise CheckpointError if the tokenizer has no begin token."""

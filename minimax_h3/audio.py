@@ -4,7 +4,7 @@ The audio VAE is a class of diffusers, always in float32: its weight-normed conv
 Each channel of stereo audio is processed separately. Latents are those of the model: means of the posterior,
 normalized per channel. Its settings are derived from the sizes in the file.
 """
-# Letters: B batch, S samples, Z latent channels, A latents of sound in time
+# Letters: B batch, S samples, Z latent channels, A latents of audio in time
 
 import logging
 import warnings
@@ -47,7 +47,7 @@ PARTS_OF_WEIGHTS = {
     "weight_g": "parametrizations.weight.original0",
     "weight_v": "parametrizations.weight.original1",
 }
-WHAT = "an audio VAE of MiniMax-H3"
+MODEL_KIND = "an audio VAE of MiniMax-H3"
 FILES = "minimax_h3_audio_vae_fp32.safetensors of Comfy-Org, or audio_vae/ of MiniMaxAI/MiniMax-H3"
 Settings = Mapping[str, Any]  # settings of a class of diffusers
 Shape = Callable[..., tuple[int, ...]]
@@ -120,7 +120,7 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     Raises CheckpointError for any other file.
     """
     sources = list_tensor_sources(checkpoint)
-    rejection = make_wrong_kind_error(checkpoint, WHAT, option, FILES)
+    rejection = make_wrong_kind_error(checkpoint, MODEL_KIND, option, FILES)
     if "pre_block.attn.zero_k_bias" not in sources or "decoder.ups.0.0.weight_v" not in sources:
         raise rejection
     shape = make_shape_reader(checkpoint, sources, rejection)
@@ -191,7 +191,7 @@ def load_audio_vae(path: Path, device: torch.device, option: str = "--audio_vae"
     with open_checkpoint(path) as checkpoint:
         plan = read_audio_vae(checkpoint, option)
         network = load_planned(
-            plan, build_audio_vae, device, torch.float32, what="the audio VAE of MiniMax-H3"
+            plan, build_audio_vae, device, torch.float32, label="the audio VAE of MiniMax-H3"
         )
     logger.info("Audio VAE: %s", path)
     return H3AudioVae(network)

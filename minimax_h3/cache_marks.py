@@ -69,9 +69,9 @@ def check_cache_metadata(path: Path | str, metadata: Mapping[str, str], task: st
     cached_task = metadata.get(TASK, task)
     if cached_task != task:
         raise CacheError(
-            f"{path}: the text is cached for --task {cached_task:.20}, and this run is of --task {task}: the "
-            f"text encoder saw something else with it. Cache again with {TEXTS_AGAIN} --task {task}, or use "
-            "a cache folder for each task."
+            f"{path}: the text is cached for --task {cached_task:.20}, but this run uses --task {task}, "
+            f"for which the text encoder reads other images with it. Cache again with {TEXTS_AGAIN} --task "
+            f"{task}, or use a cache folder for each task."
         )
     cached_format = metadata.get(FORMAT_KEY, FORMAT)
     if cached_format != FORMAT:
@@ -101,14 +101,14 @@ def _check_tags(key: str, tags: Tensor, num_states: int, task: str) -> None:
         or not torch.isin(tags, torch.tensor([0, 1])).all()
     ):
         raise CacheError(
-            f"{key}: {TAGS} in its cache is not a 0 or 1 for each of {num_states} rows. Cache again with "
-            f"{TEXTS_AGAIN} --task {task}."
+            f"{key}: {TAGS} in its cache must hold a 0 or 1 for each of its {num_states} rows. Cache again "
+            f"with {TEXTS_AGAIN} --task {task}."
         )
     has_images = bool((tags == IMAGE_TAG).any())
     if has_images == (task == "t2va"):
-        seen = "pictures" if has_images else "no pictures"
+        seen = "with images" if has_images else "without images"
         raise CacheError(
-            f"{key}: the text encoder saw {seen} with the caption, and this run is of --task {task}. Cache "
+            f"{key}: its caption was encoded {seen}, which does not fit --task {task}. Cache "
             f"again with {TEXTS_AGAIN} --task {task}."
         )
 

@@ -57,8 +57,8 @@ def check_row_references(
     """
     if not media:
         raise DatasetError(
-            f"{name}: a row has no references, which --task ref2va makes clips from. Name them in "
-            "`references`, or move the row to a list of its own, for --task t2va"
+            f"{name}: a row has no references, which --task ref2va requires. Name them in `references`, "
+            "or move the row to a separate list, for --task t2va"
         )
     # errors of these checks become errors that name the table
     with _name_table_in_errors(name):
@@ -68,8 +68,8 @@ def check_row_references(
                 check_video_length(medium.path, any_length)
     if is_image and any(medium.kind == AUDIO for medium in media):
         raise DatasetError(
-            f"{name}: references of sound alone last as long as the clip that is made, and a picture has no "
-            "length. Leave them out"
+            f"{name}: audio references have the length of the generated clip, but an image has no length. "
+            "Leave them out"
         )
 
 
@@ -125,7 +125,7 @@ def encode_references(
             raise MediaError(str(error)) from error
         audio = reference.path if reference.kind == AUDIO else reference.audio
         if audio is not None:
-            # a single picture has no length that could limit the audio
+            # a single image has no length that could limit the audio
             seconds = frames / FPS if frames > 1 else MAX_SECONDS
             samples = read_reference_audio(audio, seconds)
             tensors[reference_key(index, AUDIO)] = audio_vae.encode(samples)[0]

@@ -53,12 +53,12 @@ def describe_copy(caption: str) -> str:
     return _COPIED + caption
 
 
-def describe_subjects(caption: str, pictures: int, is_still: bool) -> str:
+def describe_subjects(caption: str, num_subjects: int, is_still: bool) -> str:
     """Rewrite a caption for a teacher model that copies only the subjects' looks from images.
 
-    `pictures` is the number of images, one for each subject. `is_still` is true if the item is an image.
+    Each of the `num_subjects` subjects has one image. `is_still` is true if the item is an image.
     """
-    numbers = range(1, pictures + 1)
+    numbers = range(1, num_subjects + 1)
     subjects = " and ".join(f"<Subject {number}>" for number in numbers)
     target = "a still image" if is_still else "a video"
     definitions = "\n".join(
@@ -102,7 +102,11 @@ class H3CachingEncoder(H3TextEncoder):
     @property
     def identity(self) -> Mapping[str, str]:
         """Return what the text states depend on besides the text: the task and the sizes of references."""
-        info = {"task": self.task, "teacher": self.teacher_conditions, "blank": repr(self.settings.blank)}
+        info = {
+            "task": self.task,
+            "teacher": self.teacher_conditions,
+            "blank": repr(self.settings.empty_prompt_text),
+        }
         info["stored"] = None if self.states_dtype is None else dtype_name(self.states_dtype)
         info["reference_edges"] = (
             " ".join(map(str, self.short_edges)) if self.abilities.encodes_media else None
@@ -159,8 +163,8 @@ class H3CachingEncoder(H3TextEncoder):
             return ()
         if not prompt.media:
             raise MediaError(
-                "its row has no references, which --task ref2va makes clips from. Name them in "
-                "`references`, or move it to a list of its own, for --task t2va."
+                "its row has no references, which --task ref2va requires. Name them in `references`, or "
+                "move it to a separate list, for --task t2va."
             )
         return self._present_references(prompt.media, len(prompt.clip))
 
@@ -208,7 +212,7 @@ def _list_keyframes(prompt: Prompt) -> list[Tensor]:
         return [clip[0][..., :3], clip[-1][..., :3]]
     if not prompt.image_pixels:
         raise MediaError(
-            "a single picture has no first and last frame, and its table has no control pictures. "
+            "a single image has no first and last frame, and its table has no control images. "
             "Give the table control_directory, or cache it with --task t2va."
         )
     # the control images of a still image
@@ -218,7 +222,7 @@ def _list_keyframes(prompt: Prompt) -> list[Tensor]:
 @functools.cache  # cached, because uses are compared by identity
 def _make_settings(blank: str) -> LanguageEncoderSettings:
     """Return how the text encoder is used, with `blank` in place of an empty prompt."""
-    return H3_USE if blank == BLANK else replace(H3_USE, blank=blank)
+    return H3_USE if blank == BLANK else replace(H3_USE, empty_prompt_text=blank)
 
 
 @dataclass(frozen=True)

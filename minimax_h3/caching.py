@@ -86,7 +86,7 @@ class H3Caching:
             )
         if self.task == REFERENCES:
             self._check_references(table)
-        elif table.shown:
+        elif table.reference_media:
             raise DatasetError(
                 f"{table.name}: its rows have references. Use --task {REFERENCES}, or leave them out"
             )
@@ -99,25 +99,25 @@ class H3Caching:
         if table.kind == "image" and self.task == KEYFRAMES:
             if not (self.one_frame and table.has_control):
                 raise DatasetError(
-                    f"{table.name}: --task {KEYFRAMES} makes a picture from control images. Give "
-                    "control_directory, or control_path in a list, and --one_frame; for pictures alone "
-                    "--task t2va"
+                    f"{table.name}: --task {KEYFRAMES} generates images from control images. Give "
+                    "control_directory, or control_path in a list, and --one_frame; for images without "
+                    "control images use --task t2va"
                 )
         elif table.has_control:
             raise DatasetError(
-                f"{table.name}: only pictures are made from control images, with --task {KEYFRAMES} "
-                "--one_frame. Leave control media out"
+                f"{table.name}: only single images are generated from control images, with --task "
+                f"{KEYFRAMES} --one_frame. Leave control media out"
             )
 
     def _check_references(self, table: MediaTable) -> None:
-        if not table.shown:
+        if not table.reference_media:
             raise DatasetError(
-                f"{table.name}: --task {REFERENCES} makes clips from references. Name them in `references` "
-                "of the lines of video_jsonl_file"
+                f"{table.name}: --task {REFERENCES} generates clips from references. Name them in "
+                "`references` in the lines of video_jsonl_file"
             )
         from minimax_h3.cached_references import check_row_references  # only of ref2va
 
-        for media in table.shown:
+        for media in table.reference_media:
             check_row_references(
                 media,
                 table.name,

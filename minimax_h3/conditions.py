@@ -11,7 +11,7 @@ names in caches:
 
 Source: the released code of MiniMax-H3, as in diffusers.
 """
-# Letters: F H W pixels, f h w latents, Z latent channels, A latents of sound in time
+# Letters: F H W pixels, f h w latents, Z latent channels, A latents of audio in time
 
 import re
 from collections.abc import Iterable, Mapping
@@ -24,7 +24,7 @@ from torch import Tensor
 from encoders.tiles import sample_posterior
 from minimax_h3.configs import PATCH
 from minimax_h3.model import CLEAN_FRACTION_OF_IMAGES, H3Condition
-from minimax_h3.places import (
+from minimax_h3.positions import (
     TIME_PER_FRAME,
     AudioPosition,
     ImageGrid,

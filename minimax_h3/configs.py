@@ -55,10 +55,10 @@ FEW_STEPS = FewSteps(
             "--h3_teacher_matching --h3_teacher_loss_dc_weight 0.3 --h3_timestep_focus_prob 0.5",
         ),
     ),
-    distilled="has guidance distilled into it",
-    lost="it",
-    cost="clips need guidance, which a generation does not give",
-    is_certain=True,
+    distillation_clause="has guidance distilled into it",
+    unlearned_pronoun="it",
+    consequence="clips need guidance, which a generation does not give",
+    applies_to_all_files=True,
 )
 IMAGE_SHIFT = 12.0  # shift of the noise levels of images
 AUDIO_SHIFT = 3.0

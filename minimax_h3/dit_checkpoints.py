@@ -32,7 +32,7 @@ from modules.errors import CheckpointError
 from protocols.loading import TensorSource
 
 NAME = "MiniMax-H3"
-WHAT = f"a {NAME} transformer"
+MODEL_KIND = f"a {NAME} transformer"
 OPTION = "--dit"
 FILES = (
     "the first shard of transformer/ of MiniMaxAI/MiniMax-H3, minimax_h3_fl2va_*.safetensors or "
@@ -42,8 +42,8 @@ STACKED, INTERLEAVED, DIFFUSERS = "stacked", "interleaved", "diffusers"
 HEAD_WIDTH = 128
 AXES = 3  # axes of positions: time, height, width
 DIFFUSERS_CLASS = "MiniMaxH3Transformer3DModel"
-MARK = "blocks.0.attn.qkv_proj.weight"
-DIFFUSERS_MARK = "transformer_blocks.0.attn.to_q.weight"
+IDENTIFYING_TENSOR = "blocks.0.attn.qkv_proj.weight"
+DIFFUSERS_TENSOR = "transformer_blocks.0.attn.to_q.weight"
 _BLOCKS = (("token_refiner.refiner_blocks", "token_refiner.blocks"), ("transformer_blocks", "blocks"))
 _LAYERS = (
     *((rf"attn\.to_{letter}\.weight", f"attn.qkv_proj.weight#{row}") for row, letter in enumerate("qkv")),
@@ -103,15 +103,15 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
     """
     names = checkpoint.tensors
     has_released_names = "adaln_t_table" in names or "video_patch_proj.weight" in names
-    if MARK in names and has_released_names:
+    if IDENTIFYING_TENSOR in names and has_released_names:
         is_trained = checkpoint.metadata.get(LAYOUT_KEY) == STACKED
         dialect = STACKED if is_trained else layout or find_layout(checkpoint.path)
-        mark = MARK
-    elif DIFFUSERS_MARK in names and "audio_proj_in.weight" in names:
+        identifying_tensor = IDENTIFYING_TENSOR
+    elif DIFFUSERS_TENSOR in names and "audio_proj_in.weight" in names:
         dialect = DIFFUSERS
-        mark = DIFFUSERS_MARK
+        identifying_tensor = DIFFUSERS_TENSOR
     else:
-        raise make_wrong_kind_error(checkpoint, WHAT, OPTION, FILES)
+        raise make_wrong_kind_error(checkpoint, MODEL_KIND, OPTION, FILES)
     if checkpoint.metadata.get(LAYOUT_KEY) is None:  # files trained here may have any name
         _reject_other_model(checkpoint.path)
     tensor_shapes = {name: info.shape for name, info in names.items()}
@@ -124,7 +124,7 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
     if frequencies is not None:
         config = replace(config, frequencies=frequencies)
     _check_positions(config, checkpoint.path)
-    return DitHeader(config, dialect, names[mark].dtype)
+    return DitHeader(config, dialect, names[identifying_tensor].dtype)
 
 
 def _reject_other_model(path: Path) -> None:
@@ -162,8 +162,8 @@ def _check_positions(config: H3Config, path: Path) -> None:
     turned = 2 * AXES * config.frequencies
     if not 0 < turned <= config.head_width:
         raise CheckpointError(
-            f"{path}: {config.frequencies} frequencies for each of {AXES} axes turn {turned} channels, but "
-            f"heads have {config.head_width}. Give the file with its config.json, or copy it again.",
+            f"{path}: {config.frequencies} frequencies for each of {AXES} axes need {turned} channels, "
+            f"but heads have {config.head_width}. Give the file with its config.json, or copy it again.",
             path,
         )
 
@@ -239,7 +239,7 @@ def make_format(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
     """Return the format of transformer files; `layout` is the row order of fused matrices, if it is known."""
     return DitFormat(
         functools.partial(read_header, layout=layout),
-        lambda header: f"{WHAT}, pruned" if header.config.table_rows else WHAT,
+        lambda header: f"{MODEL_KIND}, pruned" if header.config.table_rows else MODEL_KIND,
         network=H3Model,
         sources=_make_sources,
         option=OPTION,

@@ -142,12 +142,12 @@ class MiniMaxH3(OneTransformer):
         detects_few_steps=True,
         match_audio_schedule=True,
         takes_row_references=True,
-        one_sample="MiniMax-H3 packs a clip with its text and sound in a sequence of its own",
+        one_sample="MiniMax-H3 packs a clip with its text and audio in a sequence of its own",
         reads_empty_prompt=True,
         views=(FIRST_LAST, CLIP, SUBJECT),
     )
     few_steps: ClassVar = FEW_STEPS
-    named: ClassVar = {
+    model_metadata: ClassVar = {
         "architecture": NAME,
         "implementation": "https://huggingface.co/MiniMaxAI/MiniMax-H3",
         "model_type": "minimax_h3",
@@ -163,13 +163,15 @@ class MiniMaxH3(OneTransformer):
     def metadata(self) -> Mapping[str, str]:
         """Return the model's metadata; full trainings add the row order of fused weights."""
         if not isinstance(self.options, H3FullTrainingOptions):
-            return self.metadata_of(self.named)
+            return self.metadata_of(self.model_metadata)
         frequencies = self.files.dit_header().config.frequencies
-        return self.metadata_of(self.named | {LAYOUT_KEY: STACKED, FREQUENCIES_KEY: str(frequencies)})
+        return self.metadata_of(
+            self.model_metadata | {LAYOUT_KEY: STACKED, FREQUENCIES_KEY: str(frequencies)}
+        )
 
     def few_steps_evidence(self) -> str:
         """Return the reason why every run counts as distilled: guidance is built into the model."""
-        return "it makes clips without a second pass for guidance"
+        return "it generates clips without a second pass for guidance"
 
     @property
     def latent(self) -> LatentSpec:
@@ -278,7 +280,7 @@ class MiniMaxH3(OneTransformer):
         if isinstance(self.options, H3TrainingOptions) and self.options.one_frame and latents.shape[2] > 1:
             raise OptionError(
                 f"--one_frame: {batch.keys[0]} is a clip of {latents.shape[2]} latent frames. Leave the "
-                "option out, or give tables of pictures alone"
+                "option out, or give tables with images only"
             )
         texts = {name: batch.tensors[name] for name in (KEY, TAGS)}
         if batch.condition_set:  # a teacher's pass, with separate text states
@@ -311,7 +313,7 @@ class MiniMaxH3(OneTransformer):
         frames and of audio. The conditions are states of texts, n C each, and their token tags, n each.
         """
         joint = overrides.audio_video_shapes
-        assert joint is not None, "there is always sound"
+        assert joint is not None, "there is always audio"
         images, audios = joint.split(noisy)
         if timesteps.ndim == 1:  # equal shifts: one level for both
             timesteps = timesteps.unsqueeze(1).expand(-1, 2)
@@ -361,7 +363,7 @@ class MiniMaxH3(OneTransformer):
         self._check_frames(frames)
         if media.one_frame is not None and frames != 1:
             raise OptionError(
-                f"--one_frame_inference generates a single picture, but --video_length is {frames} (--f in a "
+                f"--one_frame_inference generates a single image, but --video_length is {frames} (--f in a "
                 "prompt line). Give 1"
             )
         check_size((width, height, frames), self.latent)
@@ -525,7 +527,7 @@ class MiniMaxH3(OneTransformer):
         right.
         """
         joint = prepared.audio_video_shapes
-        assert joint is not None, "there is always sound"
+        assert joint is not None, "there is always audio"
         conditions = dict(inputs.get(0, {}))
         conditions |= add_noise_to_conditions(conditions, noise)
         image = noise.draw((1, *joint.image))
@@ -545,8 +547,7 @@ def _without_guidance(request: Request) -> Request:
     if not request.negative_prompt:
         return request
     logger.warning(
-        "--negative_prompt (--n) has no effect: the guidance of %s is built in, so that there is no "
-        "pass with it",
+        "--negative_prompt (--n) has no effect: the guidance of %s is built in, so no pass uses it",
         NAME,
     )
     return replace(request, negative_prompt=None)
@@ -556,12 +557,12 @@ def _check_sampling(request: Request, frames: int) -> None:
     """Raise OptionError for solvers other than Euler; warn about a different frame rate than the model's."""
     if request.solver not in (None, SOLVER):
         raise OptionError(
-            "--sample_solver: images and audio of MiniMax-H3 have a schedule each, which only vanilla "
-            "(Euler) follows. Leave it out"
+            "--sample_solver: images and audio of MiniMax-H3 have separate schedules, which only vanilla "
+            "(Euler) supports. Leave it out"
         )
     if request.fps not in (None, FPS) and frames > 1:
         logger.warning(
-            "--fps %g: %s makes %g frames a second, and the audio keeps their pace",
+            "--fps %g: %s generates %g frames a second, and the audio keeps that speed",
             request.fps,
             NAME,
             FPS,

@@ -84,12 +84,12 @@ H3_USE = LanguageEncoderSettings(
     states_key=KEY,
     model=replace(QWEN3_VL, files=TEXT_FILES, word_key="qwen3vl_32b"),
     source=TokenizerSource(TOKENIZER, adds_own=False, read_file=read_qwen_tokenizer),
-    maximum=MAX_TOKENS,
+    max_length=MAX_TOKENS,
     states=(LAYERS,),
     mask_key=TAGS,  # 1, the tag of texts, for each token
-    blank=BLANK,
+    empty_prompt_text=BLANK,
     batch_size=1,  # so that a state does not depend on other prompts
-    pictures=IMAGE_PROMPT,
+    image_format=IMAGE_PROMPT,
 )
 
 
@@ -143,27 +143,29 @@ class H3TextEncoder(LanguageModelEncoder):
         # a typed placeholder would be replaced by an image
         if placeholders:
             raise MediaError(
-                f"{placeholders[0]} stands for a picture. Leave it out of the prompt: {prompt.text}"
+                f"{placeholders[0]} stands for an image. Leave it out of the prompt: {prompt.text}"
             )
         ids, tags = self._tokenize_pieces(presentation.pieces, tokenizer)
         num_media_tokens = len(ids)
         ids += tokens.ids
         tags += [TEXT_TAG] * len(tokens.ids)
-        if len(ids) > self.maximum:
+        if len(ids) > self.max_length:
             raise MediaError(
-                f"the prompt with its pictures and clips has {len(ids)} tokens, but at most {self.maximum} "
+                f"the prompt with its images and clips has {len(ids)} tokens, but at most {self.max_length} "
                 "are allowed. Give fewer or smaller references: --reference_image_short_edge, "
                 "--reference_video_short_edge"
             )
-        num_rows = len(network.get_parameter(self.embedding)) + sum(word.word.count for word in self.words)
+        num_rows = len(network.get_parameter(self.embedding)) + sum(
+            word.word.count for word in self.added_words
+        )
         check_ids([ids], num_rows, self.path, self.source.files.option)
         (conditions,) = self.compute(
             network, tokenizer, token_ids=[ids], num_template_tokens=0, images=[presentation.images]
         )
         conditions = {**conditions, TAGS: [torch.tensor(tags)]}
-        if not prompt.spans:
+        if not prompt.weighted_spans:
             return conditions
-        weights = weights_of(self.write(prompt), tokens.char_spans)
+        weights = weights_of(self.apply_template(prompt), tokens.char_spans)
         return self.weigh(conditions, [1.0] * num_media_tokens + weights)
 
     def _tokenize_pieces(
@@ -230,8 +232,9 @@ class H3Files(LanguageModelFiles):
         needed_task = "ref2va" if self.task == "ref2va" else "fl2va"
         if named not in (None, needed_task):
             raise OptionError(
-                f"--dit {self.dit}: by its name this is the transformer of {named}, and --task {self.task} "
-                f"needs that of {needed_task}. Give the other file, or rename it if its name is wrong"
+                f"--dit {self.dit}: its name says that it is the transformer of {named}, but --task "
+                f"{self.task} needs that of {needed_task}. Give the other file, or rename it if its name is "
+                "wrong"
             )
 
     # the autoencoders
@@ -273,7 +276,7 @@ class H3Files(LanguageModelFiles):
     @property
     def audio_vae_path(self) -> Path:
         """Return the audio VAE's path; raise OptionError if --audio_vae is missing."""
-        path = require_file(self.audio_vae, "--audio_vae", "it turns sound into latents and back")
+        path = require_file(self.audio_vae, "--audio_vae", "it turns audio into latents and back")
         return inside(path, "audio_vae")
 
     @property

@@ -7,7 +7,7 @@ and rotary angles are always float32. Source: the released weights, and diffuser
 The release packs [text, conditions, audio, frames]. Attention sees all tokens and depends on positions only,
 so here the noisy frames come first, then their audio, then conditions, then the text.
 """
-# Letters: B batch, L all tokens, V of the learned images, M of their sound, T of the text, C their width,
+# Letters: B batch, L all tokens, V of the learned images, M of their audio, T of the text, C their width,
 # N heads, D head width, S segments of tokens that share timestep and modality, K timesteps, E their width,
 # Z latents
 
@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minimax_h3.configs import AUDIO, DIT, IMAGE, NUM_MODALITIES, PATCH, TEXT, H3Config, spec_of
-from minimax_h3.places import AudioPosition, ImageGrid, ImagePosition, token_positions
+from minimax_h3.positions import AudioPosition, ImageGrid, ImagePosition, token_positions
 from minimax_h3.video_vae_blocks import rotate_first
 from modules.attention.attend import attend
 from modules.devices import send_ahead
@@ -276,7 +276,7 @@ class H3Model(nn.Module):
 
     Simplified, without conditions and the code around the blocks:
 
-        x = cat([video_patch_proj(patches of noisy), audio_patch_proj(sound), text])   # B V+M+T C
+        x = cat([video_patch_proj(patches of noisy), audio_patch_proj(audio), text])   # B V+M+T C
         text = token_refiner(condition_proj(text))                         # B T C
         time = silu(time_embedder(sinusoid(times)))                        # K E: of frames, of audio
         for block in blocks:
@@ -425,7 +425,7 @@ class H3Model(nn.Module):
             raise ValueError(f"latents of {tuple(noisy.shape[1:])}: {config.channels} channels, even sides")
         if audio.shape[1] != config.audio_channels or audio.shape[2] != 2:
             raise ValueError(
-                f"sound of {tuple(audio.shape[1:])}: width {config.audio_channels} and 2 channels "
+                f"audio of {tuple(audio.shape[1:])}: width {config.audio_channels} and 2 channels "
                 "are expected"
             )
 

@@ -14,7 +14,7 @@ ENTRY = FamilyEntry(
     cache="minimax_h3_cache",
     makes="video",
     record="H3",
-    encoders=(("vae", "--video_vae", CLIPS), ("audio_vae", "--audio_vae", "it encodes their sound")),
+    encoders=(("vae", "--video_vae", CLIPS), ("audio_vae", "--audio_vae", "it encodes their audio")),
     texts="--text_encoder QWEN3_VL_FILE --tokenizer TOKENIZER_FOLDER",
     notice=LICENSE,
 )
@@ -64,23 +64,23 @@ MINIMAX_H3 = FamilyNames(
         ("token_refiner.final_norm.weight",) * 2,
         ("adaln_t_table",) * 2,
     ),
-    optional=("time_embedder.proj_in", "time_embedder.proj_out", "adaln_t_table"),
+    optional_paths=("time_embedder.proj_in", "time_embedder.proj_out", "adaln_t_table"),
     optional_description="how times are embedded: computed, or the table of a pruned file",
-    versions=("minimax_h3", "minimax-h3", "minimaxh3"),
+    version_prefixes=("minimax_h3", "minimax-h3", "minimaxh3"),
     # for the blocks over all tokens, in which all heads together have 4/3 of the token width
-    sides=(
+    relative_sizes=(
         (".attn.qkv_proj", 4, 1),
         (".attn.out_proj", 1, 4 / 3),
         (".mlp.fc1", 16 / 3, 1),
         (".mlp.fc2", 1, 8 / 3),
     ),
-    released=((5376, (("blocks", 50),)),),
-    numbered=(("token_refiner.blocks.{n}.", _ORDER), ("blocks.{n}.", _ORDER)),
+    released_sizes=((5376, (("blocks", 50),)),),
+    optimizer_numbering=(("token_refiner.blocks.{n}.", _ORDER), ("blocks.{n}.", _ORDER)),
     network_module="networks.lora_minimax_h3",
     more_diffusers_prefixes=("transformer_ref.",),
     # DiffSynth-Studio trains the release's shards unchanged. Source: diffusers' loader of H3's LoRAs
     rows_by_head=RowsByHead(r"\.lora_[AB]\.default\.", ".attn.qkv_proj", ".attn.q_norm", HEAD_WIDTH),
-    rejects_strangers=True,
+    rejects_unknown_names=True,
 )
 LORA = (MINIMAX_H3,)
 MARKS: Marks = (

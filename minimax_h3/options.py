@@ -73,7 +73,7 @@ _TEXTS = "prompts are encoded each time. Give the text encoder to --text_encoder
 _BANDS = "frames are written as they are decoded. Leave it out"
 _TRAJECTORY = "latents of single steps are not written. Give --preview_latent_every to see them"
 _COMPILING = "blocks are compiled by --compile and its own options. Give --compile, or leave it out"
-_WAITING = "layers of the text encoder that do not fit on the device wait in host memory by themselves."
+_WAITING = "layers of the text encoder that do not fit on the device stay in host memory automatically."
 LAYOUT_KEY = "ss_h3_qkv_layout"  # in the metadata of a trained transformer
 FREQUENCIES_KEY = "ss_h3_rope_freq_dim"  # also in its metadata, because tensors do not show it
 _LAYOUT = (
@@ -140,8 +140,8 @@ class H3TextCachingOptions(Options, title=NAME):
         often=True,
     )
     teacher_conditions: str | None = option(
-        "also cache what a teacher reads, for --h3_teacher_matching: first,last, with the first and "
-        "the last frame; ref, with the clip and its audio; subject_ref, with images of its subject",
+        "also cache the teacher's input, for --h3_teacher_matching: first,last, with the first and the "
+        "last frame; ref, with the clip and its audio; subject_ref, with images of its subject",
         choices=tuple(CONDITION_SETS),
         often=True,
         known_as=("h3_teacher_conditions",),
@@ -168,7 +168,7 @@ class H3TextCachingOptions(Options, title=NAME):
         place="safetensors",
         often=True,
     )
-    uncond_text: str = option("what the empty prompt is written as; default: a space", default=" ")
+    uncond_text: str = option("text of the empty prompt; default: a space", default=" ")
     cache_guidance_empty: bool = option("another spelling of --empty_prompt")
 
     def __post_init__(self) -> None:
@@ -217,8 +217,8 @@ class H3LatentCachingOptions(Options, title=NAME):
         "model was not trained"
     )
     one_frame: bool = option(
-        "images have a place in time (fp_1f_target_index), and with --task fl2va control images at "
-        "places of theirs (fp_1f_clean_indices)"
+        "images have a position in time (fp_1f_target_index); with --task fl2va their control images do too "
+        "(fp_1f_clean_indices)"
     )
 
     reference_image_short_edge: int = option(
@@ -297,8 +297,8 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
         "seconds, in place of --video_length: the next length that the model makes", above=0, facts=OF_REQUEST
     )
     ratio: str | None = option(
-        "width to height, in place of --video_size: the size that the model was trained with; adaptive: as "
-        "the first keyframe has it",
+        "aspect ratio as width:height, instead of --video_size: gives the size that the model was trained "
+        "with; adaptive: that of the first keyframe",
         choices=(ADAPTIVE, "21:9", "16:9", "4:3", "1:1", "3:4", "9:16"),
         excludes=("height", "width"),
         facts=OF_REQUEST,
@@ -316,8 +316,8 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     )
     media: H3MediaOptions
     allow_experimental_duration: bool = option(
-        f"also make clips of less than {MIN_FRAMES} or more than {MAX_FRAMES} frames, for which the model "
-        "was not trained",
+        f"also generate clips of less than {MIN_FRAMES} or more than {MAX_FRAMES} frames, for which the "
+        "model was not trained",
         facts=OF_REQUEST,
     )
     prune_adaln = unsupported(
@@ -330,7 +330,7 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     compile_auto_cache_size_limit = unsupported(_COMPILING)
     compile_fallback_to_eager = unsupported(_COMPILING)
     inductor_config = unsupported(_COMPILING, type=str, nargs="*")
-    h3_fused_qk_norm_rope = unsupported("norms and positions are fused by --compile. Give that")
+    h3_fused_qk_norm_rope = unsupported("--compile fuses norms and positions. Use it")
     inspect = unsupported("files are checked before any of them is loaded. Leave it out")
     lora_runtime_attach = not_needed(
         "merging keeps small LoRAs: --lora_rounding rounds 16-bit weights at random where the nearest would "
@@ -393,8 +393,7 @@ def check_guidance(scale: float | None, flag: str) -> None:
     """Raise OptionError for any guidance scale but 1, because the model has no pass to guide against."""
     if scale not in (None, 1):
         raise OptionError(
-            f"{flag} {scale:g}: the guidance of {NAME} is built in, so that there is no pass without the "
-            "prompt. Leave it out"
+            f"{flag} {scale:g}: the guidance of {NAME} is built in, so no pass omits the prompt. Leave it out"
         )
 
 
@@ -409,8 +408,8 @@ def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, 
     option = options.speed.modes.divides_passes
     if option:
         raise OptionError(
-            f"{option} shares the passes with and without the prompt among processes, and "
-            f"{NAME} has one pass for each step. Use --context_parallel: processes share the tokens"
+            f"{option} distributes the passes with and without the prompt over processes, but "
+            f"{NAME} has one pass for each step. Use --context_parallel, which distributes the tokens"
         )
     if options.guidance.nag.is_on:
         raise OptionError(
@@ -463,7 +462,7 @@ def _resolve_frames(frames: int | None, own_options: H3GenerationOptions) -> int
         return resolve_length(frames, own_options.duration)
     if own_options.duration is not None or frames not in (None, 1):
         raise OptionError(
-            "--one_frame_inference makes a single picture: give --video_length 1, or no length at all"
+            "--one_frame_inference generates a single image: give --video_length 1, or no length"
         )
     return 1
 

@@ -49,7 +49,7 @@ class PresentedMedium:
 
     def pixels(self) -> Tensor:
         """Return the pixels, H W 3 or F H W 3 uint8; audio media have no pixels."""
-        assert self.read is not None, "a sound has no pixels"
+        assert self.read is not None, "audio has no pixels"
         return self.read()
 
 
@@ -71,9 +71,9 @@ def _hash(pixels: Tensor) -> str:
     return f"{tuple(pixels.shape)} {digest}"
 
 
-def present_keyframes(pictures: Sequence[Tensor]) -> tuple[PresentedMedium, ...]:
+def present_keyframes(images: Sequence[Tensor]) -> tuple[PresentedMedium, ...]:
     """Present the first and last keyframes, H W 3 uint8 each in the clip's size, to the text encoder."""
-    return tuple(present_image(image) for image in pictures)
+    return tuple(present_image(image) for image in images)
 
 
 class PromptPiece(NamedTuple):

@@ -1,4 +1,4 @@
-"""Options of keyframes, references and single pictures. Standard library only."""
+"""Options of keyframes, references and single images. Standard library only."""
 
 import logging
 from collections.abc import Mapping
@@ -22,19 +22,20 @@ class H3MediaOptions(Options, title="keyframes and references"):
     """Media from which a clip is generated in addition to its prompt. Keyframes have shared options."""
 
     keyframe: tuple[str, ...] | None = option(
-        "the first frame, and given again the last one: another spelling of --first_frame and --last_frame",
+        "the first frame, and if given again the last one: another spelling of --first_frame and "
+        "--last_frame",
         action="append",
         nargs=None,
         facts=of_request(KEYFRAMES),
     )
     condition_image: tuple[str, ...] | None = option(
-        "with --one_frame_inference: an image that the single image is made from; may be given again",
+        "with --one_frame_inference: condition image for the single image; may be given again",
         action="append",
         nargs=None,
         facts=of_request(CONDITION_IMAGES),
     )
     one_frame_inference: str | None = option(
-        "make a single image: frame of the clip (24 a second) at which it stands, and those of its "
+        "generate a single image: its frame index in a clip of 24 frames a second, and those of its "
         "condition images",
         metavar="default|target_index=N,control_index=N;N",
         facts=of_request(ONE_FRAME),
@@ -72,7 +73,7 @@ class H3MediaOptions(Options, title="keyframes and references"):
         "with --reference_jsonl: number of the line, from 0", default=0, minimum=0, facts=of_request(INDEX)
     )
     reference_image_short_edge: int = option(
-        "short side of reference images in pixels; less needs less memory and shows less",
+        "short side of reference images in pixels; smaller ones need less memory and show less detail",
         default=IMAGE_EDGE,
         minimum=TOKEN,
         maximum=MAX_EDGE,

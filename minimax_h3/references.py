@@ -106,7 +106,7 @@ def read_media(request: Request) -> H3Media:
     one_frame = None if one_frame_text is None else _read_one_frame(one_frame_text)
     if one_frame is None and controls:
         raise OptionError(
-            "--condition_image is for a single picture (--one_frame_inference). Give the frames of a clip to "
+            "--condition_image is for a single image (--one_frame_inference). Give the frames of a clip to "
             "--first_frame and --last_frame"
         )
     if one_frame is not None:  # keyframes of a single image are its first control images
@@ -151,7 +151,7 @@ def _read_one_frame(text: str) -> OneFrame:
     one_frame = parse_one_frame(text)
     if not (one_frame.has_post and one_frame.has_2x and one_frame.has_4x):
         raise OptionError(
-            f"--one_frame_inference {text!r}: no_post, no_2x and no_4x are of FramePack. Leave them out"
+            f"--one_frame_inference {text!r}: no_post, no_2x and no_4x are for FramePack. Leave them out"
         )
     return one_frame
 
@@ -162,8 +162,8 @@ def _check_control_indices(one_frame: OneFrame, num_controls: int) -> None:
     has_default_index = num_indices == 0 and num_controls == 1
     if num_indices != num_controls and not has_default_index:
         raise OptionError(
-            f"--one_frame_inference: {num_indices} places in control_index and {num_controls} pictures "
-            "(--condition_image). Give one place for each, such as control_index=0;10"
+            f"--one_frame_inference: control_index has {num_indices} positions for {num_controls} images "
+            "(--condition_image). Give one position for each, such as control_index=0;10"
         )
 
 
@@ -297,9 +297,9 @@ def _check_has_audio(origin: str, path: Path) -> None:
     try:
         info = track_info(path)
     except MediaError as error:
-        raise OptionError(f"{origin}: {str(error).rstrip('.')}. Give a file with sound") from None
+        raise OptionError(f"{origin}: {str(error).rstrip('.')}. Give a file with audio") from None
     if info is None:
-        raise OptionError(f"{origin}: {path} has no sound. Give a file with sound")
+        raise OptionError(f"{origin}: {path} has no audio. Give a file with audio")
 
 
 def check_references(references: Sequence[H3Reference]) -> None:
@@ -311,7 +311,7 @@ def check_references(references: Sequence[H3Reference]) -> None:
         VIDEO: sum(reference.kind == VIDEO for reference in references),
         AUDIO: sum(reference.kind == AUDIO or reference.audio is not None for reference in references),
     }
-    names = {IMAGE: "pictures", VIDEO: "videos", AUDIO: "references with sound"}
+    names = {IMAGE: "images", VIDEO: "videos", AUDIO: "references with audio"}
     for kind, count in counts.items():
         if count > MAX_COUNTS[kind]:
             raise OptionError(
@@ -322,9 +322,7 @@ def check_references(references: Sequence[H3Reference]) -> None:
             f"{len(references)} references: the model takes at most {MAX_REFERENCES}. Leave some out"
         )
     if not counts[IMAGE] and not counts[VIDEO]:
-        raise OptionError(
-            "references of sound alone: the model needs a picture or a video with them. Give one"
-        )
+        raise OptionError("all references are audio: the model also needs an image or a video. Give one")
 
 
 def check_video_length(path: Path, any_length: bool) -> None:

@@ -22,10 +22,10 @@ RANK = 16  # default rank and alpha of a LoRA
 # --h3_teacher_conditions -> --teacher_sees
 CONDITION_SETS = {"first,last": FIRST_LAST, "ref": CLIP, "subject_ref": SUBJECT}
 WHY_UNIFORM = (
-    "the noise of pictures and sound follows one even base time, as in a generation. "
+    "the noise of images and audio follows one even base time, as in a generation. "
     "--timestep_focus draws more from a range of it. Leave it out"
 )
-OTHER_SHIFTS = "give the shifts of pictures and of sound by --h3_shift_video and --h3_shift_audio"
+OTHER_SHIFTS = "give the shifts of images and of audio by --h3_shift_video and --h3_shift_audio"
 _PARTS = "of a clip that is made, the first and last frame and references are given: --task. Leave it out"
 _PROBABLY = "the loss has no such term; --teacher, --guided_target and the priors are its further targets"
 _VALIDATED = "tables with validation = true are measured. Put them into --dataset_config"
@@ -37,7 +37,7 @@ _PRUNED = "a file is read as it is, whole or pruned. Give minimax_h3_*_pruned_*.
 _SCALES = "--fp8_base --fp8_scaled keeps a scale for each row of a weight. Leave it out"
 _COMPILING = "blocks are compiled by --compile and its own options. Give --compile, or leave it out"
 _MEANS = (
-    "pictures and sound have a mean each, with weights of their own (--h3_video_loss_weight, "
+    "images and audio have a mean each, with weights of their own (--h3_video_loss_weight, "
     "--audio_loss_weight)"
 )
 
@@ -45,14 +45,14 @@ _MEANS = (
 def granularity_option(default: str | None) -> Any:
     """Declare --block_swap_granularity, of which only whole blocks are supported."""
     return option(
-        "what --blocks_to_swap moves: block, entire blocks",
+        "unit that --blocks_to_swap moves: block, entire blocks",
         default=default,
         choices=("block",),
         refused={"layer": "whole blocks are moved. Leave it out"},
     )
 
 
-class H3LossOptions(Options, title="loss of pictures and sound"):
+class H3LossOptions(Options, title="loss of images and audio"):
     """Whether the loss covers images, audio or both, and how their noise levels are drawn."""
 
     audio_loss_weight: float = option(
@@ -65,7 +65,7 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
         facts=HABIT,
     )
     video_only: bool = option(
-        "learn the video only: the same as --audio_loss_weight 0. The network still hears the audio",
+        "learn the video only: the same as --audio_loss_weight 0. The network still receives the audio",
         often=True,
         facts=HABIT,
     )
@@ -73,7 +73,7 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
         "weight of the video loss", default=1.0, minimum=0, maximum=1000, facts=HABIT
     )
     h3_loss_balance: str = option(
-        "modality: images and audio have a mean each",
+        "modality: images and audio have separate means",
         default="modality",
         choices=("modality",),
         refused={"token": _MEANS},
@@ -263,7 +263,7 @@ class H3RejectedOptions(Options, title="not for this model"):
     h3_convrot_int8_lora_fused = not_needed("the LoRA is added to the output of a layer in int8.")
     h3_adaln_rank = unsupported(_PRUNED, type=int)
     prune_adaln = unsupported(_PRUNED)
-    h3_fused_qk_norm_rope = unsupported("norms and positions are fused by --compile. Give that")
+    h3_fused_qk_norm_rope = unsupported("--compile fuses norms and positions. Use it")
     h3_attn_auto_dispatch = not_needed("PyTorch chooses among its own kernels.")
     h3_gradient_checkpointing_blocks = unsupported(_CHECKPOINTS, type=int)
     h3_gradient_checkpointing_cpu_offload_pin_memory = not_needed(

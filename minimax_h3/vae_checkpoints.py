@@ -33,7 +33,7 @@ FILES = (
     "video_vae/source/model.safetensors of MiniMaxAI/MiniMax-H3, minimax_h3_video_vae_fp16.safetensors of "
     "Comfy-Org, or diffusers' folder vae"
 )
-WHAT = "a video VAE of MiniMax-H3"
+MODEL_KIND = "a video VAE of MiniMax-H3"
 DIFFUSERS_CLASS = "AutoencoderKLMiniMaxH3"
 UNUSED = ("decoder.mask_token",)  # a tensor that only the training of the VAE needs
 _BLOCK = r"decoder\.transformer_blocks\.(\d+)"
@@ -71,7 +71,7 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
         sources = _from_diffusers(stored)
         shapes = joined_shapes(stored_shapes, DIFFUSERS)
     else:
-        raise make_wrong_kind_error(checkpoint, WHAT, "--vae", FILES)
+        raise make_wrong_kind_error(checkpoint, MODEL_KIND, "--vae", FILES)
     return LoadPlan(_read_config(checkpoint, shapes, declared), checkpoint, sources, UNUSED)
 
 

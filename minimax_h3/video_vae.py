@@ -288,7 +288,7 @@ def load_video_vae(
             lambda config: H3VideoVae(config, tile),
             device,
             lambda name, _: torch.float32 if _stays_float32(name) else dtype,
-            what="the video VAE of MiniMax-H3",
+            label="the video VAE of MiniMax-H3",
         )
     logger.info("VAE: %s, decoding in %s", path, dtype_name(dtype))
     return vae

@@ -291,17 +291,17 @@ class H3VideoDecoder(nn.Module):
         # merge each grid axis with its axis of the patch: f t, h s, w s
         return pixels.flatten(6).flatten(4, 5).flatten(2, 3)
 
-    def _make_rotation(self, grid: tuple[int, ...], num_others: int, device: torch.device) -> Tensor:
+    def _make_rotation(self, grid: tuple[int, ...], num_extra_tokens: int, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, L 1 K 2.
 
-        The centers of a clip's tokens are spread over -1..1 along each axis. `num_others` is the number of
-        additional tokens, at 0.
+        The centers of a clip's tokens are spread over -1..1 along each axis. `num_extra_tokens` counts
+        further tokens, at 0.
         """
         rotated_width = int(self.config.head_width * self.config.rotary_fraction)
         exponents = torch.arange(0, 1, 6 / rotated_width, device=device)
         frequencies = 1 / THETA**exponents
         axes = [2 * (torch.arange(0.5, size, device=device) / size) - 1 for size in grid]
         positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
-        positions = torch.cat([positions, positions.new_zeros(num_others, 3)])
+        positions = torch.cat([positions, positions.new_zeros(num_extra_tokens, 3)])
         angles = 2 * math.pi * positions[:, :, None] * frequencies
         return cos_and_sin(angles.flatten(1)).unsqueeze(1)

@@ -123,10 +123,10 @@ def _make_error(file: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{file} cannot be read as the settings of a preprocessor ({why}).", file)
 
 
-def cut_image(tower: nn.Module, picture: Tensor, limits: Limits, use: ImagePromptFormat) -> PatchedImages:
+def cut_image(tower: nn.Module, image: Tensor, limits: Limits, use: ImagePromptFormat) -> PatchedImages:
     """Cut an image, H W 3 uint8, into patches; raise MediaError if its aspect ratio is too extreme."""
     use = replace(use, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels)
-    return read_images(tower, [picture], use, limits.colors)
+    return read_images(tower, [image], use, limits.colors)
 
 
 def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> PatchedImages:

@@ -41,7 +41,7 @@ class RepeatedOption(NamedTuple):
 
     name: str
     flags: tuple[str, ...]  # all spellings
-    typed: str  # the spelling that the user typed
+    flag: str  # the spelling that the user typed
     value: Any
 
 
@@ -126,8 +126,8 @@ def join_options(
         flag, value = joined.get(name, (default_flag, option.value))
         if isinstance(value, Placeholder):
             value = option.value
-        if option.typed in flags:
-            flag = option.typed
+        if option.flag in flags:
+            flag = option.flag
         joined[name] = flag, value
     return dict(joined.values())
 
@@ -139,7 +139,7 @@ def find_names(
 
     The name that matches the typed spelling comes first.
     """
-    spellings = (option.typed, f"--{option.name}", *option.flags)
+    spellings = (option.flag, f"--{option.name}", *option.flags)
     names = dict.fromkeys(name_by_flag[flag] for flag in spellings if flag in name_by_flag)
     for name in names:
         if accepted[name].is_switch == isinstance(option.value, bool):

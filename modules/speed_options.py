@@ -211,7 +211,7 @@ class Quantization:
     product: Callable[..., Any] | None = None
     form: str = "fp8"  # name of its file in checkpoints/stored
     int8_backward: bool = False  # int8 only: gradients are rounded to 8 bits too
-    asked_by: str = dataclasses.field(default="--fp8_scaled", compare=False)  # for messages
+    option_name: str = dataclasses.field(default="--fp8_scaled", compare=False)  # for messages
 
 
 _BASE = (
@@ -286,9 +286,9 @@ class TrainingFp8Options(Options):
         """Form in which the frozen model's weights are stored; None for the file's own form."""
         if self.convrot_int8:
             narrow = self.convrot_int8_bwd == "int8"
-            return Quantization("rows", form="int8", int8_backward=narrow, asked_by="--convrot_int8")
+            return Quantization("rows", form="int8", int8_backward=narrow, option_name="--convrot_int8")
         if self.nf4_base:
-            return Quantization("blocks", form="nf4", asked_by="--nf4_base")
+            return Quantization("blocks", form="nf4", option_name="--nf4_base")
         if not self.fp8_base:
             return None
         kind = "rows" if self.fp8_scaled else "cast"
@@ -327,9 +327,9 @@ class GenerationFp8Options(Options):
     def quantization(self) -> Quantization | None:
         """Return the quantization of the weights; None if there is none. --fp8_scaled replaces --fp8."""
         if self.convrot_int8:
-            return Quantization("rows", form="int8", asked_by="--convrot_int8")
+            return Quantization("rows", form="int8", option_name="--convrot_int8")
         if self.nf4_base:
-            return Quantization("blocks", form="nf4", asked_by="--nf4_base")
+            return Quantization("blocks", form="nf4", option_name="--nf4_base")
         if self.fp8_scaled:
             return Quantization("rows", self.upcast_quantization, self.upcast_linear, self.fp8_fast)
         return Quantization("cast", fp8_matmul=self.fp8_fast) if self.fp8 else None

@@ -75,11 +75,11 @@ class MossImage(pictures.ModelOfImages):
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=RELEASE, init=False)
     text_keys: frozenset[str] = field(default=frozenset({KEY}), init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
     name: str = field(default="moss_image", init=False)
     cache_tag: str = field(default="moss", init=False)
     defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
-    named: ClassVar = {
+    model_metadata: ClassVar = {
         "architecture": "MOSS-Image",
         "resolution": f"{SIDE}x{SIDE}",
         "implementation": "https://github.com/OpenMOSS/MOSS-Image",
@@ -121,7 +121,7 @@ class MossImage(pictures.ModelOfImages):
         config = self.files.dit_header().config
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen3.5 (9B)")
         # a cache that records no template is accepted
-        for cache in batch.made_by:
+        for cache in batch.cache_origins:
             fingerprint = cache.encoder.get(ENCODER_SETTINGS.template_key, ENCODER_SETTINGS.fingerprint)
             if cache.part == ENCODER_SETTINGS.name and fingerprint != ENCODER_SETTINGS.fingerprint:
                 raise CacheError(
@@ -178,8 +178,8 @@ class MossImage(pictures.ModelOfImages):
         num_steps = len(levels) - 1
         if num_steps < prepared.steps:
             logger.warning(
-                "%d of the %d steps are taken: the official noise levels are whole thousandths, and equal "
-                "ones are skipped. --moss_schedule simple takes all",
+                "%d of the %d steps are used: the official noise levels are whole thousandths, and equal "
+                "ones are skipped. --moss_schedule simple uses all",
                 num_steps,
                 prepared.steps,
             )
@@ -244,8 +244,8 @@ def family_for_training(options: own.MossImageTrainingOptions) -> MossImage:
     name = find_sft(options.dit)
     if name is not None:
         logger.warning(
-            "--dit %s: %s says that it is SFT, which was post-trained. Base is made to train on, and its "
-            "LoRAs work on SFT too",
+            "--dit %s: %s says that it is SFT, which was post-trained. Base is intended for training, and "
+            "its LoRAs work on SFT too",
             options.dit,
             name,
         )

@@ -49,12 +49,12 @@ ENCODER_SETTINGS = LanguageEncoderSettings(
     source=replace(
         _SOURCE, files=replace(_SOURCE.files, folders=(".", "qwen_3_5", "tokenizer", "../tokenizer"))
     ),
-    maximum=MAX_TOKENS,
-    before=_BEFORE,
-    after=f"{_AFTER}<think>\n",
-    strips=True,
+    max_length=MAX_TOKENS,
+    template_prefix=_BEFORE,
+    template_suffix=f"{_AFTER}<think>\n",
+    strips_prompt=True,
     batch_size=1,  # so that a state does not depend on other prompts, to the last bit
-    pictures=ImagePromptFormat(
+    image_format=ImagePromptFormat(
         "Picture {number}: <|vision_start|>{tokens}<|vision_end|>",
         read=read_encoder_image,
         show=shrink,
@@ -103,8 +103,8 @@ def _read_config(shapes: DitShapes) -> MossImageConfig:
     )
     if not fits:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} are not those "
-            f"of {MODEL_KIND}. Copy the file again.",
+            f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} do not fit "
+            f"{MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     return MossImageConfig(

@@ -77,7 +77,7 @@ def _find_box_errors(box: Any, size: Size) -> list[str]:
     is_inside = max(-left, right) <= width / 2 + 1 and max(-top, bottom) <= height / 2 + 1
     if is_inside:
         return []
-    return [f"bbox {box} reaches out of the picture, {width} x {height} pixels around its center"]
+    return [f"bbox {box} extends beyond the image, {width} x {height} pixels around its center"]
 
 
 def fit_layout(text: str, size: Size, fit: Fit) -> str:

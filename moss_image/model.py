@@ -402,7 +402,7 @@ class MossImageModel(BlockNetwork):
         channels, frames, height, width = latents.shape[1:]
         if channels != self.config.channels or frames != 1:
             raise ValueError(
-                f"latents of {tuple(latents.shape[1:])}: {self.config.channels} channels of one picture"
+                f"latents of {tuple(latents.shape[1:])}: {self.config.channels} channels of one image"
             )
         return height, width
 

@@ -24,7 +24,7 @@ MOSS_IMAGE = FamilyNames(
     joined=tuple(
         WeightPart(f"{_BLOCK}proj.{letter}", f"{_BLOCK}proj.qkv", index) for index, letter in enumerate("qkv")
     ),
-    further=(
+    more_modules=(
         *with_endings(_BLOCK, f"{_PROJECTIONS} {_NORMS}"),
         *with_endings(_REFINER, f"qkv proj ffn_gate ffn_up ffn_down {_NORMS}"),
         *with_endings("", "video_embedder text_embedder.proj time_embedding.0 time_embedding.2"),
@@ -33,15 +33,15 @@ MOSS_IMAGE = FamilyNames(
     ),
     is_as_in_diffusers=True,
     default_format=layouts.COMFYUI,  # published LoRAs have these names
-    versions=("moss_image", "moss-image", "moss image", "mossimage"),
-    sides=(
+    version_prefixes=("moss_image", "moss-image", "moss image", "mossimage"),
+    relative_sizes=(
         *((f".layers.{{n}}.proj.{letter}", 1, 1) for letter in "qkvo"),
         (".layers.{n}.proj.ffn_up_gate", 16 / 3, 1),
         (".layers.{n}.proj.ffn_down", 1, 8 / 3),
     ),
-    released=((3072, (("layers", 42),)),),
+    released_sizes=((3072, (("layers", 42),)),),
     rules=LoraRules(num_fused_parts={".proj.ffn_up_gate": 2}),
-    numbered=((_BLOCK, _PROJECTIONS),),
+    optimizer_numbering=((_BLOCK, _PROJECTIONS),),
     network_module="networks.lora_moss_image",
 )
 LORA = (MOSS_IMAGE,)

@@ -36,7 +36,8 @@ _JOINT = (
 )
 _SCHEDULE = (
     "noise levels: official, snapped to whole timesteps, the last at 24 of 1000; simple, evenly spaced "
-    "before the shift, as in ComfyUI, which few-step LoRAs made there want (--moss_schedule in a prompt line)"
+    "before the shift, as in ComfyUI, which few-step LoRAs trained for it need (--moss_schedule in "
+    "a prompt line)"
 )
 _SKIPS = (
     "numbers of the blocks, from 0, that the negative pass leaves out, such as 22 or 22,24; none: no block "

@@ -12,9 +12,9 @@ from modules.media.reading import read_image, resize_cover, resize_frame
 SHOWN_PIXELS = 384 * 384  # maximum size of an image for the text encoder
 
 
-def shrink(picture: Tensor) -> Tensor:
+def shrink(image: Tensor) -> Tensor:
     """Reduce an image, H W 3 uint8, to at most `SHOWN_PIXELS` with Lanczos; never enlarge it."""
-    frame = picture[..., :3].numpy()
+    frame = image[..., :3].numpy()
     height, width = frame.shape[:2]
     scale = math.sqrt(SHOWN_PIXELS / (width * height))
     if scale >= 1:

@@ -28,7 +28,7 @@ formats: names of the files that a training saves
 joined_weights: frozen weights of q, k and v, together in memory
 key_formats: bring files of any dialect under our names
 kinds/: each kind of network: LoRA, DoRA, LoHa, LoKr, OFT, T-LoRA
-unused_tensors: what a LoRA file holds that is not used
+unused_tensors: what tensors of LoRA files that are not used
 loading: read LoRA files of any dialect, with strength and patterns
 lora_layer: one LoRA layer: its addition and its dropouts
 lora_network: the LoRAs of a training, in DiT and encoders

@@ -33,7 +33,7 @@ logger = getLogger(__name__)
 
 # network modules of sd-scripts that are not supported, and what to use instead
 _NOT_BUILT = {
-    "networks.dylora": "DyLoRA, which learns all ranks at once, is not built. Use networks.lora",
+    "networks.dylora": "DyLoRA, which trains all ranks simultaneously, is not supported. Use networks.lora",
     "networks.lora_fa": "LoRA-FA, whose down factors are not trained, is not built. Use networks.lora",
     **OTHER_MODULES,
 }
@@ -59,7 +59,7 @@ class NormReport:
 class ForeignNetwork:
     """Adapt another package's network, attached to its DiT, to the interface of `OwnNetwork`.
 
-    `module` holds the parameters; its state dict has the tensors of a LoRA file.
+    `module` contains the parameters; its state dict has the tensors of a LoRA file.
     """
 
     module: Any
@@ -96,7 +96,7 @@ class ForeignNetwork:
         return groups, list(names)
 
     @property
-    def state_beside_file(self) -> Mapping[str, nn.Module]:
+    def additional_state(self) -> Mapping[str, nn.Module]:
         """Return modules by name whose state is saved with the training state; {} if there are none."""
         modules: Mapping[str, nn.Module] = getattr(self.module, "state_beside_file", {})
         return modules
@@ -377,10 +377,10 @@ def _read_network_weights(
     assert options.network_weights is not None
     lora = read_lora(options.network_weights, with_texts=bool(encoders), with_words=True)
     # blocks of a LoRA for a deeper or shallower model are mapped to those of the DiT
-    use = WeightedLora(lora)
+    weighted_lora = WeightedLora(lora)
     with quiet():  # `load_weights` makes the same call and logs its messages
-        (use,) = fit_depths([use], dict(dit.named_parameters()))
-    return {**use.lora.tensors, **rename_texts(use.lora.text_tensors, encoders)}
+        (weighted_lora,) = fit_depths([weighted_lora], dict(dit.named_parameters()))
+    return {**weighted_lora.lora.tensors, **rename_texts(weighted_lora.lora.text_tensors, encoders)}
 
 
 def tie_network(network: nn.Module, twin: nn.Module) -> None:
@@ -401,8 +401,8 @@ def tie_network(network: nn.Module, twin: nn.Module) -> None:
     is_equal = state.keys() == twin_state.keys()
     if not is_equal or not all(torch.equal(state[name], twin_state[name]) for name in state):
         raise OptionError(
-            "the network begins with values that depend on the weights of the transformer (as a DoRA does), "
-            f"so that two transformers cannot share it. {OWN_NETWORKS}"
+            "the initial values of the network depend on the weights of the transformer (as in a DoRA), "
+            f"so two transformers cannot share it. {OWN_NETWORKS}"
         )
     for name, tensor in state.items():
         path, _, parameter_name = name.rpartition(".")

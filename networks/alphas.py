@@ -343,7 +343,7 @@ def _find_in_metadata_json(metadata: Mapping[str, str], network_prefix: str) -> 
 def _find_in_settings_file(path: Path, network_prefix: str) -> _FoundSources:
     """Return the alphas in PEFT's `adapter_config.json` in the folder of a LoRA.
 
-    The folder may hold several LoRA files. PEFT writes the settings for `adapter_model`; for a file of
+    The folder may contain several LoRA files. PEFT writes the settings for `adapter_model`; for a file of
     another name, unreadable settings only cause a warning.
     """
     folder = path if path.is_dir() else path.parent
@@ -578,7 +578,7 @@ def peft_alphas(
     config: Mapping[str, Any],
     joined_lora_counts: Mapping[str, int],
 ) -> dict[str, Tensor]:
-    """Return the alphas that PEFT settings give to modules without an alpha of their own.
+    """Return the alphas from PEFT settings for modules without an alpha tensor.
 
     Args:
         modules: Factors by module name.
@@ -603,7 +603,8 @@ def peft_alphas(
         if config.get("use_rslora"):
             # rank-stabilized LoRA scales by alpha / sqrt(rank), we by alpha / rank
             alpha = alpha * (rank // num_joined) ** 0.5
-        alphas[f"{module}.alpha"] = torch.tensor(alpha * num_joined)  # like the rank of the joined factors
+        # joined factors have the sum of the ranks, so alpha / rank stays the same
+        alphas[f"{module}.alpha"] = torch.tensor(alpha * num_joined)
     return alphas
 
 

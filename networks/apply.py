@@ -54,19 +54,19 @@ logger = getLogger(__name__)
 # HunyuanVideo are also names of FramePack
 LIKELY_MODEL = "hunyuan_video"
 _NEEDS_WHOLE_WEIGHT = (
-    f"{MAGNITUDE_KIND_NAME} magnitudes by input are of the whole weight, the model has parts of it"
+    f"{MAGNITUDE_KIND_NAME} magnitudes by input refer to the whole weight, but the model has only parts of it"
 )
-_BLOCK_ELEMENTS = 1 << 20  # elements of a weight that are changed at once: 4 MB in float32
+_BLOCK_ELEMENTS = 1 << 20  # elements of a weight that are changed at a time: 4 MB in float32
 
 
 @dataclass(frozen=True)
 class Change:
-    """The effect of one LoRA on one parameter of a model, scaled by `use.multiplier`."""
+    """The effect of one LoRA on one parameter of a model, scaled by `weighted_lora.multiplier`."""
 
-    use: WeightedLora
+    weighted_lora: WeightedLora
     delta: Delta
     parameter_name: str = "weight"  # or bias
-    rows: slice | None = None  # rows of the parameter that the LoRA is for; None: all
+    row_slice: slice | None = None  # rows of the parameter that the LoRA is for; None: all
     rotations: Tensor | None = None  # R - I of an input rotation; None until `to` computes it
 
     def change_shape(self) -> tuple[int, ...]:
@@ -93,7 +93,7 @@ class Change:
         A LoRA for q alone changes some rows of a fused qkv weight; a LoRA for qkv is cut for a q weight.
 
         Args:
-            related: The LoRA's module if it is not the weight's own, but a part of it or a module around it.
+            related: The LoRA's module if it is a part of the weight (q of qkv) or contains it; else None.
             weight: The weight.
             name: Name of the weight, for messages.
             model: Name of the model, for messages.
@@ -102,7 +102,7 @@ class Change:
         Raises:
             CheckpointError: If the shapes differ.
         """
-        path = self.use.lora.path
+        path = self.weighted_lora.lora.path
         if self.delta.rotation is not None:  # its shape is not that of the weight
             return self._fit_rotation(related, weight, name, f"{option}{path} does not fit {model}")
         try:
@@ -116,9 +116,9 @@ class Change:
             shape = list(change.change_shape())  # raises MismatchError if the factors do not match each other
         except MismatchError as error:
             raise CheckpointError(
-                f"{path}: the factors for {name} do not go together ({error}).", path
+                f"{path}: the factors for {name} do not match each other ({error}).", path
             ) from error
-        changed_rows = weight if change.rows is None else weight[change.rows]
+        changed_rows = weight if change.row_slice is None else weight[change.row_slice]
         expected = list(changed_rows.shape)
         is_dora = change.delta.normalization is not None
         if shape == expected and not is_dora:
@@ -134,7 +134,7 @@ class Change:
         """Return an input rotation (OFT) limited to the rows of the weight that the LoRA's module has.
 
         Args:
-            related: The LoRA's module if it is not the weight's own, but a part of it or a module around it.
+            related: The LoRA's module if it is a part of the weight (q of qkv) or contains it; else None.
             weight: The weight.
             name: Name of the weight.
             error_prefix: Start of error messages, such as "x.safetensors does not fit this model".
@@ -142,7 +142,7 @@ class Change:
         Raises:
             CheckpointError: If the rotation does not fit.
         """
-        path = self.use.lora.path
+        path = self.weighted_lora.lora.path
         rotation = self.delta.rotation
         assert rotation is not None
         reason = rotation.find_misfit(self.delta.factors[rotation.factor_name], weight, name)
@@ -157,7 +157,7 @@ class Change:
                 f"of a published model.\n  Give {rotation.title} that was trained for this model.",
                 path,
             )
-        return self if rows == slice(0, len(weight)) else replace(self, rows=rows)
+        return self if rows == slice(0, len(weight)) else replace(self, row_slice=rows)
 
     def _describe_mismatch(self, shape: list[int], expected: list[int]) -> str:
         """Return why shape or DoRA magnitudes do not fit, as the end of "it has ..."; "" if they fit.
@@ -168,7 +168,7 @@ class Change:
         """
         can_be_reshaped = math.prod(shape) == math.prod(expected) and shape[:1] == expected[:1]
         if not can_be_reshaped:
-            families = " or ".join(family.name for family in self.use.lora.families())
+            families = " or ".join(family.name for family in self.weighted_lora.lora.families())
             kind = f" It is for {families}." if families else ""
             return f"{shape}, the model {expected}.{kind}\n  Give a LoRA that was trained for this model."
         magnitudes = self.delta.magnitudes
@@ -203,7 +203,7 @@ class Change:
         layer_start = rows.start - first_row  # row of the weight at which the layer begins
         layer_factors = {name: tensor for name, tensor in self.delta.factors.items() if name != ROW_RANGE}
         layer_rows = slice(layer_start, layer_start + layer_size[0])
-        return replace(self, delta=replace(self.delta, factors=layer_factors), rows=layer_rows)
+        return replace(self, delta=replace(self.delta, factors=layer_factors), row_slice=layer_rows)
 
     def _fit_to_related_module(self, related: RelatedModule, weight: Tensor) -> "Change":
         """Return the change for a weight that contains the LoRA's module, or is a part of it.
@@ -218,7 +218,7 @@ class Change:
         if rows is None:
             return self
         if related.is_part and isinstance(rows, slice):
-            return replace(self, rows=rows)
+            return replace(self, row_slice=rows)
         has_all_rows = rows == slice(0, self.change_shape()[0])
         if has_all_rows:
             return self
@@ -254,7 +254,11 @@ class Change:
     @property
     def replaces_weight(self) -> bool:
         """Return whether this change replaces the weight and all earlier changes, as in ComfyUI."""
-        return self.delta.replaces_weight and self.parameter_name == "weight" and self.use.multiplier != 0
+        return (
+            self.delta.replaces_weight
+            and self.parameter_name == "weight"
+            and self.weighted_lora.multiplier != 0
+        )
 
     def add_to(self, total: Tensor, block_rows: slice | None, weight: Tensor) -> None:
         """Add the change of one block of rows to `total`, the float32 sum of changes of these rows.
@@ -265,8 +269,8 @@ class Change:
             weight: These rows before any change, float32. A change that replaces the weight is written into
                 them.
         """
-        if self.rows is not None:
-            overlap = _find_overlap(self.rows, block_rows, len(total))
+        if self.row_slice is not None:
+            overlap = _find_overlap(self.row_slice, block_rows, len(total))
             if overlap is None:
                 return
             block_rows = overlap.in_change
@@ -294,16 +298,18 @@ class Change:
         elif delta.normalization is None:
             addition = delta.compute_change(total.device)
         else:
-            addition = delta.compute_normalized_change(weight, total.device, self.use.lora.has_frozen_norms)
+            addition = delta.compute_normalized_change(
+                weight, total.device, self.weighted_lora.lora.has_frozen_norms
+            )
         assert addition is not None
-        total.add_(addition.reshape(total.shape), alpha=self.use.multiplier)
+        total.add_(addition.reshape(total.shape), alpha=self.weighted_lora.multiplier)
 
     def _make_rotations(self, device: torch.device) -> Tensor:
         """Return R - I of the input rotation at the strength of the LoRA, on a device."""
         rotation = self.delta.rotation
         assert rotation is not None
         values = self.delta.factors[rotation.factor_name].to(device)
-        return rotation.compute_rotations(values, self.use.multiplier)
+        return rotation.compute_rotations(values, self.weighted_lora.multiplier)
 
     def to(self, device: torch.device) -> "Change":
         """Return the change with its factors on a device; an input rotation also gets its matrices."""
@@ -312,14 +318,14 @@ class Change:
         return replace(self, delta=self.delta.to(device))
 
 
-def changes_of(use: WeightedLora, delta: Delta) -> list[Change]:
+def changes_of(weighted_lora: WeightedLora, delta: Delta) -> list[Change]:
     """Return the changes that a LoRA makes to a module's bias and weight."""
     changes: list[Change] = []
     parts = delta.factors.keys()
     if parts & deltas.BIAS_FACTORS:
-        changes.append(Change(use, delta, "bias"))
+        changes.append(Change(weighted_lora, delta, "bias"))
     if parts - deltas.BIAS_FACTORS - {"alpha"}:
-        changes.append(Change(use, delta, "weight"))
+        changes.append(Change(weighted_lora, delta, "weight"))
     return changes
 
 
@@ -367,7 +373,7 @@ def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundCha
     for key, change, related in found_changes:
         if change.delta.rotation is not None and related is not None and related.is_part:
             part = FusedPiece(key, related.part, change.delta.factors)
-            rotated_parts.setdefault(id(change.use), []).append(part)
+            rotated_parts.setdefault(id(change.weighted_lora), []).append(part)
     # id of the `WeightedLora` -> keys of its parts with equal rotations
     equal_parts: dict[int, list[str]] = {}
     for use_id, parts in rotated_parts.items():
@@ -376,11 +382,11 @@ def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundCha
             equal_parts[use_id] = [part.name for part in parts]
     remaining: list[FoundChange] = []
     for found in found_changes:
-        joined_keys = equal_parts.get(id(found.change.use), [])
+        joined_keys = equal_parts.get(id(found.change.weighted_lora), [])
         if found.key not in joined_keys:
             remaining.append(found)
         elif found.key == joined_keys[0]:
-            # the first part now stands for the whole weight; the other parts are dropped
+            # the first part now represents the whole weight; the other parts are dropped
             remaining.append(found._replace(related=None))
     return remaining
 
@@ -391,7 +397,7 @@ def _split_rows(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list
     A small weight, one that is replaced, or a change that cannot be cut by rows (LoKr) is not split.
 
     Returns:
-        [None] for all rows at once; [] if there is nothing to change.
+        [None] for all rows together; [] if there is nothing to change.
     """
     if not changes or not weight.numel():
         return []
@@ -423,7 +429,7 @@ def _sum_changes(
         change.add_to(total, rows, weight)
         if sample is not None:
             sampled_total = sample.of(total) if rows is None else total
-            sample.record_sum(change.use.lora.path, sampled_total)
+            sample.record_sum(change.weighted_lora.lora.path, sampled_total)
     return total
 
 
@@ -461,7 +467,7 @@ class LoraPatch:
 
     def __init__(
         self,
-        uses: Sequence[WeightedLora],
+        weighted_loras: Sequence[WeightedLora],
         parameter_names: Iterable[str] | None = None,
         model: Path | None = None,
         rounding: LoraRounding | None = None,
@@ -471,7 +477,7 @@ class LoraPatch:
         """Read the changes of all files by parameter name.
 
         Args:
-            uses: LoRA files in the order in which they are added.
+            weighted_loras: LoRA files in the order in which they are added.
             parameter_names: Tensor names of a model file in another layout, such as that of diffusers.
             model: File of the model, for messages.
             rounding: How changed 16-bit weights are rounded; None rounds to the nearest.
@@ -482,28 +488,30 @@ class LoraPatch:
         self._family = family
         # family of the model and of all files, whose layouts alone are searched; None searches all families
         self._common_family: FamilyNames | None = None
-        lora_families = {use.lora.trusted_family for use in uses}
+        lora_families = {weighted_lora.lora.trusted_family for weighted_lora in weighted_loras}
         if len(lora_families) == 1:
             lora_family = lora_families.pop()
             if lora_family is not None and lora_family.name == family:
                 self._common_family = lora_family
-        self._uses = tuple(uses)
+        self._weighted_loras = tuple(weighted_loras)
         self._rounding = rounding
         self._path = model
         self._model = "this model" if model is None else str(model)
         # "lora_unet_blocks_0_ffn_0.weight" -> its changes
         self._changes_by_key: dict[str, list[Change]] = {}
-        for use in uses:
-            for module, delta in read_deltas(use.lora.modules()).items():
-                for change in changes_of(use, delta):
+        for weighted_lora in weighted_loras:
+            for module, delta in read_deltas(weighted_lora.lora.modules()).items():
+                for change in changes_of(weighted_lora, delta):
                     key = f"{module}.{change.parameter_name}"
                     self._changes_by_key.setdefault(key, []).append(change)
         # parameter -> its changes that are not merged: see `networks.unmerged_loras`
         self.unmerged: dict[str, list[Change]] = {}
         self._keys_in_model: set[str] = set()  # keys, in any layout, of weights that were passed in
-        # id of a use -> its keys that change a weight
-        self._applied_keys: dict[int, set[str]] = {id(use): set() for use in uses}
-        # id of a use -> clause about the input channels of its first layer, if the model's number differs
+        # id of a `WeightedLora` -> its keys that change a weight
+        self._applied_keys: dict[int, set[str]] = {
+            id(weighted_lora): set() for weighted_lora in weighted_loras
+        }
+        # id of a `WeightedLora` -> clause about its first layer, if the model has other input channels
         self._channel_errors: dict[int, str] = {}
         self._modules: dict[str, None] = {}  # modules of the weights passed in so far, as an ordered set
         # parameter -> its changes that match the patterns; filled by `_find_changes`
@@ -521,7 +529,7 @@ class LoraPatch:
         Args:
             name: Name of the weight.
             weight: The weight; it is not changed.
-            target: Dtype to which the caller rounds the changed weight; None for that of the weight.
+            target: Dtype to which the caller rounds the changed weight; None for the weight's dtype.
 
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
@@ -537,7 +545,7 @@ class LoraPatch:
         Args:
             name: Name of the weight.
             weight: The weight.
-            target: Dtype to which the caller rounds the changed weight; None for that of the weight.
+            target: Dtype to which the caller rounds the changed weight; None for the weight's dtype.
 
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
@@ -629,16 +637,16 @@ class LoraPatch:
         found_changes = self._find_changes(name)
         for key, change, _ in found_changes:
             if change.delta.rotation is not None:  # equal ones are joined next, which leaves only one key
-                self._applied_keys[id(change.use)].add(key)
+                self._applied_keys[id(change.weighted_lora)].add(key)
         fitted_changes: list[Change] = []
         for key, change, related in _join_equal_rotations(found_changes):
             if name.endswith(FIRST_LAYERS):
                 # such as a text-to-video LoRA for an image-to-video model: skip the layer, use the rest
                 channel_error = change.delta.describe_channel_mismatch(weight)
                 if channel_error is not None:
-                    self._channel_errors[id(change.use)] = channel_error
+                    self._channel_errors[id(change.weighted_lora)] = channel_error
                     continue
-            self._applied_keys[id(change.use)].add(key)
+            self._applied_keys[id(change.weighted_lora)].add(key)
             fitted = change.fit(related, weight, name, self._model)
             was_expanded = change.delta.has_row_range and not fitted.delta.has_row_range
             if was_expanded:  # each part (q, k, v) became the change of the whole layer: keep only the first
@@ -672,46 +680,50 @@ class LoraPatch:
         """
         self.reject_misfits()
         family = select_family(self._modules, self._family or LIKELY_MODEL)
-        for use in self._uses:
-            path = use.lora.path
-            selected_keys = self._list_selected_keys(use)
+        for weighted_lora in self._weighted_loras:
+            path = weighted_lora.lora.path
+            selected_keys = self._list_selected_keys(weighted_lora)
             absent_keys = [key for key in selected_keys if key not in self._keys_in_model]
-            changes_only_text_encoders = not selected_keys and use.lora.text_tensors
+            changes_only_text_encoders = not selected_keys and weighted_lora.lora.text_tensors
             if changes_only_text_encoders:
                 continue
-            if id(use) in self._channel_errors:
-                logger.warning(f"{path}: {self._channel_errors[id(use)]}; the rest is used without it")
+            if id(weighted_lora) in self._channel_errors:
+                logger.warning(
+                    f"{path}: {self._channel_errors[id(weighted_lora)]}; the rest is used without it"
+                )
             are_all_absent = bool(selected_keys) and len(absent_keys) == len(selected_keys)
-            num_applied = len(self._applied_keys[id(use)])
+            num_applied = len(self._applied_keys[id(weighted_lora)])
             if not are_all_absent and num_applied == 0:
                 logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
                 continue
             if not are_all_absent:
-                logger.info(f"{path}: {num_applied} weights changed, multiplier {use.multiplier:g}")
-            rank_rule = rank_rule_of(use.lora.metadata)
+                logger.info(f"{path}: {num_applied} weights changed, multiplier {weighted_lora.multiplier:g}")
+            rank_rule = rank_rule_of(weighted_lora.lora.metadata)
             # a T-LoRA that is merged acts with all ranks at all levels
             if rank_rule is not None and not self._is_masked:
                 logger.warning(f"{path} {rank_rule.kind.merged}")
-            warn_of_other_family(use.lora, family, self._modules)
+            warn_of_other_family(weighted_lora.lora, family, self._modules)
             if absent_keys:
                 warn_of_absent(
                     path,
                     absent_keys,
                     total=len(selected_keys),
-                    what=f"weights are not in {self._model}",
+                    statement=f"weights are not in {self._model}",
                     model=family,
                     modules=self._modules,
-                    encoder=use.lora.encoder,
+                    encoder=weighted_lora.lora.encoder,
                 )
         if self._rounding is not None:
             self._rounding.report(len(self.unmerged))
 
     def reject_misfits(self) -> None:
         """Raise CheckpointError if the model lacks all modules of a LoRA."""
-        for use in self._uses:
-            keys = self._list_selected_keys(use)
-            if keys and not self._keys_in_model.intersection(keys) and not use.lora.may_lack(keys):
-                raise self._make_misfit_error(use.lora, keys)
+        for weighted_lora in self._weighted_loras:
+            keys = self._list_selected_keys(weighted_lora)
+            if keys and not self._keys_in_model.intersection(keys) and not weighted_lora.lora.may_lack(keys):
+                if not weighted_lora.lora.encoder:
+                    reject_unknown(weighted_lora.lora)
+                raise self._make_misfit_error(weighted_lora.lora, keys)
 
     def _make_misfit_error(self, lora: LoraFile, keys: list[str]) -> CheckpointError:
         """Return the error for a LoRA whose modules the model lacks.
@@ -720,23 +732,21 @@ class LoraPatch:
             lora: The LoRA file.
             keys: Names of the parameters that the LoRA changes.
         """
-        if not lora.encoder:
-            reject_unknown(lora)  # raises if no known model has modules of these names
         family = select_family(self._modules, self._family or LIKELY_MODEL)
         if self._path is not None and family is None and not lora.encoder:
             return CheckpointError(
-                f"{self._model} is not a transformer that a LoRA could be added to: it has modules such as "
+                f"{self._model} is not a transformer that LoRAs can be merged into: it has modules such as "
                 f"{list_some(list(self._modules), 3)}.\n  Give the model's own file.",
                 self._path,
             )
         text_parts = text_side_of(keys)
         if text_parts:
             return CheckpointError(
-                f"{lora.path} changes {text_parts} alone, which are not in {self._model}.\n"
+                f"{lora.path} changes only {text_parts}, which are not in {self._model}.\n"
                 "  Merge it into the model's file with merge_lora.py.",
                 self._path or lora.path,
             )
-        # name them as in the file: with the prefix of the text encoder
+        # the file's names have the prefix of the text encoder
         if lora.encoder:
             keys = [f"{lora.encoder}_{key.removeprefix(OURS)}" for key in keys]
         lora_family = lora.family()
@@ -768,22 +778,22 @@ class LoraPatch:
             key = f"{OURS}{lora_module}.{parameter_name}"
             self._keys_in_model.add(key)
             for change in self._changes_by_key.get(key, []):
-                if change.use.selects(change.delta.factors, OURS + lora_module, OURS + module):
+                if change.weighted_lora.selects(change.delta.factors, OURS + lora_module, OURS + module):
                     changes.append(FoundChange(key, change, related))
         self._changes_by_parameter[name] = changes
         return changes
 
-    def _list_selected_keys(self, use: WeightedLora) -> list[str]:
+    def _list_selected_keys(self, weighted_lora: WeightedLora) -> list[str]:
         """Return the keys of a LoRA's changes that match its patterns."""
-        applied_keys = self._applied_keys[id(use)]
+        applied_keys = self._applied_keys[id(weighted_lora)]
         selected_keys: list[str] = []
         for key, changes in self._changes_by_key.items():
             module = key.partition(".")[0]
             for change in changes:
-                if change.use is not use:
+                if change.weighted_lora is not weighted_lora:
                     continue
                 # an applied key may match only by the module's name in the model, which is not known here
-                if key in applied_keys or use.selects(change.delta.factors, module):
+                if key in applied_keys or weighted_lora.selects(change.delta.factors, module):
                     selected_keys.append(key)
         return selected_keys
 
@@ -798,18 +808,18 @@ class OriginalWeights:
 
     def __init__(
         self,
-        uses: Sequence[WeightedLora],
+        weighted_loras: Sequence[WeightedLora],
         to_published_name: Callable[[str], str] = str,
         rounding: str = NEAREST,
     ) -> None:
         """Prepare to keep the weights that any of the LoRAs changes.
 
         Args:
-            uses: All LoRAs that may be switched to.
+            weighted_loras: All LoRAs that may be switched to.
             to_published_name: Returns the name that a parameter has in published files.
             rounding: A value of --lora_rounding.
         """
-        self._patch_of_all_loras = LoraPatch(uses)
+        self._patch_of_all_loras = LoraPatch(weighted_loras)
         self._to_published_name = to_published_name
         self._rounding = LoraRounding(rounding)
         self._originals: dict[str, Tensor] = {}
@@ -842,9 +852,9 @@ class OriginalWeights:
         self._patch_of_all_loras.check()
 
     @torch.no_grad()
-    def switch(self, network: nn.Module, uses: Sequence[WeightedLora]) -> None:
+    def switch(self, network: nn.Module, weighted_loras: Sequence[WeightedLora]) -> None:
         """Reset the loaded network to its original weights, with these LoRAs added."""
-        patch = LoraPatch(uses, rounding=self._rounding)
+        patch = LoraPatch(weighted_loras, rounding=self._rounding)
         for name, original in self._originals.items():
             parameter = network.get_parameter(name)
             weight = patch(self._to_published_name(name), original.to(parameter.device), parameter.dtype)
@@ -853,28 +863,31 @@ class OriginalWeights:
 
 
 def check_loras_fit(
-    model: Path, uses: Sequence[WeightedLora], companion: Path | None = None, family: str | None = None
+    model: Path,
+    weighted_loras: Sequence[WeightedLora],
+    companion: Path | None = None,
+    family: str | None = None,
 ) -> None:
     """Compare names and shapes of LoRAs with the header of a transformer's file, before it is loaded.
 
     Args:
         model: File of the transformer.
-        uses: LoRA files with their strengths.
+        weighted_loras: LoRA files with their strengths.
         companion: File with additional tensors of the model; None if there is none.
         family: Family of the model if the caller knows it.
 
     Raises:
         CheckpointError: If the shape of a LoRA does not fit, or if the model lacks all of its modules.
     """
-    if not uses:
+    if not weighted_loras:
         return
     with contextlib.ExitStack() as opened:
         checkpoint = opened.enter_context(open_checkpoint(model))
         if companion is not None:
             checkpoint = checkpoint.join(opened.enter_context(open_checkpoint(companion)))
-        if any(use.lora.depth_variants for use in uses):
-            uses = fit_depths(uses, checkpoint.tensors, model)
-        patch = LoraPatch(uses, checkpoint.tensors, model, family=family)
+        if any(weighted_lora.lora.depth_variants for weighted_lora in weighted_loras):
+            weighted_loras = fit_depths(weighted_loras, checkpoint.tensors, model)
+        patch = LoraPatch(weighted_loras, checkpoint.tensors, model, family=family)
         for name, info in checkpoint.tensors.items():
             # `to_meta_tensor`: only the shape of the tensor, no values
             if info.packing is None or info.packing.pad == 1:

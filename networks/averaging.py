@@ -41,18 +41,18 @@ class AveragingOptions(Options):
         "saved files of one run, from any of its epochs or steps", positional=True, nargs="+"
     )
     no_sort: bool = option(
-        "take the files in the given order; without it they are sorted by their step, or by time if they "
-        "do not record it"
+        "keep the given order of the files; by default they are sorted by their step, or by modification "
+        "time if they do not contain it"
     )
     beta: float = option(
-        "fraction of the average so far at each further file; the first file keeps a large share",
+        "weight of the average so far when a further file is added; the first file keeps a large share",
         default=0.95,
         minimum=0,
         maximum=1,
         hint="such as 0.9",
     )
     beta2: float | None = option(
-        "that share at the last file; it changes evenly from --beta to this",
+        "the same for the last file; the weight changes linearly from --beta to this value",
         minimum=0,
         maximum=1,
         hint="such as 0.9",
@@ -127,7 +127,7 @@ def _sort_by_step(files: list[Checkpoint]) -> None:
     if all(step.isdecimal() and len(step) < 19 for step in steps.values()):
         files.sort(key=lambda file: (int(steps[file.path]), file.path.name))
     else:
-        logger.info("The files do not all say their step, so they are sorted by their time of change.")
+        logger.info("Some files lack a step in their metadata, so all are sorted by modification time.")
         files.sort(key=lambda file: (file.path.stat().st_mtime_ns, file.path.name))
 
 
@@ -270,7 +270,7 @@ def _reject_other_network(file: Checkpoint, first: Checkpoint) -> None:
 
 
 def _advise(file: Checkpoint, first: Checkpoint) -> str:
-    """Return the remedy for a file that has other names or sizes than the first one."""
+    """Return the remedy for a file whose names or sizes differ from those of the first one."""
     file_format = file.metadata.get(LORA_FORMAT, KNOWN)
     first_format = first.metadata.get(LORA_FORMAT, KNOWN)
     if file_format == first_format or first_format not in _TARGETS:
@@ -313,6 +313,6 @@ def _reject_unequal(name: str, last: Tensor, files: Sequence[Checkpoint]) -> Non
         if not torch.equal(file.read(name).double(), last.double()):
             raise CheckpointError(
                 f"{name} differs between {file.path} and {files[-1].path}.\n"
-                "  Give files of one run, with equal alphas.",
+                "  Give files of the same run, with equal alphas.",
                 file.path,
             )

@@ -113,26 +113,29 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
             to_approximate[name] = module_factors
     if not to_approximate:
         raise OptionError(
-            f"--bake: {lora.path} has plain LoRAs alone, whose rank stays as it is. Leave --bake out"
+            f"--bake: {lora.path} has only plain LoRAs, whose rank is not changed. Leave --bake out"
         )
-    need_weight = [
-        name for name, factors in to_approximate.items() if factors.keys() & set(FACTORS_NEEDING_WEIGHT)
-    ]
-    if need_weight and not baking.models:
-        kind = next(kind for kind in kinds_of_parts(to_approximate[need_weight[0]]) if kind.needs_weight)
-        raise OptionError(
-            f"--bake: {lora.path} is {named(kind)} ({need_weight[0]}), whose change depends on the weights "
-            "that it was trained for. Add --dit with the model's file, and after it those of the text "
-            "encoders that it changes"
-        )
+    needs_model = any(factors.keys() & {*FACTORS_NEEDING_WEIGHT} for factors in to_approximate.values())
+    if needs_model and not baking.models:
+        raise _make_missing_model_error(lora.path, to_approximate)
     losses: dict[str, Loss] = {}
-    with open_weights(baking.models if need_weight else (), family) as weights:
+    with open_weights(baking.models if needs_model else (), family) as weights:
         for name, factors in to_approximate.items():
             change = _compute_change(name, factors, lora, weights, baking.device)
             modules[name], losses[name] = _approximate(name, factors, change, baking.rank)
     metadata = _metadata_of_plain(lora.metadata, modules)
     loss_note = _describe_losses(losses, len(modules), baking.rank)
     return Baked(replace_factors(lora, modules, metadata), loss_note)
+
+
+def _make_missing_model_error(path: Path, modules: Mapping[str, Factors]) -> OptionError:
+    """Return the error for a network whose change depends on weights (DoRA), if no model is given."""
+    name = next(name for name, factors in modules.items() if factors.keys() & {*FACTORS_NEEDING_WEIGHT})
+    kind = next(kind for kind in kinds_of_parts(modules[name]) if kind.needs_weight)
+    return OptionError(
+        f"--bake: {path} is {named(kind)} ({name}), whose change depends on the weights that it was trained "
+        "for. Add --dit with the model's file, followed by the files of the text encoders that it changes"
+    )
 
 
 def _metadata_of_plain(metadata: Mapping[str, str], modules: Mapping[str, Factors]) -> dict[str, str]:

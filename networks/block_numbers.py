@@ -54,14 +54,14 @@ class BlockSettings:
         if numbered is None:
             first_argument = next(iter(self.arguments))
             raise OptionError(
-                f"--network_args {first_argument}: the blocks of this model have no such numbers. Give ranks "
-                "and rates by name (network_reg_dims, network_reg_lrs)"
+                f"--network_args {first_argument}: the blocks of this model cannot be addressed by number. "
+                "Give ranks and rates by name (network_reg_dims, network_reg_lrs)"
             )
         for name, values in self.values_by_argument.items():
             if len(values) != numbered.count:
                 raise OptionError(
-                    f"--network_args {name}: it has {len(values)} numbers, this model has {numbered.count} "
-                    "blocks. Give a number for each"
+                    f"--network_args {name}: it has {len(values)} values, but this model has "
+                    f"{numbered.count} blocks. Give one for each"
                 )
         # down, middle and up blocks have their own arguments, each with one factor per block
         has_rates = any(argument in self.arguments for argument, _, _ in numbered.learning_rate_ranges)
@@ -88,7 +88,7 @@ class BlockSettings:
     def rank_and_alpha_of(self, path: str, is_convolution: bool) -> tuple[int, float | None] | None:
         """Return the rank and alpha of a module; None if no list gives a rank.
 
-        An alpha of None stands for that of the network.
+        An alpha of None means the network's alpha.
 
         Args:
             path: Dotted path of the module.
@@ -157,7 +157,7 @@ def read_rate_factors(name: str, text: str, count: int, warns: bool = True) -> l
     rate_factors = list(_read_numbers(name, without_brackets.split(",")))
     if warns and len(rate_factors) != count:
         logger.warning(
-            "--network_args %s has %d numbers, this model has %d such blocks: %s",
+            "--network_args %s has %d values, but this model has %d such blocks: %s",
             name,
             len(rate_factors),
             count,

@@ -79,8 +79,8 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     """Set `cast_factors` and `shared_input` of all layers for a pass under the current autocast.
 
     A layer's `cast_factors` are its down and up factor in autocast's dtype. Layers that get the same tensor
-    also get a `shared_input`, which multiplies it by all their down factors at once. Before the first pass on
-    a GPU, the frozen weights of each group are joined in memory.
+    also get a `shared_input`, which multiplies it by all their down factors in one product. Before the first
+    pass on a GPU, the frozen weights of each group are joined in memory.
 
     Args:
         groups: Groups of layers that get the same tensor; most have one layer.

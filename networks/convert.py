@@ -77,7 +77,7 @@ class ConvertOptions(Options):
     """Options of `convert_lora.py`."""
 
     input: Path = option(
-        "LoRA file, any dialect; of two experts that of low noise, or of both",
+        "LoRA file of any dialect; with two experts, the one for low noise or a file with both",
         place="there",
         required=True,
         by_place=True,
@@ -89,12 +89,12 @@ class ConvertOptions(Options):
     )
     output: Path = option("safetensors file to write", **_OUTPUT_FILE, required=True, by_place=True)
     output_high_noise: Path | None = option(
-        "safetensors file for the LoRA of the high-noise expert; --output then gets that of low noise",
+        "safetensors file for the LoRA of the high-noise expert; --output then gets the low-noise one",
         excludes="expert",
         **_OUTPUT_FILE,
     )
     expert: str | None = option(
-        "of a file with a LoRA for each expert, take only this one", choices=("high_noise", "low_noise")
+        "use only this LoRA of a file with one for each expert", choices=("high_noise", "low_noise")
     )
     target: str = option(
         "other or comfyui: as ComfyUI and most tools read it: diffusion_model. (FramePack, FLUX: "
@@ -106,8 +106,8 @@ class ConvertOptions(Options):
         choices=("other", "comfyui", "default", "diffusers"),
     )
     family: str | None = option(
-        "the model that the LoRA is for, such as flux or hunyuan_video; default: as the file's metadata, "
-        "names and sizes say"
+        "the model that the LoRA is for, such as flux or hunyuan_video; default: from the file's metadata, "
+        "names and sizes"
     )
     bake: int | None = option(
         f"make a plain LoRA of this rank of each {in_series(_BAKED, 'and')}, for "
@@ -116,8 +116,8 @@ class ConvertOptions(Options):
         hint="a rank",
     )
     dit: tuple[Path, ...] | None = option(
-        "the model that a DoRA was trained for; after it text encoders that it changes. With --bake, or for "
-        "--target other, which is exact in ComfyUI then, and for the way back",
+        "the model that a DoRA was trained for, followed by the text encoders that it changes; for --bake, "
+        "and to convert exactly to --target other and back",
         nargs="+",
         place="there",
         excludes=("input_high_noise", "output_high_noise"),
@@ -199,7 +199,7 @@ def convert(options: ConvertOptions) -> None:
         baking = Baking(options.bake, select_device(options.device), options.dit or ())
     names = [family.name for family in module_names.FAMILIES]
     if options.family is not None and options.family not in names:
-        raise OptionError(f"--family {options.family}: no such model; there are {', '.join(names)}")
+        raise OptionError(f"--family {options.family}: unknown model; known ones are {', '.join(names)}")
     target = "other" if options.target == "comfyui" else options.target  # the dialect's name in the code
     concerns_experts = options.input_high_noise or options.output_high_noise or options.expert
     if not concerns_experts:
@@ -307,6 +307,16 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
     show_box("The LoRA is converted", rows)
 
 
+def _replace_by_plain_loras(
+    lora: LoraFile, tensors: Mapping[str, Tensor], modules: Mapping[str, Factors], rank: int | None
+) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors with plain LoRAs of a rank instead of the given modules, and a note on the loss."""
+    replaced = ungroup(modules)
+    plain = bake(replace(lora, tensors=replaced), Z_IMAGE, Baking(rank, select_device(None)))
+    unchanged = {name: tensor for name, tensor in tensors.items() if name not in replaced}
+    return {**unchanged, **plain.lora.tensors}, plain.loss_note
+
+
 def convert_z_image(options: ZImageConvertOptions) -> None:
     """Convert a LoRA of Z-Image to ComfyUI's layout, where queries, keys and values are one module, or back.
 
@@ -333,17 +343,12 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         raise OptionError(
             f"{source} is a {in_series(PRODUCT_KIND_NAMES)} for queries, keys and values "
             f"({next(iter(unjoinable))}), which are one module in ComfyUI, and only plain "
-            "LoRAs can be joined. Add --lokr_rank RANK, such as 64: the best LoRA of that rank "
-            "takes the place of each"
+            "LoRAs can be joined. Add --lokr_rank RANK, such as 64, to replace each by the best LoRA of "
+            "that rank"
         )
     loss_note = ""
     if unjoinable:
-        unjoinable_tensors = ungroup(unjoinable)
-        baking = Baking(options.lokr_rank, select_device(None))
-        plain = bake(replace(lora, tensors=unjoinable_tensors), Z_IMAGE, baking)
-        loss_note = plain.loss_note
-        joinable = {name: tensor for name, tensor in tensors.items() if name not in unjoinable_tensors}
-        tensors = {**joinable, **plain.lora.tensors}
+        tensors, loss_note = _replace_by_plain_loras(lora, tensors, unjoinable, options.lokr_rank)
     tensors = rename_to_aliases(join_parts(tensors, family=Z_IMAGE), Z_IMAGE)
     _save(
         options.dst_path,
@@ -496,7 +501,7 @@ def _bake_or_convert_magnitudes(lora: LoraFile, family: FamilyNames | None, conv
     if baking is not None and baking.rank is not None:
         return bake(lora, family, baking)
     # FramePack's own layout is that of diffusers, so ComfyUI's form of magnitudes does not apply to it
-    in_diffusers = family is not None and family.is_as_in_diffusers and family.start == IN_DIFFUSERS
+    in_diffusers = family is not None and family.is_as_in_diffusers and family.path_prefix == IN_DIFFUSERS
     is_for_comfyui = conversion.target == "other" and not in_diffusers
     for kind in KINDS:  # only DoRA changes the file
         lora = kind.convert_magnitudes(lora, family, baking, is_for_comfyui, conversion.target)
@@ -568,7 +573,7 @@ def _metadata_of_converted(lora: LoraFile, target: str, family: FamilyNames | No
         families = lora.families()
         if len(families) < 2 or not module_names.have_same_names(families):
             # the names alone may no longer show the family
-            metadata[TRAINED_ON] = family.written_version or family.name
+            metadata[TRAINED_ON] = family.written_base_model or family.name
     return metadata
 
 

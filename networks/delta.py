@@ -46,7 +46,7 @@ class Delta:
     replaces_weight: bool = field(init=False)
     # whether a tensor is as large as the weight: a full difference or a replacement
     has_full_matrix: bool = field(init=False)
-    # whether the factors are those of a larger layer, and only the rows in `ROW_RANGE` are used
+    # whether the factors belong to a larger layer, of which only the rows in `ROW_RANGE` are used
     has_row_range: bool = field(init=False)
     rotation: InputRotation | None = field(init=False)  # rotation of the input; None: the change is added
     normalization: Magnitudes | None = field(init=False)  # that of DoRA; None: the weight is not normalized
@@ -191,7 +191,7 @@ class Delta:
     def matrix_size(self) -> tuple[int, int] | None:
         """Return rows and columns of the changed matrix; None if the weight is not a matrix or is unknown.
 
-        If the factors are those of a larger layer (`has_row_range`), these are the sizes of the layer.
+        If the factors belong to a larger layer (`has_row_range`), these are the sizes of that layer.
         """
         names_in_product = [
             name for name in self.factors if name in FACTOR_NAMES and name not in _NOT_IN_PRODUCT
@@ -236,7 +236,7 @@ class Delta:
         for name in _FULL_SIZE_FACTORS & self.factors.keys():
             factors[name] = self.factors[name][rows]
         for kind in self.kinds:
-            # of those factors that have the rows, such as up
+            # the rows of the factors that have one for each output, such as up
             sliced_factors = kind.select_rows(self.factors, rows)
             if sliced_factors is None:
                 return None
@@ -346,7 +346,7 @@ class Delta:
         try:
             shape = self.change_shape()
         except MismatchError:
-            return f"its factors do not go together: {self._show_shapes()}"
+            return f"its factors do not match each other: {self._show_shapes()}"
         if shape is None or BIAS_FACTORS.isdisjoint(self.factors):
             return None
         bias = self.compute_bias_change(CPU)

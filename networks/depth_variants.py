@@ -7,7 +7,7 @@ number of its blocks is unknown.
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 def fit_depths(
-    uses: Sequence[WeightedLora], names: Iterable[str], model: Path | str = "the model"
+    weighted_loras: Sequence[WeightedLora], names: Iterable[str], model: Path | str = "the model"
 ) -> list[WeightedLora]:
     """Map the blocks of LoRAs to those of a deeper or shallower model; LoRAs of the same depth are unchanged.
 
     Args:
-        uses: LoRA files with their strengths.
+        weighted_loras: LoRA files with their strengths.
         names: Names of the model's tensors or modules.
         model: File of the model, for messages.
 
@@ -37,30 +37,30 @@ def fit_depths(
         CheckpointError: For a LoRA whose blocks cannot be mapped to those of the model.
     """
     variants_of_uses = [
-        use.lora.depth_variants for use in uses
+        weighted_lora.lora.depth_variants for weighted_lora in weighted_loras
     ]  # None: the LoRA's model has no deeper variants
     if not any(variants_of_uses):
-        return [*uses]
+        return [*weighted_loras]
     model_depths: dict[str, int] = {}  # name of a block list -> number of blocks in the model
     names = [*names]
     fitted: list[WeightedLora] = []
-    for use, variants in zip(uses, variants_of_uses, strict=True):
+    for weighted_lora, variants in zip(weighted_loras, variants_of_uses, strict=True):
         if variants is None:
-            fitted.append(use)
+            fitted.append(weighted_lora)
             continue
         if variants.blocks not in model_depths:
             model_depths[variants.blocks] = _count_blocks(names, variants)
-        lora = _fit_blocks(use.lora, variants, model_depths[variants.blocks], model)
-        fitted.append(replace(use, lora=lora))
+        lora = _fit_blocks(weighted_lora.lora, variants, model_depths[variants.blocks], model)
+        fitted.append(replace(weighted_lora, lora=lora))
     return fitted
 
 
-def fit_to_file(uses: Sequence[WeightedLora], model: Path) -> list[WeightedLora]:
+def fit_to_file(weighted_loras: Sequence[WeightedLora], model: Path) -> list[WeightedLora]:
     """Map the blocks of LoRAs to those of a deeper or shallower transformer, whose header shows its depth."""
-    if not any(use.lora.depth_variants for use in uses):
-        return [*uses]
+    if not any(weighted_lora.lora.depth_variants for weighted_lora in weighted_loras):
+        return [*weighted_loras]
     with open_checkpoint(model) as checkpoint:
-        return fit_depths(uses, checkpoint.tensors, model)
+        return fit_depths(weighted_loras, checkpoint.tensors, model)
 
 
 def _count_blocks(names: Iterable[str], depth_variants: DepthVariants) -> int:
@@ -115,38 +115,51 @@ def _fit_blocks(lora: LoraFile, variants: DepthVariants, model_depth: int, model
     changes_no_block = not indices
     if changes_no_block or model_depth == 0 or lora_depth == model_depth:
         return lora
+    is_deeper_variant = model_depth in variants.depths[1:]
+    if lora_depth is None and not is_deeper_variant:
+        return lora  # assumed to be for a model of this depth
     if lora_depth is None:
-        # a LoRA of unknown depth is taken to be for the first variant, and fits models of no known variant
-        is_deeper_variant = model_depth in variants.depths[1:]
-        if not is_deeper_variant:
-            return lora
         raise CheckpointError(
-            f"{lora.path} changes blocks {min(indices)} to {max(indices)} and does not say for how many "
-            f"blocks it is, {model} has {model_depth}. Give a LoRA with {variants.keys[0]} in its metadata, "
-            "or one of all blocks.",
+            f"{lora.path} changes blocks {min(indices)} to {max(indices)} without saying how many blocks its "
+            f"model has; {model} has {model_depth}. Give a LoRA with {variants.keys[0]} in its metadata, or "
+            "one that changes all blocks.",
             lora.path,
         )
     are_variants = {lora_depth, model_depth} <= set(variants.depths)
     if lora_depth > model_depth or not are_variants:
         raise CheckpointError(
-            f"{lora.path} is for {lora_depth} blocks, {model} has {model_depth}: blocks of the same number "
-            f"are not the same there. Use the model with {lora_depth} blocks.",
+            f"{lora.path} is for {lora_depth} blocks, {model} has {model_depth}: equal block numbers mean "
+            f"different blocks. Use the model with {lora_depth} blocks.",
             lora.path,
         )
-    copies = variants.map_to_deeper(lora_depth, model_depth)  # block of the LoRA -> the block and its copies
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in lora.tensors.items():
-        match = re.match(rf"({OURS}{re.escape(variants.blocks)}_)(\d+)(_.*)", name)
-        if match is None:  # not in a block
-            tensors[name] = tensor
-            continue
-        prefix, index, suffix = match.groups()
-        for copy_index in copies[int(index)]:
-            tensors[f"{prefix}{copy_index}{suffix}"] = tensor
+    tensors = _copy_blocks(lora.tensors, variants.blocks, variants.map_to_deeper(lora_depth, model_depth))
     logger.info(
-        "%s is for %d blocks, the model has %d: what a block has learned is used in its copies too",
+        "%s is for %d blocks, the model has %d: the changes of a block are applied to its copies too",
         lora.path,
         lora_depth,
         model_depth,
     )
     return replace(lora, tensors=tensors, metadata={**lora.metadata, variants.keys[0]: str(model_depth)})
+
+
+def _copy_blocks(
+    tensors: Mapping[str, Tensor], list_name: str, indices_in_model: Sequence[Sequence[int]]
+) -> dict[str, Tensor]:
+    """Return a LoRA's tensors with those of each block under the indices of its copies in a deeper model.
+
+    Args:
+        tensors: Tensors under our names.
+        list_name: Underscored name of the list of blocks.
+        indices_in_model: Indices in the model of each block of the LoRA.
+    """
+    pattern = re.compile(rf"({OURS}{re.escape(list_name)}_)(\d+)(_.*)")
+    copied: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = pattern.match(name)
+        if match is None:  # not in a block
+            copied[name] = tensor
+            continue
+        prefix, index, suffix = match.groups()
+        for index_in_model in indices_in_model[int(index)]:
+            copied[f"{prefix}{index_in_model}{suffix}"] = tensor
+    return copied

@@ -144,7 +144,7 @@ def extract_model(options: ExtractOptions) -> None:
         )
     if family.network_module == FLUX_MODULE:  # its metadata depend on the variant
         return extract_flux(options)
-    is_stable_diffusion = bool(family.written_version)
+    is_stable_diffusion = bool(family.written_base_model)
     if is_stable_diffusion:
         raise CheckpointError(
             f"{options.model_org} contains only the U-Net of a Stable Diffusion checkpoint. Give complete "
@@ -269,7 +269,7 @@ def extract_full(options: ExtractOptions) -> None:
         arguments: dict[str, str] = {}
         if options.conv_dim is not None:
             arguments = {"conv_dim": str(options.conv_dim), "conv_alpha": str(float(options.conv_dim))}
-        names = BaseModelEntries("networks.lora", family.written_version, family.architecture)
+        names = BaseModelEntries("networks.lora", family.written_base_model, family.architecture)
         metadata = _make_metadata(options, names, is_v2=family is SD2, arguments=arguments)
         _write_lora_of_difference(
             options,
@@ -531,9 +531,9 @@ def _find_family_of_both(pair: Pair) -> FamilyNames:
     for checkpoint in pair:
         if not is_full(checkpoint.tensors):
             raise CheckpointError(
-                f"{checkpoint.path} is not a single-file checkpoint of Stable Diffusion: it has no U-Net "
-                "together with text encoders, as model.diffusion_model... and cond_stage_model... or "
-                "conditioner...\n"
+                f"{checkpoint.path} is not a single-file checkpoint of Stable Diffusion: it does not contain "
+                "both a U-Net (model.diffusion_model...) and text encoders (cond_stage_model... or "
+                "conditioner...).\n"
                 "  Give such files to --model_org and --model_tuned.",
                 checkpoint.path,
             )
@@ -567,7 +567,7 @@ def _find_unchanged_texts(pair: Pair, minimum: float) -> set[str]:
     if unchanged:
         logger.info(
             f"{pair.tuned.path}: no value of {', '.join(sorted(unchanged))} has changed by more than "
-            f"{minimum:g}, so the LoRA has nothing for it"
+            f"{minimum:g}, so the LoRA does not change it"
         )
     return unchanged
 

@@ -77,7 +77,7 @@ class Product:
 
 
 class FactoredLayer(nn.Module):
-    """`y + multiplier * scale * x @ change(factors)` in place of the forward of a frozen Linear or Conv2d.
+    """Replacement for the forward of a Linear or Conv2d: `y + multiplier * scale * x @ change(factors)`.
 
     The factors are float32 and compute in autocast's dtype, or in float32 without autocast.
     """
@@ -122,7 +122,7 @@ class FactoredLayer(nn.Module):
         self.scale = (float(self.alpha) or self.rank) / self.rank if self.is_scaled else 1.0
 
     def attach(self) -> None:
-        """Replace the forward of the frozen module by that of this layer."""
+        """Replace the frozen module's forward with this layer's."""
         self._original_forward = self._original[0].forward
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 

@@ -72,22 +72,22 @@ class LoraFormat:
         path: Path,
         dtype: torch.dtype | None,
         metadata: Mapping[str, str],
-        beside: Mapping[str, Tensor] = MappingProxyType({}),
+        additional_tensors: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Write a network to a file, completely or not at all, with hashes added to the metadata.
 
         Args:
             network: The network.
             path: Path of the file.
-            dtype: Dtype of the tensors in the file; None keeps that of training.
+            dtype: Dtype of the tensors in the file; None keeps the training dtype.
             metadata: Metadata of the file.
-            beside: Additional tensors for the file, by name.
+            additional_tensors: Additional tensors for the file, by name.
         """
         # converted in the training dtype, so that values are rounded only once, below
         trained = {name: tensor.detach().to("cpu") for name, tensor in network.state_dict().items()}
         converted = self.convert(trained)
         tensors = {}
-        for name, tensor in {**converted.tensors, **beside}.items():
+        for name, tensor in {**converted.tensors, **additional_tensors}.items():
             tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
         all_metadata = {**metadata, **converted.metadata, LORA_FORMAT: self.name}
         save_tensors(path, tensors, add_hashes(tensors, all_metadata))
@@ -102,7 +102,7 @@ class LoraFormat:
             tensors: Tensors under our names, on the CPU.
         """
         if self.name == KNOWN:
-            if self.family is not None and self.family.always_underscored == "aliases":
+            if self.family is not None and self.family.underscored_names == "aliases":
                 from networks.writing import rename_to_aliases  # only for a few families
 
                 tensors = rename_to_aliases(tensors, self.family)
@@ -216,7 +216,15 @@ def select_format(
 def find_error(
     name: str, family: FamilyNames | None, options: NetworkOptions, module: str, texts: Mapping[str, str]
 ) -> str | None:
-    """Return why a format other than KNOWN cannot express a network; None if it can."""
+    """Return why the format `name`, other than KNOWN, cannot express a network; None if it can.
+
+    Args:
+        name: Value of --lora_format.
+        family: Names of the model's modules; None if unknown.
+        options: Options of the network.
+        module: Module that builds the network.
+        texts: Names of the text encoders that are trained, by the prefix of their modules' names.
+    """
     own_module = OWN_MODULES.get(module)
     if own_module is None:
         return (
@@ -228,7 +236,7 @@ def find_error(
     if error:
         return error
     if family is None:
-        return f"no names of this model's layers are known there. {_OTHERWISE}"
+        return f"its names for the layers of this model are not known. {_OTHERWISE}"
     if name == COMFYUI and family.not_in_comfyui:
         return f"{family.not_in_comfyui}. {_OTHERWISE} or diffusers"
     for variant in options.variants:
@@ -243,7 +251,7 @@ def find_error(
             unsupported.append(encoder)
     if unsupported:
         return (
-            f"diffusers' pipeline of this model loads no LoRA for the text encoder {unsupported[0]}, which "
-            f"learns here. {_OTHERWISE}, or train the transformer alone (--network_train_unet_only)"
+            f"diffusers' pipeline of this model cannot load LoRAs for the text encoder {unsupported[0]}, "
+            f"which is trained. {_OTHERWISE}, or train only the transformer (--network_train_unet_only)"
         )
     return None

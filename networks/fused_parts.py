@@ -20,7 +20,7 @@ from networks.delta import Delta, read_delta
 from networks.deltas import LORA_FACTORS, ROW_RANGE, scaling_of
 from networks.kinds.composing import KIND_BY_FACTOR, MAGNITUDE_KIND_NAME, MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
-from networks.lora_products import diagonal_blocks, fused_sizes
+from networks.lora_products import diagonal_blocks, rows_of_fused_parts
 from networks.module_names import FAMILIES, RelatedModule, related_modules
 from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, RowsByHead, WeightPart
 
@@ -43,7 +43,7 @@ class FusedPiece(NamedTuple):
 class FactorsOfRows(NamedTuple):
     """The factors for some rows of a fused weight."""
 
-    rows: slice
+    row_slice: slice
     factors: Factors
 
 
@@ -144,7 +144,7 @@ def split_fused(
         try:
             result.update(_split_factors(factors, rows_by_part))
         except FusionError as reason:
-            logger.warning(f"{name}: {reason}; it stays whole")
+            logger.warning(f"{name}: {reason}; it is not split")
             result[name] = factors
     return deltas.ungroup(result)
 
@@ -194,7 +194,7 @@ def _split_factors(factors: Factors, rows_by_part: Mapping[RelatedModule, int | 
             f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, so they belong to the whole weight"
         )
     ordered = sorted(slices, key=lambda part: _start_of(slices[part]))
-    # a LoRA that was joined from LoRAs of the parts gives them back, with their own ranks
+    # a LoRA that was joined from LoRAs of the parts is split into these, with their own ranks
     separate_loras = joined_blocks(factors, [known_rows[part] for part in ordered])
     if separate_loras:
         return {OURS + part.name: lora for part, lora in zip(ordered, separate_loras, strict=True)}
@@ -206,7 +206,7 @@ def _split_factors(factors: Factors, rows_by_part: Mapping[RelatedModule, int | 
             swapped = delta.select_rows(rows)
             if swapped is None:
                 kind = delta.describe_indivisible_kind()
-                raise FusionError(f"its halves are to be swapped, which {kind} has no form for")
+                raise FusionError(f"its halves must be swapped, which {kind} does not support")
             sliced = swapped
         factors_by_part[OURS + part.name] = sliced.factors
     return factors_by_part
@@ -312,7 +312,7 @@ def join_parts(
         try:
             result[name] = _join_pieces(pieces, num_rows, allows_full_matrix=is_for_model)
         except FusionError as reason:
-            logger.warning(f"{name}: {reason}; they stay apart")
+            logger.warning(f"{name}: {reason}; they are not joined")
             result.update({piece.name: piece.factors for piece in pieces})
     return deltas.ungroup(result)
 
@@ -346,8 +346,8 @@ def _estimate_rows_of_weights(pieces_of_weights: Iterable[Sequence[FusedPiece]])
     return estimates
 
 
-def _list_parts_of_weight(ours: str, paths: Collection[str]) -> list[WeightPart]:
-    """Return the parts of our weight `ours`, in the families that have a part with one of the given paths.
+def _list_parts_of_weight(fused_path: str, paths: Collection[str]) -> list[WeightPart]:
+    """Return the parts of a fused weight, in the families that have a part with one of the given paths.
 
     Other families may fuse different parts under the same name.
     """
@@ -357,7 +357,7 @@ def _list_parts_of_weight(ours: str, paths: Collection[str]) -> list[WeightPart]
         if not any(part.part_path in paths for part in parts):
             continue
         for part in parts:
-            if part.fused_path == ours:
+            if part.fused_path == fused_path:
                 siblings[part.part_path] = part
     return list(siblings.values())
 
@@ -473,7 +473,7 @@ def _is_low_rank_matrix(factors: Factors) -> bool:
 def _sort_by_rows(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[FactorsOfRows]:
     """Pair the factors of each part of a fused layer with its rows in the fused weight; sort by rows."""
     parts = [FactorsOfRows(rows, piece.factors) for rows, piece in zip(slices, pieces, strict=True)]
-    return sorted(parts, key=lambda part: part.rows.start)
+    return sorted(parts, key=lambda part: part.row_slice.start)
 
 
 def _check_magnitudes(factors_of_parts: Sequence[Factors], num_rows: int) -> None:
@@ -504,7 +504,7 @@ def _join_low_rank(parts: Sequence[FactorsOfRows], num_rows: int) -> Factors:
     scales = [scaling_of(part.factors) for part in parts]  # alpha / rank
     scale = scales[0]
     if any(other != scale for other in scales):
-        parts = [FactorsOfRows(part.rows, _fold_into_up(part.factors)) for part in parts]
+        parts = [FactorsOfRows(part.row_slice, _fold_into_up(part.factors)) for part in parts]
         scale = 1.0
     downs = [part.factors[DOWN] for part in parts]
     # parts that were cut from one LoRA have the same down factor
@@ -534,7 +534,7 @@ def _join_up_factors(parts: Sequence[FactorsOfRows], num_rows: int, rank: int, s
     first_column = 0
     for part in parts:
         up = part.factors[UP]
-        joined[part.rows, first_column : first_column + up.shape[1]] = up
+        joined[part.row_slice, first_column : first_column + up.shape[1]] = up
         if not shares_down:
             first_column += up.shape[1]
     return joined
@@ -554,7 +554,7 @@ def _stack_factor(parts: Sequence[FactorsOfRows], name: str, num_rows: int) -> T
     """Stack one tensor of each part of a fused weight along rows; rows of parts without this tensor are 0.
 
     Args:
-        parts: Factors of each part, with the rows of the fused weight that the part stands for.
+        parts: Factors of each part, with the part's rows in the fused weight.
         name: Name of the tensor in the factors, such as that of the up factor.
         num_rows: Number of rows of the fused weight.
     """
@@ -562,7 +562,7 @@ def _stack_factor(parts: Sequence[FactorsOfRows], name: str, num_rows: int) -> T
     first = parts_with_tensor[0].factors[name]
     stacked = first.new_zeros(num_rows, *first.shape[1:])
     for part in parts_with_tensor:
-        stacked[part.rows] = part.factors[name]
+        stacked[part.row_slice] = part.factors[name]
     return stacked
 
 
@@ -581,7 +581,7 @@ def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matr
     if len(slices) < len(pieces):
         raise FusionError("its parts are not matrices, or do not fit the rows of the weight")
     parts = _sort_by_rows(pieces, slices)
-    ranges = [(part.rows.start, part.rows.stop) for part in parts]
+    ranges = [(part.row_slice.start, part.row_slice.stop) for part in parts]
     if _cover_all_rows(ranges, num_rows):
         layer = _restore_layer([part.factors for part in parts])
         if layer is not None:
@@ -633,7 +633,7 @@ def _check_full_matrices(part_deltas: Sequence[Delta], parts: Sequence[FactorsOf
     if any(delta.has_input_magnitudes for delta in part_deltas):
         raise FusionError(f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, so they belong to the parts")
     num_with_magnitudes = sum(delta.magnitudes is not None for delta in part_deltas)
-    covered_rows = sum(part.rows.stop - part.rows.start for part in parts)
+    covered_rows = sum(part.row_slice.stop - part.row_slice.start for part in parts)
     if num_with_magnitudes and (num_with_magnitudes < len(parts) or covered_rows < num_rows):
         raise FusionError(
             f"its parts have {MAGNITUDE_KIND_NAME} magnitudes for less than its {num_rows} rows"
@@ -644,7 +644,7 @@ def _write_rows(parts: Sequence[FactorsOfRows], values: Sequence[Tensor | None],
     """Write the values of each part into its rows of `total`, and return it."""
     for part, part_values in zip(parts, values, strict=True):
         if part_values is not None:
-            total[part.rows] = part_values
+            total[part.row_slice] = part_values
     return total
 
 
@@ -733,7 +733,7 @@ def stack_rows(
     Raises:
         CheckpointError: If the rows of a layer cannot be divided into heads, or cannot be reordered.
     """
-    has_rows_by_head = any(re.search(rule.mark, name) for name in names_in_file)
+    has_rows_by_head = any(re.search(rule.file_pattern, name) for name in names_in_file)
     if not has_rows_by_head:
         return tensors
     ending = rule.ending.replace(".", "_")
@@ -785,7 +785,7 @@ def correct_split_alphas(
         for related in related_modules(name.removeprefix(OURS)):
             if related.is_part and is_row_slice(related.part):
                 part_indices.add(related.part.index)
-        row_counts = fused_sizes(len(part_indices), len(up), down.shape[1])
+        row_counts = rows_of_fused_parts(len(part_indices), rows=len(up), columns=down.shape[1])
         if row_counts and diagonal_blocks(up, row_counts) is not None:
             num_parts = len(row_counts)  # k
             corrected[f"{name}.alpha"] = alpha * num_parts

@@ -175,7 +175,7 @@ class LoraBranch:
         Args:
             out: Output of the module; it may be changed in place.
             x: Input of the module.
-            includes_weight: Whether the change of the weight is added; False adds that of the bias only.
+            includes_weight: Whether the change of the weight is added; False adds only that of the bias.
         """
         if includes_weight and self._adds_in_place(out):
             # the last product is added to `out` in place: one pass over it, not three
@@ -307,14 +307,14 @@ def frozen_product(module: nn.Module, x: Tensor) -> Tensor:
     """Return x W^T for the frozen weight of a Linear, without its bias and without LoRAs around it."""
     stored = quantized_weight_of(module)
     if stored is not None:
-        return stored.form.multiply(x, stored.tensors, stored.shape, None)
+        return stored.format.multiply(x, stored.tensors, stored.shape, None)
     weight = module.weight
     assert isinstance(weight, Tensor)
     return functional.linear(x.to(weight.dtype), weight)
 
 
 class LoraWrapper(nn.Module):
-    """Run a module, and add the outputs of LoRA parts to its output while `is_on`."""
+    """Run a module, and add the outputs of LoRAs to its output while `is_on`."""
 
     def __init__(self, target: ChangedParameter, branches: Sequence[LoraBranch]) -> None:
         super().__init__()
@@ -476,7 +476,10 @@ class AddedLoras:
 
 
 def add_loras(
-    dit: nn.Module, uses: Sequence[WeightedLora], is_compiled: bool = False, option: str = "--sample_lora"
+    dit: nn.Module,
+    weighted_loras: Sequence[WeightedLora],
+    is_compiled: bool = False,
+    option: str = "--sample_lora",
 ) -> AddedLoras:
     """Wrap the modules of a model with LoRAs, switched off.
 
@@ -484,7 +487,7 @@ def add_loras(
 
     Args:
         dit: The transformer.
-        uses: LoRA files with their strengths.
+        weighted_loras: LoRA files with their strengths.
         is_compiled: Whether blocks will be compiled; changes of norms are then left out, because compiled
             code keeps their weights.
         option: The option with the files, for messages.
@@ -495,15 +498,17 @@ def add_loras(
     parameters = find_parameters(dit)
     branches_of_loras: list[dict[str, LoraBranch]] = []
     # `fit_depths` maps the blocks of a LoRA for a deeper or shallower model to those of this one
-    for use in fit_depths(uses, parameters):
-        reject_magnitudes(use.lora, option)
-        deltas_by_module = fit_lora(use.lora, parameters, option)
+    for weighted_lora in fit_depths(weighted_loras, parameters):
+        reject_magnitudes(weighted_lora.lora, option)
+        deltas_by_module = fit_lora(weighted_lora.lora, parameters, option)
         if is_compiled:
-            deltas_by_module = _drop_changes_of_parameters(use.lora, deltas_by_module, parameters)
+            deltas_by_module = _drop_changes_of_parameters(weighted_lora.lora, deltas_by_module, parameters)
         branches: dict[str, LoraBranch] = {}
         for name, delta in deltas_by_module.items():
-            branch = LoraBranch(parameters[name], delta, use.multiplier)
-            branch.mask_ranks(dit, use.lora.metadata)  # a T-LoRA uses fewer ranks at high noise levels
+            branch = LoraBranch(parameters[name], delta, weighted_lora.multiplier)
+            branch.mask_ranks(
+                dit, weighted_lora.lora.metadata
+            )  # a T-LoRA uses fewer ranks at high noise levels
             branches[name] = branch
         branches_of_loras.append(branches)
     return AddedLoras(attach_branches(branches_of_loras, parameters))
@@ -525,8 +530,8 @@ def _drop_changes_of_parameters(
             lora.path,
             left_out,
             total=len(deltas_by_module),
-            what="modules are not changed because blocks are compiled",
-            consequence="compiled blocks take no other weights. Leave out --compile.",
+            statement="modules are not changed because blocks are compiled",
+            consequence="compiled blocks keep their weights. Leave out --compile.",
         )
     return remaining
 
@@ -546,8 +551,8 @@ def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
     """
     loras = []
     for path, option in stage_files_of(dit):
-        use = WeightedLora(loading.read_lora(path))
-        loras.append(add_loras(dit, [use], is_compiled, option))
+        weighted_lora = WeightedLora(loading.read_lora(path))
+        loras.append(add_loras(dit, [weighted_lora], is_compiled, option))
     dit.__dict__[_STAGE_LORAS] = loras  # not by setattr, so that it is not registered as a submodule
 
 
@@ -603,7 +608,7 @@ def find_parameters(
             if parameter_name == "bias":  # it belongs to the weight
                 continue
             name = to_published_name(path)
-            # a parameter of its own, such as a table or a token, is named as if it were a module
+            # a parameter other than a weight, such as a table or a token, is named like a module
             if parameter_name != "weight":
                 name = f"{name}.{parameter_name}".lstrip(".")  # the path of the root module is empty
             parameters[OURS + name.replace(".", "_")] = ChangedParameter(
@@ -642,7 +647,7 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
         lora.path,
         absent,
         total=len(deltas_in_file),
-        what="modules are not in this model",
+        statement="modules are not in this model",
         model=family,
         modules=modules,
         encoder=lora.encoder,
@@ -697,7 +702,7 @@ def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParame
     if delta.replaces_weight and is_quantized:
         raise CheckpointError(
             f"{option} {lora.path} sets the weight of {name}, which is kept in 8 or 4 bits here.\n"
-            "  Leave out the option that keeps it so, or merge the file into the model.",
+            "  Leave out the quantization option, or merge the file into the model.",
             lora.path,
         )
     if parameter.path.endswith(FIRST_LAYERS):

@@ -126,15 +126,13 @@ def to_native(
         unknown_names = describe_unknown(parsed.full_path for parsed in keys.of_dit.values())
 
     our_modules = _map_paths_to_our_names(keys.of_dit, families)
-    our_names = {key: f"{our_modules[parsed.path]}.{parsed.part}" for key, parsed in keys.of_dit.items()}
+    our_names = {key: f"{our_modules[parsed.path]}.{parsed.suffix}" for key, parsed in keys.of_dit.items()}
     text_names: dict[str, str] = {}
     if with_texts:
         text_family = _find_family_for_texts(keys.of_text_encoders, families, hint)
         text_names = _map_text_keys_to_our_names(keys.of_text_encoders, text_family)
-    key_by_name: dict[str, str] = {}  # our name -> the first key that stands for it
-    for key, name in (our_names | text_names).items():
-        key_by_name.setdefault(name, key)
-    duplicate_keys: dict[str, str] = {}  # further keys of the same name -> the first key
+    key_by_name = _find_first_keys(our_names | text_names)
+    duplicate_keys: dict[str, str] = {}  # further keys of a name -> its first key
     for key, name in (our_names | text_names).items():
         if key_by_name[name] != key:
             duplicate_keys[key] = key_by_name[name]
@@ -152,6 +150,14 @@ def to_native(
         family_name=family_name,
         unknown_names=unknown_names,
     )
+
+
+def _find_first_keys(names: Mapping[str, str]) -> dict[str, str]:
+    """Map each of our names to the first key in the file with this name; `names` maps keys to our names."""
+    key_by_name: dict[str, str] = {}
+    for key, name in names.items():
+        key_by_name.setdefault(name, key)
+    return key_by_name
 
 
 def _count_joined_loras(joined_lora_counts: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
@@ -225,7 +231,7 @@ def _find_families(
     factors: dict[str, dict[str, Tensor]] = {}
     for key, parsed in keys.items():
         module = OURS + parsed.path.replace(".", "_")
-        factors.setdefault(module, {})[parsed.part] = tensors[key]
+        factors.setdefault(module, {})[parsed.suffix] = tensors[key]
     return families_of(factors, hint) if factors else []
 
 
@@ -254,7 +260,7 @@ def _may_be_underscored(family: FamilyNames, paths: Collection[str]) -> bool:
     LoRAs all tools write in this way (SDXL).
     """
     has_aliases = any(alias(path, family) != path for path in paths)
-    return not has_aliases or family.always_underscored == "aliases"
+    return not has_aliases or family.underscored_names == "aliases"
 
 
 def _map_paths_to_our_names(keys: Mapping[str, ParsedKey], families: Sequence[FamilyNames]) -> dict[str, str]:
@@ -411,7 +417,7 @@ def _read_deltas_of_dit(modules: Mapping[str, Factors]) -> dict[str, Delta]:
 
 def _size_of(delta: Delta) -> tuple[int, int] | None:
     """Return rows and columns of the change of a weight; None if nothing is added, or for damaged factors."""
-    if delta.has_row_range:  # the factors are those of a larger layer
+    if delta.has_row_range:  # the factors belong to a larger layer
         size = delta.matrix_size()
         return None if size is None else (delta.count_rows() or 0, size[1])
     full = delta.factors.get("diff", delta.factors.get(SET_WEIGHT))
@@ -434,6 +440,9 @@ def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
         if size is not None:
             widths.add(size[1])
     for family in FAMILIES:
-        if family.start == UNET_IN_DIFFUSERS and {width for width, _ in family.released} == widths:
+        if (
+            family.path_prefix == UNET_IN_DIFFUSERS
+            and {width for width, _ in family.released_sizes} == widths
+        ):
             return family
     return None

@@ -98,7 +98,7 @@ class LoraFile:
     is_family_by_names: bool = False  # the family was inferred from tensor names, not read from metadata
     trusted_family: FamilyNames | None = None  # family of a file written by us; None for other programs
     changes_other_networks: bool = False  # if `encoder` is set: whether the file changes other networks too
-    words: BundledWords = field(default_factory=dict)  # trained words (embeddings) bundled for prompts
+    embeddings: BundledWords = field(default_factory=dict)  # trained words (embeddings) bundled for prompts
 
     @property
     def expert(self) -> str | None:
@@ -131,13 +131,13 @@ class LoraFile:
         return self.metadata.get(NORMS_FORM) == FROZEN_NORMS
 
     def for_expert(self, expert: str | None) -> "LoraFile":
-        """Return the part for an expert if the file has parts, else the file itself.
+        """Return the LoRA for an expert if the file has one for each expert, else the file itself.
 
         Args:
             expert: Name of the expert; empty or None if the model has no experts or its expert is unknown.
 
         Raises:
-            CheckpointError: If the file has no part for it.
+            CheckpointError: If the file has LoRAs for experts, but none for this one.
         """
         if not self.loras_by_expert:
             return self
@@ -250,15 +250,15 @@ def read_lora(
     if trained_family is not None and family in (None, trained_family.name):
         native = key_formats.read_own_names(stored, trained_family)
         if native is not None:
-            lora = _read_part(path, native, metadata, expert=None, is_written_here=True)
-            return replace(lora, words=words, trusted_family=trained_family)
+            lora = _build_lora(path, native, metadata, expert=None, is_written_here=True)
+            return replace(lora, embeddings=words, trusted_family=trained_family)
     # any other file: recognize the dialect of each expert's names
     names_by_expert = key_formats.split_names(stored)
     if len(names_by_expert) > 1 and not by_expert:
         raise _make_several_error(path)
     loras: dict[str | None, LoraFile] = {}
     for expert, names in names_by_expert.items():
-        lora = _recognize_part(
+        lora = _recognize_lora(
             path,
             {name: stored[name] for name in names},
             metadata,
@@ -267,7 +267,7 @@ def read_lora(
             is_written_here=is_written_here,
             family=family,
         )
-        loras[expert] = replace(lora, words=words)
+        loras[expert] = replace(lora, embeddings=words)
     if len(loras) == 1:
         return next(iter(loras.values()))
     dialects = sorted({lora.dialect for lora in loras.values()})
@@ -284,7 +284,7 @@ def _make_unsupported_error(path: Path, kind: str, key: str) -> CheckpointError:
     )
 
 
-def _recognize_part(
+def _recognize_lora(
     path: Path,
     stored: Mapping[str, Tensor],
     metadata: Mapping[str, str],
@@ -293,13 +293,13 @@ def _recognize_part(
     is_written_here: bool,
     family: str | None,
 ) -> LoraFile:
-    """Rename the tensors of a file, or of one expert's part, from any program's names to ours.
+    """Rename the tensors of a file, or of one expert in it, from any program's names to ours.
 
     Args:
         path: Path of the file.
         stored: Tensors as stored in the file.
         metadata: Metadata of the file.
-        expert: Expert of the part; None if names in the file do not show it.
+        expert: Expert of the LoRA; None if names in the file do not show it.
         with_texts: Whether to read changes of text encoders.
         is_written_here: Whether the file was written by us.
         family: Family that the user named; None if none was named.
@@ -309,24 +309,24 @@ def _recognize_part(
     has_no_family = read_family(metadata) is None
     # the returned metadata also name the family that was recognized
     native, metadata = _recognize(path, stored, metadata, family=family, with_texts=with_texts)
-    part = _read_part(path, native, metadata, expert=expert, is_written_here=is_written_here)
+    part = _build_lora(path, native, metadata, expert=expert, is_written_here=is_written_here)
     return replace(part, is_family_by_names=has_no_family and native.family_name is not None)
 
 
-def _read_part(
+def _build_lora(
     path: Path,
     native: NativeTensors,
     metadata: Mapping[str, str],
     expert: str | None,
     is_written_here: bool,
 ) -> LoraFile:
-    """Add missing alphas to the tensors of a file, or of one expert's part; reject unusable factors.
+    """Build the `LoraFile` of a file or of one expert, with missing alphas added; reject unusable factors.
 
     Args:
         path: Path of the file.
         native: Tensors under our names.
-        metadata: Metadata of the file, or of the part.
-        expert: Expert of the part; None if names in the file do not show it.
+        metadata: Metadata of the file, or of the expert's LoRA.
+        expert: Expert of the LoRA; None if names in the file do not show it.
         is_written_here: Whether the file was written by us.
     """
     tensors = dict(native.tensors)
@@ -335,14 +335,7 @@ def _read_part(
         tensors = restore_folded_alphas(tensors, metadata)
         text_tensors = restore_folded_alphas(text_tensors, metadata)
     if not is_written_here:  # other programs also write tensors without effect
-        tensors, replaced = drop_replaced(drop_unused_alphas(tensors))
-        text_tensors, replaced_in_texts = drop_replaced(drop_unused_alphas(text_tensors))
-        names = [*replaced, *replaced_in_texts]
-        if names:
-            logger.warning(
-                f"{path}: {SET_WEIGHT} replaces the other changes of "
-                f"{format_count(len(names), 'weight')}, as in ComfyUI: {list_some(names, 2)}"
-            )
+        tensors, text_tensors = _drop_tensors_without_effect(path, tensors, text_tensors)
     metadata = {key: value for key, value in metadata.items() if key != FOLDED}
     native = replace(native, tensors=tensors, text_tensors=text_tensors)
     modules = group_by_module(tensors) | group_by_module(text_tensors)
@@ -350,20 +343,14 @@ def _read_part(
     alpha_clause = ""
     lacks_alpha = any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values())
     if lacks_alpha:
-        alphas = read_alphas(
-            path,
-            metadata,
-            native=native,
-            expert=expert,
-            is_written_here=is_written_here,
-        )
+        alphas = read_alphas(path, metadata, native=native, expert=expert, is_written_here=is_written_here)
         alpha_clause = alphas.description
-        # alphas of the transformer carry its prefix, all others are for text encoders
+        # names without the transformer's prefix belong to text encoders
         dit_alphas = {name: alpha for name, alpha in alphas.tensors.items() if name.startswith(OURS)}
         text_alphas = {name: alpha for name, alpha in alphas.tensors.items() if name not in dit_alphas}
         tensors = {**tensors, **dit_alphas}
         text_tensors = {**text_tensors, **text_alphas}
-    logger.info(f"{path}: {_describe_part(native, metadata, alpha_clause, expert)}")
+    logger.info(f"{path}: {_describe_lora(native, metadata, alpha_clause, expert)}")
     # sd-scripts with the argument split_qkv saves the alphas of single parts for joined factors
     if '"split_qkv": "true"' in metadata.get("ss_network_args", "").lower():
         tensors = correct_split_alphas(path, tensors, metadata)
@@ -375,6 +362,21 @@ def _read_part(
         text_tensors=text_tensors,
         unknown_names=native.unknown_names,
     )
+
+
+def _drop_tensors_without_effect(
+    path: Path, tensors: dict[str, Tensor], text_tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Drop unused alphas, and changes of weights that the file replaces; warn of these changes."""
+    remaining, replaced = drop_replaced(drop_unused_alphas(tensors))
+    remaining_texts, replaced_in_texts = drop_replaced(drop_unused_alphas(text_tensors))
+    names = [*replaced, *replaced_in_texts]
+    if names:
+        logger.warning(
+            f"{path}: {SET_WEIGHT} replaces the other changes of "
+            f"{format_count(len(names), 'weight')}, as in ComfyUI: {list_some(names, 2)}"
+        )
+    return remaining, remaining_texts
 
 
 def _recognize(
@@ -405,8 +407,8 @@ def _recognize(
         )
     if not native.tensors and not native.text_tensors:
         raise _make_no_lora_error(path, stored)
-    if native.family is not None and native.family.rejects_strangers:
-        _reject_strangers(path, stored, native.family)
+    if native.family is not None and native.family.rejects_unknown_names:
+        _reject_unknown_modules(path, stored, native.family)
     _reject_clash(path, native)
     if native.family is not None and native.family.rows_by_head is not None:
         # some programs order the rows of fused weights by head
@@ -418,7 +420,7 @@ def _recognize(
 
 
 def _metadata_of_expert(path: Path, metadata: Mapping[str, str], expert: str) -> dict[str, str]:
-    """Return the metadata of one expert's part of a file. Raises CheckpointError if they are unreadable."""
+    """Return the metadata of one expert's LoRA in a file. Raises CheckpointError if they are unreadable."""
     try:
         return metadata_of(metadata, expert)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -440,37 +442,35 @@ def _reject_clash(path: Path, native: NativeTensors) -> None:
         )
 
 
-def _reject_strangers(path: Path, stored: Iterable[str], family: FamilyNames) -> None:
-    """Raise CheckpointError if a file has modules in our form of names that the family does not have.
+def _reject_unknown_modules(path: Path, stored: Iterable[str], family: FamilyNames) -> None:
+    """Raise CheckpointError if a file has names with our prefix for modules that the family does not have.
 
     Args:
         path: Path of the file.
         stored: All tensor names in the file.
         family: The model family.
     """
-    # an ordered set
     modules = dict.fromkeys(name.partition(".")[0] for name in stored if name.startswith(OURS))
-    # names that begin like ours, but belong to no module of the family
-    strangers = [module for module in modules if module_path(module.removeprefix(OURS), family) is None]
-    if strangers:
+    unknown = [module for module in modules if module_path(module.removeprefix(OURS), family) is None]
+    if unknown:
         raise CheckpointError(
-            f"{path} cannot be used: {family.architecture} has no module that is called "
-            f"{list_some(strangers, 2)}.\n  Give a LoRA that was trained for this model, or take the tensors "
-            "of these names out of the file.",
+            f"{path} cannot be used: {family.architecture} has no module called {list_some(unknown, 2)}.\n  "
+            "Give a LoRA that was trained for this model, or remove the tensors of these names from the "
+            "file.",
             path,
         )
 
 
-def _describe_part(
+def _describe_lora(
     native: NativeTensors, metadata: Mapping[str, str], alphas: str, expert: str | None
 ) -> str:
-    """Describe what was read from a file, or from one expert's part, for the log.
+    """Describe a LoRA that was read from a file, for the log.
 
     Args:
         native: Tensors under our names.
-        metadata: Metadata of the file, or of the part.
-        alphas: Clause that says which alphas were added; "" if none were.
-        expert: Expert of the part; None if names in the file do not show it.
+        metadata: Metadata of the file, or of the expert's LoRA.
+        alphas: Clause about alphas that were added; "" if none were.
+        expert: Expert of the LoRA; None if names in the file do not show it.
     """
     modules = format_count(len(group_by_module(native.tensors)), "module")
     num_text_modules = len(group_by_module(native.text_tensors))
@@ -567,7 +567,7 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
             path,
             names,
             total=total,
-            what=f"tensors {reason.description}",
+            statement=f"tensors {reason.description}",
             consequence=reason.consequence,
         )
 
@@ -601,7 +601,7 @@ def reject_unknown(lora: LoraFile, option: str = "") -> None:
 
 
 def warn_of_unused_parts(
-    path: Path, unused: Sequence[str], total: int, what: str, consequence: str = ""
+    path: Path, unused: Sequence[str], total: int, statement: str, consequence: str = ""
 ) -> None:
     """Warn of unused names; if more than MAX_UNUSED of all are unused, a second line states the consequence.
 
@@ -609,10 +609,10 @@ def warn_of_unused_parts(
         path: File of the LoRA.
         unused: Unused names.
         total: Number of all names.
-        what: Plural noun and verb for the message, as in "4 of 24 {what}: a, b, c".
+        statement: Plural noun and verb for the message, as in "4 of 24 {what}: a, b, c".
         consequence: Sentence for the second line; "" for none.
     """
-    logger.warning(f"{path}: {len(unused)} of {total} {what}: {list_some(unused)}")
+    logger.warning(f"{path}: {len(unused)} of {total} {statement}: {list_some(unused)}")
     if consequence and len(unused) > MAX_UNUSED * total:
         logger.warning(f"{path} IS USED ONLY IN PART: {consequence}")
 
@@ -632,7 +632,7 @@ class WeightedLora:
     exclude: str | None = None
 
     def for_expert(self, expert: str | None) -> "WeightedLora":
-        """Return a copy that uses the part for an expert; warn if the LoRA is for another expert."""
+        """Return a copy with only the LoRA for an expert; warn if it was trained for another expert."""
         lora = self.lora.for_expert(expert)
         warn_of_other_expert(lora, expert)
         return replace(self, lora=lora)
@@ -678,7 +678,7 @@ def lora_uses(
                 f"--{option} has {len(typed)} patterns for {len(files)} LoRA files: give one per file, in "
                 "the same order"
             )
-    uses = []
+    weighted_loras = []
     for index, (path, multiplier) in enumerate(files):
         # the last files may have no pattern
         include = include_patterns[index] if index < len(include_patterns) else None
@@ -688,8 +688,8 @@ def lora_uses(
             names = _names_for_patterns(lora)
             include = fit_pattern(include, names, str(path))
             exclude = fit_pattern(exclude, names, str(path))
-        uses.append(WeightedLora(lora, multiplier, include, exclude))
-    return uses
+        weighted_loras.append(WeightedLora(lora, multiplier, include, exclude))
+    return weighted_loras
 
 
 def _names_for_patterns(lora: LoraFile) -> set[str]:
@@ -740,45 +740,43 @@ def warn_of_absent(
     path: Path,
     absent: Sequence[str],
     total: int,
-    what: str,
+    statement: str,
     model: FamilyNames | None,
     modules: Iterable[str] = (),
     encoder: str = "",
 ) -> None:
-    """Warn of parts of a LoRA that a model does not have, once for each kind of part.
+    """Warn of changes by a LoRA for modules that a model does not have, once for each reason.
 
     Args:
         path: File of the LoRA.
-        absent: Names of the absent parts, `lora_unet_x.weight` or `lora_unet_x`.
-        total: Number of all parts.
-        what: Plural noun and verb for the message, such as "weights are not in this model".
+        absent: Names of the absent modules or weights, `lora_unet_x` or `lora_unet_x.weight`.
+        total: Number of all modules or weights that the LoRA changes.
+        statement: Plural noun and verb for the message, such as "weights are not in this model".
         model: Family of the model; None if unknown.
         modules: Names of the model's modules, without our prefix.
-        encoder: Prefix of the text encoder that the parts are for; "" for the transformer.
+        encoder: Prefix of the text encoder that they are in; "" for the transformer.
     """
     modules = list(modules)
     if encoder:
         names_in_file = [f"{encoder}_{name.removeprefix(OURS)}" for name in absent]
         for reason, names in group_by_reason(names_in_file, explain_absent_text_module).items():
-            warn_of_unused_parts(path, names, total=total, what=what + reason.description)
+            warn_of_unused_parts(path, names, total=total, statement=statement + reason.description)
         return
-    # text side: modules of the model that load with the text encoder
-    has_text_side = any(describe_text_module(module) for module in modules)
-    without_block_numbers = {without_numbers(module) for module in modules}
-    names_by_reason = group_by_reason(
-        absent, partial(explain_absent_module, model, has_text_side, without_block_numbers)
-    )
+    has_text_modules = any(describe_text_module(module) for module in modules)
+    names_without_numbers = {without_numbers(module) for module in modules}
+    explain = partial(explain_absent_module, model, has_text_modules, names_without_numbers)
+    names_by_reason = group_by_reason(absent, explain)
     for reason, names in names_by_reason.items():
         warn_of_unused_parts(
             path,
             names,
             total=total,
-            what=what + reason.description,
+            statement=statement + reason.description,
             consequence=reason.consequence,
         )
 
 
-def select_network_part(uses: Iterable[WeightedLora], of_text_encoders: bool) -> list[WeightedLora]:
+def select_network_part(weighted_loras: Iterable[WeightedLora], of_text_encoders: bool) -> list[WeightedLora]:
     """Return the LoRAs reduced to one side: modules of the transformer, or modules loaded with text encoders.
 
     A LoRA is left out if it has no modules on the side, or if its patterns select none of them. If the
@@ -786,38 +784,40 @@ def select_network_part(uses: Iterable[WeightedLora], of_text_encoders: bool) ->
     reports it once.
 
     Args:
-        uses: LoRA files with their patterns.
+        weighted_loras: LoRA files with their patterns.
         of_text_encoders: Whether to return the side of the text encoder.
     """
-    uses_on_side = []
-    for use in uses:
-        family = use.lora.trusted_family
+    loras_on_side = []
+    for weighted_lora in weighted_loras:
+        family = weighted_lora.lora.trusted_family
         has_only_dit_modules = family is not None and not family.text_module_prefixes
         if has_only_dit_modules:
-            if use.lora.tensors and not of_text_encoders:
-                uses_on_side.append(use)
+            if weighted_lora.lora.tensors and not of_text_encoders:
+                loras_on_side.append(weighted_lora)
             continue
         text_modules: dict[str, Factors] = {}
         dit_modules: dict[str, Factors] = {}
-        for name, factors in use.lora.modules().items():
+        for name, factors in weighted_lora.lora.modules().items():
             if describe_text_module(name.removeprefix(OURS), family):
                 text_modules[name] = factors
             else:
                 dit_modules[name] = factors
-        is_selected = _keeps_any(use, text_modules if of_text_encoders else dit_modules)
-        is_left_for_report = not of_text_encoders and bool(dit_modules) and not _keeps_any(use, text_modules)
+        is_selected = _keeps_any(weighted_lora, text_modules if of_text_encoders else dit_modules)
+        is_left_for_report = (
+            not of_text_encoders and bool(dit_modules) and not _keeps_any(weighted_lora, text_modules)
+        )
         if is_selected or is_left_for_report:
-            tensors = use.lora.tensors
+            tensors = weighted_lora.lora.tensors
             has_both_sides = bool(text_modules) and bool(dit_modules)
             if has_both_sides:
                 tensors = ungroup(text_modules if of_text_encoders else dit_modules)
-            uses_on_side.append(replace(use, lora=replace(use.lora, tensors=tensors)))
-    return uses_on_side
+            loras_on_side.append(replace(weighted_lora, lora=replace(weighted_lora.lora, tensors=tensors)))
+    return loras_on_side
 
 
-def _keeps_any(use: WeightedLora, modules: Mapping[str, Factors]) -> bool:
+def _keeps_any(weighted_lora: WeightedLora, modules: Mapping[str, Factors]) -> bool:
     """Return whether the patterns of a LoRA select any of these modules."""
-    return any(use.selects(factors, name) for name, factors in modules.items())
+    return any(weighted_lora.selects(factors, name) for name, factors in modules.items())
 
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Collection[str] = ()) -> None:

@@ -64,7 +64,7 @@ class DropoutSeed:
 
 
 class LoraLayer(nn.Module):
-    """`y + multiplier * alpha / rank * up(down(x))` in place of the forward of a frozen module.
+    """Replacement for the forward of a frozen module: `y + multiplier * alpha / rank * up(down(x))`.
 
     The factors are float32 for every dtype of the model. They compute in autocast's dtype, or in float32
     without autocast.
@@ -133,7 +133,7 @@ class LoraLayer(nn.Module):
         self.scale = (float(self.alpha) or self.rank) / self.rank
 
     def attach(self) -> None:
-        """Replace the forward of the frozen module by that of this layer."""
+        """Replace the frozen module's forward with this layer's."""
         self._original_forward = self._original[0].forward
         # masks depend on an element's index in the input, so chunks of the input would get identical masks
         self._original[0].sees_whole_input = bool(self.dropouts and self.dropouts.neuron)  # type: ignore[assignment]
@@ -194,8 +194,8 @@ class LoraLayer(nn.Module):
         Args:
             x: Input, ... in, or B in H W, in the dtype of the products.
             dropouts: Dropouts; None outside training.
-            shared: Multiplies the input by the down factors of several layers at once; None if no other layer
-                has this input.
+            shared: Multiplies the input by the down factors of several layers; None if no other layer has
+                this input.
         """
         factors = self._factors_in(x.dtype)
         if factors is None:  # not cast before the pass: autocast casts them here
@@ -308,7 +308,6 @@ class LoraLayer(nn.Module):
             x: Input of the layer.
             dtype: Dtype of the products.
         """
-        # in a tuple, so that it is not registered as a submodule
         original = self._original[0]
         if torch.compiler.is_compiling() or not isinstance(original, nn.Linear) or x.dtype != dtype:
             return False

@@ -54,8 +54,8 @@ class OwnNetwork(nn.Module):
         # LoRA-GGPO: layer name -> mean norm of the frozen weight's rows
         self._base_norms: dict[str, Tensor] = {}
         # modules whose state is saved with the training state, not in the LoRA file
-        self.state_beside_file: dict[str, nn.Module] = {}
-        if settings.perturbation is not None:
+        self.additional_state: dict[str, nn.Module] = {}
+        if settings.ggpo_sigma_and_beta is not None:
             self._prepare_noise(layers)
         ranks = sorted({layer.rank for layer in self.layers})
         rank_list = list_some([str(rank) for rank in ranks])
@@ -72,7 +72,7 @@ class OwnNetwork(nn.Module):
             strengths.register_buffer(name, torch.zeros(layer.original.out_features))
             self._base_norms[name] = mean_row_norm(layer.original, index)
             layer.ggpo_noise_buffer = (strengths, name)  # 0 until the first step
-        self.state_beside_file = {"ggpo": strengths}
+        self.additional_state = {"ggpo": strengths}
 
     def attach(self, in_dit: bool = True) -> None:
         """Put the layers into the models they were built for.
@@ -168,9 +168,11 @@ class OwnNetwork(nn.Module):
         from networks.depth_variants import fit_depths
 
         trains_text_encoders = any(prefix_of(name) != UNET for name in network_modules)
-        use = loading.WeightedLora(loading.read_lora(path, with_texts=trains_text_encoders, with_words=True))
-        (use,) = fit_depths([use], modules)
-        lora = use.lora
+        weighted_lora = loading.WeightedLora(
+            loading.read_lora(path, with_texts=trains_text_encoders, with_words=True)
+        )
+        (weighted_lora,) = fit_depths([weighted_lora], modules)
+        lora = weighted_lora.lora
         # its magnitudes are relative to different norms than in training
         if lora.has_frozen_norms:
             raise CheckpointError(
@@ -218,7 +220,7 @@ class OwnNetwork(nn.Module):
         """Return parameter groups for the optimizer, and the name of each group for logs.
 
         Modules with a rate of 0 are left out. With LoRA+, the up factors have their own groups. If patterns
-        of network_reg_lrs match a module, the last one gives its rate.
+        of network_reg_lrs match a module, the last one sets its rate.
 
         Args:
             learning_rate: Default learning rate.
@@ -274,7 +276,7 @@ class OwnNetwork(nn.Module):
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
         """Set the noise of LoRA-GGPO from weights and gradients; call after clipping, before the step."""
-        sigma_and_beta = self.settings.perturbation
+        sigma_and_beta = self.settings.ggpo_sigma_and_beta
         for name, base_norm in self._base_norms.items():
             assert sigma_and_beta is not None
             layer = getattr(self, name)
@@ -290,7 +292,7 @@ class OwnNetwork(nn.Module):
                 base_norm=base_norm.to(down.device),
                 sigma_and_beta=sigma_and_beta,
             )
-            getattr(self.state_beside_file["ggpo"], name).copy_(strengths)
+            getattr(self.additional_state["ggpo"], name).copy_(strengths)
 
 
 def _sort_labels(labels: Collection[str]) -> list[str]:
@@ -364,8 +366,8 @@ def _warn_of_unusable(
 
     unusable = [name for name in file_modules if describe_text_module(name.removeprefix(OURS))]
     unusable += unused_tensors.list_lacking(absent, modules, family)
-    what = "modules are not in this network"
-    loading.warn_of_absent(path, unusable, total=len(file_modules), what=what, model=family)
+    statement = "modules are not in this network"
+    loading.warn_of_absent(path, unusable, total=len(file_modules), statement=statement, model=family)
     return unusable
 
 
@@ -389,7 +391,7 @@ def _reject_other_sizes(
     # the first modules are enough for a message
     for name in misfits[:3]:
         in_file = _describe_shapes(file_modules[name])
-        lines += f"  {name} has {in_file}, but here {_describe_shapes(network_modules[name])}\n"
+        lines += f"  {name} has {in_file}, but the network {_describe_shapes(network_modules[name])}\n"
     advice = _advise(file_modules, network_modules[misfits[0]], misfits[0])
     raise CheckpointError(
         f"--network_weights {path} does not fit this network in {len(misfits)} of {len(file_modules)} "
@@ -408,11 +410,11 @@ def _advise(file_modules: Mapping[str, Factors], factors: Factors, name: str) ->
     """
     if DOWN not in factors:  # the network is not a LoRA
         return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
-    # the factors in the file are not those of a LoRA
+    # the file is not a plain LoRA
     if file_modules[name].keys() != factors.keys():
         return (
-            "This network trains plain LoRAs. Add the file to the model instead (--base_weights), or train "
-            "on with the --network_module that made it, such as lycoris.kohya."
+            "This network trains plain LoRAs. Merge the file into the model instead (--base_weights), or "
+            "continue with the --network_module that made it, such as lycoris.kohya."
         )
     if _read_outer_sizes(file_modules[name]) != _read_outer_sizes(factors):
         return "Give a LoRA that was trained for a model of this size."

@@ -191,11 +191,11 @@ class BlockUp(nn.Module):
         self.register_load_state_dict_pre_hook(_gather)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the product, ... out, for values ... P R."""
+        """Return the product of values, ... P R, and this module's blocks, as ... out."""
         return self.multiply(hidden, self.weight)
 
     def multiply(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Return the product, ... out, for values ... P R with other blocks, out x R, than this module's."""
+        """Return the product of values, ... P R, and the given blocks, out x R, as ... out."""
         groups = hidden.chunk(len(self.split_sizes), -1)
         blocks = weight.split(self.split_sizes)
         return torch.cat([functional.linear(x, w) for x, w in zip(groups, blocks, strict=True)], -1)
@@ -219,7 +219,7 @@ def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
     state[f"{prefix}weight"] = torch.cat(blocks)
 
 
-def fused_sizes(parts: int, rows: int, columns: int) -> tuple[int, ...]:
+def rows_of_fused_parts(num_parts: int, rows: int, columns: int) -> tuple[int, ...]:
     """Return the number of rows of each part of a fused layer: q, k, v, or q, k, v and the MLP's first layer.
 
     With 3 parts, queries have as many rows as the weight has columns, but at least a third of all rows (heads
@@ -227,7 +227,7 @@ def fused_sizes(parts: int, rows: int, columns: int) -> tuple[int, ...]:
     With 4 parts, q, k and v all have as many rows as the weight has columns.
 
     Args:
-        parts: Number of parts.
+        num_parts: Number of parts.
         rows: Number of rows of the layer's weight.
         columns: Number of columns of the layer's weight.
 
@@ -235,11 +235,11 @@ def fused_sizes(parts: int, rows: int, columns: int) -> tuple[int, ...]:
         The numbers of rows, or () if the sizes do not fit.
     """
     split_sizes: tuple[int, ...] = ()
-    if parts == 3:
+    if num_parts == 3:
         queries = max(columns, rows // 3)
         remaining = rows - queries
         split_sizes = (queries, remaining // 2, remaining - remaining // 2)
-    elif parts == 4:
+    elif num_parts == 4:
         split_sizes = (columns, columns, columns, rows - 3 * columns)
     return split_sizes if split_sizes and min(split_sizes) > 0 else ()
 

@@ -19,7 +19,7 @@ from networks.kinds import KINDS
 from networks.kinds.composing import SWITCHES, VARIANTS
 from networks.kinds.contract import NetworkKind, RankRule
 from networks.lora_layer import Dropouts
-from networks.lora_products import fused_sizes
+from networks.lora_products import rows_of_fused_parts
 from networks.names.layouts import LoraRules
 from networks.options import DEFAULT_RANK
 from networks.patterns import NamePattern, describe_unfit, in_any_spelling
@@ -124,7 +124,7 @@ class LoraSettings:
     verbose: bool = False
     pattern_ranks: PatternValues = ()  # network_reg_dims
     pattern_learning_rates: PatternValues = ()  # network_reg_lrs: learning rates
-    perturbation: tuple[float, float] | None = None  # LoRA-GGPO: sigma and beta
+    ggpo_sigma_and_beta: tuple[float, float] | None = None  # LoRA-GGPO: sigma and beta
     rank_rule: RankRule | None = None  # which ranks are active at which noise level (T-LoRA)
     family_rules: LoraRules | None = None  # rules of the family's network module
     type_ranks: Mapping[str, int] = field(default_factory=dict)  # argument for a type of module -> rank
@@ -165,7 +165,7 @@ class LoraSettings:
         name = path.replace(".", "_")
         for ending, num_parts in self.family_rules.num_fused_parts.items():
             if name.endswith(ending.replace(".", "_")):
-                return fused_sizes(num_parts, module.out_features, module.in_features)
+                return rows_of_fused_parts(num_parts, rows=module.out_features, columns=module.in_features)
         return ()  # the layer is not fused
 
 
@@ -197,9 +197,9 @@ def read_settings(
         values = _read_values({key: text for key, text in arguments.items() if key not in KEYS}, rules)
         rank_rule = _read_rank_rule(values, rank)
     plus_ratio = values.get("loraplus_lr_ratio")  # for both networks, unless they have their own
-    perturbation = None
+    ggpo_sigma_and_beta = None
     if "ggpo_sigma" in values:
-        perturbation = (values["ggpo_sigma"], values["ggpo_beta"])
+        ggpo_sigma_and_beta = (values["ggpo_sigma"], values["ggpo_beta"])
     rules_or_empty = rules or LoraRules(())
     rank_arguments = [argument for argument, _ in rules_or_empty.rank_arguments]
     dropouts: Dropouts | None = None
@@ -221,7 +221,7 @@ def read_settings(
         verbose=values.get("verbose", False),
         pattern_ranks=values.get("network_reg_dims", ()),
         pattern_learning_rates=values.get("network_reg_lrs", ()),
-        perturbation=perturbation,
+        ggpo_sigma_and_beta=ggpo_sigma_and_beta,
         rank_rule=rank_rule,
         family_rules=rules,
         type_ranks={argument: values[argument] for argument in rank_arguments if argument in values},
@@ -272,13 +272,13 @@ def _reject_unknown_arguments(typed: Mapping[str, Any], readers: Mapping[str, Re
     if "algo" in unknown:
         kind = ALGORITHMS.get(str(typed["algo"]).lower(), "one of the modules in --help")
         raise OptionError(
-            f"--network_args algo={typed['algo']}: algo is a setting of LyCORIS. Here --network_module says "
-            f"the kind of network: give {kind}, and leave algo out"
+            f"--network_args algo={typed['algo']}: algo is a setting of LyCORIS. Here --network_module "
+            f"selects the kind of network: give {kind}, and leave algo out"
         )
     if unknown:
         raise OptionError(
             f"--network_args {unknown[0]}: this network has no such setting."
-            f"{did_you_mean(unknown[0], (*readers, *KEYS))} It has {', '.join((*readers, *KEYS))}"
+            f"{did_you_mean(unknown[0], (*readers, *KEYS))} Its settings are {', '.join((*readers, *KEYS))}"
         )
 
 

@@ -36,7 +36,7 @@ from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.rank_masks import rank_rule_of
 from networks.rounding import LoraRounding
 from networks.tensor_names import find_networks
-from networks.text_loras import FullPatch, is_full, uses_for, warn_of_other_encoders
+from networks.text_loras import FullPatch, is_full, select_for_network, warn_of_other_encoders
 from networks.tool_options import FluxMergeOptions, FullMergeOptions, MergeOptions
 from networks.use_options import NEAREST
 from networks.writing import convert_to_our_layout, rename_to_aliases
@@ -70,7 +70,9 @@ def merge_dit(options: MergeOptions) -> None:
         in_channels = None
     merge_into_file(
         model=options.dit,
-        uses=[use.for_expert(expert) for use in lora_uses(files, with_texts=True)],
+        weighted_loras=[
+            weighted_lora.for_expert(expert) for weighted_lora in lora_uses(files, with_texts=True)
+        ],
         output=options.save_merged_model,
         device=select_device(options.device),
         in_channels=in_channels,
@@ -84,13 +86,13 @@ def merge_full(options: FullMergeOptions) -> None:
     Raises:
         CheckpointError: If a file cannot be used, or if the model has no modules of a LoRA.
     """
-    uses = _read_uses(options)
+    weighted_loras = _read_uses(options)
     if options.sd_model is None:
-        _write_sum(options, options.save_to, uses, CPU)
+        _write_sum(options, options.save_to, weighted_loras, CPU)
         return
     merge_into_file(
         model=options.sd_model,
-        uses=uses,
+        weighted_loras=weighted_loras,
         output=options.save_to,
         device=CPU,
         dtype=_select_dtype(options),
@@ -107,27 +109,29 @@ def merge_flux(options: FluxMergeOptions) -> None:
         OptionError: If no LoRA changes a given model.
     """
     device = torch.device(options.working_device)
-    uses = _read_uses(options)
-    # targets: the given models, by option
-    if not options.targets:
+    weighted_loras = _read_uses(options)
+    is_without_models = not options.targets
+    if is_without_models:
         assert options.save_to is not None
-        _write_sum(options, options.save_to, uses, device)
+        _write_sum(options, options.save_to, weighted_loras, device)
         return
     encoder_prefixes = {prefix for prefix in MODEL_PREFIXES.values() if prefix}
     # option that names a model -> the LoRAs that change it
-    uses_by_model = {
-        name: uses_for(uses, prefix, encoder_prefixes) for name, prefix in MODEL_PREFIXES.items()
+    loras_by_model = {
+        name: select_for_network(weighted_loras, prefix, encoder_prefixes)
+        for name, prefix in MODEL_PREFIXES.items()
     }
-    for name, model_uses in uses_by_model.items():
-        if model_uses and name not in options.targets:
+    for name, loras_of_model in loras_by_model.items():
+        if loras_of_model and name not in options.targets:
             logger.warning(
-                f"{len(model_uses)} of the LoRAs change {name} too, which is left out: no --{name} is given"
+                f"{len(loras_of_model)} of the LoRAs also change {name}, which is ignored because --{name} "
+                "is missing"
             )
     for name, model in options.targets.items():
         option = tool_options.FLUX_OUTPUTS[name]
         merge_into_file(
             model=model,
-            uses=uses_by_model[name],
+            weighted_loras=loras_by_model[name],
             output=getattr(options, option),
             device=device,
             dtype=_select_dtype(options),
@@ -150,13 +154,13 @@ def _select_dtype(options: FluxMergeOptions | FullMergeOptions) -> torch.dtype |
 def _write_sum(
     options: FluxMergeOptions | FullMergeOptions,
     output: Path,
-    uses: Sequence[WeightedLora],
+    weighted_loras: Sequence[WeightedLora],
     device: torch.device,
 ) -> None:
     """Write the sum of LoRAs as one LoRA, and show what was written."""
-    metadata = save_sum(options, output, uses, device)
+    metadata = save_sum(options, output, weighted_loras, device)
     rows = [
-        ("LoRAs", _list_files(uses)),
+        ("LoRAs", _list_files(weighted_loras)),
         ("result", f"{output} ({format_size(output.stat().st_size)})"),
         ("rank", metadata["ss_network_dim"]),
     ]
@@ -166,7 +170,7 @@ def _write_sum(
 def save_sum(
     options: FluxMergeOptions | FullMergeOptions,
     output: Path,
-    uses: Sequence[WeightedLora],
+    weighted_loras: Sequence[WeightedLora],
     device: torch.device,
 ) -> dict[str, str]:
     """Save the sum of LoRAs as one LoRA.
@@ -174,7 +178,7 @@ def save_sum(
     Args:
         options: How the sum is computed and written.
         output: File to write.
-        uses: The LoRAs with their strengths.
+        weighted_loras: The LoRAs with their strengths.
         device: Device that computes.
 
     Returns:
@@ -185,8 +189,8 @@ def save_sum(
         OutputError: If the file cannot be written.
     """
     dtype = _select_dtype(options) or DTYPES[options.precision]
-    tensors = _sum_loras(uses, options.concat, dtype, device)
-    loras = [use.lora for use in uses]
+    tensors = _sum_loras(weighted_loras, options.concat, dtype, device)
+    loras = [weighted_lora.lora for weighted_lora in weighted_loras]
     family = _find_family_of_sum(loras, tensors, options)
     metadata = _metadata_of_sum(loras, tensors, family, options.no_metadata)
     # the names that other programs know, which depend on the family
@@ -215,9 +219,9 @@ def _metadata_of_sum(
     if family is None or family.name == "flux":
         module = "networks.lora_flux"
         version = "flux1"
-    elif family.written_version:  # Stable Diffusion
+    elif family.written_base_model:  # Stable Diffusion
         module = "networks.lora"
-        version = family.written_version
+        version = family.written_base_model
     else:
         module = f"networks.lora_{family.name}"
         version = family.name
@@ -279,14 +283,17 @@ def _find_families_of_texts(tensors: Iterable[str]) -> list[FamilyNames]:
     return [family for family in families if prefixes <= {prefix for prefix, _ in family.encoders}]
 
 
-def _list_files(uses: Sequence[WeightedLora]) -> str:
+def _list_files(weighted_loras: Sequence[WeightedLora]) -> str:
     """Return lines with the path and the strength of each LoRA."""
-    return "\n".join(f"{use.lora.path}, strength {use.multiplier:g}" for use in uses)
+    return "\n".join(
+        f"{weighted_lora.lora.path}, strength {weighted_lora.multiplier:g}"
+        for weighted_lora in weighted_loras
+    )
 
 
 def merge_into_file(
     model: Path,
-    uses: Sequence[WeightedLora],
+    weighted_loras: Sequence[WeightedLora],
     output: Path,
     device: torch.device,
     in_channels: int | None = None,
@@ -301,7 +308,7 @@ def merge_into_file(
 
     Args:
         model: File of the model.
-        uses: LoRA files with their strengths.
+        weighted_loras: LoRA files with their strengths.
         output: File to write.
         device: Device of the run.
         in_channels: Required input channels of the model's first layer.
@@ -315,13 +322,17 @@ def merge_into_file(
         OutputError: If it cannot be written.
     """
     start = time.monotonic()
-    reject_replacing(option, output, [*checkpoint_paths(model), *(use.lora.path for use in uses)])
+    reject_replacing(
+        option,
+        output,
+        [*checkpoint_paths(model), *(weighted_lora.lora.path for weighted_lora in weighted_loras)],
+    )
     with open_checkpoint(model) as opened:
         checkpoint = with_stacked_rows(dequantized_on_read(opened))
         _check_in_channels(checkpoint, in_channels)
         lora_rounding = LoraRounding(rounding)
         # the patch adds the LoRAs to a weight by its name
-        patch = _make_patch(uses, checkpoint, model, lora_rounding)
+        patch = _make_patch(weighted_loras, checkpoint, model, lora_rounding)
         _check_fits(patch, checkpoint)
         # `dequantized_on_read` replaces the infos of quantized weights, so these are other objects now
         quantized = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
@@ -338,15 +349,15 @@ def merge_into_file(
             return patch.add_to(name, weight, written_dtype).to(written_dtype)
 
         size_bytes = sum(info.size_bytes for info in written.values())
-        _show_merge(model, uses, output, len(quantized), dtype or torch.bfloat16, size_bytes)
-        if not uses:
+        _show_merge(model, weighted_loras, output, len(quantized), dtype or torch.bfloat16, size_bytes)
+        if not weighted_loras:
             state = "has the values" if quantized else "becomes a copy"
             logger.warning(f"no --lora_weight is given: {output} {state} of {model}")
         stream_tensors(
             output,
             written,
             read,
-            metadata=_metadata_of_merged(checkpoint, model, uses),
+            metadata=_metadata_of_merged(checkpoint, model, weighted_loras),
             late_metadata=lambda: lora_rounding.metadata,  # complete only after all weights are rounded
         )
         lora_rounding.report()
@@ -359,14 +370,14 @@ def merge_into_file(
 
 def _show_merge(
     model: Path,
-    uses: Sequence[WeightedLora],
+    weighted_loras: Sequence[WeightedLora],
     output: Path,
     num_quantized: int,
     dequantized_dtype: torch.dtype,
     size_bytes: int,
 ) -> None:
     """Print the files of a merge, what becomes of quantized weights, and the size of the result."""
-    rows = [("model", str(model)), ("LoRAs", _list_files(uses)), ("result", str(output))]
+    rows = [("model", str(model)), ("LoRAs", _list_files(weighted_loras)), ("result", str(output))]
     if num_quantized:
         change = f"{num_quantized} quantized weights become {dtype_name(dequantized_dtype)}"
         rows.append(("precision", f"{change}; tools/quantise.py rounds them again"))
@@ -376,30 +387,34 @@ def _show_merge(
 
 
 def _make_patch(
-    uses: Sequence[WeightedLora], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
+    weighted_loras: Sequence[WeightedLora], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
 ) -> LoraPatch | FullPatch:
     """Return the patch for a file with a single network, or for a full checkpoint.
 
     Args:
-        uses: LoRA files with their strengths.
+        weighted_loras: LoRA files with their strengths.
         checkpoint: The model's file, opened.
         model: Path of the file, for messages.
         rounding: How changed 16-bit weights are rounded.
     """
     if is_full(checkpoint.tensors):
-        return FullPatch(uses, checkpoint.tensors, model, rounding)
-    for use in uses:
-        warn_of_other_encoders(use, use.lora.text_tensors, str(model), prefixes=())
-    # LoRAs of a deeper or shallower model: their blocks are mapped to those here
-    uses = fit_depths(uses, checkpoint.tensors, model)
-    return LoraPatch(uses, checkpoint.tensors, model, rounding=rounding)
+        return FullPatch(weighted_loras, checkpoint.tensors, model, rounding)
+    for weighted_lora in weighted_loras:
+        warn_of_other_encoders(weighted_lora, weighted_lora.lora.text_tensors, str(model), prefixes=())
+    # LoRAs of a deeper or shallower model: their blocks are mapped to the blocks here
+    weighted_loras = fit_depths(weighted_loras, checkpoint.tensors, model)
+    return LoraPatch(weighted_loras, checkpoint.tensors, model, rounding=rounding)
 
 
-def _metadata_of_merged(checkpoint: Checkpoint, model: Path, uses: Sequence[WeightedLora]) -> dict[str, str]:
+def _metadata_of_merged(
+    checkpoint: Checkpoint, model: Path, weighted_loras: Sequence[WeightedLora]
+) -> dict[str, str]:
     """Return the model's own metadata, without hashes, and the names of the merged files."""
     metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
-    if uses:
-        metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
+    if weighted_loras:
+        metadata["modelspec.merged_from"] = ", ".join(
+            [model.name, *(weighted_lora.lora.path.name for weighted_lora in weighted_loras)]
+        )
     return metadata
 
 
@@ -435,14 +450,14 @@ def _check_in_channels(checkpoint: Checkpoint, in_channels: int | None) -> None:
         return
     layer = next((name for name in checkpoint.tensors if name.endswith(FIRST_LAYERS)), None)
     if layer is None:
-        reason = "it has no first layer that is known"
+        reason = "it has no known first layer"
     else:
         channels = checkpoint.tensors[layer].shape[1]  # out x in x kernel
         if channels == in_channels:
             return
         reason = f"{layer} takes {channels} channels"
     raise CheckpointError(
-        f"{checkpoint.path}: {reason}, --dit_in_channels asks for {in_channels}.", checkpoint.path
+        f"{checkpoint.path}: {reason}, but --dit_in_channels is {in_channels}.", checkpoint.path
     )
 
 
@@ -455,12 +470,12 @@ class _Summand(NamedTuple):
 
 
 def _sum_loras(
-    uses: Sequence[WeightedLora], concat: bool, dtype: torch.dtype, device: torch.device
+    weighted_loras: Sequence[WeightedLora], concat: bool, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """Return sum(multiplier * alpha / rank * up @ down) over all files as the tensors of one LoRA.
 
     Args:
-        uses: LoRA files with their strengths.
+        weighted_loras: LoRA files with their strengths.
         concat: Whether to concatenate all ranks, which is exact. Otherwise each module's sum is truncated to
             the module's rank in the first file that has it.
         dtype: Dtype of the result.
@@ -469,13 +484,13 @@ def _sum_loras(
     Raises:
         CheckpointError: If a file is not a plain LoRA, or if sizes or models differ.
     """
-    _reject_other_families([use.lora for use in uses])
-    for use in uses:
-        rule = rank_rule_of(use.lora.metadata)
+    _reject_other_families([weighted_lora.lora for weighted_lora in weighted_loras])
+    for weighted_lora in weighted_loras:
+        rule = rank_rule_of(weighted_lora.lora.metadata)
         if rule is not None:  # trained with masked ranks, which a sum cannot mask
-            logger.warning(f"{use.lora.path} {rule.kind.merged}")
+            logger.warning(f"{weighted_lora.lora.path} {rule.kind.merged}")
     merged: dict[str, Tensor] = {}
-    for name, summands in _list_summands(uses).items():
+    for name, summands in _list_summands(weighted_loras).items():
         total = _sum_factors(name, summands, device)
         if not concat and len(summands) > 1:
             total = _truncate(total, len(summands[0].factors[DOWN]))
@@ -505,11 +520,11 @@ def _reject_other_families(loras: Sequence[LoraFile]) -> None:
             )
 
 
-def _list_summands(uses: Sequence[WeightedLora]) -> dict[str, list[_Summand]]:
+def _list_summands(weighted_loras: Sequence[WeightedLora]) -> dict[str, list[_Summand]]:
     """Return the factors of all files by module. Raises CheckpointError for anything but plain LoRAs."""
     modules: dict[str, list[_Summand]] = {}
-    for use in uses:
-        lora = use.lora
+    for weighted_lora in weighted_loras:
+        lora = weighted_lora.lora
         tensors = {**convert_to_our_layout(lora.tensors, lora.family()), **lora.text_tensors}
         for name, factors in group_by_module(tensors).items():
             if set(factors) - {"alpha"} != set(LORA_FACTORS):
@@ -518,7 +533,7 @@ def _list_summands(uses: Sequence[WeightedLora]) -> dict[str, list[_Summand]]:
                     "  Only plain LoRAs can; merge it into the model instead.",
                     lora.path,
                 )
-            modules.setdefault(name, []).append(_Summand(lora, factors, use.multiplier))
+            modules.setdefault(name, []).append(_Summand(lora, factors, weighted_lora.multiplier))
     return modules
 
 
@@ -569,8 +584,7 @@ def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) 
             if change.size != first.size:
                 raise CheckpointError(
                     f"{summand.lora.path} does not fit {summands[0].lora.path}: {name} changes "
-                    f"{change.describe_size()} there, {first.describe_size()} here. Give LoRAs for one "
-                    "model.",
+                    f"{change.describe_size()} and {first.describe_size()}. Give LoRAs for the same model.",
                     summand.lora.path,
                 )
         scale = summand.multiplier * scaling_of(summand.factors)
@@ -584,11 +598,11 @@ def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) 
 
 
 class DecomposedProduct(NamedTuple):
-    """The singular value decomposition of a product: (left @ u) diag(sizes) (vh @ right^T)."""
+    """The singular value decomposition of a product: (left @ u) diag(singular_values) (vh @ right^T)."""
 
     left: Tensor  # out x R, orthogonal columns
     u: Tensor
-    sizes: Tensor  # singular values, the largest first
+    singular_values: Tensor  # the largest first
     vh: Tensor
     right: Tensor  # in x R, orthogonal columns
 
@@ -597,16 +611,16 @@ def decompose_product(up: Tensor, down: Tensor) -> DecomposedProduct:
     """Decompose up @ down, out x R and R x in, without computing the product: by two QR decompositions."""
     left, small_left = torch.linalg.qr(up)
     right, small_right = torch.linalg.qr(down.T)
-    u, sizes, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
-    return DecomposedProduct(left, u, sizes, vh, right)
+    u, singular_values, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
+    return DecomposedProduct(left, u, singular_values, vh, right)
 
 
 def _truncate(change: _LowRank, rank: int) -> _LowRank:
     """Return the best approximation of up @ down at this rank. Source: Eckart and Young 1936."""
     down, up = change
     product = decompose_product(up.flatten(1), down.flatten(1))
-    rank = min(rank, len(product.sizes))
-    root = product.sizes[:rank].sqrt()  # both factors get the root of each singular value
+    rank = min(rank, len(product.singular_values))
+    root = product.singular_values[:rank].sqrt()  # both factors get the root of each singular value
     new_up = product.left @ (product.u[:, :rank] * root)
     new_down = (root[:, None] * product.vh[:rank]) @ product.right.T
     return _LowRank(
@@ -617,6 +631,6 @@ def _truncate(change: _LowRank, rank: int) -> _LowRank:
 
 def in_known_names(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
     """Return the tensors under the names that other tools use for the family."""
-    if family is None or family.always_underscored != "aliases":
+    if family is None or family.underscored_names != "aliases":
         return tensors
     return rename_to_aliases(tensors, family)

@@ -113,20 +113,20 @@ def save_network(
     path: Path,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
-    beside: Mapping[str, Tensor] = MappingProxyType({}),
+    additional_tensors: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write a network to a file, completely or not at all, with hashes added to the metadata.
 
     Args:
         module: The network.
         path: Path of the file.
-        dtype: Dtype of the tensors in the file; None keeps that of training.
+        dtype: Dtype of the tensors in the file; None keeps the training dtype.
         metadata: Metadata of the file, without hashes.
-        beside: Additional tensors, by their names in the file.
+        additional_tensors: Additional tensors, by their names in the file.
     """
     tensors = {
         name: tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in {**module.state_dict(), **beside}.items()
+        for name, tensor in {**module.state_dict(), **additional_tensors}.items()
     }
     save_tensors(path, tensors, add_hashes(tensors, metadata))
 
@@ -148,7 +148,7 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
         return f"a network of the kind {kind}, which is not supported"
     parts = []
     for expert, names in key_formats.split_names(checkpoint.tensors).items():
-        description = _describe_part(checkpoint, names, expert)
+        description = _describe_lora(checkpoint, names, expert)
         if description is None:
             return None
         # no expert: the file has a single network
@@ -164,13 +164,13 @@ def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     return model_hashes({name: checkpoint.read(name) for name in checkpoint.tensors}, checkpoint.metadata)
 
 
-def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -> str | None:
+def _describe_lora(checkpoint: Checkpoint, names: list[str], expert: str | None) -> str | None:
     """Describe the LoRA of one expert, or of a model without experts; None if it is not a LoRA.
 
     Args:
         checkpoint: The opened checkpoint.
         names: Names of its tensors.
-        part: Expert, if the file has a LoRA for each; else None.
+        expert: The expert, if the file has a LoRA for each; else None.
     """
     from networks import key_formats  # only for LoRAs
     from networks.tensor_names import dialect_in_words
@@ -192,7 +192,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
         families = [hint]
     model = f" for {' or '.join(families)}" if families else ""
     dialect = dialect_in_words(native.dialect)
-    alphas = _read_stored_alphas(checkpoint, names) | _read_other_alphas(checkpoint, native, part)
+    alphas = _read_stored_alphas(checkpoint, names) | _read_other_alphas(checkpoint, native, expert)
     clauses = [
         f"{_describe_kinds(modules)}{model}, {dialect}",
         *_describe_scales(modules, alphas),
@@ -200,21 +200,21 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     ]
     if in_texts:
         clauses.append(f"{len(in_texts)} of them in text encoders")
-    expert = expert_of(checkpoint.metadata, checkpoint.path)
-    if expert is not None and expert != FOR_BOTH:
-        clauses.append(f"trained for the {in_words(expert)}")
+    trained_expert = expert_of(checkpoint.metadata, checkpoint.path)
+    if trained_expert is not None and trained_expert != FOR_BOTH:
+        clauses.append(f"trained for the {in_words(trained_expert)}")
     return ", ".join(clauses)
 
 
 def _describe_scales(modules: Mapping[str, Factors], alphas: Iterable[float]) -> list[str]:
     """Return one clause each for the ranks, block sizes and alphas of a network; none for those it lacks."""
     ranks = Counter(rank for rank in map(rank_of, modules.values()) if rank is not None)
-    clauses = [of_numbers("rank", ranks)]
+    clauses = [describe_numbers("rank", ranks)]
     for word, sizes in sizes_by_word(modules.values()).items():
-        clauses.append(of_numbers(word, Counter(sizes)))
+        clauses.append(describe_numbers(word, Counter(sizes)))
     # infinite alphas belong to whole matrices, which are not scaled
     finite_alphas = Counter(filter(math.isfinite, alphas))
-    clauses.append(of_numbers("alpha", finite_alphas))
+    clauses.append(describe_numbers("alpha", finite_alphas))
     return [clause for clause in clauses if clause]
 
 
@@ -251,13 +251,13 @@ def _read_stored_alphas(checkpoint: Checkpoint, names: Iterable[str]) -> set[flo
     return alphas
 
 
-def _read_other_alphas(checkpoint: Checkpoint, native: "NativeTensors", part: str | None) -> set[float]:
-    """Return the alphas in the header or in a file of settings; empty if they are unusable.
+def _read_other_alphas(checkpoint: Checkpoint, native: "NativeTensors", expert: str | None) -> set[float]:
+    """Return the alphas that are not tensors, from metadata or PEFT's settings; empty if they are unusable.
 
     Args:
         checkpoint: The opened checkpoint.
         native: Tensors under our names.
-        part: Expert, if the file has a LoRA for each; else None.
+        expert: The expert, if the file has a LoRA for each; else None.
     """
     from networks.alphas import read_alphas, read_folded  # only for LoRAs
 
@@ -272,7 +272,7 @@ def _read_other_alphas(checkpoint: Checkpoint, native: "NativeTensors", part: st
             checkpoint.path,
             checkpoint.metadata,
             native=native,
-            expert=part,
+            expert=expert,
             is_written_here=is_written_here,
             warns=False,
         )
@@ -281,8 +281,8 @@ def _read_other_alphas(checkpoint: Checkpoint, native: "NativeTensors", part: st
     return set(map(float, alphas.tensors.values()))
 
 
-def of_numbers(word: str, numbers: Collection[float]) -> str:
-    """Return a word with its numbers, or with their range if there are many; "" if there are none."""
+def describe_numbers(word: str, numbers: Collection[float]) -> str:
+    """Return "rank 4, 8" for the word "rank", or "rank 4 to 64" for many numbers; "" if there are none."""
     if not numbers:
         return ""
     if len(numbers) > MAX_LISTED:

@@ -136,7 +136,7 @@ def sizes_fit(family: FamilyNames, names: Iterable[str], size_of: SizeOf) -> boo
 
 def have_same_names(families: Sequence[FamilyNames]) -> bool:
     """Return whether all of these families have the same module names, as Stable Diffusion 1 and 2 do."""
-    layouts = {(family.aliases, family.parts, family.joined, family.further) for family in families}
+    layouts = {(family.aliases, family.parts, family.joined, family.more_modules) for family in families}
     return len(layouts) == 1
 
 
@@ -150,9 +150,9 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
     expected_sizes = list(_expected_sizes(family, sizes))
     block_numbers = _block_numbers(family, names)
     level = _CONTRADICTS
-    if not family.released:  # no known widths or depths to contradict
+    if not family.released_sizes:  # no known widths or depths to contradict
         level = _rate_block_numbers(block_numbers, {})
-    for width, depths in family.released:
+    for width, depths in family.released_sizes:
         if not width or all(_agrees(expected, width) for expected in expected_sizes):
             level = max(level, _rate_block_numbers(block_numbers, dict(depths)))
     if level == _CONTRADICTS and expected_sizes:
@@ -183,9 +183,9 @@ def _block_numbers(family: FamilyNames, names: Iterable[str]) -> dict[str, set[i
     """Return the block numbers in the names: attribute of the block list -> numbers."""
     numbers: dict[str, set[int]] = {}
     for name in names:
-        place = _find_module(name, family)
-        if place is not None and "{n}" in place.path and place.number:
-            numbers.setdefault(place.path.partition(".")[0], set()).add(int(place.number))
+        found = _find_module(name, family)
+        if found is not None and "{n}" in found.path and found.number:
+            numbers.setdefault(found.path.partition(".")[0], set()).add(int(found.number))
     return numbers
 
 
@@ -200,10 +200,10 @@ class _ExpectedSize(NamedTuple):
 def _expected_sizes(family: FamilyNames, sizes: Mapping[str, tuple[int, int]]) -> Iterator[_ExpectedSize]:
     """Yield the expected size of each module whose path matches an entry of the family's `sides`."""
     for name, size in sizes.items():
-        place = _find_module(name, family)
-        path = "" if place is None else place.path
-        is_cut = place is not None and place.is_cut
-        for end, rows, columns in family.sides:
+        found = _find_module(name, family)
+        path = "" if found is None else found.path
+        is_cut = found is not None and found.is_cut
+        for end, rows, columns in family.relative_sizes:
             if f".{path}".endswith(end) and (columns or not is_cut):
                 yield _ExpectedSize(size, 0 if is_cut else rows, columns)
                 break
@@ -227,7 +227,7 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
     longest = 0  # the longest matching prefix wins: "flux_2_dev" also begins with FLUX.1's "flux"
     likely: FamilyNames | None = None
     for family in FAMILIES:
-        for start in family.versions:
+        for start in family.version_prefixes:
             begins = version.lower().startswith(start) or architecture.lower().startswith(start)
             if begins and len(start) > longest:
                 longest = len(start)
@@ -267,35 +267,35 @@ def describe_text_module(name: str, family: FamilyNames | None = None) -> str:
 
 def is_unprefixed(path: str) -> bool:
     """Return whether some family's files have this path without a prefix such as `diffusion_model.`."""
-    return path.startswith(tuple(start for family in FAMILIES for start in family.unprefixed))
+    return path.startswith(tuple(start for family in FAMILIES for start in family.unprefixed_paths))
 
 
 def alias(name: str, family: FamilyNames) -> str:
     """Translate the underscored name of a module from another layout to ours; unknown names are unchanged."""
-    path = _find(_tables(family).foreign, name)
+    path = _find(_tables(family).by_alias, name)
     return name if path is None else path.replace(".", "_")
 
 
 def to_alias(name: str, family: FamilyNames) -> str:
     """Translate the underscored name of a module from our layout to another; unknown names are unchanged."""
-    path = _find(_tables(family).to_foreign, name)
+    path = _find(_tables(family).alias_of, name)
     return name if path is None else path.replace(".", "_")
 
 
 def stacked_path(name: str, family: FamilyNames) -> str | None:
     """Return a module's path in the layout that fuses some of our modules; None if the family lacks it."""
-    return _find(_tables(family).to_foreign, name) or module_path(name, family)
+    return _find(_tables(family).alias_of, name) or module_path(name, family)
 
 
 def is_stacked(name: str, family: FamilyNames) -> bool:
     """Return whether another layout of the family fuses this module with others."""
-    return _tables(family).stacked.first(name) is not None
+    return _tables(family).fused_elsewhere.first(name) is not None
 
 
 def has_module(name: str, family: FamilyNames) -> bool:
     """Return whether the family has a module of this name, in our layout or another one."""
     tables = _tables(family)
-    return any(table.first(name) is not None for table in (tables.ours, tables.foreign, tables.cut))
+    return any(table.first(name) is not None for table in (tables.ours, tables.by_alias, tables.by_part))
 
 
 def is_known_module(name: str, dotted: bool = False) -> bool:
@@ -332,7 +332,7 @@ def count_parts(path: str) -> set[int]:
     """
     name = path.replace(".", "_")
     # the path without each possible prefix
-    names = [name, *(name[place + 1 :] for place, character in enumerate(name) if character == "_")]
+    names = [name, *(name[index + 1 :] for index, character in enumerate(name) if character == "_")]
     counts = {len(parts_of(name, family)) for family in FAMILIES for name in names}
     return {count for count in counts if count > 1}
 
@@ -363,20 +363,22 @@ def related_modules(name: str, family: FamilyNames | None = None) -> tuple[Relat
 
 @cache
 def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
-    """Return the relatives of modules in a family, or in all, with `{n}` for the number in their names."""
+    """Return a table from modules in any layout of a family (or all) to their parts and fused modules.
+
+    Names have `{n}` for the block number.
+    """
     pairs: list[tuple[str, RelatedModule]] = []
     for each_family in FAMILIES if family is None else (family,):
         parts = [*each_family.parts, *each_family.joined]
         if parts:  # the family's layouts differ in how weights are fused
-            # an alias relates two names only if it is also the name of another family's module
-            foreign_names: set[str] = set()
+            # an alias counts only if it is also the name of another family's module
+            names_of_other_families: set[str] = set()
             for other in FAMILIES:
                 if other is not each_family:
-                    foreign_names.update(path.replace(".", "_") for path in other.modules)
+                    names_of_other_families.update(path.replace(".", "_") for path in other.modules)
             for theirs, ours in each_family.aliases:
-                if theirs.replace(".", "_") in foreign_names:
+                if theirs.replace(".", "_") in names_of_other_families:
                     parts.append(WeightPart(theirs, ours))
-        # `theirs` is a name in the other layout, `ours` the weight here; each is related to the other
         for part in parts:
             pairs.append((part.fused_path, RelatedModule(part.part_path, part, is_part=True)))
             pairs.append((part.part_path, RelatedModule(part.fused_path, part, is_part=False)))
@@ -399,12 +401,17 @@ def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
     entries = _tables(family).parts.all(name)
     parts = [PartPath(part.part_path.replace("{n}", number), part) for part, number in entries]
     from_end = {REST: 101, BEFORE_REST: 100}  # sort the last parts after all numbered ones (far below 100)
-    return sorted(parts, key=lambda placed: from_end.get(placed.part.index or 0, placed.part.index or 0))
+
+    def position(path_and_part: PartPath) -> int:
+        index = path_and_part.part.index or 0
+        return from_end.get(index, index)
+
+    return sorted(parts, key=position)
 
 
 def part_path(name: str, family: FamilyNames) -> str | None:
     """Return the dotted path of a module of another layout, from its underscored name; None if unknown."""
-    return _find(_tables(family).split, name)
+    return _find(_tables(family).part_paths_elsewhere, name)
 
 
 Entry = TypeVar("Entry")
@@ -426,20 +433,20 @@ class _Table(Generic[Entry]):
     def __init__(self, pairs: Iterable[tuple[str, Entry]]) -> None:
         """Index `pairs` of a template and its entry, in order of precedence, by underscored template.
 
-        A template is a module name with `{n}` in place of the block's number.
+        A template is a module name with `{n}` instead of the block's number.
         """
         self._entries: dict[str, list[tuple[int, Entry]]] = {}
-        for place, (template, entry) in enumerate(pairs):
-            self._entries.setdefault(template.replace(".", "_"), []).append((place, entry))
+        for position, (template, entry) in enumerate(pairs):
+            self._entries.setdefault(template.replace(".", "_"), []).append((position, entry))
 
     def all(self, name: str) -> list[_Found[Entry]]:
         """Return all entries for a name, in the table's order."""
-        placed: list[tuple[int, _Found[Entry]]] = []
+        matches: list[tuple[int, _Found[Entry]]] = []
         for template, number in _templates(name).items():
-            for place, entry in self._entries.get(template, ()):
-                placed.append((place, _Found(entry, number)))
-        placed.sort(key=lambda pair: pair[0])
-        return [found for _, found in placed]
+            for position, entry in self._entries.get(template, ()):
+                matches.append((position, _Found(entry, number)))
+        matches.sort(key=lambda pair: pair[0])
+        return [found for _, found in matches]
 
     def first(self, name: str) -> _Found[Entry] | None:
         return next(iter(self.all(name)), None)
@@ -464,16 +471,19 @@ def _templates(name: str) -> Mapping[str, str]:
 
 
 class _Tables(NamedTuple):
-    """Lookup tables from names of a family's modules, in several layouts, to paths."""
+    """Lookup tables from names of a family's modules, in our layout and in the other one, to paths.
+
+    A module with all rows of ours is only renamed in the other layout; a part has some of its rows.
+    """
 
     ours: _Table[str]  # our name -> our path
-    foreign: _Table[str]  # alias in another layout -> our path
-    to_foreign: _Table[str]  # our name -> alias
-    renamed: _Table[str]  # whole module of another layout -> our path; fused module -> its own path
-    cut: _Table[str]  # part with some rows of our module -> our path
-    split: _Table[str]  # part of another layout, not merely renamed -> its own path
-    stacked: _Table[str]  # our module that another layout fuses -> path of the fused module
-    parts: _Table[WeightPart]  # module that another layout splits or fuses -> each of its parts
+    by_alias: _Table[str]  # alias in the other layout -> our path
+    alias_of: _Table[str]  # our name -> alias
+    renamed: _Table[str]  # renamed module of the other layout -> our path; fused module -> its own path
+    by_part: _Table[str]  # part of our module -> our path
+    part_paths_elsewhere: _Table[str]  # part of the other layout, not merely renamed -> its own path
+    fused_elsewhere: _Table[str]  # our module that the other layout fuses -> path of the fused module
+    parts: _Table[WeightPart]  # module that the other layout splits, fuses or renames -> each of its parts
     optional: _Table[str]  # our module that only some models have -> our path
 
 
@@ -484,21 +494,24 @@ def _tables(family: FamilyNames) -> _Tables:
     parameters = [(theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters]
     aliases = [*family.aliases, *parameters]
     paths = [*family.modules, *(ours for _, ours in parameters)]
-    renamed = [(part.part_path, part.fused_path) for part in family.parts if part.index in (None, SWAPPED)]
-    joined = [(part.fused_path, part.fused_path) for part in family.joined]
-    # a part without an index, or with swapped halves, has all rows of our module: it is only renamed
+    renamed: list[tuple[str, str]] = []
+    by_part: list[tuple[str, str]] = []
+    for part in family.parts:
+        has_all_rows = part.index in (None, SWAPPED)
+        (renamed if has_all_rows else by_part).append((part.part_path, part.fused_path))
+    fused_modules = [(part.fused_path, part.fused_path) for part in family.joined]
     return _Tables(
         ours=_Table((path, path) for path in paths),
-        foreign=_Table(aliases),
-        to_foreign=_Table((ours, theirs) for theirs, ours in aliases),
-        renamed=_Table([*renamed, *joined]),
-        cut=_Table(
-            (part.part_path, part.fused_path) for part in family.parts if part.index not in (None, SWAPPED)
+        by_alias=_Table(aliases),
+        alias_of=_Table((ours, theirs) for theirs, ours in aliases),
+        renamed=_Table([*renamed, *fused_modules]),
+        by_part=_Table(by_part),
+        part_paths_elsewhere=_Table(
+            (part.part_path, part.part_path) for part in family.parts if part.index is not None
         ),
-        split=_Table((part.part_path, part.part_path) for part in family.parts if part.index is not None),
-        stacked=_Table((part.part_path, part.fused_path) for part in family.joined),
+        fused_elsewhere=_Table((part.part_path, part.fused_path) for part in family.joined),
         parts=_Table((part.fused_path, part) for part in (*family.parts, *family.joined)),
-        optional=_Table((path, path) for path in family.optional),
+        optional=_Table((path, path) for path in family.optional_paths),
     )
 
 
@@ -513,10 +526,10 @@ class _ModuleMatch(NamedTuple):
 def _find_module(name: str, family: FamilyNames) -> _ModuleMatch | None:
     """Find the module of an underscored name in any layout of a family; None if the family lacks it."""
     tables = _tables(family)
-    for table in (tables.ours, tables.foreign, tables.renamed, tables.cut):
+    for table in (tables.ours, tables.by_alias, tables.renamed, tables.by_part):
         found = table.first(name)
         if found is not None:
-            return _ModuleMatch(found.entry, found.number, is_cut=table is tables.cut)
+            return _ModuleMatch(found.entry, found.number, is_cut=table is tables.by_part)
     return None
 
 
@@ -528,7 +541,7 @@ def diffusers_path(name: str, family: FamilyNames) -> str | None:
     path = module_path(name, family)
     if path is None or family.is_as_in_diffusers:
         return path
-    return _find(_tables(family).to_foreign, name) or path
+    return _find(_tables(family).alias_of, name) or path
 
 
 @cache
@@ -539,7 +552,7 @@ def _numbering(family: FamilyNames | None) -> _Table[tuple[int, int]]:
     """
     numbered = list(TEXTS_NUMBERED)
     if family is not None:
-        numbered += [(f"lora_unet_{start}", endings) for start, endings in family.numbered]
+        numbered += [(f"lora_unet_{start}", endings) for start, endings in family.optimizer_numbering]
     pairs: list[tuple[str, tuple[int, int]]] = []
     for index, (start, endings) in enumerate(numbered):
         pairs += [(start + ending, (index, place)) for place, ending in enumerate(endings.split())]

@@ -12,7 +12,7 @@ def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Pat
     """Return the file and the multiplier in each string `FILE[:MULTIPLIER]`.
 
     Args:
-        option: Option that gives the strings, for messages.
+        option: Option with the strings, for messages.
         texts: The strings.
 
     Raises:

@@ -86,7 +86,7 @@ def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio)
     has_ratio = any(ratio is not None for ratio in ratios)
     has_lora_settings = any(
-        (settings.variants, settings.pattern_learning_rates, settings.perturbation, has_ratio)
+        (settings.variants, settings.pattern_learning_rates, settings.ggpo_sigma_and_beta, has_ratio)
     )
     # kinds other than LoRA reject the settings that only LoRAs have
     if not kind.takes_all_settings:

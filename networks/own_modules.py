@@ -13,7 +13,8 @@ from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
 from networks.deltas import add_missing_alphas, group_by_module
-from networks.kinds.contract import LoraModule, RankRule, Target
+from networks.kinds.contract import LoraModule, NetworkKind, RankRule, Target
+from networks.kinds.factors import Factors
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
@@ -56,18 +57,17 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
                 depths[list_name] = len(list(children[list_name].children()))
         check_blocks(settings, depths)
     optional_parts: tuple[str, ...] = ()  # parts of paths of modules that get no layer by default
-    if not spec.lora_include:  # such a model lists the modules that get a layer instead
+    if not spec.lora_include:  # otherwise the model lists the modules that get a layer
         optional_parts = tuple(
             part for part in spec.lora_exclude if part not in settings.enabled_optional_modules
         )
     if settings.block_settings is not None:
-        # `numbered`: the blocks that --network_args address by number
         settings = replace(settings, block_settings=settings.block_settings.fit(spec.block_numbering))
     targets = _select_targets(_list_candidates(unet, settings), settings, OURS, optional_parts)
     if not targets:
         raise OptionError(
             "--network_args: the LoRA has no module left. Exclude fewer (exclude_patterns, ranks of 0, "
-            "numbers of blocks), or add some with include_patterns"
+            "block numbers), or add some with include_patterns"
         )
     return targets
 
@@ -116,7 +116,7 @@ def _select_targets(
         name = prefix + path.replace(".", "_")
         matching_patterns: tuple[int, ...] = ()
         if settings.pattern_ranks:
-            # indices of the patterns that match; the last one gives the rank
+            # indices of the patterns that match; the last one sets the rank
             matching_patterns = find_by_pattern(settings.pattern_ranks, name)
             matches.append(matching_patterns)
         size = _select_size(
@@ -328,8 +328,8 @@ def _mask_ranks(layers: Mapping[str, nn.Module], rule: RankRule, dit: nn.Module 
     """
     if dit is None:
         raise OptionError(
-            f"--network_args {rule.kind.switch}=True: the noise of a sample decides which "
-            "ranks act, and text encoders, which alone learn here, see none. Leave it out"
+            f"--network_args {rule.kind.switch}=True: the active ranks depend on the noise level, but only "
+            "text encoders are trained, which have none. Leave it out"
         )
     for name, layer in layers.items():
         if name.startswith(OURS) and isinstance(layer, LoraLayer):
@@ -464,23 +464,11 @@ def build_from_tensors(
         CheckpointError: If the model has none of the modules, or if the file contains another kind of
         network.
     """
-    kind = OWN_MODULES[name].kind
     settings = _settings_with_file(name, typed)
     modules_by_name = _modules_by_name(dit, encoders)
-    layers: dict[str, nn.Module] = {}  # with the sizes of the file's factors
-    absent: list[str] = []
-    for module_name, factors in _factors_for(modules_by_name, tensors).items():
-        is_of_kind = any(part in factors for part in kind.marks)
-        if not is_of_kind:
-            raise CheckpointError(
-                f"--dim_from_weights: {module_name} has {', '.join(factors)}, which are for another kind of "
-                "network.\n  Give the --network_module that the file was trained with."
-            )
-        module = modules_by_name[module_name].module if module_name in modules_by_name else None
-        if module is None or not (kind.is_for_convolutions or isinstance(module, nn.Linear)):
-            absent.append(module_name)
-        else:
-            layers[module_name] = kind.layer_of(module, module_name, factors, settings)
+    factors_by_module = _factors_for(modules_by_name, tensors)
+    layers = _make_layers_of_file(OWN_MODULES[name].kind, factors_by_module, modules_by_name, settings)
+    absent = [module_name for module_name in factors_by_module if module_name not in layers]
     if not layers:
         raise CheckpointError(
             "--dim_from_weights: the model has none of the file's modules, such as "
@@ -501,6 +489,31 @@ def build_from_tensors(
     if settings.rank_rule is not None:
         _mask_ranks(layers, settings.rank_rule, dit)
     return OwnNetwork(layers, settings)
+
+
+def _make_layers_of_file(
+    kind: NetworkKind,
+    factors_by_module: Mapping[str, Factors],
+    modules_by_name: Mapping[str, ModuleWithPath],
+    settings: LoraSettings,
+) -> dict[str, nn.Module]:
+    """Return a layer, with the sizes of a file's factors, for each of its modules that the model has.
+
+    Raises:
+        CheckpointError: If a module has factors of another kind of network.
+    """
+    layers: dict[str, nn.Module] = {}
+    for name, factors in factors_by_module.items():
+        is_of_kind = any(part in factors for part in kind.marks)
+        if not is_of_kind:
+            raise CheckpointError(
+                f"--dim_from_weights: {name} has {', '.join(factors)}, which are for another kind of "
+                "network.\n  Give the --network_module that the file was trained with."
+            )
+        module = modules_by_name[name].module if name in modules_by_name else None
+        if module is not None and (kind.is_for_convolutions or isinstance(module, nn.Linear)):
+            layers[name] = kind.layer_of(module, name, factors, settings)
+    return layers
 
 
 def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:

@@ -64,7 +64,10 @@ class RankMask:
 
 
 def mask_for(network: nn.Module, rule: RankRule, rank: int, num_parts: int = 1) -> RankMask:
-    """Return the mask for LoRAs of this rank on a network; `set_levels` sets its noise levels."""
+    """Return the mask for LoRAs of this rank on a network; `set_levels` sets its noise levels.
+
+    `num_parts` is the number of LoRAs of equal rank that were joined into each LoRA.
+    """
     masks: dict[tuple[RankRule, int, int], RankMask] = network.__dict__.setdefault(_MASKS, {})
     return masks.setdefault((rule, rank, num_parts), RankMask(rule, rank, num_parts))
 

@@ -55,7 +55,7 @@ FRACTION_OF_NORM = "sv_fro"
 class ResizeOptions(Options):
     """Options of `resize_lora.py`."""
 
-    model: Path = option("LoRA file, of any dialect", place="there", required=True)
+    model: Path = option("LoRA file of any dialect", place="there", required=True)
     save_to: Path = option(
         "safetensors file to write, in the dialect of --model",
         place="safetensors",
@@ -63,7 +63,7 @@ class ResizeOptions(Options):
         required=True,
     )
     new_rank: int = option(
-        "rank of the new LoRA; with --dynamic_method the largest one. Modules of a smaller rank keep theirs",
+        "rank of the new LoRA, or the largest rank with --dynamic_method; smaller ranks are kept",
         default=4,
         minimum=1,
     )
@@ -83,8 +83,8 @@ class ResizeOptions(Options):
         above=0,
         needs="dynamic_method",
     )
-    save_precision: str = option("type of the factors", default="float", choices=PRECISIONS)
-    verbose: bool = option("print what is kept of each module", facts=NO_PIXELS)
+    save_precision: str = option("dtype of the factors", default="float", choices=PRECISIONS)
+    verbose: bool = option("print how much of each module's change is kept", facts=NO_PIXELS)
     device = not_needed("it takes seconds on the CPU, in float64.", type=str)
 
     def __post_init__(self) -> None:
@@ -173,7 +173,7 @@ def _read_plain_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str], lis
     """Return the tensors of a LoRA file, its metadata without stale keys, and its modules.
 
     Raises:
-        CheckpointError: As `resize_file`.
+        CheckpointError: For the reasons that `resize_file` lists.
     """
     with open_checkpoint(path) as checkpoint:
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
@@ -190,7 +190,7 @@ def _read_plain_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str], lis
             _reject_other_alphas(path, checkpoint.metadata)
         tensors = {name: checkpoint.read(name) for name in shapes}
         metadata = {key: text for key, text in checkpoint.metadata.items() if not key.startswith(STALE)}
-    metadata.pop(FOLDED, None)  # it is about the old ranks; the factors include these strengths already
+    metadata.pop(FOLDED, None)  # alpha / rank by old rank, which the factors include already
     for name, tensor in tensors.items():
         check_finite(path, name, tensor)
     return tensors, metadata, modules
@@ -212,20 +212,19 @@ def _reject_other_kinds(
         if kind is LORA or not kind.parts:
             continue
         has_parts = any(name.endswith((*kind.parts, *kind.ends)) for name in names)
-        # the kind's word also shows forms of the kind that cannot be read
+        # names with the kind's word may also be in a form that is not supported
         if has_parts or re.search(rf"[._]{kind.word}_", all_names):
             command = _plain_file_command(source, "--bake", "RANK")
             raise CheckpointError(
-                f"{source} is {named(kind)}, and only the change of a LoRA is a product of two factors, "
-                "of which the strongest directions can be kept.\n"
-                f"  Make a plain LoRA of it first: {command}",
+                f"{source} is {named(kind)}, but only LoRAs, whose change is a product of two factors, can "
+                f"be resized.\n  Convert it to a plain LoRA first: {command}",
                 source,
             )
     rule = rank_rule_of(metadata, source)
     if rule is not None:
         raise CheckpointError(
-            f"{source} is {named(rule.kind)}, whose ranks act by the noise ({rule.in_words()}): new "
-            "directions would mix those that act with those that do not.\n"
+            f"{source} is {named(rule.kind)}, whose active ranks depend on the noise level "
+            f"({rule.in_words()}): resizing would mix active and inactive ranks.\n"
             "  Train it again with a smaller --network_dim.",
             source,
         )
@@ -242,7 +241,7 @@ def _reject_other_alphas(source: Path, metadata: Mapping[str, str]) -> None:
         command = _plain_file_command(source)
         raise CheckpointError(
             f"{source} has modules without their own alpha: {holders[0]} has one for all of them, together "
-            f"with their rank.\n  Store alphas next to the factors first: {command}",
+            f"with their rank.\n  Store alphas next to the factors first. Run: {command}",
             source,
         )
 
@@ -341,8 +340,7 @@ def _resize_module(
     """
     product = _read_product(names, tensors, source)
     decomposed = decompose_product(product.up, product.down)
-    # singular values, the largest first
-    singular_values = decomposed.sizes.numpy()
+    singular_values = decomposed.singular_values.numpy()
     old_rank = len(tensors[names.down])
     max_rank = options.new_rank
     if product.kernel and options.new_conv_rank is not None:
@@ -353,7 +351,7 @@ def _resize_module(
     kept_values = singular_values[:rank]
     # the singular vectors of the product are left @ u and right @ vh^T; the values go into the up factor
     down = decomposed.vh[:rank] @ decomposed.right.T
-    up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.sizes[:rank])
+    up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.singular_values[:rank])
     kernel_axes = [1] * len(product.kernel)  # the up factor of a convolution has the kernel size 1
     strength = 1.0
     if names.alpha is not None:

@@ -119,13 +119,11 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         split_sizes = _count_rows_of_parts(layer.name, factors)
         if not split_sizes:
             continue
-        # separate LoRAs that were joined into a block-diagonal one; else the full down factor, and some rows
-        # of the up factor
+        # LoRAs that were joined into a block-diagonal one; else each part gets its rows of the up factor
         loras = joined_blocks(factors, split_sizes) or _split_rows(factors, split_sizes)
         fused_prefix = f"{layer.start}to_{layer.name}."
-        endings = {
-            part: key.removeprefix(fused_prefix) for part, key in keys.items()
-        }  # as the file spells them
+        # name of the factor -> its ending as spelled in the file
+        endings = {part: key.removeprefix(fused_prefix) for part, key in keys.items()}
         for part_name, lora in zip(_FUSED_PARTS[layer.name], loras, strict=True):
             for factor_name, tensor in lora.items():
                 ending = endings.get(factor_name, factor_name)

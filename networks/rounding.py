@@ -26,7 +26,7 @@ _SMALLEST_FP16 = 2.0**-14  # smallest normal number: subnormal numbers below it 
 _TOLERANCE = 0.01  # fraction of a change that rounding to the nearest may lose
 _SAMPLE_ELEMENTS = 1 << 14  # elements of a weight from which the loss is estimated
 _MIN_SAMPLE_ROWS = 16  # LoRAs may change different rows of a fused weight
-_CHUNK = 1 << 20  # elements that are rounded at once
+_CHUNK = 1 << 20  # elements that are rounded at a time
 _NOISE = 1 << 21  # random numbers: 8 MB
 _MAX_NAMED_FILES = 3  # in a message
 SMALL_WEIGHT = 1 << 17  # up to this number of elements, the best of `_DRAWS` random roundings is used
@@ -170,7 +170,7 @@ class RandomRounding:
         best = values
         for draw in range(_DRAWS):
             rounded = values.clone()
-            # each draw has a seed of its own
+            # each draw has its own seed
             replace(self, seed=self.seed + bytes([draw])).round(rounded, 0)
             loss = abs(float(((rounded - values) * change).sum()))
             if loss < min_loss:
@@ -262,19 +262,19 @@ class LoraRounding:
         if not self._num_16_bit:
             return f"{option} has no effect: the weights are in float32, which keeps LoRAs of any size"
         if self._rule == STOCHASTIC:
-            return f"{self._num_16_bit} weights are rounded at random, as {option} says"
+            return f"{self._num_16_bit} weights are rounded at random, as set by {option}"
         # no rows were sampled, so the loss is not known
         if self._rule == NEAREST and not self._losses:
-            return f"weights are rounded to the nearest, as {option} says"
+            return f"weights are rounded to the nearest, as set by {option}"
         percentages = []
         for path, loss in self._losses.items():
-            # estimated from samples, so it may lie outside 0..1
+            # estimated from samples, so it may be outside 0..1
             percent = 100 * min(max(loss.kept_fraction, 0), 1)
             decimals = 1 if percent > 95 else 0
             percentages.append(f"{percent:.{decimals}f} % of {path.name}")
         keeps = list_some(percentages, _MAX_NAMED_FILES)
         if self._rule == NEAREST:
-            return f"weights are rounded to the nearest, as {option} says: that keeps {keeps}"
+            return f"weights are rounded to the nearest, as set by {option}: that keeps {keeps}"
         return (
             f"{self._num_random} of {self._num_16_bit} weights are rounded at random: rounding to the "
             f"nearest would keep {keeps}"
@@ -286,18 +286,17 @@ class LoraRounding:
         return {METADATA_KEY: self.describe()[:MAX_METADATA]} if self._num_random else {}
 
     def report(self, num_unmerged: int = 0) -> None:
-        """Log how the merged weights were rounded, as `describe` describes it, and forget the counts.
+        """Log how the weights merged since the last report were rounded, and reset the counts.
 
         Args:
             num_unmerged: Number of 8-bit or 4-bit weights that are not merged: their LoRAs are computed next
                 to them.
         """
         sentence = self.describe()
-        # nothing was merged, so `describe` is silent
         if num_unmerged and not self._num_changed and self._rule != AUTO:
             sentence = (
                 f"--lora_rounding {self._rule} has no effect: the weights stay in 8 or 4 bits, and LoRAs are "
-                "added beside them"
+                "computed separately"
             )
         if sentence:
             logger.info(sentence)

@@ -130,8 +130,8 @@ class SharedInput:
                 joined_weight = view_as_one_matrix(weights)
                 joined_bias = view_as_one_matrix(biases) if joined_weight is not None and biases else None
             outputs: Sequence[Tensor]
-            # joined unless there are biases that could not be joined
-            if joined_weight is not None and (joined_bias is not None or not biases):
+            can_use_one_product = joined_weight is not None and (joined_bias is not None or not biases)
+            if can_use_one_product:
                 outputs = _JoinedOutputs.apply(
                     split_sizes, x, self.down, self.stacked_up, joined_weight, joined_bias
                 )
@@ -212,7 +212,7 @@ class _Outputs(torch.autograd.Function):
 
 
 class _JoinedOutputs(torch.autograd.Function):
-    """Compute all layers as one product, because their weights are adjacent in memory; else `_Outputs`."""
+    """Compute the outputs of all layers as one product; requires weights that are adjacent in memory."""
 
     @staticmethod
     def forward(

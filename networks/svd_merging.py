@@ -26,9 +26,9 @@ class SvdMergeOptions(Options):
     new_conv_rank: int | None = option(
         "the same for convolutions; default: --new_rank", minimum=1, hint="a rank"
     )
-    save_precision: str = option("type of the factors", default="float", choices=PRECISIONS)
+    save_precision: str = option("dtype of the factors", default="float", choices=PRECISIONS)
     family: str | None = option(
-        "the model that the LoRAs are for, if neither their metadata nor their names and sizes say it",
+        "the model that the LoRAs are for, if neither their metadata nor their names and sizes show it",
         choices=MERGED_FAMILIES,
     )
     precision = not_needed("it is computed in float64.", choices=PRECISIONS)
@@ -51,7 +51,7 @@ def merge_and_resize(options: SvdMergeOptions) -> None:
         CheckpointError: If a file cannot be used, or they do not fit each other.
     """
     pairs = list(zip(options.models, options.ratios, strict=True))
-    uses = [WeightedLora(read_lora(path, with_texts=True), ratio) for path, ratio in pairs]
+    weighted_loras = [WeightedLora(read_lora(path, with_texts=True), ratio) for path, ratio in pairs]
     logger.info("merging %s", ", ".join(f"{path} (strength {ratio:g})" for path, ratio in pairs))
     with temporary_folder() as folder:
         exact = folder / "sum.safetensors"
@@ -62,7 +62,7 @@ def merge_and_resize(options: SvdMergeOptions) -> None:
             family=options.family,
             concat=True,
         )
-        save_sum(summing, exact, uses, CPU)
+        save_sum(summing, exact, weighted_loras, CPU)
         resize_file(
             ResizeOptions.from_defaults(
                 model=exact,

@@ -169,7 +169,7 @@ class ParsedKey(NamedTuple):
 
     path: str  # path of the module in the file, without prefixes: `blocks.0.attn1.to_q`
     full_path: str  # path of the module in the file, with prefixes
-    part: str  # our name of the part: `lora_down.weight`
+    suffix: str  # our name of the part: `lora_down.weight`
     dialect: str
 
 
@@ -323,7 +323,9 @@ def _text_layer(path: str) -> tuple[str, str]:
 
 
 def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> str | None:
-    """Return our prefix for a text encoder.
+    """Return our prefix for a text encoder, such as `lora_te1`.
+
+    The kind of its layers identifies the encoder; the number in the file counts encoders of this kind.
 
     Args:
         key: Parsed name of one of its tensors.
@@ -333,22 +335,18 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
     Returns:
         None if the family has another kind of encoder under the prefix of the file.
     """
-    encoders = _ENCODERS_OF_UNKNOWN_FAMILY if family is None else family.encoders
-    prefixes_of_kind = [prefix for prefix, layers in encoders if layers == kind]
+    kind_by_prefix = dict(_ENCODERS_OF_UNKNOWN_FAMILY if family is None else family.encoders)
+    prefixes_of_kind = [prefix for prefix, layers in kind_by_prefix.items() if layers == kind]
     file_prefix = key.start.rstrip("_.-").replace("lycoris_", "lora_")
-    if not file_prefix.startswith("lora_te"):  # another program's, which is translated by its number
-        # each encoder: our prefix and the kind of its layers
-        first_prefix, _ = encoders[0]
-        file_prefix = first_prefix if key.number == 1 else f"lora_te{key.number}"
+    if not file_prefix.startswith("lora_te"):  # another program's prefix
+        file_prefix = next(iter(kind_by_prefix)) if key.number == 1 else f"lora_te{key.number}"
     elif kind == OF_CLIP and file_prefix == "lora_te" and (family is None or len(prefixes_of_kind) > 1):
-        prefixes_of_kind = [file_prefix]  # files for Stable Diffusion 1 and 2 call their only CLIP lora_te
+        return file_prefix  # files for Stable Diffusion 1 and 2 call their only CLIP lora_te
     if prefixes_of_kind:
         # a number above the family's count of such encoders means the last one
         return prefixes_of_kind[min(key.number, len(prefixes_of_kind)) - 1]
-    # the family has this prefix, but for an encoder of another kind
-    if kind and file_prefix in dict(encoders):
-        return None
-    return file_prefix
+    is_prefix_of_other_kind = kind != "" and file_prefix in kind_by_prefix
+    return None if is_prefix_of_other_kind else file_prefix
 
 
 def describe_unknown(paths: Iterable[str]) -> str:

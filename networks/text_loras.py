@@ -26,26 +26,28 @@ from protocols.family import Family, TextEncoder, can_learn, has_text_layers
 logger = getLogger(__name__)
 
 
-def uses_for(
-    uses: Iterable[WeightedLora], prefix: str = "", prefixes: Collection[str] | None = None
+def select_for_network(
+    weighted_loras: Iterable[WeightedLora], prefix: str = "", prefixes: Collection[str] | None = None
 ) -> list[WeightedLora]:
-    """Return the LoRAs for one network, with names as for a transformer; skip LoRAs without changes of it.
+    """Return LoRAs reduced to their changes of one network, under names as in a LoRA for a transformer.
+
+    LoRAs that do not change the network are left out.
 
     Args:
-        uses: LoRA files with their strengths.
+        weighted_loras: LoRA files with their strengths.
         prefix: Prefix of a text encoder in LoRA files; "" for the DiT or U-Net.
         prefixes: Prefixes of all text encoders of the model; None if the LoRAs use these prefixes already, as
             after `rename_for_encoders`.
     """
-    parts = []
-    for use in uses:
+    loras_for_network = []
+    for weighted_lora in weighted_loras:
         if prefix:
-            lora = _select_encoder(use.lora, prefix, prefixes)
+            lora = _select_encoder(weighted_lora.lora, prefix, prefixes)
         else:
-            lora = replace(use.lora, text_tensors={})
+            lora = replace(weighted_lora.lora, text_tensors={})
         if lora.tensors:
-            parts.append(replace(use, lora=lora))
-    return parts
+            loras_for_network.append(replace(weighted_lora, lora=lora))
+    return loras_for_network
 
 
 def _select_encoder(lora: LoraFile, prefix: str, prefixes: Collection[str] | None) -> LoraFile:
@@ -79,47 +81,50 @@ def _select_encoder(lora: LoraFile, prefix: str, prefixes: Collection[str] | Non
 class TextLoras:
     """Merge LoRAs into text encoders, and into layers loaded with them, once after each encoder is loaded."""
 
-    def __init__(self, uses: Sequence[WeightedLora], rounding: str = NEAREST) -> None:
+    def __init__(self, weighted_loras: Sequence[WeightedLora], rounding: str = NEAREST) -> None:
         """Prepare to add LoRAs to text encoders.
 
         Args:
-            uses: LoRA files with their strengths.
+            weighted_loras: LoRA files with their strengths.
             rounding: A value of `--lora_rounding`.
         """
         self._rounding = LoraRounding(rounding)
-        self._uses = [use for use in uses if use.lora.text_tensors]
+        self._weighted_loras = [
+            weighted_lora for weighted_lora in weighted_loras if weighted_lora.lora.text_tensors
+        ]
         # changes of the transformer's modules that are loaded with a text encoder
-        self._text_side_uses = select_network_part(uses, of_text_encoders=True)
+        self._connector_loras = select_network_part(weighted_loras, of_text_encoders=True)
         self._known_prefixes: set[str] = set()  # prefixes of the model's text encoders seen so far
         self._merged: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # networks with merged LoRAs
 
     @property
     def is_empty(self) -> bool:
         """Return whether no LoRA changes a text encoder or a module that is loaded with one."""
-        return not self._uses and not self._text_side_uses
+        return not self._weighted_loras and not self._connector_loras
 
     def warn_of_unused(self, encoders: Sequence[TextEncoder]) -> None:
         """Warn of changes for text encoders that the model lacks or that do not support LoRAs."""
         prefixes = {encoder.lora_prefix for encoder in encoders if can_learn(encoder)}
         self._known_prefixes |= prefixes
-        for use in self._uses:
-            renamed = rename_texts(use.lora.text_tensors, prefixes)
+        for weighted_lora in self._weighted_loras:
+            renamed = rename_texts(weighted_lora.lora.text_tensors, prefixes)
             names = [name for name in renamed if prefix_of(name) not in prefixes]
             if names:
                 logger.warning(
-                    f"{use.lora.path}: {len(names)} tensors change a text encoder that this model does "
-                    f"not have, or that does not support LoRAs here, and are ignored: {list_some(names, 2)}"
+                    f"{weighted_lora.lora.path}: {len(names)} tensors change a text encoder that this model "
+                    "does not have, or that does not support LoRAs here, and are ignored: "
+                    f"{list_some(names, 2)}"
                 )
         if not any(has_text_layers(encoder) for encoder in encoders):
             self._warn_of_missing_connectors()
 
     def _warn_of_missing_connectors(self) -> None:
         """Warn of changes of modules between text encoder and transformer, which this model lacks."""
-        for use in self._text_side_uses:
-            names = [*use.lora.tensors]
+        for weighted_lora in self._connector_loras:
+            names = [*weighted_lora.lora.tensors]
             logger.warning(
-                f"{use.lora.path}: {len(names)} tensors change {text_side_of(names)}, which this model does "
-                f"not have, and are ignored: {list_some(names, 2)}"
+                f"{weighted_lora.lora.path}: {len(names)} tensors change {text_side_of(names)}, which this "
+                f"model does not have, and are ignored: {list_some(names, 2)}"
             )
 
     def add_to(self, encoder: TextEncoder) -> None:
@@ -128,48 +133,53 @@ class TextLoras:
         Raises:
             CheckpointError: If a LoRA does not fit, or if the encoder is in 8 bits.
         """
-        if self._uses and can_learn(encoder):
+        if self._weighted_loras and can_learn(encoder):
             prefix = encoder.lora_prefix
-            uses = uses_for(self._uses, prefix, {prefix, *self._known_prefixes})
-            self._merge(uses, encoder.network, encoder.name)
-        if self._text_side_uses and has_text_layers(encoder):
-            self._merge(self._text_side_uses, encoder.text_layers, encoder.name)
+            weighted_loras = select_for_network(self._weighted_loras, prefix, {prefix, *self._known_prefixes})
+            self._merge(weighted_loras, encoder.network, encoder.name)
+        if self._connector_loras and has_text_layers(encoder):
+            self._merge(self._connector_loras, encoder.text_layers, encoder.name)
 
-    def _merge(self, uses: Sequence[WeightedLora], network: nn.Module, label: str) -> None:
+    def _merge(self, weighted_loras: Sequence[WeightedLora], network: nn.Module, label: str) -> None:
         """Merge the LoRAs into a network once. Raises CheckpointError if weights in 8 bits would change.
 
         Args:
-            uses: LoRA files with their strengths.
+            weighted_loras: LoRA files with their strengths.
             network: The network.
             label: Name of the text encoder, for messages.
         """
         # merged before: a network stays merged
-        if not uses or network in self._merged:
+        if not weighted_loras or network in self._merged:
             return
-        patch = LoraPatch(uses, rounding=self._rounding)
+        patch = LoraPatch(weighted_loras, rounding=self._rounding)
         for name, parameter in network.named_parameters():
             if parameter.dtype.itemsize == 1 and patch.changes_parameter(published_parameter(name)):
                 raise CheckpointError(
-                    f"{uses[0].lora.path} changes the text encoder {label}, whose weights are kept in 8 "
-                    "bits.\n  Leave out the option that keeps it in fp8, or give a LoRA for the DiT only.",
-                    uses[0].lora.path,
+                    f"{weighted_loras[0].lora.path} changes the text encoder {label}, whose weights are kept "
+                    "in 8 bits.\n  Leave out the option that keeps it in fp8, or give a LoRA for the DiT "
+                    "only.",
+                    weighted_loras[0].lora.path,
                 )
         patch.bake(network, published_parameter)
         patch.check()
         self._merged.add(network)
 
 
-def with_words_of(family: Family, uses: Iterable[Iterable[WeightedLora]]) -> Family:
+def with_words_of(family: Family, weighted_loras: Iterable[Iterable[WeightedLora]]) -> Family:
     """Return a copy of the family whose prompts may contain the learned words of LoRAs.
 
     Args:
         family: The model family.
-        uses: LoRA files by expert.
+        weighted_loras: LoRA files by expert.
 
     Raises:
         CheckpointError: If a word does not fit its text encoders.
     """
-    files = {use.lora.path: use.lora.words for use in chain(*uses) if use.lora.words}
+    files = {
+        weighted_lora.lora.path: weighted_lora.lora.embeddings
+        for weighted_lora in chain(*weighted_loras)
+        if weighted_lora.lora.embeddings
+    }
     return with_words(family, files, "--lora_weight") if files else family
 
 
@@ -233,7 +243,7 @@ class FullPatch:
 
     def __init__(
         self,
-        uses: Sequence[WeightedLora],
+        weighted_loras: Sequence[WeightedLora],
         names: Iterable[str],
         model: Path,
         rounding: LoraRounding | None = None,
@@ -241,7 +251,7 @@ class FullPatch:
         """Split the LoRAs by the networks of a checkpoint.
 
         Args:
-            uses: LoRA files with their strengths.
+            weighted_loras: LoRA files with their strengths.
             names: Names of all tensors in the file.
             model: File of the checkpoint, for messages.
             rounding: Rounding of changed 16-bit weights, whose report covers all networks together.
@@ -249,13 +259,15 @@ class FullPatch:
         names = list(names)
         # prefixes of the text encoders in the file
         prefixes = sorted({piece.text_encoder for name in names for piece in pieces_of(name)} - {""})
-        renamed_uses = rename_for_encoders(uses, str(model), prefixes)
+        renamed_loras = rename_for_encoders(weighted_loras, str(model), prefixes)
         unet_names = [name for name in names if name.startswith(UNET)]
         # by the prefix of the network in LoRA files; "": the U-Net
-        self._patches = {"": LoraPatch(uses_for(renamed_uses), unet_names, model, rounding=rounding)}
+        self._patches = {
+            "": LoraPatch(select_for_network(renamed_loras), unet_names, model, rounding=rounding)
+        }
         for prefix in prefixes:
-            text_uses = uses_for(renamed_uses, prefix)
-            self._patches[prefix] = LoraPatch(text_uses, model=model, rounding=rounding)
+            text_loras = select_for_network(renamed_loras, prefix)
+            self._patches[prefix] = LoraPatch(text_loras, model=model, rounding=rounding)
 
     def changes_parameter(self, name: str) -> bool:
         """Return whether any file changes the tensor of this name."""
@@ -267,7 +279,7 @@ class FullPatch:
         Args:
             name: Name of the tensor in the checkpoint.
             tensor: The tensor.
-            target: Dtype to which the caller rounds the tensor; None for that of the tensor.
+            target: Dtype to which the caller rounds the tensor; None for the tensor's dtype.
         """
         for piece, patch in self._list_pieces(name):
             patch.add_to(piece.name, piece.take_rows(tensor), target)
@@ -285,12 +297,12 @@ class FullPatch:
 
 
 def rename_for_encoders(
-    uses: Iterable[WeightedLora], model: str, prefixes: Collection[str]
+    weighted_loras: Iterable[WeightedLora], model: str, prefixes: Collection[str]
 ) -> list[WeightedLora]:
     """Rename LoRAs to the prefixes of a model's text encoders; warn of changes for other encoders.
 
     Args:
-        uses: LoRA files with their strengths.
+        weighted_loras: LoRA files with their strengths.
         model: Name of the model, for messages.
         prefixes: Prefixes of the model's text encoders in LoRA files.
 
@@ -298,20 +310,20 @@ def rename_for_encoders(
         CheckpointError: If a LoRA changes only other text encoders.
     """
     renamed: list[WeightedLora] = []
-    for use in uses:
-        text_tensors = rename_texts(use.lora.text_tensors, prefixes)
-        warn_of_other_encoders(use, text_tensors, model, prefixes)
-        renamed.append(replace(use, lora=replace(use.lora, text_tensors=text_tensors)))
+    for weighted_lora in weighted_loras:
+        text_tensors = rename_texts(weighted_lora.lora.text_tensors, prefixes)
+        warn_of_other_encoders(weighted_lora, text_tensors, model, prefixes)
+        renamed.append(replace(weighted_lora, lora=replace(weighted_lora.lora, text_tensors=text_tensors)))
     return renamed
 
 
 def warn_of_other_encoders(
-    use: WeightedLora, text_tensors: Iterable[str], model: str, prefixes: Collection[str]
+    weighted_lora: WeightedLora, text_tensors: Iterable[str], model: str, prefixes: Collection[str]
 ) -> None:
     """Warn of changes for text encoders that a model lacks.
 
     Args:
-        use: The LoRA file.
+        weighted_lora: The LoRA file.
         text_tensors: Names of its tensors for text encoders; encoders of the model have the model's prefixes.
         model: Name of the model, for messages.
         prefixes: Prefixes of the model's text encoders in LoRA files.
@@ -320,9 +332,9 @@ def warn_of_other_encoders(
         CheckpointError: If the LoRA changes only such text encoders.
     """
     text_names = list(text_tensors)
-    path = use.lora.path
+    path = weighted_lora.lora.path
     unusable = [name for name in text_names if prefix_of(name) not in prefixes]
-    if unusable and not use.lora.tensors and len(unusable) == len(text_names):
+    if unusable and not weighted_lora.lora.tensors and len(unusable) == len(text_names):
         raise CheckpointError(
             f"{path} changes only text encoders, which {model} does not contain: "
             f"{list_some(unusable, 2)}.\n  Give a LoRA that was trained for this model.",

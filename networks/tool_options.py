@@ -19,8 +19,8 @@ PRECISIONS = ("float", "fp16", "bf16")
 BY_TENSOR = "models are always read and written tensor by tensor."
 ONLY_NEEDED = "write only what loaders need to know"
 EXACT_SUM = (
-    "LoRA into LoRA: add up the ranks, so that the sum is exact; without it, the best LoRA of the first "
-    "file's rank"
+    "merging into a LoRA: add up the ranks, so that the sum is exact; by default, the best LoRA of the "
+    "first file's rank is written"
 )
 MERGED_FAMILIES = ("sd1", "sd2", "sdxl")
 OF_LORAS = "it is for merging LoRAs into one"
@@ -40,15 +40,15 @@ class MergeOptions(Options):
         required=True,
     )
     dit_in_channels: int = option(
-        "refuse a checkpoint whose first layer takes another number of channels; the default, 16, "
+        "reject a checkpoint whose first layer has a different number of input channels; the default, 16, "
         "accepts any",
         default=MERGE_CHANNELS_UNCHECKED,
     )
     lora: LoraOptions
     lora_rounding: str = lora_rounding_option()
     expert: str | None = option(
-        "which expert of Wan2.2 A14B --dit is: chooses the part of a LoRA file for both, and warns of a "
-        "LoRA for the other; default: as the name of the file or folder says",
+        "the expert of Wan2.2 A14B that --dit is: selects its LoRA in a file for both, and warns of a LoRA "
+        "for the other one; default: from the name of the file or folder",
         choices=("high_noise", "low_noise"),
     )
     save_merged_model: Path = option("safetensors file to write", place="safetensors", required=True)
@@ -62,16 +62,18 @@ class ExtractOptions(Options):
     """Options to extract a LoRA; scripts of a single transformer leave out those in `OF_FULL`."""
 
     model_org: Path = option(
-        "the model before fine-tuning: a file, or of a transformer a folder", place="there", required=True
+        "the model before fine-tuning: a file, or the folder of a transformer", place="there", required=True
     )
     model_tuned: Path = option("the fine-tuned model", place="there", required=True)
     conv_dim: int | None = option(
         "rank for residual blocks and convolutions; default: they get no LoRA", minimum=1
     )
     min_diff: float = option(
-        "a text encoder of which no value has changed by more gets no LoRA", default=MIN_DIFF, minimum=0
+        "a text encoder gets no LoRA unless one of its values has changed by more than this",
+        default=MIN_DIFF,
+        minimum=0,
     )
-    save_precision: str | None = option("type of the LoRA's numbers; default: float", choices=PRECISIONS)
+    save_precision: str | None = option("dtype of the LoRA; default: float", choices=PRECISIONS)
     save_to: Path = option(
         "LoRA file to write",
         place="safetensors",
@@ -86,13 +88,13 @@ class ExtractOptions(Options):
     no_metadata: bool = option(ONLY_NEEDED)
 
 
-class BlockExtractWords(Options):
+class BlockExtractOptions(Options):
     """Options that only `networks/flux_extract_lora.py` and `qwen_extract_lora.py` have."""
 
     mem_eff_safe_open = not_needed(BY_TENSOR)
 
 
-class FullExtractWords(Options):
+class FullExtractOptions(Options):
     """Options that only `networks/extract_lora_from_models.py` has."""
 
     v2 = not_needed("the files say what they are.")
@@ -165,15 +167,15 @@ class FullMergeOptions(Options):
     """Options of `networks/sdxl_merge_lora.py`."""
 
     save_precision: str | None = option(
-        "type of the numbers to write; default: as the checkpoint", choices=PRECISIONS
+        "dtype of the result; default: that of the checkpoint", choices=PRECISIONS
     )
     precision: str = option(
-        "type of a merged LoRA if --save_precision is not given; float is computed in any case",
+        "dtype of a merged LoRA if --save_precision is not given; sums are always computed in float",
         default="float",
         choices=PRECISIONS,
     )
     sd_model: Path | None = option(
-        "checkpoint to merge into, a single file; without: into one LoRA", place="there"
+        "single-file checkpoint to merge into; without it, the LoRAs are merged into one LoRA", place="there"
     )
     save_to: Path = option(
         "file to write: the checkpoint, or the merged LoRA",
@@ -189,8 +191,8 @@ class FullMergeOptions(Options):
     no_metadata: bool = option(ONLY_NEEDED)
     concat: bool = option(EXACT_SUM, excludes="sd_model", hint=OF_LORAS)
     family: str | None = option(
-        "the model that the LoRAs are for, if one LoRA is written and neither their metadata nor their names "
-        "and sizes say it",
+        "the model that the LoRAs are for, if one LoRA is written and neither their metadata nor their "
+        "names and sizes show it",
         choices=MERGED_FAMILIES,
         excludes="sd_model",
         hint=OF_LORAS,

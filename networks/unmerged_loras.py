@@ -34,51 +34,53 @@ def add_unmerged(
     for name, weight_changes in changes.items():
         parameter = ChangedParameter(name, dit.get_submodule(name.removesuffix(".weight")))
         num_rows = len(parameter.unpacked)
-        branches = [LoraBranch(parameter, change.delta, change.use.multiplier) for change in weight_changes]
+        branches = [
+            LoraBranch(parameter, change.delta, change.weighted_lora.multiplier) for change in weight_changes
+        ]
         for branch, change in zip(branches, weight_changes, strict=True):
-            branch.mask_ranks(dit, change.use.lora.metadata)
+            branch.mask_ranks(dit, change.weighted_lora.lora.metadata)
             # a rotation takes all inputs, and selects its outputs itself
             if branch.rotation is not None:
-                branch.output_rows = change.rows
-            elif change.rows is not None:  # only some of the outputs change: pad the others with zeros
-                padding = (change.rows.start, num_rows - change.rows.stop)
+                branch.output_rows = change.row_slice
+            elif change.row_slice is not None:  # only some of the outputs change: pad the others with zeros
+                padding = (change.row_slice.start, num_rows - change.row_slice.stop)
                 branch.apply_region = partial(functional.pad, pad=padding)
         layer = LoraWrapper(parameter, branches)
         layer.attach()
         layer.switch_on(device, dtype)
 
 
-def split_masked(uses: Iterable[WeightedLora]) -> tuple[list[WeightedLora], list[WeightedLora]]:
+def split_masked(weighted_loras: Iterable[WeightedLora]) -> tuple[list[WeightedLora], list[WeightedLora]]:
     """Return the LoRAs that can be merged, and those that were trained with a mask of ranks (T-LoRA)."""
     plain: list[WeightedLora] = []
     masked: list[WeightedLora] = []
-    for use in uses:
-        if rank_rule_of(use.lora.metadata) is None:
-            plain.append(use)
+    for weighted_lora in weighted_loras:
+        if rank_rule_of(weighted_lora.lora.metadata) is None:
+            plain.append(weighted_lora)
         else:
-            masked.append(use)
+            masked.append(weighted_lora)
     return plain, masked
 
 
-def masked_changes(dit: nn.Module, uses: Sequence[WeightedLora]) -> Mapping[str, Sequence[Change]]:
+def masked_changes(dit: nn.Module, weighted_loras: Sequence[WeightedLora]) -> Mapping[str, Sequence[Change]]:
     """Return the changes that T-LoRAs make to a loaded network, for `add_unmerged`; warn of missing parts.
 
     Raises:
         CheckpointError: If a file does not fit, or if it changes anything besides weights of layers.
     """
-    patch = LoraPatch(uses, is_masked=True)
+    patch = LoraPatch(weighted_loras, is_masked=True)
     for parameter in find_parameters(dit).values():
         name = parameter.path
         if not patch.changes_parameter(name):
             continue
         if not parameter.adds_to_output or not patch.leave_unmerged(name, tuple(parameter.unpacked.shape)):
-            rule = rank_rule_of(uses[0].lora.metadata)
+            rule = rank_rule_of(weighted_loras[0].lora.metadata)
             assert rule is not None  # else it is merged
             raise CheckpointError(
-                f"{uses[0].lora.path} is {named(rule.kind)} according to its metadata, but has more for "
-                f"{name} than the two factors of a layer, which rank masks do not support.\n  Give the file "
-                "as the training wrote it.",
-                uses[0].lora.path,
+                f"{weighted_loras[0].lora.path} is {named(rule.kind)} according to its metadata, but has "
+                f"more for {name} than the two factors of a layer, which rank masks do not support.\n  Give "
+                "the file as the training wrote it.",
+                weighted_loras[0].lora.path,
             )
     patch.check()
     return patch.unmerged

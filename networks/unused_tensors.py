@@ -12,8 +12,8 @@ from protocols.bundled_embeddings import BUNDLE, word_of
 
 # consequence if the reason is unknown
 _UNKNOWN_CONSEQUENCE = (
-    "it is damaged or for another model, and does not do here what it was trained for. Copy it again, or "
-    "give a LoRA for this model."
+    "it is damaged or for another model, so it does not have the effect that it was trained for. Copy it "
+    "again, or give a LoRA for this model."
 )
 _WORD_EMBEDDINGS = ("emb_params", BUNDLE, "string_to_param")  # prefixes of names in several programs' files
 # levels that PEFT adds to the path of a module
@@ -127,7 +127,7 @@ def explain_absent_module(
     if model is not None and module_names.has_module(module, model):  # of the same family
         if leaf == "bias":
             return UnusedReason(
-                ": they are biases, which these layers do not have here", "its biases are left out."
+                ": they are biases, which these layers do not have in this model", "its biases are left out."
             )
         return UnusedReason(
             f": other models of {model.name} have them",

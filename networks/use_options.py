@@ -122,7 +122,7 @@ def require_files(option: str, paths: Sequence[Path], folder_advice: str | None 
     for path in paths:
         if not path.exists():
             raise OptionError(
-                f"{option} {path}: no such file.{explain_missing(path)} Give the path of an existing one"
+                f"{option} {path}: no such file.{explain_missing(path)} Give the path of an existing file"
             )
         if folder_advice is not None and path.is_dir():
             inside = next((file.name for file in sorted(path.glob("*.safetensors"))), None)

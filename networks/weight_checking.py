@@ -16,7 +16,7 @@ class WeightCheckOptions(Options, title="what to do"):
 
     file: Path = option("LoRA file", positional=True, place="file")
     show_all_keys: bool = option(
-        "print all tensors; else the two matrices of LoRA alone", flags=("--show_all_keys", "-s")
+        "print all tensors, not only the two matrices of each LoRA module", flags=("--show_all_keys", "-s")
     )
 
 

@@ -18,7 +18,7 @@ from networks.kinds import KINDS
 from networks.kinds.composing import MAGNITUDE_KIND_NAME, MAGNITUDES, kinds_of_parts
 from networks.kinds.contract import TranslatedModules
 from networks.kinds.factors import DOWN, UP, Factors
-from networks.lora_products import diagonal_blocks, fused_sizes
+from networks.lora_products import diagonal_blocks, rows_of_fused_parts
 from networks.module_names import alias, is_stacked, module_path, parts_of, stacked_path, to_alias
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.texts import comfyui_path_of_text, diffusers_path_of_text
@@ -67,9 +67,9 @@ def in_dialect(
             if written is not None:  # None: the kind is written like LoRAs
                 return written
     # ComfyUI reads diffusers' names for some families (their path prefix is not `diffusion_model.`)
-    elif not (family.is_as_in_diffusers and family.start != IN_COMFYUI):
+    elif not (family.is_as_in_diffusers and family.path_prefix != IN_COMFYUI):
         return _to_comfyui(modules, family)
-    prefix = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else diffusers_prefix
+    prefix = UNET_IN_DIFFUSERS if family.path_prefix == UNET_IN_DIFFUSERS else diffusers_prefix
     # families with fused parts: alpha / rank is folded exactly, by powers of two
     convert_factors = _in_toolkit if family.parts else _in_diffusers
     return write_modules(
@@ -82,7 +82,7 @@ def _to_comfyui(modules: Mapping[str, Factors], family: FamilyNames) -> Translat
 
     Plain LoRAs of weights that diffusers splits are written as for diffusers, all others with our modules.
     """
-    is_split_in_diffusers = family.parts and family.start == IN_DIFFUSERS
+    is_split_in_diffusers = family.parts and family.path_prefix == IN_DIFFUSERS
     plain_loras: dict[str, Factors] = {}
     other_modules: dict[str, Factors] = {}
     for name, factors in modules.items():
@@ -221,7 +221,7 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
         others = {part: tensor for part, tensor in tensors.items() if part not in LORA_FACTORS}
         tensors = _fold(factors) | others
     elif rank is not None:
-        # an alpha of 0 stands for the rank, and is written as the rank
+        # an alpha of 0 means the rank, and is written as the rank
         tensors["alpha"] = torch.tensor(deltas.scaling_of(factors) * rank)
     bias = read_delta(factors).bias_in_file_dtype()
     if bias is not None:
@@ -240,16 +240,14 @@ def _in_diffusers(factors: Factors) -> ConvertedFactors:
         factors = _to_full_rank(factors)
     if factors.keys() - deltas.PLAIN_LORA_FACTORS - {MAGNITUDES} or DOWN not in factors:
         parts = sorted(factors.keys() - {"alpha"})
-        return f"{', '.join(parts)} has no form in this dialect"
+        return f"{', '.join(parts)} cannot be expressed in this dialect"
     if delta.has_input_magnitudes:
-        return f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, diffusers has them by output"
+        return f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, but diffusers has them by output"
     # alpha / rank goes into the factors, because PEFT's files have no alpha tensors
     tensors = _fold(factors)
     bias = delta.bias_in_file_dtype()
     if bias is not None and MAGNITUDES in factors:
-        return (
-            f"it has a bias together with {MAGNITUDE_KIND_NAME} magnitudes, which has no form in that dialect"
-        )
+        return f"it has both a bias and {MAGNITUDE_KIND_NAME} magnitudes, which this dialect cannot express"
     if bias is not None:
         tensors[PEFT_ENDS["lora_up.bias"]] = bias
     if MAGNITUDES in factors:
@@ -308,24 +306,24 @@ def _split_for_diffusers(name: str, factors: Factors, family: FamilyNames) -> Pi
     if path is None:
         return _UNKNOWN
     parts = parts_of(name, family)
-    if not parts:
-        return {path: factors}  # diffusers has this module unsplit
-    # a fused weight, which diffusers has in parts
-    if len(parts) > 1:
-        return _cut(factors, [placed.path for placed in parts])
-    # one part: all rows, possibly with swapped halves
-    (placed,) = parts
+    has_same_name = not parts
+    if has_same_name:
+        return {path: factors}
+    is_split = len(parts) > 1
+    if is_split:
+        return _cut(factors, [part_path for part_path, _ in parts])
+    ((renamed_path, part),) = parts
     delta = read_delta(factors)
-    # a rotation is the same for all rows, so their order does not matter
-    if placed.part.index != SWAPPED or delta.rotation is not None:
-        return {placed.path: factors}
-    # scale and shift of a norm: the two layouts have these halves of the rows in opposite orders
-    row_tensors = [factors[part] for part in (UP, "diff", SET_WEIGHT, "diff_b") if part in factors]
+    # a rotation of inputs is the same for all rows, so their order does not matter
+    if part.index != SWAPPED or delta.rotation is not None:
+        return {renamed_path: factors}
+    # the scale and shift of a norm: the two layouts have these halves in opposite orders
+    row_tensors = [factors[key] for key in (UP, "diff", SET_WEIGHT, "diff_b") if key in factors]
     num_rows = len(row_tensors[0]) if row_tensors else 0
     swapped = None
     if num_rows:
         swapped = delta.select_rows(torch.arange(num_rows).roll(num_rows // 2))
-    return "it has no rows to swap" if swapped is None else {placed.path: swapped.factors}
+    return "it has no rows to swap" if swapped is None else {renamed_path: swapped.factors}
 
 
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
@@ -335,16 +333,15 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
         factors: Factors of the module, by name of the part.
         paths: Paths of the parts.
     """
-    # an input rotation is the same for all rows: each part gets all of it
+    # an input rotation is the same for all rows, so each part gets a copy
     rotation = read_delta(factors).rotation
     if rotation is not None:
-        # copies: files cannot contain tensors that share memory
         return {path: {rotation.factor_name: factors[rotation.factor_name].clone()} for path in paths}
     size = _size_to_cut(factors)
     if size is None:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
     rows, columns = size
-    row_counts = fused_sizes(len(paths), rows, columns)
+    row_counts = rows_of_fused_parts(len(paths), rows=rows, columns=columns)
     # two parts are keys and values, or the two layers of a gated feed-forward: they have equal heights
     if len(paths) == 2 and rows % 2 == 0:
         row_counts = (rows // 2, rows // 2)
@@ -418,17 +415,23 @@ def convert_to_dialect(
             return TranslatedModules(written.tensors, written.left_out | unreadable)
         if family is not None and family.stacked_in_comfyui:
             return _write_fused(native, family)
-    underscored_names = ""  # "ours" or "aliases"; "": the target has dotted paths
-    if family is not None and target == "other" and family.underscored_in_comfyui:
-        underscored_names = "aliases"
-    elif family is not None and target != "diffusers":
-        underscored_names = family.always_underscored
-    if not underscored_names and target != "default":
+    underscored_names = _select_underscored_names(family, target)
+    has_dotted_paths = not underscored_names and target != "default"
+    if has_dotted_paths:
         return in_dialect(native, family, target, diffusers_prefix)
     tensors = add_missing_alphas(native)
     if underscored_names == "aliases" and family is not None:
         tensors = rename_to_aliases(tensors, family)
     return TranslatedModules(tensors, {})
+
+
+def _select_underscored_names(family: FamilyNames | None, target: str) -> str:
+    """Return the underscored names that a target uses: "ours", "aliases", or "" for dotted paths."""
+    if family is None or target == "diffusers":
+        return ""
+    if target == "other" and family.underscored_in_comfyui:
+        return "aliases"
+    return family.underscored_names
 
 
 def _find_unreadable_in_comfyui(native: Mapping[str, Tensor]) -> dict[str, str]:
@@ -483,10 +486,10 @@ def split_fused_layers(tensors: Mapping[str, Tensor], family: FamilyNames) -> di
     split: dict[str, Factors] = {}
     for name, factors in deltas.group_by_module(rename_to_aliases(tensors, family, alias)).items():
         parts = parts_of(name.removeprefix(OURS), family)
-        paths = [OURS + placed.path.replace(".", "_") for placed in parts]
+        paths = [OURS + path_and_part.path.replace(".", "_") for path_and_part in parts]
         pieces = _cut(factors, paths) if paths else {name: factors}
         if isinstance(pieces, str):
-            logger.warning(f"{name}: {pieces}; it stays whole")
+            logger.warning(f"{name}: {pieces}; it is not split")
             pieces = {name: factors}
         split.update(pieces)
     # copies, because tensors in safetensors files must not share memory

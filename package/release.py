@@ -26,7 +26,7 @@ from modules.version import VERSION
 
 CHANGES = ROOT / "CHANGELOG.md"
 CHECKSUMS = "SHA256SUMS"
-MAX_NOTES = 125_000  # characters that GitHub takes as the text of a release
+MAX_NOTES = 125_000  # characters that GitHub accepts as the text of a release
 RELATIVE_LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s]+)\)")
 
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def check_tag(tag: str) -> None:
-    """Raise UserError if a tag is not that of the version in pyproject.toml."""
+    """Raise UserError if a tag does not name the version in pyproject.toml."""
     if tag != f"v{VERSION}":
         raise UserError(f"The tag {tag} is not v{VERSION}, the version in pyproject.toml. Change one of them")
 
@@ -112,7 +112,7 @@ def write_checksums(folder: Path) -> None:
     if not files:
         raise UserError(f"{folder} contains no file. Build into it: python -m build --outdir {folder}")
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
-    # bytes: on Windows a text would have \r\n, which sha256sum takes as part of the names
+    # bytes: on Windows a text would have \r\n, which sha256sum treats as part of the names
     (folder / CHECKSUMS).write_bytes("".join(lines).encode())
 
 

@@ -37,10 +37,10 @@ def package_name(name: str) -> str:
     return PACKAGE + name.removeprefix(FRONT_NAME) if name.startswith(FRONT_NAME) else f"{PACKAGE}.{name}"
 
 
-def rewrite_imports(source: str, ours: Collection[str]) -> str:
+def rewrite_imports(source: str, own_names: Collection[str]) -> str:
     """Rewrite all absolute imports of our modules as imports below `reelsmith`, keeping line numbers.
 
-    `ours` are top-level names of the checkout.
+    `own_names` are top-level names of the checkout.
 
     Raises:
         ValueError: If the text has `import modules.errors` and uses the name `modules`: in the package, this
@@ -50,7 +50,7 @@ def rewrite_imports(source: str, ours: Collection[str]) -> str:
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     lines = source.encode().splitlines(keepends=True)  # the offsets of `ast` count bytes
     # from the end of the text, so that earlier offsets stay valid
-    for line, offset, name, is_bound in sorted(_find_imports(tree, lines, ours), reverse=True):
+    for line, offset, name, is_bound in sorted(_find_imports(tree, lines, own_names), reverse=True):
         top = name.partition(".")[0]
         if is_bound and top in used:
             raise ValueError(f"line {line}: `import {name}` binds {top}, which is used; import from it")
@@ -70,20 +70,20 @@ class OwnImport(NamedTuple):
     is_bound: bool  # whether it binds the top-level name
 
 
-def _find_imports(tree: ast.AST, lines: list[bytes], ours: Collection[str]) -> Iterator[OwnImport]:
+def _find_imports(tree: ast.AST, lines: list[bytes], own_names: Collection[str]) -> Iterator[OwnImport]:
     """Yield the position and name of each import of a module of this project in a source file.
 
-    `tree` and `lines` are the parsed source and its lines; `ours` are the top-level names of our modules.
+    `tree` and `lines` are the parsed source and its lines; `own_names` the top-level names of our modules.
     Relative imports are left out: they stay as they are in the package.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name.partition(".")[0] in ours:
+                if alias.name.partition(".")[0] in own_names:
                     yield OwnImport(alias.lineno, alias.col_offset, alias.name, alias.asname is None)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             name = node.module or ""
-            if name.partition(".")[0] in ours:
+            if name.partition(".")[0] in own_names:
                 word = re.match(rb"from\s+", lines[node.lineno - 1][node.col_offset :])
                 assert word is not None, f"line {node.lineno}: no name follows `from`"
                 yield OwnImport(node.lineno, node.col_offset + word.end(), name, is_bound=False)

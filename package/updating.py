@@ -134,7 +134,7 @@ def go_back(root: Path) -> None:
         _reject_changes(root, "back")
         _reject_own_commits(root, note)
         _move_clone(root, CloneMove(_git(root, "rev-parse", "HEAD"), note.before, is_return=True))
-    _say(f"This folder is at {note.before[:9]} again, as before the update. update goes forward.")
+    _say(f"This folder is at {note.before[:9]} again, as before the update. update installs it again.")
 
 
 def repair(root: Path) -> None:
@@ -197,6 +197,7 @@ def _repair(root: Path) -> None:
     backup = state_folder / BACKUP
     partial_backup = state_folder / f"{BACKUP}.part"
     old_backup = state_folder / f"{BACKUP}.old"
+    # `_make_backup` was killed after it had renamed the old backup, before it renamed the new one
     was_killed_between_renames = partial_backup.exists() and old_backup.exists() and not backup.exists()
     if was_killed_between_renames:
         replace_file(old_backup, backup)
@@ -205,13 +206,12 @@ def _repair(root: Path) -> None:
     unfinished = backup / UNFINISHED
     if not unfinished.exists():
         return
-    lines = (
-        unfinished.read_bytes().decode("ascii", "replace").split()
-    )  # empty after an update from a zip file
+    # the commits of an update of a clone; empty for an update from a zip file
+    lines = unfinished.read_bytes().decode("ascii", "replace").split()
     if lines and (root / ".git").exists():
         _resume_clone_move(root, lines)
     else:
-        _say("An update of this folder was ended half way. It is undone now; run it again to have it.")
+        _say("An update of this folder was interrupted. It is being undone; run it again afterwards.")
         _restore_backup(root, is_repair=True)
 
 
@@ -237,11 +237,11 @@ def _update_clone(root: Path) -> None:
     _move_clone(root, CloneMove(before, after, is_return=False))
     changes = f"{count} change{'s' if count != '1' else ''}"
     _say(f"Updated by {changes}, from {before[:9]} to {after[:9]}. Start Reelsmith again.")
-    _say("back returns to the version before.")
+    _say("back returns to the previous version.")
 
 
 def _move_clone(root: Path, move: CloneMove) -> None:
-    """Let git change the files of a clone to those of another commit.
+    """Let git change the files of a clone to the files of another commit.
 
     If the process is killed meanwhile, the next start reads the two commits from UNFINISHED and finishes.
 
@@ -281,7 +281,7 @@ def _complete_move(root: Path, move: CloneMove) -> None:
 def _resume_clone_move(root: Path, lines: Sequence[str]) -> None:
     """Finish an update or a return of a clone that was killed while git changed files.
 
-    `lines` are those of UNFINISHED: the commits before and after, and "back" for a return.
+    `lines` come from UNFINISHED: the commits before and after, and "back" for a return.
 
     Raises:
         UserError: If git may still be running, or fails.
@@ -294,7 +294,7 @@ def _resume_clone_move(root: Path, lines: Sequence[str]) -> None:
     if lock.exists() and time.time() - lock.stat().st_mtime < GIT_SECONDS:
         raise UserError(f"git may be at work in {root} ({lock}). Wait a minute, and start again")
     lock.unlink(missing_ok=True)
-    _say("An update of this folder, or its back, was ended half way. It is finished now.")
+    _say("An update of this folder, or a return with back, was interrupted. It is being completed.")
     # files that equal neither commit are the user's own: they are copied before git overwrites them
     user_edits = _list_differing(root, move.before) & _list_differing(root, move.after)
     copies = {name: _find_copy_name(root, name) for name in user_edits if (root / name).is_file()}
@@ -306,7 +306,7 @@ def _resume_clone_move(root: Path, lines: Sequence[str]) -> None:
 
 
 def _list_differing(root: Path, commit: str) -> set[str]:
-    """Return the paths of files that differ from those of a commit."""
+    """Return the paths of files that differ from a commit."""
     return set(_git(root, "diff", "--name-only", "--no-renames", "-z", commit).split("\0")) - {""}
 
 
@@ -322,8 +322,8 @@ def _read_commits(root: Path) -> UpdateRecord:
     commits = path.read_bytes().decode("ascii", "replace").split()
     if len(commits) not in (1, 2) or not all(map(OBJECT.fullmatch, commits)):
         raise UserError(
-            f"{path} does not name the version before the update any more. To return to one, look for it in "
-            "git reflog, and type git reset --keep with its name"
+            f"{path} no longer names the version before the update. To return to one, look for it in git "
+            "reflog, and type git reset --keep with its name"
         )
     return UpdateRecord(before=commits[0], after=commits[1] if commits[1:] else None)
 
@@ -345,7 +345,7 @@ def _reject_own_commits(root: Path, record: UpdateRecord) -> None:
         )
     if record.before not in _git(root, "rev-list", "HEAD").splitlines():
         raise UserError(
-            f"{location} does not come from the version before the update ({record.before[:9]}). Nothing was "
+            f"{location} is not based on the version before the update ({record.before[:9]}). Nothing was "
             "changed. Type git switch with the name of the branch that was updated, and run back again"
         )
 
@@ -370,8 +370,8 @@ def _reject_changes(root: Path, command: str) -> None:
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
-            f"You changed {', '.join(changed[:3])}{more}, which {command} would overwrite. Commit that, or "
-            "put it aside with git stash, and run again"
+            f"You changed {', '.join(changed[:3])}{more}, which {command} would overwrite. Commit or stash "
+            "your changes with git, and run again"
         )
 
 
@@ -414,7 +414,7 @@ def _update_from_zip(root: Path, file: Path) -> None:
         files = _unpack(file, unpacked)
         change = _plan_update(root, unpacked, files)
         if not change.replaced and not change.added:
-            _say(f"{file.name} has the version that is here.")
+            _say(f"{file.name} has the version that is already installed.")
             return
         digests = {name: _digest(unpacked / name) for name in files}
         _save_updater(root)
@@ -422,7 +422,7 @@ def _update_from_zip(root: Path, file: Path) -> None:
         _install_files(root, unpacked, digests, change)
         unfinished.unlink()
     except OSError as error:
-        state = "back returns to the version before" if unfinished.exists() else "nothing was changed"
+        state = "back returns to the previous version" if unfinished.exists() else "nothing was changed"
         raise UserError(
             f"{file.name}: the update stopped ({error}). Close the programs that use files of {root}, or "
             f"free some space, and run it again; {state}"
@@ -457,10 +457,10 @@ def _report_update(change: FileChange, had_digests: bool) -> None:
     _report_saved_copies(change.edited_copies)
     if change.replaced and not had_digests:
         _say(
-            "Whether you had changed one of these files is not known, as set_up.py never started it here. "
-            f"As they were, they are in {STATE_FOLDER}/{BACKUP} until the next update."
+            "It is not known whether you had changed any of these files, because set_up.py never started "
+            f"Reelsmith here. Their old versions are in {STATE_FOLDER}/{BACKUP} until the next update."
         )
-    _say("back returns to the version before.")
+    _say("back returns to the previous version.")
 
 
 def _copy_atomically(root: Path, source: Path, name: str) -> None:
@@ -534,7 +534,7 @@ def _unpack(file: Path, folder: Path) -> list[str]:
         *(NotImplementedError, RuntimeError, ValueError, OverflowError, MemoryError),
     ) as error:
         reason = escape_control_codes(str(error))[:200]
-        raise UserError(f"{file.name} is not a whole zip file ({reason}). Download it again") from None
+        raise UserError(f"{file.name} is not a complete zip file ({reason}). Download it again") from None
     return sorted(entries)
 
 
@@ -558,7 +558,7 @@ def _find_program_folder(path: Path, archive: zipfile.ZipFile, members: Iterable
     except (KeyError, ValueError):
         project = None
     if not isinstance(project, dict) or project.get("name") != DISTRIBUTION:
-        raise UserError(f"{path.name} has no Reelsmith in it")
+        raise UserError(f"{path.name} does not contain Reelsmith")
     return top
 
 
@@ -619,8 +619,8 @@ def _plan_update(root: Path, unpacked: Path, files: list[str]) -> FileChange:
     blocked = next((name for name in files if _is_blocked(root, name)), None)
     if blocked is not None:
         raise UserError(
-            f"The new version has a file {blocked}, and a file or folder of another kind is in its place. "
-            "Nothing was changed. Rename the one that is there, and run the update again"
+            f"The new version has a file {blocked}, but a folder has its path, or a file has the path of its "
+            "folder. Nothing was changed. Rename the existing one, and run the update again"
         )
     existing = [name for name in files if (root / name).exists()]
     differing = [name for name in existing if not filecmp.cmp(root / name, unpacked / name, shallow=False)]
@@ -659,8 +659,8 @@ def _read_files(root: Path) -> list[str]:
         names = read_text(note, MAX_OF_NOTE).split("\n")
     except (OSError, ValueError):
         raise UserError(
-            f"{note}, a note of the last update, cannot be read. Delete it, and run the update again: files "
-            "that the new version lacks stay"
+            f"{note}, a record of the last update, cannot be read. Delete it, and run the update again: "
+            "files that the new version lacks stay"
         ) from None
     return [name for name in names if not _find_name_error(name)]
 
@@ -736,8 +736,8 @@ def _restore_backup(root: Path, is_repair: bool = False) -> None:
         shutil.rmtree(old)
         shutil.rmtree(root / STATE_FOLDER / UNPACKED, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"Not all of the version before is back ({error}). Run back again") from None
-    _say(f"The version before is back (files: {len(change.replaced)}, removed: {len(change.added)}).")
+        raise UserError(f"The previous version is not fully restored ({error}). Run back again") from None
+    _say(f"The previous version was restored (files: {len(change.replaced)}, removed: {len(change.added)}).")
 
 
 def _save_user_edits(root: Path, names: Iterable[str]) -> None:
@@ -787,8 +787,8 @@ def _read_plan(path: Path) -> FileChange:
             raise ValueError("a name that no version has")
     except (OSError, ValueError, TypeError, AttributeError):
         raise UserError(
-            f"{path}, the note of the last update, cannot be read, and nothing was changed. The files of the "
-            f"version before are in {path.parent}: copy them back by hand"
+            f"{path}, the record of the last update, cannot be read, and nothing was changed. The files of "
+            f"the previous version are in {path.parent}: copy them back by hand"
         ) from None
     return change
 
@@ -817,7 +817,7 @@ def _reject_user_edits(names: Sequence[str]) -> None:
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(
-            f"You changed {', '.join(names[:3])}{more} since the update, and the version before would "
+            f"You changed {', '.join(names[:3])}{more} since the update, and the previous version would "
             "replace that. Nothing was changed. Move what you changed to another folder, and run it again"
         )
 
@@ -832,7 +832,7 @@ def _report_unknown_files(root: Path, files: Iterable[str]) -> None:
     others = [name for name in found if fold_name(name) not in ours]
     if others:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        _say(f"Not of this version, and left there: {', '.join(others[:5])}{more}.")
+        _say(f"Not part of this version, and not removed: {', '.join(others[:5])}{more}.")
         _say("Delete them if they are not yours.")
 
 

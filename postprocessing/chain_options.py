@@ -196,7 +196,7 @@ def parse_tool(argv: Sequence[str], prog: str) -> ToolOptions:
     for argument in arguments:
         flag = argument.partition("=")[0]
         if flag in run_flags and flag not in tool_flags:
-            raise OptionError(f"{flag} holds for the whole run. Write it before the first {THEN}.")
+            raise OptionError(f"{flag} applies to the whole run. Write it before the first {THEN}.")
     return tool, read_options(tool.options_class, _parse_with_default_model(parser, tool, arguments))
 
 

@@ -39,7 +39,7 @@ class Stage(Protocol):
         """Name of the tool in messages, such as `upscaler`."""
 
     def plan_output(self, clip: Clip) -> Clip:
-        """Return the properties of the clip that the stage makes from a clip.
+        """Return the size, rate and length of the stage's output for a clip.
 
         Raises MediaError or OptionError if the stage cannot process the clip, such as one that is
         too small.

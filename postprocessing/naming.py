@@ -114,9 +114,9 @@ def list_sources(chain: Chain) -> list[Path]:
     ]
     sources = [path for path in files if not path.stem.rstrip("_").endswith(ending)]
     if not sources:
-        kinds = "video" if chain.needs_video else "video and no picture"
-        results = f" but {len(files)} with {ending}, which are results" if files else ""
-        raise MediaError(f"--input {folder} is a folder that holds no {kinds}{results}. Give another folder.")
+        kinds = "video" if chain.needs_video else "video or picture"
+        results = f", except {len(files)} with {ending}, which are results" if files else ""
+        raise MediaError(f"--input {folder} is a folder without a {kinds}{results}. Give another folder.")
     num_results = len(files) - len(sources)
     if num_results:
         logger.info(

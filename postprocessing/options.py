@@ -144,7 +144,7 @@ class InterpolationOptions(Options, title="interpolation"):
             raise OptionError(f"--mode {self.mode}: use {WITH_RAFT} or {WITH_FLOWFORMER}")
         if not self.motion_scale or abs(float(self.motion_scale) - self.ds_factor) > ROUNDED:
             raise OptionError(
-                f"--ds_factor {self.ds_factor}: give a simple part, such as 1, 0.75, 0.5 or 0.25"
+                f"--ds_factor {self.ds_factor}: give a simple fraction, such as 1, 0.75, 0.5 or 0.25"
             )
 
     @property
@@ -189,8 +189,8 @@ class BlurOptions(Options, title="what is blurred"):
         minimum=1,
     )
     conf: float = option(
-        "least score of what is blurred, 0 to 1: whatever scores less stays visible, unless --hold or "
-        "--lookback covers it; lower is safer",
+        "minimum score of what is blurred, 0 to 1: anything with a lower score stays visible, unless --hold "
+        "or --lookback covers it; lower is safer",
         default=0.5,
         minimum=0,
         maximum=1,
@@ -225,7 +225,7 @@ class BlurOptions(Options, title="what is blurred"):
     )
     detection_size: int = option(
         "images are looked at in a copy with at most this short side (YuNet: long side; YOLO: if its "
-        "file leaves it open), 0 for their full size: larger finds smaller faces and takes longer",
+        "file leaves it open), 0 for their full size: a larger side finds smaller faces and is slower",
         default=640,
     )
     allow_none: bool = option(

@@ -27,7 +27,7 @@ from postprocessing.upscaling.stage import check_upscaler, make_upscaler
 
 
 class _ToolLoaders(NamedTuple):
-    """The functions of a tool that take its options."""
+    """Functions of a tool: one checks its model files, the other loads its networks."""
 
     check_files: Callable[[Any], None]  # reads the headers of its model files
     load_stage: Callable[[Any, torch.device], Stage]
@@ -190,7 +190,7 @@ class PostTools:
         for (tool, _), name in zip(self.selected.tools, self.selected.labels, strict=True):
             if frames == 1 and tool.needs_video:
                 raise OptionError(
-                    f"{name} works between the frames of a video, and {label} gives a single one. Leave "
+                    f"{name} works between the frames of a video, but {label} gives a single one. Leave "
                     f"{name} out, or make a video."
                 )
 

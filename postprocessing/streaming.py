@@ -88,7 +88,7 @@ class BoundedQueue(Generic[T]):
 def read_in_thread(source: Iterable[T], max_items: int = QUEUE_SIZE) -> Iterator[Iterator[T]]:
     """Yield an iterator over `source`, which a thread reads ahead; it also raises the errors of `source`.
 
-    At most `depth` items wait, and one more is being processed by the thread. When the `with` block has
+    At most `max_items` items wait, and one more is being processed by the thread. When the `with` block has
     ended, so has the thread, and `source` is closed if it is a generator.
     """
     queue: BoundedQueue[T] = BoundedQueue(max_items)

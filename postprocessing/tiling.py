@@ -215,21 +215,20 @@ class MemoryFittedRunner:
 
         `images` is the batch that failed, `reason` the message of its error.
         """
-        batch = min(self.batch, len(images))
+        batch_size = min(self.batch, len(images))
         longest = max(images.shape[-2:])
-        side = min(self.tile or longest, longest)  # a tile of 0 stands for whole images
+        side = longest if self.tile == WHOLE_IMAGE else min(self.tile, longest)
         minimum = min_tile(self.step, self.overlap)
-        if batch > 1:
-            self.batch = batch // 2
-            logger.info("Memory is full: from now on %d at once.", self.batch)
+        if batch_size > 1:
+            self.batch = batch_size // 2
+            logger.info("Out of memory: the batch size is now %d.", self.batch)
         elif self.is_auto and side > minimum:
             self.tile = max(round_up(side // 2, self.step), minimum)
-            logger.info("Memory is full: from now on pictures are cut into tiles of %d pixels.", self.tile)
+            logger.info("Out of memory: pictures are now split into tiles of %d pixels.", self.tile)
         else:
             raise MemoryPlanError(
-                f"the device has too little memory even for {side} x {side} pixels at once ({reason}).\n"
-                "  Use a smaller --tile, --dtype fp16 or bf16, or close other programs that use the "
-                "device."
+                f"the device does not have enough memory even for {side} x {side} pixels ({reason}).\n"
+                "  Use a smaller --tile, --dtype fp16 or bf16, or close other programs that use the device."
             )
 
     def _run_tiled(self, run: Run, images: Tensor) -> Tensor:
@@ -327,4 +326,4 @@ def compile_parts(
     if not options.compile:
         return
     compile_each(parts, choice)
-    logger.info("The network is compiled with %s at its first use, which takes some time.", choice.backend)
+    logger.info("The network is compiled with %s at its first use, which takes a while.", choice.backend)

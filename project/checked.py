@@ -16,8 +16,8 @@ from modules.text_files import parse_json, parse_toml, read_text
 from modules.version import VERSION
 from project.options import WRITTEN
 
-REMEMBERED = Path("cache", "checked.json")  # in the described folder
-LEFT_OUT = {"cache", "output", "check.html"}  # what runs and checks write themselves
+CHECK_RECORD = Path("cache", "checked.json")  # in the described folder
+WRITTEN_BY_RUNS = {"cache", "output", "check.html"}  # what runs and checks write themselves
 MAX_FILES = 100_000  # larger folders are always checked again
 MAX_BYTES = 1000  # maximum size of the file
 
@@ -30,12 +30,12 @@ def remember_checked(folder: Path, commands: Sequence[Sequence[str]], model_file
         commands: Commands of the folder's run, with the options that were typed.
         model_files: Paths of the model's files.
     """
-    mark = _mark(folder, commands, model_files)  # hash of what was checked; None if it cannot be made
-    if mark is None:
+    fingerprint = _hash_checked_files(folder, commands, model_files)
+    if fingerprint is None:
         return
     try:
-        (folder / REMEMBERED).parent.mkdir(exist_ok=True)
-        write_text(folder / REMEMBERED, json.dumps({"checked": mark}))
+        (folder / CHECK_RECORD).parent.mkdir(exist_ok=True)
+        write_text(folder / CHECK_RECORD, json.dumps({"checked": fingerprint}))
     except (OSError, OutputError):
         return
 
@@ -46,15 +46,17 @@ def was_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Se
     `folder` is the described folder, `commands` are those of its run, `model_files` the model's paths.
     """
     try:
-        content = parse_json(read_text(folder / REMEMBERED, MAX_BYTES))
-        remembered = content["checked"]
+        content = parse_json(read_text(folder / CHECK_RECORD, MAX_BYTES))
+        fingerprint = content["checked"]
     except (OSError, ValueError, LookupError, TypeError):
         return False
-    return bool(remembered) and remembered == _mark(folder, commands, model_files)
+    return bool(fingerprint) and fingerprint == _hash_checked_files(folder, commands, model_files)
 
 
-def _mark(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]) -> str | None:
-    """Return a hash of the files that the checks read; None if some are outside the known folders."""
+def _hash_checked_files(
+    folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]
+) -> str | None:
+    """Return a hash of all that the checks read; None if that is outside of the folder, or too much."""
     try:
         texts = [read_text(folder / name) for name in WRITTEN]
         if _reads_elsewhere(parse_toml(texts[0])):
@@ -87,9 +89,9 @@ def _walk(folder: Path) -> Iterator[str]:
     """Yield the files of a folder, except hidden files and those written by runs."""
     for folder_text, folders, names in os.walk(folder):
         is_top = Path(folder_text) == folder
-        folders[:] = [name for name in folders if name[0] != "." and not (is_top and name in LEFT_OUT)]
+        folders[:] = [name for name in folders if name[0] != "." and not (is_top and name in WRITTEN_BY_RUNS)]
         for name in names:
-            if name[0] != "." and not (is_top and name in LEFT_OUT):
+            if name[0] != "." and not (is_top and name in WRITTEN_BY_RUNS):
                 yield f"{folder_text}{os.sep}{name}"
 
 

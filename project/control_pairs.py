@@ -1,6 +1,5 @@
 """Recognize pairs of images and control images, which train ControlNets but not LoRAs."""
 
-import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,15 @@ from project.kinds.contract import RunKind
 
 # folders of control images
 CONTROLS = re.compile(r"(controls?|conditions?|conditioning)([-_ ]?(images?|pictures?))?", re.IGNORECASE)
+
+
+def _has_control_image(controls: ControlFolder, stem: str) -> bool:
+    """Return whether an image has a control image; False also if the names of its files are ambiguous."""
+    try:
+        controls.for_image(stem, 1)
+    except DatasetError:
+        return False
+    return True
 
 
 def describe_control_pairs(
@@ -35,12 +43,7 @@ def describe_control_pairs(
         controls = ControlFolder(control_folder, {path.stem for path in pictures})
     except DatasetError:
         return None
-    missing = []
-    for path in pictures:
-        with contextlib.suppress(DatasetError):
-            controls.for_image(path.stem, 1)
-            continue
-        missing.append(path.name)
+    missing = [path.name for path in pictures if not _has_control_image(controls, path.stem)]
     if len(missing) == len(pictures):
         return None
     errors = ""
@@ -49,7 +52,7 @@ def describe_control_pairs(
     if controls.unmatched:
         errors += f". Without a picture: {list_some([path.name for path in controls.unmatched])}"
     return warning(
-        f"{control_folder}: left out, as {kind.title} learns no control pictures. "
+        f"{control_folder}: left out, as {kind.title} does not use control pictures. "
         f"{len(pictures) - len(missing)} of {len(pictures)} pictures have one there{errors}. --train "
         f"{control_kind.name} trains {control_kind.title} on such pairs (docs/control.md)"
     )

@@ -257,26 +257,25 @@ def count_frames(clip: Media, model: ModelSet) -> int:
 
 def describe_dataset(setup: RunSetup) -> str:
     """Return the text of dataset.toml: a table for each folder and kind of media, or subsets of one table."""
-    data = setup.model.properties
-    from_image = data.get("from_image", False)
+    properties = setup.model.properties
     lines = _format_toml_table("[general]", _make_general_keys(setup))
     if setup.has_subsets:
         return "\n".join([*lines, *_describe_subsets(setup), ""])
     clip_keys = _make_clip_keys(setup)
     folders_and_kinds = dict.fromkeys((item.path.parent, item.kind) for item in setup.media)
     for folder, kind in folders_and_kinds:
-        # an image-to-video model takes the first frames from the clips
-        if from_image and kind != "video":
-            continue
-        # clips are not suitable for a run that learns single frames
-        if kind == "video" and setup.frames == 1 and not trains_on_frames_of_clips(setup.model):
+        # an image-to-video model takes its start images from the clips
+        is_unused_image = kind != "video" and properties.get("from_image", False)
+        # a run with single frames needs a model that trains on single frames of clips
+        is_unused_clip = kind == "video" and setup.frames == 1 and not trains_on_frames_of_clips(setup.model)
+        if is_unused_image or is_unused_clip:
             continue
         keys = _make_folder_keys(setup, folder, kind)
         if kind == "video":
             keys |= clip_keys
         lines += ["", *_format_toml_table("[[datasets]]", keys)]
     if "[[datasets]]" not in lines:
-        minimum = min_clip_frames(setup.model) / data["fps"]
+        minimum = min_clip_frames(setup.model) / properties["fps"]
         raise OptionError(
             f"--task {setup.model.task} learns from clips of at least {minimum:.1f} seconds, and "
             f"{setup.options.folder} has none. Choose another --family or --task."
@@ -366,6 +365,22 @@ def _make_folder_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, Any
     # links are not followed: `run` writes nothing outside the described folder
     name_here = folder.relative_to(setup.options.folder)
     keys["cache_directory"] = (Path("cache") / f"{kind}s" / name_here).as_posix()
+    keys |= _make_condition_keys(setup, folder, kind)
+    folder_name = content.parsed_folder_names.get(folder)  # of a folder such as 10_cat: repeats and class
+    if folder in content.repeats_by_folder:  # balances real and generated files
+        keys["num_repeats"] = content.repeats_by_folder[folder]
+    elif folder_name is not None and folder_name.repeats > 1:
+        keys["num_repeats"] = folder_name.repeats
+    class_tokens = setup.trigger_word if folder_name is None else folder_name.class_tokens
+    if class_tokens and _lacks_captions(setup, folder, kind):
+        keys["class_tokens"] = class_tokens
+    return keys | dict(setup.table_keys_by_folder.get(folder, {}))
+
+
+def _make_condition_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, Any]:
+    """Return the keys that name a folder's references, control images, layers and masks."""
+    content = setup.content
+    keys: dict[str, Any] = {}
     # references of an editing model, and control images of a control network, share a key
     source = content.reference_folders.get(folder) if kind == "image" else None
     if source is not None:
@@ -378,25 +393,15 @@ def _make_folder_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, Any
         keys["control_directory"] = setup.relative_path(content.control_folders[folder])
     if real_path(folder) in content.mask_folders:
         keys["mask_directory"] = setup.relative_path(content.mask_folders[real_path(folder)])
-    name = content.parsed_folder_names.get(folder)
-    if name is not None and name.repeats > 1:
-        keys["num_repeats"] = name.repeats
-    # the repeats that balance real and generated files have precedence
-    if folder in content.repeats_by_folder:
-        keys["num_repeats"] = content.repeats_by_folder[folder]
-    # `name` is parsed from a folder name such as 10_cat: repeats and class
-    class_tokens = setup.trigger_word if name is None else name.class_tokens
-    if class_tokens and _lacks_captions(setup, folder, kind):
-        keys["class_tokens"] = class_tokens
-    return keys | dict(setup.table_keys_by_folder.get(folder, {}))
+    return keys
 
 
-def _lacks_captions(setup: RunSetup, place: Path, kind: str) -> bool:
+def _lacks_captions(setup: RunSetup, folder: Path, kind: str) -> bool:
     """Return whether any file of a kind in a folder lacks a caption."""
     # unreadable files count too: the run requires captions for all files
-    if any(path.parent == place for path in setup.content.unreadable_media):
+    if any(path.parent == folder for path in setup.content.unreadable_media):
         return True
-    of_kind = [item for item in setup.media if item.path.parent == place and item.kind == kind]
+    of_kind = [item for item in setup.media if item.path.parent == folder and item.kind == kind]
     return any(item.caption is None for item in of_kind)
 
 
@@ -640,15 +645,18 @@ def _make_download_command(setup: RunSetup) -> list[str]:
 
 
 def _list_arguments(setup: RunSetup, step: str) -> list[str]:
-    """Return the arguments of a model's command; audio-only folders get the option for audio alone."""
-    words = shlex.split(setup.model.commands[step])
+    """Return the arguments of a model's command, such as "latents" or "train", for the media of the folder.
+
+    For a folder of audio only, the option with which the model trains on audio alone is set.
+    """
+    argv = shlex.split(setup.model.commands[step])
     if setup.has_only_audio:
         option, value = setup.model.properties["sound_alone"].split()
-        if option in words:
-            words[words.index(option) + 1] = value
+        if option in argv:
+            argv[argv.index(option) + 1] = value
         else:
-            words += [option, value]
-    return words
+            argv += [option, value]
+    return argv
 
 
 def describe_run(setup: RunSetup, commands: list[list[str]]) -> str:
@@ -685,7 +693,8 @@ def _describe_targets(setup: RunSetup) -> list[str]:
         return []
     lines = [
         "",
-        f"# This model {few_steps.distilled}. Plain training unlearns {few_steps.lost}: see docs/targets.md.",
+        f"# This model {few_steps.distillation_clause}. Plain training unlearns "
+        f"{few_steps.unlearned_pronoun}: see docs/targets.md.",
     ]
     for target in few_steps.targets:
         lines.append(f"# To {target.about}:")

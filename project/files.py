@@ -7,7 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dataset.config import load_dataset_config, with_lengths, with_references
 from dataset.control_pairs import check_pairs
@@ -51,7 +51,7 @@ from project.model_choice import (
     ModelInfo,
     check_model_files,
     check_word,
-    describe_makes,
+    describe_outputs,
     read_model_info,
     select_model,
     trains_on_audio_alone,
@@ -73,10 +73,10 @@ from project.options import (
     typed_in,
 )
 from project.own_commands import (
-    captions_of,
     describe_length,
     describe_own_images_commands,
     lacks_media,
+    list_distinct_captions,
     write_prompts,
 )
 from project.own_samples import OWN_PROMPTS, REAL_MEDIA, balance_origins, find_origin, use_prompts_as_captions
@@ -96,10 +96,12 @@ UNREADABLE_WITHOUT_CAPTION = (
 def write_project(options: NewOptions) -> None:
     """Write run.toml, dataset.toml and prompts.txt of a folder; print what was found and chosen.
 
-    With --dry_run the changes are printed instead of written, with --print_run only the text of run.toml.
+    1. Complete the options from another trainer's project (--from) or a recipe, and choose the model.
+    2. Choose what is trained. For an adapter and an empty folder, only write prompts, and stop.
+    3. Read the folder, and collect all that the three files depend on.
+    4. Write them, with captions from lists, and with the first frames of clips if the model learns images.
 
-    Also writes captions from lists into caption files, and the first frames of clips for a model that
-    learns images.
+    With --dry_run the changes are printed instead of written, with --print_run only the text of run.toml.
 
     Raises:
         OutputError: If one of the three files exists.
@@ -141,22 +143,22 @@ def write_project(options: NewOptions) -> None:
 
 
 def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
-    """Write the files that describe a run, unless --dry_run is set, and return their contents by path.
+    """Write run.toml, dataset.toml and prompts.txt, unless --dry_run is set; return the text of each path.
 
-    Captions and first frames of clips are written before them.
+    Before them, captions from lists and first frames of clips are written.
     """
     options = setup.options
-    text_by_name = _make_texts(setup, describing.list_commands(setup))
-    if not options.dry_run:
-        _write_content(setup.content)
+    text_by_name = _make_project_texts(setup, describing.list_commands(setup))
     if setup.kind.makes_training_adapter and find_origin(setup.content) == REAL_MEDIA:
-        text_by_name[OWN_PROMPTS] = write_prompts(captions_of(setup))
-    texts = {options.folder / name: text for name, text in text_by_name.items()}
+        # the model will generate images from these captions, to learn from
+        text_by_name[OWN_PROMPTS] = write_prompts(list_distinct_captions(setup))
+    text_by_path = {options.folder / name: text for name, text in text_by_name.items()}
     if not options.dry_run:
-        for path, text in texts.items():
+        _write_captions_and_first_frames(setup.content)
+        for path, text in text_by_path.items():
             write_text(path, text)
         remember_folder(options.folder, options.models)
-    return texts
+    return text_by_path
 
 
 def _print_report(
@@ -171,21 +173,20 @@ def _print_report(
         adopted_lines: Lines about values of another trainer's project, or of a recipe.
     """
     options = setup.options
-    control_pair_warnings: list[str] = []  # `find_errors` adds warnings
-    errors = find_errors(setup, texts[options.folder / DATASET_FILE], control_pair_warnings)
+    problems = _check_dataset(setup, texts[options.folder / DATASET_FILE])
     lines = describe_licenses(setup.model) if excludes_many(setup.model) else []
     # the order of the lines is that of the decisions: model, captions, tags, then problems
     lines += adopted_lines
     lines += _describe_choice(setup, remarks)
     lines += _describe_captions(setup)
     lines += _describe_tags(setup)
-    lines += [*control_pair_warnings, *errors]
+    lines += [*problems.control_pair_warnings, *problems.errors]
     if options.dry_run:
         lines += _describe_changes(texts)
     else:
         written = ", ".join(str(options.folder / name) for name in WRITTEN)
         lines.append(f"written: {written}")
-        lines.append(_describe_next(setup, bool(errors)))
+        lines.append(_describe_next(setup, bool(problems.errors)))
     print_lines(show_kinds(lines))
 
 
@@ -193,9 +194,7 @@ def _reject_existing(options: NewOptions) -> None:
     """Raise OutputError if a file to write already exists and may not be overwritten."""
     existing = [path for path in (options.folder / name for name in WRITTEN) if path.exists()]
     if existing and not (options.overwrite or options.dry_run or options.print_run):
-        raise OutputError(
-            f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
-        )
+        raise OutputError(f"{existing[0]} already exists. Edit it, or give --overwrite to replace all three.")
 
 
 def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:
@@ -220,7 +219,7 @@ def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:
     print_lines(lines)
 
 
-def _make_texts(setup: describing.RunSetup, commands: list[list[str]]) -> dict[str, str]:
+def _make_project_texts(setup: describing.RunSetup, commands: list[list[str]]) -> dict[str, str]:
     """Return the text of run.toml, dataset.toml and prompts.txt, by file name."""
     dataset = describing.describe_dataset(setup)
     samples = describing.describe_samples(setup)
@@ -241,7 +240,9 @@ def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
             lineterm="",
         )
         lines += changes
-    return ["Nothing is written. So the three files would change:", *lines] if lines else [UNCHANGED]
+    if not lines:
+        return [UNCHANGED]
+    return ["Nothing is written. So the three files would change:", *lines]
 
 
 def _make_setup(
@@ -339,7 +340,7 @@ def _remove_rejected_options(setup: describing.RunSetup, foreign: ForeignProject
 
     def make_run_files(training_options: Mapping[str, Any]) -> dict[str, str]:
         changed = dataclasses.replace(setup, training_options=training_options)
-        return _make_texts(changed, describing.list_commands(changed))
+        return _make_project_texts(changed, describing.list_commands(changed))
 
     script = read_script_options(setup.kind.find_training_command(setup.model)[0])
     check_run(foreign, script.name, setup.folder, make_run_files)
@@ -399,23 +400,25 @@ def _collect_content(
 def _list_suggested_models(model: ModelSet, model_info: ModelInfo) -> SuggestedModels:
     """Return models for folders that this one cannot use: with references, audio alone, or silent clips."""
     models = find_models()
-    of_family = [entry for entry in models if entry.family == model.family]
-    editing_tasks = [entry.task for entry in of_family if needs_image(entry)]
-    audio_options = [f"--task {entry.task}" for entry in of_family if trains_on_audio_alone(entry)]
-    if not audio_options:
-        audio_families = dict.fromkeys(entry.family for entry in models if trains_on_audio_alone(entry))
+    models_of_family = [other for other in models if other.family == model.family]
+    audio_options = [f"--task {other.task}" for other in models_of_family if trains_on_audio_alone(other)]
+    if not audio_options:  # suggest other families
+        audio_families = dict.fromkeys(other.family for other in models if trains_on_audio_alone(other))
         audio_options = [f"--family {family}" for family in audio_families]
-    silent_tasks: list[str] = []
+    silent_task = ""
     if model_info.trains_on_audio:
-        silent_tasks = [entry.task for entry in of_family if not read_model_info(entry).trains_on_audio]
+        silent_tasks = (
+            other.task for other in models_of_family if not read_model_info(other).trains_on_audio
+        )
+        silent_task = next(silent_tasks, "")
     return SuggestedModels(
-        editing_task=editing_tasks[0] if editing_tasks else "",
+        editing_task=next((other.task for other in models_of_family if needs_image(other)), ""),
         audio_options=" or ".join(audio_options),
-        silent_task=silent_tasks[0] if silent_tasks else "",
+        silent_task=silent_task,
     )
 
 
-def _write_content(content: FolderContent) -> None:
+def _write_captions_and_first_frames(content: FolderContent) -> None:
     """Write first frames of clips, and caption files for captions from lists.
 
     Existing caption files are not changed.
@@ -428,25 +431,32 @@ def _write_content(content: FolderContent) -> None:
             write_text(path, f"{text}\n")
 
 
-def find_errors(setup: describing.RunSetup, dataset: str, remarks: list[str]) -> list[str]:
-    """Return the errors in the media and caption files of a dataset that would end a training run.
+class DatasetProblems(NamedTuple):
+    """Lines about what is wrong with the files of a dataset."""
+
+    errors: list[str]  # would end a training run
+    control_pair_warnings: list[str]
+
+
+def _check_dataset(setup: describing.RunSetup, dataset_toml: str) -> DatasetProblems:
+    """Check the media, captions and control images of a dataset as a training run would.
 
     Images that --dry_run does not write are not checked. Missing captions are omitted, because other lines
     report them, except for files that cannot be read.
 
     Args:
         setup: The chosen model and its material.
-        dataset: Text of dataset.toml.
-        remarks: Lines about oddities that do not end a run are appended to it.
+        dataset_toml: Text of dataset.toml.
     """
     family = setup.model_info.family
-    if setup.options.dry_run and setup.content.first_frames:
-        return []
     errors: list[Fault] = []
+    pair_warnings: list[str] = []
+    if setup.options.dry_run and setup.content.first_frames:
+        return DatasetProblems([], [])
     # dataset.toml is not written yet: a temporary copy is read, in the folder that its paths start from
     with temporary_folder() as copies, contextlib.chdir(setup.options.folder), quiet():
         copy = copies / DATASET_FILE
-        write_text(copy, dataset)
+        write_text(copy, dataset_toml)
         config = load_dataset_config(copy)
         config = with_lengths(config, describing.clip_lengths_of(setup.model))
         config = with_references(config, family.references, family.abilities.references)
@@ -454,13 +464,14 @@ def find_errors(setup: describing.RunSetup, dataset: str, remarks: list[str]) ->
             errors += _find_errors_of_table(table, setup.content.unreadable_media)
         if setup.kind.uses_control_images and not errors:
             try:
-                check_pairs(config, setup.kind.title, remarks.append)
+                check_pairs(config, setup.kind.title, pair_warnings.append)
             except DatasetError as error:
                 errors.append(Fault("tables cannot be used", str(error)))
     written = str(setup.options.folder / DATASET_FILE)
     lines = [line.replace(str(copy), written) for line in list_errors(errors, LISTED)]
     # indented lines belong to the error above them
-    return [line if line.startswith(" ") else fault(line) for line in lines]
+    lines = [line if line.startswith(" ") else fault(line) for line in lines]
+    return DatasetProblems(lines, pair_warnings)
 
 
 def _find_errors_of_table(table: DatasetTable, unreadable_media: Iterable[Path]) -> list[Fault]:
@@ -489,7 +500,7 @@ def _describe_next(setup: describing.RunSetup, has_errors: bool) -> str:
     run_text = f"{own_command(*command)} {downloads}checks, caches and trains"
     steps_before = []
     if has_errors:
-        steps_before.append("correct what is listed above")
+        steps_before.append("fix the problems listed above")
     if _find_uncaptioned_media(setup):
         steps_before.append("give captions or a trigger word as above")
     text = run_text
@@ -513,10 +524,10 @@ def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str
         alternative = "" if setup.options.trains else ". --train lora trains a LoRA without them"
         data = f"its pairs with {control_folder}"
         if setup.kind.inpaints_images:
-            data = "its pictures, of which each step marks a random part to repaint"
+            data = "its pictures, in which each step masks a random part to repaint"
         lines.append(f"{folder}: {setup.kind.title} learns from {data}{alternative}")
     for name, checkpoint in setup.embedded_model_files.items():
-        lines.append(f"--{name}: the one inside {checkpoint}. --model_file {name}=FILE takes another")
+        lines.append(f"--{name}: taken from {checkpoint}. --model_file {name}=FILE uses another one")
     lines += _describe_precision(setup)
     if setup.model_info.task_contradiction:
         lines.append(warning(setup.model_info.task_contradiction))
@@ -552,14 +563,14 @@ def _describe_distillation(setup: describing.RunSetup) -> list[str]:
     if few_steps is None or setup.kind.makes_training_adapter:
         return []
     subject = "It" if setup.model_info.task_contradiction else setup.model_name
-    text = f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}"
+    unlearned = few_steps.unlearned_pronoun
+    text = f"{subject} {few_steps.distillation_clause}, and plain training unlearns {unlearned}"
     target_hint = (
-        "the comment signs from the lines of a target that keeps "
-        f"{few_steps.lost}, in [training] of {RUN_FILE}"
+        f"the comment signs from the lines of a target that keeps {unlearned}, in [training] of {RUN_FILE}"
     )
     if not setup.kind.supports_few_step_targets:
         return [warning(f"{text}. {few_steps.advice_for_full_training}")]
-    if few_steps.is_certain:  # families with only distilled models have no alternative
+    if few_steps.applies_to_all_files:  # families with only distilled models have no alternative
         text += f". Take {target_hint}"
     else:
         text += f". {few_steps.advice_for_lora}. Or take {target_hint}"
@@ -597,7 +608,7 @@ def _describe_model(setup: describing.RunSetup) -> str:
     missing = [part for part in model.components if part.option and part.option not in existing]
     missing_bytes = total_bytes(missing)
     download = f"{gigabytes(missing_bytes)} to download" if missing_bytes else "its files are there"
-    outputs = describe_makes(model, setup.model_info)
+    outputs = describe_outputs(model, setup.model_info)
     summary = f"{setup.model_name} makes {outputs}; {download}"
     if setup.kind is FULL:  # other lines report the memory
         free = gigabytes(free_bytes(setup.folder))
@@ -613,23 +624,26 @@ def _describe_lengths(setup: describing.RunSetup) -> list[str]:
     frames = setup.frames
     clips = [item for item in setup.media if item.is_clip]
     lines = []
-    timed = [clip for clip in clips if frames > 1 and clip.seconds is not None]
-    short = [clip.path for clip in timed if describing.count_frames(clip, model) < frames]
+    short: list[Path] = []
+    if frames > 1:
+        timed = [clip for clip in clips if clip.seconds is not None]
+        short = [clip.path for clip in timed if describing.count_frames(clip, model) < frames]
     if short:
         fps = model.properties.get("fps")
         lines.append(warning(f"{name_some(short)}: shorter than {frames} frames (at {fps} a second)"))
     if clips and frames == 1:
         names = name_some([clip.path for clip in clips])
-        learned = "which learns their first frame"
+        consequence = "which learns their first frame"
         if not describing.trains_on_frames_of_clips(model):
             minimum = describing.min_clip_frames(model)
-            learned = (
-                f"which learns nothing of less than {minimum} frames (at {model.properties['fps']} a second)"
+            consequence = (
+                f"which cannot train on clips of fewer than {minimum} frames (at {model.properties['fps']} "
+                "a second)"
             )
-        lines.append(warning(f"{names}: too short for a clip of this model, {learned}"))
+        lines.append(warning(f"{names}: too short for a clip of this model, {consequence}"))
     images = [item.path for item in setup.media if item.kind == "image"]
     if images and model.properties.get("from_image"):
-        lines.append(warning(f"{name_some(images)}: pictures, of which this model learns nothing"))
+        lines.append(warning(f"{name_some(images)}: pictures, which this model cannot train on"))
     return lines
 
 
@@ -652,7 +666,7 @@ def _describe_captions(setup: describing.RunSetup) -> list[str]:
     empty = [item.path for item in setup.media if item.caption == ""]
     if empty:
         noun = "an empty caption" if len(empty) == 1 else "empty captions"
-        meaning = f"only {trigger} is learned there" if trigger else "nothing is learned by name"
+        meaning = f"only {trigger} is learned there" if trigger else "nothing is learned under a name"
         lines.append(warning(f"{name_some(empty)}: {noun}: {meaning}"))
     by_trigger = _find_replaced_by_trigger(setup, uncaptioned)
     if by_trigger:
@@ -684,7 +698,7 @@ def _describe_tags(setup: describing.RunSetup) -> list[str]:
     example = ", ".join(tags.lists[0][:3])
     found_text = f"{count}: lists of tags ({example}, ...)"
     if setup.tags is None:
-        return [f"{found_text}, learned as they stand: {setup.model_name} was trained on sentences"]
+        return [f"{found_text}, used unchanged: {setup.model_name} was trained on sentences"]
     # if the model was trained on sentences, many models derived from it were trained on tags
     was_trained_on_tags = bool(setup.model.properties["tags"])
     reader = f"Models made from {setup.model_name} on tags read"
@@ -698,13 +712,16 @@ def _describe_tags(setup: describing.RunSetup) -> list[str]:
         return lines
     owner = "the model" if was_trained_on_tags else "such a model"
     lines += [
-        f"{tags.first_with_underscore}: {owner}'s own tags have blanks "
-        f"({as_words(tags.first_with_underscore)}). To write yours so (the "
-        f"old captions are kept as .bak), in the folder {setup.folder}:",
+        f"{tags.first_with_underscore}: {owner}'s own tags have spaces "
+        f"({as_words(tags.first_with_underscore)}). To convert yours (the old captions are kept as .bak), "
+        f"run this in the folder {setup.folder}:",
         f"  {typed_in(make_argv_to_write_blanks(tags), setup.folder)}",
     ]
     if tags.separator != ",":
-        lines += ["and describe it again, as its lists have commas then:", f"  {_make_new_command(setup)}"]
+        lines += [
+            "then run `new` again, because the lists are separated by commas afterwards:",
+            f"  {_make_new_command(setup)}",
+        ]
     return lines
 
 
@@ -721,14 +738,14 @@ def _describe_tag_keys(setup: describing.RunSetup, tags: TagLists) -> str:
     return text
 
 
-def _find_replaced_by_trigger(setup: describing.RunSetup, bare: Sequence[Path]) -> list[Path]:
+def _find_replaced_by_trigger(setup: describing.RunSetup, uncaptioned: Sequence[Path]) -> list[Path]:
     """Return the media for which the trigger word replaces a missing caption.
 
-    `bare` are the media that have neither a caption nor a replacement.
+    `uncaptioned` are the media that have neither a caption nor a replacement.
     """
     content = setup.content
     lacking = [item.path for item in setup.media if item.caption is None]
-    replaced = [path for path in lacking if path not in {*bare, *content.undecodable_captions}]
+    replaced = [path for path in lacking if path not in {*uncaptioned, *content.undecodable_captions}]
     return [path for path in replaced if path.parent not in content.parsed_folder_names]
 
 

@@ -24,13 +24,13 @@ from modules.text_files import parse_json, read_content, read_text
 JSON = ".json"
 # column names, in addition to those of dataset tables
 # fmt: off
-PATHS = (
+ALL_PATH_COLUMNS = (
     "image_path", "video_path", "audio_path", *PATH_COLUMNS, "filename", "file", "file_path", "filepath",
     "image", "video", "audio", "image_file", "image_name", "name", "key",
 )
 # fmt: on
-TEXTS = (*CAPTION_COLUMNS, "description", "label", "tags")
-TABLE_KEY = "image_table_file or video_table_file in dataset.toml takes it"
+ALL_CAPTION_COLUMNS = (*CAPTION_COLUMNS, "description", "label", "tags")
+TABLE_KEY = "use it as image_table_file or video_table_file in dataset.toml"
 
 
 @dataclass
@@ -39,10 +39,10 @@ class ListedCaptions:
 
     # captions by the path of their clip, image or audio file
     by_path: dict[Path, str] = field(default_factory=dict)
-    lists: dict[Path, int] = field(default_factory=dict)  # list -> number of files with a caption in it
+    num_captions_by_list: dict[Path, int] = field(default_factory=dict)
     # all lists that were read; those without captions are reported
-    paths: set[Path] = field(default_factory=set)
-    lines: list[str] = field(default_factory=list)  # messages about skipped lists and rows
+    list_paths: set[Path] = field(default_factory=set)
+    report_lines: list[str] = field(default_factory=list)  # messages about skipped lists and rows
 
 
 def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str]) -> ListedCaptions:
@@ -58,17 +58,17 @@ def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str])
         by_stem = {path.stem: path for path in media}
         names = {path.name for path in media}
         for path in _lists_in(folder, ignored):
-            caption_lists.paths.add(path)
+            caption_lists.list_paths.add(path)
             # cat.json may contain the caption of cat.png without naming the file
             described_media = by_stem.get(path.stem) if path.suffix.lower() == JSON else None
             remarks: list[str] = []
             try:
                 rows = list(_read_rows(path, described_media, names, remarks))
             except (DatasetError, OSError, ValueError) as error:
-                caption_lists.lines.append(fault(f"left out: {_explain(path, error)}"))
+                caption_lists.report_lines.append(fault(f"left out: {_explain(path, error)}"))
                 continue
             _add_captions_of_list(caption_lists, path, rows, media_by_name)
-            caption_lists.lines += remarks
+            caption_lists.report_lines += remarks
     return caption_lists
 
 
@@ -123,20 +123,20 @@ def _add_captions_of_list(
             caption_lists.by_path.setdefault(media, caption.strip())
             count += 1
     if count:
-        caption_lists.lists[path] = count
+        caption_lists.num_captions_by_list[path] = count
     # a list of other files, which needs no line for each row
     elif not rows or len(missing_names) == len(rows):
         hint = "" if path.suffix.lower() == JSON else f". {TABLE_KEY}"
         text = f"{path.name}: left out, it has captions for none of the files{hint}"
-        caption_lists.lines.append(warning(text))
+        caption_lists.report_lines.append(warning(text))
         return
     if missing_names:
         count_of_rows = format_count(len(missing_names), "row")
-        caption_lists.lines.append(
+        caption_lists.report_lines.append(
             f"{path.name}: {count_of_rows} for files that are not here: {list_some(missing_names)}"
         )
     if files_without_text:
-        caption_lists.lines.append(f"{path.name}: no text caption for {list_some(files_without_text)}")
+        caption_lists.report_lines.append(f"{path.name}: no text caption for {list_some(files_without_text)}")
 
 
 def _is_text(caption: Any, place: str) -> bool:
@@ -199,13 +199,13 @@ def _read_json_rows(content: Any, described_media: Path | None) -> Iterator[tupl
         for row in content:
             if not isinstance(row, dict):
                 continue
-            name = next((row[key] for key in PATHS if key in row), None)
+            name = next((row[key] for key in ALL_PATH_COLUMNS if key in row), None)
             if isinstance(name, str):
                 yield name, _first_text(row)
 
 
 def _first_text(row: Mapping[str, Any]) -> Any:
-    return next((row[name] for name in TEXTS if isinstance(row.get(name), str)), None)
+    return next((row[name] for name in ALL_CAPTION_COLUMNS if isinstance(row.get(name), str)), None)
 
 
 def _read_table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[str, Any]]:
@@ -217,8 +217,8 @@ def _read_table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tu
     columns = column_names(table)
     # reversed: of columns that differ only in case, the first one is used
     by_lower_name = {name.lower(): name for name in reversed(columns)}
-    name_column = next((by_lower_name[name] for name in PATHS if name in by_lower_name), None)
-    text_column = next((by_lower_name[name] for name in TEXTS if name in by_lower_name), None)
+    name_column = next((by_lower_name[name] for name in ALL_PATH_COLUMNS if name in by_lower_name), None)
+    text_column = next((by_lower_name[name] for name in ALL_CAPTION_COLUMNS if name in by_lower_name), None)
     if name_column is None or text_column is None:
         needs = "names of files (file_name)" if name_column is None else "captions (text)"
         raise DatasetError(f"{path} has no column of {needs}; it has {list_some(columns)}. {TABLE_KEY}")

@@ -79,7 +79,7 @@ class Media:
 
 @dataclass
 class FolderContent:
-    """What `new` finds in a folder; `lines` report which files are left out, and why."""
+    """What `new` finds in a folder; `report_lines` say which files are left out, and why."""
 
     media: list[Media] = field(default_factory=list)
     parsed_folder_names: dict[Path, FolderName] = field(
@@ -180,9 +180,9 @@ def collect_content(
         raise DatasetError(layout + _indent_lines(content.report_lines))
     if kind.uses_control_images and not content.control_folders:
         raise _make_control_error(folder, content, kind)
-    needs_audio = model_info.trains_on_audio and not model_info.reads_separate_audio
     # audio files next to the clips can be added to them by `audio_directory` in dataset.toml
-    if needs_audio and not audio_files and not any(map(_has_audio, content.media)):
+    has_audio = bool(audio_files) or any(map(_has_audio, content.media))
+    if model_info.trains_on_audio and not model_info.reads_separate_audio and not has_audio:
         raise _make_audio_error(folder, content, model_name, suggested_models)
     if model_info.max_references:
         content.report_lines += _describe_images_named_as_references(content.media)
@@ -225,7 +225,9 @@ def _make_audio_error(
     """Return an error about clips without audio, for a model that trains on both."""
     remedy = ""
     if suggested_models.silent_task:
-        remedy = f", or take --task {suggested_models.silent_task}, which learns pictures and movement alone"
+        remedy = (
+            f", or take --task {suggested_models.silent_task}, which is trained on pictures and movement only"
+        )
     return DatasetError(
         f"{folder} has no sound, and {model_name} learns sound. Give clips that have some{remedy}."
         f"{_indent_lines(content.report_lines)}"
@@ -248,8 +250,7 @@ def _collect_media(
     files_by_folder = {subfolder: _list_files(subfolder, suffixes) for subfolder in training_folders}
     # before the media, whose captions may be in these lists
     content.listed_captions = read_lists(files_by_folder, {*WRITTEN, CHECK_PAGE})
-    earlier_lines = content.report_lines
-    content.report_lines = []
+    num_earlier_lines = len(content.report_lines)
     audio_files: list[Path] = []
     for subfolder in training_folders:
         audio_files += _add_media_of_folder(folder, subfolder, content, model_info)
@@ -257,8 +258,8 @@ def _collect_media(
             unsorted_folders = _list_unsorted_folders(subfolder, folders_by_use)
             content.report_lines += _describe_too_deep_media(unsorted_folders)
     _add_audio_files(content, audio_files, model_info)
-    # only now is it known which captions of the lists were used
-    content.report_lines = [*earlier_lines, *_describe_lists(content), *content.report_lines]
+    # only now is it known which captions of the lists were used; their lines come first
+    content.report_lines[num_earlier_lines:num_earlier_lines] = _describe_lists(content)
     return audio_files
 
 
@@ -292,23 +293,20 @@ def _describe_control_pairs(
     if control_kind is None:
         return {}
     images = [item.path for item in media if item.kind == "image"]
-    absolute = folder.absolute()
-    neighbors = [
-        reference_folder
-        for reference_folder in _list_reference_folders(absolute.parent)
-        if reference_folder != absolute
-    ]
-    # folder of control images -> images of this folder that it may belong to
-    images_of_source = dict.fromkeys([*folders_by_use.reference_folders, *neighbors], images)
+    # folder that may have control images -> images that they may belong to
+    images_by_control_folder = dict.fromkeys(
+        [*folders_by_use.reference_folders, *_list_neighboring_reference_folders(folder)], images
+    )
     for training_folder in folders_by_use.training_folders[1:]:  # without the media folder itself
-        inner_images = [path for path in images if path.parent == training_folder]
-        images_of_source |= dict.fromkeys(_list_reference_folders(training_folder), inner_images)
-    lines: dict[Path, str] = {}
-    for reference_folder, source_images in images_of_source.items():
-        line = describe_control_pairs(reference_folder, source_images, kind, control_kind)
+        images_of_folder = [path for path in images if path.parent == training_folder]
+        inner_folders = _list_reference_folders(training_folder)
+        images_by_control_folder |= dict.fromkeys(inner_folders, images_of_folder)
+    line_by_folder: dict[Path, str] = {}
+    for control_folder, images_of_folder in images_by_control_folder.items():
+        line = describe_control_pairs(control_folder, images_of_folder, kind, control_kind)
         if line is not None:
-            lines[reference_folder] = line
-    return lines
+            line_by_folder[control_folder] = line
+    return line_by_folder
 
 
 def _describe_unused_reference_folders(
@@ -330,8 +328,8 @@ def _describe_unused_reference_folders(
         if reference_folder in described or not _list_media_files(reference_folder):
             continue
         text = (
-            f"{reference_folder}: left out. A folder of this name contains what pictures are made from, and "
-            f"{model_name} does not edit{remedy}. If it is to be learned, rename it"
+            f"{reference_folder}: left out. A folder of this name contains source images of edits, and "
+            f"{model_name} does not edit{remedy}. To train on it, rename it"
         )
         lines.append(warning(text))
     return lines
@@ -342,7 +340,7 @@ def _describe_images_named_as_references(media: Sequence[Media]) -> list[str]:
     numbered = _find_images_named_as_references(media)
     if not numbered:
         return []
-    text = "learned as results. If they are what others are made from, move them into a folder control"
+    text = "learned as results. If others are made from them, move them into a folder named control"
     return [f"{name_some(numbered)}: {text}"]
 
 
@@ -351,29 +349,44 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
 
     The names of the folders that are used, and lines about those that are left out, are added to `content`.
     """
-    candidates = [folder]
+    candidates = [folder]  # for training or regularization
     folders_by_use = SortedFolders(training_folders=[], reference_folders=[], regularization_reasons={})
     for subfolder in _list_subfolders(folder):
         # a link to a parent folder would be searched without end
         if subfolder.is_symlink() and _leads_back(subfolder, folder):
             continue
-        kind = subfolder.name.lower()
-        if REFERENCES.fullmatch(kind):
+        name = subfolder.name.lower()
+        if REFERENCES.fullmatch(name):
             folders_by_use.reference_folders.append(subfolder)
-        elif kind in MASK_FOLDERS and real_path(subfolder) in content.mask_folders.values():
-            content.report_lines.append(f"{subfolder}: learned by its masks")
-        elif kind in MASK_FOLDERS:
-            content.report_lines.append(warning(f"{subfolder}: {_explain_masks(folder, subfolder)}"))
-        elif kind not in RUN_FOLDERS:
+        elif name in MASK_FOLDERS | RUN_FOLDERS:
+            content.report_lines += _describe_mask_or_run_folder(folder, subfolder, content)
+        else:
             candidates.append(subfolder)
             # sd-scripts' layout: folders such as img/10_cat class
             candidates += [
                 inner for inner in _list_subfolders(subfolder) if _parse_folder_name(inner) is not None
             ]
-        # a folder named like one that runs write; `new` itself fills FIRST_FRAMES
-        elif kind != FIRST_FRAMES and _has_captioned_media(subfolder):
-            text = f"{subfolder}: left out. Runs write into a folder of this name: rename it"
-            content.report_lines.append(warning(text))
+    _split_candidates(folder, candidates, folders_by_use, content)
+    folders_by_use.regularization_reasons |= _find_neighboring_regularization(folder, content)
+    return folders_by_use
+
+
+def _describe_mask_or_run_folder(folder: Path, subfolder: Path, content: FolderContent) -> list[str]:
+    """Return a line about a folder named like those of masks, or like one that runs write into."""
+    if subfolder.name.lower() in MASK_FOLDERS:
+        if real_path(subfolder) in content.mask_folders.values():
+            return [f"{subfolder}: learned by its masks"]
+        return [warning(f"{subfolder}: {_explain_masks(folder, subfolder)}")]
+    # `new` itself writes into FIRST_FRAMES
+    if subfolder.name.lower() != FIRST_FRAMES and _has_captioned_media(subfolder):
+        return [warning(f"{subfolder}: left out. Runs write into a folder of this name: rename it")]
+    return []
+
+
+def _split_candidates(
+    folder: Path, candidates: Sequence[Path], folders_by_use: SortedFolders, content: FolderContent
+) -> None:
+    """Sort folders of media into training and regularization folders, by their names and the others'."""
     for subfolder in candidates:
         name = _parse_folder_name(subfolder)
         if name is not None:
@@ -384,8 +397,6 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
             folders_by_use.training_folders.append(subfolder)
         else:
             folders_by_use.regularization_reasons[subfolder] = reason
-    folders_by_use.regularization_reasons |= _find_neighboring_regularization(folder, content)
-    return folders_by_use
 
 
 def _find_neighboring_regularization(folder: Path, content: FolderContent) -> dict[Path, str]:
@@ -417,16 +428,16 @@ def _add_regularization(
     images = _list_files(subfolder, image_suffixes())
     if not images:
         return
-    remedy = "If they are to be learned as others, rename the folder"
+    remedy = "To train on them like on other images, rename the folder"
     class_name = content.parsed_folder_names.get(subfolder)
     uncaptioned = [path for path in images if not caption_path(path, content.caption_suffix).exists()]
     error = ""
     if kind.uses_control_images or kind.trains_embedding:
-        error = f"left out, as {reason}, and {kind.title} learns nothing from such. {remedy}"
+        error = f"left out, as {reason}, and {kind.title} does not use such images. {remedy}"
     elif not model_info.supports_regularization:
         error = (
             f"left out, as {reason}. A dataset file with [[datasets.subsets]] and is_reg = true "
-            f"takes them (docs/image_datasets.md). {remedy}"
+            f"supports them (docs/image_datasets.md). {remedy}"
         )
     elif uncaptioned and class_name is None:
         error = (
@@ -496,6 +507,12 @@ def _list_reference_folders(folder: Path) -> list[Path]:
     return [inner for inner in _list_subfolders(folder) if REFERENCES.fullmatch(inner.name)]
 
 
+def _list_neighboring_reference_folders(folder: Path) -> list[Path]:
+    """Return the folders next to a folder that are named like folders of references or control images."""
+    absolute = folder.absolute()
+    return [neighbor for neighbor in _list_reference_folders(absolute.parent) if neighbor != absolute]
+
+
 def _media_suffixes() -> frozenset[str]:
     return VIDEO_SUFFIXES | image_suffixes() | ANIMATION_SUFFIXES
 
@@ -544,7 +561,7 @@ def _describe_lists(content: FolderContent) -> list[str]:
     """
     lines = []
     single_files = []  # JSON files about one file each share a line
-    for path, count in content.listed_captions.lists.items():
+    for path, count in content.listed_captions.num_captions_by_list.items():
         if path.suffix.lower() == ".json" and count == 1:
             single_files.append(path)
         else:
@@ -560,7 +577,7 @@ def _describe_lists(content: FolderContent) -> list[str]:
         names = name_some(content.conflicting_captions)
         text = f"{names}: the {content.caption_suffix} file says something else than the list, and counts"
         lines.append(warning(text))
-    return [*lines, *content.listed_captions.lines]
+    return [*lines, *content.listed_captions.report_lines]
 
 
 def _describe_too_deep_media(folders: Sequence[Path]) -> list[str]:
@@ -722,7 +739,7 @@ def _select_layered_images(paths: Sequence[Path], content: FolderContent) -> lis
     if alone:
         example = f"{alone[0].stem}_1.png"
         content.report_lines.append(
-            warning(f"{name_some(alone)}: left out, without layers, such as {example}")
+            warning(f"{name_some(alone)}: left out, because they have no layers, such as {example}")
         )
     of_images = {path: of_path for path, of_path in layers.items() if of_path}
     content.layers_by_image |= of_images
@@ -745,25 +762,20 @@ def _describe_other_files(
     """
     owned_captions = {caption_path(path, content.caption_suffix) for path in media}
     stems = {path.stem for path in media}
-    used_files = {*content.listed_captions.paths, *media}  # lists of captions are read, too
+    used_files = {*content.listed_captions.list_paths, *media}  # lists of captions are read, too
     lines = []
     for suffix, paths in other_files.items():
         if suffix == content.caption_suffix.lower():
-            captions_without_media = [path for path in paths if path not in owned_captions]
-            if captions_without_media:
+            unowned = [path for path in paths if path not in owned_captions]
+            if unowned:
                 owners = CaptionOwners(path.name for path in media)
-                lines.append(
-                    warning(
-                        _describe_captions_without_media(
-                            captions_without_media, content.caption_suffix, owners
-                        )
-                    )
-                )
-            continue
-        unread = [path for path in paths if path not in used_files]
-        if unread:
-            reason = _explain_unread_files(unread, stems, content.caption_suffix)
-            lines.append(warning(f"{name_some(unread)}: left out, {reason}"))
+                text = _describe_captions_without_media(unowned, content.caption_suffix, owners)
+                lines.append(warning(text))
+        else:
+            unread = [path for path in paths if path not in used_files]
+            if unread:
+                reason = _explain_unread_files(unread, stems, content.caption_suffix)
+                lines.append(warning(f"{name_some(unread)}: left out, {reason}"))
     return lines
 
 
@@ -774,9 +786,11 @@ def _describe_captions_without_media(paths: Sequence[Path], suffix: str, owners:
         if owner is not None:
             right = caption_path(Path(owner), suffix)
             hint = f"{path.name} seems to be that of {owner}: call it {right}"
-            return f"{name_some(paths)}: captions of no file. {hint}"
+            return f"{name_some(paths)}: captions without a file. {hint}"
     example = f"cat{suffix} for cat.png"
-    return f"{name_some(paths)}: captions of no file. A caption has the name of its file, such as {example}"
+    return (
+        f"{name_some(paths)}: captions without a file. A caption has the name of its file, such as {example}"
+    )
 
 
 def _explain_unread_files(paths: Sequence[Path], stems: set[str], captions: str) -> str:
@@ -869,8 +883,8 @@ def _replace_clips_by_first_frames(folder: Path, content: FolderContent, model_n
     if images:
         names = name_some(list(content.first_frames.values()))
         content.report_lines.append(
-            f"{names}: {model_name} learns pictures alone. The first frame of each clip is written as a "
-            f"picture with its caption into {folder / FIRST_FRAMES}"
+            f"{names}: {model_name} is trained only on pictures. The first frame of each clip is written as "
+            f"a picture with its caption into {folder / FIRST_FRAMES}"
         )
 
 
@@ -923,20 +937,13 @@ def _select_reference_folders(folder: Path, folders_by_use: SortedFolders, conte
 
 def _list_reference_candidates(subfolder: Path, folder: Path, folders_by_use: SortedFolders) -> list[Path]:
     """Return folders that may contain a training folder's references: inside it, next to it or its parent."""
-    absolute = folder.absolute()
-    outer_sources = []
-    if not folders_by_use.reference_folders:
-        outer_sources = [
-            reference_folder
-            for reference_folder in _list_reference_folders(absolute.parent)
-            if reference_folder != absolute
-        ]
-    inner_sources = [] if subfolder == folder else _list_reference_folders(subfolder)
-    return [*inner_sources, *folders_by_use.reference_folders, *outer_sources]
+    neighbors = [] if folders_by_use.reference_folders else _list_neighboring_reference_folders(folder)
+    inner_folders = [] if subfolder == folder else _list_reference_folders(subfolder)
+    return [*inner_folders, *folders_by_use.reference_folders, *neighbors]
 
 
 def has_control_pairs(folder: Path, has_trigger_word: bool = False) -> bool:
-    """Return whether images in a folder have control images, in a folder with a name such as `conditioning`.
+    """Return whether any image in a folder has a control image, in a folder named `conditioning` or similar.
 
     The control folder is usually inside the folder. A control folder next to it may belong to another folder:
     it counts only if it has a control image for each image, if there are no other media next to it, and if no
@@ -950,14 +957,12 @@ def has_control_pairs(folder: Path, has_trigger_word: bool = False) -> bool:
             if not CONTROLS.fullmatch(control_folder.name):
                 continue
             missing = _find_stems_without_reference(control_folder, image_stems)
-            is_next_to_folder = training_folder == folder and control_folder.parent == parent
-            if is_next_to_folder:
-                may_be_of_other_folder = (
-                    missing or has_trigger_word or _list_other_media(folder, control_folder)
-                )
-                if may_be_of_other_folder:
-                    continue
-            if len(missing) < len(image_stems):
+            if len(missing) == len(image_stems):  # no image has a control image
+                continue
+            is_neighbor = training_folder == folder and control_folder.parent == parent
+            if not is_neighbor:
+                return True
+            if not missing and not has_trigger_word and not _list_other_media(folder, control_folder):
                 return True
     return False
 
@@ -1006,7 +1011,7 @@ def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
     """
     clips = [item.path for item in content.media if item.is_clip]
     if clips:
-        text = f"{name_some(clips)}: left out, as {kind.title} learns pictures alone"
+        text = f"{name_some(clips)}: left out, as {kind.title} uses only pictures"
         content.report_lines.append(warning(text))
     content.media = [item for item in content.media if not item.is_clip]
 
@@ -1030,7 +1035,7 @@ def _select_references_of_folder(
         content.report_lines += _describe_unreadable_references(image_folder, candidate, content.media)
         if missing:
             text = f"{len(missing)} of {len(image_stems)} pictures have no reference in {candidate}"
-            content.report_lines.append(f"{image_folder}: {text}, such as {missing[0]}: learned without one")
+            content.report_lines.append(f"{image_folder}: {text}, such as {missing[0]}: trained without one")
         return
 
 
@@ -1130,7 +1135,7 @@ def _describe_unsuitable_media(content: FolderContent, model_info: "ModelInfo") 
     lines = _describe_sizes(visible)
     if len(content.media) < FEW_MEDIA:
         files = format_count(len(content.media), "file")
-        lines.append(f"{files} to learn from: few. Most is learned by heart; 10 to 30 are usual")
+        lines.append(f"{files} to learn from: few. They would mostly be memorized; 10 to 30 are usual")
     images = [item.path for item in visible if item.kind == "image"]
     # first frames of clips are not written yet, and have no alpha
     existing_images = [path for path in images if path not in content.first_frames]
@@ -1158,7 +1163,7 @@ def _describe_silent_clips(clips: Iterable[Path], model_info: "ModelInfo") -> li
     silent = [path for path in clips if _is_silent(path)]
     if model_info.reads_separate_audio:
         silent = [path for path in silent if find_audio_beside(path) is None]
-    return [f"{name_some(silent)}: without sound: only the pictures are learned"] if silent else []
+    return [f"{name_some(silent)}: without sound: only their pictures are used"] if silent else []
 
 
 def is_narrow(item: Media) -> bool:
@@ -1172,7 +1177,7 @@ def _describe_sizes(media: Sequence[Media]) -> list[str]:
     narrow = [item.path for item in media if is_narrow(item)]
     lines = []
     if tiny:
-        text = f"{name_some(tiny)}: tiny, below {FEW_PIXELS} pixels: their blur is learned"
+        text = f"{name_some(tiny)}: tiny, below {FEW_PIXELS} pixels: the model would learn their blur"
         lines.append(warning(text))
     if narrow:
         text = f"more than {MAX_ASPECT_RATIO} times as long as wide, as few models know pictures: crop them"
@@ -1187,7 +1192,8 @@ def _describe_identical_files(media: Sequence[Media]) -> list[str]:
     for paths in groups[:MAX_LISTED]:
         names = " = ".join(_label_paths(paths))
         lines.append(
-            f"{names}: equal copies, learned more often than others. Delete all but one of {len(paths)}"
+            f"{names}: equal copies, which are trained more often than others. Delete all but one of "
+            f"{len(paths)}"
         )
     if len(groups) > MAX_LISTED:
         lines.append(f"... and {len(groups) - MAX_LISTED} more groups of equal copies")

@@ -38,7 +38,7 @@ from project.new_options import NewOptions
 from project.options import check_trigger, find_models, script_family
 from protocols.families import with_scripts
 from protocols.family import audio_of, knows_few_steps
-from protocols.few_steps import FewSteps
+from protocols.few_steps import FewSteps, Verdict
 from protocols.new_tokens import find_error
 from training.image_options import ImageModelOptions
 from training.options import training_parser
@@ -179,17 +179,19 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
     entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     record = entry.options_record("Training")
     parser = training_parser(None)
-    training_names = _option_names(parser)  # they do not affect the files
+    options_of_every_training = _option_names(parser)
     add_options(parser, record)
-    known_already = {"pretrained_model_name_or_path", "vae"} & _option_names(parser)
-    add_options(parser, ImageModelOptions, without=known_already)
-    names = _option_names(parser)
-    argv = _select_options(shlex.split(model.commands["train"]), names - training_names, files)
+    # some families declare these options of image models themselves
+    declared_by_family = {"pretrained_model_name_or_path", "vae"} & _option_names(parser)
+    add_options(parser, ImageModelOptions, without=declared_by_family)
+    accepted = _option_names(parser)
+    family_options = accepted - options_of_every_training
+    argv = _select_options(shlex.split(model.commands["train"]), family_options, files)
     for name, path in files.items():
-        if name in names:
+        if name in accepted:
             argv += [f"--{name}", path]
     args = parser.parse_args(argv)
-    if "ae" in names:  # puts --ae into --vae
+    if "ae" in accepted:  # puts --ae into --vae
         take_ae(args)
     with _without_log():
         entry.make_family("training", read_options(record, args)).check_named_files()
@@ -233,9 +235,9 @@ def _find_few_step_advice(family: Any, model: ModelSet, dits: Sequence[Path]) ->
     with contextlib.suppress(UserError):  # the files may not be downloaded yet, only their names count
         reason = family.few_steps_evidence()  # the released model that the options name
     for dit, released in zip(dits, _list_released_dits(model), strict=False):
-        kind = _find_distillation(family, dit) or _find_distillation(family, released)
-        if kind is not None and kind.has_few_steps:
-            reason = kind.reason
+        verdict = _judge_distillation(family, dit) or _judge_distillation(family, released)
+        if verdict is not None and verdict.is_distilled:
+            reason = verdict.evidence
     return None if reason is None else family.few_steps
 
 
@@ -243,25 +245,18 @@ def _list_released_dits(model: ModelSet) -> list[Path]:
     return [Path(part.path) for part in transformers_of(model) if part.option]
 
 
-class Distillation(NamedTuple):
-    """Whether a transformer was distilled to few steps, and how that is known."""
-
-    has_few_steps: bool
-    reason: str  # the file name or metadata that shows it
-
-
-def _find_distillation(family: Any, dit: Path) -> Distillation | None:
-    """Return the kind of a transformer from its file name or metadata; None if neither reveals it."""
+def _judge_distillation(family: Any, dit: Path) -> Verdict | None:
+    """Judge by a file's name and metadata whether it was distilled to few steps; None if they do not say."""
     metadata: Mapping[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
         metadata = read_safetensors_texts(dit)
-    verdict = family.few_steps.judge(dit, metadata)
-    return None if verdict is None else Distillation(*verdict)
+    verdict: Verdict | None = family.few_steps.judge(dit, metadata)
+    return verdict
 
 
-def _is_of_few_steps(family: Any, dit: Path) -> bool:
-    kind = _find_distillation(family, dit)
-    return kind is not None and kind.has_few_steps
+def _seems_distilled(family: Any, dit: Path) -> bool:
+    verdict = _judge_distillation(family, dit)
+    return verdict is not None and verdict.is_distilled
 
 
 def _find_task_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None:
@@ -272,34 +267,34 @@ def _find_task_contradiction(family: Any, model: ModelSet, dits: Sequence[Path])
     if not knows_few_steps(family):
         return None
     for dit, released in zip(dits, _list_released_dits(model), strict=False):
-        found = _find_distillation(family, dit)
-        if found is None or found.has_few_steps == _is_of_few_steps(family, released):
+        verdict = _judge_distillation(family, dit)
+        if verdict is None or verdict.is_distilled == _seems_distilled(family, released):
             continue
         subject = "the model before it was distilled to few steps"
-        if found.has_few_steps:
+        if verdict.is_distilled:
             subject = "a model of few steps"
-        task = _find_task_of_distillation(family, model, found)
+        task = _find_matching_task(family, model, verdict.is_distilled)
         instead = "" if task is None else f"--task {task}, or "
         return (
-            f"{dit} seems to be {subject} ({found.reason}), and --task {model.task} is not: "
+            f"{dit} seems to be {subject} ({verdict.evidence}), and --task {model.task} is not: "
             f"give {instead}the file of {model.task}"
         )
     return None
 
 
-def _find_task_of_distillation(family: Any, model: ModelSet, kind: Distillation) -> str | None:
-    """Return another task of the family with this kind of transformer; None if there is none."""
+def _find_matching_task(family: Any, model: ModelSet, is_distilled: bool) -> str | None:
+    """Return another task of the family whose model is (or is not) distilled; None if there is none."""
     for candidate in find_models():
         if candidate.family != model.family or candidate.task == model.task or needs_image(candidate):
             continue
         if candidate.has_adapter != model.has_adapter:
             continue
-        if _is_of_few_steps(family, _list_released_dits(candidate)[0]) == kind.has_few_steps:
+        if _seems_distilled(family, _list_released_dits(candidate)[0]) == is_distilled:
             return candidate.task
     return None
 
 
-def describe_makes(model: ModelSet, model_info: ModelInfo) -> str:
+def describe_outputs(model: ModelSet, model_info: ModelInfo) -> str:
     """Return what a model generates, such as `clips and sound`."""
     if model_info.trains_on_layers:
         kinds = ["layers"]
@@ -350,7 +345,7 @@ def select_model(
     remarks += _describe_smaller_models(model, models, memory)
     trigger = options.trigger_word
     if trigger is None and (asks_for_task or options.family is None):
-        question = "--trigger_word (a made-up word for what is learned; empty: none)"
+        question = "--trigger_word (a made-up word for the subject; empty: none)"
         trigger = _ask(question, _read_trigger, "")
     return ModelChoice(model, trigger or None, remarks)
 
@@ -426,7 +421,7 @@ def _list_candidates(named: NamedModel, typed_task: str | None, models: Sequence
 
 
 def _select_without_asking(typed_task: str | None, candidates: Sequence[ModelSet]) -> ModelSet:
-    """Return the first of the models that the typed task means, else the family's only base model.
+    """Return the first model of the typed task; without a task, the family's only base model.
 
     A base model is not distilled to few steps, has no training adapter, and does not edit an image.
 
@@ -439,8 +434,11 @@ def _select_without_asking(typed_task: str | None, candidates: Sequence[ModelSet
     for model in candidates:
         if model.has_adapter or needs_image(model):
             continue
-        paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(model)}
-        if read_model_info(model, paths).few_step_advice is None:
+        transformer_paths = {
+            (component.option or "").lstrip("-"): str(component.path) for component in transformers_of(model)
+        }
+        is_distilled = read_model_info(model, transformer_paths).few_step_advice is not None
+        if not is_distilled:
             base_models.append(model)
     if len(base_models) != 1:
         names = ", ".join(f"{model.task} ({model.about})" for model in candidates)
@@ -511,11 +509,13 @@ def _make_task_error(
         return OptionError(
             f"--task {text} is one of --family {' or '.join(other_families)}; {family} has {', '.join(names)}"
         )
-    hint = did_you_mean(text, names)
-    if partial_matches:
+    # the task of a control network, or one that `new` does not set up
+    hint = page_of_control(text) or _point_to_page_of_unsupported_task(plain_name(text), family)
+    if not hint and partial_matches:
         hint = f" Did you mean {' or '.join(model.task for model in partial_matches)}?"
-    page = page_of_control(text) or _find_page_of_undescribed(plain_name(text), family)
-    return OptionError(f"--task {text}: choose from {', '.join(names)}.{page or hint}")
+    if not hint:
+        hint = did_you_mean(text, names)
+    return OptionError(f"--task {text}: choose from {', '.join(names)}.{hint}")
 
 
 def _find_families_with_task(text: str, script: str) -> list[str]:
@@ -539,7 +539,7 @@ def _training_task(model: ModelSet) -> str:
     return words[words.index("--task") + 1] if "--task" in words else ""
 
 
-def _find_page_of_undescribed(plain: str, family: str) -> str:
+def _point_to_page_of_unsupported_task(plain: str, family: str) -> str:
     """Return a hint to the documentation of a task that `new` does not support; "" for other text."""
     for model in model_sets():
         if model.family == family and plain_name(model.task) == plain:
@@ -558,7 +558,7 @@ def _make_family_table(models: Sequence[ModelSet], memory: float, is_typed: bool
         smallest = min(tasks, key=transformer_bytes)
         sizes = sorted({round(total_bytes(model.components) / 1e9) for model in tasks})
         size = f"{sizes[0]} GB" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} GB"
-        kinds = dict.fromkeys(describe_makes(model, read_model_info(model)) for model in tasks)
+        kinds = dict.fromkeys(describe_outputs(model, read_model_info(model)) for model in tasks)
         rows.append((family, ", ".join(kinds), size, describe_fit(smallest, memory)))
     return _format_table_of_fits(("family", "makes", "download"), rows, memory, is_typed)
 

@@ -56,8 +56,8 @@ def _require_typed_file(name: str, text: str, part: Component) -> Path:
     path = to_path(f"--model_file {name}", text)
     if not path.exists():
         raise OptionError(
-            f"--model_file {name}={text}: there is no such file.{explain_missing(path)} Correct the path, or "
-            "leave it out to take the file that tools/download.py brings"
+            f"--model_file {name}={text}: there is no such file.{explain_missing(path)} Fix the path, or "
+            "leave it out to use the file that tools/download.py downloads"
         )
     names = {Path(file.name).name for file in part.files}
     is_of_part = any((path / file).is_file() for file in names)  # such as a tokenizer, which has no weights

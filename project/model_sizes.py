@@ -50,17 +50,17 @@ def weight_options(model: ModelSet, memory: float) -> list[str]:
     """
     if not memory or is_small(model, memory):
         return []
-    words = shlex.split(model.properties["fp8"])
+    argv = shlex.split(model.properties["fp8"])
     # the model's own options do not quantize
-    if not FP8 & {*words}:
-        return words
+    if not FP8 & {*argv}:
+        return argv
     # of two transformers only the active one is on the card
-    networks = len(transformers_of(model)) if "--offload_inactive_dit" in words else 1
+    networks = len(transformers_of(model)) if "--offload_inactive_dit" in argv else 1
     bytes_in_int8 = transformer_bytes(model) / networks / 2  # the file has 16 bits
     size_in_int8 = bytes_in_int8 / 2**30  # GiB
     weights = INT8 if size_in_int8 + GIB_BESIDES_INT8_WEIGHTS <= memory else NF4
-    other_words = [word for word in words if word not in FP8]
-    return [weights, *other_words]
+    other_options = [word for word in argv if word not in FP8]
+    return [weights, *other_options]
 
 
 def find_smaller(model: ModelSet, models: Sequence[ModelSet], memory: float) -> list[ModelSet]:

@@ -32,7 +32,7 @@ class NewOptions(Options):
     family: str | None = option("kind of model, such as wan, kontext or qwen; asked for on a terminal")
     task: str | None = option("which of its models, such as t2v-1.3B; likewise")
     trigger_word: str | None = option(
-        "made-up word for what is learned, put before captions without it; alone where there is no caption",
+        "made-up word for the subject, put before captions without it; used alone if there is no caption",
         flags=("--word",),
     )
     output_name: str | None = option(
@@ -66,7 +66,7 @@ class NewOptions(Options):
     )
     models: Path = option("folder that tools/download.py fills", default=MODELS)
     model_files: tuple[str, ...] = option(
-        "file of a model in another place, such as dit=my.safetensors; once for each: "
+        "file of a model elsewhere, such as dit=my.safetensors; may be repeated: "
         + ", ".join(list_model_files()),
         default=(),
         name="model_file",
@@ -81,8 +81,8 @@ class NewOptions(Options):
     dry_run: bool = option("show how the three files would change, and write nothing")
     print_run: bool = option("print what run.toml would be, and write nothing", excludes="dry_run")
     download = unsupported("`new` only writes files: give it to `run`")
-    card = unsupported("give the GiB of the card as --memory, such as --memory 12", nargs="?")
-    vram = unsupported("give the GiB of the card as --memory, such as --memory 12", nargs="?")
+    card = unsupported("set the memory of the card in GiB, such as --memory 12", nargs="?")
+    vram = unsupported("set the memory of the card in GiB, such as --memory 12", nargs="?")
 
     def __post_init__(self) -> None:
         if self.output_name is not None:

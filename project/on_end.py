@@ -15,22 +15,22 @@ logger = logging.getLogger(__name__)
 
 
 class EndCommand:
-    """Start a command when the `with` block ends, if `describe` was called in the block.
+    """Start a command when the `with` block ends, if `arm` was called in the block.
 
     An error raised in the block is passed on.
     """
 
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(self, argv: Sequence[str]) -> None:
         """Store the arguments of the command; without arguments, nothing is started."""
-        self._words = words
-        self._info: Callable[[], EndedRun] | None = None
+        self._argv = argv
+        self._describe_ended_run: Callable[[], EndedRun] | None = None  # None: the run has not begun
 
-    def describe(self, facts: Callable[[], EndedRun]) -> None:
-        """Register the command to start when the block ends; call this when the run begins.
+    def arm(self, describe_ended_run: Callable[[], EndedRun]) -> None:
+        """Have the command started when the `with` block ends; call this when the run begins.
 
-        `facts` is called when the block ends, and returns the state of the run.
+        `describe_ended_run` is called then; the command gets its result.
         """
-        self._info = facts
+        self._describe_ended_run = describe_ended_run
 
     def __enter__(self) -> "EndCommand":
         return self
@@ -38,8 +38,8 @@ class EndCommand:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._words and self._info is not None:
-            start_command(ON_END, self._words, self._info(), error, has_begun=True)
+        if self._argv and self._describe_ended_run is not None:
+            start_command(ON_END, self._argv, self._describe_ended_run(), error, has_begun=True)
 
 
 def describe_run(output: Path, name: str, steps: int | None, began: float) -> EndedRun:

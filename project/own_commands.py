@@ -22,7 +22,7 @@ def lacks_media(folder: Path) -> bool:
     return all(path.name == OWN_PROMPTS for path in folder.iterdir())
 
 
-def captions_of(setup: RunSetup) -> list[str]:
+def list_distinct_captions(setup: RunSetup) -> list[str]:
     """Return the distinct captions of the media."""
     return list(dict.fromkeys(describing.plain(item.caption) for item in setup.media if item.caption))
 
@@ -38,19 +38,19 @@ def describe_length(setup: RunSetup) -> list[str]:
     steps = setup.options.max_train_steps
     if steps < TYPICAL_STEPS:
         lines.append(
-            f"{steps:,} steps: published adapters took {TYPICAL_STEPS:,} to 30,000, as 1,000 left most of "
-            f"the distillation. --max_train_steps {TYPICAL_STEPS} --overwrite"
+            f"{steps:,} steps: published adapters took {TYPICAL_STEPS:,} to 30,000, because 1,000 undid "
+            f"little of the distillation. --max_train_steps {TYPICAL_STEPS} --overwrite"
         )
     if len(setup.media) < describing.MIN_FILES_FOR_VALIDATION or not setup.may_hold_out_validation:
         lines.append(
-            f"From {describing.MIN_FILES_FOR_VALIDATION} files on, a tenth is held back: an adapter is done "
-            "when their loss, the validation loss, falls no more"
+            f"With {describing.MIN_FILES_FOR_VALIDATION} files or more, a tenth is held out: the adapter is "
+            "finished when their loss, the validation loss, no longer falls"
         )
     else:
         lines.append(
-            "It is done when the validation loss falls no more: then the run ends by itself "
-            "(early_stopping_patience), and its page names the file with the lowest. Few-step samples blur "
-            "by then; that is what it is for"
+            "It is finished when the validation loss no longer falls: then the run ends by itself "
+            "(early_stopping_patience), and its page names the file with the lowest loss. Few-step samples "
+            "are blurred by then, as intended"
         )
     return lines
 
@@ -67,10 +67,10 @@ def describe_own_images_commands(options: NewOptions, model: ModelSet, files: Ma
     again = ["new", as_operand(options.folder / OWN_FOLDER), "--family", model.family]
     again += ["--task", model.task, "--train", ADAPTER.name]
     return [
-        f"An adapter from the model's own pictures keeps its look. {OWN_PROMPTS} has these captions; in the "
-        f"folder {options.folder} this makes the pictures, once the model is there:",
+        f"An adapter trained on the model's own pictures keeps the model's look. {OWN_PROMPTS} contains "
+        f"these captions. In the folder {options.folder}, once the model is there, this makes the pictures:",
         f"  {typed_in(argv, options.folder)}",
-        "and this describes them, with the prompts as captions:",
+        "and this writes their training files, with the prompts as captions:",
         f"  {own_command(*again)}",
     ]
 

@@ -50,7 +50,7 @@ def balance_origins(content: FolderContent) -> None:
         content.repeats_by_folder = dict.fromkeys(fewer, repeats)
         kind = "the model's own" if fewer is generated else "the real ones"
         content.report_lines.append(
-            f"{kind} are fewer: num_repeats = {repeats} of their tables gives both kinds half of the steps"
+            f"{kind} are fewer: num_repeats = {repeats} in their tables lets each kind fill half of the steps"
         )
 
 

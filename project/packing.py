@@ -8,7 +8,7 @@ import os
 import shlex
 import stat
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ class PackSource:
     folder: Path
     output: Path
     name: str  # name of the LoRA
-    left_out: frozenset[Path]  # files and folders that are not packed
+    excluded_paths: frozenset[Path]  # files and folders that are not packed
     machine_paths: MachinePaths
     own_models: tuple[str, ...]  # undownloadable model files, as packed paths
     prompts: Path | None
@@ -59,7 +59,7 @@ class PackSource:
 
 @dataclass(frozen=True)
 class PackMember:
-    """A file in the archive."""
+    """A file to pack, and its name in the archive; `content` replaces what the file contains."""
 
     name: str
     path: Path
@@ -83,10 +83,10 @@ def pack_folder(options: PackOptions) -> None:
     if real_path(output).is_relative_to(real_path(folder)):
         raise OptionError(f"--output {output} lies in the folder that it packs. Give a place outside of it")
     if output.exists() and not options.overwrite:
-        raise OutputError(f"{output} is there already. Give --overwrite, or another --output")
+        raise OutputError(f"{output} already exists. Give --overwrite, or another --output")
     pack_source = read_pack_source(folder)  # what run.toml says: prompts, model files, what to leave out
-    skipped_paths: list[str] = []
-    members = list(_list_folder_members(pack_source, skipped_paths))
+    content = _list_folder_members(pack_source)
+    members = content.members
     if options.with_state:
         members += _list_state_members(pack_source)
     members, secrets = _relocate_texts(pack_source, members)
@@ -95,13 +95,13 @@ def pack_folder(options: PackOptions) -> None:
 
     size = format_size(sum(member.size_bytes for member in members))
     remarks = [f"{output}: {format_count(len(members), 'file')}, {size}"]
-    if skipped_paths:
-        remarks.append(f"left out, as hidden or no file: {list_some(skipped_paths)}")
+    if content.skipped_paths:
+        remarks.append(f"left out, because they are hidden or not files: {list_some(content.skipped_paths)}")
     if secrets:
-        remarks.append(f"left out of {RUN_FILE}, as nobody else may have them: {list_some(secrets)}")
+        remarks.append(f"left out of {RUN_FILE}, because they are secret: {list_some(secrets)}")
     if pack_source.own_models:
         names = list_some(pack_source.own_models)
-        remarks.append(f"Copy these models too, as the other machine cannot download them: {names}")
+        remarks.append(f"Copy these models too, because the other machine cannot download them: {names}")
     program = "reelsmith" if PREFIX else "python reelsmith.py"
     remarks.append(f"On the other machine: {program} unpack {shlex.quote(output.name)}")
     print_lines(remarks)
@@ -128,18 +128,18 @@ def read_pack_source(folder: Path) -> PackSource:
     except (OSError, KeyError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise OptionError(
-            f"{path} is not as `new` writes it ({reason}). Correct it, or run `new` again"
+            f"{path} is not in the form that `new` writes ({reason}). Fix it, or run `new` again"
         ) from None
     target = _find_download_folder(commands)
     models, own_models = _map_model_paths(folder, [*files, *_list_model_paths(training)], target)
     model_paths = [expand_path(file, folder) for file in models]
-    left_out = [folder / CHECK_PAGE, output, logs, *model_paths]
+    excluded_paths = [folder / CHECK_PAGE, output, logs, *model_paths]
     samples = training.get("sample_prompts")
     return PackSource(
         folder=folder,
         output=output,
         name=name,
-        left_out=frozenset(map(real_path, left_out)),
+        excluded_paths=frozenset(map(real_path, excluded_paths)),
         machine_paths=MachinePaths(folder, models),
         own_models=tuple(own_models),
         prompts=expand_path(str(samples), folder) if samples else None,
@@ -190,14 +190,21 @@ def _map_model_paths(
     return archive_paths, not_downloaded
 
 
-def _list_folder_members(pack_source: PackSource, skipped_paths: list[str]) -> Iterator[PackMember]:
-    """Yield the files of a folder that go into its archive; links are followed.
+class FolderMembers(NamedTuple):
+    """Files of a folder that go into its archive, and those that do not: hidden ones and special files."""
 
-    Names of hidden files, and of entries that are not files, are appended to `hidden`.
+    members: list[PackMember]
+    skipped_paths: list[str]
+
+
+def _list_folder_members(pack_source: PackSource) -> FolderMembers:
+    """Return the files of a folder that go into its archive; links are followed.
 
     Raises:
         OptionError: If a file's name is not allowed on every system.
     """
+    members: list[PackMember] = []
+    skipped_paths: list[str] = []
     visited: set[Path] = set()
     for folder_text, folders, files in os.walk(pack_source.folder, followlinks=True):
         folder = Path(folder_text)
@@ -206,14 +213,14 @@ def _list_folder_members(pack_source: PackSource, skipped_paths: list[str]) -> I
         ]
         # os.walk visits only the folders that stay in this list
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if real_path(folder) in visited or real_path(folder) in pack_source.left_out:
+        if real_path(folder) in visited or real_path(folder) in pack_source.excluded_paths:
             folders.clear()
             continue
         # links may lead to a folder that was visited already
         visited.add(real_path(folder))
         for name in sorted(files):
             path = folder / name
-            if name.startswith(".") or real_path(path) in pack_source.left_out:
+            if name.startswith(".") or real_path(path) in pack_source.excluded_paths:
                 continue
             if not path.is_file():
                 skipped_paths.append(str(path))
@@ -223,7 +230,8 @@ def _list_folder_members(pack_source: PackSource, skipped_paths: list[str]) -> I
             if reason or member.name == MANIFEST:
                 reason = reason or "`pack` uses that name itself"
                 raise OptionError(f"{path!r} cannot be packed: {reason}. Rename it")
-            yield member
+            members.append(member)
+    return FolderMembers(members, skipped_paths)
 
 
 def _list_state_members(pack_source: PackSource) -> list[PackMember]:
@@ -258,22 +266,24 @@ def _relocate_texts(
     outside_paths: list[str] = []
     for member in members:
         new = _relocate_member(pack_source, member.path, secret_options)
-        removed_options += new.removed
-        outside_paths += [f"{member.path}: {path}" for path in new.outside]
-        relocated.append(member if new.text is None else replace(member, content=new.text.encode("utf-8")))
+        removed_options += new.removed_options
+        outside_paths += [f"{member.path}: {path}" for path in new.outside_paths]
+        if new.text is not None:
+            member = replace(member, content=new.text.encode("utf-8"))
+        relocated.append(member)
     if outside_paths:
         machine_paths = "\n  ".join(outside_paths[:6])
         raise OptionError(
-            f"the folder names places of this machine, which another one has not:\n  {machine_paths}\n"
-            "Write paths inside the folder as relative ones, move what lies elsewhere into it, and run again"
+            f"files of the folder contain paths of this machine:\n  {machine_paths}\n"
+            "Make paths inside the folder relative, move what lies elsewhere into it, and run again"
         )
     return relocated, removed_options
 
 
 class _RelocatedMember(NamedTuple):
     text: str | None = None  # None: the file is packed unchanged
-    outside: Sequence[str] = ()  # paths of this machine that are not packed
-    removed: Sequence[str] = ()  # secret options
+    outside_paths: Sequence[str] = ()  # paths of this machine that are not packed
+    removed_options: Sequence[str] = ()  # secret options
 
 
 def _relocate_member(pack_source: PackSource, path: Path, secret_options: set[str]) -> _RelocatedMember:
@@ -285,12 +295,12 @@ def _relocate_member(pack_source: PackSource, path: Path, secret_options: set[st
     if path.suffix.lower() == ".toml":
         return _RelocatedMember(*_relocate_file(relocate_toml, machine_paths, path, secret_options))
     if pack_source.prompts is not None and real_path(path) == real_path(pack_source.prompts):
-        text, outside, _ = _relocate_file(relocate_prompts, machine_paths, path)
-        return _RelocatedMember(text, outside)
+        relocated = _relocate_file(relocate_prompts, machine_paths, path)
+        return _RelocatedMember(relocated.text, relocated.outside_paths)
     if path.parent == pack_source.output and path.suffix == ".jsonl":
         return _RelocatedMember(relocate_history(read_text(path, MAX_METADATA_BYTES), machine_paths))
     if path.suffix.lower() in LISTS:
-        return _RelocatedMember(outside=find_own_names(path, machine_paths))
+        return _RelocatedMember(outside_paths=find_own_names(path, machine_paths))
     return _RelocatedMember()
 
 
@@ -305,9 +315,7 @@ def _relocate_file(
     try:
         return relocate(read_text(path), machine_paths, *without)
     except (OSError, ValueError) as error:
-        raise OptionError(
-            f"{path} cannot be read: {error}. Correct it, or move it out of the folder"
-        ) from None
+        raise OptionError(f"{path} cannot be read: {error}. Fix it, or move it out of the folder") from None
 
 
 def _write_archive(output: Path, name: str, members: Sequence[PackMember]) -> None:

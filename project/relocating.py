@@ -32,9 +32,10 @@ class MachinePaths:
     )  # path in the text files -> path in the packed folder
 
     def relocate(self, text: str) -> str | None:
-        """Make a path relative to the packed folder; other strings are returned unchanged.
+        """Make a path relative to the packed folder.
 
-        Returns None for a path of this machine to something that is not packed.
+        Returns None for a path of this machine to something that is not packed. Other strings, and relative
+        paths inside the folder, are returned unchanged.
         """
         if text in self.models:
             return self.models[text]
@@ -52,13 +53,13 @@ class MachinePaths:
         for folder in (Path(os.path.abspath(self.folder)), real_path(self.folder)):  # noqa: PTH100
             if path.is_relative_to(folder):
                 return path.relative_to(folder).as_posix()
-        is_path_to_parent = (
-            _PARENT_FOLDER.match(text) is not None
-        )  # other strings with two dots are not paths
-        return None if is_absolute or is_path_to_parent else text
+        leads_to_parent = _PARENT_FOLDER.match(text) is not None
+        if is_absolute or leads_to_parent:
+            return None
+        return text  # a string with two dots that is not a path
 
     @functools.cached_property
-    def shown(self) -> re.Pattern[str]:
+    def folder_pattern(self) -> re.Pattern[str]:
         """Regular expression that finds folders of this machine anywhere in a text."""
         folders = [Path(os.path.abspath(self.folder)), real_path(self.folder), Path.home()]  # noqa: PTH100
         names = {name for folder in folders for name in (str(folder), folder.as_posix()) if len(name) > 1}
@@ -69,15 +70,15 @@ class MachinePaths:
         short = {f"{ROOT}{os.sep}": "", f"{ROOT.as_posix()}/": "", **self.models}
         for path in sorted(short, key=len, reverse=True):
             text = text.replace(path, short[path])
-        return self.shown.sub(".", text)
+        return self.folder_pattern.sub(".", text)
 
 
 class RelocatedText(NamedTuple):
     """A text whose paths were made relative, with the paths that could not be."""
 
     text: str
-    outside: list[str]  # paths that are not in the packed folder
-    removed: list[str]  # keys
+    outside_paths: list[str]  # paths that are not in the packed folder
+    removed_keys: list[str]
 
 
 def relocate_toml(
@@ -157,7 +158,7 @@ def find_own_names(path: Path, machine_paths: MachinePaths) -> list[str]:
     names = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            match = machine_paths.shown.search(line.decode("utf-8", "replace"))
+            match = machine_paths.folder_pattern.search(line.decode("utf-8", "replace"))
             if match is not None:
                 names.append(f"line {number} has {match[0]}")
     return names

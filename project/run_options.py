@@ -75,7 +75,7 @@ class RunOptions(Options):
         return {name: value for name, value in values.items() if value is not None}
 
     @property
-    def words(self) -> list[str]:
+    def as_arguments(self) -> list[str]:
         """Return the arguments that repeat this run, without options that may not be stored."""
         unsaid = {"folder": None, "dry_run": None, "check": None, **dict.fromkeys(STARTING)}
         if self.models == MODELS:
@@ -86,7 +86,7 @@ class RunOptions(Options):
     @property
     def going_on(self) -> str:
         """Return a sentence with the command that continues an interrupted run."""
-        return f"The same command continues: {own_command(*self.words)}"
+        return f"The same command continues: {own_command(*self.as_arguments)}"
 
 
 STARTING = options_with(RunOptions, "reach", STARTS["reach"])  # names of options that start a program

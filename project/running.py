@@ -115,7 +115,7 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
     if options.download:
         folders.append(options.models)
     # run.toml may come from a stranger: its commands can only write into these folders
-    with limit_run(folders, typed_options.keys(), own_command(*options.words)):
+    with limit_run(folders, typed_options.keys(), own_command(*options.as_arguments)):
         _run_or_check(options, _read_project(options.folder, typed_options), trace, end)
 
 
@@ -149,8 +149,8 @@ def _run_or_check(options: RunOptions, project: Project, trace: RunTrace, end: E
             _print_command(argv, project.folder)
         return
     # the command to repeat this run; the first two words are `run` and the folder as typed
-    repeat_argv = ["run", str(project.folder), *options.words[2:]]
-    end.describe(
+    repeat_argv = ["run", str(project.folder), *options.as_arguments[2:]]
+    end.arm(
         partial(describe_run, project.output_folder, project.output_name, project.total_steps, time.time())
     )
     trace.begin(
@@ -187,7 +187,7 @@ def _explain_missing(project: Project, models: Path) -> str:
     `models` is the default folder of --download.
     """
     size = _download_size(project.download_command)
-    options = _download_words(project, models)
+    options = _describe_download_options(project, models)
     return (
         f"{project.missing_model_files[0]} is missing{size}. Add {options}, or run\n"
         f"  {quote_command(project.download_command)}\n"
@@ -243,7 +243,7 @@ def check_project(project: Project) -> None:
     if project.missing_model_files:  # missing model files
         size = _download_size(project.download_command)
         print_lines(
-            [f"{project.missing_model_files[0]} is missing{size}: its options are checked when it is there."]
+            [f"{project.missing_model_files[0]} is missing{size}: its options are checked once it exists."]
         )
     else:
         _check_training(project)
@@ -327,7 +327,7 @@ def _read_project(path_or_folder: Path, typed_options: Mapping[str, Any]) -> Pro
     except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise OptionError(
-            f"{path} is not as `new` writes it ({reason}). Correct it, or run `new` again."
+            f"{path} is not in the form that `new` writes ({reason}). Fix it, or run `new` again."
         ) from None
     _check_paths_and_scripts(project, f"{path}: output_name")
     typed_argv = option_argv({f"--{name}": value for name, value in typed_options.items()})
@@ -437,7 +437,7 @@ def _describe_finished_training(project: Project, options: RunOptions) -> list[s
     difference = _find_model_difference(project, metadata)
     if difference is not None:
         raise OptionError(
-            f"{file} is of another model ({shorten(difference, 80)}). Set another output_name in "
+            f"{file} belongs to a different model ({shorten(difference, 80)}). Set another output_name in "
             f"{project.folder / RUN_FILE}, or move that file and its states away"
         )
     is_whole = project.total_steps is not None and trained_steps >= project.total_steps
@@ -467,7 +467,7 @@ def _find_model_difference(project: Project, metadata: Mapping[str, str]) -> str
     return None
 
 
-def _download_words(project: Project, models: Path) -> str:
+def _describe_download_options(project: Project, models: Path) -> str:
     """Return the options with which the user lets `run` download missing files.
 
     `models` is the default folder of --download; another folder has to be named.
@@ -530,12 +530,12 @@ def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int
     """
     errors: list[Fault] = []
 
+    # the caching script loads the family and the dataset, and then calls this function instead of encoding
     def check_instead_of_caching(
         family: Any, config: DatasetConfig, options: CachingOptions, *_: object
     ) -> None:
         errors.extend(_report_media_errors(family, config, options, validation))
 
-    # the caching script loads the family and the dataset, and then calls this function in place of caching
     with contextlib.chdir(folder):
         cache_family_latents(script_family(argv), None, list(argv[2:]), check_instead_of_caching)
     fatal_kinds = [error.kind for error in errors if error.kind != UNREADABLE and error.is_fatal]
@@ -574,18 +574,18 @@ def _print_remedies(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()
     """
     if "--check" not in argv:
         return
-    print_lines(["", f"Correct what is listed above in the folder {folder}, then run this again."])
+    print_lines(["", f"Fix the problems listed above in the folder {folder}, then run this again."])
     if any(kind in BAD_CAPTIONS for kind in kinds):
         print_lines(
             [
-                "Captions in another encoding are converted by this, in that folder:",
+                "To convert captions that are not UTF-8, run this in that folder:",
                 f"  {typed_in([*argv, '--repair_captions'], folder)}",
             ]
         )
     if any(kind in NO_CAPTIONS for kind in kinds):
         print_lines(
             [
-                f"Captions that are missing are written by a model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to "
+                f"Missing captions are written by a model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to "
                 "download), in that folder:",
                 f"  {typed_in(make_caption_argv([argv]), folder)}",
                 'or add class_tokens = "WORD" to the table in dataset.toml: a made-up word in their place.',
@@ -603,7 +603,7 @@ def _require_script(argv: Sequence[str]) -> Path:
     if script is None or script not in _scripts_of_runs():
         raise OptionError(
             f"{quote_command(argv)} is not a command of a run, which downloads, caches, trains and "
-            f"generates. Correct {RUN_FILE}."
+            f"generates. Fix {RUN_FILE}."
         )
     return script
 

@@ -139,15 +139,17 @@ class RunTrace:
 
         `reason` is "" if it ended well. `kind` is "good", "bad", or "" for a run that was stopped.
         """
-        # nothing was begun
-        if self._history is None or not self._step:
+        has_begun = self._history is not None and bool(self._step)
+        if not has_begun:
             return
+        assert self._history is not None
+        ended_well = not reason
         with self._ignore_write_errors():
-            if not reason or self._has_training():
+            if ended_well or self._has_training():
                 # a run that ended well, or whose training writes a history, needs no entry here
                 self._history.path.unlink(missing_ok=True)
                 return
-            ended = f"ended while {self._step}" + (f": {reason}" if reason else "")
+            ended = f"ended while {self._step}: {reason}"
             self._history.add(0, message=shorten_lines(reason, 1000), level="error")
             self._history.add(0, ended=ended.splitlines()[0], kind=kind)
             self._history.flush()

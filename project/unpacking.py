@@ -75,15 +75,17 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
 
     Raises ValueError, KeyError or TypeError for a file that `pack` would not write.
     """
-    # checked first, against the size of the archive: nothing is read from it before
-    entries = archive.infolist()
-    _check_entries(entries, os.fstat(archive.fp.fileno()).st_size)  # type: ignore[union-attr]
+    # checked before anything is read from the archive
+    archive_bytes = os.fstat(archive.fp.fileno()).st_size  # type: ignore[union-attr]
+    _check_entries(archive.infolist(), archive_bytes)
     if archive.getinfo(MANIFEST).file_size > MAX_METADATA_BYTES:
         raise ValueError(f"{MANIFEST} is too long")
     with archive.open(MANIFEST) as file:
         manifest = parse_json(_read_member(file).decode("utf-8"))
     if manifest["version"] != VERSION:
-        raise ValueError(f"it has the version {manifest['version']!r}, this Reelsmith knows {VERSION}")
+        raise ValueError(
+            f"its version is {manifest['version']!r}, but this Reelsmith reads version {VERSION}"
+        )
     # called only to raise KeyError if there is no run.toml
     archive.getinfo(RUN_FILE)
     name, modification_times = manifest["name"], manifest["modified"]
@@ -105,8 +107,8 @@ def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
         raise ValueError(f"{RUN_FILE} is too long")
     with archive.open(RUN_FILE) as file:
         text = _replace_model_folder(_read_member(file).decode("utf-8-sig"), models)
-    others = parse_toml(text).get(PROJECT_TABLE, {})
-    files = others.get("files", []) if isinstance(others, dict) else None
+    project_table = parse_toml(text).get(PROJECT_TABLE, {})
+    files = project_table.get("files", []) if isinstance(project_table, dict) else None
     if not isinstance(files, list) or not all(isinstance(path, str) for path in files):
         raise TypeError(f"{RUN_FILE}: [{PROJECT_TABLE}] is not a table with a list of files")
     for path in files:
@@ -119,19 +121,12 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
 
     `size_bytes` is the size of the archive.
     """
-    names: set[str] = set()
+    names: set[str] = set()  # without case, which Windows and macOS ignore
     for entry in entries:
         name = entry.orig_filename
-        mode = entry.external_attr >> 16
-        reason = find_error_of_name(name, os.name == "nt")
-        if not reason and entry.is_dir():
-            reason = "it is a folder"
-        if not reason and mode and not stat.S_ISREG(mode):
-            reason = "it is not a regular file"
-        if not reason and (entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED):
-            reason = "it is compressed or encrypted"
+        reason = _find_error_of_entry(entry)
         if not reason and fold_name(name) in names:
-            reason = "it is there twice"
+            reason = "the archive contains it twice"
         if reason:
             raise ValueError(f"{name!r}: {reason}")
         names.add(fold_name(name))
@@ -142,7 +137,24 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
         raise ValueError(f"{conflict!r} is a file and a folder")
     total = sum(entry.file_size for entry in entries)
     if total > size_bytes:  # members are not compressed, so they cannot be larger than the archive
-        raise ValueError(f"it says that it contains {format_size(total)}, and has {format_size(size_bytes)}")
+        raise ValueError(
+            f"its members claim {format_size(total)}, but the archive has {format_size(size_bytes)}"
+        )
+
+
+def _find_error_of_entry(entry: zipfile.ZipInfo) -> str:
+    """Return why a single archive member cannot be unpacked; "" if it can."""
+    error_of_name = find_error_of_name(entry.orig_filename, os.name == "nt")
+    if error_of_name:
+        return error_of_name
+    if entry.is_dir():
+        return "it is a folder"
+    unix_mode = entry.external_attr >> 16  # 0 if the archive was made on Windows
+    if unix_mode and not stat.S_ISREG(unix_mode):
+        return "it is not a regular file"
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED:
+        return "it is compressed or encrypted"
+    return ""
 
 
 def _read_member(file: Any) -> bytes:
@@ -161,10 +173,10 @@ def _write_folder(
 ) -> None:
     """Write all members into a folder that appears only when it is complete.
 
-    `modified` contains their modification times in nanoseconds, by name.
+    `modification_times` are in nanoseconds, by the name of the member.
     """
     if folder.exists() or folder.is_symlink():
-        raise OutputError(f"{folder} is there already. Name another folder: unpack {options.file} FOLDER")
+        raise OutputError(f"{folder} already exists. Name another folder: unpack {options.file} FOLDER")
     total = sum(entry.file_size for entry in members)
     check_space(folder, total)
     cleanup = _without_new_parents(folder)
@@ -235,7 +247,7 @@ def _describe_unpacked(folder: Path, models: Sequence[str], options: UnpackOptio
     argv = ["run", as_operand(folder)]
     if missing:
         lines.append(
-            f"models that are missing: {list_some(missing)}. `run --download` loads those that are released; "
+            f"missing models: {list_some(missing)}. `run --download` downloads those that are released; "
             "copy your own there"
         )
         argv += download_options(options.models)

@@ -48,7 +48,7 @@ class CaptionFormat:
 
     def find_errors(self, caption: Mapping[str, Any]) -> list[str]:
         """Return an error for each key of a caption that is missing, misspelled or of the wrong kind."""
-        missing = [] if is_said(caption.get(self.main)) else [f"{self.main} is missing"]
+        missing = [] if has_text(caption.get(self.main)) else [f"{self.main} is missing"]
         return missing + self.find_key_errors(caption)
 
     def find_key_errors(self, caption: Mapping[str, Any]) -> list[str]:
@@ -77,11 +77,11 @@ class CaptionFormat:
 def _find_entry_errors(key: CaptionKey, entries: Sequence[Any]) -> Iterator[str]:
     needed = key.parts[0]
     for number, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict) or not is_said(entry.get(needed)):
+        if not isinstance(entry, dict) or not has_text(entry.get(needed)):
             yield f"{key.name}, entry {number}: {needed} is missing"
 
 
-def is_said(value: Any) -> bool:
+def has_text(value: Any) -> bool:
     """Return whether a value in a JSON caption is a text that is not blank."""
     return isinstance(value, str) and bool(value.strip())
 

@@ -72,7 +72,7 @@ class FamilyEntry:
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
-    def say_notice(self) -> None:
+    def log_notice(self) -> None:
         """Log the family's notice as a warning."""
         logger.warning("%s", self.notice)
 

@@ -25,7 +25,7 @@ class DefaultRate:
     """The usual learning rates for Adam: the lowest, the highest, and a typical one."""
 
     low: float
-    usual: str
+    default: str
     high: float
 
 

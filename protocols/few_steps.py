@@ -68,10 +68,10 @@ class FewSteps:
     adapter: str = UNDOING  # completes "give --training_adapter with ..."; "": there is none
     targets: tuple[KeepingTarget, ...] = (GUIDED,)  # for users who train it anyway, best first
     # complete "The model ...", "Plain training unlearns ..." and "with the trained network ..."
-    distilled: str = "was distilled to few steps"
-    lost: str = "them"
-    cost: str = "it needs more steps, and guidance, for equal quality"
-    is_certain: bool = False  # true for all files of the family, whatever their names
+    distillation_clause: str = "was distilled to few steps"
+    unlearned_pronoun: str = "them"
+    consequence: str = "it needs more steps, and guidance, for equal quality"
+    applies_to_all_files: bool = False  # true for all files of the family, whatever their names
     distilled_words: str = ""  # regular expression of further words in names
     # also a regular expression: matching names, "ModelRaw" as "model_raw", belong to the undistilled model
     undistilled_pattern: str = ""
@@ -80,7 +80,8 @@ class FewSteps:
     def advice_for_lora(self) -> str:
         """Return the advice to users who train a LoRA on the distilled model, without the final period."""
         if not self.base:
-            return f"Give --training_adapter with {self.adapter}, or one of the targets that keep {self.lost}"
+            targets = f"one of the targets that keep {self.unlearned_pronoun}"
+            return f"Give --training_adapter with {self.adapter}, or {targets}"
         advice = f"Train on {self.base}"
         if self.also:
             advice += f", whose LoRAs work on {self.also} too"

@@ -20,19 +20,19 @@ class LearningParts:
     """Which parts of a checkpoint are trained, and their learning rates. A rate of 0 freezes a part."""
 
     # learning rates of text encoders by name; None: the shared rate
-    texts: Mapping[str, float | None] = field(default_factory=dict)
+    text_encoder_rates: Mapping[str, float | None] = field(default_factory=dict)
     # learning rates of the transformer's blocks, numbered as in `DitSpec.block_numbering`; (): one for all
     blocks: tuple[float, ...] = ()
     text_steps: int | None = None  # number of steps in which text encoders learn; None: all
 
     def learns(self, text_encoder: str) -> bool:
         """Return whether a text encoder is trained: it has a learning rate, and training steps."""
-        return self.texts.get(text_encoder, 0) != 0 and self.text_steps != 0
+        return self.text_encoder_rates.get(text_encoder, 0) != 0 and self.text_steps != 0
 
     @property
     def have_own_rates(self) -> bool:
         """Return whether every part has its own learning rate, so that --learning_rate is not used."""
-        return bool(self.blocks) and None not in self.texts.values()
+        return bool(self.blocks) and None not in self.text_encoder_rates.values()
 
 
 class CheckpointWriter(Protocol):

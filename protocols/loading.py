@@ -128,7 +128,7 @@ class HostWeightMemory(Protocol):
 class BlockSharder(Protocol):
     """Process each block of a network as soon as it is loaded, for example to keep only a part of it."""
 
-    asked_by: str  # the option, for messages
+    option_name: str  # the option, for messages
 
     def watch(self, network: nn.Module) -> Callable[[str], None]:
         """Return a function to call with the name of each parameter of `network` that has been filled."""
@@ -158,7 +158,9 @@ class Placement:
     leave_unmerged: Callable[[str, tuple[int, ...]], bool] | None = None
     # how the linear layers of the blocks are kept in 8 or 4 bits; None: as in the file, fp8 in 16 bits
     quantization: Quantization | None = None
-    host: HostWeightMemory | None = None  # keeps some weights in host memory; None: all go to the device
-    blocks: BlockSharder | None = None  # takes each block when it is loaded; None: it stays unchanged
+    host_weights: HostWeightMemory | None = (
+        None  # keeps some weights in host memory; None: all go to the device
+    )
+    block_sharder: BlockSharder | None = None  # takes each block when it is loaded; None: it stays unchanged
     # called before each tensor, instead of a progress bar; may raise to end the loading
     check: Callable[[], None] | None = None

@@ -8,7 +8,7 @@ from modules.errors import OptionError
 
 # negative indices are allowed, as for fp_1f_clean_indices and fp_1f_target_index of a dataset
 _FULL = re.compile(r"-?[0-9]+")
-MAX_PLACE = 9999  # 40 is far away already; more digits are a typo
+MAX_INDEX = 9999  # 40 is far away already; more digits are a typo
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ _SWITCHES: Mapping[str, Callable[[OneFrame], OneFrame]] = {
 def _index(number: str, text: str) -> int:
     if not _FULL.fullmatch(number.strip()):
         raise _reject(text, f"{number.strip()!r} is not a whole number")
-    if len(number.strip().lstrip("-")) > len(str(MAX_PLACE)):
-        raise _reject(text, f"the largest index is {MAX_PLACE}")
+    if len(number.strip().lstrip("-")) > len(str(MAX_INDEX)):
+        raise _reject(text, f"the largest index is {MAX_INDEX}")
     return int(number)
 
 
@@ -81,6 +81,6 @@ def semicolon_hint(text: str) -> str:
     if not re.search(r"control_index=-?[0-9]+$", text):
         return ""
     return (
-        ". If control_index has several places with ; between them, the shell ended the command at "
-        "the first: write control_index=0+10, or put quotes round it"
+        ". If control_index has several indices separated by ;, the shell ended the command at "
+        "the first: write control_index=0+10, or put it in quotes"
     )

@@ -33,8 +33,8 @@ class Prompt:
     """
 
     text: str
-    spans: Spans = ()
-    second: str | None = None  # for the second text encoder of a family that has two; None: the same text
+    weighted_spans: Spans = ()
+    prompt_2: str | None = None  # for the second text encoder of a family that has two; None: the same text
     is_negative: bool = False  # set by families that encode negative prompts differently
     # set by families whose prompts may have syntax that captions lack (brackets for weights): the maximum
     # number of chunks of tokens; None: the text is encoded like a caption
@@ -259,7 +259,7 @@ def resolve_request(
     if embedded_guidance is not None and request.embedded_guidance is not None:
         embedded_guidance = request.embedded_guidance
     prompts = Prompts(
-        Prompt(request.prompt, second=request.second_prompt),
+        Prompt(request.prompt, prompt_2=request.second_prompt),
         Prompt(negative or ""),
         nag=None if request.nag_prompt is None else Prompt(request.nag_prompt),
     )

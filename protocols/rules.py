@@ -174,8 +174,8 @@ class NpzFormat:
     `latents_{h}x{w}` for each resolution. Texts are in `STEM{texts}.npz`.
     """
 
-    latents: str  # "_flux"
-    texts: str  # "_flux_te"
+    latent_suffix: str  # "_flux"
+    text_suffix: str  # "_flux_te"
     # arrays of a text file that are not tensors of our caches: name -> the value that a valid file has
     constants: Mapping[str, bool | int | float] = field(default_factory=dict)
     # arrays of a text file that are all zeros: name -> (array with the same number of rows, columns); with ""
@@ -415,7 +415,9 @@ class ReferenceRules:
     seen_by_text: bool = False  # whether a text encoder sees them: changed images then need new text caches
     # whether text encoders see references exactly as the VAE does, with the same size, crop and colors
     text_sees_vae_input: bool = False
-    edits: bool = False  # the model was trained for edits: a request without a reference causes a warning
+    edits_images: bool = (
+        False  # the model was trained for edits: a request without a reference causes a warning
+    )
     # whether a single reference keeps its own aspect ratio and is reduced to `area`
     keeps_aspect_ratio: bool = False
     max_area: int | None = None  # maximum number of pixels; None: that of the target

@@ -245,10 +245,11 @@ class Section:
     nag: Conditions | None = None  # conditions of the NAG text alone, without media
     overrides: Overrides = NO_OVERRIDES  # for every pass
     # clean latents of its first frames, B C f H W, which the loop keeps fixed; `overrides.num_clean_frames`
-    # tells the network
+    # tells the network how many
     clean_frames: Tensor | None = None
     clean_audio: Tensor | None = None  # clean latents of its entire audio, B C T M, also kept fixed
-    fixed_latents: FixedLatents | None = None  # other fixed latents; `overrides.given` tells the network
+    # other fixed latents, whose tokens are marked in `overrides.clean_tokens`
+    fixed_latents: FixedLatents | None = None
     # original of an edited image; None: the image may change everywhere
     edit_reference: EditReference | None = None
     previous_piece: PreviewPiece | None = None  # what the previous section added to the video

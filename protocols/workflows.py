@@ -37,7 +37,7 @@ class ComfyNode:
     inputs: Mapping[str, Any]
 
 
-def find_no_patches(prepared: Prepared) -> Sequence[ComfyNode]:
+def list_no_patches(prepared: Prepared) -> Sequence[ComfyNode]:
     """Return no nodes: the noise levels are those that ComfyUI gives the model."""
     return ()
 
@@ -71,7 +71,7 @@ class ComfyModel:
     text_type: str = ""  # type that their loader is given
     latent: str = "EmptyLatentImage"  # node that creates the initial latents
     has_length: bool = False  # whether this node takes a number of frames
-    patches: Callable[[Prepared], Sequence[ComfyNode]] = find_no_patches  # of the model, in order
+    patches: Callable[[Prepared], Sequence[ComfyNode]] = list_no_patches  # of the model, in order
     text_patches: tuple[ComfyNode, ...] = ()
     guidance: str = ""  # node of the embedded guidance; "": the model has none
     samplers: Mapping[str, str] = field(default_factory=lambda: SAMPLERS)

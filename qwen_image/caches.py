@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from modules.errors import CacheError
-from protocols.data import LATENTS_MADE, Batch, CacheOrigin
+from protocols.data import LATENTS_PART, Batch, CacheOrigin
 from qwen_image.files import KEY, VERSIONS, QwenImageFiles, Version
 
 TEXTS_AGAIN = "qwen_image_cache_text_encoder_outputs.py"
@@ -16,7 +16,7 @@ def check_batch(batch: Batch, version: Version, files: QwenImageFiles) -> None:
     batch.check({KEY: TEXTS_AGAIN}, "the transformer")
     width = files.dit_header().config.text_dim
     batch.check_widths({KEY: width}, files.dit_path, f"{TEXTS_AGAIN} and Qwen2.5-VL (7B)")
-    for cache in batch.made_by:
+    for cache in batch.cache_origins:
         _check_cache(cache, version)
 
 
@@ -26,7 +26,7 @@ def _check_cache(cache: CacheOrigin, version: Version) -> None:
     Caches of other programs do not record the release, and are accepted.
     """
     has_pixel_range = PIXELS.items() <= cache.encoder.items()
-    if cache.part == LATENTS_MADE and not has_pixel_range:
+    if cache.part == LATENTS_PART and not has_pixel_range:
         raise CacheError(
             f"{cache.path}: an earlier version encoded these latents from pixels in the wrong range. "
             f"Cache again with {LATENTS_AGAIN}: it replaces them."

@@ -114,7 +114,7 @@ class QwenImage(ModelOfImages):
     to_edit: ClassVar = "for edits, give --model_version edit-2511 or another one of edits; else remove them"
 
     @property
-    def called(self) -> str:
+    def display_name(self) -> str:
         """Return the release's name for messages."""
         return self.version.display_name
 
@@ -138,7 +138,7 @@ class QwenImage(ModelOfImages):
             "model_type": "qwen_image",
         }
         if self.references is not None:
-            names["task"] = self.called.lower().removeprefix("qwen-image-")
+            names["task"] = self.display_name.lower().removeprefix("qwen-image-")
         return self.metadata_of(names)
 
     # encoding
@@ -199,12 +199,12 @@ class QwenImage(ModelOfImages):
         """
         if request.control_images and self.references is None:
             raise OptionError(
-                f"--control_image_path: {self.called} generates pictures from text alone. Give "
+                f"--control_image_path: {self.display_name} generates images from text alone. Give "
                 "--model_version edit, edit-2509 or edit-2511 and its transformer, or leave it out"
             )
         if LAYER_COUNT in request.extra:
             text = "--%s %s (--f in a prompt line) is ignored because %s generates no layers"
-            logger.warning(text, LAYER_COUNT, request.extra[LAYER_COUNT], self.called)
+            logger.warning(text, LAYER_COUNT, request.extra[LAYER_COUNT], self.display_name)
         prepared = self.resolve_image(fill_size(request), 1.0, NEGATIVE)
         prepared = add_reference_images(
             replace(prepared, rules=GuidanceRules(norm_patch_size=PATCH)), self.edit
@@ -220,7 +220,7 @@ class QwenImage(ModelOfImages):
     def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs the model. Raises OptionError for a release that edits images."""
         if self.references is not None:
-            raise OptionError(f"{self.called} starts from images")
+            raise OptionError(f"{self.display_name} starts from images")
         from qwen_image.workflow import TEXT_TO_IMAGE  # only with --save_workflow
 
         return TEXT_TO_IMAGE
@@ -287,10 +287,10 @@ def family_for_generation(options: QwenImageGenerationOptions) -> "QwenImage | Q
     version = VERSIONS[options.version.name]
     references = options.references
     encoder_settings = version.encoder_settings
-    if encoder_settings.pictures is not None and not references.resize_control_to_official_size:
+    if encoder_settings.image_format is not None and not references.resize_control_to_official_size:
         # the text encoder is shown the images in their own sizes, as `request_conditions` encodes them
         encoder_settings = replace(
-            encoder_settings, pictures=replace(encoder_settings.pictures, read=read_reference)
+            encoder_settings, image_format=replace(encoder_settings.image_format, read=read_reference)
         )
     files = files_of(options, version, encoder_settings)
     if options.vae_enable_tiling and files.vae_tile is None:

@@ -45,28 +45,30 @@ QWEN_SETTINGS = LanguageEncoderSettings(
     states_key=KEY,
     model=QWEN25_VL,
     source=TokenizerSource(TOKENIZER, adds_own=False, read_file=read_qwen_tokenizer),
-    maximum=1024,  # including the template's tokens after the prompt
-    before="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, "
-    "text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
-    after="<|im_end|>\n<|im_start|>assistant\n",
-    dropped=34,
+    max_length=1024,  # including the template's tokens after the prompt
+    template_prefix="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
+    template_suffix="<|im_end|>\n<|im_start|>assistant\n",
+    num_dropped_tokens=34,
     batch_size=1,  # so that a state does not depend on other prompts, to the last bit
 )
 _SHOWN = "<|vision_start|>{tokens}<|vision_end|>"
 # sizes as trained; the model sees one image
 EDIT_SETTINGS = replace(
     QWEN_SETTINGS,
-    before="<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, "
-    "objects, background), then explain how the user's text instruction should alter or modify the image. "
-    "Generate a new image that meets the user's requirements while maintaining consistency with the original "
-    "input where appropriate.<|im_end|>\n<|im_start|>user\n",
-    dropped=64,
-    pictures=ImagePromptFormat(_SHOWN, read=partial(read_reference, area=MEGAPIXEL), max_images=1),
+    template_prefix="<|im_start|>system\nDescribe the key features of the input image (color, shape, size, "
+    "texture, objects, background), then explain how the user's text instruction should alter or modify the "
+    "image. Generate a new image that meets the user's requirements while maintaining consistency with the "
+    "original input where appropriate.<|im_end|>\n<|im_start|>user\n",
+    num_dropped_tokens=64,
+    image_format=ImagePromptFormat(_SHOWN, read=partial(read_reference, area=MEGAPIXEL), max_images=1),
 )
 # it sees several, which prompts refer to by number
 PLUS_SETTINGS = replace(
     EDIT_SETTINGS,
-    pictures=ImagePromptFormat("Picture {number}: " + _SHOWN, read=partial(read_reference, area=SHOWN_AREA)),
+    image_format=ImagePromptFormat(
+        "Picture {number}: " + _SHOWN, read=partial(read_reference, area=SHOWN_AREA)
+    ),
 )
 
 
@@ -145,7 +147,7 @@ def _make_edit_version(
     option: str, encoder_settings: LanguageEncoderSettings, maximum: int, clean_references: bool = False
 ) -> Version:
     """Return a release that edits up to `maximum` images; `option` is its value of --model_version."""
-    rules = ReferenceRules(maximum, seen_by_text=True, edits=True)
+    rules = ReferenceRules(maximum, seen_by_text=True, edits_images=True)
     display_name = f"{NAME}-{option.capitalize()}"
     architecture = f"{NAME}-Edit-Plus" if option == EDIT_2509 else display_name
     return Version(
@@ -222,7 +224,7 @@ class QwenImageReleaseFiles(QwenImageFiles):
         header = super().dit_header()
         if header.config.has_layers and not self.version.has_layers:
             raise CheckpointError(
-                f"{self.dit_path} is the transformer of {NAME}-Layered, which splits pictures into layers; "
+                f"{self.dit_path} is the transformer of {NAME}-Layered, which splits images into layers; "
                 f"{self.version.display_name} needs a different one. Give --model_version layered, or "
                 "another file",
                 self.dit_path,

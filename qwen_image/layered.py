@@ -81,7 +81,7 @@ class QwenImageLayered(ModelOfImages):
     text_keys: frozenset[str] = field(default=QWEN_SETTINGS.keys, init=False)
     name: str = field(default=VERSION.name, init=False)
     cache_tag: str = field(default=VERSION.cache_tag, init=False)
-    called: str = field(default=VERSION.display_name, init=False)
+    display_name: str = field(default=VERSION.display_name, init=False)
     release: ModelRelease = field(default=VERSION.release, init=False)
 
     @property
@@ -129,7 +129,7 @@ class QwenImageLayered(ModelOfImages):
         check_batch(batch, VERSION, self.files)
         if latents.shape[2] == 1:
             raise CacheError(
-                f"{batch.keys[0]}: its cache has a picture without layers. Give its table multiple_target = "
+                f"{batch.keys[0]}: its cache has an image without layers. Give its table multiple_target = "
                 f"true, and cache again with {LATENTS_AGAIN}"
             )
         return {KEY: batch.tensors[KEY], CONTROL: latents[:, :, :1]}
@@ -196,11 +196,11 @@ class QwenImageLayered(ModelOfImages):
     def _keep_image(self, request: Request) -> Request:
         """Return the request with only the image to split into layers; warn about dropped media."""
         usable_media = {**NO_MEDIA, "control_images": True}
-        request = keep_usable_media(request, usable_media, f"{self.called} does not take it")
+        request = keep_usable_media(request, usable_media, f"{self.display_name} does not take it")
         if len(request.control_images) != 1:
             raise OptionError(
-                f"--control_image_path (--ci in a prompt line): {len(request.control_images)} pictures, "
-                f"{self.called} takes one apart. Give exactly one"
+                f"--control_image_path (--ci in a prompt line): {len(request.control_images)} images, but "
+                f"{self.display_name} decomposes one image. Give exactly one"
             )
         return request
 
@@ -239,7 +239,7 @@ class QwenImageLayered(ModelOfImages):
     @property
     def source(self) -> SourceRules:
         """Return what denoising may start from: saved latents of this model only."""
-        return SourceRules((LATENTS,), self.called, False, self.same_latents)
+        return SourceRules((LATENTS,), self.display_name, False, self.same_latents)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Yield the image and its layers, 1 4 1 H W each, each decoded alone."""

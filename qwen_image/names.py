@@ -19,7 +19,7 @@ ENTRY = FamilyEntry(
 QWEN_IMAGE = FamilyNames(
     "qwen_image",
     "Qwen-Image",
-    further=(
+    more_modules=(
         *with_endings(
             "transformer_blocks.{n}.attn.",
             "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out",
@@ -33,10 +33,10 @@ QWEN_IMAGE = FamilyNames(
         *with_endings("time_text_embed.timestep_embedder.", "linear_1 linear_2"),
     ),
     is_as_in_diffusers=True,
-    versions=("qwen_image", "qwen-image", "qwenimage"),
-    sides=(*layouts.IN_TWO_STREAMS, ("_mod.1", 6, 1)),
-    released=((3072, (("transformer_blocks", 60),)),),
-    numbered=(
+    version_prefixes=("qwen_image", "qwen-image", "qwenimage"),
+    relative_sizes=(*layouts.IN_TWO_STREAMS, ("_mod.1", 6, 1)),
+    released_sizes=((3072, (("transformer_blocks", 60),)),),
+    optimizer_numbering=(
         (
             "transformer_blocks.{n}.",
             f"img_mod.1 {layouts.NUMBERED_ATTENTION} attn.to_add_out img_mlp.net.0.proj img_mlp.net.2 "

@@ -112,8 +112,8 @@ class QwenImageTrainingOptions(QwenImageModelOptions, title=NAME):
             raise OptionError(f"--remove_first_image_from_target needs --model_version {LAYERED}")
 
 
-class QwenImageReferenceOptions(Options, title="pictures to edit"):
-    """How pictures of --control_image_path are resized, and which parts of the first must not change."""
+class QwenImageReferenceOptions(Options, title="images to edit"):
+    """How images of --control_image_path are resized, and which parts of the first must not change."""
 
     resize_control_to_official_size: bool = option(
         "resize the images to about a megapixel in their own shape, as the model was trained (for the "

@@ -132,7 +132,7 @@ def check_equal_size(option: str, path: Path, size: Size, prepared: Prepared) ->
     width, height = size
     if size != (prepared.width, prepared.height):
         raise OptionError(
-            f"{option}: {path} is taken with {width} x {height} pixels, and the result has "
+            f"{option}: {path} is read with {width} x {height} pixels, but the result has "
             f"{prepared.width} x {prepared.height}: they must be equal. Give --image_size {height} "
             f"{width}, or --resize_control_to_image_size"
         )
@@ -142,7 +142,7 @@ def check_mask(path: Path, has_image: bool) -> None:
     """Raise OptionError if a mask has no black pixels, or cannot be read."""
     if not has_image:
         raise OptionError(
-            f"--{MASK} {path}: there is no picture to keep. Give one to --control_image_path "
+            f"--{MASK} {path}: there is no image to keep. Give one to --control_image_path "
             "(--ci in a prompt line)"
         )
     if not path.is_file():

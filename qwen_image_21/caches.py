@@ -25,14 +25,14 @@ LATENTS_AGAIN = "qwen_image_21_cache_latents.py"
 BOTH_AGAIN = f"Cache again with {LATENTS_AGAIN} and {TEXTS_AGAIN}"
 
 
-def hash_images(pictures: Sequence[Tensor]) -> Tensor:
+def hash_images(images: Sequence[Tensor]) -> Tensor:
     """Return the SHA-256 of each image, n 32 uint8, in their order.
 
-    `pictures` are H W 4 or H W 3 uint8 each, in the size that is encoded; three channels count as opaque. The
+    `images` are H W 4 or H W 3 uint8 each, in the size that is encoded; three channels count as opaque. The
     hash covers `{W}x{H}:` and the bytes of the RGBA image.
     """
     digests = []
-    for image in pictures:
+    for image in images:
         height, width, channels = image.shape
         if channels == 3:
             image = torch.cat([image, torch.full_like(image[..., :1], 255)], dim=-1)
@@ -62,7 +62,7 @@ def check_states(cache: CacheOrigin, part: str) -> None:
         version = cache.encoder.get(f"{part}_transformers")
         by = "" if version is None else f" by transformers {version}"
         raise CacheError(
-            f"{cache.path}: its states were read{by} behind the final norm of the text encoder, and {NAME} "
+            f"{cache.path}: its states were read{by} after the final norm of the text encoder, but {NAME} "
             f"takes those before it ({PRE_NORM}). Cache again with {TEXTS_AGAIN}: it replaces them."
         )
 
@@ -78,7 +78,7 @@ def check_references(batch: Batch, references: Mapping[str, Tensor]) -> None:
         num_slots = len(batch.tensors[SLOTS][index])
         if num_slots != len(sizes):
             raise CacheError(
-                f"{key}: its caption was encoded with {num_slots} reference pictures, and its latents have "
+                f"{key}: its caption was encoded with {num_slots} reference images, and its latents have "
                 f"{len(sizes)}. {BOTH_AGAIN}."
             )
         if SIZES in batch.tensors:
@@ -98,7 +98,7 @@ def _check_hashes(batch: Batch, index: int, count: int) -> None:
     for name, made_by in ((HASHES, LATENTS_AGAIN), (SEEN_HASHES, TEXTS_AGAIN)):
         if name not in batch.tensors:
             raise CacheError(
-                f"{key}: its cache has no {name}, the hashes of its reference pictures. Cache again with "
+                f"{key}: its cache has no {name}, the hashes of its reference images. Cache again with "
                 f"{made_by}."
             )
         if tuple(batch.tensors[name][index].shape) != (count, HASH_BYTES):
@@ -113,6 +113,6 @@ def _check_hashes(batch: Batch, index: int, count: int) -> None:
     if differing:
         numbers = ", ".join(str(number + 1) for number in differing)
         raise CacheError(
-            f"{key}: its caption was encoded with different reference pictures than its latents (number "
+            f"{key}: its caption was encoded with different reference images than its latents (number "
             f"{numbers}: different pixels, or a different order). {BOTH_AGAIN}."
         )

@@ -75,7 +75,7 @@ class QwenImage21(pictures.ModelOfImages):
     text_keys: frozenset[str] = field(default=ENCODER_SETTINGS.keys, init=False)
     name: str = field(default="qwen_image_21", init=False)
     cache_tag: str = field(default="qi21", init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
     references: ReferenceRules | None = field(default=REFERENCES, init=False)
 
     @property
@@ -128,7 +128,7 @@ class QwenImage21(pictures.ModelOfImages):
         batch.check({KEY: TEXTS_AGAIN, SLOTS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen3-VL (8B)")
-        for cache in batch.made_by:
+        for cache in batch.cache_origins:
             check_states(cache, ENCODER_SETTINGS.name)
         references = pictures.references_of(batch, self.latent.channels, 1, LATENTS_AGAIN)
         check_references(batch, references)
@@ -184,8 +184,8 @@ class QwenImage21(pictures.ModelOfImages):
                 levels = stretch_levels(torch.tensor(turbo.levels, dtype=torch.float64), shift, TERMINAL)
                 return replace(prepared, flow_shift=shift, sigmas=(*levels.tolist(), 0.0))
             logger.warning(
-                "Turbo was distilled for its own %d noise levels: with %d steps they are evenly spaced, and "
-                "images get worse",
+                "Turbo was distilled for its own %d noise levels: with %d steps they are evenly spaced, "
+                "which makes images worse",
                 len(turbo.levels),
                 prepared.steps,
             )
@@ -198,8 +198,8 @@ class QwenImage21(pictures.ModelOfImages):
         scale = request.guidance_scale
         if scale is not None and scale != 1 and request.negative_prompt is None:
             raise OptionError(
-                f"--guidance_scale {scale:g} (--l in a prompt line): {NAME} is made for 1, without guidance. "
-                "Other values need a --negative_prompt (--n in a prompt line); it may be empty"
+                f"--guidance_scale {scale:g} (--l in a prompt line): {NAME} is intended for 1, without "
+                "guidance. Other values need a --negative_prompt (--n in a prompt line); it may be empty"
             )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:

@@ -54,16 +54,16 @@ ENCODER_SETTINGS = LanguageEncoderSettings(
             folders=(".", "qwen_3_vl", "tokenizer", "processor", "../tokenizer", "../processor"),
         ),
     ),
-    maximum=MAX_TOKENS,
-    before=f"{_SYSTEM}<|im_start|>user\n",
-    after="<|im_end|>\n<|im_start|>assistant\n",
-    dropped=None,
+    max_length=MAX_TOKENS,
+    template_prefix=f"{_SYSTEM}<|im_start|>user\n",
+    template_suffix="<|im_end|>\n<|im_start|>assistant\n",
+    num_dropped_tokens=None,
     system=_SYSTEM,
-    blank=BLANK,
+    empty_prompt_text=BLANK,
     pre_norm=True,
-    keeps_after=True,
+    keeps_template_suffix=True,
     batch_size=1,  # so that a state does not depend on other prompts, to the last bit
-    pictures=ImagePromptFormat(
+    image_format=ImagePromptFormat(
         "<image{number}><|vision_start|>{tokens}<|vision_end|>",
         read=read_encoder_image,
         show=lay_on_white,
@@ -150,8 +150,8 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
     rows, columns = shapes.shape_of(QUERY_WEIGHT)
     if rows != dim or columns != dim or dim % head_dim or head_dim % 2:
         raise CheckpointError(
-            f"{shapes.path}: {rows} rows of queries in blocks of width {dim} with heads of {head_dim} are "
-            f"not those of {MODEL_KIND}. Copy the file again.",
+            f"{shapes.path}: {rows} rows of queries in blocks of width {dim} with heads of {head_dim} do "
+            f"not fit {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     num_layers = shapes.count_blocks("transformer_blocks")
@@ -162,7 +162,9 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
         "in_channels": channels,
     }
     _check_settings(settings, source, dimensions, shapes.path)
-    released = dict(dict(QWEN_IMAGE_21.released).get(dim, ()))  # blocks that the release of this width has
+    released = dict(
+        dict(QWEN_IMAGE_21.released_sizes).get(dim, ())
+    )  # blocks that the release of this width has
     if not settings and num_layers < released.get("transformer_blocks", 0):
         raise CheckpointError(
             f"{shapes.path}: {num_layers} of {released['transformer_blocks']} blocks are present. Give the "

@@ -543,7 +543,7 @@ class QwenImage21Model(BlockNetwork):
         channels, frames, height, width = latents.shape[1:]
         if channels != self.config.channels or frames != 1:
             raise ValueError(
-                f"latents of {tuple(latents.shape[1:])}: {self.config.channels} channels of one picture"
+                f"latents of {tuple(latents.shape[1:])}: {self.config.channels} channels of one image"
             )
         return height, width
 
@@ -632,9 +632,9 @@ def order_prefixes(text_mask: Tensor, slots: Tensor, references: Sequence[Tensor
     """
     grids = tuple((latents.shape[-2], latents.shape[-1]) for latents in references)
     prefixes = []
-    for count, places in zip(text_mask.sum(dim=1).tolist(), slots.tolist(), strict=True):
-        is_rising = places == sorted(places) and all(0 <= place <= count for place in places)
-        if len(places) != len(grids) or not is_rising:
-            raise ValueError(f"slots {places} in a text of {count} tokens for {len(grids)} references")
-        prefixes.append(Prefix(int(count), tuple(places), grids))
+    for count, sample_slots in zip(text_mask.sum(dim=1).tolist(), slots.tolist(), strict=True):
+        is_rising = sample_slots == sorted(sample_slots) and all(0 <= slot <= count for slot in sample_slots)
+        if len(sample_slots) != len(grids) or not is_rising:
+            raise ValueError(f"slots {sample_slots} in a text of {count} tokens for {len(grids)} references")
+        prefixes.append(Prefix(int(count), tuple(sample_slots), grids))
     return tuple(prefixes)

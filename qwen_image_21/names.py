@@ -20,7 +20,7 @@ QWEN_IMAGE_21 = FamilyNames(
         WeightPart(f"{_BLOCK}img_mlp.{part}", f"{_BLOCK}img_mlp.gate_up", index)
         for index, part in enumerate(("gate_layer", "proj"))
     ),
-    further=(
+    more_modules=(
         *with_endings(f"{_BLOCK}attn.", "to_q to_k to_v to_out.0 norm_q norm_k"),
         *with_endings(f"{_BLOCK}img_mlp.", "proj gate_layer out"),
         *with_endings("", "img_in txt_in.text_norm txt_in.in_layer txt_in.out_layer modulation.1"),
@@ -29,14 +29,14 @@ QWEN_IMAGE_21 = FamilyNames(
     ),
     is_as_in_diffusers=True,
     converted_for="ComfyUI",  # diffusers' pipelines too take "gate_layer" in our names for "gate.layer"
-    versions=("qwen_image_21", "qwen-image-2.1", "qwen_image_2.1", "qwenimage21", "qwen_image_2_1"),
-    sides=(
+    version_prefixes=("qwen_image_21", "qwen-image-2.1", "qwen_image_2.1", "qwenimage21", "qwen_image_2_1"),
+    relative_sizes=(
         *((f".to_{x}", 1, 1) for x in ("q", "k", "v", "out.0")),
         *((f".img_mlp.{part}", 3, 1) for part in ("proj", "gate_layer")),
         (".img_mlp.out", 1, 3),
     ),
-    released=((4096, (("transformer_blocks", 32),)),),
-    numbered=(
+    released_sizes=((4096, (("transformer_blocks", 32),)),),
+    optimizer_numbering=(
         (
             _BLOCK,
             "attn.to_q attn.to_k attn.to_v attn.to_out.0 img_mlp.proj img_mlp.out img_mlp.gate_layer",

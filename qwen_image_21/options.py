@@ -78,8 +78,8 @@ class QwenImage21TrainingOptions(QwenImage21ModelOptions, title=NAME):
     """Options of qwen_image_21_train_network.py in addition to the shared ones."""
 
 
-class QwenImage21ReferenceOptions(Options, title="pictures to edit"):
-    """How pictures of --control_image_path are resized, and which parts of the first must not change."""
+class QwenImage21ReferenceOptions(Options, title="images to edit"):
+    """How images of --control_image_path are resized, and which parts of the first must not change."""
 
     resize_control_to_image_size: bool = option(
         "resize the images to the size of the result, and crop them; default: to about a megapixel in "
@@ -114,7 +114,7 @@ class QwenImage21GenerationOptions(QwenImage21ModelOptions, title=NAME):
     references: QwenImage21ReferenceOptions
 
 
-def read_negative(text: str) -> str:
+def replace_empty_prompt(text: str) -> str:
     """Return the negative prompt, or a space for an empty text, because guidance needs a prompt."""
     return BLANK if text.strip() in NO_TEXT else text
 
@@ -126,7 +126,7 @@ def resolve_generation(
     negative = options.request.negative_prompt
     if negative is None:
         return options, own_options
-    request = replace(options.request, negative_prompt=read_negative(negative))
+    request = replace(options.request, negative_prompt=replace_empty_prompt(negative))
     return replace(options, request=request), own_options
 
 

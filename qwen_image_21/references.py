@@ -49,13 +49,13 @@ def read_reference(path: Path, target: Size | None = None) -> Tensor:
     return torch.from_numpy(resize_frame(frame, size, "none" if size == (width, height) else "lanczos"))
 
 
-def lay_on_white(picture: Tensor) -> Tensor:
+def lay_on_white(image: Tensor) -> Tensor:
     """Composite an image, H W 3 or H W 4 uint8, onto white: H W 3 uint8, rounded as in Pillow."""
-    if picture.shape[-1] == 3:
-        return picture
-    shown = Image.fromarray(picture.numpy(), "RGBA")
-    white = Image.new("RGB", shown.size, (WHITE, WHITE, WHITE))
-    white.paste(shown, mask=shown.getchannel("A"))
+    if image.shape[-1] == 3:
+        return image
+    rgba = Image.fromarray(image.numpy(), "RGBA")
+    white = Image.new("RGB", rgba.size, (WHITE, WHITE, WHITE))
+    white.paste(rgba, mask=rgba.getchannel("A"))
     return torch.from_numpy(np.array(white))
 
 

@@ -292,7 +292,7 @@ class QwenImage21Vae(ImageVae):
         """Return the normalized posterior means, B Z h w float32, of RGBA pixels B 4 H W."""
         if pixels.dtype == torch.uint8:
             pixels = from_bytes(pixels.to(self.device))
-        moments = self.quant_conv(self.encoder(self.place(pixels).unsqueeze(2))).squeeze(2)
+        moments = self.quant_conv(self.encoder(self.cast_input(pixels).unsqueeze(2))).squeeze(2)
         mean, deviation = self._statistics()
         means = moments.chunk(2, dim=1)[0].float()
         return (means - mean) / deviation
@@ -301,7 +301,7 @@ class QwenImage21Vae(ImageVae):
         """Decode normalized latents, B Z h w, to RGBA pixels, B 4 H W float32."""
         mean, deviation = self._statistics()
         # in float32: 16 bits would tint every image
-        means = self.place(latents.to(self.device).float() * deviation + mean)
+        means = self.cast_input(latents.to(self.device).float() * deviation + mean)
         pixels: Tensor = self.decoder(self.post_quant_conv(means.unsqueeze(2)))
         return pixels.squeeze(2).float()
 
@@ -327,7 +327,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[QwenImage21VaeConfig]:
     Raises CheckpointError for any other file, or if config.json next to it does not fit.
     """
     checkpoint = checkpoint.without_prefix(
-        "first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders.")
+        "first_stage_model.", "vae.", ignored_prefixes=("model.diffusion_model.", "text_encoders.")
     )
     wrong = make_wrong_kind_error(checkpoint, MODEL_KIND, VAE_OPTION, FILES)
     sources = list_tensor_sources(checkpoint)
@@ -456,7 +456,7 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | N
             lambda config: QwenImage21Vae(config, tile),
             device,
             dtype,
-            what=MODEL_KIND,
+            label=MODEL_KIND,
         )
     set_memory_format(network, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))

@@ -46,10 +46,10 @@ def set_up_network(
     spec: DitSpec,
     device: torch.device,
     compilation: Compilation | None = None,
-    host: HostWeights | None = None,
+    host_weights: HostWeights | None = None,
     checkpointing: Checkpointing | None = None,
     in_pieces: bool = False,
-    blocks: BlockSharder | None = None,
+    block_sharder: BlockSharder | None = None,
 ) -> None:
     """Prepare a loaded network to run: computation in pieces, compilation, checkpointing, swap, sharding.
 
@@ -58,10 +58,10 @@ def set_up_network(
         spec: Names of the network's blocks.
         device: Device of the run.
         compilation: How to compile; None does not compile.
-        host: Host memory that the network was loaded with.
+        host_weights: Host memory that the network was loaded with.
         checkpointing: How to checkpoint; None keeps all activations.
         in_pieces: Whether token-wise parts are computed in pieces.
-        blocks: Place that the blocks were loaded into, if they are split over processes.
+        block_sharder: Splits the blocks over processes; None keeps them complete.
 
     Raises:
         OptionError: If the network has fewer blocks than are to be swapped.
@@ -80,7 +80,7 @@ def set_up_network(
 
         offload = offload_to_host(device) if checkpointing.inputs_on_host else None
         checkpoint_blocks(dit, spec, checkpointing.keeps_attention, offload)
-    if host is not None:
-        swap_blocks(dit, host, device)
-    if blocks is not None:
-        blocks.finish(dit)
+    if host_weights is not None:
+        swap_blocks(dit, host_weights, device)
+    if block_sharder is not None:
+        block_sharder.finish(dit)

@@ -91,7 +91,7 @@ class SwapOptions(Options):
         return self.blocks_to_swap == AUTO
 
     @property
-    def typed(self) -> str:
+    def used_flag(self) -> str:
         """Return the first swap option in use, as on the command line; "" if there is none."""
         if self.blocks_to_swap:
             return f"--blocks_to_swap {self.blocks_to_swap}"

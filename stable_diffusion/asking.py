@@ -187,8 +187,8 @@ def _check_has_parts(num_parts: int) -> None:
     """Raise OptionError for a mask without input image if the prompt has no parts to give regions."""
     if num_parts == 1:
         raise OptionError(
-            "--mask_path is for a picture (--image_path) or for a prompt of several parts, and this one has "
-            "one. Write AND between its parts, or leave the mask out"
+            "--mask_path is for a picture (--image_path) or for a prompt of several parts, but this one has "
+            "only one. Write AND between its parts, or leave the mask out"
         )
 
 
@@ -284,7 +284,7 @@ def _warn_of_ignored_options(
     sampling = options.sampling
     if kind is not SDXL and any(size is not None for size in option_values(sampling.sizes).values()):
         logger.warning(
-            "Original sizes and crops are ignored because only %s takes any, and this is %s",
+            "Original sizes and crops are ignored because only %s uses them, but this is %s",
             SDXL.title,
             kind.title,
         )
@@ -319,7 +319,8 @@ def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
     if negative_scale is not None:
         effect = "0 leaves the prompt out, and less than 1 weakens it"
     logger.warning(
-        "--scale %g (--l in a prompt): it counts from 1 here; %s; %g of programs that count from 0 is %g",
+        "--scale %g (--l in a prompt): scales count from 1 here; %s; what programs that count from 0 call "
+        "%g is %g",
         scale,
         effect,
         scale,

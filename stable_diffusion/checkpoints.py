@@ -6,6 +6,7 @@ diffusers' classes take their dimensions as keyword arguments: `UnetSizes` and `
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,13 +114,13 @@ class UnetDepths(NamedTuple):
     up: list[tuple[int, ...]]
 
 
-def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.LoadPlan[UnetSizes]:
+def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled_width: int) -> dialects.LoadPlan[UnetSizes]:
     """Infer the config of diffusers' U-Net from a single file's tensor shapes, and plan how to load it.
 
     Args:
         checkpoint: Tensors of the U-Net, without their prefix.
         kind: Kind of the checkpoint.
-        pooled: Width of SDXL's pooled text state; 0 for other kinds.
+        pooled_width: Width of SDXL's pooled text state; 0 for other kinds.
 
     Raises:
         CheckpointError: If tensors that determine a dimension are missing or contradictory.
@@ -127,14 +128,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
     names = checkpoint.tensors
     sources = dialects.rename_sources(list_tensor_sources(checkpoint), ldm_to_diffusers_translator(names))
     layers_by_level = read_levels(names)
-
-    def broken(why: str) -> CheckpointError:
-        return CheckpointError(
-            f"--ckpt {checkpoint.path}: its U-Net is not that of Stable Diffusion, or is damaged: {why}.\n"
-            f"  Give {EXPECTED_FILE}.",
-            checkpoint.path,
-        )
-
+    broken = partial(_broken_unet_error, checkpoint.path)
     # returns the shape of a tensor by name; raises this error for another number of axes (4 by default)
     shape = dialects.make_shape_reader(checkpoint, sources, broken("a tensor has an unexpected shape"))
     # a tensor name may contain any number, so the count is checked before it sets the work
@@ -164,13 +158,28 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
         **_make_depth_settings(depths.down, depths.up),
     }
     if kind is SDXL:
-        config |= _read_pooled_settings(shape("add_embedding.linear_1.weight", 2)[1], pooled, broken)
+        config |= _read_pooled_settings(shape("add_embedding.linear_1.weight", 2)[1], pooled_width, broken)
+    _check_level_widths(kind, widths, depths, broken)
+    return dialects.LoadPlan(config, checkpoint, sources)
+
+
+def _broken_unet_error(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"--ckpt {path}: its U-Net is not that of Stable Diffusion, or is damaged: {why}.\n"
+        f"  Give {EXPECTED_FILE}.",
+        path,
+    )
+
+
+def _check_level_widths(
+    kind: ModelKind, widths: Sequence[int], depths: UnetDepths, broken: Callable[[str], CheckpointError]
+) -> None:
+    """Raise the error that `broken` makes if norms or attentions cannot divide the channels of a level."""
     for width, level_depths in zip(widths, depths.down, strict=True):
         # levels without attention have no heads, and SD1 has a number of heads instead of their width
         divisor = SD1_HEADS if kind is SD1 else HEAD_WIDTH
         if width % GROUPS or (any(level_depths) and width % divisor):
             raise broken(f"a width of {width} channels cannot be divided into groups and heads")
-    return dialects.LoadPlan(config, checkpoint, sources)
 
 
 def _list_heads(kind: ModelKind, widths: Sequence[int]) -> tuple[int, ...]:
@@ -214,12 +223,15 @@ def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> 
     )
 
 
-def _read_pooled_settings(width: int, pooled: int, broken: Callable[[str], Exception]) -> dict[str, Any]:
+def _read_pooled_settings(
+    width: int, pooled_width: int, broken: Callable[[str], Exception]
+) -> dict[str, Any]:
     """Return U-Net settings of SDXL's additional conditions: pooled text state and image sizes."""
-    waves, remainder = divmod(width - pooled, NUM_SIZE_CONDITIONS)
+    waves, remainder = divmod(width - pooled_width, NUM_SIZE_CONDITIONS)
     if remainder or waves < 2 or waves % 2:
         raise broken(
-            f"label_emb takes {width} numbers, no pooled text of {pooled} and {NUM_SIZE_CONDITIONS} sizes"
+            f"label_emb takes width {width}, not that of a pooled text state ({pooled_width}) and "
+            f"{NUM_SIZE_CONDITIONS} sizes"
         )
     return {
         "addition_embed_type": "text_time",
@@ -284,16 +296,8 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
     ):
         raise other_network
     shape = dialects.make_shape_reader(vae, sources, other_network)
-    levels = {dialects.count(sources, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
     channels = shape("decoder.conv_in.weight")[1]
-    if channels != LATENT_CHANNELS or levels != {VAE_LEVELS}:
-        raise CheckpointError(
-            f"{option} {checkpoint.path}: this VAE has {channels} latent channels and "
-            f"{' and '.join(map(str, sorted(levels)))} levels; those of Stable Diffusion have "
-            f"{LATENT_CHANNELS} and {VAE_LEVELS}. It is of another model, or tensors are missing.\n"
-            f"  Give {EXPECTED_VAE}.",
-            checkpoint.path,
-        )
+    _check_vae_dimensions(checkpoint.path, option, sources, channels)
     widths = tuple(
         shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(VAE_LEVELS)
     )
@@ -316,18 +320,30 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
     return dialects.LoadPlan(config, vae, sources, IGNORED)
 
 
+def _check_vae_dimensions(path: Path, option: str, names: Collection[str], channels: int) -> None:
+    """Raise CheckpointError if a VAE has other latent channels or levels than those of Stable Diffusion."""
+    levels = {dialects.count(names, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
+    if channels != LATENT_CHANNELS or levels != {VAE_LEVELS}:
+        raise CheckpointError(
+            f"{option} {path}: this VAE has {channels} latent channels and "
+            f"{' and '.join(map(str, sorted(levels)))} levels; those of Stable Diffusion have "
+            f"{LATENT_CHANNELS} and {VAE_LEVELS}. It is of another model, or tensors are missing.\n"
+            f"  Give {EXPECTED_VAE}.",
+            path,
+        )
+
+
 def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
     """Return the tensors of a VAE in a file, and how to make each tensor that diffusers' AutoencoderKL has.
 
     The file may be a whole checkpoint, and have names of LDM or of any version of diffusers.
     """
-    prefix = ""
-    for vae_prefix in (VAE, "vae."):
-        if any(name.startswith(vae_prefix) for name in checkpoint.tensors):
-            prefix = vae_prefix
+    vae = checkpoint
+    for prefix in (VAE, "vae."):
+        if any(name.startswith(prefix) for name in checkpoint.tensors):
+            # others=("",): all tensors without this prefix belong to other networks
+            vae = checkpoint.without_prefix(prefix, ignored_prefixes=("",))
             break
-    # others=("",): all tensors without this prefix belong to other networks
-    vae = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
     stored_sources = list_tensor_sources(vae)
     num_levels = dialects.count(stored_sources, r"decoder\.up\.\d+")
     diffusers_names = map_vae_names_to_diffusers(stored_sources, num_levels=num_levels)

@@ -37,8 +37,8 @@ def _mean_residuals(residuals: Sequence[Residuals]) -> Residuals:
     """Average the residuals of several ControlNets for each skip connection and the middle block."""
     if len(residuals) == 1:
         return residuals[0]
-    skips = zip(*(down for down, _ in residuals), strict=True)
-    mean_skips = tuple(torch.stack(of_networks).mean(0) for of_networks in skips)
+    skips_by_connection = zip(*(skips for skips, _ in residuals), strict=True)
+    mean_skips = tuple(torch.stack(skips).mean(0) for skips in skips_by_connection)
     mean_middle = torch.stack([middle for _, middle in residuals]).mean(0)
     return mean_skips, mean_middle
 
@@ -84,7 +84,7 @@ class ControlNets:
             active = [index for index in candidates if is_active(self._specs[index], call)]
             if not active:
                 return call
-            images = guides.at(call, self._model.dtype)
+            images = guides.resize_for(call, self._model.dtype)
             residuals = [self._compute_residuals(index, call, images[index], num_parts) for index in active]
             return replace(call, residuals=_mean_residuals(residuals))
 
@@ -209,7 +209,7 @@ class BatchGuides:
             if len(request.guides) not in {1, len(specs)}:
                 raise OptionError(
                     f"{request.label}: {len(request.guides)} guide images, but {option} has {len(specs)}. "
-                    "Give --guide_image_path one for each model, or a single one for all."
+                    "Give one for each model, or a single one for all."
                 )
         self._specs = specs
         self._requests = requests
@@ -228,7 +228,7 @@ class BatchGuides:
             guides.append(torch.stack(images))
         return tuple(guides)
 
-    def at(self, call: UnetCall, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def resize_for(self, call: UnetCall, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return each network's guide images, B 3 H W in 0..1, resized to fit the latents of a U-Net call."""
         height, width = (int(side) * STRIDE for side in call.sample.shape[-2:])
         if self._size != (width, height):

@@ -106,19 +106,19 @@ def load_control_net(
             dtype=lambda *_: dtype,
             patch=add_base if is_difference else None,
             ignore=plan.ignore,
-            what=OPTION,
+            label=OPTION,
         )
     return network.eval()
 
 
-def _reject_similar(bare: Checkpoint) -> None:
+def _reject_similar(control_net: Checkpoint) -> None:
     """Raise CheckpointError if the file is an adapter such as a T2I-Adapter, but not a ControlNet."""
     for pattern, what in _OTHERS:
-        if any(re.fullmatch(pattern, name) for name in bare.tensors):
+        if any(re.fullmatch(pattern, name) for name in control_net.tensors):
             raise CheckpointError(
-                f"{bare.path} is not a ControlNet; it looks like {what}.\n"
+                f"{control_net.path} is not a ControlNet; it looks like {what}.\n"
                 f"  Give {EXPECTED_FILE} to {OPTION}.",
-                bare.path,
+                control_net.path,
             )
 
 
@@ -133,11 +133,12 @@ def _read_control_net(
         unet_config: Configuration of the U-Net.
         model_title: Name of the U-Net's model.
     """
-    bare = checkpoint.without_prefix(PREFIX, others=("",))  # the file may contain a whole model too
-    _reject_similar(bare)
-    translate = ldm_to_diffusers_translator(bare.tensors)
+    # the file may contain a whole model too
+    control_net = checkpoint.without_prefix(PREFIX, ignored_prefixes=("",))
+    _reject_similar(control_net)
+    translate = ldm_to_diffusers_translator(control_net.tensors)
     sources = {}
-    for name, source in list_tensor_sources(bare).items():
+    for name, source in list_tensor_sources(control_net).items():
         if name != DIFFERENCE_MARKER:
             sources[_name_in_diffusers(name, translate)] = source
     has_middle = "controlnet_mid_block.weight" in sources
@@ -150,10 +151,10 @@ def _read_control_net(
         sources = {
             name.replace(last, f"{_HINT_EMBEDDING}.conv_out."): source for name, source in sources.items()
         }
-    config = _read_config(bare, sources, unet_config)
+    config = _read_config(control_net, sources, unet_config)
     _check_fits_unet(checkpoint, config, unet_config, model_title)
     config |= _read_settings_without_tensors(path)
-    return LoadPlan(config, bare, sources, ignore=(DIFFERENCE_MARKER,))  # a marker, not a weight
+    return LoadPlan(config, control_net, sources, ignore=(DIFFERENCE_MARKER,))  # a marker, not a weight
 
 
 def _read_settings_without_tensors(path: Path) -> dict[str, Any]:
@@ -334,8 +335,8 @@ def _check_fits_unet(
     if config["in_channels"] != 4 or config["conditioning_channels"] != 3:
         raise CheckpointError(
             f"{checkpoint.path} takes latents of {config['in_channels']} and guide images of "
-            f"{config['conditioning_channels']} channels; only ControlNets with 4 and 3 are supported, those "
-            f"of inpainting models are not. Give {EXPECTED_FILE} to {OPTION}.",
+            f"{config['conditioning_channels']} channels; only ControlNets with 4 and 3 are supported, not "
+            f"those of inpainting models. Give {EXPECTED_FILE} to {OPTION}.",
             checkpoint.path,
         )
     sizes = {

@@ -59,9 +59,8 @@ class TrainedControlNet(nn.Module):
         rates = {"control_net copy": learning_rate, "control_net own": self.new_layers_lr}
         params: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
         for name, weight in self.network.named_parameters():
-            params["control_net own" if name.startswith(CONTROL_ONLY_LAYERS) else "control_net copy"].append(
-                weight
-            )
+            group = "control_net own" if name.startswith(CONTROL_ONLY_LAYERS) else "control_net copy"
+            params[group].append(weight)
         return [{"params": params[name], "lr": rate} for name, rate in rates.items()], [*rates]
 
     def compute_residuals(

@@ -55,7 +55,7 @@ def list_generation_command(
     sample: Mapping[str, Any],
     _: Sequence[str],
 ) -> list[str]:
-    """Return the gen_img.py command line that generates with a trained ControlNet or LLLite, word by word.
+    """Return the arguments of gen_img.py, including its name, to use a trained ControlNet or LLLite.
 
     Args:
         options: Options of the run.

@@ -211,7 +211,7 @@ class StableDiffusion(ModelOfImages):
         return self.kind.name
 
     @property
-    def called(self) -> str:
+    def display_name(self) -> str:
         """Name of the model kind in messages."""
         return self.kind.title
 
@@ -504,7 +504,7 @@ class StableDiffusion(ModelOfImages):
         """Return a writer that saves trained networks as a single-file checkpoint or in diffusers' layout."""
         if self.files.vae is not None:
             logger.info(
-                "Saved checkpoints keep the VAE of %s: that of --vae makes latents and samples alone.",
+                "Saved checkpoints keep the VAE of %s; that of --vae is only used for latents and samples.",
                 self.files.path,
             )
         if not as_folder:
@@ -557,9 +557,8 @@ class StableDiffusion(ModelOfImages):
         expected = int(self.files.unet_config.get("cross_attention_dim", 1280))
         if width != expected:
             raise CacheError(
-                f"{item}: the states of its text are {width} numbers wide, the U-Net of "
-                f"{self.files.path} takes {expected}: they were made with another checkpoint. Cache texts "
-                "again."
+                f"{item}: its text states have width {width}, but the U-Net of {self.files.path} takes "
+                f"width {expected}: they were made with a different checkpoint. Cache texts again."
             )
 
     def _check_text_length(self, text_states: Sequence[Tensor], item: str) -> None:
@@ -573,8 +572,8 @@ class StableDiffusion(ModelOfImages):
             length = states.shape[1] // num_copies
             if length > max_length or (are_padded and length < max_length):
                 raise CacheError(
-                    f"{item}: its text has {length} states, this training has "
-                    f"{max_length}. Cache texts again with the same --max_token_length, or change it here."
+                    f"{item}: its text has {length} states, but this training uses {max_length}. Cache "
+                    "texts again with the same --max_token_length, or change it here."
                 )
 
     def predict(
@@ -628,8 +627,8 @@ class StableDiffusion(ModelOfImages):
         """
         prepared = self.resolve_image(request, flow_shift=1.0)  # 1, because these models have no shift
         if request.source is None:
-            named = "--steps (--s in a prompt line)" if self.options is NO_OPTIONS else "--s"
-            check_sampler_steps(named, prepared.solver, prepared.steps)
+            option_name = "--steps (--s in a prompt line)" if self.options is NO_OPTIONS else "--s"
+            check_sampler_steps(option_name, prepared.solver, prepared.steps)
         else:
             # with an input image, the sampler's own timesteps decide at which step denoising starts
             timesteps = self._begin_sampling(prepared).solver.timesteps_of_steps
@@ -780,7 +779,7 @@ def family_for_text_caching(
     dtype = select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", torch.float32)
     assert dtype is not None
     files = TrainingFiles(kinds, options.ckpt, tokenizer_cache_dir=options.tokenizer_cache_dir, dtype=dtype)
-    return StableDiffusion(files, max_chunks=options.chunks, clip_skip=clip_skip)
+    return StableDiffusion(files, max_chunks=options.num_chunks, clip_skip=clip_skip)
 
 
 def family_for_training(
@@ -824,7 +823,7 @@ def family_for_training(
     return StableDiffusion(
         files,
         noise,
-        options.chunks,
+        options.num_chunks,
         clip_skip,
         sampler=options.sample_sampler,
         options=options,
@@ -898,8 +897,8 @@ def _check_block_rates(rates: Sequence[float], files: TrainingFiles) -> None:
             f"{count} of {name.partition('_')[0]}" for name, _, count in numbered.learning_rate_ranges
         )
         raise OptionError(
-            f"--block_lr has {len(rates)} numbers, the U-Net of {files.path} has {numbered.count} blocks: "
-            f"give one for its embeddings, {sides}, and one for its output"
+            f"--block_lr has {len(rates)} numbers, but the U-Net of {files.path} has {numbered.count} "
+            f"blocks: give one for its embeddings, {sides}, and one for its output"
         )
 
 
@@ -946,13 +945,13 @@ def check_prediction(options: StableDiffusionTrainingOptions, predicts_v: bool) 
     weights = options.loss_weights
     if weights.scale_v_pred_loss_like_noise_pred and not predicts_v:
         raise OptionError(
-            "--scale_v_pred_loss_like_noise_pred is for models that predict v, and this one predicts noise. "
+            "--scale_v_pred_loss_like_noise_pred is for models that predict v, but this one predicts noise. "
             "Leave it out, or add --v_parameterization if the model was trained that way"
         )
     if weights.v_pred_like_loss and predicts_v:
         raise OptionError(
-            f"--v_pred_like_loss {weights.v_pred_like_loss:g} is for models that predict noise, and this one "
-            "predicts v. Leave it out"
+            f"--v_pred_like_loss {weights.v_pred_like_loss:g} is for models that predict noise, but this "
+            "one predicts v. Leave it out"
         )
     if options.zero_terminal_snr and not predicts_v:
         raise OptionError(

@@ -38,11 +38,11 @@ _KIND_BY_PREFIX = (
 # prefixes of unsupported models that share some of these names -> what the model is and why it cannot be
 # used; the first match counts
 _UNSUPPORTED_BY_PREFIX = (
-    ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3, which is another network"),
-    ("joint_blocks.", "the transformer of Stable Diffusion 3, which is another network"),
+    ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3, which has a different architecture"),
+    ("joint_blocks.", "the transformer of Stable Diffusion 3, which has a different architecture"),
     ("model.diffusion_model.double_blocks.", "FLUX or HunyuanVideo; their own scripts generate with it"),
     ("double_blocks.", "FLUX or HunyuanVideo; their own scripts generate with it"),
-    ("model.diffusion_model.clf.", "Stable Cascade, which is another network"),
+    ("model.diffusion_model.clf.", "Stable Cascade, which has a different architecture"),
     ("edm_mean", "Playground 2.5, whose noise follows another formula (EDM)"),
     ("edm_vpred.", "CosXL, whose noise follows another formula (EDM)"),
     ("depth_model.", "Stable Diffusion 2 with depth, which needs a depth map in addition to the picture"),
@@ -81,25 +81,7 @@ def read_model_type(path: Path, names: Collection[str], metadata: Mapping[str, s
     Raises:
         CheckpointError: If the file is something else, with its real kind or the missing network.
     """
-    kind = _find_kind(names)
-    other_model = _describe_other(names, kind)
-    if other_model is not None:
-        raise CheckpointError(f"--ckpt {path} looks like {other_model}.\n  Give {EXPECTED_FILE}.", path)
-    missing = []
-    if not _has_prefix(names, UNET):
-        missing.append("U-Net")
-    if not _has_prefix(names, VAE):
-        missing.append("VAE")
-    if kind is None:
-        missing.append("text encoder")
-    if missing:
-        description = kind_of(names)
-        looks = f"; it looks like {description}" if description is not None else ""
-        raise CheckpointError(
-            f"--ckpt {path} has no {', no '.join(missing)}{looks}.\n  Give {EXPECTED_FILE}.",
-            path,
-        )
-    assert kind is not None
+    kind = _require_kind(path, names)
     declared = read_prediction(metadata)
     has_marker = V_PRED in names  # an empty tensor that marks models that predict v
     if declared.unknown and not has_marker:
@@ -119,6 +101,34 @@ def read_model_type(path: Path, names: Collection[str], metadata: Mapping[str, s
         zero_terminal_snr=ZTSNR in names or (predicts_velocity and declared.zero_terminal_snr),
         recorded_in=recorded_in,
     )
+
+
+def _require_kind(path: Path, names: Collection[str]) -> ModelKind:
+    """Return the kind of a file with tensors of these names.
+
+    Raises:
+        CheckpointError: If the file is something else, with its real kind or the missing network.
+    """
+    kind = _find_kind(names)
+    other_model = _describe_other(names, kind)
+    if other_model is not None:
+        raise CheckpointError(f"--ckpt {path} looks like {other_model}.\n  Give {EXPECTED_FILE}.", path)
+    missing = []
+    if not _has_prefix(names, UNET):
+        missing.append("U-Net")
+    if not _has_prefix(names, VAE):
+        missing.append("VAE")
+    if kind is None:
+        missing.append("text encoder")
+    if missing:
+        description = kind_of(names)
+        resemblance = f"; it looks like {description}" if description is not None else ""
+        raise CheckpointError(
+            f"--ckpt {path} has no {', no '.join(missing)}{resemblance}.\n  Give {EXPECTED_FILE}.",
+            path,
+        )
+    assert kind is not None
+    return kind
 
 
 def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:

@@ -263,7 +263,7 @@ def _read_config(folder: Path, network: Any) -> dict[str, Any]:
 
 
 def _check_levels(config: Mapping[str, Any], file: Path) -> None:
-    """Raise CheckpointError if a U-Net's settings lack the number of its blocks, which trainings need."""
+    """Raise CheckpointError if a U-Net's settings are invalid that tell its levels, blocks and text width."""
     down = config["down_block_types"]
     up = config["up_block_types"]
     layers = config["layers_per_block"]

@@ -118,7 +118,7 @@ class StableDiffusionGenerationOptions(Options, title="Stable Diffusion"):
         "the model predicts v, as Stable Diffusion 2.x of 768 pixels does; not needed if the checkpoint says "
         "it"
     )
-    zero_terminal_snr: bool = option("the last timestep is noise alone, for models trained so")
+    zero_terminal_snr: bool = option("the last timestep is pure noise, for models trained that way")
     clip_skip: int | None = option(
         "layer of the text encoders whose states are used, from the end: 1 is the last one; default: 1, for "
         "XL 2",

@@ -77,37 +77,40 @@ class Vgg16(nn.Module):
         return self.features(((pixels - mean) / std).to(weight.device, weight.dtype))
 
 
-def load_vgg16(path: Path, last: int, device: torch.device, dtype: torch.dtype) -> Vgg16:
-    """Load VGG16 up to layer `last`; on the meta device only shapes are checked.
+def load_vgg16(path: Path, last_layer: int, device: torch.device, dtype: torch.dtype) -> Vgg16:
+    """Load VGG16 up to layer `last_layer`; on the meta device only shapes are checked.
 
     Raises:
         CheckpointError: If the file is not VGG16.
-        OptionError: If the file has no layer `last`.
+        OptionError: If the file has no such layer.
     """
     with open_checkpoint(path) as checkpoint:
-        layers = _plan_layers(checkpoint, last)
+        layers = _plan_layers(checkpoint, last_layer)
         sources = list_tensor_sources(checkpoint)
-        names = [f"{_START}{number}.{part}" for number in range(last + 1) for part in ("weight", "bias")]
-        needed = {name: sources[name] for name in names if name in sources}
+        needed = {}
+        for number in range(last_layer + 1):
+            for name in (f"{_START}{number}.weight", f"{_START}{number}.bias"):
+                if name in sources:
+                    needed[name] = sources[name]
         plan = LoadPlan(layers, checkpoint, needed, ("*",))
-        return load_planned(plan, Vgg16, device=device, dtype=dtype, what=OPTION)
+        return load_planned(plan, Vgg16, device=device, dtype=dtype, label=OPTION)
 
 
-def _plan_layers(checkpoint: Checkpoint, last: int) -> list[_Layer]:
-    """Return the layers of VGG16 up to index `last`, inferred from the convolutions in the file.
+def _plan_layers(checkpoint: Checkpoint, last_layer: int) -> list[_Layer]:
+    """Return the layers of VGG16 up to index `last_layer`, inferred from the convolutions in the file.
 
     Indices without a tensor are ReLUs after convolutions, and poolings after ReLUs.
     """
     channels = 3
     layers: list[_Layer] = []
-    for index in range(last + 1):
+    for index in range(last_layer + 1):
         info = checkpoint.tensors.get(f"{_START}{index}.weight")
         if info is None and layers:
             layers.append("relu" if isinstance(layers[-1], tuple) else "pool")
             if layers[-2:] == ["pool", "pool"]:  # beyond the last layer of the file
                 raise OptionError(
-                    f"--vgg16_guidance_layer {last}: the last layer in {checkpoint.path} is {index - 1}. "
-                    f"Give a lower one, or {RELEASE} to {OPTION}"
+                    f"--vgg16_guidance_layer {last_layer}: the last layer in {checkpoint.path} is "
+                    f"{index - 1}. Give a lower one, or {RELEASE} to {OPTION}"
                 )
             continue
         shape = () if info is None else info.shape
@@ -120,13 +123,13 @@ def _plan_layers(checkpoint: Checkpoint, last: int) -> list[_Layer]:
 
 CLIP_REPOSITORY = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 CLIP = ClipNaming(
-    what="CLIP (guidance)",
+    description="CLIP (guidance)",
     option="--clip_guidance_model",
     release=f"config.json and model.safetensors of a whole CLIP, as of {CLIP_REPOSITORY}",
 )
 _PROJECTION = "text_projection.weight"  # P C
 # minimum square root of the fraction of data: below it, with --zero_terminal_snr, a sample is pure noise
-MIN_SHARE = 0.01
+MIN_ALPHA = 0.01
 
 Loss = Callable[[Tensor], Tensor]  # pixels 1 3 H W, in 0..1 -> the loss, scaled
 
@@ -184,7 +187,7 @@ class Guides:
             velocity = guidance(step, predict, section)
             index = sampler.first_index + step.index
             alpha = float(sampler.schedule.alphas[index])  # factor of the clean latents
-            if alpha < MIN_SHARE:  # almost pure noise: the predicted image would be meaningless
+            if alpha < MIN_ALPHA:  # almost pure noise: the predicted image would be meaningless
                 return velocity
             gradient = self._compute_gradient(image_loss, passes, step, section)
             strength = step.sigma
@@ -307,8 +310,8 @@ def _check_clip(path: Path) -> None:
         projection = checkpoint.tensors.get(_PROJECTION)
         if projection is None or projection.shape != (width, dim):
             raise CheckpointError(
-                f"{CLIP.option} {checkpoint.path}: the projection of its texts ({_PROJECTION}, {width} x "
-                f"{dim}) is missing or of another size. Give {CLIP.release}.",
+                f"{CLIP.option} {checkpoint.path}: its text projection ({_PROJECTION}, {width} x {dim}) is "
+                f"missing or has a different size. Give {CLIP.release}.",
                 checkpoint.path,
             )
 
@@ -325,8 +328,8 @@ def load_guides(options: GuideOptions, model: Model) -> Guides | None:
     vgg = None
     if options.vgg16_guidance_scale:
         assert options.vgg16_guidance_model is not None
-        last = options.vgg16_guidance_layer
-        vgg = load_vgg16(options.vgg16_guidance_model, last, model.device, model.dtype)
+        last_layer = options.vgg16_guidance_layer
+        vgg = load_vgg16(options.vgg16_guidance_model, last_layer, model.device, model.dtype)
         logger.info("guidance by VGG16: %s", options.vgg16_guidance_model)
     return Guides(options, model, clip, vgg)
 

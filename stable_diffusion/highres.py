@@ -120,7 +120,7 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
             f"{type(error).__name__}: {error}"
         ) from error
     if not callable(getattr(upscaler, "upscale", None)):
-        raise OptionError(f"{OPTION} {name}: what its create_upscaler(...) returns has no upscale(...)")
+        raise OptionError(f"{OPTION} {name}: the result of its create_upscaler(...) has no upscale(...)")
     return UpscalingModule(name, upscaler, takes_latents)
 
 

@@ -128,8 +128,8 @@ def _rotate(x: float, y: float, angle: float) -> tuple[float, float]:
 
 
 def draw_wobbly_ellipse(height: int, width: int, rng: random.Random) -> Any:
-    """Draw an ellipse with a wavy edge in the middle of an image, H W bool."""
-    # an ellipse with the fraction AREA of the image: pi * horizontal_radius * vertical_radius
+    """Draw an ellipse with a wavy edge near the middle of an image, H W bool."""
+    # its area, pi * horizontal_radius * vertical_radius, is the fraction MASK_AREA of the image
     aspect_ratio = rng.uniform(0.6, 1.4)
     horizontal_radius = math.sqrt(MASK_AREA * height * width / math.pi * aspect_ratio)
     vertical_radius = horizontal_radius / aspect_ratio

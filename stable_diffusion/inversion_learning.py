@@ -175,7 +175,7 @@ def _write_prompt(options: InversionOptions, file: Path, sample: Mapping[str, An
 def _list_generation_command(
     options: InversionOptions, option: str, file: Path, sample: Mapping[str, Any], _: Sequence[str]
 ) -> list[str]:
-    """Return the gen_img.py command line that generates an image with a trained word, as a list of words.
+    """Return the arguments of gen_img.py, including its name, to generate an image with a trained word.
 
     Args:
         options: Options of the run.

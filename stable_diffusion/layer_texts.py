@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from checkpoints.dialects import count
 from stable_diffusion.contract import RequestedImage, UnetHook
 from stable_diffusion.names import unet_blocks
-from stable_diffusion.regions import put_back
+from stable_diffusion.regions import restore_forward
 
 
 def list_cross_attentions(names: Collection[str]) -> dict[str, str]:
@@ -56,7 +56,7 @@ class LayerTexts:
         """Change the U-Net for a batch and restore it at the end; enter this before `Regions`."""
         with ExitStack() as stack:
             for module, forward in split_context_by_layer(self.unet, self.paths):
-                stack.callback(put_back, module, forward)
+                stack.callback(restore_forward, module, forward)
             yield None
 
 

@@ -306,9 +306,9 @@ def find_inputs(options: ImageInputOptions, num_control_nets: int) -> Inputs:
     )
     if len(inputs.guides) > 1 and len(inputs.guides) % inputs.guides_per_image:
         raise OptionError(
-            f"--guide_image_path: {len(inputs.guides)} pictures for {num_control_nets} ControlNets. Give one "
-            "for each ControlNet, in their order, first for the first picture, then for the next one and so "
-            "on; or give a single one for all"
+            f"--guide_image_path: {len(inputs.guides)} pictures for {num_control_nets} ControlNets. Give "
+            "one for each ControlNet, in their order, for the first picture, then for the next one and so "
+            "on, or a single one for all"
         )
     return inputs
 

@@ -123,7 +123,7 @@ def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, reads_weigh
         _check_dimensions(options, path, next(iter(plan.config.values())))
         build = partial(TrainedLllite, dropout=dropout)
         if reads_weights:
-            network = load_planned(plan, build, device=CPU, dtype=torch.float32, what=A_LLLITE)
+            network = load_planned(plan, build, device=CPU, dtype=torch.float32, label=A_LLLITE)
         else:
             network = build(plan.config)
     network.attach_to(unet, path)
@@ -178,10 +178,10 @@ def _check_file(options: SdxlLlliteTrainingOptions) -> None:
         return
     with open_checkpoint(require_file(path, WEIGHTS, "")) as checkpoint:
         plan = read_lllite(checkpoint, WEIGHTS)
-        load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, what=A_LLLITE)
+        load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, label=A_LLLITE)
         _check_dimensions(options, path, next(iter(plan.config.values())))
         for name in plan.config:
             if find_layer_path(name) is None:
                 raise OptionError(
-                    f"{WEIGHTS} {path}: Stable Diffusion XL has no layer for {name}. Give another"
+                    f"{WEIGHTS} {path}: Stable Diffusion XL has no layer for {name}. Give another file."
                 )

@@ -10,6 +10,7 @@ Positive and negative rows are changed equally. Source: the documents and files 
 # Letters: B images, R rows of one call of the U-Net, L tokens, C their width, E width of the embedding
 
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,9 +82,9 @@ class LlliteModule(nn.Module):
         height, width = controls.shape[2:]
         step = self.dimensions.reduction
         # the U-Net rounds its sizes up; an edge that is not a whole step is repeated, as strides round down
-        missing = (0, -width % step, 0, -height % step)
-        if any(missing):
-            controls = nn.functional.pad(controls, missing, mode="replicate")
+        padding = (0, -width % step, 0, -height % step)
+        if any(padding):
+            controls = nn.functional.pad(controls, padding, mode="replicate")
         embedding = self.conditioning1(controls)
         return embedding if self.dimensions.is_convolution else rearrange(embedding, "b e h w -> b (h w) e")
 
@@ -176,7 +177,7 @@ def find_layer(
     mismatch = "has no such layer" if width is None else f"takes {width} channels in this layer"
     raise CheckpointError(
         f"{path} does not fit --ckpt: it is made for {name.removeprefix(PREFIX)} with inputs of "
-        f"{dimensions.width} channels, and the model {mismatch}. Give one for {SDXL.title} to {option}.",
+        f"{dimensions.width} channels, but the model {mismatch}. Give one for {SDXL.title} to {option}.",
         path,
     )
 
@@ -224,15 +225,10 @@ def _read_dimensions(checkpoint: Checkpoint, name: str) -> LlliteDimensions:
             )
         return info.shape
 
-    start = f"{name}.conditioning1."
-    convolution_indices = []
-    for tensor_name in tensors:
-        if tensor_name.startswith(start) and tensor_name.endswith(".weight"):
-            index = tensor_name.removeprefix(start).removesuffix(".weight")
-            if index.isdecimal():
-                convolution_indices.append(int(index))
+    pattern = re.compile(rf"{re.escape(name)}\.conditioning1\.(\d+)\.weight")
+    indices = sorted(int(match[1]) for match in map(pattern.fullmatch, tensors) if match)
     kernels = []
-    for number in sorted(convolution_indices) or [0]:  # if there is none, the error names layer 0
+    for number in indices or [0]:  # if there is none, the error names layer 0
         channels, _, size, _ = shape(f"conditioning1.{number}.weight", (4,))
         kernels.append((channels, size))
     down_shape = shape("down.0.weight", (2, 4))  # rank, in_features, and of a convolution its kernel

@@ -97,7 +97,7 @@ class _LlliteBatch:
 
     def begin(self, call: UnetCall) -> UnetCall:
         """U-Net hook: select the guide images that are active in this call, which is returned unchanged."""
-        images = self._guides.at(call, self._dtype)
+        images = self._guides.resize_for(call, self._dtype)
         self._active_guides = []
         for spec, spec_images in zip(self._specs, images, strict=True):
             self._active_guides.append(spec_images if is_active(spec, call) else None)
@@ -132,7 +132,7 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
         with open_checkpoint(require_file(spec.path, OPTION, "")) as checkpoint:
             plan = read_lllite(checkpoint, OPTION)
             # compares only, reads no weights
-            load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, what=A_LLLITE)
+            load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, label=A_LLLITE)
             for name in plan.config:
                 if find_layer_path(name) is None:
                     raise CheckpointError(
@@ -154,7 +154,7 @@ def load_lllites(options: ControlOptions, model: Model) -> Lllites | None:
     for spec in options.specs:
         with open_checkpoint(spec.path) as checkpoint:
             plan = read_lllite(checkpoint, OPTION)
-            network = load_planned(plan, Lllite, device=model.device, dtype=model.dtype, what=A_LLLITE)
+            network = load_planned(plan, Lllite, device=model.device, dtype=model.dtype, label=A_LLLITE)
             networks.append(network)
         logger.info("ControlNet-LLLite %s: %d layers", spec.path, len(list(networks[-1].children())))
     return Lllites(networks, options.specs, model)

@@ -196,7 +196,7 @@ def _plan_single_file(options: ModelOptions, path: Path, exit_stack: ExitStack) 
         )
     text_encoders = plan_text_encoders(checkpoint, model_type.kind)
     # others=("",): leave out all tensors without this prefix, which belong to other networks
-    unet_checkpoint = checkpoint.without_prefix(UNET, others=("",))
+    unet_checkpoint = checkpoint.without_prefix(UNET, ignored_prefixes=("",))
     unet = checkpoints.read_unet(unet_checkpoint, model_type.kind, _find_pooled_width(text_encoders))
     if options.vae is None:
         vae = checkpoints.read_vae(checkpoint, "--ckpt", model_type.kind.latent_scale)
@@ -252,8 +252,8 @@ def read_chosen_vae(
         CheckpointError: If the VAE is missing or another network.
     """
     if option == "--ckpt" or path.is_dir():
-        vae_subfolder = path / "vae"
-        folder = vae_subfolder if not (path / "config.json").is_file() and vae_subfolder.is_dir() else path
+        is_whole_checkpoint = not (path / "config.json").is_file() and (path / "vae").is_dir()
+        folder = path / "vae" if is_whole_checkpoint else path
         return folders.read_folder_vae(folder, option, kind.latent_scale, exit_stack)
     if not path.exists() and _is_of_hub(path):
         path = find_model_folder(option, path.as_posix(), PATTERNS_VAE)
@@ -336,11 +336,13 @@ def _make_networks(
 def _load_weights(networks: Sequence[_NetworkToLoad], device: torch.device) -> None:
     """Load weights from the open files; on the meta device, compare only names and shapes."""
     for network, plan, dtype, label in networks:
-        filled = load_planned(plan, partial(_keep, network), device=device, dtype=dtype, what=label)
+        filled = load_planned(
+            plan, partial(_return_network, network), device=device, dtype=dtype, label=label
+        )
         filled.requires_grad_(False)
 
 
-def _keep(network: Any, _: Any) -> Any:
+def _return_network(network: Any, _: Any) -> Any:
     """Return the network that `load_planned` would otherwise build from the plan's configuration."""
     return network
 

@@ -24,7 +24,7 @@ from networks.loading import LoraFile, WeightedLora, read_lora
 from networks.module_names import read_family
 from networks.names.texts import published_parameter, published_path
 from networks.rounding import LoraRounding
-from networks.text_loras import rename_for_encoders, uses_for
+from networks.text_loras import rename_for_encoders, select_for_network
 from stable_diffusion.contract import KINDS, Model, ModelKind
 from stable_diffusion.loading import CheckpointPlan
 from stable_diffusion.network_options import AddedNetworkOptions
@@ -104,11 +104,11 @@ class _LoraTarget:
     network: nn.Module
     prefix: str = ""  # prefix of the network's modules in LoRA files; "" for the U-Net
 
-    def published(self, name: str) -> str:
+    def get_published_name(self, name: str) -> str:
         """Return a parameter's published name."""
         return published_parameter(name) if self.prefix else name
 
-    def published_module(self, path: str) -> str:
+    def get_published_module(self, path: str) -> str:
         return published_path(path) if self.prefix else path
 
 
@@ -133,8 +133,8 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
             logger.info(f"{path} says of itself:\n{_as_json(lora.metadata)}")
     if options.network_args:
         logger.warning(
-            f"--network_args {' '.join(options.network_args)} is ignored because the files say by their "
-            "tensors what they are"
+            f"--network_args {' '.join(options.network_args)} is ignored because the tensors in the files "
+            "show what they are"
         )
     return loras
 
@@ -145,7 +145,7 @@ def words_of(loras: Iterable[LoraFile]) -> tuple[LearnedWord, ...]:
     Raises:
         CheckpointError: If a word cannot be read.
     """
-    return read_lora_words({lora.path: lora.words for lora in loras if lora.words}, OPTION)
+    return read_lora_words({lora.path: lora.embeddings for lora in loras if lora.embeddings}, OPTION)
 
 
 def check_networks(loras: Sequence[LoraFile], checkpoint_plan: CheckpointPlan) -> None:
@@ -175,7 +175,7 @@ def _check_fit(
         weighted_loras: The LoRAs with their strengths.
         checkpoint: Path of the checkpoint, for messages.
     """
-    patch = LoraPatch(uses_for(weighted_loras, prefix), model=checkpoint)
+    patch = LoraPatch(select_for_network(weighted_loras, prefix), model=checkpoint)
     published_name = published_parameter if prefix else str  # only text encoders have other names here
     for name, source in plan.sources.items():
         tensors = [to_meta_tensor(plan.checkpoint.tensors[stored_name]) for stored_name in source.names]
@@ -202,7 +202,7 @@ def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
         if family is not None and family.name != kind.name:
             logger.warning(
                 f"{lora.path} was trained for {kinds[family.name].title}, as {lora.evidence} say, and is "
-                f"used with {kind.title}: do not expect much of it"
+                f"used with {kind.title}: the results may be poor"
             )
 
 
@@ -270,10 +270,10 @@ def _add_layers(
 def _merge(targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], rounding: str) -> None:
     """Fold LoRAs permanently into network weights; `rounding` is the value of --lora_rounding."""
     for target in targets:
-        target_loras = uses_for(weighted_loras, target.prefix)
+        target_loras = select_for_network(weighted_loras, target.prefix)
         if target_loras:
             patch = LoraPatch(target_loras, rounding=LoraRounding(rounding))
-            patch.bake(target.network, target.published)
+            patch.bake(target.network, target.get_published_name)
             patch.check()
 
 
@@ -295,9 +295,9 @@ def _make_folding(
     # keep a copy of the weights that LoRAs change, and check that the LoRAs fit
     originals = []
     for target in targets:
-        target_loras = uses_for(weighted_loras, target.prefix)
+        target_loras = select_for_network(weighted_loras, target.prefix)
         if target_loras:
-            original = OriginalWeights(target_loras, target.published, rounding)
+            original = OriginalWeights(target_loras, target.get_published_name, rounding)
             original.keep(target.network)
             original.check()
             originals.append((target, original))
@@ -308,7 +308,9 @@ def _make_folding(
             for weighted, multiplier in zip(weighted_loras, multipliers, strict=True)
         ]
         for target, original in originals:
-            effective = [weighted for weighted in uses_for(scaled, target.prefix) if weighted.multiplier]
+            effective = [
+                weighted for weighted in select_for_network(scaled, target.prefix) if weighted.multiplier
+            ]
             original.switch(target.network, effective)
 
     return apply_strengths
@@ -318,11 +320,13 @@ def _attach_loras(
     target: _LoraTarget, weighted_loras: Sequence[WeightedLora], model: Model
 ) -> list[dict[str, LoraBranch]]:
     """Attach LoRAs to a network; return the added layers of each LoRA by module name."""
-    parameters = find_parameters(target.network, target.published_module)
+    parameters = find_parameters(target.network, target.get_published_module)
     layers_by_lora: list[dict[str, LoraBranch]] = []
     for weighted in weighted_loras:
         layers: dict[str, LoraBranch] = {}
-        for part in uses_for([weighted], target.prefix):  # the LoRA's part for this network, if it has one
+        for part in select_for_network(
+            [weighted], target.prefix
+        ):  # the LoRA's part for this network, if it has one
             for name, delta in fit_lora(part.lora, parameters, OPTION).items():
                 layers[name] = LoraBranch(parameters[name], delta, 1.0, weighted.lora.has_frozen_norms)
         layers_by_lora.append(layers)

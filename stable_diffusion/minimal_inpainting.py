@@ -33,10 +33,10 @@ def repaint(options: MinimalInpaintingOptions) -> None:
     with temporary_folder() as folder:
         mask = folder / "mask.png"
         make_mask(image, seed).save(mask)
-        generate(read_gen_img(None, gen_img_argv(options, mask, seed)), load_keeping)
+        generate(read_gen_img(None, gen_img_argv(options, mask, seed)), load_for_inpainting)
 
 
-def load_keeping(options: GenImgOptions, device: torch.device) -> ImageGenerator:
+def load_for_inpainting(options: GenImgOptions, device: torch.device) -> ImageGenerator:
     """Load a model for inpainting that leaves all pixels outside the mask unchanged."""
     return replace(assemble(options, device), restores_unmasked=True)
 

@@ -151,16 +151,16 @@ SD1 = FamilyNames(
     "sd1",
     "stable-diffusion-v1",
     aliases=_SD,
-    start=UNET_IN_DIFFUSERS,
+    path_prefix=UNET_IN_DIFFUSERS,
     is_as_in_diffusers=True,
-    always_underscored="ours",
+    underscored_names="ours",
     compatible_families=("sd2",),  # has the same names; only sizes differ
     encoders=(("lora_te", OF_CLIP),),
     texts_in_diffusers=("lora_te",),
-    written_version="sd_v1",
-    sides=_OF_TEXTS,
-    released=((768, ()),),
-    versions=("sd_v1", "sd_1", "sd1", "stable-diffusion-v1"),
+    written_base_model="sd_v1",
+    relative_sizes=_OF_TEXTS,
+    released_sizes=((768, ()),),
+    version_prefixes=("sd_v1", "sd_1", "sd1", "stable-diffusion-v1"),
 )
 # the same modules with other sizes
 SD2 = replace(
@@ -168,9 +168,9 @@ SD2 = replace(
     name="sd2",
     architecture="stable-diffusion-v2",
     compatible_families=("sd1",),
-    written_version="sd_v2",
-    released=((1024, ()),),
-    versions=("sd_v2", "sd_2", "sd2", "stable-diffusion-v2"),
+    written_base_model="sd_v2",
+    released_sizes=((1024, ()),),
+    version_prefixes=("sd_v2", "sd_2", "sd2", "stable-diffusion-v2"),
 )
 SDXL = FamilyNames(
     "sdxl",
@@ -178,13 +178,13 @@ SDXL = FamilyNames(
     aliases=_SDXL,
     encoders=(("lora_te1", OF_CLIP), ("lora_te2", OF_CLIP)),
     texts_in_diffusers=("lora_te1", "lora_te2"),
-    start=UNET_IN_DIFFUSERS,
+    path_prefix=UNET_IN_DIFFUSERS,
     is_as_in_diffusers=True,
-    always_underscored="aliases",
-    written_version="sdxl_base_v1-0",
-    sides=_OF_TEXTS,
-    released=((2048, ()),),
-    versions=("sdxl", "stable-diffusion-xl"),
+    underscored_names="aliases",
+    written_base_model="sdxl_base_v1-0",
+    relative_sizes=_OF_TEXTS,
+    released_sizes=((2048, ()),),
+    version_prefixes=("sdxl", "stable-diffusion-xl"),
 )
 
 LORA = (SD1, SDXL, SD2)

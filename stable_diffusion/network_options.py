@@ -146,7 +146,7 @@ def check_control(
         if guides and guidance_option is None:
             raise OptionError(
                 "--guide_image_path needs --control_net_models, --control_net_lllite_models, "
-                "--clip_image_guidance_scale or --vgg16_guidance_scale, which see the pictures. A mask of "
+                "--clip_image_guidance_scale or --vgg16_guidance_scale, which use the pictures. A mask of "
                 "regions goes to --mask_path"
             )
         return
@@ -157,7 +157,7 @@ def check_control(
     if uses_deep_shrink and options.control_net_lllite_models:
         raise OptionError(
             f"--ds_depth_1 (Deep Shrink) and {options.flag} do not work together, as the sizes of features "
-            "differ: leave one of them out, or take ControlNets"
+            "differ: leave one of them out, or use ControlNets"
         )
 
 
@@ -230,9 +230,9 @@ def _check_network_module(name: str) -> None:
         )
     if name not in KNOWN_MODULES and not name.startswith("networks.lora"):
         raise OptionError(
-            f"--network_module {name}: modules of others are not supported in gen_img.py. Leave "
-            f"--network_module out, or give one of {', '.join(KNOWN_MODULES)}: the files are "
-            "recognized by their tensors"
+            f"--network_module {name}: modules of other programs are not supported in gen_img.py. Leave "
+            f"--network_module out, or give one of {', '.join(KNOWN_MODULES)}: the files are recognized by "
+            "their tensors"
         )
 
 
@@ -240,7 +240,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
     """LoRAs and similar networks to add, in the order of --network_weights."""
 
     network_module: tuple[str, ...] | None = option(
-        "kinds of the files, such as networks.lora; needless, as the files say what they are",
+        "kinds of the files, such as networks.lora; not needed, because the files contain it",
         needs="network_weights",
     )
     network_weights: tuple[Path, ...] | None = option("LoRA files, any dialect", place="there", often=True)
@@ -251,7 +251,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
         "arguments of each module: key=value, several joined by ;. The files say the same",
         needs="network_weights",
     )
-    network_show_meta: bool = option("show what the files say of themselves", needs="network_weights")
+    network_show_meta: bool = option("show the metadata of the files", needs="network_weights")
     network_merge: bool = option(
         "fold all networks into the model, which is faster",
         needs="network_weights",

@@ -46,7 +46,7 @@ class ModelOptions(Options, title="model"):
         "the VAE works in this many bands, to save memory", title=_SPEED, minimum=1
     )
     vae_batch_size: float | None = option(
-        "images that the VAE takes at once; below 1: this share of --batch_size; usually all",
+        "images that the VAE takes at once; below 1: this fraction of --batch_size; usually all",
         title=_SPEED,
         above=0,
         hint="of pictures, or a share of the batch below 1, such as 0.5",
@@ -84,7 +84,7 @@ class ImageInputOptions(Options, title="prompts", must_give=True):
         "you trust it"
     )
     prompter_module_args: str | None = option(
-        "a text that the module of --from_module finds in its options", needs="from_module"
+        "a text for the module of --from_module, which finds it in its options", needs="from_module"
     )
     interactive: bool = option(
         "ask for prompts; Ctrl-C drops the current one, quit ends",
@@ -153,19 +153,19 @@ class ImageOutputOptions(Options, title="output"):
         "output folder; created if missing", default=Path("outputs"), place="new folder", often=True
     )
     sequential_file_name: bool = option(
-        "number the files: im_000001.png and so on, after those that are there",
+        "number the files: im_000001.png and so on, after those that exist",
         excludes="use_original_file_name",
     )
-    use_original_file_name: bool = option("image to image: name files as the input images are named")
+    use_original_file_name: bool = option("image to image: name files like the input images")
 
 
 class TextOptions(Options, title="text"):
     """Options for encoding prompts."""
 
     clip_skip: int | None = option(
-        "which layer of the text encoder counts, from the end: 1 is the last one; usually 1 for Stable "
-        "Diffusion 1.x, 1 for 2.x, which is loaded without OpenCLIP's last layer, as it was trained, 2 for "
-        "XL",
+        "layer of the text encoder whose states are used, from the end: 1 is the last one; usually 1 for "
+        "Stable Diffusion 1.x, 1 for 2.x, which is loaded without OpenCLIP's last layer, as it was trained, "
+        "2 for XL",
         minimum=1,
         often=True,
     )

@@ -216,7 +216,7 @@ class _Batch:
                 hook = module.register_forward_pre_hook(self._store_feature_size, with_kwargs=True)
                 restore.callback(hook.remove)
             elif name.endswith(".attn2"):
-                restore.callback(put_back, module, module.__dict__.get("forward"))
+                restore.callback(restore_forward, module, module.__dict__.get("forward"))
                 module.forward = self._attend_per_part(module.forward)
 
     def limit_to_region(self, part: int, name: str) -> Callable[[Tensor], Tensor]:
@@ -278,7 +278,7 @@ class _Batch:
         return by_size[size]
 
 
-def put_back(module: Any, forward: Callable[..., Tensor] | None) -> None:
+def restore_forward(module: Any, forward: Callable[..., Tensor] | None) -> None:
     """Restore a module's forward; None means that it had only its class's method."""
     if forward is None:
         del module.forward

@@ -39,7 +39,20 @@ def ldm_unet_names(layers: list[int], names: Collection[str]) -> Iterator[tuple[
         layers: Number of residual blocks of each level of the down path.
         names: Diffusers names of the U-Net's weights.
     """
-    ldm_paths: dict[str, str] = {}  # by the diffusers path of the module
+    ldm_paths = _map_to_ldm_paths(layers, names)
+    for name in names:
+        module_path = name  # shortened by its last component until it is the path of a renamed module
+        while module_path not in ldm_paths:
+            module_path = module_path.rpartition(".")[0]
+        yield f"{UNET}{ldm_paths[module_path]}{name.removeprefix(module_path)}", name
+
+
+def _map_to_ldm_paths(layers: list[int], names: Collection[str]) -> dict[str, str]:
+    """Map the diffusers path of each renamed module of a U-Net to its LDM path.
+
+    Arguments as of `ldm_unet_names`.
+    """
+    ldm_paths: dict[str, str] = {}
     for ldm_path, diffusers_path in (*INPUT_AND_OUTPUT_LAYERS, *SDXL_EMBEDDING_LAYERS):
         ldm_paths[diffusers_path] = ldm_path
     for block in unet_blocks(layers):
@@ -56,11 +69,7 @@ def ldm_unet_names(layers: list[int], names: Collection[str]) -> Iterator[tuple[
         ldm_paths[sampler.upsampler] = (
             sampler.ldm_upsampler if has_attention else sampler.ldm_upsampler_without_attention
         )
-    for name in names:
-        module_path = name  # shortened by its last component until it is the path of a renamed module
-        while module_path not in ldm_paths:
-            module_path = module_path.rpartition(".")[0]
-        yield f"{UNET}{ldm_paths[module_path]}{name.removeprefix(module_path)}", name
+    return ldm_paths
 
 
 def _vae_path_pairs(num_levels: int) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +36,7 @@ from stable_diffusion.highres import FIRST, Highres, make_images, prepare_highre
 from stable_diffusion.lines import (
     LINE_OPTIONS,
     LONGEST_NAME,
+    Inputs,
     Line,
     find_inputs,
     import_prompter,
@@ -212,7 +214,7 @@ class Run:
             raise
         except Exception as error:
             pictures = format_count(len(batch), "picture")
-            logger.warning("A batch of %s failed and is made one by one: %s", pictures, error)
+            logger.warning("A batch of %s failed and is generated one by one: %s", pictures, error)
             return None
 
     def _generate_batch(self, batch: Sequence[RequestedImage]) -> list[Path]:
@@ -251,20 +253,7 @@ def generate(options: GenImgOptions, load: LoadGenerator = assemble) -> None:
     device = select_device(options.device)
     make_folder(options.output.outdir, "--outdir")
     inputs = find_inputs(options.prompts, len(options.control.specs))
-    highres = prepare_highres(options.highres)
-
-    def load_run(lines: Sequence[Line] | None = None) -> Run:
-        """Load the networks for a run.
-
-        Args:
-            lines: All lines of the run; None if they are read one by one.
-        """
-        image_generator = load(options, device)
-        kind = image_generator.model.kind
-        request_builder = RequestBuilder(options, kind, inputs, make_seeds(options, lines))
-        files = ImageFiles(options.output, kind, options.sampling.sampler)
-        return Run(options, image_generator, highres=highres, request_builder=request_builder, files=files)
-
+    load_run = partial(_load_run, options, device, load, inputs, prepare_highres(options.highres))
     if options.prompts.interactive:
         converse(load_run())
         return
@@ -284,6 +273,31 @@ def generate(options: GenImgOptions, load: LoadGenerator = assemble) -> None:
         logger.info("%d pictures are in %s", len(paths), options.output.outdir)
     prompt_file = options.prompts.from_file
     failures.raise_if_any(num_lines, "" if prompt_file is None else f"{prompt_file}: ")
+
+
+def _load_run(
+    options: GenImgOptions,
+    device: torch.device,
+    load: LoadGenerator,
+    inputs: Inputs,
+    highres: Highres | None,
+    lines: Sequence[Line] | None = None,
+) -> Run:
+    """Load the networks for a run.
+
+    Args:
+        options: Options of the run.
+        device: Device of the run.
+        load: Loads the checkpoint and returns an `ImageGenerator`.
+        inputs: Input images, masks and guide images.
+        highres: Options and upscaler of the second stage; None for one stage.
+        lines: All lines of the run; None if they are read one by one.
+    """
+    image_generator = load(options, device)
+    kind = image_generator.model.kind
+    request_builder = RequestBuilder(options, kind, inputs, make_seeds(options, lines))
+    files = ImageFiles(options.output, kind, options.sampling.sampler)
+    return Run(options, image_generator, highres=highres, request_builder=request_builder, files=files)
 
 
 def _generate_from_module(run: Run, module: ModuleType, failures: Failures) -> list[Path]:

@@ -87,8 +87,8 @@ def make_scheduler(
     return scheduler
 
 
-def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> float:
-    """Return the multistep weight of the derivative from `which` steps ago (0 is the latest).
+def _compute_lms_coefficient(scheduler: Any, order: int, index: int, steps_ago: int) -> float:
+    """Return the multistep weight of the derivative from `steps_ago` steps ago (0 is the latest).
 
     It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at
     those of the other derivatives. Three Gauss points are exact, because the degree is at most 3.
@@ -96,8 +96,11 @@ def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int)
     start, end = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
     levels = [float(scheduler.sigmas[index - back]) for back in range(order)]
     points, weights = np.polynomial.legendre.leggauss(3)
-    at = (start + end) / 2 + (end - start) / 2 * points
-    factors = [(at - level) / (levels[which] - level) for back, level in enumerate(levels) if back != which]
+    levels_at_points = (start + end) / 2 + (end - start) / 2 * points
+    factors = []
+    for back, level in enumerate(levels):
+        if back != steps_ago:
+            factors.append((levels_at_points - level) / (levels[steps_ago] - level))
     return float((end - start) / 2 * (weights * np.prod(factors, axis=0)).sum())
 
 
@@ -128,7 +131,7 @@ def _make_zero_snr_betas() -> list[float]:
     return [float(beta) for beta in betas]
 
 
-MIN_SHARE = 2**-24  # squared fraction of data at the last timestep
+MIN_SQUARED_ALPHA = 2**-24  # squared fraction of data at the last timestep
 MakeStep = Callable[[int, Tensor, Tensor], Tensor]  # index, velocity, sample -> next sample
 
 
@@ -281,7 +284,7 @@ class ScaledSolver:
             noisy: Input of the U-Net.
             output: Output of the U-Net, noise or v.
         """
-        share = max(1 - sigma**2, MIN_SHARE) ** 0.5  # fraction of data in the sample
+        share = max(1 - sigma**2, MIN_SQUARED_ALPHA) ** 0.5  # fraction of data in the sample
         return share * noisy - sigma * output if self.predicts_v else (noisy - sigma * output) / share
 
     def scaled_sample(self, index: int) -> Tensor:

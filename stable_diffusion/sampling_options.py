@@ -102,13 +102,13 @@ class SamplingOptions(Options, title="sampling"):
         "how strongly the negative prompt is avoided, apart from --scale; takes a third pass"
     )
     strength: float | None = option(
-        f"image to image: share of the steps that are made, 0 to 1; usually {DEFAULT_STRENGTH}",
+        f"image to image: fraction of the steps that are run, 0 to 1; usually {DEFAULT_STRENGTH}",
         minimum=0,
         maximum=1,
         hint=STRENGTH_HINT,
         often=True,
     )
-    zero_terminal_snr: bool = option("the last timestep is noise alone, for models trained so")
+    zero_terminal_snr: bool = option("the last timestep is pure noise, for models trained that way")
     force_scheduler_zero_steps_offset: bool = option(
         "timesteps begin at 0 instead of 1, as old versions of sd-scripts had it"
     )
@@ -130,8 +130,8 @@ def check_sampler_steps(option: str, sampler: str, steps: int) -> None:
         raise OptionError(f"{option} {steps}: {STEPS_HINT}. Give {MAX_STEPS} at most; 20 to 50 are usual")
     if sampler == "pndm" and steps < PNDM_STEPS:
         raise OptionError(
-            f"{option} {steps}: the sampler pndm begins with {PNDM_STEPS} steps of another kind. Give at "
-            f"least {PNDM_STEPS}, or another sampler"
+            f"{option} {steps}: the sampler pndm begins with {PNDM_STEPS} steps of a different kind. Give "
+            f"at least {PNDM_STEPS}, or another sampler"
         )
 
 
@@ -143,7 +143,7 @@ class HighresOptions(Options, title="highres fix: two stages"):
     """Highres fix: a first stage generates a small image, and a second one a large image from it."""
 
     highres_fix_scale: float | None = option(
-        "make images in two stages: first at this share of width and height, such as 0.5",
+        "make images in two stages: first at this fraction of width and height, such as 0.5",
         above=0,
         maximum=1,
         hint="the first stage's share of the whole, such as 0.5 where other programs say 2",

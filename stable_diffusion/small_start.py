@@ -51,8 +51,8 @@ class DeepShrinks:
         label = requests[0].label
         if shrink.ds_depth_2 is not None and shrink.ds_timesteps_2 >= shrink.ds_timesteps_1:
             logger.warning(
-                "%s: --ds_depth_2 never acts: it acts from --ds_timesteps_1 (%d) down to --ds_timesteps_2 "
-                "(%d). Give a lower --ds_timesteps_2.",
+                "%s: --ds_depth_2 never acts: it would act from --ds_timesteps_1 (%d) down to "
+                "--ds_timesteps_2 (%d). Give a lower --ds_timesteps_2.",
                 label,
                 shrink.ds_timesteps_1,
                 shrink.ds_timesteps_2,
@@ -245,17 +245,17 @@ def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> di
         timesteps: Decreasing timesteps of the steps to run, to which indices refer.
         gradual: Options of Gradual Latent.
     """
-    growth: dict[int, float] = {}
+    ratio_after_step: dict[int, float] = {}
     ratio = gradual.gradual_latent_ratio
     last_growth: int | None = None
     for index, timestep in enumerate(timesteps):
         is_due = last_growth is None or index - last_growth >= gradual.gradual_latent_every_n_steps
         if timestep < (gradual.gradual_latent_timesteps or 0) and ratio < NEARLY_ONE and is_due:
-            steps = len(growth) + 1
-            ratio = min(gradual.gradual_latent_ratio + steps * gradual.gradual_latent_ratio_step, 1.0)
-            growth[index] = ratio
+            num_grown = len(ratio_after_step) + 1
+            ratio = min(gradual.gradual_latent_ratio + num_grown * gradual.gradual_latent_ratio_step, 1.0)
+            ratio_after_step[index] = ratio
             last_growth = index
-    return growth
+    return ratio_after_step
 
 
 def _warn_of_growth(
@@ -264,8 +264,9 @@ def _warn_of_growth(
     """Warn if Gradual Latent begins with latents of full size, or ends with smaller ones."""
     if first_size == full_size and gradual.gradual_latent_ratio < NEARLY_ONE:
         logger.warning(
-            "--gradual_latent_timesteps (--glt) does nothing to %d x %d pixels: it begins with multiples of "
-            "%d pixels. Give larger --W and --H, or a smaller --gradual_latent_ratio",
+            "--gradual_latent_timesteps (--glt) does nothing for %d x %d pixels: its first size, rounded to "
+            "multiples of %d pixels, is the same. Give larger --W and --H, or a smaller "
+            "--gradual_latent_ratio.",
             full_size[1] * STRIDE,
             full_size[0] * STRIDE,
             STEP * STRIDE,
@@ -297,10 +298,10 @@ def begin_small(
     full_size = _size(latents)
     unsharp = gradual.unsharp
     timesteps = sampler.schedule.timesteps[sampler.first_index :].tolist()
-    growth: dict[int, float] = {}  # step index in the whole schedule -> size ratio to which latents then grow
+    ratio_after_step: dict[int, float] = {}  # by index in the whole schedule
     for index, ratio in plan_growth(timesteps, gradual).items():
-        growth[sampler.first_index + index] = ratio
-    sizes = [scale_size(full_size, ratio) for ratio in growth.values()]
+        ratio_after_step[sampler.first_index + index] = ratio
+    sizes = [scale_size(full_size, ratio) for ratio in ratio_after_step.values()]
     # the blur pads by half of its width, which has to be less than the shortest enlarged side
     if unsharp is not None and sizes and unsharp.ksize // 2 >= min(sizes[0]):
         raise OptionError(
@@ -310,7 +311,11 @@ def begin_small(
     first_size = scale_size(full_size, gradual.gradual_latent_ratio)
     _warn_of_growth(full_size, first_size, sizes[-1] if sizes else first_size, gradual)
     growing = GrowingSteps(
-        sampler.scheduler, full_size, growth=growth, unsharp=unsharp, s_noise=gradual.gradual_latent_s_noise
+        sampler.scheduler,
+        full_size,
+        ratio_after_step=ratio_after_step,
+        unsharp=unsharp,
+        s_noise=gradual.gradual_latent_s_noise,
     )
     return resize_latents(latents, first_size), replace(sampler, wrap_step=growing)
 
@@ -325,7 +330,7 @@ def check_batch(requests: Sequence[RequestedImage], sampler: str) -> None:
     if any(map(is_masked, requests)):
         raise OptionError(
             f"{requests[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) cannot be used with a "
-            "mask: what is kept of the picture has its full size. Leave one out"
+            "mask: the unmasked part of the picture has its full size. Leave one out"
         )
 
 
@@ -334,8 +339,8 @@ class GrowingSteps:
     """Step function for euler_a that enlarges the sample before some steps, so noise has the new size."""
 
     scheduler: Any
-    full: Size
-    growth: Mapping[int, float]  # ratio, by the step's index in the schedule
+    full_size: Size
+    ratio_after_step: Mapping[int, float]  # ratio to the full size, by index in the schedule; none: no growth
     unsharp: Unsharp | None
     s_noise: float
 
@@ -348,17 +353,17 @@ class GrowingSteps:
             velocity: Output of the U-Net.
             sample: Noisy latents.
         """
-        if index not in self.growth:
+        if index not in self.ratio_after_step:
             return step(index, velocity, sample)
         unsharp = self.unsharp
-        size = scale_size(self.full, self.growth[index])
+        size = scale_size(self.full_size, self.ratio_after_step[index])
         sample = resize_latents(sample.float(), size)
         velocity = resize_latents(velocity.float(), size)
         stepped = step(index, velocity, sample)
         if unsharp is None and self.s_noise == 1:
             return stepped
         # split Euler's change of the sample from the noise that euler_a added: only the former is sharpened
-        change = self._change(index, velocity, sample)
+        change = self._compute_euler_change(index, velocity, sample)
         noise = stepped - (sample + change)
         if unsharp is None:
             denoised = sample + change
@@ -368,7 +373,7 @@ class GrowingSteps:
             denoised = sharpen(sample, unsharp) + change
         return denoised + self.s_noise * noise
 
-    def _change(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
+    def _compute_euler_change(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
         """Return Euler's change of the sample in a step, without the noise of euler_a."""
         scheduler = self.scheduler
         sigma, next_sigma = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
@@ -377,9 +382,9 @@ class GrowingSteps:
             derivative = sample * (sigma / (sigma**2 + 1)) + output / (sigma**2 + 1) ** 0.5
         else:
             derivative = output
-        up = next_sigma * (max(sigma**2 - next_sigma**2, 0.0) ** 0.5) / sigma
-        down = max(next_sigma**2 - up**2, 0.0) ** 0.5
-        return derivative * (down - sigma)
+        added_noise = next_sigma * (max(sigma**2 - next_sigma**2, 0.0) ** 0.5) / sigma
+        sigma_without_noise = max(next_sigma**2 - added_noise**2, 0.0) ** 0.5
+        return derivative * (sigma_without_noise - sigma)
 
 
 def resize_latents(latents: Tensor, size: Size) -> Tensor:
@@ -394,12 +399,12 @@ def sharpen(latents: Tensor, unsharp: Unsharp) -> Tensor:
 
     The blur is Gaussian, `ksize` by `ksize`, and mirrors the latents at the edges.
     """
-    places = torch.arange(unsharp.ksize, dtype=torch.float32) - unsharp.ksize // 2
-    row = torch.exp(-0.5 * (places / unsharp.sigma) ** 2)
+    radius = unsharp.ksize // 2
+    positions = torch.arange(unsharp.ksize, dtype=torch.float32) - radius
+    row = torch.exp(-0.5 * (positions / unsharp.sigma) ** 2)
     row = (row / row.sum()).to(latents.device, latents.dtype)
     images = latents.squeeze(2)
     channels = images.shape[1]
-    edge = unsharp.ksize // 2
     kernel = torch.outer(row, row).expand(channels, 1, -1, -1)
-    blurred = conv2d(pad(images, (edge,) * 4, mode="reflect"), kernel, groups=channels)
+    blurred = conv2d(pad(images, (radius,) * 4, mode="reflect"), kernel, groups=channels)
     return (images + (images - blurred) * unsharp.strength).unsqueeze(2)

@@ -153,7 +153,8 @@ def check_start(model: Model, request: RequestedImage, start: SecondStageInput |
     if model.is_inpainting and not is_masked(request):
         raise OptionError(
             f"{request.label}: {model.path} is an inpainting checkpoint, which needs a picture and its "
-            "mask, and knows no regions of a prompt's parts. Take another checkpoint, or leave out AND"
+            "mask, and does not support regions for parts of a prompt. Use another checkpoint, or leave out "
+            "AND"
         )
 
 
@@ -210,18 +211,29 @@ def begin(
     if not has_mask:
         return beginning
     masks = _read_masks(requests)
-    # B 1 h w: the upper left pixel of each square
-    latent_mask = masks[:, :, ::STRIDE, ::STRIDE].to(model.device)
-    # encoded even if the U-Net does not take it, so that the steps' noise is that of diffusers' pipeline
-    masked_image = None if pixels is None else encode_pixels(model, pixels * (1 - masks), sampler.generators)
+    latent_mask, masked_latents = _encode_masked(model, pixels, masks, sampler.generators)
     if model.is_inpainting:
-        assert masked_image is not None
-        beginning = replace(beginning, inpainting=torch.cat([latent_mask, masked_image], dim=1))
+        assert masked_latents is not None
+        beginning = replace(beginning, inpainting=torch.cat([latent_mask, masked_latents], dim=1))
     if restores_unmasked:
         assert clean is not None
         restoring_steps = Inpainting(sampler, clean, noise, latent_mask)
         beginning = replace(beginning, sampler=replace(sampler, wrap_step=restoring_steps))
     return beginning
+
+
+def _encode_masked(
+    model: Model, pixels: Tensor | None, masks: Tensor, generators: Sequence[torch.Generator]
+) -> tuple[Tensor, Tensor | None]:
+    """Return masks, B 1 H W, at the size of latents, and the latents of the images without what they mark.
+
+    The latents are None without images. They are computed even if the U-Net does not take them, so that the
+    generators then draw the same noise for the steps as in diffusers' pipeline.
+    """
+    latent_mask = masks[:, :, ::STRIDE, ::STRIDE].to(model.device)  # the upper left pixel of each square
+    if pixels is None:
+        return latent_mask, None
+    return latent_mask, encode_pixels(model, pixels * (1 - masks), generators)
 
 
 def _draw_start_noise(

@@ -186,10 +186,10 @@ def warn_if_truncated(
     """
     if num_chunks > max_chunks:
         logger.warning(
-            "a text is cut after %d tokens; this end of it is not read: %s\n  Give "
-            "--max_embeddings_multiples %d to read all of it",
+            "a text is cut after %d tokens; the rest is not read: %s\n  Give --max_embeddings_multiples %d "
+            "to read all of it",
             tokenizers.CHUNK_SIZE * max_chunks,
-            shorten(tokenizers.cut_text(parts, tokenize, max_chunks), MAX_QUOTED),
+            shorten(tokenizers.find_cut_off_text(parts, tokenize, max_chunks), MAX_QUOTED),
             num_chunks,
         )
 
@@ -263,8 +263,8 @@ def check_texts(
         check_layer(options.clip_skip, config.num_layers, kind)
     if options.XTI_embeddings and kind is SDXL:
         raise OptionError(
-            f"--XTI_embeddings: such files are made for the cross-attentions of {SD1.title} and {SD2.title}, "
-            f"and this is {kind.title}. Use --textual_inversion_embeddings"
+            f"--XTI_embeddings: such files are made for the cross-attentions of {SD1.title} and "
+            f"{SD2.title}, but this is {kind.title}. Use --textual_inversion_embeddings"
         )
     words = (*_read_words(options, cross_attentions), *lora_words)
     check_words(words, [config.dim for config in configs], kind)

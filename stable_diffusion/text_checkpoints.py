@@ -33,15 +33,15 @@ SD2_TEXT = "cond_stage_model.model."
 # OpenCLIP's ViT-H has 24 layers, of which SD 2.x was trained with the first 23
 SD2_LAYERS = 23
 
-USE = ClipNaming(
+NAMING = ClipNaming(
     option="--ckpt",
     release=f"{EXPECTED_FILE}",
-    what="CLIP",
+    description="CLIP",
     tokenizer=clip_tokenizer_files("--tokenizer_cache_dir", (".",)),
 )
 
 PROJECTION = "text_projection.weight"  # projection of the pooled state, in the network here
-_BESIDE_OPEN_CLIP = ("text_projection*", "logit_scale", "attn_mask")
+_UNUSED_OPEN_CLIP_TENSORS = ("text_projection*", "logit_scale", "attn_mask")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read_folder_text(checkpoint: Checkpoint, is_open_clip: bool, is_projected: b
 
     SD 2.x ignores the last layer: released folders lack it, folders converted from OpenCLIP files have it.
     """
-    plan = read_clip_text(checkpoint, USE)
+    plan = read_clip_text(checkpoint, NAMING)
     if is_open_clip and not is_projected and plan.config.num_layers > SD2_LAYERS:
         plan = _without_unused_layer(plan)
     if is_projected:
@@ -81,7 +81,7 @@ def read_folder_text(checkpoint: Checkpoint, is_open_clip: bool, is_projected: b
 
 def _read_clip_l(checkpoint: Checkpoint, prefix: str) -> TextPlan:
     tower = _select_part(checkpoint, prefix, "CLIP-L")
-    return TextPlan(read_clip_text(tower, USE, {"hidden_act": "quick_gelu"}), is_open_clip=False)
+    return TextPlan(read_clip_text(tower, NAMING, {"hidden_act": "quick_gelu"}), is_open_clip=False)
 
 
 def _read_open_clip(checkpoint: Checkpoint, prefix: str, is_projected: bool = False) -> TextPlan:
@@ -91,8 +91,8 @@ def _read_open_clip(checkpoint: Checkpoint, prefix: str, is_projected: bool = Fa
     for name, source in list_tensor_sources(tower).items():
         for our_name, third in open_clip_names(name) or [(name, None)]:
             sources[our_name] = source if third is None else source.with_step(partial(_cut_third, third))
-    plan = plan_clip_text(tower, sources, {"hidden_act": "gelu"}, USE)
-    plan = replace(plan, ignore=(*plan.ignore, *_BESIDE_OPEN_CLIP))
+    plan = plan_clip_text(tower, sources, {"hidden_act": "gelu"}, NAMING)
+    plan = replace(plan, ignore=(*plan.ignore, *_UNUSED_OPEN_CLIP_TENSORS))
     return TextPlan(_with_projection(plan, tower) if is_projected else plan, is_open_clip=True)
 
 
@@ -119,7 +119,7 @@ def _select_part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
             f"  Give {EXPECTED_FILE}.",
             checkpoint.path,
         )
-    return checkpoint.without_prefix(prefix, others=("",))
+    return checkpoint.without_prefix(prefix, ignored_prefixes=("",))
 
 
 def _without_unused_layer(plan: LoadPlan[ClipTextConfig]) -> LoadPlan[ClipTextConfig]:
@@ -145,8 +145,8 @@ def _with_projection(plan: LoadPlan[ClipTextConfig], checkpoint: Checkpoint) -> 
         width_axis, projection_axis = (1, 0) if is_linear else (0, 1)
         if len(shape) != 2 or shape[width_axis] != config.dim:
             raise CheckpointError(
-                f"--ckpt {checkpoint.path}: its {name} has {' x '.join(map(str, shape))} numbers; the text "
-                f"encoder is {config.dim} wide. Copy the file again.",
+                f"--ckpt {checkpoint.path}: its {name} is {' x '.join(map(str, shape))}, but the text "
+                f"encoder has width {config.dim}. Copy the file again.",
                 checkpoint.path,
             )
         source = list_tensor_sources(checkpoint)[name]

@@ -273,8 +273,8 @@ def _join(numbers: Sequence[int]) -> str:
 def _read_word(path: Path, option: str, name: str, content: Mapping[str, Any]) -> LearnedWord:
     """Return a learned word named `name` with the vectors in a file's content."""
     tensors, token = _select_tensors(path, option, content)
-    vectors = tuple(to_rows(path, option, tensors).values())
-    if len({len(rows) for rows in vectors}) > 1:
+    vectors = tuple(to_rows(path, option, tensors).values())  # V C of each encoder
+    if len({len(encoder_vectors) for encoder_vectors in vectors}) > 1:
         raise reject_embedding(path, option, "it has unequal numbers of vectors for the text encoders")
     return LearnedWord(path, name, token, vectors, option=option)
 
@@ -294,7 +294,7 @@ def _read_extended(path: Path, cross_attentions: Sequence[str]) -> LearnedWord:
         wrong_name = (missing or unexpected)[0]
         raise _reject_extended(path, XTI_OPTION, f"{shorten(wrong_name, 60)} is missing or unexpected")
     vectors = tuple(to_rows(path, XTI_OPTION, tensors, _reject_extended).values())
-    if len({rows.shape for rows in vectors}) > 1:
+    if len({layer_vectors.shape for layer_vectors in vectors}) > 1:
         raise _reject_extended(path, XTI_OPTION, "its layers have vectors of unequal numbers or widths")
     return LearnedWord(
         path,

@@ -136,7 +136,7 @@ def keep_tokenizer(source: Path, target: Path, are_open_clip: Sequence[bool]) ->
     merges = find_merges(file)
     for part in (file,) if merges is None else (merges, file):
         write_bytes(folder / part.name, files.read_bytes(part))
-    logger.info("The tokenizer of %s is kept in %s, for the trained checkpoints", source, folder)
+    logger.info("The tokenizer of %s was copied to %s, for the trained checkpoints", source, folder)
 
 
 def check_vocabulary(tokenizer: ClipWords, rows: int, checkpoint: Path) -> None:
@@ -144,8 +144,8 @@ def check_vocabulary(tokenizer: ClipWords, rows: int, checkpoint: Path) -> None:
     last = max(tokenizer.start, tokenizer.end)
     if last >= rows:
         raise CheckpointError(
-            f"{checkpoint}: its text encoder has {rows} rows of token embeddings, the tokenizer counts to "
-            f"{last}. Give the tokenizer that belongs to it in {OPTION}.",
+            f"{checkpoint}: its text encoder has {rows} token embeddings, but its tokenizer has token IDs "
+            f"up to {last}. Give the matching tokenizer to {OPTION}.",
             checkpoint,
         )
 
@@ -166,7 +166,7 @@ def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Pa
     copy = cache / CLIP_L / file.name
     make_folder(copy.parent, OPTION)
     write_bytes(copy, files.read_bytes(file))
-    logger.info("The tokenizer was downloaded and is kept in %s", copy.parent)
+    logger.info("The tokenizer was downloaded and saved in %s", copy.parent)
     return copy
 
 
@@ -313,7 +313,7 @@ def cut_into_chunks(parts: Sequence[WeightedText], tokenize: Tokenize) -> list[C
     return chunks
 
 
-def cut_text(parts: Sequence[WeightedText], tokenize: Tokenize, maximum: int) -> str:
+def find_cut_off_text(parts: Sequence[WeightedText], tokenize: Tokenize, maximum: int) -> str:
     """Return the words at the end of a text that do not fit into `maximum` chunks. This is slow."""
     words: list[WeightedText] = []
     begins_chunk = False

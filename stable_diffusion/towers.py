@@ -197,7 +197,7 @@ class LazyTextEncoder:
         path = self.files.path
         sources = tokenizers.find_tokenizer_files(self.files.tokenizer_cache_dir, path, are_open_clip)
         # a text encoder may use the tokenizer of an earlier one: all have the same vocabulary
-        local = [candidate for candidate in sources[self._index :: -1] if candidate[1] is not None]
+        local = [(source, file) for source, file in sources[self._index :: -1] if file is not None]
         source, file = local[0] if local else sources[0]
         if file is None:
             file = source.download(path, may_download=False)
@@ -302,22 +302,22 @@ class LazyTextEncoder:
             self._list_chunk_ids(chunk, loaded_tokenizer) for chunks in chunks_by_text for chunk in chunks
         ]
         states, pooled = self._run_encoder(chunk_ids)
-        # a trained word may have its own vector, so each text its own states, for each cross-attention
+        # if a trained word has a vector for each cross-attention, each text has states for each of them
         states_by_layer = states.chunk(self._num_layer_copies)  # each: the chunks of all texts, 77 C
         states_key = next(key for key in self.keys if key != POOLED)
         results: list[Conditions] = []
         first_chunk = 0  # index of the text's first chunk
         for chunks in chunks_by_text:
-            weights = list_token_weights(chunks)
-            text_states = []
-            for layer_states in states_by_layer:
-                joined = join_chunk_states(layer_states[first_chunk : first_chunk + len(chunks)])
-                text_states.append(apply_token_weights(joined, weights, WEIGHTING_MODE)[:length])
+            end_chunk = first_chunk + len(chunks)
+            text_states = [
+                _join_weighted(layer_states[first_chunk:end_chunk], chunks)[:length]
+                for layer_states in states_by_layer
+            ]
             conditions = {states_key: torch.cat(text_states).cpu()}
             if pooled is not None:  # only the first chunk's pooled state is used
                 conditions[POOLED] = pooled[first_chunk].cpu().clone()
             results.append(conditions)
-            first_chunk += len(chunks)
+            first_chunk = end_chunk
         return results
 
     def _run_encoder(self, chunk_ids: list[list[int]]) -> tuple[Tensor, Tensor | None]:
@@ -359,6 +359,11 @@ class LazyTextEncoder:
     def free(self) -> None:
         """Release the network and its tokenizer."""
         self._loaded.free()
+
+
+def _join_weighted(chunk_states: Tensor, chunks: Sequence[Chunk]) -> Tensor:
+    """Join the states of a text's chunks, K 77 C, to 75 K + 2, times the weights of their tokens."""
+    return apply_token_weights(join_chunk_states(chunk_states), list_token_weights(chunks), WEIGHTING_MODE)
 
 
 def _find_cut(text: str, tokenize: Callable[[str], list[int]], max_tokens: int) -> int:

@@ -233,11 +233,11 @@ class TrainingFiles:
                 dtype=lambda *_: dtype,
                 patch=placement.patch,
                 ignore=plan.ignore,
-                what="the U-Net of --ckpt",
+                label="the U-Net of --ckpt",
                 quantized=select_quantized_layers(
                     unet, plan.checkpoint, plan.sources, placement=placement, spec=spec
                 ),
-                host=placement.host,
+                host=placement.host_weights,
                 check=placement.check,
             )
         # diffusers' default processor also calls torch's attention, but lets torch choose the kernel: on a
@@ -276,7 +276,7 @@ class TrainingFiles:
         with self.opened_vae() as plan:
             network = checkpoints.build_network(vae_class(), plan.config, plan.checkpoint.path)
             vae = load_planned(
-                plan, lambda _: network, device=device, dtype=torch.float32, what="the VAE"
+                plan, lambda _: network, device=device, dtype=torch.float32, label="the VAE"
             ).requires_grad_(False)
         return DiffusersVae(vae)
 
@@ -293,7 +293,7 @@ class TrainingFiles:
         """Load a text encoder of an open checkpoint onto a device."""
         check_activation(plan.load_plan.config, self.path, "CLIP has quick_gelu or gelu")
         return load_planned(
-            plan.load_plan, ClipText, device=device, dtype=dtype, what="the text encoder of --ckpt"
+            plan.load_plan, ClipText, device=device, dtype=dtype, label="the text encoder of --ckpt"
         ).requires_grad_(False)
 
 

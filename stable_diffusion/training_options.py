@@ -109,7 +109,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
         facts=IDENTITY,
     )
     zero_terminal_snr: bool = option(
-        "train the last timestep on noise alone; for models that predict v", facts=HABIT
+        "train the last timestep on pure noise; for models that predict v", facts=HABIT
     )
     sample_sampler: str = option(
         "sampler for samples, as gen_img.py --sampler",
@@ -122,7 +122,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
     no_half_vae = not_needed("the VAE always computes in float32.", "VAE in float32")
 
     @property
-    def chunks(self) -> int:
+    def num_chunks(self) -> int:
         """Number of 75-token chunks to which captions are padded or cut."""
         return (self.max_token_length or CHUNK) // CHUNK
 
@@ -179,7 +179,7 @@ class TextCachingOptions(Options, title="Stable Diffusion"):
     text_encoder_dtype: str | None = option("dtype of the text encoders; default: float32")
 
     @property
-    def chunks(self) -> int:
+    def num_chunks(self) -> int:
         """Number of 75-token chunks to which captions are padded or cut."""
         return (self.max_token_length or CHUNK) // CHUNK
 
@@ -220,6 +220,6 @@ def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[
         "--v_parameterization": options.v_parameterization,
         "--zero_terminal_snr": options.zero_terminal_snr,
         "--sampler": None if sample.get("solver") else options.sample_sampler,
-        "--max_embeddings_multiples": options.chunks if options.chunks > 1 else None,
+        "--max_embeddings_multiples": options.num_chunks if options.num_chunks > 1 else None,
         **_inpainting_options(sample),
     }

@@ -63,8 +63,7 @@ _NOISE = {
     "num_train_timesteps": 1000,
     "steps_offset": 1,
 }
-# other settings for zero terminal SNR, because PNDM cannot start from pure noise. Source: Lin et al. 2023,
-# arXiv 2305.08891
+# other settings for zero terminal SNR. Source: Lin et al. 2023, arXiv 2305.08891
 _ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
@@ -269,7 +268,7 @@ def _describe_schedule(source: Path, source_model_type: ModelType, model_type: M
         return read_settings(source / _SCHEDULE)
     settings = dict(_SCHEDULERS[model_type.kind.name])
     if model_type.zero_terminal_snr:
-        if model_type.kind is SD1:
+        if model_type.kind is SD1:  # its PNDM cannot start from pure noise
             settings = dict(_SCHEDULERS["sd2"])
         settings |= _ZERO_SNR
     prediction = "v_prediction" if model_type.predicts_velocity else "epsilon"

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from protocols.requests import Prepared
-from protocols.workflows import ComfyModel, ComfyNode, find_no_patches
+from protocols.workflows import ComfyModel, ComfyNode, list_no_patches
 
 # samplers of `sampling_options` without "k_" -> samplers of ComfyUI; the others have no counterpart there
 SAMPLERS: Mapping[str, str] = {
@@ -35,7 +35,7 @@ def describe_checkpoint(
     skip = () if clip_skip is None else (ComfyNode("CLIPSetLastLayer", {"stop_at_clip_layer": -clip_skip}),)
     return ComfyModel(
         vae=vae,
-        patches=partial(_patch_sampling, sampling) if predicts_velocity else find_no_patches,
+        patches=partial(_patch_sampling, sampling) if predicts_velocity else list_no_patches,
         text_patches=skip,
         samplers={**SAMPLERS, **{f"k_{name}": sampler for name, sampler in SAMPLERS.items()}},
         scheduler="normal",

@@ -76,7 +76,7 @@ def test_a_lokr_cannot_become_diffusers_but_by_baking(tmp_path: Path) -> None:
     factors = {f"lora_unet_blocks_0_ffn_0.lokr_w{number}": torch.ones(2, 2) for number in (1, 2)}
     save_file(factors, tmp_path / "x.safetensors")
 
-    with pytest.raises(CheckpointError, match=r"has no form in this dialect\).\n  --bake"):
+    with pytest.raises(CheckpointError, match=r"cannot be expressed in this dialect\).\n  --bake"):
         convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "diffusers")
     assert not (tmp_path / "y.safetensors").exists()
 
@@ -241,9 +241,9 @@ def test_a_file_of_several_possible_models_is_converted_once_its_model_is_named(
 @pytest.mark.parametrize(
     ("family", "metadata", "says"),
     [
-        ("wan", {}, "flux or flux_2, as its names say, not for wan"),
+        ("wan", {}, "flux or flux_2 according to its names, not for wan"),
         ("hunyuan_image", {"ss_base_model_version": "flux1"}, "for flux according to its metadata, not"),
-        ("flux_9", {}, "--family flux_9: no such model; there are wan, hunyuan_video"),
+        ("flux_9", {}, "--family flux_9: unknown model; known ones are wan, hunyuan_video"),
     ],
 )
 def test_a_model_that_a_file_is_not_for_is_refused(
@@ -304,8 +304,8 @@ def test_doras_that_others_wrote_for_comfyui_are_read_as_there(
 @pytest.mark.parametrize(
     ("kind", "more", "says"),
     [
-        ("LoRA", ["--dit", "{dit}"], "is no DoRA by output, so that --target other needs no model"),
-        ("DoRA", ["--dit", "{dit}", "--target", "default"], "is a DoRA of this form already"),
+        ("LoRA", ["--dit", "{dit}"], "has no DoRA magnitudes by output, so --target other needs no model"),
+        ("DoRA", ["--dit", "{dit}", "--target", "default"], "already has this form"),
         ("for ComfyUI", ["--target", "diffusers"], "in ComfyUI's form, .*\n.*Add --dit"),
     ],
 )

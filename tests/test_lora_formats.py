@@ -128,8 +128,8 @@ def test_tools_take_any_format(wan: TinyProject) -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (("--lora_format", "diffusers", "--network_module", "networks.loha"), "diffusers reads no LoHa"),
-        (("--lora_format", "diffusers", "--network_module", "networks.lokr"), "diffusers reads no LoKr"),
+        (("--lora_format", "diffusers", "--network_module", "networks.loha"), "diffusers cannot read a LoHa"),
+        (("--lora_format", "diffusers", "--network_module", "networks.lokr"), "diffusers cannot read a LoKr"),
         (("--lora_format", "comfyui", "--network_args", "dora_wd=True"), "divides the magnitudes of a DoRA"),
         (("--lora_format", "comfyui", "--network_module", "lycoris.kohya"), "that package's own names"),
     ],

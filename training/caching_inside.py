@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dataset.batches.checks import SameEncoders
-from dataset.batches.items import NO_COMMANDS, CachingCommands, LiveTables, TableCacheInfo, TrainingItem
+from dataset.batches.items import NO_COMMANDS, CachingCommands, OnTheFlyTables, TableCacheInfo, TrainingItem
 from dataset.cache.store import MemoryStore, StorePair, Stores, npz_names, open_shared, open_store
 from dataset.cache_files import CacheStore, NpzNames, parse_latent_name, text_file_name
 from dataset.caching.latents import batch_media, load_encoders
@@ -137,13 +137,13 @@ def prepare_sources(
         with quiet() if NO_DATASET in needs else nullcontext():  # such a dataset is a placeholder
             _encode_planned_tables(family, config, plans, options=options, device=device, stores=stores)
     caches_in_memory = _exchange_memory_caches(stores)
-    tables = list_live_tables(family.cache_tag, plans, needs_captions=live_encoders is not None)
+    tables = list_on_the_fly_tables(family.cache_tag, plans, needs_captions=live_encoders is not None)
     if os.environ.get("RANK", "0") == "0":  # all processes have the same tables
         _warn_of_live(
             family, config, tables, encoders=() if live_encoders is None else live_encoders.encoders
         )
     media_encoder = None
-    if any(table.live_buckets is not None for table in tables.values()):
+    if any(table.on_the_fly_buckets is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
         media_encoder = LiveMedia(family, device, on_media)
     return BatchSources(
@@ -193,9 +193,8 @@ def _encode_planned_tables(
     if media_tables:
         caching = caching_options(batch_size=options.vae_batch_size)
         report = loop.cache_media(family, DatasetConfig(config.path, media_tables), caching, stores)
-        conclude(
-            replace(report, num_without_record=0)
-        )  # no warning: files of other programs are expected here
+        # no warning: files of other programs are expected here
+        conclude(replace(report, num_without_record=0))
     elif options.vae_batch_size > 1:
         logger.warning(
             "--vae_batch_size %d has no effect: this run caches no images, because they are "
@@ -305,11 +304,11 @@ def _open_store_at(location: TensorLocation, table: DatasetTable, names: NpzName
     if location is TensorLocation.CACHE:
         return open_store(table, names)
     if location is TensorLocation.NPZ:
-        return open_shared(table, names, "npz", table.picture_folder)
+        return open_shared(table, names, "npz", table.base_folder)
     return MemoryStore(table.cache_directory)  # with `TensorLocation.LIVE` it stays empty
 
 
-def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool) -> LiveTables:
+def list_on_the_fly_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool) -> OnTheFlyTables:
     """Return the tables whose images or captions are read from their sources during training, by index.
 
     Args:
@@ -343,8 +342,8 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
             tag,
             frozenset(),
             has_cached_texts=plan.texts is not TensorLocation.LIVE,
-            live_buckets=sizes,
-            live_sources=sources_by_stem,
+            on_the_fly_buckets=sizes,
+            on_the_fly_sources=sources_by_stem,
         )
     return live_tables
 
@@ -360,7 +359,7 @@ def _check_references(table: DatasetTable, sources: Sequence[MediaSource]) -> No
 
 
 def _warn_of_live(
-    family: Caches, config: DatasetConfig, tables: LiveTables, encoders: Sequence[TextEncoder]
+    family: Caches, config: DatasetConfig, tables: OnTheFlyTables, encoders: Sequence[TextEncoder]
 ) -> None:
     """Log the same warnings about images and captions encoded during training that caching logs.
 
@@ -375,9 +374,9 @@ def _warn_of_live(
     for table in config.datasets:
         live_table = tables.get(table.index)
         if (
-            live_table is not None and live_table.live_buckets is not None
+            live_table is not None and live_table.on_the_fly_buckets is not None
         ):  # its images are encoded during training
-            images += live_table.live_sources.values()
+            images += live_table.on_the_fly_sources.values()
             if table.directory is None:
                 tables_of_lists.append(table)
     if tables_of_lists:
@@ -386,7 +385,7 @@ def _warn_of_live(
     log_warnings(find_media_warnings(images, latent, fps, family.abilities.takes_fps), LISTED)
     if not encoders:
         return
-    sources = [source for live_table in tables.values() for source in live_table.live_sources.values()]
+    sources = [source for live_table in tables.values() for source in live_table.on_the_fly_sources.values()]
     log_warnings(find_caption_warnings(sources), NAMED)
     captions = [
         (source.caption_path or source.path, text) for source in sources for text in unvaried_captions(source)
@@ -405,7 +404,7 @@ def _share_entries(stores: Sequence[MemoryStore]) -> None:
     from dataset.caching.loop import join_processes  # only with caches in memory
 
     with join_processes("cpu") as share:
-        if share.count <= 1:
+        if share.num_processes <= 1:
             return
         for store in stores:
             local_entries = list(store.entries.items())
@@ -452,7 +451,7 @@ def _select_live_encoders(
         OptionError: If caches are requested for texts that change, or if a required encoder is not given.
     """
     caches_texts = options.caching is not None and options.caching.caches_texts
-    varying = next((table for table in config.datasets if table.changes.varying_keys), None)
+    varying = next((table for table in config.datasets if table.caption_changes.varying_keys), None)
     if varying is not None and caches_texts:
         raise OptionError(
             f"--cache_text_encoder_outputs: captions of {varying.name} vary (shuffle_caption, wildcards, tag "
@@ -528,7 +527,7 @@ def _select_fully_trained_encoders(family: Family, caches_texts: bool) -> LiveTe
     if not trains_checkpoint(family):
         return None
     parts = family.learning_parts
-    encoders = family.text_encoders() if parts.texts else []
+    encoders = family.text_encoders() if parts.text_encoder_rates else []
     learning = [encoder for encoder in encoders if can_learn(encoder) and parts.learns(encoder.name)]
     if not learning:
         return None
@@ -563,11 +562,11 @@ def _overrides_text_cache(
         )
         return True
     # common guides cache all texts and do not ask to train text encoders, so these are left out
-    if options.parts is None or not options.parts.trains_dit:
+    if options.lora_parts is None or not options.lora_parts.trains_dit:
         raise OptionError(
             f"--cache_text_encoder_outputs: outputs of {names} change, as they are trained. Leave it out"
         )
-    log = logger.info if options.parts.text_encoder_lr is None else logger.warning
+    log = logger.info if options.lora_parts.text_encoder_lr is None else logger.warning
     log(
         "Text encoders do not learn (%s), because --cache_text_encoder_outputs keeps their outputs: only the "
         "transformer is trained, as with %s. To train both, leave out the caches.",
@@ -580,7 +579,7 @@ def _overrides_text_cache(
 def _trains_text_loras(options: TrainingOptions) -> bool:
     """Return whether the options train LoRAs of text encoders, if the family has trainable ones."""
     trains_lora = options.network is not None and options.features.lora_replacement is None
-    return options.parts is not None and options.parts.trains_texts and trains_lora
+    return options.lora_parts is not None and options.lora_parts.trains_texts and trains_lora
 
 
 def _require_text_encoders(family: Family, why: str) -> Sequence[TextEncoder]:
@@ -599,11 +598,10 @@ def _select_learning_encoders(
     Raises:
         OptionError: If only text encoders are to be trained, but none can be.
     """
-    if not _trains_text_loras(options) or options.network is None or options.parts is None:
+    if not _trains_text_loras(options) or options.network is None or options.lora_parts is None:
         return []
-    options.parts.text_rates(
-        len(trainable_encoders), options.optimizer.learning_rate
-    )  # raises if there are too many rates
+    # raises if there are too many rates
+    options.lora_parts.text_rates(len(trainable_encoders), options.optimizer.learning_rate)
     name = options.network.network_module or family.lora_module
     known_module = OWN_MODULES.get(name)
     if trainable_encoders and known_module is not None and not known_module.kind.is_for_texts:
@@ -613,7 +611,7 @@ def _select_learning_encoders(
         )
     switches = _encoder_switches(family, options)
     learning = [encoder for encoder in trainable_encoders if switches.get(encoder.lora_prefix, True)]
-    if not learning and not options.parts.trains_dit:
+    if not learning and not options.lora_parts.trains_dit:
         raise OptionError(
             "--network_train_text_encoder_only: this model has no text encoder that can be trained. Leave it "
             "out"
@@ -660,7 +658,7 @@ class LiveMedia:
         # images of equal shapes are encoded together: group -> position in the batch -> image
         groups: dict[tuple[object, ...], dict[int, DecodedMedia]] = {}
         for position, item in enumerate(items):
-            if item.cache_info.live_buckets is not None:
+            if item.cache_info.on_the_fly_buckets is not None:
                 media = self._read(item, random.Random(derive_seed(*seed_parts, "picture", position)))
                 groups.setdefault(media.group, {})[position] = media
         encoded: dict[int, dict[str, Tensor]] = {}
@@ -672,7 +670,7 @@ class LiveMedia:
 
     def _read(self, item: TrainingItem, generator: random.Random) -> DecodedMedia:
         """Read and augment the image of an item; `generator` draws the augmentation."""
-        source = item.cache_info.live_sources[item.source_stem]
+        source = item.cache_info.on_the_fly_sources[item.source_stem]
         # the table of a validation item is a copy without augmentation
         source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps

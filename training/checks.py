@@ -94,7 +94,7 @@ def check_before_loading(
     network_spec.check_initial_file()
     if network_spec.lora_options is not None:
         check_networks(family, options)
-    if options.parts is not None or (options.network is not None and options.network.network_args):
+    if options.lora_parts is not None or (options.network is not None and options.network.network_args):
         rates = _list_rates(options)
         if len(rates) > 1:
             check_rates(options.optimizer, rates)
@@ -195,7 +195,7 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
     Parts with rate 0 are not trained. Parts that only the loaded networks reveal are left out. A key names
     an option, with its value where one option sets several rates.
     """
-    parts = options.parts
+    parts = options.lora_parts
     dit_option, dit_rate = "--learning_rate", options.optimizer.learning_rate
     if parts is not None and parts.trains_dit and parts.unet_lr is not None:
         dit_option, dit_rate = "--unet_lr", parts.unet_lr
@@ -442,7 +442,7 @@ def describe_learning_rate(options: TrainingOptions, network_spec: NetworkSpec) 
         network_spec: What the run trains.
     """
     optimizer = options.optimizer
-    parts = options.parts
+    parts = options.lora_parts
     is_full = network_spec.make_network is None
     rate = optimizer.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
     text = f"{rate:g}"
@@ -454,4 +454,4 @@ def describe_learning_rate(options: TrainingOptions, network_spec: NetworkSpec) 
     if not is_comparable or finds_rate_itself or usual_rates.low <= rate <= usual_rates.high:
         return text
     level = "LOW" if rate < usual_rates.low else "HIGH"
-    return f"{text}, which is {level} for {network_spec.rate_label}: {usual_rates.usual} is usual"
+    return f"{text}, which is {level} for {network_spec.rate_label}: {usual_rates.default} is usual"

@@ -243,9 +243,8 @@ def _convert_single(path: Path, action: argparse.Action, value: Any) -> Any:
         return action.default
     if isinstance(value, (bool, list)) or (action.type is None and not isinstance(value, str)):
         raise _explain_wrong_value(path, action, value)
-    if (
-        action.type is int and isinstance(value, float) and value.is_integer()
-    ):  # some programs write 64 as 64.0
+    # some programs write 64 as 64.0
+    if action.type is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     try:
         converted = value if action.type is None else action.type(str(value))  # type: ignore[operator]

@@ -38,14 +38,14 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, log_activity: Call
         log_activity: Called with a description of work that takes a while.
     """
     source = sampler.source
-    text, error = source.text, source.fault
+    text, error = source.text, source.read_error
     if source.process_index == 0:
         text, error = _read_prompts(source.path, text)
     if num_processes > 1:
         text, error = broadcast_object_list([text, error])
-    if (text, error) == (source.text, source.fault):
+    if (text, error) == (source.text, source.read_error):
         return sampler
-    sampler = replace(sampler, source=replace(source, text=text, fault=error))
+    sampler = replace(sampler, source=replace(source, text=text, read_error=error))
     if text == source.text and not error:
         return sampler  # only an earlier reading error has disappeared
     edited = sampler
@@ -114,7 +114,7 @@ def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sam
     unchanged_samples: dict[int, Sample] = {}
     edited_requests: dict[int, Prepared] = {}
     for index in source.prompt_indices(len(entries)):
-        unchanged = [sample for sample in sampler.samples if sample.entry == entries[index]]
+        unchanged = [sample for sample in sampler.samples if sample.settings == entries[index]]
         if unchanged:
             unchanged_samples[index] = replace(unchanged[0], index=index)
         else:
@@ -124,7 +124,7 @@ def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sam
         # a process that fails alone would leave the others waiting
         raise OptionError(
             f"new texts cannot be encoded while the model is split over processes "
-            f"({session.blocks.asked_by}). End the training and continue it to take them"
+            f"({session.blocks.option_name}). End the training and continue it to take them"
         )
     if source.process_index == 0:
         warn_of_unused(entries, session.family, source.path)

@@ -141,7 +141,7 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
 def log_experts(
     family: Family,
     options: TrainingOptions,
-    times: Sequence[TimestepOptions],
+    timesteps_of_tables: Sequence[TimestepOptions],
     has_sample_only_networks: bool = False,
 ) -> None:
     """Log the noise levels at which the transformers are trained; warn about few-step transformers.
@@ -149,7 +149,7 @@ def log_experts(
     Args:
         family: The model family.
         options: Options of the run.
-        times: Timestep options of each dataset table.
+        timesteps_of_tables: Timestep options of each dataset table.
         has_sample_only_networks: Whether samples also use transformers that are not trained.
     """
     experts, all_experts = family.experts, family.defaults.experts
@@ -163,18 +163,18 @@ def log_experts(
             "%s is ignored because there is no --sample_prompts", family.abilities.sampling_dit_option
         )
     if len(all_experts) > 1:
-        _log_trained_expert(family, options, times, has_sample_only_networks)
+        _log_trained_expert(family, options, timesteps_of_tables, has_sample_only_networks)
 
 
 def _log_trained_expert(
     family: Family,
     options: TrainingOptions,
-    times: Sequence[TimestepOptions],
+    timesteps_of_tables: Sequence[TimestepOptions],
     has_sample_only_networks: bool,
 ) -> None:
     """Log which transformers of a model with two are trained and sampled, and at which timesteps."""
     experts, all_experts = family.experts, family.defaults.experts
-    trained = find_trained_expert(family, times)
+    trained = find_trained_expert(family, timesteps_of_tables)
     for expert in experts:
         _warn_of_other_experts_weights(family, network_for(options, expert), (trained or expert).name)
     if len(experts) == 1 and options.samples.sample_prompts is not None and not has_sample_only_networks:
@@ -207,16 +207,17 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
     if why is None:
         return ""
     rule = family.few_steps
+    unlearned = rule.unlearned_pronoun
     beginning = f"The transformer may be distilled for few steps ({why}). If it is, plain training unlearns"
-    if rule.is_certain:
-        beginning = f"The transformer {rule.distilled} ({why}). Plain training unlearns"
+    if rule.applies_to_all_files:
+        beginning = f"The transformer {rule.distillation_clause} ({why}). Plain training unlearns"
     if options.full_dit is not None:  # without a frozen model, there are no targets that keep the ability
-        return f"{beginning} {rule.lost}: {rule.cost}. {rule.advice_for_full_training}."
-    warning = f"{beginning} {rule.lost}: with the trained network {rule.cost}. {rule.advice_for_lora}."
+        return f"{beginning} {unlearned}: {rule.consequence}. {rule.advice_for_full_training}."
+    warning = f"{beginning} {unlearned}: with the trained network {rule.consequence}. {rule.advice_for_lora}."
     if rule.targets:
         targets = ", or ".join(target.options for target in rule.targets)
         warning += (
-            f" If you train this one, docs/targets.md explains how to keep more of {rule.lost}: {targets}."
+            f" If you train this one, docs/targets.md explains how to keep more of {unlearned}: {targets}."
         )
     return warning
 
@@ -257,14 +258,14 @@ def _warn_of_all_levels(options: TrainingOptions, boundary: float) -> None:
 
 
 def expert_metadata(
-    family: Family, options: TrainingOptions, times: Sequence[TimestepOptions], expert_name: str
+    family: Family, options: TrainingOptions, timesteps_of_tables: Sequence[TimestepOptions], expert_name: str
 ) -> dict[str, str]:
     """Return the metadata that says for which of a model's transformers a file was trained.
 
     Args:
         family: The model family.
         options: Options of the run.
-        times: Timestep options of each dataset table.
+        timesteps_of_tables: Timestep options of each dataset table.
         expert_name: Name of the expert that the file is for; empty if it is for all trained experts.
     """
     experts = family.experts
@@ -272,7 +273,7 @@ def expert_metadata(
         return {TRAINED_EXPERT: FOR_BOTH}
     trained_name: str | None = expert_name
     if not expert_name:
-        trained = find_trained_expert(family, times)
+        trained = find_trained_expert(family, timesteps_of_tables)
         trained_name = None if trained is None else trained.name
     if trained_name is None:
         return {}
@@ -285,21 +286,21 @@ def expert_metadata(
     return metadata
 
 
-def find_trained_expert(family: Family, times: Sequence[TimestepOptions]) -> Expert | None:
+def find_trained_expert(family: Family, timesteps_of_tables: Sequence[TimestepOptions]) -> Expert | None:
     """Return the expert as which a run's only transformer works; None if unknown or if there are several.
 
     If the file does not name its expert, the range of timesteps decides.
 
     Args:
         family: The model family.
-        times: Timestep options of each dataset table.
+        timesteps_of_tables: Timestep options of each dataset table.
     """
     experts, default = family.experts, family.defaults.experts
     if len(experts) > 1 or len(default) == 1:  # several, or a family of a single transformer
         return None
     if experts != ONE_EXPERT:  # the file names its expert
         return experts[0]
-    lowest, highest = find_level_range(times, family.noise)
+    lowest, highest = find_level_range(timesteps_of_tables, family.noise)
     fitting = [
         expert for expert in default if expert.min_timestep <= lowest and highest <= expert.max_timestep
     ]
@@ -361,10 +362,10 @@ def set_up_network(
         spec,
         device,
         compilation=compilation,
-        host=host_weights,
+        host_weights=host_weights,
         checkpointing=checkpointing,
         in_pieces=cpu_offload,
-        blocks=block_sharder,
+        block_sharder=block_sharder,
     )
     dit.train(loop.gradient_checkpointing)  # only checkpointing depends on the mode: there is no dropout
 

@@ -24,7 +24,7 @@ MAX_TAGS = 5000  # tags of a folder; about 100 kB of a file's header
 Tags = Mapping[str, Mapping[str, int]]  # folder -> tag -> number of captions with the tag
 
 
-def image_values(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str, Any]:
+def image_trainer_metadata(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str, Any]:
     """Return the additional `ss_*` entries that trainers of image models write into a LoRA's metadata."""
     options, items = plan.options, plan.training
     model_type = plan.family.metadata.get("model_type")
@@ -34,7 +34,7 @@ def image_values(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str,
     tags = count_tags(items)
     values: dict[str, Any] = {
         "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
-        **_list_rates(options.optimizer.learning_rate, options.parts),
+        **_list_rates(options.optimizer.learning_rate, options.lora_parts),
         "cache_latents": caching is not None and caching.caches_latents,
         "lowram": False,  # weights are always read in pieces
         "scale_weight_norms": None if network is None else network.scale_weight_norms,
@@ -209,7 +209,7 @@ def _make_unique(name: str, names: Mapping[str, Any]) -> str:
 
 def _list_recorded_settings(table: DatasetTable) -> dict[str, Any]:
     """Return the settings of a dataset table, keyed by the option names that known trainers record."""
-    changes, augmentation = table.changes, table.augmentation
+    changes, augmentation = table.caption_changes, table.augmentation
     buckets = table.buckets if table.enable_bucket else None
     return {
         "batch_size_per_device": table.batch_size,
@@ -295,7 +295,7 @@ def _describe_dataset(
 
 def _describe_subset(table: DatasetTable, num_images: int) -> dict[str, Any]:
     """Return the entry of a subset in `ss_datasets`, with the keys that image trainers write."""
-    settings, changes = _list_recorded_settings(table), table.changes
+    settings, changes = _list_recorded_settings(table), table.caption_changes
     keys = ("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens")
     entry: dict[str, Any] = {
         "img_count": num_images,
@@ -309,7 +309,7 @@ def _describe_subset(table: DatasetTable, num_images: int) -> dict[str, Any]:
         "resize_interpolation": None if table.buckets is None else table.buckets.interpolation,
     }
     if table.directory is not None or table.image_folder is not None:
-        entry["image_dir"] = table.picture_folder.name
+        entry["image_dir"] = table.base_folder.name
     name = source_format_of(table).metadata_key
     if name:
         entry[name] = table.source.name

@@ -79,7 +79,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
         swap: Block swap of the plan, with auto resolved.
     """
     accelerator = plan.accelerator
-    loading = Loading(plan, swap)
+    loading = NetworkLoader(plan, swap)
     encoders = {} if plan.live_encoders is None else plan.live_encoders.networks_with_new_word
     # networks that features train in addition to the LoRA, such as the vectors of a new word
     auxiliary_learners = [
@@ -149,7 +149,7 @@ def _check_initial_lora(
 
 
 def _load_sample_networks(
-    loading: "Loading", builder: "TrainableBuilder", networks: Sequence[nn.Module]
+    loading: "NetworkLoader", builder: "TrainableBuilder", networks: Sequence[nn.Module]
 ) -> list[nn.Module]:
     """Load the networks that only samples use; return all networks of samples, by expert.
 
@@ -212,7 +212,7 @@ def make_run(
         targets=features.on.target,
         passes=features.on.passes,
         replaces_default_pass=features.replaces_default_pass,
-        learning_pass=features.on.learning_pass,
+        learning_pass_contexts=features.on.learning_pass,
         in_lockstep=plan.steps.in_lockstep,
         seed=plan.progress.seed,
         seed_networks=functools.partial(
@@ -279,22 +279,20 @@ class UnpreparedNetwork:
     index: int  # index of its expert
     expert: Expert
     host_weights: "HostWeights | None"  # holds swapped weights; None: all weights are on the device
-    block_sharder: (
-        BlockSharder | None
-    )  # splits blocks over processes; None: each process has the whole network
+    # splits blocks over processes; None: each process has the whole network
+    block_sharder: BlockSharder | None
 
 
 @dataclass
-class Loading:
+class NetworkLoader:
     """Load networks one after the other; networks that alternate on the device are loaded to host memory."""
 
     plan: TrainingPlan
     swap: SwapOptions  # auto is resolved
     sample_loras: "list[AddedLoras]" = field(default_factory=list)
     adapters: "list[AddedLoras]" = field(default_factory=list)  # --training_adapter in trained networks
-    host_copies: dict[nn.Module, HostCopy] = field(
-        default_factory=dict
-    )  # host copies of networks that take turns
+    # host copies of networks that take turns
+    host_copies: dict[nn.Module, HostCopy] = field(default_factory=dict)
 
     has_sample_only_networks: bool = field(init=False)  # whether samples need networks that are not trained
     takes_turns: bool = field(init=False)  # whether one network is on the device at a time
@@ -334,7 +332,11 @@ class Loading:
         must_merge = network_options is not None and network_options.decomposes
         leave_unmerged = None if patch is None or must_merge else patch.leave_unmerged
         placement = replace(
-            placement, patch=patch, leave_unmerged=leave_unmerged, host=host_weights, blocks=block_sharder
+            placement,
+            patch=patch,
+            leave_unmerged=leave_unmerged,
+            host_weights=host_weights,
+            block_sharder=block_sharder,
         )
         dit = family.load_dit(placement, index)
         experts.check_dtype(family, options, compute_dtype_of(dit))
@@ -494,7 +496,7 @@ class TrainableBuilder:
             dit,
             self.plan.progress.seed,
             encoders={} if live_encoders is None else live_encoders.networks_for(network_spec.is_embedding),
-            trains_dit=options.parts is None or options.parts.trains_dit,
+            trains_dit=options.lora_parts is None or options.lora_parts.trains_dit,
             resumed_tensors={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )
         if self.trainables and not options.by_expert.lora_per_expert:
@@ -543,8 +545,8 @@ class TrainableBuilder:
 
             rates = part_rates_of(self.plan.family)
             parts = options.full_dit.name_parts
-            form = SavedForm(options.full_dit.shard_bytes)
-            full = prepare_sharded_dit(dit, options.optimizer.learning_rate, parts, rates, form)
+            file_layout = SavedForm(options.full_dit.shard_bytes)
+            full = prepare_sharded_dit(dit, options.optimizer.learning_rate, parts, rates, file_layout)
         else:
             full = prepare_full_model(self.plan.family, options, dit, self.plan.live_encoders)
         return arrange_weights(full, options.optimizer, self.plan.family.dit)
@@ -558,7 +560,7 @@ class TrainableBuilder:
 
     def _learning_rates_of_network(self) -> LearningRates:
         """Return the learning rates of the network's layers in the DiT and in the trained text encoders."""
-        parts, live_encoders = self.plan.options.parts, self.plan.live_encoders
+        parts, live_encoders = self.plan.options.lora_parts, self.plan.live_encoders
         default = self.plan.options.optimizer.learning_rate
         if parts is None:  # no text encoder can be trained
             return LearningRates(default)

@@ -229,9 +229,8 @@ class _SkipCheck:
             reasons = (hook(run, self.step, gradient_norm) for hook in run.features.on.before_step)
             self.reason = next(filter(None, reasons), "")
         except UserError:
-            _log_report(
-                run, run.delayed_reports.flush()
-            )  # the previous step, whose numbers are still on the device
+            # the previous step, whose numbers are still on the device
+            _log_report(run, run.delayed_reports.flush())
             raise
         if self.reason:
             run.progress.skipped += 1
@@ -450,7 +449,7 @@ def _log_report(run: TrainingRun, step: StepReport | None) -> None:
         component_losses={name: mean for name, mean in means.items() if name in run.loss_components},
         metrics={name: mean for name, mean in means.items() if name not in run.loss_components},
     )
-    run.logs.step(report)
+    run.logs.log_step(report)
     run.reporter.log_step(report, run.logs.clock.estimate_remaining(report.step, run.steps.total_steps))
 
 
@@ -512,7 +511,7 @@ def _after_epoch(run: TrainingRun) -> None:
     _log_report(run, run.delayed_reports.flush())
     if run.logs.recorders:
         mean_loss = sum(progress.losses) / max(len(progress.losses), 1)
-        run.logs.values({"loss/epoch": mean_loss}, progress.step)
+        run.logs.log_values({"loss/epoch": mean_loss}, progress.step)
     samples = _is_due(run.options.samples.sample_every_n_epochs, epoch)
     if samples and progress.sampled_step != progress.step:  # else the step has its samples already
         progress.sample_pending = f"e{epoch:06d}"
@@ -638,7 +637,7 @@ def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     loss = losses[LOSS]
     training_losses = run.progress.losses
     training_loss = sum(training_losses) / len(training_losses) if training_losses else None
-    run.logs.values(validation.name_tracked_values(losses, occasion, training_loss), step)
+    run.logs.log_values(validation.name_tracked_values(losses, occasion, training_loss), step)
     # the console gets only the mean; losses of single levels are on the page and in the trackers
     earlier_losses = run.reporter.validations  # by step
     previous = f"{earlier_losses[max(earlier_losses)]:.5f} -> " if earlier_losses else ""

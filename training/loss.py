@@ -130,7 +130,9 @@ class LossRule:
     replaces_default_pass: bool = False  # `passes` replace the usual pass
     in_lockstep: bool = False  # processes share a model, so that all run equal passes
     # functions of the DiT, a batch and `seed` that return the context of a pass with gradients
-    learning_pass: Sequence[Callable[[nn.Module, NoisyBatch, int], AbstractContextManager[None]]] = ()
+    learning_pass_contexts: Sequence[
+        Callable[[nn.Module, NoisyBatch, int], AbstractContextManager[None]]
+    ] = ()
     seed: int = 0  # seed of the run
     seed_networks: Callable[[int], None] | None = None  # seeds dropout by the number of a micro-batch
 

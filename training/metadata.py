@@ -17,7 +17,7 @@ from modules.options import option_values, options_with
 from networks.names.layouts import TRAINED_FOR
 from protocols.family import Family
 from training.data.table_times import list_timestep_options
-from training.image_metadata import image_values
+from training.image_metadata import image_trainer_metadata
 from training.noise_options import L2
 from training.optimizers.lr_schedule import count_steps
 from training.options import TrainingOptions
@@ -44,7 +44,7 @@ def continued_sizes_metadata(model: TrainedModel, expert_name: str) -> dict[str,
     initial_file = network.network_weights or options.by_expert.network_weights_high_noise
     if not (initial_file or model.plan.saved):
         return {}
-    ranks, alphas = model.trainable.sizes(expert_name)
+    ranks, alphas = model.trainable.ranks_and_alphas(expert_name)
     alpha = network.network_alpha or network.rank
     has_sizes_of_options = network.rank in ranks and alpha in alphas
     if not initial_file and (has_sizes_of_options or not network.kind.has_alpha):
@@ -126,7 +126,7 @@ def _list_optional_values(plan: TrainingPlan) -> dict[str, Any]:
     if options.loss != L2 or options.is_for_images:
         values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
     if options.prediction is not None:
-        values |= image_values(plan, options.prediction)
+        values |= image_trainer_metadata(plan, options.prediction)
         set_options = option_values(options)
         for name in options_with(TrainingOptions, "image_files", True):
             values[f"ss_{name}"] = set_options[name]

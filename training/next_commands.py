@@ -50,17 +50,19 @@ class TrainingCommand:
 
     script: str = "the training script"
     script_options: Sequence[ScriptOption] = ()
-    entry: FamilyEntry | None = None  # None: no script caches for this model or generates with it
+    family_entry: FamilyEntry | None = None  # None: no script caches for this model or generates with it
     family_options: Any = None  # record of the family's options
     family: str = ""  # name by which cache folders remember the options of its caching commands
 
     @property
-    def typed(self) -> dict[str, str]:
+    def typed_flags(self) -> dict[str, str]:
         """Return the flag that the user typed for each option, by the option's public name."""
         flags = {}
         for option in self.script_options:
             if option.is_changed:
-                flags[option.name] = option.words[0].partition("=")[0] if option.words else f"--{option.name}"
+                flags[option.name] = (
+                    option.arguments[0].partition("=")[0] if option.arguments else f"--{option.name}"
+                )
         return flags
 
     def caching_commands(self, dataset_config: Path | None, family: Family) -> CachingCommands:
@@ -69,15 +71,15 @@ class TrainingCommand:
         They contain the options that follow from the checkpoint, but not the files of existing caches, which
         may be of another model.
         """
-        if self.entry is None:  # no script makes caches for this model
+        if self.family_entry is None:  # no script makes caches for this model
             return NO_COMMANDS
         return CachingCommands(
             partial(
-                self.entry.caching_commands,
+                self.family_entry.caching_commands,
                 self.family_options,
                 dataset_config,
                 family.caching_switches,
-                self.typed,
+                self.typed_flags,
             )
         )
 
@@ -112,7 +114,7 @@ class NextSteps:
                 commands name the file that the end of the run will save.
             is_finished: Whether the run has done all its steps.
         """
-        file = saved or [*self.plan.names.files(self.plan.names.name).values()][0]
+        file = saved or [*self.plan.names.model_files(self.plan.names.name).values()][0]
         resume = self._resume(is_finished)
         folder_note = f"Commands here are typed in the folder {Path.cwd()}."
         values = option_values(self.plan.options)
@@ -121,14 +123,13 @@ class NextSteps:
             if values[name] is not None:
                 folder_note += f" --{name} is written into no file: add it if you want it again."
         commands = [replace(resume, note=" ".join(filter(None, (resume.note, folder_note))))]
-        if self.command.entry is not None:
+        if self.command.family_entry is not None:
             generate = self._generate(file)
             if saved is None and not file.exists():
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
-        trains_model = (
-            self.plan.network_spec.make_network is None
-        )  # the model itself, not a network added to it
+        # the model itself, not a network added to it
+        trains_model = self.plan.network_spec.make_network is None
         if trains_model and saved is not None and self._can_extract:
             commands.append(self._extract(file))
         lora = self.plan.network_spec.lora_options
@@ -141,7 +142,7 @@ class NextSteps:
                 is_for_comfyui = lora.kind.is_for_comfyui_alone
                 needs_conversion &= is_for_comfyui and self.converted_for != COMFYUI_TOOL
             if plain_kind is not None or needs_conversion:
-                lora_files = self.plan.names.files(self.plan.names.stem_of(file)).values()
+                lora_files = self.plan.names.model_files(self.plan.names.stem_of(file)).values()
                 if plain_kind is not None:
                     commands += [self._make_plain(path, plain_kind) for path in lora_files]
                 else:
@@ -230,7 +231,7 @@ class NextSteps:
         ] or [start_option]
         replaced_options = RESUMING | STARTING | {*start_options}
         arguments = [*self._run_arguments(without=replaced_options), "--max_train_steps", str(steps)]
-        trained_files = self.plan.names.files(self.plan.names.name).values()
+        trained_files = self.plan.names.model_files(self.plan.names.name).values()
         for option, file in zip(start_options, trained_files, strict=False):
             arguments += [f"--{option}", str(file)]
         if not self.plan.options.saving.saves_state_at_end:
@@ -243,7 +244,7 @@ class NextSteps:
 
     def _trained_option(self) -> str:
         """Return the training option that names the file of the trained weights."""
-        entry, options = self.command.entry, self.command.family_options
+        entry, options = self.command.family_entry, self.command.family_options
         if entry is None or options is None:
             return "dit"
         names = (option_name(field) for field in fields(options) if field.name == entry.trained)
@@ -256,7 +257,7 @@ class NextSteps:
             for option in self.command.script_options
             if option.is_changed and option.is_typed and option.name not in without
         ]
-        arguments = [word for option in options for word in option.words]
+        arguments = [word for option in options for word in option.arguments]
         return [*self._launcher(), self.command.script, *arguments]
 
     def _launcher(self) -> list[str]:
@@ -280,17 +281,16 @@ class NextSteps:
         shows_sample = self.plan.options.samples.sample_prompts is not None and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
         launcher = self._launcher() if self.plan.options.speed.modes.flags_for_generation else ["python"]
-        arguments = self._generation_words
-        assert self.command.entry is not None
-        spellings = self.command.entry.spellings
+        arguments = self._generation_arguments
+        assert self.command.family_entry is not None
+        spellings = self.command.family_entry.spellings
         folder_flag = spellings.get("save_path", "--save_path")
         sample_arguments = [
             *arguments_of_sample(self.sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
-        generate = (
-            self.plan.network_spec.generation_command
-        )  # None: the model's own script generates with the file
+        # None: the model's own script generates with the file
+        generate = self.plan.network_spec.generation_command
         if generate is not None:
             arguments = [*generate(file, self.sample, [*arguments, *sample_arguments])]
             return _command("Generate with it", [*launcher, *arguments], note)
@@ -301,23 +301,23 @@ class NextSteps:
         return _command("Generate with it", [*launcher, *arguments, *sample_arguments], note)
 
     @cached_property
-    def _generation_words(self) -> list[str]:
+    def _generation_arguments(self) -> list[str]:
         """Script and options that generate, except for the trained files and the sample."""
         command = self.command
-        assert command.entry is not None
-        family_options, typed = command.family_options, command.typed
+        assert command.family_entry is not None
+        family_options, typed = command.family_options, command.typed_flags
         if self.cache_options:
             with quiet():  # creating the record again would repeat its warnings
                 family_options = fill_options(family_options, self.cache_options)
-            typed = {**{option.name: option.typed for option in self.cache_options}, **typed}
-        arguments = command.entry.generation_argv(family_options, self.sample, typed)
+            typed = {**{option.name: option.flag for option in self.cache_options}, **typed}
+        arguments = command.family_entry.generation_argv(family_options, self.sample, typed)
         return [*arguments, *option_argv(say_for_generation(self.plan.options.speed))]
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
         """Return the files of the save that `file` belongs to: high-noise files, then all other files."""
         average = self.plan.features.average
         suffix = AVERAGE if average is not None and average.is_sampled else ""  # what the samples show
-        files = [*self.plan.names.files(self.plan.names.stem_of(file) + suffix).values()]
+        files = [*self.plan.names.model_files(self.plan.names.stem_of(file) + suffix).values()]
         high_files = []
         other_files = []
         for index, expert in enumerate(self.plan.family.experts):
@@ -336,15 +336,15 @@ class NextSteps:
             ending: Suffix of the options for that transformer.
             files: The trained files.
         """
-        assert self.command.entry is not None
+        assert self.command.family_entry is not None
         arguments = [*arguments]
         loras: list[tuple[Path, float]] = []
         if self.plan.options.network is not None:
             loras += [(file, 1.0) for file in files]
         elif files:
-            arguments = self._replace_dit(arguments, f"{self.command.entry.trained}{ending}", files[0])
+            arguments = self._replace_dit(arguments, f"{self.command.family_entry.trained}{ending}", files[0])
         loras += self.sample_loras
-        spellings = self.command.entry.spellings
+        spellings = self.command.family_entry.spellings
         if loras:
             flag = spellings.get("lora_weight", "--lora_weight")
             arguments += [f"{flag}{ending}", *(str(path) for path, _ in loras)]
@@ -361,8 +361,8 @@ class NextSteps:
             name: Name of the option for the transformer.
             file: The trained file.
         """
-        assert self.command.entry is not None
-        flags = accepted_options(self.command.entry.options_record("Generation"))[name].flags
+        assert self.command.family_entry is not None
+        flags = accepted_options(self.command.family_entry.options_record("Generation"))[name].flags
         # without the option, which a release of one file does not need, it is added at the end
         index = next((index for index, word in enumerate(arguments) if word in flags), len(arguments))
         flag = arguments[index] if index < len(arguments) else f"--{name}"
@@ -410,9 +410,9 @@ def plan_next_steps(plan: TrainingPlan, sampler: "Sampler | None", command: Trai
     if not plan.accelerator.is_main_process:
         return NextSteps(plan, command, sample={})
     cache_options: Sequence[RepeatedOption] = ()
-    if command.entry is not None and plan.options.loop.dataset_config is not None:
+    if command.family_entry is not None and plan.options.loop.dataset_config is not None:
         folders = (table.cache_directory for table in plan.config.datasets)
-        cache_options = recall_options(folders, command.family, command.entry)
+        cache_options = recall_options(folders, command.family, command.family_entry)
     cached_with = {option.name: option.value for option in cache_options}
     sample = example_values(plan, cached_with)
     return NextSteps(plan, command, sample=sample, cache_options=cache_options)

@@ -115,7 +115,7 @@ class TrainingOptions(Options, must_give=True):
     # None: the script's models have one transformer
     experts: learning_options.ExpertTrainingOptions | None = option(facts=FREE)
     # only for image trainers that train LoRAs; None for other scripts
-    parts: learning_options.PartsOptions | None
+    lora_parts: learning_options.PartsOptions | None
     start: run_options.StartOptions | None = option(facts=FREE)
     subset: SubsetOptions | None = option(facts=FREE)  # the resulting tables are compared instead
     # no option: see `name_as_typed`
@@ -199,7 +199,7 @@ class TrainingOptions(Options, must_give=True):
     @property
     def is_fused(self) -> bool:
         """Whether weights are stepped inside the backward pass (--fused_backward_pass)."""
-        records = (self.full_dit, self.parts)
+        records = (self.full_dit, self.lora_parts)
         return any(options is not None and options.fused_backward_pass for options in records)
 
     @property
@@ -225,7 +225,7 @@ class TrainingOptions(Options, must_give=True):
             reject_full(precision)
         stored = self.speed.fp8.quantization
         if stored is not None:
-            flags = "--fp8_base" if self.speed.fp8.fp8_base else stored.asked_by
+            flags = "--fp8_base" if self.speed.fp8.fp8_base else stored.option_name
             raise OptionError(
                 f"{flags}: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
                 f"{stored.form} would lose the steps; leave it out, or train a LoRA"
@@ -270,7 +270,7 @@ class ScriptOption(NamedTuple):
 
     name: str
     text: str
-    words: Sequence[str]  # flag and value; the flag as it was typed
+    arguments: Sequence[str]  # flag and value; the flag as it was typed
     is_changed: bool  # it differs from its default
     is_typed: bool = True  # False: its value follows from other options
 
@@ -310,7 +310,7 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
     return ScriptOption(
         name=action.dest,
         text=" ".join(texts),
-        words=option_argv({flag: True if is_switch else value}),
+        arguments=option_argv({flag: True if is_switch else value}),
         is_changed=is_changed,
         is_typed=not follows,
     )

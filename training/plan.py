@@ -74,7 +74,7 @@ class TrainingPlan:
     network_spec: NetworkSpec
     network_module: str  # as in --network_module; empty if the model itself is trained
     names: Names  # names of the saved files
-    others: OtherFamilies
+    other_families: OtherFamilies
     accelerator: Accelerator
     quantization: Quantization | None  # including which matrix products the device supports
     saved: SavedState | ForeignState | None
@@ -107,7 +107,7 @@ class TrainingPlan:
     @property
     def sample_family(self) -> Family:
         """Return the model that generates samples; some of its transformers may not be trained."""
-        return self.others.sampling or self.family
+        return self.other_families.sampling or self.family
 
     @property
     def shards_model(self) -> bool:
@@ -163,9 +163,8 @@ def make_plan(
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = initial_progress(options, saved)
     quantization = check_computing(family, options, accelerator.device)
-    check_before_loading(
-        family, options, network_spec, others
-    )  # early: encoding the dataset may take minutes
+    # early: encoding the dataset may take minutes
+    check_before_loading(family, options, network_spec, others)
     # what features and live text encoders need of the data
     features = begin_run(options, family, config.datasets)
     if options.network is None:
@@ -178,12 +177,12 @@ def make_plan(
         from training.caching_inside import find_live_encoders  # most runs read caches alone
 
         live_encoders = find_live_encoders(family, options, config)
-    for check_texts in features.on.texts:
+    for check_texts in features.on.on_text_encoders:
         check_texts(live_encoders)
     lora_format = select_lora_format(
         family, network_spec.lora_options, () if live_encoders is None else live_encoders.learning_encoders
     )
-    # the data: its sources, items, their order, and the steps that follow from it
+    # the data, the order of its batches, and the steps that follow from it
     sources = _find_sources(
         family,
         options,
@@ -194,19 +193,17 @@ def make_plan(
         features=features,
         may_encode=may_encode,
     )
-    items = _find_items(
+    training, validation = _find_training_items(
         family,
+        options,
         config,
-        sources,
+        sources=sources,
         accelerator=accelerator,
+        features=features,
+        network_spec=network_spec,
         has_live_texts=live_encoders is not None,
-        condition_set=features.condition_set,
-        trusts_caches=options.caching is not None and options.caching.skip_cache_check,
+        seed=progress.seed,
     )
-    training, validation = _split_items(options, config, items, progress.seed)
-    _check_items(features, network_spec, training)
-    if is_main:
-        _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
     steps = _plan_steps(options, order, accelerator.num_processes, progress)
     if options.loop.known_steps is None:
@@ -233,7 +230,7 @@ def make_plan(
         network_spec=network_spec,
         network_module=module_of(family, options),
         names=_name_files(family, options, features),
-        others=others,
+        other_families=others,
         accelerator=accelerator,
         quantization=quantization,
         saved=saved,
@@ -257,6 +254,35 @@ def make_plan(
     if options.start is not None and options.start.is_given:
         skip_to_initial_step(options.start, progress, plan.steps, saved is not None)
     return plan
+
+
+def _find_training_items(
+    family: Family,
+    options: TrainingOptions,
+    config: DatasetConfig,
+    *,
+    sources: BatchSources,
+    accelerator: Accelerator,
+    features: RunFeatures,
+    network_spec: NetworkSpec,
+    has_live_texts: bool,
+    seed: int,
+) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
+    """Return the cached items to train on and those to validate on, after checking their caches."""
+    items = _find_items(
+        family,
+        config,
+        sources,
+        accelerator=accelerator,
+        has_live_texts=has_live_texts,
+        condition_set=features.condition_set,
+        trusts_caches=options.caching is not None and options.caching.skip_cache_check,
+    )
+    training, validation = _split_items(options, config, items, seed)
+    _check_items(features, network_spec, training)
+    if accelerator.is_main_process:
+        _warn_of_missing(options, config, [*training, *validation], sources)
+    return training, validation
 
 
 def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) -> TrainingPlan:
@@ -294,7 +320,7 @@ def _check_items(features: RunFeatures, network_spec: NetworkSpec, training: Seq
 def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
     """Return whether the training may encode images or captions itself, instead of reading caches alone."""
     subsets = [table for table in config.datasets if table.group is not None]
-    varies = any(table.changes.varying_keys or table.augmentation.varying_keys for table in subsets)
+    varies = any(table.caption_changes.varying_keys or table.augmentation.varying_keys for table in subsets)
     has_live_texts = LIVE_TEXTS in options.features.needs
     return varies or has_live_texts or options.is_for_images or options.caching is not None
 
@@ -370,7 +396,18 @@ def join_processes(
                 OtherProcesses(accelerator.process_index, accelerator.num_processes)
             )
             stack.enter_context(processes.explain())
-        # the main process reserves the name of the run; if that fails, it reports the error, and all exit
+        stack.enter_context(_reserve_name_for_all(options, accelerator))
+        yield accelerator, processes
+
+
+@contextmanager
+def _reserve_name_for_all(options: TrainingOptions, accelerator: Accelerator) -> Iterator[None]:
+    """Reserve the run's output name during the block, in the main process; if that fails, all processes exit.
+
+    Raises:
+        OutputError: In the main process, which reports the error; other processes exit with its code.
+    """
+    with ExitStack() as stack:
         error: OutputError | None = None
         if accelerator.is_main_process:
             try:
@@ -382,7 +419,7 @@ def join_processes(
             raise error
         if code is not None:
             raise SystemExit(code)
-        yield accelerator, processes
+        yield
 
 
 def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Accelerator) -> None:

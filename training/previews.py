@@ -25,7 +25,7 @@ from training.caching_inside import (
     TablePlan,
     TensorLocation,
     find_live_encoders,
-    list_live_tables,
+    list_on_the_fly_tables,
     open_stores,
     plan_tables,
 )
@@ -142,7 +142,7 @@ def _check_features(
     block_counts: Sequence[int],
 ) -> None:
     """Raise OptionError if a feature cannot be used with the text encoders or the transformer of this run."""
-    for check_texts in features.on.texts:
+    for check_texts in features.on.on_text_encoders:
         check_texts(live_encoders)
     for check_model in features.on.check:
         check_model(family, block_counts)
@@ -173,7 +173,9 @@ def _check_dataset(
             commands,
             accumulation=options.loop.gradient_accumulation_steps,
             processes=int(os.environ.get("WORLD_SIZE", "1")),
-            files=[f"{name}: {value}" for name, value in family.metadata.items() if name != "resolution"],
+            checkpoint_lines=[
+                f"{name}: {value}" for name, value in family.metadata.items() if name != "resolution"
+            ],
             text_keys=family.text_keys,
             counters=counters,
             audio=audio_of(family),
@@ -329,13 +331,12 @@ def _read_largest_batch(
     live_encoders: LiveTextEncoders | None,
 ) -> NoisyBatch:
     """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
-    live = (
-        () if live_encoders is None else live_encoders.keys
-    )  # texts that are encoded at each step, not cached
+    # texts that are encoded at each step, not cached
+    live = () if live_encoders is None else live_encoders.keys
     plans = plan_tables(family, config, options.caching, live, needs=options.features.needs)
     _require_caches_on_disk(plans, commands, live_encoders)
     stores = open_stores(family, plans)
-    tables = list_live_tables(family.cache_tag, plans, needs_captions=live_encoders is not None)
+    tables = list_on_the_fly_tables(family.cache_tag, plans, needs_captions=live_encoders is not None)
     listed = find_items(
         config,
         family.cache_tag,

@@ -120,9 +120,8 @@ def prepare_run(
     """
     end = end or RunEnd(options.features)
     network_spec = find_network_spec(family, options.network, options.features.lora_replacement)
-    config = read_config(
-        options, family, network_spec
-    )  # its errors are reported before processes are started
+    # its errors are reported before processes are started
+    config = read_config(options, family, network_spec)
     with contextlib.ExitStack() as stack:
         # `other_processes` watches them; None if this is the only process
         accelerator, other_processes = stack.enter_context(join_processes(family, options, config))
@@ -242,12 +241,12 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
         folder=plan.names.folder / "sample",
         name=plan.names.name,
         device=accelerator.device,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
         has_metadata=not options.metadata.no_metadata,
         weights=weights,
         preview=options.samples.preview,
-        together=plan.steps.works_together,
+        is_joint=plan.steps.works_together,
         block_sharder=make_block_sharder(options.speed, accelerator.device),
     )
     # outputs of trained text encoders change, so that prompts are encoded anew for each sample

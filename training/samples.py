@@ -67,7 +67,7 @@ class Sample:
     """One entry of the prompt file, at position `index`, with its encoded prompts and images."""
 
     index: int
-    entry: Mapping[str, Any]  # settings of the prompt in the file
+    settings: Mapping[str, Any]  # settings of the prompt in the file
     prepared: Prepared
     is_seeded: bool  # False: a new seed is drawn each time
     # by section of the sample
@@ -85,7 +85,7 @@ class PromptSource:
     num_processes: int
     is_joint: bool  # all processes make every sample together
     text: str = ""  # contents of the file when it was last read
-    fault: str = ""  # why the last attempt to read it failed; empty if it did not
+    read_error: str = ""  # why the last attempt to read it failed; empty if it did not
 
     def prompt_indices(self, count: int) -> list[int]:
         """Return the indices of the prompts that this process generates, if the file has `count` prompts."""
@@ -316,12 +316,12 @@ def prepare_samples(
     folder: Path,
     name: str,
     device: torch.device,
-    process: int,
-    processes: int,
+    process_index: int,
+    num_processes: int,
     has_metadata: bool = True,
     weights: str = "",
     preview: PreviewOptions = NO_PREVIEW,
-    together: bool = False,
+    is_joint: bool = False,
     block_sharder: BlockSharder | None = None,
 ) -> Sampler:
     """Read and check the prompts, and encode this process's share of prompts and images.
@@ -334,14 +334,13 @@ def prepare_samples(
         folder: Folder for the samples.
         name: Name of the run.
         device: Device of the run.
-        process: Index of this process.
-        processes: Number of processes.
+        process_index: Index of this process.
+        num_processes: Number of processes.
         has_metadata: Whether files of samples get metadata.
         weights: Addition to the model's name in metadata, if samples use other weights or LoRAs.
         preview: Options of previews.
-        together: Whether all processes generate every sample and the first one writes it; `block_sharder`
-        then
-            splits the text encoders over them.
+        is_joint: Whether all processes generate every sample together, and the first one writes it.
+            `block_sharder` then splits the text encoders over them.
         block_sharder: Splits blocks over processes; None keeps them complete.
 
     Raises:
@@ -350,24 +349,24 @@ def prepare_samples(
     """
     source = PromptSource(
         prompt_file,
-        process_index=process,
-        num_processes=processes,
-        is_joint=together,
+        process_index=process_index,
+        num_processes=num_processes,
+        is_joint=is_joint,
         text=read_sample_file(prompt_file),
     )
     entries, all_prepared = parse_requests(family, source.text, prompt_file)
-    if process == 0:
+    if process_index == 0:
         warn_of_unused(entries, family, prompt_file)
         _remove_unfinished(folder, name)
     session = Session(
         family, device, ExpertOffloader(family.experts, device, _refuse_dit), blocks=block_sharder
     )
     requests = {index: all_prepared[index] for index in source.prompt_indices(len(entries))}
-    writes = not together or process == 0
+    writes = not is_joint or process_index == 0
     # the process that decodes samples loads the VAE now, so that a wrong file is found before the training
     samples = encode_samples(session, entries, requests, decodes=writes, loads_media=writes)
     previews = None
-    if process == 0:  # all processes share one preview file
+    if process_index == 0:  # all processes share one preview file
         previews = make_previews(
             preview, family.latent, folder=folder, device=device, has_room=session.dits.can_stay
         )
@@ -381,7 +380,7 @@ def prepare_samples(
         weights=weights,
         prompts=prompts_of(entries),
         previews=previews,
-        draw_seed=draw_together if together else draw_local_seed,
+        draw_seed=draw_together if is_joint else draw_local_seed,
         writes_files=writes,
     )
 

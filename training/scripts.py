@@ -89,7 +89,7 @@ def training_script(
                 return
 
             if entry.notice:
-                entry.say_notice()
+                entry.log_notice()
             print_loading()
             from training.next_commands import TrainingCommand
             from training.run import train_network  # torch loads here, after every option has been read
@@ -99,7 +99,7 @@ def training_script(
             command = TrainingCommand(
                 script or default_script,
                 script_options,
-                entry=entry,
+                family_entry=entry,
                 family_options=family_options,
                 family=family,
             )

@@ -15,7 +15,7 @@ from modules.devices import format_gib, format_peak_memory, host_peak
 from modules.installation import RUN_GOES_ON
 from modules.text_files import real_path
 from networks.kinds.composing import RANKED_NETWORKS
-from networks.metadata import of_numbers
+from networks.metadata import describe_numbers
 from networks.options import NetworkOptions
 from protocols.full_model import trains_checkpoint
 from runtime.planning.device_memory import MemoryWatch
@@ -120,7 +120,7 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     if options.network is not None and any(
         continued_sizes_metadata(run.model, part) for part in trainable.written_files
     ):
-        sizes = trainable.sizes()
+        sizes = trainable.ranks_and_alphas()
     model_keys = ("architecture", "task", "sd_model_name")
     model = [text for key, text in plan.family.metadata.items() if text and key.startswith(model_keys)]
     num_weights = sum(parameter.numel() for parameter in parameters)
@@ -224,7 +224,7 @@ def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[f
     if sizes is None:
         return f"{plan.network_module}, {rank_name} {network.rank}"
     ranks, _ = sizes
-    return f"{plan.network_module}, {of_numbers(rank_name, ranks)} of the file"
+    return f"{plan.network_module}, {describe_numbers(rank_name, ranks)} of the file"
 
 
 def _describe_length(plan: TrainingPlan) -> str:
@@ -279,7 +279,7 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
     losses = run.progress.losses
 
     rows: list[Row] = []
-    for path in names.files(names.name).values():
+    for path in names.model_files(names.name).values():
         if path.exists():
             rows.append(("result", f"{path} ({format_size(_size_of(path))})"))
     if run_history.validations:
@@ -433,8 +433,8 @@ def judge_alpha(
     """
     if sizes is not None:
         ranks, alphas = sizes
-        text = of_numbers("alpha", alphas).removeprefix("alpha ")
-        return f"{text} for {of_numbers('rank', ranks)}, of the file" if alphas else None
+        text = describe_numbers("alpha", alphas).removeprefix("alpha ")
+        return f"{text} for {describe_numbers('rank', ranks)}, of the file" if alphas else None
     is_ranked = network.network_module is None or network.network_module.startswith(RANKED_NETWORKS)
     if not is_ranked:
         return None

@@ -18,7 +18,7 @@ def check_captions(read: ReadCaptions, items: Sequence[TrainingItem]) -> None:
     Raises DatasetError if the dataset cannot be read.
     """
     captions = [
-        _complete(item.cache_info.live_caption(item.source_stem, number), item.table)
+        _complete(item.cache_info.on_the_fly_caption(item.source_stem, number), item.table)
         for item in items
         if not item.table.is_reg  # regularization images are for the LoRA only
         for number in range(item.num_captions)
@@ -49,8 +49,8 @@ def check_source_captions(
 
 def _complete(caption: str, table: DatasetTable) -> str:
     """Return a caption with the texts that training adds at each step, such as the trigger word."""
-    if not table.changes.varies_per_step:  # the caption is already complete
+    if not table.caption_changes.varies_per_step:  # the caption is already complete
         return caption
-    if not table.changes.wildcards:
+    if not table.caption_changes.wildcards:
         caption = next(iter(lines_of(caption)), "")
     return complete_caption(caption, table.trigger_word, table.caption_prefix, table.caption_suffix)

@@ -98,7 +98,7 @@ class Trainable:
             for name, parameter in module.named_parameters()
         }
 
-    def sizes(self, part: str | None = None) -> tuple[list[int], list[float]]:
+    def ranks_and_alphas(self, part: str | None = None) -> tuple[list[int], list[float]]:
         """Return the ranks and alphas of all networks, or of the networks in one file.
 
         Args:
@@ -110,9 +110,8 @@ class Trainable:
     def start_epoch(self) -> None:
         """Put the networks into training mode, and notify foreign networks of the start of an epoch."""
         for network in self.all_networks:
-            if (
-                not network.module.training
-            ):  # `train()` visits all modules, which takes longer than a short epoch
+            # `train()` visits all modules, which takes longer than a short epoch
+            if not network.module.training:
                 network.module.train()
             if isinstance(network, ForeignNetwork):
                 network.on_epoch_start()
@@ -204,7 +203,7 @@ def prepare_network(
             "--network_args"
         )
     # saved in a state: the network, and what a resumed run needs but a file of the network lacks
-    modules = {"network": network.module, **network.state_beside_file}
+    modules = {"network": network.module, **network.additional_state}
     save_lora = save_network if lora_format is None else lora_format.save
 
     def save(path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
@@ -261,7 +260,7 @@ def prepare_dit(
     learning_rate: float,
     name_parts: Sequence[str] = (),
     part_rates: Mapping[str, float] = MappingProxyType({}),
-    form: SavedForm = IN_ONE_FILE,
+    file_layout: SavedForm = IN_ONE_FILE,
 ) -> Trainable:
     """Train the whole DiT, or only the parameters whose name contains one of `name_parts`; freeze the rest.
 
@@ -270,8 +269,8 @@ def prepare_dit(
         learning_rate: Learning rate of the run.
         name_parts: Parts of names that select the trained parameters; empty for all.
         part_rates: Other learning rates, by a part of the parameter's name; the first one that fits counts.
-        form: Form of saved files. They hold all weights under the names of the released checkpoints and are
-            written tensor by tensor.
+        file_layout: Whether a save is one file or several. They contain all weights under the names of the
+            released checkpoints.
 
     Raises:
         OptionError: If no name matches.
@@ -300,7 +299,7 @@ def prepare_dit(
         {"dit": dit},
         groups=groups,
         group_names=tuple(names[rate] for rate in by_rate),
-        written_files={"": WrittenFile(partial(_write_dit, dit, dtypes, unused, form))},
+        written_files={"": WrittenFile(partial(_write_dit, dit, dtypes, unused, file_layout))},
     )
 
 
@@ -363,7 +362,7 @@ def _write_dit(
     dit: nn.Module,
     dtypes: Mapping[str, torch.dtype],
     unused: OpenedTensors | None,
-    form: SavedForm,
+    file_layout: SavedForm,
     path: Path,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
@@ -380,4 +379,4 @@ def _write_dit(
         assert unused is not None
         return unused.read(name).to(infos[name].dtype)
 
-    form.write(path, infos, read, metadata)
+    file_layout.write(path, infos, read, metadata)

@@ -31,23 +31,27 @@ def list_without_effect(
         more_reasons: Reason by option name, for options without effect because of the model or the data.
     """
     reasons = dict(more_reasons or {})
-    if options.parts is not None and _replaces_rate(options.parts):
-        rates = {"--unet_lr": options.parts.unet_lr, "--text_encoder_lr": options.parts.text_encoder_lr}
+    if options.lora_parts is not None and _replaces_rate(options.lora_parts):
+        rates = {
+            "--unet_lr": options.lora_parts.unet_lr,
+            "--text_encoder_lr": options.lora_parts.text_encoder_lr,
+        }
         rate_flags = [flag for flag, rate in rates.items() if rate is not None]
         reason = f"{' and '.join(rate_flags)} replace{'s' * (len(rate_flags) == 1)} it"
         reasons.setdefault("learning_rate", reason if rate_flags else "no part learns at it")
     reasons |= _without_samples(options, options)
-    lines = _list_idle_weighting(options)
-    lines += _list_idle(options, reasons, options.typed_options)
+    lines = _list_unused_weighting(options)
+    lines += _list_unused(options, reasons, options.typed_options)
     if is_dataclass(family_options):
-        lines += _list_idle(family_options, _without_samples(options, family_options), options.typed_options)
+        family_reasons = _without_samples(options, family_options)
+        lines += _list_unused(family_options, family_reasons, options.typed_options)
     # of several attention flags, only the first one counts
     values = option_values(options.speed.attention)
     flags = [flag for flag in TRAINING_FLAGS.values() if values[flag.removeprefix("--")]]
     return [*lines, *(f"{flag} has no effect: {flags[0]} comes first." for flag in flags[1:])]
 
 
-def _list_idle_weighting(options: TrainingOptions) -> list[str]:
+def _list_unused_weighting(options: TrainingOptions) -> list[str]:
     """Return a line if --weighting_scheme neither weights the loss nor shapes the draws of timesteps."""
     weighting = options.timesteps.weighting_scheme
     beginning = f"--weighting_scheme {weighting} has no effect: it"
@@ -73,7 +77,7 @@ def _replaces_rate(parts: PartsOptions) -> bool:
     return dit_is_replaced and texts_are_replaced
 
 
-def _list_idle(record: Any, reasons: Mapping[str, str], typed: Collection[str]) -> Iterator[str]:
+def _list_unused(record: Any, reasons: Mapping[str, str], typed: Collection[str]) -> Iterator[str]:
     """Yield a line for each given option of a record, and of the records in it, that has no effect.
 
     Args:
@@ -85,10 +89,10 @@ def _list_idle(record: Any, reasons: Mapping[str, str], typed: Collection[str]) 
         name = option_name(field)
         value = getattr(record, field.name)
         if is_dataclass(value):
-            yield from _list_idle(value, reasons, typed)
+            yield from _list_unused(value, reasons, typed)
             continue
         is_written = is_set(record, field) or argument_of(field) in typed
         if is_written and (name in reasons or "acts_if" in field.metadata):
-            idle_because = [reasons[name]] if name in reasons else list_idle_reasons(record, field)
-            if idle_because:
-                yield f"--{name} has no effect: {idle_because[0]}."
+            why_unused = [reasons[name]] if name in reasons else list_idle_reasons(record, field)
+            if why_unused:
+                yield f"--{name} has no effect: {why_unused[0]}."

@@ -144,10 +144,13 @@ class Validation:
         batch = plan.sources.read(
             (item,),
             checks=self.checks,
-            stream=("validation", item.key),  # seeds random choices: equal each time that the item is read
+            seed_parts=(
+                "validation",
+                item.key,
+            ),  # seeds random choices: equal each time that the item is read
         )
         if self.process == 0:
-            plan.sources.encoders.warn(batch.made_by)  # if the caches are of several text encoders
+            plan.sources.encoders.warn(batch.cache_origins)  # if the caches are of several text encoders
         if plan.sources.tables:
             # constant, so that wildcards are the same each time; at the last step, so captions are complete
             place = RunPosition(seed=0, micro_batch=0, step=1, total_steps=1)

@@ -102,7 +102,7 @@ def _train_checkpoint(
     elif name_parts:
         reject_no_match(dit, name_parts)
     for encoder in () if live_encoders is None else live_encoders.learning_encoders:
-        encoder_rate = parts.texts[encoder.name]
+        encoder_rate = parts.text_encoder_rates[encoder.name]
         if encoder_rate is None:
             encoder_rate = learning_rate
         networks[encoder.name] = encoder.network

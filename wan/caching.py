@@ -83,7 +83,7 @@ NO_MOMENTS = (
     "features of the image, for which the frames are needed. Leave out load_tensors, or --i2v, --clip "
     "and --flf2v"
 )
-NO_VACE_MOMENTS = "VACE's caches hold what stays and what changes of a clip, for which frames are needed"
+NO_VACE_MOMENTS = "VACE's caches hold the kept and the changed parts of a clip, for which frames are needed"
 CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
 
 

@@ -72,7 +72,9 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
 
     Raises CheckpointError for any other file.
     """
-    checkpoint = checkpoint.without_prefix("model.", "visual.", "vision_model.", others=_OTHER_TOWERS)
+    checkpoint = checkpoint.without_prefix(
+        "model.", "visual.", "vision_model.", ignored_prefixes=_OTHER_TOWERS
+    )
     sources = rename_sources(list_tensor_sources(checkpoint), lambda name: translate_name(name, HF_CLIP))
     if (
         "cls_embedding" not in sources
@@ -237,7 +239,7 @@ def load_clip(path: Path, device: torch.device, dtype: torch.dtype = torch.float
 
     with open_checkpoint(path) as checkpoint:
         clip = load_planned(
-            read_clip(checkpoint), WanClipVision, device, dtype_of, what="the CLIP image encoder (--clip)"
+            read_clip(checkpoint), WanClipVision, device, dtype_of, label="the CLIP image encoder (--clip)"
         )
     logger.info("CLIP: %s, computing in %s", path, dtype_name(dtype))
     return clip

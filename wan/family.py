@@ -283,9 +283,9 @@ class Wan(OneTransformer):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions of a batch: text and, by task, `condition_latents` and CLIP features."""
         if self.condition_kind == ONE_FRAME and FRAME_INDICES not in batch.tensors:
-            from wan.one_frame import note_clips  # only for single images
+            from wan.one_frame import warn_of_clips  # only for single images
 
-            note_clips()
+            warn_of_clips()
         zeros_on = latents.device if self._feature_zeros else None
         config = self.files.dit_header().config
         conditions = batch_conditions(self.files.task, config, batch, zeros_on)

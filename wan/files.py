@@ -207,7 +207,8 @@ def read_release(folder: Path, latent: LatentSpec) -> WanRelease:
     """
     if not folder.is_dir():
         raise OptionError(
-            f"--ckpt_dir {folder}: no such folder.{explain_missing(folder)} Give that of the official release"
+            f"--ckpt_dir {folder}: no such folder.{explain_missing(folder)} Give the folder of the "
+            "official release"
         )
     index = folder / PIPELINE_INDEX
     if index.exists():
@@ -235,7 +236,7 @@ def _read_boundary(index: Path) -> float | None:
         return None
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
         raise CheckpointError(
-            f"--ckpt_dir: boundary_ratio in {index} is {ratio!r}, not a share of noise such as 0.875. "
+            f"--ckpt_dir: boundary_ratio in {index} is {ratio!r}, not a noise level such as 0.875. "
             "Download it again, or give --timestep_boundary and the files with --dit and "
             "--dit_high_noise.",
             index,
@@ -399,8 +400,8 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
         switch = "--clip" if options.clip is not None else "--i2v"
         switches = f"{switch} and --flf2v" if options.flf2v else switch
         raise OptionError(
-            f"{switch}: --vae {options.vae.vae} is {WAN_2_2.description}. That model starts from an image by "
-            f"the latents of the clip itself, so nothing else is cached. Leave out {switches}."
+            f"{switch}: --vae {options.vae.vae} is {WAN_2_2.description}. Its model takes the start "
+            f"image from the cached clip, so nothing else is cached. Leave out {switches}."
         )
     return replace(files, task=TASKS["ti2v-5B"]), None
 

@@ -71,15 +71,15 @@ WAN = FamilyNames(
         ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
         ("proj_out", "head.head"),
     ),
-    further=("patch_embedding", "ref_conv", "vace_patch_embedding"),
-    versions=("wan2", "wan-2", "wan_2"),
+    more_modules=("patch_embedding", "ref_conv", "vace_patch_embedding"),
+    version_prefixes=("wan2", "wan-2", "wan_2"),
     experts=(("transformer", HIGH_NOISE), ("transformer_2", LOW_NOISE)),
     more_experts=(
         ("transformer_1", HIGH_NOISE),  # ai-toolkit
         *((f"high_noise{end}", HIGH_NOISE) for end in ("_model", "")),  # folders of the release
         *((f"low_noise{end}", LOW_NOISE) for end in ("_model", "")),
     ),
-    optional=_IMAGE_ATTENTION,
+    optional_paths=_IMAGE_ATTENTION,
     optional_description="the attention to images of Wan2.1's image-to-video models",
     parameters=(
         ("blocks.{n}.scale_shift_table", "blocks.{n}.modulation"),
@@ -87,7 +87,7 @@ WAN = FamilyNames(
         ("scale_shift_table", "head.modulation"),
         ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
     ),
-    numbered=(
+    optimizer_numbering=(
         (
             "blocks.{n}.",
             "self_attn.q self_attn.k self_attn.v self_attn.o cross_attn.q cross_attn.k cross_attn.v "

@@ -77,7 +77,7 @@ def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
     controls = controls or (DEFAULT_CONTROL,)
     target = DEFAULT_TARGET if target is None else target
     if target in controls:
-        raise ValueError(f"the image and a control image are both at {target}. Give the image another place")
+        raise ValueError(f"the image and a control image are both at {target}. Give the image another index")
     # (index in time, index of the control image); -1 marks the target
     pairs = sorted([*zip(controls, range(len(controls)), strict=True), (target, -1)])
     return FrameOrder(tuple(position for position, _ in pairs), tuple(image for _, image in pairs))
@@ -100,7 +100,7 @@ def prepare(
     order = _read_order(request, option)
     width, height, frames = size_of(request, defaults)
     if frames not in (1, defaults.frames):
-        logger.warning("--video_length %d is ignored because a single picture is generated", frames)
+        logger.warning("--video_length %d is ignored because a single image is generated", frames)
     check_size((width, height, len(order.frame_positions)), latent)
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
     negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
@@ -138,7 +138,7 @@ def _keep_used_images(task: WanTask, request: Request, option: str) -> Request:
     """Return the request with only the images that the task takes. Raises OptionError if one is missing."""
     if request.source is not None:
         raise OptionError(
-            f"--{request.source.option} {request.source.path} and {option}: a single picture is generated "
+            f"--{request.source.option} {request.source.path} and {option}: a single image is generated "
             "from --control_image_path. Leave one of them out"
         )
     usable = {
@@ -147,11 +147,11 @@ def _keep_used_images(task: WanTask, request: Request, option: str) -> Request:
         "control_path": False,
         "control_images": True,
     }
-    request = keep_usable_media(request, usable, f"a single picture of --task {task.name} does not take it")
+    request = keep_usable_media(request, usable, f"a single image of --task {task.name} does not take it")
     if not request.control_images:
         hint = semicolon_hint(request.extra.get(ONE_FRAME, ""))
         raise OptionError(
-            f"{option}: give the images that the picture is generated from to --control_image_path{hint}"
+            f"{option}: give the images that the image is generated from to --control_image_path{hint}"
         )
     for path in request.control_images:
         check_opens("control_image_path", path, is_image=True)
@@ -213,8 +213,8 @@ def check_table(table: MediaTable, has_features: bool) -> None:
         )
     if has_features and len(table.clean_indices) > MAX_FEATURES:
         raise DatasetError(
-            f"{table.name}: fp_1f_clean_indices asks for {len(table.clean_indices)} control images; with "
-            f"features of images (--clip) Wan2.1 allows {MAX_FEATURES} at most."
+            f"{table.name}: fp_1f_clean_indices asks for {len(table.clean_indices)} control images, but "
+            f"with image features (--clip) Wan2.1 supports at most {MAX_FEATURES}."
         )
     if not table.has_post:
         logger.info("%s: fp_1f_no_post is ignored because only FramePack has that frame", table.name)
@@ -288,8 +288,8 @@ def _check_frame_positions(batch: Batch, frame_positions: Tensor, num_frames: in
         )
     if bool((frame_positions != frame_positions[:1]).any()):
         raise CacheError(
-            f"{batch.keys[0]} and {batch.keys[-1]}: their images have other places (fp_1f_clean_indices, "
-            "fp_1f_target_index) and are in one batch. Set batch_size = 1."
+            f"{batch.keys[0]} and {batch.keys[-1]}: their images have different positions "
+            "(fp_1f_clean_indices, fp_1f_target_index) but are in one batch. Set batch_size = 1."
         )
 
 
@@ -308,10 +308,10 @@ def _read_features(batch: Batch, task: WanTask, positions: int) -> Tensor:
 
 
 @lru_cache  # once, not with every batch
-def note_clips() -> None:
+def warn_of_clips() -> None:
     """Warn that --one_frame is given although the caches contain videos."""
     logger.warning(
-        "--one_frame is given, but the caches are not those of single images: videos are learned, and "
-        "samples are pictures. Cache again with %s, or leave --one_frame out",
+        "--one_frame is given, but the caches do not contain single images: videos are learned, but "
+        "samples are images. Cache again with %s, or leave --one_frame out",
         CACHE_AGAIN,
     )

@@ -38,7 +38,7 @@ def check_one_frame(task: WanTask) -> None:
     able = [other.name for other in TASKS.values() if other.requires_image and not other.has_control]
     if task.name not in able:
         raise OptionError(
-            f"--task {task.name} has no condition for single images from control images (--one_frame, "
+            f"--task {task.name} cannot generate single images from control images (--one_frame, "
             f"--one_frame_inference). Use --task {', '.join(able[:-1])} or {able[-1]}"
         )
 
@@ -68,7 +68,7 @@ class WanExpertOptions(Options):
         hint="a share of noise, such as 0.875, or a timestep, such as 875",
         facts=FREE,
     )
-    force_v2_1_time_embedding = not_needed("each time is embedded once, whatever the model's version")
+    force_v2_1_time_embedding = not_needed("embed each timestep once, whatever the model's version")
 
 
 _CACHE_CPU = "keep the VAE's features between frames in host memory"
@@ -100,8 +100,8 @@ class WanLatentCachingOptions(Options, title="Wan"):
         often=True,
     )
     one_frame: bool = option(
-        "cache single images with the control images that they are made from, for i2v-14B, flf2v-14B and "
-        "i2v-A14B",
+        "cache single images with the control images that they are generated from, for i2v-14B, flf2v-14B "
+        "and i2v-A14B",
         needs=("clip", "i2v"),
         excludes=("flf2v",),
         hint="--clip has the image encoder of Wan2.1; Wan2.2 has none and takes --i2v",
@@ -178,7 +178,7 @@ class WanModelOptions(Options, title="Wan"):
         if self.vace is not None and has_second_vace != has_second_dit:
             missing = "--dit_high_noise" if has_second_vace else "--vace_high_noise"
             raise OptionError(
-                "--vace with two transformers: each has blocks of VACE, --vace and --vace_high_noise. "
+                "--vace with two transformers: each needs VACE blocks, --vace and --vace_high_noise. "
                 f"Give {missing} too"
             )
 
@@ -209,7 +209,7 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
         if self.one_frame:
             check_one_frame(task)
         if probability is not None and not task.takes_clean_first_frame:
-            why = "trains on its image condition" if task.requires_image else "starts from no image"
+            why = "always trains with an image" if task.requires_image else "takes no start image"
             raise OptionError(
                 f"--first_frame_probability {probability:g}: --task {task.name} {why}. Leave the option out, "
                 "or use --task ti2v-5B"

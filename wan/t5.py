@@ -32,7 +32,7 @@ from wan.spec import TEXT_KEYS
 MAX_TOKENS = 512  # with the end token, as trained
 UMT5 = T5Kind(
     name="umT5",
-    what="an umT5 encoder",
+    description="an umT5 encoder",
     option="--t5",
     release="models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_*.safetensors",
     has_own_tables=True,
@@ -100,9 +100,9 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
     abilities = EncoderAbilities(shardable=True, accepts_new_words=True)
     name = "t5"
     keys = variable_length = TEXT_KEYS
-    what = "umT5"
+    description = "umT5"
     source = TOKENIZER
-    maximum = MAX_TOKENS
+    max_length = MAX_TOKENS
     weighted_states_key = "t5"
     embedding = "token_embedding.weight"
     word_keys = ("umt5xxl",)
@@ -113,9 +113,9 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
         """Everything that the outputs depend on: the file, the tokenizer, and the form of the weights."""
         return self.identify("t5", weights=self.form)
 
-    def write(self, prompt: Prompt) -> TemplatedPrompt:
+    def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
         """Return the cleaned prompt with the positions of its weighted parts, which cleaning may shift."""
-        text, spans = clean_spans(prompt.text, prompt.spans)
+        text, spans = clean_spans(prompt.text, prompt.weighted_spans)
         return TemplatedPrompt(text, text, spans)
 
     def load_network(self, device: torch.device) -> T5Network:

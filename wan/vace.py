@@ -82,10 +82,10 @@ def read_vace_request(request: Request, layers: int) -> tuple[Request, VaceReque
     references = split_comma_paths(request.control_images)  # an option may list several, with commas
     mask = _read_mask_path(request)
     if len(references) > MAX_REFERENCES:
-        raise OptionError(f"{len(references)} reference pictures: give at most {MAX_REFERENCES}")
+        raise OptionError(f"{len(references)} reference images: give at most {MAX_REFERENCES}")
     if references and request.source is not None:
         raise OptionError(
-            f"--{request.source.option} {request.source.path} with reference pictures, which are placed "
+            f"--{request.source.option} {request.source.path} with reference images, which are placed "
             "before the clip: leave one of them out, or give the video to --src_video"
         )
     _check_images(mask, references)
@@ -120,7 +120,7 @@ def _read_mask_path(request: Request) -> Path | None:
     mask = to_path("--src_mask", request.extra[MASK])
     if request.control_path is None:
         raise OptionError(
-            f"--src_mask {mask}: it marks which parts of a video are made new, and there is no video. "
+            f"--src_mask {mask}: it marks which parts of a video are regenerated, but there is no video. "
             "Give --src_video"
         )
     return mask

@@ -177,7 +177,7 @@ def load_vae(
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
         name = f"the {RELEASES[plan.config.latent_channels].name} VAE"
-        vae = load_planned(plan, lambda config: WanVae(config, cache_on_cpu, tile), device, dtype, what=name)
+        vae = load_planned(plan, lambda config: WanVae(config, cache_on_cpu, tile), device, dtype, label=name)
     set_memory_format(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
     return vae

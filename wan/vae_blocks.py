@@ -62,12 +62,12 @@ class FrameCache:
         if not self._on_cpu:
             self._frames[layer] = frames.clone()
             return
-        place = self._frames.get(layer)
-        if place is None or place.shape != frames.shape:
-            make = empty_pinned if frames.is_cuda else torch.empty
-            place = make(frames.shape, dtype=frames.dtype)
+        buffer = self._frames.get(layer)
+        if buffer is None or buffer.shape != frames.shape:
+            allocate = empty_pinned if frames.is_cuda else torch.empty
+            buffer = allocate(frames.shape, dtype=frames.dtype)
         # both directions run in order on the device's current stream: the host never waits for a copy
-        self._frames[layer] = place.copy_(frames, non_blocking=True)
+        self._frames[layer] = buffer.copy_(frames, non_blocking=True)
 
 
 class RmsNorm(nn.Module):

@@ -84,7 +84,7 @@ def read_vae(
         CheckpointError: For any other file.
     """
     checkpoint = checkpoint.without_prefix(
-        "first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders.")
+        "first_stage_model.", "vae.", ignored_prefixes=("model.diffusion_model.", "text_encoders.")
     )
     names = checkpoint.tensors
     sources = list_tensor_sources(checkpoint)

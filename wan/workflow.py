@@ -25,5 +25,7 @@ def find_comfy_model(task: WanTask, takes_images: bool) -> ComfyModel:
         OptionError: Unless the task starts from text alone.
     """
     if task.kind != "t2v" or task.has_control or takes_images:
-        raise OptionError(f"only --task t2v and t2i start from text alone, and {task.name} does not here")
+        raise OptionError(
+            f"only --task t2v and t2i generate from text alone; {task.name} also takes images here"
+        )
     return TEXT_TO_VIDEO

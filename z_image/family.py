@@ -59,9 +59,9 @@ Z_IMAGE_USE = LanguageEncoderSettings(
     states_key=TEXT_STATES_KEY,
     model=QWEN3,
     source=qwen_tokenizer("--text_encoder_tokenizer", "Tongyi-MAI/Z-Image-Turbo"),
-    maximum=512,  # including the template's tokens
-    before=_BEFORE,
-    after=_AFTER,
+    max_length=512,  # including the template's tokens
+    template_prefix=_BEFORE,
+    template_suffix=_AFTER,
     states=(-2,),
     batch_size=1,  # so that a state does not depend on other prompts, to the last bit
 )
@@ -106,7 +106,7 @@ class ZImage(ModelOfImages):
     even_steps: bool = False  # the noise levels of diffusers
 
     name: str = field(default="z_image", init=False)
-    named: ClassVar = {
+    model_metadata: ClassVar = {
         "architecture": "Z-Image",
         "resolution": "1024x1024",
         "implementation": "https://github.com/Tongyi-MAI/Z-Image",
@@ -128,7 +128,7 @@ class ZImage(ModelOfImages):
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=Z_IMAGE, init=False)
     text_keys: frozenset[str] = field(default=Z_IMAGE_USE.keys, init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
 
     @property
     def defaults(self) -> SamplingDefaults:

@@ -35,7 +35,7 @@ Z_IMAGE = FamilyNames(
         for block in LUMINA_BLOCKS
         for part in stacked_parts(f"{block}attention.to_{{x}}", f"{block}attention.qkv")
     ),
-    further=(
+    more_modules=(
         *(
             path
             for block in LUMINA_BLOCKS
@@ -51,10 +51,10 @@ Z_IMAGE = FamilyNames(
     converted_for="ComfyUI",
     kinds_in_diffusers=("LoKr",),
     is_as_in_diffusers=True,
-    versions=("z_image", "z-image", "zimage"),
-    sides=((".qkv", 3, 1), *((f".to_{x}", 1, 1) for x in ("q", "k", "v", "out.0")), *LUMINA_SIDES),
-    released=((3840, (("layers", 30),)),),
-    numbered=tuple(
+    version_prefixes=("z_image", "z-image", "zimage"),
+    relative_sizes=((".qkv", 3, 1), *((f".to_{x}", 1, 1) for x in ("q", "k", "v", "out.0")), *LUMINA_SIDES),
+    released_sizes=((3840, (("layers", 30),)),),
+    optimizer_numbering=tuple(
         (
             block,
             "attention.to_q attention.to_k attention.to_v attention.to_out.0 "

@@ -177,7 +177,7 @@
 
   async function openSheet(plate, what) {
     const answer = await fetch(`${address}/${plate.dataset.id}/${what}`);
-    showSheet(answer.ok ? await answer.text() : `<h2 id="sheet-title" tabindex="-1">${translate("Gone")}</h2><p>${translate("This file is not there any more.")}</p><p class="ask"><button type="button" data-close>${translate("Close")}</button></p>`);
+    showSheet(answer.ok ? await answer.text() : `<h2 id="sheet-title" tabindex="-1">${translate("Gone")}</h2><p>${translate("This file no longer exists.")}</p><p class="ask"><button type="button" data-close>${translate("Close")}</button></p>`);
     if (!sheet.open) sheet.showModal();
     document.getElementById("sheet-title").focus();
     sheet.scrollTo(0, 0);

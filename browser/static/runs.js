@@ -13,7 +13,7 @@
     if (!now) return;
     const answer = await fetch(`${ROOT}/run/${now.dataset.id}/standing`);
     if (answer.status === 404) {
-      document.getElementById("done").textContent = translate("It is not there any more: its folder was renamed, moved or removed.");
+      document.getElementById("done").textContent = translate("It no longer exists: its folder was renamed, moved or removed.");
       return;
     }
     if (!answer.ok) return;

@@ -1,11 +1,11 @@
-"""Stored weights: the protocol of all forms in which linear layers keep their weights, and such layers.
+"""Stored weights: the protocol of all formats in which linear layers keep their weights, and such layers.
 
-A stored layer stays an `nn.Linear`. Its `weight` is a frozen parameter of the form's dtype and shape (packed
-forms have a different one than the layer: ask `out_features` and `in_features`), and the form's companions,
+A stored layer stays an `nn.Linear`. Its `weight` is a frozen parameter of the format's dtype and shape, which
+in packed formats differs from the layer's (see `out_features` and `in_features`). The format's companions,
 such as scales, are buffers. `forward` is set on the layer itself, so that wrappers added later (a LoRA,
 compilation) find it.
 
-A form is a frozen dataclass in a module of this folder; it implements `QuantizationFormat`. A form that
+A format is a frozen dataclass in a module of this folder; it implements `QuantizationFormat`. A format that
 options ask for has the name of its file in `Quantization.form`; the file has `form_of`, `prepare` and
 `rehearsed`.
 """
@@ -24,19 +24,19 @@ from modules.speed_options import Quantization
 
 Shape = tuple[int, int]  # out x in, of the value
 MAX_TENSORS = 5  # of a form: the weight and its companions
-Tensors = tuple[Tensor | None, ...]  # the weight of a layer and its companions, in the form's order
+Tensors = tuple[Tensor | None, ...]  # the weight of a layer and its companions, in the format's order
 
 
 class QuantizationFormat(Protocol):
-    """How weights are stored, such as int8, and how layers compute with them. Equal forms compare equal."""
+    """How weights are stored, such as int8, and how layers compute with them. Equal formats compare equal."""
 
     @property
     def name(self) -> str:
-        """Name of the form in messages and metadata, such as fp8, int8 or nf4."""
+        """Name of the format in messages and metadata, such as fp8, int8 or nf4."""
 
     @property
     def log_description(self) -> str:
-        """Description of the form for the log, such as "in fp8 with a scale per row"."""
+        """Description of the format for the log, such as "in fp8 with a scale per row"."""
 
     @property
     def companions(self) -> tuple[str, ...]:
@@ -44,7 +44,7 @@ class QuantizationFormat(Protocol):
 
     @property
     def is_kept_by_default(self) -> bool:
-        """Whether layers keep this form of a file's weights even if no option asks for it."""
+        """Whether layers keep this format of a file's weights even if no option asks for it."""
 
     def quantize(self, weight: Tensor) -> "QuantizedWeight":
         """Quantize a weight, out x in, of any floating-point dtype."""
@@ -67,27 +67,27 @@ class QuantizationFormat(Protocol):
         ...
 
     def cut(self, stored: "QuantizedWeight", first: int, count: int) -> "QuantizedWeight | None":
-        """Return `count` rows of a weight, from row `first` on; None if the form cannot be cut there."""
+        """Return `count` rows of a weight, from row `first` on; None if the format cannot be cut there."""
         ...
 
     def join(self, parts: Sequence["QuantizedWeight"]) -> "QuantizedWeight | None":
-        """Concatenate weights of this form along their rows; return None if they have no common form."""
+        """Concatenate weights of this format along their rows; return None if they have no common format."""
         ...
 
     def with_compute_settings_of(self, chosen: "QuantizationFormat") -> "QuantizationFormat":
-        """Return the form found in a file with the compute settings of the form that the user chose."""
+        """Return the format found in a file with the compute settings of the format that the user chose."""
         ...
 
     def check_device(self, device: torch.device) -> None:
-        """Raise OptionError if the device does not support this form."""
+        """Raise OptionError if the device does not support this format."""
         ...
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized weight with its form, before or after it is put into a layer."""
+    """A quantized weight with its format, before or after it is put into a layer."""
 
-    form: QuantizationFormat
+    format: QuantizationFormat
     shape: Shape
     tensors: Tensors
 
@@ -99,11 +99,11 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantize the weight, out x in."""
-        return self.form.dequantize(self.tensors, self.shape, dtype)
+        return self.format.dequantize(self.tensors, self.shape, dtype)
 
 
 def form_of(quantization: Quantization) -> QuantizationFormat:
-    """Return the storage form of a quantization; the module of that form builds it."""
+    """Return the storage format of a quantization; the module of that format builds it."""
     form: QuantizationFormat = import_own(f"checkpoints.stored.{quantization.form}").form_of(quantization)
     return form
 
@@ -129,9 +129,9 @@ def rehearsed(quantization: Quantization | None) -> Quantization | None:
 def attach(layer: nn.Linear, stored: QuantizedWeight) -> None:
     """Replace the weight of a linear layer with a stored weight, which the layer uses from then on."""
     layer.weight = nn.Parameter(stored.weight, requires_grad=False)
-    for name, tensor in zip(stored.form.companions, stored.tensors[1:], strict=True):
+    for name, tensor in zip(stored.format.companions, stored.tensors[1:], strict=True):
         layer.register_buffer(name, tensor)
-    layer.form = stored.form  # type: ignore[assignment]
+    layer.form = stored.format  # type: ignore[assignment]
     # a method, not a partial: compiled code would know the layer by its partial, and be compiled per block
     layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
 
@@ -166,7 +166,7 @@ def dequantized_weight_of(layer: nn.Module, weight: Tensor) -> Tensor:
     stored = quantized_weight_of(layer)
     if stored is None:
         return weight
-    return stored.form.dequantize((weight, *stored.tensors[1:]), stored.shape, torch.float32)
+    return stored.format.dequantize((weight, *stored.tensors[1:]), stored.shape, torch.float32)
 
 
 def dequantize_and_multiply(
@@ -206,11 +206,11 @@ class _Product(torch.autograd.Function):
         third: Tensor | None,
         fourth: Tensor | None,
     ) -> Tensor:
-        """Multiply by a weight that is stored in a quantized form, without keeping the dequantized weight.
+        """Multiply by a weight that is stored in a quantized format, without keeping the dequantized weight.
 
         `first` to `fourth` are the tensors that belong to the stored weight, such as its scale.
         """
-        # autograd needs a fixed number of tensors: arguments that the form does not have are None
+        # autograd needs a fixed number of tensors: arguments that the format does not have are None
         tensors = (weight, first, second, third, fourth)[: 1 + len(form.companions)]
         ctx.save_for_backward(*tensors)
         ctx.form, ctx.shape = form, shape

@@ -23,7 +23,7 @@ from modules.speed_options import Quantization
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of float8_e4m3fn; larger values would become NaN
-# elements rounded at once: temporaries of a few MB instead of the size of the weight
+# elements rounded at a time: temporaries of a few MB instead of the size of the weight
 _BLOCK_ELEMENTS = 1 << 20
 
 
@@ -109,7 +109,7 @@ class Fp8:
 
     @property
     def log_description(self) -> str:
-        """Description of the form for the log."""
+        """Description of the format for the log."""
         return "cast to fp8" if self.quantization.kind == "cast" else "in fp8 with a scale per row"
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
@@ -172,7 +172,7 @@ class Fp8:
         return QuantizedWeight(self, shape, (weight, torch.cat(scales)))
 
     def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
-        """Return the chosen form if it is fp8 too, for its compute settings; otherwise this form."""
+        """Return the chosen format if it is fp8 too, for its compute settings; otherwise this format."""
         return chosen if isinstance(chosen, Fp8) else self
 
     def check_device(self, device: torch.device) -> None:
@@ -191,7 +191,7 @@ form_of = Fp8
 
 
 def make_fp8_weight(weight: Tensor, scale: Tensor | None = None) -> QuantizedWeight:
-    """Convert an fp8 weight of a file, and its scale if it has one, to the form of layers."""
+    """Convert an fp8 weight of a file, and its scale if it has one, to the format of layers."""
     rows, columns = weight.shape
     return QuantizedWeight(Fp8(), (rows, columns), (weight, None if scale is None else store_scale(scale)))
 

@@ -146,15 +146,14 @@ def select_product(
     remedy = "Leave --fp8_fast out: the weights stay in fp8 and are multiplied in 16 bits."
     if not supported(device):
         raise OptionError(
-            f"--fp8_fast: {_name(device)} has no fp8 units (NVIDIA RTX 40, L4, H100 and later have). {remedy}"
+            f"--fp8_fast: {_name(device)} has no fp8 units (NVIDIA RTX 40, L4, H100 and later have them). "
+            f"{remedy}"
         )
     reasons = []
     for product in products:
         try:
-            for tokens in (
-                FEATURE_ALIGNMENT,
-                MAX_TOKENS_WITHOUT_ROW_SCALES + FEATURE_ALIGNMENT,
-            ):  # few and many tokens are computed differently
+            # few and many tokens are computed differently
+            for tokens in (FEATURE_ALIGNMENT, MAX_TOKENS_WITHOUT_ROW_SCALES + FEATURE_ALIGNMENT):
                 tile = torch.ones(tokens, FEATURE_ALIGNMENT, device=device).to(WEIGHT_DTYPE)
                 rows = torch.ones(tokens, 1, device=device)
                 columns = torch.ones(1, FEATURE_ALIGNMENT, device=device)
@@ -214,8 +213,8 @@ def fp8_linear(
     """Compute x W^T + b with W = weight * scale in fp8; differentiable in x only.
 
     The inputs must satisfy `suits_fp8`. `x` is ... K, of any magnitude; a row with NaN or an infinite value
-    gives a row of NaN. `weight` is N K e4m3. `scale` is one number, N 1, or None for 1. `bias` is N. Returns
-    ... N in autocast's dtype if it is on, else in the dtype of x.
+    results in a row of NaN. `weight` is N K e4m3. `scale` is one number, N 1, or None for 1. `bias` is N.
+    Returns ... N in autocast's dtype if it is on, else in the dtype of x.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype

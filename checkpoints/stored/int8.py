@@ -50,7 +50,7 @@ class Int8:
 
     @property
     def log_description(self) -> str:
-        """Description of the form for the log."""
+        """Description of the format for the log."""
         rotated = f"rotated in groups of {self.group}" if self.group else "not rotated: no group divides them"
         return f"in int8 with a scale per row, {rotated}"
 
@@ -103,7 +103,7 @@ class Int8:
         return QuantizedWeight(self, (len(codes), parts[0].shape[1]), (codes, scales))
 
     def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
-        """Return this form, with the gradient rounding of the chosen form if that is int8 too."""
+        """Return this format, with the gradient rounding of the chosen format if that is int8 too."""
         if not isinstance(chosen, Int8):
             return self
         return replace(self, rounds_gradients=chosen.rounds_gradients)
@@ -113,7 +113,7 @@ class Int8:
 
 
 def form_of(quantization: Quantization) -> Int8:
-    """Return the form that the quantization's options describe."""
+    """Return the format that the quantization's options describe."""
     return Int8(rounds_gradients=quantization.int8_backward)
 
 
@@ -166,7 +166,7 @@ class _Int8Product(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1])
         of_x = None
         if ctx.needs_input_grad[0]:
-            make_product = _multiply_in_int8 if form.rounds_gradients else _multiply_dequantised
+            make_product = _multiply_in_int8 if form.rounds_gradients else _multiply_dequantized
             product = make_product(flat, codes, scale, form.group)
             in_features = codes.shape[1]
             of_x = _by_parts(product, flat, ctx.dtype, in_features)
@@ -189,7 +189,7 @@ def _multiply_in_int8(
     return product
 
 
-def _multiply_dequantised(
+def _multiply_dequantized(
     gradients: Tensor, codes: Tensor, scale: Tensor, group: int
 ) -> Callable[[slice], Tensor]:
     """Return a function that maps a slice of output gradients to input gradients, by dequantized weights."""

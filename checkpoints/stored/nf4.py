@@ -107,7 +107,7 @@ class Nf4:
         return None
 
     def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
-        """Return the chosen form if it is nf4 too, for its compute settings; otherwise this form."""
+        """Return the chosen format if it is nf4 too, for its compute settings; otherwise this format."""
         return chosen if isinstance(chosen, Nf4) else self
 
     def check_device(self, device: torch.device) -> None:
@@ -145,7 +145,7 @@ def _quantize_nested(centered_maxima: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def form_of(quantization: Quantization) -> Nf4:
-    """Return the form that the quantization's options describe."""
+    """Return the format that the quantization's options describe."""
     return Nf4(quantization.product)
 
 

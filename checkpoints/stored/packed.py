@@ -24,13 +24,13 @@ from checkpoints.stored.forms import (
 )
 from checkpoints.stored.int8 import rotate
 
-_PIECE = 1 << 22  # values made at once: float32 temporaries of 16 MiB
+_PIECE = 1 << 22  # values decoded at a time: float32 temporaries of 16 MiB
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 @dataclass(frozen=True)
 class PackedRowFormat:
-    """Packed form that decodes any of its N rows to float32; each tensor has N rows or one."""
+    """Packed format that decodes any of its N rows to float32; each tensor has N rows or one."""
 
     name: str
     companions: tuple[str, ...] = ()
@@ -40,15 +40,15 @@ class PackedRowFormat:
 
     @property
     def log_description(self) -> str:
-        """Description of the form for the log."""
+        """Description of the format for the log."""
         return f"in {self.name}"
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """Raise NotImplementedError, because these forms can only be read from files."""
+        """Raise NotImplementedError, because these formats can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def empty(self, shape: Shape) -> QuantizedWeight:
-        """Raise NotImplementedError, because these forms can only be read from files."""
+        """Raise NotImplementedError, because these formats can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -57,7 +57,7 @@ class PackedRowFormat:
         out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
         if out.device.type == "meta":
             return out
-        num_rows = max(1, _PIECE // max(1, shape[1]))  # that are decoded at once
+        num_rows = max(1, _PIECE // max(1, shape[1]))  # that are decoded at a time
         for start in range(0, shape[0], num_rows):
             rows = slice(start, min(start + num_rows, shape[0]))
             row_tensors: list[Tensor | None] = []
@@ -106,7 +106,7 @@ class PackedRowFormat:
         return QuantizedWeight(self, shape, tuple(joined))
 
     def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
-        """Return this form, because no option changes how it computes."""
+        """Return this format, because no option changes how it computes."""
         return self
 
     def check_device(self, device: torch.device) -> None:

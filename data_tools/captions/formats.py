@@ -47,7 +47,7 @@ class JsonCaptioner:
     missing_keys: Counter[str] = field(default_factory=Counter)  # number of answers that lack a key, by key
 
     def make_prompt(self, location: CaptionLocation) -> str:
-        """Return the prompt for an image or clip: the request, with a line about each JSON key."""
+        """Return the prompt for an image or clip, with a line about each JSON key of the format."""
         subject = "this image" if location.source.table.kind == "image" else "the video of these frames"
         lines = [self.prompt or _DEFAULT_PROMPT.format(what=subject)]
         for key in self.format.keys:
@@ -82,14 +82,17 @@ class JsonCaptioner:
         return write_object(reword_object(caption, self.wording, self.format.main))
 
     def wrap_captioner(self, captioner: Captioner) -> Captioner:
-        """Return a captioner that checks JSON captions, and asks once more for those that are invalid."""
+        """Return a captioner that checks JSON captions, and repeats the requests for invalid ones."""
         return partial(self._caption_as_json, captioner)
 
     def _caption_as_json(
         self, captioner: Captioner, locations: Sequence[CaptionLocation], read_frames: ReadFrames
     ) -> CaptionResults:
-        """Yield (location, JSON caption or error) for each location; invalid answers are asked for again."""
-        # location with the prompt for its next attempt -> location as the caller passed it
+        """Yield (location, JSON caption or error) for each location.
+
+        If an answer is not valid, the request is repeated with the error, up to MAX_ATTEMPTS times.
+        """
+        # location with the prompt of its next request -> location as the caller passed it
         pending = {
             dataclasses.replace(location, prompt=self.make_prompt(location)): location
             for location in locations
@@ -102,18 +105,23 @@ class JsonCaptioner:
                     if isinstance(answer, Exception):
                         yield location, answer
                         continue
-                    try:
-                        caption = self.parse_answer(answer)
-                    except NoCaptionError as error:
-                        if attempt < MAX_ATTEMPTS:
-                            logger.warning("%s: %s. It is asked again", location.display_path, error)
-                            retries[_add_error(prompted_location, error)] = location
-                        else:
-                            text = f"{attempt} answers are wrong, the last: {error}"
-                            yield location, NoCaptionError(text)
-                        continue
-                    yield location, caption
+                    caption = self._try_parse_answer(answer)
+                    if isinstance(caption, str):
+                        yield location, caption
+                    elif attempt < MAX_ATTEMPTS:
+                        logger.warning("%s: %s. Asking again", location.display_path, caption)
+                        retries[_add_error(prompted_location, caption)] = location
+                    else:
+                        text = f"{attempt} answers are wrong, the last: {caption}"
+                        yield location, NoCaptionError(text)
             pending = retries
+
+    def _try_parse_answer(self, answer: str) -> str | NoCaptionError:
+        """Return the caption in an answer, or the error if the answer is not valid."""
+        try:
+            return self.parse_answer(answer)
+        except NoCaptionError as error:
+            return error
 
     def describe_missing_keys(self) -> str | None:
         """Return each key that answers lacked, with its number of answers; None if no key was missing."""

@@ -88,7 +88,8 @@ class LocalModel:
         except torch.OutOfMemoryError:
             raise MemoryPlanError(
                 f"{len(batch)} at a time with up to {self.ask_options.num_frames} frames do not fit into the "
-                "memory. Lower --batch_size, --num_frames or --max_pixels; what is written already stays."
+                "memory. Lower --batch_size, --num_frames or --max_pixels; captions that are already "
+                "written are kept."
             ) from None
         except Exception as error:  # the processor or the model rejects an input: find out which one
             if len(batch) == 1:
@@ -155,7 +156,7 @@ class LocalModel:
     def _make_image_inputs(self, batch: Sequence[CaptionInput]) -> Any:
         """Return inputs for a model without prompts: images, and the first token of each answer."""
         if any(location.prompt is not None or len(frames) > 1 for location, frames in batch):
-            raise ValueError("it describes single images and takes no text; give another --model")
+            raise ValueError("it describes single images and accepts no text; give another --model")
         images = [Image.fromarray(frames[0]) for _, frames in batch]
         inputs = self.processor(images=images, return_tensors="pt")
         start = self.model.generation_config.bos_token_id
@@ -172,8 +173,8 @@ class LocalModel:
     def format_prompt(self, prompt: str, num_images: int) -> str:
         """Return the model's input text: the system prompt and the prompt in the model's chat template.
 
-        The template of a processor lists images and texts. That of a tokenizer takes only texts, where image
-        tokens stand before the prompt, as they do without a template.
+        A processor's template accepts lists of images and texts. A tokenizer's template accepts only texts:
+        then, and without a template, image tokens precede the prompt.
 
         Raises:
             OptionError: If the template does not take the system prompt.
@@ -183,17 +184,18 @@ class LocalModel:
         system = self.ask_options.system_prompt
         processor_template = getattr(self.processor, "chat_template", None)
         image_token = getattr(self.processor, "image_token", "<image>")
-        text_prompt = f"{image_token * num_images}\n{prompt}"
-        if processor_template is None and self.processor.tokenizer.chat_template is None:
-            return f"{system}\n{text_prompt}" if system else text_prompt
-        messages: list[dict[str, Any]]
+        prompt_with_images = f"{image_token * num_images}\n{prompt}"
+        user_content: Any
+        system_content: Any
         if processor_template is not None:
             images: list[dict[str, str]] = [{"type": "image"}] * num_images
-            messages = [{"role": "user", "content": [*images, {"type": "text", "text": prompt}]}]
-            system_content: Any = [{"type": "text", "text": system}]
+            user_content = [*images, {"type": "text", "text": prompt}]
+            system_content = [{"type": "text", "text": system}]
+        elif self.processor.tokenizer.chat_template is not None:
+            user_content, system_content = prompt_with_images, system
         else:
-            messages = [{"role": "user", "content": text_prompt}]
-            system_content = system
+            return f"{system}\n{prompt_with_images}" if system else prompt_with_images
+        messages = [{"role": "user", "content": user_content}]
         if system:
             messages.insert(0, {"role": "system", "content": system_content})
         try:
@@ -272,7 +274,7 @@ def load_model(options: CaptionModelOptions, ask_options: AskOptions) -> LocalMo
     takes_text = model.config.model_type != GIT
     if not takes_text and (ask_options.prompt or ask_options.system_prompt):
         raise OptionError(
-            f"--model {folder} takes no text: leave out --prompt and --system_prompt, or give another model"
+            f"--model {folder} accepts no text: leave out --prompt and --system_prompt, or give another model"
         )
     loaded = LocalModel(model.to(device), processor, ask_options, options.batch_size or 1, takes_text)
     loaded.format_prompt("a", 1)  # so that a chat template that always fails is reported here
@@ -307,7 +309,7 @@ def _load_processor(folder: Path, model_type: str) -> Any:
     """Load the processor that prepares a model's texts and images.
 
     Raises:
-        CheckpointError: If the processor takes no images.
+        CheckpointError: If the processor does not accept images.
         InstallationError: If a package is missing.
     """
     from transformers import AutoProcessor
@@ -325,8 +327,8 @@ def _load_processor(folder: Path, model_type: str) -> Any:
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise _unusable(
             folder,
-            "its processor takes no images. Give a vision-language model, with preprocessor_config.json or "
-            "processor_config.json.",
+            "its processor does not accept images. Give a vision-language model, with "
+            "preprocessor_config.json or processor_config.json.",
         )
     return processor
 

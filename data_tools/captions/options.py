@@ -92,11 +92,11 @@ class AskOptions(Options, title="what is asked"):
         maximum=MAX_TOKENS,
     )
     temperature: float = option(
-        "0 takes the most probable word every time; above 0 words are drawn",
+        "0 always selects the most probable token; above 0, tokens are sampled",
         default=0.0,
         minimum=0,
         maximum=10,
-        hint="1 draws words as the model learned them",
+        hint="1 samples from the probabilities of the model",
     )
     seed: int = option(
         "seed of drawn words, with --temperature above 0",
@@ -149,7 +149,7 @@ class WordingOptions(Options, title="the text that is written"):
                 re.compile(pattern).sub(new, "")  # called only to raise errors in the pattern or in `new`
             except (re.error, IndexError, OverflowError, RecursionError) as error:
                 raise OptionError(
-                    f"--replace_regex {pattern!r} {new!r}: {error}. Write it as Python's re.sub takes it"
+                    f"--replace_regex {pattern!r} {new!r}: {error}. Use the syntax of re.sub in Python"
                 ) from None
 
     @property
@@ -191,7 +191,7 @@ class CaptioningOptions(WritingOptions, title="what to do"):
     dataset_config: Path = option("dataset configuration, .toml or .json", required=True, by_place=True)
     caption_format: str | None = option(
         "write JSON objects with the keys that the model of this family was trained with, such as fibo_2. "
-        "Each answer is checked, and asked for once more if it is wrong; --trigger_word and the like change "
+        "Each answer is checked, and requested again if it is invalid; --trigger_word and the like change "
         "the texts in the objects"
     )
     convert_plain: bool = option(
@@ -201,7 +201,7 @@ class CaptioningOptions(WritingOptions, title="what to do"):
     )
     edit_only: bool = option(
         "make no captions: apply --replace, --replace_regex, --trigger_word, --caption_prefix and "
-        "--caption_suffix to those that are there; the old ones are kept as .bak",
+        "--caption_suffix to existing captions; the old ones are kept as .bak",
         excludes=("overwrite", "overwrite_all", "fill_empty", "try_on", "convert_plain"),
         hint="it makes no captions",
     )
@@ -213,9 +213,14 @@ class CaptioningOptions(WritingOptions, title="what to do"):
     def __post_init__(self) -> None:
         if self.caption_format is not None and self.caption_format not in caption_formats():
             raise OptionError(
-                f"--caption_format {self.caption_format}: the captions of no model of this name are objects. "
-                f"Those of {', '.join(caption_formats())} are; leave it out for sentences"
+                f"--caption_format {self.caption_format} is not a format of JSON captions. Choose from "
+                f"{', '.join(caption_formats())}, or leave it out for sentences"
             )
+        self._check_model_or_server()
+        if self.edit_only:
+            self._check_edit_only()
+
+    def _check_model_or_server(self) -> None:
         has_model = self.model.model is not None
         has_server = self.api.api_base is not None
         if has_model and has_server:
@@ -230,17 +235,17 @@ class CaptioningOptions(WritingOptions, title="what to do"):
                 "--model or --api_base is missing: give the folder of a model, or a server and --api_model. "
                 "--dry_run and --edit_only need neither"
             )
-        if self.edit_only:
-            caption_options = {
-                "model": has_model,
-                "api_base": has_server,
-                "prompt": self.ask.prompt is not None,
-            }
-            for name, is_set in caption_options.items():
-                if is_set:
-                    raise OptionError(f"--edit_only makes no captions: leave out --{name}")
-            if not self.wording.changes_something:
-                raise OptionError(
-                    "--edit_only changes nothing by itself: add --replace, --replace_regex, --trigger_word, "
-                    "--caption_prefix or --caption_suffix"
-                )
+
+    def _check_edit_only(self) -> None:
+        for name, value in (
+            ("model", self.model.model),
+            ("api_base", self.api.api_base),
+            ("prompt", self.ask.prompt),
+        ):
+            if value is not None:
+                raise OptionError(f"--edit_only makes no captions: leave out --{name}")
+        if not self.wording.changes_something:
+            raise OptionError(
+                "--edit_only changes nothing by itself: add --replace, --replace_regex, --trigger_word, "
+                "--caption_prefix or --caption_suffix"
+            )

@@ -79,12 +79,13 @@ class CaptionList:
         changes: dict[str, LineChange] = {}
         is_hand_written = False  # whether any replaced caption was written by a person
         for listed_path in self._line_indices:
-            line = pending_lines.get(_hide_address(listed_path), {})
-            old = self.read_line(listed_path).get("caption")
-            old_hash = None if old is None else _hash_of(str(old))
-            if "caption" in line and old_hash == line.get("old"):  # the list has not been edited since
-                changes[listed_path] = LineChange({"caption": old}, {"caption": line["caption"]})
-                is_hand_written = is_hand_written or bool(line.get("is_foreign"))
+            pending = pending_lines.get(_hide_address(listed_path), {})
+            current = self.read_line(listed_path).get("caption")
+            current_hash = None if current is None else _hash_of(str(current))
+            is_unedited = current_hash == pending.get("old")  # since the pending caption was made
+            if "caption" in pending and is_unedited:
+                changes[listed_path] = LineChange({"caption": current}, {"caption": pending["caption"]})
+                is_hand_written = is_hand_written or bool(pending.get("is_foreign"))
         self.write(changes, is_hand_written)
         pending_file.unlink()
 
@@ -257,11 +258,7 @@ class CaptionLocation:
             record.add(self.name, text)
             change = LineChange({"caption": self.caption}, {"caption": text})
             return self.caption_list.write({self.listed_path: change}, is_hand_written) > 0
-        try:
-            current_caption = read_caption(self.file)
-        except DatasetError:  # somebody has made the file unreadable meanwhile
-            return False
-        if current_caption != self.caption:
+        if self._has_changed_on_disk():
             return False
         if is_hand_written:
             keep_backup(self.file)
@@ -269,6 +266,13 @@ class CaptionLocation:
         record.add(self.name, text)
         write_text(self.file, text)
         return True
+
+    def _has_changed_on_disk(self) -> bool:
+        """Return whether somebody has changed the caption file since it was read."""
+        try:
+            return read_caption(self.file) != self.caption
+        except DatasetError:  # it has become unreadable
+            return True
 
 
 def find_caption_locations(config: DatasetConfig, reads_captions: bool) -> list[CaptionLocation]:

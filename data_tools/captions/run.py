@@ -158,7 +158,7 @@ def _reject_image_editing(config: DatasetConfig, options: CaptioningOptions) -> 
         if table.control_directory or any(source.control and source.table is table for source in listed):
             raise OptionError(
                 f"--caption_format {options.caption_format}: {table.name} has pictures before an edit, and "
-                "its captions say what is changed. A model that sees the results alone cannot write them"
+                "its captions say what is changed. A model that sees only the results cannot write them"
             )
 
 
@@ -201,7 +201,7 @@ def write_captions(config: DatasetConfig, backend: CaptionBackend, dry_run: bool
     rows: list[Row] = [
         ("captions", f"{num_written} written, {num_not_written} kept"),
         ("kept", changed_text),
-        ("not said", backend.describe_missing_keys()),
+        ("missing keys", backend.describe_missing_keys()),
         ("time", format_duration(time.monotonic() - start)),
     ]
     show_box("Captioning is finished", rows)
@@ -226,8 +226,8 @@ def _make_recorded_captions(
 ) -> tuple[list[Failure], int]:
     """Load the model and make all captions in `reasons`; return what `_make_captions` returns.
 
-    If existing captions are replaced, the records note the pass over them. It stays open after failures, so
-    that the same command retries only these.
+    If existing captions are replaced, each folder's record notes where such a pass over its captions begins
+    and ends. After failures no end is noted, so that the same command continues with the failed files.
     """
     rules = backend.overwrite_rules
     records_of_pass = list(records.values()) if rules.generated or rules.all else []
@@ -315,9 +315,9 @@ def _show_start(
     num_hand_written = num_by_reason[HAND_WRITTEN]
     counts = [f"{len(reasons)} to make", f"{num_kept} kept"]
     if num_by_reason[GENERATED]:
-        counts.append(f"{num_by_reason[GENERATED]} of these again")
+        counts.append(f"{num_by_reason[GENERATED]} of these replace generated ones")
     if num_hand_written:
-        counts.append(f"{num_hand_written} of these in place of hand-written ones, which become .bak")
+        counts.append(f"{num_hand_written} of these replace hand-written ones, which are kept as .bak")
     if num_done_before:
         counts.append(f"{num_done_before} made again by the previous run")
     rows: list[Row] = [
@@ -356,23 +356,22 @@ def _make_captions(
     answers = captioner(list(reasons), backend.read_frames)
     with contextlib.closing(answers), Bar(len(reasons), "captions", unit="caption") as bar:
         for location, answer in answers:
-            error = None if isinstance(answer, str) else answer
+            caption: str | BaseException = answer
             if isinstance(answer, str):
                 failure_limit.note_answer()
-                caption = backend.postprocess(location, answer)
-                if caption:
-                    is_hand_written = reasons[location] == HAND_WRITTEN  # the caption that is replaced
-                    if not location.write(caption, is_hand_written, records[location.file.parent]):
-                        num_changed += 1
-                else:
-                    error = NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
-            if isinstance(error, (MediaError, NoCaptionError)):
-                failures.append(Failure.of(location.source, error))
+                empty_error = NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
+                caption = backend.postprocess(location, answer) or empty_error
+            if isinstance(caption, str):
+                is_hand_written = reasons[location] == HAND_WRITTEN  # the caption that is replaced
+                if not location.write(caption, is_hand_written, records[location.file.parent]):
+                    num_changed += 1
+            elif isinstance(caption, (MediaError, NoCaptionError)):
+                failures.append(Failure.of(location.source, caption))
                 logger.warning("%s", failures[-1])
-            elif error is not None:  # it ends the run, and may be SystemExit
-                raise error
-            if isinstance(error, NoCaptionError):
-                failure_limit.note_failure(error)
+                if isinstance(caption, NoCaptionError):
+                    failure_limit.note_failure(caption)
+            else:  # it ends the run, and may be SystemExit
+                raise caption
             bar.update()
     return failures, num_changed
 
@@ -454,9 +453,9 @@ def edit_captions(
         show_box("Editing is finished", [("captions", f"{len(edits)} changed, {unchanged}")])
     if emptied:
         raise DatasetError(
-            f"{format_count(len(emptied), 'caption')} would be empty and stay as they are, such as "
-            f"{emptied[0].location.display_path}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, or "
-            "remove them and have new ones made."
+            f"{format_count(len(emptied), 'caption')} would become empty and are not changed, such as "
+            f"{emptied[0].location.display_path}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, "
+            "or remove them and generate new ones."
         )
 
 
@@ -504,16 +503,27 @@ def _list_edits(
     for location in locations:
         reword_text = partial(_reword_text, location=location, wording=wording, format=format)
         has_several = location.source.table.multi_caption
-        if location.caption_list is not None:
-            edit = _edit_line(location, has_several, reword_text)
-            if edit is not None:
-                yield edit
-        elif location.caption is not None:
-            lines = lines_of(location.caption) if has_several else [location.caption]
-            # a caption that becomes empty loses its line
-            text = "\n".join(filter(None, map(reword_text, lines)))
-            if text != location.caption:
-                yield _CaptionEdit(location, location.caption, text)
+        if location.caption_list is None:
+            edit = _edit_text_file(location, has_several, reword_text)
+        else:
+            edit = _edit_line_of_list(location, has_several, reword_text)
+        if edit is not None:
+            yield edit
+
+
+def _edit_text_file(
+    location: CaptionLocation, has_several: bool, reword_text: Callable[[str], str]
+) -> _CaptionEdit | None:
+    """Return the edit of a caption file; None if there is no caption, or if nothing changes.
+
+    `has_several` says that each line of the file is a caption.
+    """
+    if location.caption is None:
+        return None
+    captions = lines_of(location.caption) if has_several else [location.caption]
+    # a caption that becomes empty loses its line
+    text = "\n".join(filter(None, map(reword_text, captions)))
+    return None if text == location.caption else _CaptionEdit(location, location.caption, text)
 
 
 def _reword_text(
@@ -542,8 +552,8 @@ def _require_main_text(
     if format is None:
         formats = ", ".join(caption_formats())
         raise OptionError(
-            f"{start}--caption_suffix would break. Say whose it is by --caption_format ({formats}): then "
-            "they go into its texts"
+            f"{start}--caption_suffix would break. Name its format by --caption_format ({formats}), and "
+            "they are added to its main text"
         )
     if format.main not in content:
         raise OptionError(
@@ -551,7 +561,7 @@ def _require_main_text(
         )
 
 
-def _edit_line(
+def _edit_line_of_list(
     location: CaptionLocation, has_several: bool, reword_text: Callable[[str], str]
 ) -> _CaptionEdit | None:
     """Return the edit of a caption in a line of a list; None if the wording options change nothing.

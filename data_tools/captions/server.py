@@ -106,8 +106,8 @@ class ApiServer:
         key = environment.get(KEY_VARIABLE, "").strip()
         if not all("!" <= character <= "~" for character in key):
             raise OptionError(
-                f"{KEY_VARIABLE} contains a blank, a line break or a character that no key has. Set it to "
-                "the key alone."
+                f"{KEY_VARIABLE} contains a space, a line break or a character that is not valid in a key. "
+                "Set it to the key alone."
             )
         if key and parts.scheme == "http" and not self._is_local:
             logger.warning(
@@ -185,7 +185,7 @@ class ApiServer:
             if reason not in self._logged_reasons:
                 self._logged_reasons.add(reason)
                 logger.warning(
-                    "%s; it is asked again after %.1f s, %d times at most", reason, seconds, MAX_ATTEMPTS
+                    "%s; retrying in %.1f s, with at most %d attempts", reason, seconds, MAX_ATTEMPTS
                 )
             if self._stop.wait(seconds):
                 raise NoCaptionError("the run has ended")
@@ -262,11 +262,12 @@ class ApiServer:
                 remedy = "check --api_base and --api_model"
             return UserError(
                 f"{self._address} answers {status}, {FATAL_STATUSES[status]}: {message}. "
-                f"Give what it wants: {remedy}."
+                f"To fix this, {remedy}."
             )
         if 300 <= status < 400:
             return UserError(
-                f"--api_base: {self._address} answers {status} and names another address. Give that one."
+                f"--api_base: {self._address} answers {status} and redirects to another address. Give that "
+                "one."
             )
         return NoCaptionError(f"the server answers {status}: {message}")
 
@@ -337,7 +338,9 @@ class ApiServer:
             # the answer reached the maximum number of tokens
             was_cut = choice.get("finish_reason") == "length"
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise NoCaptionError(f"the server's answer is of another form: {self._redact(text)!r}") from None
+            raise NoCaptionError(
+                f"the server's response has an unexpected format: {self._redact(text)!r}"
+            ) from None
         if isinstance(content, list):  # some servers return parts
             part_texts = [part.get("text") for part in content if isinstance(part, dict)]
             content = " ".join(part for part in part_texts if isinstance(part, str))

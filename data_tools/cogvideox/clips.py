@@ -380,15 +380,15 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
     crop_position = (generator.random(), generator.random())  # fractions of the margin
     # drawn once, so that all frames are cropped and mirrored equally
     crop_and_flip = CropAndFlip(crop_position, is_flipped=generator.random() < (options.random_flip or 0.0))
-    size: Size | None = None  # of the first frame's bucket: images of a folder may differ
+    bucket: Size | None = None  # of the first frame, for all frames: images of a folder may differ in size
 
     def fit_frame(frame: Frame) -> Frame:
         """Resize and crop a frame to the size bucket of the clip's first frame."""
-        nonlocal size
-        if size is None:
+        nonlocal bucket
+        if bucket is None:
             frame_size = (frame.shape[1], frame.shape[0])
-            size = select_size(frame_size, options.height_buckets, options.width_buckets)
-        return shape_frame(frame, size, options, crop_and_flip)
+            bucket = select_size(frame_size, options.height_buckets, options.width_buckets)
+        return shape_frame(frame, bucket, options, crop_and_flip)
 
     select_indices = partial(_select_indices, path=path, options=options)
     return np.stack(pick_frames(path, select_indices, fit_frame, threads, exact=False))

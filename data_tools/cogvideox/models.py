@@ -64,7 +64,7 @@ EncodeMoments = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PipelineNetworks:
-    """The networks of one CogVideoX model, which are loaded only when they are used."""
+    """The VAE and text encoders of a diffusers pipeline, which are loaded only when they are used."""
 
     architecture: str  # `Family.name` of the model
     latent: LatentSpec

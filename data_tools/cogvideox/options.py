@@ -115,7 +115,7 @@ class EncodingOptions(Options, title="encoding"):
     )
     use_slicing: bool = option("encode the clips of a batch one by one")
     use_tiling: bool = option("encode large frames in tiles: less memory")
-    batch_size: int = option("clips or captions to encode at once", default=1, minimum=1, maximum=1024)
+    batch_size: int = option("clips or captions per batch", default=1, minimum=1, maximum=1024)
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available")
     pin_memory: bool = option("copy frames to a GPU through pinned memory: faster")
 

@@ -57,14 +57,11 @@ def prepare(options: PrepareOptions) -> None:
     with join_processes(options.encoding.device) as process:
         is_main = process.rank == 0
         if is_main:
-            _record_settings(options, networks)
-            _remove_unfinished_files(folder)
-            for name in clips.FOLDERS:
-                (folder / name).mkdir(exist_ok=True)
+            _begin_folder(options, networks)
         # called only to make the others wait until the main process has checked the folder
         process.gather(None)
         # each process takes every n-th item
-        missing = _find_missing_files(items[process.rank :: process.count], options, networks)
+        missing = _find_missing_files(items[process.rank :: process.num_processes], options, networks)
         if is_main:
             _show_start(options, process, num_items=len(items), num_to_do=missing.num_items)
         failures_of_process = _prepare_items(options, networks, process, missing)
@@ -87,6 +84,14 @@ def prepare(options: PrepareOptions) -> None:
         raise failure_error(sorted(failures, key=lambda failure: str(failure.path)), "clips")
 
 
+def _begin_folder(options: PrepareOptions, networks: PipelineNetworks | None) -> None:
+    """Record the settings of the output folder, remove unfinished files, and make the folders in it."""
+    _record_settings(options, networks)
+    _remove_unfinished_files(options.output_dir)
+    for name in clips.FOLDERS:
+        (options.output_dir / name).mkdir(exist_ok=True)
+
+
 def _select_networks(encoding: EncodingOptions) -> PipelineNetworks | None:
     """Return the networks that encode; None if only captions and clips are written."""
     if encoding.save_latents_and_embeddings:
@@ -101,7 +106,7 @@ def _select_networks(encoding: EncodingOptions) -> PipelineNetworks | None:
 
 def _show_start(options: PrepareOptions, process: Share, num_items: int, num_to_do: int) -> None:
     """Print what will be prepared, and how much of it is not done yet."""
-    who = "clips" if process.count == 1 else f"clips, process 1 of {process.count}"
+    who = "clips" if process.num_processes == 1 else f"clips, process 1 of {process.num_processes}"
     where = f"{options.source.data_root} -> {options.output_dir}"
     counts = f"{format_count(num_items, 'clip')}, {num_to_do} of them to do"
     show_box("Preparing", [("data", where), (who, counts)])
@@ -150,13 +155,13 @@ def round_frame_buckets(shape: ShapeOptions, networks: PipelineNetworks | None) 
     for name in ("height_buckets", "width_buckets"):
         invalid_sides = [str(side) for side in getattr(shape, name) if side % step]
         if invalid_sides:
-            raise OptionError(f"--{name} {', '.join(invalid_sides)}: the model takes multiples of {step}")
+            raise OptionError(f"--{name} {', '.join(invalid_sides)}: the model requires multiples of {step}")
     # the order is kept, and lengths that are equal after rounding appear once
     distinct = tuple(dict.fromkeys(shape.frame_buckets))
     rounded = tuple(dict.fromkeys(map(networks.round_down_frames, shape.frame_buckets)))
     if rounded != distinct:
         logger.warning(
-            "--frame_buckets %s become %s, which the VAE takes",
+            "--frame_buckets %s become %s, which the VAE accepts",
             " ".join(map(str, shape.frame_buckets)),
             " ".join(map(str, rounded)),
         )
@@ -175,15 +180,21 @@ def _record_settings(options: PrepareOptions, networks: PipelineNetworks | None)
         if networks is None and earlier.architecture is not None:
             # a run that encodes nothing keeps the record of the encoders
             record = dataclasses.replace(record, architecture=earlier.architecture, vae=earlier.vae)
-        changed = difference(earlier.settings, record.settings)
-        if changed is None and earlier.architecture is not None:
-            changed = difference(_describe_encoders(earlier), _describe_encoders(record))
+        changed = _describe_change(earlier, record)
         if changed is not None:
             raise OptionError(
                 f"--output_dir {options.output_dir} was begun with other settings: {changed}. Use the same "
                 "ones to continue, or another folder."
             )
     write_prepared(options.output_dir, record)
+
+
+def _describe_change(earlier: PreparedFolder, record: PreparedFolder) -> str | None:
+    """Return the first setting, or else encoder, in which a folder's record differs from its earlier one."""
+    changed = difference(earlier.settings, record.settings)
+    if changed is None and earlier.architecture is not None:
+        changed = difference(_describe_encoders(earlier), _describe_encoders(record))
+    return changed
 
 
 def _make_record(shape: ShapeOptions, networks: PipelineNetworks | None) -> PreparedFolder:
@@ -217,12 +228,7 @@ def _prepare_items(
     device = process.device
     is_main = process.rank == 0
     if networks is None:
-        bar = Bar(len(missing.without_texts), "Writing captions", "caption", is_main)
-        with write_behind(options.workers.num_artifact_workers) as write, bar:
-            for item in missing.without_texts:
-                # no model, encoders or embeddings: only the caption itself is written
-                write(partial(clips.write_caption_files, item, "", {}, {}))
-                bar.update()
+        _write_captions(missing.without_texts, options, show_progress=is_main)
     elif missing.without_texts:
         _encode_captions(missing.without_texts, networks, device, options, show_progress=is_main)
     encode = None if networks is None or not missing.without_media else networks.load_vae(device)
@@ -232,6 +238,17 @@ def _prepare_items(
     if encode is not None:
         free_memory(device)
     return failures
+
+
+def _write_captions(
+    items: Sequence[clips.PreparedItem], options: PrepareOptions, show_progress: bool
+) -> None:
+    """Write the captions of `items` without embeddings."""
+    bar = Bar(len(items), "Writing captions", "caption", show_progress)
+    with write_behind(options.workers.num_artifact_workers) as write, bar:
+        for item in items:
+            write(partial(clips.write_caption_files, item, architecture="", identities={}, tensors={}))
+            bar.update()
 
 
 def _encode_captions(
@@ -276,13 +293,15 @@ def _add_embeddings(
     networks: PipelineNetworks,
     identities: Mapping[str, Mapping[str, str]],
 ) -> None:
-    """Add one encoder's embeddings to the file of a caption; the last encoder finishes its files."""
+    """Add one encoder's embeddings to a caption's file; after the last encoder, write the caption itself."""
+    is_first = encoder is networks.text_encoders[0]
+    is_last = encoder is networks.text_encoders[-1]
     tensors = {key: _copy_to_cpu(tensor) for key, tensor in conditions.items()}
-    if encoder is not networks.text_encoders[0]:
-        earlier = load_pickled(item.path_of(EMBEDS))
+    if not is_first:
+        tensors_of_earlier_encoders = load_pickled(item.path_of(EMBEDS))
         # a copy, because the file that is read here is replaced
-        tensors |= {key: tensor.clone() for key, tensor in earlier.items()}
-    if encoder is networks.text_encoders[-1]:
+        tensors |= {key: tensor.clone() for key, tensor in tensors_of_earlier_encoders.items()}
+    if is_last:
         clips.write_caption_files(item, networks.architecture, identities, tensors)
     else:
         # without its caption file, an item counts as unfinished and is encoded again

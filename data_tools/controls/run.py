@@ -40,8 +40,8 @@ class ControlImageOptions(Options, title="what to make"):
         excludes="depth",
     )
     depth: Path | None = option(
-        "draw depth maps, near is white, with the model in this folder: one that transformers loads for "
-        "depth estimation, such as Depth Anything V2 or DPT. Code that comes with it is never run",
+        "draw depth maps, white is near, with the model in this folder, which transformers must be able to "
+        "load for depth estimation, such as Depth Anything V2 or DPT. Code in the folder is never executed",
         place="folder",
         hint="the folder of such a model; python tools/download.py --family tools --task "
         "depth_anything_v2_small --to models downloads one, after its size and license",
@@ -59,7 +59,7 @@ class ControlImageOptions(Options, title="what to make"):
         if self.canny is None and self.depth is None:
             raise OptionError("Say what to draw: --canny for edges, or --depth FOLDER with a model of depth")
         if self.canny is not None and len(self.canny) not in (0, 2):
-            raise OptionError(f"--canny takes two numbers, LOW and HIGH, or none; it has {len(self.canny)}")
+            raise OptionError(f"--canny requires two numbers, LOW and HIGH, or none, not {len(self.canny)}")
         if self.canny and self.canny[0] > self.canny[1]:
             raise OptionError(f"--canny {self.canny[0]} {self.canny[1]}: the first is the lower threshold")
 
@@ -78,8 +78,8 @@ class ControlPlan:
 
     to_draw: dict[Path, Path] = field(default_factory=dict)  # image -> its control image to write
     up_to_date: list[Path] = field(default_factory=list)  # made before, in the same way
-    other_method: list[Path] = field(default_factory=list)  # made before by this program, in another way
-    foreign: list[Path] = field(default_factory=list)  # made by other programs
+    made_with_other_options: list[Path] = field(default_factory=list)  # made before by this program
+    made_by_other_programs: list[Path] = field(default_factory=list)
 
 
 def make_control_images(options: ControlImageOptions) -> None:
@@ -97,7 +97,7 @@ def make_control_images(options: ControlImageOptions) -> None:
         raise OptionError(f"{options.folder}: control images need a folder of their own. Give --output")
     images = _find_images(folder)
     if not images:
-        raise DatasetError(f"{options.folder} has no pictures. Folders in it are not looked into")
+        raise DatasetError(f"{options.folder} has no pictures. Subfolders are not searched")
     _reject_equal_stems(images)
     # the method is stored in each image, so that the next run recognizes images made with other options
     method = _describe_method(options)
@@ -107,12 +107,10 @@ def make_control_images(options: ControlImageOptions) -> None:
     if plan.to_draw:
         make_folder(output, "--output")
         failures = _draw_control_images(plan.to_draw, _select_drawing(options), method)
-    num_kept = len(plan.up_to_date) + len(plan.other_method) + len(plan.foreign)
+    num_kept = len(plan.up_to_date) + len(plan.made_with_other_options) + len(plan.made_by_other_programs)
+    num_made = len(plan.to_draw) - len(failures)
     rows: list[Row] = [
-        (
-            "made",
-            f"{format_count(len(plan.to_draw) - len(failures), 'control picture')}, {num_kept} there before",
-        ),
+        ("made", f"{format_count(num_made, 'control picture')}, {num_kept} existed before"),
         ("by", method),
         ("use", f'conditioning_data_dir = "{output.as_posix()}"'),
     ]
@@ -193,13 +191,13 @@ def _make_plan(images: Sequence[Path], output: Path, method: str, overwrite: boo
         if target is None:
             plan.to_draw[image] = output / f"{image.stem}.png"
         elif recorded_method is None:
-            plan.foreign.append(target)
+            plan.made_by_other_programs.append(target)
         elif overwrite:
             plan.to_draw[image] = target
         elif recorded_method == method:
             plan.up_to_date.append(target)
         else:
-            plan.other_method.append(target)
+            plan.made_with_other_options.append(target)
     return plan
 
 
@@ -212,17 +210,19 @@ def _read_method(path: Path) -> str | None:
 
 
 def _warn_of_remaining_images(plan: ControlPlan) -> None:
-    """Warn about existing control images that are not replaced, although this run would make others."""
-    if plan.other_method:
+    """Warn about existing control images that stay, although this run would draw them differently."""
+    outdated = plan.made_with_other_options
+    if outdated:
         logger.warning(
             "%s kept, made with other options. --overwrite makes them again: %s",
-            format_count(len(plan.other_method), "control picture"),
-            list_some([path.name for path in plan.other_method]),
+            format_count(len(outdated), "control picture"),
+            list_some([path.name for path in outdated]),
         )
-    if plan.foreign:
+    foreign = plan.made_by_other_programs
+    if foreign:
         logger.warning(
             "%s kept, not made by this program. Move them away, or give another --output, to replace them: "
             "%s",
-            format_count(len(plan.foreign), "control picture"),
-            list_some([path.name for path in plan.foreign]),
+            format_count(len(foreign), "control picture"),
+            list_some([path.name for path in foreign]),
         )

@@ -112,11 +112,11 @@ class CuttingOptions(Options, title="input and output"):
     )
     jsonl: Path | None = option(f"list of the clips (default: {LIST_NAME} in --output)")
     dry_run: bool = option("print the scenes and what becomes of them, and write nothing")
-    num_workers: int = option("files that are worked on at once", default=1, minimum=1, maximum=64)
+    num_workers: int = option("number of files processed in parallel", default=1, minimum=1, maximum=64)
     scenes: SceneOptions
     lengths: LengthOptions
     choice: ChoiceOptions
-    form: ClipFormat
+    clip_format: ClipFormat
 
     def __post_init__(self) -> None:
         if self.input.is_dir() and real_path(self.input) == real_path(self.output):

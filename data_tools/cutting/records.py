@@ -52,7 +52,7 @@ class CutRecord:
         status = source.stat()
         return (self.size_bytes, self.modified) == (status.st_size, status.st_mtime_ns)
 
-    def changes(self, source: Path, options: CuttingOptions) -> str:
+    def find_reason_to_recut(self, source: Path, options: CuttingOptions) -> str:
         """Return why a source must be cut again, such as `--min_seconds 2 (was 1)`; "" if it need not be."""
         changed = [
             f"--{name} {value} (was {self.options.get(name)})"
@@ -61,7 +61,7 @@ class CutRecord:
         ]
         if changed:
             return ", ".join(changed)
-        return "" if self.is_unchanged(source) else "the file is another one"
+        return "" if self.is_unchanged(source) else "the file has changed"
 
 
 def start_record(
@@ -72,7 +72,7 @@ def start_record(
     written: list[WrittenClip] = []
     for clip in clips:
         if not clip.dropped:
-            name = f"{stem}_{len(written) + 1:05d}{options.form.suffix}"
+            name = f"{stem}_{len(written) + 1:05d}{options.clip_format.suffix}"
             written.append(WrittenClip(name, clip))
     return CutRecord(
         stem,
@@ -89,7 +89,7 @@ def start_record(
 def _list_content_options(options: CuttingOptions) -> dict[str, Any]:
     """Return the options that decide which clips a source yields and what they contain."""
     values: dict[str, Any] = {}
-    for group in (options.scenes, options.lengths, options.choice, options.form):
+    for group in (options.scenes, options.lengths, options.choice, options.clip_format):
         values |= option_values(group)
     return values
 

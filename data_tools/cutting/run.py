@@ -98,20 +98,26 @@ def cut_footage(options: CuttingOptions) -> None:
                 failures.append((source, result))
                 continue
             results.append(result)
-            summary = f"{source}: {_count_in_words(result.clips)}"
-            if result.record is None:  # a dry run: the clips are only listed
-                lines = [summary, *map(_format_scene_line, result.clips)]
-                sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
-                continue
-            if result.is_new:
-                logger.info("%s", summary)
-            clip_list.add(result.record, result.is_new)
+            _report_cut(source, result)
+            if result.record is not None:
+                clip_list.add(result.record, result.is_new)
     finally:
         clip_list.write()
     if results and not options.dry_run:
         _show_results(results, list_path, seconds=time.monotonic() - started)
     if failures:
         _raise_failures(failures, len(sources))
+
+
+def _report_cut(source: Path, result: CutResult) -> None:
+    """Log what was cut in this run; in a dry run, print the clips."""
+    summary = f"{source}: {_count_in_words(result.clips)}"
+    is_dry_run = result.record is None
+    if is_dry_run:
+        lines = [summary, *map(_format_scene_line, result.clips)]
+        sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
+    elif result.is_new:
+        logger.info("%s", summary)
 
 
 def _raise_failures(failures: Sequence[tuple[Path, Exception]], num_sources: int) -> None:
@@ -217,7 +223,7 @@ class Cutter:
         """
         if job.record is None:
             return self._cut_anew(job, reason_to_recut="")
-        reason_to_recut = job.record.changes(job.source, self.options)
+        reason_to_recut = job.record.find_reason_to_recut(job.source, self.options)
         if reason_to_recut:
             self._reject_edited_clips(job.source, job.record, reason_to_recut)
             logger.warning("%s is cut again: %s", job.source, reason_to_recut)
@@ -306,7 +312,7 @@ class Cutter:
         for edit, paths in edited_clips.items():
             if paths:
                 raise OutputError(
-                    f"{source} was cut in another way ({why}), and there are clips {edit}, such as "
+                    f"{source} was cut with other options ({why}), and there are clips {edit}, such as "
                     f"{paths[0].name}. Cutting again would invalidate them: move them away, or choose "
                     "another --output."
                 )
@@ -354,7 +360,7 @@ class Cutter:
         missing = [written for written in record.clips if not os.path.lexists(self.output / written.name)]
         if not missing:
             return 0
-        video_format = self.options.form
+        video_format = self.options.clip_format
         info = source_info(source)
         codec = resolve_codec(video_format.codec, info.width, info.height)
         with contextlib.closing(self._decode_frames(source, "clips of", video_format.is_deep)) as frames:

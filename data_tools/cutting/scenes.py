@@ -34,7 +34,7 @@ class SceneDetector:
     """Find hard cuts, dissolves, and single-color frames between scenes.
 
     A hard cut lies between neighboring frames whose `scene_distance` reaches the threshold, unless the
-    earlier scene returns within FLASH_SECONDS. Single-color frames between a fade-out and a fade-in are a
+    earlier scene returns within MAX_FLASH_SECONDS. Single-color frames between a fade-out and a fade-in are a
     separate scene. `_Dissolves` finds dissolves. Wipes, dissolves of more than 2 seconds, and cuts
     between frames of the same structure or the same colors are not found.
     """
@@ -46,7 +46,7 @@ class SceneDetector:
         self._plain_frames = max(2, round(rate * MIN_PLAIN_SECONDS))
         self._num_frames = 0
         self._previous_frame: Thumbnail | None = None
-        self._jump: _Jump | None = None  # the last one, which may still turn out to be a flash
+        self._pending_jump: _Jump | None = None  # may still turn out to be a flash
         self._last_structured: Thumbnail | None = None  # the last frame that was not plain
         self._plain_start: int | None = None
         self._changes: list[SceneChange] = []
@@ -63,26 +63,22 @@ class SceneDetector:
         self._dissolves.add_frame(current, index, is_break=has_one_color or has_jumped)
 
     def _track_jumps(self, current: Thumbnail, index: int) -> bool:
-        """Distinguish cuts from flashes; return whether a frame differs strongly from the frame before it.
+        """Record jumps that prove to be cuts; return whether this frame differs strongly from the last one.
 
-        A jump is a cut unless the scene before it returns within the length of a flash.
+        A jump is pending at first. It becomes a cut unless the scene before it returns within the length of a
+        flash.
         """
+        if self._pending_jump is not None and index - self._pending_jump.frame_index > self._flash_frames:
+            self._confirm_cut()  # too long for a flash
         previous = self._previous_frame
-        jump = self._jump
-        is_recent = jump is not None and index - jump.frame_index <= self._flash_frames
         if previous is None or not self._belong_to_different_scenes(previous, current):
-            if jump is not None and not is_recent:
-                self._confirm_cut()
             return False
-        if (
-            jump is not None
-            and is_recent
-            and not self._belong_to_different_scenes(jump.frame_before, current)
-        ):
-            self._jump = None  # a flash: the scene continues
+        pending = self._pending_jump
+        if pending is not None and not self._belong_to_different_scenes(pending.frame_before, current):
+            self._pending_jump = None  # a flash: the scene continues
         else:
             self._confirm_cut()
-            self._jump = _Jump(index, previous)
+            self._pending_jump = _Jump(index, previous)
         return True
 
     def _belong_to_different_scenes(self, first: Thumbnail, second: Thumbnail) -> bool:
@@ -103,10 +99,11 @@ class SceneDetector:
         return [(begin, end) for begin, end in merged if end > 0 and begin < self._num_frames]
 
     def _confirm_cut(self) -> None:
-        """Record the pending jump as a cut, since it was not a flash."""
-        if self._jump is not None:
-            self._changes.append((self._jump.frame_index, self._jump.frame_index))
-        self._jump = None
+        """Record the pending jump, if there is one, as a cut, since it was not a flash."""
+        if self._pending_jump is not None:
+            index = self._pending_jump.frame_index
+            self._changes.append((index, index))
+        self._pending_jump = None
 
     def _track_plain_frames(self, current: Thumbnail, index: int) -> bool:
         """Track runs of single-color frames; return whether this frame is one."""

@@ -35,7 +35,7 @@ class FinderOptions(Options, title="what to find"):
         excludes=("background", "faces", "colour"),
     )
     background: Path | None = option(
-        "find what stands before the background, with a U2Net-like ONNX file; with --invert the background; "
+        "find the foreground, with a U2Net-like ONNX file; with --invert the background; "
         f"without a file {BACKGROUND_FILE.as_posix()}",
         nargs="?",
         const=BACKGROUND_FILE,
@@ -77,7 +77,7 @@ class FinderOptions(Options, title="what to find"):
     def __post_init__(self) -> None:
         for words in self.what or ():
             if not words.strip():
-                raise OptionError("--what is empty: say what to find")
+                raise OptionError("--what is empty: describe what to find")
             character = bad_character(words)
             if character is not None:
                 raise OptionError(f"--what holds {character}: set the terminal to UTF-8")
@@ -114,7 +114,7 @@ class MaskShapeOptions(Options, title="the shape of the masks"):
         maximum=1000,
     )
     expand_pixels: int = option(
-        "grow what is found by so many pixels of the image on each side",
+        "enlarge the found regions by so many pixels on each side",
         default=10,
         minimum=0,
         maximum=10_000,
@@ -129,7 +129,7 @@ class MaskShapeOptions(Options, title="the shape of the masks"):
         minimum=0,
         maximum=100,
     )
-    invert: bool = option("learn everything but what is found")
+    invert: bool = option("train on everything except what is found")
 
 
 class MaskOptions(Options, title="what to do"):

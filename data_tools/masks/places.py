@@ -317,7 +317,7 @@ def invert_mask(entry: MaskEntry) -> None:
     inverted = (255 - gray for gray in read_frames(mask))
     if not write_mask(entry, inverted, is_folder=not is_single_image(mask), texts={}):
         raise DatasetError(
-            f"{mask} is all white: inverted, nothing of {entry.media_path.name} would be learned"
+            f"{mask} is all white: if inverted, nothing of {entry.media_path.name} would be learned"
         )
 
 
@@ -369,7 +369,7 @@ def _replace_frame(mask: Path, new_frame: Gray, frame_index: int) -> Iterable[Gr
         DatasetError: If the mask has no such frame.
     """
     if is_single_image(mask) or not 0 <= frame_index < count_frames(mask):
-        raise DatasetError(f"{mask} has no frame {frame_index}, so that it cannot be replaced")
+        raise DatasetError(f"{mask} has no frame {frame_index}, so it cannot be replaced")
     return (new_frame if index == frame_index else old for index, old in enumerate(read_frames(mask)))
 
 

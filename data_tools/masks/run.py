@@ -47,7 +47,7 @@ class MaskPlan:
     """Which masks are made, and which existing ones stay, for the media in some folders."""
 
     to_make: list[MaskEntry] = field(default_factory=list)
-    other_method: list[MaskEntry] = field(default_factory=list)  # made before by this program, in another way
+    made_with_other_options: list[MaskEntry] = field(default_factory=list)  # made before by this program
     reviewed: list[MaskEntry] = field(default_factory=list)  # drawn, changed or accepted by a person
     removed: list[MaskEntry] = field(default_factory=list)  # by a person
 
@@ -107,7 +107,7 @@ def _find_all_entries(options: MaskOptions) -> list[MaskEntry]:
     for folder, mask_folder in mask_folders.items():
         entries += find_mask_entries(folder, mask_folder)
     if not entries:
-        hint = "" if options.recursive else ". --recursive also takes the folders below it"
+        hint = "" if options.recursive else ". --recursive also searches its subfolders"
         raise DatasetError(f"{options.folder} has no pictures and no clips{hint}")
     return entries
 
@@ -124,9 +124,9 @@ def _show_outcome(
 ) -> None:
     """Log the files without a mask, then print the number of masks and the lines for dataset.toml."""
     _warn_of_files(
-        "Nothing is found in %s (without a mask a file is learned whole): %s", outcome.nothing_found
+        "Nothing was found in %s (a file without a mask is used completely): %s", outcome.nothing_found
     )
-    _warn_of_files("Nothing would be learned of %s (no mask is written): %s", outcome.all_black)
+    _warn_of_files("Nothing would be learned from %s (no mask is written): %s", outcome.all_black)
     masked = [entry for entry in entries if entry.mask is not None]
     mask_folders = dict.fromkeys(entry.mask_folder for entry in [*masked, *outcome.written])
     made = f"{format_count(len(outcome.written), 'mask')}, {num_unchanged} left as they were"
@@ -233,29 +233,28 @@ def _describe_finder(finder: FinderOptions, kind: str) -> str:
 def _make_plan(entries: Sequence[MaskEntry], options: MaskOptions, method: str) -> MaskPlan:
     """Decide for each image or clip whether its mask is made, and list masks that stay for a reason.
 
-    `method` describes how this run finds masks, and is stored in each mask. Mode "fill" makes only masks that
-    do not exist.
+    Mode "fill" makes only masks that do not exist; with --overwrite, also those that this program has made
+    with another method. `method` describes how this run finds masks, and is stored in each mask.
     """
     plan = MaskPlan()
     for entry in entries:
         texts = entry.read_texts()
         previous_methods = texts.get(METHOD_TEXT, "").split("\n")
-        is_of_person = previous_methods == [""] or ACCEPTED_TEXT in texts  # drawn or accepted
-        if entry.mask is None:
-            if entry.is_removed and options.mode == "fill":  # a person decided against a mask
-                plan.removed.append(entry)
-            else:
-                plan.to_make.append(entry)
+        is_drawn_or_accepted = previous_methods == [""] or ACCEPTED_TEXT in texts  # by a person
+        if entry.mask is None and entry.is_removed and options.mode == "fill":
+            plan.removed.append(entry)  # a person decided against a mask
+        elif entry.mask is None:
+            plan.to_make.append(entry)
         elif previous_methods[-1] == method:
             continue  # this run would make the same mask
         elif options.mode != "fill":
             plan.to_make.append(entry)
-        elif is_of_person:
+        elif is_drawn_or_accepted:
             plan.reviewed.append(entry)
         elif options.overwrite:
             plan.to_make.append(entry)
         else:
-            plan.other_method.append(entry)
+            plan.made_with_other_options.append(entry)
     return plan
 
 
@@ -342,11 +341,12 @@ def _load_finder(options: FinderOptions) -> Finder:
 
 def _warn_of_remaining_masks(plan: MaskPlan) -> None:
     """Warn about existing masks that are not replaced, although this run would make others."""
-    if plan.other_method:
+    outdated = plan.made_with_other_options
+    if outdated:
         logger.warning(
             "%s kept, made with other options. --overwrite makes them again: %s",
-            format_count(len(plan.other_method), "mask"),
-            list_some([entry.media_path.name for entry in plan.other_method]),
+            format_count(len(outdated), "mask"),
+            list_some([entry.media_path.name for entry in outdated]),
         )
     if plan.reviewed:
         logger.warning(

@@ -51,7 +51,7 @@ class MaskShaping:
         return np.clip(1 - distance / (self.feather_pixels + 1), 0, 1).astype(np.float32)
 
     def combine_with_previous(self, found: ScoreMap, previous: Gray | None, mode: str, alpha: float) -> Gray:
-        """Invert the result of `shape` if needed, and combine it with the previous mask, if any: H W."""
+        """Return the mask to write, H W: `found`, inverted if asked for, combined with the old mask."""
         new = 1 - found if self.inverts else found
         height, width = new.shape
         old: ScoreMap | None = None
@@ -95,7 +95,7 @@ def median_over_time(score_maps: Iterable[ScoreMap], num_neighbors: int) -> Iter
     window: deque[ScoreMap] = deque(maxlen=window_length)
     for score_map in _repeat_ends(score_maps, num_neighbors):
         if window and score_map.shape != window[-1].shape:
-            raise MediaError("its frames change their size, so that no mask of them can be steady")
+            raise MediaError("the size of its frames changes, so its mask cannot be steadied")
         window.append(score_map)
         if len(window) == window_length:
             yield np.median(np.stack(window), axis=0).astype(np.float32) if num_neighbors else score_map

@@ -55,7 +55,7 @@ def inspect_audio(source: MediaSource) -> AudioInspection:
             path = find_audio(local)
             track = track_info(path)
             if track is None:
-                raise NoAudio(f"{path}: it has no track of sound")
+                raise NoAudio(f"{path}: it has no audio track")
             # only a video file has its own duration to compare with
             is_video = local.precomputed is None and not local.path.is_dir() and not local.table.is_audio_only
             if is_video:
@@ -83,7 +83,7 @@ def _list_mismatches(track: TrackInfo, video_seconds: float | None) -> list[str]
         if excess_seconds > TOLERANCE_SECONDS:
             mismatches.append(f"continues for {excess_seconds:.2f} s, which are cut off")
     if track.tracks > 1:
-        mismatches.append(f"{track.tracks} tracks, of which FFmpeg chooses one")
+        mismatches.append(f"{track.tracks} tracks, and FFmpeg selects one")
     return mismatches
 
 
@@ -120,7 +120,10 @@ def check_audio(
             total_missing += len(plan.item_sizes) - num_valid
         if audio.missing_reason is not None:
             silence = Fault("have no sound", audio.missing_reason, stem)
-            (errors if needs_audio else warnings).append(silence)
+            if needs_audio:
+                errors.append(silence)
+            else:
+                warnings.append(silence)
         if audio.mismatch is not None:
             text = f"{plan.source.path}: {audio.mismatch}"
             warnings.append(Fault("have sound that does not fit", text, stem))

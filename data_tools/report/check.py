@@ -20,7 +20,7 @@ from data_tools.report.findings import (
     balance_regularization,
     check_captions,
     count_batches,
-    count_held_back,
+    count_validation_items,
     find_table,
     indent,
     load_token_counters,
@@ -67,7 +67,7 @@ from protocols.family import Caches, Described, TextEncoder, audio_of, fits_capt
 
 MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # the parts to check
 NO_ITEM = "tables have no item to train on"
-GETS_NO_REFERENCES = "model that takes reference pictures gets none"
+GETS_NO_REFERENCES = "model that uses reference pictures gets none"
 TOKENS_ELSEWHERE = TokenCounters((), ("Tokens are counted by --check --html of the text caching script.",))
 WRONG_JSON_CAPTIONS = "faults in captions as JSON objects"
 RECOGNIZED = "Files recognized:"
@@ -198,7 +198,7 @@ def check_caching(
         find_lone_masks(tables)
     if lack_references(config.datasets, sources):  # a warning of the whole dataset, shown once
         tables[0].warnings.append(Fault(GETS_NO_REFERENCES, NO_REFERENCE))
-    count_held_back(tables, *validation)
+    count_validation_items(tables, *validation)
     balance_regularization(tables)
     return CheckResult(
         head=(RECOGNIZED, *indent([*identities.lines, *counters.missing_lines])),
@@ -220,7 +220,7 @@ class _CachingChecker:
     workers: int
 
     def check(self, findings: TableFindings) -> TableFindings:
-        """Add to the findings of a listed table those about the media, caches and captions in the scope."""
+        """Check a table's media, caches and captions, as far as they are in scope; add to its findings."""
         table = findings.table
         _check_cache_format(findings, self.family, self.scope)
         if self.scope.media and findings.sources:
@@ -246,9 +246,10 @@ class _CachingChecker:
             if self.scope.latents:
                 _check_media_by_family(findings, self.family)
             plans = _check_sources(findings, settings, self.workers)
-            # some families cache audio in files of its own; otherwise the caches of latents contain it
-            has_audio_caches = trains_audio(self.family) and not settings.stores_audio
-            if settings.encoder_identity and has_audio_caches and uses_audio(findings.table):
+            # otherwise the caches of latents contain the audio, too
+            has_separate_audio_caches = trains_audio(self.family) and not settings.stores_audio
+            compares_caches = bool(settings.encoder_identity)
+            if compares_caches and has_separate_audio_caches and uses_audio(findings.table):
                 family = cast(AudioCachingFamily, self.family)
                 _check_table_audio(findings, family, plans, cache_settings=settings, workers=self.workers)
         except DatasetError as error:
@@ -302,7 +303,7 @@ def _make_cache_settings(
 def _describe_training_epoch(tables: Sequence[TableFindings]) -> str:
     """Return a line with the number of items and batches in an epoch."""
     batches = format_count(count_batches(tables), "batch")
-    num_held_back = sum(findings.held_back_counts.total() for findings in tables)
+    num_held_back = sum(findings.validation_counts.total() for findings in tables)
     items = "all of it"
     if num_held_back:
         items = f"it, without {format_count(num_held_back, 'item')} for validation"
@@ -393,13 +394,13 @@ def _check_sources(
     _count_items(findings, plans, workers)
     findings.errors += [Fault(UNREADABLE, str(failure), failure.stem) for failure in unreadable]
     _add_plan_warnings(findings, plans)
-    if plans and not findings.buckets:
-        text = f"{table.name}: not one of its {format_count(len(plans), table.kind)} gives an item"
+    if plans and not findings.num_items_by_bucket:
+        text = f"{table.name}: none of its {format_count(len(plans), table.kind)} yields an item"
         findings.errors.append(Fault(NO_ITEM, text))
     num_masked = sum(source.mask is not None for source in findings.sources)
     if num_masked:
         counts = f"{num_masked} of {len(findings.sources)}"
-        findings.info_lines.append(f"{counts} have a mask; the others are learned whole")
+        findings.info_lines.append(f"{counts} have a mask; the others are used completely")
         check_masks(findings, plans, cache_settings.latent, workers)
     if cache_settings.encoder_identity:  # empty: latents are not checked
         findings.info_lines.append(_count_caches(plans))
@@ -510,7 +511,7 @@ def check_training(
     commands: CachingCommands = NO_COMMANDS,
     accumulation: int = 1,
     processes: int = 1,
-    files: Iterable[str] = (),
+    checkpoint_lines: Iterable[str] = (),
     text_keys: frozenset[str] = frozenset(),
     counters: TokenCounters = NO_TOKEN_COUNTERS,
     audio: AudioSpec | None = None,
@@ -525,7 +526,7 @@ def check_training(
         commands: Commands that make the caches, for messages.
         accumulation: Gradient accumulation steps.
         processes: Number of training processes.
-        files: Report lines about the checkpoints.
+        checkpoint_lines: Lines about the checkpoints, for the head of the report.
         text_keys: Keys of a complete text cache.
         counters: Token counters of the text encoders.
         audio: Audio specification of a family that is trained with sound.
@@ -554,13 +555,13 @@ def check_training(
             tables[0].warnings.append(Fault(GETS_NO_REFERENCES, NO_REFERENCE))
     trained, validation_items = split_validation(found_items.items, *validation)
     # the same items are subtracted from the bucket counts of the report
-    count_held_back(tables, *validation)
+    count_validation_items(tables, *validation)
     tail = [_describe_epoch(trained, batches_per_step=accumulation * processes)]
     if validation_items:
         tail.append(f"For validation: {format_count(len(validation_items), 'item')}")
     if any(findings.errors for findings in tables):
         tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
-    head = (RECOGNIZED, *indent([*files, *counters.missing_lines]))
+    head = (RECOGNIZED, *indent([*checkpoint_lines, *counters.missing_lines]))
     return CheckResult(head, tuple(tables), tuple(tail), counters)
 
 
@@ -602,7 +603,7 @@ def _check_cached_items(
             text = str(error).splitlines()[0]
             findings.errors.append(Fault("cannot be used", text, item.source_stem))
         else:
-            difference = same_encoders.difference(batch.made_by)
+            difference = same_encoders.difference(batch.cache_origins)
             if difference is not None:
                 findings.info_lines += difference.splitlines()
 

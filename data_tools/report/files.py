@@ -229,10 +229,11 @@ def _find_media_state(plan: SourcePlan, has_files: bool) -> State:
     """
     if plan.outdated_reason is not None:
         return STALE, plan.outdated_reason
-    # nothing is valid; `missing_spans` is None if the source's items are not known
-    if plan.missing_spans is None or (plan.missing_spans and not plan.valid_files):
-        if has_files:
-            return STALE, "not of this file, or of other settings"
+    # None: the items of the source are not known, so no cache counts as valid
+    is_nothing_valid = plan.missing_spans is None or (plan.missing_spans and not plan.valid_files)
+    if is_nothing_valid and has_files:
+        return STALE, "not of this file, or of other settings"
+    if is_nothing_valid:
         return MISSING, ""
     if plan.missing_spans:
         return MISSING, f"{len(plan.missing_spans)} of {len(plan.item_sizes)} items"
@@ -249,7 +250,7 @@ def _with_recorded_references(file: CaptionFile, source: MediaSource | None) -> 
 
 
 def _with_recorded_text(file: CaptionFile, store: CacheStore) -> CaptionFile:
-    """Return a caption file, with its recorded text if only the model can compute positions in it."""
+    """Return a caption file; a JSON caption whose positions were converted gets its recorded text."""
     if not (file.caption or "").lstrip().startswith("{"):
         return file
     record = next(iter(_first_text_records(store, [file.file_name]).values()), None)
@@ -271,16 +272,20 @@ def _compare_texts(
     files = [_with_recorded_text(file, store) for file in files]
     plans = plan_texts(files, _list_recorded_encoders(records), stores, workers)
     state_of_file = {plan.file_name: _find_text_state(plan, store, records) for plan in plans}
-    states: dict[str, State] = {}
-    for source in sources:
-        # 0 is the main caption of a source
-        for caption_index in range(1 + len(source.more_captions)):
-            state, _ = states.get(source.stem, (VALID, ""))
-            if state == VALID:  # the first caption that is not valid decides
-                file_name = text_file_name(source.stem, tag, caption_index)
-                # a caption without a plan, such as an empty one, needs no cache
-                states[source.stem] = state_of_file.get(file_name, (VALID, ""))
-    return states
+    return {source.stem: _join_text_states(source, tag, state_of_file) for source in sources}
+
+
+def _join_text_states(source: MediaSource, tag: str, state_of_file: Mapping[str, State]) -> State:
+    """Return the state of a source's first caption that is not valid, otherwise that of its last caption."""
+    state: State = (VALID, "")
+    num_captions = 1 + len(source.more_captions)
+    for caption_index in range(num_captions):
+        file_name = text_file_name(source.stem, tag, caption_index)
+        # a caption without a plan, such as an empty one, needs no cache
+        state = state_of_file.get(file_name, (VALID, ""))
+        if state[0] != VALID:
+            break
+    return state
 
 
 def _list_recorded_encoders(
@@ -304,15 +309,18 @@ def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str,
     return {}
 
 
-def _find_text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, TextRecord]) -> State:
+def _find_text_state(plan: CaptionFile, store: CacheStore, sample_records: Mapping[str, TextRecord]) -> State:
     """Return whether the cached embeddings of a caption are valid, missing or outdated, with the reason.
 
-    `plan` names the caption's cache file, and the encoders whose embeddings in it cannot be used. `records`
-    are those of some other caption of the dataset, by encoder; they show which encoders are used.
+    Args:
+        plan: The caption's cache file, and the encoders that would have to encode the caption again.
+        store: The cache.
+        sample_records: Records of another caption in the cache, by encoder: they name the encoders that the
+            model uses. Empty if other programs have made the cache.
     """
     if plan.file_name not in store:
         return MISSING, ""
-    if not records:
+    if not sample_records:
         return UNKNOWN, "made by another program, without a record of its caption"
     if not plan.encoders_to_run:
         return VALID, "made by another program, of the same caption" if plan.lacks_record else ""
@@ -325,4 +333,4 @@ def _find_text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str,
     if record is None:
         return STALE, f"it has no record of {encoder}"
     # its record fits, so the tensors themselves must be unusable
-    return STALE, why_outdated(record, records[encoder].encoder, plan) or "damaged"
+    return STALE, why_outdated(record, sample_records[encoder].encoder, plan) or "damaged"

@@ -55,13 +55,13 @@ class TableFindings:
     title: str = ""  # "data.toml, [[datasets]] 1 (clips): 3 videos, 6 items"
     sources: Sequence[MediaSource] = ()
     # numbers of items by (width, height), (width, height, frames), or (width, height) and sizes of references
-    buckets: Counter[tuple[int, ...]] = field(default_factory=Counter)
-    held_back_counts: Counter[tuple[int, ...]] = field(default_factory=Counter)  # items for validation
+    num_items_by_bucket: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    validation_counts: Counter[tuple[int, ...]] = field(default_factory=Counter)  # items for validation
     item_buckets: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # (source's stem, bucket)
     errors: list[Fault] = field(default_factory=list)
     warnings: list[Fault] = field(default_factory=list)
     info_lines: list[str] = field(default_factory=list)  # about caches, masks and references
-    repeat_factor: float = 1.0  # on num_repeats of regularization images, see `balance_regularization`
+    balancing_factor: float = 1.0  # on num_repeats of regularization images, see `balance_regularization`
     inspections: list[Inspection] = field(default_factory=list)  # one per source, if sources were measured
 
     def add_table_error(self, error: DatasetError) -> None:
@@ -70,20 +70,20 @@ class TableFindings:
 
     def add_items(self, stems: Sequence[str], bucket: tuple[int, ...]) -> None:
         """Count the items that sources have in one bucket."""
-        self.buckets[bucket] += len(stems)
+        self.num_items_by_bucket[bucket] += len(stems)
         self.item_buckets += [(stem, bucket) for stem in stems]
 
     @property
     def num_items(self) -> int:
         """Total number of items in all buckets."""
-        return self.buckets.total()
+        return self.num_items_by_bucket.total()
 
     def bucket_rows(self) -> list[BucketRow]:
         """Return the number of items and batches in each bucket, ascending by size."""
         batch_size = self.table.batch_size
         rows = []
-        for bucket, num_items in sorted(self.buckets.items()):
-            num_repeated = round(num_items * self.table.num_repeats * self.repeat_factor)
+        for bucket, num_items in sorted(self.num_items_by_bucket.items()):
+            num_repeated = round(num_items * self.table.num_repeats * self.balancing_factor)
             num_batches = ceil_div(num_repeated, batch_size)
             last_batch = num_repeated - (num_batches - 1) * batch_size if num_repeated else batch_size
             rows.append(BucketRow(bucket, num_items, num_batches, last_batch))
@@ -92,7 +92,7 @@ class TableFindings:
     def lines(self) -> list[str]:
         """Return all findings as printable lines."""
         batch_size = self.table.batch_size
-        repeats = self.table.num_repeats * self.repeat_factor
+        repeats = self.table.num_repeats * self.balancing_factor
         repeats_text = str(int(repeats)) if repeats == int(repeats) else f"{repeats:.1f}"
         lines = []
         for row in self.bucket_rows():
@@ -169,7 +169,7 @@ class CheckResult:
     @property
     def num_held_back(self) -> int:
         """Number of items held out for validation."""
-        return sum(findings.held_back_counts.total() for findings in self.tables)
+        return sum(findings.validation_counts.total() for findings in self.tables)
 
     @property
     def num_warnings(self) -> int:
@@ -210,7 +210,7 @@ class _BucketItem:
     bucket: tuple[int, ...]
 
 
-def count_held_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
+def count_validation_items(tables: Sequence[TableFindings], share: float, seed: int) -> None:
     """Count, for each table and bucket, the items that training would hold out for validation.
 
     `share` and `seed` apply to tables that do not state their own.
@@ -221,7 +221,7 @@ def count_held_back(tables: Sequence[TableFindings], share: float, seed: int) ->
     findings_by_index = {findings.table.index: findings for findings in tables}
     _, validation_items = split_validation(items, share, seed)
     for item in validation_items:
-        findings_by_index[item.table.index].held_back_counts[item.bucket] += 1
+        findings_by_index[item.table.index].validation_counts[item.bucket] += 1
 
 
 def balance_regularization(tables: Sequence[TableFindings]) -> None:
@@ -239,7 +239,7 @@ def balance_regularization(tables: Sequence[TableFindings]) -> None:
     for findings in tables:
         group = findings.table.batch_group
         if findings.table.is_reg and num_regularization[group]:
-            findings.repeat_factor = num_learned[group] / num_regularization[group]
+            findings.balancing_factor = num_learned[group] / num_regularization[group]
 
 
 def count_batches(tables: Iterable[TableFindings]) -> int:
@@ -253,13 +253,13 @@ def count_batches(tables: Iterable[TableFindings]) -> int:
     batch_sizes: dict[tuple[int, ...], int] = {}
     for findings in tables:
         table = findings.table
-        trained = findings.buckets - findings.held_back_counts
+        trained = findings.num_items_by_bucket - findings.validation_counts
         for bucket, count in trained.items():
             key = (table.batch_group, *bucket)
-            num_repeated = count * table.num_repeats * findings.repeat_factor
+            num_repeated = count * table.num_repeats * findings.balancing_factor
             num_items[key] = num_items.get(key, 0) + num_repeated
             batch_sizes[key] = table.batch_size
-    # rounded first: `repeat_factor` is a quotient and may end in ...0001
+    # rounded first: `balancing_factor` is a quotient and may end in ...0001
     return sum(math.ceil(round(count, 6) / batch_sizes[key]) for key, count in num_items.items())
 
 
@@ -338,7 +338,7 @@ def load_token_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> T
     try:
         encoders = text_encoders()
     except (OptionError, CheckpointError) as error:
-        return TokenCounters((), (f"tokens of captions are not counted, which is no fault: {error}",))
+        return TokenCounters((), (f"tokens of captions are not counted, which is not an error: {error}",))
     counters = []
     missing = []  # lines about tokenizers that are not on this machine
     offline_errors = {}  # encoder -> error, if offline mode forbids downloading its tokenizer

@@ -21,12 +21,12 @@ def find_unusable_layers(plans: Sequence[SourcePlan], workers: int) -> Iterator[
         if plan.source.layers and plan.missing_spans and not plan.source.remote_or_packed
     ]
     bar = Bar(len(read), "Reading layers", "image")
-    for failure in map_ahead(read, _read_all, workers, bar):
+    for failure in map_ahead(read, _read_layers, workers, bar):
         if failure is not None:
             yield failure
 
 
-def _read_all(plan: SourcePlan) -> Failure | None:
+def _read_layers(plan: SourcePlan) -> Failure | None:
     """Read all layers of an image; return a failure if they cannot be used."""
     try:
         read_layers(plan.source, image_size(plan.source.path), fit_image=_keep_corner)

@@ -219,7 +219,7 @@ def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
 
 
 def _add_audio(inspection: Inspection, source: MediaSource, fps: float) -> Inspection:
-    """Add what the audio of the used frames is, and a drawing of its waveform."""
+    """Add what the headers say about a clip's audio, and a drawing of the waveform of its used frames."""
     audio = _try_inspect_audio(source)
     waveform: Markup | None = None
     if audio is not None and audio.track is not None:
@@ -273,20 +273,20 @@ def _inspect_frames(
 ) -> Inspection:
     """Pass each used frame of a media file to `use_frame`, at its own size; return what reading reveals.
 
-    An error is not raised: the result has a `read_error`, and the values that were known before.
+    An error is not raised: the result has a `read_error`, and the inspection_fields that were known before.
     """
-    values: dict[str, Any] = {}  # fields of `Inspection`, filled while the file is read
+    inspection_fields: dict[str, Any] = {}  # of `Inspection`; filled while the file is read
     try:
         if source.precomputed is not None:  # the clip itself is not read and may be missing
-            values |= _inspect_precomputed(source, latent)
+            inspection_fields |= _inspect_precomputed(source, latent)
         else:
             with fetch(source) as local:
-                _read_frames(local, fps, latent, use_frame=use_frame, values=values)
-            values |= _select_spans(source.table, latent, values["num_used_frames"])
-        values["items_by_length"] = _count_lengths(values["spans"])
+                _read_frames(local, fps, latent, use_frame=use_frame, inspection_fields=inspection_fields)
+            inspection_fields |= _select_spans(source.table, latent, inspection_fields["num_used_frames"])
+        inspection_fields["items_by_length"] = _count_lengths(inspection_fields["spans"])
     except (MediaError, DatasetError, OSError) as error:
-        values["read_error"] = str(error)
-    return Inspection(**values)
+        inspection_fields["read_error"] = str(error)
+    return Inspection(**inspection_fields)
 
 
 def _inspect_precomputed(source: MediaSource, latent: LatentSpec) -> dict[str, Any]:
@@ -320,30 +320,30 @@ def _read_frames(
     fps: float,
     latent: LatentSpec,
     use_frame: Callable[[Frame], None],
-    values: dict[str, Any],
+    inspection_fields: dict[str, Any],
 ) -> None:
-    """Pass each frame of a media file to `use_frame`, and store fields of `Inspection` in `values`.
+    """Pass each frame of a media file to `use_frame`, and fill `inspection_fields` with what is learned.
 
-    If an error is raised, `values` contains what was known before.
+    They are filled step by step, because a file that cannot be decoded to its end is still described.
     """
     table = source.table
-    values["num_used_frames"] = 0
-    values["file_bytes"] = _read_file_size(source)
+    inspection_fields["num_used_frames"] = 0
+    inspection_fields["file_bytes"] = _read_file_size(source)
     if table.media_kind == "video":
         info = video_info(source.path)
-        values["fps"] = info.fps
-        values["frames"] = info.frames
+        inspection_fields["fps"] = info.fps
+        inspection_fields["frames"] = info.frames
         if not is_animation(source.path):  # these are played by the times in the file
-            values["rate_warning"] = compare_rates(info.fps, table.source_fps, fps)
+            inspection_fields["rate_warning"] = compare_rates(info.fps, table.source_fps, fps)
     sizes = FrameSizes()
     for frame in sizes.watch(source_frames(source, fps)):
-        if "fit" not in values:
+        if "fit" not in inspection_fields:
             size = (frame.shape[1], frame.shape[0])
-            values["fit"] = fit_of(table, size, latent.pixel_step, source.path)
-            values["size"] = size
+            inspection_fields["fit"] = fit_of(table, size, latent.pixel_step, source.path)
+            inspection_fields["size"] = size
         use_frame(frame)
-        values["num_used_frames"] += 1
-    values["size_change"] = sizes.change
+        inspection_fields["num_used_frames"] += 1
+    inspection_fields["size_change"] = sizes.change
 
 
 def _count_lengths(spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
@@ -411,9 +411,11 @@ def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
     are_black = all(map(is_black, frames))
     are_flat = [is_flat(frame) for frame in frames]
     sharpnesses = [sharpness(frame) for frame in frames]
-    num_blurred = 0
-    for frame_is_flat, frame_sharpness in zip(are_flat, sharpnesses, strict=True):
-        num_blurred += not frame_is_flat and frame_sharpness < BLURRED
+    # frames of one color are not sharp either, but not blurred
+    num_blurred = sum(
+        frame_sharpness < BLURRED and not frame_is_flat
+        for frame_sharpness, frame_is_flat in zip(sharpnesses, are_flat, strict=True)
+    )
     small_colors = [_small_colors(frame) for frame in hashed_frames(frames)]
     can_move = is_clip and len(frames) > 1 and not are_black
     return Measures(

@@ -26,7 +26,7 @@ from protocols.data import LatentSpec
 
 LEARNED = 0.5  # a latent whose mask lies above counts as learned
 SHOWN_FRAMES = 8  # maximum number of frames read from a clip's mask, evenly spaced
-BLACK = "masks are all black: nothing of what they mask is learned"
+BLACK = "masks are all black: nothing in their pictures is trained on"
 THIN = (
     f"masks are so thin that none of their latents lies above {LEARNED:g}: --expand_pixels of tools/mask.py"
 )
@@ -51,9 +51,7 @@ def check_masks(
     At most MAX_CHECKED_FILES masks are read, evenly spaced among the masks that are local files.
     """
     masked = [plan for plan in plans if plan.source.mask is not None and plan.item_sizes]
-    local = [
-        plan for plan in masked if not plan.source.remote_or_packed
-    ]  # remote_or_packed: addresses of remote files
+    local = [plan for plan in masked if not plan.source.remote_or_packed]
     step = math.ceil(len(local) / MAX_CHECKED_FILES) or 1
     sampled = local[::step]
     measure = functools.partial(_measure, latent=latent)
@@ -64,8 +62,8 @@ def check_masks(
     mean = sum(mask.learned_fraction for mask in masks) / len(masks)
     lowest = min(masks, key=lambda mask: mask.learned_fraction)
     findings.info_lines.append(
-        f"of {format_count(len(masks), 'mask')} looked at, {mean:.0%} of the latents are learned (above "
-        f"{LEARNED:g}), the least of {lowest.path.name}: {lowest.learned_fraction:.1%}"
+        f"{format_count(len(masks), 'mask')} measured: on average {mean:.0%} of the latents are learned "
+        f"(weight above {LEARNED:g}), the fewest with {lowest.path.name}: {lowest.learned_fraction:.1%}"
     )
     for mask in masks:
         if mask.learned_fraction == 0:
@@ -109,19 +107,19 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
         if findings.table.mask_directory is not None:
             stems = media_stems.setdefault(folder_id(findings.table.mask_directory), set())
             stems.update(source.stem for source in findings.sources)
+    checked_folders: set[str] = set()
     for findings in tables:
         folder = findings.table.mask_directory
-        if folder is None or folder_id(folder) not in media_stems:
+        if folder is None or folder_id(folder) in checked_folders:  # tables may share a folder of masks
             continue
-        stems = media_stems.pop(folder_id(folder))  # removed, so that tables that share a folder warn once
+        checked_folders.add(folder_id(folder))
+        stems = media_stems[folder_id(folder)]
         masks = _list_masks(folder, findings.table.directory)
-        lone: list[Path] = []
+        if stems.isdisjoint(masks):  # the table already has an error
+            continue
         for stem, paths in sorted(masks.items()):
             if stem not in stems:
-                lone += paths
-        # without any match, the table already has an error
-        if not stems.isdisjoint(masks):
-            findings.warnings += [Fault(LONE, str(path), is_fatal=False) for path in lone]
+                findings.warnings += [Fault(LONE, str(path), is_fatal=False) for path in paths]
 
 
 def _list_masks(folder: Path, media: Path | None) -> dict[str, list[Path]]:

@@ -109,7 +109,7 @@ def _count_buckets(tables: Sequence[TableFindings]) -> list[JsonObject]:
     """Return the number of items of each bucket size in all tables, ascending by size."""
     sizes: Counter[tuple[int, int, int]] = Counter()
     for findings in tables:
-        for bucket, count in findings.buckets.items():
+        for bucket, count in findings.num_items_by_bucket.items():
             sizes[_complete_bucket(bucket)] += count
     return [
         {"width": width, "height": height, "frames": frames, "items": items}
@@ -163,7 +163,7 @@ def _count_items_per_epoch(findings: TableFindings) -> int:
     """Return how many items of a table are trained per epoch; 0 for a validation table."""
     if findings.table.validation:
         return 0
-    return round(findings.num_items * findings.table.num_repeats * findings.repeat_factor)
+    return round(findings.num_items * findings.table.num_repeats * findings.balancing_factor)
 
 
 def _describe_table(findings: TableFindings, total_items_per_epoch: int) -> JsonObject:
@@ -179,7 +179,7 @@ def _describe_table(findings: TableFindings, total_items_per_epoch: int) -> Json
     rows = findings.bucket_rows()
     num_references = count_references(findings.sources)
     return {
-        "name": table.place,
+        "name": table.label,
         "kind": table.kind,
         "source": str(table.source),
         "sources": len(findings.sources),
@@ -428,7 +428,7 @@ class _CaptionCounts:
         ]
 
     def list_frequent_words(self) -> list[JsonObject]:
-        """List the words that most captions contain, without stop words."""
+        """List the words that the largest numbers of captions contain, without stop words."""
         words = [word for word in self.words if word not in STOP_WORDS]
         words.sort(key=lambda word: (-self.num_captions_with[word], -self.words[word], word))
         return [

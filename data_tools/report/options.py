@@ -61,7 +61,7 @@ class ReportOptions(Options, title="report"):
     )
     files: bool = option(
         "add each file to the JSON: how it is cropped, its caption, what is wrong with it, and whether its "
-        "caches still hold"
+        "caches are still valid"
     )
     no_download: bool = option("download nothing: a file at an address that is not here counts as broken")
     num_workers: int | None = option(

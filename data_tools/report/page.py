@@ -118,6 +118,15 @@ def write_check_page(
     _write_page(path, title, values, cards=cards, fps=fps)
 
 
+class _TableSection(NamedTuple):
+    """What the report page shows of a dataset table; the template unpacks it in this order."""
+
+    statistics: JsonObject
+    drawings: list[JsonObject]  # what the largest buckets crop away
+    num_not_drawn: int  # smaller buckets
+    cards: list[Card]
+
+
 def write_report_page(
     path: Path,
     config: DatasetConfig,
@@ -137,12 +146,11 @@ def write_report_page(
     copies = frozenset(path for group in statistics["near_duplicates"] for path in group)
     card_settings = _CardSettings(REPORT_SIZES, latent, options.fps, copies=copies, with_audio=True)
     cards = _make_cards(tables, options.items, workers, card_settings)
-    # per table: its statistics, drawings, the number of drawings left out, and its cards
     table_sections = []
     for table_statistics, findings in zip(statistics["tables"], tables, strict=True):
-        drawings, num_not_drawn = _draw_table(table_statistics, findings)
+        drawings, num_not_drawn = _draw_crops(table_statistics, findings)
         cards_of_table = _select_cards(cards, findings.table)
-        table_sections.append((table_statistics, drawings, num_not_drawn, cards_of_table))
+        table_sections.append(_TableSection(table_statistics, drawings, num_not_drawn, cards_of_table))
     values = {
         "result": None,  # a page of --check has it instead of `report`
         "report": statistics,
@@ -316,27 +324,36 @@ def select_sources(tables: Sequence[TableFindings], maximum: int) -> list[list[i
 
     Each group is thinned out evenly. Returns, for each table, the indices of its sources in this order.
     """
-    with_errors: list[tuple[int, int]] = []  # index of the table, and of the source in it
+    selected: list[list[int]] = [[] for _ in tables]
+    num_left = maximum
+    for group in _group_by_severity(tables):
+        count = min(num_left, len(group))
+        num_left -= count
+        if count:
+            for table_index, source_index in select_evenly(group, count):
+                selected[table_index].append(source_index)
+    return selected
+
+
+def _group_by_severity(tables: Sequence[TableFindings]) -> tuple[list[tuple[int, int]], ...]:
+    """Return the sources with errors, those with only warnings, and the others.
+
+    Each source is a pair of the index of its table and its index in the table.
+    """
+    with_errors: list[tuple[int, int]] = []
     with_warnings: list[tuple[int, int]] = []
     others: list[tuple[int, int]] = []
     for table_index, findings in enumerate(tables):
         stems_with_errors = {error.stem for error in findings.errors}
         stems_with_warnings = {warning.stem for warning in findings.warnings}
-        for index, source in enumerate(findings.sources):
+        for source_index, source in enumerate(findings.sources):
             if source.stem in stems_with_errors:
-                with_errors.append((table_index, index))
+                with_errors.append((table_index, source_index))
             elif source.stem in stems_with_warnings:
-                with_warnings.append((table_index, index))
+                with_warnings.append((table_index, source_index))
             else:
-                others.append((table_index, index))
-    selected: list[list[int]] = [[] for _ in tables]
-    for group in (with_errors, with_warnings, others):
-        count = min(maximum, len(group))
-        maximum -= count
-        if count:
-            for table_index, index in select_evenly(group, count):
-                selected[table_index].append(index)
-    return selected
+                others.append((table_index, source_index))
+    return with_errors, with_warnings, others
 
 
 def split_caption(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[CaptionPart]]:
@@ -409,7 +426,7 @@ def _describe_settings(table: DatasetTable) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _draw_table(table: JsonObject, findings: TableFindings) -> tuple[list[JsonObject], int]:
+def _draw_crops(table: JsonObject, findings: TableFindings) -> tuple[list[JsonObject], int]:
     """Return drawings of what the largest buckets crop away, and the number of bucket sizes not drawn.
 
     A drawing shows the most frequent outlines of sources around the part that the bucket keeps.
@@ -440,7 +457,7 @@ def _draw_outlines(size: Size, fits: Counter[Fit]) -> JsonObject:
     bottom = max(fit.resized[1] - fit.crop[1] for fit, _ in most_common)
     width, height = right - left, bottom - top
     pad = MARGIN * max(width, height) / 100  # MARGIN is in percent
-    text = f"{fits.total():,} files, outlines of {len(fits):,} sizes around what is kept"
+    text = f"{fits.total():,} files, outlines of {len(fits):,} sizes around the kept part"
     return {
         "view": f"{left - pad:g} {top - pad:g} {width + 2 * pad:g} {height + 2 * pad:g}",
         "text": f"{size[0]} x {size[1]}: {text}",

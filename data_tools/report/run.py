@@ -77,12 +77,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         lines = (error.text for error in errors)
         raise DatasetError("\n  ".join([f"{config.path}: there is nothing to report on", *lines]))
     balance_regularization(tables)
-    copies: list[list[Path]] = []
-    for kind in ("image", "video"):
-        tables_of_kind = [findings for findings in tables if findings.table.kind == kind]
-        groups = _group_files(tables_of_kind)
-        _warn_of_copies(tables_of_kind, groups)
-        copies += groups
+    copies = _find_copies(tables)
     statistics = collect_statistics(
         config,
         tables,
@@ -101,6 +96,17 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         write_report_page(path, config, tables, statistics, options=options, latent=latent, workers=workers)
     if options.json is not None:
         _write_json(options.json, statistics, prints=options.prints)
+
+
+def _find_copies(tables: Sequence[TableFindings]) -> list[list[Path]]:
+    """Return groups of near duplicates among the images, and among the clips; add a warning to each file."""
+    copies: list[list[Path]] = []
+    for kind in ("image", "video"):
+        tables_of_kind = [findings for findings in tables if findings.table.kind == kind]
+        groups = _group_files(tables_of_kind)
+        _warn_of_copies(tables_of_kind, groups)
+        copies += groups
+    return copies
 
 
 def _reject_downloads(config: DatasetConfig) -> None:
@@ -206,7 +212,7 @@ def _add_inspection(findings: TableFindings, source: MediaSource, inspection: In
     for length, count in inspection.items_by_length:
         # only buckets of clips have a number of frames
         bucket = inspection.fit.bucket if is_image else (*inspection.fit.bucket, length)
-        findings.buckets[bucket] += count
+        findings.num_items_by_bucket[bucket] += count
     for kind, warning in _list_warnings(inspection).items():
         if warning is not None:
             findings.warnings.append(Fault(kind, warning, source.stem))

@@ -180,7 +180,7 @@ def _caption(source: MediaSource) -> str:
     """Return a caption of a source as one training step might use it, after drawing its random changes."""
     table = source.table
     return changed_caption(
-        source.caption or "", table.changes, table, step=1, total_steps=1, generator=_make_rng(source)
+        source.caption or "", table.caption_changes, table, step=1, total_steps=1, generator=_make_rng(source)
     )
 
 

@@ -83,7 +83,7 @@ def _read_mapping(text: str) -> tuple[Label, ...]:
     for index in range(len(content)):
         entry = content.get(str(index))
         if not isinstance(entry, dict):
-            raise ValueError(f"there is no tag of number {index}, but {len(content)} tags")
+            raise ValueError(f"there is no tag with index {index}, but {len(content)} tags")
         category = str(entry.get("category")).lower()
         if category not in CATEGORIES:
             raise ValueError(f"tag {index}: category {category} is unknown")

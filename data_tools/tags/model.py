@@ -143,7 +143,7 @@ class Tagger:
         if output.shape != (len(images), len(self.labels)):
             raise CheckpointError(
                 f"--model_dir: the tagger gives {output.shape}, but its list has {len(self.labels)} tags. "
-                "Take both files from the same release."
+                "Use both files from the same release."
             )
         if self.returns_logits:
             output = np.asarray(1 / (1 + np.exp(-output)), np.float32)
@@ -182,8 +182,8 @@ def load_tagger(
     # an image takes 3 channels of 4 bytes; half of the memory is left for the network
     if fixed_batch is not None and 12 * image_size**2 * fixed_batch > MAX_ONNX_MEMORY // 2:
         raise CheckpointError(
-            f"{path} takes {fixed_batch:,} pictures of {image_size} x {image_size} pixels at once: more than "
-            "memory holds. Export it with an open number of pictures",
+            f"{path} requires batches of {fixed_batch:,} pictures of {image_size} x {image_size} pixels, "
+            "which do not fit into memory. Export it with a dynamic batch size",
             path,
         )
     return Tagger(
@@ -211,8 +211,8 @@ def _read_input_layout(model: OnnxModel, path: Path) -> tuple[int, bool]:
     is_square = len(shape) == 4 and 3 in (shape[1], shape[3]) and sides[0] == sides[1]
     if not is_square or sides[0] is None:
         raise CheckpointError(
-            f"{path} takes {list(shape)}, and not square pictures of one size: it is not a tagger that goes "
-            f"with selected_tags.csv or {MAPPING_NAME}",
+            f"{path} requires input of shape {list(shape)}, not square pictures of one size: it is not a "
+            f"tagger for selected_tags.csv or {MAPPING_NAME}",
             path,
         )
     return sides[0], is_channels_first

@@ -26,8 +26,8 @@ class TaggerOptions(Options, title="the tagger"):
         maximum=1024,
     )
     join_frames: str = option(
-        "probability of a tag in a clip: the highest one of its frames, or their mean, which leaves out what "
-        "is seen for a moment",
+        "probability of a tag in a clip: the maximum over its frames, or their mean, which ignores what is "
+        "visible only briefly",
         default="max",
         choices=("max", "mean"),
     )
@@ -63,7 +63,9 @@ class ThresholdOptions(Options, title="which tags are taken"):
 class TagWordOptions(Options, title="the text that is written"):
     """How tags are spelled and in which order they are written."""
 
-    remove_underscore: bool = option("blanks for underscores, but not in faces such as ^_^ and (o)_(o)")
+    remove_underscore: bool = option(
+        "replace underscores with spaces, except in emoticons such as ^_^ and (o)_(o)"
+    )
     character_tags_first: bool = option("put characters before all that is seen")
     character_tag_expand: bool = option("write name_(series) as two tags: name, series")
     always_first_tags: str = option(
@@ -106,7 +108,7 @@ class TaggingOptions(WritingOptions, title="what to do"):
             _check_words(name, getattr(self.words, name))
         _check_words("undesired_tags", self.thresholds.undesired_tags)
         if not self.words.caption_separator.strip():
-            raise OptionError("--caption_separator is blank: tags could not be told apart. Give a comma")
+            raise OptionError("--caption_separator is a space: tags could not be separated. Use a comma")
         extension = self.caption_extension
         if extension is not None and (not extension.startswith(".") or len(Path(f"a{extension}").parts) > 1):
             raise OptionError(f"--caption_extension {extension!r}: give a suffix, such as .txt")

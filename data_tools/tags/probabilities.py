@@ -26,7 +26,7 @@ class TagProbabilities:
         return [label.name for label in self.tagger.labels]
 
     def embed_images(self, frames: Sequence[Frame]) -> Tensor:
-        """Return the probability of each tag for frames, H W 3 each, as N T float32.
+        """Return the embeddings of frames, H W 3 each: the probability of each tag, N T float32.
 
         Raises:
             CheckpointError: If the network fails.

@@ -56,7 +56,7 @@ def check_channels(
     without_fps: list[Path] = []  # caches of other programs
     for group in group_items(items).values():  # by table and size
         item = group[-1]
-        if item.cache_info.live_buckets is not None:  # encoded while training: there is no cache
+        if item.cache_info.on_the_fly_buckets is not None:  # encoded while training: there is no cache
             continue
         header = stores.latent_store(item.table).read(item.latent_path.name, is_full=False)
         shapes = [header.shapes[name] for name in header.shapes if tensor_key(name) == "latents"]
@@ -64,14 +64,14 @@ def check_channels(
         if channels != latent.channels:
             raise CacheError(
                 f"{item.latent_path}: {explain_wrong_channels(channels, latent)}.\n"
-                f"  Make them again with: {commands.latents}\n"
-                "  To keep caches for both models, give each a cache_directory of its own."
+                f"  Cache them again with: {commands.latents}\n"
+                "  To keep caches for both models, give each its own cache_directory."
             )
         if latent.default_fps is not None and data.FPS not in header.keys:
             without_fps.append(item.latent_path)
     if without_fps:
         logger.warning(
-            "%s, and maybe others, was made by another program and does not record its frame rate: %g "
+            "%s, and perhaps others, was made by another program and does not record its frame rate: %g "
             "frames per second are assumed. If it was cached at a different rate (target_fps), cache it "
             "here: %s",
             without_fps[0],
@@ -162,7 +162,7 @@ def _current_seen_settings(item: TrainingItem, recorded: Mapping[str, Any]) -> d
     sees_clip = CLIP in recorded
     if companions is not None:
         further_text = companions.further_text
-        return item.table.visible_media_settings(sees_clip, companions.shown, further_text=further_text)
+        return item.table.visible_media_settings(sees_clip, companions.references, further_text=further_text)
     settings = item.table.visible_media_settings(sees_clip, reference_media=None)
     return settings | {key: recorded[key] for key in (MEDIA, FURTHER_TEXT.key) if key in recorded}
 
@@ -292,10 +292,10 @@ def _find_changed_keys(
 ) -> Iterator[str]:
     """Yield the table keys about sections and references that have changed since caching.
 
-    `options` are the options in the cache's record.
+    A key that makes SECTIONS or REFERENCES stale is in the record (`options`) if it was not at its default.
     """
-    sections = _select_recorded_keys(options, SECTIONS)
-    changed = options_difference(sections, table.non_default_values(SECTIONS), latent)
+    recorded_sections = _select_recorded_keys(options, SECTIONS)
+    changed = options_difference(recorded_sections, table.non_default_values(SECTIONS), latent)
     if changed is not None:
         yield f"{changed} in {table.name}"
     if any(key.startswith(data.CONTROL) for key in tensors):
@@ -401,16 +401,16 @@ def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterat
     if rules is None:
         return
     num_cached = _count_unmirrored(tensors, data.CONTROL)
-    made_with = f"it was made with {format_count(num_cached, 'reference picture')}"
+    made_with = f"it was made with {format_count(num_cached, 'reference image')}"
     num_now = _count_references(item)  # None: unknown
     num_expected = None if num_now is None else min(num_now, rules.max_references)
     if table.directory is None:  # a list
         if num_expected is not None and num_expected != num_cached:
             yield f"{made_with}, but {table.source} now names {num_now}"
     elif num_cached and table.control_directory is None:
-        yield f"it was made with reference pictures, but {table.name} has no control_directory"
+        yield f"it was made with reference images, but {table.name} has no control_directory"
     elif num_expected is not None and num_cached < num_expected:
-        yield f"{made_with}, now its image has {num_expected}"
+        yield f"{made_with}, but now its image has {num_expected}"
 
 
 def _find_clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
@@ -496,7 +496,7 @@ class SameEncoders:
         networks_differ = False  # not only settings such as the dtype
         for origin in made_by:
             first = self._first.setdefault(origin.part, origin)
-            if origin.part == data.LATENTS_MADE:
+            if origin.part == data.LATENTS_PART:
                 # only the keys of both: not all tables have image conditions
                 keys = (origin.encoder.keys() & first.encoder.keys()) - _OPTIONAL_CONDITIONS
             else:
@@ -505,7 +505,7 @@ class SameEncoders:
             if origin.part in self._warned or not changed:
                 continue
             self._warned.add(origin.part)
-            if first.part in (data.LATENTS_MADE, data.AUDIO_MADE):
+            if first.part in (data.LATENTS_PART, data.AUDIO_PART):
                 latents_differ = True
             else:
                 texts_differ = True

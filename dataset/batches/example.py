@@ -35,7 +35,7 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
     """Return the source files and the caption of an item; anything that cannot be found is left out."""
     table = item.table
     cached_keys: frozenset[str] = frozenset()
-    if item.cache_info.live_buckets is None:  # its latents are cached, not encoded while training
+    if item.cache_info.on_the_fly_buckets is None:  # its latents are cached, not encoded while training
         with contextlib.suppress(UserError, OSError):
             cached_keys = stores.latent_store(table).read(item.file_name, is_full=False).keys
     example = ExampleItem(
@@ -80,7 +80,7 @@ def _add_listed_files(example: ExampleItem, item: TrainingItem) -> ExampleItem:
 
 def _recorded_image(item: TrainingItem, stores: Stores) -> Path | None:
     """Return the image in a table's folder that an item's latents were made from, by their record."""
-    if item.cache_info.live_buckets is not None or item.table.directory is None:
+    if item.cache_info.on_the_fly_buckets is not None or item.table.directory is None:
         return None
     record = latent_record(stores.latent_store(item.table).read(item.file_name, is_full=False))
     return None if record is None or not record.files else item.table.directory / record.files[0].name
@@ -104,5 +104,5 @@ def _read_caption(item: TrainingItem, stores: Stores) -> str:
             captions = [record.caption for record in records.values()]
             caption = captions[0] if captions else entry.metadata.get("caption1", "")
         else:
-            caption = item.cache_info.live_caption(item.source_stem, 0)
+            caption = item.cache_info.on_the_fly_caption(item.source_stem, 0)
     return " ".join(caption.split())[:MAX_OF_PROMPT]

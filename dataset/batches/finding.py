@@ -12,7 +12,7 @@ from dataset import cache_files
 from dataset.batches.items import (
     NO_COMMANDS,
     CachingCommands,
-    LiveTables,
+    OnTheFlyTables,
     TableCacheInfo,
     TrainingItem,
     tables_of,
@@ -58,11 +58,11 @@ class FoundItems:
     incomplete_tables: list[tuple[DatasetTable, str]] = field(default_factory=list)
     missing_audio: list[Path] = field(default_factory=list)  # missing audio caches, if audio is required
     why_audio_is_needed: str = 'audio = "required"'  # why missing audio is an error
-    missing_all_audio: AudioSpec | None = None  # set if the run trains audio, but no item has any
+    trained_but_absent_audio: AudioSpec | None = None  # set if the run trains audio, but no item has any
     # folder without text caches for this model -> name of a text cache of another model in that folder
     texts_of_other_models: dict[Path, str] = field(default_factory=dict)
     # stems of current sources, by folder because several tables may share one
-    listed: dict[Path, set[str]] = field(default_factory=dict)
+    current_stems: dict[Path, set[str]] = field(default_factory=dict)
     # (folder, stem) of caches whose table does not list the source
     unlisted_caches: dict[tuple[Path, str], None] = field(default_factory=dict)
     # index of a table -> sources without latents; only if the items were taken from the index of its caches
@@ -75,7 +75,7 @@ def find_items(
     latent: LatentSpec,
     text_keys: frozenset[str] = frozenset(),
     stores: Stores | None = None,
-    live: LiveTables | None = None,
+    live: OnTheFlyTables | None = None,
     audio: AudioSpec | None = None,
     trusts_index: bool = False,
 ) -> FoundItems:
@@ -115,7 +115,7 @@ def find_items(
     # audio that is encoded while training is unknown here, so nothing can be said about it
     expects_audio = has_own_caches and bool(listing.items) and not live
     if expects_audio and not any(item.has_cached_audio for item in listing.items):
-        listing.missing_all_audio = audio
+        listing.trained_but_absent_audio = audio
     return listing
 
 
@@ -137,7 +137,7 @@ def _add_table(
     store = stores.latent_store(table)
     names = store.names()
     in_own_folder = table.index not in stores.custom_stores
-    encodes_while_training = bool(cache_info.live_sources) or not cache_info.has_cached_texts
+    encodes_while_training = bool(cache_info.on_the_fly_sources) or not cache_info.has_cached_texts
     may_use_index = trusts_index and in_own_folder and not encodes_while_training
     if may_use_index and is_indexed(table, audio) and not latent.has_layers:
         index = read_index(table, names, tag=cache_info.tag, latent=latent)
@@ -149,7 +149,9 @@ def _add_table(
     if in_own_folder and may_have_both_formats(table, names):
         _add_format_errors(listing, table, cache_info.tag)
     latent_files = _latent_files(names, cache_info)
-    if cache_info.live_sources or store.is_shared:  # a shared folder may also have caches of other tables
+    if (
+        cache_info.on_the_fly_sources or store.is_shared
+    ):  # a shared folder may also have caches of other tables
         latent_files = _leave_out_unlisted(listing, table, cache_info, latent_files)
     texts_store = stores.text_store(table)
     text_names = names if texts_store is store else texts_store.names()
@@ -196,11 +198,11 @@ def _add_items(
             tag=cache_info.tag,
             latent=latent,
             store=store,
-            reads_references=depends_on_references(table) and cache_info.live_buckets is None,
+            reads_references=depends_on_references(table) and cache_info.on_the_fly_buckets is None,
         ):
             has_latents = True
             if text_caches is None:
-                num_captions = 1 + len(cache_info.live_sources[file.stem].more_captions)
+                num_captions = 1 + len(cache_info.on_the_fly_sources[file.stem].more_captions)
             else:
                 num_captions = text_caches.count_or_report(file.stem)
             if not num_captions:
@@ -225,7 +227,7 @@ def _item(
         table=table,
         bucket=file.bucket,
         cache_info=cache_info,
-        num_latent_files=file.parts,
+        num_latent_files=file.num_parts,
         num_captions=num_captions,
         reference_latent_sizes=file.references,
     )
@@ -233,8 +235,8 @@ def _item(
 
 def _count_images(cache_info: TableCacheInfo, store: CacheStore, file: LatentFile) -> int:
     """Return the number of images in a cache with layers; 1 for a damaged cache, which is reported later."""
-    if cache_info.live_buckets is not None:
-        return cache_info.live_sources[file.stem].num_images
+    if cache_info.on_the_fly_buckets is not None:
+        return cache_info.on_the_fly_sources[file.stem].num_images
     with contextlib.suppress(CacheError):
         for tensor, shape in store.read(file.file, is_full=False).shapes.items():
             if cache_files.tensor_key(tensor) == "latents":
@@ -252,13 +254,13 @@ def _leave_out_unlisted(
     stems = _find_listed_stems(table, cache_info, latent_files)
     if stems is None:
         return latent_files
-    listing.listed.setdefault(table.picture_folder, set()).update(stems)
+    listing.current_stems.setdefault(table.base_folder, set()).update(stems)
     selected = []
     for name, stem, _ in cache_files.latent_names(latent_files, cache_info.tag, table.kind):
         if stem in stems:
             selected.append(name)
         else:
-            listing.unlisted_caches[table.picture_folder, stem] = None
+            listing.unlisted_caches[table.base_folder, stem] = None
     return selected
 
 
@@ -272,9 +274,9 @@ def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> No
 
 
 def _latent_files(names: Collection[str], cache_info: TableCacheInfo) -> list[str]:
-    """Return the sorted names of a table's latent caches, or those that caches of live items would have."""
+    """Return the sorted names of a table's latent caches, or those that caches would have if it has none."""
     ending = f"_{cache_info.tag}{cache_files.SUFFIX}"
-    candidates = names if cache_info.live_buckets is None else cache_info.latent_names()
+    candidates = names if cache_info.on_the_fly_buckets is None else cache_info.latent_names()
     return sorted([name for name in candidates if name.endswith(ending)])
 
 
@@ -346,7 +348,7 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
     """
     sized = []
     for item in items:
-        is_unread = not item.reference_latent_sizes and item.cache_info.live_buckets is None
+        is_unread = not item.reference_latent_sizes and item.cache_info.on_the_fly_buckets is None
         if is_unread and _may_have_references(item.table):
             sizes = reference_sizes(stores.latent_store(item.table), item.file_name)
             item = replace(item, reference_latent_sizes=sizes)
@@ -367,8 +369,8 @@ def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
     edited = [item for item in items if _is_edited(item.table)]
     stride = len(edited) // SAMPLED + 1
     for item in edited[::stride]:
-        if item.cache_info.live_buckets is not None:  # encoded while training
-            source = item.cache_info.live_sources[item.source_stem]
+        if item.cache_info.on_the_fly_buckets is not None:  # encoded while training
+            source = item.cache_info.on_the_fly_sources[item.source_stem]
             references: Sequence[object] = source.control or source.references
         else:
             references = item.reference_latent_sizes or reference_sizes(
@@ -383,32 +385,31 @@ def _is_edited(table: DatasetTable) -> bool:
     """Return whether the model edits the reference images or clips of a table."""
     if table.learns_edits:
         return True
-    return table.clip_references is not None and table.clip_references.edits
+    return table.clip_references is not None and table.clip_references.edits_images
 
 
 class _TextCaches:
     """Text caches of a table."""
 
     def __init__(self, table: DatasetTable, names: Collection[str], tag: str, listing: FoundItems) -> None:
-        """Find the text caches; unfinished and missing ones are added to `listing`."""
+        """Find the text caches among `names`; unfinished ones are added to `listing`."""
         self._table, self._tag, self._listing = table, tag, listing
         self._ending = cache_files.text_file_name("", tag)
-        # A source may have several captions. Caches of first captions are named by the source alone; caches
-        # of additional captions and of the empty prompt have an additional part in their names
+        # caches of first captions, whose names have only the stem of the source before the ending; the names
+        # of other captions and of empty prompts have one part more
         self._first_captions = {name for name in names if name.endswith(self._ending)}
-        if not self._first_captions:
-            # text caches of other models show that the captions were cached, but for another model
-            of_others = next((name for name in sorted(names) if _TEXTS_OF_ANY.search(name)), None)
-            if of_others is not None:
-                listing.texts_of_other_models[table.cache_directory] = of_others
+        if not self._first_captions:  # perhaps the captions were cached for another model: name an example
+            foreign_name = next((name for name in sorted(names) if _TEXTS_OF_ANY.search(name)), None)
+            if foreign_name is not None:
+                listing.texts_of_other_models[table.cache_directory] = foreign_name
         unfinished = [name for name in names if name.endswith(cache_files.PART)]
         unfinished_ending = self._ending + cache_files.PART
+        # reported by `count_or_report` if their source has latents
         self._unfinished_first_captions = {name for name in unfinished if name.endswith(unfinished_ending)}
-        # unfinished caches of first captions are reported by `count_or_report`
-        for name in unfinished:
+        for name in unfinished:  # those of other captions and of empty prompts
             if self._is_used(name.removesuffix(cache_files.PART)):
                 listing.unfinished_text[table.cache_directory / name] = None
-        # number of captions by stem, if there are several
+        # number of captions by stem, for stems with several
         self._num_captions = _count_captions(names, tag) if table.multi_caption else {}
         # names of caches of empty prompts; None: not needed, or a missing one has already been reported
         self._empty_prompts: set[str] | None = None
@@ -422,7 +423,10 @@ class _TextCaches:
         return self._table.caches_empty_prompt and cache_files.is_empty_text_name(name, self._tag)
 
     def count_or_report(self, stem: str) -> int:
-        """Return the number of a source's captions; 0 if the first is not cached, which `listing` reports."""
+        """Return the number of a source's captions; 0 if the first one is not cached.
+
+        Missing and unfinished caches, also of the empty prompt, are added to `listing`.
+        """
         name = stem + self._ending
         unfinished_name = name + cache_files.PART
         folder = self._table.cache_directory
@@ -438,7 +442,7 @@ class _TextCaches:
                 empty_name = cache_files.text_file_name(stem, self._tag, cache_files.EMPTY)
             if empty_name not in self._empty_prompts:
                 self._listing.missing_empty_prompts.append(folder / empty_name)
-                self._empty_prompts = None  # one is reported for each table
+                self._empty_prompts = None  # no further check: one is reported for each table
         return self._num_captions.get(stem, 1)
 
 
@@ -468,14 +472,15 @@ def _find_listed_stems(
 ) -> Collection[str] | None:
     """Return the stems of a table's current sources; None if the caches alone determine the items.
 
-    Sources are listed if they are read while training or if other programs share the caches. When a source
-    is gone, the caching script removes its caches, but never caches that it shares with other programs.
+    Normally they do: when a source is gone, the caching script removes its caches. But it never removes
+    caches that other programs share, so for these the sources are listed. Sources that are read while
+    training have been listed already.
     """
-    if cache_info.live_sources:
-        return cache_info.live_sources.keys()
-    if not source_format_of(table).has_caches_of_others or not latents:
+    if cache_info.on_the_fly_sources:
+        return cache_info.on_the_fly_sources.keys()
+    if not source_format_of(table).shares_caches_with_other_programs or not latents:
         return None
-    from dataset.listing import find_sources
+    from dataset.listing import find_sources  # only for shared caches
 
     try:
         return {source.stem for source in find_sources(table, captions=False, faults=[])}
@@ -503,14 +508,14 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     if not errors and not listing.items:
         folders = {path.parent for path in listing.missing_text}
         errors = [f"no text cache in {folder}" for folder in sorted(folders)]
-    if listing.missing_all_audio is not None:
-        advice = listing.missing_all_audio.silent_option
-        errors.append(f"no clip of the dataset has cached sound. Give some, or {advice}")
+    if listing.trained_but_absent_audio is not None:
+        advice = listing.trained_but_absent_audio.silent_option
+        errors.append(f"no clip of the dataset has cached audio. Add clips with audio, or {advice}")
     for path in listing.missing_empty_prompts:
         errors.append(f"the cache of the empty prompt is missing, {path}: {_EMPTY_IS_FOR}")
     if errors:
         needed_commands = _list_needed_commands(listing, commands)
-        raise CacheError("\n  ".join([*errors, "Make the caches first:", *needed_commands]))
+        raise CacheError("\n  ".join([*errors, "Cache them first:", *needed_commands]))
     if listing.missing_text or listing.unlisted_caches:
         _warn_left_out(listing, commands)
     num_items = format_count(len(listing.items), "item")
@@ -522,7 +527,7 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
 def _list_needed_commands(listing: FoundItems, commands: CachingCommands) -> list[str]:
     """Return the caching commands that make the missing caches."""
     needed_commands = []
-    lacks_all_audio = listing.missing_all_audio is not None
+    lacks_all_audio = listing.trained_but_absent_audio is not None
     if listing.empty_tables or lacks_all_audio or listing.missing_audio:
         needed_commands.append(commands.latents)
     text_command = commands.text
@@ -597,7 +602,9 @@ def _warn_left_out(listing: FoundItems, commands: CachingCommands) -> None:
             commands.text,
         )
     # a cache that one table does not list may belong to a source that another table of the folder lists
-    gone = [folder / stem for folder, stem in listing.unlisted_caches if stem not in listing.listed[folder]]
+    gone = [
+        folder / stem for folder, stem in listing.unlisted_caches if stem not in listing.current_stems[folder]
+    ]
     if gone:
         logger.warning(
             "%d sources have caches but are gone, or are in no list (the first: %s): they are left out.",

@@ -38,12 +38,12 @@ def add_clean_conditions(batch: data.Batch, items: Sequence[TrainingItem]) -> da
         num_cached = sum(name.startswith((data.KEYFRAME_LATENTS, data.LATENT_GUIDE)) for name in tensors)
         if num_cached != len(guides):
             raise DatasetError(
-                f"{batch.keys[0]}: its cache has {num_cached} guides, {items[0].table.name} {len(guides)}. "
-                "Cache again"
+                f"{batch.keys[0]}: its cache has {num_cached} guides, but {items[0].table.name} has "
+                f"{len(guides)}. Cache again"
             )
-        # frame index, and strength in 1 / FULLY_CLEAN; integers keep their values when a batch is cast
-        positions = [[guide.index, round(FULLY_CLEAN * guide.strength)] for guide in guides]
-        tensors[data.GUIDES] = torch.tensor(positions).expand(len(items), -1, -1)
+        # strengths 0..1 become integers 0..FULLY_CLEAN, which keep their values when a batch is cast
+        indices_and_strengths = [[guide.index, round(FULLY_CLEAN * guide.strength)] for guide in guides]
+        tensors[data.GUIDES] = torch.tensor(indices_and_strengths).expand(len(items), -1, -1)
     return replace(
         batch,
         tensors=tensors,

@@ -19,31 +19,32 @@ class TableCacheInfo:
     text_keys: frozenset[str] = frozenset()  # names of the tensors that a complete text cache has
     has_cached_texts: bool = True  # False: captions are encoded while training
     # bucket by stem, of images that are encoded while training; None: the table's latents are cached
-    live_buckets: Mapping[str, Size] | None = field(default=None, compare=False, repr=False)
+    on_the_fly_buckets: Mapping[str, Size] | None = field(default=None, compare=False, repr=False)
     # sources by stem, if media or captions are read from them while training
-    live_sources: Mapping[str, MediaSource] = field(default_factory=dict, compare=False, repr=False)
+    on_the_fly_sources: Mapping[str, MediaSource] = field(default_factory=dict, compare=False, repr=False)
     # checksum of the record, by name of a cache file, from the index of the caches. Such a record is not
     # compared with the table and its sources again, because the index is used only if these are unchanged
     indexed_checksums: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def latent_names(self) -> list[str]:
-        """Return the names that the latent caches of the images in `live_buckets` would have."""
+        """Return the names that the latent caches of the images in `on_the_fly_buckets` would have."""
         return [
-            LatentName(stem, size).file_name(self.tag) for stem, size in (self.live_buckets or {}).items()
+            LatentName(stem, size).file_name(self.tag)
+            for stem, size in (self.on_the_fly_buckets or {}).items()
         ]
 
-    def live_caption(self, stem: str, number: int) -> str:
+    def on_the_fly_caption(self, stem: str, number: int) -> str:
         """Return the unchanged caption of a source that is encoded during training.
 
         `number` is the caption's index; EMPTY stands for the empty caption.
         """
         if number == EMPTY:
             return ""
-        source = self.live_sources[stem]
+        source = self.on_the_fly_sources[stem]
         return (source.caption or "", *source.more_captions)[number]
 
 
-LiveTables = Mapping[int, TableCacheInfo]  # by table index: tables with a part that is not cached
+OnTheFlyTables = Mapping[int, TableCacheInfo]  # by table index: tables with a part that is not cached
 
 
 @dataclass(frozen=True, slots=True)

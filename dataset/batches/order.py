@@ -71,7 +71,7 @@ class BatchOrder:
     def learning_keys(self) -> list[str]:
         """Describe the settings of tables that change the run but not its items."""
         return [
-            f"{name} = {value} in {table.place}"
+            f"{name} = {value} in {table.label}"
             for table in tables_of(self._items)
             for name, value in table.learning_keys.items()
         ]
@@ -306,13 +306,13 @@ def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list
 def _without_randomness(table: DatasetTable) -> DatasetTable:
     """Return a table without repeats, loss weight and random changes, as validation uses it."""
     changes = dataclasses.replace(
-        table.changes, shuffle=False, dropout_every_n_epochs=0, part_dropout_rate=0.0, warmup_step=0.0
+        table.caption_changes, shuffle=False, dropout_every_n_epochs=0, part_dropout_rate=0.0, warmup_step=0.0
     )
     return dataclasses.replace(
         table,
         num_repeats=1,
         augmentation=NO_AUGMENTATION,
-        changes=changes,
+        caption_changes=changes,
         caption_dropout_rate=0.0,
         reference_dropout_rate=0.0,
         prior_loss_weight=1.0,
@@ -339,8 +339,7 @@ def changed_caption(
         total_steps: Number of steps of the run, for a warm-up that is a fraction of the run.
         generator: Random generator.
     """
-    # not raw: nothing is random, and trigger word, prefix and suffix were added when the source was listed
-    if not changes.varies_per_step:
+    if not changes.varies_per_step:  # trigger word, prefix and suffix were added when the source was listed
         return caption
     lines = lines_of(caption) or [""]
     text = generator.choice(lines) if changes.wildcards else lines[0]
@@ -434,7 +433,7 @@ def select_captions(
     selected = []
     for position, item in enumerate(items):
         rate = item.table.caption_dropout_rate
-        interval = item.table.changes.dropout_every_n_epochs
+        interval = item.table.caption_changes.dropout_every_n_epochs
         if interval > 0 and (epoch + 1) % interval == 0:  # all captions of every n-th epoch are empty
             rate = 1.0
         caption_index = 0
@@ -476,7 +475,7 @@ def change_captions(
         seed = derive_seed(run_position.seed, "caption changes", run_position.micro_batch, position)
         changed_text = changed_caption(
             caption,
-            changes=item.table.changes,
+            changes=item.table.caption_changes,
             table=item.table,
             step=run_position.step,
             total_steps=run_position.total_steps,

@@ -104,7 +104,7 @@ def read_batch(
         tensors=tensors,
         captions=tuple(text.caption for text in texts),
         keys=tuple(item.key for item in items),
-        made_by=_list_makers(media, texts, further_texts=(*undropped_texts, *empty_texts)),
+        cache_origins=_list_makers(media, texts, further_texts=(*undropped_texts, *empty_texts)),
         loss_weights=() if set(weights) == {1.0} else weights,
         attributes=attributes if any(attributes) else (),
         undropped=_stack(undropped_texts, commands, is_text=True),
@@ -255,7 +255,7 @@ class _Reader:
             if data.LOSS_MASK in tensors:  # caches have no mirrored masks
                 mirrored[data.LOSS_MASK] = tensors[data.LOSS_MASK].flip(-1)
             tensors |= mirrored
-        # sizes that the cache states are removed for all models, because few models are conditioned on sizes
+        # always removed, because few models are conditioned on sizes
         cached_sizes = tensors.pop(data.FOREIGN_SIZES, None)
         if self.latent.has_size_conditions:
             tensors[data.SIZES] = _size_conditions(item, cached_sizes, is_mirrored)
@@ -267,7 +267,7 @@ class _Reader:
         media = self._read_entry(
             item,
             path=item.latent_path,
-            part=data.LATENTS_MADE,
+            part=data.LATENTS_PART,
             key="latents",
             find_errors=latent_errors,
         )
@@ -275,7 +275,7 @@ class _Reader:
             audio = self._read_entry(
                 item,
                 path=item.audio_path,
-                part=data.AUDIO_MADE,
+                part=data.AUDIO_PART,
                 key=data.AUDIO_LATENTS,
                 find_errors=audio_errors,
             )
@@ -296,13 +296,13 @@ class _Reader:
         texts = []
         for item, caption_index in zip(items, caption_indices, strict=True):
             caption = ""
-            if item.cache_info.live_sources:
-                caption = item.cache_info.live_caption(item.source_stem, caption_index)
+            if item.cache_info.on_the_fly_sources:
+                caption = item.cache_info.on_the_fly_caption(item.source_stem, caption_index)
             if item.cache_info.has_cached_texts:
                 texts.append(self._read_cached_text(item, caption_index, caption))
                 continue
             # a caption counts as empty only if it is known: "" may also mean that no file records it
-            is_known = caption_index == EMPTY or bool(item.cache_info.live_sources)
+            is_known = caption_index == EMPTY or bool(item.cache_info.on_the_fly_sources)
             path = item.caption_path(caption_index)
             texts.append(_ItemTensors(path, {}, caption=caption, is_empty=is_known and not caption))
         return texts
@@ -327,8 +327,9 @@ class _Reader:
             records = text_records(entry)
             for record in records.values():
                 verify_tensors(entry, record.crc32)
-            was_checked = number == EMPTY or (item.table.index, path.name) in self.checks.checked
-            if not was_checked and not _is_unchanged_since_indexing(item, entry, path.name):
+            # the empty prompt has no source; other texts are compared with theirs once in a run
+            is_checked = number == EMPTY or (item.table.index, path.name) in self.checks.checked
+            if not is_checked and not _is_unchanged_since_indexing(item, entry, path.name):
                 errors = text_errors(
                     item,
                     number=number,

@@ -79,7 +79,7 @@ def check_caches(
             changed captions.
     """
     rank, num_processes = process
-    cached = [item for item in items if item.cache_info.live_buckets is None]
+    cached = [item for item in items if item.cache_info.on_the_fly_buckets is None]
     size_bytes = 0
     checks = CacheChecks()
     # caches of earlier versions, which read clips or their companions in another way
@@ -90,14 +90,14 @@ def check_caches(
         batch = read_batch(
             [item], family.latent, commands, checks=checks, captions=[caption_index], stores=stores
         )
-        for origin in batch.made_by:
+        for origin in batch.cache_origins:
             if origin.part in trained_encoder_ids:
                 _require_trained_encoder(origin, trained_encoder_ids[origin.part], commands)
             is_earlier = origin.has_separate_timing or origin.earlier_decoder_version is not None
             if is_earlier and caption_index == 0:  # further captions have the same latents
                 by_earlier_version.append((item, origin))
         clip = item.table.index, item.source_stem
-        num_windows[clip] = max((origin.windows for origin in batch.made_by), default=0)
+        num_windows[clip] = max((origin.windows for origin in batch.cache_origins), default=0)
         if item.cache_info.has_cached_texts and not has_live_texts:
             latents = family.latent.to_model(batch.tensor("latents"))
             family.batch_conditions(latents, batch)  # raises CacheError if the texts do not fit the model
@@ -254,10 +254,10 @@ def compare_sources(
     tag: str,
     trains_audio: bool = False,
 ) -> None:
-    """Warn of files without latents, latents without a file, and audio that is not cached.
+    """Warn of source files without latents, latents without a source file, and audio that is not cached.
 
-    Caching may have been stopped between a clip's latents and its audio. Folders of more than MAX_LISTED
-    files are left out.
+    The differences are in the index of the caches, or the folder is listed unless it has more than MAX_LISTED
+    files.
 
     Args:
         tables: Tables of the dataset.
@@ -291,8 +291,8 @@ def compare_sources(
             (differences.without_latents, "no latents", "not cached, too short or unreadable: left out"),
             (
                 differences.without_source,
-                "caches but no file any more",
-                "trained on until the caches are made again",
+                "caches whose file no longer exists",
+                "trained on until the table is cached again",
             ),
             (differences.uncached_audio, "sound that is not cached", "only their pictures are learned"),
         )

@@ -57,7 +57,7 @@ def remember_options(
     options = {}
     for option in repeat_given(family_options, typed):
         is_path = Path in accepted[option.name].types
-        options[option.name] = {"flag": option.typed, "value": _as_json(option.value), "is_path": is_path}
+        options[option.name] = {"flag": option.flag, "value": _as_json(option.value), "is_path": is_path}
     # "folder": relative paths among the values are relative to it
     command: dict[str, Any] = {"folder": str(real_path(Path.cwd())), "options": options}
     if training:

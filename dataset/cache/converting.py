@@ -64,7 +64,7 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
             "would become" if options.dry_run else "are now",
             options.to,
             format_size(converted.size_bytes),
-            f"; {converted.unchanged} were there already" if converted.unchanged else "",
+            f"; {converted.unchanged} existed already" if converted.unchanged else "",
         )
     if config is not None and any(table.cache_format != options.to for table in config.datasets):
         logger.info('Set cache_format = "%s" in %s.', options.to, config.path)
@@ -125,8 +125,8 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
     errors = [*unreadable_shards, *converted.errors]
     if errors:
         raise CacheError(
-            f"{folder}: {len(errors)} faults in the shards, which are kept; {converted.copied} entries are "
-            f"whole. The first: {errors[0]}.\n"
+            f"{folder}: {len(errors)} errors in the shards, which are kept; {converted.copied} entries are "
+            f"intact. The first error: {errors[0]}.\n"
             '  Cache again with cache_format = "shards", which repairs them, then convert again.'
         )
     if not dry_run and not keep:
@@ -149,7 +149,7 @@ def _remove_shards(folder: Path, names: Sequence[str]) -> None:
         )
     busy = next((name for name in catalog.shard_sizes if name.endswith(".writing")), None)
     if busy is not None:
-        raise CacheError(f"{folder / busy}: another process writes it. Run this again later.")
+        raise CacheError(f"{folder / busy}: another process is writing it. Run this again later.")
     with explain_errors(folder):
         for name in (*OLD_INDEXES, *catalog.shard_sizes):
             (folder / name).unlink(missing_ok=True)
@@ -186,7 +186,7 @@ def _copy(
             if not dry_run:
                 path = target.folder / name
                 logger.warning(
-                    "%s is in both forms, with different contents: the %s replaces it", path, entry_noun
+                    "%s exists in both formats, with different contents: the %s replaces it", path, entry_noun
                 )
         copied += 1
         size_bytes += len(data)

@@ -60,11 +60,11 @@ def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
     if misplaced is not None:
         command = ["python", "tools/convert_cache.py"]
         command += ["--dataset_config", str(table.config_path), "--to", expected_format]
-        found_in = "a file of its own" if expected_format == "shards" else "a shard"
+        found_in = "a separate file" if expected_format == "shards" else "a shard"
         yield (
             f'{table.name}: cache_format = "{expected_format}", but in {folder} {misplaced} is in '
             f"{found_in}.\n"
-            f"  Convert what is there: {quote_command(command)}"
+            f"  Convert the existing caches: {quote_command(command)}"
         )
 
 

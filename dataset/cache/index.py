@@ -162,7 +162,7 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
                 file=line["file"],
                 stem=line["source"],
                 bucket=tuple(map(int, line["bucket"])),
-                parts=int(line["parts"]),
+                num_parts=int(line["parts"]),
                 references=tuple(map(int, line["references"])),
             )
             items.append((file, captions[line["source"]]))  # KeyError if no caption is cached

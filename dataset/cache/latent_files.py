@@ -29,7 +29,7 @@ class LatentFile(NamedTuple):
     stem: str  # stem of the source
     # width, height in pixels; for videos also frames (of a section: the frames that it decodes to)
     bucket: tuple[int, ...]
-    parts: int  # number of files of the same clip
+    num_parts: int  # number of files of the same clip
     references: tuple[int, ...]  # see `reference_sizes`
 
 
@@ -69,7 +69,7 @@ def list_latent_files(
         if reads_references:
             sizes = reference_sizes(store, file_name)
             sizes = shared_tuples.setdefault(sizes, sizes)
-        yield LatentFile(file_name, stem, bucket, parts=num_files, references=sizes)
+        yield LatentFile(file_name, stem, bucket, num_parts=num_files, references=sizes)
 
 
 def depends_on_references(table: DatasetTable) -> bool:

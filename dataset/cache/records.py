@@ -148,14 +148,15 @@ def _clip_info(content: Any) -> ClipInfo:
 def split_record(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
     """Split the JSON of a latent cache's record into its settings, as text, and its source files, parsed.
 
-    Items of a table often have equal settings, so their texts can be compared without parsing them.
+    Comparing text is faster than parsing it, and items of a table often have equal settings.
 
     Returns:
         The pieces of the JSON without checksums and files, and the files; None if the record is missing,
         damaged or cannot be split.
     """
     record_json = entry.metadata.get(RECORD_KEY, "")
-    # the pattern matches twice: the checksums, and the list of files, which is its only group
+    # the pattern matches twice: first the checksums, then the list of files. Only the second match has a
+    # group, so re.split returns None for the first one
     pieces = _CHECKSUMS_OR_FILES.split(record_json)
     if len(pieces) != 5 or _crc(record_json) != entry.metadata.get(CHECK_KEY):
         return None

@@ -275,13 +275,13 @@ class LatentNames:
         """Return the latent caches of a source: the parsed name of each file."""
         return {file: self._endings[file[len(stem) :]] for file in self._files.get(stem, ())}
 
-    def not_in(self, names: Container[str], except_of: Container[str]) -> list[str]:
-        """Return the files that are not among `names`, sorted by stem; stems in `except_of` are skipped."""
-        files_with_stem = []
+    def list_stale(self, valid: Container[str], failed: Container[str]) -> list[str]:
+        """Return the files that are not in `valid`, sorted by stem; files of the stems in `failed` stay."""
+        stale = []
         for stem, files in self._files.items():
-            if stem not in except_of:
-                files_with_stem += [(stem, file) for file in files if file not in names]
-        return [file for _, file in sorted(files_with_stem)]
+            if stem not in failed:
+                stale += [(stem, file) for file in files if file not in valid]
+        return [file for _, file in sorted(stale)]
 
 
 ExistingNames = Mapping[int, LatentNames]  # by table index

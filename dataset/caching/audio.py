@@ -151,7 +151,7 @@ class AudioWork:
         """
         if table.index not in self._existing:
             return 0
-        stale = self._existing[table.index].not_in(valid, except_of=failed)
+        stale = self._existing[table.index].list_stale(valid, failed)
         is_of_family = partial(cache_files.is_latent_cache, architecture=self._family.name, audio=True)
         return remove_caches(self._stores.latent_store(table), stale, is_of_family)
 

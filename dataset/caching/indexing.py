@@ -71,12 +71,12 @@ def write_index(
         return
     with contextlib.suppress(OSError, OutputError), only_one(store.folder / f".{NAME}.lock"):
         parts: dict[tuple[str, str], IndexPart] = {}
-        previous_lines: dict[str, _IndexedFile] = {}
-        with contextlib.suppress(*DAMAGES):  # in that case, all lines are made again
+        known_origins: dict[str, _IndexedFile] = {}  # from the previous index, by cache file
+        with contextlib.suppress(*DAMAGES):  # then the origin of each file is read again
             parts = read_parts(store.folder)
             for name, line in parts[tag, part].lines.items():
                 if line["record"] is not None:
-                    previous_lines[name] = _IndexedFile(line["stamp"], line["record"], line["sources"])
+                    known_origins[name] = _IndexedFile(line["stamp"], line["record"], line["sources"])
         if part == LATENTS:
             lines = _list_latents(table, latent_files, tag, latent=latent, store=store)
             latent_fingerprint = fingerprint_latents(table, latent)
@@ -89,11 +89,11 @@ def write_index(
         for line in lines:
             name = line["file"]
             line["stamp"] = list(size_and_mtime(store.folder / name))
-            previous_line = previous_lines.get(name)
+            origin = known_origins.get(name)
             if name not in valid:  # for example, the cache of a deleted source: its origin is unknown
                 line |= {"record": None, "sources": {}}
-            elif previous_line is not None and previous_line.stamp == line["stamp"]:  # an unchanged file
-                line |= {"record": previous_line.record, "sources": previous_line.sources}
+            elif origin is not None and origin.stamp == line["stamp"]:  # the cache file has not changed
+                line |= {"record": origin.record, "sources": origin.sources}
             else:
                 line |= _describe_origin(table, store, name, part)
             parts[tag, part].lines[name] = line
@@ -117,7 +117,7 @@ def _list_latents(
             "file": file.file,
             "source": file.stem,
             "bucket": file.bucket,
-            "parts": file.parts,
+            "parts": file.num_parts,
             "references": file.references,
         }
         for file in files
@@ -142,8 +142,8 @@ def _list_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:
 def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: str) -> dict[str, Any]:
     """Return the fields about a cache's origin for its line in the folder's index.
 
-    These are the checksum of its record, and size and time of the files that it was made from. If they are
-    unknown, training compares the cache itself. `part` is LATENTS or TEXTS.
+    These are the checksum of its record, and size and time of the files that it was made from. If they cannot
+    be found out here, training reads the cache to compare it with its sources. `part` is LATENTS or TEXTS.
     """
     unknown_origin: dict[str, Any] = {"record": None, "sources": {}}
     source_files: list[tuple[Path | None, FileIdentity]] = []  # folder and identity of each file
@@ -157,7 +157,7 @@ def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: s
         else:
             for text_record in text_records(entry).values():
                 saw_media = bool({CLIP, MEDIA} & text_record.settings.keys())
-                if text_record.references or saw_media:  # their folders are not known here
+                if text_record.references or saw_media:  # the record does not say in which folders they are
                     return unknown_origin
                 if text_record.file is not None:
                     source_files.append((table.directory, text_record.file))

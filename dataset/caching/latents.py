@@ -270,7 +270,10 @@ def _add_mirrored(entry: data.CacheEntry, mirrored: data.CacheEntry) -> data.Cac
 
 
 def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSpec) -> dict[str, Tensor]:
-    """Return all tensors of an entry, including loss mask and frame rate, by their names in the file."""
+    """Return all tensors of an entry, including loss mask and frame rate, by their names in the file.
+
+    The names of latents contain their size and dtype. Families of images store them without the frame axis.
+    """
     tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
     if item.mask is not None:
         mask = shrink_mask(torch.from_numpy(item.mask), spec.stride, spec.clip_frames)  # F H W of latents
@@ -287,8 +290,8 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
             grid=entry.grid,
             has_frames=spec.names_frames,
         )
-        is_flat = spec.flat_in_caches and cache_files.grid_in_name(name) is not None  # only latents
-        named[name] = tensor.squeeze(1) if is_flat else tensor  # C H W instead of C 1 H W
+        is_latents = cache_files.grid_in_name(name) is not None
+        named[name] = tensor.squeeze(1) if is_latents and spec.flat_in_caches else tensor
     return named
 
 

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 # module and class of each half; a run imports one of them
 LATENTS, TEXTS = "dataset.caching.work:MediaWork", "dataset.caching.texts:TextWork"
-STAYS = "What is cached so far stays; the same command continues from there."
+INTERRUPTED_NOTE = "What is cached so far stays; the same command continues from there."
 TIMEOUT = datetime.timedelta(days=7)  # one process may take far longer than another
 
 
@@ -46,16 +46,16 @@ TIMEOUT = datetime.timedelta(days=7)  # one process may take far longer than ano
 class NextCommand:
     """The command to run after a caching command, and a function that remembers this command's options."""
 
-    words: Sequence[str]  # the command line
+    argv: Sequence[str]  # the command line
     remember: Callable[[], None]  # writes the options of this command into the cache folders
 
 
 @dataclass(frozen=True)
 class Share:
-    """This process's rank among `count` processes, and its device."""
+    """This process's rank among `num_processes`, and its device."""
 
     rank: int
-    count: int
+    num_processes: int
     device: torch.device
     group: Any = None  # process group of torch.distributed; None for a single process
 
@@ -63,7 +63,7 @@ class Share:
         """Return the values of all processes, by rank. All processes must call it."""
         if self.group is None:
             return [value]
-        values: list[Any] = [None] * self.count
+        values: list[Any] = [None] * self.num_processes
         dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -145,15 +145,17 @@ def cache(
         work = make_work(family, config, options, device=share.device, stores=stores)
         is_main = share.rank == 0
         work_items = work.work_items
-        label = ""  # shown with the progress if this is not all of the work
+        label = ""  # names this process's part of the work, if it is not all
         if shard.num_shards is not None:
             work_items = work_items[shard.shard_index :: shard.num_shards]
             label = f", --shard_index {shard.shard_index} of {shard.num_shards} shards"
-        if share.count > 1:
-            label += f", process {share.rank + 1} of {share.count}"
+        if share.num_processes > 1:
+            label += f", process {share.rank + 1} of {share.num_processes}"
         try:
             # only the main process shows progress
-            own_report = work.encode(work_items[share.rank :: share.count], label if is_main else None)
+            own_report = work.encode(
+                work_items[share.rank :: share.num_processes], label if is_main else None
+            )
         finally:
             work.free()
         work.stores.close(config.datasets)
@@ -206,7 +208,7 @@ def run_caching(
     config: DatasetConfig,
     options: CachingOptions,
     debug: DebugOptions | None,
-    following: NextCommand,
+    next_command: NextCommand,
 ) -> None:
     """Cache the latents or text embeddings of a dataset, or do what --debug_mode or --check requests instead.
 
@@ -216,7 +218,7 @@ def run_caching(
         config: The dataset.
         options: Options of the run.
         debug: Options of --debug_mode; None if the command has none.
-        following: The next command, shown unless only a shard was cached.
+        next_command: The command to run next, shown unless only a shard was cached.
 
     Raises:
         UserError: If caching fails.
@@ -227,9 +229,6 @@ def run_caching(
 
         conclude(show_datasets(family, config, debug, workers_of(options)))
         return
-    noun, next_step = "sources", "cache the captions"
-    if kind == TEXTS:
-        noun, next_step = "captions", "check all before training"
     if options.check:
         from data_tools.report.check import check_script  # only with --check
 
@@ -237,32 +236,38 @@ def run_caching(
     if options.disable_cudnn_backend:
         leave_cudnn_out(select_device(options.device))
     started = time.monotonic()
-    # taken before sources are listed: if files are added in the meantime, the index does not count as valid
+    # taken before sources are listed, so that an index does not count as valid if files are added meanwhile
     fingerprints = {table.index: fingerprint_table(table) for table in config.datasets}
     try:
         report = cache(kind, family, config, options)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(STAYS) from None
+        raise KeyboardInterrupt(INTERRUPTED_NOTE) from None
     if report.is_main:  # one of several processes writes for all
-        following.remember()  # stores this command's options for training
+        next_command.remember()  # stores this command's options for training
         if options.shard.num_shards is None:
             _write_indexes(kind, family, config=config, report=report, fingerprints=fingerprints)
     peak_memory = format_peak_memory(select_device(options.device))
     costs: list[Row] = [("time", format_duration(time.monotonic() - started)), ("peak memory", peak_memory)]
-    if options.shard.num_shards is None:
-        heading = f"Next, {next_step}"
-        unknown_paths = missing_words(following.words)
-        if unknown_paths:
-            pronoun = "that path" if len(unknown_paths) == 1 else "those paths"
-            heading += f" (fill in {' and '.join(unknown_paths)}: this command does not know {pronoun})"
-        conclude(report, costs, [(heading, quote_command(following.words))])
+    if options.shard.num_shards is not None:
+        _conclude_shard(kind, report, costs)
         return
+    heading = "Next, check all before training" if kind == TEXTS else "Next, cache the captions"
+    unknown_paths = missing_words(next_command.argv)
+    if unknown_paths:
+        pronoun = "that path" if len(unknown_paths) == 1 else "those paths"
+        heading += f" (fill in {' and '.join(unknown_paths)}: this command does not know {pronoun})"
+    conclude(report, costs, [(heading, quote_command(next_command.argv))])
+
+
+def _conclude_shard(kind: str, report: CacheReport, costs: Sequence[Row]) -> None:
+    """Show the report of one shard (--num_shards), and the command that completes all of them."""
+    noun = "captions" if kind == TEXTS else "sources"
     shard_rows: list[Row] = [
         ("this shard", f"{report.num_assigned} of {report.num_total} {noun}"),
         (
             "when all are done",
-            "run this command once without --num_shards and --shard_index: it checks everything, makes what "
-            "is missing and removes what is stale",
+            "run this command once without --num_shards and --shard_index: it checks everything, caches what "
+            "is missing and removes stale files",
         ),
     ]
     conclude(report, [*shard_rows, *costs])

@@ -61,8 +61,8 @@ class CachingActor:
             threads: Number of threads that read ahead, unless the arguments set it.
             folder: Folder in which the command was typed; the actor's process changes to it.
         """
-        # reads the arguments and the dataset, then calls `_make`, which sets `_work`, instead of caching
-        self._read_dataset = partial(main, argv, self._make)
+        # reads the arguments and the dataset, then calls `_create_work` instead of caching
+        self._read_dataset = partial(main, argv, self._create_work)
         self._is_latents, self._num_shards = is_latents, num_shards
         self._threads, self._folder = threads, folder
         self._work: MediaWork | TextWork | None = None
@@ -70,19 +70,15 @@ class CachingActor:
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
         """Cache some shards. A UserError becomes the `error` of its shard; other errors are raised."""
-        rows = [self._row(int(index)) for index in batch["shard_index"]]
+        rows = [self._cache_shard(int(index)) for index in batch["shard_index"]]
         return {column: [row[column] for row in rows] for column in rows[0]}
 
-    def _row(self, index: int) -> dict[str, Any]:
+    def _cache_shard(self, index: int) -> dict[str, Any]:
         """Cache one shard; return its results as a row of a Ray dataset."""
         error = ""
         report = CacheReport()
         try:
-            if self._work is None:
-                if self._folder is not None and Path(self._folder).is_dir():
-                    os.chdir(self._folder)  # relative paths refer to the folder in which they were typed
-                self._read_dataset()  # sets `_work`
-            work: Any = self._work
+            work: Any = self._load_work()
             report = work.encode(work.work_items[index :: self._num_shards], None)
             work.stores.close(self._tables)
         except UserError as failure:
@@ -91,8 +87,18 @@ class CachingActor:
         failures = json.dumps([str(failure) for failure in report.failures])
         return {"shard_index": index, **counts, "failures": failures, "error": error}
 
-    def _make(self, family: Caches, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
-        """Create the caching work from the options that the caching script has parsed."""
+    def _load_work(self) -> MediaWork | TextWork | None:
+        """Return the caching work; the first call reads the arguments and the dataset."""
+        if self._work is None:
+            if self._folder is not None and Path(self._folder).is_dir():
+                os.chdir(self._folder)  # relative paths refer to the folder in which they were typed
+            self._read_dataset()  # calls `_create_work`
+        return self._work
+
+    def _create_work(
+        self, family: Caches, config: DatasetConfig, options: CachingOptions, *_: object
+    ) -> None:
+        """Set `_work` and `_tables` from the options that the caching script has parsed."""
         if options.num_workers is None:
             options = dataclasses.replace(options, num_workers=self._threads)
         if options.disable_cudnn_backend:

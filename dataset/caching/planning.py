@@ -118,9 +118,7 @@ class LatentCacheSettings:
             options[LAYERS] = len(source.layers)
         if source.row_references:
             options[SHOWN] = [_describe_shown(medium) for medium in source.row_references]
-        return options | table.non_default_values(
-            SECTIONS
-        )  # keys about sections that are not at their defaults
+        return options | table.non_default_values(SECTIONS)
 
     @property
     def stores_audio(self) -> bool:
@@ -262,10 +260,10 @@ class SourcePlanner:
         self._records: dict[str, records.LatentRecord | None] = {}
         # identities of parts of the source that were found unchanged, by index in `source_files`
         self._unchanged: dict[int, FileIdentity] = {}
-        # how an earlier version decoded the source differently, by `LatentRecord.decoding_version`
-        self._reading_changes: dict[int, str | None] = {}
-        # whether the plan relied on the source's header, whose frame count may be wrong
-        self._relied_on_header = False
+        # how a version decoded the source differently (None: it did not), by `LatentRecord.decoding_version`
+        self._decoding_changes: dict[int, str | None] = {}
+        # whether the number of frames is from the source's header, which may be wrong
+        self._trusted_header = False
 
     def plan_by_shape(self) -> SourcePlan:
         """Return the same as `plan`, but reuse the result of an earlier source with equal caches.
@@ -279,7 +277,7 @@ class SourcePlanner:
             return self._make_valid_plan(known_sizes[shape_key])
         plan = self.plan()
         nothing_to_encode = plan == self._make_valid_plan(plan.item_sizes)
-        is_reliable = nothing_to_encode and not self._relied_on_header
+        is_reliable = nothing_to_encode and not self._trusted_header
         if shape_key is not None and is_reliable and len(known_sizes) < MANY:
             known_sizes[shape_key] = plan.item_sizes
         return plan
@@ -295,9 +293,11 @@ class SourcePlanner:
         )
 
     def _make_shape_key(self) -> tuple[object, ...] | None:
-        """Return a key that is equal for sources with equal plans; None if a source file may have changed.
+        """Return a key that is equal for sources with equal plans; None if the plan must be made in full.
 
-        The key has everything that `plan` depends on except the source files.
+        The key has all that `plan` depends on except the source files: the table, which kinds of files the
+        source has, and the settings in the records of its caches. It is None if a source file has changed,
+        a cache has no valid record, or a record is from a version that decoded sources differently.
         """
         source = self.source
         # numbers of files and their presence decide which keys of the table a record has
@@ -321,9 +321,9 @@ class SourcePlanner:
             if self._find_change(source_files) is not None:
                 return None
             if has_companions(source) and not any(records.CLOCK in text for text in settings_texts if text):
-                return None  # an early record, without the clock: `plan` compares the companions' headers
+                return None  # an early record: `plan` compares the frame rates of clip and companions
             if not self._would_decode_alike(settings_texts):
-                return None  # from an earlier version: the result depends on the images
+                return None  # from an earlier version: whether its result differs depends on the file
             name_after_stem = file[len(source.stem) :]
             shape += (name_after_stem, *settings_texts)
         return tuple(shape)
@@ -373,7 +373,7 @@ class SourcePlanner:
         if self.existing_files and self.cache_settings.stores.skip_existing:
             # skip_existing accepts files without a record. The video's header may be wrong about the number
             # of frames, so it counts only if it agrees with the existing files
-            self._relied_on_header = True
+            self._trusted_header = True
             header = plan_source(self.source, self.cache_settings.fps, latent.pixel_step, latent.lengths)
             with contextlib.suppress(MediaError):  # too short for a section, according to the header
                 plan = self.compare(header.size, header.spans)
@@ -393,11 +393,11 @@ class SourcePlanner:
             if any(record.options.get(key) != options.get(key) for key in ("source_fps", "fps", "moments")):
                 continue
             if self._find_reading_change(record) is not None:
-                continue  # the recorded size may be wrong for the current way of reading
+                continue  # an earlier version decoded the source differently, perhaps to another size
             # the first file of a record is the source itself
             if record.files and self._is_unchanged(0, record.files[0]):
                 recorded.append(record.clip)
-        # a complete count is better than one at which decoding stopped early
+        # decoding for an earlier cache may have stopped before the end: prefer a complete count of frames
         return max(recorded, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 
     def _compare_clip(self, clip: ClipInfo) -> SourcePlan:
@@ -418,7 +418,9 @@ class SourcePlanner:
         kept_frames: int | None = None,
         why_no_items: str | None = None,
     ) -> SourcePlan:
-        """Compare the cache files of a source with those to write for its spans; return which are missing.
+        """Compare the cache files of a source with those to write for its spans; return what is missing.
+
+        The files of an item (one for each section) are valid together, or encoded again together.
 
         Args:
             size: Width and height of the source.
@@ -428,7 +430,7 @@ class SourcePlanner:
         """
         table, cache_settings = self.table, self.cache_settings
         bucket = bucket_of(table, size, cache_settings.latent.pixel_step, self.source.path)
-        # file names contain the size and span of an item: the original size of an image, a clip's bucket size
+        # file names identify the item: by the original size of an image, or by bucket size and span of a clip
         files_by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
         for file, name in sorted(self.existing_files.items(), key=lambda pair: pair[1].section or 0):
             files_by_item.setdefault((name.size, name.span), {})[file] = name
@@ -543,20 +545,18 @@ class SourcePlanner:
     ) -> None:
         """Raise IncompatibleCache if the header of a file without a record does not fit."""
         self._check_unrecorded_tensors(path, header)
-        for (
-            key,
-            value,
-        ) in self.cache_settings.latent.required_metadata:  # metadata that the family's files always have
+        # metadata that the family's files always have
+        for key, value in self.cache_settings.latent.required_metadata:
             if header.metadata.get(key, value) != value:
                 made_for = f"it was made for {key} {header.metadata[key]}"
-                raise IncompatibleCache(f"{path}: {made_for}, this run has {value}")
+                raise IncompatibleCache(f"{path}: {made_for}, but this run has {value}")
         if not (self.cache_settings.stores.skip_existing or self.store.is_shared):
             raise IncompatibleCache(f"{path}: it has no record of what it was made from")
         grid = self._grid(name, bucket, span)
         if grid not in header.grids:
             stored = ", ".join(format_shape(stored) for stored in sorted(header.grids)) or "no latents"
             raise IncompatibleCache(
-                f"{path}: it contains {stored}, this configuration writes {format_shape(grid)}"
+                f"{path}: it contains {stored}, but this configuration writes {format_shape(grid)}"
             )
 
     def _check_unrecorded_tensors(self, path: Path, header: Entry) -> None:
@@ -567,21 +567,20 @@ class SourcePlanner:
         is_shared = self.store.is_shared  # other programs write caches of this format, too
         latent = self.cache_settings.latent
         if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
-            raise IncompatibleCache(f"{path}: it has no mask of the loss")
-        # with preferences, each image is compared with a worse one, which is rejected
+            raise IncompatibleCache(f"{path}: it has no loss mask")
         if self.source.rejected is not None and REJECTED_LATENTS not in header.keys:
             raise IncompatibleCache(f"{path}: it has no latents of its worse one")
         needs_frame_rate = self.cache_settings.stores_frame_rate and latent.default_fps is None
         if needs_frame_rate and FPS not in header.keys:
-            raise IncompatibleCache(f"{path}: it does not say how many frames make a second")
-        # control images are reference images of an edit if the table has such; otherwise they guide the image
-        references = self.source.control if self.table.references is not None else ()
-        if sum(key.startswith(CONTROL) for key in header.keys) < len(references):
-            raise IncompatibleCache(f"{path}: it has no latents of its {len(references)} reference images")
-        sees_control = self.source.control and not references
-        has_control = any(key.startswith((CONTROL, CONTROL_PIXELS)) for key in header.keys)
-        if is_shared and sees_control and not has_control:
-            raise IncompatibleCache(f"{path}: it has no control picture")
+            raise IncompatibleCache(f"{path}: it does not contain its frame rate")
+        if self.table.references is not None:  # control images are the reference images of an editing model
+            num_references = len(self.source.control)
+            if sum(key.startswith(CONTROL) for key in header.keys) < num_references:
+                raise IncompatibleCache(f"{path}: it has no latents of its {num_references} reference images")
+        elif is_shared and self.source.control:
+            has_control = any(key.startswith((CONTROL, CONTROL_PIXELS)) for key in header.keys)
+            if not has_control:
+                raise IncompatibleCache(f"{path}: it has no control image")
         needed_keys = (INNER_AUDIO, AUDIO_PRESENT) if latent.caches_audio else ()
         for key in needed_keys:
             if key not in header.keys:
@@ -612,11 +611,11 @@ class SourcePlanner:
     def _find_reading_change(self, record: records.LatentRecord) -> str | None:
         """Describe how the version that wrote a record read the source differently; None if it did not."""
         version = record.decoding_version
-        if version not in self._reading_changes:
-            self._reading_changes[version] = reading_difference(
+        if version not in self._decoding_changes:
+            self._decoding_changes[version] = reading_difference(
                 self.source, self.cache_settings.latent.keeps_alpha, version
             )
-        return self._reading_changes[version]
+        return self._decoding_changes[version]
 
     def _find_change(self, files: Sequence[FileIdentity]) -> str | None:
         """Describe which source files have changed since a cache was made; None if all are unchanged."""

@@ -116,8 +116,8 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
     prepared = moments_files.read_prepared(folder)
     if prepared is None or prepared.architecture is None:
         logger.warning(
-            "%s: nothing in %s says which VAE made %s. They are used as moments of the VAE of %s; of another "
-            "one, the model would learn noise.",
+            "%s: nothing in %s says which VAE made %s. They are assumed to be moments of the VAE of %s; "
+            "from those of another VAE, the model would learn noise.",
             source.table.name,
             folder,
             path.parent.name,
@@ -127,14 +127,14 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
     if prepared.architecture != family.name:
         raise DatasetError(
             f"{source.table.name}: {path.parent} was made by the VAE of {prepared.architecture} "
-            f"({folder / moments_files.PREPARED}), this is {family.name}. Prepare the data with this "
+            f"({folder / moments_files.PREPARED}), but this is {family.name}. Prepare the data with this "
             "model, or leave out load_tensors."
         )
     # the same VAE may be stored in different files, so this is only a warning
     if prepared.vae.get("vae") != family.media_identity.get("vae"):
         logger.warning(
-            "%s: %s was made with another file of the VAE of %s than --vae. That is right only if both hold "
-            "the same weights, such as in another format or precision.",
+            "%s: %s was made with a different file of the VAE of %s than --vae. That is correct only if both "
+            "have the same weights, for example in another format or precision.",
             source.table.name,
             path.parent,
             family.name,

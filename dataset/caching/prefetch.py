@@ -116,7 +116,8 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         SystemExit: If a source failed, in other processes, with the same exit code.
     """
     exit_code = DatasetError.exit_code
-    if os.environ.get(RUN_GOES_ON):  # this caching is a step of a longer run, which has its own next command
+    # as a step of a longer run, which goes on without the failed sources and shows its own next command
+    if os.environ.get(RUN_GOES_ON):
         exit_code = SOURCES_LEFT_OUT
         commands = ()
     if not report.is_main:
@@ -139,8 +140,8 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
             pluralize(report.num_without_record, "files were made"),
         )
     has_files = report.written or report.reused
-    is_partial = report.num_assigned < report.num_total  # a shard without files is a normal result
-    if has_files or report.removed or is_partial:
+    is_part_of_work = report.num_assigned < report.num_total  # a part without files is a normal result
+    if has_files or report.removed or is_part_of_work:
         files = f"{report.written} written, {report.reused} kept, {report.removed} removed"
         shown_commands = () if report.failures else commands  # failures have to be repaired first
         show_box("Caching is finished", [("cache files", files), *rows], shown_commands)
@@ -148,9 +149,9 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         failed = failure_error(report.failures, "sources")
         failed.exit_code = exit_code
         raise failed
-    if report.dropped and not has_files and report.num_assigned == report.num_total:
+    if report.dropped and not has_files and not is_part_of_work:
         raise DatasetError(
-            f"not one of the {report.num_total} sources gives an item to train on: the lines above say why. "
+            f"none of the {report.num_total} sources gives an item to train on: the lines above say why. "
             "Lower target_frames, or use longer clips"
         )
 

@@ -19,7 +19,7 @@ from protocols.family import Caches
 logger = logging.getLogger(__name__)
 
 _TAG = re.compile(r"_[0-9]+x[0-9]+_([a-z0-9]+)\.safetensors$")
-_SIZES_OF_REFERENCES = "its reference pictures were cached in the sizes that the other model gives them"
+_SIZES_OF_REFERENCES = "its reference images were cached in the sizes that the other model uses"
 
 
 class OtherCaches:
@@ -47,9 +47,9 @@ class OtherCaches:
         if source.table.kind != "image" or source.precomputed is not None:
             return plan
         store = self._cache_settings.stores.latent_store(source.table)
-        rejected: dict[str, str] = {}  # why the latents of each model are unusable, by their first file
+        rejected: dict[str, str] = {}  # first file of each other model -> why its latents are unusable
         has_incompatible = False
-        for tag, names in self._list_others(plan, self._cache_settings.stores).items():
+        for other_tag, names in self._list_others(plan, self._cache_settings.stores).items():
             existing = names.of(source.stem)
             first_file = next(iter(existing), None)
             if first_file is None or not self._has_our_channels(store, first_file):
@@ -57,15 +57,16 @@ class OtherCaches:
             if source.control:  # models resize reference images differently
                 rejected[first_file] = _SIZES_OF_REFERENCES
                 continue
-            their_plan = SourcePlanner(source, existing, self._cache_settings).plan()
-            nothing_to_encode = their_plan.missing_spans == ()
-            if their_plan.valid_files and nothing_to_encode and not their_plan.num_without_record:
-                files = [self._copy(store, name, tag) for name in sorted(their_plan.valid_files)]
-                return replace(their_plan, valid_files=frozenset(files))
+            # the plan as if these were caches of this model: are they up to date for this run's settings?
+            other_plan = SourcePlanner(source, existing, self._cache_settings).plan()
+            nothing_to_encode = other_plan.missing_spans == ()
+            if other_plan.valid_files and nothing_to_encode and not other_plan.num_without_record:
+                files = [self._copy(store, name, other_tag) for name in sorted(other_plan.valid_files)]
+                return replace(other_plan, valid_files=frozenset(files))
             no_record = f"{first_file}: it has no record of what it was made from"
-            rejected[first_file] = their_plan.outdated_reason or no_record
-            has_incompatible = has_incompatible or their_plan.is_incompatible
-        # no model has usable latents for this source
+            rejected[first_file] = other_plan.outdated_reason or no_record
+            has_incompatible = has_incompatible or other_plan.is_incompatible
+        # no other model has usable latents for this source: remember the reasons for `log_results`
         self._rejected |= rejected
         self._has_incompatible = self._has_incompatible or has_incompatible
         self._makers |= {self._read_maker(store, file) for file in rejected}
@@ -75,18 +76,18 @@ class OtherCaches:
         """Log how many caches of other models were copied, and why others could not be."""
         for maker, count in sorted(self._num_copied.items()):
             logger.info(
-                "%s: the latents that %s has cached with the same autoencoder are taken over, and nothing is "
+                "%s: the latents that %s has cached with the same autoencoder are reused, and nothing is "
                 "encoded for them",
-                format_count(count, "picture"),
+                format_count(count, "image"),
                 maker,
             )
         if self._rejected:
             # shown only if another autoencoder or other options made a file
-            remedy = ". To take them over, give the file and the options of the autoencoder that made them"
+            remedy = ". To reuse them, give the file and the options of the autoencoder that made them"
             logger.info(
-                "%s: the latents that %s has cached are not those that this command makes, and are not used. "
-                "The first: %s%s",
-                format_count(len(self._rejected), "picture"),
+                "%s: the latents that %s has cached differ from those that this command makes and are not "
+                "used. The first: %s%s",
+                format_count(len(self._rejected), "image"),
                 " and ".join(sorted(self._makers)),
                 next(iter(self._rejected.values())),
                 remedy if self._has_incompatible else "",

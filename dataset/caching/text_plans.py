@@ -176,8 +176,8 @@ class _SeenMedia(NamedTuple):
     """The media of a source that text encoders see with its captions."""
 
     source: MediaSource | None  # None: they see no media
-    files: tuple[tuple[Path, Origin | None], ...]
-    settings: Mapping[str, Any]  # settings of the captions' records that depend on these media
+    files: tuple[tuple[Path, Origin | None], ...]  # recorded, so that changed files make text caches stale
+    settings: Mapping[str, Any]  # likewise, table keys that change how these media look
 
 
 def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
@@ -188,7 +188,8 @@ def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
     settings: dict[str, Any] = {}
     if source.control and table.texts_see_references:
         seen_source = source
-        files = source.latent_inputs[1 : 1 + len(source.control)]  # the first part is the source itself
+        num_references = len(source.control)
+        files = source.latent_inputs[1 : 1 + num_references]  # 0 is the source itself
         settings |= _list_reference_settings(source)
     if visible_media != CAPTIONS_ONLY:
         seen_source = source
@@ -281,9 +282,8 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
         if first is not file and first.caption != file.caption:
             raise DatasetError(
                 f"{file.table.name}: the caption of {file.name} is {file.caption!r} here, but "
-                f"{first.caption!r} in {first.table.name}, and both have one npz file.\n  Let the tables "
-                "make equal captions, or keep the embeddings elsewhere: --cache_text_encoder_outputs without "
-                "_to_disk"
+                f"{first.caption!r} in {first.table.name}, and both share one npz file.\n  Make the captions "
+                "equal, or keep the embeddings in memory: --cache_text_encoder_outputs without _to_disk"
             )
     return list(first_texts.values())
 
@@ -302,11 +302,11 @@ def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionF
         return changed_setting
     recorded = record.references
     if len(recorded) != len(file.references):
-        return f"it was made with {len(recorded)} reference pictures, now there are {len(file.references)}"
+        return f"it was made with {len(recorded)} reference images, but now there are {len(file.references)}"
     for (path, origin), recorded_image in zip(file.references, recorded, strict=True):
         try:
             if not is_unchanged(recorded_image, path, origin):
-                return f"{path} changed since"
+                return f"{path} has changed since"
         except OSError as error:  # encoding the image will report the error
             return str(error)
     # the files are equal, but the version that cached them may have decoded them differently

@@ -105,7 +105,7 @@ class TextWork:
         # captions that change at random cannot be cached
         for table in config.datasets:
             if table.group is not None:
-                reject_changing(table, table.changes.varying_keys, "texts")
+                reject_changing(table, table.caption_changes.varying_keys, "texts")
         listing = list_sources(config, captions=True)
         self._sources = listing.sources
         self.listing_report = listing.report  # failures of listing
@@ -328,8 +328,8 @@ class TextWork:
         if len(decoded.spans) != 1:
             problem = f"{len(decoded.spans)} items are cut out of it" if decoded.spans else decoded.reason
             raise MediaError(
-                f"{source.path}: {problem}, and the text encoder sees the frames of one with its caption. "
-                'Give the table frame_extraction = "head" and one length in target_frames, or cut the file.'
+                f"{source.path}: {problem}, but the text encoder needs the frames of exactly one. Set "
+                'frame_extraction = "head" and one length in target_frames in the table, or cut the file.'
             )
         (span,) = decoded.spans
         item = decoded.cut(span)
@@ -338,8 +338,8 @@ class TextWork:
         return dataclasses.replace(
             prompt,
             clip=torch.from_numpy(item.frames),
-            image_pixels=prompt.image_pixels
-            or control_images,  # set already if encoders see references at encoded size
+            # set already if encoders see references as the VAE does
+            image_pixels=prompt.image_pixels or control_images,
             media=source.row_references if self._visible_media.reference_media else (),
             text_with_references=source.further_text,
         )
@@ -482,7 +482,7 @@ class TextWork:
             old_caption = existing.metadata.get("caption1", caption)
             if old_caption != caption:
                 logger.warning(
-                    "%s: the caption was %r, now it is %r; it is replaced", path, old_caption, caption
+                    "%s: the caption was %r, but now is %r; the cache is replaced", path, old_caption, caption
                 )
             new = existing if new is None else _merge_entries(existing, new)
         if new is None:  # another process has just finished the text and removed its `.part`
@@ -494,7 +494,7 @@ class TextWork:
             raise CacheError(
                 f"{path}: while it was made, another run with other captions or encoders removed or replaced "
                 f"what {', '.join(lost)} had written.\n"
-                "  Let one of the two end, then run this command again."
+                "  Wait until one of the two has finished, then run this command again."
             )
         store.write(file.file_name, new.named, new.metadata)
         store.remove(file.file_name + PART)  # last: another process may need it until then
@@ -526,10 +526,10 @@ def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBa
 
 
 def _merge_entries(old: Entry, new: Entry) -> Entry:
-    """Add the tensors and metadata of `new` to those of `old`, and replace what both have.
+    """Merge two caches of the same text, with the outputs of some encoders each; `new` takes precedence.
 
-    If an encoder has a record in both entries, all its tensors in `old` are dropped, even if `new` has no
-    tensor of that name.
+    If an encoder has outputs in both, all its old tensors are dropped, even if `new` has no tensor of that
+    name.
     """
     old_records = text_records(old)
     new_records = text_records(new)

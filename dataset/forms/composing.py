@@ -17,10 +17,14 @@ from modules.errors import DatasetError
 
 
 def _list_declared_sources() -> dict[str, tuple[TableKey, SourceFormat]]:
-    """Return the keys that name the source of items: keys for images, for clips, then for either kind."""
-    # for keys of one kind of media, such as image_directory and video_directory: the name without the kind
+    """Return the keys that name the source of items: keys for images, for clips, then for either kind.
+
+    `source` of a format is the name of such a key, or its end: `directory` stands for `image_directory` and
+    `video_directory`.
+    """
+    # names without the kind, such as `directory`
     kind_keys: list[tuple[str, config_keys.ValueType, SourceFormat]] = []
-    # keys that are spelled alike for all kinds
+    # names that are the same for all kinds
     common_keys: dict[str, tuple[TableKey, SourceFormat]] = {}
     for source_format in FORMS:
         record: Any = source_format.keys or DatasetTable
@@ -31,8 +35,8 @@ def _list_declared_sources() -> dict[str, tuple[TableKey, SourceFormat]]:
                 common_keys[field.name] = field.metadata["key"], source_format
     by_key = {}
     for kind in config_keys.BOTH:
-        for name, value_type, source_format in kind_keys:
-            by_key[f"{kind}_{name}"] = TableKey(value_type, None, (kind,)), source_format
+        for name, make_value_type, source_format in kind_keys:
+            by_key[f"{kind}_{name}"] = TableKey(make_value_type, None, (kind,)), source_format
     return by_key | common_keys
 
 
@@ -42,7 +46,7 @@ FORMAT_OF_SOURCE: Mapping[str, SourceFormat] = {
 }
 # a table has exactly one of these source keys; its other keys must fit that kind of source
 SOURCES = tuple(_SOURCES)
-OWN_KEYS: Mapping[str, TableKey] = {
+FORMAT_KEYS: Mapping[str, TableKey] = {
     name: key
     for source_format in FORMS
     if source_format.source and source_format.keys is not None
@@ -57,7 +61,7 @@ def _compose_keys() -> dict[str, TableKey]:
     shared = declared_keys(DatasetTable)
     for field in fields(DatasetTable):
         if field.name == "format_keys":
-            keys |= OWN_KEYS
+            keys |= FORMAT_KEYS
         elif field.name in shared:
             keys[field.name] = shared[field.name]
     return keys
@@ -69,7 +73,7 @@ KEYS: Mapping[str, TableKey] = _compose_keys()
 def _list_keys_of(source: str, source_format: SourceFormat) -> frozenset[str]:
     """Return the additional keys that a table may have if its source key is `source`."""
     own = {} if source_format.keys is None else declared_keys(source_format.keys)
-    common = {name for name, key in KEYS.items() if not (key.of_some_forms or name in OWN_KEYS)}
+    common = {name for name, key in KEYS.items() if not (key.of_some_forms or name in FORMAT_KEYS)}
     keys_of_format = (common | {*source_format.shared_keys, *own}) - {*SOURCES}
     kind = KEYS[source].kinds[0]
     return frozenset(name for name in keys_of_format if kind in KEYS[name].kinds)

@@ -42,9 +42,9 @@ FindCell = Callable[[TableRow], "PackedFile | None"]  # returns the file in a ce
 class InspectedColumns(NamedTuple):
     """The columns of a list or table, for warnings about columns that nothing reads."""
 
-    media: str  # column of the media
-    read: set[str]  # columns that are read, except numbered ones such as `control_path_1`
-    cells: list[str]  # unread columns that contain files
+    media_column: str
+    columns_read: set[str]  # except numbered ones such as `control_path_1`
+    unread_file_columns: list[str]  # unread columns that contain files
     rows: Iterator[TableRow]  # rows with the media, control and unread columns
     is_list: bool = False  # whether this is a JSONL list, which is written for this program
 
@@ -62,7 +62,9 @@ class SourceFormat:
     has_columns: ClassVar[bool] = False  # whether `inspect_columns` is defined
     # whether training may list the sources to compare their companions with those in the caches
     is_listed_in_training: ClassVar[bool] = False
-    has_caches_of_others: ClassVar[bool] = False  # whether other programs store caches next to the images
+    shares_caches_with_other_programs: ClassVar[bool] = (
+        False  # whether other programs store caches next to the images
+    )
     names_images_anywhere: ClassVar[bool] = False  # whether images of one table may be in many folders
     has_dependent_keys: ClassVar[bool] = False  # whether `find_conflict` or `complete` is defined
 

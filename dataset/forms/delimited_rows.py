@@ -47,8 +47,8 @@ def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableR
         except csv.Error as error:
             if "limit" in str(error):
                 raise DatasetError(
-                    f"{path}, line {number}: a cell has more than {MAX_CELL_CHARACTERS:,} characters. A "
-                    "quote that is not closed looks like that; correct it, or use JSONL or Parquet."
+                    f"{path}, line {number}: a cell has more than {MAX_CELL_CHARACTERS:,} characters. The "
+                    "cause may be an unclosed quote; correct it, or use JSONL or Parquet."
                 ) from None
             yield TableRow(path, "line", number, fault=f"it is not valid {_kind_of(path)}: {error}")
             continue
@@ -60,15 +60,19 @@ def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableR
 
 
 def _open_after_header(path: Path) -> tuple[list[str], Any]:
-    """Return the column names of a CSV or TSV file, and a csv.reader that continues with the first row."""
+    """Return the column names of a CSV or TSV file, and a csv.reader that continues with the first row.
+
+    1. Read lines up to the first one that is not blank, which names the columns, to find the delimiter.
+    2. Pass these lines again to a reader with this delimiter, so that its line numbers are those of the file.
+    """
     lines = table_lines(path)
-    lines_read: list[str] = []
+    first_lines: list[str] = []
     for line in lines:
         is_blank = not line.strip()
-        lines_read.append("" if is_blank else line)
+        first_lines.append("" if is_blank else line)
         if not is_blank:
             break
-    header = lines_read[-1] if lines_read else ""  # the line that names the columns
+    header = first_lines[-1] if first_lines else ""
     if not header:
         raise DatasetError(f"{path} is empty; its first line names the columns")
     kind = _kind_of(path)
@@ -76,9 +80,8 @@ def _open_after_header(path: Path) -> tuple[list[str], Any]:
     separator_line = re.fullmatch(r"sep=(.) *", header) if kind == CSV else None
     if separator_line is not None:  # as spreadsheets write it: the next line names the columns
         delimiter = separator_line[1]
-        lines_read[-1] = ""
-    # with the lines read so far, so that the reader counts them, too
-    lines_with_ends = (f"{line}\n" for line in itertools.chain(lines_read, lines))
+        first_lines[-1] = ""
+    lines_with_ends = (f"{line}\n" for line in itertools.chain(first_lines, lines))
     rows = csv.reader(lines_with_ends, delimiter=delimiter, strict=True)
     try:
         first_row = next(row for row in rows if row)
@@ -87,7 +90,7 @@ def _open_after_header(path: Path) -> tuple[list[str], Any]:
         raise DatasetError(f"{path} ends before the names of its columns") from None
     except csv.Error as error:
         raise DatasetError(
-            f"{path}, line {len(lines_read)}: the names of the columns cannot be read: {error}"
+            f"{path}, line {len(first_lines)}: the names of the columns cannot be read: {error}"
         ) from None
     check_names(path, names)
     return names, rows

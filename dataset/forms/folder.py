@@ -26,7 +26,7 @@ class Folders(SourceFormat):
         "multiple_target",
     )
     is_listed_in_training = True
-    has_caches_of_others = True
+    shares_caches_with_other_programs = True
 
 
 FOLDER = Folders()

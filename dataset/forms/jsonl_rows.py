@@ -35,7 +35,8 @@ def inspect_lines(table: DatasetTable) -> InspectedColumns:
     """Return the rows of a list and the names that are read from them."""
     media = table.path_key
     read = names_read(table, media, "caption")
-    return InspectedColumns(media, read, cells=[], rows=read_jsonl(table.source, None), is_list=True)
+    rows = read_jsonl(table.source, None)
+    return InspectedColumns(media, read, unread_file_columns=[], rows=rows, is_list=True)
 
 
 def first_keys(path: Path) -> tuple[str, ...]:
@@ -68,16 +69,16 @@ def read_jsonl(path: Path, names: Collection[str] | None, example: str = "") -> 
         if not line.strip():
             continue
         fault = None
-        cells: Mapping[str, Any] = {}
+        unread_file_columns: Mapping[str, Any] = {}
         try:
-            cells = _parse_object(line)
+            unread_file_columns = _parse_object(line)
         except ValueError as error:
             fault = f"{error}{hint}"
             if is_first:
                 _reject_other_format(path, line)
         is_first = False
-        keys = cells if names is None else names
-        values = {key: cells[key] for key in keys if cells.get(key) is not None}
+        keys = unread_file_columns if names is None else names
+        values = {key: unread_file_columns[key] for key in keys if unread_file_columns.get(key) is not None}
         yield TableRow(path, "line", number, values, fault=fault)
 
 

@@ -34,7 +34,7 @@ class Metadata(SourceFormat):
     name = "metadata files"
     keys = MetadataKeys
     metadata_key = "metadata_file"
-    has_caches_of_others = True
+    shares_caches_with_other_programs = True
     names_images_anywhere = True
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":

@@ -48,9 +48,7 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
         images.append(image)
         texts.append(text)
     if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in entries.values()):
-        logger.info(
-            "%s: %s is not needed: the sizes of pictures are read from the pictures", table.name, SIZE_KEY
-        )
+        logger.info("%s: %s is not needed: sizes are read from the images themselves", table.name, SIZE_KEY)
     # images of several folders may have equal names, so stems get a hash
     stems = unique_stems([image.stem for image in images], [str(image) for image in images])
     sources = []
@@ -77,7 +75,7 @@ def _read_entries(table: DatasetTable, path: Path) -> dict[str, Any]:
         raise DatasetError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise DatasetError(
-            f'{path}: the top level must be an object with a picture for each key: {{"cat": {{"caption": '
+            f'{path}: the top level must be an object with a key for each image: {{"cat": {{"caption": '
             '"a cat"}}'
         )
     return content
@@ -109,10 +107,11 @@ def find_image(key: str, folder: Path | None, images_of_folders: dict[Path, dict
         entries = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
         images = [entry for entry in entries if entry.suffix.lower() in image_suffixes()]
         images_of_folders[parent] = {image.stem: image for image in images}
-    if path.name not in images_of_folders[parent]:
+    image_by_stem = images_of_folders[parent]
+    if path.name not in image_by_stem:  # the key has no suffix
         in_folder = "" if folder is None else f" in {folder}"
-        raise ValueError(f"there is no such picture{in_folder}: fix the key or remove the entry")
-    return images_of_folders[parent][path.name]
+        raise ValueError(f"there is no such image{in_folder}: fix the key or remove the entry")
+    return image_by_stem[path.name]
 
 
 def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
@@ -129,9 +128,9 @@ def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
     tags = _read_entry_text(entry, "tags")
     if not caption or not tags:
         return caption or tags or table.class_tokens
-    separator = table.changes.separator
+    separator = table.caption_changes.separator
     lines = [caption]
-    if table.changes.wildcards:
+    if table.caption_changes.wildcards:
         tags = separator.join(lines_of(tags))
         lines = lines_of(caption)
     return "\n".join(f"{line}{separator} {tags}" for line in lines)

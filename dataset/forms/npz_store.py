@@ -150,7 +150,10 @@ class NpzStore:
         return image_path.with_name(image_path.name + npz_name.removeprefix(source_stem))
 
     def _file_of(self, name: str) -> Path:
-        """Return the file of an entry: the one with its name, else `STEM.npz` of an older program."""
+        """Return the file of an entry: the one with its name, else `STEM.npz` of an older program.
+
+        Names of older programs contain no tag of the model, so a warning is logged once.
+        """
         path = self._path(name)
         stem = self._source_stem(name)
         is_latents = bool(stem) and not self._is_text(name)
@@ -163,8 +166,8 @@ class NpzStore:
         if not self._warned:  # one warning for all such files
             self._warned.add(untagged.name)
             logger.warning(
-                "%s: latents of an older program, whose name does not say the model. Remove such files if "
-                "they are of a different model than %s.",
+                "%s: latents of an older program, whose name does not contain the model. Remove such files "
+                "if they are not of %s.",
                 untagged,
                 self.tag,
             )
@@ -225,7 +228,7 @@ class NpzStore:
 
     def _endings(self) -> tuple[tuple[str, str], ...]:
         """Return pairs of an entry name's ending (without suffix) and its file name's ending."""
-        return (f"_{self.tag}_te", self.format.texts), (f"_{self.tag}", self.format.latents)
+        return (f"_{self.tag}_te", self.format.text_suffix), (f"_{self.tag}", self.format.latent_suffix)
 
     # --- latents ---
 
@@ -433,7 +436,7 @@ class NpzStore:
         write_members(self._path(name), members)
 
     def _make_constants(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Return arrays that other programs expect besides encoder outputs: constants, settings, zeros."""
+        """Return arrays that other programs expect in addition to encoder outputs: settings, zeros."""
         added: dict[str, Array] = {name: np.array(value) for name, value in self.format.constants.items()}
         for setting, table_field in self.format.table_settings.items():
             added[setting] = np.array(getattr(self.table, table_field), np.float32)

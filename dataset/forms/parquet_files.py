@@ -119,15 +119,15 @@ class UnpackedBytesLimit:
             )
 
 
-def largest_value(file: Any, limit: UnpackedBytesLimit, group: int, columns: Collection[str]) -> int:
-    """Return an upper limit for the size of a value in some columns of a row group, in bytes.
+def measure_row_group(file: Any, limit: UnpackedBytesLimit, group: int, columns: Collection[str]) -> int:
+    """Check the unpacked size of some columns of a row group; return an upper bound for one value, in bytes.
 
-    Values may refer to pages with dictionaries or prefixes, so that in a damaged or malicious file each row
-    could be as large as such a page.
+    A small damaged or malicious file could unpack to any size. Values may also refer to pages with
+    dictionaries or prefixes, so each row could be as large as such a page.
 
     Args:
         file: A `ParquetFile`.
-        limit: Counter for the pages of this row group.
+        limit: Counter for the pages of this row group; raises if they are too large.
         group: Index of the row group.
         columns: Names of columns, including nested ones.
 
@@ -145,9 +145,9 @@ def largest_value(file: Any, limit: UnpackedBytesLimit, group: int, columns: Col
     with limit.path.open("rb") as content:
         for index in range(chunks.num_columns):
             chunk = chunks.column(index)
-            # a column of a struct, `image.bytes`, counts if one of its parents, `image`, is asked for
-            parents = accumulate(chunk.path_in_schema.split("."), "{}.{}".format)
-            if not names.isdisjoint(parents):
+            # the column `image.bytes` belongs to the struct `image`: it counts if either is in `columns`
+            prefixes = accumulate(chunk.path_in_schema.split("."), "{}.{}".format)
+            if not names.isdisjoint(prefixes):
                 # each value takes memory in addition to its page
                 limit.add(chunk.num_values * VALUE_BYTES)
                 fixed_length = file.schema.column(index).length
@@ -180,7 +180,7 @@ def _count_pages(content: Any, chunk: Any, limit: UnpackedBytesLimit) -> int:
         data_page = next((field for field in _ENCODINGS if isinstance(header.get(field), dict)), None)
         if data_page is not None:
             count = _read_size(header[data_page], _NUM_VALUES)
-            # `largest_value` has counted chunk.num_values; a damaged page may have more
+            # `measure_row_group` has counted chunk.num_values; a damaged page may have more
             limit.add(max(0, count - chunk.num_values) * VALUE_BYTES)
             num_values += count
             encoding = header[data_page].get(_ENCODINGS[data_page])
@@ -425,7 +425,7 @@ def _read_column(path: Path, group: int, column: str, mtime_ns: int) -> Any:
     with open_parquet(path, [column]) as file:
         limit = UnpackedBytesLimit.of(path)
         limit.max_bytes = min(limit.max_bytes, MAX_GROUP_BYTES)  # one row group is in memory at a time
-        largest_value(file, limit, group, [column])  # raises DatasetError if the pages are too large
+        measure_row_group(file, limit, group, [column])  # raises DatasetError if the pages are too large
         cells = file.read_row_group(group, columns=[column], use_threads=False).column(0)
     # pyarrow returns a column of a struct as a struct with that one field
     if "." in column and hasattr(cells.type, "num_fields") and cells.type.num_fields:

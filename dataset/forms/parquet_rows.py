@@ -72,7 +72,8 @@ def _read_batches(
     `limit` counts the memory that the values take.
     """
     for group in range(file.metadata.num_row_groups):
-        largest = parquet_files.largest_value(file, parquet_files.UnpackedBytesLimit.of(path), group, names)
+        group_limit = parquet_files.UnpackedBytesLimit.of(path)
+        largest = parquet_files.measure_row_group(file, group_limit, group, names)
         num_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
         for batch in file.iter_batches(num_rows, [group], names, use_threads=False):
             limit.add(parquet_files.ROW_BYTES * len(batch))

@@ -158,14 +158,14 @@ class RowReader:
         """Return a hint for a line without a path: an example line, or the table key for such lines."""
         name = self.path_column
         if f"{name}_0" in values:
-            layers = f"{name}_0, {name}_1, ... are a picture and its layers"
-            return f", and {layers}: give the table multiple_target = true"
+            layers = f"{name}_0, {name}_1, ... are an image and its layers"
+            return f", and {layers}: set multiple_target = true in the table"
         columns_of_tables = (*PATH_COLUMNS, self.table.kind)
         text_columns = [name for name in columns_of_tables if isinstance(values.get(name), str)]
         if text_columns and not self.table.is_audio_only:
             kind = self.table.kind
             return (
-                f". {text_columns[0]} is read from tables: give the file to {kind}_table_file in place of "
+                f". {text_columns[0]} is read from tables: name the file in {kind}_table_file instead of "
                 f"{kind}_jsonl_file"
             )
         example = f'{{"{name}": "...", "caption": "..."}}'
@@ -252,13 +252,18 @@ class RowReader:
     ) -> list[media_source.MediaSource]:
         """Return all sources of the rows with unique stems; add errors about several rows to `faults`.
 
-        `sources` are all sources that `read` returned, in order.
+        Equal stems get a hash. In a JSONL list, however, local files with equal names are an error, which is
+        reported later.
+
+        Args:
+            sources: All sources that `read` returned, in order.
+            faults: Errors are added to this list.
         """
         stems = media_source.unique_stems([source.stem for source in sources], self._identities)
         named = []
         for source, stem in zip(sources, stems, strict=True):
-            # equal file names in a list are an error, which is reported later; tables get a hash in the stem
-            keeps_stem = stem == source.stem or (self.is_list and not source.remote_or_packed)
+            is_local_in_list = self.is_list and not source.remote_or_packed
+            keeps_stem = is_local_in_list or stem == source.stem
             named.append(source if keeps_stem else replace(source, stem=stem))
         numbered = media_source.number_repeats(named)
         if self._gaps:
@@ -306,7 +311,7 @@ class RowReader:
         if caption is not None and not isinstance(caption, str):
             hint = ""
             if isinstance(caption, list):
-                hint = f". Write one text, or all in a list captions, with {MULTI_CAPTION} in the table"
+                hint = f". Write one text, or all in a list named captions, with {MULTI_CAPTION} in the table"
             raise DatasetError(f"{position}: {name} = {_show(caption)} is not a text{hint}")
         captions = []
         if caption is not None:

@@ -105,10 +105,14 @@ def inspect_table(table: DatasetTable, path_column: str | None) -> InspectedColu
     path = table.source
     columns = column_names(path)
     media, caption = _select_columns(table, path_column, columns)
-    # columns of files are only located, all others are read as values
-    read = names_read(table, media, caption or "") - {media}
+    used = names_read(table, media, caption or "") - {media}
+    unused = [name for name in columns if name not in used and not is_companion(name)]
     control = [name for name in columns if is_control(table, name)]
-    unread = [name for name in columns if name not in read and not is_companion(name)]
-    plain, cells = plain_columns(path, [*unread, *control])
-    unused_cells = [name for name in cells if name != media]
-    return InspectedColumns(media, names_read(table, media, ""), unused_cells, read_columns(path, plain))
+    # only values are read, not the files that some columns contain
+    value_columns, file_columns = plain_columns(path, [*unused, *control])
+    return InspectedColumns(
+        media,
+        columns_read=names_read(table, media, ""),
+        unread_file_columns=[name for name in file_columns if name != media],
+        rows=read_columns(path, value_columns),
+    )

@@ -249,7 +249,7 @@ def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSa
         else:
             files[extension] = content
     by_role: dict[tuple[str, int], list[str]] = {}  # extensions such as `mask.png` or `control_1.png`
-    candidates = []  # extensions of files that may be what is learned
+    candidates = []  # extensions of files that may be the image or clip
     for extension in files:
         role = _find_role(extension, rules)
         if role is None:
@@ -261,12 +261,12 @@ def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSa
     if not media:
         return None
     if len(media) > 1:
-        raise ValueError(f"it has several files to learn: {', '.join(media)}; keep one")
+        raise ValueError(f"it has several files to train on: {', '.join(media)}; keep one")
     caption = _select_caption(texts, rules)
     extras = []
     for (role_name, number), extensions in sorted(by_role.items()):
         if len(extensions) > 1:
-            raise ValueError(f"it has two files of one kind among {', '.join(extensions)}; keep one")
+            raise ValueError(f"it has several files of one kind: {', '.join(extensions)}; keep one")
         extras.append((role_name, number, files[extensions[0]]))
     return TarSample(key, files[media[0]], caption, tuple(extras))
 

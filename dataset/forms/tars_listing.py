@@ -224,7 +224,7 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
     for pattern in patterns:
         for name in expand_braces(pattern, table.name):
             if is_address(name) and not table.allow_urls:
-                kind = f"tars of {table.name} are at addresses, read only with allow_urls = true"
+                kind = f"tars of {table.name} are at addresses, which need allow_urls = true"
                 faults.append(media_source.Fault(kind, hide_secrets(name)))
                 continue
             try:
@@ -329,7 +329,7 @@ def expand_braces(pattern: str, table_name: str) -> list[str]:
             options = _BraceOptions.parse(braces[1])
             if len(expanded) + len(options.values) > MAX_PATTERN_NAMES:
                 raise DatasetError(
-                    f"{table_name}: {hide_secrets(pattern)} stands for more than {MAX_PATTERN_NAMES:,} names"
+                    f"{table_name}: {hide_secrets(pattern)} expands to more than {MAX_PATTERN_NAMES:,} names"
                 )
             before = name[: braces.start()]
             after = name[braces.end() :]

@@ -23,19 +23,19 @@ MAX_ROWS = 1000  # rows of a file that are checked
 MAX_SHOWN = 80  # characters of a value in a message
 NEAR = 0.84  # similarity of names, 0..1: contol_path is near control_path, caption_en is not near caption
 # columns that are read only for models whose tables have `reads_row_references`
-OF_SHOWN_MEDIA = frozenset({"references", FURTHER_TEXT.key})
+ROW_REFERENCE_COLUMNS = frozenset({"references", FURTHER_TEXT.key})
 # Reelsmith column -> its contents, for messages, and words in other programs' names of such columns
-MEANT: Mapping[str, tuple[str, tuple[str, ...]]] = {
+COLUMN_SYNONYMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "control_path": (
-        "reference pictures and control media are",
+        "reference images and control media are",
         ("control", "controls", "edit", "reference", "references", "ref", "source", "src", "input", "kontext")
         + ("conditioning", "condition", "before"),
     ),
     "mask_path": ("masks are", ("mask", "masks", "matte", "segmentation")),
-    "audio_path": ("the sound of clips is", ("audio", "sound", "speech", "music")),
+    "audio_path": ("the audio of clips is", ("audio", "sound", "speech", "music")),
 }
 
-OF_TABLE = ": it is a key of the [[datasets]] table, for all its items"
+IS_TABLE_KEY = ": it is a key of the [[datasets]] table, for all its items"
 
 _QUOTED = re.compile(r"""["']([^"']+)["']""")
 
@@ -55,22 +55,22 @@ def find_unused(table: DatasetTable) -> list[Fault]:
     columns = source_format.inspect_columns(table)
     explanations: dict[str, str] = {}  # end of the warning about a column, by name
     control_cell_columns = []
-    for name in columns.cells:
+    for name in columns.unread_file_columns:
         if is_control(table, name):
             control_cell_columns.append(name)
         else:
-            explanations[name] = f", which holds files{_make_hint(name, table) or ''}"
+            explanations[name] = f", which contains files{_make_hint(name, table) or ''}"
     cell_finders = {name: find_cells(path, name, finds_nulls=True) for name in control_cell_columns}
     for row in itertools.islice(columns.rows, MAX_ROWS):
         values: dict[str, Any] = {}
         for name, find_cell in cell_finders.items():
             if find_cell is not None and find_cell(row) is not None:
-                values[name] = True  # stands for one file
+                values[name] = True  # a file, which `_list_surplus` counts
         values |= row.values
         for name in _list_surplus(values, table):
-            explanations[name] = f": of such files the model takes {table.control_count} an item"
+            explanations[name] = f": the model uses {table.control_count} of these files for each item"
         for name, value in row.values.items():
-            is_read = name in columns.read or is_companion(name) or is_layer(table, name)
+            is_read = name in columns.columns_read or is_companion(name) or is_layer(table, name)
             if is_read or name in explanations:
                 continue
             explanation = _explain_unused(name, value, row, table, columns)
@@ -86,11 +86,11 @@ def _explain_unused(
     lacks_caption = columns.is_list and not row.values.get("caption")
     explanation = _explain_by_name(name, value, table, lacks_caption)
     if explanation is None:
-        media = row.values.get(columns.media)
+        media = row.values.get(columns.media_column)
         explanation = _explain_by_value(name, value, table=table, path=table.source, media=media)
     # other programs' tables have columns with names of keys, such as `resolution`; lists do not
     if explanation is None and columns.is_list and name in KEYS:
-        explanation = OF_TABLE
+        explanation = IS_TABLE_KEY
     return explanation
 
 
@@ -104,9 +104,9 @@ def _explain_by_name(name: str, value: Any, table: DatasetTable, lacks_caption: 
             return ": did you mean 'caption'?"
         return ": captions are read from another column"
     if name in TIMESTEP_KEYS:
-        return OF_TABLE
-    if name in OF_SHOWN_MEDIA and not table.reads_row_references:
-        return ": models with references of several kinds read it, such as MiniMax-H3"
+        return IS_TABLE_KEY
+    if name in ROW_REFERENCE_COLUMNS and not table.reads_row_references:
+        return ": only models with references of several kinds read it, such as MiniMax-H3"
     return None
 
 
@@ -188,10 +188,10 @@ def _make_hint(name: str, table: DatasetTable) -> str | None:
     """Return advice for a column whose name is similar to a used column's, or a synonym; None for others."""
     name_parts = set(re.split(r"[^a-z]+", name.lower()))
     similar = _find_similar(name, table)
-    for column, (contents, synonyms) in MEANT.items():
+    for column, (contents, synonyms) in COLUMN_SYNONYMS.items():
         if similar == column or (similar is None and name_parts.intersection(synonyms)):
             advice = f": {contents} read from {column}. Rename it"
             if column == "control_path":
-                advice += f", or say control_column = {name!r} in the table"
+                advice += f", or set control_column = {name!r} in the table"
             return advice
     return None

@@ -48,14 +48,14 @@ def find_audio(source: MediaSource) -> Path:
             download(origin.address, file, check=check_media)
         return file
     if table.audio_directory is not None:
-        raise NoAudio(f"{path}: no file of its name in {table.audio_directory}")
+        raise NoAudio(f"{path}: no file with its name in {table.audio_directory}")
     if source.precomputed is not None or path.is_dir() or is_animation(path):
-        raise NoAudio(f"{path}: only video files have audio of their own")
+        raise NoAudio(f"{path}: only video files have their own audio")
     rate = None if declared is None else file_rate(path)
     if declared is not None and rate is not None and abs(rate / declared - 1) > SAME_RATE:
         raise NoAudio(
-            f"{path}: it has {rate:.4g} frames a second, source_fps says {declared:g}: its sound would not "
-            'fit the frames. Write source_fps = "auto"'
+            f"{path}: it has {rate:.4g} frames per second, but source_fps says {declared:g}: its audio would "
+            'not fit the frames. Set source_fps = "auto"'
         )
     return path
 
@@ -104,7 +104,7 @@ def count_frames(path: Path, fps: float) -> int:
     """
     info = track_info(path)
     if info is None or info.end is None:
-        why = "it has no track of sound" if info is None else "it is empty, or does not say how long it is"
+        why = "it has no audio track" if info is None else "it is empty, or does not say how long it is"
         raise MediaError(f"{path}: {why}. Convert it to WAV or FLAC, or remove it")
     count = int(info.end * Fraction(fps))
     if not 0 < count <= MAX_FRAMES:
@@ -164,7 +164,7 @@ def read_audios(path: Path, spans: Sequence[Span], rate: float, spec: AudioSpec)
     length = max(end for _, end in sample_ranges) - offset
     samples = read_track(path, Fraction(offset, spec.rate), length, rate=spec.rate, channels=spec.channels)
     if samples is None:
-        raise NoAudio(f"{path}: it has no track of sound")
+        raise NoAudio(f"{path}: it has no audio track")
     # copied, so that the samples between the spans are freed
     return [
         torch.from_numpy(samples[:, start - offset : end - offset].copy()) for start, end in sample_ranges

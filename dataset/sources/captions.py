@@ -121,11 +121,11 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
         if table.multi_caption:
             captions = lines_of(text) or [""]
         return complete_captions(captions, table)
-    if table.changes.varies_per_step:
+    if table.caption_changes.varies_per_step:
         return (text,)
     first_line = next(iter(lines_of(text)), "")
     (caption,) = complete_captions([first_line], table)
-    return (join_parts(caption, table.changes),)
+    return (join_parts(caption, table.caption_changes),)
 
 
 def split_first_caption(

@@ -46,14 +46,14 @@ def reading_difference(source: MediaSource, keeps_alpha: bool, decoder_version: 
         return None
     with fetch(source) as local:
         source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
-        keeps_by_file = [(local.path, source_keeps)]
-        keeps_by_file += [(path, control_keeps) for path in local.control]
-        keeps_by_file += [(path, False) for path in (local.mask, local.control_mask) if path is not None]
-        keeps_by_file += [(path, False) for path in local.references]
-        keeps_by_file += [
-            (path, source_keeps) for path in (local.rejected, *local.layers) if path is not None
-        ]
-        return _find_changed(keeps_by_file, decoder_version)
+        without_alpha = [local.mask, local.control_mask, *local.references]
+        like_source = [local.rejected, *local.layers]
+        # each file, and whether its transparency is kept
+        files = [(local.path, source_keeps)]
+        files += [(path, control_keeps) for path in local.control]
+        files += [(path, False) for path in without_alpha if path is not None]
+        files += [(path, source_keeps) for path in like_source if path is not None]
+        return _find_changed(files, decoder_version)
 
 
 def find_changed_reading(
@@ -136,7 +136,7 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
     At most MAX_CHECKED_FILES local files are checked. Unreadable files are reported elsewhere.
     """
     warnings: dict[tuple[Path, str], Fault] = {}  # by file and kind of warning
-    colors_of_files: dict[Path, Colors] = {}
+    colors_of_files: dict[Path, Colors] = {}  # several sources may share a control image
     for source in sources:
         if source.remote_or_packed or source.precomputed is not None:
             continue
@@ -150,9 +150,9 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
                 continue
             colors_of_files[path] = colors
             problems = _find_problems(colors, source_keeps if path is source.path else control_keeps)
-            # GIF and WebP files in a folder of images are reported when the folder is listed
-            is_named = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
-            if colors.is_animated and source.table.kind == "image" and not is_named:
+            # GIF and WebP files in a folder of images were reported when the folder was listed
+            is_reported = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
+            if colors.is_animated and source.table.kind == "image" and not is_reported:
                 problems[MOVING] = ""
             for kind, detail in problems.items():
                 warnings.setdefault((path, kind), Fault(kind, f"{path}{detail}", source.stem))

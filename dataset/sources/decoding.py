@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import random
 import threading
@@ -420,18 +421,8 @@ def _decode_image(
         is_mirrored = table.augmentation.flip and generator.random() < 0.5
         if table.augmentation.color:
             image = change_colors(image, generator)
-
-    def fit_to_bucket(other: Frame) -> Frame:
-        """Resize, crop and mirror the image, or a control image, mask or layer in the same way."""
-        other_size = (other.shape[1], other.shape[0])
-        if table.buckets is None:
-            other_fit = fit_cover(other_size, fit.bucket)
-        else:
-            other_fit = fit_like(fit, other_size, size)
-        fitted = fit_frame(other, other_fit)
-        return mirror(fitted) if is_mirrored else fitted
-
-    # control images and masks are changed like the image
+    # for the image itself, and for all that is aligned with it: control images, mask, layers
+    fit_to_bucket = functools.partial(_fit_like, size=size, fit=fit, table=table, is_mirrored=is_mirrored)
     control = _read_controls(
         source,
         bucket=fit.bucket,
@@ -527,6 +518,17 @@ def _read_rejected(
     require_equal_size(source, size, (rejected.shape[1], rejected.shape[0]))
     fitted = fit_image(rejected)
     return (add_alpha(fitted) if has_alpha else fitted)[None]
+
+
+def _fit_like(frame: Frame, size: Size, fit: Fit, table: DatasetTable, is_mirrored: bool) -> Frame:
+    """Resize, crop and mirror a frame like an image of the original size `size`, whose fit is `fit`."""
+    frame_size = (frame.shape[1], frame.shape[0])
+    if table.buckets is None:
+        frame_fit = fit_cover(frame_size, fit.bucket)
+    else:
+        frame_fit = fit_like(fit, frame_size, size)
+    fitted = fit_frame(frame, frame_fit)
+    return mirror(fitted) if is_mirrored else fitted
 
 
 def _draw_crop(source: MediaSource, size: Size, fit: Fit, rng: random.Random) -> Fit:

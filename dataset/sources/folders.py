@@ -56,7 +56,6 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     assert table.directory is not None
     extension = table.caption_extension
     caption_errors: dict[Path, str] = {}  # by caption file
-    stems_with_error: list[str] = []  # stems of the items whose caption file has an error
     sources = []
     for path, control in zip(paths, controls, strict=True):
         stem = path.stem
@@ -66,7 +65,6 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
             content = _read_captions(caption_path, table)
             if content.error:
                 caption_errors[caption_path] = content.error
-                stems_with_error.append(stem)
         audio = None
         if audios or table.finds_audio_by_name:
             audio = _find_audio(table, path, audios, faults)
@@ -87,8 +85,8 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     if caption_errors:
         kind = "have a caption that cannot be used"
         messages = explain_captions(list(caption_errors), list(caption_errors.values()))
-        for message, stem in zip(messages, stems_with_error, strict=True):
-            faults.append(Fault(kind, message, stem))
+        for caption_path, message in zip(caption_errors, messages, strict=True):
+            faults.append(Fault(kind, message, caption_path.name.removesuffix(extension or "")))
     return sources
 
 
@@ -178,8 +176,8 @@ def _find_companions(
                 raise DatasetError(f"{table.name}: {files[0]} and {files[1].name} are {kinds}. Keep one.")
         if not companions:
             raise DatasetError(
-                f"{table.name}: {folder} has no {what} for any {table.kind}. Files there have the name of "
-                f"their {table.kind} except for the suffix: {_make_example(table, what)}."
+                f"{table.name}: {folder} has no {what} for any {table.kind}. Give each file the name of its "
+                f"{table.kind}, except for the suffix: {_make_example(table, what)}."
             )
     except DatasetError as error:
         faults.append(Fault(f"problems with the {what} of {table.name}", str(error)))
@@ -313,8 +311,8 @@ def _warn_unused_controls(
         unused += folder.list_surplus(path.stem, count)
     if unused:
         logger.warning(
-            "%s: %d control images are ignored, such as %s, because each image takes %d. For FramePack, "
-            "fp_1f_clean_indices gives the index of each one that is used.",
+            "%s: %d control images are ignored, such as %s, because each image uses %d. For FramePack, "
+            "fp_1f_clean_indices lists the index of each control image that is used.",
             table.name,
             len(unused),
             unused[0],
@@ -347,7 +345,7 @@ class ControlFolder:
     """Index of the files in a `control_directory`, which is listed only once."""
 
     def __init__(self, folder: Path, stems: Container[str], config_path: Path | None = None) -> None:
-        """List the folder.
+        """List the folder, and index its images by the stem of the image that they belong to.
 
         Args:
             folder: Folder of the control media.
@@ -361,8 +359,9 @@ class ControlFolder:
         self._stems = stems
         entries = [folder / entry.name for entry in list_entries(folder, "control_directory", config_path)]
         self._by_name = {path.name: path for path in entries}
-        # reversed, so that the first of several clips with the same stem stays; videos replace animations
+        # reversed, so that the first of several clips with the same stem stays
         self._clips = {path.stem: path for path in reversed(entries) if _ends_in(path, ANIMATION_SUFFIXES)}
+        # videos take precedence over animations
         self._clips |= {path.stem: path for path in reversed(entries) if _ends_in(path, VIDEO_SUFFIXES)}
         self._images: dict[str, list[Path]] = {}  # control images by the stem of their image
         for path in entries:

@@ -131,7 +131,7 @@ def media_table(
         has_post=not table.fp_1f_no_post,
         flips=table.augmentation.flip,
         guides=name_guides(table.guides) if has_guides else (),
-        shown=shown if any(shown) else (),  # empty if no row has any
+        reference_media=shown if any(shown) else (),  # empty if no row has any
     )
 
 
@@ -233,7 +233,7 @@ def compare_rates(rate: float | None, declared: object, fps: float) -> str | Non
         return None
     if not rate or abs(rate / expected - 1) < TOLERANCE:
         return None
-    return f"{cause}: the model sees it at {expected / rate:.2g} times its speed"
+    return f"{cause}: the model sees the clip at {expected / rate:.2g} times its speed"
 
 
 def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:

@@ -27,7 +27,7 @@ def add_guides(table: DatasetTable, sources: list[MediaSource], faults: list[Fau
         if paired is None:
             return sources
         files_by_stem, unmatched = paired
-        warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", unmatched)
+        warn_of_paths(table, f"in {key} match no {table.kind} by name and are not read", unmatched)
         lacking = [source for source in sources if source.stem not in files_by_stem]
         faults += [Fault(LACKING, f"{source.path} in {guide.directory}", source.stem) for source in lacking]
         if lacking:

@@ -22,19 +22,19 @@ def check_layers(config: DatasetConfig, has_layers: bool, model: str) -> None:
     for table in config.datasets:
         if table.multiple_target and not has_layers:
             errors.append(
-                f"{table.name}: multiple_target = true: {model} learns no layers. Leave it out, or train "
-                "Qwen-Image with --model_version layered"
+                f"{table.name}: multiple_target = true: {model} does not learn layers. Leave it out, or "
+                "train Qwen-Image with --model_version layered"
             )
         elif has_layers and not table.multiple_target:
             errors.append(
-                f"{table.name}: {model} learns pictures with their layers. Give the table multiple_target = "
-                "true, and each picture cat.png its layers cat_1.png, cat_2.png, ... from back to front"
+                f"{table.name}: {model} learns images with their layers. Set multiple_target = true in the "
+                "table, and give each image cat.png its layers cat_1.png, cat_2.png, ... from back to front"
             )
         elif has_layers and table.control_directory is not None:
             # without this message, missing control images would be reported
             errors.append(
-                f"{table.name}: control_directory: {model} takes no control images, as the picture itself is "
-                "taken apart. Leave it out"
+                f"{table.name}: control_directory: {model} takes no control images, because it splits the "
+                "image itself into layers. Leave it out"
             )
     if errors:
         raise DatasetError("\n".join(errors))
@@ -43,8 +43,8 @@ def check_layers(config: DatasetConfig, has_layers: bool, model: str) -> None:
 def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
     """Return the full images among the images of a folder, each with its layers, sorted by number.
 
-    A layer of cat.png is called cat_1.png and has no caption of its own. `extension` is the extension of
-    caption files.
+    A layer of cat.png is named cat_1.png and, unlike a full image of that name, has no caption file.
+    `extension` is the extension of caption files.
     """
     stems = {path.stem for path in paths}
     layers = {path for path in paths if _is_numbered(path, stems) and not _has_caption(path, extension)}
@@ -53,7 +53,7 @@ def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
         image_stem = layer.stem.rpartition("_")[0]
         if image_stem in layers_by_stem:
             layers_by_stem[image_stem].append(layer)
-        else:  # a layer of a layer counts as a full image, which is then reported to have no layers
+        else:  # a layer of a layer, cat_1_1.png: as a full image, it is reported to have no layers
             layers_by_stem.setdefault(layer.stem, [])
     grouped = {}
     for path in paths:
@@ -92,14 +92,12 @@ def find_layer_errors(table: DatasetTable, sources: Iterable[MediaSource]) -> li
             text = f"{source.path}: it has no layers, such as {example}"
             if table.directory and source.stem.rpartition("_")[2].isdecimal():  # named like a layer
                 text += (
-                    ". It is not a layer itself: it has a caption, or there is no picture without its number"
+                    ". It is not a layer itself: it has a caption, or there is no image without its number"
                 )
             errors.append(Fault(kind, text, source.stem))
         elif table.directory and len(set(stems)) < len(stems):  # such as cat_1.png and cat_1.webp
             doubled = next(stem for stem in stems if stems.count(stem) > 1)
-            errors.append(
-                Fault(kind, f"{source.path}: two files are called {doubled}. Keep one", source.stem)
-            )
+            errors.append(Fault(kind, f"{source.path}: two files are named {doubled}. Keep one", source.stem))
     return errors
 
 

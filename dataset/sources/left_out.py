@@ -65,7 +65,7 @@ class TableFolders:
         if folder_key is None or table.directory is None:
             return None
         tables = self._tables_by_folder[folder_key]
-        if tables[0].index != table.index:
+        if tables[0].index != table.index:  # the first table with this folder reports for all of them
             return None
         kinds = {str(folder_table.media_kind) for folder_table in tables}
         caption_suffixes = {
@@ -85,18 +85,14 @@ class TableFolders:
             )
             if not any(needs_check):
                 return None
-        mask_folders = {
-            folder_id(folder_table.mask_directory)
-            for folder_table in tables
-            if folder_table.mask_directory is not None
-        }
-        labels_read = {MASK_LABEL} if folder_key in mask_folders else set()
+        mask_folders = [folder_table.mask_directory for folder_table in tables]
+        has_masks = any(folder is not None and folder_id(folder) == folder_key for folder in mask_folders)
         rules = _FolderRules(
             kinds,
             suffixes_read,
             caption_suffixes=caption_suffixes,
             lower_caption_suffixes={suffix.lower() for suffix in caption_suffixes},
-            labels_read=frozenset(labels_read),
+            labels_read=frozenset({MASK_LABEL} if has_masks else ()),
         )
         counts = _count_unused(table, table.directory, rules, entries=entries, stems=media_stems)
         return f"{table.directory}: {_describe_counts(counts)}" if counts else None
@@ -183,7 +179,7 @@ def _count_unused(
 
 
 def _is_read_or_folder(entry: "os.DirEntry[str]", ending: str, folder: Path, rules: "_FolderRules") -> bool:
-    """Return whether an entry is used media, or a folder or part of a shard, which are never reported."""
+    """Return whether an entry is never reported as unread: used media, a folder, or part of a cache shard."""
     if ending in rules.media_suffixes:  # only a GIF or WebP may be unread: a still image in a folder of clips
         is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
         if not is_unread:
@@ -223,8 +219,8 @@ def _find_unread_captions(
 ) -> dict[str, list[str]]:
     """Find caption files that are probably unread by mistake, and return their names by the hint to show.
 
-    Each file belongs to an image or clip without a caption, but does not have the table's caption_extension,
-    or the name of its image or clip.
+    These are files that seem to belong to an image or clip without a caption, but have another suffix than
+    the table's caption_extension (cat.caption), or a slightly different name (Cat.txt for cat.png).
     """
     if not rules.caption_suffixes:
         return {}

@@ -96,8 +96,8 @@ def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
     width = moments.shape[3] * width_stride
     if height % latent.pixel_step or width % latent.pixel_step:
         raise MediaError(
-            f"{path} is of a clip of {width}x{height}; the model takes sides that are multiples of "
-            f"{latent.pixel_step}"
+            f"{path} is of a clip of {width}x{height} pixels, but this model needs sides that are multiples "
+            f"of {latent.pixel_step}"
         )
     if latent_frames % 2 == 0:
         num_frames = latent_frames * frame_stride

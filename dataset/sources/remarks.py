@@ -87,15 +87,15 @@ def unvaried_captions(source: MediaSource) -> Iterator[str]:
     table = source.table
     if source.caption is None:
         return
-    if not table.changes.varies_per_step:
+    if not table.caption_changes.varies_per_step:
         yield from (source.caption, *source.more_captions)
         return
     lines = lines_of(source.caption) or [""]
-    for line in lines if table.changes.wildcards else lines[:1]:
+    for line in lines if table.caption_changes.wildcards else lines[:1]:
         text = complete_caption(line, table.trigger_word, table.caption_prefix, table.caption_suffix)
-        if table.changes.wildcards:
+        if table.caption_changes.wildcards:
             text = fill_wildcards(text, random.Random(0)).text
-        yield join_parts(text, table.changes)
+        yield join_parts(text, table.caption_changes)
 
 
 def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
@@ -104,10 +104,10 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
     for source in sources:
         kinds: dict[str, None] = {}  # ordered, each kind once
         # a JSON object would be torn apart if its parts are shuffled or dropped
-        if source.table.changes.moves_tags and read_if_object(source.caption or "") is not None:
+        if source.table.caption_changes.moves_tags and read_if_object(source.caption or "") is not None:
             kinds[TORN] = None
         for caption in (source.caption or "", *source.more_captions):
-            if source.table.changes.wildcards:  # {a|b} is a random choice
+            if source.table.caption_changes.wildcards:  # {a|b} is a random choice
                 lines = lines_of(caption)
                 if any(fill_wildcards(line, random.Random(0)).has_lone_brace for line in lines):
                     kinds[LONE_BRACE] = None
@@ -126,7 +126,7 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
 def find_cut_captions(
     sources: Iterable[MediaSource], counters: Mapping[str, CountTokens]
 ) -> tuple[list[Fault], dict[str, list[int]]]:
-    """Return a warning for each caption that an encoder cuts, and the size of each text cache by encoder.
+    """Return a warning for each caption that an encoder truncates, and the text cache sizes by encoder.
 
     `counters` are functions that count the tokens of a text, by name of the encoder.
     """

@@ -40,7 +40,7 @@ TEXTS_AGAIN = "flux_kontext_cache_text_encoder_outputs.py"
 CLIP = replace(
     CLIP_L,
     pooled_key="clip_l_pooler",
-    what="text encoder 2",
+    description="text encoder 2",
     option="--text_encoder2",
     tokenizer=replace(CLIP_L.tokenizer, option="--text_encoder2_tokenizer"),
 )
@@ -113,7 +113,7 @@ class Kontext(Flux):
 
     name: str = field(default="flux_kontext", init=False)
     cache_tag: str = field(default="fk", init=False)
-    called: str = field(default=NAME, init=False)
+    display_name: str = field(default=NAME, init=False)
     noise: NoiseSpec = field(default=KONTEXT_NOISE, init=False)
     latent: data.LatentSpec = field(default=KONTEXT_LATENT, init=False)
     dit: DitSpec = field(default=KONTEXT_DIT, init=False)
@@ -124,7 +124,7 @@ class Kontext(Flux):
     @property
     def references(self) -> ReferenceRules:
         """Return the rules for references: one image, which is edited."""
-        return ReferenceRules(max_references=1, edits=True)
+        return ReferenceRules(max_references=1, edits_images=True)
 
     @property
     def metadata(self) -> Mapping[str, str]:

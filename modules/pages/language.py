@@ -26,9 +26,9 @@ class Language:
     """
 
     code: str = "en"
-    texts: Mapping[str, str] = field(default_factory=dict)
+    translations: Mapping[str, str] = field(default_factory=dict)
     address: str = "/"
-    others: tuple[tuple[str, str], ...] = ()
+    all_languages: tuple[tuple[str, str], ...] = ()
 
 
 ENGLISH = Language()
@@ -82,7 +82,7 @@ class TranslatableText(str):
 
     def translated(self) -> str:
         """Return the text in the language of the page."""
-        text = _language.get().texts.get(self.key)
+        text = _language.get().translations.get(self.key)
         if text is None:
             return self.english()
         if not self.values:
@@ -113,7 +113,7 @@ def show(value: Any) -> Any:
 
 def show_all(value: Any) -> Any:
     """Return a JSON value whose translatable text is in the language of the page."""
-    if not _language.get().texts:
+    if not _language.get().translations:
         return value
     if isinstance(value, dict):
         return {name: show_all(item) for name, item in value.items()}
@@ -150,11 +150,11 @@ def say_duration(seconds: float) -> TranslatableText:
 
 def fill_template(text: str, /, **values: Any) -> Markup:
     """Insert values into a template text, which may contain HTML; values that are not Markup are escaped."""
-    shown = Markup(_language.get().texts.get(text, text))
+    shown = Markup(_language.get().translations.get(text, text))
     return shown % values if values else shown
 
 
 def fill_counted(number: int, singular: str, plural: str, /, **values: Any) -> Markup:
     """Select the singular or plural text of a template for a number, and fill the number in."""
     english = singular if number == 1 else plural
-    return Markup(_language.get().texts.get(plural, english)) % {"n": f"{number:,}", **values}
+    return Markup(_language.get().translations.get(plural, english)) % {"n": f"{number:,}", **values}

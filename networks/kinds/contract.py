@@ -72,7 +72,7 @@ class Settings(Protocol):
 
     @property
     def ranks_by_pattern(self) -> Sequence[int]:
-        """Ranks that patterns of --network_args give to modules."""
+        """Ranks that patterns of --network_args assign to modules."""
 
     def split_sizes_of(self, path: str, module: LoraModule) -> tuple[int, ...]:
         """Return the rows of each part if a fused layer gets separate factors for its parts; () otherwise."""
@@ -155,7 +155,7 @@ class NetworkKind:
     plain_title = ""  # title of the command that makes plain LoRAs, if other programs need them
 
     def load_algebra(self) -> "Algebra | None":
-        """Return the computations with a module's factors; None if the kind has no factors of its own."""
+        """Return the computations with a module's factors; None if the kind has no factors."""
         return None
 
     def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:

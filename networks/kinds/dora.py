@@ -43,9 +43,9 @@ class DoraKind(NetworkKind):
     flat = r"\.lora_magnitude_vector|\.magnitude$"
     switch = "dora_wd"
     elsewhere = (
-        "A DoRA acts as trained here and in diffusers. ComfyUI takes it 3 to 24 % differently, unless "
-        "convert_lora.py --target other --dit MODEL wrote it. musubi-tuner and sd-scripts leave its "
-        "magnitudes out: they need a plain LoRA."
+        "A DoRA has its trained effect here and in diffusers. In ComfyUI, its effect differs by 3 to 24 %, "
+        "unless convert_lora.py --target other --dit MODEL wrote it. musubi-tuner and sd-scripts ignore its "
+        "magnitudes: they need a plain LoRA."
     )
     plain_title = "Make a plain LoRA of the DoRA"
 
@@ -95,20 +95,20 @@ class DoraKind(NetworkKind):
             return ""
         if name == COMFYUI:
             return (
-                "ComfyUI divides the magnitudes of a DoRA by the norms of the model's own weights, and "
+                "ComfyUI divides the magnitudes of a DoRA by the norms of the frozen weights, and "
                 "training by those of the changed weights. Use --lora_format known, and convert the file "
                 f"afterwards with the model (convert_lora.py --target {COMFYUI} --dit MODEL), which is exact"
             )
         reason = dict(family.not_in_diffusers).get(NAME)
         if reason is not None:
             return (
-                f"{reason}. Use --lora_format known, and make a plain LoRA of it afterwards "
+                f"{reason}. Use --lora_format known, and convert the file to a plain LoRA afterwards "
                 "(convert_lora.py --target diffusers --bake 64 --dit MODEL)"
             )
         if has_texts:
             return (
-                "diffusers loads no magnitudes of a DoRA into text encoders, which learn here. Use "
-                "--lora_format known, or train the transformer alone (--network_train_unet_only)"
+                "diffusers cannot load DoRA magnitudes into text encoders, which are trained. Use "
+                "--lora_format known, or train only the transformer (--network_train_unet_only)"
             )
         return ""
 

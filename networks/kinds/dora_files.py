@@ -50,10 +50,8 @@ def with_norms(
     if not needs_conversion and baking is None:
         return lora
     if not needs_conversion:
-        state = "a DoRA of this form already" if is_dora_by_output else "no DoRA by output"
-        raise OptionError(
-            f"--dit: {lora.path} is {state}, so that --target {target} needs no model. Leave --dit out"
-        )
+        state = "already has this form" if is_dora_by_output else "has no DoRA magnitudes by output"
+        raise OptionError(f"--dit: {lora.path} {state}, so --target {target} needs no model. Leave --dit out")
     if baking is not None:
         return _convert_norms(lora, family, baking, are_frozen)
     # without a model, the file keeps its form
@@ -62,12 +60,12 @@ def with_norms(
     if lora.has_frozen_norms:
         raise CheckpointError(
             f"{lora.path} is a DoRA in ComfyUI's form, which other programs read differently.\n"
-            "  Add --dit with the model's file, and after it those of the text encoders that it changes.",
+            "  Add --dit with the model's file, followed by the files of the text encoders that it changes.",
             lora.path,
         )
     logger.warning(
-        f"{lora.path} is a DoRA: ComfyUI divides its magnitudes by other norms, which makes it 3 to 24 % "
-        "different there. Add --dit with the model that it was trained for: then it is exact"
+        f"{lora.path} is a DoRA: ComfyUI divides its magnitudes by other norms, so its effect there differs "
+        "by 3 to 24 %. Add --dit with the model that it was trained for to convert it exactly"
     )
     return lora
 

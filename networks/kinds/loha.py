@@ -84,8 +84,8 @@ class LohaKind(NetworkKind):
         if name != DIFFUSERS or family is None:
             return ""
         return (
-            "diffusers reads no LoHa of this model. Use --lora_format known, and make a plain LoRA of it "
-            "afterwards (convert_lora.py --target diffusers --bake 64)"
+            "diffusers cannot read a LoHa for this model. Use --lora_format known, and make a plain LoRA of "
+            "it afterwards (convert_lora.py --target diffusers --bake 64)"
         )
 
 

@@ -82,7 +82,7 @@ def add_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tenso
 class _HadamardLinear(torch.autograd.Function):
     """A linear layer with a LoHa, whose backward pass recomputes the matrices from the factors.
 
-    So autograd does not save three matrices of the weight's size.
+    This saves the memory of three matrices of the weight's size.
     """
 
     @staticmethod

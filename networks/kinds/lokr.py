@@ -169,8 +169,8 @@ class LokrKind(NetworkKind):
         if name != DIFFUSERS or family is None or NAME in family.kinds_in_diffusers:
             return ""
         return (
-            "diffusers reads no LoKr of this model. Use --lora_format known, and make a plain LoRA of it "
-            "afterwards (convert_lora.py --target diffusers --bake 64)"
+            "diffusers cannot read a LoKr for this model. Use --lora_format known, and convert it to a plain "
+            "LoRA afterwards (convert_lora.py --target diffusers --bake 64)"
         )
 
     def write_for_diffusers(

@@ -52,7 +52,7 @@ def fit_block_size(width: int, size: int) -> int | None:
 
 
 class OftKind(NetworkKind):
-    """OFT: a rotation of a layer's inputs, block by block, in place of an added change."""
+    """OFT: a rotation of a layer's inputs, block by block, instead of an added change."""
 
     name = "OFT"
     article = "an"
@@ -76,20 +76,20 @@ class OftKind(NetworkKind):
     is_for_texts = False
     is_for_convolutions = False
     other_modules = {
-        "networks.oft_v2": f"this form of OFT is {MODULE} here. Give that",
-        "networks.boft": f"BOFT is not built: no program but sd-scripts reads its files. Use {MODULE}",
+        "networks.oft_v2": f"this variant of OFT is {MODULE} here. Give that",
+        "networks.boft": f"BOFT is not supported: only sd-scripts reads its files. Use {MODULE}",
     }
-    not_in_comfyui = "ComfyUI reads no OFT of this form: its own rotates the outputs of a layer"
+    not_in_comfyui = "ComfyUI cannot read an OFT of this form: its own rotates the outputs of a layer"
     rejection_by_comfyui = (
-        f"is an OFT, and ComfyUI reads none of this form.\n  Make a plain LoRA of it: {BAKE}."
+        f"is an OFT, which ComfyUI cannot read in this form.\n  Convert it to a plain LoRA: {BAKE}."
     )
     no_two_experts = (
-        "--target diffusers writes an OFT as PEFT has it, for one network, and there is no form for two "
-        "experts. Take one with --expert high_noise or low_noise, or write two files with --output_high_noise"
+        "--target diffusers writes an OFT as PEFT does, for a single network, not for two experts. Select "
+        "one with --expert high_noise or low_noise, or write two files with --output_high_noise"
     )
     elsewhere = (
-        "PEFT reads an OFT as it is (convert_lora.py --target diffusers). ComfyUI and the known tuners do "
-        "not: they need a plain LoRA, which keeps only a part of the change."
+        "PEFT reads an OFT without changes (convert_lora.py --target diffusers). ComfyUI and the known "
+        "tuners do not: they need a plain LoRA, which keeps only a part of the change."
     )
     plain_title = "Make a plain LoRA of the OFT"
 
@@ -120,16 +120,18 @@ class OftKind(NetworkKind):
             settings = dict(parse_json(read_text(settings_path)))
         except (ValueError, TypeError, OSError, RecursionError) as error:
             raise CheckpointError(
-                f"{settings_path} cannot be read, and says how {path} rotates: {error}. Copy it again.", path
+                f"{settings_path}, which describes the rotations of {path}, cannot be read: {error}. Copy it "
+                "again.",
+                path,
             ) from error
         if settings.get("use_cayley_neumann") is False:
-            kind = "use_cayley_neumann = false, whose rotations turn the other way"
+            variant = "use_cayley_neumann = false, whose rotations have the opposite direction"
         elif settings.get("num_cayley_neumann_terms", TERMS) != TERMS:
-            kind = f"a series of {settings['num_cayley_neumann_terms']} terms (num_cayley_neumann_terms)"
+            variant = f"a series of {settings['num_cayley_neumann_terms']} terms (num_cayley_neumann_terms)"
         else:
             return
         raise CheckpointError(
-            f"{path} is an OFT with {kind}, as {PEFT_FILE} says, which is not supported.\n"
+            f"{path} is an OFT with {variant} according to {PEFT_FILE}, which is not supported.\n"
             f"  Only PEFT's default, the series of {TERMS} terms, is supported. Train with that, or merge "
             "with PEFT.",
             path,
@@ -228,8 +230,8 @@ class OftKind(NetworkKind):
             if covers_all_inputs:
                 return OftLayer(module, block_size)
         raise CheckpointError(
-            f"--dim_from_weights: {path} has {PART} {list(factors[PART].shape)}, which are not the "
-            "blocks of this layer's inputs, and only those can be trained"
+            f"--dim_from_weights: {path} has {PART} {list(factors[PART].shape)}, but only "
+            "blocks that cover all inputs of the layer can be trained"
         )
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
@@ -237,8 +239,8 @@ class OftKind(NetworkKind):
         if name != COMFYUI:
             return ""
         return (
-            "ComfyUI reads no OFT of this form. Use --lora_format known, and make a plain LoRA of it "
-            f"afterwards ({BAKE})"
+            "ComfyUI cannot read an OFT of this form. Use --lora_format known, and convert it to a plain "
+            f"LoRA afterwards ({BAKE})"
         )
 
     def write_for_diffusers(

@@ -46,7 +46,7 @@ class OftLayer(nn.Module):
         return self._original[0]
 
     def attach(self) -> None:
-        """Replace the forward of the frozen module by that of this layer."""
+        """Replace the frozen module's forward with this layer's."""
         self._original_forward = self._original[0].forward
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 

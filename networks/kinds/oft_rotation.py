@@ -82,7 +82,7 @@ class OftAlgebra(Algebra):
         shape = factors[self.factor_name].shape
         if len(shape) == 2 and block_size_of(shape[1]) is not None:
             return None
-        return f"its {self.factor_name} has the shape {list(shape)}, of which no block has so many values"
+        return f"its {self.factor_name} has the shape {list(shape)}, but no block size has so many values"
 
     def compute_rotations(self, values: Tensor, strength: float) -> Tensor:
         """Return R - I of all blocks, n b b."""
@@ -108,14 +108,14 @@ def find_misfit(values: Tensor, weight: Tensor, name: str) -> str:
     assert size is not None
     if weight.ndim != 2:
         return (
-            f"{name} is not a linear layer, and programs do not agree on what an OFT does with others.\n"
-            "  Give a file that rotates linear layers alone."
+            f"{name} is not a linear layer, and programs disagree on what an OFT does to other layers.\n"
+            "  Give a file that rotates only linear layers."
         )
     width = weight.shape[1]
     is_shared = num_blocks == 1 and width % size == 0  # one rotation for all blocks
     if num_blocks * size == width or is_shared:
         return ""
     return (
-        f"for {name} it rotates {num_blocks} blocks of {size} inputs, the model has {width} inputs.\n"
+        f"for {name} it rotates {num_blocks} blocks of {size} inputs, but the model has {width} inputs.\n"
         "  Give an OFT that was trained for this model."
     )

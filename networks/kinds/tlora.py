@@ -63,12 +63,10 @@ class TLoraKind(NetworkKind):
     switch = SWITCH
     numbers = {MIN_RANK: int, ALPHA: float}
     is_with_file = True
-    merged = (
-        "was trained with T-LoRA: merged, all of its ranks act at every level of noise, unlike in training"
-    )
+    merged = "was trained with T-LoRA: merged, all ranks are active at every noise level, unlike in training"
     elsewhere = (
-        "A T-LoRA acts as trained in the scripts here, which read its rule and mask its ranks at each step. "
-        "Other programs have no mask, and merging has none either: all ranks act at every level of noise."
+        "A T-LoRA has its trained effect in the scripts here, which mask its ranks at each step. Other "
+        "programs do not mask ranks, nor does merging: all ranks are then active at every noise level."
     )
 
     def read_rule_of_arguments(self, values: Mapping[str, Any], rank: int) -> TLoraRule | None:

@@ -67,7 +67,7 @@ class WeightPart:
 # endings), all blocks of the first prefix, then those of the next.
 # Source: lists of modules recorded with the trainers (`tests/golden`), the published model code
 Numbering = tuple[tuple[str, str], ...]
-Sides = tuple[tuple[str, float, float], ...]  # see `FamilyNames.sides`
+Sides = tuple[tuple[str, float, float], ...]  # see `FamilyNames.relative_sizes`
 # published models: (width of a block, (list of blocks in our layout, number of blocks) for each list)
 Released = tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
 # `sides` of blocks with two streams in diffusers' layout
@@ -100,7 +100,7 @@ class LoraRules:
     block_lists_by_argument: Mapping[str, str] = field(default_factory=dict)
     outside_ranks_argument: str = ""  # argument with the ranks of `outside_paths`, in this order
     outside_paths: tuple[str, ...] = ()  # modules that are not in a block
-    # ending of a fused layer's path -> number of parts, see `networks.lora_products.fused_sizes`
+    # ending of a fused layer's path -> number of parts, see `networks.lora_products.rows_of_fused_parts`
     num_fused_parts: Mapping[str, int] = field(default_factory=dict)
     encoder_switches: Mapping[str, str] = field(
         default_factory=dict
@@ -113,7 +113,7 @@ class LoraRules:
 class RowsByHead:
     """Fused layers whose rows another program orders by head: [q0 k0 v0, q1 k1 v1, ...], not [q; k; v]."""
 
-    mark: str  # regular expression that matches names only in files of that program
+    file_pattern: str  # regular expression that matches names only in files of that program
     ending: str  # ending of our paths of the layers
     norm_ending: str  # ending of our paths of norms whose width is that of a head, in model files
     head_width: int  # width of a head in released models; LoRAs do not show it
@@ -184,7 +184,7 @@ class FamilyNames:
     network_module: str = ""  # value of --network_module that trains its LoRAs
     rules: LoraRules | None = None  # arguments that only `network_module` has
     compatible_families: tuple[str, ...] = ()  # other families whose LoRAs are useful for this model too
-    start: str = IN_COMFYUI  # prefix of module paths in LoRA files for other tools
+    path_prefix: str = IN_COMFYUI  # prefix of module paths in LoRA files for other tools
     # tools that cannot read LoRAs under our names without conversion, for messages; "": all tools can
     converted_for: str = ""
     default_format: str = KNOWN  # default of --lora_format
@@ -203,16 +203,16 @@ class FamilyNames:
     is_as_in_diffusers: bool = False
     # which names with underscores all tools except diffusers use for its LoRAs: "ours" or "aliases"; "":
     # tools differ
-    always_underscored: str = ""
+    underscored_names: str = ""
     # (path in another layout, our path) of parameters that are not the weight or bias of a module; in LoRA
     # files `{path}.diff`
     parameters: tuple[tuple[str, str], ...] = ()
-    optional: tuple[str, ...] = ()  # our paths of modules and parameters that only some models have
+    optional_paths: tuple[str, ...] = ()  # our paths of modules and parameters that only some models have
     optional_description: str = ""  # description of `optional`, for messages
     # `ss_base_model_version` to write, as other trainers do, if it is not `name`; `ss_network_module` is then
     # written as theirs too
-    written_version: str = ""
-    versions: tuple[str, ...] = ()  # other prefixes of `ss_base_model_version`, in lower case
+    written_base_model: str = ""
+    version_prefixes: tuple[str, ...] = ()  # other prefixes of `ss_base_model_version`, in lower case
     # (regular expression for the metadata of a LoRA that cannot be used, reason); see networks/loading.py
     unsupported_loras: tuple[tuple[str, str], ...] = ()
     # For families whose releases have LoRAs with the same names: a regular expression that finds the release
@@ -224,13 +224,13 @@ class FamilyNames:
     encoders: tuple[tuple[str, str], ...] = (("lora_te1", OF_CLIP), ("lora_te3", OF_T5))
     # Sizes that distinguish families with equal names: (ending of "." + our path, rows of the weight,
     # columns), as multiples of a block's width; 0 means any size
-    sides: Sides = ()
-    released: Released = ()  # published models; the width of a U-Net is that of its text states
+    relative_sizes: Sides = ()
+    released_sizes: Released = ()  # published models; the width of a U-Net is that of its text states
     # (name of an expert's network in diffusers' pipelines, the expert), if there are several experts
     experts: tuple[tuple[str, str], ...] = ()
     more_experts: tuple[tuple[str, str], ...] = ()  # the same, with other names in files with several experts
-    further: tuple[str, ...] = ()  # our paths that `aliases` and `parts` do not have
-    numbered: Numbering = ()
+    more_modules: tuple[str, ...] = ()  # our paths that `aliases` and `parts` do not have
+    optimizer_numbering: Numbering = ()
     # prefixes of our paths of modules that are loaded with the text encoder, and their description
     text_module_prefixes: tuple[str, ...] = ()
     text_module_description: str = ""
@@ -238,9 +238,9 @@ class FamilyNames:
     more_diffusers_prefixes: tuple[str, ...] = ()
     rows_by_head: RowsByHead | None = None
     # whether a file is rejected if an underscored name belongs to no module; otherwise the name is ignored
-    rejects_strangers: bool = False
+    rejects_unknown_names: bool = False
     # prefixes of paths, in any layout, to which files do not add the prefix of the transformer
-    unprefixed: tuple[str, ...] = ()
+    unprefixed_paths: tuple[str, ...] = ()
     depth_variants: DepthVariants | None = (
         None  # deeper variants that LoRAs are converted for, see `networks.depth_variants`
     )
@@ -251,7 +251,7 @@ class FamilyNames:
         named = (
             *(ours for _, ours in self.aliases),
             *(part.fused_path for part in self.parts),
-            *self.further,
+            *self.more_modules,
         )
         return tuple(dict.fromkeys(named))
 

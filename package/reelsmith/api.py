@@ -113,14 +113,19 @@ def cache(model: str, *, callback: Callback | None = None, **options: Any) -> No
     scripts = [
         ScriptArguments(Path(f"{entry.cache}_{part}.py")) for part in ("latents", "text_encoder_outputs")
     ]
-    for name in options.keys() - scripts[0].known - scripts[1].known:  # mistyped: one of the two rejects it
-        _find_most_similar(scripts, name).known.add(name)
+    # an unknown option is passed to one of the two scripts, which rejects it
+    unknown_names = options.keys() - scripts[0].known - scripts[1].known
+    rejecting_scripts = {name: _find_most_similar(scripts, name) for name in unknown_names}
     commands = []
     for script in scripts:
-        accepted = {name: value for name, value in options.items() if name in script.known}
-        commands.append(_check(script, accepted))
-    for checked in commands:
-        checked.start().wait(callback)
+        script_options = {
+            name: value
+            for name, value in options.items()
+            if name in script.known or rejecting_scripts.get(name) is script
+        }
+        commands.append(_check(script, script_options))
+    for command in commands:
+        command.start().wait(callback)
 
 
 def _find_most_similar(scripts: Sequence[ScriptArguments], name: str) -> ScriptArguments:

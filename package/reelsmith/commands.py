@@ -172,24 +172,24 @@ _SYNONYMS = {
 def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) -> str:
     """Return the message about words that begin no command, with the command that was probably meant."""
     typed = " ".join(word for word in words[:3] if not word.startswith("-"))
-    by_other_words = {}  # commands whose first word is right, such as `train`, by their other words
+    names_by_ending = {}  # commands whose first word is right, such as `train`, by their other words
     for command in commands:
         if command.words[0] == words[0]:
-            by_other_words[" ".join(command.words[1:])] = command.name
+            names_by_ending[" ".join(command.words[1:])] = command.name
     suggestions = _list_matching(commands, typed, Path(words[0]).name.removesuffix(".py"))
-    if not suggestions:
-        if by_other_words:
-            suggestions = _list_similar_endings(typed.partition(" ")[2], by_other_words)
-        else:
-            suggestions = _list_similar(commands, typed, words[0])
+    if not suggestions and names_by_ending:
+        suggestions = _list_similar_endings(typed.partition(" ")[2], names_by_ending)
+    elif not suggestions:
+        suggestions = _list_similar(commands, typed, words[0])
     synonym = _SYNONYMS.get(words[0].lower())
     hint = ""
-    if synonym is not None and not (by_other_words and suggestions):
+    # a synonym is a better hint than similar words, unless the first word is that of a command
+    if synonym is not None and not (names_by_ending and suggestions):
         hint = f" Did you mean {PROGRAM} {synonym}?"
     elif suggestions:
         hint = f" Did you mean {PROGRAM} {' or '.join(suggestions)}?"
-    if by_other_words and not suggestions:
-        hint += f" There are {', '.join(by_other_words.values())}."
+    if names_by_ending and not suggestions:
+        hint += f" There are {', '.join(names_by_ending.values())}."
     return f"{typed or words[0]!r} is not a command.{hint}"
 
 
@@ -203,12 +203,12 @@ def _list_matching(commands: Sequence[ScriptCommand], typed: str, script: str) -
     ]
 
 
-def _list_similar_endings(typed_ending: str, by_other_words: Mapping[str, str]) -> list[str]:
+def _list_similar_endings(typed_ending: str, names_by_ending: Mapping[str, str]) -> list[str]:
     """Return the command whose words after the first are most similar; the first word is right."""
-    similar = difflib.get_close_matches(typed_ending, by_other_words, 1)
+    similar = difflib.get_close_matches(typed_ending, names_by_ending, 1)
     if not similar:
-        similar = difflib.get_close_matches(typed_ending.partition(" ")[0], by_other_words, 1)
-    return [by_other_words[other_words] for other_words in similar]
+        similar = difflib.get_close_matches(typed_ending.partition(" ")[0], names_by_ending, 1)
+    return [names_by_ending[ending] for ending in similar]
 
 
 def _list_similar(commands: Sequence[ScriptCommand], typed: str, first_word: str) -> list[str]:

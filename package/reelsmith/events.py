@@ -94,10 +94,11 @@ class HistoryEvents:
         """
         self.folder = folder
         self.path = history_path(folder, name)
-        self._inode = 0  # of the file that was read last: the training replaces the file once
-        self._position = 0  # in bytes, up to which the file was read
+        self._inode = 0  # inode number of the file that was read last: the training replaces the file once
+        self._position = 0  # number of its bytes that were read
         self._old_start_lines = {line for line in self._read_lines() if _parse_start_entry(line) is not None}
-        self._inode = self._position = 0  # `read` starts at the beginning: the training replaces the file
+        # `read` begins with the first line again: the replaced file also contains the old rows
+        self._inode = self._position = 0
         self._has_started = False
         self._total_steps = 0
 
@@ -116,9 +117,9 @@ class HistoryEvents:
         """Return the complete lines since the last call; all of them if the file was replaced."""
         try:
             with self.path.open("rb") as file:
-                number = os.fstat(file.fileno()).st_ino
-                if number != self._inode:
-                    self._inode, self._position = number, 0
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:
+                    self._inode, self._position = inode, 0
                 file.seek(self._position)
                 content = file.read()
         except OSError:  # there is none yet, or it is being replaced

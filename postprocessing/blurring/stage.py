@@ -227,7 +227,7 @@ class BlurStage:
         if not self.options.allow_none:
             raise NothingFoundError(
                 f"{clip.path}: nothing was blurred and no file was written: {minimum}.\n  Lower --conf, look "
-                "closer with a larger --detection_size, or write the video as it is with --allow_none."
+                "closer with a larger --detection_size, or write the video unchanged with --allow_none."
             )
         logger.warning("%s: nothing was blurred: %s.", clip.path, minimum)
 

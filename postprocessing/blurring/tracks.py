@@ -34,7 +34,7 @@ class Track:
     """Detections of one object in consecutive images."""
 
     sightings: deque[Sighting]  # in order
-    is_new: bool  # False: the first sighting is also the last one of another track
+    is_new_object: bool  # False: the first sighting is also the last one of another track
     is_open: bool = True  # whether the object may be found again
 
     @property
@@ -47,13 +47,13 @@ class Track:
         motion = _measure_motion(list(self.sightings)[-MOTION_SIGHTINGS:])
         return _move_box(self.last.box, motion, index - self.last.frame_index)
 
-    def box_to_cover(self, index: int, hold: int, lookback: int) -> Box | None:
+    def box_to_cover(self, index: int, max_images_after: int, max_images_before: int) -> Box | None:
         """Return the box to cover in an image; None if no detection is close enough in time.
 
         Args:
             index: Index of the image.
-            hold: Number of images after the last sighting that are covered too.
-            lookback: Number of images before the first sighting that are covered too.
+            max_images_after: Number of images after the last sighting that are covered too.
+            max_images_before: Number of images before the first sighting that are covered too.
         """
         first = self.sightings[0]
         last = self.last
@@ -61,14 +61,14 @@ class Track:
         if index < first.frame_index:
             num_images = first.frame_index - index
             # a track that continues another one needs no box before its start: the other one covers it
-            if not self.is_new or num_images > lookback:
+            if not self.is_new_object or num_images > max_images_before:
                 return None
             motion = _measure_motion(list(self.sightings)[:MOTION_SIGHTINGS])  # of the first few sightings
             earlier_box = _move_box(first.box, motion, -num_images)
             return _grow_box(_join_boxes(first.box, earlier_box), num_images)
         if index > last.frame_index:
             num_images = index - last.frame_index
-            if num_images > hold:
+            if num_images > max_images_after:
                 return None
             return _grow_box(_join_boxes(last.box, self.expected(index)), num_images)
         # the image lies between two detections
@@ -83,8 +83,8 @@ class Track:
 class Tracks:
     """Track detected objects through a stream of images.
 
-    Call `see` for each image in order. Call `boxes` for an image once as many later images as the
-    larger of `hold` and `lookback` have been seen, because later sightings change what is covered in it.
+    Call `add_detections` for each image in order. Call `boxes` for an image once the detections of the next
+    max(hold, lookback) images have been added, because later sightings change what is covered in it.
     """
 
     hold: int  # number of images in which an object stays covered after its last sighting
@@ -117,9 +117,9 @@ class Tracks:
             # it may be another object, so the old position and the path to the new one are covered too
             self._update_longest_gap(track, index)
             track.is_open = False
-            self._tracks.append(Track(deque([track.last, Sighting(index, box)]), is_new=False))
+            self._tracks.append(Track(deque([track.last, Sighting(index, box)]), is_new_object=False))
         new_boxes = _without(other_boxes, near.values())
-        self._tracks += [Track(deque([Sighting(index, box)]), is_new=True) for box in new_boxes]
+        self._tracks += [Track(deque([Sighting(index, box)]), is_new_object=True) for box in new_boxes]
         self.num_objects += len(new_boxes)
 
     def boxes(self, index: int) -> list[Box]:

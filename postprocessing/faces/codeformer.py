@@ -49,17 +49,17 @@ class CodeFormerConfig:
     hidden: int  # width inside a layer of the transformer
     layers: int
     codes: tuple[int, int]  # number of codes, and their width
-    fused: tuple[int, ...]  # sizes at which the generator sees the encoder's features
+    fusion_sizes: tuple[int, ...]  # sizes at which the generator sees the encoder's features
 
     @property
-    def side(self) -> int:
+    def grid_size(self) -> int:
         """Side of the square of codebook entries that encodes a face."""
         return round(self.num_positions**0.5)
 
     @property
     def size(self) -> int:
         """Side of the face image in pixels."""
-        return self.side << sum(block.kind == RESIZE for block in self.encoder)
+        return self.grid_size << sum(block.kind == RESIZE for block in self.encoder)
 
 
 def _make_norm(width: int) -> nn.GroupNorm:
@@ -233,7 +233,9 @@ class CodeFormer(nn.Module):
         self.idx_pred_layer = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, codes, bias=False))
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(codes, code_width)})
         widths = {size: config.encoder[block].width for size, block in last_blocks(config).items()}
-        self.fuse_convs_dict = nn.ModuleDict({str(size): Fusion(widths[size]) for size in config.fused})
+        self.fuse_convs_dict = nn.ModuleDict(
+            {str(size): Fusion(widths[size]) for size in config.fusion_sizes}
+        )
 
     def forward(self, faces: Tensor, fidelity: float) -> Tensor:
         """Restore aligned faces: replace latents by codebook entries, and decode them, B 3 S S.
@@ -244,7 +246,7 @@ class CodeFormer(nn.Module):
         """
         latents, encoded = self._encode(faces)
         codes = self.quantize["embedding"](self._predict_codes(latents))
-        codes = rearrange(codes, "b (h w) c -> b c h w", h=self.config.side)
+        codes = rearrange(codes, "b (h w) c -> b c h w", h=self.config.grid_size)
         # adaptive instance normalization: the codes get the mean and standard deviation of the latents
         codes_mean, codes_std = _measure_statistics(codes)
         latents_mean, latents_std = _measure_statistics(latents.float())
@@ -253,11 +255,11 @@ class CodeFormer(nn.Module):
 
     def _generate(self, x: Tensor, encoded: Mapping[int, Tensor], fidelity: float) -> Tensor:
         """Run the generator on x, B C h w, and fuse the encoder's features, which are keyed by their size."""
-        size = self.config.side
+        size = self.config.grid_size
         is_doubled = False
         for block, part in zip(self.generator["blocks"], self.config.generator, strict=True):
             x = block(x)
-            if is_doubled and size in self.config.fused and fidelity > 0:  # after a doubling's block
+            if is_doubled and size in self.config.fusion_sizes and fidelity > 0:  # after a doubling's block
                 x = self.fuse_convs_dict[str(size)](encoded[size], x, fidelity)
             is_doubled = part.kind == RESIZE
             size *= 2 if is_doubled else 1
@@ -278,7 +280,7 @@ class CodeFormer(nn.Module):
         fused = {}
         for number, block in enumerate(self.encoder["blocks"]):
             x = block(x)
-            if sizes.get(number) in self.config.fused:
+            if sizes.get(number) in self.config.fusion_sizes:
                 fused[sizes[number]] = x
         return x, fused
 
@@ -334,7 +336,7 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
         hidden=shape("ft_layers.0.linear1.weight", 2)[0],
         layers=count(names, r"ft_layers\.\d+"),
         codes=(codes, code_width),
-        fused=tuple(sorted({int(match[1]) for match in matches if match})),
+        fusion_sizes=tuple(sorted({int(match[1]) for match in matches if match})),
     )
     if not _is_possible(config):
         raise wrong_kind_error
@@ -346,9 +348,9 @@ def _is_possible(config: CodeFormerConfig) -> bool:
     doublings = sum(block.kind == RESIZE for block in config.generator)
     normed = [block for block in (*config.encoder, *config.generator) if block.kind != CONV]
     return (
-        config.side**2 == config.num_positions
-        and config.size == config.side << doublings
-        and set(config.fused) <= last_blocks(config).keys()
+        config.grid_size**2 == config.num_positions
+        and config.size == config.grid_size << doublings
+        and set(config.fusion_sizes) <= last_blocks(config).keys()
         and config.tokens % HEADS == 0
         and not any(block.width_in % GROUPS or block.width % GROUPS for block in normed)
         and CONV in {block.kind for block in config.encoder[-1:]}

@@ -36,7 +36,7 @@ def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = 
         CheckpointError: If the file is damaged or not a detector.
     """
     if may_be_onnx(path):
-        layout = _read_layout(path, load_onnx(path), None, option)
+        layout = _read_yolo_layout(path, load_onnx(path), None, option)
         # without a number of classes, a file does not say whether it has landmarks
         if needs_landmarks and layout is not None and layout.classes is not None and not layout.landmarks:
             raise no_landmarks(f"{option} {path}")
@@ -52,7 +52,7 @@ def load_detector(
     side: int | None = SIDE,
     option: str = "--model",
 ) -> Detector:
-    """Load a face or object detector; the content of its file shows which kind it is.
+    """Load a YOLO, YuNet or RetinaFace detector; the content of its file shows which kind it is.
 
     Many YOLO files accept only one size; those that accept any size get squares of `side`.
 
@@ -69,17 +69,15 @@ def load_detector(
     """
     if may_be_onnx(path):
         model = load_onnx(path)
-        layout = _read_layout(path, model, side, option)
+        yolo_layout = _read_yolo_layout(path, model, side, option)
         if dtype != torch.float32 or device.type != "cpu":
             logger.info("%s runs on the CPU in float32, by onnxruntime.", path.name)
-        if layout is None:  # not the output of a YOLO
-            return load_yunet(model, side)
-        return load_yolo(model, layout)
+        return load_yunet(model, side) if yolo_layout is None else load_yolo(model, yolo_layout)
     _reject_pickled_yolo(path, option)
     with open_checkpoint(path) as checkpoint:
-        plan = read_retinaface(checkpoint, option)
+        load_plan = read_retinaface(checkpoint, option)
         dtype = replace_slow_float16(device, dtype, "RetinaFace")
-        return load_retinaface(plan, device, dtype, side=side, option=option)
+        return load_retinaface(load_plan, device, dtype, side=side, option=option)
 
 
 def no_landmarks(detector: str) -> CheckpointError:
@@ -94,7 +92,7 @@ def no_landmarks(detector: str) -> CheckpointError:
     )
 
 
-def _read_layout(path: Path, model: OnnxModel, side: int | None, option: str) -> YoloLayout | None:
+def _read_yolo_layout(path: Path, model: OnnxModel, side: int | None, option: str) -> YoloLayout | None:
     """Return the layout of a YOLO's output; None for a YuNet. Raises CheckpointError for other files."""
     if model.outputs.keys() >= OUTPUTS:  # a YuNet of 2023 or later
         return None

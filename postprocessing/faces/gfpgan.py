@@ -233,7 +233,7 @@ class Gfpgan(nn.Module):
         return self.stylegan_decoder(styles, scales_and_shifts).float()
 
     def draw_noise(self, generator: torch.Generator) -> None:
-        """Fill the decoder's noise buffers once after loading, so that equal faces give equal results."""
+        """Fill the decoder's noise buffers once after loading, so that equal faces have equal results."""
         for noise in self.stylegan_decoder.noises.buffers():
             noise.copy_(torch.randn(noise.shape, generator=generator))
 

@@ -189,8 +189,9 @@ def load_networks(
     # reflection padding needs at least two features on a side
     if size % stride or size < 2 * stride:
         raise CheckpointError(
-            f"{parsenet} and {model} do not go together: the first takes faces of a multiple of {stride} "
-            f"pixels, from {2 * stride} on, the second makes faces of {size}. Give the released files.",
+            f"{parsenet} and {model} do not fit together: the first requires faces whose size is a multiple "
+            f"of {stride} "
+            f"pixels, from {2 * stride} on, the second produces faces of {size}. Use the released files.",
             parsenet,
         )
     return restorer, parts
@@ -274,7 +275,7 @@ def _load(
         return torch.float32 if name.startswith(float32_prefixes) else dtype
 
     with open_checkpoint(path) as checkpoint:
-        return load_planned(make_plan(checkpoint), build, device=device, dtype=dtype_of, what=what)
+        return load_planned(make_plan(checkpoint), build, device=device, dtype=dtype_of, label=what)
 
 
 # Find the files for restoring faces: the model, and next to it the detector and ParseNet.

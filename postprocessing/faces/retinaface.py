@@ -181,14 +181,14 @@ class RetinaFaceDetector:
     """Finds faces with a loaded RetinaFace; large images are reduced to a short side of `side`."""
 
     network: RetinaFace
-    side: int | None  # None: every image at its full size
+    input_size: int | None  # None: every image at its full size
     device: torch.device
 
     @torch.inference_mode()
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Return the faces in an image (H W 3, RGB) with at least `least_score`, best first."""
         height, width = pixels.shape[:2]
-        scale = 1.0 if self.side is None else min(1.0, self.side / min(height, width))
+        scale = 1.0 if self.input_size is None else min(1.0, self.input_size / min(height, width))
         image = self._to_input(shrunk(pixels, scale))
         scores, boxes, landmarks = (part[0].cpu() for part in self._run(image))
         selected = (scores >= least_score).nonzero()[:, 0]
@@ -247,8 +247,8 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
         raise make_wrong_kind_error(checkpoint, "a detector of faces", option, RELEASED_FILES)
     sources = list_tensor_sources(checkpoint)
     shape_error = CheckpointError(
-        f"{checkpoint.path} is no RetinaFace: a tensor of it has another shape. Give {RELEASED_FILES} to "
-        f"{option}.",
+        f"{checkpoint.path} is not a RetinaFace: one of its tensors has an unexpected shape. Give "
+        f"{RELEASED_FILES} to {option}.",
         checkpoint.path,
     )
     shape = make_shape_reader(checkpoint, sources, shape_error)
@@ -288,7 +288,7 @@ def load_retinaface(
     Raises:
         CheckpointError: If tensors have unexpected shapes.
     """
-    network = load_planned(plan, RetinaFace, device=device, dtype=dtype, what=option)
+    network = load_planned(plan, RetinaFace, device=device, dtype=dtype, label=option)
     set_memory_format(network, device)
     return RetinaFaceDetector(network, side, device)
 

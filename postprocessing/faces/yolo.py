@@ -38,7 +38,7 @@ CLASSES_SHOWN = 8
 class YoloLayout:
     """Input size, classes and landmarks of a YOLO network, which decide the columns of its output rows."""
 
-    side: int  # side of the square input image
+    input_size: int  # side of the square input image
     classes: int | None  # None: the file does not say
     landmarks: int  # values in each landmark; 0: no face landmarks
 
@@ -69,7 +69,7 @@ class YoloDetector:
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Detect objects in an image (H W 3, RGB) with at least this score, best first."""
-        image, factor, offset = letterbox(pixels, self.layout.side)
+        image, factor, offset = letterbox(pixels, self.layout.input_size)
         outputs = self.network.run(image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255))
         rows = self._decode(self._find_box_output(outputs), least_score)
         shift = np.array(offset, np.float32)
@@ -104,7 +104,7 @@ class YoloDetector:
         # possible candidate counts: one for each cell of the grids, whose steps depend on the version
         candidate_counts = []
         for steps in (STEPS, *VARIANT_STEPS):
-            cells = [(self.layout.side // step) ** 2 for step in steps]
+            cells = [(self.layout.input_size // step) ** 2 for step in steps]
             candidate_counts.append(sum(cells))
         num_rows, num_columns = output.shape
         if num_columns in SELECTED_ROW_WIDTHS and num_rows not in candidate_counts:
@@ -159,23 +159,23 @@ def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | 
     task = model.notes.get("task")
     if task is not None and task not in TASKS:
         raise CheckpointError(
-            f"{path} is a YOLO for {task}, which gives no upright boxes. Give one for detect, segment or "
+            f"{path} is a YOLO for {task}, which returns no upright boxes. Give one for detect, segment or "
             "pose.",
             path,
         )
-    # exporters note the task; of files without notes, the shape of the output has to tell
-    gives_rows = any(len(shape) == 3 and shape[0] in (1, None) for shape in model.outputs.values())
-    if task is None and not gives_rows:
+    # exporters note the task; files without notes are recognized by the shape of their output
+    has_rows = any(len(shape) == 3 and shape[0] in (1, None) for shape in model.outputs.values())
+    if task is None and not has_rows:
         return None
     height, width = input_shape[2:]
     if height != width:
         raise CheckpointError(
-            f"{path} takes pictures of {width or 'any width'} x {height or 'any height'} pixels. Export it "
-            f"for square ones: imgsz={DEFAULT_SIDE}.",
+            f"{path} requires pictures of {width or 'any width'} x {height or 'any height'} pixels. Export "
+            f"it for square ones: imgsz={DEFAULT_SIDE}.",
             path,
         )
     return YoloLayout(
-        side=height or round_up(side or DEFAULT_SIDE, max(STEPS)),
+        input_size=height or round_up(side or DEFAULT_SIDE, max(STEPS)),
         classes=_count_classes(model),
         landmarks=_count_landmark_numbers(model),
     )
@@ -248,7 +248,7 @@ def _parse_literal(text: str | None) -> Any:
 
 def _other_layout(path: Path, shapes: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} gives {shapes}: this is not how YOLO v8 and later give their boxes. v5 and v7 are not "
+        f"{path} gives {shapes}: this is not the output format of YOLO v8 and later. v5 and v7 are not "
         "supported.",
         path,
     )
@@ -272,7 +272,7 @@ class YuNetDetector:
 
     path: Path
     network: OnnxModel
-    side: int | None
+    input_size: int | None
     canvas: tuple[int, int] | None = None  # width and height that the file requires; None for any size
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
@@ -337,15 +337,15 @@ class YuNetDetector:
         columns = WIDTHS[kind]
         if output.size != cells * columns or not np.isfinite(output).all():
             raise CheckpointError(
-                f"{self.path} gives {list(output.shape)} as {kind}_{step}: it is no YuNet, or a "
-                "damaged one. Download it again.",
+                f"{self.path} gives {list(output.shape)} as {kind}_{step}: it is not a YuNet, or is "
+                "damaged. Download it again.",
                 self.path,
             )
         return output.reshape(cells, columns)
 
     def _choose_scale(self, height: int, width: int) -> float:
         """Return the factor that reduces an image for detection."""
-        factor = 1.0 if self.side is None else min(1.0, self.side / max(height, width))
+        factor = 1.0 if self.input_size is None else min(1.0, self.input_size / max(height, width))
         if self.canvas is not None:
             factor = min(factor, self.canvas[0] / width, self.canvas[1] / height)
         return factor

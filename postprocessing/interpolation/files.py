@@ -71,8 +71,8 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
     if (
         synthesis.last.outputs % PER_BLEND
         or synthesis.feature <= 0
-        or synthesis.first.side > synthesis.first.width
-        or synthesis.last.side > synthesis.last.width
+        or synthesis.first.inner_channels > synthesis.first.width
+        or synthesis.last.inner_channels > synthesis.last.width
         or weight_shape("amt_update4_low.convc1")[1] != 2 * CHANNELS
     ):
         raise wrong_kind_error
@@ -123,7 +123,7 @@ def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> Synthes
         last=last,
         low=_read_update("amt_update4_low", weight_shape),
         high=_read_update("amt_update4_high", weight_shape),
-        mixed=weight_shape("amt_comb_block.0")[0],
+        combined_width=weight_shape("amt_comb_block.0")[0],
     )
 
 
@@ -138,7 +138,7 @@ def _read_decoder(name: str, doublings: int, weight_shape: WeightShape) -> Refin
             weight_shape(f"{name}.upsample.{doublings + 4}.0")[0],
         ),
         width=entry[0],
-        side=weight_shape(f"{name}.convblock.1.conv2.0")[0],
+        inner_channels=weight_shape(f"{name}.convblock.1.conv2.0")[0],
         outputs=weight_shape(f"{name}.convblock.4")[0],
     )
 
@@ -270,7 +270,7 @@ def read_settings(path: Path | None) -> ModeSettings:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0]  # errors of YAML have several lines
         raise CheckpointError(
-            f"{path} cannot be used: {reason}. Without it the released settings hold.", path
+            f"{path} cannot be used: {reason}. Without it the released settings are used.", path
         ) from error
 
 
@@ -344,10 +344,12 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
 
     with open_checkpoint(files.main) as checkpoint:
         plan = _plan_gimm(checkpoint, kind, settings)
-        gimm = load_planned(plan, GimmVfi, device=device, dtype=dtype_of, what=MODEL_OPTION)
+        gimm = load_planned(plan, GimmVfi, device=device, dtype=dtype_of, label=MODEL_OPTION)
     with open_checkpoint(files.flow) as checkpoint:
         if files.flow == files.main:  # the main file contains the optical flow, with a prefix
-            checkpoint = checkpoint.without_prefix("module.").without_prefix(FLOW_PREFIX, others=("",))
+            checkpoint = checkpoint.without_prefix("module.").without_prefix(
+                FLOW_PREFIX, ignored_prefixes=("",)
+            )
         if kind == WITH_RAFT:
             estimator, channels = _load_raft(checkpoint, settings.raft_iterations, device)
         else:
@@ -384,14 +386,14 @@ def _load_raft(
 ) -> tuple[Raft | FlowFormer, _MapChannels]:
     plan = read_raft(checkpoint)
     build = partial(Raft, iterations=iterations)
-    raft = load_planned(plan, build, device=device, dtype=torch.float32, what=MODEL_OPTION)
+    raft = load_planned(plan, build, device=device, dtype=torch.float32, label=MODEL_OPTION)
     _, quarter, eighth = plan.config.stages
     return raft, _MapChannels(quarter, eighth, plan.config.features)
 
 
 def _load_flowformer(checkpoint: Checkpoint, device: torch.device) -> tuple[Raft | FlowFormer, _MapChannels]:
     plan = read_flowformer(checkpoint)
-    flowformer = load_planned(plan, FlowFormer, device=device, dtype=torch.float32, what=MODEL_OPTION)
+    flowformer = load_planned(plan, FlowFormer, device=device, dtype=torch.float32, label=MODEL_OPTION)
     quarter, eighth = plan.config.context
     return flowformer, _MapChannels(quarter.width, eighth.width, plan.config.matching)
 

@@ -39,7 +39,7 @@ class FlowDecoderConfig:
     memory: int  # D
     query: int
     hidden: int  # channels of the recurrent state, and of its context; half of C
-    compared: int  # width of queries and keys of the attention between similar positions
+    similarity_width: int  # width of queries and keys of the attention between similar positions
     correlation: tuple[int, int]  # widths of the motion encoder
     flow: tuple[int, int]
     motion: int  # motion channels, including the two channels of the flow
@@ -52,7 +52,7 @@ class SelfAffinity(nn.Module):
 
     def __init__(self, config: FlowDecoderConfig) -> None:
         super().__init__()
-        self.to_qk = nn.Conv2d(config.hidden, 2 * config.compared, 1, bias=False)
+        self.to_qk = nn.Conv2d(config.hidden, 2 * config.similarity_width, 1, bias=False)
 
     def forward(self, context: Tensor, stores_table: bool) -> Callable[[Tensor], Tensor]:
         """Return a function that averages a feature map over similar positions.
@@ -120,7 +120,7 @@ class MemoryDecoder(nn.Module):
             nn.Conv2d(COSTS, config.query, 1), nn.GELU(), nn.Conv2d(config.query, config.query, 1)
         )
         # one deeper, as in the files
-        attention = flowformer_memory.TokenAttention(config.query, config.memory, joined=True)
+        attention = flowformer_memory.TokenAttention(config.query, config.memory, concatenates_input=True)
         self.decoder_layer = nn.ModuleDict({"cross_attend": attention})
         self.update_block = FlowFormerUpdate(config)
         self.att = SelfAffinity(config)
@@ -281,7 +281,7 @@ def _is_possible(config: FlowFormerConfig) -> bool:
         all(stage.width % HEAD_WIDTH == 0 for stage in (*features, *context))
         and all((trunk[0].patch, trunk[1].patch) == (4, 2) for trunk in (features, context))
         and memory.width % heads == decoder.query % heads == 0
-        and (memory.width + memory.context_part) % 4 == memory.costs[2] % 4 == 0
+        and (memory.width + memory.projected_context_width) % 4 == memory.patch_widths[2] % 4 == 0
         and context[-1].width == memory.context == 2 * decoder.hidden
         and decoder.memory == memory.width
     )
@@ -294,7 +294,7 @@ def _read_memory(shape: Shape, names: Iterable[str]) -> flowformer_memory.Memory
     """Return the sizes of the cost memory, from the shapes of its weights."""
     start = "memory_encoder.cost_perceiver_encoder"
     _, tokens, width = shape(f"{start}.latent_tokens", axes=3)
-    context_part, context = shape(
+    projected_context_width, context = shape(
         f"{start}.vertical_encoder_layers.0.local_block.attn.context_proj.weight", axes=2
     )
     first, second, third = (shape(f"{start}.patch_embed.proj.{index}.weight")[0] for index in (0, 2, 4))
@@ -302,8 +302,8 @@ def _read_memory(shape: Shape, names: Iterable[str]) -> flowformer_memory.Memory
         tokens=tokens,
         width=width,
         context=context,
-        context_part=context_part,
-        costs=(first, second, third),
+        projected_context_width=projected_context_width,
+        patch_widths=(first, second, third),
         layers=count(names, r"memory_encoder\.cost_perceiver_encoder\.encoder_layers\.\d+"),
     )
 
@@ -319,7 +319,7 @@ def _read_decoder(shape: Shape) -> FlowDecoderConfig:
         memory=memory,
         query=query,
         hidden=out_channels("proj") // 2,
-        compared=out_channels("att.to_qk") // 2,
+        similarity_width=out_channels("att.to_qk") // 2,
         correlation=(
             out_channels("update_block.encoder.convc1"),
             out_channels("update_block.encoder.convc2"),

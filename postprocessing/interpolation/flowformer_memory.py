@@ -26,13 +26,13 @@ HEADS = 8  # as trained, in all attentions except the trunk's; tensors do not sh
 class TokenAttention(nn.Module):
     """Cross-attention of queries to tokens, then two linear layers, both with a residual connection."""
 
-    def __init__(self, width: int, token_width: int, joined: bool = False) -> None:
+    def __init__(self, width: int, token_width: int, concatenates_input: bool = False) -> None:
         """Create cross-attention and feed-forward layers, with FlowFormer's module names.
 
         Args:
             width: Width of the queries.
             token_width: Width of the tokens.
-            joined: Whether queries and results are concatenated before `proj`.
+            concatenates_input: Whether the input is concatenated to the attended values before `proj`.
         """
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
@@ -40,10 +40,10 @@ class TokenAttention(nn.Module):
         self.q = nn.Linear(width, width)
         self.k = nn.Linear(token_width, width)
         self.v = nn.Linear(token_width, width)
-        self.proj = nn.Linear(2 * width if joined else width, width)
+        self.proj = nn.Linear(2 * width if concatenates_input else width, width)
         # numbered as in the files, where one layer has no weights
         self.ffn = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Identity(), nn.Linear(width, width))
-        self.joined = joined
+        self.concatenates_input = concatenates_input
 
     def project_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values (B T C each) of tokens (B T token_width)."""
@@ -66,7 +66,9 @@ class TokenAttention(nn.Module):
         # plain products: fused attention is slow for so few tokens, and limits the number of positions
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1)  # B heads Q T
         attended = (weights @ v).transpose(1, 2).flatten(2)
-        x = x + self.proj(torch.cat([attended, x], dim=-1) if self.joined else attended)
+        if self.concatenates_input:
+            attended = torch.cat([attended, x], dim=-1)
+        x = x + self.proj(attended)
         return x + self.ffn(self.norm2(x))
 
 
@@ -93,8 +95,8 @@ class MemoryConfig:
     tokens: int  # K
     width: int  # D
     context: int  # C
-    context_part: int  # channels of the context next to a token
-    costs: tuple[int, int, int]  # widths of the convolutions over a cost map
+    projected_context_width: int  # channels of the context next to a token
+    patch_widths: tuple[int, int, int]  # widths of the convolutions over a cost map
     layers: int
 
 
@@ -107,7 +109,7 @@ class CostEmbed(nn.Module):
         Three convolutions of stride 2 make a patch one token; `ffn_with_coord` mixes in its position code.
         """
         super().__init__()
-        first, second, third = config.costs
+        first, second, third = config.patch_widths
         self.proj = nn.Sequential(
             nn.Conv2d(1, first, 6, stride=2, padding=2),
             nn.ReLU(inplace=True),
@@ -149,10 +151,10 @@ class WindowContextAttention(nn.Module):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
-        self.joined = config.width + config.context_part
-        self.context_proj = nn.Linear(config.context, config.context_part)
-        self.q = nn.Linear(self.joined, config.width)
-        self.k = nn.Linear(self.joined, config.width)
+        self.token_and_context_width = config.width + config.projected_context_width
+        self.context_proj = nn.Linear(config.context, config.projected_context_width)
+        self.q = nn.Linear(self.token_and_context_width, config.width)
+        self.k = nn.Linear(self.token_and_context_width, config.width)
         self.v = nn.Linear(config.width, config.width)
         self.proj = nn.Linear(config.width, config.width)
 
@@ -164,8 +166,10 @@ class WindowContextAttention(nn.Module):
             context: Context features, 1 H W C.
         """
         projected = self.context_proj(context).expand(len(x), -1, -1, -1)
-        # positions within a window, equal for all windows; `joined` is the width of tokens and context
-        code = position_code(grid_positions(WINDOW, WINDOW, x.device).flatten(0, 1), self.joined)
+        # positions within a window, equal for all windows
+        code = position_code(
+            grid_positions(WINDOW, WINDOW, x.device).flatten(0, 1), self.token_and_context_width
+        )
         width = x.shape[-1]
 
         def run(windows: Tensor) -> Tensor:
@@ -184,13 +188,13 @@ class CoarseContextAttention(nn.Module):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
-        self.joined = config.width + config.context_part
-        self.context_proj = nn.Linear(config.context, config.context_part)
-        self.q = nn.Linear(self.joined, config.width)
+        self.token_and_context_width = config.width + config.projected_context_width
+        self.context_proj = nn.Linear(config.context, config.projected_context_width)
+        self.q = nn.Linear(self.token_and_context_width, config.width)
         self.k = nn.Linear(config.width, config.width)
         self.v = nn.Linear(config.width, config.width)
         self.proj = nn.Linear(config.width, config.width)
-        self.sr_key = nn.Conv2d(self.joined, config.width, COARSE, COARSE)
+        self.sr_key = nn.Conv2d(self.token_and_context_width, config.width, COARSE, COARSE)
         self.sr_value = nn.Conv2d(config.width, config.width, COARSE, COARSE)
         self.norm = nn.LayerNorm(config.width)
 
@@ -205,7 +209,7 @@ class CoarseContextAttention(nn.Module):
         projected = self.context_proj(context).expand(len(x), -1, -1, -1)
         coded = torch.cat([x, projected], dim=-1)
         positions = grid_positions(height, width, x.device)
-        q = self.q(coded + position_code(positions, self.joined))
+        q = self.q(coded + position_code(positions, self.token_and_context_width))
         coded = coded.permute(0, 3, 1, 2)
         keys = self.norm(self.sr_key(coded).permute(0, 2, 3, 1))
         # values come from the tokens alone, without the context
@@ -276,7 +280,7 @@ class CostPerceiver(nn.Module):
         layer = self.input_layer
 
         def run(start: int, end: int) -> Tensor:
-            tokens = self.patch_embed(costs.rows(start, end)[:, None])
+            tokens = self.patch_embed(costs.correlate_rows(start, end)[:, None])
             return layer(self.latent_tokens.expand(end - start, -1, -1), layer.project_tokens(tokens))
 
         bytes_per_map = _estimate_map_bytes(self.config, height, width)
@@ -286,7 +290,7 @@ class CostPerceiver(nn.Module):
 
 def _estimate_map_bytes(config: MemoryConfig, height: int, width: int) -> int:
     """Return the largest number of float32 bytes that embedding the cost map of one position takes."""
-    first, second, _ = config.costs
+    first, second, _ = config.patch_widths
     # both sides rounded up to multiples of PATCH
     cells = (height + -height % PATCH) * (width + -width % PATCH)
     # convolutions, in sixteenths of a value for each cell: the map, the padded map, and two results

@@ -183,7 +183,7 @@ def _weigh_neighbor(
 
 
 def _find_targets(flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x and y, H*W each, of where the flow moves each pixel; outside if the flow is not finite."""
+    """Return x and y, H*W each, to which the flow moves each pixel: outside the image if it is not finite."""
     height, width = flow.shape[-2:]
     rows = torch.arange(height, device=flow.device, dtype=torch.float32)[:, None]
     columns = torch.arange(width, device=flow.device, dtype=torch.float32)
@@ -257,7 +257,7 @@ class Correlation:
         self._levels = [make_level(features) for features in pyramid]
 
     def _multiply_level(self, features: Tensor) -> Tensor:
-        """Return the products of all positions of the first image with all of a level, h*w by h*w of it."""
+        """Return the products of all positions of the first image with those of the second at a level."""
         return self._first @ features[0].flatten(1)
 
     def lookup(self, positions: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ class Correlation:
         height, width = self._size
         return rearrange(torch.cat(products, dim=1), "(h w) c -> 1 c h w", h=height, w=width)
 
-    def rows(self, start: int, end: int) -> Tensor:
+    def correlate_rows(self, start: int, end: int) -> Tensor:
         """Return correlations n h w: positions `start` to `end` of the first image with all of the second."""
         rows = self._levels[0][start:end] if self._stores_volume else self._first[start:end] @ self._second
         return rows.unflatten(1, self._sizes[0])

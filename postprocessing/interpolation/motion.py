@@ -111,7 +111,7 @@ class MotionField(nn.Module):
         self.res_conv = lateral_network(4 * outputs, *config.residual, 2 * outputs, config.residual_blocks)
         self.hyponet = HypoNet(2 * outputs + 3, config)
 
-    def between(self, forward_flow: Tensor, backward_flow: Tensor) -> "Motion":
+    def encode_flows(self, forward_flow: Tensor, backward_flow: Tensor) -> "Motion":
         """Return the motion between two images, from their optical flow in both directions.
 
         Args:
@@ -126,8 +126,8 @@ class MotionField(nn.Module):
             forward_flow,
             backward_flow,
             scale=scale,
-            first=first,
-            second=second,
+            first_features=first,
+            second_features=second,
             first_weight=first_weight,
             second_weight=second_weight,
         )
@@ -149,15 +149,17 @@ class MotionField(nn.Module):
         deviation = (mean_of_squares - mean**2).clamp(min=MIN_VARIANCE).sqrt().mean(dim=1, keepdim=True)
         return 1 / (1 + self.alpha_fe * disagreement) + 1 / (1 + self.alpha_v * deviation)
 
-    def at(self, motion: "Motion", time: float) -> Tensor:
+    def predict_motion(self, motion: "Motion", time: float) -> Tensor:
         """Return the motion from the first to the second image at `time`, 1 2 H W in pixels."""
-        return (2 * self.normal_at(motion, time) - 1) * motion.scale
+        return (2 * self.predict_normalized_motion(motion, time) - 1) * motion.scale
 
-    def normal_at(self, motion: "Motion", time: float) -> Tensor:
-        """Return the motion at `time`, normalized by the largest motion to 0..1; 0.5 is no motion."""
-        first = splat(motion.first, time * motion.forward_flow, motion.first_weight)
-        second = splat(motion.second, (1 - time) * motion.backward_flow, motion.second_weight)
-        residual = self.res_conv(torch.cat([motion.first, motion.second, first, second], dim=1))
+    def predict_normalized_motion(self, motion: "Motion", time: float) -> Tensor:
+        """Return the motion at `time`, scaled by the largest motion to 0..1; 0.5 is no motion."""
+        first = splat(motion.first_features, time * motion.forward_flow, motion.first_weight)
+        second = splat(motion.second_features, (1 - time) * motion.backward_flow, motion.second_weight)
+        residual = self.res_conv(
+            torch.cat([motion.first_features, motion.second_features, first, second], dim=1)
+        )
         features = torch.cat([first, second], dim=1) + residual
         return self.hyponet(features, self.hyponet.coordinates_at(features, time))
 
@@ -169,9 +171,9 @@ class Motion:
     forward_flow: Tensor
     backward_flow: Tensor
     scale: Tensor  # the largest movement in pixels
-    first: Tensor  # features of the normalized flows
-    second: Tensor
-    first_weight: Tensor
+    first_features: Tensor  # of the normalized flow from the first image
+    second_features: Tensor  # of the flow from the second image
+    first_weight: Tensor  # splatting weights of the pixels of the first image
     second_weight: Tensor
 
 
@@ -224,41 +226,41 @@ class Frame:
     """An image with its encoded features."""
 
     image: Tensor  # 1 3 H W, 0..1
-    small: Tensor  # the same, scaled to the size at which flow is computed
+    small_image: Tensor  # the same, scaled to the size at which flow is computed
     encoded: EncodedImage
     maps: Maps
 
 
 class Interpolation:
-    """GIMM-VFI: `frame` encodes one image, `between` interpolates images between two encoded ones."""
+    """GIMM-VFI: `encode_image` encodes one image, `interpolate` computes images between two encoded ones."""
 
-    def __init__(self, network: GimmVfi, estimator: FlowEstimator, ds_factor: float = 1.0) -> None:
+    def __init__(self, network: GimmVfi, estimator: FlowEstimator, motion_scale: float = 1.0) -> None:
         """Combine the interpolation network with an optical flow network.
 
         Args:
             network: The interpolation network.
             estimator: Estimator of the optical flow.
-            ds_factor: Scale at which all but the last step is computed, above 0 and at most 1.
+            motion_scale: Scale at which all but the last step is computed, above 0 and at most 1.
         """
         self.network = network
         self.estimator = estimator
-        self.ds_factor = ds_factor
+        self.motion_scale = motion_scale
 
     @torch.no_grad()
-    def frame(self, image: Tensor) -> Frame:
+    def encode_image(self, image: Tensor) -> Frame:
         """Compute the features of a single image.
 
         Args:
             image: Image, 1 3 H W, 0..1, float32; its sides times the factor are multiples of 32.
         """
-        small = resize(image, self.ds_factor)
+        small = resize(image, self.motion_scale)
         encoded = self.estimator.encode(255 * small)
         return Frame(image, small, encoded, self.network.synthesis.maps(encoded))
 
     @torch.no_grad()
-    def between(self, first: Frame, second: Frame, times: Sequence[float]) -> Iterator[Tensor]:
+    def interpolate(self, first: Frame, second: Frame, times: Sequence[float]) -> Iterator[Tensor]:
         """Yield interpolated images, 1 3 H W in 0..1, at the given times between 0 and 1."""
-        motion = self.network.motion.between(
+        motion = self.network.motion.encode_flows(
             self.estimator.flow(first.encoded, second.encoded),
             self.estimator.flow(second.encoded, first.encoded),
         )
@@ -266,12 +268,14 @@ class Interpolation:
         correlations = PairCorrelations(first.maps, second.maps)
         # the synthesis takes colors from -1 to 1
         images = 2 * torch.cat([first.image, second.image]) - 1
-        small = 2 * torch.cat([first.small, second.small]) - 1  # at the size at which motion is computed
+        small = (
+            2 * torch.cat([first.small_image, second.small_image]) - 1
+        )  # at the size at which motion is computed
         for time in times:
-            flow = self.network.motion.at(motion, time)
+            flow = self.network.motion.predict_motion(motion, time)
             flow = torch.cat([-time * flow, (1 - time) * flow])  # from the new image to the first and second
             blend = synthesis.blend(
                 small, flow, first.maps, second.maps, correlations=correlations, time=time
             )
             del flow
-            yield synthesis.render(images, blend.enlarged(1 / self.ds_factor))
+            yield synthesis.render(images, blend.enlarged(1 / self.motion_scale))

@@ -259,7 +259,7 @@ class Raft(nn.Module):
 
 
 def upsampling_mask(hidden: int, width: int) -> nn.Sequential:
-    """Return the layers that predict four times the weights that `upsample_flow` gives to neighbors."""
+    """Return the layers that predict the mask of `upsample_flow`, before it is multiplied by 0.25."""
     return nn.Sequential(conv(hidden, width), nn.ReLU(), conv(width, 9 * SCALE**2, 1))
 
 

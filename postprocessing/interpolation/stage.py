@@ -149,7 +149,7 @@ class Interpolator:
 
     def _interpolate(self, first: "_CachedFrame", second: "_CachedFrame", is_deep: bool) -> Iterator[Pixels]:
         times = [number / self._options.factor for number in range(1, self._options.factor)]
-        images = self._network.between(first.frame, second.frame, times)
+        images = self._network.interpolate(first.frame, second.frame, times)
         return (self._make_pixels(image, first.output, is_deep) for image in images)
 
     def _has_cut(self, first: "_CachedFrame", second: "_CachedFrame") -> bool:
@@ -163,7 +163,9 @@ class Interpolator:
 
     def _encode_frame(self, pixels: Pixels) -> Frame:
         image = to_tensor(pixels, self._device)
-        return self._network.frame(pad(image, self._measure_margins(*pixels.shape[:2]), mode="replicate"))
+        return self._network.encode_image(
+            pad(image, self._measure_margins(*pixels.shape[:2]), mode="replicate")
+        )
 
     def _make_pixels(self, image: Tensor, like: OutputFrame, is_deep: bool) -> Pixels:
         """Convert an interpolated image to pixels without its padding; raise an error if it has NaN."""

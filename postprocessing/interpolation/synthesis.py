@@ -36,7 +36,7 @@ class RefinementConfig:
     first: int  # size of the first convolution
     upsample: tuple[int, int]
     width: int
-    side: int  # channels of the inner steps of a residual block
+    inner_channels: int  # channels of the inner steps of a residual block
     outputs: int
 
 
@@ -103,7 +103,7 @@ class Decoder(nn.Module):
         )
         self.convblock = nn.Sequential(
             prelu(2 * outer + other_channels, config.width, config.first),
-            *(Residual(config.width, config.side) for _ in range(3)),
+            *(Residual(config.width, config.inner_channels) for _ in range(3)),
             conv(config.width, config.outputs),
         )
 
@@ -159,7 +159,7 @@ class SynthesisConfig:
     last: RefinementConfig
     low: UpdateConfig
     high: UpdateConfig
-    mixed: int  # width of the last combining layers
+    combined_width: int  # width of the last combining layers
 
     @property
     def feature(self) -> int:
@@ -225,7 +225,9 @@ class Synthesis(nn.Module):
         self.amt_update4_high = Update(feature, config.high)
         # three channels for each of the blended images
         self.amt_comb_block = nn.Sequential(
-            conv(3 * blends, config.mixed, 7), nn.PReLU(config.mixed), conv(config.mixed, 3, 7)
+            conv(3 * blends, config.combined_width, 7),
+            nn.PReLU(config.combined_width),
+            conv(config.combined_width, 3, 7),
         )
 
     @property

@@ -102,7 +102,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
             """Return the dtype to load a tensor in: float32 for norms and attention biases."""
             return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
 
-        network = load_planned(plan, kind.build, device=device, dtype=dtype_of, what=MODEL_OPTION)
+        network = load_planned(plan, kind.build, device=device, dtype=dtype_of, label=MODEL_OPTION)
     if device != META:  # tensors on the meta device have no values to rearrange
         set_memory_format(network, device)
     return Upscaler(kind, plan.config, network)
@@ -136,8 +136,8 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
     factors = [2**power for power in range(num_doublings + 1)]
     if channels != COLOURS * unshuffle**2 or unshuffle not in factors:
         raise shape.error(
-            f"its first layer takes {channels} channels of images that it makes {2**num_doublings} times "
-            "larger"
+            f"its first layer requires {channels} channels for a network that makes images "
+            f"{2**num_doublings} times larger"
         )
     config = RrdbConfig(
         features=features,
@@ -201,7 +201,7 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
     shape = _Shapes(checkpoint, make_shape_reader(checkpoint, sources))
     dim, channels, *_ = shape.of("conv_first.weight", 4)
     if channels != COLOURS:
-        raise shape.error(f"it is for pictures of {channels} channels, such as gray ones")
+        raise shape.error(f"it is for pictures with {channels} channels, such as grayscale")
     layers = range(count(sources, r"layers\.\d+"))
     heads = tuple(
         shape.of(f"layers.{layer}.residual_group.blocks.0.attn.relative_position_bias_table", 2)[1]

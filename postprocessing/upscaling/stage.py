@@ -84,7 +84,7 @@ def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
     kind = upscaler.kind.name
     factor = upscaler.config.factor
     if upscaler.kind.mode != options.mode:
-        logger.info("--mode %s, but %s is of another kind: %s is used.", options.mode, name, kind)
+        logger.info("--mode %s, but %s has a different architecture: %s is used.", options.mode, name, kind)
     # for the log: a network only enlarges by its own factor
     resized = "" if options.scale == factor else f", then resized to --scale {options.scale:g}"
     logger.info("%s: %s, %d times as large%s.", name, kind, factor, resized)
@@ -194,8 +194,8 @@ class UpscalerStage:
         side = int((max(free, 0) / per_pixel) ** 0.5) // config.step * config.step
         tile = max(side, tiling.min_tile(config.step, self.options.tile_overlap))
         logger.info(
-            "Pictures of %d x %d would take about %.1f GiB at once, and %.1f GiB are free: they are cut into "
-            "tiles of %d pixels.",
+            "Pictures of %d x %d would take about %.1f GiB at once, and %.1f GiB are free: they are split "
+            "into tiles of %d pixels.",
             clip.width,
             clip.height,
             width * height * per_pixel / GIB,

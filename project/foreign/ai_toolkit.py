@@ -26,30 +26,34 @@ _FIRST_PROCESS = "config.process[0]"
 _TRAINER_TYPES = ("sd_trainer", "ui_trainer", "diffusion_trainer")
 _EMBEDDING_TYPES = ("textual_inversion_trainer", "textual_inversion")
 _OF_LOKR = omitted("network_args and network_dim below [training] say it: docs/networks.md")
-_SLIDER = "--slider of a training script learns from two texts, without files: docs/targets.md"
+_SLIDER = "--slider of a training script learns from two prompts, without files: docs/targets.md"
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
-    """Return what kind of run an AI Toolkit job is, with the key that shows it; else raise NoRun."""
+    """Return what kind of run an AI Toolkit job is, with the key that shows it; else raise UnsupportedRun."""
+
+    def has_settings(name: str) -> bool:
+        """Return whether the file has keys of the first process that begin with a name."""
+        return any(key.startswith(f"{_FIRST_PROCESS}.{name}") for key in values)
+
     job = str(values.get("job"))
     kind = str(values.get(f"{_FIRST_PROCESS}.type", ""))
     if job in {"extract", "generate", "mod"}:
         raise UnsupportedRun(f"job = {job} trains nothing")
-    if "slider" in kind.lower() or any(key.startswith(f"{_FIRST_PROCESS}.slider") for key in values):
+    if "slider" in kind.lower() or has_settings("slider"):
         raise UnsupportedRun(f"type = {kind}: a slider is trained, and `new` does not set one up. {_SLIDER}")
     adapter = values.get(f"{_FIRST_PROCESS}.adapter.type")
     if adapter is not None:
         if str(adapter).lower().replace("_", "") == "controlnet":
             return ForeignRun("controlnet", f"adapter.type = {adapter}")
         raise UnsupportedRun(f"adapter.type = {adapter}: this kind of adapter cannot be trained here")
-    if kind.lower() in _EMBEDDING_TYPES or any(
-        key.startswith(f"{_FIRST_PROCESS}.embedding.") for key in values
-    ):
+    if kind.lower() in _EMBEDDING_TYPES or has_settings("embedding."):
         return ForeignRun("embedding", f"type = {kind}, with embedding")
     if kind not in _TRAINER_TYPES:
         raise UnsupportedRun(f"type = {kind}: `new` sets up no such training")
-    network = [key for key in values if key.startswith(f"{_FIRST_PROCESS}.network.")]
-    return ForeignRun("lora", "network") if network else ForeignRun("whole", "a job without network")
+    if has_settings("network."):
+        return ForeignRun("lora", "network")
+    return ForeignRun("whole", "a job without network")
 
 
 def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
@@ -131,7 +135,9 @@ _RULES = {
     "train.linear_timesteps": rules.TIMESTEPS,
     "train.loss_type": rules.LOSS,
     "train.reg_weight": KeyRule(DATA, "prior_loss_weight", number(0, 1000)),
-    "train.switch_boundary_every": omitted("of two networks the noise of each step says which one learns"),
+    "train.switch_boundary_every": omitted(
+        "of two networks, the noise level of each step decides which one is trained"
+    ),
     "train.skip_first_sample": omitted("sample_at_first below [training] says it"),
     "train.force_first_sample": omitted("sample_at_first below [training] says it"),
     "train.disable_sampling": omitted("without sample_prompts below [training] there are no samples"),

@@ -110,7 +110,7 @@ class Program:
     default_values: Mapping[str, Any] = field(default_factory=dict)
     unit_keys: Mapping[str, str] = field(default_factory=dict)  # key of a number -> key of its unit
     shares_option_names: bool = False  # whether other keys are options of the training script
-    find_run: Callable[[Mapping[str, Any]], ForeignRun] = train_lora  # raises NoRun
+    find_run: Callable[[Mapping[str, Any]], ForeignRun] = train_lora  # raises UnsupportedRun
     find_trained_networks: Callable[[Mapping[str, Any]], TrainedNetworks] = train_default_networks
     # our name of an optimizer -> arguments that the program passes by default
     default_optimizer_arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -276,7 +276,7 @@ def read_adapter(value: Any) -> str:
     if path.suffix != ".safetensors" or not path.is_file():
         raise ValueError(
             "there is no such file here: tasks that end in -adapter download published ones, and "
-            "training_adapter below [training] takes any"
+            "training_adapter below [training] accepts any"
         )
     return path.absolute().as_posix()
 

@@ -43,6 +43,17 @@ def find_pixel_step(family: Any) -> int:
     return DEFAULT_STEP
 
 
+def _list_items(
+    setup: describing.RunSetup, table: DatasetTable, path: Path, media: Media | None
+) -> list[CountedFile]:
+    """Return the items of a file: one of one frame for an image, one for each length for a clip."""
+    bucket = _find_bucket(setup, table, path, None if media is None else media.size)
+    lengths = [1]
+    if media is not None and media.is_clip:
+        lengths = _list_lengths(setup, table, media)
+    return [CountedFile(table, (*bucket, length)) for length in lengths]
+
+
 def count_steps_of_epoch(setup: describing.RunSetup) -> int:
     """Return the optimizer steps in one epoch of the dataset.toml that `new` would write.
 
@@ -59,12 +70,7 @@ def count_steps_of_epoch(setup: describing.RunSetup) -> int:
             for table in config.datasets:
                 for source in find_sources(table, faults=[]):
                     item = media_by_path.get(real_path(source.path))
-                    # an image is one item of one frame, a clip one item for each length
-                    lengths = [1]
-                    if item is not None and item.is_clip:
-                        lengths = _list_lengths(setup, table, item)
-                    bucket = _find_bucket(setup, table, source.path, None if item is None else item.size)
-                    files += [CountedFile(table, (*bucket, length)) for length in lengths]
+                    files += _list_items(setup, table, source.path, item)
         except UserError:  # `new` reports errors of the files
             return max(len(setup.media), 1)
     accumulated = setup.training_options.get("gradient_accumulation_steps", 1)

@@ -67,8 +67,8 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     slider_key = next((key for key in _LECO_SLIDER_KEYS if key in values), None)
     if slider_key is not None:
         raise UnsupportedRun(
-            f"{slider_key} is of LECO, a slider, and `new` does not set one up. "
-            "--slider of a training script learns from two texts, without files: docs/targets.md"
+            f"{slider_key} belongs to LECO, a slider, which `new` does not set up. "
+            "--slider of a training script learns from two prompts, without files: docs/targets.md"
         )
     if _is_lllite(values):
         return ForeignRun("lllite", "lllite_cond_dim")
@@ -193,7 +193,7 @@ PROGRAM = Program(
         "token_string": rules.WORD,
         "init_word": rules.INIT_WORD,
         "num_vectors_per_token": rules.VECTORS,
-        "template": omitted("captions are what a word learns from: docs/textual_inversion.md has templates"),
+        "template": omitted("an embedding is trained with captions: docs/textual_inversion.md has templates"),
         "learning_rate": rules.LEARNING_RATE,
         "lr_scheduler": rules.SCHEDULER,
         "lr_scheduler_num_cycles": rules.CYCLES,
@@ -210,7 +210,7 @@ PROGRAM = Program(
         "max_train_steps": rules.STEPS,
         "train_batch_size": rules.BATCH_SIZE,
         "batch_size": omitted(
-            "it is of making captions and caches there; train_batch_size is that of the steps"
+            "it is for making captions and caches there; train_batch_size is for training steps"
         ),
         "dataset_repeats": rules.NUM_REPEATS,
         "max_resolution": rules.RESOLUTION,
@@ -277,7 +277,7 @@ PROGRAM = Program(
         **dict.fromkeys(("model_list", "stop_text_encoder_training_pct", "save_as_bool"), _OF_UI),
         **dict.fromkeys(("create_caption", "create_buckets", "full_path", "use_latent_files"), _OF_UI),
         "noise_offset_type": _OF_UI,
-        "stop_text_encoder_training": omitted("what learns, learns to the end"),
+        "stop_text_encoder_training": omitted("everything that is trained is trained until the end"),
         "use_8bit_adam": omitted("optimizer says it"),
         "save_model_as": omitted("files are safetensors"),
         "network_weights": rules.START,

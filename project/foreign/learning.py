@@ -64,25 +64,25 @@ def resolve_trained_networks(
     # an embedding or a control network is trained, and no network of the model itself
     if kind.trains_embedding or kind.uses_control_images:
         if networks.file_keys:
-            project.report_omitted_key(_join_network_keys(project), f"{kind.title} is all that is trained")
+            project.report_omitted_key(_join_network_keys(project), f"only {kind.title} is trained")
         return
     can_train_text_encoders = _can_train_text_encoders(model, kind, script)
-    if not networks.trains_text_encoders:
+    if not networks.trains_text_encoders:  # as by default
         project.adopted_keys += map(show, networks.file_keys)
     elif not can_train_text_encoders:
+        keys = _join_network_keys(project) or "text encoders"
         project.omission_lines.append(
-            f"{_join_network_keys(project) or 'text encoders'}: a text encoder learned there, and none does "
-            f"here: {kind.title} of {model.title} leaves text encoders as they are"
+            f"{keys}: the project trains a text encoder, which is not possible here: {kind.title} of "
+            f"{model.title} does not change text encoders"
         )
     if networks.dit_rate is not None and (kind is LORA or networks.trains_text_encoders):
         _use_dit_rate(project, networks.dit_rate)
-    if not (networks.trains_text_encoders and can_train_text_encoders):
-        return
-    rates = _select_text_encoder_rates(project)
-    if kind is LORA:
-        _train_text_encoders_of_lora(project, rates)
-    else:
-        _train_text_encoders_of_model(project, script, rates)
+    if networks.trains_text_encoders and can_train_text_encoders:
+        rates = _select_text_encoder_rates(project)
+        if kind is LORA:
+            _train_text_encoders_of_lora(project, rates)
+        else:
+            _train_text_encoders_of_model(project, script, rates)
 
 
 def _can_train_text_encoders(model: ModelSet, kind: RunKind, script: ScriptOptions) -> bool:
@@ -100,7 +100,7 @@ def _use_dit_rate(project: ForeignProject, rate: float) -> None:
     if project.training_options.get("learning_rate") == rate:
         return
     if "learning_rate" in project.training_options:
-        project.remove_option("learning_rate", f"{key} is the rate of what learns")
+        project.remove_option("learning_rate", f"{key} is the rate of the trained network")
     project.training_options["learning_rate"] = rate
     project.report_change(key, rate, f"learning_rate = {rate}")
 
@@ -114,7 +114,7 @@ def _select_text_encoder_rates(project: ForeignProject) -> Sequence[float | None
         return rates
     project.omission_lines.append(
         f"the rates of text encoders ({', '.join(str(rate) for rate in rates if rate)}): {optimizer} takes "
-        "one rate for all that learns"
+        "only one rate for all trained networks"
     )
     return _use_common_rate(rates)
 
@@ -125,17 +125,15 @@ def _train_text_encoders_of_lora(project: ForeignProject, rates: Sequence[float 
     training["network_train_unet_only"] = False
     if not project.trained_networks.trains_dit:
         training["network_train_text_encoder_only"] = True
-    default = training.get("learning_rate")
-    rates_of_encoders = [default if rate is None else rate for rate in rates]
+    common_rate = training.get("learning_rate")
+    encoder_rates = [common_rate if rate is None else rate for rate in rates]
     rates_text = ""
-    if None not in rates_of_encoders and any(rate != default for rate in rates_of_encoders):
-        training["text_encoder_lr"] = (
-            rates_of_encoders if len(set(rates_of_encoders)) > 1 else rates_of_encoders[:1]
-        )
+    if None not in encoder_rates and any(rate != common_rate for rate in encoder_rates):
+        are_equal = len(set(encoder_rates)) == 1
+        training["text_encoder_lr"] = encoder_rates[:1] if are_equal else encoder_rates
         rates_text = f": text_encoder_lr = {', '.join(map(str, training['text_encoder_lr']))}"
-    project.change_lines.append(
-        f"{_join_network_keys(project) or 'text encoders'}: they learn too, as there{rates_text}"
-    )
+    keys = _join_network_keys(project) or "text encoders"
+    project.change_lines.append(f"{keys}: they are trained, too, as in the project{rates_text}")
 
 
 def _train_text_encoders_of_model(
@@ -144,16 +142,15 @@ def _train_text_encoders_of_model(
     """Train the text encoders of a checkpoint, too, at one common rate or at one rate each."""
     training = project.training_options
     training["train_text_encoder"] = True
-    names = ["learning_rate_te"]
+    rate_options = ["learning_rate_te"]
     if "learning_rate_te" not in script.accepted:
         # scripts of models with two text encoders have an option for each
-        names = ["learning_rate_te1", "learning_rate_te2"]
-    rates_of_all = (*rates, *rates[-1:])  # a second encoder defaults to the rate of the first
+        rate_options = ["learning_rate_te1", "learning_rate_te2"]
+    encoder_rates = (*rates, *rates[-1:])  # a second encoder defaults to the rate of the first
     report = ""
-    for name, rate in zip(names, rates_of_all, strict=False):
-        if rate is not None and name in script.accepted:
-            training[name] = rate
-            report += f", {name} = {rate}"
-    project.change_lines.append(
-        f"{_join_network_keys(project) or 'text encoders'}: train_text_encoder = true, as there{report}"
-    )
+    for option, rate in zip(rate_options, encoder_rates, strict=False):
+        if rate is not None and option in script.accepted:
+            training[option] = rate
+            report += f", {option} = {rate}"
+    keys = _join_network_keys(project) or "text encoders"
+    project.change_lines.append(f"{keys}: train_text_encoder = true, as in the project{report}")

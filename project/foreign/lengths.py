@@ -179,7 +179,7 @@ def _resolve_warmup(project: ForeignProject, steps: int) -> None:
 
 
 def _set_warmup_fraction(project: ForeignProject, key: str, fraction: float, steps: int) -> None:
-    """Set the warm-up that the file's `key` gives as a fraction of the run, unless it gives steps, too."""
+    """Convert the warm-up of the file's `key`, a fraction of the run, to steps; steps in the file win."""
     training = project.training_options
     if training.get("lr_warmup_steps"):
         project.omission_lines.append(f"{key}: {project.source_keys['lr_warmup_steps']} says it")

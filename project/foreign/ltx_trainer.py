@@ -107,7 +107,7 @@ PROGRAM = Program(
         "lora.alpha": rules.ALPHA,
         "lora.dropout": rules.DROPOUT,
         "lora.target_modules*": rules.LAYERS,
-        f"{_STRATEGY_TABLE}.name": omitted("the conditions below it say what is given"),
+        f"{_STRATEGY_TABLE}.name": omitted("the conditions below it define the inputs"),
         **_rules_of_video(),
         **_rules_of_ends("audio", "audio_"),
         f"{_STRATEGY_TABLE}.audio.conditions.mask.*": omitted(

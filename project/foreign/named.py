@@ -22,9 +22,9 @@ _TRAINING_AND_TABLE_KEYS = frozenset(
 def adopt_by_name(
     project: ForeignProject, script: ScriptOptions, options_set_by_new: Collection[str]
 ) -> None:
-    """Adopt keys of a foreign file that are named like our training options or dataset.toml keys.
+    """Adopt keys without a rule that have the names of our training options or dataset.toml keys.
 
-    `chosen` are the options that `new` itself sets.
+    `options_set_by_new` are the options for which `new` would otherwise choose a value itself.
     """
     our_names: set[str] = {*script.accepted, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
     if project.program.shares_option_names:
@@ -49,23 +49,23 @@ def adopt_by_name(
             else:
                 _report_unknown(project, key, value, our_names)
         except InvalidValue as error:
-            allowed = SUBSET_KEYS[key].form.allowed
+            allowed = SUBSET_KEYS[key].value_type.allowed
             project.report_omitted_value(key, value, str(error) or f"it has to be {allowed}")
         except (ValueError, TypeError, OverflowError) as error:
             project.report_omitted_value(key, value, str(error))
     project.keys_without_rule = {}
-    # now that the script is known, a key without a rule may be similar to one of its options
+    # now that the script is known, an unknown key may turn out to be similar to one of its options
     for key in list(project.unknown_keys):
-        if _find_our_name(key, our_names) is not None:
+        our_name = _find_our_name(key, our_names)
+        if our_name is not None:
             project.unknown_keys.remove(key)
-            # the value is no longer needed; True stands for one that is not off
-            _report_unknown(project, key, True, our_names)
+            _report_key_with_other_name(project, key, our_name)
 
 
 def _adopt_dataset_key(project: ForeignProject, key: str, value: Any) -> None:
     """Adopt a dataset.toml key unchanged. Raises InvalidValue or ValueError if its value is not possible."""
     fact = SUBSET_KEYS[key]
-    project.general_keys[key] = fact.form.read(_as_plain(value, fact.default))
+    project.general_keys[key] = fact.value_type.read(_as_plain(value, fact.default))
     project.source_keys[key] = show(key)
     project.adopted_keys.append(show(key))
 
@@ -84,13 +84,13 @@ def _as_plain(value: Any, default: Any) -> Any:
 def _adopt_option(
     project: ForeignProject, option: AdoptableOption, key: str, value: Any, is_set_by_new: bool
 ) -> None:
-    """Adopt the value of an option; `is_chosen` says that `new` would otherwise set the option itself.
+    """Adopt the value of an option; with `is_set_by_new`, `new` would otherwise choose a value itself.
 
     Raises:
         ValueError: If the option cannot have the value.
     """
     if option.reaches_out:
-        raise ValueError(f"only who types --{key} with the training may say it")
+        raise ValueError(f"--{key} can only be set on the command line of the training")
     # an "off" value matters only for a switch that is on by default
     turns_off = option.kind == "switch" and (is_set_by_new or option.default is True)
     is_empty = is_off(value) or (option.default is None and str(value) in {"0", "0.0"})
@@ -114,13 +114,17 @@ def _report_rejected(project: ForeignProject, key: str, value: Any, reason: str)
 
 def _report_unknown(project: ForeignProject, key: str, value: Any, our_names: Collection[str]) -> None:
     """Report a key without a rule, with our name for it if there is one."""
-    ours = _find_our_name(key, our_names)
+    our_name = _find_our_name(key, our_names)
     if is_off(value):
         project.ineffective_keys.append(show(key))
-    elif ours is not None:
-        project.report_omitted_key(key, f"not taken; this program has it as {ours}")
+    elif our_name is not None:
+        _report_key_with_other_name(project, key, our_name)
     else:
         project.unknown_keys.append(show(key))
+
+
+def _report_key_with_other_name(project: ForeignProject, key: str, our_name: str) -> None:
+    project.report_omitted_key(key, f"not adopted: this program calls it {our_name}")
 
 
 def _find_our_name(key: str, our_names: Collection[str]) -> str | None:

@@ -28,8 +28,14 @@ def select_model_of_project(
 ) -> None:
     """Select the model that a project of another trainer names, and note what became of its keys.
 
-    `values` contains all keys of the file; `rules` only the rules of keys that name a model. A variant is
-    a key that names a model only together with another key.
+    1. Read each key that names a model. A variant is a key that does so only together with another key.
+    2. If no key names a known model, guess it from the other keys.
+    3. Use the most specific of these models: its family and task become options of `new`.
+
+    Args:
+        project: The project, whose options and report are completed.
+        values: All keys of the file.
+        model_rules: Rules of the keys that name a model.
     """
     models: list[FileModel] = []
     has_unknown_variant = False
@@ -37,7 +43,8 @@ def select_model_of_project(
         file_model = _read_model_key(project, rule, key, values)
         if file_model is not None:
             models.append(file_model)
-        has_unknown_variant |= file_model is None and key in project.program.kind_key_of_variant
+        elif key in project.program.kind_key_of_variant:
+            has_unknown_variant = True
     if not models:
         guessed = project.program.guess_model(values)
         if guessed is not None:
@@ -67,12 +74,14 @@ def _read_model_key(
     if value is False:
         project.adopted_keys.append(show(key))
         return None
-    # a switch such as `is_flux` names the model by its key
-    name = f"{key.split('.')[-1]}=True" if value is True else str(value)
-    specificity = _MODEL_FILE if rule.target == contract.FILE else _MODEL_KIND
     if key in project.program.kind_key_of_variant:  # variant names are only unique within a kind of model
-        name = f"{values.get(project.program.kind_key_of_variant[key])} {value}"
+        kind_key = project.program.kind_key_of_variant[key]
+        name = f"{values.get(kind_key)} {value}"
         specificity = _MODEL_VARIANT
+    else:
+        # a switch such as `is_flux` names the model by its key
+        name = f"{key.split('.')[-1]}=True" if value is True else str(value)
+        specificity = _MODEL_FILE if rule.target == contract.FILE else _MODEL_KIND
     named = _find_model_by_name(project.program, name)
     if named is not None:
         family, task = named
@@ -112,13 +121,13 @@ def _find_model_by_name(program: Program, name: str) -> tuple[str, str | None] |
 
 def explain_model(project: ForeignProject, error: OptionError) -> OptionError:
     """Return an error about a missing model, extended by the keys of the project file that name a model."""
-    unsupported_models = [
-        f"{key} = {value}: {model} is not supported"
-        for key, value in project.unknown_models.items()
-        if (model := name_unsupported(value)) is not None
-    ]
-    if unsupported_models and "family" not in project.new_options:
-        return OptionError(f"--from {project.path}: {unsupported_models[0]}. {error}")
+    if "family" not in project.new_options:
+        for key, value in project.unknown_models.items():
+            model = name_unsupported(value)
+            if model is not None:
+                return OptionError(
+                    f"--from {project.path}: {key} = {value}: {model} is not supported. {error}"
+                )
     settings = [f"{key} = {value}" for key, value in project.unknown_models.items()]
     if settings:
         settings[-1] += ", which names no model known here"

@@ -58,7 +58,7 @@ def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
 
 def _read_scheduler(value: Any) -> str:
     if value == "COSINE_WITH_RESTARTS":
-        raise ValueError("there it rises as slowly as it falls, and here it restarts at once")
+        raise ValueError("there it rises as slowly as it falls, here it restarts immediately")
     return read_scheduler(value)
 
 
@@ -83,11 +83,11 @@ _OF_CONCEPTS = {
     "balancing": rules.NUM_REPEATS,
     "balancing_strategy": omitted("num_repeats in dataset.toml says how often files are seen"),
     "name": rules.NAMES,
-    "seed": omitted("the run's seed decides what is drawn"),
+    "seed": omitted("the run's seed decides the random choices"),
     "enabled": omitted("each folder of dataset.toml is used"),
-    "type": omitted("a folder reg has regularization pictures; validation_split holds files back"),
+    "type": omitted("a folder reg has regularization pictures; validation_split holds out files"),
     "validation_concept": rules.VALIDATION,
-    "include_subdirectories": omitted("`new` says which folders it takes"),
+    "include_subdirectories": omitted("`new` lists the folders that it uses"),
     "image_variations": omitted("each file is encoded once"),
     "text_variations": omitted("captions vary by shuffle_caption"),
     "loss_weight": KeyRule(DATA, "prior_loss_weight", number(0, 1000)),
@@ -197,7 +197,7 @@ PROGRAM = Program(
         "backup_after": omitted("states are saved with each file"),
         "output_model_destination": rules.OUTPUT_NAME,
         "output_model_format": omitted("files are safetensors"),
-        "optimizer_defaults.*": omitted("they are of the optimizers that its page offers next"),
+        "optimizer_defaults.*": omitted("they belong to the optimizers that its page offers next"),
         "lora_model_name": rules.START,
         "layer_filter*": rules.LAYERS,
         "sample_definition_file_name": rules.SAMPLES,

@@ -44,7 +44,7 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
     if optimizer == "adafactor" and is_on(arguments.get("relative_step", True)):
         _omit_adafactor_rates(project)
     elif training.get("lr_scheduler") == "adafactor":
-        project.remove_option("lr_scheduler", "it is of Adafactor with relative_step=True")
+        project.remove_option("lr_scheduler", "it belongs to Adafactor with relative_step=True")
 
 
 def _replace_gpu_optimizer(project: ForeignProject) -> None:
@@ -108,10 +108,10 @@ def _write_optimizer_arguments(project: ForeignProject, optimizer: str, argument
     assignments = []
     for name, value in arguments.items():
         key = project.file_key_of(name)
-        is_default_of_program = key == name and name not in project.optimizer_arguments
+        is_in_file = key != name or name in project.optimizer_arguments  # otherwise the trainer's default
         if known_arguments is None or name in known_arguments:
             assignments.append(f"{name}={_as_literal(value)}")
-            if not is_default_of_program:
+            if is_in_file:
                 project.adopted_keys.append(key)
         elif is_off(value):
             project.ineffective_keys.append(key)

@@ -20,8 +20,7 @@ def join_datasets(project: ForeignProject) -> None:
     """Prepare the keys of a project's datasets for dataset.toml; a single folder's keys go to [general]."""
     used_datasets: dict[str, ForeignDataset] = {}
     for name, dataset in project.datasets.items():
-        # in files that set a number of files per epoch, the value of the repeats is that number
-        if dataset.files_per_epoch is not None:
+        if dataset.draws_fixed_number:
             dataset.files_per_epoch = dataset.table_keys.pop("num_repeats", None)
         if dataset.is_unused:
             _report_unused_dataset(project, dataset)
@@ -55,11 +54,11 @@ def _resolve_resolutions(project: ForeignProject) -> None:
         largest = largest_by_folder.get(dataset.path, size)
         largest_by_folder[dataset.path] = max(largest, size, key=_count_pixels)
     for dataset in sized_datasets:
-        if dataset.table_keys["resolution"] != largest_by_folder[dataset.path]:
-            _report_omitted_keys(
-                project, dataset, ["resolution"], "of several sizes of a folder the largest is taken"
-            )
-        dataset.table_keys["resolution"] = largest_by_folder[dataset.path]
+        largest = largest_by_folder[dataset.path]
+        if dataset.table_keys["resolution"] != largest:
+            reason = "the folder has a larger size, too, which is used"
+            _report_omitted_keys(project, dataset, ["resolution"], reason)
+        dataset.table_keys["resolution"] = largest
     # if all datasets have a size, the project's general one has no effect
     if "resolution" in project.general_keys and len(sized_datasets) == len(project.datasets):
         _omit_general_key(project, "resolution")
@@ -116,7 +115,7 @@ def find_table_keys(
 ) -> dict[Path, dict[str, Any]]:
     """Return the dataset.toml keys that a project has for each media folder; report those of other folders.
 
-    `folder` is the dataset folder; `described` are the folders in it with media.
+    `folder` is the dataset folder, `media_folders` are the folders in it that have media.
     """
     keys: dict[Path, dict[str, Any]] = {}
     matched: list[ForeignDataset] = []

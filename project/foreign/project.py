@@ -33,6 +33,7 @@ class ForeignDataset:
     folder_key: str = ""
     table_keys: dict[str, Any] = field(default_factory=dict)
     source_keys: dict[str, str] = field(default_factory=dict)  # our key -> key in the file
+    draws_fixed_number: bool = False  # whether the file's number of repeats is a number of files per epoch
     files_per_epoch: int | None = None  # files drawn per epoch; None: all, repeated num_repeats times
     is_unused: bool = False
 
@@ -172,7 +173,7 @@ class ForeignProject:
                 unknown.append(key)
         lines = []
         if misspelled:
-            lines.append(f"  left, seems to be misspelt: {', '.join(misspelled)}")
+            lines.append(f"  left, probably misspelled: {', '.join(misspelled)}")
         if unknown:
             lines.append(f"  left, {NO_REASON}: {', '.join(unknown)}")
         return lines

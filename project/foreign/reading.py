@@ -44,6 +44,11 @@ _TRAINING_SCRIPT_KEYS = re.compile(
 def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
     """Read another trainer's project file, and translate its keys to our options.
 
+    1. Read the values of the file, and of additional files that it names.
+    2. Find the kind of run and the trained networks, and add the trainer's defaults for missing keys.
+    3. Convert each value by the rule of its key; the project records what became of the key.
+    4. Find the model, which several keys may name.
+
     `typed_kind` is the kind of run that --train names.
 
     Raises:
@@ -182,7 +187,7 @@ def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         why = shorten(" ".join(str(error).split()), 300).rstrip(".")
         raise OptionError(
-            f"{option} {path} cannot be read: {why}. Give it as the program has saved it that it is of"
+            f"{option} {path} cannot be read: {why}. Use the file as its trainer has saved it"
         ) from None
 
 

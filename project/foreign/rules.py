@@ -88,13 +88,13 @@ START = omitted("give a LoRA to start from as network_weights below [training]")
 BUCKETS = omitted("files always keep their shape")
 CAPTIONS = omitted("`new` finds the captions itself")
 REGULARISING = omitted(
-    "a folder of regularization pictures is known by its name: call it reg, in the folder that is described"
+    "a folder of regularization pictures is recognized by its name: call it reg, inside the described folder"
 )
 CONTROLS = omitted("control pictures are looked for in a folder control or conditioning of the one described")
 
 OF_CARD = omitted("`new` chooses it for the card and the model")
 SAMPLES = omitted("prompts.txt has prompts of your captions: write others there")
-CACHES = omitted("what is encoded is always cached")
+CACHES = omitted("encoded data are always cached")
 KEPT_FILES = omitted("each saved file is kept; save_last_n_steps below [training] keeps the last ones")
 UPLOADS = omitted("nothing is sent anywhere unless you type it with `run`")
 LOGS = omitted("output/NAME.html has the curves; other logs are options of the training")

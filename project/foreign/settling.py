@@ -89,12 +89,16 @@ def resolve_project(
     if "min_snr_gamma" in script.accepted and "min_snr_gamma" not in project.training_options:
         project.training_options["min_snr_gamma"] = None  # `new` sets it for models that predict noise
         project.change_lines.append(
-            f"min_snr_gamma is left out, which {project.title} has only if it is said"
+            f"min_snr_gamma is left out: {project.title} uses it only if its file sets it"
         )
+    _remove_rejected_options(project, script)
+    _resolve_dataset_keys(project, dataset_layout)
+
+
+def _remove_rejected_options(project: ForeignProject, script: ScriptOptions) -> None:
     for name in list(project.training_options):
         if name not in script.accepted:
             project.remove_option(name, script.rejected.get(name, f"{script.name} has no such option"))
-    _resolve_dataset_keys(project, dataset_layout)
 
 
 def _list_options_set_by_new(model: ModelSet) -> set[str]:
@@ -172,9 +176,9 @@ def _set_default_alpha(project: ForeignProject) -> None:
 
 
 def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) -> None:
-    """Override what `new` sets for full training with Adafactor, where the project needs other values.
+    """Replace defaults of `new` for full training that do not fit the optimizer and schedule of the project.
 
-    `new` sets Adafactor with fused_backward_pass, its arguments, and a warm-up.
+    `new` sets Adafactor with fused_backward_pass, its arguments, no gradient clipping, and a warm-up.
     """
     training = project.training_options
     optimizer = training.get("optimizer_type", "adafactor")
@@ -198,15 +202,35 @@ def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) ->
 
 
 def _resolve_dataset_keys(project: ForeignProject, dataset_layout: DatasetLayout) -> None:
-    """Remove keys that the new dataset.toml cannot have, and keys without effect."""
+    """Remove [general] keys that the new dataset.toml cannot have, and keys without effect."""
+    _omit_unsuitable_bucket_step(project, dataset_layout.side_multiple)
+    _omit_keys_of_subsets(project, dataset_layout)
+    ineffective_names: list[str] = []
+    if not VARYING_TEXTS & project.general_keys.keys():
+        ineffective_names += _SHUFFLING_KEYS
+    if not dataset_layout.has_regularization:
+        ineffective_names.append("prior_loss_weight")
+    for name in ineffective_names:
+        if name in project.general_keys:
+            project.general_keys.pop(name)
+            project.remove_from_report(project.file_key_of(name))
+            project.ineffective_keys.append(project.file_key_of(name))
+
+
+def _omit_unsuitable_bucket_step(project: ForeignProject, side_multiple: int) -> None:
+    """Remove bucket_reso_steps unless it is a multiple of the step that the model's sides need."""
     general_keys = project.general_keys
-    side_multiple = dataset_layout.side_multiple  # sides of buckets are multiples of it
     steps = general_keys.get("bucket_reso_steps", side_multiple)
     if steps % side_multiple:
         general_keys.pop("bucket_reso_steps")
         project.remove_from_report("bucket_reso_steps")
         reason = f"this model needs a multiple of {side_multiple}"
         project.report_omitted_value("bucket_reso_steps", steps, reason)
+
+
+def _omit_keys_of_subsets(project: ForeignProject, dataset_layout: DatasetLayout) -> None:
+    """Remove keys that only [[datasets.subsets]] have: defaults, and all if the script has no subsets."""
+    general_keys = project.general_keys
     may_use_subsets = dataset_layout.supports_subsets or dataset_layout.uses_subsets
     for name in list(general_keys):
         key = project.file_key_of(name)
@@ -219,13 +243,3 @@ def _resolve_dataset_keys(project: ForeignProject, dataset_layout: DatasetLayout
             project.omission_lines.append(
                 f"{key}: {name} is of [[datasets.subsets]], which this model's script does not take"
             )
-    ineffective_names: list[str] = []
-    if not VARYING_TEXTS & general_keys.keys():
-        ineffective_names += _SHUFFLING_KEYS
-    if not dataset_layout.has_regularization:
-        ineffective_names.append("prior_loss_weight")
-    for name in ineffective_names:
-        if name in general_keys:
-            general_keys.pop(name)
-            project.remove_from_report(project.file_key_of(name))
-            project.ineffective_keys.append(project.file_key_of(name))

@@ -11,8 +11,6 @@ from project.foreign import contract
 from project.foreign.contract import KeyRule, Program, UnsetValue, is_off
 from project.foreign.project import FileEpochs, ForeignDataset, ForeignProject, show, without_numbers
 
-_DRAWN = -1  # placeholder: num_repeats contains the number of files per epoch
-
 
 @dataclass(frozen=True)
 class FileValue:
@@ -59,7 +57,7 @@ def _find_dataset(project: ForeignProject, key: str, value: Any) -> ForeignDatas
     if value in project.program.dataset_off_values.get(name, ()):
         dataset.is_unused = True
     if name in project.program.fixed_draw_settings and value == project.program.fixed_draw_settings[name]:
-        dataset.files_per_epoch = _DRAWN
+        dataset.draws_fixed_number = True
     return dataset
 
 
@@ -169,10 +167,11 @@ def _set_once(
         value: The value in our form.
     """
     name = setting.rule.name
-    is_default = setting.key in project.assumed_defaults  # of the other program, for a missing key
-    first_key = keys.setdefault(name, setting.key)
-    if first_key in project.assumed_defaults and not is_default:
-        # a value in the file replaces a default
+    # the file may not have the key: then the value is a default of the other program
+    is_default = setting.key in project.assumed_defaults
+    earlier_key = keys.setdefault(name, setting.key)
+    earlier_is_default = earlier_key in project.assumed_defaults
+    if earlier_is_default and not is_default:  # a value in the file replaces a default
         our_values.pop(name, None)
         keys[name] = setting.key
     if our_values.setdefault(name, value) != value:
@@ -187,7 +186,7 @@ def _set_once(
 
 
 def _is_same(read: Any, value: Any) -> bool:
-    """Return whether our value, `read`, equals the file's `value`, apart from being written as text."""
+    """Return whether a converted value equals the file's `value`, which may be the same number as text."""
     if isinstance(read, int | float) and isinstance(value, str):
         try:
             return bool(read == float(value))

@@ -23,7 +23,8 @@ RECIPE: Mapping[str, Any] = {
 ADAPTER_NAME_SUFFIX = "_training_adapter_v1"  # suffix of its file name, as in published adapters
 
 
-def _find_words(model: ModelSet) -> list[str]:
+def _find_training_command(model: ModelSet) -> list[str]:
+    """Return the script that trains a LoRA; [] for models that are not distilled or have an adapter."""
     return find_lora_script(model) if model.properties.get("distilled") and not model.has_adapter else []
 
 
@@ -31,20 +32,20 @@ def _why_not(model: ModelSet, memory: float) -> str | None:
     if model.has_adapter:
         return f"{model.title} is trained with one already: give the task without it"
     if not model.properties.get("distilled"):
-        return f"{model.title} was not distilled, so that there is nothing to unlearn"
+        return f"{model.title} was not distilled, so there is nothing to unlearn"
     return None
 
 
-def _change(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
+def _set_adapter_options(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
     return {**values, **RECIPE}
 
 
 ADAPTER = RunKind(
     name="adapter",
     title="a training adapter",
-    find_training_command=_find_words,
+    find_training_command=_find_training_command,
     why_unsupported=_why_not,
-    adapt_options=_change,
+    adapt_options=_set_adapter_options,
     architecture_suffix="lora",
     makes_training_adapter=True,
 )

@@ -12,7 +12,7 @@ ALONE = "--embedding_only"
 OF_LORA_SCRIPT = f"{ALONE} --train_embedding {{word}} --embedding_vectors 4 --learning_rate 1e-3"
 
 
-def _find_words(model: ModelSet) -> list[str]:
+def _find_training_command(model: ModelSet) -> list[str]:
     """Return the script and options that train an embedding; [] if the model cannot learn a word."""
     named = model.properties.get("embedding")
     if named is not None:
@@ -21,17 +21,17 @@ def _find_words(model: ModelSet) -> list[str]:
 
 
 def _why_not(model: ModelSet, memory: float) -> str | None:
-    if _find_words(model):
+    if _find_training_command(model):
         return None
     if model.has_adapter:
-        return "a word takes no training adapter: give the task without it"
-    return f"{model.title} reads captions together with images, from which no word is learned"
+        return "an embedding cannot use a training adapter: choose the task without it"
+    return f"{model.title} reads captions together with images, which cannot train a word"
 
 
 EMBEDDING = RunKind(
     name="embedding",
     title="an embedding",
-    find_training_command=_find_words,
+    find_training_command=_find_training_command,
     why_unsupported=_why_not,
     adapt_options=drop_lora_options,
     architecture_suffix="textual-inversion",

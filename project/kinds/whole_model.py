@@ -48,8 +48,8 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
     name = model.title
     if not model.properties["fp8"]:  # no option casts it to 8 bits: its files have 8 bits
         return f"the file of {name} has weights in 8 bits, in which steps would be lost"
-    words = full_training_command(model)
-    if not words or find_script(words[0]) is None:
+    argv = full_training_command(model)
+    if not argv or find_script(argv[0]) is None:
         return f"{name} has no script that trains it whole"
     if len(transformers_of(model)) > 1:
         return f"{name} has two transformers, which are trained one at a time: see docs/wan22.md"
@@ -58,7 +58,7 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
     if memory and not model.properties.get("swaps", True) and size + GIB_BESIDES_WEIGHTS > memory:
         return (
             f"{name} takes {size:.1f} GiB of weights and about {GIB_BESIDES_WEIGHTS} more, "
-            f"and the card has {memory:g} GiB"
+            f"but the card has {memory:g} GiB"
         )
     return None
 
@@ -107,10 +107,10 @@ def describe_full(model: ModelSet, memory: float) -> list[str]:
     elif weights / 2**30 + GIB_BESIDES_WEIGHTS <= memory:
         fit = f"{weights / 2**30:.1f} GiB in bf16, which fits a card of {memory:g} GiB"
     else:
-        # FREE GiB of the card are left for everything else
+        # some memory of the card is left for activations and everything else
         left = weights / 2**30 - max(memory - GIB_BESIDES_WEIGHTS, 0)
-        fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB wait in RAM"
-    # KEPT saves and the result; each of the KEPT states contains the weights, too
+        fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB stay in RAM"
+    # the last saves and the result; the state of each of these saves contains the weights, too
     maximum = gigabytes((NUM_KEPT_SAVES + 1) * written + NUM_KEPT_SAVES * weights)
     return [
         f"The whole model is trained. Its weights: {fit}",

@@ -249,8 +249,8 @@ def check_values(training: Mapping[str, Any], family: str, task: str, train: str
             known = sorted(allowed & actions.keys())
             near = did_you_mean(_show(name), known)
             raise ValueError(
-                f"{_show(name)} is nothing that a recipe may set.{near} It sets values that decide what is "
-                "learned: no paths, no programs, nothing of the card, nothing that is saved or sent"
+                f"{_show(name)} cannot be set by a recipe.{near} A recipe sets options that decide what "
+                "is learned: no paths or programs, and nothing about the graphics card, saving or logging"
             )
         values[name] = _read_value(actions[name], name, value, modules)
         check_value(name, values[name], getattr(actions[name], "facts", {}))
@@ -304,7 +304,7 @@ def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str
         return _read_listed(name, value, read_scheduler(value))
     # recipes come from strangers: they may not set paths, addresses, programs or secrets
     if getattr(action, "reach", "") or getattr(action, "is_secret", False):
-        raise ValueError(f"{name} reaches out of the training, and only who types it may set it")
+        raise ValueError(f"{name} can only be set on the command line: it may affect more than the training")
     if action.nargs == 0:  # a flag, which has no value on a command line
         if not isinstance(value, bool):
             raise ValueError(f"{name} = {_show(str(value))}: give true or false")

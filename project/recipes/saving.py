@@ -64,7 +64,7 @@ def find_history(path: Path) -> Path:
             names = ", ".join(map(str, histories))
             raise OptionError(f"{path} has {len(histories)} runs. Give the history of one: {names}")
     raise OptionError(
-        f"{path} has no run: no file {END.removeprefix('-')} is in it, nor in its folder output"
+        f"{path} has no run: there is no {END.removeprefix('-')} file in it or in its folder output"
     )
 
 
@@ -95,7 +95,7 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
     )
     path = options.to / f"{name}.toml"
     if path.exists() and not options.overwrite:
-        raise OutputError(f"{path} is there already. Give another --name, or --overwrite")
+        raise OutputError(f"{path} already exists. Give another --name, or --overwrite")
     options.to.mkdir(parents=True, exist_ok=True)
     write_text(path, write_recipe(recipe))
     read_recipe(path)  # verify that the written file can be read
@@ -137,9 +137,8 @@ def _find_trained_model(
         value_by_option = dict(itertools.pairwise(argv))  # each word with the one after it
         if "--family" in value_by_option and "--task" in value_by_option:
             return value_by_option["--family"], value_by_option["--task"], find_kind_of(commands).name
-    task = ""
-    for option in ("task", "model_version", "model_type"):  # training scripts name the task by one of them
-        task = task or changed_options.get(option, "")
+    task_options = ("task", "model_version", "model_type")  # training scripts name the task by one of them
+    task = next((changed_options[name] for name in task_options if changed_options.get(name)), "")
     models = [model for model in find_models() if model.family == start.model]
     candidates = [model for model in models if model.task == task]
     if not candidates and len(models) == 1:

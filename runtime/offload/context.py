@@ -37,7 +37,7 @@ class ProcessGrid:
     """The numbers of processes that share passes and that share tokens, and the rank of this process."""
 
     rank: int  # rank of this process, from 0
-    data: int  # number of groups with their own micro-batches (`count_groups`)
+    data_parallel_size: int  # number of groups with their own micro-batches (`count_groups`)
     passes: int = 1  # number of parts of a group, which share the passes of a step
     context: int = 1  # number of processes of a part, which share the tokens of a clip
 
@@ -46,7 +46,9 @@ def device_mesh(grid: ProcessGrid, device: torch.device) -> "DeviceMesh":
     """Create the groups of processes named in `AXES`. All processes must call this."""
     from torch.distributed.device_mesh import init_device_mesh  # not needed by a single process
 
-    return init_device_mesh(device.type, (grid.data, grid.passes, grid.context), mesh_dim_names=AXES)
+    return init_device_mesh(
+        device.type, (grid.data_parallel_size, grid.passes, grid.context), mesh_dim_names=AXES
+    )
 
 
 @dataclass(frozen=True)

@@ -45,14 +45,14 @@ TOKEN_GROUP = "_token_group"  # attribute of a network: the processes that share
 class ShardedBlocks:
     """The parts of a network's blocks that this process keeps while other processes keep the others."""
 
-    def __init__(self, device: torch.device, asked_by: str) -> None:
+    def __init__(self, device: torch.device, option_name: str) -> None:
         """Prepare to split blocks over all processes that have joined.
 
         Args:
             device: Device of this process.
-            asked_by: Option that requested the split, for messages.
+            option_name: Option that requested the split, for messages.
         """
-        self.asked_by = asked_by
+        self.option_name = option_name
         from torch.distributed.device_mesh import init_device_mesh  # not needed by a single process
 
         self._mesh = init_device_mesh(device.type, (distributed.get_world_size(),))

@@ -95,7 +95,7 @@ def workspace(device: torch.device, is_training: bool) -> MemoryPart:
 class OffloadedWeights:
     """Bytes of weights that leave the device if blocks are swapped or split over processes."""
 
-    host: int  # bytes of weights that move to host memory
+    host_bytes: int  # bytes of weights that move to host memory
     slot_bytes: (
         int  # bytes of device slots through which weights are streamed, or in which blocks are gathered
     )
@@ -103,9 +103,9 @@ class OffloadedWeights:
     processes: int = 1  # number of processes that share the weights
 
     @property
-    def saved(self) -> int:
+    def saved_device_bytes(self) -> int:
         """Bytes of device memory that the swap saves: the moved weights minus the slots for streaming."""
-        return self.host + self.on_other_processes - self.slot_bytes
+        return self.host_bytes + self.on_other_processes - self.slot_bytes
 
     def describe(self, blocks: int, use_of_slots: str) -> str:
         """Return the note of a memory plan about the swapped or split weights.
@@ -117,7 +117,11 @@ class OffloadedWeights:
         if self.processes > 1:
             buffer = format_gib(self.slot_bytes)
             return f"; blocks split over {self.processes} processes, {buffer} to gather them"
-        return f"; {blocks} blocks swapped, {format_gib(self.slot_bytes)} {use_of_slots}" if self.host else ""
+        return (
+            f"; {blocks} blocks swapped, {format_gib(self.slot_bytes)} {use_of_slots}"
+            if self.host_bytes
+            else ""
+        )
 
 
 def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> OffloadedWeights:
@@ -234,8 +238,8 @@ def parts_of(
         size = bytes_by_kind.get(kind, 0)
         host = 0
         if kind == dry_run.WEIGHTS:
-            size -= swap.saved
-            host = swap.host
+            size -= swap.saved_device_bytes
+            host = swap.host_bytes
         elif kind == dry_run.ACTIVATIONS:
             # some of them wait in host memory for the backward pass
             host = waiting
@@ -309,14 +313,18 @@ class Swappable(Protocol):
     def max_swapped_blocks(self) -> int:
         """Largest number of blocks that can be swapped."""
 
-    def device(self, blocks: int, /) -> int:
+    def device_bytes(self, blocks: int, /) -> int:
         """Return the bytes of device memory with this number of swapped blocks."""
 
 
 def smallest_swap(prediction: Swappable, usable: int) -> int | None:
     """Return the smallest number of swapped blocks that fits into `usable` bytes; None if no number does."""
     return next(
-        (count for count in range(prediction.max_swapped_blocks + 1) if prediction.device(count) <= usable),
+        (
+            count
+            for count in range(prediction.max_swapped_blocks + 1)
+            if prediction.device_bytes(count) <= usable
+        ),
         None,
     )
 
@@ -347,11 +355,13 @@ def swap_for(
     if count is None:
         return maximum, (
             f"--blocks_to_swap auto: {maximum}, the largest possible number; even so "
-            f"{format_gib(prediction.device(maximum))} GiB are predicted; {usable}."
+            f"{format_gib(prediction.device_bytes(maximum))} GiB are predicted; {usable}."
         )
-    fewer = f"; with {count - 1} it would be {format_gib(prediction.device(count - 1))}" if count else ""
+    fewer = (
+        f"; with {count - 1} it would be {format_gib(prediction.device_bytes(count - 1))}" if count else ""
+    )
     return count, (
-        f"--blocks_to_swap auto: {count}. {format_gib(prediction.device(count))} GiB are predicted, "
+        f"--blocks_to_swap auto: {count}. {format_gib(prediction.device_bytes(count))} GiB are predicted, "
         f"{usable}{fewer}."
     )
 
@@ -446,7 +456,7 @@ def advise(
     lines: list[str] = []
     for name, predict in memory_savers:
         prediction = predict()
-        needed = prediction.device(swapped)
+        needed = prediction.device_bytes(swapped)
         if needed <= usable:
             return [*lines, f"{name}: {format_gib(needed)} GiB{phase} fits"], None
         remark = SMALL_FORMS if "fp8" in name else ""
@@ -466,4 +476,4 @@ def _describe_fitting_swap(prediction: Swappable, usable: int, phase: str) -> st
     count = smallest_swap(prediction, usable)
     if count is None:
         return None
-    return f"--blocks_to_swap {count}: {format_gib(prediction.device(count))} GiB{phase} fits"
+    return f"--blocks_to_swap {count}: {format_gib(prediction.device_bytes(count))} GiB{phase} fits"

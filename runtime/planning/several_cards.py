@@ -78,8 +78,8 @@ def plan_layouts(
     """
     for division in _list_divisions(cards, is_training):
         extra_options = _options_of_division(division)
-        num_parallel = cards // division.context
-        if division.shards and not is_training:
+        num_parallel = cards // division.num_context_parallel
+        if division.shards_weights and not is_training:
             num_parallel = 1  # all processes generate the same clip
         layout = GpuLayout(extra_options, division, num_parallel)
         try:
@@ -100,8 +100,10 @@ def plan_layouts(
 
 def _divide(run: SingleGpuRun, division: Division) -> Divided:
     """Return the memory of one GPU of a division; raise OptionError if the division is impossible."""
-    if run.heads % division.context:
-        raise OptionError(f"{run.heads} heads of attention are not divisible by {division.context}")
+    if run.heads % division.num_context_parallel:
+        raise OptionError(
+            f"{run.heads} heads of attention are not divisible by {division.num_context_parallel}"
+        )
     return run.divide(division)
 
 
@@ -115,9 +117,9 @@ def _list_divisions(cards: int, is_training: bool) -> list[Division]:
     """Return the divisions of a run over GPUs, ordered by how little the GPUs wait for each other."""
     # a generation whose processes share anything makes one clip at a time, so all of them share its tokens
     contexts = [count for count in range(2, cards + 1) if cards % count == 0] if is_training else [cards]
-    split_blocks = [Division(cards, shards=True)]
-    split_tokens = [Division(cards, context=count) for count in contexts]
-    split_both = [Division(cards, shards=True, context=count) for count in contexts]
+    split_blocks = [Division(cards, shards_weights=True)]
+    split_tokens = [Division(cards, num_context_parallel=count) for count in contexts]
+    split_both = [Division(cards, shards_weights=True, num_context_parallel=count) for count in contexts]
     if is_training:  # gathering blocks overlaps with computation, exchanging tokens does not
         divisions = [*split_blocks, *split_tokens, *split_both]
     else:  # unless tokens are split, each process computes all of them
@@ -143,7 +145,7 @@ def _plan_memory(
     swapped = prediction.swaps[blocks]
     processes = layout.division.processes
     # the processes of a launcher share a copy of swapped blocks
-    host = processes * memory.host - (processes - 1) * swapped.host * is_training
+    host = processes * memory.host - (processes - 1) * swapped.host_bytes * is_training
     return replace(layout, memory=memory, host=host, fits=memory.device <= device_memory.usable)
 
 
@@ -211,7 +213,7 @@ def _advise(fitting: Sequence[GpuLayout], added: Sequence[str], is_training: boo
     )
     lines = [f"The cheapest that fits{on_each}:", f"  {command_of(best, added, sys.argv, is_training)}"]
     # a clip is finished soonest if as many GPUs as possible share its tokens
-    fastest = max(fitting, key=lambda layout: layout.division.context)
+    fastest = max(fitting, key=lambda layout: layout.division.num_context_parallel)
     if not is_training and fastest is not best:
         lines.append("A single clip is finished soonest by:")
         lines.append(f"  {command_of(fastest, added, sys.argv, is_training)}")

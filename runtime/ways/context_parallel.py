@@ -36,7 +36,7 @@ class ContextParallelOptions(
         default=1,
         minimum=1,
         metavar="N",
-        facts={**SETTING, **OF_BLOCKS, "division": "context"},
+        facts={**SETTING, **OF_BLOCKS, "division": "num_context_parallel"},
     )
 
 

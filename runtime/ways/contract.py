@@ -25,7 +25,7 @@ class SwapsBlocks(Protocol):
     """The part of the block-swap options that modes of running use."""
 
     @property
-    def typed(self) -> str:
+    def used_flag(self) -> str:
         """The option in use, as the user types it."""
 
 
@@ -76,8 +76,8 @@ class Division:
     """
 
     processes: int
-    shards: bool = False  # whether the weights of the blocks are split
-    context: int = 1  # number of GPUs that share the tokens of a clip
+    shards_weights: bool = False  # whether the weights of the blocks are split
+    num_context_parallel: int = 1  # number of GPUs that share the tokens of a clip
 
 
 class WayOptions(Options):

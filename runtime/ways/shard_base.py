@@ -35,7 +35,7 @@ class ShardBaseOptions(
         "with several processes (accelerate launch --multi_gpu --num_processes N): each keeps a part of "
         "every block of the transformer, frozen or trained, and of large text encoders, and gathers a block "
         "when it runs. Embeddings, LoRAs and the VAE are in every process",
-        facts={**OF_BLOCKS, "division": "shards"},
+        facts={**OF_BLOCKS, "division": "shards_weights"},
     )
 
 
@@ -85,7 +85,7 @@ def _make_sharded_blocks(device: "torch.device") -> "BlockSharder | None":
 
 def _join(run: RunModes, options: ShardBaseOptions) -> None:
     """Add --shard_base to the modes of a run; raise OptionError if blocks are swapped too."""
-    swap_flag = run.speed.swap.typed
+    swap_flag = run.speed.swap.used_flag
     if swap_flag:
         raise OptionError(
             f"--shard_base and {swap_flag} both say where the weights wait: in the other processes, "

@@ -75,7 +75,7 @@ def test_forty_to_fifty_two() -> None:
 def test_a_lora_on_some_blocks_needs_to_say_for_how_many_it_is(tmp_path: Path, key: str) -> None:
     path = tmp_path / "lora.safetensors"
     write_lora(path, range(4, 6))
-    with pytest.raises(CheckpointError, match="does not say for how many blocks"):
+    with pytest.raises(CheckpointError, match="without saying how many blocks"):
         merge(tmp_path, 40)
 
     changes = write_lora(path, range(4, 6), {key: "28"})
@@ -162,7 +162,7 @@ def test_a_training_starts_from_what_a_shallower_model_has_learned(deep: Path, m
     start = ["--network_weights", "28.safetensors", "--learning_rate", 0, *more]
     found, said = train(deep, "begun", *start)
 
-    assert said.count("what a block has learned is used in its copies too") == 1
+    assert said.count("the changes of a block are applied to its copies too") == 1
     stored = load_file(deep / "28.safetensors")
     layer = f"_{TARGET.replace('.', '_')}"
     for block, origin in enumerate(OF_40):

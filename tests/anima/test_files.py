@@ -121,7 +121,7 @@ def wide_adapter(state: dict[str, Tensor]) -> None:
         (video, "Cosmos-Predict2 for videos, which is not supported"),
         (connector, "another text encoder, which is not supported"),
         (without_adapter, f"has no adapter .* to {ADAPTER_OPTION} too"),
-        (odd_heads, "are not those of an Anima transformer"),
+        (odd_heads, "does not have the sizes of an Anima transformer"),
         (wide_adapter, f"does not fit a transformer that takes texts of width 48.* to {ADAPTER_OPTION}"),
     ],
 )
@@ -137,7 +137,7 @@ def test_other_files_are_refused(tmp_path: Path, change: object, words: str) -> 
 def test_the_large_cosmos_is_refused(tmp_path: Path) -> None:
     shapes = {name: ("BF16", tuple(one.shape)) for name, one in tiny_state().items()}
     shapes["x_embedder.proj.1.weight"] = ("BF16", (5120, 68))
-    with pytest.raises(CheckpointError, match="5120 wide: it is Cosmos-Predict2 14B"):
+    with pytest.raises(CheckpointError, match="has width 5120: it is Cosmos-Predict2 14B"):
         AnimaFiles(dit=write_hollow(tmp_path / "dit.safetensors", shapes)).dit_header()
 
 

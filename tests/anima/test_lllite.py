@@ -216,7 +216,7 @@ def test_files_of_other_models_forms_and_depths_are_named(tmp_path: Path) -> Non
     deeper.check()
     with on_meta_device():
         dit = AnimaModel(AnimaConfig(**{**vars(CONFIG), "num_layers": 4}))
-    with pytest.raises(CheckpointError, match="is made for 2 blocks, the transformer has 4"):
+    with pytest.raises(CheckpointError, match="is made for 2 blocks, but the transformer has 4"):
         deeper.make(dit, True)
     with pytest.raises(OptionError, match="--cond_emb_dim is 8"):
         describe_lllite(options_of(network_weights=path, cond_emb_dim=8)).check()

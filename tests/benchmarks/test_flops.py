@@ -361,11 +361,11 @@ class Planned:
     whole: int  # GiB
     max_swapped_blocks: int = 4
 
-    def device(self, blocks: int) -> int:
+    def device_bytes(self, blocks: int) -> int:
         return (self.whole - blocks) << 30
 
     def phase(self, blocks: int) -> Phase:
-        return Phase("step", (MemoryPart("all", self.device(blocks), blocks << 30),))
+        return Phase("step", (MemoryPart("all", self.device_bytes(blocks), blocks << 30),))
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_what_has_a_weight(text: str, expected: tuple[str, list[tuple[str, float
 
 @pytest.mark.parametrize("weight", ["101", "-5000", "9" * 400])
 def test_a_weight_beyond_all_sense_is_refused(weight: str) -> None:
-    with pytest.raises(OptionError, match=r"--prompt_weighting: .* more than 100"):
+    with pytest.raises(OptionError, match=r"--prompt_weighting: .* has a weight beyond 100;"):
         parse_weights(f"a (red:{weight}) car")
 
 

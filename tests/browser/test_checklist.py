@@ -28,16 +28,16 @@ ASKS = (
 COMMAND = "python tools/caption_dataset.py --model 'x y'"
 PRINTED = f"""/x: 2 pictures. wan t2v-1.3B at 64x64, on a CPU (--memory 12: a card of 12 GiB)
 fault> left out: /x/bad.png is not an image that can be read, or it is damaged
-warning> a.png, b.png: tiny, below 256 pixels: their blur is learned
+warning> a.png, b.png: tiny, below 256 pixels: the model would learn their blur
 64x64: the size of a typical file, a.png (64x64). Every file keeps its own shape, at this area (resolution)
 warning> captions that are not UTF-8: a.txt: read as Windows-1252
 captions> {ASKS}
   {COMMAND}
-red_hat: the model's own tags have blanks (red hat). To write yours so, in the folder /x:
+red_hat: the model's own tags have spaces (red hat). To convert yours, run this in the folder /x:
   python tools/tag.py . --rename 'red_hat'
 fault> 1 cannot be read and has no caption, which ends a run: delete each, or move it away:
   bad.png
-mend> First correct what is listed above. Then reelsmith run /x checks, caches and trains
+mend> First fix the problems listed above. Then reelsmith run /x checks, caches and trains
 """
 
 

@@ -31,7 +31,7 @@ def job(folder: Path, text: str) -> Job:
         ("  bad.png", ("bad.png",), "out", ("bad.png",)),
         ("aa.png, b c.mp4: tiny, below 256 pixels", ("aa.png", "b c.mp4"), "", None),
         ("captions that are not UTF-8: a.txt: read as Windows-1252", (), "repair", None),
-        ("a.png = aa.png: equal copies, learned more often", ("a.png", "aa.png"), "out", ("aa.png",)),
+        ("a.png = aa.png: equal copies, which are trained", ("a.png", "aa.png"), "out", ("aa.png",)),
         ("  python tools/caption_dataset.py --model 'x y'", (), "run", None),
         ("python tools/caption_dataset.py is not indented", (), "", None),
         ("x.heic: left out, this kind is not read; convert them to PNG", (), "", None),
@@ -68,8 +68,8 @@ def test_each_file_of_a_line_is_linked_once_where_the_line_names_it(
 
 
 def test_a_file_is_linked_in_a_translated_line_too(tmp_path: Path) -> None:
-    line = "a.png, b c.mp4: tiny, below 256 pixels: their blur is learned"
-    form = "%(names)s: tiny, below %(pixels)s pixels: their blur is learned"
+    line = "a.png, b c.mp4: tiny, below 256 pixels: the model would learn their blur"
+    form = "%(names)s: tiny, below %(pixels)s pixels: the model would learn their blur"
     [message] = read_output_lines(job(tmp_path, f"{line}\n"), NAMES)
     with speaking(Language("zh", {form: "小图片%(names)s低于%(pixels)s像素"})):
         assert message.pieces == [

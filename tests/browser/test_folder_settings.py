@@ -179,7 +179,7 @@ def test_what_follows_from_the_steps_is_named(tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
     with serve_runs(tmp_path) as served:
         told = html.unescape(send_table(served, folder, "save", max_train_steps="100").text)
-        assert "sample_every_n_steps = 200: as for the steps before. For 100 steps `new` writes" in told
+        assert "sample_every_n_steps = 200: derived from the previous number of steps. For 100 steps" in told
         assert "The field Training steps, at the top, changes them together." in told
         saved = (folder / "run.toml").read_text(encoding="utf-8")
         assert "max_train_steps = 100\n" in saved
@@ -192,13 +192,13 @@ def test_what_follows_from_the_steps_is_named(tmp_path: Path) -> None:
             sample_every_n_steps="30",
             learning_rate="0.001",
         )
-        assert "as for the steps before" not in both.text
+        assert "derived from the previous number of steps" not in both.text
 
 
 def test_nothing_changed_is_said(tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
     with serve_runs(tmp_path) as served:
-        assert "Nothing is changed." in send_table(served, folder, "save").text
+        assert "Nothing was changed." in send_table(served, folder, "save").text
 
 
 def test_a_file_that_changed_meanwhile_is_not_overwritten(tmp_path: Path) -> None:

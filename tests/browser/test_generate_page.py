@@ -242,7 +242,7 @@ def test_only_files_that_a_run_takes_as_loras_are_offered(
     ((run, _),) = loras.refresh()
 
     assert loras.find_run_family(run.id) == "wan"
-    assert loras.find_run_files(run.id) == offered
+    assert loras.find_run_file_names(run.id) == offered
 
 
 def test_loras_of_other_models_stand_behind_a_word_with_the_reason(root: Path) -> None:
@@ -753,7 +753,7 @@ def test_what_a_dropped_file_needs_and_is_not_here_is_said(served: Served, tmp_p
         tmp_path / "a.png", IMAGE, {**tags, "bt_lora_0": "gone.safetensors: 1.0", "bt_i2i_path": "b.png"}
     )
     page = served.ask(send(served, "settings", tmp_path / "a.png").json()["address"]).text
-    assert "gone.safetensors, a LoRA of it, is not here. It started from b.png: drop that" in page
+    assert "Its LoRA gone.safetensors is not here. It started from b.png: drop that" in page
     write_png(tmp_path / "b.png", IMAGE, {**tags, "bt_model_type": "no such"})
     page = served.ask(send(served, "settings", tmp_path / "b.png").json()["address"]).text
     assert "Its model is unknown: choose one." in page

@@ -285,7 +285,7 @@ def test_a_queue_that_was_started_goes_on_with_the_next_server(queue: JobQueue) 
 def test_a_run_of_no_folder_is_refused_when_it_is_added(tmp_path: Path) -> None:
     (tmp_path / "clips ü").mkdir()
     check_options(split_arguments("reelsmith run 'clips ü' --download"), tmp_path)
-    with pytest.raises(OptionError, match="there is no such folder in .* Give its whole path"):
+    with pytest.raises(OptionError, match="there is no such folder in .* Give its absolute path"):
         check_options(split_arguments("reelsmith run clips"), tmp_path)
 
 

@@ -295,12 +295,12 @@ def test_answers_of_buttons_and_json_are_in_the_language(served: Served) -> None
 
 
 def test_a_text_is_english_for_programs_and_translated_where_it_is_shown() -> None:
-    text = say("place %(place)s in the queue", place=2)
+    text = say("position %(place)s in the queue", place=2)
     both = join(", ", (say("waiting"), text))
     count = say_count(1, "%(n)s picture", "%(n)s pictures")
 
-    assert (text, both, count) == ("place 2 in the queue", "waiting, place 2 in the queue", "1 picture")
-    assert json.loads(json.dumps([text])) == ["place 2 in the queue"]
+    assert (text, both, count) == ("position 2 in the queue", "waiting, position 2 in the queue", "1 picture")
+    assert json.loads(json.dumps([text])) == ["position 2 in the queue"]
     with speaking(Language("ja", read_texts("ja"))):
         assert text.translated() == "キューの 2 番目"
         assert both.translated() == "待機中, キューの 2 番目"
@@ -308,7 +308,7 @@ def test_a_text_is_english_for_programs_and_translated_where_it_is_shown() -> No
         assert show_all({"a": [text]}) == {"a": ["キューの 2 番目"]}
         assert isinstance(str(ValueError(text)), TranslatableText)
         assert say("no such text").translated() == "no such text"
-    assert text.translated() == "place 2 in the queue"
+    assert text.translated() == "position 2 in the queue"
 
 
 def test_values_of_a_text_are_escaped_in_every_language(served: Served) -> None:

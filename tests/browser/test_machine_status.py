@@ -41,9 +41,9 @@ def test_cards_are_read_from_the_list_of_the_driver() -> None:
     first, second, shared = read_cards(LISTED)
 
     assert first == GraphicsCard("NVIDIA GeForce RTX 4090", 12.0, 24564 / 1024, 61)
-    assert first.words == "NVIDIA GeForce RTX 4090, 12.0 of 24.0 GiB, 61 °C"
-    assert (second.name, second.words) == ("Tesla, K80", "Tesla, K80, 0.0 of 11.2 GiB")
-    assert shared.words == "NVIDIA GB10, 40 °C"
+    assert first.summary == "NVIDIA GeForce RTX 4090, 12.0 of 24.0 GiB, 61 °C"
+    assert (second.name, second.summary) == ("Tesla, K80", "Tesla, K80, 0.0 of 11.2 GiB")
+    assert shared.summary == "NVIDIA GB10, 40 °C"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")

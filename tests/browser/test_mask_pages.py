@@ -325,7 +325,7 @@ def test_a_clip_shows_its_first_middle_and_last_frame(folder: Path, served: Serv
     )
     assert [np.asarray(one).mean() for one in images] == pytest.approx([0, 100, 180], abs=4)
     assert [np.asarray(one)[0, 0, 1] for one in masks] == [0, 125, 225]
-    assert "not that of a clip" in draw(served, shown, WHITE).json()["error"]
+    assert "not the mask of a clip" in draw(served, shown, WHITE).json()["error"]
     assert press(served, "accept", shown).json()["state"] == "accepted"
     assert press(served, "invert", item(served)).json()["state"] == "drawn"
     assert read_mask(folder / "masks" / "0" / "000009.png")[0, 0, 0] == 30

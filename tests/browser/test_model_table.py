@@ -4,7 +4,7 @@ from pathlib import Path
 
 from browser.folders import MediaFolder
 from browser.model_table import describe_file, describe_kind, list_missing, list_model_rows
-from project.model_choice import describe_makes, read_model_info
+from project.model_choice import describe_outputs, read_model_info
 from project.options import find_models
 from tests.commands import ROOT
 
@@ -12,7 +12,7 @@ from tests.commands import ROOT
 def test_what_models_make_is_what_new_says() -> None:
     models = find_models()
     assert [describe_kind(model) for model in models] == [
-        describe_makes(model, read_model_info(model)) for model in models
+        describe_outputs(model, read_model_info(model)) for model in models
     ]
 
 

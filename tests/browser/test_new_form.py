@@ -100,15 +100,15 @@ def test_a_complete_form_is_taken() -> None:
     ("word", "is_known"), [("cat", True), (" Woman ", True), ("mrsfluff", False), ("", False)]
 )
 def test_a_word_that_models_know_is_taken_with_a_hint(word: str, is_known: bool) -> None:
-    assert ("Every model knows" in hint_at_word(word)) == is_known
+    assert ("Every model already knows" in hint_at_word(word)) == is_known
     check_form(NewForm(**{**FORM.__dict__, "trigger": word.strip()}))
 
 
 def test_only_changed_keys_are_written() -> None:
     other = NewForm(**{**FORM.__dict__, "steps": "30", "name": ""})
     values = {"max_train_steps": 20}
-    assert list_key_changes(other, FORM, values).changes == {"max_train_steps": 30}
-    assert list_key_changes(FORM, FORM, values).changes == {}
+    assert list_key_changes(other, FORM, values).new_values == {"max_train_steps": 30}
+    assert list_key_changes(FORM, FORM, values).new_values == {}
 
 
 def test_what_new_derives_from_the_steps_follows_them() -> None:
@@ -116,11 +116,11 @@ def test_what_new_derives_from_the_steps_follows_them() -> None:
     values |= {"save_last_n_steps_state": 200}
 
     shorter = change_steps(values, 100)
-    longer = change_steps({**values, **shorter.changes}, 3000)
+    longer = change_steps({**values, **shorter.new_values}, 3000)
 
     times = dict.fromkeys(("save_every_n_steps", "save_last_n_steps_state", "sample_every_n_steps"), 50)
-    assert shorter.changes == {"max_train_steps": 100, **times}
-    assert longer.changes == {"max_train_steps": 3000, **dict.fromkeys(times, 300)}
+    assert shorter.new_values == {"max_train_steps": 100, **times}
+    assert longer.new_values == {"max_train_steps": 3000, **dict.fromkeys(times, 300)}
 
 
 def test_saves_of_a_whole_model_follow_its_steps_too() -> None:
@@ -130,8 +130,8 @@ def test_saves_of_a_whole_model_follow_its_steps_too() -> None:
     change = change_steps(values, 4000)
 
     saves = dict.fromkeys(("save_every_n_steps", "save_last_n_steps", "save_last_n_steps_state"), 1000)
-    assert change.changes == {"max_train_steps": 4000, **saves, "sample_every_n_steps": 400}
-    assert not change.unchanged
+    assert change.new_values == {"max_train_steps": 4000, **saves, "sample_every_n_steps": 400}
+    assert not change.user_values
 
 
 def test_what_somebody_changed_by_hand_stays_and_is_named() -> None:
@@ -139,7 +139,7 @@ def test_what_somebody_changed_by_hand_stays_and_is_named() -> None:
 
     change = change_steps(values, 100)
 
-    assert change.changes == {"max_train_steps": 100, "save_last_n_steps_state": 50}
+    assert change.new_values == {"max_train_steps": 100, "save_last_n_steps_state": 50}
     assert change.text == (
         "run.toml: max_train_steps = 100, save_last_n_steps_state = 50. "
         "save_every_n_steps = 7 stays, as typed by hand"
@@ -147,7 +147,7 @@ def test_what_somebody_changed_by_hand_stays_and_is_named() -> None:
 
 
 def test_steps_take_the_place_of_epochs() -> None:
-    assert change_steps({"max_train_epochs": 8}, 100).changes == {
+    assert change_steps({"max_train_epochs": 8}, 100).new_values == {
         "max_train_steps": 100,
         "max_train_epochs": None,
     }
@@ -171,7 +171,7 @@ def test_captions_are_written_by_a_repository_a_folder_or_a_server() -> None:
     ]
     server = make_caption_argv(CaptionForm("http://localhost:8000/v1 qwen"))
     assert server == [*start, "--api_base", "http://localhost:8000/v1", "--api_model", "qwen"]
-    with pytest.raises(OptionError, match="behind the address"):
+    with pytest.raises(OptionError, match="after the address"):
         make_caption_argv(CaptionForm("http://localhost:8000/v1"))
 
 

@@ -540,7 +540,7 @@ def test_a_model_that_is_to_be_loaded_needs_its_licences_accepted(served: Served
     wait_for(served, folder, '">prepared<')
     text = served.ask(f"/new?folder={quote(str(folder))}").text
     assert re.search(r">Download the model \([\d.]+ GB\)</button>", text)
-    assert "are loaded first, under these licenses" in text
+    assert "are downloaded first, under these licenses" in text
     assert 'href="https://github.com/krea-ai' in text
     assert "There is no login on this machine" in text or "There is a login" in text
 
@@ -589,7 +589,7 @@ def test_a_download_that_fails_says_so_at_its_button(served: Served, root: Path)
 
     text = served.ask(f"/new?folder={quote(str(folder))}").text
 
-    assert "The model could not be loaded:" in text
+    assert "The model could not be downloaded:" in text
     assert "krea9" in text.split('id="next"')[1]
     assert 'id="accept" checked' in text
 
@@ -625,7 +625,7 @@ def test_a_folder_that_cannot_be_is_said_at_once_with_its_reason(served: Served,
         str(root / "none"): "no such folder below",
     }
     if os.name != "nt":
-        wrong |= dict.fromkeys((r"C:\Users\me", "d:/x", r"\\nas\x"), "that is a path of Windows")
+        wrong |= dict.fromkeys((r"C:\Users\me", "d:/x", r"\\nas\x"), "is a Windows path")
     for folder, reason in wrong.items():
         page = html.unescape(served.ask(f"/new?{urlencode({'folder': folder, 'family': 'wan'})}").text)
         assert reason in re.sub("<!--.*?-->", "", page).split('id="folder_fault"')[1].split("</p>")[0]

@@ -96,7 +96,7 @@ def test_what_has_worked_and_what_is_to_be_mended_is_said() -> None:
         "Type a trigger word",
         "#trigger",
     )
-    assert standing(**DESCRIBED).mark != standing(**CHECKED).mark
+    assert standing(**DESCRIBED).change_key != standing(**CHECKED).change_key
 
 
 @pytest.fixture(scope="module")

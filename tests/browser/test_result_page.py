@@ -271,7 +271,7 @@ def test_a_file_that_goes_meanwhile_is_told(page: Any, root: Path) -> None:
     wait_until(
         page,
         "!document.querySelector('[data-name=\"b.png\"]') || "
-        "document.querySelector('[data-name=\"b.png\"] .answer').innerText.includes('not there any more')",
+        "document.querySelector('[data-name=\"b.png\"] .answer').innerText.includes('no longer exists')",
     )
 
 

@@ -138,7 +138,7 @@ def test_settings_are_read_from_the_texts_of_a_file() -> None:
     assert settings is not None
     assert settings.get("prompt") == 'a "red" square\nmoving <b>left</b>'
     assert settings.loras == [("own-step00000002.safetensors", "0.75", "")]
-    assert settings.facts == "96 x 64 · 5 frames · 2 steps · guidance 3.5 · seed 7"
+    assert settings.summary == "96 x 64 · 5 frames · 2 steps · guidance 3.5 · seed 7"
     assert (settings.model, settings.family) == ("wan t2v-1.3B", "wan")
     rows = dict(settings.rows())
     assert rows["size"] == "96 x 64"
@@ -581,7 +581,7 @@ def test_an_upscaler_that_cannot_be_loaded_says_why(
     id = id_of(served, "a.png")
     assert "Choose a file to load" in send(served, id, "load", task="gfpgan").text
     send(served, id, "load", task="realesrgan_x2")
-    wait_for(lambda: "being loaded" not in served.ask(f"/results/{id}/larger").text)
+    wait_for(lambda: "being downloaded" not in served.ask(f"/results/{id}/larger").text)
     sheet = served.ask(f"/results/{id}/larger").text
     assert "It could not be loaded" in sheet
     assert "127.0.0.1" in sheet

@@ -496,7 +496,7 @@ def test_prompts_are_edited_and_a_draft_removed_by_clicks(served: Served, tmp_pa
         page.get_by_label("Sample 1 prompt").fill("a cow")
         page.get_by_label("Sample 1 steps").fill("3")
         page.get_by_label("Sample 1 width").fill("65")
-        page.get_by_text("width 65: give a multiple of 16. The sample is made with 64.").wait_for()
+        page.get_by_text("width 65: give a multiple of 16. The sample is generated with 64.").wait_for()
         page.get_by_label("Sample 1 width").fill("")
         page.get_by_role("button", name="One more sample").click()
         page.locator("#prompt-4:focus").wait_for()
@@ -526,7 +526,7 @@ def test_typed_steps_stay_and_the_page_follows_the_run(served: Served, tmp_path:
         page.wait_for_timeout(2500)
         assert page.get_by_label("up to").input_value() == "77"
         page.get_by_role("button", name="Train on").click()
-        page.get_by_text("It is in the queue, to 77 steps.").wait_for()
+        page.get_by_text("It is in the queue and trains to 77 steps.").wait_for()
         page.get_by_text("waiting, place 1").wait_for()
         page.get_by_role("button", name="Stop").click()
         page.get_by_text("It was removed from the queue").wait_for()
@@ -647,7 +647,7 @@ def test_the_page_of_a_run_whose_folder_is_renamed_says_so_and_leads_on(tmp_path
     write_run(tmp_path / "roots" / "out", "x")
     with serve_runs(tmp_path / "roots") as served, open_page(served.url + served.of("x")) as page:
         (tmp_path / "roots" / "out").rename(tmp_path / "roots" / "away")
-        page.get_by_text("It is not there any more: its folder was renamed").wait_for(
+        page.get_by_text("It no longer exists: its folder was renamed").wait_for(
             timeout=PATIENCE * MILLISECONDS
         )
         page.reload()

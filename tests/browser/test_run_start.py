@@ -109,7 +109,7 @@ def test_a_job_waits_at_its_place_in_a_queue_that_is_paused(tmp_path: Path) -> N
 
     shown = find(tracked_runs)
 
-    assert shown.state.text == "waiting, place 2 in the queue, which is paused"
+    assert shown.state.text == "waiting, position 2 in the queue, which is paused"
     assert shown.state.is_paused
     assert [one.summary.name for one in tracked_runs.find_job_states(tracked_runs.queue.jobs()).values()] == [
         "own"

@@ -161,7 +161,7 @@ def test_days_that_no_link_has_are_refused(days: str, tmp_path: Path) -> None:
             served.of("x", "share"), "POST", f"days={days}&", Origin=served.url
         )
         assert (refused.status, "/shared/" in refused.text) == (422, False)
-        assert "A link holds 1 to 365 days" in refused.text
+        assert "A link is valid for 1 to 365 days" in refused.text
         assert 'name="days"' in refused.text  # so that the next try needs no other page
     assert Shares().list_all() == []
 

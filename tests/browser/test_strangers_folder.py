@@ -15,7 +15,7 @@ from PIL import Image
 from browser.background_jobs import BackgroundJobs, name_background_job
 from browser.captioning import TYPED_OPTIONS, CaptionForm, make_caption_argv
 from browser.jobs import WAITING, open_queue
-from browser.launch import READ_OPTIONS, check_options
+from browser.launch import ENDING_BEFORE_TORCH, check_options
 from browser.queue_pages import read_jobs
 from browser.runs import RUNNING, Runs
 from modules.errors import OptionError
@@ -365,7 +365,7 @@ def test_reading_options_ends_before_anything_is_done(deed: str, tmp_path: Path)
     script.write_text(f"{deed}\nraise SystemExit('it went on')\n", encoding="utf-8")
 
     done = subprocess.run(
-        [sys.executable, "-P", "-c", READ_OPTIONS, str(script)],
+        [sys.executable, "-P", "-c", ENDING_BEFORE_TORCH, str(script)],
         cwd=tmp_path,
         capture_output=True,
         encoding="utf-8",

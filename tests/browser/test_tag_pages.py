@@ -70,7 +70,7 @@ def test_a_tagger_is_tried_and_then_writes_what_is_missing(pictures: Path, tmp_p
         shown = served.ask("/new/tags?folder=pictures").text
         assert "WD SwinV2 Tagger v3 · 0.5 GB" in shown
         assert "Apache-2.0" in shown
-        assert "Load it on the page Models" not in shown
+        assert "Download it on the page Models" not in shown
 
         assert press(served, "try").status == 200
         tried = wait_for(served, "tried; nothing has been written yet")

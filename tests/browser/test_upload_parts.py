@@ -90,7 +90,7 @@ def test_more_than_was_announced_is_not_written_and_bad_content_leaves_nothing(
     part = len(content) // 2
     assert send(served, content, 0, part)["at"] == part
     refused = send(served, content, part, len(content))
-    assert (refused["status"], "no image that can be read" in refused["error"]) == (422, True)
+    assert (refused["status"], "not an image that can be read" in refused["error"]) == (422, True)
     assert str(tmp_path) not in refused["error"]
     assert everything(tmp_path / "roots") == []
 

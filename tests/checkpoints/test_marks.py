@@ -73,7 +73,7 @@ BAD = {
         "m.0.comfy_quant (is not JSON|has tables)",
     ),
     "long": (marked(torch.zeros(1 << 17, dtype=torch.uint8)), "m.0.comfy_quant is not text"),
-    "list": (marked([1]), "in place of a table"),
+    "list": (marked([1]), "instead of a table"),
     "no_format": (marked({}), "m.0: its quantization settings cannot be read"),
     "no_scales": (marked({"format": "nvfp4"}), "m.0 has a weight of"),
     "group": (marked({"format": "int8_tensorwise", "convrot": True}), "64 columns, rotated in groups of 256"),

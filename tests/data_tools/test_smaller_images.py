@@ -57,7 +57,7 @@ def test_copies_that_exist_stay(folder: Path) -> None:
     (folder / "made" / "small+40x40.jpg").unlink()
     (folder / "made" / "wide ü+40x40.jpg").write_bytes(b"of the user")
     said = succeed_here(SCRIPT, "images", "made", "--max_resolution", "40x40", folder=folder)
-    assert "1 image, 1 there before" in said
+    assert "1 image, 1 existed before" in said
     assert (folder / "made" / "wide ü+40x40.jpg").read_bytes() == b"of the user"
     assert (folder / "made" / "small+40x40.jpg").exists()
 

@@ -16,7 +16,7 @@ from protocols.rules import ReferenceRules
 from tests.dataset.making import make_image
 from tests.dataset.toy_family import ToyFamily, options
 
-RULES = ReferenceRules(max_references=2, step=16, edits=True)
+RULES = ReferenceRules(max_references=2, step=16, edits_images=True)
 SIZE = (64, 48)
 
 

@@ -49,7 +49,7 @@ OWN_NAMES = {name for form in FORMS if form.keys is not None for name in declare
 
 def subset_table(folder: Path, **keys: Any) -> DatasetTable:
     """A table of the image guides' form with a subset `pics` and these keys, each where it belongs."""
-    outer = {name: value for name, value in keys.items() if SUBSET_KEYS[name].place == DATASET}
+    outer = {name: value for name, value in keys.items() if SUBSET_KEYS[name].level == DATASET}
     subset = {"image_dir": str(folder / "pics")} | {
         name: value for name, value in keys.items() if name not in outer
     }

@@ -138,7 +138,7 @@ def test_sound_at_another_speed_than_its_frames_is_refused(tmp_path: Path) -> No
     write_media(tmp_path / "clip.mp4", Track(CLICKS), fps=24)
     config = make_set(tmp_path, source_fps=16.0)
     (one,) = cache(config).silent
-    assert "24 frames a second, source_fps says 16" in one.reason
+    assert "24 frames per second, but source_fps says 16" in one.reason
     assert caches(tmp_path) == []
     (failure,) = cache(make_set(tmp_path, source_fps=16.0, audio="required")).failures
     assert 'audio = "required" asks for it' in failure.reason
@@ -206,7 +206,7 @@ def test_clips_in_tars_have_sound_and_their_names_in_reasons(tmp_path: Path) -> 
 
     assert caches(tmp_path) == ["a_00000-009_0032x0032"]
     place = tmp_path / "clips.tar" / "b.mp4"
-    assert [one.reason for one in report.silent] == [f"{place}: it has no track of sound"]
+    assert [one.reason for one in report.silent] == [f"{place}: it has no audio track"]
 
 
 def test_sounds_without_pictures_take_the_memory_of_one_picture(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_sounds_without_pictures_take_the_memory_of_one_picture(tmp_path: Path) 
     report = cache(config, family)  # latents of another VAE only hold a place
     assert (report.written, report.reused) == (0, 3)
     assert [str(one) for one in report.failures] == [
-        f"{clips / 'quiet.mp4'}: it has no track of sound; sound alone is learned"
+        f"{clips / 'quiet.mp4'}: it has no audio track; sound alone is learned"
     ]
     for refused, why in (({"audio": "ignore"}, "leaves none"), ({"kind": "image"}, "it has pictures")):
         with pytest.raises(DatasetError, match=f"this run learns sound alone, and .*{why}"):
@@ -260,7 +260,7 @@ def test_caches_of_sound_change_their_form_with_the_others(tmp_path: Path) -> No
     assert not list((tmp_path / "cache").glob("*.safetensors"))
     shards = make_set(tmp_path, cache_format="shards")
     assert (cache(shards).reused, cache(shards).written) == (2, 0)
-    with pytest.raises(DatasetError, match="Convert what is there"):
+    with pytest.raises(DatasetError, match="Convert the existing caches"):
         cache(config)
     shards_to_files(tmp_path / "cache")
     assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before
@@ -361,7 +361,7 @@ def test_a_mixed_batch_has_zeros_where_a_clip_is_silent(tmp_path: Path, form: st
         assert not batch.tensor(FPS).is_floating_point()  # it stays on the host
         assert heard[0].any()
         assert not heard[1].any()
-        assert {made.part for made in batch.made_by} == {"latents", "sound", "t5"}
+        assert {made.part for made in batch.cache_origins} == {"latents", "sound", "t5"}
     silent = read_batch(found[1:2], PLAIN).tensors
     assert not {AUDIO_LATENTS, HAS_AUDIO} & silent.keys()
     ignored = make_set(tmp_path, batch_size=4, cache_format=form, audio="ignore")

@@ -15,7 +15,7 @@ from dataset.caching.planning import LatentCacheSettings
 from dataset.config import KEYS, MODES, DatasetTable, for_family, load_dataset_config
 from dataset.config_keys import FRAMES, LATENTS, LEARNING, REFERENCES, SECTIONS, TEXTS
 from dataset.forms.cogvideox_lists import CogVideoXTensors
-from dataset.forms.composing import OWN_KEYS, SOURCES
+from dataset.forms.composing import FORMAT_KEYS, SOURCES
 from dataset.sources.frames import bucket_of, spans
 from dataset.sources.media_source import MediaSource
 from dataset.subset_options import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
@@ -44,7 +44,7 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
     found = {name: value for name, value in vars(table).items() if value not in nothing}
     assert found == {
         "config_path": tmp_path / "data.toml",
-        "place": "[[datasets]] 1",
+        "label": "[[datasets]] 1",
         "kind": "image",
         "media_kind": "image",
         "directory": Path("pics"),
@@ -66,7 +66,7 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
         "keyframe_guide_strength": 1.0,
         "latent_idx_guide_strength": 1.0,
         "reads_listed_controls": True,
-        "changes": CaptionChanges(),
+        "caption_changes": CaptionChanges(),
         "augmentation": Augmentation(),
     }
 
@@ -214,7 +214,7 @@ def test_the_manual_of_pictures_names_every_key_with_where_it_may_stand() -> Non
     places = {name: row[-1].strip("| ") for row in rows for name in re.findall(r"`(\w+)`", row[0])}
 
     words = {SUBSET: "subset", ANYWHERE: "anywhere", DATASET: "dataset"}
-    assert places == {name: words[key.place] for name, key in SUBSET_KEYS.items()}
+    assert places == {name: words[key.level] for name, key in SUBSET_KEYS.items()}
 
 
 @pytest.mark.parametrize("place", ["[general]", "[[datasets]]"])
@@ -379,8 +379,10 @@ def test_each_key_makes_stale_what_it_says_and_nothing_else(tmp_path: Path, name
     default = make_table(tmp_path, target_frames=(5,), enable_bucket=name == "bucket_no_upscale")
     stale, latents = KEYS[name].stale, LATENTS | FRAMES | SECTIONS | REFERENCES
     changes: dict[str, Any] = {name: OTHER.get(name, "other")}
-    if name in OWN_KEYS:  # of a form of data, whose tables alone have it
-        default = dataclasses.replace(default, format_keys=make_format_keys(**{name: OWN_KEYS[name].default}))
+    if name in FORMAT_KEYS:  # of a form of data, whose tables alone have it
+        default = dataclasses.replace(
+            default, format_keys=make_format_keys(**{name: FORMAT_KEYS[name].default})
+        )
         changes = {
             "format_keys": make_format_keys(**changes),
             "has_precomputed_latents": name == "load_tensors",

@@ -94,7 +94,7 @@ def written(folder: Path, form: str, keys: dict[str, Any], of_second: dict[str, 
         for place, table in zip(("pictures", "others"), tables, strict=False):
             subset = {"image_dir": place}
             for name, value in table.items():
-                is_outer = SUBSET_KEYS[name].place == DATASET
+                is_outer = SUBSET_KEYS[name].level == DATASET
                 (outer if is_outer else subset)[name] = value
             if "metadata_file" in subset:
                 subset["image_dir"] = "pictures"

@@ -71,7 +71,7 @@ def test_two_files_of_one_layer_are_a_fault(tmp_path: Path) -> None:
     for name in ("a.png", "a_1.png", "a_1.webp"):
         write(tmp_path / name)
     caption(tmp_path, "a")
-    with pytest.raises(DatasetError, match="two files are called a_1. Keep one"):
+    with pytest.raises(DatasetError, match="two files are named a_1. Keep one"):
         find_sources(read_table(tmp_path))
 
 
@@ -184,10 +184,10 @@ def test_a_model_and_its_tables_agree_about_layers(tmp_path: Path) -> None:
     config = load_dataset_config(tmp_path / "data.toml")
 
     check_layers(config, True, "Layered")
-    with pytest.raises(DatasetError, match="Krea learns no layers. Leave it out"):
+    with pytest.raises(DatasetError, match="Krea does not learn layers. Leave it out"):
         check_layers(config, False, "Krea")
     (tmp_path / "data.toml").write_text(
         (tmp_path / "data.toml").read_text().replace("multiple_target = true", "")
     )
-    with pytest.raises(DatasetError, match="Give the table multiple_target = true"):
+    with pytest.raises(DatasetError, match="Set multiple_target = true"):
         check_layers(load_dataset_config(tmp_path / "data.toml"), True, "Layered")

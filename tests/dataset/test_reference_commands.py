@@ -57,14 +57,14 @@ def test_training_tells_references_added_or_dropped_since_caching(tmp_path: Path
     assert NONE in succeed_here(*command, folder=tmp_path)
     dataset.write_text(with_control, encoding="utf-8")
     code, said = run_here(*command, folder=tmp_path)
-    assert_one_message(code, said, "made with 0 reference pictures, now its image has 1", again)
+    assert_one_message(code, said, "made with 0 reference images, but now its image has 1", again)
     code, _ = run_here(*command, "--check", folder=tmp_path)
     assert code == 1
 
     succeed_here(*family.cache_latents, folder=tmp_path)
     dataset.write_text(without, encoding="utf-8")
     code, said = run_here(*command, folder=tmp_path)
-    assert_one_message(code, said, "made with reference pictures", "has no control_directory", again)
+    assert_one_message(code, said, "made with reference images", "has no control_directory", again)
 
     dataset.write_text(with_control, encoding="utf-8")
     control.rename(tmp_path / "gone")  # caches are enough
@@ -81,7 +81,7 @@ def test_bad_references_cost_their_pictures_alone(tmp_path: Path) -> None:
 
     message = assert_one_message(code, said, "3 of the sources could not be used; all others are done")
     for index, why in enumerate(
-        ("1x1 pixels, each side needs at least 16", "no image that can be read", "134 million pixels")
+        ("1x1 pixels, each side needs at least 16", "not an image that can be read", "134 million pixels")
     ):
         assert f"a reference picture of picture {index}.png cannot be used" in message
         assert why in message
@@ -96,4 +96,4 @@ def test_a_model_without_references_refuses_the_keys(tmp_path: Path) -> None:
     for command in (family.cache_latents, family.cache_texts, [*family.train, *RUN, "--output_name", "x"]):
         code, said = run_here(*command, folder=tmp_path)
 
-        assert_one_message(code, said, "control_resolution: this model fits control images")
+        assert_one_message(code, said, "control_resolution: this model resizes control images")

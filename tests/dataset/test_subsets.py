@@ -71,11 +71,11 @@ def test_a_subset_is_a_table_and_values_fall_back(tmp_path: Path) -> None:
         (1, 0, 2),
     ]
     assert (cat.resolution, cat.batch_size, cat.num_repeats, cat.class_tokens) == ((1024, 1024), 2, 10, "cat")
-    assert cat.changes == CaptionChanges(shuffle=True, keep_tokens=2, varies_per_step=True)
+    assert cat.caption_changes == CaptionChanges(shuffle=True, keep_tokens=2, varies_per_step=True)
     assert (reg.is_reg, reg.prior_loss_weight, cat.prior_loss_weight) == (True, 0.5, 1.0)
-    assert (reg.changes.keep_tokens, reg.num_repeats) == (1, 1)
+    assert (reg.caption_changes.keep_tokens, reg.num_repeats) == (1, 1)
     assert small.buckets == BucketRule(256, 1024, 32, "bicubic")
-    assert small.changes == CaptionChanges(keep_tokens=1)
+    assert small.caption_changes == CaptionChanges(keep_tokens=1)
     assert small.augmentation == Augmentation(flip=True, random_crop=True)
     assert (small.caption_extension, cat.caption_extension) == (".caption", ".txt")
     assert small.attributes == {"diff_output_preservation"}
@@ -150,8 +150,8 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         "[[datasets]] 1, subset 1: resolution = 512 is for [[datasets]] or [general]; move it there",
         '[[datasets]] 1, subset 1: keep_tokens = "2" (text); allowed: a whole number, 0 or more',
         "[[datasets]] 1, subset 1: caption_extention and caption_extension are the same key; leave out one",
-        "[[datasets]] 2 has no [[datasets.subsets]]; each folder of pictures needs one",
-        "[[datasets]] 3, subset 1: image_dir, the folder of its pictures, is missing",
+        "[[datasets]] 2 has no [[datasets.subsets]]; each folder of images needs one",
+        "[[datasets]] 3, subset 1: image_dir, the folder of its images, is missing",
     ):
         assert line in said
 
@@ -403,7 +403,7 @@ def test_a_folder_that_is_a_subset_itself_is_told_from_one_with_subsets(tmp_path
     with pytest.raises(DatasetError) as caught:
         folders_config(given("--train_data_dir", place, "--resolution", "64"))
 
-    assert f"{place}: give the folder around it, {tmp_path}. " in str(caught.value)
+    assert f"{place}: give its parent folder, {tmp_path}. " in str(caught.value)
 
 
 def test_only_folders_with_pictures_that_nothing_reads_are_named(

@@ -152,7 +152,7 @@ def test_what_is_not_the_kind_of_file_that_its_name_says_never_gets_the_name(
     hub.add("owner/name", name, data)
     remote = find_on_hub(replace(FILE, file=name, name=name), hub.address)
 
-    with pytest.raises(DownloadError, match=rf"sends as {name} is something else: \S") as error:
+    with pytest.raises(DownloadError, match=rf"sends as {name} are something else: \S") as error:
         download_file(remote, tmp_path / name)
 
     assert str(tmp_path) not in str(error.value)
@@ -296,7 +296,7 @@ def test_files_that_are_there_are_not_sent_again(
         run_download(_options(tmp_path))
 
     assert [method for method, _, _ in hub_of_set.requests] == ["HEAD"] * 4
-    assert caplog.text.count("is there and complete") == 4
+    assert caplog.text.count("exists and is complete") == 4
 
 
 def test_verify_reads_the_files_and_finds_a_changed_byte(hub_of_set: FakeHub, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_verify_reads_the_files_and_finds_a_changed_byte(hub_of_set: FakeHub, tm
     vae.write_bytes(vae.read_bytes()[:-1] + b"?")
     run_download(_options(tmp_path))
 
-    with pytest.raises(OutputError, match=r"Wan2\.1_VAE\.pth exists and is another file.*SHA-256"):
+    with pytest.raises(OutputError, match=r"Wan2\.1_VAE\.pth exists, but is a different file.*SHA-256"):
         run_download(_options(tmp_path, verify=True))
 
 

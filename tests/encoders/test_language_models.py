@@ -62,12 +62,14 @@ PROMPTS = ("a rabbit in the grass", "", "日本 🐇 don't   blink\n", "the rabb
 SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-4B")
 BEFORE, AFTER = qwen3_chat(thinks=True)
 Z_IMAGE = LanguageEncoderSettings("llm", "llm_embed", QWEN3, SOURCE, 128, BEFORE, AFTER, states=(-2,))
-QWEN_IMAGE = LanguageEncoderSettings("vl", "vl_embed", QWEN25_VL, SOURCE, 128, BEFORE, AFTER, dropped=None)
-KLEIN = replace(Z_IMAGE, states=(1, 2, 3), pad="<|endoftext|>", mask_key="mask")
+QWEN_IMAGE = LanguageEncoderSettings(
+    "vl", "vl_embed", QWEN25_VL, SOURCE, 128, BEFORE, AFTER, num_dropped_tokens=None
+)
+KLEIN = replace(Z_IMAGE, states=(1, 2, 3), pad_token="<|endoftext|>", mask_key="mask")
 STACKED = LanguageEncoderSettings(
     *("vl", "krea2_vl_embed", QWEN3_VL, SOURCE, 128, BEFORE, AFTER, None),
-    stacked=(0, 1, 3),
-    keeps_after=True,
+    stacked_states=(0, 1, 3),
+    keeps_template_suffix=True,
     batch_size=1,
 )
 MISTRAL_SOURCE = TokenizerSource(
@@ -76,10 +78,10 @@ MISTRAL_SOURCE = TokenizerSource(
 )
 FLUX2 = LanguageEncoderSettings(
     *("m3", "ctx_vec", MISTRAL3, MISTRAL_SOURCE, 128),
-    before="<s>[SYSTEM_PROMPT]Draw.[/SYSTEM_PROMPT][INST]",
-    after="[/INST]",
+    template_prefix="<s>[SYSTEM_PROMPT]Draw.[/SYSTEM_PROMPT][INST]",
+    template_suffix="[/INST]",
     states=(1, 2, 3),
-    pad="<pad>",
+    pad_token="<pad>",
     pads_left=True,
 )
 FULL = {"qwen3": qwen3, "qwen25_vl": qwen25_vl, "qwen3_vl": qwen3_vl, "mistral3": mistral3}
@@ -106,10 +108,10 @@ def expected(
 ) -> list[tuple[Tensor, Tensor]]:
     """The joined states of the whole network, rows padded as the encoder's, and the masks."""
     use, tokenizer = encoder.settings, encoder._loaded.get()[1]
-    rows = [tokenizer.read(f"{use.before}{prompt}{use.after}").ids for prompt in prompts]
+    rows = [tokenizer.read(f"{use.template_prefix}{prompt}{use.template_suffix}").ids for prompt in prompts]
     dropped = encoder.count_template_tokens(tokenizer)
-    length = max(map(len, rows)) if use.pad is None else dropped + use.maximum
-    pad = tokenizer.token_to_id(use.pad) if use.pad else 0
+    length = max(map(len, rows)) if use.pad_token is None else dropped + use.max_length
+    pad = tokenizer.token_to_id(use.pad_token) if use.pad_token else 0
     found = []
     for row in rows:
         row = row[:length]
@@ -121,8 +123,8 @@ def expected(
             states = model(
                 input_ids=torch.tensor([ids]), attention_mask=mask, output_hidden_states=True, use_cache=False
             ).hidden_states
-        read = [states[index][0, dropped:] for index in use.stacked or use.states]
-        found.append((torch.stack(read, 1) if use.stacked else torch.cat(read, -1), mask[0, dropped:]))
+        read = [states[index][0, dropped:] for index in use.stacked_states or use.states]
+        found.append((torch.stack(read, 1) if use.stacked_states else torch.cat(read, -1), mask[0, dropped:]))
     return found
 
 
@@ -144,7 +146,7 @@ def test_states_are_those_of_the_whole_network(name: str, layout: str, tmp_path:
     for one, (states, mask) in zip(found, expected(model, encoder, PROMPTS), strict=True):
         assert one.keys() == encoder.keys
         ours = one[use.states_key]
-        assert_close(ours, states if use.pad is not None else states[mask.bool()])
+        assert_close(ours, states if use.pad_token is not None else states[mask.bool()])
         assert ours.untyped_storage().nbytes() == ours.nbytes
         assert not use.mask_key or torch.equal(one[use.mask_key], mask)
 
@@ -215,7 +217,7 @@ def test_a_prompt_is_cut_before_the_text_that_stays(tmp_path: Path) -> None:
     ids = [*read(f"{BEFORE}{long}").ids[: len(before) + 128 - len(after)], *after]
     with torch.no_grad():
         states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
-    expected_one = torch.stack([states[index][0, len(before) :] for index in STACKED.stacked], 1)
+    expected_one = torch.stack([states[index][0, len(before) :] for index in STACKED.stacked_states], 1)
     assert expected_one.shape == (128, 3, DIM)
     assert len(encoder.network.layers) == 3  # type: ignore[arg-type]
     assert_close(found[-1]["krea2_vl_embed"], expected_one)
@@ -287,7 +289,7 @@ def test_identity_follows_what_a_state_depends_on(tmp_path: Path) -> None:
     assert plain == dict(LanguageModelEncoder(Z_IMAGE, path, on_cpu=True).identity)
     others = (
         replace(Z_IMAGE, states=(-1,)),
-        replace(Z_IMAGE, after=qwen3_chat(thinks=False)[1]),
+        replace(Z_IMAGE, template_suffix=qwen3_chat(thinks=False)[1]),
         replace(Z_IMAGE, final_norm=True),
     )
     found = [plain, *(dict(LanguageModelEncoder(use, path).identity) for use in others)]
@@ -352,7 +354,7 @@ def test_a_quantised_file_is_called_so(
 def test_another_language_model_is_refused_by_name(given: str, wanted: LanguageModel, tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.safetensors", FULL[given]())
     with pytest.raises(
-        CheckpointError, match=rf"is not {wanted.what}; it looks like .*\n.*to {wanted.option}"
+        CheckpointError, match=rf"is not {wanted.description}; it looks like .*\n.*to {wanted.option}"
     ):
         load_language_model(path, wanted, CPU, torch.float32)
 

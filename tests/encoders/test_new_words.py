@@ -62,7 +62,7 @@ def test_weights_of_parts_count_the_tokens_of_a_word(tmp_path: Path) -> None:
     encoder.load(CPU)
     text = "a zorb in"
 
-    plain, weighed = encoded(encoder, Prompt(text), Prompt(text, spans=((2, 6, 2.0),)))
+    plain, weighed = encoded(encoder, Prompt(text), Prompt(text, weighted_spans=((2, 6, 2.0),)))
 
     states, heavy = plain["vlm_embed"], weighed["vlm_embed"]
     ratios = (heavy / states).mean(dim=1)
@@ -90,8 +90,8 @@ def test_gradients_of_rows_are_those_of_transformers(tmp_path: Path) -> None:
         weights = torch.randn_like(states)
         (ours,) = torch.autograd.grad((states * weights).sum(), rows)
 
-        written = encoder.write(Prompt("a zorb in the grass"))
-        ids = torch.tensor([encoder._loaded.get()[1].read(written.text).ids])
+        templated = encoder.apply_template(Prompt("a zorb in the grass"))
+        ids = torch.tensor([encoder._loaded.get()[1].read(templated.text).ids])
         if encoder is t5:
             ids = torch.nn.functional.pad(ids, (0, 16 - ids.shape[1]))
         embeds = torch.cat([table.weight, rows])[ids]

@@ -40,8 +40,8 @@ from tests.tiny.language_models import (
 
 CPU = torch.device("cpu")
 IMAGES = ImagePromptFormat("Picture {number}: <|vision_start|>{tokens}<|vision_end|>", max_pixels=200 * 200)
-USE = replace(QWEN_IMAGE, pictures=IMAGES)
-DEEP = replace(STACKED, states_key="vl_embed", pictures=IMAGES)
+USE = replace(QWEN_IMAGE, image_format=IMAGES)
+DEEP = replace(STACKED, states_key="vl_embed", image_format=IMAGES)
 SIZES = ((90, 140), (57, 60), (400, 300), (28, 28))
 
 
@@ -71,7 +71,7 @@ def expected(model: Any, encoder: LanguageModelEncoder, prompt: str, shown: list
         inputs = dict(processor(use)([Image.fromarray(one.numpy()) for one in shown], return_tensors="pt"))
         counts = [int(grid.prod()) // 4 for grid in inputs["image_grid_thw"]]
         text = "".join(IMAGES.write(index, count) for index, count in enumerate(counts, 1))
-    ids = torch.tensor([tokenizer.read(f"{use.before}{text}{prompt}{use.after}").ids])
+    ids = torch.tensor([tokenizer.read(f"{use.template_prefix}{text}{prompt}{use.template_suffix}").ids])
     kinds = (ids == tokenizer.token_to_id("<|image_pad|>")).int()
     with torch.no_grad():
         found = model(input_ids=ids, mm_token_type_ids=kinds, output_hidden_states=True, **inputs)
@@ -79,7 +79,7 @@ def expected(model: Any, encoder: LanguageModelEncoder, prompt: str, shown: list
         found.hidden_states[index][0, encoder.count_template_tokens(tokenizer) :]
         for index in use.state_indices
     ]
-    return torch.stack(states, 1) if use.stacked else states[0]
+    return torch.stack(states, 1) if use.stacked_states else states[0]
 
 
 @pytest.fixture(scope="module", params=[qwen25_vl, qwen3_vl], ids=["qwen25_vl", "qwen3_vl"])
@@ -139,7 +139,7 @@ def test_frequencies_are_divided_as_the_configuration_says(tmp_path: Path) -> No
 
 def test_features_are_added_behind_the_first_layers_and_before_the_norm(tmp_path: Path) -> None:
     model, shown = qwen3_vl(3), pictures(*SIZES[:2])
-    encoder = load(tmp_path, model, replace(DEEP, stacked=(1, 2, -1)))
+    encoder = load(tmp_path, model, replace(DEEP, stacked_states=(1, 2, -1)))
     (ours,) = encode(encoder, ("a rabbit", shown))
     assert_near(ours, expected(model, encoder, "a rabbit", shown))
 
@@ -164,7 +164,7 @@ def test_prompts_together_are_each_alone(encoder: LanguageModelEncoder) -> None:
 
 
 def test_pictures_change_the_identity(encoder: LanguageModelEncoder) -> None:
-    without = LanguageModelEncoder(replace(encoder.settings, pictures=None), encoder.path, torch.float32)
+    without = LanguageModelEncoder(replace(encoder.settings, image_format=None), encoder.path, torch.float32)
     assert dict(without.identity) != dict(encoder.identity)
 
 
@@ -172,8 +172,8 @@ def test_pictures_do_not_count_towards_the_most(encoder: LanguageModelEncoder) -
     shown = pictures((196, 196), (196, 196))  # 7 x 7 tokens of 28 pixels, or 6 x 6 of 32
     long = "rabbit grass " * 100
     text, pictured = encode(encoder, (long, []), (long, shown))
-    assert len(text) == USE.maximum
-    assert len(pictured) == USE.maximum + 2 * (36 if encoder.settings.stacked else 49)
+    assert len(text) == USE.max_length
+    assert len(pictured) == USE.max_length + 2 * (36 if encoder.settings.stacked_states else 49)
 
 
 def test_patches_are_those_of_the_released_processor(encoder: LanguageModelEncoder) -> None:
@@ -216,7 +216,7 @@ def test_a_prompt_without_pictures_may_name_their_token_beside_one_with_pictures
 
 def test_the_family_says_how_and_how_many_pictures_are_shown(model: Any, tmp_path: Path) -> None:
     half = replace(IMAGES, read=lambda path, size: read_rgb(path, size)[::2, ::2].contiguous(), max_images=1)
-    encoder = load(tmp_path, model, replace(use_of(model), pictures=half))
+    encoder = load(tmp_path, model, replace(use_of(model), image_format=half))
     shown = pictures((180, 120), (90, 60))
     (ours,) = encode(encoder, ("a rabbit", shown))
     assert_near(ours, expected(model, encoder, "a rabbit", [shown[0][::2, ::2].contiguous()]))

@@ -54,7 +54,7 @@ def test_ids_and_states_equal_those_recorded(tmp_path: Path) -> None:
         encoder.load(CPU)
         states, mask = stacked(encoder, *case["prompts"])
         assert torch.equal(mask, tensors["t5_mask"])
-        rows = [encoder._loaded.get()[1].read(text).cut(encoder.maximum).ids for text in case["prompts"]]
+        rows = [encoder._loaded.get()[1].read(text).cut(encoder.max_length).ids for text in case["prompts"]]
         assert torch.equal(fill_rows(rows, case["t5_length"], 0)[0], tensors["t5_ids"])
         kept = states * mask[..., None] if uses_mask else states
         torch.testing.assert_close(kept, tensors[key], atol=2e-4, rtol=0)

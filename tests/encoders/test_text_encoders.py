@@ -113,7 +113,7 @@ def test_tokens_are_counted_and_what_is_read_ends_where_the_encoder_stops(encode
     count = encoder.token_counter()
     for text in TEXTS:
         found = count(text)
-        assert found.is_cut == (found.tokens > found.limit == encoder.maximum)
+        assert found.is_cut == (found.tokens > found.limit == encoder.max_length)
         assert found.text.endswith(found.cut_text)
         if not found.is_cut:
             assert found.num_read == len(found.text)
@@ -144,7 +144,7 @@ def test_weights_multiply_the_rows_of_their_part_alone(encoder: Encoder) -> None
     assert changed[first : last + 1].all()
     assert doubled[first]
     if encoder.pads_left:
-        assert not doubled[: encoder.maximum - encoder.token_counter()(TEXT).tokens].any()
+        assert not doubled[: encoder.max_length - encoder.token_counter()(TEXT).tokens].any()
 
 
 def test_identity_follows_the_files(encoder: Encoder, tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -47,7 +47,7 @@ IN_THE_FILE: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "backslashes": ('"clips"', '"C:\\data\\clips"', ("forward slashes or single quotes",)),
     "a colon": ("resolution =", "resolution:", ("joined with =", "line 2")),
     "a key twice": ("batch_size = 1", "batch_size = 1\nbatch_size = 2", ("line 6", "remove one of the two")),
-    "one bracket": ("[[datasets]]", "[datasets]", ("[[datasets]]", "needs two pairs of brackets")),
+    "one bracket": ("[[datasets]]", "[datasets]", ("[[datasets]]", "needs double brackets")),
     "two brackets": ("[general]", "[[general]]", ("write [general]",)),
     "two general tables": ("[[datasets]]", "[general]\n[[datasets]]", ("may occur once", "join the tables")),
     "misspelt table": ("[[datasets]]", "[[dataset]]", ("Did you mean datasets?",)),

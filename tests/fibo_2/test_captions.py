@@ -97,7 +97,7 @@ def test_broken_json_is_refused_where_it_breaks(text: str, words: str) -> None:
     [
         ({"short_description": "a"}, "no edit_instruction"),
         ({"structured_caption": 3, "edit_instruction": "x"}, "neither an object nor a text"),
-        ({"structured_caption": {}, "edit_instruction": "x", "objects": []}, "stands objects"),
+        ({"structured_caption": {}, "edit_instruction": "x", "objects": []}, "it has objects"),
     ],
 )
 def test_an_edit_without_what_it_needs_is_refused(edit: dict[str, Any], words: str) -> None:

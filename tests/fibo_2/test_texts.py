@@ -65,7 +65,7 @@ def test_the_states_are_those_of_the_pipeline(
         ("{}", "short_description is missing"),
         (
             '{"short_description": "a", "edit_instruction": "make it red"}',
-            "edit_instruction is left out, as there is no picture to edit",
+            "edit_instruction is left out, as there is no image to edit",
         ),
     ],
 )
@@ -127,7 +127,7 @@ def test_pictures_are_cropped_and_shown_as_there(tmp_path: Path) -> None:
     (crop, _), _ = BriaFibo2ImageProcessor().preprocess([image, image])
     assert read_edited(path, None).shape[:2] == crop.shape[2:]
     mask.resize((5, 6)).save(tmp_path / "small.png")
-    with pytest.raises(OptionError, match="Give a mask of the picture's size"):
+    with pytest.raises(OptionError, match="Give a mask of the image's size"):
         read_masked(path, tmp_path / "small.png", size)
 
 
@@ -135,21 +135,23 @@ def test_an_edit_has_its_pictures_inside_its_object(encoder: LanguageModelEncode
     """The tokens of pictures take the place of their mark, in the order of the release."""
     Image.new("RGB", (64, 96), "red").save(tmp_path / "a.png")
     written: list[str] = []
-    original = encoder.encode_written
+    original = encoder.encode_templated
 
     def remember(texts: Any, compute: Any) -> Any:
         written.extend(text.text for text in texts)
         return original(texts, compute)
 
-    encoder.encode_written = remember  # type: ignore[method-assign]
+    encoder.encode_templated = remember  # type: ignore[method-assign]
     for count in (1, 2):
         images = (tmp_path / "a.png",) * count
         encoder.encode([Prompt("add a hat", images=images, image_size=(64, 96))])
-    del encoder.encode_written
+    del encoder.encode_templated
     pad = "<|image_pad|>"
     for text, count in zip(written, (1, 2), strict=True):
         expected = BriaFibo2Pipeline._get_edit_prompt("add a hat", count)
-        shown = text.removeprefix(ENCODER_SETTINGS.before).removesuffix(ENCODER_SETTINGS.after)
+        shown = text.removeprefix(ENCODER_SETTINGS.template_prefix).removesuffix(
+            ENCODER_SETTINGS.template_suffix
+        )
         assert shown.replace(pad * 6, pad) == expected
     with pytest.raises(MediaError, match="stands for a picture"):
         encoder.encode([Prompt(f"a {pad}", images=(tmp_path / "a.png",), image_size=(64, 96))])
@@ -169,16 +171,16 @@ def test_texts_that_are_not_drawn_are_told_once(
         '{"text_render":[{"text":""}]}',
     )
     for text in silent:
-        encoder.write(Prompt(text))
+        encoder.apply_template(Prompt(text))
     assert not [record for record in caplog.records if "drawings" in record.getMessage()]
 
     drawn = '{"short_description":"a sign","text_render":[{"text":"SALE"}]}'
     for _ in range(2):
-        encoder.write(Prompt(drawn))
+        encoder.apply_template(Prompt(drawn))
 
     (warned,) = [record.getMessage() for record in caplog.records if "drawings" in record.getMessage()]
     assert warned.startswith("text_render of {")
-    assert "reads the words alone" in warned
+    assert "reads only the words" in warned
 
 
 def test_texts_of_an_edit_are_told_too(encoder: LanguageModelEncoder) -> None:

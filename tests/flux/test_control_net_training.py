@@ -257,7 +257,7 @@ def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
     theirs = tiny_control_net().state_dict()
     save_file(theirs, folder / "start.safetensors")
     start = ["--controlnet_model_name_or_path", "start.safetensors"]
-    assert "--num_single_layers is 1, start.safetensors has 2" in rejection(*start)
+    assert "--num_single_layers is 1, but start.safetensors has 2" in rejection(*start)
     assert "has 2 of them. Give fewer" in rejection("--num_double_layers", "3")
     assert "has no such setting" in rejection("--network_dim", "4")
     assert "Give the ControlNet to start from" in rejection("--network_weights", "start.safetensors")

@@ -190,11 +190,11 @@ def test_caches_of_texts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     dev.batch_conditions(latents, batch)
     with pytest.raises(CacheError, match="l_pooled"):
         dev.batch_conditions(latents, replace(batch, tensors={"t5_out": states, "t5_attn_mask": mask}))
-    with pytest.raises(CacheError, match="mask of padding was not used .* for --apply_t5_attn_mask"):
+    with pytest.raises(CacheError, match="padding mask was not used .* for --apply_t5_attn_mask"):
         replace(dev, files=replace(dev.files, masks_text=True)).batch_conditions(latents, batch)
     for name, wrong, says in (
-        ("t5_attn_mask", torch.ones(1, 9), "of a different length than t5_out"),
-        ("l_pooled", torch.zeros(1, 24, dtype=torch.int64), "whole numbers"),
+        ("t5_attn_mask", torch.ones(1, 9), "and t5_out in its cache differ in length"),
+        ("l_pooled", torch.zeros(1, 24, dtype=torch.int64), "has integers"),
         ("l_pooled", torch.zeros(1, 7), "l_pooled in its cache has width 7"),
     ):
         with pytest.raises(CacheError, match=says):
@@ -304,7 +304,7 @@ def test_a_strength_of_a_line_counts_in_the_text_encoders_too(
     [
         (
             {"input_hint_block.conv_in.weight": torch.zeros(16, 3, 3, 3)},
-            "sees pixels .* as those of XLabs do",
+            "takes pixels .* as those of XLabs do",
         ),
         (
             {"controlnet_mode_embedder.weight": torch.zeros(4, 128)},
@@ -336,7 +336,7 @@ def test_pictures_and_caches_go_with_a_control_net(tmp_path: Path, caplog: pytes
     with pytest.raises(DatasetError, match="no ControlNet uses them. Give --controlnet_model_name_or_path"):
         plain.check_table(table)
     with_control.check_table(table)
-    with pytest.raises(DatasetError, match="needs control pictures. Give control_d"):
+    with pytest.raises(DatasetError, match="needs control images. Give control_d"):
         with_control.check_table(replace(table, has_control=False))
     with pytest.raises(CacheError, match="has no latents_control.*flux_cache_latents.py and --controlnet"):
         with_control.batch_conditions(inputs["noisy"], batch)

@@ -132,7 +132,7 @@ CONTROL = 'control_directory = "FOLDER/control"'
         (
             IMAGES,
             ("--one_frame",),
-            "needs control images, from which each image is made. Set control_directory",
+            "needs control images, from which each image is generated. Set control_directory",
         ),
         (IMAGES + CONTROL + "\nfp_1f_clean_indices = [0, 10]", ("--one_frame",), "pic_0.png, pic_1.png"),
     ],

@@ -123,7 +123,7 @@ def test_a_picture_goes_through_tools_for_pictures_only(tmp_path: Path) -> None:
             "--preview_latent_every with --post yolo_blur: previews would show what it hides",
         ),
         (["--prompt", "cat", "--post", ""], "--post '': the name of a tool is missing"),
-        (["--prompt", "cat", "--post", "upscaler model=x --codec h264"], "--codec holds for the whole run"),
+        (["--prompt", "cat", "--post", "upscaler model=x --codec h264"], "--codec applies to the whole run"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(words: list[str], message: str, tmp_path: Path) -> None:

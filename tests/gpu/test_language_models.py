@@ -35,7 +35,7 @@ def test_streamed_layers_give_the_same_states(
 ) -> None:
     model = qwen25_vl() if use.model is QWEN_IMAGE.model else qwen3()
     path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", model)
-    shown = [pictures((60, 90)), [], pictures((90, 60), (30, 30))] if use.pictures else [[]] * 3
+    shown = [pictures((60, 90)), [], pictures((90, 60), (30, 30))] if use.image_format else [[]] * 3
     results = []
     for streamed in (False, True):
         monkeypatch.setattr(language_encoder, "spare_bytes", lambda _, room=0 if streamed else 1 << 40: room)

@@ -35,7 +35,7 @@ from training.experts import placement_of, set_up_network
 from training.loss import NoisyBatch
 from training.optimizers.optimizer import make_optimizer
 from training.options import read_training
-from training.planning.memory import predict
+from training.planning.memory import predict_memory
 from training.planning.rehearsal import autocast_of
 from training.targets.passes import training_loss
 from wan.family import family_for_generation, family_for_training
@@ -205,11 +205,11 @@ def training_step(path: Path, case: Case, device: torch.device) -> tuple[float, 
     shape, one = family.latent.shape(case.frames, 480, 832), torch.ones(1)
     tensors: dict[str, Any] = {"latents": torch.randn(shape), "t5": [torch.randn(256, config.text_dim)]}
     batch = NoisyBatch(Batch(tensors, ("",), ("",)), torch.randn(shape), one / 2, one * 500, one)
-    planned = predict(family, options, batch, device).device(options.speed.swap.number)
+    planned = predict_memory(family, options, batch, device).device_bytes(options.speed.swap.number)
     host = host_weights(SwapPlan(family.dit, options.speed.swap.number), device)
     form = options.speed.fp8.quantization
     placement = placement_of(options, device, form and prepare(form, device))
-    dit = family.load_dit(replace(placement, host=host)).requires_grad_(False)
+    dit = family.load_dit(replace(placement, host_weights=host)).requires_grad_(False)
     network = make_network(options.network, family.lora_module, dit, seed=0)
     network.module.to(device)
     set_up_network(dit, family.dit, options.loop, device, options.speed.compilation.choice, host)

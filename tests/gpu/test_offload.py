@@ -203,7 +203,7 @@ def test_the_device_holds_what_the_plan_says(cuda: torch.device, blocks: int, sl
         for _ in range(3):
             stack(x)
     held = torch.cuda.memory_allocated() - before
-    assert held == pytest.approx((12 << 22) - planned.saved, rel=0.01)
+    assert held == pytest.approx((12 << 22) - planned.saved_device_bytes, rel=0.01)
 
 
 def test_host_memory_is_pinned_for_as_long_as_it_is_used(cuda: torch.device) -> None:
@@ -320,7 +320,7 @@ def test_a_device_and_memory_for_copies_to_it_get_the_bytes_of_the_file(
     poison(cuda, 1 << 24)
     expected = load_dit(path, Placement(torch.device("cpu"), compute_dtype=target)).state_dict()
     for host in (None, host_weights(SwapPlan(DIT, 0), cuda, all_weights=True)):
-        found = load_dit(path, Placement(cuda, compute_dtype=target, host=host)).state_dict()
+        found = load_dit(path, Placement(cuda, compute_dtype=target, host_weights=host)).state_dict()
         assert found.keys() == expected.keys()
         assert all(equal_bits(found[name], each) for name, each in expected.items())
         if host is None:

@@ -164,4 +164,4 @@ def test_a_tokenizer_that_cuts_the_template_elsewhere_is_warned_of(
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     LlavaTextEncoder(folder, torch.float32, tokenizer=tmp_path).load(CPU)
-    assert "the model's own makes 95: prompts will be cut" in caplog.text
+    assert "but the model's own into 95: prompts will be cut" in caplog.text

@@ -50,7 +50,7 @@ def test_captions_without_pictures_and_tables_with_them_are_refused(project: Pat
         path.replace(path.with_name(path.name.replace("_kr2_te", "_kr2e_te")))
     dataset.write_text(with_references.partition("control_directory")[0], encoding="utf-8")
     succeed_here(*FAMILY.cache_latents, "--edit", folder=project)
-    reject(project, *TRAIN, "--edit", told=["was encoded without pictures", "outputs.py with --edit"])
+    reject(project, *TRAIN, "--edit", told=["was encoded without images", "outputs.py with --edit"])
 
 
 @pytest.mark.slow

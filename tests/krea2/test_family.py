@@ -113,7 +113,7 @@ def test_a_name_says_which_one_it_is(family: Krea2, path: str, is_turbo: bool) -
     if is_turbo:
         assert family_for_samples(options) is not None
     else:
-        with pytest.raises(OptionError, match=re.escape(f"it says that it is raw ({where})")):
+        with pytest.raises(OptionError, match=re.escape(f"it is marked as raw ({where})")):
             family_for_samples(options)
 
 
@@ -209,7 +209,7 @@ def test_a_prompt_line_has_noise_levels_and_makes_one_picture(family: Krea2) -> 
     prepared = prepare_line(family, options, line)
 
     assert (prepared.flow_shift, prepared.guidance_scale) == (pytest.approx(math.exp(0.3)), (2.0,))
-    with pytest.raises(OptionError, match="--i: a line makes one picture, not 3"):
+    with pytest.raises(OptionError, match="--i: a line generates one image, not 3"):
         parse_generation_line("a dog --i 3", options.line_options)
 
 
@@ -258,7 +258,7 @@ def test_raw_without_guidance_is_warned_of(
     prepare(family, guidance_scale=1.0)  # its name says nothing
     assert not caplog.text
     prepare(raw, guidance_scale=1.0)
-    assert "raw.safetensors is raw, whose pictures are blurred without guidance" in caplog.text
+    assert "raw.safetensors is raw, whose images are blurred without guidance" in caplog.text
 
 
 def test_tensors_of_the_first_days_are_left_out(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_raw_is_refused_as_turbo_and_turbo_is_warned_of(tmp_path: Path) -> None:
     words = (*family.train, *OUTPUT, "--max_train_steps", "1")
 
     code, said = run_here(*words, "--turbo_dit", raw, folder=tmp_path)
-    assert_one_message(code, said, "--turbo_dit", "says that it is raw", "turbo.safetensors")
+    assert_one_message(code, said, "--turbo_dit", "is marked as raw", "turbo.safetensors")
     code, said = run_here(*words, "--dit", turbo, "--turbo_dit", turbo, folder=tmp_path)
     assert_one_message(code, said, "--turbo_dit", "this is what --dit trains")
     said = succeed_here(*words, "--dit", turbo, folder=tmp_path)

@@ -557,8 +557,8 @@ def test_a_changed_voice_is_cached_again_and_nothing_else(other: Project) -> Non
             ["--lora_target_preset", "audio_ref_ic", "--ltx2_train_direction", "a2v"],
             ["the audio is always clean"],
         ),
-        (["--ic_lora_strategy", "video_ref_only_av"], ["takes no sound as reference"]),
-        (["--av_multi_ref"], ["a clip has one sound as reference"]),
+        (["--ic_lora_strategy", "video_ref_only_av"], ["takes no audio reference"]),
+        (["--av_multi_ref"], ["a clip has one audio reference"]),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -587,9 +587,9 @@ def test_batches_without_the_voice_that_they_need_are_refused(tmp_path: Path) ->
     [
         ("--reference_audio {0}/none.wav", "none.wav"),
         ("--reference_audio {0}/dull.png --ltx2_mode av", "dull.png"),
-        ("--reference_audio {0}/a.wav", "no sound is generated from it. Give --ltx2_mode av"),
+        ("--reference_audio {0}/a.wav", "no audio is generated from it. Give --ltx2_mode av"),
         ("--reference_audio {0}/a.wav --ltx2_mode av --ic_lora_strategy none", "Leave one of them out"),
-        ("--reference_audio {0}/a.wav --ltx2_mode av --drive_audio {0}/a.wav", "all of the sound"),
+        ("--reference_audio {0}/a.wav --ltx2_mode av --drive_audio {0}/a.wav", "the entire audio"),
         ("--audio_ref_identity_guidance_scale 3", "no reference is given. Give --reference_audio"),
         ("--reference_audio {0}/short.wav --ltx2_mode av", "at least 0.1 s"),
     ],

@@ -226,5 +226,5 @@ def test_sound_of_caches_has_the_shape_of_the_releases_if_their_vae_is_not_there
 
     assert files.audio is not None
     assert files.audio.shape(121, 24.0) == (8, 126, 16)
-    with pytest.raises(OptionError, match=r"--audio_vae: .* takes sound of 16 channels, .* have 128"):
+    with pytest.raises(OptionError, match=r"--audio_vae: .* takes audio of 16 channels, .* has 128"):
         _ = replace(files, dit=other, checkpoint=other).audio

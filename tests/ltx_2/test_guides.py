@@ -130,7 +130,7 @@ def test_caches_without_guides_are_not_trained(project: Project) -> None:
     item = SimpleNamespace(table=replace(table, audio_cond_mask_directory=None))
     batch = batch_of(tensors={"latents_keyframe_0": torch.zeros(2, 8, 1, 2, 3)})
 
-    with pytest.raises(DatasetError, match="its cache has 1 guides.* 3. Cache again"):
+    with pytest.raises(DatasetError, match="its cache has 1 guides.* has 3. Cache again"):
         add_clean_conditions(batch, [item, item])
 
 

@@ -191,9 +191,9 @@ def test_samples_may_differ_in_frames_a_second() -> None:
     ("changed", "words"),
     [
         ({"noisy": torch.zeros(2, 7, 3, 4, 5)}, "video tokens of width 7, but the model requires 8"),
-        ({"audio": torch.zeros(2, 2, 7, 15)}, "sound tokens of width 30, but the model requires 32"),
-        ({"audio_text": None}, "the text for the sound is missing"),
-        ({"noisy": None, "audio": None}, "neither latents of a video nor of sound"),
+        ({"audio": torch.zeros(2, 2, 7, 15)}, "audio tokens of width 30, but the model requires 32"),
+        ({"audio_text": None}, "the text for the audio is missing"),
+        ({"noisy": None, "audio": None}, "neither latents of a video nor of audio"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(changed: dict[str, Any], words: str) -> None:

@@ -82,7 +82,7 @@ def test_the_dtype_of_texts_has_two_names() -> None:
         ("ltx2_cache_latents", ("--ltx2_audio_dtype", "bfloat16"), "cached in float32"),
         ("ltx2_train_network", ("--video_loss_weight", "0", "--audio_loss_weight", "0"), "nothing would be"),
         *(
-            ("ltx2_train_network", words, "without sound .*--ltx2_mode av")
+            ("ltx2_train_network", words, "without audio .*--ltx2_mode av")
             for words in (
                 ("--lora_target_preset", "audio"),
                 ("--lora_target_preset", "audio_v2a", "--ltx2_mode", "video"),
@@ -109,12 +109,12 @@ def test_the_dtype_of_texts_has_two_names() -> None:
         ("ltx2_generate_video", ("--duration-head-path", "a"), "Give --video_length"),
         ("ltx2_generate_video", ("--output_name", "a/b"), "it contains a folder"),
         ("ltx2_generate_video", ("--height", "512"), "give both"),
-        ("ltx2_generate_video", ("--ltx2_mode", "v", "--drive_video", "."), "no sound is generated"),
+        ("ltx2_generate_video", ("--ltx2_mode", "v", "--drive_video", "."), "no audio is generated"),
         ("ltx2_generate_video", ("--ltx_mode", "a", "--sample_disable_audio"), "nothing would be generated"),
         (
             "ltx2_train_network",
             ("--ltx2_mode", "a", "--lora_target_preset", "v2v"),
-            "without pictures nothing",
+            "without images nothing",
         ),
         ("ltx2_generate_video", ("--conditioning-attention-mask", "a.mp4"), "a strength from 0 to 1"),
         ("ltx2_generate_video", ("--conditioning-attention-mask", "a.mp4", "2"), "a strength from 0 to 1"),
@@ -132,7 +132,7 @@ def test_wrong_values_are_one_message(script: str, words: tuple[str, ...], messa
 
 @pytest.mark.parametrize("name", ["--lora_target_preset", "--ic_lora_strategy"])
 def test_references_of_sound_need_its_mode(name: str) -> None:
-    with pytest.raises(OptionError, match=f"{name} av_ic: without sound .* Give --ltx2_mode av"):
+    with pytest.raises(OptionError, match=f"{name} av_ic: without audio .* Give --ltx2_mode av"):
         read_own("ltx2_train_network", name, "av_ic")
 
 
@@ -267,14 +267,14 @@ def test_options_of_a_stream_that_is_not_made_are_told(caplog: pytest.LogCapture
     log_ignored(["video"], *records)
 
     assert caplog.messages == [
-        "--video_cfg_scale, --reference_downscale: ignored, because sound alone has no pictures",
-        "--audio_cfg_scale: ignored, because pictures alone have no sound",
+        "--video_cfg_scale, --reference_downscale: ignored, because audio alone has no images",
+        "--audio_cfg_scale: ignored, because images alone have no audio",
     ]
     caplog.clear()
     log_ignored(["video"], read_own("ltx2_train_network", "--video_loss_weight", "5"))
     read_own("ltx2_train_network", "--ltx_version_check_mode", "error")
     assert caplog.messages == [
-        "--video_loss_weight: ignored, because pictures alone have no sound",
+        "--video_loss_weight: ignored, because images alone have no audio",
         "--ltx_version_check_mode error is ignored because --ltx_version is not given",
     ]
 
@@ -301,5 +301,5 @@ def test_messages_name_what_was_typed_for_an_option_and_its_value(
 )
 def test_options_of_video_files_are_refused_where_sound_is_alone(words: tuple[str, ...]) -> None:
     argv = ["--save_path", "out", "--prompt", "a", "--ltx2_mode", "audio", *words]
-    with pytest.raises(OptionError, match=f"^{words[0]}: sound alone has no pictures"):
+    with pytest.raises(OptionError, match=f"^{words[0]}: audio alone has no images"):
         settle(*read_generation(None, DEFAULTS, Ltx2GenerationOptions, argv))

@@ -317,7 +317,7 @@ def test_loras_of_other_factors_do_not_work_together(release: TinyRelease, tmp_p
         (["--conditioning-attention-mask", "0.5"], ["no reference is given. Give --reference_video"]),
         (
             ["--reference_video", "clip", "--conditioning-attention-mask", "short", "1"],
-            ["short: 1 of its frames are used, but 9 of a reference", "Give a picture, or a clip as long"],
+            ["short: it has 1 usable frames, but a reference has 9", "Give an image, or a clip as long"],
         ),
         (["--reference_video", "clip", "--conditioning-attention-mask", "empty", "1"], ["without images"]),
         (

@@ -236,7 +236,7 @@ def test_names_of_the_known_caches_are_ours() -> None:
     ("told", "message"),
     [
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8}}, "rotary frequencies of type"),
-        ({"sliding_window": 0}, "numbers"),
+        ({"sliding_window": 0}, "values"),
         ({"layer_types": ["full_attention"]}, "of 7 layers"),
         ({"layer_types": ["other"] * 7}, "layer_types"),
         ({"rope_parameters": {"full_attention": 3}}, "config.json"),

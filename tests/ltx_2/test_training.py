@@ -335,7 +335,7 @@ def test_a_dataset_without_any_sound_is_refused(alone: Project) -> None:
         said = alone.train(*run("none", 1), code=1)
     finally:
         path.with_suffix(".away").rename(path)
-    assert_one_message(1, said, "no clip of the dataset has cached sound", "--ltx2_mode video")
+    assert_one_message(1, said, "no clip of the dataset has cached audio", "--ltx2_mode video")
 
 
 @pytest.mark.slow

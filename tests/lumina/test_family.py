@@ -251,7 +251,7 @@ def test_texts_ids_and_states_equal_those_recorded(tmp_path: Path) -> None:
         with torch.no_grad():
             encoded = encoder.encode(prompts)
 
-        assert [encoder.write(prompt).text for prompt in prompts] == [case["text"] for case in texts]
+        assert [encoder.apply_template(prompt).text for prompt in prompts] == [case["text"] for case in texts]
         for number, found in zip(cases, encoded, strict=True):
             assert torch.equal(found["input_ids"], tensors["ids"][number])  # type: ignore[arg-type]
             assert torch.equal(found["attention_mask"], tensors["mask"][number])  # type: ignore[arg-type]
@@ -262,8 +262,8 @@ def test_a_negative_prompt_has_the_system_prompt_only_if_asked_for(tmp_path: Pat
     folder = write_gemma(tmp_path)
     for in_negative, expected in ((False, "dull"), (True, "Draw. <Prompt Start> dull")):
         encoder = GemmaTextEncoder(folder, system_prompt="Draw.", in_negative=in_negative)
-        assert encoder.write(Prompt("dull", is_negative=True)).text == expected
-        assert encoder.write(Prompt("dull")).text == "Draw. <Prompt Start> dull"
+        assert encoder.apply_template(Prompt("dull", is_negative=True)).text == expected
+        assert encoder.apply_template(Prompt("dull")).text == "Draw. <Prompt Start> dull"
     assert Prompt("dull") != Prompt("dull", is_negative=True)  # what the cache of a session looks up
 
 

@@ -240,7 +240,7 @@ def test_caches_of_the_known_tuner_are_kept_unless_they_are_of_another_task(
     assert cached(project).keys() == tensors.keys()
 
     said = run(project, files, "--skip_existing", "--task", "fl2va")
-    assert "made for task t2va, this run has fl2va" in said
+    assert "made for task t2va, but this run has fl2va" in said
     assert "latents_first_1x4x4_float32" in cached(project)
 
     del tensors["audio_present_float32"]
@@ -306,7 +306,7 @@ def test_pictures_with_control_images_at_places_of_theirs(tmp_path: Path, files:
     [
         ({}, (), "trained with 124 to 345 frames"),
         ({"frame_extraction": "full", "max_frames": 400}, (), "clips of 400 frames"),
-        ({}, ("--task", "ref2va", "--allow_experimental_duration"), "makes clips from references"),
+        ({}, ("--task", "ref2va", "--allow_experimental_duration"), "generates clips from references"),
         ({"control_directory": "clips"}, ("--allow_experimental_duration",), "Leave control media out"),
     ],
 )
@@ -390,10 +390,10 @@ def test_references_are_those_of_diffusers(project: Path, files: TinyH3) -> None
     ("references", "reason"),
     [
         ([{"type": "image", "path": "a.png"}] * 10, "at most 9"),
-        ([{"type": "audio", "path": "a.wav"}], "sound alone"),
+        ([{"type": "audio", "path": "a.wav"}], "references are audio"),
         ([{"type": "image", "path": "none.png"}], "no such file"),
         ([{"type": "image", "path": "a.png", "audio_path": "a.wav"}], "of type video"),
-        ([{"type": "picture", "path": "a.png"}], "write one of image, video, audio"),
+        ([{"type": "picture", "path": "a.png"}], "must be one of image, video, audio"),
         ([], "has no references"),
     ],
 )

@@ -23,7 +23,7 @@ from minimax_h3.conditions import (
     reference_key,
     sort_condition_keys,
 )
-from minimax_h3.places import TIME_PER_FRAME, AudioPosition, ImageGrid, ImagePosition
+from minimax_h3.positions import TIME_PER_FRAME, AudioPosition, ImageGrid, ImagePosition
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
 from minimax_h3.reference_sound import read_reference_audio, resample
 from minimax_h3.video_vae import PIXEL_MEAN, PIXEL_STD

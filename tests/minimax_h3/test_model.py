@@ -17,7 +17,7 @@ from torch import Tensor
 from minimax_h3.configs import AUDIO
 from minimax_h3.dit_checkpoints import load_dit, make_format
 from minimax_h3.model import H3Condition, H3Model
-from minimax_h3.places import AudioPosition, ImageGrid, ImagePosition, last_frame_time
+from minimax_h3.positions import AudioPosition, ImageGrid, ImagePosition, last_frame_time
 from protocols.loading import Placement
 from tests.manifests import tensor_list, write_hollow
 from tests.minimax_h3.tiny_dit import released, their_dit

@@ -250,13 +250,13 @@ def test_prompt_lines_cannot_ask_for_guidance(
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--ref", "voice.wav"], "sound alone"),
+        (["--ref", "voice.wav"], "all references are audio"),
         (["--ref", "subject.png;audio=voice.wav"], "belongs to a video"),
         (["--ref", "subject.png;type=text"], "'text' is unknown"),
         (["--ref", "none.png"], "no such file"),
-        (["--ref", "subject.png"] * 10, "10 pictures"),
+        (["--ref", "subject.png"] * 10, "10 images"),
         (["--ref", "clip.mkv"] * 4, "4 videos"),
-        (["--ref", "subject.png", *["--ref", "voice.wav"] * 4], "4 references with sound"),
+        (["--ref", "subject.png", *["--ref", "voice.wav"] * 4], "4 references with audio"),
         (["--ref", "subject.png", "--reference_image", "subject.png"], "order would be unknown"),
         (["--ref", "subject.png", "--first_frame", "first.png"], "keyframes and references"),
         (["--ref", "subject.png", "--task", "fl2va"], "--task fl2va"),
@@ -266,8 +266,8 @@ def test_prompt_lines_cannot_ask_for_guidance(
         (["--reference_jsonl", "list.jsonl", "--reference_index", "3"], "has 1 lines"),
         (["--keyframe", "first.png", "--first_frame", "first.png"], "mean the same"),
         (["--keyframe", "first.png"] * 3, "3 images"),
-        (["--one_frame_inference", "target_index=1", "--video_length", "22"], "a single picture"),
-        (["--one_frame_inference", "control_index=1;2", "--condition_image", "first.png"], "2 places"),
+        (["--one_frame_inference", "target_index=1", "--video_length", "22"], "a single image"),
+        (["--one_frame_inference", "control_index=1;2", "--condition_image", "first.png"], "2 positions"),
         (["--one_frame_inference", "no_post"], "FramePack"),
     ],
 )

@@ -26,7 +26,7 @@ def main(path: Path, lora: Path, device: torch.device) -> None:
     host = host_weights(SwapPlan(DIT, 4), device)
     assert host is not None
     patch = LoraPatch([WeightedLora(read_lora(lora))])
-    dit = load_dit(path, Placement(device, patch=patch, host=host))
+    dit = load_dit(path, Placement(device, patch=patch, host_weights=host))
     patch.check()
     swap_blocks(dit, host, device)
     with torch.no_grad():

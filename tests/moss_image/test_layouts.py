@@ -44,8 +44,8 @@ def layout(*items: Mapping[str, Any], **changes: Any) -> str:
         (layout({**ITEM, "label": "text"}), "item 1: its text is missing"),
         (layout({**ITEM, "bbox": [1, 2, 3]}), "item 1: its bbox is not four numbers"),
         (layout({**ITEM, "bbox": [30, -20, -10, 40]}), "ends before it begins"),
-        (layout({**ITEM, "bbox": [-10, -20, 30, 400]}), "reaches out of the picture, 200 x 100 pixels"),
-        (layout({**ITEM, "bbox": [-60, -20, 30, 40]}), "reaches out of the picture"),  # rows are the first
+        (layout({**ITEM, "bbox": [-10, -20, 30, 400]}), "extends beyond the image, 200 x 100 pixels"),
+        (layout({**ITEM, "bbox": [-60, -20, 30, 40]}), "extends beyond the image"),  # rows are the first
     ],
 )
 def test_each_fault_of_a_layout_is_told(text: str, fault: str) -> None:
@@ -135,4 +135,4 @@ def test_a_wrong_layout_of_a_request_is_warned_of(tmp_path: Path, caplog: pytest
     model = replace(MossImageFiles(), dit=files.dit, vae=files.vae, text_encoder=files.text_encoder)
     caplog.set_level(logging.WARNING)
     MossImage(model).prepare(Request(layout(), seed=1, width=64, height=64))
-    assert "reaches out of the picture, 64 x 64 pixels" in caplog.text
+    assert "extends beyond the image, 64 x 64 pixels" in caplog.text

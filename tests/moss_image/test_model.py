@@ -317,7 +317,7 @@ def test_float16_keeps_its_stream_in_float32() -> None:
 
 def test_latents_of_other_channels_are_refused() -> None:
     inputs = tiny_inputs()
-    with pytest.raises(ValueError, match="8 channels of one picture"):
+    with pytest.raises(ValueError, match="8 channels of one image"):
         tiny_model()(**{**inputs, "noisy": inputs["noisy"][:, :4]})
     with pytest.raises(ValueError, match="text mask"):
         tiny_model()(**{**inputs, "text_mask": inputs["text_mask"][:, :3]})

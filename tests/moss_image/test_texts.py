@@ -167,17 +167,17 @@ def test_a_prompt_that_is_too_long_loses_its_end(encoder: LanguageModelEncoder) 
         rows.extend(inputs[2])  # type: ignore[arg-type]
         return [{KEY: [torch.zeros(1, 1)]}]
 
-    written = encoder.write(Prompt("cat " * MAX_TOKENS))
-    encoder.encode_written([written], compute)
+    templated = encoder.apply_template(Prompt("cat " * MAX_TOKENS))
+    encoder.encode_templated([templated], compute)
 
     (row,) = rows
-    full = qwen_tokenizer().encode(written.text, add_special_tokens=False).ids
+    full = qwen_tokenizer().encode(templated.text, add_special_tokens=False).ids
     assert row == full[:MAX_TOKENS]
 
 
 def test_spans_follow_a_prompt_whose_white_space_is_left_out(encoder: LanguageModelEncoder) -> None:
-    written = encoder.write(Prompt("  a cat", spans=((4, 7, 2.0),)))
-    (first, last, _), text = written.spans[0], written.prompt
+    templated = encoder.apply_template(Prompt("  a cat", weighted_spans=((4, 7, 2.0),)))
+    (first, last, _), text = templated.spans[0], templated.prompt
     assert text[first:last] == "cat"
 
 

@@ -105,7 +105,9 @@ def test_a_foreign_network_is_made_with_the_alpha_of_the_header(
     state = {name: one for name, one in network.state_dict().items() if not name.endswith("alpha")}
     save_file(state, tmp_path / "x.safetensors", header)
     if alpha == 1:
-        with pytest.raises(CheckpointError, match=r"has alpha 16, .* network 1\.\n  Give --network_alpha 16"):
+        with pytest.raises(
+            CheckpointError, match=r"has alpha 16, .* network has 1\.\n  Give --network_alpha 16"
+        ):
             ForeignNetwork(network, nn.Module()).load_weights(tmp_path / "x.safetensors")
     else:
         ForeignNetwork(network, nn.Module()).load_weights(tmp_path / "x.safetensors")
@@ -126,7 +128,7 @@ def test_a_model_keeps_the_weights_that_a_network_takes_away(tmp_path: Path) -> 
     ("wrong", "expected"),
     [
         ("NaN", r"NaN or infinite: blocks_1_ffn_0 \(256 of 256 values\)"),
-        ("shape", r"in 1 of 20 tensors:\n  blocks_1_ffn_0 has \[100\], here \[256\]"),
+        ("shape", r"in 1 of 20 tensors:\n  blocks_1_ffn_0 has \[100\], the network \[256\]"),
         ("names", "has none of this network's 20 tensors, such as blocks_0"),
     ],
 )

@@ -355,7 +355,7 @@ def test_a_dora_of_text_encoders_in_one_file_with_the_model(tmp_path: Path) -> N
     ("kind", "more", "message"),
     [
         ("DoRA", [], "Add --dit"),
-        ("LoRA", [], "plain LoRAs alone"),
+        ("LoRA", [], "only plain LoRAs"),
         ("DoRA", ["--dit", "flux.safetensors"], "is not in the files of --dit"),
         ("LoHa", ["--dit", "missing.safetensors"], "no such file"),
     ],

@@ -95,7 +95,7 @@ def test_curves_and_short_lists_are_those_of_known_trainers(caplog: pytest.LogCa
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"block_dims": "4,4"}, "2 numbers, this model has 25"),
+        ({"block_dims": "4,4"}, "2 values, but this model has 25"),
         ({"block_alphas": "4,4"}, "needs block_dims"),
         ({"block_lr_zero_threshold": "0.1"}, "needs one of"),
         ({"up_lr_weight": "1,x"}, "not a number of at least 0"),
@@ -110,5 +110,5 @@ def test_models_without_numbered_blocks_refuse_them() -> None:
     network = nn.Module()
     network.blocks = nn.ModuleList([nn.Sequential(nn.Linear(2, 2))])
     network.spec = DitSpec(block_lists=("blocks",))  # type: ignore[assignment]
-    with pytest.raises(OptionError, match="no such numbers"):
+    with pytest.raises(OptionError, match="cannot be addressed by number"):
         choose(network, block_dims="1")

@@ -323,7 +323,7 @@ def test_shapes_that_have_no_product_are_told_from_shapes_alone(
     error = read_delta(factors).find_error()
 
     assert error is not None, parts
-    assert error.startswith("its factors do not go together")
+    assert error.startswith("its factors do not match each other")
 
 
 def test_a_lora_is_read_and_fitted_without_torchs_compiler(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_magnitudes_by_input_cannot_go_to_diffusers(tmp_path: Path) -> None:
     tensors = {f"lora_unet_transformer_blocks_0_attn_to_q.{part}": one for part, one in factors.items()}
     save_file(tensors, tmp_path / "x.safetensors", {"ss_base_model_version": "framepack"})
 
-    message = "its DoRA magnitudes are by input, diffusers has them by output"
+    message = "its DoRA magnitudes are by input, but diffusers has them by output"
     with pytest.raises(CheckpointError, match=message):
         convert_file(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "other")
 

@@ -162,7 +162,7 @@ def test_a_family_by_names_is_not_said_to_be_in_the_metadata(
 
     warn_of_other_family(read_lora(tmp_path / "lora.safetensors"), family_named("sd1"))
 
-    assert "was trained for sdxl, as its names say, and is used on a sd1 model" in caplog.text
+    assert "was trained for sdxl according to its names, and is used on a sd1 model" in caplog.text
 
 
 @pytest.mark.parametrize("start", ["lora_unet.", "lora_transformer."])

@@ -250,21 +250,21 @@ DORA = ("dora_wd=True",)
     ("family", "name", "module", "arguments", "texts", "words"),
     [
         ("framepack", COMFYUI, "", (), {}, "ComfyUI has no FramePack, so that it has no names"),
-        ("wan", COMFYUI, "", DORA, {}, "divides the magnitudes of a DoRA by the norms of the model's own"),
+        ("wan", COMFYUI, "", DORA, {}, "divides the magnitudes of a DoRA by the norms of the frozen weights"),
         ("ltx2_v1", DIFFUSERS, "", DORA, {}, "diffusers leaves the magnitudes of LTX-2's DoRAs out"),
-        ("wan", DIFFUSERS, "networks.loha", (), {}, "diffusers reads no LoHa of this model"),
-        ("flux_2", DIFFUSERS, "networks.loha", (), {}, "diffusers reads no LoHa of this model"),
-        ("qwen_image", DIFFUSERS, "networks.lokr", (), {}, "diffusers reads no LoKr of this model"),
-        ("flux", DIFFUSERS, "", (), TEXTS, "loads no LoRA for the text encoder t5"),
+        ("wan", DIFFUSERS, "networks.loha", (), {}, "diffusers cannot read a LoHa for this model"),
+        ("flux_2", DIFFUSERS, "networks.loha", (), {}, "diffusers cannot read a LoHa for this model"),
+        ("qwen_image", DIFFUSERS, "networks.lokr", (), {}, "diffusers cannot read a LoKr for this model"),
+        ("flux", DIFFUSERS, "", (), TEXTS, "cannot load LoRAs for the text encoder t5"),
         (
             "sdxl",
             DIFFUSERS,
             "",
             DORA,
             {"lora_te1": "text_encoder"},
-            "no magnitudes of a DoRA",
+            "cannot load DoRA magnitudes",
         ),
-        ("lumina", DIFFUSERS, "", (), {"lora_te": "gemma2"}, "loads no LoRA for the text encoder gemma2"),
+        ("lumina", DIFFUSERS, "", (), {"lora_te": "gemma2"}, "cannot load LoRAs for the text encoder gemma2"),
         (
             "wan",
             COMFYUI,
@@ -356,6 +356,6 @@ def test_a_layer_that_a_format_cannot_hold_is_refused_before_the_first_step() ->
     network = lora_like("lokr", begun, dit)  # as of --dim_from_weights
 
     with pytest.raises(
-        OptionError, match=r"diffusers cannot hold 1 of .*final_layer.*Use --lora_format known"
+        OptionError, match=r"diffusers cannot store 1 of .*final_layer.*Use --lora_format known"
     ):
         LoraFormat(DIFFUSERS, family_named("flux_2")).check(network)

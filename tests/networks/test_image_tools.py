@@ -350,7 +350,7 @@ def test_loras_of_another_model_are_neither_converted_nor_added_up(tmp_path: Pat
 
     for path, said in (
         (other, "is a LoRA for hunyuan_image according to its metadata, not for flux"),
-        (nameless, "is a LoRA for flux_2, as its sizes say, not for flux"),
+        (nameless, "is a LoRA for flux_2 according to its sizes, not for flux"),
     ):
         words = ["--src", "sd-scripts", "--dst", "ai-toolkit", "--src_path", str(path)]
         with pytest.raises(CheckpointError, match=said):

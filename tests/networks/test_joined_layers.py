@@ -177,7 +177,7 @@ def test_norms_of_the_whole_layer_are_refused_where_the_model_has_its_parts(
     write(tmp_path / "x.safetensors", joined, dit.state_dict(), kind, 0, dots=False)
 
     with pytest.raises(
-        CheckpointError, match="magnitudes by input are of the whole weight, the model has parts"
+        CheckpointError, match="magnitudes by input refer to the whole weight, but the model has only parts"
     ):
         merged(tmp_path / "x.safetensors", dit)
 

@@ -88,7 +88,10 @@ UP, DOWN = "lora_up.weight", "lora_down.weight"
     ("factors", "reason"),
     [
         ({UP: torch.full((4, 2), torch.nan)}, "8 of 8 values of its lora_up.weight are NaN or infinite"),
-        ({UP: torch.ones(4, 3)}, r"do not go together: lora_down.weight \[2, 5\], lora_up.weight \[4, 3\]"),
+        (
+            {UP: torch.ones(4, 3)},
+            r"do not match each other: lora_down.weight \[2, 5\], lora_up.weight \[4, 3\]",
+        ),
         ({UP: torch.ones(4, 2, dtype=torch.int32)}, "lora_up.weight is of the type int32"),
         ({"diff_b": torch.ones(3)}, "its bias has 3 values, its weight 4 rows"),
     ],

@@ -203,7 +203,7 @@ def test_a_hunyuan_lora_of_another_width_stays_whole(caplog: pytest.LogCaptureFi
     split_sizes = {f"{part}_attn_to_{character}": 8 for character in "qkv"} | {f"{part}_proj_mlp": 16}
 
     assert split_fused(tensors, split_sizes.get).keys() == tensors.keys()
-    assert "its 56 rows are not those of its parts, which have 8 + 8 + 8 + 16; it stays whole" in caplog.text
+    assert "its 56 rows are not those of its parts, which have 8 + 8 + 8 + 16; it is not split" in caplog.text
 
 
 # Patterns

@@ -345,6 +345,6 @@ def test_gradients_of_inputs_go_through_the_noise_that_the_output_had() -> None:
 def test_noise_is_saved_beside_the_file() -> None:
     _, made = small(ggpo_sigma="0.03", ggpo_beta="0.01")
 
-    assert set(made.state_beside_file) == {"ggpo"}
-    assert len(made.state_beside_file["ggpo"].state_dict()) == len(made.layers)
+    assert set(made.additional_state) == {"ggpo"}
+    assert len(made.additional_state["ggpo"].state_dict()) == len(made.layers)
     assert not any("ggpo" in name for name in made.state_dict())

@@ -129,7 +129,7 @@ def test_what_is_trained_is_what_is_merged_and_loaded(
         metadata = file.metadata()
     with open_checkpoint(path) as checkpoint:
         assert "an OFT, names as in sd-scripts, block size" in (describe_lora(checkpoint) or "")
-    assert "PEFT reads an OFT as it is" in caplog.text
+    assert "PEFT reads an OFT without changes" in caplog.text
     assert "Make a plain LoRA of the OFT" in caplog.text
     assert metadata["ss_network_module"] == "networks.oft"
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "None")
@@ -181,7 +181,7 @@ def test_dropout_and_savers_of_memory_give_the_same_bits(tmp_path: Path, how: li
         (["--network_args", "conv_dim=4"], "are for LoRAs only"),
         (["--network_dim", 1], "a single value cannot be rotated"),
         (["--scale_weight_norms", 1], "a rotation has no norm"),
-        (["--lora_format", "comfyui"], "ComfyUI reads no OFT of this form"),
+        (["--lora_format", "comfyui"], "ComfyUI cannot read an OFT of this form"),
     ],
 )
 def test_what_an_oft_cannot_have_is_refused(tmp_path: Path, given: list[object], words: str) -> None:
@@ -270,8 +270,8 @@ def test_one_rotation_may_be_for_all_blocks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ({"oft_R.weight": torch.zeros(3, 6)}, "rotates 3 blocks of 4 inputs, the model has"),
-        ({"oft_R.weight": torch.zeros(3, 5)}, "of which no block has so many values"),
+        ({"oft_R.weight": torch.zeros(3, 6)}, "rotates 3 blocks of 4 inputs, but the model has"),
+        ({"oft_R.weight": torch.zeros(3, 5)}, "but no block size has so many values"),
         ({"oft_R.weight": torch.zeros(3, 6), "dora_scale": torch.ones(8, 1)}, "has dora_scale next to"),
         ({"oft_blocks": torch.zeros(3, 4, 4)}, "OFT in an older form than oft_R.weight"),
         ({"boft_R": torch.zeros(3, 4, 4)}, "BOFT"),
@@ -296,7 +296,10 @@ def test_convolutions_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"use_cayley_neumann": False}, "turn the other way"), ({"num_cayley_neumann_terms": 3}, "3 terms")],
+    [
+        ({"use_cayley_neumann": False}, "have the opposite direction"),
+        ({"num_cayley_neumann_terms": 3}, "3 terms"),
+    ],
 )
 def test_other_series_of_peft_are_refused(tmp_path: Path, settings: dict[str, object], words: str) -> None:
     path, _ = wan_file(tmp_path, "base_model.model.")
@@ -328,7 +331,7 @@ def test_conversion_there_and_back_keeps_every_value(tmp_path: Path) -> None:
 def test_comfyui_gets_a_plain_lora_only(tmp_path: Path) -> None:
     path, values = wan_file(tmp_path)
     with pytest.raises(
-        CheckpointError, match="ComfyUI reads no OFT of this form.*\n.*--bake RANK --dit MODEL"
+        CheckpointError, match="ComfyUI cannot read an OFT of this form.*\n.*--bake RANK --dit MODEL"
     ):
         convert_file(path, tmp_path / "other.safetensors", "other")
     model = write_dit(tmp_path / "model", tiny_state("t2v"))

@@ -244,7 +244,9 @@ def test_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_ranks_that_act_by_the_noise_are_not_mixed(tmp_path: Path) -> None:
     arguments = json.dumps({"tlora": "True", "tlora_min_rank": "1"})
-    with pytest.raises(CheckpointError, match="is a T-LoRA, whose ranks act by the noise") as error:
+    with pytest.raises(
+        CheckpointError, match="is a T-LoRA, whose active ranks depend on the noise level"
+    ) as error:
         resize(tmp_path, make_pair(*NAMES["sd-scripts"]), metadata={"ss_network_args": arguments})
     assert "--network_dim" in str(error.value)
 

@@ -250,7 +250,7 @@ def test_nearest_is_as_before_and_says_what_it_keeps(caplog: pytest.LogCaptureFi
 
     assert torch.equal(merging(NAME, weight), LoraPatch([use])(NAME, weight))
     merging.check()
-    assert "rounded to the nearest, as --lora_rounding nearest says: that keeps 2" in caplog.text
+    assert "rounded to the nearest, as set by --lora_rounding nearest: that keeps 2" in caplog.text
 
 
 def test_beside_weights_of_8_bits_it_says_that_it_has_no_effect(caplog: pytest.LogCaptureFixture) -> None:
@@ -260,7 +260,7 @@ def test_beside_weights_of_8_bits_it_says_that_it_has_no_effect(caplog: pytest.L
         beside = patch(rule, use)
         assert beside.leave_unmerged(NAME, (64, 64))
         beside.check()
-    says = "has no effect: the weights stay in 8 or 4 bits, and LoRAs are added beside them"
+    says = "has no effect: the weights stay in 8 or 4 bits, and LoRAs are computed separately"
     assert caplog.text.count(says) == 1
 
 

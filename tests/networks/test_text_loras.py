@@ -12,7 +12,7 @@ from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.gated_loras import find_parameters, fit_lora
 from networks.loading import WeightedLora, read_lora
-from networks.text_loras import FullPatch, rename_for_encoders, uses_for
+from networks.text_loras import FullPatch, rename_for_encoders, select_for_network
 
 SDXL = ("lora_te1", "lora_te2")
 UNET = "lora_unet_mid_block_resnets_0_conv1"  # of Stable Diffusion 1, 2 and XL, with the same sizes
@@ -40,7 +40,7 @@ def write(path: Path, *modules: str) -> WeightedLora:
 
 
 def acting(uses: list[WeightedLora], prefix: str, prefixes: tuple[str, ...] | None = None) -> set[str]:
-    parts = uses_for(uses, prefix, prefixes)
+    parts = select_for_network(uses, prefix, prefixes)
     return {name.partition(".")[0] for use in parts for name in use.lora.tensors}
 
 
@@ -97,7 +97,7 @@ def test_what_an_encoder_lacks_is_called_by_its_own_name(
     deep = "lora_te1_text_model_encoder_layers_40_mlp_fc1"
     modules = [f"lora_te1_text_model_{LAYER}", "lora_te1_text_projection", deep, "lora_te1_text_model_head"]
     use = write(tmp_path / "lora.safetensors", *modules)
-    patch = LoraPatch(uses_for([use], "lora_te1", SDXL))
+    patch = LoraPatch(select_for_network([use], "lora_te1", SDXL))
     patch.add_to("text_model.encoder.layers.0.mlp.fc1.weight", torch.zeros(SIZE, SIZE))
 
     with caplog.at_level(logging.WARNING):
@@ -125,7 +125,7 @@ def test_a_projection_alone_that_an_encoder_lacks_is_a_warning(
     """The file's other parts act; a file of this part alone does nothing, and is refused."""
 
     def put_in(use: WeightedLora) -> None:
-        (part,) = uses_for([use], "lora_te1", SDXL)
+        (part,) = select_for_network([use], "lora_te1", SDXL)
         if way == "added":
             assert not fit_lora(part.lora, find_parameters(Encoder()), "--network_weights")
             return

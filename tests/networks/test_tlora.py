@@ -115,7 +115,7 @@ def test_the_file_is_a_lora_that_says_its_rule(tmp_path: Path, caplog: pytest.Lo
     toy.write_caches(tmp_path, batch_size=2)
     with caplog.at_level(logging.INFO):
         tensors = toy.train_toy(tmp_path, *TLORA)
-    assert "Other programs have no mask, and merging has none either" in caplog.text
+    assert "Other programs do not mask ranks, nor does merging" in caplog.text
     caplog.clear()
     plain = toy.train_toy(tmp_path, "--network_dim", 4, "--output_name", "plain")
 
@@ -210,7 +210,7 @@ def test_merging_says_that_it_has_no_mask(tmp_path: Path, caplog: pytest.LogCapt
         patch(name, weight)
     with caplog.at_level(logging.WARNING):
         patch.check()
-    assert "tlora.safetensors was trained with T-LoRA: merged, all of its ranks act" in caplog.text
+    assert "tlora.safetensors was trained with T-LoRA: merged, all ranks are active" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -251,4 +251,4 @@ def test_converted_files_keep_the_rule(tmp_path: Path, caplog: pytest.LogCapture
     assert load_file(tmp_path / "other.safetensors")
     with safe_open(tmp_path / "other.safetensors", "pt") as file:
         assert rank_rule_of(file.metadata()) == TLoraRule(1, 2)
-    assert "A T-LoRA acts as trained in the scripts here" in " ".join(caplog.text.split())
+    assert "A T-LoRA has its trained effect in the scripts here" in " ".join(caplog.text.split())

@@ -64,7 +64,7 @@ def test_a_zip_file_changes_files_of_reelsmith_only_and_back_undoes_it(
     update(root, pack(tmp_path / "new.zip", NEW))
     said = capsys.readouterr().err
     assert "files replaced: 1, added: 1" in said
-    assert "Not of this version, and left there: wan/gone.py." in said
+    assert "Not part of this version, and not removed: wan/gone.py." in said
     assert read(root) == {**OLD, **NEW, **MINE}
     update(root, pack(tmp_path / "newer.zip", {**OLD, "set_up.py": "newer"}, top=""))
     assert read(root) == {**OLD, "set_up.py": "newer", **MINE}  # wan/model.py was of the version before
@@ -73,7 +73,7 @@ def test_a_zip_file_changes_files_of_reelsmith_only_and_back_undoes_it(
     with pytest.raises(UserError, match="nothing was updated"):
         go_back(root)
     update(root, tmp_path / "new.zip")
-    assert "has the version that is here" in capsys.readouterr().err
+    assert "has the version that is already installed" in capsys.readouterr().err
 
 
 def test_an_update_that_stops_half_way_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,8 +118,8 @@ def test_an_update_without_room_to_unpack_changes_nothing(
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"pyproject.toml": '[project]\nname = "other"\n'}, "has no Reelsmith in it"),
-        ({"readme.md": ""}, "has no Reelsmith in it"),
+        ({"pyproject.toml": '[project]\nname = "other"\n'}, "does not contain Reelsmith"),
+        ({"readme.md": ""}, "does not contain Reelsmith"),
         ({**NEW, "../outside.py": ""}, "which no version of Reelsmith has"),
         ({**NEW, "C:/outside.py": ""}, "which no version of Reelsmith has"),
         ({**NEW, "models/m.safetensors": "theirs"}, "which no version of Reelsmith has"),
@@ -137,7 +137,7 @@ def test_half_a_zip_file_changes_nothing(tmp_path: Path) -> None:
     root = write(tmp_path / "root", OLD)
     file = pack(tmp_path / "new.zip", NEW)
     file.write_bytes(file.read_bytes()[:-30])
-    with pytest.raises(UserError, match=r"new\.zip is not a whole zip file .* Download it again"):
+    with pytest.raises(UserError, match=r"new\.zip is not a complete zip file .* Download it again"):
         update(root, file)
     for missing in (tmp_path / "none.zip", root):
         with pytest.raises(UserError, match="no such file"):
@@ -149,7 +149,7 @@ def test_half_a_zip_file_changes_nothing(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[place : place + 4] = b"\xff" * 4
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"new\.zip is not a whole zip file .* Download it again"):
+    with pytest.raises(UserError, match=r"new\.zip is not a complete zip file .* Download it again"):
         update(root, file)
     with pytest.raises(UserError, match="is not a clone of git. Download the zip file"):
         update(root, None)
@@ -193,7 +193,7 @@ def test_a_clone_goes_forward_and_back(clone: Path, capsys: pytest.CaptureFixtur
     assert git(clone, "rev-parse", "HEAD") == before
     assert git(clone, "branch", "--show-current") == "main"
     go_forward = capsys.readouterr().err
-    assert "as before the update. update goes forward" in go_forward
+    assert "as before the update. update installs it again" in go_forward
     update(clone, None)
     kept = {name: (clone / name).read_text(encoding="utf-8") for name in MINE}
     assert kept == MINE
@@ -255,7 +255,7 @@ def test_back_on_a_branch_that_was_not_updated_changes_nothing(clone: Path) -> N
     update(clone, None)
     git(clone, "checkout", "--quiet", "other")
     git(clone, "branch", "kept")
-    with pytest.raises(UserError, match="does not come from the version before the update"):
+    with pytest.raises(UserError, match="is not based on the version before the update"):
         go_back(clone)
     assert git(clone, "rev-parse", "HEAD") == other
 
@@ -273,7 +273,7 @@ def test_the_note_of_an_earlier_version_protects_commits_too(clone: Path) -> Non
     go_back(clone)
     assert git(clone, "rev-parse", "HEAD") == before
     note.write_bytes(b"\xff\n--hard")
-    with pytest.raises(UserError, match="does not name the version before the update any more"):
+    with pytest.raises(UserError, match="no longer names the version before the update"):
         go_back(clone)
 
 
@@ -324,7 +324,7 @@ def test_an_update_that_renames_by_case_keeps_the_file(
 )
 def test_whatever_a_project_file_holds_is_refused_in_a_sentence(tmp_path: Path, project: str) -> None:
     root = write(tmp_path / "root", OLD)
-    with pytest.raises(UserError, match="has no Reelsmith in it"):
+    with pytest.raises(UserError, match="does not contain Reelsmith"):
         update(root, pack(tmp_path / "odd.zip", {**NEW, "pyproject.toml": project}))
     assert read(root) == OLD
 
@@ -376,7 +376,7 @@ def test_a_name_that_is_no_text_and_a_list_that_is_too_long_are_refused(tmp_path
     root = write(tmp_path / "root", OLD)
     file = pack(tmp_path / "odd.zip", {**NEW, "wan/ü.py": ""})
     file.write_bytes(file.read_bytes().replace("ü".encode(), b"\xff\xfe"))
-    with pytest.raises(UserError, match=r"odd\.zip is not a whole zip file"):
+    with pytest.raises(UserError, match=r"odd\.zip is not a complete zip file"):
         update(root, file)
     assert read(root) == OLD
 
@@ -387,16 +387,16 @@ def test_notes_that_are_damaged_end_with_a_sentence(tmp_path: Path) -> None:
     plan = root / ".reelsmith" / "back" / updating.PLAN_FILE
     for content in (b"\xff", b"[]", b'{"replaced": ["../x"], "added": []}', b'{"x": 1}'):
         plan.write_bytes(content)
-        with pytest.raises(UserError, match="the note of the last update, cannot be read"):
+        with pytest.raises(UserError, match="the record of the last update, cannot be read"):
             go_back(root)
     (root / ".reelsmith" / "files.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"files\.txt, a note of the last update, cannot be read"):
+    with pytest.raises(UserError, match=r"files\.txt, a record of the last update, cannot be read"):
         update(root, pack(tmp_path / "newer.zip", OLD))
 
 
 def test_an_update_puts_no_file_where_a_folder_is(tmp_path: Path) -> None:
     root = write(tmp_path / "root", {**OLD, "tools/mine.py": "m"})
-    with pytest.raises(UserError, match="has a file tools, and a file or folder of another kind"):
+    with pytest.raises(UserError, match="has a file tools, but a folder has its path"):
         update(root, pack(tmp_path / "new.zip", {**NEW, "tools": "x"}))
     assert read(root) == {**OLD, "tools/mine.py": "m"}
 
@@ -435,11 +435,11 @@ def test_an_update_says_that_it_does_not_know_what_was_changed(
 ) -> None:
     root = write(tmp_path / "root", {**OLD, "set_up.py": "mine"})
     update(root, pack(tmp_path / "new.zip", NEW))
-    assert "As they were, they are in .reelsmith/back until the next update." in capsys.readouterr().err
+    assert "Their old versions are in .reelsmith/back until the next update." in capsys.readouterr().err
     assert (root / ".reelsmith/back/set_up.py").read_text(encoding="utf-8") == "mine"
     write(root, {"set_up.py": "mine again"})
     update(root, pack(tmp_path / "newer.zip", {**NEW, "set_up.py": "newer"}))
-    assert "is not known" not in capsys.readouterr().err
+    assert "It is not known" not in capsys.readouterr().err
     assert (root / "set_up.py.yours").read_text(encoding="utf-8") == "mine again"
 
 
@@ -566,5 +566,5 @@ def test_the_next_command_in_half_an_update_undoes_it_and_begins_anew(tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "old ['a b', 'ü']\n"
-    assert "was ended half way. It is undone now" in done.stderr
+    assert "was interrupted. It is being undone" in done.stderr
     assert read(root) == texts

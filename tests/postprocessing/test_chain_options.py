@@ -53,12 +53,12 @@ def test_each_tool_has_its_own_options() -> None:
     [
         (["--then"], r"^--then: the name of a tool is missing\. Give upscaler"),
         (["--then", "facefx"], r"^--then facefx: facefx is not a tool.*Did you mean facefix\?"),
-        (["--then", "facefix", "-y"], r"^--then facefix: -y holds for the whole run\. Write it before"),
+        (["--then", "facefix", "-y"], r"^--then facefix: -y applies to the whole run\. Write it before"),
         (["--then", "facefix", "--model="], r"^--then facefix: --model is empty"),
         (["--then", "facefix", "model=x", "weight=0.7"], r"--weight 0\.7 is for --mode codeformer"),
         (["--then", "gimmvfi", "model=x", "mode=film"], "--mode film"),
         (["--then", "gimmvfi", "model=x", "ds_factor=0.29"], r"--ds_factor 0\.29"),
-        (["--then", "gimmvfi", "model=x", "ds_factor=1e-30"], "--ds_factor 1e-30: give a simple part"),
+        (["--then", "gimmvfi", "model=x", "ds_factor=1e-30"], "--ds_factor 1e-30: give a simple fraction"),
         (["--tile", "48", "--tile_overlap", "32"], "--tile_overlap 32 is more than half of --tile 48"),
     ],
 )
@@ -222,7 +222,7 @@ def test_the_input_is_never_overwritten(given: str, tmp_path: Path) -> None:
     ("source", "output", "error", "words"),
     [
         ("missing.mp4", None, OptionError, "--input .*: no such file"),
-        ("empty", None, MediaError, "holds no video and no picture"),
+        ("empty", None, MediaError, "without a video or picture"),
         ("results", None, MediaError, "but 1 with _SWIN, which are results"),
         ("clips", "out.mkv", OptionError, "is a file, and --input"),
         ("clips/a.mp4", "folder", OutputError, r"a_SWIN\.mp4 is a folder"),

@@ -114,16 +114,16 @@ def test_batches_then_tiles_are_halved_until_they_fit_which_is_remembered(
     assert (runner.batch, runner.tile) == (1, 80)
     assert all(height * width <= 80 * 80 for _, _, height, width in network.shapes[tried:])
     assert [record.getMessage() for record in caplog.records] == [
-        "Memory is full: from now on 2 at once.",
-        "Memory is full: from now on 1 at once.",
-        "Memory is full: from now on pictures are cut into tiles of 80 pixels.",
+        "Out of memory: the batch size is now 2.",
+        "Out of memory: the batch size is now 1.",
+        "Out of memory: pictures are now split into tiles of 80 pixels.",
     ]
 
 
 @pytest.mark.parametrize("is_auto", [True, False])
 def test_what_never_fits_is_said(is_auto: bool) -> None:
     runner = MemoryFittedRunner(CPU, 1, WHOLE_IMAGE if is_auto else 96, is_auto, overlap=16)
-    with pytest.raises(MemoryPlanError, match=r"too little memory even for \d+ x \d+ pixels .*\n.*--tile"):
+    with pytest.raises(MemoryPlanError, match=r"enough memory even for \d+ x \d+ pixels .*\n.*--tile"):
         runner(Memory(10, ERRORS[0]), torch.rand(1, 3, 128, 160))
 
 

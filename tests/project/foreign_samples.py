@@ -404,7 +404,10 @@ SAMPLES: dict[str, Sample] = {
             "learning_rate": 0.0003,
             "optimizer_args": [*FIXED_ADAFACTOR, "eps=1e-30,0.001", "weight_decay=0.01"],
         },
-        told=("optimizer_defaults.ADAMW.optimizer", "they are of the optimizers that its page offers next"),
+        told=(
+            "optimizer_defaults.ADAMW.optimizer",
+            "they belong to the optimizers that its page offers next",
+        ),
     ),
     "OneTrainer, Stable Diffusion 1.5 as a whole": Sample(
         {
@@ -575,7 +578,7 @@ SAMPLES: dict[str, Sample] = {
         told=(
             "dora_wd = True: only a LoRA has it",
             "rank_dropout = 0.1: only a LoRA has it",
-            "(0.5): prodigy takes one rate",
+            "(0.5): prodigy takes only one rate",
         ),
     ),
     "the GUI of kohya_ss, DreamBooth": Sample(

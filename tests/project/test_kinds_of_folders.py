@@ -400,8 +400,8 @@ def test_clips_that_are_too_short_for_a_model_say_nothing_of_the_others(tmp_path
     (tmp_path / "a.txt").write_text("a wall", encoding="utf-8")
     said = new(tmp_path, model="minimax_h3 t2va")
     assert "320x256: the size of a typical file, a.png" in said
-    assert "too short for a clip of this model, which learns nothing" in said
-    assert "only the pictures are learned" not in said
+    assert "too short for a clip of this model, which cannot train" in said
+    assert "only their pictures are used" not in said
     assert "tiny" not in said
 
 
@@ -540,7 +540,7 @@ def test_a_picture_model_learns_the_first_frames_of_clips(tmp_path: Path) -> Non
 
     for text in (said, again):
         assert f"{tmp_path}: 4 pictures. " in text
-        assert "clip 0.mp4, clip 1.mp4, clip 0.mp4: z_image turbo learns pictures alone." in text
+        assert "clip 0.mp4, clip 1.mp4, clip 0.mp4: z_image turbo uses only pictures." in text
     tables = load_dataset_config(tmp_path / "dataset.toml").datasets
     folders = {str(table.directory and table.directory.as_posix()): table.kind for table in tables}
     assert folders == dict.fromkeys([".", "first_frames", "first_frames/deep"], "image")
@@ -558,7 +558,7 @@ def test_copies_empty_captions_and_the_size_are_told(tmp_path: Path) -> None:
 
     said = new(tmp_path, "--trigger_word", "ohwx")
 
-    assert "p0 (1).jpg = p0.jpg: equal copies, learned more often than others" in said
+    assert "p0 (1).jpg = p0.jpg: equal copies, which are trained more often than others" in said
     assert "p0 (1).jpg: an empty caption: only ohwx is learned there" in said
     assert "64x64: the size of a typical file, p1.jpg (64x64)" in said
 
@@ -655,7 +655,7 @@ def test_the_sound_file_of_a_clip_is_its_sound(tmp_path: Path) -> None:
     (tmp_path / "a" / "bell 0.wav").unlink()
     said = new(tmp_path / "a", "--overwrite", model="minimax_h3 t2va")
     assert "noise.wav: left out, this kind is not read" in said
-    assert "bell 0.mp4: without sound: only the pictures are learned" in said
+    assert "bell 0.mp4: without sound: only their pictures are used" in said
     assert "bell 0.wav: left out" in new(write_again(tmp_path / "b"), model="ltx_2 av")
 
 
@@ -676,7 +676,7 @@ def test_the_last_line_says_what_is_missing(models: Path, tmp_path: Path) -> Non
     run = "python reelsmith.py run"
     assert first.startswith("First give captions or a trigger word as above. Then python ")
     assert second == f"{run} {tmp_path / 'b'} checks, caches and trains"
-    assert third.startswith("First correct what is listed above. Then python ")
+    assert third.startswith("First fix the problems listed above. Then python ")
     assert new(tmp_path / "b", "--overwrite").splitlines()[-1] == (
         f"{run} {tmp_path / 'b'} --download downloads the model, checks, caches and trains"
     )
@@ -751,7 +751,7 @@ def test_new_says_what_run_stops_at(tmp_path: Path) -> None:
     assert "It looks like Windows-1251 (Cyrillic): 'девушка в красном'" in said
     assert f"left out: {tmp_path / 'broken.gif'} is" in said
     assert "1 cannot be read and has no caption, which ends a run: delete each" in said
-    assert said.splitlines()[-1].startswith("First correct what is listed above. ")
+    assert said.splitlines()[-1].startswith("First fix the problems listed above. ")
     said = new(tmp_path, "--trigger_word", "ohwx", "--overwrite")
     assert "cannot be read and has no caption" not in said  # the word stands for it too
 

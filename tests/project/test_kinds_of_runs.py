@@ -196,7 +196,7 @@ SD_XL = ("--family", "sd", "--task", "xl")
         ),
         (
             ["--family", "qwen", "--task", "edit", "--train", "embedding", "--word", "zorb"],
-            "reads captions together with images, from which no word is learned",
+            "reads captions together with images, which cannot train a word",
         ),
     ],
 )
@@ -249,19 +249,19 @@ def test_faults_of_pairs_come_before_the_command_that_trains(tmp_path: Path) -> 
     said = describe(folder, "sd xl")
     assert f"control media of {folder / 'dataset.toml'}, [[datasets]] 1" in said
     assert "p1" in said
-    assert "First correct what is listed above. Then" in said
+    assert "First fix the problems listed above. Then" in said
     (folder / "p1.jpg").unlink()
     (folder / "p1.txt").unlink()
     said = describe(folder, "sd xl", "--overwrite")
     assert "1 control picture without a picture of the same name: q.jpg" in said
-    assert "First correct what is listed above. Then" in said
+    assert "First fix the problems listed above. Then" in said
 
 
 def test_a_control_picture_of_another_shape_is_named(tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs")
     Image.new("RGB", (128, 64)).save(tmp_path / "pairs" / "conditioning" / "p1.jpg")
     said = describe(tmp_path / "pairs", "sd xl")
-    assert "1 control picture of a different shape than the picture" in said
+    assert "1 control image with a different aspect ratio than the image" in said
     assert "p1.jpg (128x64 and 64x64)" in said
 
 
@@ -273,7 +273,8 @@ def test_a_trained_file_of_another_kind_is_not_taken_for_the_result(tmp_path: Pa
     texts = {"ss_steps": "2000", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
     save_tensors(trained, {"a": torch.zeros(1)}, texts)
     answer = run_here("run_project.py", "pairs", folder=tmp_path)
-    assert_one_message(*answer, "is of another model (stable-diffusion-xl-v1-base/lora)", "output_name")
+    difference = "belongs to a different model (stable-diffusion-xl-v1-base/lora)"
+    assert_one_message(*answer, difference, "output_name")
 
     of_kind = {**texts, "modelspec.architecture": "stable-diffusion-xl-v1-base/control-net-lllite"}
     save_tensors(trained, {"a": torch.zeros(1)}, of_kind)
@@ -386,7 +387,7 @@ def test_an_adapter_learns_the_folder_or_what_the_model_made_of_its_captions(tmp
     assert all(re.fullmatch(r".+ --d \d+", line) for line in lines)
     assert "--from_file own_prompts.txt --save_path own" in said
     assert "2,000 steps: published adapters took 4,000 to 30,000" in " ".join(said.split())
-    assert "From 10 files on, a tenth is held back" in " ".join(said.split())
+    assert "With 10 files or more, a tenth is held out" in " ".join(said.split())
     assert "unlearns" not in said
     own = folder / "own"
     own.mkdir()
@@ -401,7 +402,7 @@ def test_an_adapter_learns_the_folder_or_what_the_model_made_of_its_captions(tmp
     said = describe(own, "z_image turbo", "--train", "adapter", "--max_train_steps", "4000")
 
     assert read_run(own)["training"]["validation_split"] == 0.1
-    assert "done when the validation loss falls no more" in " ".join(said.split())
+    assert "finished when the validation loss no longer falls" in " ".join(said.split())
     assert read_run(own)["training"]["early_stopping_patience"] == 5
     assert "published adapters took" not in said
     assert read_run(own)["training"]["make_adapter"] == "own"
@@ -423,7 +424,7 @@ def test_images_are_their_own_control_images_for_inpainting(tmp_path: Path) -> N
 
     said = describe(folder, "anima base", "--train", "lllite_inpainting")
 
-    assert "each step marks a random part to repaint" in said
+    assert "each step masks a random part to repaint" in said
     assert f"{folder / 'conditioning'}: left out. a ControlNet-LLLite for inpainting learns from the" in said
     content = parse_toml((folder / "dataset.toml").read_text(encoding="utf-8"))
     table: dict[str, Any] = content["datasets"][0]

@@ -159,7 +159,7 @@ def test_control_pictures_are_told_with_the_script_that_learns_them(place: str, 
 
     done = run_script("new_project.py", folder, *chosen)
 
-    (line,) = [text for text in done.stdout.splitlines() if "as a LoRA learns no control pictures" in text]
+    (line,) = [text for text in done.stdout.splitlines() if "as a LoRA does not use control pictures" in text]
     assert "2 of 3 pictures have one there. Without a control picture: p2.jpg. " in line
     assert "Without a picture: lone0.jpg. " in line
     assert line.endswith("--train lllite trains a ControlNet-LLLite on such pairs (docs/control.md)")
@@ -211,11 +211,11 @@ def test_what_is_left_out_or_odd_gets_a_line(tmp_path: Path) -> None:
         f"{folder / 'c' / 'raw' / 'deep'}: left out because it is too deep",
         f'{folder / "masks"}: masks are left out. mask_directory = "masks" in dataset.toml',
         f"{folder / 'output'}: left out. Runs write into a folder of this name",
-        "scan.txt: captions of no file",
+        "scan.txt: captions without a file",
         f"{folder}: 2 clips and 5 pictures. ",
         "cut.png: transparent in part",
         "small.png",
-        "clip 0.mp4: without sound: only the pictures are learned",
+        "clip 0.mp4: without sound: only their pictures are used",
         "to download",
     ):
         assert line in said
@@ -537,5 +537,5 @@ def test_nobody_is_asked_about_a_folder_whose_files_are_to_stay(
     monkeypatch.setattr(choosing, "ask_on_terminal", lambda question: pytest.fail(question))
 
     for family in (None, "flux_2"):  # which has several tasks
-        with pytest.raises(OutputError, match=r"run\.toml is there already"):
+        with pytest.raises(OutputError, match=r"run\.toml already exists"):
             write_project(NewOptions(folder=tmp_path, family=family))

@@ -83,7 +83,7 @@ def test_a_packed_folder_has_all_that_a_training_needs_and_no_path_of_this_machi
     content = file.read_bytes()
     for private in (str(tmp_path), "hf_secret", str(Path.home())):
         assert private.encode() not in content
-    assert "left out of run.toml, as nobody else may have them: huggingface_token" in said
+    assert "left out of run.toml, because they are secret: huggingface_token" in said
     assert said.endswith(f"On the other machine: python reelsmith.py unpack '{file.name}'\n")
     with zipfile.ZipFile(file) as archive:
         assert archive.namelist() == [
@@ -118,7 +118,7 @@ def test_an_unpacked_folder_has_the_same_files_and_this_machines_models(
     assert run["reelsmith"]["commands"][0][-1] == models
     assert not (unpacked / MANIFEST).exists()
     said = capsys.readouterr().out.splitlines()
-    assert said[1].startswith(f"models that are missing: {models}/dit.safetensors. ")
+    assert said[1].startswith(f"missing models: {models}/dit.safetensors. ")
     assert said[2].endswith(f"reelsmith.py run '{folder.name}' --download --models 'big disk'")
 
 
@@ -159,7 +159,10 @@ def test_links_are_followed_once_and_what_is_no_file_is_told(
         names = archive.namelist()
     assert "linked/b.png" in names
     assert not [name for name in names if name.startswith("round")]
-    assert f"left out, as hidden or no file: {folder / '.env'}, {folder / 'pipe'}" in capsys.readouterr().out
+    assert (
+        f"left out, because they are hidden or not files: {folder / '.env'}, {folder / 'pipe'}"
+        in capsys.readouterr().out
+    )
 
 
 def change(file: Path, edit: Callable[[zipfile.ZipFile], None], without: str = "") -> Path:
@@ -295,10 +298,10 @@ def test_overlapping_members_are_refused(folder: Path, tmp_path: Path) -> None:
 def test_an_existing_folder_or_file_stays(folder: Path, tmp_path: Path) -> None:
     file = pack(folder)
     before = file.read_bytes()
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists"):
         pack_folder(PackOptions(folder=folder))
     (tmp_path / "new").mkdir()
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists"):
         unpack_folder(UnpackOptions(file=file, folder=tmp_path / "new"))
     with pytest.raises(OptionError, match="lies in the folder that it packs"):
         pack_folder(PackOptions(folder=folder, output=folder / "x.zip"))

@@ -108,7 +108,7 @@ def test_every_key_of_a_dataset_with_a_path_is_listed() -> None:
     listed = section()
     made = {"cache_directory", "download_directory"}
     of_paths = forms.PATH, forms.PATHS, forms.LIST_PATH, forms.TARS
-    keys = {name for name, key in {**KEYS, **SUBSET_KEYS}.items() if key.form in of_paths}
+    keys = {name for name, key in {**KEYS, **SUBSET_KEYS}.items() if key.value_type in of_paths}
     assert made <= keys & listed["Write"]
     assert keys - made <= listed["Read"], sorted(keys - made - listed["Read"])
     assert keys >= {*SOURCES}

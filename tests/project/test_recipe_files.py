@@ -78,27 +78,27 @@ def test_the_table_of_the_page_is_that_of_the_files() -> None:
 
 # what a recipe of somebody else may try, and the words of the message
 HOSTILE = {
-    "dit = '/etc/passwd'": "dit is nothing that a recipe may set",
-    "output_dir = '..'": "output_dir is nothing that a recipe may set",
-    "network_weights = 'x.safetensors'": "network_weights is nothing that a recipe may set",
-    "sample_prompts = '~/.ssh/id_rsa'": "sample_prompts is nothing that a recipe may set",
+    "dit = '/etc/passwd'": "dit cannot be set by a recipe",
+    "output_dir = '..'": "output_dir cannot be set by a recipe",
+    "network_weights = 'x.safetensors'": "network_weights cannot be set by a recipe",
+    "sample_prompts = '~/.ssh/id_rsa'": "sample_prompts cannot be set by a recipe",
     "slider = 'sliders.toml'": "slider",
     "prompts_file = 'a.toml'": "prompts_file",
-    "on_end = 'rm -r .'": "on_end is nothing that a recipe may set",
-    "log_with = 'wandb'": "log_with is nothing that a recipe may set",
-    "wandb_api_key = 'k'": "wandb_api_key is nothing that a recipe may set",
-    "huggingface_repo_id = 'a/b'": "huggingface_repo_id is nothing that a recipe may set",
-    "log_tracker_config = 'x'": "log_tracker_config is nothing that a recipe may set",
-    "resume = 'latest'": "resume is nothing that a recipe may set",
-    "overwrite = true": "overwrite is nothing that a recipe may set",
-    "compile = true": "compile is nothing that a recipe may set",
-    "commands = [['rm']]": "commands is nothing that a recipe may set",
-    "netwrk_dim = 4": "netwrk_dim is nothing that a recipe may set. Did you mean network_dim?",
+    "on_end = 'rm -r .'": "on_end cannot be set by a recipe",
+    "log_with = 'wandb'": "log_with cannot be set by a recipe",
+    "wandb_api_key = 'k'": "wandb_api_key cannot be set by a recipe",
+    "huggingface_repo_id = 'a/b'": "huggingface_repo_id cannot be set by a recipe",
+    "log_tracker_config = 'x'": "log_tracker_config cannot be set by a recipe",
+    "resume = 'latest'": "resume cannot be set by a recipe",
+    "overwrite = true": "overwrite cannot be set by a recipe",
+    "compile = true": "compile cannot be set by a recipe",
+    "commands = [['rm']]": "commands cannot be set by a recipe",
+    "netwrk_dim = 4": "netwrk_dim cannot be set by a recipe. Did you mean network_dim?",
     "network_module = 'evil'": "network_module = evil: use networks.",
     "network_module = 'networks.lora_wan.x'": "network_module = networks.lora_wan.x: use networks.",
     "optimizer_type = 'os.system'": "choose one from docs/training.md",
     "optimizer_type = 'AdamW'": "optimizer_type = AdamW: write adamw",
-    "lr_scheduler_type = 'a.B'": "lr_scheduler_type reaches out of the training",
+    "lr_scheduler_type = 'a.B'": "lr_scheduler_type can only be set on the command line",
     "lr_scheduler = '/etc/x'": "choose one from docs/training.md",
     "optimizer_args = ['foo=../../x']": "optimizer_args = foo=../../x: write NAME=VALUE",
     "network_args = ['preset=x.toml']": "network_args = preset=x.toml: write NAME=VALUE",
@@ -111,10 +111,10 @@ HOSTILE = {
     "network_dim = 0": "--network_dim 0: give a number of at least 1",
     "network_dim = [4, 4]": "network_dim = [4, 4]: a recipe gives a number here",
     "timestep_sampling = 'x/y'": "timestep_sampling = x/y: use",
-    "network_train_unet_only = 1": "nothing that a recipe may set",
+    "network_train_unet_only = 1": "cannot be set by a recipe",
     "tread = 'x.py'": "tread = x.py",
     "teacher = '/x'": "teacher = /x: use",
-    '"a\\u001b[31mb" = 1': "is nothing that a recipe may set",
+    '"a\\u001b[31mb" = 1': "cannot be set by a recipe",
 }
 
 
@@ -284,7 +284,7 @@ def test_a_finished_run_becomes_a_recipe_without_its_paths(
     assert "somebody" not in text
     assert "new FOLDER --recipe cat" in capsys.readouterr().out
     assert list(list_paths())[-1] == "cat"
-    with pytest.raises(OutputError, match="is there already. Give another --name, or --overwrite"):
+    with pytest.raises(OutputError, match="already exists. Give another --name, or --overwrite"):
         save("clips/output")
     save("clips/output/cat-history.jsonl", "--overwrite")
     assert find_recipe("cat").tried_on == "wan.safetensors"

@@ -132,7 +132,7 @@ def test_each_fault_of_captions_has_its_own_remedy(kind: str, capsys: pytest.Cap
     words = ["python", "wan_cache_latents.py", "--check"]
     running._print_remedies(words, Path("clips"), [kind])
     said = capsys.readouterr().out
-    assert "Correct what is listed above" in said
+    assert "Fix the problems listed above" in said
     assert ("class_tokens" in said) is (kind == "have no caption")
     is_repaired = "wan_cache_latents.py --check --repair_captions" in said
     assert is_repaired is (kind == "have a caption that cannot be used")
@@ -207,7 +207,7 @@ def test_a_finished_run_says_what_can_be_done(collected: Path, tmp_path: Path) -
         output / "my_clips.safetensors", {"a": torch.zeros(1)}, {"ss_steps": "2", "ss_task": "t2v-1.3B"}
     )
     told = run_here("run_project.py", output.parent, folder=tmp_path)
-    assert_one_message(*told, "is of another model (t2v-1.3B)", "Set another output_name")
+    assert_one_message(*told, "belongs to a different model (t2v-1.3B)", "Set another output_name")
 
     released = "wan2.1_t2v_14B_bf16.safetensors"
     for line, key, value in (
@@ -219,7 +219,7 @@ def test_a_finished_run_says_what_can_be_done(collected: Path, tmp_path: Path) -
         (output.parent / "run.toml").write_text(changed, encoding="utf-8")
         save_tensors(output / "my_clips.safetensors", {"a": torch.zeros(1)}, {"ss_steps": "2", key: value})
         told = run_here("run_project.py", output.parent, folder=tmp_path)
-        assert_one_message(*told, f"is of another model ({value})")
+        assert_one_message(*told, f"belongs to a different model ({value})")
 
 
 @pytest.mark.slow
@@ -539,7 +539,7 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
     assert f"{copied}: 14 clips and 8 pictures. wan i2v-14B-480p at 96x64, 21 frames, on a CPU" in said
     assert f"no video in {copied / 'a.mp4'}" in said or str(copied / "a.mp4") in said
     assert "b.mkv, b.mkv: without a caption" in said
-    assert "i.png, j.jpg, k.webp and 5 more: pictures, of which this model learns nothing" in said
+    assert "i.png, j.jpg, k.webp and 5 more: pictures, which this model cannot train on" in said
     assert load_dataset_config(copied / "dataset.toml").datasets[1].directory == Path("more")
 
 
@@ -634,7 +634,7 @@ def test_run_says_that_it_continues_by_itself(tmp_path: Path) -> None:
 def test_a_folder_of_repeats_names_the_folder_around_it(tmp_path: Path) -> None:
     folder = tmp_path / "train" / "10_ohwx man"
     folder.mkdir(parents=True)
-    with pytest.raises(DatasetError, match="give the folder around it") as error:
+    with pytest.raises(DatasetError, match="give its parent folder") as error:
         folders_config(SubsetOptions(train_data_dir=folder, resolution="512"))
     assert str(folder.parent) in str(error.value)
 

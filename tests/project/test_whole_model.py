@@ -103,9 +103,7 @@ def test_it_is_told_how_much_memory_and_disk_it_takes(tmp_path: Path) -> None:
     # 7,751,089,152 bytes of weights in bf16
     assert "Its weights: 7.2 GiB in bf16, which fits a card of 16 GiB" in said
     assert "Each saved file has 7.8 GB; with the states output takes about 38.8 GB" in said
-    assert (
-        "was distilled to few steps, and training it as it is unlearns them. Train on klein-base-4b" in said
-    )
+    assert "was distilled to few steps, and plain training unlearns them. Train on klein-base-4b" in said
     assert "training_adapter" not in said
     assert "comment signs" not in said
     assert "teacher" not in (tmp_path / "p" / RUN_FILE).read_text(encoding="utf-8")

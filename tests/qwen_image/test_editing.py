@@ -112,11 +112,17 @@ def test_every_text_of_a_request_sees_the_pictures(files: TinyModel, tmp_path: P
 
 def test_templates_are_those_of_the_releases() -> None:
     """Their tokens before the prompt, counted by the released tokenizer: 34 and 64."""
-    assert (QWEN_SETTINGS.dropped, EDIT_SETTINGS.dropped, PLUS_SETTINGS.dropped) == (34, 64, 64)
-    assert EDIT_SETTINGS.pictures is not None
-    assert PLUS_SETTINGS.pictures is not None
-    assert EDIT_SETTINGS.pictures.write(1, 2) == "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
-    assert PLUS_SETTINGS.pictures.write(2, 1) == "Picture 2: <|vision_start|><|image_pad|><|vision_end|>"
+    assert (
+        QWEN_SETTINGS.num_dropped_tokens,
+        EDIT_SETTINGS.num_dropped_tokens,
+        PLUS_SETTINGS.num_dropped_tokens,
+    ) == (34, 64, 64)
+    assert EDIT_SETTINGS.image_format is not None
+    assert PLUS_SETTINGS.image_format is not None
+    assert (
+        EDIT_SETTINGS.image_format.write(1, 2) == "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+    )
+    assert PLUS_SETTINGS.image_format.write(2, 1) == "Picture 2: <|vision_start|><|image_pad|><|vision_end|>"
     assert len({use.fingerprint for use in (QWEN_SETTINGS, EDIT_SETTINGS, PLUS_SETTINGS)}) == 3
 
 
@@ -125,7 +131,7 @@ def test_templates_are_those_of_the_releases() -> None:
     [
         (["dot.png"], "edit-2511", r"dot.png: 1 x 1 pixels are too few, each side needs at least 16"),
         (["good.png"] * 2, "edit", r"2 reference pictures, but Qwen-Image-Edit takes 1 at most"),
-        (["good.png"], "original", r"--control_image_path: Qwen-Image generates pictures from text alone."),
+        (["good.png"], "original", r"--control_image_path: Qwen-Image generates images from text alone."),
     ],
 )
 def test_a_picture_that_cannot_be_used_is_refused(
@@ -144,7 +150,7 @@ def test_what_stays_needs_a_picture_of_the_size_of_the_result(files: TinyModel, 
     family, mask = family_of(files, rcm_threshold=0.1), {"mask_path": str(tmp_path / "none.png")}
 
     with pytest.raises(
-        OptionError, match=r"--rcm_threshold: .*a.png is taken with 64 x 48 .* --image_size 48 64"
+        OptionError, match=r"--rcm_threshold: .*a.png is read with 64 x 48 .* --image_size 48 64"
     ):
         prepare(family, tmp_path / "a.png", **sized)
     with pytest.raises(OptionError, match=r"--mask_path .*none.png: no such file"):
@@ -158,7 +164,7 @@ def test_what_holds_to_a_picture_is_not_ignored_in_silence(files: TinyModel, tmp
     masked = {"extra": {"mask_path": str(tmp_path / "a.png")}, **sized}
 
     for version in (name for name in VERSIONS if name != LAYERED):
-        with pytest.raises(OptionError, match=r"--mask_path .*a.png: there is no picture to keep. Give"):
+        with pytest.raises(OptionError, match=r"--mask_path .*a.png: there is no image to keep. Give"):
             prepare(family_of(files, version), **masked)
     with pytest.raises(OptionError, match=r"a.png \(in a prompt line\): leave --rcm_threshold out"):
         prepare(family_of(files, rcm_threshold=0.1), tmp_path / "a.png", **masked)

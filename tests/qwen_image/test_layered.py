@@ -110,7 +110,7 @@ def test_with_a_size_the_picture_keeps_its_own_unless_it_is_to_have_that_of_the_
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_anything_but_one_picture_is_refused(family: QwenImageLayered, picture: Path, count: int) -> None:
-    with pytest.raises(OptionError, match=f"{count} pictures, Qwen-Image-Layered takes one apart"):
+    with pytest.raises(OptionError, match=f"{count} images, but Qwen-Image-Layered decomposes one"):
         family.prepare(Request("a cat", 1, control_images=(picture,) * count))
 
 
@@ -131,7 +131,7 @@ def test_files_of_another_release_are_refused_with_what_to_give(files: TinyModel
         ),
         (
             QwenImageReleaseFiles(files.dit),
-            "which splits pictures into layers; Qwen-Image needs a different one",
+            "which splits images into layers; Qwen-Image needs a different one",
         ),
         (
             QwenImageReleaseFiles(vae=others.vae, version=LAYERED),

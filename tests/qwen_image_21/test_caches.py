@@ -123,17 +123,17 @@ def test_caches_that_belong_together_pass() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        (SLOTS, lambda slots: slots[:1], "encoded with 1 reference pictures, and its latents have 2"),
+        (SLOTS, lambda slots: slots[:1], "encoded with 1 reference images, and its latents have 2"),
         (SIZES, lambda sizes: sizes.flip(1), r"references of \[\(4, 2\), \(4, 2\)\] latent pixels"),
         (
             SEEN_HASHES,
             lambda hashes: hashes.flip(0),
-            r"different reference pictures than its latents \(number 1, 2",
+            r"different reference images than its latents \(number 1, 2",
         ),
         (
             HASHES,
             lambda hashes: hashes ^ torch.tensor([[0], [1]], dtype=torch.uint8),
-            r"\(number 2: other pix",
+            r"\(number 2: different pix",
         ),
         (SEEN_HASHES, None, "no vlm_reference_hashes.*cache_text_encoder_outputs.py"),
         (HASHES, None, "no reference_hashes.*qwen_image_21_cache_latents.py"),
@@ -156,7 +156,7 @@ def test_states_behind_the_norm_are_refused_with_the_version_that_made_them(tmp_
     check_states(CacheOrigin(path, "vl", {}), "vl")  # of another program
     check_states(CacheOrigin(path, "latents", {"vae": "0"}), "vl")
 
-    for state, words in (("-1", "read by transformers 4 behind the final norm"), (None, "pre_norm")):
+    for state, words in (("-1", "read by transformers 4 after the final norm"), (None, "pre_norm")):
         made_by = {"vl": "0", "vl_transformers": "4"} | ({} if state is None else {"vl_state": state})
         with pytest.raises(CacheError, match=f"a_qi21_te.*{words}"):
             check_states(CacheOrigin(path, "vl", made_by), "vl")
@@ -218,7 +218,7 @@ def test_training_refuses_texts_of_other_references_and_of_normed_states(tmp_pat
         tensors["varlen_vlm_reference_hashes_uint8"] = tensors["varlen_vlm_reference_hashes_uint8"].flip(1)
         save_file(tensors, path, {"architecture": "qwen_image_21"})
     code, written = run_here(*train, folder=tmp_path)
-    assert_one_message(code, written, "different reference pictures than its latents", "Cache again with")
+    assert_one_message(code, written, "different reference images than its latents", "Cache again with")
 
     for path in paths:
         path.write_bytes(originals[path])
@@ -230,4 +230,4 @@ def test_training_refuses_texts_of_other_references_and_of_normed_states(tmp_pat
         }
         save_file(load_file(path), path, {**entry.metadata, **record_metadata(normed)})
     code, written = run_here(*train, folder=tmp_path)
-    assert_one_message(code, written, "behind the final norm", "qwen_image_21_cache_text_encoder_outputs.py")
+    assert_one_message(code, written, "after the final norm", "qwen_image_21_cache_text_encoder_outputs.py")

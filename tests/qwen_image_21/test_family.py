@@ -279,7 +279,7 @@ def put_wan_vae(folder: Path) -> None:
         (narrow_encoder, (), ("--text_encoder", "48", "64")),
         (None, ("--control_image_path", "none.png"), ("none.png", "no such file")),
         (None, ("--control_image_path", *["start.png"] * 11), ("11 reference pictures", "takes 10 at most")),
-        (None, ("--mask_path", "start.png"), ("--mask_path", "no picture to keep")),
+        (None, ("--mask_path", "start.png"), ("--mask_path", "no image to keep")),
         (
             None,
             ("--control_image_path", "start.png", "--mask_path", "start.png"),

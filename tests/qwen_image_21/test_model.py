@@ -129,7 +129,7 @@ def test_blocks_are_not_compiled_for_each_length_of_a_text() -> None:
 
 def test_sizes_and_slots_that_do_not_fit_are_refused() -> None:
     given = tiny_inputs(1)
-    with pytest.raises(ValueError, match="channels of one picture"):
+    with pytest.raises(ValueError, match="channels of one image"):
         tiny_model()(**{**given, "noisy": given["noisy"][:, 1:]})
     for slots in ((12,), (-1,), (), (5, 3)):
         with pytest.raises(ValueError, match=r"slots .* in a text of 9 tokens for 1 references"):

@@ -277,7 +277,7 @@ def test_a_file_of_the_graphical_interface() -> None:
 
     assert options.optimizer.arguments()["d0"] == 0.0001
     assert options.speed.attention.choice.mode == "xformers"
-    assert model.chunks == 1
+    assert model.num_chunks == 1
     assert (model.loss_weights.min_snr_gamma, model.varied_noise.noise_offset) == (5, 0.05)
     assert [(table.num_repeats, table.is_reg, table.class_tokens) for table in tables] == [
         (10, False, "ohwx man"),
@@ -294,10 +294,10 @@ def test_a_notebook_with_a_data_set() -> None:
 
     assert options.network is not None
     assert options.network.arguments() == {"conv_dim": "32", "conv_alpha": "16"}
-    assert options.parts is not None
-    assert options.parts.text_encoder_lr == (5e-5,)
+    assert options.lora_parts is not None
+    assert options.lora_parts.text_encoder_lr == (5e-5,)
     assert options.saving.output_name == "last"
-    assert (model.chunks, model.clip_skip) == (3, 2)
+    assert (model.num_chunks, model.clip_skip) == (3, 2)
     assert [table.is_reg for table in tables] == [False, True]
     assert tables[0].changes.shuffle
 

@@ -150,7 +150,7 @@ def test_other_files_are_named(tmp_path: Path) -> None:
             check_lllites(options_of(path), SDXL)
     with pytest.raises(CheckpointError, match=r"is for Stable Diffusion XL, but --ckpt is .* 1\.x"):
         check_lllites(options_of(wide), SD1)
-    with pytest.raises(CheckpointError, match="640 channels, and the model takes 128 channels"):
+    with pytest.raises(CheckpointError, match="640 channels, but the model takes 128 channels"):
         load_lllites(options_of(wide), loaded.model_of("sdxl"))
 
 

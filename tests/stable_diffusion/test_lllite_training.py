@@ -318,7 +318,7 @@ def test_control_pictures_of_another_shape_are_told(folder: Path, caplog: pytest
     with contextlib.chdir(folder):
         check_pairs(load_dataset_config(Path("dataset.toml")), "it")
 
-    assert "1 control picture of a different shape than the picture" in caplog.text
+    assert "1 control image with a different aspect ratio than the image" in caplog.text
     assert "1.png (128x64 and 64x64)" in caplog.text
 
 

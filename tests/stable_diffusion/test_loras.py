@@ -312,7 +312,7 @@ def test_strengths_that_were_interrupted_are_set_again(layers: list[dict[str, Lo
     [
         ("networks.boft", "--network_module networks.boft is for BOFT: it is not supported"),
         ("networks.control_net_lllite", "--control_net_lllite_models takes it"),
-        ("my.module", "--network_module my.module: modules of others are not supported"),
+        ("my.module", "--network_module my.module: modules of other programs are not supported"),
     ],
 )
 def test_modules_that_are_not_read_are_refused(tmp_path: Path, name: str, message: str) -> None:

@@ -159,7 +159,7 @@ def test_latents_of_other_trainers_have_no_control_pictures_and_are_made_again(p
 
     told = succeed_here(CONTROL_NET, *typed, folder=pairs)
 
-    assert "it has no control picture" in told
+    assert "it has no control image" in told
     with np.load(shared[0]) as file:
         found = dict(file)
     name = "reelsmith_control_pixels_flipped"

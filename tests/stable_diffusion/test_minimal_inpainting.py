@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modules.media.reading import read_tags
 from stable_diffusion.contract import ImageSettings, RequestedImage
-from stable_diffusion.minimal_inpainting import load_keeping, make_mask
+from stable_diffusion.minimal_inpainting import load_for_inpainting, make_mask
 from stable_diffusion.minimal_options import gen_img_argv, read_minimal
 from stable_diffusion.options import read_gen_img
 from stable_diffusion.starting import read_picture, to_pixels
@@ -45,7 +45,7 @@ def euler(channels: int, folder: Path) -> tuple[Tensor, Tensor]:
     options = read_minimal(None, words(folder, model, "--mask", folder / "mask.png"))
     make_mask(options.picture, SEED).save(folder / "small.png")
     gen_img = read_gen_img(None, gen_img_argv(options, folder / "small.png", SEED))
-    generator = load_keeping(gen_img, torch.device("cpu"))
+    generator = load_for_inpainting(gen_img, torch.device("cpu"))
     settings = ImageSettings(SIZE, SIZE, STEPS, SCALE, strength=1.0)
     requested = RequestedImage("the prompt", "a cat", "ugly", SEED, settings, "")
     requested = replace(requested, image=folder / "photo.png", mask=folder / "small.png")

@@ -17,7 +17,7 @@ from training.image_options import CHECKPOINT_TRAINER, read_image_training
 from training.learning_options import FullDitOptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
-from training.planning.memory import predict
+from training.planning.memory import predict_memory
 
 ADAMW = "--optimizer_type AdamW"
 FUSED = "--optimizer_type Adafactor --full_bf16 --fused_backward_pass --optimizer_args relative_step=False"
@@ -60,7 +60,7 @@ def test_an_average_counts_what_learns_alone(tmp_path: Path) -> None:
 
     def average(*words: str) -> int:
         typed = ("--ema_decay", "0.9", "--learning_rate_te1", "0", "--learning_rate_te2", "0", *words)
-        return predict(
+        return predict_memory(
             *read_training("sdxl", model, *typed), batch_of("sdxl"), torch.device("cpu")
         ).host_average_bytes
 

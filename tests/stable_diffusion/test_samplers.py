@@ -182,7 +182,7 @@ def test_pictures_that_cannot_begin_smaller_are_told(caplog: pytest.LogCaptureFi
 
     assert small.shape[-2:] == (8, 8)
     (told,) = caplog.messages
-    assert told.startswith("--gradual_latent_timesteps (--glt) does nothing to 64 x 64 pixels")
+    assert told.startswith("--gradual_latent_timesteps (--glt) does nothing for 64 x 64 pixels")
 
 
 def computed(gradual: GradualLatentOptions, velocity: bool = False) -> list[Tensor]:

@@ -22,7 +22,13 @@ from stable_diffusion.sdxl.family import family_for_text_caching
 from stable_diffusion.sdxl.options import SdxlTextCachingOptions
 from stable_diffusion.text import PromptEncoder
 from stable_diffusion.text_checkpoints import read_folder_text
-from stable_diffusion.tokenizers import MAX_WEIGHT, WeightedText, cut_into_chunks, cut_text, parse_weights
+from stable_diffusion.tokenizers import (
+    MAX_WEIGHT,
+    WeightedText,
+    cut_into_chunks,
+    find_cut_off_text,
+    parse_weights,
+)
 from tests.stable_diffusion.loaded import load, make_towers, options
 from tests.tiny import stable_diffusion as tiny
 from tests.tiny.hunyuan_encoders import save
@@ -179,7 +185,7 @@ def test_a_text_that_is_too_long_is_cut_with_one_warning(caplog: pytest.LogCaptu
     assert torch.equal(found.context, texts.encode("a " * 75).context)
     (record,) = caplog.records
     message = record.getMessage()
-    assert "after 75 tokens; this end of it is not read: red cat\n" in message
+    assert "after 75 tokens; the rest is not read: red cat\n" in message
     assert message.endswith("Give --max_embeddings_multiples 2 to read all of it")
 
 
@@ -282,7 +288,7 @@ def test_break_and_the_75th_token_end_a_chunk(text: str, expected: list[int]) ->
     ],
 )
 def test_what_is_cut_is_named(text: str, maximum: int, rest: str) -> None:
-    assert cut_text(parse_weights(text), tokenize, maximum) == rest
+    assert find_cut_off_text(parse_weights(text), tokenize, maximum) == rest
 
 
 def test_the_tokenizer_of_each_encoder_is_read_and_logged_once(

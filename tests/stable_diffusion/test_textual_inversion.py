@@ -332,7 +332,7 @@ def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path) -> None:
     words = load_tokenizers(tiny.tokenizer_folder(tmp_path), tmp_path, [False])[0]
 
     check_vocabulary(words, words.end + 1, tmp_path)
-    with pytest.raises(CheckpointError, match="rows of token embeddings"):
+    with pytest.raises(CheckpointError, match="token embeddings, but its tokenizer"):
         check_vocabulary(words, words.end, tmp_path)
 
 

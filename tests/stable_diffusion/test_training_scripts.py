@@ -236,7 +236,7 @@ def test_pndm_makes_samples_of_four_steps_and_more(folder: Path) -> None:
     process = run_script("sdxl_train_network.py", *files, *samples, folder=folder, check=False)
 
     assert process.returncode == 2
-    assert "--s 3: the sampler pndm begins with 4 steps of another kind" in process.stderr
+    assert "--s 3: the sampler pndm begins with 4 steps of a different kind" in process.stderr
     assert "Traceback" not in process.stderr
     (folder / "samples.txt").write_text(LINE.replace("--s 3", "--s 4"), encoding="utf-8")
     train(folder, "sdxl_train_network.py", model, "--output_name", "lora", *samples)

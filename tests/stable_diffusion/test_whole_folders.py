@@ -143,7 +143,7 @@ def test_folders_expire_and_are_set_aside_as_files_are(folder: Path) -> None:
     write_tensors(folder / "other.safetensors", other)
     run = words(model.name, *kept, *AS_FOLDER, "--vae", "other.safetensors", steps=3)
     said = succeed_here("train_db.py", *run, folder=folder)
-    assert "keep the VAE of sd1.safetensors: that of --vae makes latents and samples alone" in said
+    assert "keep the VAE of sd1.safetensors; that of --vae is only used for latents and samples" in said
     vae = load_file(folder / "output" / "model" / "vae" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(vae["decoder.conv_in.weight"], vae_state()["decoder.conv_in.weight"])
     output = folder / "output"

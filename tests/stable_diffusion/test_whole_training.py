@@ -393,7 +393,7 @@ def test_a_trained_file_makes_pictures_without_a_network_by_the_printed_command(
 
     said = succeed_here("train_db.py", *files, *data, "--output_dir", "output", folder=folder)
 
-    assert "is kept in output" in said
+    assert "was copied to output" in said
     lines = said.splitlines()
     (place,) = [number for number, line in enumerate(lines) if "Generate with it" in line]
     _, script, *typed = shlex.split(lines[place + 1].strip(" │"))

@@ -35,7 +35,7 @@ def unused(patch: LoraPatch) -> list[str]:
     """The parts of a patch's LoRAs without a weight so far, as `file: module.weight`."""
     return [
         f"{use.lora.path.name}: {key}"
-        for use in patch._uses
+        for use in patch._weighted_loras
         for key in patch._list_selected_keys(use)
         if key not in patch._keys_in_model
     ]

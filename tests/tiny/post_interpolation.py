@@ -37,11 +37,11 @@ def gimm_config(quarter: int, eighth: int, projections: tuple[tuple[int, int], .
         projections=projections,
         quarter=quarter,
         eighth=eighth,
-        first=RefinementConfig(1, 1, (4, 8), width=8, side=4, outputs=5 + 8),
-        last=RefinementConfig(2, 3, (4, 4), width=8, side=4, outputs=24),
+        first=RefinementConfig(1, 1, (4, 8), width=8, inner_channels=4, outputs=5 + 8),
+        last=RefinementConfig(2, 3, (4, 4), width=8, inner_channels=4, outputs=24),
         low=update,
         high=update,
-        mixed=4,
+        combined_width=4,
     )
     return GimmConfig(MOTION, synthesis)
 
@@ -104,12 +104,14 @@ FLOWFORMER = FlowFormerConfig(
     features=TRUNK,
     context=TRUNK,
     matching=16,
-    memory=MemoryConfig(tokens=3, width=16, context=64, context_part=8, costs=(2, 4, 8), layers=2),
+    memory=MemoryConfig(
+        tokens=3, width=16, context=64, projected_context_width=8, patch_widths=(2, 4, 8), layers=2
+    ),
     decoder=FlowDecoderConfig(
         memory=16,
         query=8,
         hidden=32,
-        compared=8,
+        similarity_width=8,
         correlation=(16, 12),
         flow=(8, 4),
         motion=16,

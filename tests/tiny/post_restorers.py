@@ -51,7 +51,7 @@ CODEFORMER = CodeFormerConfig(
     hidden=20,
     layers=2,
     codes=(24, 12),
-    fused=(8, 16),
+    fusion_sizes=(8, 16),
 )
 PARSENET = ParseNetConfig(down=(4, 6, 8), blocks=1, up=(8, 6, 4))
 

@@ -126,7 +126,7 @@ def test_tables_with_one_npz_file_make_equal_captions(tmp_path: Path) -> None:
     prepare(tmp_path, *TO_DISK)  # one file for both
 
     config.write_text(first + second + 'caption_prefix = "two"\n', encoding="utf-8")
-    with pytest.raises(DatasetError, match="both have one npz file"):
+    with pytest.raises(DatasetError, match="both share one npz file"):
         prepare(tmp_path, *TO_DISK)
 
 

@@ -236,7 +236,9 @@ def test_files_name_the_model_as_the_known_tuner_and_are_read_in_both_spellings(
     family: Any, architecture: str, resolution: str, read: str
 ) -> None:
     options = image_toy_options(Path("/nowhere"))
-    options = replace(options, parts=None, prediction=None)  # these scripts follow the tuner of video models
+    options = replace(
+        options, lora_parts=None, prediction=None
+    )  # these scripts follow the tuner of video models
     made = file_metadata({}, options, family.metadata, 1, 1, datetime(2030, 1, 1))
     assert made["modelspec.architecture"] == f"{architecture}/lora"
     assert made["modelspec.resolution"] == resolution
@@ -418,7 +420,7 @@ def test_other_names_of_options_are_told_by_those_that_a_run_reads(monkeypatch: 
         "save_n_epoch_ratio": "3",
         "unet_lr": "1e-05",
     }
-    assert read(*(word for option in given if option.is_changed for word in option.words)) == options
+    assert read(*(word for option in given if option.is_changed for word in option.arguments)) == options
 
 
 def test_a_printed_command_has_what_other_names_stand_for() -> None:

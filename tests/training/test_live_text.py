@@ -22,7 +22,7 @@ from training.caching_inside import find_live_encoders
 from training.data.live import LiveTextEncoders
 from training.learner import FULL_MODEL
 from training.plan import read_config
-from training.planning.memory import predict
+from training.planning.memory import predict_memory
 from training.run import prepare_run
 
 CPU = torch.device("cpu")
@@ -236,12 +236,12 @@ def test_the_memory_plan_counts_the_text_encoders(tmp_path: Path) -> None:
         known = replace(batch, batch=run.plan.live_encoders.add_encoded_captions(batch.batch))
     encoders = family.text_encoders()
 
-    cached = peak_of_phases(predict(family, options, known.moved(torch.detach), CPU).phase_peaks)[1]
+    cached = peak_of_phases(predict_memory(family, options, known.moved(torch.detach), CPU).phase_peaks)[1]
     frozen = peak_of_phases(
-        predict(family, options, batch, CPU, live_encoders=LiveTextEncoders(encoders)).phase_peaks
+        predict_memory(family, options, batch, CPU, live_encoders=LiveTextEncoders(encoders)).phase_peaks
     )[1]
     texts = LiveTextEncoders(encoders, family.made[-2:-1])
-    learning = peak_of_phases(predict(family, options, batch, CPU, live_encoders=texts).phase_peaks)[1]
+    learning = peak_of_phases(predict_memory(family, options, batch, CPU, live_encoders=texts).phase_peaks)[1]
 
     assert TEXTS not in cached
     weights = sum(round_up_bytes(tensor.nbytes) for tensor in TinyText(1).state_dict().values())

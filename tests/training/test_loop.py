@@ -106,7 +106,7 @@ def test_pictures_without_caches_and_caches_without_pictures_are_told_at_the_sta
 
     new = tmp_path / "images" / "new.png"
     assert f"1 image with no latents, such as {new}: not cached" in caplog.text
-    assert "1 image with caches but no file any more, such as clip1: trained on until" in caplog.text
+    assert "1 image with caches whose file no longer exists, such as clip1: trained on until" in caplog.text
 
 
 def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:

@@ -85,7 +85,10 @@ def words_of(command: PageCommand) -> list[str]:
 def test_the_words_of_a_run_give_its_options_again(more: list[str]) -> None:
     *options, given = read([*NEEDED, *more])
 
-    assert read([word for option in given if option.is_changed for word in option.words]) == (*options, given)
+    assert read([word for option in given if option.is_changed for word in option.arguments]) == (
+        *options,
+        given,
+    )
 
 
 def test_options_that_differ_from_their_defaults_are_told_from_the_others() -> None:
@@ -174,7 +177,7 @@ def test_two_transformers_are_generated_with_by_the_files_for_each(
     steps = next_steps(tmp_path, ["--ema_decay", "0.9", "--sample_ema"], guidance_scale_high_noise=4.0)
     loras = [(Path("distilled.safetensors"), 0.8)]
     entry: Any = SimpleNamespace(generation_argv=lambda *_: generation, spellings={})
-    steps = replace(steps, command=replace(steps.command, entry=entry), sample_loras=loras)
+    steps = replace(steps, command=replace(steps.command, family_entry=entry), sample_loras=loras)
     steps.plan.family.experts = TWO_EXPERTS
     steps.plan.names = Names(tmp_path, "x", parts)
     best = tmp_path / f"x-step00000010{marks[1]}.safetensors"
@@ -301,7 +304,7 @@ def test_a_killed_run_names_the_file_that_was_saved_last(removed: tuple[object, 
     )
 
     with pytest.raises(Killed):
-        train_network(killed_at(8), options, TrainingCommand(entry=entry, family_options=options))
+        train_network(killed_at(8), options, TrainingCommand(family_entry=entry, family_options=options))
 
     *_, newest = sorted((tmp_path / "output").glob("x-step*.safetensors"))
     path = tmp_path / "output" / "x-history.jsonl"

@@ -173,7 +173,7 @@ def test_what_cannot_be_started_is_refused_when_it_is_typed(
     (tmp_path / "plain").touch(mode=0o644)
 
     with pytest.raises(OptionError) as rejection:
-        _ = EndOptions(on_end=typed).words
+        _ = EndOptions(on_end=typed).make_command
 
     assert message in str(rejection.value)
     assert rejection.value.exit_code == 2

@@ -116,7 +116,7 @@ def test_a_mirrored_pair_has_both_mirrored(tmp_path: Path) -> None:
         items = run.feed.order.epoch(0)[0]
         plain, flipped = (
             run.feed.sources.read(
-                items, checks=CacheChecks(), stream=("x",), flips=(flip,), reads_rejected=True
+                items, checks=CacheChecks(), seed_parts=("x",), flips=(flip,), reads_rejected=True
             )
             for flip in (False, True)
         )
@@ -187,7 +187,7 @@ def test_latents_of_two_sizes_are_refused(tmp_path: Path) -> None:
     for path in sorted((tmp_path / "cache").glob("*_toy.safetensors")):
         save_tensors(path, {**load_file(path), "latents_worse_1x4x2_float32": torch.zeros(2, 1, 4, 2)})
 
-    with pytest.raises(CacheError, match="the latents of its worse one are 2x1x4x2, its own are 2x1x4x4"):
+    with pytest.raises(CacheError, match="the latents of its worse one are 2x1x4x2, but its own are 2x1x4x4"):
         toy.train_toy(tmp_path, "--preference", 2000)
 
 

@@ -221,7 +221,7 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
         rule = replace(rule, passes=[partial(pair_passes, PREFERENCE, Tally(("a", "b", "c")))])
     if "tread" in names:
         route = Route(0, -1, lambda grid: torch.zeros(1))
-        rule = replace(rule, learning_pass=[lambda dit, _, seed: bypassing_blocks(dit, route)])
+        rule = replace(rule, learning_pass_contexts=[lambda dit, _, seed: bypassing_blocks(dit, route)])
     if "slider" in names:
         encoded = {text: {"letters": torch.full((1, 1), value)} for text, value in CAPTIONS.items()}
         target = SliderTarget(SliderFile(GUIDANCE, (SLIDER,)), encoded, frozenset({"letters"}))
@@ -444,7 +444,7 @@ WITHOUT_SAY = {
     },
     LossRule: {"options", "prediction", "as_base", "always_runs_base_model", "base_target_attributes"}
     | {"targets", "passes", "replaces_default_pass"}  # functions of targets
-    | {"in_lockstep", "learning_pass", "seed", "seed_networks"},
+    | {"in_lockstep", "learning_pass_contexts", "seed", "seed_networks"},
 }
 
 

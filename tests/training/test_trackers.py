@@ -53,8 +53,8 @@ def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
     with make_logs(given, 4, 1, config={"max_train_steps": 4}, now=lambda: next(clock)) as logs:
         for step in (2, 4):
             numbers: Any = {"loss": 1 / step, "average": 0.5, "gradient_norm": 2.0, "seconds": 0.5}
-            logs.step(StepReport(step, {"lr/unet": 1e-4}, norms=NormReport(3, 0.5, 0.9), **numbers))
-        logs.values({"loss/epoch": 0.4, "validation/loss": 0.3}, 4)
+            logs.log_step(StepReport(step, {"lr/unet": 1e-4}, norms=NormReport(3, 0.5, 0.9), **numbers))
+        logs.log_values({"loss/epoch": 0.4, "validation/loss": 0.3}, 4)
 
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -79,9 +79,9 @@ def test_a_tracker_whose_disk_is_full_ends_no_training(
         resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
         try:
             steps = itertools.count()
-            wait_for(lambda: texts() or logs.values({"loss/epoch": 0.4}, next(steps)))
+            wait_for(lambda: texts() or logs.log_values({"loss/epoch": 0.4}, next(steps)))
             for _ in range(20):  # it is not told again
-                logs.values({"loss/epoch": 0.4}, next(steps))
+                logs.log_values({"loss/epoch": 0.4}, next(steps))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -133,7 +133,7 @@ def test_other_dashboards_get_the_numbers_and_their_arguments(
     check_trackers(given)
 
     with make_logs(given, 4, config={"max_train_steps": 4}) as logs:
-        logs.values({"loss/epoch": 0.5, "lr/d*lr/unet": 0.25}, 3)
+        logs.log_values({"loss/epoch": 0.5, "lr/d*lr/unet": 0.25}, 3)
 
     calls = str(package.mock_calls)
     for part in (

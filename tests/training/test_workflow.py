@@ -253,7 +253,7 @@ def test_models_whose_nodes_are_not_known_have_none(tmp_path: Path) -> None:
 
 
 def test_a_network_that_comfyui_does_not_read_has_none(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--save_workflow: ComfyUI reads no OFT of this form"):
+    with pytest.raises(OptionError, match="--save_workflow: ComfyUI cannot read an OFT of this form"):
         train(tmp_path, "--network_module", "networks.oft", "--network_dim", 4)
 
 

@@ -288,9 +288,9 @@ def test_the_second_transformer_of_a_pipeline_is_for_little_noise(tmp_path: Path
     [
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        ('{"boundary_ratio": 875}', "boundary_ratio .* is 875, not a share"),
-        ('{"boundary_ratio": "__import__"}', "boundary_ratio .* is '__import__', not a share"),
-        ('{"boundary_ratio": true}', "boundary_ratio .* is True, not a share"),
+        ('{"boundary_ratio": 875}', "boundary_ratio .* is 875, not a noise level"),
+        ('{"boundary_ratio": "__import__"}', "boundary_ratio .* is '__import__', not a noise level"),
+        ('{"boundary_ratio": true}', "boundary_ratio .* is True, not a noise level"),
     ],
 )
 def test_a_broken_index_is_named(tmp_path: Path, text: str, message: str) -> None:

@@ -27,7 +27,7 @@ def test_frames_stand_in_the_order_of_their_places() -> None:
     [
         ({"kind": "video"}, "trains on images with control images"),
         ({"has_control": False}, "trains on images with control images"),
-        ({"clean_indices": (0, 2, 4)}, "allows 2 at most"),
+        ({"clean_indices": (0, 2, 4)}, "supports at most 2"),
         ({"clean_indices": (0, 5), "target_index": 5}, "fp_1f_target_index: .* both at 5"),
     ],
 )

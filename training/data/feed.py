@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataset.batches.checks import SameEncoders
-from dataset.batches.items import LiveTables, TrainingItem
+from dataset.batches.items import OnTheFlyTables, TrainingItem
 from dataset.batches.order import (
     BatchOrder,
     RunPosition,
@@ -67,7 +67,7 @@ class BatchSources:
     latent: LatentSpec
     encoders: SameEncoders = field(default_factory=SameEncoders)  # checks that one encoder made all caches
     stores: Stores = field(default_factory=Stores)
-    tables: LiveTables = field(default_factory=dict)  # tables with a part that is not cached, by index
+    tables: OnTheFlyTables = field(default_factory=dict)  # tables with a part that is not cached, by index
     image_encoder: EncodesImages | None = None  # None: all latents are cached
     # whether batches must be made in the training process, because workers have no encoder or memory caches
     must_stay_in_process: bool = False
@@ -78,7 +78,7 @@ class BatchSources:
         self,
         items: Sequence[TrainingItem],
         checks: CacheChecks,
-        stream: Sequence[int | str],
+        seed_parts: Sequence[int | str],
         captions: Sequence[int] | None = None,
         flips: Sequence[bool] = (),
         undropped: Sequence[int] = (),
@@ -90,7 +90,7 @@ class BatchSources:
         Args:
             items: Items of the batch.
             checks: Checks of the cache files.
-            stream: Seed of the random numbers.
+            seed_parts: Parts of the seed of random numbers.
             captions: Index of each item's caption, or EMPTY for the empty prompt; None for the first ones.
             flips: Which items are mirrored; () for none.
             undropped: Indices of the captions before dropout, which a teacher also reads; () for none.
@@ -102,7 +102,7 @@ class BatchSources:
             MediaError: If an image that is encoded now cannot be read.
             DatasetError: If the size of an image has changed since the items were listed.
         """
-        encoded = {} if self.image_encoder is None else self.image_encoder.encode(items, *stream)
+        encoded = {} if self.image_encoder is None else self.image_encoder.encode(items, *seed_parts)
         # images that were just encoded are already flipped
         cache_flips = [flip and index not in encoded for index, flip in enumerate(flips)]
         batch = read_batch(
@@ -386,7 +386,7 @@ class Feed:
             with contextlib.closing(noisy_batches):
                 for noisy_batch in noisy_batches:
                     if self.process == 0:  # one process warns; in shuffled epochs it gets items of all tables
-                        self.sources.encoders.warn(noisy_batch.batch.made_by)
+                        self.sources.encoders.warn(noisy_batch.batch.cache_origins)
                     yield noisy_batch
 
     def _read_in_workers(self, keys: Iterable[Key], num_workers: int) -> Generator[NoisyBatch]:
@@ -435,7 +435,7 @@ class Feed:
         batch = self.sources.read(
             items,
             checks=self.checks,
-            stream=(seed, number),
+            seed_parts=(seed, number),
             captions=captions,
             flips=flips,
             undropped=undropped,

@@ -122,8 +122,8 @@ class LiveTextEncoders:
         The returned tensors have no batch dimension.
 
         Args:
-            prompts_by_section: Prompts by section.
-            encoded: Outputs of all encoders for these prompts, by section.
+            prompts_by_section: Prompts of the sections in which a clip is generated; most models have one.
+            encoded: Outputs of all encoders for these prompts, also by section.
         """
         with torch.no_grad():
             return {

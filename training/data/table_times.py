@@ -148,7 +148,7 @@ def describe_times(options: TimestepOptions, tables: Sequence[DatasetTable]) -> 
             text += " counted from the noisy end"
         if times.flow_shift != options.flow_shift:
             text += f", shift {times.flow_shift:g}"
-        lines += [f"{table.place}: {text}" for table in grouped]
+        lines += [f"{table.label}: {text}" for table in grouped]
     return sorted(lines)
 
 

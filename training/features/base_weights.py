@@ -106,14 +106,13 @@ def _join(run: "RunFeatures", options: BaseWeightsOptions) -> None:
     run.on.check.append(partial(_check, options))
 
 
-def _is_given(options: BaseWeightsOptions) -> bool:
-    high_noise = None if options.high_noise is None else options.high_noise.base_weights_high_noise
-    return options.base_weights is not None or high_noise is not None or options.lora_rounding != AUTO
-
-
 BASE_WEIGHTS = Feature(
     name="base_weights",
     options=BaseWeightsOptions,
-    is_on=_is_given,
+    is_on=lambda options: (
+        options.base_weights is not None
+        or (options.high_noise is not None and options.high_noise.base_weights_high_noise is not None)
+        or options.lora_rounding != AUTO
+    ),
     join=_join,
 )

@@ -91,7 +91,7 @@ class OptionsOfRun(Protocol):
         """Options of caches made by the training command; None in scripts that cannot make them."""
 
     @property
-    def parts(self) -> "PartsOptions | None":
+    def lora_parts(self) -> "PartsOptions | None":
         """Options that select which networks get a LoRA; None if text encoders cannot have one."""
 
     @property
@@ -155,7 +155,7 @@ class PlannedRun(Protocol):
         """Options of the run, which never change."""
 
     @property
-    def others(self) -> "OtherFamilies":
+    def other_families(self) -> "OtherFamilies":
         """Constructors of the family with other model files, such as the DiT of a teacher."""
 
     @property
@@ -414,7 +414,7 @@ class Hooks:
     # given the model and other models: raises UserError for files and packages. Loads no network
     check_files: "list[Callable[[Family, OtherFamilies], None]]" = field(default_factory=list)
     # given the text encoders that run during training: raises OptionError
-    texts: "list[Callable[[LiveTextEncoders | None], None]]" = field(default_factory=list)
+    on_text_encoders: "list[Callable[[LiveTextEncoders | None], None]]" = field(default_factory=list)
     # given the run with its items, before a network is loaded: raises UserError; texts are encoded here
     plan: list[Callable[[PlannedRun], None]] = field(default_factory=list)
     # given the records of all options, as they are resolved: entered before the first step
@@ -484,9 +484,8 @@ class RunFeatures:
     storage: Storage | None = None
     # creates the dataset instead of reading the user's
     make_data: "Callable[[], DatasetConfig] | None" = None
-    progress_records: list[type] = field(
-        default_factory=list
-    )  # dataclasses kept in `Progress` and saved in states
+    # dataclasses kept in `Progress` and saved in states
+    progress_records: list[type] = field(default_factory=list)
     tallies: list[Tally] = field(default_factory=list)
     info: RunInfo = field(default_factory=RunInfo)
     on: Hooks = field(default_factory=Hooks)

@@ -79,7 +79,7 @@ def _as_line(draw: ItemDraw) -> str:
 
 def write_images(folder: Path, name: str, pictures: Mapping[str, ItemImage]) -> None:
     """Write thumbnails of items, by their keys. Raises OutputError if one cannot be written."""
-    values = {key: {"name": image.name, "data": image.data} for key, image in pictures.items()}
+    values = {key: {"name": image.name, "data": image.jpeg_base64} for key, image in pictures.items()}
     write_text(images_path(folder, name), replace_surrogates(json.dumps(values, ensure_ascii=False)) + "\n")
 
 

@@ -122,7 +122,7 @@ def _equalize_weights(run: "RunFeatures") -> None:
 def _join_leco(run: "RunFeatures", options: LecoOptions) -> None:
     """Register --prompts_file: a run trains on pairs of prompts (LECO) instead of a dataset."""
     path = options.path
-    trains_text_encoders_only = run.options.parts is not None and not run.options.parts.trains_dit
+    trains_text_encoders_only = run.options.lora_parts is not None and not run.options.lora_parts.trains_dit
     if trains_text_encoders_only:
         raise OptionError(
             f"--network_train_text_encoder_only: --prompts_file {path} trains the U-Net alone. Leave it out"

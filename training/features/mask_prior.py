@@ -65,7 +65,7 @@ def _has_masks(items: "Sequence[TrainingItem]", stores: "Stores") -> bool:
 
     for item in items:  # in lists, each line may name a mask
         if (
-            item.cache_info.live_buckets is None
+            item.cache_info.on_the_fly_buckets is None
             and LOSS_MASK in stores.latent_store(item.table).read(item.file_name, False).keys
         ):
             return True

@@ -22,7 +22,7 @@ class EndOptions(FeatureOptions, title="at the end", at=AT_ENDING, facts=FREE):
     on_end: str | None = option(AT_END, metavar="COMMAND", facts={**STARTS, **SECRET})
 
     @property
-    def words(self) -> list[str]:
+    def make_command(self) -> list[str]:
         """Return the arguments of the command.
 
         Raises:
@@ -49,11 +49,11 @@ def run_end_command(end: "RunEnd") -> None:
         is_finished=progress is not None and end.total_steps is not None and step >= end.total_steps,
         page=None if options.logs.no_page else wait_for_page(history_path(folder, name)),
     )
-    start_command(FLAG, options.of(EndOptions).words, info, end.error, has_begun=end.has_begun)
+    start_command(FLAG, options.of(EndOptions).make_command, info, end.error, has_begun=end.has_begun)
 
 
 def _join(run: "RunFeatures", options: EndOptions) -> None:
-    run.info.at_start["at the end"] = f"starts {options.words[0]}"
+    run.info.at_start["at the end"] = f"starts {options.make_command[0]}"
     run.on.end.append(run_end_command)
 
 

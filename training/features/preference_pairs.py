@@ -49,7 +49,7 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
         first_items.setdefault(item.table.index, item)
     stride = len(items) // NUM_CHECKED_ITEMS + 1
     for item in [*first_items.values(), *items[::stride]]:
-        is_encoded_while_training = item.cache_info.live_buckets is not None
+        is_encoded_while_training = item.cache_info.on_the_fly_buckets is not None
         if is_encoded_while_training:
             raise CacheError(
                 f"{item.table.name}: --preference needs the latents of the worse images, which are not "

@@ -107,7 +107,7 @@ def _join(run: "RunFeatures", options: SliderOptions) -> None:
     run.targets.append(target)
     run.keeps_few_step_ability = True  # a slider does not undo a distillation for few steps
     run.info.in_files |= given_values(options)
-    run.on.texts.append(partial(_reject_trained_encoders, path))
+    run.on.on_text_encoders.append(partial(_reject_trained_encoders, path))
     run.on.plan.append(partial(_prepare_passes, run, file))
 
 

@@ -110,7 +110,7 @@ def _join(run: "RunFeatures", options: TeacherOptions) -> None:
         model = FurtherModel("the teacher", f"--teacher_dit {options.teacher_dit}")
         run.further_models.append(model)
     run.on.check.append(partial(_check, options))
-    run.on.texts.append(partial(_reject_live_encoders, options))
+    run.on.on_text_encoders.append(partial(_reject_live_encoders, options))
     if options.teacher == OTHER_DIT:
         run.on.check_files.append(partial(_check_files, options))
     run.on.start.append(partial(_start, options))

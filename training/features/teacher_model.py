@@ -103,7 +103,7 @@ class OtherTeacher:
 
     def _load_teacher(self, path: Path, model: HookedModel) -> TeacherModel:
         """Load the transformer of --teacher_dit with its LoRAs, frozen and in evaluation mode."""
-        family = model.plan.others.with_dit(path)
+        family = model.plan.other_families.with_dit(path)
         network = model.loading.load(family, 0)
         loras = self._add_loras(network)
         model.loading.set_up_blocks(network)

@@ -174,7 +174,7 @@ class TeacherComparison:
 
 
 def balance_anchor(band: tuple[int, int], drawn: NoiseSampler, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Note in the batch the factor on the loss outside the band that compensates for --timestep_focus."""
+    """Store in the batch the factor on the loss outside the band that compensates for --timestep_focus."""
     balance = find_balance(
         drawn.timesteps,
         *band,

@@ -123,7 +123,7 @@ def card_of(run: PublishedRun, path: Path) -> str | None:
         release=run.release,
         metadata=run.metadata,
         prompts=run.prompts,
-        files=run.names.files(stem),
+        files=run.names.model_files(stem),
     )
 
 

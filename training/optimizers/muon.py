@@ -30,7 +30,7 @@ NUM_MATRICES = (
 
 
 class MuonWithAdam(Optimizer):
-    """Step two-dimensional weights with Muon, and all others, or groups with `PARTS` 0, with AdamW."""
+    """Step two-dimensional weights with Muon, and all others, or groups with NUM_MATRICES 0, with AdamW."""
 
     def __init__(
         self,

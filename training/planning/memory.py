@@ -47,7 +47,7 @@ Shape = tuple[int, ...]  # shape of latents without their channels: B F H W
 
 
 @dataclass(frozen=True)
-class StepPrediction:
+class MemoryPrediction:
     """Predicted memory of a step before any block is swapped, and the effect of swapping."""
 
     options: TrainingOptions
@@ -107,8 +107,8 @@ class StepPrediction:
             parts.append(memory_plan.MemoryPart("what learns in them", self.num_further_dits * trained_bytes))
         # models of features, such as a teacher, count as large as the trained transformer
         for model in self.options.features.further_models:
-            device = peak_bytes.get(dry.WEIGHTS, 0) - offloaded.saved
-            parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, offloaded.host))
+            device = peak_bytes.get(dry.WEIGHTS, 0) - offloaded.saved_device_bytes
+            parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, offloaded.host_bytes))
         return parts
 
     def _list_host_parts(self) -> list[memory_plan.MemoryPart]:
@@ -136,10 +136,10 @@ class StepPrediction:
         """
         count = self.num_further_dits + self.num_sample_only_dits
         if self.takes_turns:  # host memory contains all weights of each, even of the one on the device
-            host = (1 + count) * weights - offloaded.host
+            host = (1 + count) * weights - offloaded.host_bytes
             return memory_plan.MemoryPart("further transformers", 0, host, "they take turns on the device")
-        device = count * (weights - offloaded.saved)
-        return memory_plan.MemoryPart("further transformers", device, count * offloaded.host, "")
+        device = count * (weights - offloaded.saved_device_bytes)
+        return memory_plan.MemoryPart("further transformers", device, count * offloaded.host_bytes, "")
 
     @property
     def takes_turns(self) -> bool:
@@ -148,7 +148,7 @@ class StepPrediction:
             self.num_further_dits > 0 and self.options.by_expert.offload_inactive_dit
         )
 
-    def scaled(self, share: float) -> "StepPrediction":
+    def scaled(self, share: float) -> "MemoryPrediction":
         """Return the prediction for a smaller batch, whose activations shrink by the factor `share`."""
         phase_peaks: dict[str, dry.BytesByKind] = {}
         for phase, peak_bytes in self.phase_peaks.items():
@@ -166,7 +166,7 @@ class StepPrediction:
         """Return the memory plan of a step with `blocks` swapped blocks."""
         return memory_plan.MemoryPlan((self.phase(blocks),), tuple(remarks))
 
-    def device(self, blocks: int) -> int:
+    def device_bytes(self, blocks: int) -> int:
         """Return the device memory of a step with `blocks` swapped blocks, in bytes."""
         return self.phase(blocks).device
 
@@ -182,7 +182,7 @@ class StepPrediction:
         return 0 if swap.is_auto else swap.number
 
 
-def predict(
+def predict_memory(
     family: Trains,
     options: TrainingOptions,
     noisy_batch: NoisyBatch,
@@ -191,7 +191,7 @@ def predict(
     live_encoders: LiveTextEncoders | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
     tables: Sequence[DatasetTable] = (),
-) -> StepPrediction:
+) -> MemoryPrediction:
     """Rehearse a step of the largest batch on empty tensors and measure its memory.
 
     Products in 8 bits are rehearsed as 16-bit products of the same weights. Errors of loading the model are
@@ -208,23 +208,23 @@ def predict(
         tables: Tables of the dataset.
     """
     dit = _load_dit_without_values(family, options)
-    # weigh it for each number of swapped blocks
+    # effects of swapping 0, 1, 2, ... blocks to host memory
     processes = memory_plan.sharing_processes(options.speed)
     swaps = memory_plan.predict_swaps(dit, family.dit, options.speed.swap, processes)
     weight_dtypes = memory_plan.dtypes_of(dit)
     block_weights = memory_plan.weights_by_block(dit, family.dit)
     count, _, *size = noisy_batch.noise.shape  # B C F H W
     shape: Shape = (count, *size)
+    trained_networks = [dit]
     try:
         with quiet():
-            for encoder in () if live_encoders is None else live_encoders.encoders:
-                encoder.load(META)
+            if live_encoders is not None:
+                for encoder in live_encoders.encoders:
+                    encoder.load(META)
+                trained_networks += [encoder.network for encoder in live_encoders.learning_encoders]
             phase_peaks, host_activation_bytes = rehearse(
                 family, options, dit, noisy_batch, live_encoders=live_encoders, watch=watch, tables=tables
             )
-            trained_networks = [dit]
-            if live_encoders is not None:
-                trained_networks += [encoder.network for encoder in live_encoders.learning_encoders]
             trained_sizes = _list_trained_sizes(trained_networks)
     finally:
         if live_encoders is not None:
@@ -236,7 +236,7 @@ def predict(
         # states are on the device for one weight at a time, at most for the largest one
         largest_share = max(trained_sizes) / sum(trained_sizes)
         phase_peaks, host_optimizer_bytes = _offload_states(phase_peaks, largest_share)
-    return StepPrediction(
+    return MemoryPrediction(
         options=options,
         batch_description=describe_batch(family.latent, shape),
         num_elements=noisy_batch.noise.numel(),
@@ -327,7 +327,7 @@ def read_largest(
     batch = sources.read(
         largest,
         checks=CacheChecks(),
-        stream=("largest",),
+        seed_parts=("largest",),
         reads_empty=EMPTY_PROMPT in options.features.needs,
         reads_rejected=REJECTED_ONES in options.features.needs,
     )
@@ -371,7 +371,7 @@ def plan_one_card(
         live_encoders: Text encoders that are loaded.
         tables: Tables of the dataset.
     """
-    prediction = predict(
+    prediction = predict_memory(
         family,
         options,
         noisy_batch,
@@ -396,7 +396,7 @@ def plan_one_card(
     memory_plan.print_plan(prediction, options.speed.swap, room, plan_of=plan, advice=suggest)
 
 
-def suggest_larger_batch(prediction: StepPrediction, blocks: int, room: DeviceMemory | None) -> list[str]:
+def suggest_larger_batch(prediction: MemoryPrediction, blocks: int, room: DeviceMemory | None) -> list[str]:
     """Return the largest batch that fits, as a line of `--plan`; nothing if the batch cannot be larger.
 
     Args:
@@ -409,7 +409,7 @@ def suggest_larger_batch(prediction: StepPrediction, blocks: int, room: DeviceMe
     count = prediction.shape[0]
 
     def needed(batch_size: int) -> int:
-        return prediction.scaled(batch_size / count).device(blocks)
+        return prediction.scaled(batch_size / count).device_bytes(blocks)
 
     batch_size = count
     while batch_size < MAX_BATCH and needed(batch_size + 1) <= room.usable:
@@ -456,15 +456,14 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
     if room is not None and accelerator.is_main_process:
         watch = MemoryWatch(device)
         if prediction is not None:
-            needed = prediction.device(swap.number)
+            needed = prediction.device_bytes(swap.number)
             logger.info(
                 "Predicted peak of the device: %s GiB; %s can be used. --plan shows the parts.",
                 format_gib(needed),
                 format_gib(room.usable),
             )
-            watch = MemoryWatch(
-                device, needed, prediction.num_elements
-            )  # it compares the prediction with the peak
+            # it compares the prediction with the peak
+            watch = MemoryWatch(device, needed, prediction.num_elements)
     # each process has resolved auto for its own device, but all share the weights in host memory
     if options.speed.swap.is_auto:
         swap = replace(
@@ -473,10 +472,10 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
     return swap, watch
 
 
-def _rehearse_largest(plan: TrainingPlan) -> StepPrediction:
+def _rehearse_largest(plan: TrainingPlan) -> MemoryPrediction:
     """Predict the memory of a step with the run's largest batch."""
     noisy_batch = read_largest(plan.family, plan.options, plan.training, plan.sources)
-    return predict(
+    return predict_memory(
         plan.family,
         plan.options,
         noisy_batch,
@@ -488,7 +487,7 @@ def _rehearse_largest(plan: TrainingPlan) -> StepPrediction:
 
 def suggest_changes(
     family: Trains,
-    prediction: StepPrediction,
+    prediction: MemoryPrediction,
     noisy_batch: NoisyBatch,
     room: DeviceMemory,
     device: torch.device,
@@ -500,7 +499,7 @@ def suggest_changes(
     """
     # predicts a step with changed options, by running it on tensors without values
     rehearse_with = partial(
-        predict,
+        predict_memory,
         family,
         noisy_batch=noisy_batch,
         device=device,
@@ -553,7 +552,7 @@ def list_memory_savings(
     return savings
 
 
-def suggest_smaller_items(latent: LatentSpec, too_large: StepPrediction, room: DeviceMemory) -> list[str]:
+def suggest_smaller_items(latent: LatentSpec, too_large: MemoryPrediction, room: DeviceMemory) -> list[str]:
     """Return the first smaller batch, clip or image that fits, as a line of advice for `--plan`.
 
     Args:
@@ -566,7 +565,7 @@ def suggest_smaller_items(latent: LatentSpec, too_large: StepPrediction, room: D
     swap_flag = f" with --blocks_to_swap {swapped_blocks}" if can_swap else ""
     for key, value, shape in list_smaller_shapes(latent, too_large.shape):
         scale = prod(shape) / prod(too_large.shape)  # memory is taken to grow with the number of latents
-        if too_large.scaled(scale).device(swapped_blocks) <= room.usable:
+        if too_large.scaled(scale).device_bytes(swapped_blocks) <= room.usable:
             return [f"{key} {value} in --dataset_config{swap_flag} fits ({describe_batch(latent, shape)})"]
     return ["no smaller batch, clip or picture was found that fits"]
 

@@ -74,7 +74,7 @@ class Rehearsal:
     fused_backward: FusedBackward | None = None
     tables: Sequence[DatasetTable] = ()  # of the dataset
     # functions of features that return the context of a pass with gradients
-    learning_pass: Sequence[LearningPass] = ()
+    learning_pass_contexts: Sequence[LearningPass] = ()
 
     @property
     def num_blocks(self) -> dry.Counts:
@@ -136,7 +136,7 @@ class Rehearsal:
             passes=features.on.passes,
             replaces_default_pass=features.replaces_default_pass,
             in_lockstep=True,  # so that every pass runs, whatever the noise levels and masks
-            learning_pass=self.learning_pass,
+            learning_pass_contexts=self.learning_pass_contexts,
         )
 
     def rehearse_optimizer(self) -> dict[str, dry.BytesByKind]:
@@ -229,20 +229,19 @@ def rehearse(
     with dry.dry_run() as ledger:
         rehearsal = set_up_trainable(family, options, dit, ledger=ledger, live_encoders=live_encoders)
         rehearsal.tables = tables
-        phase_peaks = (
-            rehearsal.rehearse_optimizer()
-        )  # first: the states that it creates count in the other phases
+        # first: the states that it creates count in the other phases
+        phase_peaks = rehearsal.rehearse_optimizer()
         device_batch = noisy_batch.moved(lambda tensor: empty_like_on_device(tensor, ledger))
-        rehearsal.learning_pass = [
+        rehearsal.learning_pass_contexts = [
             functools.partial(_enter_with, enter, noisy_batch) for enter in options.features.on.learning_pass
         ]
-        # gets the number of blocks in each list, of which few are run
+        # measures a step with a few blocks of each list
         measure: Callable[[dry.Counts], Mapping[str, dry.BytesByKind]]
         measure = functools.partial(rehearsal.measure_passes, device_batch)
-        if rehearsal.learning_pass:
+        if rehearsal.learning_pass_contexts:
             # some blocks get fewer tokens than others, so all blocks are measured instead of extrapolated
             measure = functools.partial(_as_measured, measure(rehearsal.num_blocks))
-        extrapolate = watch(dit)
+        extrapolate = watch(dit)  # computes the memory with all blocks from steps with a few
         phase_peaks |= extrapolate(measure, rehearsal.num_blocks)
         return phase_peaks, rehearsal.host_activation_bytes
 
@@ -373,7 +372,7 @@ def _make_learning_groups(
         dit,
         0,
         encoders={} if live_encoders is None else live_encoders.networks_for(network_spec.is_embedding),
-        trains_dit=options.parts is None or options.parts.trains_dit,
+        trains_dit=options.lora_parts is None or options.lora_parts.trains_dit,
         has_initial_values=False,
     )
     dry.allocate_empty_weights(network.module, ledger, dry.NETWORK)

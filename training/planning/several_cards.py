@@ -19,7 +19,7 @@ from training.data.live import LiveTextEncoders
 from training.loss import NoisyBatch
 from training.optimizers.stepping import check_fused_backward
 from training.options import TrainingOptions
-from training.planning.memory import StepPrediction, list_memory_savings, predict
+from training.planning.memory import MemoryPrediction, list_memory_savings, predict_memory
 
 
 def plan_several_cards(
@@ -47,8 +47,8 @@ def plan_several_cards(
         tables: Tables of the dataset.
     """
 
-    def predict_on_one_gpu(options: TrainingOptions, counter: TokenCounter) -> StepPrediction:
-        return predict(
+    def predict_on_one_gpu(options: TrainingOptions, counter: TokenCounter) -> MemoryPrediction:
+        return predict_memory(
             family,
             options,
             noisy_batch,
@@ -68,7 +68,7 @@ def _estimate_with_savings(
     family: Family,
     options: TrainingOptions,
     num_gpus: int,
-    predict_on_one_gpu: Callable[[TrainingOptions, TokenCounter], StepPrediction],
+    predict_on_one_gpu: Callable[[TrainingOptions, TokenCounter], MemoryPrediction],
 ) -> Iterator[SingleGpuRun]:
     """Yield estimates of the run with its own options, then with memory-saving options added one at a time.
 
@@ -87,11 +87,11 @@ def _estimate_with_savings(
 def _divide_prediction(
     family: Family,
     options: TrainingOptions,
-    prediction: StepPrediction,
+    prediction: MemoryPrediction,
     counter: TokenCounter,
     num_gpus: int,
     division: Division,
-) -> StepPrediction:
+) -> MemoryPrediction:
     """Return the prediction for each of several cards, derived from that for a single card.
 
     Args:
@@ -111,12 +111,12 @@ def _divide_prediction(
         uses = list_run_uses(family, options)
         for check in with_division(options.speed, division).modes.hooks.check_uses:
             check(uses)
-    if division.context > 1:  # so many cards share the tokens of a clip
+    if division.num_context_parallel > 1:  # so many cards share the tokens of a clip
         prediction = replace(
             prediction,
-            phase_peaks=divide_tokens(prediction.phase_peaks, division.context, counter),
-            host_activation_bytes=prediction.host_activation_bytes // division.context,
+            phase_peaks=divide_tokens(prediction.phase_peaks, division.num_context_parallel, counter),
+            host_activation_bytes=prediction.host_activation_bytes // division.num_context_parallel,
         )
-    if division.shards:  # the weights of blocks are spread over the cards
+    if division.shards_weights:  # the weights of blocks are spread over the cards
         prediction = replace(prediction, swaps=[share_blocks(prediction.block_weights, num_gpus)])
     return prediction

@@ -62,7 +62,7 @@ class SampleRow:
     """Samples generated at one step: their files and prompts."""
 
     step: int
-    mark: str  # as in their names: 000020 at a step, e000001 at the end of an epoch
+    step_label: str  # as in their names: 000020 at a step, e000001 at the end of an epoch
     files: Mapping[int, str]  # number of the prompt -> name of the file in the sample folder
     prompts: Mapping[int, str]
 

@@ -70,7 +70,7 @@ class ItemImage:
     """Name and JPEG thumbnail of an item."""
 
     name: str  # name of the item's file
-    data: str  # JPEG in base64
+    jpeg_base64: str  # JPEG in base64
 
     @classmethod
     def of(cls, name: str, frame: Frame) -> "ItemImage":
@@ -82,7 +82,7 @@ class ItemImage:
     @property
     def tag(self) -> Markup:
         """HTML `<img>` element with the JPEG data embedded."""
-        return Markup('<img src="data:image/jpeg;base64,{}" alt="{}">').format(self.data, self.name)
+        return Markup('<img src="data:image/jpeg;base64,{}" alt="{}">').format(self.jpeg_base64, self.name)
 
 
 def _list_files(folder: Path, name: str) -> list[Path]:
@@ -194,7 +194,7 @@ def read_images(folder: Path, name: str) -> dict[str, ItemImage]:
     return {
         key: image
         for key, image in images.items()
-        if len(image.data) <= MAX_IMAGE and _BASE64.fullmatch(image.data)
+        if len(image.jpeg_base64) <= MAX_IMAGE and _BASE64.fullmatch(image.jpeg_base64)
     }
 
 
@@ -214,7 +214,7 @@ def _make_table_row(item: ItemLoss, image: ItemImage | None) -> tuple[str | Mark
 def _compare_files(
     folder: Path, name: str, file_versions: tuple[tuple[str, int, int], ...]
 ) -> list[ItemLoss]:
-    """Return the items of a run; `marks` (name, size and change time of each file) is the cache key."""
+    """Return the items of a run. The cache key `file_versions` has each file's name, size and change time."""
     return compare_items(read_draws(folder, name))
 
 

@@ -197,7 +197,7 @@ class Logs:
         except Exception as error_at_end:  # everything was saved already
             logger.warning("The processes could not be ended: %s", error_at_end)
 
-    def step(self, report: StepReport) -> None:
+    def log_step(self, report: StepReport) -> None:
         """Report an optimizer step and move the bar."""
         if report.seconds is not None:
             warning = self.clock.record_step(report.step, report.seconds, report.sizes)
@@ -216,7 +216,7 @@ class Logs:
                 logger.info("Step %d of %d: %s", report.step, self.total_steps, metrics)
             self._last_shown = now
         if self.recorders:
-            self.values(_list_tracked_values(report), report.step)
+            self.log_values(_list_tracked_values(report), report.step)
 
     def _fit_to_bar(self, metrics: Mapping[str, str]) -> dict[str, str]:
         """Drop values in the order of DROPPED until the others fit next to the progress bar."""
@@ -246,7 +246,7 @@ class Logs:
             metrics["average_key_norm"] = f"{report.norms.mean_norm:.4g}"
         return {**metrics, **self.extras(report.step)}
 
-    def values(self, values: Mapping[str, float], step: int) -> None:
+    def log_values(self, values: Mapping[str, float], step: int) -> None:
         """Send other values of a step to the recorders: `loss/epoch`, validation losses."""
         if self.accelerator.is_main_process:
             for recorder in self.recorders:

@@ -278,6 +278,6 @@ def _format_column_title(samples: SampleRow) -> str:
     if not samples.step:
         return say("before training")
     step = say("step %(step)s", step=f"{samples.step:,}")
-    if samples.mark[1:].isdigit() and samples.mark[0] == "e":  # as in e000001
-        return say("%(step)s, epoch %(epoch)s", step=step, epoch=int(samples.mark[1:]))
+    if samples.step_label[1:].isdigit() and samples.step_label[0] == "e":  # as in e000001
+        return say("%(step)s, epoch %(epoch)s", step=step, epoch=int(samples.step_label[1:]))
     return step

@@ -80,7 +80,7 @@ class StepScores:
     """Scores of the samples of one step, with the file saved at that step."""
 
     step: int
-    mark: str  # mark in the names of the samples
+    step_label: str  # mark in the names of the samples
     samples: tuple[SampleScore, ...]
     saved: str = ""  # name of the saved file; "": no file was kept
     loss: float | None = None  # validation loss, measured nearest to the step
@@ -226,7 +226,7 @@ def _read_row(values: Mapping[str, Any]) -> StepScores:
         )
     return StepScores(
         step=int(values["step"]),
-        mark=str(values["mark"]),
+        step_label=str(values["mark"]),
         samples=tuple(samples),
         saved=str(values["saved"]),
         loss=_finite_or_none(values["loss"]),
@@ -437,7 +437,7 @@ def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSectio
         return None
     best = find_best(scores.rows, scores.unsampled)
     notes = [say("No saved file has samples.") if best is None else best.text, NO_TASTE]
-    missing = len(run_history.samples.keys() - {(row.step, row.mark) for row in scores.rows})
+    missing = len(run_history.samples.keys() - {(row.step, row.step_label) for row in scores.rows})
     if missing:
         notes.append(
             say_count(
@@ -498,7 +498,7 @@ def find_best_file(folder: Path, name: str, run_history: RunHistory) -> FoundFil
 
 def _is_from_run(row: StepScores, run_history: RunHistory) -> bool:
     """Return whether the scores of a step are for samples recorded in this history."""
-    samples = run_history.samples.get((row.step, row.mark))
+    samples = run_history.samples.get((row.step, row.step_label))
     return samples is not None and {sample.file for sample in row.samples} <= {*samples.files.values()}
 
 

@@ -45,7 +45,7 @@ class Names:
     suffix: str = SAFETENSORS  # of the model files; "" if each model is a folder
     embedding_words: tuple[str, ...] = ()  # words of trained embeddings, which end the names of their files
 
-    def files(self, stem: str) -> dict[str, Path]:
+    def model_files(self, stem: str) -> dict[str, Path]:
         """Return the model files of one save by expert: `high_noise` -> `x-000001_high_noise`.
 
         A model that is one file has the key "".
@@ -246,7 +246,7 @@ class Saver:
         if self.write_average is not None:
             write_by_ending = {AVERAGE: self.write_average, **write_by_ending}
         for average_ending, write in write_by_ending.items():
-            files = self.names.files(f"{stem}{average_ending}")
+            files = self.names.model_files(f"{stem}{average_ending}")
             if self.names.embedding_words:
                 files |= self.names.embedding_files(f"{stem}{average_ending}")
             for expert_or_word, path in files.items():

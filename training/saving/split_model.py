@@ -57,7 +57,7 @@ def prepare_sharded_dit(
     learning_rate: float,
     name_parts: Sequence[str],
     part_rates: Mapping[str, float],
-    form: SavedForm,
+    file_layout: SavedForm,
 ) -> Trainable:
     """Train a DiT whose blocks are split over processes; the parameters are the rows of this process.
 
@@ -66,9 +66,9 @@ def prepare_sharded_dit(
         learning_rate: Learning rate of the run.
         name_parts: Parts of names that select the trained parameters; empty for all.
         part_rates: Different learning rates, by a part of the parameter's name.
-        form: Form of saved files: one file or several.
+        file_layout: Whether a save is one file or several.
     """
-    trainable = prepare_dit(dit, learning_rate, name_parts, part_rates, form)
+    trainable = prepare_dit(dit, learning_rate, name_parts, part_rates, file_layout)
     # split weight -> parameter with the rows of this process
     local_parameters = {
         weight: trained_rows(weight) for weight in trainable.parameters if is_sharded_weight(weight)
@@ -77,7 +77,7 @@ def prepare_sharded_dit(
         {**group, "params": [local_parameters.get(weight, weight) for weight in group["params"]]}
         for group in trainable.groups
     ]
-    write = partial(_write_model, dit, local_parameters, written_dtypes(dit), open_unused(dit), form)
+    write = partial(_write_model, dit, local_parameters, written_dtypes(dit), open_unused(dit), file_layout)
     return replace(
         trainable,
         groups=groups,
@@ -91,7 +91,7 @@ def _write_model(
     local_parameters: Mapping[nn.Parameter, nn.Parameter],
     dtypes: Mapping[str, torch.dtype],
     unused: OpenedTensors | None,
-    form: SavedForm,
+    file_layout: SavedForm,
     path: Path,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
@@ -119,9 +119,9 @@ def _write_model(
     infos = {name: TensorInfo(dtypes[name], tuple(weight.shape)) for name, weight in weights.items()}
     all_infos = infos | unused_tensors
     if distributed.get_rank() == 0:
-        form.write(path, all_infos, read, metadata)
+        file_layout.write(path, all_infos, read, metadata)
     else:  # all processes gather each tensor, in the order in which the first one writes them
-        for name in form.order(all_infos):
+        for name in file_layout.order(all_infos):
             if name in infos:
                 read(name)
 

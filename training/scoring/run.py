@@ -447,7 +447,7 @@ def _score_step(
     validated = run.run_history.nearest_validation(row.step)
     return StepScores(
         step=row.step,
-        mark=row.mark,
+        step_label=row.step_label,
         samples=tuple(samples),
         saved=_find_saved(run, row.step),
         loss=None if validated is None else validated.loss,

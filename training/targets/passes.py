@@ -57,7 +57,7 @@ class TrainingPasses:
     def predict_with_gradients(self, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction of the trained network, with gradients."""
         with contextlib.ExitStack() as stack:
-            for enter in self.rule.learning_pass:
+            for enter in self.rule.learning_pass_contexts:
                 stack.enter_context(enter(self.dit, noisy_batch, self.rule.seed))
             return self._predict(noisy_batch)
 

@@ -33,7 +33,7 @@ def near(found: Any, expected: list[float], error: float = 1e-6) -> None:
 
 def run(form: QuantizationFormat, x: Tensor, bias: Tensor | None = None) -> Tensor:
     stored = form.quantize(WEIGHT)
-    return stored.form.multiply(x, stored.tensors, stored.shape, bias)
+    return stored.format.multiply(x, stored.tensors, stored.shape, bias)
 
 
 def many(tokens: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def test_every_shape_has_a_value_and_the_form_that_is_planned(
     stored, planned = form.quantize(torch.randn(shape)), form.empty(shape)
 
     assert stored.dequantize().shape == shape
-    assert stored.form == planned.form
+    assert stored.format == planned.format
     for one, other in zip(stored.tensors, planned.tensors, strict=True):
         assert one is not None
         assert other is not None
@@ -188,8 +188,8 @@ def test_every_shape_has_a_value_and_the_form_that_is_planned(
 
 def test_joined_rows_of_int8_are_those_of_the_parts() -> None:
     full = Int8().quantize(WEIGHT)
-    parts: Any = [full.form.cut(full, 0, 3), full.form.cut(full, 3, 1)]
-    joined: Any = full.form.join(parts)
+    parts: Any = [full.format.cut(full, 0, 3), full.format.cut(full, 3, 1)]
+    joined: Any = full.format.join(parts)
     assert torch.equal(joined.dequantize(), full.dequantize())
     assert torch.equal(parts[1].dequantize(), full.dequantize()[3:])
 

@@ -163,9 +163,12 @@ class Harmful:
     [
         (Harmful(), "contains program code in addition to its tensors and is refused"),
         (b"no file of torch", r"video_latents.00001\.pt"),
-        ({"latents": torch.zeros(1)}, "holds dict, not a tensor"),
-        (torch.zeros(32, 4, 4), "holds 32x4x4 of torch.float32, not moments"),
-        (torch.zeros(32, 1, 4, 3), "is of a clip of 24x32; the model takes sides that are multiples of 16"),
+        ({"latents": torch.zeros(1)}, "contains dict, not a tensor"),
+        (torch.zeros(32, 4, 4), "contains 32x4x4 of torch.float32, not moments"),
+        (
+            torch.zeros(32, 1, 4, 3),
+            "is of a clip of 24x32 pixels, but this model needs sides that are multiples of 16",
+        ),
         (torch.zeros(16, 1, 4, 4), "has 16 channels: this model's VAE has 32, .* look like latents"),
         (torch.full((32, 1, 4, 4), float("nan")), "values of latents are NaN"),
     ],

@@ -103,7 +103,7 @@ def test_a_damaged_picture_is_told_after_the_others_are_done(pictures: Path) -> 
     ("words", "message"),
     [
         ((), "--canny for edges, or --depth FOLDER"),
-        (("--canny", "5"), "two numbers, LOW and HIGH, or none; it has 1"),
+        (("--canny", "5"), "two numbers, LOW and HIGH, or none, not 1"),
         (("--canny", "9", "5"), "the first is the lower threshold"),
         (("--canny", "--output", "{folder}"), "need a folder of their own"),
     ],

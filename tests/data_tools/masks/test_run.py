@@ -57,7 +57,7 @@ def test_masks_are_those_that_the_dataset_reads(pictures: Path) -> None:
     said = " ".join((done.stdout + done.stderr).split())
     line = f'mask_directory = "{masks.as_posix()}"'
     assert f"\n  {line}\n" in done.stdout + done.stderr  # never wrapped
-    assert "Nothing is found in 1 file (without a mask a file is learned whole): plain.png" in said
+    assert "Nothing was found in 1 file (a file without a mask is used completely): plain.png" in said
 
     config = pictures.parent / "dataset.toml"
     config.write_text(f'[[datasets]]\nimage_directory = "{pictures.as_posix()}"\n{line}\n', encoding="utf-8")
@@ -156,9 +156,9 @@ def test_the_foreground_is_that_of_the_network(pictures: Path, tmp_path: Path) -
     assert (read(pictures / "masks" / "cat.png") != rectangle(*BOX)).mean() < 0.03
 
     damaged = BackgroundFinder(path, lambda pictures: pictures * np.float32("nan"), 32)
-    with pytest.raises(CheckpointError, match="gives no numbers"):
+    with pytest.raises(CheckpointError, match="returns NaN or infinite values"):
         damaged.score(image)
-    with pytest.raises(CheckpointError, match="is no U2Net-like network"):
+    with pytest.raises(CheckpointError, match="is not a U2Net-like network"):
         load_background_finder(write_yolo(tmp_path / "yolo.onnx", side=0))
 
 

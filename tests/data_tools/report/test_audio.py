@@ -63,7 +63,7 @@ def test_a_check_says_which_clips_have_sound_and_where_it_does_not_fit(config: D
         "late": "its sound: begins 0.38 s late",  # with what the decoder needs to start
         "long": "its sound: continues for 1.00 s, which are cut off",
         "short": "its sound: ends 1.00 s early",
-        "silent": "it has no track of sound",
+        "silent": "it has no audio track",
         "two": "its sound: 2 tracks, of which FFmpeg chooses one",
     }
     assert found.exit_code == 0

@@ -97,7 +97,7 @@ def test_training_is_told_its_batches_and_steps(tmp_path: Path) -> None:
     cache_media(ToyFamily(), config, options())
     cache_texts(ToyFamily(), config, options())
     result = check_training(
-        config, "toy", LATENT, COMMANDS, accumulation=2, processes=2, files=["--dit: a tiny model"]
+        config, "toy", LATENT, COMMANDS, accumulation=2, processes=2, checkpoint_lines=["--dit: a tiny model"]
     )
     text = "\n".join(result.lines)
     assert result.exit_code == 0

@@ -1,4 +1,4 @@
-"""What --files tells of each file: its crop, its caption, and whether its caches still hold."""
+"""What --files tells of each file: its crop, its caption, and whether its caches are still valid."""
 
 import tarfile
 from collections.abc import Callable

@@ -54,10 +54,10 @@ def test_masks_are_measured_in_latents_and_useless_ones_are_named(tmp_path: Path
 
     lines = check(tmp_path, "image_directory", "masks")
 
-    assert "3 of 4 have a mask; the others are learned whole" in lines
-    (measured,) = [line for line in lines if "looked at" in line]
+    assert "3 of 4 have a mask; the others are used completely" in lines
+    (measured,) = [line for line in lines if "measured: on average" in line]
     assert measured.startswith(
-        "of 3 masks looked at, 17% of the latents are learned (above 0.5), the least of "
+        "3 masks measured: on average 17% of the latents are learned (weight above 0.5), the fewest with "
     )
     text = "\n".join(lines)
     assert "1 masks are all black" not in text
@@ -74,8 +74,8 @@ def test_masks_of_clips_are_measured_over_their_frames(tmp_path: Path) -> None:
     for number in range(20):  # learned in the first half of the time
         draw_mask(tmp_path / "masks" / "dance" / f"{number}.png", slice(0, 64 if number < 10 else 0))
     lines = check(tmp_path, "video_directory", "masks", "target_frames = [9]")
-    (measured,) = [line for line in lines if "looked at" in line]
-    assert measured.startswith("of 1 mask looked at, 57%")  # 4 of the 7 frames that are looked at
+    (measured,) = [line for line in lines if "measured: on average" in line]
+    assert measured.startswith("1 mask measured: on average 57%")  # 4 of the 7 frames that are looked at
 
 
 @pytest.mark.parametrize("masks", ["masks", "media"])
@@ -85,6 +85,6 @@ def test_masks_of_onetrainer_are_masks_and_no_pictures(tmp_path: Path, masks: st
     draw_mask(tmp_path / masks / "gone-masklabel.png", slice(0, 64))
     lines = check(tmp_path, "image_directory", masks)
     assert any("1 image, 1 item" in line for line in lines)
-    assert any(line.startswith("of 1 mask looked at, 100%") for line in lines)
+    assert any(line.startswith("1 mask measured: on average 100%") for line in lines)
     start = next(index for index, line in enumerate(lines) if "belong to nothing" in line)
     assert lines[start + 1].endswith("gone-masklabel.png")

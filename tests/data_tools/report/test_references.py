@@ -44,7 +44,7 @@ def test_a_check_of_training_groups_as_training_does(tmp_path: Path) -> None:
 
     (found,) = result.tables
     assert found.errors == []
-    assert found.buckets == {(64, 48, 64, 48): 1, (64, 48, 32, 32): 2, (64, 48): 1}
+    assert found.num_items_by_bucket == {(64, 48, 64, 48): 1, (64, 48, 32, 32): 2, (64, 48): 1}
     assert "An epoch: 4 items with repeats, 3 batches, 3 steps" in result.tail
     assert result.num_batches == 3
 
@@ -105,5 +105,7 @@ def test_a_model_that_edits_is_told_that_no_image_has_a_reference(tmp_path: Path
             text = "\n".join(result.lines)
             assert text.count("nothing has a reference: this trains on texts alone") == number
             assert result.exit_code == 0
-    also_makes = with_references(load_dataset_config(tmp_path / "data.toml"), replace(RULES, edits=False))
+    also_makes = with_references(
+        load_dataset_config(tmp_path / "data.toml"), replace(RULES, edits_images=False)
+    )
     assert "nothing has a reference" not in "\n".join(check_caching(EditFamily(), also_makes, 1, False).lines)

@@ -170,7 +170,7 @@ def test_items_are_those_that_caching_makes(tmp_path: Path) -> None:
     checked = check_caching(ToyFamily(), loaded, 1, False)
     for table, expected in zip(result["tables"][:3], checked.tables, strict=False):
         sizes = {(one["width"], one["height"], one["frames"]): one["items"] for one in table["buckets"]}
-        assert sizes == expected.buckets
+        assert sizes == expected.num_items_by_bucket
 
 
 def test_blurred_pictures_are_told_from_sharp_ones_and_trigger_words_are_looked_for(tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ def said_of(config: DatasetConfig) -> list[str]:
     encoders = SameEncoders(COMMANDS)
     items = find_items(config, "toy", LATENT).items
     assert len(items) == 2
-    found = [encoders.difference(read_batch([item], LATENT).made_by) for item in [*items, *items]]
+    found = [encoders.difference(read_batch([item], LATENT).cache_origins) for item in [*items, *items]]
     return [said for said in found if said is not None]
 
 

@@ -96,8 +96,8 @@ def test_training_refuses_caches_of_other_references_than_a_list_names(tmp_path:
     assert read(a=2, b=1, c=0) == {}
     changed = read(a=1, b=2, c=0)
     assert changed.keys() == {"a", "b"}
-    assert f"made with 2 reference pictures, now {lists} names 1" in changed["a"]
-    assert f"made with 1 reference picture, now {lists} names 2" in changed["b"]
+    assert f"made with 2 reference images, but {lists} now names 1" in changed["a"]
+    assert f"made with 1 reference image, but {lists} now names 2" in changed["b"]
     assert read(a=3, b=1) == {}  # no more than two are taken
 
 

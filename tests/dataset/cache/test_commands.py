@@ -39,8 +39,8 @@ def remembered(tmp_path: Path) -> Path:
 
 def test_a_path_is_named_as_it_was_typed_or_whole_from_another_folder(remembered: Path) -> None:
     with contextlib.chdir(remembered):
-        here = [(option.typed, option.value) for option in recall()]
-    there = [(option.typed, option.value) for option in recall(remembered / "cache")]
+        here = [(option.flag, option.value) for option in recall()]
+    there = [(option.flag, option.value) for option in recall(remembered / "cache")]
 
     assert here == [("--t5", Path("t5.pth")), ("--text_encoder_form", "nf4")]
     assert there == [("--t5", remembered / "t5.pth"), ("--text_encoder_form", "nf4")]

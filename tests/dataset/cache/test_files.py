@@ -205,7 +205,7 @@ def test_damaged_entries_keep_the_shards(folder: Path) -> None:
     data = bytearray((folder / name).read_bytes())
     data[data.index(b"latents_2x4x4") + 150] ^= 1
     (folder / name).write_bytes(data)
-    with pytest.raises(CacheError, match=r"(?s)1 faults in the shards, which are kept; 8 entries are whole"):
+    with pytest.raises(CacheError, match=r"(?s)1 errors in the shards, which are kept; 8 entries are intact"):
         shards_to_files(folder)
     assert name in contents(folder)
     assert sum(name in CACHES for name in contents(folder)) == 8

@@ -99,7 +99,7 @@ def test_items_and_batches_of_the_index_are_those_of_the_caches(
     assert len({item.num_captions for item in found.items}) == (2 if "multi_caption" in changes else 1)
     for item, other in zip(found.items, listed.items, strict=True):
         batch, batch_of_caches = read_batch([item], LATENT), read_batch([other], LATENT)
-        assert batch.made_by == batch_of_caches.made_by
+        assert batch.cache_origins == batch_of_caches.cache_origins
         assert batch.captions == batch_of_caches.captions
         assert (batch.tensor("latents") == batch_of_caches.tensor("latents")).all()
 
@@ -133,7 +133,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a clip is removed": (
         lambda folder: (folder / "clip_0.mp4").unlink(),
-        "caches but no file any more, such as clip_0",
+        "caches whose file no longer exists, such as clip_0",
     ),
     "a caption is written anew": (
         lambda folder: touch(folder / "clip_0.txt", "another text"),

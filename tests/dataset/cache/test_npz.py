@@ -323,14 +323,14 @@ def test_what_npz_files_cannot_hold_is_refused(folder: Path, tmp_path: Path) -> 
     with pytest.raises(DatasetError, match=r'cache_format = "npz": this model has no caches in npz files'):
         cache_media(ToyFamily(), make_config(folder), options())
     tables = [{"cache_format": "npz", "caption_prefix": text} for text in ("one", "two")]
-    with pytest.raises(DatasetError, match="both have one npz file"):
+    with pytest.raises(DatasetError, match="both share one npz file"):
         cache_texts(NpzFamily(), of_tables(folder, tables), options())
     wanted = ConvertCacheOptions.from_defaults(dataset_config=folder / "data.toml", to="files")
     with pytest.raises(OptionError, match="only a caching script knows which of the sizes"):
         convert_caches(wanted, make_config(folder))
     config = tmp_path / "data.toml"
     config.write_text("[[datasets]]\nvideo_directory = 'a'\ncache_format = 'npz'\n", encoding="utf-8")
-    with pytest.raises(DatasetError, match='cache_format = "npz" is for tables of pictures'):
+    with pytest.raises(DatasetError, match='cache_format = "npz" is for image tables'):
         load_dataset_config(config)
 
 

@@ -154,5 +154,5 @@ def test_mirroring_is_refused_if_texts_see_references(tmp_path: Path) -> None:
     (table,) = config.datasets
     table = dataclasses.replace(table, augmentation=dataclasses.replace(table.augmentation, flip=True))
 
-    with pytest.raises(DatasetError, match="flip_aug mirrors reference pictures, but not"):
+    with pytest.raises(DatasetError, match="flip_aug mirrors reference images, but"):
         with_references(dataclasses.replace(config, datasets=(table,)), SEEN)

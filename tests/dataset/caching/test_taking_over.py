@@ -17,7 +17,7 @@ from tests.tiny.project import write_plain_images
 
 MOSS, FLUX_2, FLUX_3 = (family_called(name) for name in ("moss_image", "flux_2", "flux_3"))
 TAGS = {"moss_image": "moss", "flux_2": "f2k4b", "flux_3": "f3"}
-TAKEN = "are taken over, and nothing is encoded for them"
+TAKEN = "are reused, and nothing is encoded for them"
 PAIRS = [(FLUX_2, MOSS), (MOSS, FLUX_2), (FLUX_3, MOSS), (MOSS, FLUX_3)]
 
 
@@ -57,7 +57,7 @@ def test_latents_of_an_equal_autoencoder_are_taken_over_to_the_bit(
     ours = list_latents(tmp_path, second)
     assert len(ours) == len(theirs) > 0
     assert said.count(TAKEN) == 1
-    assert f"{len(ours)} pictures: the latents that {read_info(theirs[0])['architecture']} has cached" in said
+    assert f"{len(ours)} images: the latents that {read_info(theirs[0])['architecture']} has cached" in said
     assert "VAE:" not in said  # it was not loaded
     taken = {path.name: load_file(path) for path in ours}
     maker = read_info(ours[0])["architecture"]
@@ -84,7 +84,7 @@ def test_latents_of_another_file_or_dtype_are_encoded_anew_and_a_sentence_says_w
 
     said = succeed_here(*MOSS.cache_latents, *more, folder=tmp_path)
 
-    (line,) = [line for line in said.splitlines() if "are not those that this command makes" in line]
+    (line,) = [line for line in said.splitlines() if "differ from those that this command makes" in line]
     assert "the latents that flux_2_klein_4b has cached" in line
     assert why in line
     assert "give the file and the options of the autoencoder that made them" in line
@@ -119,7 +119,7 @@ def test_references_are_cached_in_sizes_of_their_model(tmp_path: Path) -> None:
 
     said = succeed_here(*edits.cache_latents, folder=tmp_path)
 
-    assert "its reference pictures were cached in the sizes that the other model gives them" in said
+    assert "its reference images were cached in the sizes that the other model uses" in said
     assert TAKEN not in said
 
 

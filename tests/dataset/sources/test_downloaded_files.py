@@ -107,7 +107,7 @@ def test_a_file_puts_downloads_below_its_cache_folder(downloads: str, tmp_path: 
     path.write_text(f'{text}allow_urls = true\ndownload_directory = "{downloads}"\n', encoding="utf-8")
     with pytest.raises(
         DatasetError,
-        match="outside of cache_directory .*Take it out .*type it .* --download_directory",
+        match="outside cache_directory .*Remove it .*pass it .* --download_directory",
     ):
         load_dataset_config(path)
 

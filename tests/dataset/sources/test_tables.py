@@ -108,13 +108,16 @@ def test_lists_of_the_known_tuner_may_lie_with_their_media(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"file_name": "a.png", "text": "x"}, "file_name is read from tables: give the file to image_table_"),
+        ({"file_name": "a.png", "text": "x"}, "file_name is read from tables: name the file in image_table_"),
         (
             {"image_path_0": "a.png", "image_path_1": "b.png"},
-            "its layers: give .* multiple_target",
+            "its layers: set multiple_target",
         ),
         ({"caption": "x"}, "Each line is one object such as"),
-        ({"image_path": "a.png", "caption": ["x", "y"]}, "in a list captions, with multi_caption = true"),
+        (
+            {"image_path": "a.png", "caption": ["x", "y"]},
+            "in a list named captions, with multi_caption = true",
+        ),
     ],
 )
 def test_a_line_without_a_path_says_what_it_is(tmp_path: Path, row: dict[str, Any], message: str) -> None:
@@ -358,13 +361,13 @@ def list_of(folder: Path, rows: Rows, form: str, **changes: Any) -> DatasetTable
         (
             "edit_image",
             "refs/a.png",
-            "are read from control_path. Rename it, or say control_column = 'edit_image'",
+            "are read from control_path. Rename it, or set control_column = 'edit_image'",
         ),
         ("control_image", "https://x.org/a.png", "are read from control_path"),
         ("contol_path", "nothing", "did you mean 'control_path'?"),
-        ("contol_path_1", "refs/a.png", "reference pictures and control media are read from control_path"),
+        ("contol_path_1", "refs/a.png", "reference images and control media are read from control_path"),
         ("mask", "refs/a.png", "masks are read from mask_path"),
-        ("audio", "a.wav", "the sound of clips is read from audio_path"),
+        ("audio", "a.wav", "the audio of clips is read from audio_path"),
         ("Caption", "a cat", "did you mean 'caption'?"),
         ("prompt", "a dog", "'prompt': captions are read from another column."),
         ("thumb", "refs/a.png", "'thumb', such as 'refs/a.png'."),
@@ -398,13 +401,13 @@ def test_columns_of_whole_files_and_lists_of_paths_are_told(tmp_path: Path) -> N
     content = make_image(tmp_path / "a.png").read_bytes()
     row = {"image": {"bytes": content, "path": "a.png"}, "edit": {"bytes": content, "path": "b.png"}}
     (error,) = find_unused(table_of(tmp_path, [{**row, "text": "x", "extra": {"a": 1}}]))
-    assert error.text.startswith("'edit', which holds files: reference pictures and control media are read")
+    assert error.text.startswith("'edit', which contains files: reference images and control media are read")
     assert error.kind.startswith("column of ")
     assert error.kind.endswith(" is not read")  # behind "1"
 
     both = table_of(tmp_path, [{**row, "control_path_1": {"bytes": b"GIF8"}}], control_column="edit")
     (error,) = find_unused(both)
-    assert error.text == "'control_path_1': of such files the model takes 1 an item."
+    assert error.text == "'control_path_1': the model uses 1 of these files for each item."
 
     cell = {"bytes": content, "path": "c.png"}
     apart = [
@@ -428,7 +431,7 @@ def test_columns_of_whole_files_and_lists_of_paths_are_told(tmp_path: Path) -> N
 def test_more_control_columns_than_a_model_takes_are_told(tmp_path: Path, form: str) -> None:
     rows = [{"image_path": "a.png", "caption": "x", "control_path_0": "/c.png", "control_path_1": "/d.png"}]
     (error,) = find_unused(list_of(tmp_path, rows, form))
-    assert error.text == "'control_path_1': of such files the model takes 1 an item."
+    assert error.text == "'control_path_1': the model uses 1 of these files for each item."
     assert find_unused(list_of(tmp_path, rows, form, references=ReferenceRules(max_references=2))) == []
 
 
@@ -456,7 +459,7 @@ def test_a_key_names_the_column_of_control_media(tmp_path: Path, form: str) -> N
         (one,) = find_sources(list_of(tmp_path, rows, form, **changes))
         assert one.control == (Path("/c.png"), Path("/d.png"))
         (error,) = find_unused(list_of(tmp_path, rows, form, control_column="edit"))
-        assert error.text == "'edit': of such files the model takes 1 an item."
+        assert error.text == "'edit': the model uses 1 of these files for each item."
     if form != "list":
         with pytest.raises(DatasetError, match="control_column = 'no' is not a column"):
             find_sources(list_of(tmp_path, rows, form, control_column="no"))

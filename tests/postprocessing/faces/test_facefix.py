@@ -269,7 +269,7 @@ def test_networks_of_sizes_that_do_not_go_together_are_refused(folder: Path, tmp
     check_facefix(_options(models))  # 8 pixels are enough for the two halvings of the tiny ParseNet
     parts = replace(tiny.PARSENET, down=(4, 6, 6, 8), up=(8, 6, 6, 4))
     tiny.write_model(models / "parsing_parsenet.pth", tiny.parsenet_weights(config=parts))
-    with pytest.raises(CheckpointError, match="do not go together"):
+    with pytest.raises(CheckpointError, match="do not fit together"):
         check_facefix(_options(models))
 
 

@@ -118,17 +118,17 @@ def test_a_smaller_size_for_the_flow_enlarges_only_what_is_blended() -> None:
     """A plain computation of the last step at full size from what is found at half the size."""
     full = tiny_interpolation(ds_factor=0.5)
     images = [torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-    first, second = map(full.frame, images)
-    (found,) = full.between(first, second, (0.25,))
+    first, second = map(full.encode_image, images)
+    (found,) = full.interpolate(first, second, (0.25,))
 
     small = [interpolate(image, scale_factor=0.5, mode="bilinear") for image in images]
     synthesis, motion = full.network.synthesis, full.network.motion
     alone = tiny_interpolation()
-    one, two = map(alone.frame, small)
+    one, two = map(alone.encode_image, small)
     with torch.no_grad():
         forth = alone.estimator.flow(one.encoded, two.encoded)
         back = alone.estimator.flow(two.encoded, one.encoded)
-        flow = motion.at(motion.between(forth, back), 0.25)
+        flow = motion.predict_motion(motion.encode_flows(forth, back), 0.25)
         flow = torch.cat([-0.25 * flow, 0.75 * flow])
         correlations = PairCorrelations(one.maps, two.maps)
         blend = synthesis.blend(2 * torch.cat(small) - 1, flow, one.maps, two.maps, correlations, 0.25)
@@ -155,13 +155,13 @@ def test_half_precision_changes_layers_of_the_synthesis_alone() -> None:
     exact, half = tiny_interpolation(), tiny_interpolation()
     half.network.synthesis.to(dtype)
     images = [torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-    (expected,) = exact.between(*map(exact.frame, images), (0.5,))
-    (found,) = half.between(*map(half.frame, images), (0.5,))
+    (expected,) = exact.interpolate(*map(exact.encode_image, images), (0.5,))
+    (found,) = half.interpolate(*map(half.encode_image, images), (0.5,))
 
     assert found.dtype == torch.float32
     assert not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
-    frame = half.frame(images[0])
+    frame = half.encode_image(images[0])
     assert {frame.maps.quarter.dtype, frame.maps.matching.dtype} == {dtype, torch.float32}
     assert frame.encoded.matching.dtype == torch.float32
 
@@ -205,9 +205,9 @@ def test_the_motion_between_two_flows_is_as_recorded(field: MotionField) -> None
     check(scale[None], TENSORS["flow_scale"])
     for found, name in zip(field.splat_weights(forth, back), ("0", "1"), strict=True):
         check(found, TENSORS[f"splat_weight{name}"])
-    motion = field.between(forth, back)
+    motion = field.encode_flows(forth, back)
     for time in (0.25, 0.5):
-        check(field.normal_at(motion, time), TENSORS[f"predicted_flow_normalised_t{time}"])
+        check(field.predict_normalized_motion(motion, time), TENSORS[f"predicted_flow_normalised_t{time}"])
 
 
 @pytest.mark.parametrize("stores_volume", [True, False])
@@ -339,16 +339,16 @@ def check_recorded(
     times = times or case["times"]
     recording = Recording(estimator)
     full = Interpolation(network, recording)
-    first, second = (full.frame(tensors[f"image{number}"] / 255) for number in (0, 1))
-    images = full.between(first, second, times)
+    first, second = (full.encode_image(tensors[f"image{number}"] / 255) for number in (0, 1))
+    images = full.interpolate(first, second, times)
     made = [next(images)]
     limit = {"rtol": 0, "atol": case["tolerance"]["flow"]["atol"]}
     forth, back = recording.flows
     torch.testing.assert_close(forth[..., ::4, ::4], tensors["flow01_every_4th"], **limit)
     torch.testing.assert_close(back[..., ::4, ::4], tensors["flow10_every_4th"], **limit)
-    motion = network.motion.between(forth, back)
+    motion = network.motion.encode_flows(forth, back)
     for time in case["times"]:
-        flow = network.motion.at(motion, time)
+        flow = network.motion.predict_motion(motion, time)
         torch.testing.assert_close(flow[..., ::4, ::4], tensors[f"flowt_t{time}_every_4th"], **limit)
     for time, image in zip(times, (*made, *images), strict=True):
         # the case allows 5e-4; float32 is better than that

@@ -132,7 +132,7 @@ def plain(
     made = []
     for first, second in zip(images, images[1:], strict=False):
         for time in times:
-            (image,) = full.between(full.frame(first), full.frame(second), (time,))
+            (image,) = full.interpolate(full.encode_image(first), full.encode_image(second), (time,))
             made.append(to_pixels(image[..., top : top + height, left : left + width], is_deep))
     return made
 

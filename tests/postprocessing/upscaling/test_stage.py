@@ -97,7 +97,7 @@ def test_tiles_are_chosen_before_memory_ends(tmp_path: Path, caplog: pytest.LogC
     assert len(tiles) == 4
     assert all(max(size) <= 80 for size in tiles)
     assert wholes == [(90, 100)] * 2
-    assert "they are cut into tiles of 80 pixels" in caplog.text
+    assert "they are split into tiles of 80 pixels" in caplog.text
 
 
 def test_the_kind_is_told_from_the_file_and_a_wrong_mode_is_said(
@@ -105,7 +105,7 @@ def test_the_kind_is_told_from_the_file_and_a_wrong_mode_is_said(
 ) -> None:
     caplog.set_level(logging.INFO)
     make_upscaler(options(write_rrdb(tmp_path / "r.pth"), mode="swinir"), CPU)
-    assert "--mode swinir, but r.pth is of another kind: ESRGAN is used." in caplog.text
+    assert "--mode swinir, but r.pth has a different architecture: ESRGAN is used." in caplog.text
     caplog.clear()
     make_upscaler(options(tmp_path / "r.pth", mode="esrgan"), CPU)
     assert "--mode" not in caplog.text

@@ -84,7 +84,7 @@ def test_weights_are_read_straight_to_where_they_wait(
     plain = load_dit(path, Placement(CPU, quantization=quantization)).eval()
     place, device = host_weights(SwapPlan(WAN.spec, 0), CPU, all_weights=True), FakeDevice()
     assert place is not None
-    dit = load_dit(path, Placement(CPU, quantization=quantization, host=place)).eval()
+    dit = load_dit(path, Placement(CPU, quantization=quantization, host_weights=place)).eval()
     addresses = {tensor.data_ptr() for tensor in place.tensors.values()}
     copy = taking_turns(dit, device, place)
 
@@ -98,7 +98,7 @@ def test_weights_are_read_straight_to_where_they_wait(
 def test_swapped_weights_keep_their_own_place(tmp_path: Path) -> None:
     path = write_dit(tmp_path / "dit.safetensors", tiny_state("t2v", num_layers=5))
     host, device = host_weights(SwapPlan(WAN.spec, 3, False), CPU, all_weights=True), FakeDevice()
-    dit = load_dit(path, Placement(CPU, host=host)).eval()
+    dit = load_dit(path, Placement(CPU, host_weights=host)).eval()
     swap_blocks(dit, host, CPU, device)
     assert host is not None
     held = host.adopt(dit)
@@ -208,7 +208,9 @@ def test_loras_are_merged_into_swapped_weights_and_one_that_fits_nothing_is_stil
     for is_written_by_this_process in (True, False):
         host, used = host_weights(SwapPlan(DIT, 4), CPU), patch()
         assert host is not None
-        found = load_dit(path, Placement(CPU, patch=used, host=Watched(host, is_written_by_this_process)))
+        found = load_dit(
+            path, Placement(CPU, patch=used, host_weights=Watched(host, is_written_by_this_process))
+        )
         used.check()
         assert unused(used) == []
         if is_written_by_this_process:

@@ -47,9 +47,9 @@ def model(blocks: int = 6) -> nn.Module:
 def test_swapped_blocks_leave_the_device_but_for_the_places_they_pass_through() -> None:
     found = plan_swapped_bytes(model(), SwapPlan(SPEC, 3))
     # as much device memory as three blocks take
-    assert found == OffloadedWeights(host=5 << 20, slot_bytes=2 << 20)
-    assert found.saved == 3 << 20
-    saved = [each.saved for each in predict_swaps(model(), SPEC, SwapOptions(blocks_to_swap=0))]
+    assert found == OffloadedWeights(host_bytes=5 << 20, slot_bytes=2 << 20)
+    assert found.saved_device_bytes == 3 << 20
+    saved = [each.saved_device_bytes for each in predict_swaps(model(), SPEC, SwapOptions(blocks_to_swap=0))]
     assert saved == [0, 1 << 20, 2 << 20, 3 << 20, 4 << 20, 4 << 20]  # two places are always needed
 
 
@@ -92,7 +92,7 @@ class Known:
     gib: float
     max_swapped_blocks: int = 3
 
-    def device(self, blocks: int) -> int:
+    def device_bytes(self, blocks: int) -> int:
         return int((self.gib - blocks) * GIB)
 
 
@@ -104,7 +104,7 @@ def test_auto_is_the_smallest_number_that_fits_else_the_largest() -> None:
     room = DeviceMemory("a card", 18 * GIB, 16 * GIB)
     count, reason = swap_for(EVEN, auto, room)
     assert count == 6
-    assert EVEN.device(count) <= room.usable < EVEN.device(count - 1)
+    assert EVEN.device_bytes(count) <= room.usable < EVEN.device_bytes(count - 1)
     assert reason is not None
     assert reason.startswith("--blocks_to_swap auto: 6. 14.00 GiB are predicted")
     assert swap_for(Known(20), auto, room)[0] == 3
@@ -122,7 +122,7 @@ def test_a_plan_is_shown_with_the_blocks_of_auto_or_with_advice(
     number: int | str, said: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def plan_of(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
-        phase = Phase("training step", (MemoryPart("weights", EVEN.device(blocks)),))
+        phase = Phase("training step", (MemoryPart("weights", EVEN.device_bytes(blocks)),))
         return MemoryPlan((phase,), tuple(remarks))
 
     def advice(room: DeviceMemory) -> list[str]:

@@ -31,11 +31,11 @@ class Card:
     def swaps(self) -> Sequence[OffloadedWeights]:
         return [OffloadedWeights(blocks * GIB, 0) for blocks in range(self.max_swapped_blocks + 1)]
 
-    def device(self, blocks: int) -> int:
+    def device_bytes(self, blocks: int) -> int:
         return int((self.gib - blocks) * GIB)
 
     def plan(self, blocks: int) -> MemoryPlan:
-        part = MemoryPart("weights", self.device(blocks), 2 * GIB + self.swaps[blocks].host)
+        part = MemoryPart("weights", self.device_bytes(blocks), 2 * GIB + self.swaps[blocks].host_bytes)
         return MemoryPlan((Phase("training step", (part,)),))
 
 
@@ -43,10 +43,10 @@ def run(gib: float, *extra_options: str, heads: int = 12, is_full: bool = False)
     """Of which half is weights, and half is tokens."""
 
     def divide(division: Division) -> Card:
-        if division.shards and is_full:
+        if division.shards_weights and is_full:
             raise OptionError("--shard_base splits frozen weights")
-        weights = 1 / division.processes if division.shards else 1
-        return Card(gib / 2 * (weights + 1 / division.context))
+        weights = 1 / division.processes if division.shards_weights else 1
+        return Card(gib / 2 * (weights + 1 / division.num_context_parallel))
 
     return SingleGpuRun(extra_options, heads, not is_full, divide)
 

@@ -23,12 +23,12 @@ from tests.training.toy import write_caches
 from training.options import TrainingOptions
 from training.planning.memory import (
     MAX_BATCH,
-    StepPrediction,
+    MemoryPrediction,
     describe_batch,
     largest_batch,
     list_memory_savings,
     list_smaller_shapes,
-    predict,
+    predict_memory,
     prepare_memory,
     suggest_changes,
     suggest_larger_batch,
@@ -85,26 +85,26 @@ def test_a_section_is_made_smaller_but_no_shorter() -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> StepPrediction:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> MemoryPrediction:
     """Of a step with a clip of 3 x 64 x 64 latents."""
     made = wan(tmp_path_factory.mktemp("whole"), *CHECKPOINTED)
-    return predict(*made, wan_batch(1, (3, 64, 64)), CPU)
+    return predict_memory(*made, wan_batch(1, (3, 64, 64)), CPU)
 
 
 @pytest.mark.slow
-def test_a_smaller_batch_takes_what_its_size_says(whole: StepPrediction, tmp_path: Path) -> None:
+def test_a_smaller_batch_takes_what_its_size_says(whole: MemoryPrediction, tmp_path: Path) -> None:
     """As a rehearsal of it does, but for the text, which does not shrink."""
-    half = predict(*wan(tmp_path, *CHECKPOINTED), wan_batch(1, (3, 32, 64)), CPU)
+    half = predict_memory(*wan(tmp_path, *CHECKPOINTED), wan_batch(1, (3, 32, 64)), CPU)
 
-    assert whole.scaled(0.5).device(0) == pytest.approx(half.device(0), rel=0.01)
-    assert whole.scaled(0.5).device(0) < whole.device(0)
+    assert whole.scaled(0.5).device_bytes(0) == pytest.approx(half.device_bytes(0), rel=0.01)
+    assert whole.scaled(0.5).device_bytes(0) < whole.device_bytes(0)
 
 
 @pytest.mark.slow
-def test_an_average_of_the_weights_counts(whole: StepPrediction, tmp_path: Path) -> None:
+def test_an_average_of_the_weights_counts(whole: MemoryPrediction, tmp_path: Path) -> None:
     made = wan(tmp_path, *CHECKPOINTED, "--ema_decay", "0.5")
 
-    assert predict(*made, wan_batch(1, (3, 64, 64)), CPU).device(0) > whole.device(0)
+    assert predict_memory(*made, wan_batch(1, (3, 64, 64)), CPU).device_bytes(0) > whole.device_bytes(0)
 
 
 def test_cheaper_options_come_one_after_the_other(tmp_path: Path) -> None:
@@ -124,8 +124,11 @@ def test_auto_swaps_nothing_on_a_cpu(tmp_path: Path) -> None:
     assert (swap.number, watch) == (0, None)
 
 
-def test_a_swapped_block_leaves_the_prediction_and_goes_to_the_host(whole: StepPrediction) -> None:
-    steps = {whole.device(count) - whole.device(count + 1) for count in range(whole.max_swapped_blocks - 1)}
+def test_a_swapped_block_leaves_the_prediction_and_goes_to_the_host(whole: MemoryPrediction) -> None:
+    steps = {
+        whole.device_bytes(count) - whole.device_bytes(count + 1)
+        for count in range(whole.max_swapped_blocks - 1)
+    }
     assert len(steps) == 1
     assert steps.pop() > 0
     assert whole.phase(1).host > whole.phase(0).host == 0
@@ -135,10 +138,10 @@ def test_a_swapped_block_leaves_the_prediction_and_goes_to_the_host(whole: StepP
 def test_advice_ends_with_what_fits(tmp_path: Path) -> None:
     family, options = wan(tmp_path)
     batch = wan_batch(1, (3, 16, 16))
-    prediction = predict(family, options, batch, CPU)
+    prediction = predict_memory(family, options, batch, CPU)
     checkpointed = replace(options, loop=replace(options.loop, gradient_checkpointing=True))
-    needed = predict(family, checkpointed, batch, CPU).device(0)
-    assert needed < prediction.device(0)
+    needed = predict_memory(family, checkpointed, batch, CPU).device_bytes(0)
+    assert needed < prediction.device_bytes(0)
     (line,) = suggest_changes(family, prediction, batch, room_for(needed), CPU)
     assert line.startswith("--gradient_checkpointing:")
     assert line.endswith("fits")
@@ -155,7 +158,7 @@ def test_offloaded_activations_wait_on_the_host(tmp_path: Path) -> None:
     made = wan(tmp_path, *CHECKPOINTED, "--gradient_checkpointing_cpu_offload")
     tokens = 3 * 8 * 8
     # all but the last of five blocks, float32
-    assert predict(*made, wan_batch(1, (3, 16, 16)), CPU).host_activation_bytes == 4 * tokens * 128 * 4
+    assert predict_memory(*made, wan_batch(1, (3, 16, 16)), CPU).host_activation_bytes == 4 * tokens * 128 * 4
 
 
 def two_experts(folder: Path, *more: str) -> tuple[Family, TrainingOptions]:
@@ -185,7 +188,7 @@ def test_a_step_in_two_experts_takes_what_was_predicted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: list[str], turns: list[str]
 ) -> None:
     family, options = two_experts(tmp_path, *own, *turns)
-    prediction = predict(family, options, wan_batch(2), CPU)
+    prediction = predict_memory(family, options, wan_batch(2), CPU)
 
     phase = prediction.phase(0)
     planned = phase.device - prediction.workspace.device
@@ -204,7 +207,7 @@ def size_of(phase: Phase, name: str) -> tuple[int, int]:
 def test_swapped_blocks_of_both_are_on_the_host(tmp_path: Path) -> None:
     family, options = two_experts(tmp_path)
     apart = replace(options, experts=replace(options.by_expert, offload_inactive_dit=True))
-    both, turns = (predict(family, each, wan_batch(), CPU) for each in (options, apart))
+    both, turns = (predict_memory(family, each, wan_batch(), CPU) for each in (options, apart))
 
     device, host = size_of(both.phase(0), "weights")
     for blocks in range(1, both.max_swapped_blocks + 1):
@@ -219,7 +222,7 @@ def test_an_adapter_of_two_experts_is_there_twice_also_if_they_take_turns(tmp_pa
     path = tmp_path / "adapter.safetensors"
     write_lora(path, tmp_path / "none", rank=64)
     plain, adapted = (
-        predict(*two_experts(tmp_path, "--offload_inactive_dit", *more), wan_batch(), CPU).phase(0)
+        predict_memory(*two_experts(tmp_path, "--offload_inactive_dit", *more), wan_batch(), CPU).phase(0)
         for more in ([], ["--training_adapter", str(path)])
     )
 
@@ -250,7 +253,7 @@ class Growing:
     def scaled(self, share: float) -> "Growing":
         return Growing(self.shape, self.samples * share)
 
-    def device(self, blocks: int) -> int:
+    def device_bytes(self, blocks: int) -> int:
         return round((2 + self.samples) * GIB)
 
 

@@ -40,7 +40,7 @@ from training.learning_options import ExpertTrainingOptions, FullDitOptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal
-from training.planning.memory import predict
+from training.planning.memory import predict_memory
 from training.planning.rehearsal import rehearse
 from wan.family import family_for_training as wan_family
 from wan.options import WanTrainingOptions
@@ -296,6 +296,6 @@ def test_a_full_size_step_keeps_one_stream_a_block(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_full_size_step_fits_in_12_gib_with_all_that_saves_memory(tmp_path: Path) -> None:
     saving = ["--fp8_base", "--fp8_scaled", "--blocks_to_swap", "39", "--gradient_checkpointing_cpu_offload"]
-    prediction = predict(*full_size(tmp_path, *saving), torch.device("cpu"))
+    prediction = predict_memory(*full_size(tmp_path, *saving), torch.device("cpu"))
     (tmp_path / "model.safetensors").unlink()
-    assert prediction.device(39) < 11.6 * GIB  # 11.48 when written
+    assert prediction.device_bytes(39) < 11.6 * GIB  # 11.48 when written

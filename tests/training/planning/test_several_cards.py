@@ -8,7 +8,7 @@ import torch
 from runtime.planning.division import NUM_EXCHANGE_BUFFERS, TokenCounter, divide_tokens
 from runtime.planning.dry_run import BATCH, IN_BLOCKS
 from tests.training.planning.test_rehearsal import CHECKPOINTED, LAYERS, wan, wan_batch
-from training.planning.memory import predict
+from training.planning.memory import predict_memory
 
 CPU = torch.device("cpu")
 DIM = 128  # of tiny Wan: numbers of a token
@@ -18,8 +18,8 @@ DIM = 128  # of tiny Wan: numbers of a token
 def test_half_of_the_tokens_takes_what_a_clip_of_half_the_size_does(tmp_path: Path) -> None:
     family, options = wan(tmp_path, *CHECKPOINTED)
     counter = TokenCounter()
-    full = predict(family, options, wan_batch(1, (3, 128, 128)), CPU, watch=counter.watch)
-    half = predict(family, options, wan_batch(1, (3, 64, 128)), CPU)
+    full = predict_memory(family, options, wan_batch(1, (3, 128, 128)), CPU, watch=counter.watch)
+    half = predict_memory(family, options, wan_batch(1, (3, 64, 128)), CPU)
 
     found = divide_tokens(full.phase_peaks, 2, counter)
 
@@ -36,7 +36,7 @@ def test_half_of_the_tokens_takes_what_a_clip_of_half_the_size_does(tmp_path: Pa
 def test_what_cards_share_is_counted_by_closed_forms(tmp_path: Path) -> None:
     family, options = wan(tmp_path, *CHECKPOINTED)
     counter = TokenCounter()
-    predict(family, options, wan_batch(2, (3, 32, 64)), CPU, watch=counter.watch)
+    predict_memory(family, options, wan_batch(2, (3, 32, 64)), CPU, watch=counter.watch)
 
     tokens, config = 2 * 3 * 16 * 32, family.files.dit_header().config
     assert config.dim == DIM

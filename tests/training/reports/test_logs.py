@@ -47,7 +47,7 @@ def test_without_trackers_only_the_bar_moves() -> None:
     out = io.StringIO()
     with Logs(make_accelerator(PLAIN), 10, 4) as logs:
         logs.bar = tqdm(total=10, initial=4, file=out, mininterval=0)
-        logs.step(StepReport(5, {}, loss=1.0, average=0.123456))
+        logs.log_step(StepReport(5, {}, loss=1.0, average=0.123456))
         assert logs.bar.n == 5
 
     assert "avr_loss=0.1235" in out.getvalue()
@@ -207,7 +207,7 @@ def test_numbers_make_room_for_the_bar(columns: int, shown: str) -> None:
     with Logs(make_accelerator(PLAIN), 100, extras=lambda _: extras) as logs:
         logs.bar = tqdm(desc="steps", total=100, file=out, ncols=columns, mininterval=0, bar_format=BAR)
         for step in range(1, 9):
-            logs.step(StepReport(step, {"lr/unet": 0.001}, seconds=0.759, average=0.2299))
+            logs.log_step(StepReport(step, {"lr/unet": 0.001}, seconds=0.759, average=0.2299))
         logs.bar.refresh()
 
     line = out.getvalue().split("\r")[-2]
