@@ -320,7 +320,7 @@ def test_a_plan_names_what_waits_and_what_the_rooms_mean() -> None:
 
     def remarks(turns: ExpertSchedule, room: int, host: int) -> str:
         phase, free = phase_of(turns), DeviceMemory("a card", room, room)
-        return "\n".join(turns.note_fit(MemoryPlan((phase,)), phase, free, host))
+        return "\n".join(turns.describe_fit(MemoryPlan((phase,)), phase, free, host))
 
     one, two, large = ExpertSchedule((1, 1)), ExpertSchedule((2, 0)), 1 << 40
     assert phase_of(one).host == SWAPPED
