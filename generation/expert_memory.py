@@ -118,7 +118,7 @@ class ExpertSchedule:
         device_memory: DeviceMemory | None,
         free_host_bytes: int | None,
     ) -> list[str]:
-        """Return notes for a memory plan: if all experts fit on the device, or if the host lacks memory for them.
+        """Return notes for a memory plan: if all experts fit on the device, or too few on the host.
 
         Args:
             plan: The memory plan.

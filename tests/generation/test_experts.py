@@ -314,7 +314,7 @@ def test_the_host_holds_what_was_counted(rule: dict[str, Any]) -> None:
 
 def test_a_plan_names_what_waits_and_what_the_rooms_mean() -> None:
     def phase_of(turns: ExpertSchedule) -> Phase:
-        swap = SimpleNamespace(host=SWAPPED)
+        swap = SimpleNamespace(host_bytes=SWAPPED)
         parts = turns.list_idle_parts(SIZE, swap)  # type: ignore[arg-type]
         return Phase("x", (MemoryPart(PART_NAMES[WEIGHTS], SIZE, SWAPPED), *parts))
 
