@@ -382,10 +382,8 @@ class _SectionPreview:
         if self.video is None:  # the first section is done: begin the preview
             prepared = self.job.prepared
             tags = as_tags(self.job.metadata or run.metadata(prepared) or {})
-            decoding_bytes = None if run.predicted is None else run.predicted.decoding
-            self.video = GrowingVideo(
-                run.session, self.path, prepared.fps, needed_bytes=decoding_bytes, tags=tags
-            )
+            needed = None if run.predicted is None else run.predicted.decoding
+            self.video = GrowingVideo(run.session, self.path, prepared.fps, needed_bytes=needed, tags=tags)
         self.video.add(section.previous_piece)
 
 

@@ -84,13 +84,12 @@ OUTPUT_TYPES = {
 }
 
 
-# names with such an ending are files, and no folders
+# paths with these suffixes are files, not folders
 WRITABLE_SUFFIXES = {".mp4", ".mkv", ".png", ".wav"}
-_OF_IMAGES = {".gif", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
+_IMAGE_SUFFIXES = {".gif", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
 _AUDIO_SUFFIXES = {".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac"}
-OF_RESULTS = (
-    WRITABLE_SUFFIXES | {".mov", ".webm", ".avi", ".m4v", ".safetensors"} | _OF_IMAGES | _AUDIO_SUFFIXES
-)
+_MORE_SUFFIXES = {".mov", ".webm", ".avi", ".m4v", ".safetensors"}
+OF_RESULTS = WRITABLE_SUFFIXES | _IMAGE_SUFFIXES | _AUDIO_SUFFIXES | _MORE_SUFFIXES
 
 
 class OutputOptions(Options, title="output"):
