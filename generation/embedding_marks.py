@@ -46,7 +46,7 @@ def warn_of_embeddings(family: Family, request: Request) -> None:
     """Warn about names that a request marks as embeddings but no loaded file contains."""
     text = " ".join(filter(None, (request.prompt, request.negative_prompt)))
     if find_embeddings(text):
-        remedy = f"{OPTION} FILE loads one, or --lora_weight a LoRA that brings it"
+        remedy = f"{OPTION} FILE loads one, or --lora_weight a LoRA that contains it"
         warn_of_unknown(text, cast(TakesWords, family).word_names, remedy)
 
 

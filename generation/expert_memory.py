@@ -111,14 +111,14 @@ class ExpertSchedule:
             ),
         )
 
-    def note_fit(
+    def describe_fit(
         self,
         plan: MemoryPlan,
         denoising: Phase,
         device_memory: DeviceMemory | None,
         free_host_bytes: int | None,
     ) -> list[str]:
-        """Return notes for a memory plan: whether all experts fit on the device, or too few on the host.
+        """Return notes for a memory plan: if all experts fit on the device, or too few on the host.
 
         Args:
             plan: The memory plan.

@@ -165,7 +165,7 @@ def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
     max_passes = max((len(plan.passes) for plan in plans), default=run.processes)
     if max_passes < run.processes:
         logger.warning(
-            "%s: the largest number of passes in a step is %d, which makes %d processes no faster than %d",
+            "%s: the largest number of passes in a step is %d, so %d processes are no faster than %d",
             options.speed.modes.divides_passes,
             max_passes,
             run.processes,
@@ -382,10 +382,8 @@ class _SectionPreview:
         if self.video is None:  # the first section is done: begin the preview
             prepared = self.job.prepared
             tags = as_tags(self.job.metadata or run.metadata(prepared) or {})
-            decoding_bytes = None if run.predicted is None else run.predicted.decoding
-            self.video = GrowingVideo(
-                run.session, self.path, prepared.fps, needed_bytes=decoding_bytes, tags=tags
-            )
+            needed = None if run.predicted is None else run.predicted.decoding
+            self.video = GrowingVideo(run.session, self.path, prepared.fps, needed_bytes=needed, tags=tags)
         self.video.add(section.previous_piece)
 
 

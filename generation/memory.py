@@ -312,6 +312,7 @@ class _HeaviestStep:
         ledger: dry.Ledger,
         section: Section,
     ) -> None:
+        """Find the heaviest step of a request, to be run on the first section."""
         self._family = family
         self._prepared = prepared
         self._dit = dit
@@ -473,7 +474,7 @@ def plan_generation(
     def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
         plan_of_blocks = prediction.plan(blocks)
         denoising = prediction.phase(blocks)
-        expert_warnings = prediction.expert_schedule.note_fit(
+        expert_warnings = prediction.expert_schedule.describe_fit(
             plan_of_blocks, denoising, device_memory, free_host_memory()
         )
         return replace(plan_of_blocks, remarks=(*remarks, *expert_warnings))

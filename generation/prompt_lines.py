@@ -344,8 +344,8 @@ def _check_count(options: int) -> None:
     """Raise OptionError if a prompt line has too many options to be genuine."""
     if options > MAX_LINE_OPTIONS:
         raise OptionError(
-            f"it has {options:,} options, which are words behind --, and {MAX_LINE_OPTIONS} are the most. "
-            "Remove those that are not meant as options"
+            f"it has {options:,} options (words after --), and {MAX_LINE_OPTIONS} are the most. Remove "
+            "those that are not meant as options"
         )
 
 

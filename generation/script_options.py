@@ -84,13 +84,12 @@ OUTPUT_TYPES = {
 }
 
 
-# names with such an ending are files, and no folders
+# paths with these suffixes are files, not folders
 WRITABLE_SUFFIXES = {".mp4", ".mkv", ".png", ".wav"}
-_OF_IMAGES = {".gif", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
+_IMAGE_SUFFIXES = {".gif", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
 _AUDIO_SUFFIXES = {".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac"}
-OF_RESULTS = (
-    WRITABLE_SUFFIXES | {".mov", ".webm", ".avi", ".m4v", ".safetensors"} | _OF_IMAGES | _AUDIO_SUFFIXES
-)
+_MORE_SUFFIXES = {".mov", ".webm", ".avi", ".m4v", ".safetensors"}
+OF_RESULTS = WRITABLE_SUFFIXES | _IMAGE_SUFFIXES | _AUDIO_SUFFIXES | _MORE_SUFFIXES
 
 
 class OutputOptions(Options, title="output"):
@@ -208,18 +207,18 @@ class OutputOptions(Options, title="output"):
             frames: Number of frames; below 1 for audio alone.
         """
         path = self.save_path / self.file_name
-        reason = "a video is made"
+        reason = "the result is a video"
         suffix = self.format.suffix
         if frames < 1:
-            reason = "sound alone is made"
+            reason = "the result is sound alone"
             suffix = ".wav"
         elif self.is_image(frames - self.trim_tail_frames <= 1):
-            reason = "a picture is made"
+            reason = "the result is a picture"
             suffix = ".png"
         elif self.output_type in IMAGE_OUTPUTS:
             raise OptionError(
-                f"--save_path {path} with --output_type {self.output_type}: {frames} pictures are made. Give "
-                f"a folder for them, such as {path.with_suffix('')}"
+                f"--save_path {path} with --output_type {self.output_type}: the result is {frames} "
+                f"pictures. Give a folder for them, such as {path.with_suffix('')}"
             )
         if path.suffix.lower() != suffix:
             raise OptionError(f"--save_path {path}: {reason}. Give {path.with_suffix(suffix)}")

@@ -50,7 +50,7 @@ def generation_script(
             options.warn_of_ignored()
             if entry.notice:
                 entry.log_notice()
-            if options.interactive:  # each prompt has its own
+            if options.interactive:  # a prompt may repeat the warnings of an earlier one
                 warnings.close()
             print_loading()
             from generation.run import generate  # torch loads here, after every option has been read

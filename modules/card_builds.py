@@ -16,7 +16,7 @@ FIRST_BEYOND_CUDA_12_6 = (10, 0)
 # AMD cards supported by PyTorch's builds for ROCm 6.4, in Linux's numbers: 110000 is gfx1100
 AMD_CARDS = frozenset({90000, 90006, 90008, 90010, 90402, 100300, 110000, 110001, 110002, 120000, 120001})
 KFD = Path("/sys/class/kfd/kfd/topology/nodes")  # list of AMD cards, from Linux's driver
-NO_TORCH = "no build of PyTorch is made for it. docs/install.md lists the machines"
+NO_TORCH = "there is no build of PyTorch for it. docs/install.md lists the machines"
 
 
 @dataclass(frozen=True)

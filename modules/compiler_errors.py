@@ -20,7 +20,7 @@ def explain_compilation(error: Exception) -> str | None:
     lines = [line.strip() for line in (output or summary).splitlines() if line.strip()]
     causes = [line for line in lines if re.search("error|cannot|not found", line, re.IGNORECASE)]
     cause = next(iter([*causes, *lines]), "no reason is given")
-    folder = _find_folder_with_blank(summary)
+    folder = _find_folder_with_space(summary)
     remedy = "Update the compiler (g++ or clang; on a GPU Triton) and its headers"
     if folder is not None:
         remedy = (
@@ -32,7 +32,7 @@ def explain_compilation(error: Exception) -> str | None:
     )
 
 
-def _find_folder_with_blank(command: str) -> str | None:
+def _find_folder_with_space(command: str) -> str | None:
     """Find a folder of torch or its compiled code in a failed command whose path contains a space.
 
     torch does not quote paths in such commands, so the compiler reads the path as two.

@@ -175,7 +175,7 @@ def find_front_words() -> list[str]:
 
 
 def find_script(word: str) -> Path | None:
-    """Return the path in ROOT of a command's script, with or without its room and .py, or None."""
+    """Return the path in ROOT of the script that a word names, with or without folder and .py; else None."""
     shape = rf"(({'|'.join(SCRIPT_ROOMS)})/)?\w{{1,{LONGEST_NAME}}}(\.py)?"
     if re.fullmatch(shape, word, re.ASCII) is None:
         return None
@@ -296,7 +296,7 @@ def reject_in_queue(option: str) -> None:
     """Raise OptionError if the command of this program is a job of the browser's queue.
 
     Args:
-        option: Names a file that no page shows, and that can say where another library sends data.
+        option: Names a file that no page shows, and that can make another library send data elsewhere.
     """
     if os.environ.get(FROM_QUEUE):
         raise OptionError(

@@ -42,9 +42,9 @@ DEFAULT_ADVICE = "Start the same command again."
 class Pace(NamedTuple):
     """Intervals and time limits for watching the other processes of a run."""
 
-    beat: float = 5.0  # seconds between two heartbeats
-    silence: float = 60.0  # seconds without a heartbeat; long, as C code may hold the GIL
-    grace: float = 5.0  # seconds to wait for a more specific error
+    heartbeat_seconds: float = 5.0  # seconds between two heartbeats
+    timeout_seconds: float = 60.0  # seconds without a heartbeat; long, as C code may hold the GIL
+    grace_seconds: float = 5.0  # seconds to wait for a more specific error
 
 
 DEFAULT = Pace()
@@ -106,7 +106,7 @@ class OtherProcesses:
         except BaseException as error:
             is_communication_error = _is_communication_error(error)
             if is_communication_error:  # wait for a more specific reason from the other processes
-                self._loss_noticed.wait(self._pace.grace)
+                self._loss_noticed.wait(self._pace.grace_seconds)
             self._has_ended.set()  # from now on, this thread ends the process
             if not is_communication_error:
                 raise
@@ -117,7 +117,7 @@ class OtherProcesses:
             raise LostProcessError(self._describe(f" torch says: {summary}")) from None
 
     def _send_heartbeats(self) -> None:
-        while not self._has_ended.wait(self._pace.beat):
+        while not self._has_ended.wait(self._pace.heartbeat_seconds):
             self._send_to_all(HEARTBEAT)
 
     def _send_to_all(self, line: str) -> None:
@@ -135,9 +135,9 @@ class OtherProcesses:
         """Read the lines of a process; return which process is lost, or None if this one is done."""
         num_missed_beats = 0
         unfinished_line = b""
-        connection.settimeout(self._pace.beat)
+        connection.settimeout(self._pace.heartbeat_seconds)
         # counted in waits, not by a clock: a group that is stopped as a whole, by Ctrl-Z, continues later
-        while num_missed_beats * self._pace.beat < self._pace.silence:
+        while num_missed_beats * self._pace.heartbeat_seconds < self._pace.timeout_seconds:
             try:
                 received = connection.recv(1024)
             except TimeoutError:
@@ -165,7 +165,7 @@ class OtherProcesses:
         self._loss_noticed.set()
         if self._rank == 0:
             self._send_to_all(f"{LOST} {lost.rank} {lost.cause}")
-        if self._has_ended.wait(self._pace.grace):
+        if self._has_ended.wait(self._pace.grace_seconds):
             return
         try:
             description = self._describe()
@@ -189,7 +189,8 @@ class OtherProcesses:
             reason = "another process of this run was lost: it was killed, or ended by an error"
         elif self._lost.cause == SILENT:
             reason = (
-                f"process {self._lost.rank} (counted from 0) has not answered for {self._pace.silence:g} "
+                f"process {self._lost.rank} (counted from 0) has not answered for "
+                f"{self._pace.timeout_seconds:g} "
                 "seconds: it is stopped, or its machine cannot be reached"
             )
         else:
@@ -276,7 +277,7 @@ def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:
         password = secrets.token_hex(8)
         # tells the other processes where to connect, and the password to use
         store.set(ADDRESS_KEY, f"{server.getsockname()[1]} {password}")
-        server.settimeout(pace.silence)
+        server.settimeout(pace.timeout_seconds)
         return _accept_all(server, password, count, pace)
 
 
@@ -284,7 +285,7 @@ def _reach_first(rank: int, host: str, store: Any, pace: Pace) -> socket.socket:
     """Connect to process 0 and send it this process's rank."""
     port, password = store.get(ADDRESS_KEY).decode().split()
     try:
-        link = socket.create_connection((host, int(port)), pace.silence)
+        link = socket.create_connection((host, int(port)), pace.timeout_seconds)
     except OSError as error:
         raise UserError(
             f"process {rank} cannot reach process 0 at {host}, port {port}: {error}. The machines of a "
@@ -303,7 +304,7 @@ def _accept_all(server: socket.socket, password: str, count: int, pace: Pace) ->
         except TimeoutError:
             missing = ", ".join(str(rank) for rank in range(1, count) if rank not in links)
             raise UserError(f"no connection from process {missing} (counted from 0)") from None
-        link.settimeout(pace.grace)
+        link.settimeout(pace.grace_seconds)
         with contextlib.suppress(OSError):
             greeting = link.recv(len(password) + 7).decode("latin-1")  # password, a space, rank
             password_received, _, rank_received = greeting.partition(" ")

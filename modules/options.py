@@ -234,7 +234,7 @@ class Options:
     """Base of option records: a frozen dataclass whose fields are options, or records of them.
 
     The class argument `title` is the heading of the options in the help; records with the same title are
-    listed together. With `dashed`, public names have - in place of _. When a record is created, declared
+    listed together. With `dashed`, public names have - instead of _. When a record is created, declared
     limits and relations are checked first; then, if any of its options is given, `__post_init__` checks
     everything else. With `must_give` it does so even if none is given, because the record needs one.
     """

@@ -59,7 +59,7 @@ def find_error_on_windows(name: str) -> str:
     if is_windows_device(name):
         return f"on Windows {name.partition('.')[0].strip()} is a device, with any ending"
     if name[-1] in ". ":
-        return f"it ends in a {'dot' if name[-1] == '.' else 'blank'}, which Windows removes"
+        return f"it ends in a {'dot' if name[-1] == '.' else 'space'}, which Windows removes"
     return ""
 
 
@@ -88,7 +88,7 @@ def check_output_file(option: str, path: Path) -> None:
 
 
 def check_place(option: str, path: Path) -> None:
-    """Raise OptionError if no file can be written under this name: a folder has it, or a file is above it."""
+    """Raise OptionError if no file can be written here: a folder has the name, or a parent is a file."""
     if path.is_dir():
         raise OptionError(f"{option} {path}: is a folder. Give the name of the file to write in it")
     above = next((folder for folder in path.parents if folder.exists()), None)

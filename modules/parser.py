@@ -581,11 +581,11 @@ def _add_option(
 
 
 def reject_unsupported(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, tells_unneeded: bool = True
+    parser: argparse.ArgumentParser, args: argparse.Namespace, logs_unneeded: bool = True
 ) -> None:
     """Raise OptionError if an option that is not supported is used.
 
-    With `tells_unneeded`, options that are not needed are logged.
+    With `logs_unneeded`, options that are not needed are logged.
     """
     for action in parser._actions:
         rejection = find_rejection(action)
@@ -594,5 +594,5 @@ def reject_unsupported(
             continue
         if rejection.reason:
             raise OptionError(f"{action.option_strings[0]} is refused: {rejection.reason}")
-        if tells_unneeded:
+        if logs_unneeded:
             logger.info("%s is not needed: %s", action.option_strings[0], rejection.instead)

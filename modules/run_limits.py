@@ -33,7 +33,7 @@ def limit_variables(
 
     Args:
         folders: At least one folder; the first one is the run's.
-        typed: Names of the options that the user typed. Among them are those that permit network access.
+        typed: Names of the options that the user typed; only these may send data (`reject_sending`).
         command: Command line of a run, for messages; "" for commands that have no option to allow more.
     """
     import json  # here: all options import this file

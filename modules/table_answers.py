@@ -36,7 +36,7 @@ class _TableParser(Parser):
 
 
 class CommandLine(NamedTuple):
-    """The arguments of a command line, as options of a script."""
+    """The parser of a script, and the arguments that it has parsed."""
 
     parser: Parser
     arguments: argparse.Namespace
@@ -85,7 +85,7 @@ def answer_script(script: Path, argv: Sequence[str], program: str | None = None)
         arguments = parser.parse_args(argv)
         try:
             with name_as_typed(typed_names(arguments)):
-                reject_unsupported(parser, arguments, tells_unneeded=False)
+                reject_unsupported(parser, arguments, logs_unneeded=False)
                 check_arguments(parser, arguments)
         except UserError as error:
             _reject_outdated_tables()

@@ -58,7 +58,7 @@ def _examine_packages() -> Iterator[Finding]:
     if namesake is not None:
         # only an installed Reelsmith has files that the other distribution may have replaced
         yield Finding("name", namesake, is_fit=not PREFIX)
-    yield Finding("video", f"PyAV {version('av')}; it brings FFmpeg, so no other is needed")
+    yield Finding("video", f"PyAV {version('av')}; it includes FFmpeg, so no other is needed")
     yield _examine_bitsandbytes()
     yield Finding("browser", "works: `reelsmith browser` opens a page to train, generate and watch by clicks")
 

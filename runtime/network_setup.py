@@ -18,7 +18,7 @@ from runtime.options import SwapOptions
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """Settings of blocks that keep only their inputs until the backward pass."""
+    """Settings of activation checkpointing, with which blocks keep only their inputs for backward."""
 
     keeps_attention: bool = False
     inputs_on_host: bool = False

@@ -41,7 +41,7 @@ def test_a_plan_ends_with_the_command_of_a_way_that_fits(
     (title,) = (line for line in lines if line.startswith("The cheapest that fits"))
     command, *soonest = lines[lines.index(title) + 1 :]
     # all cards make one clip together in another way
-    assert soonest[:1] == ([] if kind == "train" else ["One clip is made soonest by:"])
+    assert soonest[:1] == ([] if kind == "train" else ["A single clip is finished soonest by:"])
     typed = [word.removeprefix(f"{ROOT}/") for word in shlex.split(command)]
     assert typed == [*launcher.split(), *words]
     assert done.stdout.count("  fits  ") == 4  # the transformer has two heads

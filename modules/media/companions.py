@@ -298,7 +298,7 @@ class OtherStreams:
         return cleaned if self._with_images else without_images(self._path, cleaned)
 
     def _skip(self, name: str, reason: str = "", remedy: str = "; .mkv keeps it") -> None:
-        reason = reason or f"{self._suffix} files cannot hold it"
+        reason = reason or f"{self._suffix} files do not support it"
         logger.warning(
             "%s: %s is left out: %s%s", self._path, name, reason, "" if self._suffix == ".mkv" else remedy
         )

@@ -105,7 +105,7 @@ def is_single_image(path: Path) -> bool:
 def read_image(path: Path, alpha: bool = False) -> Frame:
     """Read an image as a viewer shows it, upright, in sRGB and on white: H W 3 RGB.
 
-    With `alpha` it is H W 4 if the image has transparency, with the colors below it.
+    With `alpha` it is H W 4 if the image has transparency, and transparent pixels keep their colors.
 
     Raises:
         MediaError: If the image cannot be read.

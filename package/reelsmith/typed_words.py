@@ -93,7 +93,7 @@ class ScriptArguments:
             return vars(parser.parse_known_args(argv)[0])
         arguments: argparse.Namespace = parser.parse_args(argv)
         with name_as_typed(typed_names(arguments)):
-            reject_unsupported(parser, arguments, tells_unneeded=False)
+            reject_unsupported(parser, arguments, logs_unneeded=False)
             check_arguments(parser, arguments)
         values = vars(arguments)
         if values.get("config_file") is None:

@@ -141,8 +141,8 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
         return [0] * len(totals)
     if spec.swap_counts is None:
         raise OptionError(
-            f"--blocks_to_swap {blocks}: this model runs its blocks by itself, so none can be swapped. Leave "
-            "it out"
+            f"--blocks_to_swap {blocks}: this model runs its blocks in its own way, so none can be swapped. "
+            "Leave it out"
         )
     swapped = spec.swap_counts(blocks)
     if not _fits(totals, swapped, spec.num_unswapped):

@@ -307,7 +307,7 @@ def _make_row(part: MemoryPart) -> tuple[str, str, str, str]:
 
 
 class Swappable(Protocol):
-    """Prediction of device bytes by number of swapped blocks, which is at most `maximum`."""
+    """Prediction of device bytes by number of swapped blocks, which is at most `max_swapped_blocks`."""
 
     @property
     def max_swapped_blocks(self) -> int:

@@ -215,7 +215,7 @@ def _advise(fitting: Sequence[GpuLayout], added: Sequence[str], is_training: boo
     # a clip is finished soonest if as many GPUs as possible share its tokens
     fastest = max(fitting, key=lambda layout: layout.division.num_context_parallel)
     if not is_training and fastest is not best:
-        lines.append("One clip is made soonest by:")
+        lines.append("A single clip is finished soonest by:")
         lines.append(f"  {command_of(fastest, added, sys.argv, is_training)}")
     return lines
 

@@ -82,7 +82,7 @@ def test_a_plain_caption_becomes_json() -> None:
     ("text", "words"),
     [
         ('{"short_description": "a",}', "double quotes|last entry"),
-        ("{a cat", "it is no JSON"),
+        ("{a cat", "it is not JSON"),
     ],
 )
 def test_broken_json_is_refused_where_it_breaks(text: str, words: str) -> None:
@@ -152,11 +152,11 @@ def test_captions_that_are_broken_json_are_named_and_all_others_cached(tmp_path:
     code, said = run_here(script, *words, "--check", folder=tmp_path, printed=printed)
     assert code == 1
     for name in ("a", "ü"):
-        assert f"{name}.txt: it is no JSON" in printed.getvalue() + said
+        assert f"{name}.txt: it is not JSON" in printed.getvalue() + said
     assert "Faults: 2" in printed.getvalue() + said
 
     code, said = run_here(script, *words, "--device", "cpu", folder=tmp_path)
     assert code == 1
     for name in ("a", "ü"):
-        assert f"{name}.txt: the caption {captions[name]}: it is no JSON" in said
+        assert f"{name}.txt: the caption {captions[name]}: it is not JSON" in said
     assert [path.name for path in (tmp_path / "cache").glob("*_te.safetensors")] == ["b_fibo_te.safetensors"]

@@ -314,13 +314,13 @@ def test_the_host_holds_what_was_counted(rule: dict[str, Any]) -> None:
 
 def test_a_plan_names_what_waits_and_what_the_rooms_mean() -> None:
     def phase_of(turns: ExpertSchedule) -> Phase:
-        swap = SimpleNamespace(host=SWAPPED)
+        swap = SimpleNamespace(host_bytes=SWAPPED)
         parts = turns.list_idle_parts(SIZE, swap)  # type: ignore[arg-type]
         return Phase("x", (MemoryPart(PART_NAMES[WEIGHTS], SIZE, SWAPPED), *parts))
 
     def remarks(turns: ExpertSchedule, room: int, host: int) -> str:
         phase, free = phase_of(turns), DeviceMemory("a card", room, room)
-        return "\n".join(turns.note_fit(MemoryPlan((phase,)), phase, free, host))
+        return "\n".join(turns.describe_fit(MemoryPlan((phase,)), phase, free, host))
 
     one, two, large = ExpertSchedule((1, 1)), ExpertSchedule((2, 0)), 1 << 40
     assert phase_of(one).host == SWAPPED

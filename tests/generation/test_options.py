@@ -319,9 +319,9 @@ def test_a_prompt_that_names_a_json_file_is_the_object_in_it(tmp_path: Path) -> 
     ("content", "words"),
     [
         (None, "No such file.*one JSON object"),
-        ("{a cat", "no JSON.*one JSON object"),
-        ("[1]", "no JSON object"),
-        ("<!doctype html>", "no JSON"),
+        ("{a cat", "not JSON.*one JSON object"),
+        ("[1]", "not a JSON object"),
+        ("<!doctype html>", "not JSON"),
     ],
 )
 def test_a_prompt_that_names_no_json_object_is_refused(

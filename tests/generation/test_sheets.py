@@ -184,7 +184,10 @@ def test_values_with_commas_can_be_written(text: str, values: list[str]) -> None
         (["--sheet", "fps=8,16"], ["--sheet fps: it changes no picture"]),
         (["--sheet", "prompt=a||b"], ["one of the prompts is empty"]),
         (["--sheet", "s=1,2", "--num_videos", "2"], ["--num_videos and --sheet: give the seeds"]),
-        (["--sheet", f"d={','.join(map(str, range(101)))}"], ["--sheet has 101 cells, 100 are the most"]),
+        (
+            ["--sheet", f"d={','.join(map(str, range(101)))}"],
+            ["--sheet has 101 cells, at most 100 are possible"],
+        ),
         (["--sheet", "s=1,2", "--output_type", "latent"], ["--output_type latent cannot be used together"]),
     ],
 )

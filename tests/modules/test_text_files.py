@@ -326,7 +326,7 @@ def test_other_names_are_taken(name: str) -> None:
         ("a:b", "names on Windows cannot have the character :"),
         ("what?", "cannot have the character \\?"),
         ("v1.", "it ends in a dot, which Windows removes"),
-        ("v1 ", "it ends in a blank, which Windows removes"),
+        ("v1 ", "it ends in a space, which Windows removes"),
     ],
 )
 def test_what_windows_cannot_have_is_refused_everywhere_but_goes_on(name: str, reason: str) -> None:

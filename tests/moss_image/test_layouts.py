@@ -34,7 +34,7 @@ def layout(*items: Mapping[str, Any], **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("{a cat", "it is no JSON"),
+        ("{a cat", "it is not JSON"),
         (layout(summary={}), "summary.caption is missing"),
         (layout(summary={"caption": "a", "canvas": "double"}), "canvas 'double'"),
         (layout(bbox_format="xyxy"), "bbox_format is 'xyxy'"),

@@ -75,7 +75,7 @@ def test_an_object_is_found_in_what_models_say_around_it(answer: str, tmp_path: 
     [
         ("a red square", "contains no JSON object"),
         ('{"short_description": "a red', "raise --max_new_tokens"),
-        ('{"short_description": "a", "objects": [}', "it is no JSON"),
+        ('{"short_description": "a", "objects": [}', "it is not JSON"),
         ('{"objects": []}', "short_description is missing"),
         ('{"short_description": "a", "lightning": {}}', "lighting is meant"),
         ('{"short_description": "a", "objects": [{"location": "left"}]}', "entry 1: description is missing"),

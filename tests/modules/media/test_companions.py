@@ -195,7 +195,7 @@ def test_chapters_and_tags_are_kept_in_mp4_and_the_font_is_missed_aloud(
         assert titles == ["Anfang", "Ende"]
         assert container.streams.audio[0].metadata["language"] == "deu"
     (warning,) = caplog.records
-    assert "schrift.ttf) is left out: .mp4 files cannot hold it; .mkv keeps it" in warning.getMessage()
+    assert "schrift.ttf) is left out: .mp4 files do not support it; .mkv keeps it" in warning.getMessage()
     # chapters are a stream in MP4, which is not copied as one
     again = remake(made, ".mkv")
     with av.open(str(again)) as container:
