@@ -210,7 +210,7 @@ def test_other_numbers_of_frames_are_refused(tmp_path: Path, frames: int) -> Non
         ("latents_std", [1.0], "24 means and 1 deviations"),
         ("latents_std", [0.0] * 24, "not possible"),
         ("spatial_downsample_factors", [2, 2], "strides of 2 and 4 levels"),
-        ("spatial_downsample_factors", [2, 4, 2, 1], "patches of 768 numbers"),
+        ("spatial_downsample_factors", [2, 4, 2, 1], "patches of width 768"),
         ("decoder_attention_head_dim", 0, "no heads of 0"),
         ("norm_num_groups", 48, "48 norm groups"),
     ],
