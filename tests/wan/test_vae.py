@@ -243,8 +243,8 @@ def zeros_of(config: WanVaeConfig) -> dict[str, Tensor]:
     ("config", "reason"),
     [
         (vae_config(z=8), "8 latent channels"),
-        (vae22_config(z=16), r"scales time by 4 and space by 16, that of Wan2.1 by 4 and 8"),
-        (vae_config(z=48), r"scales time by 4 and space by 8, that of Wan2.2 by 4 and 16"),
+        (vae22_config(z=16), r"scales time by 4 and space by 16, the one of Wan2.1 by 4 and 8"),
+        (vae_config(z=48), r"scales time by 4 and space by 8, the one of Wan2.2 by 4 and 16"),
     ],
 )
 def test_a_vae_of_neither_generation_is_refused(tmp_path: Path, config: WanVaeConfig, reason: str) -> None:
