@@ -223,10 +223,15 @@ class DoubleStreamBlock(nn.Module):
         text_modulation = modulate_text(text_vector)
 
         video_heads = self._modulate_heads(
-            video, *video_modulation[:2], tokens.video_modulation_split, tokens.dtype, is_text=False
+            video,
+            video_modulation[0],
+            video_modulation[1],
+            tokens.video_modulation_split,
+            tokens.dtype,
+            is_text=False,
         )
         text_heads = self._modulate_heads(
-            text, *text_modulation[:2], tokens.modulation_split, tokens.dtype, is_text=True
+            text, text_modulation[0], text_modulation[1], tokens.modulation_split, tokens.dtype, is_text=True
         )
         heads = tokens.join(video_heads, text_heads)
         del video_heads, text_heads
