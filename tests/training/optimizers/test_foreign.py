@@ -167,7 +167,7 @@ def test_a_state_whose_layers_are_not_known_is_not_used() -> None:
     with pytest.raises(RenumberingError, match="is not in that folder"):
         renumber({}, groups, names, "flux1")
     other = {one: name.replace("img_attn", "own_attn") for one, name in names.items()}
-    with pytest.raises(RenumberingError, match="in which order"):
+    with pytest.raises(RenumberingError, match="the order in which"):
         renumber(state, groups, other, "flux1")
     state["state"][0]["exp_avg"] = torch.zeros(1, 1)
     with pytest.raises(RenumberingError, match="--optimizer_type"):
