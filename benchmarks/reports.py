@@ -93,7 +93,7 @@ def measure(folder: Path, steps: int) -> tuple[float, float]:
 
             return call
 
-        run.logs.step = timed(run.logs.step)  # type: ignore[method-assign]
+        run.logs.log_step = timed(run.logs.log_step)  # type: ignore[method-assign]
         run.reporter.log_step = timed(run.reporter.log_step)  # type: ignore[method-assign]
         groups = run.steps.batches_by_step(0)
         for _ in range(4):  # warm up

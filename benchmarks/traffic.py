@@ -160,7 +160,7 @@ def count_training(family: Any, options: Any, batch: Any, rates: Rates, merge: b
             return counting.operations
 
         counts = dict(zip(rehearsal.blocks, rehearsal.num_blocks, strict=True))
-        found = traffic_of(run, counts, ledger.inputs, rates, merge)
+        found = traffic_of(run, counts, ledger.input_bytes, rates, merge)
     return replace(found, step=combined(found.step, summed(of_optimizer, rates), 1))
 
 
@@ -194,7 +194,7 @@ def count_denoising(
             return counting.operations
 
         counts = {name: len(each) for name, each in blocks.items()}
-        return traffic_of(run, counts, ledger.inputs, rates, merge)
+        return traffic_of(run, counts, ledger.input_bytes, rates, merge)
 
 
 def traffic_of_row(row: Row, rates: Rates, merge: bool = False) -> Traffic:

@@ -299,7 +299,7 @@ def test_a_notebook_with_a_data_set() -> None:
     assert options.saving.output_name == "last"
     assert (model.num_chunks, model.clip_skip) == (3, 2)
     assert [table.is_reg for table in tables] == [False, True]
-    assert tables[0].changes.shuffle
+    assert tables[0].caption_changes.shuffle
 
 
 def test_a_file_with_all_options_by_hand() -> None:
