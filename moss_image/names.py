@@ -40,7 +40,7 @@ MOSS_IMAGE = FamilyNames(
         (".layers.{n}.proj.ffn_down", 1, 8 / 3),
     ),
     released_sizes=((3072, (("layers", 42),)),),
-    rules=LoraRules(num_fused_parts={".proj.ffn_up_gate": 2}),
+    rules=LoraRules(),
     optimizer_numbering=((_BLOCK, _PROJECTIONS),),
     network_module="networks.lora_moss_image",
 )

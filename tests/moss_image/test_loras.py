@@ -10,6 +10,7 @@ from torch import Tensor
 
 import convert_lora
 import merge_lora
+from modules.errors import OptionError
 from moss_image.names import MOSS_IMAGE
 from networks.formats import LoraFormat
 from networks.names.layouts import COMFYUI, KNOWN
@@ -122,3 +123,10 @@ def test_saved_names_are_those_of_comfyui(known: Path) -> None:
         for layer in LAYERS
         for character in "AB"
     }
+
+
+def test_no_layer_is_fused_so_that_split_qkv_is_not_taken(known: Path) -> None:
+    dit = tiny_model()
+
+    with pytest.raises(OptionError, match="split_qkv"):
+        make_lora("lora_moss_image", 4, 2.0, dit, split_qkv="True")
