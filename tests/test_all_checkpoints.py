@@ -683,6 +683,6 @@ def test_the_layered_qwen_image_is_told_by_its_further_tensor(tmp_path: Path) ->
 
     assert read_once(path, qwen_image.files.read_dit_header).config.has_layers
     with pytest.raises(
-        CheckpointError, match="which splits pictures into layers; Qwen-Image needs a different one"
+        CheckpointError, match="which splits images into layers; Qwen-Image needs a different one"
     ):
         qwen_image.files.QwenImageReleaseFiles(path).dit_header()

@@ -107,7 +107,8 @@ def _print_check(
     counters = findings.load_token_counters(family.text_encoders)
     live_encoders = find_live_encoders(family, options, config)
     features = begin_run(options, family, config.datasets)
-    block_counts = family.block_counts() if family.dit_files else ()  # (): unknown
+    # only features ask for the depth, and without them no transformer has to be named; (): unknown
+    block_counts = family.block_counts() if features.on.check and family.dit_files else ()
     _check_features(features, family, live_encoders, block_counts)
     network_spec.check_initial_file()
     # find the faults of the dataset

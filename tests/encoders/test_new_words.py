@@ -120,10 +120,10 @@ def test_files_of_other_programs_and_models(tmp_path: Path) -> None:
         {"string_to_param": {"*": torch.ones(2, width)}},  # the Web UI
         {"zorb": torch.ones(2, width)},  # diffusers
     ):
-        (word,) = give(content).words
+        (word,) = give(content).added_words
         assert (word.word.text, word.word.count) == ("zorb", 2)
     clip = KINDS["CLIP-L"](tmp_path / "clip")
-    assert not give({"t5xxl": torch.ones(2, width)}, clip, t5).words  # CLIP reads it as text
+    assert not give({"t5xxl": torch.ones(2, width)}, clip, t5).added_words  # CLIP reads it as text
     for content, why in (
         ({"qwen3_4b": torch.ones(1, 8), "clip_g": torch.ones(1, 8)}, "clip_g, qwen3_4b. .*take t5xxl"),
         ({"t5xxl": torch.ones(1, 2, 3)}, "not a row of vectors"),
@@ -137,5 +137,5 @@ def test_files_of_other_programs_and_models(tmp_path: Path) -> None:
 
 
 def replace_words(encoder: Any) -> Any:
-    encoder.words = ()
+    encoder.added_words = ()
     return encoder

@@ -250,7 +250,7 @@ def test_options_of_a_line_hold_for_the_next_until_an_empty_one(
     lines = iter(
         ["a cat --w 17 --h 16 --s 1 --n --d 4", "a dog --m 0.5", "a fox --n bad --c 2 --d 6", "", "a hare"]
     )
-    monkeypatch.setattr("generation.asking.line_reader", lambda *said: lambda: next(lines))
+    monkeypatch.setattr("generation.conversation.line_reader", lambda *said: lambda: next(lines))
     files = {"--ckpt_path": models.dit, "--clip_l": models.clip_l, "--t5xxl": models.t5xxl, "--ae": models.ae}
     words = [word for option, path in files.items() for word in (option, str(path))]
 
@@ -287,7 +287,9 @@ def test_a_strength_of_a_line_counts_in_the_text_encoders_too(
     made = []
     for strength, lines in said.items():
         typed = iter([*lines, ""])
-        monkeypatch.setattr("generation.asking.line_reader", lambda *_, typed=typed: lambda: next(typed))
+        monkeypatch.setattr(
+            "generation.conversation.line_reader", lambda *_, typed=typed: lambda: next(typed)
+        )
         folder = tmp_path / strength
         given = ["--dtype", "float32", "--output_dir", str(folder), "--lora_weights", f"{lora};{strength}"]
         flux_minimal_inference.main([*words, *given, "--interactive"])

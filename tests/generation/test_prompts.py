@@ -99,7 +99,7 @@ def test_without_the_switches_all_marks_are_text(scripts: dict[str, Script], tmp
         (["--prompt", "a __no__"], r"--prompt: __no__ needs the file .*no.txt"),
         (["--prompt", "a", "--negative_prompt", "__../x__"], "--negative_prompt: .* does not name a file"),
         (["--prompt", "a __two__"], r"two.txt, line 2: __no__ needs the file"),
-        (["--prompt", "(red:500) car", "--prompt_weighting"], "--prompt_weighting: .* more than 100"),
+        (["--prompt", "(red:500) car", "--prompt_weighting"], "--prompt_weighting: .* beyond 100"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(

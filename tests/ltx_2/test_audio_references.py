@@ -557,7 +557,7 @@ def test_a_changed_voice_is_cached_again_and_nothing_else(other: Project) -> Non
             ["--lora_target_preset", "audio_ref_ic", "--ltx2_train_direction", "a2v"],
             ["the audio is always clean"],
         ),
-        (["--ic_lora_strategy", "video_ref_only_av"], ["takes no sound as reference"]),
+        (["--ic_lora_strategy", "video_ref_only_av"], ["takes no audio as reference"]),
         (["--av_multi_ref"], ["a clip has one audio reference"]),
     ],
 )

@@ -261,7 +261,7 @@ def test_a_configuration_of_gemma_without_sense_is_one_message(
         ({}, {f"{CONNECTOR}.more": torch.ones(1)}, "unexpected: .*more"),
         ({}, {f"{CONNECTOR}.learnable_registers": torch.ones(3)}, "sizes"),
         ({}, {f"{CONNECTOR}.learnable_registers": torch.ones(7, 24)}, "number of registers"),
-        ({}, {"text_embedding_projection.video_aggregate_embed.weight": torch.ones(24, 5)}, "takes 5"),
+        ({}, {"text_embedding_projection.video_aggregate_embed.weight": torch.ones(24, 5)}, "takes width 5"),
     ],
 )
 def test_connectors_that_do_not_fit_are_one_message(

@@ -99,7 +99,7 @@ def test_backends_may_be_written_in_either_case() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--compile", "--dynamo_backend", "inductor"], "both say how to compile. Give either --compile"),
+        (["--compile", "--dynamo_backend", "inductor"], "both set how to compile. Give either --compile"),
         (["--dynamo_dynamic"], "do nothing without --dynamo_backend"),
         (["--dynamo_backend", "eager", "--dynamo_mode", "max-autotune"], "max-autotune needs inductor"),
         (["--dynamo_backend", "inductor", "--dynamo_mode", "reduce-overhead"], "CUDA graphs"),
@@ -152,7 +152,7 @@ def test_an_option_for_each_word_says_what_compile_args_says(ask: Callable[..., 
         (["--compile", "--compile_mode", "reduce-overhead"], "CUDA graphs"),
         (
             ["--compile", "--compile_args", "eager", "default", "true", "false", "--compile_fullgraph"],
-            "--compile_args and --compile_fullgraph both say how",
+            "--compile_args and --compile_fullgraph both set how",
         ),
     ],
 )

@@ -78,7 +78,7 @@ def test_the_template_thinks_and_has_no_system_turn(encoder: LanguageModelEncode
 
 @pytest.mark.parametrize(
     "change",
-    [{"pre_norm": True}, {"states": (-2,)}, {"states": (3,)}, {"thinks": False}, {"strips": False}],
+    [{"pre_norm": True}, {"states": (-2,)}, {"states": (3,)}, {"thinks": False}, {"strips_prompt": False}],
     ids=str,
 )
 def test_other_states_and_texts_are_told_from_those(
@@ -86,7 +86,7 @@ def test_other_states_and_texts_are_told_from_those(
 ) -> None:
     """Before the norm, a layer earlier, without thinking, with white space: each would be seen."""
     if "thinks" in change:
-        change = {"after": "<|im_end|>\n<|im_start|>assistant\n"}
+        change = {"template_suffix": "<|im_end|>\n<|im_start|>assistant\n"}
     other = LanguageModelEncoder(replace(ENCODER_SETTINGS, **change), folder, torch.float32)
     other.load(CPU)
 

@@ -61,7 +61,7 @@ def test_the_build_fits_card_and_driver(
     [
         ([card((8, 6), "470.256.02")], "linux", "is 470.256.02, and NVIDIA Card needs 525 or later"),
         ([card((12, 0), "570.86")], "win32", "is 570.86, and NVIDIA Card needs 580 or later"),
-        ([], "darwin", "a Mac with an Intel processor: no build of PyTorch"),
+        ([], "darwin", "a Mac with an Intel processor: there is no build of PyTorch"),
     ],
 )
 def test_a_machine_without_a_build_is_told_why(nvidia: list[NvidiaCard], system: str, message: str) -> None:

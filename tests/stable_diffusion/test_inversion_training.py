@@ -363,7 +363,8 @@ def rejection(script: str, folder: Path, *words: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("word", "told"), [("<cat-toy>", "holds <"), ("*", "holds *"), ("con", "is a device"), ("a/b", "holds /")]
+    ("word", "told"),
+    [("<cat-toy>", "contains <"), ("*", "contains *"), ("con", "is a device"), ("a/b", "contains /")],
 )
 def test_a_word_that_names_no_file_is_refused_by_the_option_that_was_typed(
     tmp_path: Path, word: str, told: str

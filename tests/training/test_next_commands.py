@@ -215,7 +215,7 @@ def test_a_dora_becomes_a_plain_lora_for_tools_that_take_it_otherwise(
     files = ["--input", str(tmp_path / "x.safetensors"), "--output", str(tmp_path / "x_plain.safetensors")]
     baked = ["--target", target, "--bake", "64", "--dit", "mo dels/dit.safetensors"]
     assert words_of(command)[2:] == [*files, *baked]
-    assert "ComfyUI takes it" in command.note
+    assert "In ComfyUI, its effect differs by" in command.note
 
 
 @pytest.mark.parametrize(("module", "more"), [("networks.lora_wan", []), ("networks.lokr", ["--bake", "64"])])

@@ -421,7 +421,7 @@ WITHOUT_SAY = {
         "tensors",
         "captions",
         "keys",
-        "made_by",
+        "cache_origins",
         "text_metadata",
         "undropped",
         "condition_set",

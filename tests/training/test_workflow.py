@@ -248,7 +248,7 @@ def test_models_whose_nodes_are_not_known_have_none(tmp_path: Path) -> None:
 
     for task in TASKS.values():
         if task.name not in {"t2v-14B", "t2v-1.3B", "t2i-14B", "t2v-A14B"}:
-            with pytest.raises(OptionError, match=f"{task.name} does not here"):
+            with pytest.raises(OptionError, match=f"{task.name} also takes images here"):
                 find_comfy_model(task, takes_images=False)
 
 

@@ -236,7 +236,7 @@ def test_caches_of_both_vaes_in_one_folder_are_found(clips: Path, vaes: dict[str
     assert len(cached(clips)) == 2
     (clips.parent / "cache" / "clip 0_wan_te.safetensors").touch()
     for task, kind, channels in (("t2v-A14B", "t2v", 48), ("ti2v-5B", "ti2v", 16)):
-        with pytest.raises(CacheError, match=rf"have {channels} channels(.|\n)*a cache_directory of its own"):
+        with pytest.raises(CacheError, match=rf"have {channels} channels(.|\n)*each its own cache_directory"):
             train_on(clips, task, kind)
 
 

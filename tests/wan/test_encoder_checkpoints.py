@@ -187,7 +187,7 @@ def test_a_t5_whose_blocks_share_one_position_table_is_refused(tmp_path: Path) -
 @pytest.mark.parametrize("lost", ["decoder.upsamples.0.upsamples.3", "encoder.downsamples.2.downsamples.2"])
 def test_a_wan22_vae_without_one_of_its_resamplers_is_refused(tmp_path: Path, lost: str) -> None:
     tensors = {name: tensor for name, tensor in vae22_tensors().items() if not name.startswith(lost)}
-    with pytest.raises(CheckpointError, match=r"that of Wan2.2 by 4 and 16.*tensors are missing"):
+    with pytest.raises(CheckpointError, match=r"the one of Wan2.2 by 4 and 16.*tensors are missing"):
         load_vae(saved(tmp_path / "vae.safetensors", tensors), CPU, torch.float32)
 
 

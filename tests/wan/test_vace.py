@@ -120,7 +120,7 @@ def test_options_of_vace_are_refused_beside_other_tasks(tmp_path: Path) -> None:
         code, message = run_here("wan_generate_video.py", *said, *given, folder=tmp_path)
         assert_one_message(code, message, given[0].partition("=")[0], "vace-1.3B")
         is_of_one_frame = given[0] == "--control_image_path"
-        assert ("no use for it without --one_frame_inference" in message) is is_of_one_frame
+        assert ("does not use it without --one_frame_inference" in message) is is_of_one_frame
 
 
 def test_other_spellings_of_the_clip_and_the_references() -> None:

@@ -106,7 +106,10 @@ def test_the_end_of_a_run_waits_for_no_answer_and_refusals_are_not_kept(tmp_path
 
 def test_another_address_is_neither_read_nor_followed(tmp_path: Path) -> None:
     answer = b"HTTP/1.1 302 Found\r\nLocation: http://[::::\r\nContent-Length: 2\r\n\r\nno"
-    with run_server(lambda *_: answer) as server, pytest.raises(UserError, match="302 and names another"):
+    with (
+        run_server(lambda *_: answer) as server,
+        pytest.raises(UserError, match="302 and redirects to another"),
+    ):
         _ask(server.address, make_folder(tmp_path))
 
 

@@ -64,7 +64,7 @@ def test_a_check_says_which_clips_have_sound_and_where_it_does_not_fit(config: D
         "long": "its sound: continues for 1.00 s, which are cut off",
         "short": "its sound: ends 1.00 s early",
         "silent": "it has no audio track",
-        "two": "its sound: 2 tracks, of which FFmpeg chooses one",
+        "two": "its sound: 2 tracks, and FFmpeg selects one",
     }
     assert found.exit_code == 0
     required = check_caching(family, change(config, audio="required"), 1, False)

@@ -262,7 +262,7 @@ def test_looking_writes_nothing_and_counts_tags(
         ({"selected_tags.csv": None}, "no selected_tags.csv and no tag_mapping.json"),
         (
             {"selected_tags.csv": None, "tag_mapping.json": b'{"1": {"tag": "x", "category": "General"}}'},
-            "number 0",
+            "no tag with index 0",
         ),
         ({"model.onnx": None}, "--family tools --task wd_tagger --to"),
     ],

@@ -138,7 +138,7 @@ def test_a_shard_that_was_left_is_used_at_once_by_its_own_machine(
 
     assert run_and_kill(work, 0, after=1) == (1, False)
     monkeypatch.setattr(catalog, "machine", lambda: here)
-    assert "has no end" in shard_errors(folder)[0]
+    assert "is unfinished" in shard_errors(folder)[0]
     expected = {**FULL, ODD[0]: 9, ODD[1]: 9} if is_here else FULL
     for _ in range(2):
         assert seen(folder) == expected

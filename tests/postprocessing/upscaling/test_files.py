@@ -211,8 +211,8 @@ TABLE = "layers.0.residual_group.blocks.0.attn.relative_position_bias_table"
 @pytest.mark.parametrize(
     ("weights", "name", "shape", "words"),
     [
-        (rrdb_weights(), "conv_first.weight", (8, 4, 3, 3), "takes 4 channels"),
-        (rrdb_weights(), "conv_first.weight", (8, 192, 3, 3), "takes 192 channels"),
+        (rrdb_weights(), "conv_first.weight", (8, 4, 3, 3), "requires 4 channels"),
+        (rrdb_weights(), "conv_first.weight", (8, 192, 3, 3), "requires 192 channels"),
         (rrdb_weights(), "conv_first.weight", (8,), "conv_first.weight has the shape 8"),
         (rrdb_weights(), "conv_last.weight", (4, 8, 3, 3), "pictures of 4 channels, not 3"),
         (rrdb_weights(), "conv_last.weight", None, "conv_last.weight is missing"),
@@ -222,7 +222,7 @@ TABLE = "layers.0.residual_group.blocks.0.attn.relative_position_bias_table"
         (compact_weights(), "body.6.weight", (36, 8, 3, 3), "body.6.weight has 36 rows"),
         (compact_weights(), "body.3.weight", (9,), "body.3.weight: the file has 9"),
         (compact_weights(), "body.9.bias", (9,), "it has 8 layers"),
-        (swinir_weights(), "conv_first.weight", (12, 1, 3, 3), "for pictures of 1 channels, such as gray"),
+        (swinir_weights(), "conv_first.weight", (12, 1, 3, 3), "for pictures with 1 channels, such as gray"),
         (swinir_weights(), "conv_first.weight", (13, 3, 3, 3), "do not go together"),
         (swinir_weights(), "norm.weight", None, "missing: norm.weight"),
         (swinir_weights(), TABLE, (48, 3), "48 distances do not go together"),
