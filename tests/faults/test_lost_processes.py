@@ -207,7 +207,8 @@ from modules.lost_processes import OtherProcesses, Pace
 
 def main():
     distributed.init_process_group("gloo")
-    with OtherProcesses(distributed.get_rank(), 3, Pace(heartbeat_seconds=0.1, timeout_seconds=2, grace_seconds=0.5)) as others:
+    pace = Pace(heartbeat_seconds=0.1, timeout_seconds=2, grace_seconds=0.5)
+    with OtherProcesses(distributed.get_rank(), 3, pace) as others:
         others.advice = lambda: "Do it again."
         print("joined", flush=True)
         time.sleep(float(sys.argv[1]))
