@@ -255,7 +255,7 @@ def family_for_training(options: own.Fibo2TrainingOptions) -> Fibo2:
 
 
 def family_for_samples(options: own.Fibo2TrainingOptions) -> Fibo2 | None:
-    """Describe the family for samples with --distilled_dit; None without that option.
+    """Describe the family for samples with --distilled_dit; None if it is not given.
 
     Raises CheckpointError if its file is not a transformer.
     """

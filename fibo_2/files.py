@@ -144,7 +144,7 @@ class Fibo2Files(LanguageModelFiles):
         return inside(super().dit_path, "transformer")
 
     def text_width(self) -> int:
-        """Return the width of the concatenated layer states of the text encoder."""
+        """Return the width of a bundle's text states, several layers side by side."""
         return STATES_OF_BUNDLE * super().text_width()
 
     def load_vae(self, device: torch.device) -> Flux2Vae:

@@ -146,7 +146,7 @@ def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Ten
 
 
 def _group_by_our_weight(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group diffusers' weights by our weight, of which each is a block of rows, in the order of the rows."""
+    """Group diffusers' weights by our fused weight; each is a block of its rows, sorted by row."""
     _, table = DIALECTS["diffusers"]
     by_row_block: dict[str, dict[int, str]] = {}
     for name in names:
@@ -227,6 +227,6 @@ def _write_control_net(
 
 
 def _make_generation_command(file: Path, sample: Mapping[str, Any], base_command: Sequence[str]) -> list[str]:
-    """Return the command that generates with a trained file; `base_command` is the command without it."""
+    """Return the command that generates with a trained ControlNet, `base_command` with more options."""
     control = sample.get("control_path") or Placeholder("CONTROL_PICTURE")
     return [*base_command, *option_argv({CONTROL_NET: file, "--control_image": control})]

@@ -103,7 +103,7 @@ class Flux(ModelOfImages):
     )
 
     def few_steps_evidence(self) -> str | None:
-        """Return the evidence for a transformer distilled to few steps, as schnell is; None without any."""
+        """Return why the transformer counts as distilled to few steps, like schnell, or None."""
         if self.files.kind == configs.SCHNELL:
             return f"{self.files.dit_path} is FLUX.1 schnell"
         return super().few_steps_evidence()
@@ -293,7 +293,7 @@ class Flux(ModelOfImages):
             )
 
     def _check_t5_masking(self, batch: Batch) -> None:
-        """Raise CacheError if caches and this training differ in whether the padding of T5 is masked."""
+        """Raise CacheError if caches were encoded with another setting for masking T5's padding."""
         uses_mask = self.files.uses_mask
         for record in batch.cache_origins:
             mask = record.encoder.get("t5_mask")
@@ -344,7 +344,7 @@ class Flux(ModelOfImages):
         )
 
     def needs_media(self, prepared: requests.Prepared) -> bool:
-        """Return whether there is a control image, or denoising starts from an image."""
+        """Return whether the request has a control image or starts from an image."""
         takes_control = prepared.request.control_path is not None or self._control_image is not None
         return takes_control or super().needs_media(prepared)
 

@@ -82,7 +82,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
 
 
 def _find_dialect(tensor_names: Collection[str]) -> str | None:
-    """Return the naming whose weight of queries a file has; None for other files."""
+    """Return the naming scheme of a FLUX file from the name of its query weight; None for other files."""
     for dialect, (query_weight, _) in DIALECTS.items():
         if query_weight in tensor_names:
             return dialect

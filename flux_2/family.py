@@ -76,7 +76,7 @@ class Flux2(pictures.ModelOfImages):
     )
 
     def few_steps_evidence(self) -> str | None:
-        """Return the evidence that the transformer is distilled klein (release or file name), else None."""
+        """Return why the transformer counts as distilled klein (release or file name), or None."""
         version = self.files.version
         if version.is_distilled and version.defaults.embedded_guidance is None:
             return f"--model_version says {version.release.repositories[0]}"

@@ -126,7 +126,7 @@ class Flux2Files(LanguageModelFiles):
         return self.version.encoder_settings
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoder's width against the transformer's, or without one against all releases'."""
+        """Check that the text encoder's width fits the transformer, or without one the --model_version."""
         super().check_texts(config, needed)
         if config is None and self.text_encoder is not None:
             width = self.text_width()
@@ -166,6 +166,6 @@ class Flux2Files(LanguageModelFiles):
 
 
 def files_of(options: Flux2TrainingOptions | Flux2GenerationOptions) -> Flux2Files:
-    """Return the model files that the options of a training run or generation name."""
+    """Return the model files that the options of a training run or generation specify."""
     files = Flux2Files(model_version=options.model_version).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)

@@ -238,7 +238,7 @@ def family_for_training(options: flux_3_options.Flux3TrainingOptions) -> Flux3:
 
 
 def family_for_samples(options: flux_3_options.Flux3TrainingOptions) -> Flux3 | None:
-    """Describe the family for samples with the model of --distilled_dit; None without that option.
+    """Describe the family for samples with the model of --distilled_dit; None if it is not given.
 
     Raises OptionError if the file is a base model.
     """

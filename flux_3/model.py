@@ -71,7 +71,7 @@ class Flux3Tokens:
 
     @property
     def stream_lengths(self) -> tuple[int, ...]:
-        """Return how many tokens of each modality this process has."""
+        """Return how many tokens of each modality this process computes."""
         return self.counts
 
     @property

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class HistoryInput(NamedTuple):
-    """Names of what belongs to cached latents of earlier frames."""
+    """Names that belong to cached latents of earlier frames."""
 
     argument: str  # argument of the transformer for the latents
     indices: str  # cache key, and argument, of their frame indices

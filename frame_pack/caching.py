@@ -231,7 +231,7 @@ def _encode_features(encoders: MediaEncoders, frames: Tensor) -> Tensor:
 def _make_entry(
     tensors: dict[str, Tensor], indices: Indices, features: Tensor, section: int | None = None
 ) -> CacheEntry:
-    """Build a cache entry from tensors C F h w, named after the target's size; `latents` is the target."""
+    """Build a cache entry from tensors C F h w; `latents` is the target, whose size names the file."""
     all_tensors = dict(tensors)
     for name, numbers in indices.by_name().items():
         all_tensors[name] = torch.tensor(numbers)

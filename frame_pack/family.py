@@ -131,7 +131,7 @@ class FramePack(OneTransformer):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Return the model's metadata, and whether it was trained for images or for a version's videos."""
+        """Return the model's metadata, with what it was trained for: single images or videos."""
         version = "-F1" if self.is_f1 else ""
         is_one_frame = self.one_frame is not None
         names = {
@@ -372,7 +372,7 @@ def family_for_text_caching(options: FramePackTextCachingOptions) -> FramePack:
 
 
 def family_for_training(options: FramePackTrainingOptions) -> FramePack:
-    """Describe the family for fpack_train_network.py; options of sections affect only its samples."""
+    """Describe the family for fpack_train_network.py; section options affect only its sample videos."""
     options = replace(options, f1=options.f1 and not options.one_frame)  # ignored with a warning
     return FramePack(
         _make_files(options),
@@ -405,12 +405,12 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
 
 
 def _tile_vae(files: FramePackFiles) -> FramePackFiles:
-    """Turn on tiling of the VAE, because FramePack's clips are long."""
+    """Turn on VAE tiling, because FramePack's clips are long."""
     return replace(files, vae_tile=files.vae_tile or VAE_TILE)
 
 
 def _make_files(options: FramePackTrainingOptions | FramePackGenerationOptions) -> FramePackFiles:
-    """Return all files; clips decoded together are not tiled in time, because sections are blended."""
+    """Return all files; clips decoded as a whole are not tiled in time, because sections are blended."""
     files = FramePackFiles(options.dit, image_encoder=options.image_encoder, vae_tile_frames=UNCUT)
     return _tile_vae(files.add_encoders(options.vae, options.text))
 

@@ -68,7 +68,7 @@ def identify(path: Path) -> str | None:
 
 
 def _has_glyph_layers(checkpoint: Checkpoint) -> bool:
-    """Return whether a file has the layers that tell HunyuanImage from HunyuanVideo."""
+    """Return whether a file has the layers that distinguish HunyuanImage from HunyuanVideo."""
     return any(name in checkpoint.tensors for name in GLYPH_TENSORS)
 
 

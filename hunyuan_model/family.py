@@ -130,7 +130,7 @@ class HunyuanVideo(OneTransformer):
         return data.MomentsRules(with_image=self.caches_image)
 
     def latents_from_moments(self, media: data.MomentsBatch) -> list[data.CacheEntry]:
-        """Return cache entries with posterior samples drawn from moments, equal to those from the clips."""
+        """Return cache entries with posterior samples drawn from moments; they equal those from the clips."""
         return sample_moments(media, self.files.encoder_dtype(self.files.vae_dtype))
 
     # the network
@@ -212,7 +212,7 @@ class HunyuanVideo(OneTransformer):
     # generation
 
     def check_files(self, media: bool) -> None:
-        """Check transformer (its input channels too) and text encoders, and the VAE if `media` is True."""
+        """Check the transformer, its input channels, and text encoders, and with `media` the VAE."""
         self._check_dit()
         super().check_files(media)
 

@@ -196,7 +196,7 @@ def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[
 def count_real_tokens(
     mask: Tensor, num_tokens_before: int, device: torch.device
 ) -> tuple[int, list[int] | None, SampleLengths | None]:
-    """Return the tokens of the longest text, those of each sample, and the lengths of whole sequences.
+    """Return the tokens of the longest text, the tokens of each text, and the lengths of whole sequences.
 
     The last two are None if all texts are equally long. A sequence has `num_tokens_before` tokens before
     the text.

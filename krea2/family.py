@@ -94,7 +94,7 @@ class Krea2(pictures.ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Return the model's metadata, with its release if known and, for edits, the task."""
+        """Return the model's metadata, with its release if it is known and, for edits, the task."""
         names = {
             "architecture": "Krea-2",
             "resolution": f"{SIDE}x{SIDE}",
@@ -121,7 +121,7 @@ class Krea2(pictures.ModelOfImages):
         return TURBO if self.is_turbo else DEFAULTS
 
     def _find_release(self) -> Krea2Release | None:
-        """Return the release that --dit_variant names; without it, the release in the transformer's file."""
+        """Return the release that --dit_variant specifies, or without it the one that the file shows."""
         variant = getattr(self.options, "dit_variant", None)
         if variant is not None:
             return Krea2Release(variant == own.TURBO, f"--dit_variant {variant}")
@@ -179,7 +179,7 @@ class Krea2(pictures.ModelOfImages):
         return {KEY: batch.tensors[KEY], **references}
 
     def _check_template(self, batch: Batch) -> None:
-        """Raise CacheError unless captions and training agree on whether there are images to edit."""
+        """Raise CacheError if captions were encoded for editing but the run does not edit, or the reverse."""
         encoder_settings = self.files.encoder_settings
         for cache in batch.cache_origins:
             fingerprint = cache.encoder.get(encoder_settings.template_key, encoder_settings.fingerprint)

@@ -198,7 +198,7 @@ class TextFusion(nn.Module):
         self.refiner_blocks = nn.ModuleList(TextBlock(config.text) for _ in range(config.refiner_blocks))
 
     def forward(self, states: Tensor, choice: AttentionChoice, lengths: SampleLengths | None) -> Tensor:
-        """Fuse the states of n layers for each text token, B T n C, to B T C."""
+        """Fuse the states of n layers of the language model for each token, B T n C, to B T C."""
         # states: B T n C -> B T C
         x = states.flatten(0, 1)
         for block in self.layerwise_blocks:

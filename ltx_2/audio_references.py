@@ -57,7 +57,7 @@ class AudioReferenceRules:
     identity_scale: float = 0.0  # weight of the guidance away from a pass without the reference
 
     def select(self, conditions: Conditions, overrides: Overrides) -> LtxAudioReferences:
-        """Return the audio reference among a call's conditions, as an argument of the network."""
+        """Return the audio reference in one call's conditions, as an argument of the network."""
         latents = conditions.get(REFERENCE_AUDIO)
         if not isinstance(latents, Tensor) or overrides.drop_audio_reference:
             return LtxAudioReferences()
@@ -81,7 +81,7 @@ def make_audio_rules(options: Ltx2AudioReferences) -> AudioReferenceRules:
 
 
 def warn_of_unused(options: Ltx2AudioReferences, strategy: str) -> None:
-    """Warn about audio-reference options if the training's `strategy` uses no audio."""
+    """Warn about audio-reference options if the training run's `strategy` uses no audio."""
     given = [f"--{option_name(field)}" for field in fields(options) if is_set(options, field)]
     if given:
         logger.warning("%s: ignored, because %s takes no audio reference", ", ".join(given), strategy)

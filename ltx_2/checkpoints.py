@@ -148,10 +148,11 @@ def _read_gate_timestep_scale(settings: Mapping[str, Any]) -> float:
 
 
 def _read_switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:
-    """Return a boolean setting; if it is missing, `default`, which the tensors imply.
+    """Return a boolean setting, or if it is missing `default`, which the tensors imply.
 
-    Raises ValueError if it is neither true nor false. If the setting contradicts the tensors, loading reports
-    the tensors.
+    Raises ValueError if it is neither true nor false. A setting that contradicts the tensors fails later,
+    when
+    they are loaded.
     """
     value = settings.get(key, default)
     if type(value) is not bool:

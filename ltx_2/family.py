@@ -198,7 +198,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def teacher_only_conditions(self) -> tuple[str, ...]:
-        """Return the conditions that only a teacher gets in training, not the network that learns from it."""
+        """Return the conditions that only the teacher gets in distillation, not the student."""
         return (*super().teacher_only_conditions, FIRST_FRAME)
 
     @property
@@ -299,7 +299,7 @@ class Ltx2(Ltx2Media):
     # the network
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer, and record which LoRAs only one stage uses."""
+        """Load the transformer, and attach the paths of LoRAs that only one stage uses."""
         network = self.files.load_dit(placement)
         network.spec = self.dit
         if self.stages is not None and self.stages.loras:
@@ -466,7 +466,7 @@ class Ltx2(Ltx2Media):
         return prepared
 
     def _resolve_size(self, request: Request) -> tuple[int, int, int]:
-        """Return a request's width, height and frames; raise OptionError if latents do not fit them."""
+        """Return a request's width, height and frames; raise OptionError if latents cannot have this size."""
         # two stages need coarser steps of size and length
         latent = self.latent if self.stages is None else self.stages.with_coarser_steps(self.latent)
         width, height, frames = size_of(request, self.defaults)
@@ -648,7 +648,7 @@ class Ltx2(Ltx2Media):
         return paths
 
     def _check_no_clean_frames(self, request: Request, media: Ltx2GivenMedia) -> None:
-        """Raise OptionError if media give frames of the result while references are denoised."""
+        """Raise OptionError if the request gives frames of the result while references are denoised."""
         medium = (
             request.image_path
             or self.drive_video
@@ -672,7 +672,7 @@ class Ltx2(Ltx2Media):
         )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the first image or the driving video, and the references; all results are on the CPU."""
+        """Encode the first image or the driving video, and the references. All latents are on the CPU."""
         if not prepared.stages:
             conditions = self._encode_request(encoders.vae, prepared)
             return {0: conditions} if conditions else {}
@@ -751,7 +751,7 @@ class Ltx2(Ltx2Media):
         return conditions
 
     def _read_frames(self, prepared: Prepared) -> Tensor | None:
-        """Return the pixels of the driving video or else of the first image; None without either."""
+        """Return the pixels of the driving video, else of the first image; None without either."""
         path = prepared.request.image_path
         if self.drive_video is not None:
             return video_pixels(
@@ -776,7 +776,7 @@ class Ltx2(Ltx2Media):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the sections, drawing noise for video, then audio, then references."""
+        """Yield the sections; noise is drawn for video first, then for audio, then for references."""
         sections = cut_appended_frames(self._make_plain_sections(prepared, prompts, inputs, noise))
         if self.reference_strength < 1:
             sections = with_noisy_references(
@@ -813,7 +813,7 @@ class Ltx2(Ltx2Media):
         return (yield from sections)
 
     def _draw_noise(self, stage: Prepared, noise: NoiseSource) -> Tensor:
-        """Draw the noise that a stage starts from: of the video, then of the audio, joined."""
+        """Draw the noise from which a stage starts: video noise, then audio noise, joined."""
         joint = stage.audio_video_shapes
         if joint is None:
             return noise.draw(self.latent.shape(stage.frames, stage.height, stage.width))

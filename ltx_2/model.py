@@ -98,12 +98,12 @@ class StreamInputs:
 
     @property
     def num_conditioning_tokens(self) -> int:
-        """Return the number of leading tokens with their own timestep: references, then clean frames."""
+        """Return the number of tokens with their own timestep: references and clean frames."""
         in_clean_frames = self.num_clean_frames * self.latents.shape[-1] * self.latents.shape[-2]
         return in_clean_frames + self.references.num_tokens
 
     def make_attention_bias(self) -> tuple[Tensor, Tensor] | None:
-        """Return query and key channels that weaken attention to references; None at full strength."""
+        """Return query and key channels that weaken attention to references, or None at full strength."""
         strengths = self.references.attention_strengths
         if strengths is None:
             return None
@@ -346,7 +346,7 @@ class LtxModel(nn.Module):
         )
 
     def _embed_texts(self, modality: Modality, texts: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Embed a stream's texts for cross-attention, B T C each."""
+        """Embed the texts of one stream (video or audio) for cross-attention, each B T C."""
         if not self.config.projects_text:
             return texts
         layer = self._get_layer(modality, "caption_projection")
@@ -482,7 +482,7 @@ class LtxModel(nn.Module):
 
 
 def _add_clean_tokens(inputs: StreamInputs, overrides: Overrides) -> StreamInputs:
-    """Return a stream's inputs with the clean latents and keyframes that the overrides of a call name."""
+    """Return a stream's inputs with the timesteps of clean tokens and the number of generated keyframes."""
     clean_tokens = overrides.clean_tokens
     if clean_tokens is None:
         return inputs
@@ -558,7 +558,7 @@ def _shape_velocity(out: Tensor, modality: Modality, tokens: LtxTokens) -> Tenso
 
 
 def _pair_by_sample(embedded: Tensor, batch_size: int) -> Tensor:
-    """Return for each sample the embedding of its conditioning tokens, then that of the others, B 2 ...
+    """Return for each sample the embeddings of its conditioning tokens and of its other tokens, B 2 ...
 
     `embedded` has the embeddings of the B samples' timesteps, followed by those of the conditioning tokens:
     B, or one for all samples.

@@ -263,7 +263,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return self.network.get_submodule("connectors")
 
     def offloaded_bytes(self, free_bytes: int) -> int:
-        """Return how many bytes of Gemma stay in host memory next to the connectors."""
+        """Return how many bytes of Gemma stay in host memory so that the connectors fit as well."""
         self.check()
         return super().offloaded_bytes(max(free_bytes - self._count_connector_bytes(), 0))
 

@@ -251,7 +251,7 @@ def _apply_settings(
 
 
 def _read_shortcuts(settings: Mapping[str, Any], num_resamplings: int, is_ltx_2_0: bool) -> Sequence[Any]:
-    """Return whether each of the decoder's resamplings has a shortcut, from the pixels inward.
+    """Return whether each resampling of the decoder has a shortcut, in the order of the settings.
 
     `is_ltx_2_0` is true for the decoder of LTX-2, which has shortcuts by default.
     """

@@ -118,7 +118,7 @@ USABLE = {**NO_MEDIA, "image_path": True, "end_image_path": True}
 
 @dataclass(frozen=True)
 class H3Request:
-    """Media on which a clip is conditioned, and where their pixels come from."""
+    """Media that condition a clip, and how to read them."""
 
     media: H3Media
     sources: H3Sources
@@ -161,7 +161,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Return the model's metadata; full trainings add the row order of fused weights."""
+        """Return the model's metadata; full training also records the row order of fused weights."""
         if not isinstance(self.options, H3FullTrainingOptions):
             return self.metadata_of(self.model_metadata)
         frequencies = self.files.dit_header().config.frequencies
@@ -293,7 +293,7 @@ class MiniMaxH3(OneTransformer):
         return {**texts, **media_conditions(batch, self.files.task, latents), **self._make_clean_fractions()}
 
     def _make_clean_fractions(self) -> Conditions:
-        """Return the training's fractions of clean signal as a condition; {} outside training."""
+        """Return how clean conditions are in training, as a condition of the network; {} outside training."""
         if not isinstance(self.options, H3TrainingOptions):
             return {}
         loss = self.options.loss
@@ -445,7 +445,7 @@ class MiniMaxH3(OneTransformer):
         return width, height, frames
 
     def _make_sources(self, media: H3Media, size: tuple[int, int], frames: int) -> H3Sources:
-        """Return where the media's pixels come from, for a clip of this size (width, height) and length."""
+        """Return how to read the media, for a clip of this size (width, height) and number of frames."""
         step = self.latent.pixel_step
         references: list[ImageSource | ClipSource | None] = []
         for reference in media.references:
@@ -542,7 +542,10 @@ class MiniMaxH3(OneTransformer):
 
 
 def _without_guidance(request: Request) -> Request:
-    """Return a request without negative prompt; raise OptionError for a guidance scale: it is built in."""
+    """Return a request without negative prompt, because the model has guidance built in.
+
+    Raises OptionError for a guidance scale.
+    """
     check_guidance(request.guidance_scale, "--guidance_scale (in a prompt line --l)")
     if not request.negative_prompt:
         return request
@@ -570,12 +573,12 @@ def _check_sampling(request: Request, frames: int) -> None:
 
 
 def _make_clip(frames: Tensor) -> Tensor:
-    """Convert pixels, F H W 3 uint8, to the VAE's input, 1 3 F H W."""
+    """Rearrange pixels, F H W 3 uint8, to the layout of the VAE's input, 1 3 F H W."""
     return byte_clips(frames.unsqueeze(0))
 
 
 def _with_presentation(prepared: Prepared, media: H3Media, sources: H3Sources) -> Prompts:
-    r"""Return a request's texts with the media for the encoder, and a line break in place of each `\n`."""
+    r"""Return a request's texts with the media that the encoder sees; each `\n` becomes a line break."""
     prompts = prepared.prompts[0]
     positive = prompts.positive
     seen = list(media.keyframes)

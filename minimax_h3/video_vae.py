@@ -154,7 +154,7 @@ class H3VideoVae(nn.Module):
         return torch.tensor(numbers, device=self.device)[None, :, None, None, None]
 
     def _decode_clips(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield each clip's frames, except those that fade into the next clip."""
+        """Yield each clip's frames, without those that cross-fade into the next clip."""
         config = self.config
         if latents.shape[2] <= config.clip_latents - config.num_dropped_latents:
             yield self._decode_clip(latents)[:, :, config.first_padding :]

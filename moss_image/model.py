@@ -187,7 +187,7 @@ class RefinedText(NamedTuple):
 
     @property
     def text_lengths(self) -> tuple[int, ...]:
-        """Return the text lengths, which set the images' time positions; one length if all are equal."""
+        """Return the text lengths, which determine the images' time positions; only one if all are equal."""
         return tuple(dict.fromkeys(self.counts)) if len(set(self.counts)) == 1 else self.counts
 
     def lengths(self, before: int) -> SampleLengths | None:
@@ -411,7 +411,7 @@ class MossImageModel(BlockNetwork):
         return run_in_weight_dtype(self.video_embedder, rearrange(latents, "b z 1 h w -> b (h w) z"))
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Return the modulation rows of all blocks and the final layer, B to B 8 C float32."""
+        """Return the modulation for all blocks, then for the final layer, B to B 8 C float32."""
         first, _, second = self.time_embedding
         waves = sinusoid(timesteps, self.config.freq_dim)
         # no SiLU after the second layer

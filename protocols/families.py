@@ -78,7 +78,7 @@ class FamilyEntry:
 
     @property
     def main_scripts(self) -> tuple[str, ...]:
-        """Return the main scripts; the catalogue of released files names at least one of them per model."""
+        """Return the main scripts; the model catalogue names at least one of them for each model."""
         names = (f"{self.cache}_latents", self.training_script, self.generation_script)
         return tuple(f"{name}.py" for name in names)
 
@@ -101,7 +101,7 @@ class FamilyEntry:
         return getattr(self.options, f"{self.record}{kind}Options")
 
     def text_encoder_options(self, family_options: Any) -> dict[str, Any]:
-        """Return the options for the text encoders' files, each with a placeholder for the path.
+        """Return the options for the text encoders' files; each path is a placeholder.
 
         Args:
             family_options: Options of the command that caches latents.
@@ -114,7 +114,7 @@ class FamilyEntry:
         return {flag: Placeholder(word) for flag, word in zip(flags, words, strict=True)}
 
     def training_options(self, family_options: Any, family: Any) -> dict[str, Any]:
-        """Return the options that a training run needs to use these latent caches, by flag.
+        """Return the training options that these latent caches require, by flag.
 
         Args:
             family_options: Options of the command that cached the latents.
@@ -238,7 +238,7 @@ def with_scripts() -> Mapping[str, FamilyEntry]:
 
 @cache
 def caption_formats() -> Mapping[str, "CaptionFormat"]:
-    """Return the JSON formats of captions, by the families that were trained with them."""
+    """Return the JSON formats of captions, by name of the family that was trained with each."""
     return {name: entry.caption_format for name, entry in FAMILIES.items() if entry.caption_format}
 
 

@@ -17,7 +17,7 @@ class WritesNetwork(Protocol):
     def __call__(
         self, module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
     ) -> None:
-        """Write `module` and `metadata` to `path`; if `dtype` is None, keep the dtypes of the training."""
+        """Write `module` and `metadata` to `path`; `dtype` None keeps the trained weights' dtypes."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class CustomNetwork:
 
 
 def describe_start(called: str, sizes: str, path: Path | None) -> str:
-    """Describe how a new network starts: with its sizes, or with the file whose weights it takes."""
+    """Describe a new network by its sizes, or by the file from which its weights come."""
     return f"{called}{sizes}" if path is None else f"{called} of {path.name}"
 
 

@@ -149,7 +149,7 @@ class QwenImage(ModelOfImages):
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the entry of each image: normalized posterior means of the image and of its references.
+        """Return the cache entry of each image: normalized posterior means of the image and its references.
 
         They have the VAE's dtype.
         """
@@ -161,7 +161,7 @@ class QwenImage(ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions of a training batch: the captions' states, and the references.
 
-        Raises CacheError for texts of another release, and for latents of a wrong pixel range.
+        Raises CacheError if caches are from another release or encode another range of pixel values.
         """
         check_batch(batch, self.version, self.files)
         return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}

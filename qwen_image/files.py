@@ -129,7 +129,7 @@ MAX_REFERENCES = 10  # images to edit; trained with up to three
 
 @dataclass(frozen=True)
 class Version:
-    """A release: its names, how it uses the text encoder, and its references."""
+    """A release: its names, settings of its text encoder, and its rules for reference images."""
 
     name: str  # name of the model in caches and saved files
     cache_tag: str
@@ -241,7 +241,7 @@ class QwenImageReleaseFiles(QwenImageFiles):
 def files_of(
     options: QwenImageModelOptions, version: Version, encoder_settings: LanguageEncoderSettings
 ) -> QwenImageReleaseFiles:
-    """Return the files that the options of a training run or a generation name."""
+    """Return the model files that the options of a training run or generation specify."""
     files = QwenImageReleaseFiles(encoder_settings=encoder_settings, version=version).add_dit(
         options.dit, options.dit_dtype
     )

@@ -110,7 +110,7 @@ class QwenImage21(pictures.ModelOfImages):
     # encoding
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return posterior means of images and references, in the VAE's dtype, and the images' hashes."""
+        """Return posterior means of images and references in the VAE's dtype, and hashes of references."""
         vae = encoders.vae
         entries = pictures.encode_images(
             media, vae.device, lambda frames: vae.encode(all_channels(frames)).to(vae.dtype)
@@ -120,10 +120,11 @@ class QwenImage21(pictures.ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states, the references and their slots in the text.
+        """Return the captions' states, the references, and the tokens in the text where references belong.
 
-        Raises CacheError for states of another encoder or after the final norm, and for other references than
-        the text encoder saw.
+        Raises CacheError if states are from another encoder or from after the final norm, or if the text
+        encoder
+        saw other references.
         """
         batch.check({KEY: TEXTS_AGAIN, SLOTS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config

@@ -297,7 +297,7 @@ def _read_levels(index: Path) -> tuple[float, ...] | None:
 
 
 def _are_falling_levels(levels: Any) -> bool:
-    """Return whether a value of a JSON file is a list of falling noise levels in 0..1, without 0."""
+    """Return whether a JSON value is a list of decreasing noise levels, above 0 and up to 1."""
     if not isinstance(levels, list) or not 0 < len(levels) <= MAX_LEVELS:
         return False
     if not all(type(level) in (int, float) and 0 < level <= 1 for level in levels):

@@ -340,7 +340,7 @@ class QwenImage21LastNorm(nn.Module):
         self.linear = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
-        """Normalize tokens x, B L C, and scale them by the timestep's modulation."""
+        """Normalize tokens x, B L C, and scale them by a factor computed from the timestep."""
         scale = run_in_weight_dtype(self.linear, functional.silu(tokens.time)).float()
         return modulate(self.norm(x), None, scale, tokens.dtype)
 

@@ -306,7 +306,7 @@ def _join_model_names(header: DitHeader[WanConfig]) -> str:
 
 
 def _list_fitting_tasks(header: DitHeader[WanConfig]) -> list[str]:
-    """Return the tasks that a file fits; only tasks of its size, if there are any."""
+    """Return the tasks that a transformer file fits; those of its width, if there are any."""
     tasks = [task for task in TASKS.values() if task.model_kind == header.config.kind and task.frames > 1]
     sized = [task for task in tasks if task.dim == header.config.dim]
     return [task.name for task in sized or tasks]

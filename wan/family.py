@@ -380,7 +380,7 @@ class Wan(OneTransformer):
 
     @property
     def source(self) -> SourceRules:
-        """Rules for what denoising may start from; a task for images starts from an image."""
+        """Rules for what denoising may start from; with a task for images it is an image."""
         task = self.files.task
         takes = {VIDEO: task.frames != 1, IMAGE: not task.requires_image, LATENTS: True}
         return SourceRules(
@@ -491,7 +491,7 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
 
 
 def family_for_samples(options: WanTrainingOptions) -> Wan | None:
-    """Describe the family for samples with a transformer that is not trained (--sample_dit_other).
+    """Describe the family for samples from a transformer that is not trained (--sample_dit_other).
 
     Returns None if the option is not given.
     """
@@ -505,7 +505,7 @@ def family_for_samples(options: WanTrainingOptions) -> Wan | None:
 
 
 def family_for_generation(options: WanGenerationOptions) -> Wan:
-    """Describe the family for wan_generate_video.py; --ckpt_dir provides the files that are not given."""
+    """Describe the family for wan_generate_video.py; --ckpt_dir provides files that other options do not."""
     files, boundary = files_and_boundary(options)
     if options.i2v_extra_noise and not files.task.requires_image:
         logger.warning("--i2v_extra_noise is ignored because --task %s has no image channels", options.task)

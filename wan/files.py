@@ -102,7 +102,7 @@ class WanFiles(TransformerFiles):
         return None if path is None else require_file(path, option, "it has the blocks of VACE")
 
     def dit_header(self, dit: Path | None = None) -> DitHeader[WanConfig]:
-        """Read variant, dialect and dtype of a transformer file, with VACE's blocks from their own file.
+        """Read variant, dialect and dtype of a transformer file; a separate file may contain VACE's blocks.
 
         `dit` is the file; None for the first one, because all experts have the same dimensions.
         """
@@ -187,7 +187,7 @@ PIPELINE_EXPERTS = {_OPTION_OF_EXPERT[expert]: folder for folder, expert in WAN.
 
 
 class WanRelease(NamedTuple):
-    """Files in a release's folder by the names of `WanFiles`, and the boundary of its experts."""
+    """Files in a release's folder, by field name of `WanFiles`, and the timestep that divides its experts."""
 
     files: dict[str, Path]  # by the names of `WanFiles`
     # timestep at which the experts change; None if the release does not state it
@@ -407,7 +407,7 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
 
 
 def _select_image_kind(options: WanLatentCachingOptions) -> str | None:
-    """Return the kind of condition that the switches request."""
+    """Return the kind of image condition that the caching options select; None for text to video."""
     if options.flf2v:
         return "flf2v"
     if options.vace:

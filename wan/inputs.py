@@ -73,7 +73,7 @@ def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int
     ]
 
     def stretch(size: tuple[int, int]) -> float:
-        """Return how far a size is from the image's aspect ratio; 1.0 if it has the same one."""
+        """Return the factor between a size's aspect ratio and the image's, at least 1.0."""
         ratio = size[0] / size[1] / aspect
         return max(ratio, 1 / ratio)
 
@@ -161,7 +161,7 @@ def keep_task_media(task: WanTask, request: Request) -> Request:
 
 
 def check_control(task: WanTask, prepared: Prepared, path: Path) -> None:
-    """Raise MediaError if a control video has too few frames, before a text encoder is loaded."""
+    """Raise MediaError if a control video has too few frames, before any model is loaded."""
     option = "--src_video" if task.kind == VACE else "--control_path"
     end_frames = int(task.has_control and appends_end(task, prepared.request))
     check_frames(option, path, prepared.frames + end_frames)

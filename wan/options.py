@@ -34,7 +34,7 @@ MAX_TIMESTEP = 1000
 
 
 def check_one_frame(task: WanTask) -> None:
-    """Raise OptionError unless the task can generate single images from control images."""
+    """Raise OptionError if the task cannot generate single images from control images."""
     able = [other.name for other in TASKS.values() if other.requires_image and not other.has_control]
     if task.name not in able:
         raise OptionError(

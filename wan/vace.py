@@ -34,7 +34,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # suffixes of masks that ar
 
 @dataclass(frozen=True)
 class VaceRequest:
-    """Inputs of VACE for a request, in addition to its video and its references."""
+    """VACE's inputs of a request other than its video and its references."""
 
     mask: Path | None
     scales: tuple[float, ...]  # strength of each layer's hints
@@ -239,7 +239,7 @@ def fold_mask(mask: Tensor) -> Tensor:
 
 
 def stack_control(vace_latents: Tensor, mask: Tensor, references: Sequence[Tensor]) -> Tensor:
-    """Join the parts of VACE's control to B 96 K+L h w; the mask of references is 0.
+    """Concatenate VACE's control latents and mask to B 96 K+L h w; reference images get a mask of 0.
 
     Args:
         vace_latents: Latents of the unchanged parts, then of the parts to change, B 32 L h w.

@@ -132,7 +132,7 @@ class ZImage(ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Return the defaults of the release that the file's or repository's name shows."""
+        """Return the release's default sampling settings; the file or repository name shows the release."""
         dit = self.files.dit
         if dit is None:
             return DEFAULTS
@@ -234,7 +234,7 @@ class ZImage(ModelOfImages):
         )
 
     def comfy_model(self) -> "ComfyModel":
-        """Return how ComfyUI runs the model."""
+        """Return the ComfyUI settings of the model, for workflows."""
         from z_image.workflow import Z_IMAGE_NODES  # only with --save_workflow
 
         return Z_IMAGE_NODES

@@ -67,7 +67,7 @@ GENERATION = image_defaults(25, 1.0, 256, embedded_guidance=DEFAULT_GUIDANCE)
 
 @dataclass(frozen=True)
 class KontextFiles(FluxFiles):
-    """Files of a run, in musubi-tuner's numbering: T5 is text encoder 1, CLIP-L is 2."""
+    """Files of a run of FLUX.1 Kontext, numbered as in musubi-tuner: T5 is text encoder 1, CLIP-L is 2."""
 
     dit_option: str = "--dit"
 
