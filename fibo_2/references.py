@@ -26,9 +26,9 @@ PRECISION = 9  # digits of the share that is cropped
 
 
 def nearest_trained_size(size: Size) -> Size:
-    """Return the trained size, width and height, to which an image of this aspect ratio is cropped least.
+    """Return the trained size (width, height) to which an image of this aspect ratio is cropped least.
 
-    Of several sizes, it is the one nearest to a megapixel, then the widest.
+    Ties go to the size nearest to a megapixel, then to the widest.
     """
     aspect = size[0] / size[1]
     sizes = []

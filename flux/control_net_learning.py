@@ -84,7 +84,7 @@ class TrainedFluxControl(nn.Module):
 
 
 def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFiles) -> CustomNetwork:
-    """Return a ControlNet for the training loop: texts, and functions to make, check and write it."""
+    """Return a ControlNet for the training loop: its names, and functions to make, check and write it."""
     path = options.controlnet
     copied = f"a copy of {options.double_blocks} double and {options.single_blocks} single blocks"
     return CustomNetwork(

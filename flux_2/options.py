@@ -85,8 +85,8 @@ def generation_options(options: Flux2TrainingOptions, sample: Mapping[str, Any])
     `Placeholder` values represent files that the user has to name.
 
     Args:
-        options: Options of the training.
-        sample: Values of a sample to generate, by the names of `Request`.
+        options: Options of the training run.
+        sample: Values of a sample to generate, by the field names of `Request`.
     """
     controls = sample.get("control_images") or ()
     return {

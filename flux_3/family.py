@@ -112,7 +112,7 @@ class Flux3(pictures.ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return a training batch's text states and reference latents.
 
-        Raises CacheError for states of another encoder, or without the states of padding.
+        Raises CacheError if states are from another encoder, or lack the padding of the model's training.
         """
         batch.check({TEXT_STATES_KEY: TEXT_CACHING_SCRIPT}, "the transformer")
         config = self.files.dit_header().config

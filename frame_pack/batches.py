@@ -73,7 +73,7 @@ def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditi
 
 
 def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, indices: str) -> None:
-    """Raise CacheError if the indices of a kind of latents are missing or misfit these latents or the target.
+    """Raise CacheError if frame indices of cached latents are missing, or do not fit them or the target.
 
     `latents` and `indices` are the names of the two tensors in caches.
     """

@@ -160,8 +160,9 @@ class Krea2(pictures.ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the captions' states, a list of T n D, and the latents of references by condition name.
 
-        Raises CacheError for states of another encoder or number of layers, or encoded with images if this
-        training has none, or the reverse.
+        Raises CacheError if states are from another encoder or number of layers, or if they were encoded
+        with
+        images for a run that trains without them, or the reverse.
         """
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config

@@ -509,7 +509,8 @@ def _attend_with_bias(
 ) -> Tensor:
     """Compute attention with a bias on its logits: the product of `bias_queries` and `bias_keys`, L E each.
 
-    They become additional channels of queries and keys. In torch, because 8-bit kernels are too coarse.
+    They become additional channels of queries and keys. torch computes it, because 8-bit kernels are too
+    coarse.
     """
     head_dim = query.shape[-1]
     bias_dim = bias_queries.shape[-1]

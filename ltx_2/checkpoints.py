@@ -110,7 +110,7 @@ def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
 def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the dimensions that no tensor shows, from settings in the official or diffusers' layout.
 
-    Raises ValueError for invalid numbers, and TypeError or the like for values of other types.
+    Raises ValueError, TypeError or OverflowError for invalid values.
     """
     # of two names for a setting, the first is diffusers'; the release's one takes precedence
     frames = settings.get("pos_embed_max_pos", 20)

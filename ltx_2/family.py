@@ -400,7 +400,7 @@ class Ltx2(Ltx2Media):
         Args:
             references: Clean latents.
             noisy_references: The references with the noise of the step; None if they stay clean.
-            strengths: 1 M, of the video's attention to each of their tokens; None for full strength.
+            strengths: Strength of the video's attention to each reference token, 1 M; None for full strength.
             device: Device of the result.
         """
         return LtxReferences(

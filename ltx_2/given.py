@@ -84,6 +84,9 @@ class ClipEndRule:
             draws: Two random numbers for each sample, 2 B.
             sample_names: Names of the samples, for messages.
             unit: Plural name of the latents, for messages.
+
+        Raises:
+            DatasetError: If no latent between the clean ones would be left.
         """
         prefix_draws = draws[0]
         suffix_draws = prefix_draws if self.is_one_draw else draws[1]

@@ -401,7 +401,7 @@ def _read_audio_parts(
 def _read_audio_prefix(
     path: Path, requested_seconds: float | None, latent_ends: Tensor, seconds: float, spec: AudioSpec
 ) -> _GivenAudio:
-    """Read the end of --audio_prefix, with which a result of `seconds` begins.
+    """Read the end of --audio_prefix, which becomes the start of a result of `seconds` seconds.
 
     `requested_seconds` is --audio_prefix_seconds; `latent_ends` are the end times of the result's latents.
     """

@@ -195,7 +195,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
     def metadata(self) -> dict[str, str]:
         """Return the options of given media for a result's metadata; files without their folders.
 
-        Without --paste_source, which changes no latents: only a decoded result records it.
+        --paste_source is left out, because it changes no latents; only a decoded result records it.
         """
         values = {}
         defaults = Ltx2GivenMedia()

@@ -596,7 +596,7 @@ def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, with values, of a command that generates `sample` with the models of a training."""
+    """Return a command's options that generate `sample` with a training run's models, by option name."""
     latents, texts = caching_options(options)
     extra = sample.get("extra") or {}
     reference = extra.get("reference_video")

@@ -140,7 +140,7 @@ class NoisyReferences:
         return [part.unflatten(2, clean.shape[2:]) for part, clean in zip(parts, references, strict=True)]
 
     def pack_velocity(self, velocity: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
-        """Return the velocity of the video, followed by that of the references, as one flat tensor.
+        """Return the video's velocity, followed by the references' velocity, as one flat tensor.
 
         Args:
             velocity: B C N of the references' tokens, then the video's.

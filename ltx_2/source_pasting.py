@@ -33,7 +33,7 @@ def add_pasting(prepared: Prepared, media: Ltx2GivenMedia, latent: LatentSpec) -
         latent: Latent space of the video.
 
     Raises:
-        OptionError: If the first frame is another image, not that of the source.
+        OptionError: If another image (--image_path) is the first frame.
     """
     assert media.paste_source is not None  # the caller checks it
     image = prepared.request.image_path

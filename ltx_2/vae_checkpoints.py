@@ -221,9 +221,9 @@ def _with_info(checkpoint: Checkpoint, encoder: CoderConfig, decoder: CoderConfi
 def _apply_settings(
     settings: Mapping[str, Any], encoder: CoderConfig, decoder: CoderConfig
 ) -> tuple[CoderConfig, CoderConfig]:
-    """Return the encoder's and decoder's dimensions with paddings, shortcuts and causality from the settings.
+    """Return encoder and decoder dimensions with paddings, shortcuts and causality from the settings.
 
-    Raises ValueError for invalid settings, and TypeError or the like for values of other types.
+    Raises ValueError for invalid settings; values of a wrong type may raise TypeError.
     """
     # the oldest release has three equal upsamplings
     is_ltx_2_0 = [part.factors for part in decoder.resamplings] == 3 * [FACTORS[8]]
@@ -234,7 +234,7 @@ def _apply_settings(
     decoder_mode = settings.get("decoder_spatial_padding_mode", decoder_mode)
     is_causal = settings.get("causal_decoder", False)
     is_causal = settings.get("decoder_causal", is_causal)
-    # the settings list shortcuts from the pixels on, the decoder's parts begin at the latents
+    # the settings list shortcuts starting at the pixels; the decoder's parts start at the latents
     from_latents = iter([bool(shortcut) for shortcut in reversed(shortcuts)])
     parts: list[BlockGroup | Resampling] = []
     for part in decoder.parts:

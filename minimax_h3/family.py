@@ -268,9 +268,10 @@ class MiniMaxH3(OneTransformer):
         return {KEY: states, TAGS: tags}
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return text states, token tags and media conditions; raise CacheError if they do not fit the files.
+        """Return text states, token tags and media conditions; raise CacheError if they do not fit the
+        files.
 
-        With `batch.condition_set`, the conditions are those of a teacher's pass.
+        With `batch.condition_set`, they are the conditions of a teacher's pass.
         """
         batch.check({KEY: TEXTS_AGAIN, TAGS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
@@ -352,8 +353,8 @@ class MiniMaxH3(OneTransformer):
     def prepare(self, request: Request) -> Prepared:
         """Check and resolve a request: media, size, frames, noise levels, and what the text encoder sees.
 
-        Raises OptionError for sizes and lengths that the model does not generate, and for solvers with one
-        schedule.
+        Raises OptionError for sizes and lengths that the model does not generate, and for solvers other than
+        Euler.
         """
         request = _without_guidance(request)
         request = keep_usable_media(request, USABLE, f"{NAME} has separate options for frames and references")

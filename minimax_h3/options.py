@@ -434,7 +434,7 @@ def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, 
 def _resolve_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -> tuple[int, int] | None:
     """Return height and width; None if the first keyframe of each prompt line decides.
 
-    Raises OptionError if two options give different ones.
+    Raises OptionError if two options give different sizes.
     """
     own_size = None
     typed = f"--ratio {own_options.ratio}"

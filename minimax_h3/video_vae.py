@@ -240,7 +240,7 @@ def _join_tiles(
 ) -> Tensor:
     """Join overlapping decoded tiles, each cross-faded with the original tiles above it and to its left.
 
-    Each overlap is that of a row or column of tiles with the next one.
+    The overlaps are the pixels that each row or column of tiles shares with the next one.
     """
     joined_rows = []
     for row_index, tiles in enumerate(tile_rows):

@@ -221,7 +221,9 @@ class MossImageModel(BlockNetwork):
     dtype_of = "layers.0.norm1.weight"
 
     def __init__(self, config: MossImageConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights; all blocks share one modulation of the time."""
+        """Build the network without weights; all blocks share one modulation, which depends on the
+        timestep.
+        """
         super().__init__()
         self.config = config
         self.attention = attention

@@ -158,10 +158,10 @@ class FamilyEntry:
     ) -> list[str]:
         """Return the command line of a generation that uses the same models as a training run.
 
-        Options of the training are repeated if the generation script has them too.
+        Options of the training run are repeated if the generation script has them too.
 
         Args:
-            family_options: Options of the training.
+            family_options: Options of the training run.
             sample: Settings of a sample, by the field names of `Request`; may be empty.
             typed: Public name of an option -> the user's spelling of it.
         """

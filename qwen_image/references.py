@@ -155,7 +155,7 @@ def read_edit_reference(
 ) -> EditReference | None:
     """Return the first control image with --mask_path or --rcm_threshold, which reset unchanged parts to it.
 
-    None without either option. `latents` are those of the image, 1 C 1 h w.
+    None without either option. `latents` are the image's, 1 C 1 h w.
     """
     mask = prepared.request.extra.get(MASK)
     threshold = options.rcm_threshold

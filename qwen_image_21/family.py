@@ -166,7 +166,7 @@ class QwenImage21(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request; noise levels depend on the flow shift, by default that of the image size.
+        """Resolve a request; noise levels depend on the flow shift, and its default on the image size.
 
         Raises OptionError if a size or a number cannot be used, or guidance has no negative prompt.
         """

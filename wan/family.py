@@ -409,7 +409,7 @@ class Wan(OneTransformer):
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the one section (start noise and conditions) to the denoising loop; return its latents.
 
-        The loop sends back the denoised latents. Noise is one draw of C F H W. Extra noise on the image's
+        The loop sends back the denoised latents. Noise is drawn at once, C F H W. Extra noise on the image's
         condition, for more motion, is drawn after it. An image that is the video's first frame is passed to
         the section as a clean frame.
         """

@@ -340,9 +340,9 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
 
 
 def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:
-    """Return the options that training needs for latents of a caching command: --task, if not the default.
+    """Return the training options that latents from a caching command need: none, or --task.
 
-    `family` is that of the caching command. Caches do not show the size of the model.
+    `family` was built by the caching command. Caches do not show the model's size.
     """
     has_features = options.clip is not None
     if options.vace:
