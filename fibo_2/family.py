@@ -56,7 +56,7 @@ class Fibo2(pictures.ModelOfImages):
     """Description of Fibo 2.0 for one run, built by the `family_for_...` functions below."""
 
     files: Fibo2Files
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     samples_on_turbo: bool = False  # whether the transformer is the one of --distilled_dit
 
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released

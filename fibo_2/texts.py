@@ -162,7 +162,10 @@ def scale_states(states: Tensor) -> Tensor:
 
 
 def _move_spans(prompt: Prompt, caption: WrittenCaption) -> Spans:
-    """Return the weighted spans of a prompt, moved to their positions in the written caption."""
+    """Return a prompt's weighted spans at their positions in the caption that the encoder gets.
+
+    If a JSON prompt was rewritten, they are dropped with a warning.
+    """
     if not prompt.weighted_spans or caption.text == prompt.text:
         return prompt.weighted_spans
     if not caption.is_plain:

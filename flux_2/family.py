@@ -58,7 +58,7 @@ class Flux2(pictures.ModelOfImages):
     files: Flux2Files
     trained_guidance: float = 1.0  # what training feeds the guidance input of dev
     resizes_references: bool = True  # large ones are reduced; else each keeps its size
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
 
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
@@ -165,7 +165,7 @@ class Flux2(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; the default flow shift follows from image size and steps."""
+        """Fill in a request's unset fields; the default flow shift follows from image size and steps."""
         request = self._drop_unused_guidance(request)
         prepared = self.resolve_image(request, 1.0, "")
         if request.flow_shift is not None:

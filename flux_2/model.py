@@ -277,7 +277,7 @@ class Flux2Model(BlockNetwork):
         The rows are 6 for images and 6 for text in double blocks, 3 in single blocks, and the embedding.
         `guidance` is B; None leaves it out.
         """
-        # float32 angles: those of a large guidance are rounded, and so they were in training
+        # angles in float32, as in training, although they are rounded for a large guidance
         embedding = self.time_in(sinusoid(timesteps, self.config.freq_dim, torch.float32))
         if self.config.has_guidance and guidance is not None:
             scaled = sinusoid(GUIDANCE_UNIT * guidance, self.config.freq_dim, torch.float32)

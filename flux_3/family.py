@@ -54,7 +54,7 @@ class Flux3(pictures.ModelOfImages):
     """Description of FLUX 3 for one run, built by the `family_for_...` functions below."""
 
     files: Flux3Files
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
 
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
     draws_latents: ClassVar[bool] = False

@@ -39,7 +39,8 @@ _NEEDED = ("latent_indices", "image_embeddings")
 def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditions:
     """Check a batch's cached text, image, indices and history, and return them by cache key.
 
-    History are the earlier frames, in three resolutions; each kind may have indices without latents (black
+    The history contains the earlier frames in three resolutions. Each may have indices without latents
+    (black
     frames), or be missing.
 
     Args:

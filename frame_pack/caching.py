@@ -198,7 +198,7 @@ def image_entries(
         # frames are B F H W C; a fourth channel is the alpha of the control image
         alpha = frames[:, 0, :, :, 3] if frames.shape[-1] == 4 else None
         clean_frames.append(apply_masks(latents, alpha))
-    # the remaining indices are those of black frames, whose latents are 0
+    # the remaining indices belong to black frames, whose latents are 0
     num_black = len(indices.clean) - len(clean_frames)
     clean_frames += [torch.zeros_like(target)] * num_black
     clean = torch.cat(clean_frames, dim=2)

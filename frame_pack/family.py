@@ -92,7 +92,7 @@ class FramePack(OneTransformer):
     rope_threshold: float | None = None  # timestep from which on `rope_factor` is used
     rope_factor: float = 1.0  # factor on positions along rows and columns
     trained_guidance: float = 1.0  # embedded guidance in training
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
 
     name: str = field(default="framepack", init=False)
     cache_tag: str = field(default="fp", init=False)

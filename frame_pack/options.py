@@ -115,7 +115,7 @@ class FramePackTrainingOptions(Options, title="FramePack"):
     vae: HunyuanVaeOptions = option(facts=FREE, **ALWAYS_TILED)
     text: HunyuanTextOptions = option(facts=FREE)
     image_encoder: Path | None = option(_IMAGE_ENCODER, facts=FREE, often=True)
-    # for samples only: trainings take these from the caches
+    # for samples only: training takes these from the caches
     latent_window_size: int = option(f"latent frames of a section; default {WINDOW}", facts=FREE, **_WINDOW)
     bulk_decode: bool = option(_BULK, facts=FREE)
     # f1 and one_frame apply to samples, and are recorded in the metadata of saved files

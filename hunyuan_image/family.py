@@ -63,7 +63,7 @@ class HunyuanImage(ModelOfImages):
 
     files: HunyuanImageFiles
     projection: ProjectedGuidanceOptions = RELEASED_GUIDANCE
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
 
     name: str = field(default="hunyuan_image", init=False)
     model_metadata: ClassVar = {

@@ -361,7 +361,7 @@ def split_heads(
 def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:
     """Return the attention of video and text to each other, B L+T C.
 
-    `query`, `key` and `value` are B L+T N D, those of the video rotated.
+    `query`, `key` and `value` are B L+T N D; the video's queries and keys are already rotated.
     """
     second = tokens.second_text  # a second text, which the video attends to separately
     shard = tokens.shard  # this process's shard of the tokens

@@ -59,7 +59,7 @@ class HunyuanVideo(OneTransformer):
     dit_channels: int | None = None  # required input channels of the transformer; None for any
     caches_image: bool = False  # caching: whether the first frame is also cached alone
     trained_guidance: float = 1.0  # guidance input of the model in training
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
 
     name: str = field(default="hunyuan_video", init=False)
     model_metadata: ClassVar = {

@@ -59,7 +59,7 @@ class Krea2(pictures.ModelOfImages):
     """Description of Krea 2 for one run, built by the `family_for_...` functions below."""
 
     files: Krea2Files
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     samples_on_turbo: bool = False  # whether the transformer is the one of --turbo_dit
     references: ReferenceRules | None = None
     isolated: bool = False  # references attend to each other alone

@@ -342,7 +342,7 @@ class Krea2Model(BlockNetwork):
         if kv_cache is not None and not kv_cache:
             # the first pass fills the cache; references are equal for all samples
             kv_cache.update(self.compute_keys_values([latents[:1] for latents in references]))
-        # a pass that leaves references out takes none from the cache
+        # a perturbed pass, such as one that skips blocks, computes the references itself
         if kv_cache is None or overrides.is_perturbed:
             kv_cache = {}
         else:

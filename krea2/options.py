@@ -235,8 +235,8 @@ def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any])
     """Return the options, with values, for generating a sample with a training run's models.
 
     Args:
-        options: Options of the training.
-        sample: Values of a sample to generate, by the names of `Request`.
+        options: Options of the training run.
+        sample: Values of a sample to generate, by the field names of `Request`.
     """
     controls = sample.get("control_images") or ()
     extra = sample.get("extra") or {}

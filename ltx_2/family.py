@@ -154,7 +154,7 @@ class Ltx2(Ltx2Media):
     drive_video: Path | None = None  # for generations: a video that stays unchanged and gets new audio
     makes_audio: bool = True  # False: samples of a training run with audio are generated without it
     stages: TwoStages | None = None
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     references: rules.ReferenceRules | None = rules.ReferenceRules(MAX_REFERENCES, clips=True)
     reference_strength: float = 1.0  # for generations; below 1, references are denoised too
     reference_attention: tuple[Path | None, float] = (None, 1.0)  # mask and strength
@@ -203,9 +203,9 @@ class Ltx2(Ltx2Media):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Return a generation's defaults; as released, the flow shift is that of 4096 tokens at any size.
+        """Return a generation's defaults; as released, the flow shift is for 4096 tokens at any size.
 
-        In training, `size` is that of samples.
+        In training, `size` is the size of samples.
         """
         width, height, frames = self.size
         return SamplingDefaults(
@@ -238,7 +238,7 @@ class Ltx2(Ltx2Media):
             names |= replace_synonyms(Ltx2TrainingOptions, {"ltx_mode": self.options.model.ltx_mode})
         strategy = getattr(self.options, "ic_lora_strategy", None)
         preset = getattr(self.options, "lora_target_preset", None)
-        # factors of 1 are recorded only if the training is known to use references
+        # factors of 1 are recorded only if the run is known to use references
         uses_references = "v2v" in (strategy, preset) or VIDEO in self.strategy.needs
         references = self.references
         if references is not None:

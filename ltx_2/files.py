@@ -242,7 +242,7 @@ class Ltx2Files(TransformerFiles):
         )
 
     def _find_text_files(self) -> tuple[Path, Path | None]:
-        """Return the path of Gemma, and that of the connectors if an option names it.
+        """Return the path of Gemma and, if an option names it, the path of the connectors (else None).
 
         --ltx2_text_encoder_checkpoint (`self.connectors`) names either the connectors, which need Gemma 3
         from another option, or LTX-2.5's text encoder, Gemma 4 in a single file.

@@ -236,8 +236,8 @@ class LtxModel(nn.Module):
                 None: all samples have audio.
             overrides: Changes to this call; a NAG text has arguments named text and audio_text. Clean
                 frames have the time 0, and their velocity is 0.
-            references: References of video and audio. If those of the video are noisy, its velocity is B Z N:
-                the velocity of their tokens, then that of the video's tokens.
+            references: References of video and audio. If the video's are noisy, its velocity is B Z N: first
+                for the tokens of its references, then for the video's tokens.
             keyframes: Frame indices in the video of the single images in the last latent frames of `noisy`.
 
         Raises:

@@ -380,7 +380,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
 
 
 def apply_conditioning_config(options: R) -> R:
-    """Return the options with the settings of --ltx2_conditioning_config applied and this option unset.
+    """Return the options with the settings of --ltx2_conditioning_config applied and that option cleared.
 
     Raises:
         OptionError: If the file is not valid, or contradicts an option that was typed.

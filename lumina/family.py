@@ -59,7 +59,7 @@ class Lumina(ModelOfImages):
     """Description of Lumina-Image-2.0 for one run, built by the `family_for_...` functions below."""
 
     files: LuminaFiles
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
 
     name: str = field(default="lumina", init=False)
     model_metadata: ClassVar = {
@@ -114,9 +114,9 @@ class Lumina(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields, with Lumina's limits of guidance and its solver.
+        """Fill in a request's unset fields, and set Lumina's guidance limits and its solver.
 
-        The system prompt is not put before negative and empty prompts.
+        Negative and empty prompts get no system prompt.
         """
         prepared = self.resolve_image(request, FLOW_SHIFT)
         prompts = prepared.prompts[0]

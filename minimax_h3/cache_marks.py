@@ -1,4 +1,4 @@
-"""Marks in the metadata of text caches that record their task, and the checks of a training.
+"""Marks in the metadata of text caches that record their task, and the checks in training.
 
 The states of a caption depend on what the text encoder saw with it: nothing, the first and the last frame of
 the clip, or references. Names and values are those of other trainers' caches.

@@ -135,7 +135,7 @@ class MiniMaxH3(OneTransformer):
     any_length: bool = False  # for generations: allow shorter and longer clips than in the model's training
     image_edge: int = IMAGE_EDGE  # short side of reference images
     video_edge: int = VIDEO_EDGE  # short side of reference videos
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
 
     abilities: ClassVar = Abilities(
         trains_audio=True,
@@ -268,8 +268,7 @@ class MiniMaxH3(OneTransformer):
         return {KEY: states, TAGS: tags}
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return text states, token tags and media conditions; raise CacheError if they do not fit the
-        files.
+        """Return text states, token tags and media conditions; raise CacheError if they misfit the files.
 
         With `batch.condition_set`, they are the conditions of a teacher's pass.
         """
@@ -353,8 +352,7 @@ class MiniMaxH3(OneTransformer):
     def prepare(self, request: Request) -> Prepared:
         """Check and resolve a request: media, size, frames, noise levels, and what the text encoder sees.
 
-        Raises OptionError for sizes and lengths that the model does not generate, and for solvers other than
-        Euler.
+        Raises OptionError for sizes, lengths and solvers that the model does not support.
         """
         request = _without_guidance(request)
         request = keep_usable_media(request, USABLE, f"{NAME} has separate options for frames and references")

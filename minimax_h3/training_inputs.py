@@ -107,7 +107,7 @@ def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tens
 
     Args:
         batch: The batch; in a teacher's pass, with the media that the teacher sees.
-        task: Task of the training.
+        task: Task of the training run.
         latents: Latents of the clip, in model space.
 
     Raises:

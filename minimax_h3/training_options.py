@@ -1,4 +1,4 @@
-"""Options of a training under other trainers' names, and their translation to the shared options.
+"""Training options under other trainers' names, and their translation to the shared options.
 
 Standard library only.
 """

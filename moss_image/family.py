@@ -60,7 +60,7 @@ class MossImage(pictures.ModelOfImages):
     """Description of MOSS-Image for one run, built by the `family_for_...` functions below."""
 
     files: MossImageFiles
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     schedule: str = own.OFFICIAL
     skips: NegativeSkipChoice = NegativeSkipChoice()
     isolated: bool = True  # references attend to each other alone
@@ -260,7 +260,7 @@ def family_for_generation(options: own.MossImageGenerationOptions) -> MossImage:
 def _describe(
     options: own.MossImageTrainingOptions | own.MossImageGenerationOptions, training: Any
 ) -> MossImage:
-    """Return the family for training or generation; `training` are its settings, None for generation.
+    """Return the family; `training` are the options of a training run, NO_OPTIONS for generation.
 
     Options that are not given get their defaults here.
     """

@@ -221,9 +221,7 @@ class MossImageModel(BlockNetwork):
     dtype_of = "layers.0.norm1.weight"
 
     def __init__(self, config: MossImageConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights; all blocks share one modulation, which depends on the
-        timestep.
-        """
+        """Build the network without weights; the blocks share one modulation, computed from the timestep."""
         super().__init__()
         self.config = config
         self.attention = attention

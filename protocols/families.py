@@ -133,8 +133,8 @@ class FamilyEntry:
         """Return the commands that cache the missing latents and text encoder outputs of a training run.
 
         Args:
-            family_options: Options of the training.
-            dataset_config: Dataset file of the training.
+            family_options: Options of the training run.
+            dataset_config: Dataset file of the training run.
             switches: Additional options for the command that caches latents.
             typed: Public name of an option -> the user's spelling of it.
         """
@@ -303,7 +303,7 @@ def identify(path: Path, family: str | None = None) -> str | None:
 
 
 def describe_scripts(family: str) -> str:
-    """Name a family's scripts, and the --family and --task values with which `new` finds its models."""
+    """Return a sentence that names a family's scripts, and the options with which `new` finds its models."""
     from downloads.catalogue import model_sets  # only for hints
 
     entry = FAMILIES[family]

@@ -88,10 +88,9 @@ class CleanTokens:
     At noise level sigma, a latent with the fraction f = n / FULLY_CLEAN has the level (1 - f) sigma. The
     tensors are int16, so that they stay on the host.
 
-    Keyframes are additional images for the network, at the clip's frames `keyframe_indices`. In training
-    they
-    are `keyframes`, as clean as `keyframe_strengths`. In a generation they end the noisy latents and
-    `image`.
+    Keyframes are additional images for the network, at the clip's frames `keyframe_indices`. Training has
+    them
+    in `keyframes`, as clean as `keyframe_strengths`; in a generation they end the noisy latents and `image`.
     """
 
     image: Tensor | None = None  # B 1 F H W; None: all latents are noisy
@@ -174,7 +173,7 @@ class Overrides:
         return [text, {name: second.get(name) for name in text}]
 
     def merge(self, all_passes: "Overrides") -> "Overrides":
-        """Merge the overrides of one pass, `self`, with those for all passes; `self` takes precedence."""
+        """Merge a pass's overrides with those for all passes: skips add up, else `self` takes precedence."""
         if all_passes is NO_OVERRIDES:
             return self
         return replace(

@@ -88,7 +88,7 @@ class QwenImage(ModelOfImages):
 
     files: QwenImageFiles
     version: Version = VERSIONS[ORIGINAL]
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     edit: QwenImageReferenceOptions = AS_TRAINED
 
     lora_module: str = field(default=LORA[0].network_module, init=False)
@@ -193,7 +193,7 @@ class QwenImage(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; by default, the image size determines the noise levels.
+        """Fill in a request's unset fields; by default, the image size determines the noise levels.
 
         Raises OptionError for control images if the release does not edit.
         """

@@ -69,7 +69,7 @@ class QwenImageLayered(ModelOfImages):
     """Description of Qwen-Image-Layered for one run, built by the `family_for_...` functions of `family`."""
 
     files: QwenImageFiles
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     edit: QwenImageReferenceOptions = QwenImageReferenceOptions()
     omits_first_image: bool = False  # the image before the layers is not generated
     keeps_norms: bool = False  # guidance keeps the norm of each token, as in musubi-tuner

@@ -62,7 +62,7 @@ class QwenImage21(pictures.ModelOfImages):
     """Description of Qwen-Image-2.1 for one run, built by the `family_for_...` functions below."""
 
     files: QwenImage21Files
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     edit: own.QwenImage21ReferenceOptions = own.QwenImage21ReferenceOptions()
     caches_prefix: bool = True  # keys and values of prompts and references are computed once for all steps
 

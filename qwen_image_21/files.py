@@ -192,7 +192,7 @@ def _check_settings(
 ) -> None:
     """Raise CheckpointError if a config.json, `source`, is for another network or another file.
 
-    `dimensions` are those of the tensors in the file `path`, by the names of settings.
+    `dimensions` follow from the tensors of the file `path`, by setting name.
     """
     # settings that the tensors do not show; the network supports only the released values
     for name, value in (("patch_size", 1), ("causal_condition", True)):

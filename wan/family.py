@@ -91,9 +91,9 @@ class Wan(OneTransformer):
     keep_file_dtypes: bool = False
     text_as_image_tokens: bool = False
     image_noise: float = 0.0
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     boundary: float | None = None  # timestep from which on the high-noise expert works; None: there is none
-    noise: NoiseSpec = FLOW  # set for trainings only
+    noise: NoiseSpec = FLOW  # set only in training
 
     abilities: ClassVar = Abilities(
         detects_few_steps=True,

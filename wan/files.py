@@ -225,7 +225,7 @@ def read_release(folder: Path, latent: LatentSpec) -> WanRelease:
 
 
 def _read_boundary(index: Path) -> float | None:
-    """Return the boundary of the experts as a timestep; None if the index of a pipeline does not say."""
+    """Return the timestep that divides the experts; None if the pipeline's index does not record it."""
     try:
         ratio = parse_json(read_text(index)).get("boundary_ratio")
     except (OSError, ValueError, AttributeError) as error:
@@ -302,7 +302,7 @@ def _find_existing(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
 
 
 def select_files(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
-    """Return the files of the options that the task uses.
+    """Return the files that the options name and the task uses.
 
     Raises OptionError if file names show that the two transformers were swapped.
     """

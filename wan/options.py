@@ -374,8 +374,8 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
     """Return the options of the generation script that select the models of a training run.
 
     Args:
-        options: Options of the training.
-        sample: Values of a sample to generate, by the names of `Request`.
+        options: Options of the training run.
+        sample: Values of a sample to generate, by the field names of `Request`.
     """
     task = TASKS[options.task]
     low_noise_dit = options.dit

@@ -175,7 +175,7 @@ def _read_layers(
     for index in range(count(names, rf"{re.escape(start)}\.\d+")):
         name = f"{start}.{index}"
         stage = _read_layers(shape, names, f"{name}.{list_name}")
-        if stage:  # nested layers: kind and output width are those of the last, which resamples
+        if stage:  # nested layers: kind and output width come from the last one, which resamples
             layers.append(VaeLayer(stage[-1].kind, stage[0].width_in, stage[-1].width_out, stage))
             continue
         kind = "residual"

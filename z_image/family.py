@@ -101,7 +101,7 @@ class ZImage(ModelOfImages):
     """Description of Z-Image for one run, built by the `family_for_...` functions below."""
 
     files: ZImageFiles
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     attends_in_float32: bool = False
     even_steps: bool = False  # the noise levels of diffusers
 
@@ -204,7 +204,7 @@ class ZImage(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; a guidance scale of 0 or below turns guidance off.
+        """Fill in a request's unset fields; a guidance scale of 0 or below turns guidance off.
 
         The options cfg_trunc_ratio and renorm_cfg end guidance early and limit its norm.
         """
