@@ -322,7 +322,7 @@ class Fibo2Model(BlockNetwork):
             text: States of the language model, B T n W.
             text_mask: B T, true or 1 for real tokens, which come first.
             overrides: Changes to this call. A text for normalized attention guidance (NAG) has arguments
-                named text and text_mask too; its gist follows that of the prompt.
+                named text and text_mask too; its gist follows the prompt's.
             references: Clean latents of images to edit, each B Z 1 h w of its own size.
 
         Raises:

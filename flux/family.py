@@ -353,7 +353,7 @@ class Flux(ModelOfImages):
     ) -> Mapping[int, Conditions]:
         """Return the control image's latents and strength by condition name: `latents_control`, 1 Z 1 h w.
 
-        They are the posterior mean. Without a ControlNet, the inputs are those of a plain FLUX.1.
+        They are the posterior mean. Without a ControlNet, the result is the same as for plain FLUX.1.
         """
         # samples during the training of a ControlNet; otherwise a loaded ControlNet
         if self.custom_network is not None:

@@ -368,7 +368,7 @@ class Flux3Model(BlockNetwork):
         Args:
             noisy: B Z 1 H W.
             timesteps: B, 0..1000.
-            text: States of the language model, B T text_dim, including those of padding to a multiple of 80.
+            text: States of the language model, B T text_dim, with padding to a multiple of 80.
             text_mask: B T, true or 1 for these states; the others only align the batch.
             next_timesteps: B, where the step ends; only for a distilled model, which requires it.
             overrides: Changes to this call; a NAG text has arguments named text and text_mask.
@@ -470,7 +470,7 @@ class Flux3Model(BlockNetwork):
     def _make_table(self, layout: Flux3Layout, /, *, device: torch.device) -> Tensor:
         """Return the rotary table, (cosine, sine) pairs L+R+T 1 D/2 2 float32, from float64 angles.
 
-        Positions are (0, row / 2, column / 2, 0) for image tokens, (0, row / 2, column / 2, -k) for those of
+        Positions are (0, row / 2, column / 2, 0) for image tokens, (0, row / 2, column / 2, -k) for tokens of
         reference k (from 1), and (0, 0, 0, index) for the text.
         """
         zero = torch.zeros(1, dtype=torch.float64)

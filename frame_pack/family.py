@@ -228,8 +228,8 @@ class FramePack(OneTransformer):
         """
         device = noisy.device
         guidance = data.send_tensor(cond, "guidance", device)
-        # the timestep sets how far rotary positions are scaled; reading that of `step_position`, on the host,
-        # does not wait for the device
+        # the timestep sets how far rotary positions are scaled; `step_position.timestep` is on the host, so
+        # reading it does not wait for the device
         scaling_timestep = timesteps
         if overrides.step_position is not None:
             scaling_timestep = torch.tensor([overrides.step_position.timestep])

@@ -218,7 +218,7 @@ class DoubleStreamBlock(nn.Module):
         video_vector, text_vector = tokens.modulation_vectors
         modulate_video, video_project, video_mlp = self.layers(is_text=False)
         modulate_text, text_project, text_mlp = self.layers(is_text=True)
-        # each six tensors: shift, scale and gate of attention, then those of the feed-forward layers
+        # each six tensors: shift, scale and gate of attention, then of the feed-forward layers
         video_modulation = modulate_video(video_vector)
         text_modulation = modulate_text(text_vector)
 

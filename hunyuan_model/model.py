@@ -119,7 +119,7 @@ class HunyuanVideoModel(BlockNetwork):
             guidance: B, as in the model's training (1000 times the scale in generation); ignored by a model
                 without guidance embedding.
             overrides: Changes to this call; a NAG text has arguments named llama, llama_mask and
-                clip_l, and its tokens follow those of the prompt.
+                clip_l, and its tokens follow the prompt's.
 
         Raises:
             ValueError: If sizes do not match.

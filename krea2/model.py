@@ -402,7 +402,7 @@ class Krea2Model(BlockNetwork):
             text: States of the language model, B T n text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
             overrides: Changes to this call. A text for normalized attention guidance (NAG) has arguments
-                named text and text_mask too; its tokens follow those of the prompt.
+                named text and text_mask too; its tokens follow the prompt's.
             references: Clean latents of images to edit, each B Z 1 h w of its own size.
             isolated: Whether references attend only to each other.
 

@@ -230,7 +230,7 @@ class LtxModel(nn.Module):
             fps: Frame rate of the video.
             audio: Latents of the audio, B Z M K with K bins each; None for video alone, which uses no weight
                 of the audio stream.
-            audio_timesteps: B, 0 for clean audio; None: those of the video.
+            audio_timesteps: B, 0 for clean audio; None: the video's.
             audio_text: States for the audio stream, B T text_dim.
             has_audio: B, whether each sample has audio; other samples' audio does not influence their video.
                 None: all samples have audio.
@@ -430,7 +430,7 @@ class LtxModel(nn.Module):
         """Return modulation, B S R C, and embedded timesteps, B S C, for the S timesteps of a stream.
 
         S is the number of fractions in `inputs.token_timesteps`. Without these it is 1, or 2 with
-        conditioning tokens: first their timestep (0 if they are clean), then that of the other tokens.
+        conditioning tokens: first their timestep (0 if they are clean), then the other tokens' timestep.
         """
         timesteps = inputs.timesteps
         if inputs.token_timesteps is not None:
@@ -560,7 +560,7 @@ def _shape_velocity(out: Tensor, modality: Modality, tokens: LtxTokens) -> Tenso
 def _pair_by_sample(embedded: Tensor, batch_size: int) -> Tensor:
     """Return for each sample the embeddings of its conditioning tokens and of its other tokens, B 2 ...
 
-    `embedded` has the embeddings of the B samples' timesteps, followed by those of the conditioning tokens:
+    `embedded` has the embeddings of the B samples' timesteps, then of the conditioning tokens' timesteps:
     B, or one for all samples.
     """
     of_samples, of_conditioning = embedded[:batch_size], embedded[batch_size:]

@@ -98,7 +98,7 @@ class LuminaModel(BlockNetwork):
             caption: States of the language model, B T text_dim.
             caption_mask: B T, true or 1 for real tokens, which come first.
             overrides: Changes to this call. The text of normalized attention guidance (NAG) has arguments
-                named caption and caption_mask too; its tokens follow those of the caption.
+                named caption and caption_mask too; its tokens follow the caption's.
 
         Raises:
             ValueError: If sizes do not match.

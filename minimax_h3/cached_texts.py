@@ -230,7 +230,7 @@ class H3CachingFiles(H3Files):
     """Files of a run that caches texts."""
 
     teacher_conditions: str | None = None
-    states_dtype: torch.dtype | None = None  # dtype of cached states; None for that of the text encoder
+    states_dtype: torch.dtype | None = None  # dtype of cached states; None for the text encoder's
     blank: str = BLANK  # replaces the empty prompt
     short_edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)
 

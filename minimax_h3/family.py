@@ -388,7 +388,7 @@ class MiniMaxH3(OneTransformer):
             audio_video_shapes=AudioVideoShapes(
                 (channels, length, rows, columns), self.audio.shape(frames, FPS)
             ),
-            # the shift that converts the noise levels of images to those of the audio
+            # the shift from the images' noise levels to the audio's
             audio_shift=_find_audio_shift(request, self.noise) / flow_shift,
         )
 
@@ -628,7 +628,7 @@ def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
     noise = replace(
         NOISE,
         base_shift=loss.h3_shift_video,
-        audio_shift=loss.h3_shift_audio / loss.h3_shift_video,  # relative to that of images
+        audio_shift=loss.h3_shift_audio / loss.h3_shift_video,  # relative to the images' shift
         change_conditions=partial(add_noise_to_inputs, clean_fractions),
     )
     return MiniMaxH3(

@@ -333,7 +333,7 @@ class MossImageModel(BlockNetwork):
             text: States of the language model, B T text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
             overrides: Changes to this call; a NAG text has arguments named text and text_mask, and its
-                tokens follow those of the prompt.
+                tokens follow the prompt's.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
             isolated: References attend only to each other; all other tokens attend to all.
 

@@ -152,7 +152,7 @@ class Batch:
     # dropped tensors, for a teacher: encoded captions before dropout, latents of reference images
     undropped: Conditions = field(default_factory=dict)
     network_multiplier: float = 1.0  # multiplier of the network in training steps with this batch
-    # for `batch_conditions`: the conditions of a teacher (--teacher_sees); "": those of the trained network
+    # for `batch_conditions`: the conditions of a teacher (--teacher_sees); "": the trained network's
     condition_set: str = ""
     empty_text: Conditions = field(default_factory=dict)  # of the empty prompt, for targets that need them
     # latents of the rejected sample of each pair, for targets that need them; shaped like `latents`
@@ -336,7 +336,7 @@ class MomentsRules:
 class CacheEntry:
     """Contents of one cache file.
 
-    `tensors` have no batch dimension; their names are those in the file without sizes and dtype (`latents`,
+    `tensors` have no batch dimension; their names are the file's without sizes and dtype (`latents`,
     `clip`).
     """
 
@@ -405,7 +405,7 @@ class LatentSpec:
     has_layers: bool = False  # whether frames are an image and its layers, back to front, each encoded alone
     has_full: bool = True  # with layers: whether the first frame is the full image, not the lowest layer
     names_frames: bool = True  # whether cache files name latents by F x H x W; otherwise by H x W
-    # whether training puts the latents of references before those of the clip, the last reference first
+    # whether training puts the latents of references before the clip's, the last reference first
     references_first: bool = False
     # frames per second assumed for other programs' caches that do not record it; None: no assumption
     default_fps: float | None = None

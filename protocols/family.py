@@ -91,7 +91,7 @@ class NoiseSpec:
     clean_token_rule: CleanTokenRule | None = None  # which other latents stay clean in training; None: none
     shifted_logit: rules.ShiftedLogit | None = None  # settings of the sampler shifted_logit_normal
     cut_logit: rules.CutLogit | None = None  # settings of the sampler cut_logit_normal
-    # time shift from the noise levels of images to those of their audio; 1: they are the same
+    # time shift from the images' noise levels to their audio's; 1: they are the same
     audio_shift: float = 1.0
     # time shift applied after every sampler. Options and draws refer to levels before it, over which the
     # model's generations are evenly spaced
@@ -335,7 +335,7 @@ def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
 class EncoderWithTextLayers(TextEncoder, Protocol):
     """A text encoder followed by layers that are stored in the transformer's file.
 
-    LoRA files name these layers like those of the transformer.
+    LoRA files name these layers like the transformer's.
     """
 
     @property

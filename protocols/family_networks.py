@@ -39,7 +39,7 @@ class CustomNetwork:
 
     label: str  # "ControlNet-LLLite"
     description: str  # with its sizes, for boxes
-    architecture_suffix: str  # suffix of the architecture in metadata; that of a LoRA is "lora"
+    architecture_suffix: str  # suffix of the architecture in metadata; a LoRA has "lora"
     # puts the module into the loaded model, or into an nn.ModuleDict of the text encoders in their order;
     # returns it, with what `networks.adapter.ForeignNetwork` requires; its state
     # dict is what states contain. The second argument: whether it starts with its file's values

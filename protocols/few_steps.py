@@ -102,7 +102,7 @@ class FewSteps:
     def judge(self, path: Path, metadata: Mapping[str, str]) -> Verdict | None:
         """Judge by names whether a transformer was distilled; the name nearest to the file decides.
 
-        Names are the file's own, those of its folders if the file's name says nothing about a model, and
+        Names are the file's own, its folders' if the file's name says nothing about a model, and
         those in its metadata.
 
         Args:

@@ -25,7 +25,7 @@ class Packing:
         ..., QuantizedWeight
     ]  # takes the weight and the companions; raises ValueError for invalid scales
     pad: int = 1  # rows and columns are rounded up to multiples of it
-    can_stay_quantized: bool = True  # its rows are those of the value, so that a layer can keep it packed
+    can_stay_quantized: bool = True  # its rows are the value's rows, so that a layer can keep it packed
 
     def padded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return a shape with each axis rounded up to a multiple of `pad`."""
@@ -147,7 +147,7 @@ class Placement:
     device: torch.device
     # None: as the file stores it (fp8 files: upcast to the compute dtype)
     storage_dtype: torch.dtype | None = None
-    compute_dtype: torch.dtype | None = None  # None: that of the file's block weights (fp8 files: bfloat16)
+    compute_dtype: torch.dtype | None = None  # None: the file's block weights' (fp8 files: bfloat16)
     # default compute dtype of fp8 files; None: bfloat16
     fp8_compute_dtype: torch.dtype | None = None
     keep_file_dtypes: bool = False  # every tensor as the file stores it, if it mixes dtypes

@@ -105,7 +105,7 @@ class StreamGuidance:
     text_scale: float | None = None  # None: the guidance scale of the request; 1: none
     perturbed_scale: float = 0.0  # p: in some blocks self-attention is replaced by its values; 0: none
     modality_scale: float = 1.0  # i: image and audio do not attend to each other; 1: none
-    rescale: float = 0.0  # 0..1, how far the standard deviation of the result is moved to that of c
+    rescale: float = 0.0  # 0..1, how far the result's standard deviation is moved to c's
     # identity_scale (c - r) is added last, with the prediction r without an audio reference; 0: nothing
     identity_scale: float = 0.0
 
@@ -420,13 +420,13 @@ class ReferenceRules:
     )
     # whether a single reference keeps its own aspect ratio and is reduced to `area`
     keeps_aspect_ratio: bool = False
-    max_area: int | None = None  # maximum number of pixels; None: that of the target
+    max_area: int | None = None  # maximum number of pixels; None: the target's
     # whether reference_directory and reference_path are supported, in addition to control media: a clip has
     # as many frames as its target, an image is one frame
     clips: bool = False
-    size_factor: int = 1  # sides of references are smaller than those of the target by this factor
+    size_factor: int = 1  # sides of references are smaller than the target's by this factor
     time_factor: int = 1  # the first frame is kept, then one frame of each group of this many
-    max_frames: int = 0  # maximum number of frames; 0: that of the target
+    max_frames: int = 0  # maximum number of frames; 0: the target's
     dropout_probability: float = 0.0  # fraction of batches that are trained without references of clips
     pad_with_white: bool = False  # whether each is a single image (a clip's first frame), padded with white
     control_masks: bool = False  # whether control_mask_directory and control_mask_path are supported

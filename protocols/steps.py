@@ -289,7 +289,7 @@ class Step:
     sigma: float  # noise level of `noisy`
     timestep: float  # timestep that the network gets
     noisy: Tensor  # B C F H W, float32; B N for video with audio
-    audio_sigma: float | None = None  # noise level of the audio; None: that of the images
+    audio_sigma: float | None = None  # noise level of the audio; None: the images'
     next_timestep: float = 0.0  # timestep of the next step; 0 in the last step
 
 

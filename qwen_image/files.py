@@ -80,7 +80,7 @@ FILES = (
 )
 IDENTIFYING_TENSOR = "transformer_blocks.0.img_mod.1.weight"
 LAYER_TENSOR = "time_text_embed.addition_t_embedding.weight"  # tensor that identifies Qwen-Image-Layered
-QUERY_WEIGHT = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of the file
+QUERY_WEIGHT = "transformer_blocks.0.attn.to_q.weight"  # its dtype counts as the file's
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:

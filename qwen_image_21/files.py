@@ -86,7 +86,7 @@ FILES = (
 )
 CLASSES = ("QwenImage21Transformer2DModel",)  # in a config.json
 IDENTIFYING_TENSOR = "txt_in.text_norm.weight"
-QUERY_WEIGHT = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of the file
+QUERY_WEIGHT = "transformer_blocks.0.attn.to_q.weight"  # its dtype counts as the file's
 FUSED_LAYERS = joined_tensors(QWEN_IMAGE_21)
 # noise levels of Turbo before the shift, if no model_index.json states them. Source: that of the release
 TURBO_LEVELS = (1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568)

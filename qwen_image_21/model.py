@@ -415,7 +415,7 @@ class QwenImage21Model(BlockNetwork):
         embedded = self.embed_prefix(dtype, **prompt)
         # the prefix is clean: time 0
         times = self.time_text_embed(torch.zeros_like(timesteps))[:, None]
-        # no image: the keys and values are those of the prefix alone
+        # no image: only the prefix has keys and values
         layout = QwenImage21Layout((0, 0), embedded.prefixes, has_prefix=True)
         tokens = QwenImage21Tokens(
             grid=(0, 0),

@@ -303,7 +303,7 @@ class Wan(OneTransformer):
         """Predict the velocity, B C F H W float32.
 
         The conditions are t5 (n D for each sample: its text), clip (B T 1280: features of images),
-        condition_latents (B C F H W: channels after the noisy ones), and those of VACE and of single images.
+        condition_latents (B C F H W: channels after the noisy ones), and more for VACE and single images.
         """
         # image and control conditions are additional input channels
         condition = cond.get("condition_latents")

@@ -277,7 +277,7 @@ def prepare_request(
             f"--video_length {frames}: --task {task.name} generates one image. Leave it out, or use t2v."
         )
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
-    # the released image-to-video code and that of TI2V-5B round the size in different ways
+    # the released code rounds the size in different ways for image-to-video and for TI2V-5B
     if task.requires_image and request.first_image is not None:
         width, height = size_like_image(image_size(request.first_image), width * height)
     elif task.takes_clean_first_frame and request.image_path is not None:

@@ -43,7 +43,7 @@ class VaceRequest:
         """Return the prepared request with these settings, also in the metadata of its files.
 
         Raises:
-            OptionError: If the mask has neither the aspect ratio of its clip nor that of the result, or has
+            OptionError: If the mask has neither the aspect ratio of its clip nor the result's, or has
                 no white pixels.
             MediaError: If the mask is too short.
         """

@@ -115,7 +115,7 @@ def check_latents(
         latent: Latent space of the model.
         path: The VAE's file.
         needed_by: What needs the latents, for the message, such as "--task ti2v-5B".
-        files: Released files of the right VAE; "" for those of Wan's release.
+        files: Released files of the right VAE; "" for Wan's own.
     """
     release = RELEASES[latent.channels]
     has_alpha = config.colors == 4
