@@ -240,22 +240,22 @@ class Fibo2(pictures.ModelOfImages):
 
 
 def family_for_latent_caching(options: own.Fibo2LatentCachingOptions) -> Fibo2:
-    """Describe the family for fibo_2_cache_latents.py, which needs only the VAE."""
+    """Build the model description for fibo_2_cache_latents.py, which needs only the VAE."""
     return Fibo2(Fibo2Files().add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: own.Fibo2TextCachingOptions) -> Fibo2:
-    """Describe the family for fibo_2_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for fibo_2_cache_text_encoder_outputs.py: only the text encoder."""
     return Fibo2(Fibo2Files().add_text(options.text))
 
 
 def family_for_training(options: own.Fibo2TrainingOptions) -> Fibo2:
-    """Describe the family for fibo_2_train_network.py."""
+    """Build the model description for fibo_2_train_network.py."""
     return Fibo2(_make_files(options), options)
 
 
 def family_for_samples(options: own.Fibo2TrainingOptions) -> Fibo2 | None:
-    """Describe the family for samples with --distilled_dit; None if it is not given.
+    """Build the model description for samples with --distilled_dit; None if it is not given.
 
     Raises CheckpointError if its file is not a transformer.
     """
@@ -267,7 +267,7 @@ def family_for_samples(options: own.Fibo2TrainingOptions) -> Fibo2 | None:
 
 
 def family_for_generation(options: own.Fibo2GenerationOptions) -> Fibo2:
-    """Describe the family for fibo_2_generate_image.py."""
+    """Build the model description for fibo_2_generate_image.py."""
     return Fibo2(_make_files(options))
 
 

@@ -410,7 +410,7 @@ class Flux(ModelOfImages):
             )
 
     def comfy_model(self) -> "ComfyModel":
-        """Return how ComfyUI runs FLUX.1. Raises OptionError for Chroma and for models that edit images."""
+        """Return FLUX.1's ComfyUI workflow settings; raise OptionError for Chroma and edit models."""
         if self.references is not None or self.files.kind == configs.CHROMA:
             raise OptionError(f"of {self.display_name}, only those of FLUX.1 dev and schnell are known here")
         from flux.workflow import FLUX as FLUX_NODES  # only with --save_workflow
@@ -441,18 +441,18 @@ def _warn_of_unused_control() -> None:
 
 
 def family_for_latent_caching(options: FluxLatentCachingOptions) -> Flux:
-    """Describe the family for flux_cache_latents.py, which needs only the VAE."""
+    """Build the model description for flux_cache_latents.py, which needs only the VAE."""
     files = FluxFiles().add_vae(options.vae)
     return Flux(files, controlnet=options.controlnet, stores_controls=options.control_pictures)
 
 
 def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
-    """Describe the family for flux_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for flux_cache_text_encoder_outputs.py: only the text encoder."""
     return Flux(FluxFiles(says_chroma=options.model_type == SAYS_CHROMA).add_text(options.text))
 
 
 def family_for_training(options: FluxLearningOptions) -> Flux:
-    """Describe the family for FLUX's training scripts, including the one for ControlNets."""
+    """Build the model description for FLUX's training scripts, including the one for ControlNets."""
     model = Flux(_make_files(options), trained_guidance=options.embedded_guidance, options=options)
     if isinstance(options, FluxControlNetTrainingOptions):
         from flux.control_net_learning import MODULE, describe_control_net  # only to train one
@@ -463,7 +463,7 @@ def family_for_training(options: FluxLearningOptions) -> Flux:
 
 
 def family_for_generation(options: FluxGenerationOptions) -> Flux:
-    """Describe the family for flux_generate_image.py."""
+    """Build the model description for flux_generate_image.py."""
     if options.control_image is not None:
         control_pictures.check_control("--control_image", options.control_image)
     return Flux(_make_files(options), options=options, controlnet=options.controlnet)

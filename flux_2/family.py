@@ -230,17 +230,17 @@ def empirical_mu(tokens: int, steps: int) -> float:
 
 
 def family_for_latent_caching(options: Flux2LatentCachingOptions) -> Flux2:
-    """Describe the family for flux_2_cache_latents.py, which needs only the VAE."""
+    """Build the model description for flux_2_cache_latents.py, which needs only the VAE."""
     return Flux2(Flux2Files(model_version=options.model_version).add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: Flux2TextCachingOptions) -> Flux2:
-    """Describe the family for flux_2_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for flux_2_cache_text_encoder_outputs.py: only the text encoder."""
     return Flux2(Flux2Files(model_version=options.model_version).add_text(options.text))
 
 
 def family_for_training(options: Flux2TrainingOptions) -> Flux2:
-    """Describe the family for flux_2_train_network.py."""
+    """Build the model description for flux_2_train_network.py."""
     return Flux2(
         files_of(options),
         trained_guidance=options.embedded_guidance,
@@ -250,7 +250,7 @@ def family_for_training(options: Flux2TrainingOptions) -> Flux2:
 
 
 def family_for_generation(options: Flux2GenerationOptions) -> Flux2:
-    """Describe the family for flux_2_generate_image.py."""
+    """Build the model description for flux_2_generate_image.py."""
     return Flux2(files_of(options), resizes_references=not options.no_resize_control)
 
 

@@ -98,7 +98,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux2Config]) -> Map
 
 
 def describe(header: DitHeader[Flux2Config]) -> str:
-    """Describe a transformer by its header."""
+    """Return the kind of a transformer file for messages, such as "a FLUX.2 dev transformer"."""
     return f"a {NAME} dev transformer" if header.config.has_guidance else f"a {NAME} klein transformer"
 
 

@@ -120,7 +120,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux3Config]) -> Map
 
 
 def describe(header: DitHeader[Flux3Config]) -> str:
-    """Describe a transformer by its header."""
+    """Return the kind of a transformer file for messages: base or distilled."""
     release = "distilled" if header.config.is_flow_map else "base"
     return f"the {release} {NAME} Klein transformer"
 

@@ -356,7 +356,7 @@ def _history_arguments(cond: data.Conditions, noisy: Tensor) -> dict[str, Tensor
 
 
 def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePack:
-    """Describe the family for fpack_cache_latents.py, which needs the VAE and the image encoder."""
+    """Build the model description for fpack_cache_latents.py, which needs the VAE and the image encoder."""
     files = _tile_vae(FramePackFiles(image_encoder=options.image_encoder).add_chunks(options.vae))
     one_frame = OneFrame(has_2x=not options.one_frame_no_2x, has_4x=not options.one_frame_no_4x)
     return FramePack(
@@ -367,12 +367,12 @@ def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePa
 
 
 def family_for_text_caching(options: FramePackTextCachingOptions) -> FramePack:
-    """Describe the family for fpack_cache_text_encoder_outputs.py, which needs only the text encoders."""
+    """Build the model description for fpack_cache_text_encoder_outputs.py: only the text encoders."""
     return FramePack(FramePackFiles().add_text(options.text))
 
 
 def family_for_training(options: FramePackTrainingOptions) -> FramePack:
-    """Describe the family for fpack_train_network.py; section options affect only its sample videos."""
+    """Build the model description for fpack_train_network.py; section options affect only its samples."""
     options = replace(options, f1=options.f1 and not options.one_frame)  # ignored with a warning
     return FramePack(
         _make_files(options),
@@ -386,7 +386,7 @@ def family_for_training(options: FramePackTrainingOptions) -> FramePack:
 
 
 def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
-    """Return the family for fpack_generate_video.py; warn if --f1 makes --latent_paddings useless."""
+    """Build the model description for fpack_generate_video.py; warn of --latent_paddings with --f1."""
     if options.f1 and options.latent_paddings is not None:
         logger.warning(
             "--latent_paddings %s is ignored because --f1 generates a video from its start",

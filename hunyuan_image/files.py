@@ -55,7 +55,7 @@ DIMENSIONS = hunyuan_video.CONFIG_TENSORS  # blocks and refiner have the same na
 
 
 def identify(path: Path) -> str | None:
-    """Describe the file if it is a HunyuanImage transformer; otherwise return None."""
+    """Return a hint that a file is a HunyuanImage transformer; None for other files."""
     try:
         with open_checkpoint(path) as opened:
             checkpoint = bare_names(opened)

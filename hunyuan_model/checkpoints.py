@@ -66,7 +66,7 @@ RELATED_MODELS = {
 
 
 def identify(path: Path) -> str | None:
-    """Describe a transformer file of this family or a related one; return None for other files."""
+    """Return a hint about a HunyuanVideo transformer file or a related one; None for other files."""
     try:
         with open_checkpoint(path) as checkpoint:
             bare = bare_names(checkpoint)

@@ -317,17 +317,17 @@ class HunyuanVideo(OneTransformer):
 
 
 def family_for_latent_caching(options: HunyuanLatentCachingOptions) -> HunyuanVideo:
-    """Describe the family for cache_latents.py, which needs only the VAE."""
+    """Build the model description for cache_latents.py, which needs only the VAE."""
     return HunyuanVideo(HunyuanFiles().add_chunks(options.vae), caches_image=options.i2v)
 
 
 def family_for_text_caching(options: HunyuanTextCachingOptions) -> HunyuanVideo:
-    """Describe the family for cache_text_encoder_outputs.py, which needs only the text encoders."""
+    """Build the model description for cache_text_encoder_outputs.py, which needs only the text encoders."""
     return HunyuanVideo(HunyuanFiles().add_text(options.text))
 
 
 def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
-    """Describe the family for hv_train_network.py and the other training runs of HunyuanVideo."""
+    """Build the model description for hv_train_network.py and the other training runs of HunyuanVideo."""
     dtype = select_compute_dtype(options.dit_dtype, "--dit_dtype", None)
     return HunyuanVideo(
         HunyuanFiles(options.dit, dtype).add_encoders(options.vae, options.text),
@@ -339,7 +339,7 @@ def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
 
 
 def family_for_generation(options: HunyuanGenerationOptions) -> HunyuanVideo:
-    """Describe the family for hv_generate_video.py."""
+    """Build the model description for hv_generate_video.py."""
     return HunyuanVideo(
         HunyuanFiles(options.dit, reading=options.reading).add_encoders(options.vae, options.text),
         dit_channels=options.dit_in_channels,

@@ -132,7 +132,7 @@ class Krea2(pictures.ModelOfImages):
         return release is not None and not release.is_turbo
 
     def few_steps_evidence(self) -> str | None:
-        """Return the evidence that the transformer is Turbo; None without any."""
+        """Return why the transformer counts as Turbo, for messages; None if it does not."""
         release = self._find_release()
         if release is None or not release.is_turbo:
             return None
@@ -283,26 +283,26 @@ class Krea2(pictures.ModelOfImages):
 
 
 def family_for_latent_caching(options: own.Krea2LatentCachingOptions) -> Krea2:
-    """Describe the family for krea2_cache_latents.py, which needs only the VAE."""
+    """Build the model description for krea2_cache_latents.py, which needs only the VAE."""
     return Krea2(Krea2Files().add_vae(options.vae.file), references=_make_rules(options, options.edit))
 
 
 def family_for_text_caching(options: own.Krea2TextCachingOptions) -> Krea2:
-    """Describe the family for krea2_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for krea2_cache_text_encoder_outputs.py: only the text encoder."""
     encoder_settings = EDIT_SETTINGS if options.edit else KREA_2_SETTINGS
     files = Krea2Files(encoder_settings=encoder_settings).add_text(options.text)
     return Krea2(files, references=_make_rules(options, options.edit))
 
 
 def family_for_training(options: own.Krea2TrainingOptions, dit: Path | None = None) -> Krea2:
-    """Describe the family for training; `dit` is a transformer in place of the trained one."""
+    """Build the model description for training; `dit` is a transformer in place of the trained one."""
     encoder_settings = EDIT_SETTINGS if options.edit else KREA_2_SETTINGS
     files = _make_files(options, encoder_settings, dit)
     return Krea2(files, options, references=_make_rules(options, options.edit), isolated=options.kv_cache)
 
 
 def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
-    """Describe the family for samples with --turbo_dit; None without that option.
+    """Build the model description for samples with --turbo_dit; None without that option.
 
     Raises OptionError if that file says it is the raw model.
     """
@@ -319,7 +319,7 @@ def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
 
 
 def family_for_generation(options: own.Krea2GenerationOptions) -> Krea2:
-    """Describe the family for krea2_generate_image.py."""
+    """Build the model description for krea2_generate_image.py."""
     return Krea2(
         _make_files(options, MIXED_SETTINGS), references=_make_rules(options, None), isolated=options.kv_cache
     )

@@ -875,7 +875,7 @@ def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tenso
 
 
 def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
-    """Describe the family for ltx2_cache_latents.py, which needs only the VAE."""
+    """Build the model description for ltx2_cache_latents.py, which needs only the VAE."""
     model = options.model
     log_ignored(model.streams, options, options.vae, options.references)
     files = Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams).add_vaes(options.vae)
@@ -883,14 +883,14 @@ def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
 
 
 def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
-    """Describe the family for ltx2_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for ltx2_cache_text_encoder_outputs.py: only the text encoder."""
     model = options.model
     files = Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams)
     return Ltx2(files.add_text(options.text, options.text_dtype))
 
 
 def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
-    """Return the family for LTX-2's training scripts, with its noise, loss and reference options."""
+    """Build the model description for LTX-2's training scripts, with noise, loss and reference options."""
     options = apply_conditioning_config(options)
     files = files_of(options, options.model.streams)
     check_version(files, options)
@@ -946,7 +946,7 @@ def _resolve_training_references(options: Ltx2TrainingOptions) -> rules.Referenc
 
 
 def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
-    """Describe the family for ltx2_generate_video.py, with guidance, stages, media and references."""
+    """Build the model description for ltx2_generate_video.py, with guidance, stages, media and references."""
     streams = (VIDEO,) if options.silent else options.streams
     log_ignored(streams, options, options.vae, options.guidance, options.audio_references)
     audio_options = options.audio_references

@@ -152,22 +152,22 @@ def guidance_rules(extra: Mapping[str, str], default_ratio: float, default_limit
 
 
 def family_for_latent_caching(options: LuminaLatentCachingOptions) -> Lumina:
-    """Describe the family for lumina_cache_latents.py, which needs only the VAE."""
+    """Build the model description for lumina_cache_latents.py, which needs only the VAE."""
     return Lumina(LuminaFiles().add_vae(options.vae))
 
 
 def family_for_text_caching(options: LuminaTextCachingOptions) -> Lumina:
-    """Describe the family for lumina_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for lumina_cache_text_encoder_outputs.py: only the text encoder."""
     return Lumina(LuminaFiles().add_text(options.text))
 
 
 def family_for_training(options: LuminaTrainingOptions) -> Lumina:
-    """Describe the family for lumina_train_network.py."""
+    """Build the model description for lumina_train_network.py."""
     return Lumina(_make_files(options), options)
 
 
 def family_for_generation(options: LuminaGenerationOptions) -> Lumina:
-    """Describe the family for lumina_generate_image.py."""
+    """Build the model description for lumina_generate_image.py."""
     in_negative = options.add_system_prompt_to_negative_prompt
     return Lumina(replace(_make_files(options), system_prompt_in_negative=in_negative))
 

@@ -175,7 +175,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def latent(self) -> LatentSpec:
-        """Return the video VAE's latent space, with the marks of caches."""
+        """Return the video VAE's latent space, with the metadata that its caches must have."""
         latent = self.files.latent
         if self.caching is None:
             return latent
@@ -611,18 +611,18 @@ def _find_audio_shift(request: Request, noise: NoiseSpec) -> float:
 
 
 def family_for_latent_caching(options: H3LatentCachingOptions) -> MiniMaxH3:
-    """Describe the family for minimax_h3_cache_latents.py."""
+    """Build the model description for minimax_h3_cache_latents.py."""
     caching = make_caching(options)
     return MiniMaxH3(H3Files(task=caching.task).add_vaes(options.vae), caching=caching)
 
 
 def family_for_text_caching(options: H3TextCachingOptions) -> MiniMaxH3:
-    """Describe the family for minimax_h3_cache_text_encoder_outputs.py."""
+    """Build the model description for minimax_h3_cache_text_encoder_outputs.py."""
     return MiniMaxH3(files_of_texts(options), options=options)
 
 
 def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
-    """Return the family for minimax_h3_train_network.py, with its noise and loss options applied."""
+    """Build the model description for minimax_h3_train_network.py, with its noise and loss options."""
     loss = options.loss
     clean_fractions = CleanFractions(loss.h3_visual_cond_clean, loss.h3_audio_cond_clean)
     noise = replace(
@@ -641,7 +641,7 @@ def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
 
 
 def family_for_generation(options: H3GenerationOptions) -> MiniMaxH3:
-    """Describe the family for minimax_h3_generate_video.py."""
+    """Build the model description for minimax_h3_generate_video.py."""
     return MiniMaxH3(
         files_of(options, options.task or UNDECIDED),
         any_length=options.allow_experimental_duration,

@@ -64,7 +64,7 @@ def shift_flux(prepared: Prepared) -> Sequence[ComfyNode]:
 
 @dataclass(frozen=True)
 class ComfyModel:
-    """How ComfyUI loads and runs a model. Files are named as released for ComfyUI."""
+    """Nodes and settings with which ComfyUI loads and runs a model; files are named as for ComfyUI."""
 
     vae: str = ""  # "": the checkpoint has it
     text_encoders: tuple[str, ...] = ()  # (): the checkpoint has them

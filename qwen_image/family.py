@@ -218,7 +218,7 @@ class QwenImage(ModelOfImages):
         return replace(prepared, flow_shift=flow_shift, solver=solver)
 
     def comfy_model(self) -> "ComfyModel":
-        """Return how ComfyUI runs the model. Raises OptionError for a release that edits images."""
+        """Return the ComfyUI workflow settings; raise OptionError for a release that edits images."""
         if self.references is not None:
             raise OptionError(f"{self.display_name} starts from images")
         from qwen_image.workflow import TEXT_TO_IMAGE  # only with --save_workflow
@@ -251,14 +251,14 @@ class QwenImage(ModelOfImages):
 
 
 def family_for_latent_caching(options: QwenImageLatentCachingOptions) -> "QwenImage | QwenImageLayered":
-    """Describe the family for qwen_image_cache_latents.py, which needs only the VAE."""
+    """Build the model description for qwen_image_cache_latents.py, which needs only the VAE."""
     version = VERSIONS[options.version.name]
     files = QwenImageReleaseFiles(version=version).add_vae(options.vae.file)
     return QwenImageLayered(files) if version.has_layers else QwenImage(files, version)
 
 
 def family_for_text_caching(options: QwenImageTextCachingOptions) -> "QwenImage | QwenImageLayered":
-    """Describe the family for qwen_image_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for qwen_image_cache_text_encoder_outputs.py: only the text encoder."""
     version = VERSIONS[options.version.name]
     files = QwenImageReleaseFiles(encoder_settings=version.encoder_settings, version=version).add_text(
         options.text
@@ -267,7 +267,7 @@ def family_for_text_caching(options: QwenImageTextCachingOptions) -> "QwenImage 
 
 
 def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenImageLayered":
-    """Describe the family for qwen_image_train_network.py and qwen_image_train.py."""
+    """Build the model description for qwen_image_train_network.py and qwen_image_train.py."""
     version = VERSIONS[options.version.name]
     files = files_of(options, version, version.encoder_settings)
     if not version.has_layers:
@@ -283,7 +283,7 @@ def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenI
 
 
 def family_for_generation(options: QwenImageGenerationOptions) -> "QwenImage | QwenImageLayered":
-    """Return the family for qwen_image_generate_image.py: Qwen-Image, or Layered for its release."""
+    """Build the model description for qwen_image_generate_image.py, for any release of Qwen-Image."""
     version = VERSIONS[options.version.name]
     references = options.references
     encoder_settings = version.encoder_settings

@@ -103,7 +103,7 @@ class QwenImage21(pictures.ModelOfImages):
         return DEFAULTS if turbo is None else replace(DEFAULTS, steps=len(turbo.levels))
 
     def few_steps_evidence(self) -> str | None:
-        """Return the evidence that the transformer is Turbo; None without any."""
+        """Return why the transformer counts as Turbo, for messages; None if it does not."""
         turbo = find_turbo(self.files.dit)
         return None if turbo is None else f"{self.files.dit} is {NAME} Turbo: {turbo.source}"
 
@@ -245,22 +245,22 @@ def all_channels(frames: Tensor) -> Tensor:
 
 
 def family_for_latent_caching(options: own.QwenImage21LatentCachingOptions) -> QwenImage21:
-    """Describe the family for qwen_image_21_cache_latents.py, which needs only the VAE."""
+    """Build the model description for qwen_image_21_cache_latents.py, which needs only the VAE."""
     return QwenImage21(QwenImage21Files().add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: own.QwenImage21TextCachingOptions) -> QwenImage21:
-    """Describe the family for qwen_image_21_cache_text_encoder_outputs.py: only the text encoder."""
+    """Build the model description for qwen_image_21_cache_text_encoder_outputs.py: only the text encoder."""
     return QwenImage21(QwenImage21Files().add_text(options.text))
 
 
 def family_for_training(options: own.QwenImage21TrainingOptions) -> QwenImage21:
-    """Describe the family for qwen_image_21_train_network.py."""
+    """Build the model description for qwen_image_21_train_network.py."""
     return QwenImage21(_make_files(options, options.dit_dtype), options)
 
 
 def family_for_generation(options: own.QwenImage21GenerationOptions) -> QwenImage21:
-    """Describe the family for qwen_image_21_generate_image.py."""
+    """Build the model description for qwen_image_21_generate_image.py."""
     files = _make_files(options, options.dit_dtype or options.dtype)
     return QwenImage21(files, edit=options.references, caches_prefix=not options.no_kv_cache)
 

@@ -61,7 +61,7 @@ FROM_DIFFUSERS = tensor_patterns(WAN)
 
 
 def identify(path: Path) -> str | None:
-    """Describe a file that is a Wan transformer or another known file; return None if it is unknown."""
+    """Return a hint about what a file contains, such as a Wan transformer; None for an unknown file."""
     try:
         with open_checkpoint(path) as checkpoint:
             bare = bare_names(checkpoint)

@@ -395,7 +395,7 @@ class Wan(OneTransformer):
         return encoders.vae.encode(to_pixels(frames))
 
     def comfy_model(self) -> "ComfyModel":
-        """Return how ComfyUI runs the task. Raises OptionError if it starts from more than text."""
+        """Return the task's ComfyUI workflow settings; raise OptionError if it starts from more than text."""
         from wan.workflow import find_comfy_model  # only with --save_workflow
 
         return find_comfy_model(self.files.task, takes_images=self.condition_kind == ONE_FRAME)
@@ -462,19 +462,19 @@ class Wan(OneTransformer):
 
 
 def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
-    """Describe the family for wan_cache_latents.py; the VAE's file determines whose latents are cached."""
+    """Build the model description for wan_cache_latents.py; the VAE decides whose latents are cached."""
     return Wan(*caching_files(options))
 
 
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
-    """Describe the family for wan_cache_text_encoder_outputs.py, which needs only umT5."""
+    """Build the model description for wan_cache_text_encoder_outputs.py, which needs only umT5."""
     text = options.text
     files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_form=text_form(text))
     return Wan(files, condition_kind=VACE)  # captions may belong to items with references
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:
-    """Describe the family for wan_train_network.py and Wan's other training scripts."""
+    """Build the model description for wan_train_network.py and Wan's other training scripts."""
     files = select_files(options)
     if options.first_frame_probability is None:  # resolved here, because its value is recorded and compared
         options = replace(options, first_frame_probability=files.task.first_frame_probability)
@@ -491,7 +491,7 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
 
 
 def family_for_samples(options: WanTrainingOptions) -> Wan | None:
-    """Describe the family for samples from a transformer that is not trained (--sample_dit_other).
+    """Build the model description for samples from a transformer that is not trained (--sample_dit_other).
 
     Returns None if the option is not given.
     """
@@ -505,7 +505,7 @@ def family_for_samples(options: WanTrainingOptions) -> Wan | None:
 
 
 def family_for_generation(options: WanGenerationOptions) -> Wan:
-    """Describe the family for wan_generate_video.py; --ckpt_dir provides files that other options do not."""
+    """Build the model description for wan_generate_video.py, with missing files from --ckpt_dir."""
     files, boundary = files_and_boundary(options)
     if options.i2v_extra_noise and not files.task.requires_image:
         logger.warning("--i2v_extra_noise is ignored because --task %s has no image channels", options.task)

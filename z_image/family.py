@@ -245,22 +245,22 @@ class ZImage(ModelOfImages):
 
 
 def family_for_latent_caching(options: ZImageLatentCachingOptions) -> ZImage:
-    """Describe the family for zimage_cache_latents.py, which needs only the VAE."""
+    """Build the model description for zimage_cache_latents.py, which needs only the VAE."""
     return ZImage(ZImageFiles().add_vae(options.vae))
 
 
 def family_for_text_caching(options: ZImageTextCachingOptions) -> ZImage:
-    """Describe the family for zimage_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for zimage_cache_text_encoder_outputs.py: only the text encoder."""
     return ZImage(ZImageFiles().add_text(options.text))
 
 
 def family_for_training(options: ZImageTrainingOptions) -> ZImage:
-    """Describe the family for zimage_train_network.py and zimage_train.py."""
+    """Build the model description for zimage_train_network.py and zimage_train.py."""
     return ZImage(_make_files(options), options, options.use_32bit_attention)
 
 
 def family_for_generation(options: ZImageGenerationOptions) -> ZImage:
-    """Describe the family for zimage_generate_image.py."""
+    """Build the model description for zimage_generate_image.py."""
     return ZImage(_make_files(options), NO_OPTIONS, options.use_32bit_attention, options.even_steps)
 
 

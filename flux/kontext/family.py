@@ -196,17 +196,17 @@ class Kontext(Flux):
 
 
 def family_for_latent_caching(options: KontextLatentCachingOptions) -> Kontext:
-    """Describe the family for flux_kontext_cache_latents.py, which needs only the VAE."""
+    """Build the model description for flux_kontext_cache_latents.py, which needs only the VAE."""
     return Kontext(KontextFiles().add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: KontextTextCachingOptions) -> Kontext:
-    """Describe the family for flux_kontext_cache_text_encoder_outputs.py: only text encoders."""
+    """Build the model description for flux_kontext_cache_text_encoder_outputs.py: only text encoders."""
     return Kontext(KontextFiles().add_encoders(options.text))
 
 
 def family_for_training(options: KontextTrainingOptions) -> Kontext:
-    """Describe the family for flux_kontext_train_network.py."""
+    """Build the model description for flux_kontext_train_network.py."""
     return Kontext(
         _make_files(options),
         trained_guidance=options.embedded_guidance,
@@ -216,7 +216,7 @@ def family_for_training(options: KontextTrainingOptions) -> Kontext:
 
 
 def family_for_generation(options: KontextGenerationOptions) -> Kontext:
-    """Describe the family for flux_kontext_generate_image.py."""
+    """Build the model description for flux_kontext_generate_image.py."""
     return Kontext(_make_files(options), resizes_references=not options.no_resize_control)
 
 
