@@ -131,7 +131,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 @dataclass(frozen=True)
 class Fibo2Files(LanguageModelFiles):
-    """Files of a run with FLUX.2's autoencoder and Qwen3-VL's language model."""
+    """Model files of a run: the transformer, FLUX.2's autoencoder and Qwen3-VL's language model."""
 
     encoder_class: ClassVar[type[LanguageModelEncoder]] = Fibo2TextEncoder
     format: ClassVar = FORMAT

@@ -49,7 +49,7 @@ class TrainedFluxControl(nn.Module):
         self._blocks = config.double_blocks, config.single_blocks
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the factor of the ControlNet's additions."""
+        """Set the factor by which the ControlNet's outputs are multiplied."""
         self.multiplier = multiplier
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:

@@ -97,7 +97,7 @@ class FluxMinimalOptions(Options):
 
 
 def read_minimal(description: str | None, argv: Sequence[str] | None) -> FluxMinimalOptions:
-    """Read the command line. Raises OptionError for options that do not work here."""
+    """Read the command line. Raises OptionError for options that are not supported."""
     (options,) = parse_options(description, argv, FluxMinimalOptions)
     return options
 

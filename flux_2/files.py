@@ -39,7 +39,7 @@ QUERY_NORM = "double_blocks.0.img_attn.norm.query_norm.scale"
 
 
 def _find_dialect(names: Container[str]) -> str | None:
-    """Return the dialect of a file's tensor names; None if it is not known."""
+    """Return the naming scheme of a file's tensors; None if it is unknown."""
     for dialect, (identifying_tensor, _) in DIALECTS.items():
         if identifying_tensor in names:
             return dialect
@@ -108,7 +108,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 @dataclass(frozen=True)
 class Flux2Files(LanguageModelFiles):
-    """Files of a run with FLUX.2's autoencoder and the language model of its release."""
+    """Model files of a run: the transformer, FLUX.2's autoencoder and the language model of its release."""
 
     model_version: str = "dev"
 

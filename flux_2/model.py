@@ -71,7 +71,7 @@ class PairNorm(nn.Module):
 
 
 class StreamAttention(nn.Module):
-    """Layers before and after the joint attention, for one of two streams."""
+    """Layers before and after the joint attention, for the image or the text tokens."""
 
     def __init__(self, config: Flux2Config) -> None:
         super().__init__()
@@ -110,13 +110,13 @@ class Flux2DoubleBlock(blocks.DoubleStreamBlock):
         self.img_rows, self.txt_rows = SharedModulationRows(IMAGE_ROWS), SharedModulationRows(TEXT_ROWS)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
+        """Return text or image layers: modulation, attention's output projection, feed-forward."""
         if is_text:
             return self.txt_rows, self.txt_attn.proj, self.txt_mlp
         return self.img_rows, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
-        """Return query, key and value of a stream's tokens, each B L N D; the first two normalized."""
+        """Return text or image query, key and value, each B L N D; query and key normalized."""
         attention = self.txt_attn if is_text else self.img_attn
         norm = attention.norm
         return blocks.split_heads(

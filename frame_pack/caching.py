@@ -102,7 +102,7 @@ def _check_images(table: MediaTable) -> None:
 
 
 def count_sections(table: MediaTable, frames: int) -> int:
-    """Return how many full sections a clip has.
+    """Return how many full sections, the parts of a video made one after another, a clip has.
 
     Raises MediaError if it is too short for one section.
     """

@@ -136,7 +136,7 @@ def _find_dialect(names: Collection[str]) -> str | None:
 
 
 def _check_input_channels(config: HunyuanVideoConfig, path: Path) -> None:
-    """Raise CheckpointError unless a model takes noisy latents, alone or followed by those of an image."""
+    """Raise CheckpointError unless a model takes noisy latents, alone or followed by an image's latents."""
     if config.in_dim not in (config.out_dim, config.out_dim + IMAGE_CHANNELS):
         # HunyuanVideo-I2V has an image and a mask of one channel
         is_i2v = config.in_dim == 2 * config.out_dim + 1

@@ -156,7 +156,7 @@ def _check_channels(channels: int) -> None:
 
 
 def caching_options(options: HunyuanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     text = options.text
     encoders = {"--text_encoder1": text.text_encoder1 or Placeholder("TEXT_ENCODER1_FILE")}
     encoders["--text_encoder2"] = text.text_encoder2 or Placeholder("TEXT_ENCODER2_FILE")

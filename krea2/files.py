@@ -186,7 +186,7 @@ def find_release(dit: Path | None) -> Krea2Release | None:
 
 @dataclass(frozen=True)
 class Krea2Files(QwenImageFiles):
-    """Files of a run with Qwen-Image's VAE and Qwen3-VL's language model."""
+    """Model files of a run: the transformer, Qwen-Image's VAE and Qwen3-VL's language model."""
 
     encoder_settings: LanguageEncoderSettings = KREA_2_SETTINGS
 

@@ -208,7 +208,7 @@ class RandomDraws(NamedTuple):
 
     @classmethod
     def make(cls, batch_size: int, generator: torch.Generator) -> "RandomDraws":
-        """Draw the numbers for all rules, so that turning a rule off does not change those of the others."""
+        """Draw the numbers for all rules, so that turning one off does not change the others' numbers."""
         rows = torch.rand((8, batch_size), generator=generator)
         return cls(rows[:2], rows[2], rows[3], rows[4], rows[5:7], rows[7])
 

@@ -74,7 +74,7 @@ class TimeEmbedding(nn.Module):
     """Embed each sample's time, from 0 for noise to 1 for the clean image: B to B time_dim float32."""
 
     def __init__(self, config: LuminaConfig, hidden: int | None = None) -> None:
-        """Build two layers; `hidden` is the width between them, by default that of the embedding."""
+        """Build two layers; `hidden` is the width between them, by default the embedding's width."""
         super().__init__()
         self.freq_dim = config.freq_dim
         hidden = hidden or config.time_dim

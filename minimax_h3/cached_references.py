@@ -84,7 +84,7 @@ def _name_table_in_errors(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ReferenceSizes:
-    """Short edges of references, and the step for all their edges, in pixels."""
+    """Short edges of references, and the step that all their edges are multiples of, in pixels."""
 
     image: int
     video: int

@@ -300,7 +300,7 @@ class H3Files(LanguageModelFiles):
     # texts
 
     def add_text(self, options: H3TextOptions) -> Self:  # type: ignore[override]
-        """Return a copy of these files with the text encoder's options added."""
+        """Return a copy with the text encoder's path and settings from `options`."""
         return replace(super().add_text(options), text_form=options.form)
 
     def check(self, needed: Collection[str] = ()) -> None:

@@ -150,7 +150,7 @@ def find_sft(dit: Path | None) -> str | None:
 
 @dataclass(frozen=True)
 class MossImageFiles(LanguageModelFiles):
-    """Files of a run with FLUX.2's autoencoder and Qwen3.5's language model."""
+    """Model files of a run: the transformer, FLUX.2's autoencoder and Qwen3.5's language model."""
 
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"

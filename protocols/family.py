@@ -565,7 +565,7 @@ class KnowsFewSteps(Protocol):
 
     @property
     def few_steps(self) -> FewSteps:
-        """How a training preserves the distillation of a transformer, and how many steps its samples take."""
+        """How a training run keeps a transformer distilled, and how many steps its samples take."""
 
     def few_steps_evidence(self) -> str | None:
         """Return how a file of this run shows that it was distilled to few steps; None if none does."""

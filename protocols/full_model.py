@@ -81,7 +81,7 @@ class TrainsCheckpoint(Described, Encodes, Protocol):
 
     @property
     def keeps_shapes(self) -> bool:
-        """Whether the trained weights have the shapes of those at the start, so that they can be compared."""
+        """Whether the weights keep the shapes that they started with, so that both can be compared."""
 
 
 DIT = "dit"  # the transformer among `networks`

@@ -158,7 +158,7 @@ class Overrides:
         return None if self.nag is None else self.nag.combine_attention
 
     def text_inputs(self, batch: int, **text: Any) -> list[dict[str, Any]]:
-        """Return the network's text arguments for the prompt, then those of the negative attention text.
+        """Return the network's text arguments for the prompt, then for the negative attention text.
 
         A negative attention text of one sample is used for all samples of the batch. Without one, only the
         prompt's arguments are returned.

@@ -189,7 +189,7 @@ VERSIONS = {
 
 @dataclass(frozen=True)
 class QwenImageFiles(LanguageModelFiles):
-    """Files of a run with Wan2.1's VAE and Qwen2.5-VL's language model."""
+    """Model files of a run: the transformer, Wan2.1's VAE and Qwen2.5-VL's language model."""
 
     encoder_settings: LanguageEncoderSettings = QWEN_SETTINGS
     version: Version = VERSIONS[ORIGINAL]

@@ -307,7 +307,7 @@ def _are_falling_levels(levels: Any) -> bool:
 
 @dataclass(frozen=True)
 class QwenImage21Files(LanguageModelFiles):
-    """Files of a run with the model's own VAE and Qwen3-VL's language model."""
+    """Model files of a run: the transformer, the model's own VAE and Qwen3-VL's language model."""
 
     encoder_settings: LanguageEncoderSettings = ENCODER_SETTINGS
     dit_config: Path | None = None

@@ -117,7 +117,7 @@ class WanFiles(TransformerFiles):
         return None if dit is None else self.dit_dtype or self.dit_header().compute_dtype
 
     def encoder_dtype(self, chosen: torch.dtype | None, default: torch.dtype | None = None) -> torch.dtype:
-        """Return `chosen`, else the transformer's dtype, else `default` or that of the files."""
+        """Return `chosen`, else the transformer's dtype, else `default`, else the files' default dtype."""
         return chosen or self.compute_dtype() or default or self.default_text_dtype
 
     def text_encoders(self) -> list[TextEncoder]:

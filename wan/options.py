@@ -357,7 +357,7 @@ def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str,
 
 
 def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     task = TASKS[options.task]
     latents = {
         "--vae": options.vae.vae or Placeholder(f"WAN_{'2.2' if task.kind == 'ti2v' else '2.1'}_VAE_FILE"),

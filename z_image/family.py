@@ -83,7 +83,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class ZImageFiles(AutoencoderFiles, LanguageModelFiles):
-    """Files of a run with FLUX.1's autoencoder and Qwen3."""
+    """Model files of a run: the transformer, FLUX.1's autoencoder and Qwen3."""
 
     dit_option: str = DIT_OPTION
 

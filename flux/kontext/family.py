@@ -76,7 +76,7 @@ class KontextFiles(FluxFiles):
     t5_settings: ClassVar = T5
 
     def add_encoders(self, options: KontextTextOptions) -> "KontextFiles":
-        """Return a copy of these files with the text encoders' options added."""
+        """Return a copy with the text encoders' paths and settings from `options`."""
         return replace(
             self,
             t5xxl=options.text_encoder1,
