@@ -165,7 +165,7 @@ class FramePack(OneTransformer):
         return data.MediaEncoders(files.load_vae(device), siglip)
 
     def check_table(self, table: data.MediaTable) -> None:
-        """Raise DatasetError unless a table has long clips or, with --one_frame, images with controls."""
+        """Raise DatasetError unless a table has long enough clips or, with --one_frame, control images."""
         caching.check_table(table, self.one_frame is not None)
 
     def sections_of(self, table: data.MediaTable, frames: int) -> int | None:
@@ -186,7 +186,7 @@ class FramePack(OneTransformer):
 
     @property
     def moments(self) -> data.MomentsRules:
-        """Rules for moments, which cannot be used: sections need image features of the frames."""
+        """Rules that refuse moments (`load_tensors`): sections also need SigLIP's features of frames."""
         return data.MomentsRules(caching.NO_MOMENTS)
 
     def latents_from_moments(self, media: data.MomentsBatch) -> list[data.CacheEntry]:

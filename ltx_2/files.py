@@ -364,7 +364,7 @@ def audio_shape(channels: int, bins: int, frames: int, fps: float) -> tuple[int,
 
 
 def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2Files:
-    """Return the files of a training run or generation; `streams` are the ones it trains or generates."""
+    """Return the model files of a training run or generation that trains or generates `streams`."""
     files = Ltx2Files(
         checkpoint=options.model.ltx2_checkpoint,
         streams=streams,

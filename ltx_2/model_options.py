@@ -113,7 +113,7 @@ class Ltx2TextOptions(Options):
 
 
 class Ltx2VaeOptions(Options):
-    """VAEs that replace the ones in --ltx2_checkpoint, and how they run."""
+    """VAE files that replace the VAEs in --ltx2_checkpoint, and settings for running VAEs."""
 
     file: VaeOptions = option(
         facts=OF_DECODING,

@@ -193,7 +193,7 @@ def _read_block_group(
 def _read_resampling(
     shape: Shape, name: str, width_out: int, is_down: bool, rejection: CheckpointError
 ) -> Resampling:
-    """Return a resampling layer, whose factors follow from the widths of its convolution and its output."""
+    """Return a resampling layer, whose factors follow from its convolution's and its own output channels."""
     convolved, width_in = shape(f"{name}.conv.conv.weight", 5)[:2]
     large, small = (width_out, convolved) if is_down else (convolved, width_out)
     ratio, remainder = divmod(large, small)

@@ -128,7 +128,7 @@ class Wan(OneTransformer):
 
     @property
     def references(self) -> ReferenceRules | None:
-        """Rules for references in caches; None if there are none. `wan.vace` checks those of a request."""
+        """Rules for references in caches; None without VACE. `wan.vace` checks a request's references."""
         return VACE_REFERENCES if VACE in (self.condition_kind, self.files.task.kind) else None
 
     @property
