@@ -165,7 +165,7 @@ class FramePack(OneTransformer):
         return data.MediaEncoders(files.load_vae(device), siglip)
 
     def check_table(self, table: data.MediaTable) -> None:
-        """Raise DatasetError unless a table has long enough clips or, with --one_frame, control images."""
+        """Raise DatasetError without long enough clips or, with --one_frame, images with control images."""
         caching.check_table(table, self.one_frame is not None)
 
     def sections_of(self, table: data.MediaTable, frames: int) -> int | None:
