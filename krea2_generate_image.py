@@ -11,7 +11,7 @@ from krea2.options import REPLACED, SIDE, resolve_generation
 
 
 def _read_image_count(text: str) -> int:
-    """Read --i of a prompt line, which is the number of images in other tools."""
+    """Read --i of a prompt line, which sets the number of images in other tools."""
     if text != "1":
         raise ValueError(
             f"a line generates one image, not {text}: repeat it, each time with another seed (--d)"
@@ -20,7 +20,7 @@ def _read_image_count(text: str) -> int:
 
 
 def _shift_options() -> dict[str, LineOption]:
-    """Return the options of a prompt line that give the time shift, each in place of the other ways."""
+    """Return the options of a prompt line that set the time shift; each one replaces the others."""
     options = {}
     for name, replaced in REPLACED.items():
         key = "flow_shift" if name == "fs" else name
@@ -29,7 +29,7 @@ def _shift_options() -> dict[str, LineOption]:
 
 
 def _take_prompt(parser: argparse.ArgumentParser) -> None:
-    """Accept the prompt without its flag too, and leave the negative prompt empty, as other tools do."""
+    """Accept the prompt without its flag too, and default to an empty negative prompt, as other tools do."""
     parser.set_defaults(negative_prompt="")
     for action in parser._actions:
         if action.dest == "prompt":

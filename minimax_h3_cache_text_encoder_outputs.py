@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def write_probe(options: "H3TextCachingOptions", family: Any, config: "DatasetConfig") -> None:
-    """Write the states of the empty prompt, which are cached, to the file of --uncond_output."""
+    """Copy the cached text states of the empty prompt to the file of --uncond_output."""
     if options.uncond_output is None:
         return
     # not for --help

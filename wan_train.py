@@ -7,7 +7,7 @@ from wan.options import WanTrainingOptions
 
 
 def reject_lora_options(options: WanTrainingOptions) -> None:
-    """Raise OptionError for what only a LoRA's frozen transformer can have."""
+    """Raise OptionError for options that work only with a LoRA's frozen transformer."""
     if options.mixed_precision_transformer:
         raise OptionError(
             "--mixed_precision_transformer: trained weights are kept in float32, or in bfloat16 with "

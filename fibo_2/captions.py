@@ -58,7 +58,7 @@ EMPTY: dict[str, Any] = {key.name: key.kind() for key in FORMAT.keys if key.name
 
 
 class WrittenCaption(NamedTuple):
-    """A caption as it is encoded; a plain text's characters are between `before` and `after`."""
+    """A caption as the text encoder gets it; a plain caption follows the JSON text `before`."""
 
     text: str
     before: str = ""
@@ -156,7 +156,7 @@ def write_edit(text: str) -> WrittenCaption:
 
 
 def has_drawn_texts(text: str) -> bool:
-    """Return whether a caption lists texts in the image, which the release draws for the encoder."""
+    """Return whether a JSON caption lists words in the image, which the release draws for the encoder."""
     caption = read_caption(text) or {}
     inner = caption.get(CAPTION, caption)
     entries = inner.get(TEXTS) if isinstance(inner, dict) else None

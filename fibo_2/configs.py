@@ -49,7 +49,7 @@ class Fibo2Config(LuminaConfig):
         return self.head_width // 4, 3 * self.head_width // 8, 3 * self.head_width // 8
 
     def count_gist(self, tokens: int) -> int:
-        """Return how many gist tokens the Perceiver makes of a text with `tokens` tokens."""
+        """Return how many gist tokens the Perceiver makes from a text of `tokens` tokens."""
         share = min(max((tokens - MIN_TOKENS) / (MAX_TOKENS - MIN_TOKENS), 0.0), 1.0)
         step = self.max_gist // GIST_STEPS
         fewest = self.max_gist // 2

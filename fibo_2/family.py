@@ -56,7 +56,7 @@ class Fibo2(pictures.ModelOfImages):
     """Description of Fibo 2.0 for one run, built by the `family_for_...` functions below."""
 
     files: Fibo2Files
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     samples_on_turbo: bool = False  # whether the transformer is the one of --distilled_dit
 
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
@@ -240,22 +240,22 @@ class Fibo2(pictures.ModelOfImages):
 
 
 def family_for_latent_caching(options: own.Fibo2LatentCachingOptions) -> Fibo2:
-    """Describe the family for fibo_2_cache_latents.py, which needs only the VAE."""
+    """Build the model description for fibo_2_cache_latents.py, which needs only the VAE."""
     return Fibo2(Fibo2Files().add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: own.Fibo2TextCachingOptions) -> Fibo2:
-    """Describe the family for fibo_2_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for fibo_2_cache_text_encoder_outputs.py: only the text encoder."""
     return Fibo2(Fibo2Files().add_text(options.text))
 
 
 def family_for_training(options: own.Fibo2TrainingOptions) -> Fibo2:
-    """Describe the family for fibo_2_train_network.py."""
+    """Build the model description for fibo_2_train_network.py."""
     return Fibo2(_make_files(options), options)
 
 
 def family_for_samples(options: own.Fibo2TrainingOptions) -> Fibo2 | None:
-    """Describe the family for samples with --distilled_dit; None without that option.
+    """Build the model description for samples with --distilled_dit; None if it is not given.
 
     Raises CheckpointError if its file is not a transformer.
     """
@@ -267,7 +267,7 @@ def family_for_samples(options: own.Fibo2TrainingOptions) -> Fibo2 | None:
 
 
 def family_for_generation(options: own.Fibo2GenerationOptions) -> Fibo2:
-    """Describe the family for fibo_2_generate_image.py."""
+    """Build the model description for fibo_2_generate_image.py."""
     return Fibo2(_make_files(options))
 
 

@@ -131,7 +131,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 @dataclass(frozen=True)
 class Fibo2Files(LanguageModelFiles):
-    """Files of a run with FLUX.2's autoencoder and Qwen3-VL's language model."""
+    """Model files of a run: the transformer, FLUX.2's autoencoder and Qwen3-VL's language model."""
 
     encoder_class: ClassVar[type[LanguageModelEncoder]] = Fibo2TextEncoder
     format: ClassVar = FORMAT
@@ -144,7 +144,7 @@ class Fibo2Files(LanguageModelFiles):
         return inside(super().dit_path, "transformer")
 
     def text_width(self) -> int:
-        """Return the width of the concatenated layer states of the text encoder."""
+        """Return the width of a bundle's text states, several layers side by side."""
         return STATES_OF_BUNDLE * super().text_width()
 
     def load_vae(self, device: torch.device) -> Flux2Vae:

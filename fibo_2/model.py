@@ -38,7 +38,7 @@ Grid = tuple[int, int]  # rows and columns of an image's tokens
 
 
 class TextBundle(NamedTuple):
-    """States of a batch of texts, taken from several layers, that one attention layer reads."""
+    """Hidden states of a batch of texts, from several layers of the text encoder, for one attention layer."""
 
     states: Tensor  # B T 3W, side by side
     # real tokens of each sample; None: all. Compiled code that compared them would depend on their numbers
@@ -195,7 +195,7 @@ class Fibo2Block(JointTransformerBlock):
     activates_time = False
 
     def __init__(self, config: Fibo2Config, bundle: int | None = None) -> None:
-        """Build a block that attends to the text bundle of this number; None builds one without."""
+        """Build a block that attends to the text states with index `bundle`, or without any for None."""
         super().__init__(config)
         self.bundle = bundle
         if bundle is not None:
@@ -227,7 +227,7 @@ class Fibo2Block(JointTransformerBlock):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def attend_bundles(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:
-        """Attend from tokens x to this block's bundle of text states, and normalize the result: B L' C."""
+        """Attend from tokens x to the text states for this block, and normalize the output: B L' C."""
         h = self.cross_attn_norm1(x)
         attended = [
             self.cross_attention.attend_text(h, bundle, tokens.attention) for bundle in tokens.bundles
@@ -322,7 +322,7 @@ class Fibo2Model(BlockNetwork):
             text: States of the language model, B T n W.
             text_mask: B T, true or 1 for real tokens, which come first.
             overrides: Changes to this call. A text for normalized attention guidance (NAG) has arguments
-                named text and text_mask too; its gist follows that of the prompt.
+                named text and text_mask too; its gist follows the prompt's.
             references: Clean latents of images to edit, each B Z 1 h w of its own size.
 
         Raises:
@@ -381,7 +381,7 @@ class Fibo2Model(BlockNetwork):
         return time
 
     def _refine(self, image: Tensor, tokens: Fibo2Tokens) -> Tensor:
-        """Apply the noise refiner: self-attention among tokens of image and references, B L+R C."""
+        """Apply the refiner of noisy latents: self-attention among image and reference tokens, B L+R C."""
         count = image.shape[1]
         alone = replace(tokens, rotary=tokens.rotary[:count], lengths=None, text_states=())
         if count == tokens.modulation_split:  # no references: one row of modulation serves all
@@ -391,7 +391,7 @@ class Fibo2Model(BlockNetwork):
         return image
 
     def _make_gist(self, text: TextStates, num_image_tokens: int, dtype: torch.dtype) -> "Gist":
-        """Return the gist tokens of texts, with lengths that include the image tokens before them."""
+        """Return the texts' gist tokens; their lengths include the image tokens before them."""
         counts = [self.config.count_gist(count) for count in text.counts]
         device = text.states.device
         gist_lengths = lengths = None

@@ -23,7 +23,7 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def _in_comfyui(attention: str) -> tuple[tuple[str, str], ...]:
-    """Return (ComfyUI's path, our path) of the layers that ComfyUI keeps as separate matrices."""
+    """Return (name in ComfyUI, our name) of the attention layers that ComfyUI does not fuse."""
     out = "to_out" if "_attention" in attention else "out"
     norms = ((f"{attention}.{x}_norm", f"{attention}.norm_{x}") for x in "qk")
     return ((f"{attention}.{out}", f"{attention}.to_out.0"), *norms)

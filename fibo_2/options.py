@@ -80,7 +80,7 @@ class Fibo2GenerationOptions(Fibo2ModelOptions, title=NAME):
 
 
 def caching_options(options: Fibo2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a training's options for latent caching and for text caching, as values by option name."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     return options.vae.file.command_options(), options.text.command_options("QWEN3_VL_FILE")
 
 

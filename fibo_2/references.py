@@ -26,9 +26,9 @@ PRECISION = 9  # digits of the share that is cropped
 
 
 def nearest_trained_size(size: Size) -> Size:
-    """Return the trained size, width and height, to which an image of this aspect ratio is cropped least.
+    """Return the trained size (width, height) to which an image of this aspect ratio is cropped least.
 
-    Of several sizes, it is the one nearest to a megapixel, then the widest.
+    Ties go to the size nearest to a megapixel, then to the widest.
     """
     aspect = size[0] / size[1]
     sizes = []
@@ -63,9 +63,9 @@ def shrink(image: Tensor) -> Tensor:
 
 
 def read_edited(path: Path, size: Size | None) -> Tensor:
-    """Read an image to edit, H W 3 uint8, so that it covers `size`; None for the trained size of its shape.
+    """Read an image to edit, H W 3 uint8, scaled and cropped to `size`.
 
-    Raises MediaError if it cannot be read.
+    None selects the size in training that is nearest to the image's. Raises MediaError if it cannot be read.
     """
     frame = read_image(path)
     return torch.from_numpy(
@@ -101,5 +101,8 @@ def read_masked(path: Path, mask: Path, size: Size) -> Tensor:
 
 
 def find_size(path: Path) -> Size:
-    """Return the size of an edit's result, from the first image; raise MediaError if it cannot be read."""
+    """Return the size of an edit's result, the trained size nearest to the first image.
+
+    Raises MediaError if it cannot be read.
+    """
     return nearest_trained_size(image_size(path))

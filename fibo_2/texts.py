@@ -106,7 +106,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         return super().encode(prompts)
 
     def _log_how_read(self, prompt: Prompt) -> None:
-        """Log once whether a text is read as the JSON of the model's training data, or how it differs."""
+        """Log once whether a prompt is in the JSON format of the training data, or how it differs."""
         text, is_edit = prompt.text, bool(prompt.images)
         if looks_like_object(text):
             self._warn_of_oddities(text, is_edit)
@@ -117,7 +117,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
             logger.info(message, shorten(written, 120))
 
     def _warn_of_oddities(self, text: str, is_edit: bool) -> None:
-        """Warn of a JSON prompt's unusual keys and parts without effect, once for each of them."""
+        """Warn once about each unusual key of a JSON prompt and about each part without effect."""
         new = [error for error in _list_oddities(text, is_edit) if error not in self._logged_errors]
         self._logged_errors.update(new)
         if new:
@@ -144,7 +144,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
 
 
 def _list_oddities(text: str, is_edit: bool) -> list[str]:
-    """List a JSON prompt's unusual keys and the parts that have no effect.
+    """Return a JSON prompt's unusual keys, and its parts that have no effect.
 
     Raises CaptionError if the text is broken JSON.
     """
@@ -162,7 +162,10 @@ def scale_states(states: Tensor) -> Tensor:
 
 
 def _move_spans(prompt: Prompt, caption: WrittenCaption) -> Spans:
-    """Return the weighted spans of a prompt, moved to their positions in the written caption."""
+    """Return a prompt's weighted spans at their positions in the caption that the encoder gets.
+
+    If a JSON prompt was rewritten, they are dropped with a warning.
+    """
     if not prompt.weighted_spans or caption.text == prompt.text:
         return prompt.weighted_spans
     if not caption.is_plain:

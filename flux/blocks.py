@@ -36,7 +36,7 @@ class ModulationRows(nn.Module):
         self.row_indices = torch.arange(first, first + count, device="cpu")
 
     def move_indices_to(self, device: torch.device) -> None:
-        """Copy the row indices to the vectors' device once, without synchronizing."""
+        """Copy the row indices to `device`, without synchronizing, unless they are already there."""
         if self.row_indices.device != device:
             self.row_indices = send_ahead(self.row_indices, device)
 
@@ -72,7 +72,7 @@ class QueryKeyNorm(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """Layers before and after the joint attention, for one of two streams."""
+    """Layers before and after the joint attention, for the image or the text tokens."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -97,13 +97,13 @@ class DoubleBlock(DoubleStreamBlock):
         self.txt_mlp = TwoLayerMlp("0 2", sizes, gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
+        """Return text or image layers: modulation, attention's output projection, feed-forward."""
         if is_text:
             return self.txt_mod, self.txt_attn.proj, self.txt_mlp
         return self.img_mod, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
-        """Return query, key and value of a stream's tokens, each B L N D; the first two normalized."""
+        """Return text or image query, key and value, each B L N D; query and key normalized."""
         attention = self.txt_attn if is_text else self.img_attn
         norm = attention.norm
         return split_heads(

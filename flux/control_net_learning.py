@@ -49,7 +49,7 @@ class TrainedFluxControl(nn.Module):
         self._blocks = config.double_blocks, config.single_blocks
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the factor of the ControlNet's additions."""
+        """Set the factor by which the ControlNet's outputs are multiplied."""
         self.multiplier = multiplier
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
@@ -84,7 +84,7 @@ class TrainedFluxControl(nn.Module):
 
 
 def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFiles) -> CustomNetwork:
-    """Return a ControlNet for the training loop: texts, and functions to make, check and write it."""
+    """Return a ControlNet for the training loop: its names, and functions to make, check and write it."""
     path = options.controlnet
     copied = f"a copy of {options.double_blocks} double and {options.single_blocks} single blocks"
     return CustomNetwork(
@@ -146,7 +146,7 @@ def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Ten
 
 
 def _group_by_our_weight(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group diffusers' weights by our weight, of which each is a block of rows, in the order of the rows."""
+    """Group diffusers' weights by our fused weight; each is a block of its rows, sorted by row."""
     _, table = DIALECTS["diffusers"]
     by_row_block: dict[str, dict[int, str]] = {}
     for name in names:
@@ -199,7 +199,7 @@ def _check_can_copy_blocks(options: FluxControlNetTrainingOptions, files: FluxFi
 def _check_options_fit_file(
     options: FluxControlNetTrainingOptions, controlnet: Path, config: FluxConfig
 ) -> None:
-    """Raise OptionError if typed numbers of blocks differ from those of the ControlNet to start from.
+    """Raise OptionError if typed numbers of blocks differ from the ControlNet to start from.
 
     `config` are the transformer's dimensions. Raises CheckpointError if the ControlNet does not fit them.
     """
@@ -227,6 +227,6 @@ def _write_control_net(
 
 
 def _make_generation_command(file: Path, sample: Mapping[str, Any], base_command: Sequence[str]) -> list[str]:
-    """Return the command that generates with a trained file; `base_command` is the command without it."""
+    """Return the command that generates with a trained ControlNet, `base_command` with more options."""
     control = sample.get("control_path") or Placeholder("CONTROL_PICTURE")
     return [*base_command, *option_argv({CONTROL_NET: file, "--control_image": control})]

@@ -103,7 +103,7 @@ class Flux(ModelOfImages):
     )
 
     def few_steps_evidence(self) -> str | None:
-        """Return the evidence for a transformer distilled to few steps, as schnell is; None without any."""
+        """Return why the transformer counts as distilled to few steps, like schnell, or None."""
         if self.files.kind == configs.SCHNELL:
             return f"{self.files.dit_path} is FLUX.1 schnell"
         return super().few_steps_evidence()
@@ -293,7 +293,7 @@ class Flux(ModelOfImages):
             )
 
     def _check_t5_masking(self, batch: Batch) -> None:
-        """Raise CacheError if caches and this training differ in whether the padding of T5 is masked."""
+        """Raise CacheError if caches were encoded with another setting for masking T5's padding."""
         uses_mask = self.files.uses_mask
         for record in batch.cache_origins:
             mask = record.encoder.get("t5_mask")
@@ -344,7 +344,7 @@ class Flux(ModelOfImages):
         )
 
     def needs_media(self, prepared: requests.Prepared) -> bool:
-        """Return whether there is a control image, or denoising starts from an image."""
+        """Return whether the request has a control image or starts from an image."""
         takes_control = prepared.request.control_path is not None or self._control_image is not None
         return takes_control or super().needs_media(prepared)
 
@@ -353,7 +353,7 @@ class Flux(ModelOfImages):
     ) -> Mapping[int, Conditions]:
         """Return the control image's latents and strength by condition name: `latents_control`, 1 Z 1 h w.
 
-        They are the posterior mean. Without a ControlNet, the inputs are those of a plain FLUX.1.
+        They are the posterior mean. Without a ControlNet, the result is the same as for plain FLUX.1.
         """
         # samples during the training of a ControlNet; otherwise a loaded ControlNet
         if self.custom_network is not None:
@@ -410,7 +410,7 @@ class Flux(ModelOfImages):
             )
 
     def comfy_model(self) -> "ComfyModel":
-        """Return how ComfyUI runs FLUX.1. Raises OptionError for Chroma and for models that edit images."""
+        """Return FLUX.1's ComfyUI workflow settings; raise OptionError for Chroma and edit models."""
         if self.references is not None or self.files.kind == configs.CHROMA:
             raise OptionError(f"of {self.display_name}, only those of FLUX.1 dev and schnell are known here")
         from flux.workflow import FLUX as FLUX_NODES  # only with --save_workflow
@@ -441,18 +441,18 @@ def _warn_of_unused_control() -> None:
 
 
 def family_for_latent_caching(options: FluxLatentCachingOptions) -> Flux:
-    """Describe the family for flux_cache_latents.py, which needs only the VAE."""
+    """Build the model description for flux_cache_latents.py, which needs only the VAE."""
     files = FluxFiles().add_vae(options.vae)
     return Flux(files, controlnet=options.controlnet, stores_controls=options.control_pictures)
 
 
 def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
-    """Describe the family for flux_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for flux_cache_text_encoder_outputs.py: only the text encoder."""
     return Flux(FluxFiles(says_chroma=options.model_type == SAYS_CHROMA).add_text(options.text))
 
 
 def family_for_training(options: FluxLearningOptions) -> Flux:
-    """Describe the family for FLUX's training scripts, including the one for ControlNets."""
+    """Build the model description for FLUX's training scripts, including the one for ControlNets."""
     model = Flux(_make_files(options), trained_guidance=options.embedded_guidance, options=options)
     if isinstance(options, FluxControlNetTrainingOptions):
         from flux.control_net_learning import MODULE, describe_control_net  # only to train one
@@ -463,7 +463,7 @@ def family_for_training(options: FluxLearningOptions) -> Flux:
 
 
 def family_for_generation(options: FluxGenerationOptions) -> Flux:
-    """Describe the family for flux_generate_image.py."""
+    """Build the model description for flux_generate_image.py."""
     if options.control_image is not None:
         control_pictures.check_control("--control_image", options.control_image)
     return Flux(_make_files(options), options=options, controlnet=options.controlnet)

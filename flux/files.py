@@ -82,7 +82,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
 
 
 def _find_dialect(tensor_names: Collection[str]) -> str | None:
-    """Return the naming whose weight of queries a file has; None for other files."""
+    """Return the naming scheme of a FLUX file from the name of its query weight; None for other files."""
     for dialect, (query_weight, _) in DIALECTS.items():
         if query_weight in tensor_names:
             return dialect
@@ -151,7 +151,7 @@ def _log_chroma(path: Path) -> None:
 
 @dataclass(frozen=True)
 class FluxFiles(AutoencoderFiles):
-    """Files of a run with CLIP-L and T5.
+    """Model files of a run: transformer, autoencoder, CLIP-L and T5.
 
     The transformer's file shows whether it is dev, schnell or Chroma.
     """
@@ -171,7 +171,7 @@ class FluxFiles(AutoencoderFiles):
     t5_settings: ClassVar = USE
 
     def add_text(self, options: FluxTextOptions) -> "FluxFiles":
-        """Return a copy of these files with the text encoders' options added."""
+        """Return a copy with the text encoders' paths and settings from `options`."""
         return replace(
             self,
             clip_l=options.clip_l,

@@ -227,7 +227,7 @@ class FluxModel(BlockNetwork):
         """Embed timestep, pooled text and guidance as one vector, B 1 C float32; `guidance` may be None."""
         if pooled is None:
             raise ValueError("the model takes the pooled output of CLIP-L, but none is given")
-        # float32 angles: those of a large guidance are rounded, and so they were in training
+        # angles in float32, as in training, although they are rounded for a large guidance
         vector = self.time_in(sinusoid(timesteps, self.config.freq_dim, torch.float32))
         vector = vector + self.vector_in(pooled)
         if guidance is not None:

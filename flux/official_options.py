@@ -97,7 +97,7 @@ class FluxMinimalOptions(Options):
 
 
 def read_minimal(description: str | None, argv: Sequence[str] | None) -> FluxMinimalOptions:
-    """Read the command line. Raises OptionError for options that do not work here."""
+    """Read the command line. Raises OptionError for options that are not supported."""
     (options,) = parse_options(description, argv, FluxMinimalOptions)
     return options
 
@@ -156,7 +156,7 @@ NO_NEGATIVE = "-"  # in a line: no negative prompt
 
 
 def negative(text: str) -> str:
-    """Return a negative prompt, with the guides' word for no negative prompt turned into ""."""
+    """Return a negative prompt; the word for no negative prompt in the guides becomes ""."""
     return "" if text == NO_NEGATIVE else text
 
 

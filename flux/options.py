@@ -123,7 +123,7 @@ class FluxTextCachingOptions(Options, title=NAME, must_give=True):
 
 
 class FluxLearningOptions(Options, title=NAME):
-    """Options of the scripts that train, in addition to the shared ones."""
+    """Options of the training scripts in addition to the shared ones."""
 
     # resume compares its name
     dit: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
@@ -278,7 +278,7 @@ def translate_older_options(args: argparse.Namespace) -> None:
 
 
 def caching_options(options: FluxLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a training's options for latent caching and for text caching, as values by option name."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     latents = {
         "--ae": options.vae.vae or Placeholder("AE_FILE"),
         CONTROL_NET: options.controlnet,
@@ -288,7 +288,7 @@ def caching_options(options: FluxLearningOptions) -> tuple[dict[str, Any], dict[
 
 
 def generation_options(options: FluxLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, with values, of a command that generates `sample` with the models of a training."""
+    """Return a command's options that generate `sample` with a training run's models, by option name."""
     return {
         "--dit": options.dit or Placeholder("DIT_FILE"),
         "--ae": options.vae.vae or Placeholder("AE_FILE"),

@@ -58,7 +58,7 @@ class Flux2(pictures.ModelOfImages):
     files: Flux2Files
     trained_guidance: float = 1.0  # what training feeds the guidance input of dev
     resizes_references: bool = True  # large ones are reduced; else each keeps its size
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
 
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
@@ -76,7 +76,7 @@ class Flux2(pictures.ModelOfImages):
     )
 
     def few_steps_evidence(self) -> str | None:
-        """Return the evidence that the transformer is distilled klein (release or file name), else None."""
+        """Return why the transformer counts as distilled klein (release or file name), or None."""
         version = self.files.version
         if version.is_distilled and version.defaults.embedded_guidance is None:
             return f"--model_version says {version.release.repositories[0]}"
@@ -165,7 +165,7 @@ class Flux2(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; the default flow shift follows from image size and steps."""
+        """Fill in a request's unset fields; the default flow shift follows from image size and steps."""
         request = self._drop_unused_guidance(request)
         prepared = self.resolve_image(request, 1.0, "")
         if request.flow_shift is not None:
@@ -230,17 +230,17 @@ def empirical_mu(tokens: int, steps: int) -> float:
 
 
 def family_for_latent_caching(options: Flux2LatentCachingOptions) -> Flux2:
-    """Describe the family for flux_2_cache_latents.py, which needs only the VAE."""
+    """Build the model description for flux_2_cache_latents.py, which needs only the VAE."""
     return Flux2(Flux2Files(model_version=options.model_version).add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: Flux2TextCachingOptions) -> Flux2:
-    """Describe the family for flux_2_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for flux_2_cache_text_encoder_outputs.py: only the text encoder."""
     return Flux2(Flux2Files(model_version=options.model_version).add_text(options.text))
 
 
 def family_for_training(options: Flux2TrainingOptions) -> Flux2:
-    """Describe the family for flux_2_train_network.py."""
+    """Build the model description for flux_2_train_network.py."""
     return Flux2(
         files_of(options),
         trained_guidance=options.embedded_guidance,
@@ -250,7 +250,7 @@ def family_for_training(options: Flux2TrainingOptions) -> Flux2:
 
 
 def family_for_generation(options: Flux2GenerationOptions) -> Flux2:
-    """Describe the family for flux_2_generate_image.py."""
+    """Build the model description for flux_2_generate_image.py."""
     return Flux2(files_of(options), resizes_references=not options.no_resize_control)
 
 

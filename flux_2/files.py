@@ -39,7 +39,7 @@ QUERY_NORM = "double_blocks.0.img_attn.norm.query_norm.scale"
 
 
 def _find_dialect(names: Container[str]) -> str | None:
-    """Return the dialect of a file's tensor names; None if it is not known."""
+    """Return the naming scheme of a file's tensors; None if it is unknown."""
     for dialect, (identifying_tensor, _) in DIALECTS.items():
         if identifying_tensor in names:
             return dialect
@@ -98,7 +98,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux2Config]) -> Map
 
 
 def describe(header: DitHeader[Flux2Config]) -> str:
-    """Describe a transformer by its header."""
+    """Return the kind of a transformer file for messages, such as "a FLUX.2 dev transformer"."""
     return f"a {NAME} dev transformer" if header.config.has_guidance else f"a {NAME} klein transformer"
 
 
@@ -108,7 +108,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 @dataclass(frozen=True)
 class Flux2Files(LanguageModelFiles):
-    """Files of a run with FLUX.2's autoencoder and the language model of its release."""
+    """Model files of a run: the transformer, FLUX.2's autoencoder and the language model of its release."""
 
     model_version: str = "dev"
 
@@ -126,7 +126,7 @@ class Flux2Files(LanguageModelFiles):
         return self.version.encoder_settings
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoder's width against the transformer's, or without one against all releases'."""
+        """Check that the text encoder's width fits the transformer, or without one the --model_version."""
         super().check_texts(config, needed)
         if config is None and self.text_encoder is not None:
             width = self.text_width()
@@ -166,6 +166,6 @@ class Flux2Files(LanguageModelFiles):
 
 
 def files_of(options: Flux2TrainingOptions | Flux2GenerationOptions) -> Flux2Files:
-    """Return the model files that the options of a training run or generation name."""
+    """Return the model files that the options of a training run or generation specify."""
     files = Flux2Files(model_version=options.model_version).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)

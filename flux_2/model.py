@@ -71,7 +71,7 @@ class PairNorm(nn.Module):
 
 
 class StreamAttention(nn.Module):
-    """Layers before and after the joint attention, for one of two streams."""
+    """Layers before and after the joint attention, for the image or the text tokens."""
 
     def __init__(self, config: Flux2Config) -> None:
         super().__init__()
@@ -110,13 +110,13 @@ class Flux2DoubleBlock(blocks.DoubleStreamBlock):
         self.img_rows, self.txt_rows = SharedModulationRows(IMAGE_ROWS), SharedModulationRows(TEXT_ROWS)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
+        """Return text or image layers: modulation, attention's output projection, feed-forward."""
         if is_text:
             return self.txt_rows, self.txt_attn.proj, self.txt_mlp
         return self.img_rows, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
-        """Return query, key and value of a stream's tokens, each B L N D; the first two normalized."""
+        """Return text or image query, key and value, each B L N D; query and key normalized."""
         attention = self.txt_attn if is_text else self.img_attn
         norm = attention.norm
         return blocks.split_heads(
@@ -277,7 +277,7 @@ class Flux2Model(BlockNetwork):
         The rows are 6 for images and 6 for text in double blocks, 3 in single blocks, and the embedding.
         `guidance` is B; None leaves it out.
         """
-        # float32 angles: those of a large guidance are rounded, and so they were in training
+        # angles in float32, as in training, although they are rounded for a large guidance
         embedding = self.time_in(sinusoid(timesteps, self.config.freq_dim, torch.float32))
         if self.config.has_guidance and guidance is not None:
             scaled = sinusoid(GUIDANCE_UNIT * guidance, self.config.freq_dim, torch.float32)

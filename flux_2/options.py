@@ -73,7 +73,7 @@ class Flux2GenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a training's options for latent caching and for text caching, as values by option name."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     version = {"--model_version": options.model_version}
     latents = {**options.vae.file.command_options(), **version}
     return latents, {**options.text.command_options("TEXT_ENCODER_FILE"), **version}
@@ -85,8 +85,8 @@ def generation_options(options: Flux2TrainingOptions, sample: Mapping[str, Any])
     `Placeholder` values represent files that the user has to name.
 
     Args:
-        options: Options of the training.
-        sample: Values of a sample to generate, by the names of `Request`.
+        options: Options of the training run.
+        sample: Values of a sample to generate, by the field names of `Request`.
     """
     controls = sample.get("control_images") or ()
     return {

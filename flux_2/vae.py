@@ -95,7 +95,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
     Raises CheckpointError for any other file, or if it has no statistics.
     """
     plan = read_autoencoder(checkpoint, KIND)
-    # the statistics are those of packed latents, with 2 x 2 pixels in the channels
+    # the statistics are for packed latents, with 2 x 2 pixels in the channels
     count = 4 * plan.config.latent_channels
     for name in (MEAN, VARIANCE):
         info = plan.checkpoint.tensors.get(name)

@@ -54,7 +54,7 @@ class Flux3(pictures.ModelOfImages):
     """Description of FLUX 3 for one run, built by the `family_for_...` functions below."""
 
     files: Flux3Files
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
 
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
     draws_latents: ClassVar[bool] = False
@@ -82,7 +82,7 @@ class Flux3(pictures.ModelOfImages):
         return self.files.dit is not None and self.files.dit_header().config.is_flow_map
 
     def few_steps_evidence(self) -> str | None:
-        """Return the evidence that the transformer is distilled; None without any."""
+        """Return why the transformer counts as distilled, for messages; None if it does not."""
         if not self.is_distilled:
             return None
         return f"{self.files.dit_path} takes the time that a step jumps to"
@@ -112,7 +112,7 @@ class Flux3(pictures.ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return a training batch's text states and reference latents.
 
-        Raises CacheError for states of another encoder, or without the states of padding.
+        Raises CacheError if states are from another encoder, or lack the padding of the model's training.
         """
         batch.check({TEXT_STATES_KEY: TEXT_CACHING_SCRIPT}, "the transformer")
         config = self.files.dit_header().config
@@ -223,22 +223,22 @@ class Flux3(pictures.ModelOfImages):
 
 
 def family_for_latent_caching(options: flux_3_options.Flux3LatentCachingOptions) -> Flux3:
-    """Describe the family for flux_3_cache_latents.py, which needs only the VAE."""
+    """Build the model description for flux_3_cache_latents.py, which needs only the VAE."""
     return Flux3(Flux3Files().add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: flux_3_options.Flux3TextCachingOptions) -> Flux3:
-    """Describe the family for flux_3_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for flux_3_cache_text_encoder_outputs.py: only the text encoder."""
     return Flux3(Flux3Files().add_text(options.text))
 
 
 def family_for_training(options: flux_3_options.Flux3TrainingOptions) -> Flux3:
-    """Describe the family for flux_3_train_network.py, which trains base."""
+    """Build the model description for flux_3_train_network.py, which trains base."""
     return Flux3(replace(_make_files(options), needs_distilled=False), options=options)
 
 
 def family_for_samples(options: flux_3_options.Flux3TrainingOptions) -> Flux3 | None:
-    """Describe the family for samples with the model of --distilled_dit; None without that option.
+    """Build the model description for samples with the model of --distilled_dit; None if it is not given.
 
     Raises OptionError if the file is a base model.
     """
@@ -252,7 +252,7 @@ def family_for_samples(options: flux_3_options.Flux3TrainingOptions) -> Flux3 | 
 
 
 def family_for_generation(options: flux_3_options.Flux3GenerationOptions) -> Flux3:
-    """Describe the family for flux_3_generate_image.py."""
+    """Build the model description for flux_3_generate_image.py."""
     return Flux3(_make_files(options))
 
 

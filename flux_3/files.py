@@ -57,7 +57,7 @@ FLUX_3_USE = LanguageEncoderSettings(
 
 
 def _find_dialect(names: Container[str]) -> str | None:
-    """Return the dialect of a file's tensor names; None if it is not known."""
+    """Return the naming scheme of a file's tensors; None if it is unknown."""
     for dialect, (identifying_tensor, _) in DIALECTS.items():
         if identifying_tensor in names:
             return dialect
@@ -120,7 +120,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux3Config]) -> Map
 
 
 def describe(header: DitHeader[Flux3Config]) -> str:
-    """Describe a transformer by its header."""
+    """Return the kind of a transformer file for messages: base or distilled."""
     release = "distilled" if header.config.is_flow_map else "base"
     return f"the {release} {NAME} Klein transformer"
 
@@ -138,7 +138,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 @dataclass(frozen=True)
 class Flux3Files(LanguageModelFiles):
-    """Files of a run with FLUX.2's autoencoder and Qwen3-VL's language model."""
+    """Model files of a run: the transformer, FLUX.2's autoencoder and Qwen3-VL's language model."""
 
     needs_distilled: bool | None = None  # None: base or distilled; False: base, to train it
 

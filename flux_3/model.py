@@ -71,7 +71,7 @@ class Flux3Tokens:
 
     @property
     def stream_lengths(self) -> tuple[int, ...]:
-        """Return how many tokens of each modality this process has."""
+        """Return how many tokens of each modality this process computes."""
         return self.counts
 
     @property
@@ -136,9 +136,9 @@ class ParallelBlock(nn.Module):
         return run_in_weight_dtype(projection, h).unflatten(-1, (self.num_heads, -1))
 
     def branch(self, h: Tensor, attended: Tensor) -> Tensor:
-        """Return the block's output, B L C, before its gate.
+        """Return the block's output before its gate, B L C.
 
-        `h` is the block's modulated input, B L C; `attended` is its attention, B L N D.
+        `h` is its input after modulation, B L C; `attended` is the output of its attention, B L N D.
         """
         output: Tensor = run_in_weight_dtype(self.attn_out, attended.flatten(2)) + self.feed_forward(h)
         return output
@@ -200,7 +200,7 @@ def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, modality_index:
 
 
 def _attend_unpadded(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
-    """Return the attention of tokens that are all real, such as those of images, to each other."""
+    """Return the attention of tokens that are all real, such as image tokens, to each other."""
     return _attend(heads, tokens, None)
 
 
@@ -292,7 +292,7 @@ class Flux3Text(NamedTuple):
     is_unpadded: bool  # all tokens are real
 
     def lengths_after(self, num_images: int) -> SampleLengths | None:
-        """Return each sample's number of real tokens plus `num_images`; None, so no mask, without padding."""
+        """Return each sample's number of real tokens plus `num_images`; None (no mask) without padding."""
         if self.is_unpadded:
             return None
         return make_lengths([num_images + count for count in self.counts], self.states.device)
@@ -368,7 +368,7 @@ class Flux3Model(BlockNetwork):
         Args:
             noisy: B Z 1 H W.
             timesteps: B, 0..1000.
-            text: States of the language model, B T text_dim, including those of padding to a multiple of 80.
+            text: States of the language model, B T text_dim, with padding to a multiple of 80.
             text_mask: B T, true or 1 for these states; the others only align the batch.
             next_timesteps: B, where the step ends; only for a distilled model, which requires it.
             overrides: Changes to this call; a NAG text has arguments named text and text_mask.
@@ -470,7 +470,7 @@ class Flux3Model(BlockNetwork):
     def _make_table(self, layout: Flux3Layout, /, *, device: torch.device) -> Tensor:
         """Return the rotary table, (cosine, sine) pairs L+R+T 1 D/2 2 float32, from float64 angles.
 
-        Positions are (0, row / 2, column / 2, 0) for image tokens, (0, row / 2, column / 2, -k) for those of
+        Positions are (0, row / 2, column / 2, 0) for image tokens, (0, row / 2, column / 2, -k) for tokens of
         reference k (from 1), and (0, 0, 0, index) for the text.
         """
         zero = torch.zeros(1, dtype=torch.float64)

@@ -75,16 +75,16 @@ class Flux3GenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: Flux3TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a training's options for latent caching and for text caching, as values by option name."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     return options.vae.file.command_options(), options.text.command_options("QWEN3_VL_FILE")
 
 
 def generation_options(options: Flux3TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with which the generation script uses the models of a training run.
+    """Return the generation script's options for the models of a training run, by option name.
 
     Args:
-        options: Options of the training.
-        sample: Values of a sample to generate, by the names of `Request`.
+        options: Options of the training run.
+        sample: Values of a sample to generate, by the field names of `Request`.
     """
     return {
         "--dit": options.distilled_dit or options.dit or Placeholder("DIT_FILE"),

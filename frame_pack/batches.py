@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class HistoryInput(NamedTuple):
-    """Names of what belongs to cached latents of earlier frames."""
+    """Names that belong to cached latents of earlier frames."""
 
     argument: str  # argument of the transformer for the latents
     indices: str  # cache key, and argument, of their frame indices
@@ -39,7 +39,8 @@ _NEEDED = ("latent_indices", "image_embeddings")
 def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditions:
     """Check a batch's cached text, image, indices and history, and return them by cache key.
 
-    History are the earlier frames, in three resolutions; each kind may have indices without latents (black
+    The history contains the earlier frames in three resolutions. Each may have indices without latents
+    (black
     frames), or be missing.
 
     Args:
@@ -73,7 +74,7 @@ def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditi
 
 
 def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, indices: str) -> None:
-    """Raise CacheError if the indices of a kind of latents are missing or misfit these latents or the target.
+    """Raise CacheError if frame indices of cached latents are missing, or do not fit them or the target.
 
     `latents` and `indices` are the names of the two tensors in caches.
     """

@@ -94,7 +94,7 @@ class HunyuanVideoTransformerBlock(DoubleStreamBlock):
         self.ff_context = NamedFeedForward(dim, ffn_dim, gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
+        """Return text or video layers: modulation, attention's output projection, feed-forward."""
         if is_text:
             return self.norm1_context, self.attn.to_add_out, self.ff_context
         return self.norm1, self.attn.to_out[0], self.ff

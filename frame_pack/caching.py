@@ -102,7 +102,7 @@ def _check_images(table: MediaTable) -> None:
 
 
 def count_sections(table: MediaTable, frames: int) -> int:
-    """Return how many full sections a clip has.
+    """Return how many full sections, the parts of a video made one after another, a clip has.
 
     Raises MediaError if it is too short for one section.
     """
@@ -198,7 +198,7 @@ def image_entries(
         # frames are B F H W C; a fourth channel is the alpha of the control image
         alpha = frames[:, 0, :, :, 3] if frames.shape[-1] == 4 else None
         clean_frames.append(apply_masks(latents, alpha))
-    # the remaining indices are those of black frames, whose latents are 0
+    # the remaining indices belong to black frames, whose latents are 0
     num_black = len(indices.clean) - len(clean_frames)
     clean_frames += [torch.zeros_like(target)] * num_black
     clean = torch.cat(clean_frames, dim=2)
@@ -231,7 +231,7 @@ def _encode_features(encoders: MediaEncoders, frames: Tensor) -> Tensor:
 def _make_entry(
     tensors: dict[str, Tensor], indices: Indices, features: Tensor, section: int | None = None
 ) -> CacheEntry:
-    """Build a cache entry from tensors C F h w, named after the target's size; `latents` is the target."""
+    """Build a cache entry from tensors C F h w; `latents` is the target, whose size names the file."""
     all_tensors = dict(tensors)
     for name, numbers in indices.by_name().items():
         all_tensors[name] = torch.tensor(numbers)

@@ -92,7 +92,7 @@ class FramePack(OneTransformer):
     rope_threshold: float | None = None  # timestep from which on `rope_factor` is used
     rope_factor: float = 1.0  # factor on positions along rows and columns
     trained_guidance: float = 1.0  # embedded guidance in training
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
 
     name: str = field(default="framepack", init=False)
     cache_tag: str = field(default="fp", init=False)
@@ -131,7 +131,7 @@ class FramePack(OneTransformer):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Return the model's metadata, and whether it was trained for images or for a version's videos."""
+        """Return the model's metadata, with what it was trained for: single images or videos."""
         version = "-F1" if self.is_f1 else ""
         is_one_frame = self.one_frame is not None
         names = {
@@ -165,7 +165,7 @@ class FramePack(OneTransformer):
         return data.MediaEncoders(files.load_vae(device), siglip)
 
     def check_table(self, table: data.MediaTable) -> None:
-        """Raise DatasetError unless a table has long clips or, with --one_frame, images with controls."""
+        """Raise DatasetError without long enough clips or, with --one_frame, images with control images."""
         caching.check_table(table, self.one_frame is not None)
 
     def sections_of(self, table: data.MediaTable, frames: int) -> int | None:
@@ -186,7 +186,7 @@ class FramePack(OneTransformer):
 
     @property
     def moments(self) -> data.MomentsRules:
-        """Rules for moments, which cannot be used: sections need image features of the frames."""
+        """Rules that refuse moments (`load_tensors`): sections also need SigLIP's features of frames."""
         return data.MomentsRules(caching.NO_MOMENTS)
 
     def latents_from_moments(self, media: data.MomentsBatch) -> list[data.CacheEntry]:
@@ -228,8 +228,8 @@ class FramePack(OneTransformer):
         """
         device = noisy.device
         guidance = data.send_tensor(cond, "guidance", device)
-        # the timestep sets how far rotary positions are scaled; reading that of `step_position`, on the host,
-        # does not wait for the device
+        # the timestep sets how far rotary positions are scaled; `step_position.timestep` is on the host, so
+        # reading it does not wait for the device
         scaling_timestep = timesteps
         if overrides.step_position is not None:
             scaling_timestep = torch.tensor([overrides.step_position.timestep])
@@ -356,7 +356,7 @@ def _history_arguments(cond: data.Conditions, noisy: Tensor) -> dict[str, Tensor
 
 
 def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePack:
-    """Describe the family for fpack_cache_latents.py, which needs the VAE and the image encoder."""
+    """Build the model description for fpack_cache_latents.py, which needs the VAE and the image encoder."""
     files = _tile_vae(FramePackFiles(image_encoder=options.image_encoder).add_chunks(options.vae))
     one_frame = OneFrame(has_2x=not options.one_frame_no_2x, has_4x=not options.one_frame_no_4x)
     return FramePack(
@@ -367,12 +367,12 @@ def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePa
 
 
 def family_for_text_caching(options: FramePackTextCachingOptions) -> FramePack:
-    """Describe the family for fpack_cache_text_encoder_outputs.py, which needs only the text encoders."""
+    """Build the model description for fpack_cache_text_encoder_outputs.py: only the text encoders."""
     return FramePack(FramePackFiles().add_text(options.text))
 
 
 def family_for_training(options: FramePackTrainingOptions) -> FramePack:
-    """Describe the family for fpack_train_network.py; options of sections affect only its samples."""
+    """Build the model description for fpack_train_network.py; section options affect only its samples."""
     options = replace(options, f1=options.f1 and not options.one_frame)  # ignored with a warning
     return FramePack(
         _make_files(options),
@@ -386,7 +386,7 @@ def family_for_training(options: FramePackTrainingOptions) -> FramePack:
 
 
 def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
-    """Return the family for fpack_generate_video.py; warn if --f1 makes --latent_paddings useless."""
+    """Build the model description for fpack_generate_video.py; warn of --latent_paddings with --f1."""
     if options.f1 and options.latent_paddings is not None:
         logger.warning(
             "--latent_paddings %s is ignored because --f1 generates a video from its start",
@@ -405,12 +405,12 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
 
 
 def _tile_vae(files: FramePackFiles) -> FramePackFiles:
-    """Turn on tiling of the VAE, because FramePack's clips are long."""
+    """Turn on VAE tiling, because FramePack's clips are long."""
     return replace(files, vae_tile=files.vae_tile or VAE_TILE)
 
 
 def _make_files(options: FramePackTrainingOptions | FramePackGenerationOptions) -> FramePackFiles:
-    """Return all files; clips decoded together are not tiled in time, because sections are blended."""
+    """Return all files; clips decoded as a whole are not tiled in time, because sections are blended."""
     files = FramePackFiles(options.dit, image_encoder=options.image_encoder, vae_tile_frames=UNCUT)
     return _tile_vae(files.add_encoders(options.vae, options.text))
 

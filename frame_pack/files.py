@@ -123,7 +123,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 @dataclass(frozen=True)
 class FramePackFiles(HunyuanFiles):
-    """Files of a run with HunyuanVideo's encoders and SigLIP."""
+    """Model files of a run: the transformer, HunyuanVideo's encoders, and SigLIP."""
 
     image_encoder: Path | None = None
 

@@ -41,7 +41,7 @@ def video_sections(
 ) -> Sections:
     """Yield each section for the denoising loop, in the order of generation; return the video's latents.
 
-    The latents are 1 C F h w. Each section's noise is one draw of float32. Results are kept on the CPU, so
+    The latents are 1 C F h w. Each section's noise is drawn at once in float32. Results stay on the CPU, so
     that device memory does not grow with the length.
 
     Args:

@@ -43,7 +43,7 @@ from runtime.run_blocks import BlockNetwork, Hidden
 
 @dataclass(frozen=True)
 class LatentGroup:
-    """Consecutive latents of the sequence with one patch size."""
+    """Consecutive latents of the sequence that have the same patch size."""
 
     # for each of the B samples: positions of its latents on the frame axis
     indices: tuple[tuple[int, ...], ...]
@@ -52,7 +52,7 @@ class LatentGroup:
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """Frame indices and grid on which a sequence's rotary table depends, as a cache key."""
+    """Frame indices and token grid that determine a sequence's rotary table, as a cache key."""
 
     latent_groups: tuple[LatentGroup, ...]  # front to back
     rows: int  # patches, before any are joined into coarse tokens
@@ -167,7 +167,7 @@ class ConditionEmbedding(nn.Module):
 
 
 class Refiner(nn.Module):
-    """Holds the refiner's blocks under the name that published checkpoints use."""
+    """Container of the refiner's blocks, under the name that published checkpoints use."""
 
     def __init__(self, config: FramePackConfig) -> None:
         super().__init__()

@@ -115,7 +115,7 @@ class FramePackTrainingOptions(Options, title="FramePack"):
     vae: HunyuanVaeOptions = option(facts=FREE, **ALWAYS_TILED)
     text: HunyuanTextOptions = option(facts=FREE)
     image_encoder: Path | None = option(_IMAGE_ENCODER, facts=FREE, often=True)
-    # for samples only: trainings take these from the caches
+    # for samples only: training takes these from the caches
     latent_window_size: int = option(f"latent frames of a section; default {WINDOW}", facts=FREE, **_WINDOW)
     bulk_decode: bool = option(_BULK, facts=FREE)
     # f1 and one_frame apply to samples, and are recorded in the metadata of saved files
@@ -172,7 +172,7 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
 
 
 class FramePackGenerationOptions(Options, title="FramePack"):
-    """Options of fpack_generate_video.py in addition to the shared ones, the same for all videos of a run."""
+    """Options of fpack_generate_video.py, in addition to the shared ones, for all videos of a run."""
 
     dit: Path | None = option("transformer checkpoint", often=True)
     vae: HunyuanVaeOptions = option(**ALWAYS_TILED)
@@ -208,7 +208,7 @@ class FramePackGenerationOptions(Options, title="FramePack"):
 
 
 def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a training's options for latent caching and for text caching, as values by option name."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     text = options.text
     latents = options.vae.file.command_options()
     latents["--image_encoder"] = options.image_encoder or Placeholder("IMAGE_ENCODER_FILE")
@@ -256,7 +256,7 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
 
 
 def _join_one_frame_settings(settings: str, cached_with: Mapping[str, Any]) -> str:
-    """Return --one_frame_inference for cached items; `cached_with` are the caching script's options."""
+    """Return --one_frame_inference that fits cached items; `cached_with` are the caching script's options."""
     without = [word for word in ("no_2x", "no_4x") if cached_with.get(f"one_frame_{word}")]
     return ",".join([*filter(None, [settings]), *without]) or "default"
 

@@ -36,7 +36,7 @@ _NEEDS_IMAGE = "FramePack starts from an image, also for a single image (--i in 
 
 @dataclass(frozen=True)
 class FramePackRequest:
-    """Settings in `Prepared.family_settings` that only FramePack reads."""
+    """FramePack's own settings of a request, stored in `Prepared.family_settings`."""
 
     images: tuple[Path, ...]  # the start image of each section, in playing order
     one_frame: OneFrame | None = None  # a single image, which has one section; None: a video
@@ -120,7 +120,7 @@ def prepare_request(
 
 
 def _select_bucket(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
-    """Return the bucket size of the first image in a dataset of this resolution."""
+    """Return the bucket size that a dataset of this resolution would use for the first image."""
     from modules.media.reading import image_size  # only for single images
 
     buckets = bucket_sizes(width, height, step)
@@ -144,7 +144,7 @@ def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest)
 
 
 def _read_prompts(request: requests.Request, sections: int, is_one_frame: bool) -> list[requests.Prompt]:
-    """Return the prompt of each section, in playing order, with its text for CLIP if --prompt_2 is given."""
+    """Return each section's prompt, in playing order; --prompt_2 adds a separate text for CLIP."""
     texts = _split_by_section(request.prompt, "--prompt", sections, is_one_frame)
     if request.second_prompt is None:
         return [requests.Prompt(text) for text in texts]
@@ -283,7 +283,7 @@ def _split_by_section(text: str, option: str, sections: int, is_one_frame: bool)
 
 
 def _check_image(option: str, path: Path) -> None:
-    """Raise OptionError early if an image cannot be decoded."""
+    """Raise OptionError if an image cannot be decoded, before any model is loaded."""
     if not path.exists():
         raise OptionError(f"{option} {path}: no such file.{explain_missing(path)}")
     requests.check_opens(option.removeprefix("--"), path, is_image=True)

@@ -180,7 +180,7 @@ def f1_indices(window: int) -> Indices:
 
 
 def select_entry(entries: Mapping[int, Entry], index: int, sections: int) -> Entry:
-    """Return a section's entry: by its index from the end (-1 is the last), from the start, or entry 0."""
+    """Return a section's entry: stored under its index from the end (-1: last), its index, or 0."""
     # the first existing key in this order
     return next(entries[key] for key in (index - sections, index, 0) if key in entries)
 
@@ -204,7 +204,7 @@ class CleanLatents:
     clean_4x: Tensor
 
     def by_name(self) -> dict[str, Tensor]:
-        """Return the latents by cache key."""
+        """Return the latents of the context by cache key."""
         return {
             "latents_clean": self.clean,
             "latents_clean_2x": self.clean_2x,
@@ -236,7 +236,10 @@ class GenerationOrder:
         return tuple(plans)
 
     def start_history(self, start: Tensor, end: Tensor | None) -> Tensor:
-        """Return the history before the first section; images are B C 1 H W, and F1 ignores the end image."""
+        """Return the latent frames that serve as history for the first section.
+
+        The images are B C 1 H W latents. F1 ignores the end image.
+        """
         history = start.new_zeros(*start.shape[:2], HISTORY, *start.shape[3:])
         if not self.prepends_sections:
             return torch.cat([history, start], dim=2)
@@ -253,11 +256,11 @@ class GenerationOrder:
         return CleanLatents(torch.cat([start, near], dim=2), half, quarter)
 
     def add_to_history(self, history: Tensor, section: Tensor) -> Tensor:
-        """Return the history with a new section added at its end, or at its front for reversed order."""
+        """Return the history with a new section at its end, or at its front for generation from the end."""
         return torch.cat([section, history] if self.prepends_sections else [history, section], dim=2)
 
     def join_video(self, start: Tensor, history: Tensor, frames: int) -> Tensor:
-        """Return the start image followed by `frames` latent frames of history, in playing order."""
+        """Return the start image and `frames` latent frames of the history, in playing order."""
         if self.prepends_sections:
             return torch.cat([start, history[:, :, :frames]], dim=2)
         return history[:, :, -(frames + 1) :]  # this includes the start image
@@ -276,9 +279,9 @@ def count_tokens(latent_frames: int, height: int, width: int) -> int:
 
 
 def compute_flow_shift(tokens: int) -> float:
-    """Return the flow shift of a target with this many tokens: it grows exponentially, up to 7.
+    """Return the flow shift for a target of this many tokens: it grows exponentially, up to 7.
 
-    The schedule is that of `make_schedule("unipc-bh1", ...)` with this shift.
+    `make_schedule("unipc-bh1", ...)` makes the noise levels from it.
     """
     (few, low), (many, high) = _SHIFT_LINE
     exponent = low + (high - low) * (tokens - few) / (many - few)

@@ -63,7 +63,7 @@ class HunyuanImage(ModelOfImages):
 
     files: HunyuanImageFiles
     projection: ProjectedGuidanceOptions = RELEASED_GUIDANCE
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
 
     name: str = field(default="hunyuan_image", init=False)
     model_metadata: ClassVar = {
@@ -144,17 +144,17 @@ class HunyuanImage(ModelOfImages):
 
 
 def family_for_latent_caching(options: HunyuanImageLatentCachingOptions) -> HunyuanImage:
-    """Describe the family for hunyuan_image_cache_latents.py, which needs only the VAE."""
+    """Build the model description for hunyuan_image_cache_latents.py, which needs only the VAE."""
     return HunyuanImage(HunyuanImageFiles().add_vae_options(options.vae))
 
 
 def family_for_text_caching(options: HunyuanImageTextCachingOptions) -> HunyuanImage:
-    """Describe the family for hunyuan_image_cache_text_encoder_outputs.py: only text encoders."""
+    """Build the model description for hunyuan_image_cache_text_encoder_outputs.py: only text encoders."""
     return HunyuanImage(HunyuanImageFiles().add_text(options.text))
 
 
 def family_for_training(options: HunyuanImageTrainingOptions) -> HunyuanImage:
-    """Describe the family for hunyuan_image_train_network.py."""
+    """Build the model description for hunyuan_image_train_network.py."""
     files = HunyuanImageFiles(dit_option="--pretrained_model_name_or_path").add_dit(
         options.dit, options.dit_dtype
     )
@@ -163,7 +163,7 @@ def family_for_training(options: HunyuanImageTrainingOptions) -> HunyuanImage:
 
 
 def family_for_generation(options: HunyuanImageGenerationOptions) -> HunyuanImage:
-    """Describe the family for hunyuan_image_generate_image.py."""
+    """Build the model description for hunyuan_image_generate_image.py."""
     files = HunyuanImageFiles().add_dit(options.dit, options.dit_dtype)
     files = files.add_vae_options(options.vae).add_text(options.text)
     return HunyuanImage(files, options.projection)

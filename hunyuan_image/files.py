@@ -55,7 +55,7 @@ DIMENSIONS = hunyuan_video.CONFIG_TENSORS  # blocks and refiner have the same na
 
 
 def identify(path: Path) -> str | None:
-    """Describe the file if it is a HunyuanImage transformer; otherwise return None."""
+    """Return a hint that a file is a HunyuanImage transformer; None for other files."""
     try:
         with open_checkpoint(path) as opened:
             checkpoint = bare_names(opened)
@@ -68,7 +68,7 @@ def identify(path: Path) -> str | None:
 
 
 def _has_glyph_layers(checkpoint: Checkpoint) -> bool:
-    """Return whether a file has the layers that tell HunyuanImage from HunyuanVideo."""
+    """Return whether a file has the layers that distinguish HunyuanImage from HunyuanVideo."""
     return any(name in checkpoint.tensors for name in GLYPH_TENSORS)
 
 
@@ -77,7 +77,7 @@ def _is_distilled(checkpoint: Checkpoint) -> bool:
 
 
 def _find_dialect(names: Container[str]) -> str | None:
-    """Return the dialect of a file's tensor names; None if it is not known."""
+    """Return the naming scheme of a file's tensors; None if it is unknown."""
     for dialect, (identifying_tensor, _) in DIALECTS.items():
         if identifying_tensor in names:
             return dialect
@@ -171,7 +171,7 @@ class HunyuanImageFiles(TransformerFiles):
         return replace(files, vae_tile=options.tile, vae_chunk_size=options.vae_chunk_size)
 
     def add_text(self, options: HunyuanImageTextOptions) -> "HunyuanImageFiles":
-        """Return a copy of these files with the text encoders' options added."""
+        """Return a copy with the text encoders' paths and settings from `options`."""
         return replace(
             self,
             text_encoder=options.text_encoder,
@@ -214,7 +214,7 @@ class HunyuanImageFiles(TransformerFiles):
         read_once(self.vae_path, read_vae)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check that given or needed text encoders fit their options and the transformer."""
+        """Check that text encoders, if given or `needed`, fit their options and the transformer."""
         if self.text_encoder is not None or needed:
             path, qwen = QwenTextEncoder(self.text_encoder_path).path, QWEN_USE.model
             width = read_once(path, _read_text_width)

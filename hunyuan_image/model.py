@@ -111,7 +111,7 @@ class HunyuanImageModel(BlockNetwork):
             glyphs: States of the glyph encoder, B G glyph_dim.
             glyph_mask: B G, like `text_mask`; all 0 for an image without glyphs.
             overrides: Changes to this call; a NAG text has these four arguments too, and its tokens follow
-                those of the prompt.
+                the prompt's.
 
         Raises:
             ValueError: If sizes do not match.

@@ -155,7 +155,7 @@ def translate_attention(args: argparse.Namespace) -> None:
 def translate_training(args: argparse.Namespace) -> None:
     """Translate HunyuanImage's option names to the shared ones, for training a LoRA.
 
-    Raises OptionError if only text encoders are to be trained, because those of this model cannot be.
+    Raises OptionError if only text encoders are to be trained, because this model's cannot be trained.
     """
     translate_attention(args)
     if args.network_train_text_encoder_only:
@@ -179,12 +179,12 @@ TRAINER: Mapping[str, Any] = {
 
 
 def caching_options(options: HunyuanImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a training's options for latent caching and for text caching, as values by option name."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     return options.vae.file.command_options(), _list_text_options(options.text)
 
 
 def generation_options(options: HunyuanImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, with values, of a command that generates `sample` with the models of a training."""
+    """Return a command's options that generate `sample` with a training run's models, by option name."""
     files = {"--dit": options.dit or Placeholder("DIT_FILE"), **options.vae.file.command_options()}
     return files | _list_text_options(options.text)
 

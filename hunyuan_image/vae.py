@@ -72,7 +72,7 @@ class FoldUp(nn.Module):
         self.conv = nn.Conv2d(width_in, width_out * FOLDED, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Upsample x to twice the height and width, and add the shortcut."""
+        """Return x at twice the height and width, with its shortcut added."""
         unfolded = self.conv(x)
         return _unfold(unfolded).add_(_unfold(repeat_channels(x, unfolded.shape[1])))
 

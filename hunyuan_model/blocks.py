@@ -41,7 +41,7 @@ class HunyuanTokens:
     grid: tuple[int, int, int]  # video tokens along frames, rows, columns
     rotary: Tensor  # rotations of the video tokens, L 1 D/2 2, or B L 1 D/2 2; text is not rotated
     lengths: SampleLengths | None  # number of the L + T tokens that are real, per sample; None: all
-    # B S C: timestep, pooled text and guidance after SiLU (`activate`), from which every block computes its
+    # B S C: timestep, pooled text and guidance after SiLU (`apply_silu`), from which every block computes its
     # modulation. A second row belongs to the second text only
     vector: Tensor
     dtype: torch.dtype  # dtype of activations between layers
@@ -190,7 +190,7 @@ class HunyuanModulation(nn.Module):
         self.add_module(name, nn.Linear(dim, count * dim))
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """Return `count` rows of modulation, each B S C float32, for a vector B S C of `activate`."""
+        """Return `count` rows of modulation, each B S C float32, for a vector B S C from `apply_silu`."""
         # vector: B S C -> count tensors B S C float32
         linear = getattr(self, self._name)
         return run_in_weight_dtype(linear, vector).float().chunk(self.count, dim=-1)
@@ -208,7 +208,7 @@ class DoubleStreamBlock(nn.Module):
         raise NotImplementedError
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
-        """Return query, key and value of a stream's tokens B L C; the first two normalized."""
+        """Return query, key and value of text or video tokens B L C; query and key normalized."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
@@ -218,7 +218,7 @@ class DoubleStreamBlock(nn.Module):
         video_vector, text_vector = tokens.modulation_vectors
         modulate_video, video_project, video_mlp = self.layers(is_text=False)
         modulate_text, text_project, text_mlp = self.layers(is_text=True)
-        # each six tensors: shift, scale and gate of attention, then those of the feed-forward layers
+        # each six tensors: shift, scale and gate of attention, then of the feed-forward layers
         video_modulation = modulate_video(video_vector)
         text_modulation = modulate_text(text_vector)
 
@@ -305,7 +305,7 @@ class MMDoubleStreamBlock(DoubleStreamBlock):
         self.txt_mlp = TwoLayerMlp("fc1 fc2", (dim, ffn_dim, dim), gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
+        """Return text or video layers: modulation, attention's output projection, feed-forward."""
         if is_text:
             return self.txt_mod, self.txt_attn_proj, self.txt_mlp
         return self.img_mod, self.img_attn_proj, self.img_mlp
@@ -361,7 +361,7 @@ def split_heads(
 def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:
     """Return the attention of video and text to each other, B L+T C.
 
-    `query`, `key` and `value` are B L+T N D, those of the video rotated.
+    `query`, `key` and `value` are B L+T N D; the video's queries and keys are already rotated.
     """
     second = tokens.second_text  # a second text, which the video attends to separately
     shard = tokens.shard  # this process's shard of the tokens

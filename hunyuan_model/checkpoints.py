@@ -66,7 +66,7 @@ RELATED_MODELS = {
 
 
 def identify(path: Path) -> str | None:
-    """Describe a file of this family's or a related transformer; return None if it is unknown."""
+    """Return a hint about a HunyuanVideo transformer file or a related one; None for other files."""
     try:
         with open_checkpoint(path) as checkpoint:
             bare = bare_names(checkpoint)
@@ -127,7 +127,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
 
 
 def _find_dialect(names: Collection[str]) -> str | None:
-    """Return the naming whose first weight of queries a file with a token refiner has; None for others."""
+    """Return the naming scheme of a file with a token refiner, from its first query weight; else None."""
     if _has_refiner(names):
         for dialect, (query_weight, _) in DIALECTS.items():
             if query_weight in names:
@@ -136,7 +136,7 @@ def _find_dialect(names: Collection[str]) -> str | None:
 
 
 def _check_input_channels(config: HunyuanVideoConfig, path: Path) -> None:
-    """Raise CheckpointError unless a model takes noisy latents, alone or followed by those of an image."""
+    """Raise CheckpointError unless a model takes noisy latents, alone or followed by an image's latents."""
     if config.in_dim not in (config.out_dim, config.out_dim + IMAGE_CHANNELS):
         # HunyuanVideo-I2V has an image and a mask of one channel
         is_i2v = config.in_dim == 2 * config.out_dim + 1
@@ -214,7 +214,7 @@ def _has_refiner(names: Iterable[str]) -> bool:
 
 
 def _name_related_model(checkpoint: Checkpoint) -> str | None:
-    """Return the name of a related model with the same block names but other inputs; None for others."""
+    """Return the name of a related model, which has the same block names but other inputs; else None."""
     names = checkpoint.tensors
     for tensor, model in RELATED_MODELS.items():
         if tensor in names:
@@ -289,7 +289,7 @@ def _read_scales(path: Path) -> dict[str, float]:
 
 
 def _scale_source(name: str, scale: float) -> TensorSource:
-    """Return the source of an fp8 weight whose file has one scale for all weights."""
+    """Return the source of an fp8 weight whose file has a single scale for it."""
 
     def factor(weight: Tensor) -> Tensor:
         return torch.tensor([scale], device=weight.device)

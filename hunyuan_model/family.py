@@ -59,7 +59,7 @@ class HunyuanVideo(OneTransformer):
     dit_channels: int | None = None  # required input channels of the transformer; None for any
     caches_image: bool = False  # caching: whether the first frame is also cached alone
     trained_guidance: float = 1.0  # guidance input of the model in training
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
 
     name: str = field(default="hunyuan_video", init=False)
     model_metadata: ClassVar = {
@@ -130,7 +130,7 @@ class HunyuanVideo(OneTransformer):
         return data.MomentsRules(with_image=self.caches_image)
 
     def latents_from_moments(self, media: data.MomentsBatch) -> list[data.CacheEntry]:
-        """Return cache entries with posterior samples drawn from moments, equal to those from the clips."""
+        """Return cache entries with posterior samples drawn from moments; they equal those from the clips."""
         return sample_moments(media, self.files.encoder_dtype(self.files.vae_dtype))
 
     # the network
@@ -212,7 +212,7 @@ class HunyuanVideo(OneTransformer):
     # generation
 
     def check_files(self, media: bool) -> None:
-        """Check transformer (its input channels too) and text encoders, and the VAE if `media` is True."""
+        """Check the transformer, its input channels, and text encoders, and with `media` the VAE."""
         self._check_dit()
         super().check_files(media)
 
@@ -317,17 +317,17 @@ class HunyuanVideo(OneTransformer):
 
 
 def family_for_latent_caching(options: HunyuanLatentCachingOptions) -> HunyuanVideo:
-    """Describe the family for cache_latents.py, which needs only the VAE."""
+    """Build the model description for cache_latents.py, which needs only the VAE."""
     return HunyuanVideo(HunyuanFiles().add_chunks(options.vae), caches_image=options.i2v)
 
 
 def family_for_text_caching(options: HunyuanTextCachingOptions) -> HunyuanVideo:
-    """Describe the family for cache_text_encoder_outputs.py, which needs only the text encoders."""
+    """Build the model description for cache_text_encoder_outputs.py, which needs only the text encoders."""
     return HunyuanVideo(HunyuanFiles().add_text(options.text))
 
 
 def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
-    """Describe the family for hv_train_network.py and the other training runs of HunyuanVideo."""
+    """Build the model description for hv_train_network.py and the other training runs of HunyuanVideo."""
     dtype = select_compute_dtype(options.dit_dtype, "--dit_dtype", None)
     return HunyuanVideo(
         HunyuanFiles(options.dit, dtype).add_encoders(options.vae, options.text),
@@ -339,7 +339,7 @@ def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
 
 
 def family_for_generation(options: HunyuanGenerationOptions) -> HunyuanVideo:
-    """Describe the family for hv_generate_video.py."""
+    """Build the model description for hv_generate_video.py."""
     return HunyuanVideo(
         HunyuanFiles(options.dit, reading=options.reading).add_encoders(options.vae, options.text),
         dit_channels=options.dit_in_channels,

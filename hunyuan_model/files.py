@@ -29,7 +29,7 @@ from protocols.family import TextEncoder
 
 @dataclass(frozen=True)
 class HunyuanFiles(TransformerFiles):
-    """Files of a run with HunyuanVideo's VAE, LLaVA's language model and CLIP-L; encoders are float16."""
+    """Model files of a run: transformer, HunyuanVideo's VAE, LLaVA's model, CLIP-L. Encoders are float16."""
 
     text_encoder1: Path | None = None
     text_encoder2: Path | None = None
@@ -59,15 +59,15 @@ class HunyuanFiles(TransformerFiles):
         return require_file(self.text_encoder2, "--text_encoder2", "CLIP-L encodes the prompts too")
 
     def add_encoders(self, vae: HunyuanVaeOptions, text: HunyuanTextOptions) -> Self:
-        """Return the files with the options of the VAE and the text encoders."""
+        """Return a copy with the paths and settings of the VAE and the text encoders."""
         return self.add_chunks(vae).add_text(text)
 
     def add_chunks(self, options: HunyuanVaeOptions) -> Self:
-        """Return the files with the options of the VAE."""
+        """Return a copy with the VAE's path and settings from `options`."""
         return replace(self.add_vae(options.file), vae_chunk_size=options.vae_chunk_size)
 
     def add_text(self, options: HunyuanTextOptions) -> Self:
-        """Return the files with the options of the text encoders."""
+        """Return a copy with the text encoders' paths and settings from `options`."""
         return replace(
             self,
             text_encoder1=options.text_encoder1,

@@ -119,7 +119,7 @@ class HunyuanVideoModel(BlockNetwork):
             guidance: B, as in the model's training (1000 times the scale in generation); ignored by a model
                 without guidance embedding.
             overrides: Changes to this call; a NAG text has arguments named llama, llama_mask and
-                clip_l, and its tokens follow those of the prompt.
+                clip_l, and its tokens follow the prompt's.
 
         Raises:
             ValueError: If sizes do not match.
@@ -196,7 +196,7 @@ def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[
 def count_real_tokens(
     mask: Tensor, num_tokens_before: int, device: torch.device
 ) -> tuple[int, list[int] | None, SampleLengths | None]:
-    """Return the tokens of the longest text, those of each sample, and the lengths of whole sequences.
+    """Return the tokens of the longest text, the tokens of each text, and the lengths of whole sequences.
 
     The last two are None if all texts are equally long. A sequence has `num_tokens_before` tokens before
     the text.

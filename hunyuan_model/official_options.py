@@ -164,7 +164,7 @@ class OfficialOptions(Options, title="output", dashed=True):
 
 
 def read_official(description: str | None, argv: Sequence[str] | None) -> OfficialOptions:
-    """Read the released command line. Raises OptionError for options that do not work here."""
+    """Read the released command line. Raises OptionError for options that are not supported."""
     base = os.environ.get("MODEL_BASE", "ckpts")
     options: OfficialOptions
     (options,) = parse_options(description, argv, OfficialOptions, defaults={"model-base": base})

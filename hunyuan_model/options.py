@@ -113,7 +113,7 @@ class HunyuanTextCachingOptions(Options, title="HunyuanVideo"):
 
 
 class HunyuanTrainingOptions(Options, title="HunyuanVideo"):
-    """Options of hv_train_network.py and hv_train.py in addition to the shared ones."""
+    """HunyuanVideo's options of hv_train_network.py and hv_train.py."""
 
     dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
     dit_dtype: str | None = dit_dtype_option()
@@ -156,7 +156,7 @@ def _check_channels(channels: int) -> None:
 
 
 def caching_options(options: HunyuanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     text = options.text
     encoders = {"--text_encoder1": text.text_encoder1 or Placeholder("TEXT_ENCODER1_FILE")}
     encoders["--text_encoder2"] = text.text_encoder2 or Placeholder("TEXT_ENCODER2_FILE")
@@ -164,7 +164,7 @@ def caching_options(options: HunyuanTrainingOptions) -> tuple[dict[str, Any], di
 
 
 def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of hv_generate_video.py that generate a sample with a training run's models."""
+    """Return the options of hv_generate_video.py that generate `sample` with a training run's models."""
     default_image = None
     example = sample.get("example")
     starts_from_image = (sample.get("cached_with") or {}).get("i2v", options.dit_in_channels == 32)
@@ -179,7 +179,7 @@ def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any
 
 
 def model_options(dit: Path | None, vae: HunyuanVaeOptions, text: HunyuanTextOptions) -> dict[str, Any]:
-    """Return the command-line options that name the model's files; unset options get placeholders."""
+    """Return the command-line options for the model's files; unset ones get placeholders."""
     return {
         "--dit": dit or Placeholder("DIT_FILE"),
         **vae.file.command_options(),

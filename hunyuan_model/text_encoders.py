@@ -127,7 +127,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
             path: File or folder of the model, or of a release that has it in its subfolder `text_encoder`.
             dtype: Compute dtype.
             tokenizer: Folder or file of the tokenizer.
-            template: Chat around each prompt.
+            template: Chat template for each prompt.
             skip_layers: Number of layers after the returned state; 0 returns the last state, which is always
                 normed.
             final_norm: Apply the final norm to other states, too.

@@ -31,7 +31,7 @@ class ScalarEmbedding(nn.Module):
 
     def forward(self, numbers: Tensor) -> Tensor:
         """Return embeddings, B C float32, of numbers, B."""
-        # float32 angles: those of a large guidance are rounded, and the model was trained with rounded ones
+        # angles in float32, as in training, although they are rounded for a large guidance
         hidden = run_float32(self.mlp[0], sinusoid(numbers, self.freq_dim, torch.float32))
         return run_float32(self.mlp[2], functional.silu(hidden))
 

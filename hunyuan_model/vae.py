@@ -236,8 +236,9 @@ def load_vae(
 def encode_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list[CacheEntry]:
     """Encode clips in one batch, and return the cache entry of each.
 
-    Each entry has a posterior sample seeded by the clip's name, not in model space, in the VAE's dtype.
-    With `with_image`, it also has the first frame encoded alone, for image-to-video training.
+    An entry has a posterior sample, drawn with a seed from the clip's name, in the VAE's dtype; it is not
+    scaled to
+    model space. With `with_image`, it also has the first frame encoded alone, for image-to-video training.
     """
     generators = [posterior_generator(key) for key in media.keys]
     pixels = byte_clips(media.frames)
@@ -248,10 +249,10 @@ def encode_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list
 
 
 def sample_moments(media: MomentsBatch, dtype: torch.dtype) -> list[CacheEntry]:
-    """Return cache entries with posterior samples drawn from moments, each with the seed of its clip's name.
+    """Return cache entries with posterior samples drawn from moments; each clip's name seeds its sample.
 
-    They equal those of `encode_latents`. `dtype` is that of the VAE. Moments of first frames also give
-    `latents_image`.
+    They equal the result of `encode_latents` with a VAE of this dtype. If the moments include first frames,
+    entries also have `latents_image`.
     """
     generators = [posterior_generator(key) for key in media.keys]
     latents = sample_posterior(_copy_moments(media.moments), generators, LOG_VARIANCE)

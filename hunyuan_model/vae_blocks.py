@@ -371,5 +371,5 @@ class HunyuanVaeDecoder(nn.Module):
 def _list_levels(
     widths: Sequence[int], changes: Sequence[Factors]
 ) -> Iterator[tuple[int, int, Factors | None]]:
-    """Yield each level's input width, output width and final up- or downsampling (None at the last level)."""
+    """Yield each level's input width, output width and final resampling (None at the last level)."""
     return zip((widths[0], *widths[:-1]), widths, (*changes, None), strict=True)

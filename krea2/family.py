@@ -59,7 +59,7 @@ class Krea2(pictures.ModelOfImages):
     """Description of Krea 2 for one run, built by the `family_for_...` functions below."""
 
     files: Krea2Files
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     samples_on_turbo: bool = False  # whether the transformer is the one of --turbo_dit
     references: ReferenceRules | None = None
     isolated: bool = False  # references attend to each other alone
@@ -94,7 +94,7 @@ class Krea2(pictures.ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Return the model's metadata, with its release if known and, for edits, the task."""
+        """Return the model's metadata, with its release if it is known and, for edits, the task."""
         names = {
             "architecture": "Krea-2",
             "resolution": f"{SIDE}x{SIDE}",
@@ -121,7 +121,7 @@ class Krea2(pictures.ModelOfImages):
         return TURBO if self.is_turbo else DEFAULTS
 
     def _find_release(self) -> Krea2Release | None:
-        """Return the release that --dit_variant names; without it, the release in the transformer's file."""
+        """Return the release that --dit_variant specifies, or without it the one that the file shows."""
         variant = getattr(self.options, "dit_variant", None)
         if variant is not None:
             return Krea2Release(variant == own.TURBO, f"--dit_variant {variant}")
@@ -132,7 +132,7 @@ class Krea2(pictures.ModelOfImages):
         return release is not None and not release.is_turbo
 
     def few_steps_evidence(self) -> str | None:
-        """Return the evidence that the transformer is Turbo; None without any."""
+        """Return why the transformer counts as Turbo, for messages; None if it does not."""
         release = self._find_release()
         if release is None or not release.is_turbo:
             return None
@@ -160,8 +160,9 @@ class Krea2(pictures.ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the captions' states, a list of T n D, and the latents of references by condition name.
 
-        Raises CacheError for states of another encoder or number of layers, or encoded with images if this
-        training has none, or the reverse.
+        Raises CacheError if states are from another encoder or number of layers, or if they were encoded
+        with
+        images for a run that trains without them, or the reverse.
         """
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
@@ -179,7 +180,7 @@ class Krea2(pictures.ModelOfImages):
         return {KEY: batch.tensors[KEY], **references}
 
     def _check_template(self, batch: Batch) -> None:
-        """Raise CacheError unless captions and training agree on whether there are images to edit."""
+        """Raise CacheError if captions were encoded for editing but the run does not edit, or the reverse."""
         encoder_settings = self.files.encoder_settings
         for cache in batch.cache_origins:
             fingerprint = cache.encoder.get(encoder_settings.template_key, encoder_settings.fingerprint)
@@ -282,26 +283,26 @@ class Krea2(pictures.ModelOfImages):
 
 
 def family_for_latent_caching(options: own.Krea2LatentCachingOptions) -> Krea2:
-    """Describe the family for krea2_cache_latents.py, which needs only the VAE."""
+    """Build the model description for krea2_cache_latents.py, which needs only the VAE."""
     return Krea2(Krea2Files().add_vae(options.vae.file), references=_make_rules(options, options.edit))
 
 
 def family_for_text_caching(options: own.Krea2TextCachingOptions) -> Krea2:
-    """Describe the family for krea2_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for krea2_cache_text_encoder_outputs.py: only the text encoder."""
     encoder_settings = EDIT_SETTINGS if options.edit else KREA_2_SETTINGS
     files = Krea2Files(encoder_settings=encoder_settings).add_text(options.text)
     return Krea2(files, references=_make_rules(options, options.edit))
 
 
 def family_for_training(options: own.Krea2TrainingOptions, dit: Path | None = None) -> Krea2:
-    """Describe the family for training; `dit` is a transformer in place of the trained one."""
+    """Build the model description for training; `dit` is a transformer in place of the trained one."""
     encoder_settings = EDIT_SETTINGS if options.edit else KREA_2_SETTINGS
     files = _make_files(options, encoder_settings, dit)
     return Krea2(files, options, references=_make_rules(options, options.edit), isolated=options.kv_cache)
 
 
 def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
-    """Describe the family for samples with --turbo_dit; None without that option.
+    """Build the model description for samples with --turbo_dit; None without that option.
 
     Raises OptionError if that file says it is the raw model.
     """
@@ -318,7 +319,7 @@ def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
 
 
 def family_for_generation(options: own.Krea2GenerationOptions) -> Krea2:
-    """Describe the family for krea2_generate_image.py."""
+    """Build the model description for krea2_generate_image.py."""
     return Krea2(
         _make_files(options, MIXED_SETTINGS), references=_make_rules(options, None), isolated=options.kv_cache
     )

@@ -84,7 +84,7 @@ def _read_stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
 
 
 def _count_blocks(shapes: DitShapes, name: str, released: Iterable[tuple[str, int]]) -> int:
-    """Return the number of blocks in a list; raise CheckpointError if the release has more."""
+    """Return the number of blocks in a list; raise CheckpointError if there are fewer than in the release."""
     number = shapes.count_blocks(name)
     minimum = dict(released).get(name, 0)
     if number < minimum:
@@ -153,7 +153,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 
 class Krea2Release(NamedTuple):
-    """Name of a Krea 2 release, and the evidence that the transformer belongs to it."""
+    """A Krea 2 release, and what shows that the transformer belongs to it."""
 
     is_turbo: bool  # False: raw
     source: str  # what says so
@@ -186,7 +186,7 @@ def find_release(dit: Path | None) -> Krea2Release | None:
 
 @dataclass(frozen=True)
 class Krea2Files(QwenImageFiles):
-    """Files of a run with Qwen-Image's VAE and Qwen3-VL's language model."""
+    """Model files of a run: the transformer, Qwen-Image's VAE and Qwen3-VL's language model."""
 
     encoder_settings: LanguageEncoderSettings = KREA_2_SETTINGS
 

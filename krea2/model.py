@@ -198,7 +198,7 @@ class TextFusion(nn.Module):
         self.refiner_blocks = nn.ModuleList(TextBlock(config.text) for _ in range(config.refiner_blocks))
 
     def forward(self, states: Tensor, choice: AttentionChoice, lengths: SampleLengths | None) -> Tensor:
-        """Fuse the states of n layers for each text token, B T n C, to B T C."""
+        """Fuse the states of n layers of the language model for each token, B T n C, to B T C."""
         # states: B T n C -> B T C
         x = states.flatten(0, 1)
         for block in self.layerwise_blocks:
@@ -342,7 +342,7 @@ class Krea2Model(BlockNetwork):
         if kv_cache is not None and not kv_cache:
             # the first pass fills the cache; references are equal for all samples
             kv_cache.update(self.compute_keys_values([latents[:1] for latents in references]))
-        # a pass that leaves references out takes none from the cache
+        # a perturbed pass, such as one that skips blocks, computes the references itself
         if kv_cache is None or overrides.is_perturbed:
             kv_cache = {}
         else:
@@ -402,7 +402,7 @@ class Krea2Model(BlockNetwork):
             text: States of the language model, B T n text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
             overrides: Changes to this call. A text for normalized attention guidance (NAG) has arguments
-                named text and text_mask too; its tokens follow those of the prompt.
+                named text and text_mask too; its tokens follow the prompt's.
             references: Clean latents of images to edit, each B Z 1 h w of its own size.
             isolated: Whether references attend only to each other.
 

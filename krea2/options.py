@@ -168,10 +168,7 @@ def check_mu(mu: float, option: str) -> None:
 
 
 def check_levels(levels: Collection[str], has_shift: bool) -> None:
-    """Raise OptionError if two options set the noise levels.
-
-    `levels` are the options of `EXTRAS` that are set.
-    """
+    """Raise OptionError if two options set the noise levels; `levels` are those of `EXTRAS` that are set."""
     if levels and has_shift:
         typed = " ".join(f"--{name}" for name in levels)
         raise OptionError(
@@ -212,7 +209,7 @@ def _check_sides(own_options: Krea2GenerationOptions, height: int, width: int) -
 
 
 def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
-    """Warn if edit LoRAs were trained with a different --kv_cache setting."""
+    """Warn if edit LoRAs were trained with the other setting of --kv_cache."""
     how, mend = ("without", "Leave it out") if kv_cache else ("with", "Give it")
     for path, metadata in metadata_of_files(loras):
         trained_with = metadata.get("ss_kv_cache", str(kv_cache))
@@ -224,7 +221,7 @@ def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
 
 
 def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a training's options for latent caching and for text caching, as values by option name."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     latents = {
         "--vae": options.vae.file.vae or Placeholder("VAE_FILE"),
         "--edit": options.edit,
@@ -238,8 +235,8 @@ def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any])
     """Return the options, with values, for generating a sample with a training run's models.
 
     Args:
-        options: Options of the training.
-        sample: Values of a sample to generate, by the names of `Request`.
+        options: Options of the training run.
+        sample: Values of a sample to generate, by the field names of `Request`.
     """
     controls = sample.get("control_images") or ()
     extra = sample.get("extra") or {}

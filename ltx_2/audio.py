@@ -191,7 +191,7 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 def read_vocoder(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     """Plan how to load the vocoder of LTX-2 or LTX-2.3, from an official file or a diffusers folder.
 
-    `option` is the option that named the file. The settings are those of a vocoder with bandwidth extension
+    `option` is the option that named the file. The settings are for a vocoder with bandwidth extension
     if they have `bwe_in_channels`. Raises CheckpointError for any other file.
     """
     checkpoint = select_part(checkpoint, "vocoder.")

@@ -18,7 +18,7 @@ IDENTITY_SCALE = "audio_ref_identity_guidance_scale"
 
 @dataclass(frozen=True)
 class ReferenceStrategy:
-    """Which references of the dataset a training run uses: clips or images, audio, or both."""
+    """Which dataset references a training run uses: clips or images, audio, or both."""
 
     takes_images: bool = False  # clips and images, of reference_directory
     takes_audio: bool = False  # of reference_audio_directory
@@ -44,7 +44,7 @@ OLDER = {"audio_ref_only_ic": "audio_ref_ic"}
 
 
 def find_strategy(typed: str, preset: str) -> tuple[str, ReferenceStrategy]:
-    """Return the option that decides which references are taken, with its value, and the strategy.
+    """Return the option that selects the strategy (with its value, for messages), and the strategy.
 
     Args:
         typed: Value of --ic_lora_strategy.
@@ -95,7 +95,7 @@ class Ltx2AudioReferences(Options, title="audio references"):
 
 
 class Ltx2GivenAudioReference(Options, title="audio references"):
-    """Audio whose voice or style the generated audio follows."""
+    """Options for audio whose voice or style the generated audio follows."""
 
     reference_audio: Path | None = option(
         "reference file for the generated audio, such as a voice, with a LoRA trained for it; at most as "

@@ -57,7 +57,7 @@ class AudioReferenceRules:
     identity_scale: float = 0.0  # weight of the guidance away from a pass without the reference
 
     def select(self, conditions: Conditions, overrides: Overrides) -> LtxAudioReferences:
-        """Return the audio reference among a call's conditions, as an argument of the network."""
+        """Return the audio reference in one call's conditions, as an argument of the network."""
         latents = conditions.get(REFERENCE_AUDIO)
         if not isinstance(latents, Tensor) or overrides.drop_audio_reference:
             return LtxAudioReferences()
@@ -81,7 +81,7 @@ def make_audio_rules(options: Ltx2AudioReferences) -> AudioReferenceRules:
 
 
 def warn_of_unused(options: Ltx2AudioReferences, strategy: str) -> None:
-    """Warn about audio-reference options if the training's `strategy` uses no audio."""
+    """Warn about audio-reference options if the training run's `strategy` uses no audio."""
     given = [f"--{option_name(field)}" for field in fields(options) if is_set(options, field)]
     if given:
         logger.warning("%s: ignored, because %s takes no audio reference", ", ".join(given), strategy)
@@ -90,7 +90,7 @@ def warn_of_unused(options: Ltx2AudioReferences, strategy: str) -> None:
 def check_batch(batch: Batch, strategy: ReferenceStrategy, option: str) -> None:
     """Raise DatasetError if a batch lacks a reference that the strategy needs.
 
-    Clips without audio need no reference for it. `option` names the strategy with its option.
+    Clips without audio need no audio reference. `option` is the strategy's option and value, for messages.
     """
     # with the tensors that dropout removed from this batch
     names = {**batch.tensors, **batch.undropped}
@@ -135,7 +135,7 @@ def find_audio_reference(request: Request) -> Path | None:
 def resolve_reference_positions(
     options: Ltx2GivenAudioReference, loras: Sequence[Path]
 ) -> Ltx2GivenAudioReference:
-    """Return the options with `ends_before_audio`, if not typed, as the metadata of LoRAs records it.
+    """Return the options; if `ends_before_audio` is not set, it is taken from the metadata of LoRAs.
 
     Raises:
         OptionError: If LoRAs record different positions, or anything but true and false.

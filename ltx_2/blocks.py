@@ -148,7 +148,7 @@ class StreamConditioning:
     def norm_and_modulate(
         self, x: Tensor, shift: Tensor | None, scale: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """Normalize tokens x, B L C, and shift and scale each by the row of its timestep, B S C."""
+        """Normalize tokens x, B L C; then shift and scale each token by the row of its timestep, B S C."""
         return modulate(norm_tokens(x.float()), shift, scale, dtype, split=self.modulation_split)
 
     def add_gated(self, x: Tensor, gate: Tensor | None, branch: Tensor) -> Tensor:
@@ -509,7 +509,8 @@ def _attend_with_bias(
 ) -> Tensor:
     """Compute attention with a bias on its logits: the product of `bias_queries` and `bias_keys`, L E each.
 
-    They become additional channels of queries and keys. In torch, because 8-bit kernels are too coarse.
+    They become additional channels of queries and keys. torch computes it, because 8-bit kernels are too
+    coarse.
     """
     head_dim = query.shape[-1]
     bias_dim = bias_queries.shape[-1]

@@ -110,7 +110,7 @@ def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
 def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the dimensions that no tensor shows, from settings in the official or diffusers' layout.
 
-    Raises ValueError for invalid numbers, and TypeError or the like for values of other types.
+    Raises ValueError, TypeError or OverflowError for invalid values.
     """
     # of two names for a setting, the first is diffusers'; the release's one takes precedence
     frames = settings.get("pos_embed_max_pos", 20)
@@ -148,10 +148,11 @@ def _read_gate_timestep_scale(settings: Mapping[str, Any]) -> float:
 
 
 def _read_switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:
-    """Return a boolean setting; if it is missing, `default`, which the tensors imply.
+    """Return a boolean setting, or if it is missing `default`, which the tensors imply.
 
-    Raises ValueError if it is neither true nor false. If the setting contradicts the tensors, loading reports
-    the tensors.
+    Raises ValueError if it is neither true nor false. A setting that contradicts the tensors fails later,
+    when
+    they are loaded.
     """
     value = settings.get(key, default)
     if type(value) is not bool:

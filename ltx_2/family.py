@@ -154,7 +154,7 @@ class Ltx2(Ltx2Media):
     drive_video: Path | None = None  # for generations: a video that stays unchanged and gets new audio
     makes_audio: bool = True  # False: samples of a training run with audio are generated without it
     stages: TwoStages | None = None
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     references: rules.ReferenceRules | None = rules.ReferenceRules(MAX_REFERENCES, clips=True)
     reference_strength: float = 1.0  # for generations; below 1, references are denoised too
     reference_attention: tuple[Path | None, float] = (None, 1.0)  # mask and strength
@@ -198,14 +198,14 @@ class Ltx2(Ltx2Media):
 
     @property
     def teacher_only_conditions(self) -> tuple[str, ...]:
-        """Return the conditions that only a teacher gets in training, not the network that learns from it."""
+        """Return the conditions that only the teacher gets in distillation, not the student."""
         return (*super().teacher_only_conditions, FIRST_FRAME)
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Return a generation's defaults; as released, the flow shift is that of 4096 tokens at any size.
+        """Return a generation's defaults; as released, the flow shift is for 4096 tokens at any size.
 
-        In training, `size` is that of samples.
+        In training, `size` is the size of samples.
         """
         width, height, frames = self.size
         return SamplingDefaults(
@@ -238,7 +238,7 @@ class Ltx2(Ltx2Media):
             names |= replace_synonyms(Ltx2TrainingOptions, {"ltx_mode": self.options.model.ltx_mode})
         strategy = getattr(self.options, "ic_lora_strategy", None)
         preset = getattr(self.options, "lora_target_preset", None)
-        # factors of 1 are recorded only if the training is known to use references
+        # factors of 1 are recorded only if the run is known to use references
         uses_references = "v2v" in (strategy, preset) or VIDEO in self.strategy.needs
         references = self.references
         if references is not None:
@@ -299,7 +299,7 @@ class Ltx2(Ltx2Media):
     # the network
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer, and record which LoRAs only one stage uses."""
+        """Load the transformer, and attach the paths of LoRAs that only one stage uses."""
         network = self.files.load_dit(placement)
         network.spec = self.dit
         if self.stages is not None and self.stages.loras:
@@ -400,7 +400,7 @@ class Ltx2(Ltx2Media):
         Args:
             references: Clean latents.
             noisy_references: The references with the noise of the step; None if they stay clean.
-            strengths: 1 M, of the video's attention to each of their tokens; None for full strength.
+            strengths: Strength of the video's attention to each reference token, 1 M; None for full strength.
             device: Device of the result.
         """
         return LtxReferences(
@@ -466,7 +466,7 @@ class Ltx2(Ltx2Media):
         return prepared
 
     def _resolve_size(self, request: Request) -> tuple[int, int, int]:
-        """Return a request's width, height and frames; raise OptionError if latents do not fit them."""
+        """Return a request's width, height and frames; raise OptionError if latents cannot have this size."""
         # two stages need coarser steps of size and length
         latent = self.latent if self.stages is None else self.stages.with_coarser_steps(self.latent)
         width, height, frames = size_of(request, self.defaults)
@@ -648,7 +648,7 @@ class Ltx2(Ltx2Media):
         return paths
 
     def _check_no_clean_frames(self, request: Request, media: Ltx2GivenMedia) -> None:
-        """Raise OptionError if media give frames of the result while references are denoised."""
+        """Raise OptionError if the request gives frames of the result while references are denoised."""
         medium = (
             request.image_path
             or self.drive_video
@@ -672,7 +672,7 @@ class Ltx2(Ltx2Media):
         )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the first image or the driving video, and the references; all results are on the CPU."""
+        """Encode the first image or the driving video, and the references. All latents are on the CPU."""
         if not prepared.stages:
             conditions = self._encode_request(encoders.vae, prepared)
             return {0: conditions} if conditions else {}
@@ -751,7 +751,7 @@ class Ltx2(Ltx2Media):
         return conditions
 
     def _read_frames(self, prepared: Prepared) -> Tensor | None:
-        """Return the pixels of the driving video or else of the first image; None without either."""
+        """Return the pixels of the driving video, else of the first image; None without either."""
         path = prepared.request.image_path
         if self.drive_video is not None:
             return video_pixels(
@@ -776,7 +776,7 @@ class Ltx2(Ltx2Media):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the sections, drawing noise for video, then audio, then references."""
+        """Yield the sections; noise is drawn for video first, then for audio, then for references."""
         sections = cut_appended_frames(self._make_plain_sections(prepared, prompts, inputs, noise))
         if self.reference_strength < 1:
             sections = with_noisy_references(
@@ -813,7 +813,7 @@ class Ltx2(Ltx2Media):
         return (yield from sections)
 
     def _draw_noise(self, stage: Prepared, noise: NoiseSource) -> Tensor:
-        """Draw the noise that a stage starts from: of the video, then of the audio, joined."""
+        """Draw the noise from which a stage starts: video noise, then audio noise, joined."""
         joint = stage.audio_video_shapes
         if joint is None:
             return noise.draw(self.latent.shape(stage.frames, stage.height, stage.width))
@@ -875,7 +875,7 @@ def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tenso
 
 
 def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
-    """Describe the family for ltx2_cache_latents.py, which needs only the VAE."""
+    """Build the model description for ltx2_cache_latents.py, which needs only the VAE."""
     model = options.model
     log_ignored(model.streams, options, options.vae, options.references)
     files = Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams).add_vaes(options.vae)
@@ -883,14 +883,14 @@ def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
 
 
 def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
-    """Describe the family for ltx2_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for ltx2_cache_text_encoder_outputs.py: only the text encoder."""
     model = options.model
     files = Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams)
     return Ltx2(files.add_text(options.text, options.text_dtype))
 
 
 def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
-    """Return the family for LTX-2's training scripts, with its noise, loss and reference options."""
+    """Build the model description for LTX-2's training scripts, with noise, loss and reference options."""
     options = apply_conditioning_config(options)
     files = files_of(options, options.model.streams)
     check_version(files, options)
@@ -946,7 +946,7 @@ def _resolve_training_references(options: Ltx2TrainingOptions) -> rules.Referenc
 
 
 def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
-    """Describe the family for ltx2_generate_video.py, with guidance, stages, media and references."""
+    """Build the model description for ltx2_generate_video.py, with guidance, stages, media and references."""
     streams = (VIDEO,) if options.silent else options.streams
     log_ignored(streams, options, options.vae, options.guidance, options.audio_references)
     audio_options = options.audio_references

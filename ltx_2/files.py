@@ -242,7 +242,7 @@ class Ltx2Files(TransformerFiles):
         )
 
     def _find_text_files(self) -> tuple[Path, Path | None]:
-        """Return the path of Gemma, and that of the connectors if an option names it.
+        """Return the path of Gemma and, if an option names it, the path of the connectors (else None).
 
         --ltx2_text_encoder_checkpoint (`self.connectors`) names either the connectors, which need Gemma 3
         from another option, or LTX-2.5's text encoder, Gemma 4 in a single file.
@@ -299,9 +299,9 @@ class Ltx2Files(TransformerFiles):
                 check_state_width(RELEASED, encoder.connectors, width, self.dit, text_dim, FILES)
 
     def check_cached_texts(self, batch: Batch) -> tuple[str, ...]:
-        """Check a batch's cached texts, and return the keys of those that the transformer needs.
+        """Check a batch's cached texts, and return the cache keys that the transformer needs.
 
-        Raises CacheError if texts or audio are missing, or texts are of another release.
+        Raises CacheError if texts or audio are missing, or if texts are from another release.
         """
         config = self.dit_header().config
         text_dims = _text_dims(config)
@@ -326,7 +326,7 @@ class Ltx2Files(TransformerFiles):
                 )
 
     def _check_caption_release(self, batch: Batch, config: LtxConfig) -> None:
-        """Raise CacheError if captions were encoded by the Gemma of a different release."""
+        """Raise CacheError if captions were encoded by the Gemma of another LTX-2 release."""
         for cache in batch.cache_origins:  # caches of other tools have no records
             is_gemma_4 = "gemma4" in cache.encoder
             if cache.part == GEMMA_USE.name and is_gemma_4 != (config.kind == "2.5"):
@@ -364,7 +364,7 @@ def audio_shape(channels: int, bins: int, frames: int, fps: float) -> tuple[int,
 
 
 def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2Files:
-    """Return the files of a training run or generation; `streams` are the ones it trains or generates."""
+    """Return the model files of a training run or generation that trains or generates `streams`."""
     files = Ltx2Files(
         checkpoint=options.model.ltx2_checkpoint,
         streams=streams,
@@ -374,7 +374,10 @@ def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2F
 
 
 def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
-    """Compare --ltx_version with the file; if they differ, warn or raise OptionError as the options say."""
+    """Compare --ltx_version with the version that the transformer's file shows.
+
+    If they differ, --ltx_version_check_mode decides: warn, raise OptionError, or ignore it.
+    """
     version = files.dit_header().config.kind
     typed = options.ltx_version or version
     message = f"--ltx_version {typed}: {files.dit_path} is of version {version}. Give --ltx_version {version}"

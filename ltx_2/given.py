@@ -47,7 +47,7 @@ def make_region_mask(region: Sequence[int], rows: int, columns: int, step: int) 
 
 
 def covered_fractions(starts: Tensor, ends: Tensor, intervals: Intervals) -> Tensor:
-    """Return the fraction of each latent's duration, `starts` to `ends` in seconds, that intervals cover."""
+    """Return the fraction of each latent's duration that `intervals` cover; all times are in seconds."""
     covered = torch.zeros_like(starts)
     for start, end in intervals:
         covered += (ends.clamp(max=end) - starts.clamp(min=start)).clamp(min=0)
@@ -84,6 +84,9 @@ class ClipEndRule:
             draws: Two random numbers for each sample, 2 B.
             sample_names: Names of the samples, for messages.
             unit: Plural name of the latents, for messages.
+
+        Raises:
+            DatasetError: If no latent between the clean ones would be left.
         """
         prefix_draws = draws[0]
         suffix_draws = prefix_draws if self.is_one_draw else draws[1]
@@ -138,7 +141,7 @@ class MaskRule:
 
 @dataclass(frozen=True)
 class CleanFrameRule:
-    """Which whole latent frames of clips stay clean: how often, how many, which ones, how clean."""
+    """Which whole latent frames of a clip stay clean in training, how often, and how clean."""
 
     probability: float  # that a clip has clean frames
     strategy: str  # which frames: endpoints, random, or both ends and random ones between them
@@ -205,7 +208,7 @@ class RandomDraws(NamedTuple):
 
     @classmethod
     def make(cls, batch_size: int, generator: torch.Generator) -> "RandomDraws":
-        """Draw the numbers for all rules, so that turning a rule off does not change those of the others."""
+        """Draw the numbers for all rules, so that turning one off does not change the others' numbers."""
         rows = torch.rand((8, batch_size), generator=generator)
         return cls(rows[:2], rows[2], rows[3], rows[4], rows[5:7], rows[7])
 
@@ -265,7 +268,7 @@ class CleanLatentRules:
         return clean_tokens if has_clean_latents else None
 
     def _draw_keyframes(self, latents: Tensor, generator: torch.Generator) -> list["GuideImages"]:
-        """Draw latent frames of the clips as keyframes, without those that no clip gets.
+        """Draw latent frames of the clips as keyframes, and omit frames that no clip gets.
 
         `latents` are B C F H W.
         """
@@ -376,7 +379,7 @@ def _add_keyframes(
 
 @dataclass(frozen=True)
 class GuideImages:
-    """Guide images, one for each clip of a batch: keyframes next to the clip, or one of its latent frames."""
+    """Guide images, one for each clip of a batch: extra keyframes, or replacements of a latent frame."""
 
     latents: Tensor  # B C 1 H W, in the form of latents in caches
     index: int  # index of its frame, or of the latent frame that it replaces
@@ -413,7 +416,7 @@ def read_guides(batch: Batch) -> list[GuideImages]:
 
 
 def _add_guide_weights(weights: Tensor | None, guide: GuideImages, batch: Batch) -> Tensor:
-    """Return the clean weights of all video latents, B 1 F H W, with a guide's at its latent frame."""
+    """Return how clean each video latent is, B 1 F H W, with the guide's values at its latent frame."""
     if weights is None:
         batch_size, _, *grid = batch.tensor("latents").shape
         weights = torch.zeros(batch_size, 1, *grid, dtype=torch.int16)
@@ -422,7 +425,7 @@ def _add_guide_weights(weights: Tensor | None, guide: GuideImages, batch: Batch)
 
 
 def insert_guides(tensors: Conditions, _: str, __: torch.Generator) -> Conditions:
-    """Return the batch's tensors, with the last guide image inserted as a latent frame if it replaces one."""
+    """Return the batch's tensors; the last guide image replaces a latent frame if it was cached as one."""
     if LATENT_GUIDE not in tensors or GUIDES not in tensors:
         return tensors
     latents, guide, guides = (tensors[name] for name in ("latents", LATENT_GUIDE, GUIDES))
@@ -468,7 +471,7 @@ def _warn_if_all_clean(keys: Sequence[str], weights: Tensor | None) -> None:
 
 
 def select_clean_latents_by_mask(tensors: Conditions, name: str, generator: torch.Generator) -> Conditions:
-    """Rename masks in a batch, so that they select clean latents instead of weighting the loss."""
+    """Turn loss masks of a batch into masks of clean latents by renaming the tensors."""
     renamed = {MASK if key == LOSS_MASK else key: value for key, value in tensors.items()}
     return insert_guides(renamed, name, generator)
 
@@ -502,7 +505,7 @@ def make_clean_latent_rules(options: Ltx2GivenParts) -> CleanLatentRules:
 
 
 def _make_end_rule(options: Ltx2GivenParts, stream: str) -> ClipEndRule | None:
-    """Return the rule for clean ends of clips, or of their audio with "audio_"; None if both ends are off."""
+    """Return the rule that keeps ends of clips clean, or of their audio ("audio_"); None if both are off."""
     values = {name: getattr(options, f"ltx2_{stream}extend_{name}") for name in _END_OPTIONS}
     is_one_draw = values["prefix_p"] is None and values["suffix_p"] is None
     prefix_p = values["p"] if values["prefix_p"] is None else values["prefix_p"]

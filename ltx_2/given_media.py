@@ -117,7 +117,7 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
 
 
 def _check_extensions(media: Ltx2GivenMedia, frames: int, latent: LatentSpec) -> None:
-    """Raise OptionError if the clips to extend fill all of the result, which has this number of frames."""
+    """Raise OptionError if the clips to extend would fill the result, which has `frames` frames."""
     prefix_frames = count_extension_frames(media, "extend_prefix", latent)
     suffix_frames = count_extension_frames(media, "extend_suffix", latent)
     prefix_latents = ceil_div(prefix_frames, latent.frame_step)
@@ -190,7 +190,7 @@ def make_inner_mask(region: Rectangle, rows: int, columns: int, step: int) -> Te
 
 
 class CleanPart(NamedTuple):
-    """Encoded frames, of which some latents stay clean in the result."""
+    """Encoded frames, some of which stay clean (unchanged) in the result."""
 
     latents: Tensor  # 1 C f H W
     mask: Tensor | None = None  # bool, broadcast to f H W: which latents stay clean; None: all
@@ -363,7 +363,7 @@ def encode_given_audio(
 
 
 class _GivenAudio(NamedTuple):
-    """Audio of a file, some of whose latents the result keeps."""
+    """Audio from a file, and which of its latents the result keeps."""
 
     samples: Tensor  # 1 channels S
     is_clean: Tensor  # by audio latent, bool
@@ -401,7 +401,7 @@ def _read_audio_parts(
 def _read_audio_prefix(
     path: Path, requested_seconds: float | None, latent_ends: Tensor, seconds: float, spec: AudioSpec
 ) -> _GivenAudio:
-    """Read the end of --audio_prefix, with which a result of `seconds` begins.
+    """Read the end of --audio_prefix, which becomes the start of a result of `seconds` seconds.
 
     `requested_seconds` is --audio_prefix_seconds; `latent_ends` are the end times of the result's latents.
     """
@@ -477,7 +477,7 @@ def fix_clean_latents(section: Section, clean_latents: Conditions, joint: AudioV
 
 
 def _expand_clean(clean: Any, weights: Any, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Return clean latents and their clean fraction, 0..1, in the shape of `start`; zeros without any."""
+    """Return clean latents and how clean they are, 0..1, both shaped like `start`; zeros without any."""
     if not isinstance(clean, Tensor):
         return torch.zeros_like(start), torch.zeros_like(start)
     return clean.to(start.device), clean_fraction(weights, start).expand_as(start)

@@ -26,7 +26,7 @@ def _file(text: str, **relations: Any) -> Any:
 
 @dataclass(frozen=True)
 class PlacedImage:
-    """An image, and the frame or latent frame of the result that it replaces."""
+    """A given image, and the frame or latent frame of the result that it replaces."""
 
     index: int  # index of a frame, or of a latent frame
     path: Path
@@ -34,17 +34,17 @@ class PlacedImage:
 
     @property
     def clean_weight(self) -> int:
-        """Return the strength in the units of `protocols.steps.CleanTokens`."""
+        """Return how clean given images are (--strength), in units of `protocols.steps.CleanTokens`."""
         return round(1000 * self.strength)
 
     @property
     def option_value(self) -> str:
-        """Return the image in the form of its option's value."""
+        """Return the image as it is written in its option: INDEX:PATH:STRENGTH."""
         return f"{self.index}:{self.path}:{self.strength:g}"
 
 
 class Ltx2GivenMedia(Options, title="given parts of the result"):
-    """Parts of the result that are taken from other media, for a LoRA trained to generate the rest."""
+    """Options for parts of the result that come from other media, for a LoRA trained to generate the rest."""
 
     extend_prefix: Path | None = _file(
         "continue this clip or image: its last frames are the start of the result"
@@ -183,7 +183,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
     @property
     def retake_interval(self) -> tuple[float, float] | None:
-        """Return the start and end of --retake in seconds; None without it."""
+        """Return start and end of the interval to generate anew (--retake), in seconds; None without it."""
         return read_interval("retake", self.retake)
 
     @property
@@ -195,7 +195,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
     def metadata(self) -> dict[str, str]:
         """Return the options of given media for a result's metadata; files without their folders.
 
-        Without --paste_source, which changes no latents: only a decoded result records it.
+        --paste_source is left out, because it changes no latents; only a decoded result records it.
         """
         values = {}
         defaults = Ltx2GivenMedia()

@@ -41,7 +41,7 @@ def _one_end(kind: str, end: str) -> Any:
 
 
 class Ltx2GivenParts(Options, title="given parts of clips"):
-    """Latents that are given (time 0, no loss), drawn for each clip."""
+    """Parts of clips that are given in training (kept at time 0, excluded from the loss)."""
 
     ltx2_extend_prefix_frames: int = _frames(
         "latent frames at the start of clips that are given: a LoRA that continues clips; "

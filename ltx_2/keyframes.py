@@ -171,7 +171,7 @@ def append_clean_weights(
 
     Args:
         clean_tokens: Clean weights of the clip alone; None if all of it is generated.
-        image: Latents of the clip, B C F H W, of which only the shape is used.
+        image: Latents of the clip, B C F H W; only their shape is used.
         keyframe_weights: Clean weights of the keyframes, B 1 K H W int16.
     """
     clean_tokens = clean_tokens or CleanTokens()

@@ -98,12 +98,12 @@ class StreamInputs:
 
     @property
     def num_conditioning_tokens(self) -> int:
-        """Return the number of leading tokens with their own timestep: references, then clean frames."""
+        """Return the number of tokens with their own timestep: references and clean frames."""
         in_clean_frames = self.num_clean_frames * self.latents.shape[-1] * self.latents.shape[-2]
         return in_clean_frames + self.references.num_tokens
 
     def make_attention_bias(self) -> tuple[Tensor, Tensor] | None:
-        """Return query and key channels that weaken attention to references; None at full strength."""
+        """Return query and key channels that weaken attention to references, or None at full strength."""
         strengths = self.references.attention_strengths
         if strengths is None:
             return None
@@ -230,14 +230,14 @@ class LtxModel(nn.Module):
             fps: Frame rate of the video.
             audio: Latents of the audio, B Z M K with K bins each; None for video alone, which uses no weight
                 of the audio stream.
-            audio_timesteps: B, 0 for clean audio; None: those of the video.
+            audio_timesteps: B, 0 for clean audio; None: the video's.
             audio_text: States for the audio stream, B T text_dim.
             has_audio: B, whether each sample has audio; other samples' audio does not influence their video.
                 None: all samples have audio.
             overrides: Changes to this call; a NAG text has arguments named text and audio_text. Clean
                 frames have the time 0, and their velocity is 0.
-            references: References of video and audio. If those of the video are noisy, its velocity is B Z N:
-                the velocity of their tokens, then that of the video's tokens.
+            references: References of video and audio. If the video's are noisy, its velocity is B Z N: first
+                for the tokens of its references, then for the video's tokens.
             keyframes: Frame indices in the video of the single images in the last latent frames of `noisy`.
 
         Raises:
@@ -346,7 +346,7 @@ class LtxModel(nn.Module):
         )
 
     def _embed_texts(self, modality: Modality, texts: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Embed a stream's texts for cross-attention, B T C each."""
+        """Embed the texts of one stream (video or audio) for cross-attention, each B T C."""
         if not self.config.projects_text:
             return texts
         layer = self._get_layer(modality, "caption_projection")
@@ -430,7 +430,7 @@ class LtxModel(nn.Module):
         """Return modulation, B S R C, and embedded timesteps, B S C, for the S timesteps of a stream.
 
         S is the number of fractions in `inputs.token_timesteps`. Without these it is 1, or 2 with
-        conditioning tokens: first their timestep (0 if they are clean), then that of the other tokens.
+        conditioning tokens: first their timestep (0 if they are clean), then the other tokens' timestep.
         """
         timesteps = inputs.timesteps
         if inputs.token_timesteps is not None:
@@ -482,7 +482,7 @@ class LtxModel(nn.Module):
 
 
 def _add_clean_tokens(inputs: StreamInputs, overrides: Overrides) -> StreamInputs:
-    """Return a stream's inputs with the clean latents and keyframes that the overrides of a call name."""
+    """Return a stream's inputs with the timesteps of clean tokens and the number of generated keyframes."""
     clean_tokens = overrides.clean_tokens
     if clean_tokens is None:
         return inputs
@@ -558,9 +558,9 @@ def _shape_velocity(out: Tensor, modality: Modality, tokens: LtxTokens) -> Tenso
 
 
 def _pair_by_sample(embedded: Tensor, batch_size: int) -> Tensor:
-    """Return for each sample the embedding of its conditioning tokens, then that of the others, B 2 ...
+    """Return for each sample the embeddings of its conditioning tokens and of its other tokens, B 2 ...
 
-    `embedded` has the embeddings of the B samples' timesteps, followed by those of the conditioning tokens:
+    `embedded` has the embeddings of the B samples' timesteps, then of the conditioning tokens' timesteps:
     B, or one for all samples.
     """
     of_samples, of_conditioning = embedded[:batch_size], embedded[batch_size:]

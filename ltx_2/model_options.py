@@ -20,7 +20,7 @@ GEMMA = Path("models/gemma-3-12b-it-qat-q4_0-unquantized")
 
 
 def is_version_2_5(checkpoint: Path) -> bool:
-    """Return whether a released file's metadata name LTX-2.5; False if it cannot be read."""
+    """Return whether a released file's metadata show LTX-2.5; False if they cannot be read."""
     try:
         return OF_GEMMA_4 in read_safetensors_texts(checkpoint)
     except (OSError, ValueError):
@@ -113,7 +113,7 @@ class Ltx2TextOptions(Options):
 
 
 class Ltx2VaeOptions(Options):
-    """VAEs that replace the ones in --ltx2_checkpoint, and how they run."""
+    """VAE files that replace the VAEs in --ltx2_checkpoint, and settings for running VAEs."""
 
     file: VaeOptions = option(
         facts=OF_DECODING,
@@ -132,7 +132,7 @@ class Ltx2VaeOptions(Options):
 
 
 class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
-    """Guidance weights for each stream; None stands for the released weight."""
+    """Guidance weights of video and audio; None selects the released weight."""
 
     video_cfg_scale: float | None = option("weight of the prompt for the video; {default}", minimum=0)
     audio_cfg_scale: float | None = option("weight of the prompt for the audio; {default}", minimum=0)
@@ -163,6 +163,6 @@ class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
     )
 
     def rescaling(self, stream: str) -> float | None:
-        """Return a stream's rescaling: its own option, else the shared option, else None for the default."""
+        """Return a stream's guidance rescaling: its own option, else the shared one; None for the default."""
         of_stream = self.video_rescale_scale if stream == VIDEO else self.audio_rescale_scale
         return self.rescale_scale if of_stream is None else of_stream

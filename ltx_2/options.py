@@ -316,7 +316,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     no_convert_to_comfy = not_needed(_ONE_FILE, action="store_false", dest="convert_to_comfy")
 
     def __post_init__(self) -> None:
-        """Raise OptionError for options that contradict each other or leave nothing to learn."""
+        """Raise OptionError for conflicting options, or options that leave nothing to train."""
         if not self.video_loss_weight + self.audio_loss_weight:
             raise OptionError("--video_loss_weight 0 with --audio_loss_weight 0: nothing would be learned")
         if self.ic_lora_strategy == "none" and self.ic_lora_ref_probability < 1:
@@ -380,7 +380,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
 
 
 def apply_conditioning_config(options: R) -> R:
-    """Return the options with the settings of --ltx2_conditioning_config applied and this option unset.
+    """Return the options with the settings of --ltx2_conditioning_config applied and that option cleared.
 
     Raises:
         OptionError: If the file is not valid, or contradicts an option that was typed.
@@ -517,7 +517,7 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
 
 
 def _copy_official_values(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, Any]:
-    """Return the values of shared options that have an official name too, by shared name."""
+    """Return values of shared options that also have an official name, by shared name."""
     copied = {}
     for official_name, name in _OFFICIAL_NAMES.items():
         # the frame rate always has a value: the default counts as not given
@@ -546,9 +546,9 @@ def _list_typed_names(own_options: Ltx2GenerationOptions, kernels: Mapping[str, 
 
 
 def _list_chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, str]:
-    """Return the selected attention modes by option name; raise OptionError if they differ.
+    """Return the selected attention modes by option name; raise OptionError if they conflict.
 
-    `values` are the shared options. A preset's mode gives way to an option of the official script.
+    `values` are the shared options. An option of the official script overrides a preset's mode.
     """
     kernels = {f"--{flag}": mode for flag, mode in _KERNELS.items() if getattr(own_options, flag)}
     mode = values["attn_mode"]
@@ -577,7 +577,7 @@ declare_all(Ltx2GenerationOptions, GENERATION)
 
 
 def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a training's options for latent caching and for text caching, as values by option name."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     checkpoint = options.model.ltx2_checkpoint
     model = {"--ltx2_checkpoint": checkpoint, "--ltx2_mode": options.model.ltx_mode}
     latents: dict[str, Any] = {"--ltx2_video_vae": options.vae.file.vae}
@@ -591,12 +591,12 @@ def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[
 
 
 def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
-    """Return the options for caching texts with a release's text encoder, whose file is a placeholder."""
+    """Return the options that cache texts with a release's text encoder; its path is a placeholder."""
     return Ltx2TextOptions.from_defaults().command_options(options.model.ltx2_checkpoint)
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, with values, of a command that generates `sample` with the models of a training."""
+    """Return a command's options that generate `sample` with a training run's models, by option name."""
     latents, texts = caching_options(options)
     extra = sample.get("extra") or {}
     reference = extra.get("reference_video")

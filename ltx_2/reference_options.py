@@ -32,7 +32,7 @@ class Ltx2ReferenceOptions(Options, title="references (IC-LoRA)"):
     )
 
     def command_options(self) -> dict[str, int | None]:
-        """Return the non-default options by their command-line names."""
+        """Return these options by command-line name; those with default values are None."""
         size, time = self.reference_downscale, self.reference_temporal_scale
         return {
             "--reference_downscale": size if size > 1 else None,

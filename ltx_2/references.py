@@ -53,7 +53,7 @@ FACTOR_KEYS = {
 def select_reference_frames(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
     """Return the frames of a reference, B F H W C, that are encoded.
 
-    With the time factor S these are 0, 1, 1 + S, 1 + 2S, ..., and 8n + 1 in number.
+    With the time factor S, their indices are 0, 1, 1 + S, 1 + 2S, ...; their number is 8n + 1.
     """
     thinned = torch.cat([frames[:, :1], frames[:, 1 :: rules.time_factor]], dim=1)
     return thinned[:, : count_reference_frames(frames.shape[1], rules, frame_step)]
@@ -88,7 +88,7 @@ def check_references(
 
 
 def check_mask_length(mask: Path, frames: int, needed: int) -> None:
-    """Raise OptionError if a mask has fewer frames than the `needed` ones that are encoded of a reference."""
+    """Raise OptionError if a mask has fewer frames than `needed`, the encoded frames of a reference."""
     if frames < needed:
         raise OptionError(
             f"--conditioning-attention-mask {mask}: it has {frames} usable frames, but a reference has "
@@ -140,7 +140,7 @@ class NoisyReferences:
         return [part.unflatten(2, clean.shape[2:]) for part, clean in zip(parts, references, strict=True)]
 
     def pack_velocity(self, velocity: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
-        """Return the velocity of the video, followed by that of the references, as one flat tensor.
+        """Return the video's velocity, followed by the references' velocity, as one flat tensor.
 
         Args:
             velocity: B C N of the references' tokens, then the video's.
@@ -246,7 +246,7 @@ def velocity_of_references(
 def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
     """Read a clip, image folder or image, 1 3 f h w in -1..1, cropped to the target's reduced size.
 
-    `size` is the target's width, height and frames. A shorter clip is used completely.
+    `size` is the target's width, height and frames. A shorter clip is read to its end.
     """
     width, height, length = size
     reduced = (width // rules.size_factor, height // rules.size_factor)
@@ -372,7 +372,7 @@ def make_rules(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> Reference
 
 
 def factor_metadata(rules: ReferenceRules) -> dict[str, str]:
-    """Return metadata about the references that a LoRA was trained with, under all known names."""
+    """Return a LoRA's metadata about references in training, under all keys that programs use."""
     metadata = dict.fromkeys(SIZE_FACTOR, str(rules.size_factor))
     metadata |= dict.fromkeys(TIME_FACTOR, str(rules.time_factor))
     if rules.max_frames:

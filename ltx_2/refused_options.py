@@ -346,7 +346,7 @@ def _read_word(word: str) -> tuple[list[str], dict[str, Any]]:
 
 
 def _read_default(text: str) -> Any:
-    """Convert a text to a number if it is one; otherwise return the text."""
+    """Convert a text that is a number to that number; return other texts unchanged."""
     if not text[:1].isdigit() and text[:1] != "-":
         return text
     try:

@@ -85,7 +85,7 @@ def make_text_table(
 
 
 def latent_bounds(count: int, stride: int, is_causal: bool = False) -> Tensor:
-    """Return start and end of each latent, count 2; with `is_causal`, the first covers a single frame."""
+    """Return start and end of each latent, count 2; with `is_causal`, the first covers only one frame."""
     edges = torch.arange(count + 1, dtype=torch.float32) * stride
     return (edges + 1 - stride).clamp(min=0).unfold(0, 2, 1) if is_causal else edges.unfold(0, 2, 1)
 

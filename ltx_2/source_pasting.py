@@ -33,7 +33,7 @@ def add_pasting(prepared: Prepared, media: Ltx2GivenMedia, latent: LatentSpec) -
         latent: Latent space of the video.
 
     Raises:
-        OptionError: If the first frame is another image, not that of the source.
+        OptionError: If another image (--image_path) is the first frame.
     """
     assert media.paste_source is not None  # the caller checks it
     image = prepared.request.image_path
@@ -50,7 +50,7 @@ def add_pasting(prepared: Prepared, media: Ltx2GivenMedia, latent: LatentSpec) -
 
 @dataclass(frozen=True)
 class SourcePasting:
-    """Pastes the pixels that a request keeps of its source clip back into the decoded result."""
+    """Paste the source clip's pixels back into the decoded result where the request keeps them."""
 
     media: Ltx2GivenMedia  # with --paste_source, and a mask or a region
     prepared: Prepared
@@ -67,7 +67,7 @@ class SourcePasting:
             yield weight * source.to(chunk.device) + (1 - weight) * decoded
 
     def _read_frames(self) -> Iterator[NDArray[numpy.uint8]]:
-        """Yield the source's frames as they were encoded, H W 3, black outside their region."""
+        """Yield the source's frames as they were encoded, H W 3, with black outside the region they fill."""
         path, region = self._source
         for frame in video_frames(path):
             canvas = numpy.zeros((self.prepared.height, self.prepared.width, 3), numpy.uint8)
@@ -77,7 +77,7 @@ class SourcePasting:
             yield canvas
 
     def _make_weights(self) -> Iterator[NDArray[numpy.float32]]:
-        """Yield the source's weight in each pixel of each frame, H W in 0..1."""
+        """Yield the blend weight of the source clip's pixels for each frame, H W in 0..1."""
         feather = self.media.paste_source
         assert feather is not None  # see `media`
         for index, is_unchanged in enumerate(self._make_unchanged_mask()):
@@ -96,7 +96,7 @@ class SourcePasting:
 
     @property
     def _source(self) -> tuple[Path, Rectangle]:
-        """Return the source clip, and the region of the result that it fills."""
+        """Return the source clip's path, and the rectangle of the result that it fills."""
         if self.media.outpaint_source is not None and self.media.region is not None:
             return self.media.outpaint_source, self.media.region
         assert self.media.inpaint_source is not None  # its mask needs it

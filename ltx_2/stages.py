@@ -89,7 +89,7 @@ class TwoStages:
         return ScaleFactors(frames, side)
 
     def with_coarser_steps(self, latent: LatentSpec) -> LatentSpec:
-        """Return the latent space with size and length steps that both stages can generate."""
+        """Return the latent space with larger steps of size and length, which both stages can generate."""
         scale_factors = self.scale_factors(latent)
         return replace(
             latent,

@@ -68,7 +68,7 @@ def read_settings(
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     # without a config.json, the values of the release
     stretch = float(scaling.get("factor", 1.0)) if settings else STRETCH
-    # transformers 5 has bases by the kind of layer, 4 has one name for each
+    # transformers 5 groups the bases by attention kind, 4 has a separate name for each
     theta = settings.get("rope_theta", THETA)
     theta = float(full.get("rope_theta", theta))
     sliding_theta = settings.get("rope_local_base_freq", NEAR_THETA)
@@ -263,7 +263,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return self.network.get_submodule("connectors")
 
     def offloaded_bytes(self, free_bytes: int) -> int:
-        """Return how many bytes of Gemma stay in host memory next to the connectors."""
+        """Return how many bytes of Gemma stay in host memory so that the connectors fit as well."""
         self.check()
         return super().offloaded_bytes(max(free_bytes - self._count_connector_bytes(), 0))
 

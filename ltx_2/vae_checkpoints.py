@@ -193,7 +193,7 @@ def _read_block_group(
 def _read_resampling(
     shape: Shape, name: str, width_out: int, is_down: bool, rejection: CheckpointError
 ) -> Resampling:
-    """Return a resampling layer, whose factors follow from the widths of its convolution and its output."""
+    """Return a resampling layer, whose factors follow from its convolution's and its own output channels."""
     convolved, width_in = shape(f"{name}.conv.conv.weight", 5)[:2]
     large, small = (width_out, convolved) if is_down else (convolved, width_out)
     ratio, remainder = divmod(large, small)
@@ -221,9 +221,9 @@ def _with_info(checkpoint: Checkpoint, encoder: CoderConfig, decoder: CoderConfi
 def _apply_settings(
     settings: Mapping[str, Any], encoder: CoderConfig, decoder: CoderConfig
 ) -> tuple[CoderConfig, CoderConfig]:
-    """Return the encoder's and decoder's dimensions with paddings, shortcuts and causality from the settings.
+    """Return encoder and decoder dimensions with paddings, shortcuts and causality from the settings.
 
-    Raises ValueError for invalid settings, and TypeError or the like for values of other types.
+    Raises ValueError for invalid settings; values of a wrong type may raise TypeError.
     """
     # the oldest release has three equal upsamplings
     is_ltx_2_0 = [part.factors for part in decoder.resamplings] == 3 * [FACTORS[8]]
@@ -234,7 +234,7 @@ def _apply_settings(
     decoder_mode = settings.get("decoder_spatial_padding_mode", decoder_mode)
     is_causal = settings.get("causal_decoder", False)
     is_causal = settings.get("decoder_causal", is_causal)
-    # the settings list shortcuts from the pixels on, the decoder's parts begin at the latents
+    # the settings list shortcuts starting at the pixels; the decoder's parts start at the latents
     from_latents = iter([bool(shortcut) for shortcut in reversed(shortcuts)])
     parts: list[BlockGroup | Resampling] = []
     for part in decoder.parts:
@@ -251,7 +251,7 @@ def _apply_settings(
 
 
 def _read_shortcuts(settings: Mapping[str, Any], num_resamplings: int, is_ltx_2_0: bool) -> Sequence[Any]:
-    """Return whether each of the decoder's resamplings has a shortcut, from the pixels inward.
+    """Return whether each resampling of the decoder has a shortcut, in the order of the settings.
 
     `is_ltx_2_0` is true for the decoder of LTX-2, which has shortcuts by default.
     """

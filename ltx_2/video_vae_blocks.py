@@ -329,9 +329,11 @@ class VideoVaeDecoder(nn.Module):
     def forward(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the pixels, B 3 T H W, of latent frames B Z 1 h w, in playing order.
 
-        With a decoder that looks ahead, the first frames come after about half a clip, and the last ones a
-        frame or two at a time, as each layer in turn reaches the end of the clip. So no layer ever computes
-        more frames at once than a latent frame makes.
+        A decoder that looks ahead yields its first frames after about half a clip, and the last ones a frame
+        or two
+        at a time, while each layer in turn reaches the end of the clip. A layer never computes more frames
+        at once
+        than one latent frame makes.
         """
         layers = (self.conv_in, *_flat(self.up_blocks), self.conv_out)
         memory = ClipMemory()

@@ -74,7 +74,7 @@ class TimeEmbedding(nn.Module):
     """Embed each sample's time, from 0 for noise to 1 for the clean image: B to B time_dim float32."""
 
     def __init__(self, config: LuminaConfig, hidden: int | None = None) -> None:
-        """Build two layers; `hidden` is the width between them, by default that of the embedding."""
+        """Build two layers; `hidden` is the width between them, by default the embedding's width."""
         super().__init__()
         self.freq_dim = config.freq_dim
         hidden = hidden or config.time_dim
@@ -137,7 +137,7 @@ class GroupedAttention(nn.Module):
     def _attend_with_two_captions(
         self, heads: tuple[Tensor, ...], tokens: LuminaTokens, second: SecondText
     ) -> Tensor:
-        """Return the image's attention to each of two captions, combined, and that of the captions."""
+        """Return the image's attention to two captions, combined, and the attention among the captions."""
         assert tokens.second_rotary is not None
         with_first = self.attend_heads(
             map(second.drop_second_text, heads), tokens.rotary, tokens, tokens.lengths
@@ -230,7 +230,7 @@ class JointTransformerBlock(nn.Module):
         return modulate(self.attention_norm1(x[:, : tokens.image]), None, scale, tokens.dtype)
 
     def feed(self, x: Tensor, scale: Tensor | None, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Add the feed-forward branch to x, B L C; each token is processed independently."""
+        """Add the output of the feed-forward network, multiplied by `gate`, to x, B L C."""
         branch = self.feed_forward(modulate(self.ffn_norm1(x), None, scale, dtype))
         return add_gated(x, gate, self.ffn_norm2(branch))
 

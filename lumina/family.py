@@ -59,7 +59,7 @@ class Lumina(ModelOfImages):
     """Description of Lumina-Image-2.0 for one run, built by the `family_for_...` functions below."""
 
     files: LuminaFiles
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
 
     name: str = field(default="lumina", init=False)
     model_metadata: ClassVar = {
@@ -114,9 +114,9 @@ class Lumina(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields, with Lumina's limits of guidance and its solver.
+        """Fill in a request's unset fields, and set Lumina's guidance limits and its solver.
 
-        The system prompt is not put before negative and empty prompts.
+        Negative and empty prompts get no system prompt.
         """
         prepared = self.resolve_image(request, FLOW_SHIFT)
         prompts = prepared.prompts[0]
@@ -152,22 +152,22 @@ def guidance_rules(extra: Mapping[str, str], default_ratio: float, default_limit
 
 
 def family_for_latent_caching(options: LuminaLatentCachingOptions) -> Lumina:
-    """Describe the family for lumina_cache_latents.py, which needs only the VAE."""
+    """Build the model description for lumina_cache_latents.py, which needs only the VAE."""
     return Lumina(LuminaFiles().add_vae(options.vae))
 
 
 def family_for_text_caching(options: LuminaTextCachingOptions) -> Lumina:
-    """Describe the family for lumina_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for lumina_cache_text_encoder_outputs.py: only the text encoder."""
     return Lumina(LuminaFiles().add_text(options.text))
 
 
 def family_for_training(options: LuminaTrainingOptions) -> Lumina:
-    """Describe the family for lumina_train_network.py."""
+    """Build the model description for lumina_train_network.py."""
     return Lumina(_make_files(options), options)
 
 
 def family_for_generation(options: LuminaGenerationOptions) -> Lumina:
-    """Describe the family for lumina_generate_image.py."""
+    """Build the model description for lumina_generate_image.py."""
     in_negative = options.add_system_prompt_to_negative_prompt
     return Lumina(replace(_make_files(options), system_prompt_in_negative=in_negative))
 

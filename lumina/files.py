@@ -111,7 +111,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 @dataclass(frozen=True)
 class LuminaFiles(AutoencoderFiles):
-    """Files of a run with Gemma 2, which overflows float16."""
+    """Model files of a run: transformer, autoencoder, and Gemma 2, which overflows float16."""
 
     gemma2: Path | None = None
     gemma2_tokenizer: Path | None = None
@@ -122,7 +122,7 @@ class LuminaFiles(AutoencoderFiles):
     format: ClassVar = FORMAT
 
     def add_text(self, options: LuminaTextOptions) -> "LuminaFiles":
-        """Return a copy of these files with the text encoder's options added."""
+        """Return a copy with the text encoder's path and settings from `options`."""
         return replace(
             self,
             gemma2=options.gemma2,
@@ -150,7 +150,7 @@ class LuminaFiles(AutoencoderFiles):
         return [gemma]
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check that given or needed text encoders fit their options and the transformer."""
+        """Check that text encoders, if given or `needed`, fit their options and the transformer."""
         if self.gemma2 is not None or needed:
             path = GemmaTextEncoder(self.gemma2_path).path
             takes = None if config is None else config.text_dim

@@ -72,10 +72,7 @@ class LuminaModel(BlockNetwork):
         self._rotary = GridTable(self._make_table)
 
     def make_outer_layers(self, config: LuminaConfig, first: nn.Linear) -> None:
-        """Build the time embedding and the layers around the blocks.
-
-        `first` is the layer from patches to tokens.
-        """
+        """Build the time embedding and the layers around the blocks; `first` embeds patches as tokens."""
         self.t_embedder = TimeEmbedding(config)
         self.x_embedder = first
         self.final_layer = LuminaFinalLayer(config)
@@ -101,7 +98,7 @@ class LuminaModel(BlockNetwork):
             caption: States of the language model, B T text_dim.
             caption_mask: B T, true or 1 for real tokens, which come first.
             overrides: Changes to this call. The text of normalized attention guidance (NAG) has arguments
-                named caption and caption_mask too; its tokens follow those of the caption.
+                named caption and caption_mask too; its tokens follow the caption's.
 
         Raises:
             ValueError: If sizes do not match.
@@ -140,7 +137,7 @@ class LuminaModel(BlockNetwork):
         return image
 
     def _check_sizes(self, noisy: Tensor, caption: Tensor, caption_mask: Tensor) -> None:
-        """Raise ValueError if the sizes do not match the model or each other."""
+        """Raise ValueError if the latents, captions and mask do not match the model or each other."""
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
         if any(size % self.config.patch_size for size in noisy.shape[2:]):
@@ -255,7 +252,7 @@ class LuminaModel(BlockNetwork):
         return spread_over_grid(pairs)
 
     def _rotate_axis(self, positions: Sequence[int], width: int, device: torch.device) -> Tensor:
-        """Return the (cosine, sine) pairs of `width` channels for positions along one axis."""
+        """Return rotary (cosine, sine) pairs for positions on one axis; it has `width` channels of a head."""
         exact = torch.tensor(positions, dtype=torch.float64)
         return axis_rotations(exact, width, self.config.rope_theta, device)
 

@@ -72,7 +72,7 @@ class LuminaMinimalOptions(Options):
 
 
 def read_minimal(description: str | None, argv: Sequence[str] | None) -> LuminaMinimalOptions:
-    """Read the command line. Raises OptionError for options that do not work here."""
+    """Read the command line. Raises OptionError for options that are not supported."""
     (options,) = parse_options(description, argv, LuminaMinimalOptions)
     return options
 

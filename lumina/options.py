@@ -144,12 +144,12 @@ TRAINER: Mapping[str, Any] = {
 
 
 def caching_options(options: LuminaTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a training's options for latent caching and for text caching, as values by option name."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     return {"--ae": options.vae.vae or Placeholder("AE_FILE")}, _list_text_options(options.text)
 
 
 def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, with values, of a command that generates `sample` with the models of a training."""
+    """Return a command's options that generate `sample` with a training run's models, by option name."""
     return {
         "--dit": options.dit or Placeholder("DIT_FILE"),
         "--ae": options.vae.vae or Placeholder("AE_FILE"),

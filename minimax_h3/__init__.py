@@ -19,7 +19,7 @@ reference_sound: audio of references: read, cut, resampled
 references: keyframes and references of a request, and their pixels
 released: statistics of latents, as numbers of the release
 audio: the audio VAE and its files
-training_inputs: conditions of a training, and what a teacher sees
+training_inputs: conditions in training, and what a teacher sees
 training_options: own options for training, names of other trainers
 vae_checkpoints: files of the video VAE: dialects, dimensions
 video_vae: the video VAE: pixels to latents and back

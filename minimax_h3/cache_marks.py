@@ -1,4 +1,4 @@
-"""Marks in the metadata of text caches that record their task, and the checks of a training.
+"""Marks in the metadata of text caches that record their task, and the checks in training.
 
 The states of a caption depend on what the text encoder saw with it: nothing, the first and the last frame of
 the clip, or references. Names and values are those of other trainers' caches.
@@ -48,7 +48,7 @@ TEACHER_KEYS: Mapping[str, TextKeys] = {
 def make_cache_metadata(
     task: str, teacher: str | None, caption: str, media_hashes: Sequence[str]
 ) -> dict[str, str]:
-    """Return a text cache's metadata; `media_hashes` are of the media presented with the caption."""
+    """Return a text cache's metadata; `media_hashes` are of the media shown with the caption."""
     presented = json.dumps(
         {"task": task, "teacher": teacher, "caption": caption, "shown": list(media_hashes)}
     )
@@ -82,9 +82,9 @@ def check_cache_metadata(path: Path | str, metadata: Mapping[str, str], task: st
 
 
 def check_texts(batch: Batch, task: str) -> None:
-    """Raise CacheError unless a batch's texts are cached for the training's task.
+    """Raise CacheError unless a batch's texts were cached for the task of this training run.
 
-    Caches of this program and of other trainers record the task. The tags of the tokens must fit it, too.
+    The task is in the cache's metadata, also in caches of other trainers. The token tags must match it, too.
     """
     for key, metadata in zip(batch.keys, batch.text_metadata, strict=False):
         check_cache_metadata(key, metadata, task)
@@ -147,7 +147,7 @@ def read_teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], lis
 def save_empty_prompt(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
     """Write the empty prompt's states in the file format of other trainers.
 
-    `tensors` are those of the cache of the prompt `text`.
+    `tensors` are the contents of a text cache for the prompt `text`.
     """
     tensors = {"hidden_states": tensors[KEY], "token_tags": tensors[TAGS]}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,9 +33,9 @@ from protocols.rules import ReferenceMedium
 
 
 def make_reference(medium: ReferenceMedium) -> H3Reference:
-    """Make a reference from a row. A clip's audio is the row's audio file, else the clip's own track.
+    """Make a reference from a dataset row. A clip's audio is the row's audio file or its own track.
 
-    Raises MediaError if the file of a clip cannot be read.
+    Raises MediaError if the clip cannot be read.
     """
     audio = medium.audio_path
     has_own_audio = medium.kind == VIDEO and not medium.is_silent and not medium.path.is_dir()
@@ -75,7 +75,7 @@ def check_row_references(
 
 @contextmanager
 def _name_table_in_errors(name: str) -> Iterator[None]:
-    """Convert option and file errors in the block to errors that name a table."""
+    """Convert OptionError and MediaError in the block to DatasetError with the table's name."""
     try:
         yield
     except (OptionError, MediaError) as error:
@@ -84,7 +84,7 @@ def _name_table_in_errors(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ReferenceSizes:
-    """Short edges of references, and the step for all their edges, in pixels."""
+    """Short edges of references, and the step that all their edges are multiples of, in pixels."""
 
     image: int
     video: int

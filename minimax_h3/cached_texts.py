@@ -49,7 +49,7 @@ detailed_description:
 
 
 def describe_copy(caption: str) -> str:
-    """Rewrite a caption for a teacher that has the clip and its audio as references to copy."""
+    """Return a caption for a teacher that has the clip and its audio as references to copy."""
     return _COPIED + caption
 
 
@@ -115,7 +115,7 @@ class H3CachingEncoder(H3TextEncoder):
         return {**super().identity, **named}
 
     def set_task(self, task: str, teacher_conditions: str | None, states_dtype: torch.dtype | None) -> None:
-        """Set the task, the teacher whose rows are added, and the dtype of stored states."""
+        """Set the task, the teacher whose text states are cached too, and the dtype of cached states."""
         self.task = task
         self.teacher_conditions = teacher_conditions
         self.states_dtype = states_dtype
@@ -132,9 +132,9 @@ class H3CachingEncoder(H3TextEncoder):
         check_cache_metadata(path, metadata, self.task)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return each prompt's states, with the task's media before it, and those that a teacher reads.
+        """Return each prompt's states, with the task's media before it, and those that a teacher needs.
 
-        The empty prompt is encoded without either. Raises MediaError if a file cannot be shown.
+        The empty prompt is encoded without either. Raises MediaError if a media file cannot be read.
         """
         return [self._encode_item(prompt) for prompt in prompts]
 
@@ -230,7 +230,7 @@ class H3CachingFiles(H3Files):
     """Files of a run that caches texts."""
 
     teacher_conditions: str | None = None
-    states_dtype: torch.dtype | None = None  # dtype of cached states; None for that of the text encoder
+    states_dtype: torch.dtype | None = None  # dtype of cached states; None for the text encoder's
     blank: str = BLANK  # replaces the empty prompt
     short_edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)
 

@@ -50,7 +50,7 @@ SEED = 42  # as in musubi-tuner
 
 @dataclass(frozen=True)
 class H3Caching:
-    """Settings of the script that caches latents, and the caching of a batch with them."""
+    """Settings of the latent caching script, which also encode a batch."""
 
     task: str
     seed: int
@@ -60,12 +60,12 @@ class H3Caching:
 
     @property
     def declared(self) -> tuple[tuple[str, str], ...]:
-        """Return the metadata that caches record of the run: its task and seed."""
+        """Return the metadata that caches record about the run: its task and seed."""
         return ("task", self.task), ("cache_seed", str(self.seed))
 
     @property
     def identity(self) -> dict[str, str]:
-        """Return the caching settings on which latents depend, besides files and VAEs."""
+        """Return the caching settings that latents depend on, apart from input files and VAEs."""
         identity = {**dict(self.declared), "one_frame": str(self.one_frame)}
         if self.task == REFERENCES:
             identity["reference_edges"] = " ".join(map(str, self.edges))
@@ -134,7 +134,7 @@ class H3Caching:
             )
 
     def check_span(self, table: MediaTable, frames: int) -> None:
-        """Raise MediaError for a clip that would be cut to a length outside of the training's lengths."""
+        """Raise MediaError for a clip that would be cut to a length at which the model was not trained."""
         if table.kind == "video":
             self._check_length(frames, table.name, MediaError)
 

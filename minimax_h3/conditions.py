@@ -80,7 +80,7 @@ def add_condition_noise(
 
 
 def is_visual(key: str) -> bool:
-    """Return whether a cache key is for latents of an image or clip, which get noise, not for audio."""
+    """Return whether a cache key names latents of an image or clip (which get noise), not of audio."""
     match = _REFERENCE_KEY.fullmatch(key)
     if match is not None:
         return match[2] != AUDIO
@@ -106,9 +106,9 @@ def _order_reference(key: str) -> tuple[int, bool]:
 
 
 def add_noise_to_conditions(conditions: Mapping[str, Any], noise: NoiseSource) -> dict[str, Tensor]:
-    """Return the conditions with a little noise added to images and clips, in their order.
+    """Return the conditions, with a little noise added to images and clips.
 
-    `noise` is drawn once for all of them, in the same order.
+    The noise is drawn for one after the other, in the order of the conditions.
     """
     noised = {}
     for key in sort_condition_keys(conditions):
@@ -192,7 +192,7 @@ def _position_references(
 
 
 def _list_control_times(conditions: Conditions, sample: int, text_end: float) -> list[float]:
-    """Return the time positions of a single image's control images in the rotary embedding."""
+    """Return the times of a single image's control images, as positions for the rotary embedding."""
     indices = conditions.get(CONTROL_INDICES)
     if indices is None:
         return []

@@ -108,5 +108,5 @@ PRUNED_DIT = replace(DIT, form_exclude={})
 
 
 def spec_of(config: H3Config) -> DitSpec:
-    """Return the module names inside the transformer, which differ for pruned files."""
+    """Return the names of modules inside the transformer; files with pruned weights use other names."""
     return PRUNED_DIT if config.table_rows else DIT

@@ -84,9 +84,9 @@ def find_layout(path: Path) -> str:
 
 
 def find_task(path: Path) -> str | None:
-    """Return the task in a transformer's file name, "fl2va" (or text to video) or "ref2va"; else None.
+    """Return the task in a transformer's file name, "fl2va" (also for text to video) or "ref2va"; else None.
 
-    The tensors of both are alike. diffusers' folders are called transformer and transformer_ref.
+    The tensors do not show it. diffusers' folders are called transformer and transformer_ref.
     """
     folder = path if path.is_dir() else path.parent
     if folder.name == "transformer_ref":
@@ -226,7 +226,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> Mappin
 def _make_stackers(
     checkpoint: Checkpoint, header: DitHeader[H3Config]
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return, by tensor name, functions that reorder interleaved rows into stacked ones."""
+    """Return functions, by tensor name, that reorder rows interleaved by head into stacked q, k and v."""
     if header.dialect != INTERLEAVED:
         return {}
     stack = functools.partial(stack_heads, head_width=header.config.head_width)

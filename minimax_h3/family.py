@@ -118,7 +118,7 @@ USABLE = {**NO_MEDIA, "image_path": True, "end_image_path": True}
 
 @dataclass(frozen=True)
 class H3Request:
-    """Media on which a clip is conditioned, and where their pixels come from."""
+    """Media that condition a clip, and how to read them."""
 
     media: H3Media
     sources: H3Sources
@@ -135,7 +135,7 @@ class MiniMaxH3(OneTransformer):
     any_length: bool = False  # for generations: allow shorter and longer clips than in the model's training
     image_edge: int = IMAGE_EDGE  # short side of reference images
     video_edge: int = VIDEO_EDGE  # short side of reference videos
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
 
     abilities: ClassVar = Abilities(
         trains_audio=True,
@@ -161,7 +161,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Return the model's metadata; full trainings add the row order of fused weights."""
+        """Return the model's metadata; full training also records the row order of fused weights."""
         if not isinstance(self.options, H3FullTrainingOptions):
             return self.metadata_of(self.model_metadata)
         frequencies = self.files.dit_header().config.frequencies
@@ -175,7 +175,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def latent(self) -> LatentSpec:
-        """Return the video VAE's latent space, with the marks of caches."""
+        """Return the video VAE's latent space, with the metadata that its caches must have."""
         latent = self.files.latent
         if self.caching is None:
             return latent
@@ -268,9 +268,9 @@ class MiniMaxH3(OneTransformer):
         return {KEY: states, TAGS: tags}
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return text states, token tags and media conditions; raise CacheError if they do not fit the files.
+        """Return text states, token tags and media conditions; raise CacheError if they misfit the files.
 
-        With `batch.condition_set`, the conditions are those of a teacher's pass.
+        With `batch.condition_set`, they are the conditions of a teacher's pass.
         """
         batch.check({KEY: TEXTS_AGAIN, TAGS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
@@ -293,7 +293,7 @@ class MiniMaxH3(OneTransformer):
         return {**texts, **media_conditions(batch, self.files.task, latents), **self._make_clean_fractions()}
 
     def _make_clean_fractions(self) -> Conditions:
-        """Return the training's fractions of clean signal as a condition; {} outside training."""
+        """Return how clean conditions are in training, as a condition of the network; {} outside training."""
         if not isinstance(self.options, H3TrainingOptions):
             return {}
         loss = self.options.loss
@@ -352,8 +352,7 @@ class MiniMaxH3(OneTransformer):
     def prepare(self, request: Request) -> Prepared:
         """Check and resolve a request: media, size, frames, noise levels, and what the text encoder sees.
 
-        Raises OptionError for sizes and lengths that the model does not generate, and for solvers with one
-        schedule.
+        Raises OptionError for sizes, lengths and solvers that the model does not support.
         """
         request = _without_guidance(request)
         request = keep_usable_media(request, USABLE, f"{NAME} has separate options for frames and references")
@@ -389,7 +388,7 @@ class MiniMaxH3(OneTransformer):
             audio_video_shapes=AudioVideoShapes(
                 (channels, length, rows, columns), self.audio.shape(frames, FPS)
             ),
-            # the shift that converts the noise levels of images to those of the audio
+            # the shift from the images' noise levels to the audio's
             audio_shift=_find_audio_shift(request, self.noise) / flow_shift,
         )
 
@@ -445,7 +444,7 @@ class MiniMaxH3(OneTransformer):
         return width, height, frames
 
     def _make_sources(self, media: H3Media, size: tuple[int, int], frames: int) -> H3Sources:
-        """Return where the media's pixels come from, for a clip of this size (width, height) and length."""
+        """Return how to read the media, for a clip of this size (width, height) and number of frames."""
         step = self.latent.pixel_step
         references: list[ImageSource | ClipSource | None] = []
         for reference in media.references:
@@ -542,7 +541,10 @@ class MiniMaxH3(OneTransformer):
 
 
 def _without_guidance(request: Request) -> Request:
-    """Return a request without negative prompt; raise OptionError for a guidance scale: it is built in."""
+    """Return a request without negative prompt, because the model has guidance built in.
+
+    Raises OptionError for a guidance scale.
+    """
     check_guidance(request.guidance_scale, "--guidance_scale (in a prompt line --l)")
     if not request.negative_prompt:
         return request
@@ -570,12 +572,12 @@ def _check_sampling(request: Request, frames: int) -> None:
 
 
 def _make_clip(frames: Tensor) -> Tensor:
-    """Convert pixels, F H W 3 uint8, to the VAE's input, 1 3 F H W."""
+    """Rearrange pixels, F H W 3 uint8, to the layout of the VAE's input, 1 3 F H W."""
     return byte_clips(frames.unsqueeze(0))
 
 
 def _with_presentation(prepared: Prepared, media: H3Media, sources: H3Sources) -> Prompts:
-    r"""Return a request's texts with the media for the encoder, and a line break in place of each `\n`."""
+    r"""Return a request's texts with the media that the encoder sees; each `\n` becomes a line break."""
     prompts = prepared.prompts[0]
     positive = prompts.positive
     seen = list(media.keyframes)
@@ -609,24 +611,24 @@ def _find_audio_shift(request: Request, noise: NoiseSpec) -> float:
 
 
 def family_for_latent_caching(options: H3LatentCachingOptions) -> MiniMaxH3:
-    """Describe the family for minimax_h3_cache_latents.py."""
+    """Build the model description for minimax_h3_cache_latents.py."""
     caching = make_caching(options)
     return MiniMaxH3(H3Files(task=caching.task).add_vaes(options.vae), caching=caching)
 
 
 def family_for_text_caching(options: H3TextCachingOptions) -> MiniMaxH3:
-    """Describe the family for minimax_h3_cache_text_encoder_outputs.py."""
+    """Build the model description for minimax_h3_cache_text_encoder_outputs.py."""
     return MiniMaxH3(files_of_texts(options), options=options)
 
 
 def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
-    """Return the family for minimax_h3_train_network.py, with its noise and loss options applied."""
+    """Build the model description for minimax_h3_train_network.py, with its noise and loss options."""
     loss = options.loss
     clean_fractions = CleanFractions(loss.h3_visual_cond_clean, loss.h3_audio_cond_clean)
     noise = replace(
         NOISE,
         base_shift=loss.h3_shift_video,
-        audio_shift=loss.h3_shift_audio / loss.h3_shift_video,  # relative to that of images
+        audio_shift=loss.h3_shift_audio / loss.h3_shift_video,  # relative to the images' shift
         change_conditions=partial(add_noise_to_inputs, clean_fractions),
     )
     return MiniMaxH3(
@@ -639,7 +641,7 @@ def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
 
 
 def family_for_generation(options: H3GenerationOptions) -> MiniMaxH3:
-    """Describe the family for minimax_h3_generate_video.py."""
+    """Build the model description for minimax_h3_generate_video.py."""
     return MiniMaxH3(
         files_of(options, options.task or UNDECIDED),
         any_length=options.allow_experimental_duration,

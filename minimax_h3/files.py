@@ -121,9 +121,9 @@ class H3TextEncoder(LanguageModelEncoder):
         return read_preprocessing(folders)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return each prompt's states, after the images and clips that are presented with it.
+        """Return each prompt's states, preceded by the images and clips that are presented with it.
 
-        Raises MediaError if one cannot be shown, or a prompt with its media has too many tokens.
+        Raises MediaError if an image or clip cannot be read, or a prompt with its media has too many tokens.
         """
         encoded = []
         for prompt in prompts:
@@ -192,7 +192,7 @@ class H3TextEncoder(LanguageModelEncoder):
 def audio_shape(channels: int, frames: int, fps: float) -> tuple[int, int, int]:
     """Return the shape of a clip's audio latents: channels, 2 (left and right), time.
 
-    `fps` is unused, because clips of the model always have 24 frames per second.
+    `fps` is unused, because the model's clips always have 24 frames per second.
     """
     return channels, CHANNELS, latent_count(frames, FPS)
 
@@ -300,7 +300,7 @@ class H3Files(LanguageModelFiles):
     # texts
 
     def add_text(self, options: H3TextOptions) -> Self:  # type: ignore[override]
-        """Return a copy of these files with the text encoder's options added."""
+        """Return a copy with the text encoder's path and settings from `options`."""
         return replace(super().add_text(options), text_form=options.form)
 
     def check(self, needed: Collection[str] = ()) -> None:

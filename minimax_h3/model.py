@@ -74,7 +74,7 @@ FRAME_TIMESTEP = 0  # index of the frames' timestep among those of a pass; text 
 
 @dataclass(frozen=True)
 class TokenSegment:
-    """Consecutive tokens that share a timestep and a modality, and so their modulation."""
+    """Consecutive tokens with the same timestep and modality, and hence the same modulation."""
 
     num_tokens: int
     timestep_index: int  # among the timesteps of a pass

@@ -273,7 +273,7 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
 
     @property
     def chosen_task(self) -> str:
-        """Task of the training, from --task or else from --h3_training_mode."""
+        """Task of the training run, from --task or else from --h3_training_mode."""
         return self.task or ("ref2va" if self.h3_training_mode == "ref2va" else "t2va")
 
 
@@ -343,7 +343,7 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
 
 
 def caching_options(options: H3TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options with which a training calls the latent and the text caching script."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     task = {"--task": options.task}
     latents = {
         "--video_vae": options.vae.file.vae or Placeholder("VIDEO_VAE_FILE"),
@@ -360,7 +360,7 @@ def _text_encoder_options(options: H3ModelOptions) -> dict[str, Any]:
 
 
 def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, with values, of a command that generates `sample` with the models of a training."""
+    """Return a command's options that generate `sample` with a training run's models, by option name."""
     latents, _ = caching_options(options)
     return {
         "--dit": options.dit or Placeholder("DIT_FILE"),
@@ -434,7 +434,7 @@ def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, 
 def _resolve_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -> tuple[int, int] | None:
     """Return height and width; None if the first keyframe of each prompt line decides.
 
-    Raises OptionError if two options give different ones.
+    Raises OptionError if two options give different sizes.
     """
     own_size = None
     typed = f"--ratio {own_options.ratio}"
@@ -457,7 +457,7 @@ def _resolve_size(size: Sequence[int] | None, own_options: H3GenerationOptions) 
 
 
 def _resolve_frames(frames: int | None, own_options: H3GenerationOptions) -> int:
-    """Return the number of frames; raise OptionError if two options set different numbers."""
+    """Return the number of frames; raise OptionError if two options conflict."""
     if own_options.media.one_frame_inference is None:
         return resolve_length(frames, own_options.duration)
     if own_options.duration is not None or frames not in (None, 1):

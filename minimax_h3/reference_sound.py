@@ -55,7 +55,7 @@ def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
 
 
 def _make_low_pass_filters(step: int, count: int) -> Tensor:
-    """Return the filter that computes each of `count` new samples from the old ones around it.
+    """Return the filters that resample audio, one for each of `count` new samples.
 
     `step` old samples last as long as `count` new ones. The result is count x (2 reach + step) float32.
     """

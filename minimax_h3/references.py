@@ -88,7 +88,7 @@ class H3Media:
 
     @property
     def task(self) -> str:
-        """Return the task for which these media are valid."""
+        """Return the task that takes these media."""
         if self.references:
             return "ref2va"
         return "fl2va" if self.keyframes else "t2va"
@@ -133,7 +133,10 @@ def _split_lines(request: Request, name: str) -> list[str]:
 
 
 def _select_keyframes(request: Request) -> tuple[Path | None, Path | None]:
-    """Return the first and last keyframe; raise OptionError if one is given twice."""
+    """Return the first and last keyframe of a request, None where it has none.
+
+    Raises OptionError if one is given twice.
+    """
     frames = [to_path("--keyframe", text) for text in _split_lines(request, KEYFRAMES)]
     if not frames:
         return request.image_path, request.end_image_path
@@ -208,7 +211,7 @@ def _read_line_references(request: Request) -> Iterator[H3Reference]:
 
 
 def _parse_references(line: str, origin: str) -> list[Any]:
-    """Return the entries of "references" in a JSON line; raise OptionError without any."""
+    """Return the list "references" of a JSON line; raise OptionError if it is missing or empty."""
     try:
         row = parse_json(line)
     except ValueError as error:
@@ -380,7 +383,7 @@ class ClipSource:
     max_frames: int
 
     def read(self) -> Tensor:
-        """Read the clip's frames, F H W 3 uint8, repeated or dropped to give 24 per second."""
+        """Read the clip's frames, F H W 3 uint8; frames are repeated or dropped to give 24 per second."""
         fps = video_info(self.path).fps or FPS
         frames: list[Frame] = []
         for index, frame in enumerate(video_frames(self.path)):
@@ -401,19 +404,19 @@ class ClipSource:
 
 
 def _find_start_frame(index: int, fps: float) -> int:
-    """Return the index at 24 frames per second at which a frame of a video with `fps` starts."""
+    """Return the index of the frame at 24 frames per second that shows frame `index` of a video at `fps`."""
     return math.floor(index * (FPS / fps) + 0.5)
 
 
 def keyframe_sources(paths: Sequence[Path], size: Size) -> list[ImageSource]:
-    """Return keyframes at the clip's size: the first is stretched, later ones are scaled and cropped."""
+    """Return keyframes in the clip's size: the first is stretched, later ones are scaled and cropped."""
     return [ImageSource(path, size, crops=index > 0) for index, path in enumerate(paths)]
 
 
 def reference_image(path: Path, short_edge: int, step: int) -> ImageSource:
     """Return a reference image with a short edge of `short_edge` pixels.
 
-    Both edges become multiples of `step`. Raises OptionError if it is more than four times as long as wide.
+    Both edges become multiples of `step`. Raises OptionError if one edge is more than four times the other.
     """
     width, height = image_size(path)
     check_ratio(f"reference {path}", width, height)
@@ -423,9 +426,9 @@ def reference_image(path: Path, short_edge: int, step: int) -> ImageSource:
 
 
 def reference_clip(path: Path, short_edge: int, step: int, frames: int) -> ClipSource:
-    """Return a reference video in its own aspect ratio, cut to the generated clip's `frames`.
+    """Return a reference video with its own aspect ratio, cut to `frames` frames.
 
-    Raises OptionError if it is more than four times as long as wide.
+    Raises OptionError if one side is more than four times as long as the other.
     """
     info = video_info(path)
     check_ratio(f"reference {path}", info.width, info.height)
@@ -449,7 +452,7 @@ def cut_to_vae_length(frames: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class H3Sources:
-    """Where the pixels of a request's media come from, in order."""
+    """How to read the media of a request, in order."""
 
     keyframes: tuple[ImageSource, ...] = ()
     references: tuple[ImageSource | ClipSource | None, ...] = ()  # None for audio

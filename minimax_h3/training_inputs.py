@@ -93,12 +93,12 @@ def teacher_rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def teacher_key(condition_set: str) -> str:
-    """Return the cache key of the text states of a teacher that gets these conditions."""
+    """Return the cache key for the text states of a teacher that gets the conditions `condition_set`."""
     return TEACHER_KEYS[_name_option_value(condition_set)].states
 
 
 def _name_option_value(condition_set: str) -> str:
-    """Return the value of --h3_teacher_conditions that gives a teacher these conditions."""
+    """Return the value of --h3_teacher_conditions that selects these conditions for the teacher."""
     return next(value for value, known_set in CONDITION_SETS.items() if known_set == condition_set)
 
 
@@ -107,7 +107,7 @@ def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tens
 
     Args:
         batch: The batch; in a teacher's pass, with the media that the teacher sees.
-        task: Task of the training.
+        task: Task of the training run.
         latents: Latents of the clip, in model space.
 
     Raises:
@@ -137,7 +137,7 @@ def _read_time_indices(tensors: Conditions) -> dict[str, Tensor]:
 
 
 def _require_conditions(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -> None:
-    """Raise CacheError if a batch has no cached conditions, or lacks a teacher's keyframe."""
+    """Raise CacheError if a cache lacks conditions that the task, or a teacher's keyframes, need."""
     missing = [name for name in names if name not in keys]
     has_enough = any(key.startswith((CONTROL, REFERENCE)) for key in keys)
     if not has_enough and missing and (batch.condition_set or not keys):
@@ -171,7 +171,7 @@ def _check_shape(batch: Batch, key: str, condition: Tensor, latents: Tensor) -> 
 
 
 def _use_clip_as_reference(tensors: Conditions, latents: Tensor) -> dict[str, Tensor]:
-    """Return a clip, with its audio if it has any, as a reference to itself."""
+    """Return conditions in which a clip, with its audio if any, is its own reference."""
     clip = tensors.get(CLIP_AS_REFERENCE, latents)  # noised, except for a check of caches
     assert isinstance(clip, Tensor)
     if clip.shape[2] == 1:

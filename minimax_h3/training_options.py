@@ -1,4 +1,4 @@
-"""Options of a training under other trainers' names, and their translation to the shared options.
+"""Training options under other trainers' names, and their translation to the shared options.
 
 Standard library only.
 """
@@ -43,7 +43,7 @@ _MEANS = (
 
 
 def granularity_option(default: str | None) -> Any:
-    """Declare --block_swap_granularity, of which only whole blocks are supported."""
+    """Declare --block_swap_granularity, which supports only whole blocks."""
     return option(
         "unit that --blocks_to_swap moves: block, entire blocks",
         default=default,
@@ -108,7 +108,7 @@ class H3LossOptions(Options, title="loss of images and audio"):
 
     @property
     def audio_weight(self) -> float:
-        """Return the weight of the audio loss; 0 with --video_only."""
+        """Return the weight of the audio loss; with --video_only it is 0."""
         return 0.0 if self.video_only else self.audio_loss_weight
 
 
@@ -210,7 +210,7 @@ TEACHER_OPTIONS = tuple(
 
 
 class H3RejectedOptions(Options, title="not for this model"):
-    """Options of other tuners that do not apply to this model, each with the reason."""
+    """Options of other trainers that do not apply to this model; each is rejected with a reason."""
 
     h3_convrot_int8_fwd: str = option(
         "inputs of layers in int8 are int8 too",
@@ -436,7 +436,7 @@ def _translate_teacher(args: argparse.Namespace) -> Shared:
 
 
 def _translate_focus(args: argparse.Namespace) -> Shared:
-    """Translate the trainer's options for drawing some noise levels more often to --timestep_focus."""
+    """Translate the trainer's own options that draw some noise levels more often to --timestep_focus."""
     if not args.h3_timestep_focus_prob:
         return {}
     focus_range = (
@@ -473,7 +473,7 @@ def _select_rank(args: argparse.Namespace) -> None:
 
 
 def warn_of_clean_shares(args: argparse.Namespace) -> None:
-    """Warn about options for noise in conditions that clips of the task do not have."""
+    """Warn about options for noise in conditions that clips of this task do not have."""
     has_references = args.task == "ref2va" or args.h3_training_mode == "ref2va"
     has_images = has_references or args.task == "fl2va" or args.one_frame or args.teacher is not None
     has_conditions = {"h3_visual_cond_clean": has_images, "h3_audio_cond_clean": has_references}
@@ -486,9 +486,9 @@ def warn_of_clean_shares(args: argparse.Namespace) -> None:
 
 
 def _check_view(args: argparse.Namespace) -> None:
-    """Raise OptionError if a teacher gets more conditions than the student in a task other than t2va.
+    """Raise OptionError if a teacher gets additional conditions in a task other than t2va.
 
-    The other tasks have keyframes or references of their own.
+    The other tasks have their own keyframes or references.
     """
     if args.teacher is not None and args.teacher_sees != INPUTS and args.task not in (None, "t2va"):
         raise OptionError(

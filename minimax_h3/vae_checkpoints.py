@@ -76,7 +76,7 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
 
 
 def _from_diffusers(stored: Mapping[str, TensorSource]) -> Mapping[str, TensorSource]:
-    """Return the sources under the release's names, with separate matrices joined and halves swapped back."""
+    """Return sources with the release's names: fused matrices, and gated halves in the release's order."""
     joined = join_parts(stored, DIFFUSERS)  # only to learn the names
     swapped = [name for name in joined if ".ff.w1." in name]
     return join_parts(stored, DIFFUSERS, swapped)
@@ -93,7 +93,7 @@ def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapp
 
 @dataclass(frozen=True)
 class _DeclaredInfo:
-    """Dimensions that config.json states and tensors do not show; by default, the release's values."""
+    """Dimensions from config.json that tensors do not show; by default, the release's values."""
 
     time_strides: tuple[int, ...] = ()
     space_strides: tuple[int, ...] = ()

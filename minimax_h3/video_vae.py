@@ -154,7 +154,7 @@ class H3VideoVae(nn.Module):
         return torch.tensor(numbers, device=self.device)[None, :, None, None, None]
 
     def _decode_clips(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield each clip's frames, except those that fade into the next clip."""
+        """Yield each clip's frames, without those that cross-fade into the next clip."""
         config = self.config
         if latents.shape[2] <= config.clip_latents - config.num_dropped_latents:
             yield self._decode_clip(latents)[:, :, config.first_padding :]
@@ -240,7 +240,7 @@ def _join_tiles(
 ) -> Tensor:
     """Join overlapping decoded tiles, each cross-faded with the original tiles above it and to its left.
 
-    Each overlap is that of a row or column of tiles with the next one.
+    The overlaps are the pixels that each row or column of tiles shares with the next one.
     """
     joined_rows = []
     for row_index, tiles in enumerate(tile_rows):

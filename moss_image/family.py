@@ -60,7 +60,7 @@ class MossImage(pictures.ModelOfImages):
     """Description of MOSS-Image for one run, built by the `family_for_...` functions below."""
 
     files: MossImageFiles
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     schedule: str = own.OFFICIAL
     skips: NegativeSkipChoice = NegativeSkipChoice()
     isolated: bool = True  # references attend to each other alone
@@ -230,17 +230,17 @@ class MossImage(pictures.ModelOfImages):
 
 
 def family_for_latent_caching(options: own.MossImageLatentCachingOptions) -> MossImage:
-    """Describe the family for moss_image_cache_latents.py, which needs only the VAE."""
+    """Build the model description for moss_image_cache_latents.py, which needs only the VAE."""
     return MossImage(MossImageFiles().add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: own.MossImageTextCachingOptions) -> MossImage:
-    """Describe the family for moss_image_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for moss_image_cache_text_encoder_outputs.py: only the text encoder."""
     return MossImage(MossImageFiles().add_text(options.text))
 
 
 def family_for_training(options: own.MossImageTrainingOptions) -> MossImage:
-    """Describe the family for training; warn if the file name says that the model was fine-tuned (SFT)."""
+    """Build the model description for training; warn if the file name says that the model is SFT."""
     name = find_sft(options.dit)
     if name is not None:
         logger.warning(
@@ -253,14 +253,14 @@ def family_for_training(options: own.MossImageTrainingOptions) -> MossImage:
 
 
 def family_for_generation(options: own.MossImageGenerationOptions) -> MossImage:
-    """Describe the family for moss_image_generate_image.py."""
+    """Build the model description for moss_image_generate_image.py."""
     return _describe(options, NO_OPTIONS)
 
 
 def _describe(
     options: own.MossImageTrainingOptions | own.MossImageGenerationOptions, training: Any
 ) -> MossImage:
-    """Return the family for training or generation; `training` are its settings, None for generation.
+    """Build the model description; `training` are a training run's options, NO_OPTIONS for generation.
 
     Options that are not given get their defaults here.
     """

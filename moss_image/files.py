@@ -135,9 +135,9 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 
 def find_sft(dit: Path | None) -> str | None:
-    """Return the file or folder name that marks a transformer as SFT; None without one.
+    """Return the name of the file or folder that marks a transformer as SFT; None if none does.
 
-    The nearest name that tells the kind of model counts: of the file, or of the folders of its release.
+    The name nearest to the file decides: the file's own, or the names of its release's folders.
     """
     if dit is None:
         return None
@@ -150,7 +150,7 @@ def find_sft(dit: Path | None) -> str | None:
 
 @dataclass(frozen=True)
 class MossImageFiles(LanguageModelFiles):
-    """Files of a run with FLUX.2's autoencoder and Qwen3.5's language model."""
+    """Model files of a run: the transformer, FLUX.2's autoencoder and Qwen3.5's language model."""
 
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"

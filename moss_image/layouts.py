@@ -107,7 +107,7 @@ def fit_layout(text: str, size: Size, fit: Fit) -> str:
 
 
 def _fit_box(box: list[float], size: Size, fit: Fit) -> list[int]:
-    """Convert a box to pixels of the bucket, relative to its center."""
+    """Convert a box from the original image to pixels of the cropped one, relative to its center."""
     fitted = []
     for place, side in enumerate(box):
         axis = 1 - place % 2  # top and bottom are along the height, sizes have the width first

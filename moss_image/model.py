@@ -187,7 +187,7 @@ class RefinedText(NamedTuple):
 
     @property
     def text_lengths(self) -> tuple[int, ...]:
-        """Return the text lengths, which set the images' time positions; one length if all are equal."""
+        """Return the text lengths, which determine the images' time positions; only one if all are equal."""
         return tuple(dict.fromkeys(self.counts)) if len(set(self.counts)) == 1 else self.counts
 
     def lengths(self, before: int) -> SampleLengths | None:
@@ -221,7 +221,7 @@ class MossImageModel(BlockNetwork):
     dtype_of = "layers.0.norm1.weight"
 
     def __init__(self, config: MossImageConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights; all blocks share one modulation of the time."""
+        """Build the network without weights; the blocks share one modulation, computed from the timestep."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -333,7 +333,7 @@ class MossImageModel(BlockNetwork):
             text: States of the language model, B T text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
             overrides: Changes to this call; a NAG text has arguments named text and text_mask, and its
-                tokens follow those of the prompt.
+                tokens follow the prompt's.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
             isolated: References attend only to each other; all other tokens attend to all.
 
@@ -411,7 +411,7 @@ class MossImageModel(BlockNetwork):
         return run_in_weight_dtype(self.video_embedder, rearrange(latents, "b z 1 h w -> b (h w) z"))
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Return the modulation rows of all blocks and the final layer, B to B 8 C float32."""
+        """Return the modulation for all blocks, then for the final layer, B to B 8 C float32."""
         first, _, second = self.time_embedding
         waves = sinusoid(timesteps, self.config.freq_dim)
         # no SiLU after the second layer

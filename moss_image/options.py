@@ -142,7 +142,7 @@ def read_blocks(text: str) -> frozenset[int]:
 
 
 def check_window(start: float, end: float) -> None:
-    """Raise OptionError if the range of skipped steps does not start before it ends."""
+    """Raise OptionError if --negative_skip_start is not below --negative_skip_end."""
     if start >= end:
         raise OptionError(
             f"--negative_skip_start {start:g}: give less than --negative_skip_end, {end:g}; to leave out no "
@@ -158,7 +158,7 @@ def check_schedule(name: str) -> str:
 
 
 def caching_options(options: MossImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a training's options for latent caching and for text caching, as values by option name."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     return options.vae.file.command_options(), options.text.command_options("QWEN3_5_FILE")
 
 
@@ -166,8 +166,8 @@ def generation_options(options: MossImageTrainingOptions, sample: Mapping[str, A
     """Return the options, with values, for generating a sample with a training run's models.
 
     Args:
-        options: Options of the training.
-        sample: Values of a sample to generate, by the names of `Request`.
+        options: Options of the training run.
+        sample: Values of a sample to generate, by the field names of `Request`.
     """
     controls = sample.get("control_images") or ()
     extra = sample.get("extra") or {}

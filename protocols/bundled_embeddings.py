@@ -25,7 +25,7 @@ _NAME = re.compile(rf"{BUNDLE}\.(?P<word>.+?)\.(?P<key>(?P<table>string_to_\w+)(
 
 
 def is_of_word(name: str) -> bool:
-    """Return whether a tensor of a LoRA file belongs to a learned word (a bundled embedding)."""
+    """Return whether a tensor of a LoRA file is the embedding of a new word."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -58,7 +58,7 @@ def bundle_word(word: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_words(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a LoRA file that belong to no learned word."""
+    """Return a LoRA file's tensors without the embeddings of new words."""
     return {name: tensor for name, tensor in tensors.items() if not is_of_word(name)}
 
 
@@ -70,10 +70,10 @@ class TakesWords(Family, Protocol):
         """Names of the words that `with_words` has added."""
 
     def with_words(self, files: WordsByFile, option: str) -> Family:
-        """Return the family with the words of files in its text encoders.
+        """Return the family with text encoders that know the words in `files`.
 
         Args:
-            files: Words with their vectors, by file.
+            files: New words with their embedding vectors, by file.
             option: Option that names the files, for messages.
 
         Raises:
@@ -82,5 +82,5 @@ class TakesWords(Family, Protocol):
 
 
 def with_words(family: Family, files: WordsByFile, option: str) -> Family:
-    """Return the family whose text encoders know the words (textual inversions) of files."""
+    """Return the family with text encoders that know the new words in `files` (textual inversions)."""
     return cast(TakesWords, family).with_words(files, option)

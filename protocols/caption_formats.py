@@ -82,7 +82,7 @@ def _find_entry_errors(key: CaptionKey, entries: Sequence[Any]) -> Iterator[str]
 
 
 def has_text(value: Any) -> bool:
-    """Return whether a value in a JSON caption is a text that is not blank."""
+    """Return whether a value in a JSON caption is a non-blank string."""
     return isinstance(value, str) and bool(value.strip())
 
 

@@ -152,7 +152,7 @@ class Batch:
     # dropped tensors, for a teacher: encoded captions before dropout, latents of reference images
     undropped: Conditions = field(default_factory=dict)
     network_multiplier: float = 1.0  # multiplier of the network in training steps with this batch
-    # for `batch_conditions`: the conditions of a teacher (--teacher_sees); "": those of the trained network
+    # for `batch_conditions`: the conditions of a teacher (--teacher_sees); "": the trained network's
     condition_set: str = ""
     empty_text: Conditions = field(default_factory=dict)  # of the empty prompt, for targets that need them
     # latents of the rejected sample of each pair, for targets that need them; shaped like `latents`
@@ -165,7 +165,7 @@ class Batch:
         return len(self.captions)
 
     def without_references(self) -> "Batch":
-        """Return the batch without references: their latents move from `tensors` to `undropped`."""
+        """Return the batch without reference images: their latents move from `tensors` to `undropped`."""
         dropped = {name: value for name, value in self.tensors.items() if name.startswith(_OF_REFERENCES)}
         remaining = {name: value for name, value in self.tensors.items() if name not in dropped}
         return replace(self, tensors=remaining, undropped={**self.undropped, **dropped})
@@ -194,7 +194,7 @@ class Batch:
         """Raise CacheError if a tensor is missing.
 
         Args:
-            needed: Options to cache again with, by the name of each required tensor.
+            needed: Caching options that would add it, by the name of each required tensor.
             purpose: What needs the tensors, for the message, such as "--task i2v-14B".
         """
         for name, remedy in needed.items():
@@ -243,7 +243,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class MediaTable:
-    """Properties of a dataset table, for families that need more than the clip or the image."""
+    """Properties of a dataset table, for families that need to know more than its clips or images."""
 
     name: str = ""  # for messages: "data.toml, [[datasets]] 2 (clips)"
     kind: str = "video"  # or "image"
@@ -265,7 +265,7 @@ class MediaTable:
 
 @dataclass(frozen=True)
 class MediaBatch:
-    """Frames to encode. All items are of one table and have one size and number of frames."""
+    """Frames to encode; all items are from one dataset table, with equal size and number of frames."""
 
     frames: Tensor  # B F H W C uint8, RGB; RGBA for a family with `LatentSpec.has_alpha`
     keys: tuple[str, ...]  # item names, for messages and for seeding a posterior sample
@@ -326,7 +326,7 @@ class MomentsBatch:
 
 @dataclass(frozen=True)
 class MomentsRules:
-    """Whether a family's caches can be made from moments instead of frames."""
+    """Whether a family's caches can be made from posterior moments instead of frames."""
 
     rejection: str | None = None  # completes "load_tensors cannot be used: ..."; None: moments can be used
     with_image: bool = False  # whether moments of the first frame alone are needed too
@@ -336,7 +336,7 @@ class MomentsRules:
 class CacheEntry:
     """Contents of one cache file.
 
-    `tensors` have no batch dimension; their names are those in the file without sizes and dtype (`latents`,
+    `tensors` have no batch dimension; their names are the file's without sizes and dtype (`latents`,
     `clip`).
     """
 
@@ -363,7 +363,7 @@ def split_items(tensors: Mapping[str, Tensor]) -> list[CacheEntry]:
 
 
 def add_batch_axis(conditions: Conditions) -> Conditions:
-    """Give a single sample's conditions a batch axis; lists stay, as they have one entry per sample."""
+    """Add a batch axis to a sample's tensors; lists are unchanged, since they have one item per sample."""
     return {
         name: value if isinstance(value, list) else value.unsqueeze(0) for name, value in conditions.items()
     }
@@ -380,9 +380,9 @@ class MediaEncoders:
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """The latent space of a family's VAE, and how cached latents become model-space latents.
+    """The latent space of a family's VAE, and how cached latents are converted to model space.
 
-    The latter are `cached * scale + shift`.
+    Model-space latents are `cached * scale + shift`.
     """
 
     channels: int
@@ -405,7 +405,7 @@ class LatentSpec:
     has_layers: bool = False  # whether frames are an image and its layers, back to front, each encoded alone
     has_full: bool = True  # with layers: whether the first frame is the full image, not the lowest layer
     names_frames: bool = True  # whether cache files name latents by F x H x W; otherwise by H x W
-    # whether training puts the latents of references before those of the clip, the last reference first
+    # whether training puts the latents of references before the clip's, the last reference first
     references_first: bool = False
     # frames per second assumed for other programs' caches that do not record it; None: no assumption
     default_fps: float | None = None
@@ -468,10 +468,10 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class AudioVideoShapes:
-    """Shapes of the latents of a clip and of its audio. The loops keep both as one tensor, B N.
+    """Shapes of a clip's video latents and audio latents, which the loops keep in one tensor, B N.
 
-    Image values come first. Code that treats each value separately, such as a solver, does not need to know
-    that there are two parts.
+    The video's values come first. Code that treats each value separately, such as a solver, does not need to
+    know that there are two parts.
     """
 
     image: tuple[int, int, int, int]  # C F H W

@@ -78,7 +78,7 @@ class FamilyEntry:
 
     @property
     def main_scripts(self) -> tuple[str, ...]:
-        """Return the main scripts; the catalogue of released files names at least one of them per model."""
+        """Return the main scripts; the model catalogue names at least one of them for each model."""
         names = (f"{self.cache}_latents", self.training_script, self.generation_script)
         return tuple(f"{name}.py" for name in names)
 
@@ -101,7 +101,7 @@ class FamilyEntry:
         return getattr(self.options, f"{self.record}{kind}Options")
 
     def text_encoder_options(self, family_options: Any) -> dict[str, Any]:
-        """Return the options for the text encoders' files, each with a placeholder for the path.
+        """Return the options for the text encoders' files; each path is a placeholder.
 
         Args:
             family_options: Options of the command that caches latents.
@@ -114,7 +114,7 @@ class FamilyEntry:
         return {flag: Placeholder(word) for flag, word in zip(flags, words, strict=True)}
 
     def training_options(self, family_options: Any, family: Any) -> dict[str, Any]:
-        """Return the options that a training run needs to use these latent caches, by flag.
+        """Return the training options that these latent caches require, by flag.
 
         Args:
             family_options: Options of the command that cached the latents.
@@ -133,8 +133,8 @@ class FamilyEntry:
         """Return the commands that cache the missing latents and text encoder outputs of a training run.
 
         Args:
-            family_options: Options of the training.
-            dataset_config: Dataset file of the training.
+            family_options: Options of the training run.
+            dataset_config: Dataset file of the training run.
             switches: Additional options for the command that caches latents.
             typed: Public name of an option -> the user's spelling of it.
         """
@@ -158,10 +158,10 @@ class FamilyEntry:
     ) -> list[str]:
         """Return the command line of a generation that uses the same models as a training run.
 
-        Options of the training are repeated if the generation script has them too.
+        Options of the training run are repeated if the generation script has them too.
 
         Args:
-            family_options: Options of the training.
+            family_options: Options of the training run.
             sample: Settings of a sample, by the field names of `Request`; may be empty.
             typed: Public name of an option -> the user's spelling of it.
         """
@@ -238,7 +238,7 @@ def with_scripts() -> Mapping[str, FamilyEntry]:
 
 @cache
 def caption_formats() -> Mapping[str, "CaptionFormat"]:
-    """Return the JSON formats of captions, by the families that were trained with them."""
+    """Return the JSON formats of captions, by name of the family that was trained with each."""
     return {name: entry.caption_format for name, entry in FAMILIES.items() if entry.caption_format}
 
 
@@ -303,7 +303,7 @@ def identify(path: Path, family: str | None = None) -> str | None:
 
 
 def describe_scripts(family: str) -> str:
-    """Name a family's scripts, and the --family and --task values with which `new` finds its models."""
+    """Return a sentence that names a family's scripts, and the options with which `new` finds its models."""
     from downloads.catalogue import model_sets  # only for hints
 
     entry = FAMILIES[family]

@@ -51,7 +51,7 @@ class CleanTokenRule(Protocol):
         """
 
     def always(self) -> "CleanTokenRule":
-        """Return the rule with all probabilities at 1, for measurements of memory."""
+        """Return the rule with all probabilities set to 1, for measuring the largest memory use."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class NoiseSpec:
     clean_token_rule: CleanTokenRule | None = None  # which other latents stay clean in training; None: none
     shifted_logit: rules.ShiftedLogit | None = None  # settings of the sampler shifted_logit_normal
     cut_logit: rules.CutLogit | None = None  # settings of the sampler cut_logit_normal
-    # time shift from the noise levels of images to those of their audio; 1: they are the same
+    # time shift from the images' noise levels to their audio's; 1: they are the same
     audio_shift: float = 1.0
     # time shift applied after every sampler. Options and draws refer to levels before it, over which the
     # model's generations are evenly spaced
@@ -137,7 +137,7 @@ FLOW = NoiseSpec(count_tokens=count_image_tokens)
 
 @dataclass(frozen=True)
 class NumberedBlocks:
-    """Numbering of a network's blocks in --network_args that set ranks and learning rates per block."""
+    """How block numbers in --network_args, which set ranks and learning rates per block, map to a network."""
 
     count: int  # how many numbers block_dims and the like have
     learning_rate_ranges: tuple[
@@ -248,7 +248,7 @@ class NoiseSource(Protocol):
 
 @dataclass(frozen=True)
 class EncoderAbilities:
-    """Optional features of a text encoder, as flags."""
+    """Flags for optional features of a text encoder."""
 
     trainable: bool = False  # the encoder is a `LearningEncoder`
     has_text_layers: bool = False  # the encoder is an `EncoderWithTextLayers`
@@ -268,7 +268,7 @@ class TextEncoder(Protocol):
 
     @property
     def abilities(self) -> EncoderAbilities:
-        """Abilities beyond this protocol, known without loading."""
+        """Features of this encoder beyond the protocol, known before it is loaded."""
 
     @property
     def name(self) -> str:
@@ -335,7 +335,7 @@ def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
 class EncoderWithTextLayers(TextEncoder, Protocol):
     """A text encoder followed by layers that are stored in the transformer's file.
 
-    LoRA files name these layers like those of the transformer.
+    LoRA files name these layers like the transformer's.
     """
 
     @property
@@ -407,13 +407,13 @@ class MarkingEncoder(TextEncoder, Protocol):
 
 
 def has_cache_metadata(encoder: TextEncoder) -> TypeGuard[MarkingEncoder]:
-    """Return whether the encoder records the purpose of a cache in its metadata."""
+    """Return whether the encoder records in a cache's metadata what the cache is for."""
     return encoder.abilities.writes_cache_metadata
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """Abilities that only some families have."""
+    """Flags for features that only some families have."""
 
     trains_audio: bool = False  # the family is a `HearsAudio`: in some runs its clips can have audio
     takes_fps: bool = False  # the frame rate is an input of the model, in runs without audio too
@@ -443,7 +443,7 @@ class Described(Protocol):
 
     @property
     def abilities(self) -> Abilities:
-        """Optional abilities, which not every family has."""
+        """Flags for optional features, which not every family has."""
 
     @property
     def name(self) -> str:
@@ -471,15 +471,15 @@ class Described(Protocol):
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
-        """Caching options that latents need for the checkpoint of this training."""
+        """Options of the caching script that this training run's checkpoint needs."""
 
     @property
     def teacher_only_conditions(self) -> tuple[str, ...]:
-        """Conditions that only a teacher gets in training: CAPTION, FIRST_FRAME or REFERENCE."""
+        """Conditions that only the teacher of a distillation gets: CAPTION, FIRST_FRAME or REFERENCE."""
 
     @property
     def options(self) -> Any:
-        """The family's own option record, whose fields declare what resuming compares."""
+        """The family's own option record; its fields declare which options a resumed run compares."""
 
     @property
     def release(self) -> rules.ModelRelease:
@@ -509,7 +509,7 @@ class Encodes(Protocol):
 
     @property
     def text_keys(self) -> frozenset[str]:
-        """Names of the tensors of all text encoders together, which a complete text cache contains."""
+        """Names of all tensors that a complete text cache contains, from all text encoders."""
 
     @property
     def media_identity(self) -> Mapping[str, str]:
@@ -520,7 +520,7 @@ class Encodes(Protocol):
 
     @property
     def references(self) -> rules.ReferenceRules | None:
-        """How the model uses reference images; None if it uses none.
+        """Rules for the model's reference images; None if it uses none.
 
         Control media of a model without references are resized like the frames that they belong to.
         """
@@ -565,10 +565,10 @@ class KnowsFewSteps(Protocol):
 
     @property
     def few_steps(self) -> FewSteps:
-        """How a training preserves the distillation of a transformer, and how many steps its samples take."""
+        """How a training run keeps a transformer distilled, and how many steps its samples take."""
 
     def few_steps_evidence(self) -> str | None:
-        """Return the evidence that a file of this run was distilled to few steps; None if there is none."""
+        """Return how a file of this run shows that it was distilled to few steps; None if none does."""
 
 
 def knows_few_steps(family: Described) -> TypeGuard[KnowsFewSteps]:
@@ -602,12 +602,12 @@ class RatesParts(Protocol):
     def part_rates(self) -> Mapping[str, float]:
         """Learning rates by part of a parameter's name; the first match applies, and a rate of 0 freezes.
 
-        A parameter without a match has the learning rate of the training.
+        A parameter without a match has the training run's learning rate.
         """
 
 
 def part_rates_of(family: Described) -> Mapping[str, float]:
-    """Return the learning rates of parts of the network; an empty mapping if the family has none."""
+    """Return the learning rates of parts of the network; {} if the family has none."""
     return cast("RatesParts", family).part_rates if family.abilities.has_part_rates else {}
 
 
@@ -667,7 +667,7 @@ class HearsAudio(Protocol):
 
 
 def trains_audio(family: Described) -> TypeGuard[HearsAudio]:
-    """Return whether clips of this run have audio."""
+    """Return whether this run trains on clips with audio."""
     return audio_of(family) is not None
 
 
@@ -714,7 +714,7 @@ class Predicts(Passes, Protocol):
 
     @property
     def has_dit_files(self) -> bool:
-        """Whether options name a transformer. `--check` works without one, where `dit_files` is an error."""
+        """Whether options name a transformer; without one, `dit_files` raises, but `--check` still works."""
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
@@ -770,7 +770,7 @@ class Generates(Protocol):
         """What denoising can start from instead of noise."""
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode the frames of a source as latents 1 C f h w in model space.
+        """Encode the frames of a source video or image as latents 1 C f h w in model space.
 
         Args:
             encoders: Result of `media_encoders`.

@@ -17,7 +17,7 @@ class WritesNetwork(Protocol):
     def __call__(
         self, module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
     ) -> None:
-        """Write `module` and `metadata` to `path`; if `dtype` is None, keep the dtypes of the training."""
+        """Write `module` and `metadata` to `path`; `dtype` None keeps the trained weights' dtypes."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CustomNetwork:
 
     label: str  # "ControlNet-LLLite"
     description: str  # with its sizes, for boxes
-    architecture_suffix: str  # suffix of the architecture in metadata; that of a LoRA is "lora"
+    architecture_suffix: str  # suffix of the architecture in metadata; a LoRA has "lora"
     # puts the module into the loaded model, or into an nn.ModuleDict of the text encoders in their order;
     # returns it, with what `networks.adapter.ForeignNetwork` requires; its state
     # dict is what states contain. The second argument: whether it starts with its file's values
@@ -62,7 +62,7 @@ class CustomNetwork:
 
 
 def describe_start(called: str, sizes: str, path: Path | None) -> str:
-    """Describe how a new network starts: with its sizes, or with the file whose weights it takes."""
+    """Describe a new network by its sizes, or by the file from which its weights come."""
     return f"{called}{sizes}" if path is None else f"{called} of {path.name}"
 
 

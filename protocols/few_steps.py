@@ -28,7 +28,7 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class KeepingTarget:
-    """A target (docs/targets.md) that trains a distilled transformer itself and preserves its few steps."""
+    """A way (docs/targets.md) to train on a distilled transformer and preserve its few steps."""
 
     about: str  # completes "To ...:", for a line above its options
     options: str  # of the training command, as typed
@@ -36,7 +36,7 @@ class KeepingTarget:
 
 
 def make_transfer_target(base: str, file: str) -> KeepingTarget:
-    """Return the target that teaches a distilled model what a LoRA of the base model changes.
+    """Return the target that trains a distilled model to learn a LoRA's effect on the base model.
 
     Args:
         base: The base model.
@@ -78,7 +78,7 @@ class FewSteps:
 
     @property
     def advice_for_lora(self) -> str:
-        """Return the advice to users who train a LoRA on the distilled model, without the final period."""
+        """Return advice, without the final period, for training a LoRA on the distilled model."""
         if not self.base:
             targets = f"one of the targets that keep {self.unlearned_pronoun}"
             return f"Give --training_adapter with {self.adapter}, or {targets}"
@@ -91,7 +91,7 @@ class FewSteps:
 
     @property
     def advice_for_full_training(self) -> str:
-        """Return what to advise users who fine-tune the full distilled model.
+        """Return advice to users who fine-tune the full distilled model.
 
         The sentence has no final period.
         """
@@ -102,7 +102,7 @@ class FewSteps:
     def judge(self, path: Path, metadata: Mapping[str, str]) -> Verdict | None:
         """Judge by names whether a transformer was distilled; the name nearest to the file decides.
 
-        Names are the file's own, those of its folders if the file's name says nothing about a model, and
+        Names are the file's own, its folders' if the file's name says nothing about a model, and
         those in its metadata.
 
         Args:

@@ -43,8 +43,8 @@ class CheckpointWriter(Protocol):
 
         Args:
             path: File or folder to write.
-            dtype: Dtype of all tensors of networks; None for that of the source.
-            metadata: Texts for the file's header.
+            dtype: Dtype of all network tensors; None keeps the dtypes of the source file.
+            metadata: Metadata for the file's header.
 
         Raises:
             OutputError: If it cannot be written.
@@ -52,7 +52,7 @@ class CheckpointWriter(Protocol):
 
 
 class TrainsCheckpoint(Described, Encodes, Protocol):
-    """A family whose trainings write full checkpoints and can train text encoders."""
+    """A family whose training runs write full checkpoints and can train text encoders."""
 
     @property
     def learning_parts(self) -> LearningParts:
@@ -67,10 +67,10 @@ class TrainsCheckpoint(Described, Encodes, Protocol):
     def checkpoint_writer(
         self, networks: Mapping[str, nn.Module], as_folder: bool, shard_bytes: int
     ) -> CheckpointWriter:
-        """Create the writer of checkpoints.
+        """Create an object that saves checkpoints.
 
         Args:
-            networks: Trained networks, by name of the text encoder; the transformer is DIT.
+            networks: Trained networks by name: DIT for the transformer, and the names of text encoders.
             as_folder: Write a folder in the layout of diffusers instead of one file.
             shard_bytes: Largest size of a file in the folder; 0 for one file per network.
         """
@@ -81,7 +81,7 @@ class TrainsCheckpoint(Described, Encodes, Protocol):
 
     @property
     def keeps_shapes(self) -> bool:
-        """Whether the trained weights have the shapes of those at the start, so that they can be compared."""
+        """Whether the weights keep the shapes that they started with, so that both can be compared."""
 
 
 DIT = "dit"  # the transformer among `networks`

@@ -17,7 +17,7 @@ from modules.speed_options import SDPA, AttentionChoice, Quantization
 
 @dataclass(frozen=True)
 class Packing:
-    """How a file packs a weight: in a different shape than that of its values, or with companion tensors."""
+    """How a file stores a packed weight: with another shape than its values, or with additional tensors."""
 
     shape: tuple[int, ...]  # of the tensor in the file
     companion_suffixes: tuple[str, ...]  # suffixes of its companions' names, instead of "weight"
@@ -25,7 +25,7 @@ class Packing:
         ..., QuantizedWeight
     ]  # takes the weight and the companions; raises ValueError for invalid scales
     pad: int = 1  # rows and columns are rounded up to multiples of it
-    can_stay_quantized: bool = True  # its rows are those of the value, so that a layer can keep it packed
+    can_stay_quantized: bool = True  # its rows are the value's rows, so that a layer can keep it packed
 
     def padded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return a shape with each axis rounded up to a multiple of `pad`."""
@@ -72,11 +72,11 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorSource:
-    """How one tensor is made: its names in the file, and a function of these tensors.
+    """How one tensor of a network is built: the tensors' names in the file, and a function of these tensors.
 
     `build` also runs on meta tensors, to compare shapes before anything is read; None uses the only tensor
     unchanged. `build_quantized` is like `build`, but keeps a weight in the 8-bit or 4-bit form of the file.
-    It returns None if its parts have no common form, and runs on meta tensors too.
+    It returns None if the tensors have no common form, and runs on meta tensors too.
     """
 
     names: tuple[str, ...]
@@ -93,7 +93,7 @@ class TensorSource:
         return tensors[0] if self.build is None else self.build(*tensors)
 
     def make_quantized(self, tensors: Sequence[Tensor]) -> QuantizedWeight | None:
-        """Make the weight in the quantized form of the file; None if it has to be dequantized."""
+        """Build the weight in the quantized form of the file; None if it has to be dequantized."""
         return None if self.build_quantized is None else self.build_quantized(*tensors)
 
 
@@ -106,7 +106,7 @@ class HostWeightMemory(Protocol):
     """Hold weights of a network in host memory while the network computes on a device."""
 
     def allocate_on_host(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
-        """Return memory for the weights that stay in host memory, by name.
+        """Allocate host memory for the weights that stay there, and return it by tensor name.
 
         Args:
             network: The network, possibly on the meta device.
@@ -131,10 +131,10 @@ class BlockSharder(Protocol):
     option_name: str  # the option, for messages
 
     def watch(self, network: nn.Module) -> Callable[[str], None]:
-        """Return a function to call with the name of each parameter of `network` that has been filled."""
+        """Return a function to call with the name of each parameter of `network` once it is loaded."""
 
     def split(self, network: nn.Module) -> None:
-        """Process the blocks of a complete network, which was loaded without `watch`."""
+        """Process the blocks of a complete network that was loaded without `watch`."""
 
     def finish(self, network: nn.Module) -> None:
         """Finish after all blocks have been taken; from now on the network can run."""
@@ -147,7 +147,7 @@ class Placement:
     device: torch.device
     # None: as the file stores it (fp8 files: upcast to the compute dtype)
     storage_dtype: torch.dtype | None = None
-    compute_dtype: torch.dtype | None = None  # None: that of the file's block weights (fp8 files: bfloat16)
+    compute_dtype: torch.dtype | None = None  # None: the file's block weights' (fp8 files: bfloat16)
     # default compute dtype of fp8 files; None: bfloat16
     fp8_compute_dtype: torch.dtype | None = None
     keep_file_dtypes: bool = False  # every tensor as the file stores it, if it mixes dtypes

@@ -33,7 +33,7 @@ class WordToLearn:
     weights: Path | None = None  # a file of the word; takes precedence over `lora` and `init_word`
     lora: Path | None = None  # from which training continues; it may contain the word
     # when trained beside another network
-    rate: float | None = None  # learning rate of its vectors; None: that of the network
+    rate: float | None = None  # learning rate of its vectors; None: the network's
     train_fraction: float = 1.0  # share of the steps in which they learn
 
 

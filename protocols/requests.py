@@ -145,8 +145,8 @@ class Prepared:
     rules: GuidanceRules = NO_GUIDANCE_RULES  # the model's own guidance rules
     # shapes of image and audio latents; None: there is no audio
     audio_video_shapes: AudioVideoShapes | None = None
-    audio_shift: float = 1.0  # time shift from the noise levels of images to those of audio
-    sigmas: tuple[float, ...] = ()  # noise levels of all steps, then 0; (): those of the solver
+    audio_shift: float = 1.0  # time shift from the images' noise levels to the audio's
+    sigmas: tuple[float, ...] = ()  # noise levels of all steps, then 0; (): the solver's
     # timestep at the beginning of each step, if there is a source and the sections have their own solver;
     # (): computed from the solver's name and the other settings
     timesteps: tuple[float, ...] = ()

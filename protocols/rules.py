@@ -77,7 +77,7 @@ def expert_at(timestep: float, experts: Sequence[Expert]) -> int:
 
 
 def noisiest(experts: Sequence[Expert]) -> int:
-    """Return the index of the expert for the highest timesteps, which is the first to denoise noise."""
+    """Return the index of the expert for the highest timesteps, the first in denoising."""
     return max(range(len(experts)), key=lambda index: experts[index].min_timestep)
 
 
@@ -105,14 +105,14 @@ class StreamGuidance:
     text_scale: float | None = None  # None: the guidance scale of the request; 1: none
     perturbed_scale: float = 0.0  # p: in some blocks self-attention is replaced by its values; 0: none
     modality_scale: float = 1.0  # i: image and audio do not attend to each other; 1: none
-    rescale: float = 0.0  # 0..1, how far the standard deviation of the result is moved to that of c
+    rescale: float = 0.0  # 0..1, how far the result's standard deviation is moved to c's
     # identity_scale (c - r) is added last, with the prediction r without an audio reference; 0: nothing
     identity_scale: float = 0.0
 
 
 @dataclass(frozen=True)
 class NegativeSkips:
-    """Blocks that the negative pass skips, in the steps from fraction `start` up to fraction `end`."""
+    """Blocks that the negative pass skips, from fraction `start` to fraction `end` of the steps."""
 
     blocks: frozenset[int] = frozenset()
     start: float = 0.0
@@ -131,7 +131,7 @@ class NegativeSkips:
 
 @dataclass(frozen=True)
 class GuidanceRules:
-    """How one request is guided: how the predictions of its passes, with and without its prompt, combine."""
+    """How one request combines the predictions of its passes, with and without its prompt."""
 
     # guidance scale at which guidance has no effect: 1 in the usual formula
     neutral_scale: float = 1.0
@@ -154,7 +154,7 @@ NO_GUIDANCE_RULES = GuidanceRules()
 
 @dataclass(frozen=True)
 class ConsistencyRules:
-    """Rules for the parts of an edited image that count as changed at each step.
+    """Rules for finding the changed parts of an edited image at each step.
 
     All other parts are reset to the original.
     """
@@ -206,7 +206,7 @@ class ModelRelease:
 
 @dataclass(frozen=True)
 class Source:
-    """Starting point of a request, and the fraction of it that is denoised again."""
+    """Starting point of a request (such as a video), and how much noise is added to it."""
 
     option: str  # VIDEO, IMAGE or LATENTS
     path: Path
@@ -224,7 +224,7 @@ class Source:
 
     @property
     def needs_vae(self) -> bool:
-        """Return whether the VAE has to encode the source: all sources except latents."""
+        """Return whether the VAE has to encode the source; only saved latents need no encoding."""
         return self.option != LATENTS
 
     def to_metadata(self) -> Mapping[str, object]:
@@ -252,7 +252,7 @@ class SourceRules:
 
 @dataclass(frozen=True)
 class MagCache:
-    """Skip passes while the size of the blocks' residual is known to change little."""
+    """Skip passes while the residual of the blocks (output minus input) is known to change little."""
 
     # magnitude of the blocks' residual relative to the previous step; resampled to the number of steps
     ratios: tuple[float, ...]
@@ -263,7 +263,7 @@ class MagCache:
 
 @dataclass(frozen=True)
 class TeaCache:
-    """Skip passes while the input of the first block has changed little since the last computed pass."""
+    """Skip passes while the first block's input differs little from that in the last computed pass."""
 
     threshold: float  # a pass is computed once the sum of predicted changes reaches this value
     # polynomial from change of the input to change of the output, highest power first; None: the family's
@@ -304,7 +304,7 @@ class TokenCount:
 
     @property
     def cut_text(self) -> str:
-        """The end of the text, which the encoder does not read."""
+        """The end of the text, which is beyond the encoder's token limit."""
         return self.text[self.num_read :]
 
 
@@ -377,9 +377,9 @@ class ShiftedLogit:
 
 @dataclass(frozen=True)
 class CutLogit:
-    """The sampler cut_logit_normal: sigmoid(n), where n is normal, truncated, stretched and quantized.
+    """The sampler cut_logit_normal: sigmoid(n) with normal n, truncated, rescaled and rounded up.
 
-    Values above `cut` are drawn again; the others are divided by it and rounded up to whole thousandths.
+    Values above `cut` are drawn again; the others are divided by `cut` and rounded up to thousandths.
     """
 
     mean: float  # mean of n; positive values give more noise
@@ -393,7 +393,7 @@ IMAGE_STREAM, AUDIO_STREAM = "video", "audio"  # names in logs for the two parts
 
 @dataclass(frozen=True)
 class AudioLearning:
-    """Loss weights of a clip's audio and images in training, and their noise levels."""
+    """Loss weights of a clip's video and audio in training, and how the audio's noise level is drawn."""
 
     image_weight: float = 1.0  # loss weight of images, also without audio
     audio_weight: float = 1.0
@@ -405,9 +405,9 @@ class AudioLearning:
 class ReferenceRules:
     """Rules for how a family uses reference images: the control images of an item or a request.
 
-    Each image has its own size: that of the target, or what the keys of its table or `keeps_aspect_ratio`
-    set. If the family uses clips as references, only `max_references`, `clips` and the fields below `clips`
-    count.
+    Each image has its own size: the target's, or one that dataset keys or `keeps_aspect_ratio` set. If the
+    family uses clips as references, only `max_references`, `clips` and the fields below `clips` have an
+    effect.
     """
 
     max_references: int  # maximum number of references per item or request
@@ -420,13 +420,13 @@ class ReferenceRules:
     )
     # whether a single reference keeps its own aspect ratio and is reduced to `area`
     keeps_aspect_ratio: bool = False
-    max_area: int | None = None  # maximum number of pixels; None: that of the target
+    max_area: int | None = None  # maximum number of pixels; None: the target's
     # whether reference_directory and reference_path are supported, in addition to control media: a clip has
     # as many frames as its target, an image is one frame
     clips: bool = False
-    size_factor: int = 1  # sides of references are smaller than those of the target by this factor
+    size_factor: int = 1  # sides of references are smaller than the target's by this factor
     time_factor: int = 1  # the first frame is kept, then one frame of each group of this many
-    max_frames: int = 0  # maximum number of frames; 0: that of the target
+    max_frames: int = 0  # maximum number of frames; 0: the target's
     dropout_probability: float = 0.0  # fraction of batches that are trained without references of clips
     pad_with_white: bool = False  # whether each is a single image (a clip's first frame), padded with white
     control_masks: bool = False  # whether control_mask_directory and control_mask_path are supported
@@ -439,7 +439,7 @@ class ReferenceRules:
 
 @dataclass(frozen=True)
 class ReferenceMedium:
-    """One reference of an item, from a row of a list (`references`): an image, a clip or separate audio."""
+    """One reference of a dataset item or a request: an image, a clip or separate audio."""
 
     kind: str  # "image", "video" or "audio"
     path: Path

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # caching has no use for attention and positions
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """The conditions for one section's texts, without batch dimension, on the CPU."""
+    """Encoded prompts of one section, without batch dimension, on the CPU."""
 
     positive: Conditions
     negative: Conditions | None = None
@@ -50,7 +50,7 @@ DecodePart = Callable[[MediaEncoders, Tensor], Iterator[Tensor]]
 
 @dataclass(frozen=True)
 class PreviewPiece:
-    """The part that a section adds to a video generated in sections, for the preview."""
+    """The part of the video that one section adds, for the preview."""
 
     latents: Tensor  # B C F H W, which can be decoded on their own
     overlap: int  # frames that are blended with the end of the video so far; 0 for the first piece
@@ -61,7 +61,7 @@ class PreviewPiece:
 
 @dataclass(frozen=True)
 class NagText:
-    """The negative text of normalized attention guidance (NAG); a pass attends to it too."""
+    """The negative text of normalized attention guidance (NAG), to which a forward pass also attends."""
 
     text: Conditions  # by the family's cache names; inside a network, by names of its arguments
     combine_attention: "CombineAttention"
@@ -88,9 +88,9 @@ class CleanTokens:
     At noise level sigma, a latent with the fraction f = n / FULLY_CLEAN has the level (1 - f) sigma. The
     tensors are int16, so that they stay on the host.
 
-    Keyframes are additional images for the network, at the clip's frames `keyframe_indices`. In training they
-    are `keyframes`, which are clean by `keyframe_strengths`. In a generation they are the last frames of the
-    noisy latents and of `image`.
+    Keyframes are additional images for the network, at the clip's frames `keyframe_indices`. Training has
+    them
+    in `keyframes`, as clean as `keyframe_strengths`; in a generation they end the noisy latents and `image`.
     """
 
     image: Tensor | None = None  # B 1 F H W; None: all latents are noisy
@@ -110,7 +110,7 @@ class CleanTokens:
 
 
 def clean_fraction(given: Tensor, like: Tensor) -> Tensor:
-    """Return how clean each latent is, stored in thousandths, as 0..1 float32 on the device of a tensor."""
+    """Return how clean each latent is, given in thousandths, as 0..1 float32 on the device of `like`."""
     return send_ahead(given, like.device).float() / FULLY_CLEAN
 
 
@@ -154,11 +154,11 @@ class Overrides:
 
     @property
     def combine_attention(self) -> "CombineAttention | None":
-        """How the negative attention text acts on attention; None without such a text."""
+        """How attention to the negative attention text is combined with the prompt's; None without it."""
         return None if self.nag is None else self.nag.combine_attention
 
     def text_inputs(self, batch: int, **text: Any) -> list[dict[str, Any]]:
-        """Return the network's text arguments for the prompt, then those of the negative attention text.
+        """Return the network's text arguments for the prompt, then for the negative attention text.
 
         A negative attention text of one sample is used for all samples of the batch. Without one, only the
         prompt's arguments are returned.
@@ -173,7 +173,7 @@ class Overrides:
         return [text, {name: second.get(name) for name in text}]
 
     def merge(self, all_passes: "Overrides") -> "Overrides":
-        """Merge the overrides of one pass, `self`, with those for all passes; `self` takes precedence."""
+        """Merge a pass's overrides with those for all passes: skips add up, else `self` takes precedence."""
         if all_passes is NO_OVERRIDES:
             return self
         return replace(
@@ -212,7 +212,7 @@ class EditReference:
 
 @dataclass(frozen=True, eq=False)
 class FixedLatents:
-    """Clean latents that are kept, in part or entirely, while denoising; shaped like the noisy latents."""
+    """Clean latents that denoising keeps, in whole or in part; shaped like the noisy latents."""
 
     clean: Tensor
     clean_weights: Tensor  # float32, 0..1: fraction of `clean` in the clean prediction of each latent
@@ -226,7 +226,7 @@ class FixedLatents:
         return torch.where(self.clean_weights == 1, self.clean, latents)
 
     def mix_prediction(self, step: "Step", velocity: Tensor) -> Tensor:
-        """Return the velocity whose clean prediction is mixed with `clean`, by `clean_weights`."""
+        """Return the velocity after mixing the clean prediction with `clean` by `clean_weights`."""
         return (1 - self.clean_weights) * velocity + self.clean_weights * (
             step.noisy - self.clean
         ) / step.sigma
@@ -263,7 +263,7 @@ class Section:
 
     @property
     def clean_streams(self) -> tuple[bool, bool]:
-        """Return whether all images are fixed instead of denoised, and whether all audio is."""
+        """Return whether all frames are given rather than denoised, and whether all audio is."""
         joint, frames = self.overrides.audio_video_shapes, self.clean_frames
         has_image = joint is not None and frames is not None and frames.shape[2] == joint.image[1]
         return has_image, self.clean_audio is not None
@@ -289,12 +289,12 @@ class Step:
     sigma: float  # noise level of `noisy`
     timestep: float  # timestep that the network gets
     noisy: Tensor  # B C F H W, float32; B N for video with audio
-    audio_sigma: float | None = None  # noise level of the audio; None: that of the images
+    audio_sigma: float | None = None  # noise level of the audio; None: the images'
     next_timestep: float = 0.0  # timestep of the next step; 0 in the last step
 
 
 class OwnSolver(Protocol):
-    """A family's own `modules.flow.solvers.Solver`, which may define noisy samples differently."""
+    """A family's own `modules.flow.solvers.Solver` for sampling; it may define noisy samples differently."""
 
     @property
     def schedule(self) -> "Schedule":
@@ -344,7 +344,7 @@ class CompletedStep:
 
     @property
     def image_latents(self) -> Tensor:
-        """Return the clean latents of the images without audio, B C F H W."""
+        """Return the clean latents of the video or image without the audio, B C F H W."""
         joint = self.section.overrides.audio_video_shapes
         latents = self.clean if joint is None else joint.split(self.clean)[0]
         return latents[:, :, : self.section.num_visible_frames]

@@ -31,7 +31,7 @@ STILL_LATENT, CLIP_LATENT = "EmptySD3LatentImage", "EmptyHunyuanLatentVideo"
 
 @dataclass(frozen=True)
 class ComfyNode:
-    """A node that changes a model or its text encoders, and its other inputs."""
+    """A ComfyUI node that changes a model or its text encoders, with its other inputs."""
 
     name: str  # name of its class
     inputs: Mapping[str, Any]
@@ -53,9 +53,9 @@ def shift_thousand(prepared: Prepared) -> Sequence[ComfyNode]:
 
 
 def shift_flux(prepared: Prepared) -> Sequence[ComfyNode]:
-    """Return FLUX's node, which takes logarithms of the shift for small and for large images.
+    """Return FLUX's node, which shifts noise levels by one value for small and another for large images.
 
-    Both are the request's shift, so that the size of its image changes nothing.
+    Both values are the request's shift, so the image size has no effect.
     """
     shift = math.log(prepared.flow_shift)
     sides = {"width": prepared.width, "height": prepared.height}
@@ -64,7 +64,7 @@ def shift_flux(prepared: Prepared) -> Sequence[ComfyNode]:
 
 @dataclass(frozen=True)
 class ComfyModel:
-    """How ComfyUI loads and runs a model. Files are named as released for ComfyUI."""
+    """Nodes and settings with which ComfyUI loads and runs a model; files are named as for ComfyUI."""
 
     vae: str = ""  # "": the checkpoint has it
     text_encoders: tuple[str, ...] = ()  # (): the checkpoint has them

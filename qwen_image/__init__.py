@@ -1,6 +1,6 @@
 """Qwen-Image: read family.py first, then model.py.
 
-caches: trainings check that caches are of their release
+caches: checks in training that caches are from the same release
 configs: dimensions of a transformer, latents, names of parts
 family: Qwen-Image, described for the shared loops
 files: releases as data; transformer files; paths, each checked

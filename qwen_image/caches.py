@@ -12,7 +12,7 @@ PIXELS = {"pixels": "-1..1"}  # the input of the VAE, in records of caches
 
 
 def check_batch(batch: Batch, version: Version, files: QwenImageFiles) -> None:
-    """Raise CacheError for texts of another release, and for latents of a wrong pixel range."""
+    """Raise CacheError for texts of another release, and for latents of another range of pixel values."""
     batch.check({KEY: TEXTS_AGAIN}, "the transformer")
     width = files.dit_header().config.text_dim
     batch.check_widths({KEY: width}, files.dit_path, f"{TEXTS_AGAIN} and Qwen2.5-VL (7B)")
@@ -42,7 +42,7 @@ def _check_cache(cache: CacheOrigin, version: Version) -> None:
 
 
 def _name_models_with(fingerprint: str) -> str:
-    """Name the models that use a text encoder with this fingerprint."""
+    """Return the names of the models that use a text encoder with this fingerprint."""
     versions: Collection[Version] = VERSIONS.values()
     names = [
         version.display_name for version in versions if version.encoder_settings.fingerprint == fingerprint

@@ -88,7 +88,7 @@ class QwenImage(ModelOfImages):
 
     files: QwenImageFiles
     version: Version = VERSIONS[ORIGINAL]
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     edit: QwenImageReferenceOptions = AS_TRAINED
 
     lora_module: str = field(default=LORA[0].network_module, init=False)
@@ -149,7 +149,7 @@ class QwenImage(ModelOfImages):
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the entry of each image: normalized posterior means of the image and of its references.
+        """Return the cache entry of each image: normalized posterior means of the image and its references.
 
         They have the VAE's dtype.
         """
@@ -161,7 +161,7 @@ class QwenImage(ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions of a training batch: the captions' states, and the references.
 
-        Raises CacheError for texts of another release, and for latents of a wrong pixel range.
+        Raises CacheError if caches are from another release or encode another range of pixel values.
         """
         check_batch(batch, self.version, self.files)
         return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
@@ -193,7 +193,7 @@ class QwenImage(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; by default, the image size determines the noise levels.
+        """Fill in a request's unset fields; by default, the image size determines the noise levels.
 
         Raises OptionError for control images if the release does not edit.
         """
@@ -218,7 +218,7 @@ class QwenImage(ModelOfImages):
         return replace(prepared, flow_shift=flow_shift, solver=solver)
 
     def comfy_model(self) -> "ComfyModel":
-        """Return how ComfyUI runs the model. Raises OptionError for a release that edits images."""
+        """Return the ComfyUI workflow settings; raise OptionError for a release that edits images."""
         if self.references is not None:
             raise OptionError(f"{self.display_name} starts from images")
         from qwen_image.workflow import TEXT_TO_IMAGE  # only with --save_workflow
@@ -251,14 +251,14 @@ class QwenImage(ModelOfImages):
 
 
 def family_for_latent_caching(options: QwenImageLatentCachingOptions) -> "QwenImage | QwenImageLayered":
-    """Describe the family for qwen_image_cache_latents.py, which needs only the VAE."""
+    """Build the model description for qwen_image_cache_latents.py, which needs only the VAE."""
     version = VERSIONS[options.version.name]
     files = QwenImageReleaseFiles(version=version).add_vae(options.vae.file)
     return QwenImageLayered(files) if version.has_layers else QwenImage(files, version)
 
 
 def family_for_text_caching(options: QwenImageTextCachingOptions) -> "QwenImage | QwenImageLayered":
-    """Describe the family for qwen_image_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for qwen_image_cache_text_encoder_outputs.py: only the text encoder."""
     version = VERSIONS[options.version.name]
     files = QwenImageReleaseFiles(encoder_settings=version.encoder_settings, version=version).add_text(
         options.text
@@ -267,7 +267,7 @@ def family_for_text_caching(options: QwenImageTextCachingOptions) -> "QwenImage 
 
 
 def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenImageLayered":
-    """Describe the family for qwen_image_train_network.py and qwen_image_train.py."""
+    """Build the model description for qwen_image_train_network.py and qwen_image_train.py."""
     version = VERSIONS[options.version.name]
     files = files_of(options, version, version.encoder_settings)
     if not version.has_layers:
@@ -283,7 +283,7 @@ def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenI
 
 
 def family_for_generation(options: QwenImageGenerationOptions) -> "QwenImage | QwenImageLayered":
-    """Return the family for qwen_image_generate_image.py: Qwen-Image, or Layered for its release."""
+    """Build the model description for qwen_image_generate_image.py, for any release of Qwen-Image."""
     version = VERSIONS[options.version.name]
     references = options.references
     encoder_settings = version.encoder_settings

@@ -80,7 +80,7 @@ FILES = (
 )
 IDENTIFYING_TENSOR = "transformer_blocks.0.img_mod.1.weight"
 LAYER_TENSOR = "time_text_embed.addition_t_embedding.weight"  # tensor that identifies Qwen-Image-Layered
-QUERY_WEIGHT = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of the file
+QUERY_WEIGHT = "transformer_blocks.0.attn.to_q.weight"  # its dtype counts as the file's
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
@@ -129,7 +129,7 @@ MAX_REFERENCES = 10  # images to edit; trained with up to three
 
 @dataclass(frozen=True)
 class Version:
-    """A release: its names, how it uses the text encoder, and its references."""
+    """A release: its names, settings of its text encoder, and its rules for reference images."""
 
     name: str  # name of the model in caches and saved files
     cache_tag: str
@@ -189,7 +189,7 @@ VERSIONS = {
 
 @dataclass(frozen=True)
 class QwenImageFiles(LanguageModelFiles):
-    """Files of a run with Wan2.1's VAE and Qwen2.5-VL's language model."""
+    """Model files of a run: the transformer, Wan2.1's VAE and Qwen2.5-VL's language model."""
 
     encoder_settings: LanguageEncoderSettings = QWEN_SETTINGS
     version: Version = VERSIONS[ORIGINAL]
@@ -241,7 +241,7 @@ class QwenImageReleaseFiles(QwenImageFiles):
 def files_of(
     options: QwenImageModelOptions, version: Version, encoder_settings: LanguageEncoderSettings
 ) -> QwenImageReleaseFiles:
-    """Return the files that the options of a training run or a generation name."""
+    """Return the model files that the options of a training run or generation specify."""
     files = QwenImageReleaseFiles(encoder_settings=encoder_settings, version=version).add_dit(
         options.dit, options.dit_dtype
     )

@@ -69,7 +69,7 @@ class QwenImageLayered(ModelOfImages):
     """Description of Qwen-Image-Layered for one run, built by the `family_for_...` functions of `family`."""
 
     files: QwenImageFiles
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     edit: QwenImageReferenceOptions = QwenImageReferenceOptions()
     omits_first_image: bool = False  # the image before the layers is not generated
     keeps_norms: bool = False  # guidance keeps the norm of each token, as in musubi-tuner
@@ -194,7 +194,7 @@ class QwenImageLayered(ModelOfImages):
         return replace(prepared, rules=rules, output_suffix=name_suffix, family_settings=resize)
 
     def _keep_image(self, request: Request) -> Request:
-        """Return the request with only the image to split into layers; warn about dropped media."""
+        """Return the request with only the image to split into layers; warn about media that are ignored."""
         usable_media = {**NO_MEDIA, "control_images": True}
         request = keep_usable_media(request, usable_media, f"{self.display_name} does not take it")
         if len(request.control_images) != 1:
@@ -205,7 +205,7 @@ class QwenImageLayered(ModelOfImages):
         return request
 
     def _count_layers(self, request: Request) -> int:
-        """Return the number of layers from a training run's sample, a prompt line or the option."""
+        """Return the number of layers, from the sample of a training run, the prompt line or the option."""
         text = request.extra.get(LAYER_COUNT)
         count = int(text) if text is not None else request.frames or LAYERS
         if not 1 <= count <= MAX_LAYERS:
@@ -228,7 +228,7 @@ class QwenImageLayered(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only section; its noise is one draw, layer by layer, as in the released pipeline."""
+        """Yield the only section; its noise is drawn at once, layer by layer, as in the released pipeline."""
         _, channels, frames, height, width = self.latent.shape(
             prepared.frames, prepared.height, prepared.width
         )

@@ -109,13 +109,13 @@ class QwenBlock(blocks.DoubleStreamBlock):
         self.img_mlp, self.txt_mlp = (NamedFeedForward(config.dim, config.ffn_dim, gelu) for _ in range(2))
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
+        """Return text or image layers: modulation, attention's output projection, feed-forward."""
         if is_text:
             return self.txt_mod, self.attn.to_add_out, self.txt_mlp
         return self.img_mod, self.attn.to_out[0], self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
-        """Return query, key and value of a stream's tokens, each B L N D; the first two normalized."""
+        """Return text or image query, key and value, each B L N D; query and key normalized."""
         return self.attn.heads(x, is_text)
 
 

@@ -32,7 +32,7 @@ MAX_KERNEL = 255  # latent pixels
 
 
 class QwenImageVersionOptions(Options):
-    """Release of Qwen-Image to which the files belong, which their tensors do not show."""
+    """Option for the release of Qwen-Image, which the files' tensors do not show."""
 
     model_version: str | None = option(
         "release of the model: original (Qwen-Image and Qwen-Image-2512), which is the default, one "
@@ -228,7 +228,7 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
 
 
 def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a training's options for latent caching and for text caching, as values by option name."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     version = {"--model_version": _not_original(options.version)}
     latents = {**options.vae.file.command_options(), **version}
     return latents, {**options.text.command_options("QWEN_FILE"), **version}
@@ -256,7 +256,7 @@ def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, A
 
 
 def _count_layers(options: QwenImageTrainingOptions, sample: Mapping[str, Any]) -> int | None:
-    """Return the number of layers of a sample image, whose frames may begin with the composite image."""
+    """Return the number of layers in a sample, whose first frame may be the composite image."""
     if options.version.name != LAYERED or "frames" not in sample:
         return None
     return int(sample["frames"]) - (not options.remove_first_image_from_target)

@@ -87,7 +87,7 @@ def find_area(options: QwenImageReferenceOptions) -> int | None:
 
 
 def fill_size(request: Request) -> Request:
-    """Fill in a missing size: about a megapixel, with the aspect ratio of the last image."""
+    """Fill in a missing size: about a megapixel, in the aspect ratio of the last control image."""
     if request.width is not None or request.height is not None or not request.control_images:
         return request
     try:
@@ -139,7 +139,7 @@ def check_equal_size(option: str, path: Path, size: Size, prepared: Prepared) ->
 
 
 def check_mask(path: Path, has_image: bool) -> None:
-    """Raise OptionError if a mask has no black pixels, or cannot be read."""
+    """Raise OptionError if a mask has no image to edit, or if its file is missing or cannot be opened."""
     if not has_image:
         raise OptionError(
             f"--{MASK} {path}: there is no image to keep. Give one to --control_image_path "
@@ -155,7 +155,7 @@ def read_edit_reference(
 ) -> EditReference | None:
     """Return the first control image with --mask_path or --rcm_threshold, which reset unchanged parts to it.
 
-    None without either option. `latents` are those of the image, 1 C 1 h w.
+    None without either option. `latents` are the image's, 1 C 1 h w.
     """
     mask = prepared.request.extra.get(MASK)
     threshold = options.rcm_threshold

@@ -42,7 +42,7 @@ def hash_images(images: Sequence[Tensor]) -> Tensor:
 
 
 def add_hashes(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> list[list[CacheEntry]]:
-    """Return the cache entries of a batch's images, with the hashes of their references added."""
+    """Return the cache entries of a batch's images, each with the hashes of its control images."""
     hashed = []
     for index, (entry,) in enumerate(entries):
         hashes = hash_images([frames[index, 0] for frames in media.control])
@@ -54,7 +54,7 @@ def add_hashes(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> li
 def check_states(cache: CacheOrigin, part: str) -> None:
     """Raise CacheError if a caption's states were taken after the final norm instead of before it.
 
-    `part` is the text encoder's name in records. Caches of other programs have no records.
+    `part` is the text encoder's name in cache records. Caches of other programs have no records.
     """
     if cache.part != part or not cache.encoder:
         return

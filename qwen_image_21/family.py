@@ -62,7 +62,7 @@ class QwenImage21(pictures.ModelOfImages):
     """Description of Qwen-Image-2.1 for one run, built by the `family_for_...` functions below."""
 
     files: QwenImage21Files
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     edit: own.QwenImage21ReferenceOptions = own.QwenImage21ReferenceOptions()
     caches_prefix: bool = True  # keys and values of prompts and references are computed once for all steps
 
@@ -103,14 +103,14 @@ class QwenImage21(pictures.ModelOfImages):
         return DEFAULTS if turbo is None else replace(DEFAULTS, steps=len(turbo.levels))
 
     def few_steps_evidence(self) -> str | None:
-        """Return the evidence that the transformer is Turbo; None without any."""
+        """Return why the transformer counts as Turbo, for messages; None if it does not."""
         turbo = find_turbo(self.files.dit)
         return None if turbo is None else f"{self.files.dit} is {NAME} Turbo: {turbo.source}"
 
     # encoding
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return posterior means of images and references, in the VAE's dtype, and the images' hashes."""
+        """Return posterior means of images and references in the VAE's dtype, and hashes of references."""
         vae = encoders.vae
         entries = pictures.encode_images(
             media, vae.device, lambda frames: vae.encode(all_channels(frames)).to(vae.dtype)
@@ -120,10 +120,11 @@ class QwenImage21(pictures.ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states, the references and their slots in the text.
+        """Return the captions' states, the references, and the tokens in the text where references belong.
 
-        Raises CacheError for states of another encoder or after the final norm, and for other references than
-        the text encoder saw.
+        Raises CacheError if states are from another encoder or from after the final norm, or if the text
+        encoder
+        saw other references.
         """
         batch.check({KEY: TEXTS_AGAIN, SLOTS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
@@ -165,7 +166,7 @@ class QwenImage21(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request; noise levels depend on the flow shift, by default that of the image size.
+        """Resolve a request; noise levels depend on the flow shift, and its default on the image size.
 
         Raises OptionError if a size or a number cannot be used, or guidance has no negative prompt.
         """
@@ -244,22 +245,22 @@ def all_channels(frames: Tensor) -> Tensor:
 
 
 def family_for_latent_caching(options: own.QwenImage21LatentCachingOptions) -> QwenImage21:
-    """Describe the family for qwen_image_21_cache_latents.py, which needs only the VAE."""
+    """Build the model description for qwen_image_21_cache_latents.py, which needs only the VAE."""
     return QwenImage21(QwenImage21Files().add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: own.QwenImage21TextCachingOptions) -> QwenImage21:
-    """Describe the family for qwen_image_21_cache_text_encoder_outputs.py: only the text encoder."""
+    """Build the model description for qwen_image_21_cache_text_encoder_outputs.py: only the text encoder."""
     return QwenImage21(QwenImage21Files().add_text(options.text))
 
 
 def family_for_training(options: own.QwenImage21TrainingOptions) -> QwenImage21:
-    """Describe the family for qwen_image_21_train_network.py."""
+    """Build the model description for qwen_image_21_train_network.py."""
     return QwenImage21(_make_files(options, options.dit_dtype), options)
 
 
 def family_for_generation(options: own.QwenImage21GenerationOptions) -> QwenImage21:
-    """Describe the family for qwen_image_21_generate_image.py."""
+    """Build the model description for qwen_image_21_generate_image.py."""
     files = _make_files(options, options.dit_dtype or options.dtype)
     return QwenImage21(files, edit=options.references, caches_prefix=not options.no_kv_cache)
 

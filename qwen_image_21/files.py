@@ -86,7 +86,7 @@ FILES = (
 )
 CLASSES = ("QwenImage21Transformer2DModel",)  # in a config.json
 IDENTIFYING_TENSOR = "txt_in.text_norm.weight"
-QUERY_WEIGHT = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of the file
+QUERY_WEIGHT = "transformer_blocks.0.attn.to_q.weight"  # its dtype counts as the file's
 FUSED_LAYERS = joined_tensors(QWEN_IMAGE_21)
 # noise levels of Turbo before the shift, if no model_index.json states them. Source: that of the release
 TURBO_LEVELS = (1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568)
@@ -192,7 +192,7 @@ def _check_settings(
 ) -> None:
     """Raise CheckpointError if a config.json, `source`, is for another network or another file.
 
-    `dimensions` are those of the tensors in the file `path`, by the names of settings.
+    `dimensions` follow from the tensors of the file `path`, by setting name.
     """
     # settings that the tensors do not show; the network supports only the released values
     for name, value in (("patch_size", 1), ("causal_condition", True)):
@@ -297,7 +297,7 @@ def _read_levels(index: Path) -> tuple[float, ...] | None:
 
 
 def _are_falling_levels(levels: Any) -> bool:
-    """Return whether a value of a JSON file is a list of falling noise levels in 0..1, without 0."""
+    """Return whether a JSON value is a list of decreasing noise levels, above 0 and up to 1."""
     if not isinstance(levels, list) or not 0 < len(levels) <= MAX_LEVELS:
         return False
     if not all(type(level) in (int, float) and 0 < level <= 1 for level in levels):
@@ -307,7 +307,7 @@ def _are_falling_levels(levels: Any) -> bool:
 
 @dataclass(frozen=True)
 class QwenImage21Files(LanguageModelFiles):
-    """Files of a run with the model's own VAE and Qwen3-VL's language model."""
+    """Model files of a run: the transformer, the model's own VAE and Qwen3-VL's language model."""
 
     encoder_settings: LanguageEncoderSettings = ENCODER_SETTINGS
     dit_config: Path | None = None

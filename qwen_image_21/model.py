@@ -340,7 +340,7 @@ class QwenImage21LastNorm(nn.Module):
         self.linear = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
-        """Normalize tokens x, B L C, and scale them by the timestep's modulation."""
+        """Normalize tokens x, B L C, and scale them by a factor computed from the timestep."""
         scale = run_in_weight_dtype(self.linear, functional.silu(tokens.time)).float()
         return modulate(self.norm(x), None, scale, tokens.dtype)
 
@@ -415,7 +415,7 @@ class QwenImage21Model(BlockNetwork):
         embedded = self.embed_prefix(dtype, **prompt)
         # the prefix is clean: time 0
         times = self.time_text_embed(torch.zeros_like(timesteps))[:, None]
-        # no image: the keys and values are those of the prefix alone
+        # no image: only the prefix has keys and values
         layout = QwenImage21Layout((0, 0), embedded.prefixes, has_prefix=True)
         tokens = QwenImage21Tokens(
             grid=(0, 0),

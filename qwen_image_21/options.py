@@ -131,12 +131,12 @@ def resolve_generation(
 
 
 def caching_options(options: QwenImage21TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a training's options for latent caching and for text caching, as values by option name."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     return dict(options.vae.file.command_options()), dict(options.text.command_options("QWEN3_VL_FILE"))
 
 
 def generation_options(options: QwenImage21TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, with values, of a command that generates `sample` with the models of a training."""
+    """Return a command's options that generate `sample` with a training run's models, by option name."""
     return {
         "--dit": options.dit or Placeholder("DIT_FILE"),
         "--dit_config": options.dit_config,

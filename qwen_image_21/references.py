@@ -86,9 +86,9 @@ def add_reference_images(prepared: Prepared, options: QwenImage21ReferenceOption
 
 
 def read_edit_reference(prepared: Prepared, latents: Tensor) -> EditReference | None:
-    """Return the anchor that keeps the result equal to the first image outside the mask; None without a mask.
+    """Return the record that resets the result to the first image outside the mask; None without a mask.
 
-    `latents` are those of the first image, 1 C 1 h w.
+    `latents` are the first image's, 1 C 1 h w.
     """
     mask = prepared.request.extra.get(MASK)
     if mask is None:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     family_name = options.family or family_of(options.lora[0], families)
 
     def make(family: object, generation_options: object) -> None:
-        """Generate the clips with the generation script's family, and join them."""
+        """Generate the clips with the family of the generation script, and join them."""
         from generation.comparing import compare  # torch is loaded by now
 
         compare(family, generation_options, options)  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ def _expand(patterns: Sequence[str] | None, option: str) -> tuple[Path, ...]:
 
 
 def _with_lora_option(argv: list[str]) -> list[str]:
-    """Insert --lora at the front of a command line that begins with files."""
+    """Insert --lora before command-line arguments that begin with files."""
     begins_with_file = bool(argv) and not argv[0].startswith("-")
     return ["--lora", *argv] if begins_with_file else argv
 

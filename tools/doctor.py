@@ -18,7 +18,7 @@ from modules.script_options import parse_options
 
 
 class DoctorOptions(Options):
-    """What to print."""
+    """Options of the report."""
 
     share: bool = option(
         "print five lines on versions and the GPU instead, for a report to others: no names and no paths"

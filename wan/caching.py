@@ -162,5 +162,5 @@ def _read_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
 def no_features(
     config: WanConfig, batch_size: int, device: torch.device | None = None
 ) -> dict[str, Tensor | list[Tensor]]:
-    """Return zero CLIP features, B T D, on `device`; None for the host."""
+    """Return {"clip": zeros}, B T D, in place of CLIP features; on the CPU if `device` is None."""
     return {"clip": torch.zeros(batch_size, CLIP_TOKENS, config.image_dim, device=device)}

@@ -61,7 +61,7 @@ FROM_DIFFUSERS = tensor_patterns(WAN)
 
 
 def identify(path: Path) -> str | None:
-    """Describe a file that is a Wan transformer or another known file; return None if it is unknown."""
+    """Return a hint about what a file contains, such as a Wan transformer; None for an unknown file."""
     try:
         with open_checkpoint(path) as checkpoint:
             bare = bare_names(checkpoint)
@@ -143,7 +143,7 @@ def _is_wan(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 def _read_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     """Read config and dialect of a checkpoint; raise CheckpointError for a variant that is not supported.
 
-    The dialect says whose tensor names the file has: diffusers' or those of the official code.
+    The dialect says whose tensor names the file has: diffusers' or the official code's.
     """
     names = checkpoint.tensors
     shapes = _list_shapes(checkpoint)
@@ -180,7 +180,7 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
     shapes = _list_shapes(bare_names(checkpoint))
     patch_shape = shapes.get("vace_patch_embedding.weight", ())
     layers = _count_blocks(shapes, "vace_blocks")
-    # the weight of VACE's patch embedding is that of a 3D convolution: out in frames rows columns
+    # VACE's patch embedding is a 3D convolution, with a weight of out in frames rows columns
     if len(patch_shape) != 5 or patch_shape[1] != VACE_DIM or not layers:
         raise CheckpointError(f"--vace {path}: it has no blocks of VACE. Give a file with vace_blocks.", path)
     width, channels, *_ = patch_shape
@@ -240,7 +240,7 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
     _check_shapes(path, shapes)
     dim, in_dim, *patch = shapes["patch_embedding.weight"]  # of a Conv3d: dim in_dim frames rows columns
     layers = _count_blocks(shapes, "blocks")
-    # VACE has a second, shorter stack of blocks, each of which adds to every n-th block of the first
+    # VACE has a second, shorter stack of blocks; it adds to every n-th block of the first stack
     vace_layers = _count_blocks(shapes, "vace_blocks")
     vace_dim = shapes.get("vace_patch_embedding.weight", (0, 0))[1]
     if vace_layers and (layers % vace_layers or vace_dim != VACE_DIM):
@@ -306,7 +306,7 @@ def _join_model_names(header: DitHeader[WanConfig]) -> str:
 
 
 def _list_fitting_tasks(header: DitHeader[WanConfig]) -> list[str]:
-    """Return the tasks that a file fits; only tasks of its size, if there are any."""
+    """Return the tasks that a transformer file fits; those of its width, if there are any."""
     tasks = [task for task in TASKS.values() if task.model_kind == header.config.kind and task.frames > 1]
     sized = [task for task in tasks if task.dim == header.config.dim]
     return [task.name for task in sized or tasks]

@@ -135,7 +135,7 @@ def _rows(*parts: Tensor) -> Tensor:
 
 
 class ImageAttention(nn.Module):
-    """Attention among all tokens, with one matrix for q, k and v."""
+    """Return the keyframe and control image paths, in order."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()

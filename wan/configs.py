@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class VaeRelease:
-    """One generation of the VAE. The fields follow from the dimensions that are read from its file."""
+    """One generation of the VAE, identified by the dimensions in its file."""
 
     name: str
     models: str  # models that use these latents

@@ -91,9 +91,9 @@ class Wan(OneTransformer):
     keep_file_dtypes: bool = False
     text_as_image_tokens: bool = False
     image_noise: float = 0.0
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     boundary: float | None = None  # timestep from which on the high-noise expert works; None: there is none
-    noise: NoiseSpec = FLOW  # set for trainings only
+    noise: NoiseSpec = FLOW  # set only in training
 
     abilities: ClassVar = Abilities(
         detects_few_steps=True,
@@ -128,7 +128,7 @@ class Wan(OneTransformer):
 
     @property
     def references(self) -> ReferenceRules | None:
-        """Rules for references in caches; None if there are none. `wan.vace` checks those of a request."""
+        """Rules for references in caches; None without VACE. `wan.vace` checks a request's references."""
         return VACE_REFERENCES if VACE in (self.condition_kind, self.files.task.kind) else None
 
     @property
@@ -303,7 +303,7 @@ class Wan(OneTransformer):
         """Predict the velocity, B C F H W float32.
 
         The conditions are t5 (n D for each sample: its text), clip (B T 1280: features of images),
-        condition_latents (B C F H W: channels after the noisy ones), and those of VACE and of single images.
+        condition_latents (B C F H W: channels after the noisy ones), and more for VACE and single images.
         """
         # image and control conditions are additional input channels
         condition = cond.get("condition_latents")
@@ -380,7 +380,7 @@ class Wan(OneTransformer):
 
     @property
     def source(self) -> SourceRules:
-        """Rules for what denoising may start from; a task for images starts from an image."""
+        """Rules for what denoising may start from; with a task for images it is an image."""
         task = self.files.task
         takes = {VIDEO: task.frames != 1, IMAGE: not task.requires_image, LATENTS: True}
         return SourceRules(
@@ -395,7 +395,7 @@ class Wan(OneTransformer):
         return encoders.vae.encode(to_pixels(frames))
 
     def comfy_model(self) -> "ComfyModel":
-        """Return how ComfyUI runs the task. Raises OptionError if it starts from more than text."""
+        """Return the task's ComfyUI workflow settings; raise OptionError if it starts from more than text."""
         from wan.workflow import find_comfy_model  # only with --save_workflow
 
         return find_comfy_model(self.files.task, takes_images=self.condition_kind == ONE_FRAME)
@@ -409,7 +409,7 @@ class Wan(OneTransformer):
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the one section (start noise and conditions) to the denoising loop; return its latents.
 
-        The loop sends back the denoised latents. Noise is one draw of C F H W. Extra noise on the image's
+        The loop sends back the denoised latents. Noise is drawn at once, C F H W. Extra noise on the image's
         condition, for more motion, is drawn after it. An image that is the video's first frame is passed to
         the section as a clean frame.
         """
@@ -462,19 +462,19 @@ class Wan(OneTransformer):
 
 
 def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
-    """Describe the family for wan_cache_latents.py; the VAE's file determines whose latents are cached."""
+    """Build the model description for wan_cache_latents.py; the VAE decides whose latents are cached."""
     return Wan(*caching_files(options))
 
 
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
-    """Describe the family for wan_cache_text_encoder_outputs.py, which needs only umT5."""
+    """Build the model description for wan_cache_text_encoder_outputs.py, which needs only umT5."""
     text = options.text
     files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_form=text_form(text))
     return Wan(files, condition_kind=VACE)  # captions may belong to items with references
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:
-    """Describe the family for wan_train_network.py and Wan's other training scripts."""
+    """Build the model description for wan_train_network.py and Wan's other training scripts."""
     files = select_files(options)
     if options.first_frame_probability is None:  # resolved here, because its value is recorded and compared
         options = replace(options, first_frame_probability=files.task.first_frame_probability)
@@ -491,7 +491,7 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
 
 
 def family_for_samples(options: WanTrainingOptions) -> Wan | None:
-    """Describe the family for samples with a transformer that is not trained (--sample_dit_other).
+    """Build the model description for samples from a transformer that is not trained (--sample_dit_other).
 
     Returns None if the option is not given.
     """
@@ -505,7 +505,7 @@ def family_for_samples(options: WanTrainingOptions) -> Wan | None:
 
 
 def family_for_generation(options: WanGenerationOptions) -> Wan:
-    """Describe the family for wan_generate_video.py; --ckpt_dir provides the files that are not given."""
+    """Build the model description for wan_generate_video.py, with missing files from --ckpt_dir."""
     files, boundary = files_and_boundary(options)
     if options.i2v_extra_noise and not files.task.requires_image:
         logger.warning("--i2v_extra_noise is ignored because --task %s has no image channels", options.task)

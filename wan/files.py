@@ -102,7 +102,7 @@ class WanFiles(TransformerFiles):
         return None if path is None else require_file(path, option, "it has the blocks of VACE")
 
     def dit_header(self, dit: Path | None = None) -> DitHeader[WanConfig]:
-        """Read variant, dialect and dtype of a transformer file, with VACE's blocks from their own file.
+        """Read variant, dialect and dtype of a transformer file; a separate file may contain VACE's blocks.
 
         `dit` is the file; None for the first one, because all experts have the same dimensions.
         """
@@ -117,7 +117,7 @@ class WanFiles(TransformerFiles):
         return None if dit is None else self.dit_dtype or self.dit_header().compute_dtype
 
     def encoder_dtype(self, chosen: torch.dtype | None, default: torch.dtype | None = None) -> torch.dtype:
-        """Return `chosen`, else the transformer's dtype, else `default` or that of the files."""
+        """Return `chosen`, else the transformer's dtype, else `default`, else the files' default dtype."""
         return chosen or self.compute_dtype() or default or self.default_text_dtype
 
     def text_encoders(self) -> list[TextEncoder]:
@@ -187,7 +187,7 @@ PIPELINE_EXPERTS = {_OPTION_OF_EXPERT[expert]: folder for folder, expert in WAN.
 
 
 class WanRelease(NamedTuple):
-    """Files in a release's folder by the names of `WanFiles`, and the boundary of its experts."""
+    """Files in a release's folder, by field name of `WanFiles`, and the timestep that divides its experts."""
 
     files: dict[str, Path]  # by the names of `WanFiles`
     # timestep at which the experts change; None if the release does not state it
@@ -225,7 +225,7 @@ def read_release(folder: Path, latent: LatentSpec) -> WanRelease:
 
 
 def _read_boundary(index: Path) -> float | None:
-    """Return the boundary of the experts as a timestep; None if the index of a pipeline does not say."""
+    """Return the timestep that divides the experts; None if the pipeline's index does not record it."""
     try:
         ratio = parse_json(read_text(index)).get("boundary_ratio")
     except (OSError, ValueError, AttributeError) as error:
@@ -302,7 +302,7 @@ def _find_existing(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
 
 
 def select_files(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
-    """Return the files of the options that the task uses.
+    """Return the files that the options name and the task uses.
 
     Raises OptionError if file names show that the two transformers were swapped.
     """
@@ -407,7 +407,7 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
 
 
 def _select_image_kind(options: WanLatentCachingOptions) -> str | None:
-    """Return the kind of condition that the switches request."""
+    """Return the kind of image condition that the caching options select; None for text to video."""
     if options.flf2v:
         return "flf2v"
     if options.vace:

@@ -73,7 +73,7 @@ def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int
     ]
 
     def stretch(size: tuple[int, int]) -> float:
-        """Return how far a size is from the image's aspect ratio; 1.0 if it has the same one."""
+        """Return the factor between a size's aspect ratio and the image's, at least 1.0."""
         ratio = size[0] / size[1] / aspect
         return max(ratio, 1 / ratio)
 
@@ -161,7 +161,7 @@ def keep_task_media(task: WanTask, request: Request) -> Request:
 
 
 def check_control(task: WanTask, prepared: Prepared, path: Path) -> None:
-    """Raise MediaError if a control video has too few frames, before a text encoder is loaded."""
+    """Raise MediaError if a control video has too few frames, before any model is loaded."""
     option = "--src_video" if task.kind == VACE else "--control_path"
     end_frames = int(task.has_control and appends_end(task, prepared.request))
     check_frames(option, path, prepared.frames + end_frames)
@@ -277,7 +277,7 @@ def prepare_request(
             f"--video_length {frames}: --task {task.name} generates one image. Leave it out, or use t2v."
         )
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
-    # the released image-to-video code and that of TI2V-5B round the size in different ways
+    # the released code rounds the size in different ways for image-to-video and for TI2V-5B
     if task.requires_image and request.first_image is not None:
         width, height = size_like_image(image_size(request.first_image), width * height)
     elif task.takes_clean_first_frame and request.image_path is not None:

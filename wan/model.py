@@ -381,7 +381,7 @@ class WanModel(BlockNetwork):
 
 
 def _pair_with_last(rows: Tensor) -> Tensor:
-    """Pair each of B+1 rows but the last with the last one, which comes first: B 2 ..."""
+    """Stack each of the first B rows with the last one, which comes first: B 2 ..."""
     last = rows[-1:]
     front = rows[:-1]
     return torch.stack([last.expand_as(front), front], dim=1)

@@ -70,9 +70,9 @@ class FrameOrder:
 
 
 def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
-    """Sort the target image and its control images by their indices in time, by default 1 and 0.
+    """Sort the image to generate and its control images by their time indices, by default 1 and 0.
 
-    Raises ValueError if the target has the index of a control image.
+    Raises ValueError if the generated image has the time index of a control image.
     """
     controls = controls or (DEFAULT_CONTROL,)
     target = DEFAULT_TARGET if target is None else target
@@ -193,7 +193,10 @@ def encode_request(
 
 
 def _make_channel_condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor) -> Tensor:
-    """Return mask and latents, B 20 F h w, from latents of single images, B 16 1 h w each."""
+    """Return a single image's mask and latents for the condition channels, B 20 F h w.
+
+    `controls` are latents of control images, B 16 1 h w each; `grey` takes the target's place.
+    """
     frames = [*controls, grey]  # index -1, the target image, is the last: gray
     mask = grey[:, :FRAMES_PER_LATENT]
     masks = [torch.full_like(mask, float(image >= 0)) for image in order.image_indices]

@@ -34,7 +34,7 @@ MAX_TIMESTEP = 1000
 
 
 def check_one_frame(task: WanTask) -> None:
-    """Raise OptionError unless the task can generate single images from control images."""
+    """Raise OptionError if the task cannot generate single images from control images."""
     able = [other.name for other in TASKS.values() if other.requires_image and not other.has_control]
     if task.name not in able:
         raise OptionError(
@@ -340,9 +340,9 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
 
 
 def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:
-    """Return the options that training needs for latents of a caching command: --task, if not the default.
+    """Return the training options that latents from a caching command need: none, or --task.
 
-    `family` is that of the caching command. Caches do not show the size of the model.
+    `family` was built by the caching command. Caches do not show the model's size.
     """
     has_features = options.clip is not None
     if options.vace:
@@ -357,7 +357,7 @@ def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str,
 
 
 def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return a training run's options for latent caching and for text caching, each by option name."""
     task = TASKS[options.task]
     latents = {
         "--vae": options.vae.vae or Placeholder(f"WAN_{'2.2' if task.kind == 'ti2v' else '2.1'}_VAE_FILE"),
@@ -374,8 +374,8 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
     """Return the options of the generation script that select the models of a training run.
 
     Args:
-        options: Options of the training.
-        sample: Values of a sample to generate, by the names of `Request`.
+        options: Options of the training run.
+        sample: Values of a sample to generate, by the field names of `Request`.
     """
     task = TASKS[options.task]
     low_noise_dit = options.dit

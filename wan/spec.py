@@ -137,7 +137,7 @@ class WanTokens:
     def select(self, kept: Tensor, num_left_out: int) -> "WanTokens":
         """Return the inputs for a subset of the tokens; only tokens of the noisy latents may be missing.
 
-        `kept` are the ascending positions of the kept tokens, B K; `num_left_out` tokens are missing.
+        `kept` are the ascending indices of the kept tokens, B K; `num_left_out` tokens are missing.
         """
         return replace(self, rotary=select_rotations(self.rotary, kept, num_left_out))
 

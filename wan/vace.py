@@ -34,7 +34,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # suffixes of masks that ar
 
 @dataclass(frozen=True)
 class VaceRequest:
-    """Inputs of VACE for a request, in addition to its video and its references."""
+    """VACE's inputs of a request other than its video and its references."""
 
     mask: Path | None
     scales: tuple[float, ...]  # strength of each layer's hints
@@ -43,7 +43,7 @@ class VaceRequest:
         """Return the prepared request with these settings, also in the metadata of its files.
 
         Raises:
-            OptionError: If the mask has neither the aspect ratio of its clip nor that of the result, or has
+            OptionError: If the mask has neither the aspect ratio of its clip nor the result's, or has
                 no white pixels.
             MediaError: If the mask is too short.
         """
@@ -239,7 +239,7 @@ def fold_mask(mask: Tensor) -> Tensor:
 
 
 def stack_control(vace_latents: Tensor, mask: Tensor, references: Sequence[Tensor]) -> Tensor:
-    """Join the parts of VACE's control to B 96 K+L h w; the mask of references is 0.
+    """Concatenate VACE's control latents and mask to B 96 K+L h w; reference images get a mask of 0.
 
     Args:
         vace_latents: Latents of the unchanged parts, then of the parts to change, B 32 L h w.

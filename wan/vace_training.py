@@ -19,7 +19,7 @@ from wan.vae import WanVae
 def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[CacheEntry]:
     """Encode items of one size for VACE. `store` is the dtype of the latents.
 
-    A missing control video is replaced by gray; without a mask, all pixels count as generated anew.
+    A missing control video is replaced by gray; without a mask, all pixels are generated.
     """
     device = vae.device
     pixels = to_pixels(media.frames.to(device))

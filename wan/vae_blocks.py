@@ -191,7 +191,10 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(width, width, (TIME_KERNEL, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, frame_cache: FrameCache | None) -> Tensor:
-        """Return x, B C T H W, at half the height and width, and if temporal at half the frames."""
+        """Return x, B C T H W, at half the height and width.
+
+        If temporal, every two frames are joined, except the clip's first one.
+        """
         x = _convolve_frames(self.resample["1"], x, pad=True)
         if self.time_conv is None or frame_cache is None:  # the only frame of a clip passes unchanged
             return x
@@ -202,9 +205,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width at half the channels.
+    """Double height and width, and halve the channels.
 
-    `temporal` also makes two frames of each, except of the clip's first frame.
+    `temporal` also turns each frame except the clip's first into two.
     """
 
     def __init__(self, width: int, width_out: int, temporal: bool) -> None:
@@ -323,7 +326,7 @@ def _make_middle(width: int) -> nn.ModuleList:
 
 
 def _make_layers(layers: Sequence[VaeLayer], is_down: bool) -> nn.ModuleList:
-    """Build the layers of a half of the VAE; nested ones are a stage."""
+    """Build the layers of the encoder or decoder; a nested list becomes a stage."""
     made = nn.ModuleList()
     for layer in layers:
         if layer.layers:

@@ -115,7 +115,7 @@ def check_latents(
         latent: Latent space of the model.
         path: The VAE's file.
         needed_by: What needs the latents, for the message, such as "--task ti2v-5B".
-        files: Released files of the right VAE; "" for those of Wan's release.
+        files: Released files of the right VAE; "" for Wan's own.
     """
     release = RELEASES[latent.channels]
     has_alpha = config.colors == 4
@@ -175,7 +175,7 @@ def _read_layers(
     for index in range(count(names, rf"{re.escape(start)}\.\d+")):
         name = f"{start}.{index}"
         stage = _read_layers(shape, names, f"{name}.{list_name}")
-        if stage:  # nested layers: kind and output width are those of the last, which resamples
+        if stage:  # nested layers: kind and output width come from the last one, which resamples
             layers.append(VaeLayer(stage[-1].kind, stage[0].width_in, stage[-1].width_out, stage))
             continue
         kind = "residual"

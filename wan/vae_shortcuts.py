@@ -50,7 +50,7 @@ def add_repeated(h: Tensor, x: Tensor, factors: Factors) -> Tensor:
     """Add x, B C T H W, to h, B C' T' H*rows W*columns, repeating its values in blocks; return h.
 
     h is changed in place. Each value of x becomes a block of frames, rows and columns, whose pixels are
-    filled from the channels of x in order; if h has more channels, those of x are repeated. T' is T * frames,
+    filled from the channels of x in order; if h has more channels, x's are repeated. T' is T * frames,
     or less at the beginning of a clip, where the first frames of the first block are left out. One pixel of
     all blocks is added at a time, so that no enlarged copy of x is made.
     """

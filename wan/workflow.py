@@ -15,7 +15,7 @@ TEXT_TO_VIDEO = ComfyModel(
 
 
 def find_comfy_model(task: WanTask, takes_images: bool) -> ComfyModel:
-    """Return how ComfyUI runs a task.
+    """Return the settings with which ComfyUI loads and runs a task's model.
 
     Args:
         task: The task.

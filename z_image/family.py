@@ -83,7 +83,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class ZImageFiles(AutoencoderFiles, LanguageModelFiles):
-    """Files of a run with FLUX.1's autoencoder and Qwen3."""
+    """Model files of a run: the transformer, FLUX.1's autoencoder and Qwen3."""
 
     dit_option: str = DIT_OPTION
 
@@ -101,7 +101,7 @@ class ZImage(ModelOfImages):
     """Description of Z-Image for one run, built by the `family_for_...` functions below."""
 
     files: ZImageFiles
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set only in training
     attends_in_float32: bool = False
     even_steps: bool = False  # the noise levels of diffusers
 
@@ -132,7 +132,7 @@ class ZImage(ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Return the defaults of the release that the file's or repository's name shows."""
+        """Return the release's default sampling settings; the file or repository name shows the release."""
         dit = self.files.dit
         if dit is None:
             return DEFAULTS
@@ -204,7 +204,7 @@ class ZImage(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; a guidance scale of 0 or below turns guidance off.
+        """Fill in a request's unset fields; a guidance scale of 0 or below turns guidance off.
 
         The options cfg_trunc_ratio and renorm_cfg end guidance early and limit its norm.
         """
@@ -234,7 +234,7 @@ class ZImage(ModelOfImages):
         )
 
     def comfy_model(self) -> "ComfyModel":
-        """Return how ComfyUI runs the model."""
+        """Return the ComfyUI settings of the model, for workflows."""
         from z_image.workflow import Z_IMAGE_NODES  # only with --save_workflow
 
         return Z_IMAGE_NODES
@@ -245,22 +245,22 @@ class ZImage(ModelOfImages):
 
 
 def family_for_latent_caching(options: ZImageLatentCachingOptions) -> ZImage:
-    """Describe the family for zimage_cache_latents.py, which needs only the VAE."""
+    """Build the model description for zimage_cache_latents.py, which needs only the VAE."""
     return ZImage(ZImageFiles().add_vae(options.vae))
 
 
 def family_for_text_caching(options: ZImageTextCachingOptions) -> ZImage:
-    """Describe the family for zimage_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Build the model description for zimage_cache_text_encoder_outputs.py: only the text encoder."""
     return ZImage(ZImageFiles().add_text(options.text))
 
 
 def family_for_training(options: ZImageTrainingOptions) -> ZImage:
-    """Describe the family for zimage_train_network.py and zimage_train.py."""
+    """Build the model description for zimage_train_network.py and zimage_train.py."""
     return ZImage(_make_files(options), options, options.use_32bit_attention)
 
 
 def family_for_generation(options: ZImageGenerationOptions) -> ZImage:
-    """Describe the family for zimage_generate_image.py."""
+    """Build the model description for zimage_generate_image.py."""
     return ZImage(_make_files(options), NO_OPTIONS, options.use_32bit_attention, options.even_steps)
 
 

@@ -67,7 +67,7 @@ GENERATION = image_defaults(25, 1.0, 256, embedded_guidance=DEFAULT_GUIDANCE)
 
 @dataclass(frozen=True)
 class KontextFiles(FluxFiles):
-    """Files of a run, in musubi-tuner's numbering: T5 is text encoder 1, CLIP-L is 2."""
+    """Files of a run of FLUX.1 Kontext, numbered as in musubi-tuner: T5 is text encoder 1, CLIP-L is 2."""
 
     dit_option: str = "--dit"
 
@@ -76,7 +76,7 @@ class KontextFiles(FluxFiles):
     t5_settings: ClassVar = T5
 
     def add_encoders(self, options: KontextTextOptions) -> "KontextFiles":
-        """Return a copy of these files with the text encoders' options added."""
+        """Return a copy with the text encoders' paths and settings from `options`."""
         return replace(
             self,
             t5xxl=options.text_encoder1,
@@ -196,17 +196,17 @@ class Kontext(Flux):
 
 
 def family_for_latent_caching(options: KontextLatentCachingOptions) -> Kontext:
-    """Describe the family for flux_kontext_cache_latents.py, which needs only the VAE."""
+    """Build the model description for flux_kontext_cache_latents.py, which needs only the VAE."""
     return Kontext(KontextFiles().add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: KontextTextCachingOptions) -> Kontext:
-    """Describe the family for flux_kontext_cache_text_encoder_outputs.py: only text encoders."""
+    """Build the model description for flux_kontext_cache_text_encoder_outputs.py: only text encoders."""
     return Kontext(KontextFiles().add_encoders(options.text))
 
 
 def family_for_training(options: KontextTrainingOptions) -> Kontext:
-    """Describe the family for flux_kontext_train_network.py."""
+    """Build the model description for flux_kontext_train_network.py."""
     return Kontext(
         _make_files(options),
         trained_guidance=options.embedded_guidance,
@@ -216,7 +216,7 @@ def family_for_training(options: KontextTrainingOptions) -> Kontext:
 
 
 def family_for_generation(options: KontextGenerationOptions) -> Kontext:
-    """Describe the family for flux_kontext_generate_image.py."""
+    """Build the model description for flux_kontext_generate_image.py."""
     return Kontext(_make_files(options), resizes_references=not options.no_resize_control)
 
 
