@@ -45,7 +45,7 @@ class AdapterAttention(nn.Module):
 
 
 class AdapterBlock(nn.Module):
-    """Self-attention, cross-attention to the states, and feed-forward, each with a norm before it."""
+    """Self-attention, cross-attention to the text encoder's states, and feed-forward, each pre-normed."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()

@@ -121,7 +121,7 @@ class Anima(ModelOfImages):
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the normalized posterior means of the images, in the VAE's dtype."""
+        """Encode images; return the normalized means of the VAE's posterior, in the VAE's dtype."""
         vae = encoders.vae
         images = replace(media, control=())
         entries = encode_images(

@@ -193,7 +193,7 @@ def read_dit_header(checkpoint: Checkpoint, adapter: Path | None = None) -> DitH
 
 @dataclass(frozen=True)
 class AnimaFiles(QwenImageFiles):
-    """Files of a run with Qwen-Image's VAE, Qwen3 and T5's tokenizer."""
+    """Model files for Anima: Qwen-Image's VAE, Qwen3 and T5's tokenizer."""
 
     dit_option: str = DIT_OPTION
     adapter: Path | None = None

@@ -205,7 +205,7 @@ def _shape_of(checkpoint: Checkpoint, name: str, axes: int) -> tuple[int, ...]:
 
 
 def _read_dilations(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return the trunk's dilations from the file's metadata; raise CheckpointError for unsupported values."""
+    """Return the trunk's dilations from the file's metadata; raise CheckpointError if unsupported."""
     stored = checkpoint.metadata.get("lllite.aspp_dilations", "")
     dilations = tuple(int(number) for number in re.findall(r"\d{1,9}", stored)) or DILATIONS
     if all(1 <= dilation <= MAX_DILATION for dilation in dilations):
@@ -343,7 +343,7 @@ def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values
 
 
 def _plan_for(dit: nn.Module, config: LlliteConfig) -> LllitePlan:
-    """Return the plan of a new ControlNet-LLLite for each block of a transformer."""
+    """Plan a new ControlNet-LLLite for a transformer: its config, and the layers to modify in each block."""
     num_blocks: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
     input_widths = {}
     for _, layer_path in list_layers(config.layers, 1):

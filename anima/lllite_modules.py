@@ -43,7 +43,7 @@ class LlliteConfig:
 
 
 def make_norm(channels: int) -> nn.GroupNorm:
-    """Return a GroupNorm with 8 groups, or with the largest of 4, 2 and 1 that divides the channels."""
+    """Return a GroupNorm with the largest of 8, 4, 2 and 1 groups that divides the channels."""
     groups = 8
     while channels % groups:
         groups //= 2
@@ -84,7 +84,7 @@ class ControlPyramid(nn.Module):
         self.proj = layer(size=1, dilation=1, inputs=channels * (len(dilations) + 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the pyramid to x, B C H W, and join its branches."""
+        """Apply the pooling pyramid to x, B C H W, and concatenate its branches."""
         views = [branch(x) for branch in self.branches]
         full = self.global_conv(x.mean(dim=(2, 3), keepdim=True))
         views.append(functional.interpolate(full, x.shape[2:], mode="bilinear", align_corners=False))
@@ -92,7 +92,7 @@ class ControlPyramid(nn.Module):
 
 
 class LlliteTrunk(nn.Module):
-    """Turn control images, B 3 or 4 H W in -1..1, into one condition per token, B L E, in row order."""
+    """Convert control images, B 3 or 4 H W in -1..1, to a condition per token, B L E, row by row."""
 
     def __init__(self, config: LlliteConfig) -> None:
         super().__init__()

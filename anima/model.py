@@ -64,9 +64,9 @@ class AnimaTokens:
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the block inputs for some tokens of x.
+        """Return the block inputs for a subset of the tokens in x.
 
-        `kept` are the ascending indices of these tokens, B K.
+        `kept` contains the ascending indices of these tokens, B K.
         """
         return replace(self, rotary=select_rotations(self.rotary, kept, num_left_out))
 
@@ -186,7 +186,7 @@ class AnimaBlock(nn.Module):
         return BranchModulation(*vectors.unsqueeze(1).chunk(3, dim=-1))
 
     def modulated_input(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
-        """Return the block's modulated input of self-attention, B L C, from its input x, B L C."""
+        """Return the modulated input of the block's self-attention, B L C, for the block input x, B L C."""
         branch = self.modulation(self.adaln_modulation_self_attn, tokens)
         return modulate(self.norm(x), branch.shift, branch.scale, tokens.dtype)
 

@@ -277,7 +277,7 @@ class AnimaFullTrainingOptions(AnimaLearningOptions, title=NAME):
 
 
 class AnimaGenerationOptions(Options, title=NAME):
-    """Options of anima_generate_image.py in addition to the shared ones."""
+    """Options of anima_generate_image.py in addition to the common ones."""
 
     dit: Path | None = option(
         "transformer checkpoint", flags=("--dit", "--pretrained_model_name_or_path"), often=True
@@ -341,7 +341,7 @@ def caching_options(options: AnimaLearningOptions) -> tuple[dict[str, Any], dict
 
 
 def generation_options(options: AnimaLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, with values, of a command that generates `sample` with the models of a training."""
+    """Return the command-line options, by flag, that generate `sample` with the models of a training run."""
     return {
         "--dit": options.dit or Placeholder("DIT_FILE"),
         "--llm_adapter_path": options.llm_adapter_path,

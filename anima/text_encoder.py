@@ -144,7 +144,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
 
 
 def check_tokens(ids: Tensor, vocabulary: int, path: Path) -> None:
-    """Raise CheckpointError if T5's tokenizer has more tokens than the adapter in `path` has embeddings."""
+    """Raise CheckpointError if T5's tokenizer has ids beyond the embeddings of the adapter in `path`."""
     largest = int(ids.max())
     if largest >= vocabulary or int(ids.min()) < 0:
         raise CheckpointError(

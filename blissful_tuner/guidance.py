@@ -108,7 +108,7 @@ class _NagOverrides:
         self._overrides = NO_OVERRIDES
 
     def of_section(self, section: Section) -> Overrides:
-        """Return the overrides for --nag_prompt in a section whose conditions are already on the device."""
+        """Return the overrides that apply --nag_prompt in a section; its conditions are on the device."""
         if section is not self._section:
             self._section = section
             self._overrides = self._make_overrides(section)
@@ -199,7 +199,7 @@ class _StepPlanner:
         )
 
     def _make_stream_stages(self, rule: StreamGuidance, scale: float) -> tuple[GuidanceStage, ...]:
-        """Return the guidance stages of one stream, images or audio, from its own guidance scales."""
+        """Return the guidance stages of one stream (images or audio), based on its own guidance scales."""
         text_scale = scale if rule.text_scale is None else rule.text_scale
         weights = {
             NEGATIVE: text_scale - 1,
@@ -300,7 +300,7 @@ def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
-        """Combine the velocities by the standard CFG formula."""
+        """Return the CFG velocity: negative + scale * (positive - negative)."""
         without = velocities[negative]
         return without + scale * (velocities[POSITIVE] - without)
 
@@ -351,7 +351,7 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
 
 
 def _has_guidance(stream: StreamGuidance) -> bool:
-    """Return whether a stream is guided other than by the guidance scale of the request."""
+    """Return whether a stream has guidance settings of its own, besides the request's guidance scale."""
     has_weights = bool(stream.perturbed_scale or stream.identity_scale)
     return has_weights or stream.modality_scale != 1 or stream.text_scale not in (None, 1)
 
@@ -562,7 +562,7 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
 
 
 def _name_scales(prepared: Prepared) -> dict[float, str]:
-    """Return, for messages, the first option that sets each guidance scale of a request."""
+    """Return, for messages, which option sets each guidance scale of a request (the first, if several do)."""
     request = prepared.request
     options_by_scale: dict[float, str] = {}
     if request.guidance_scale is not None:
@@ -578,7 +578,7 @@ def _name_scales(prepared: Prepared) -> dict[float, str]:
 
 
 def _describe_low_scale(scale: float, neutral_scale: float) -> str:
-    """Describe the effect of a guidance scale below `neutral_scale`, which turns guidance off."""
+    """Describe the effect of a guidance scale below `neutral_scale`, the scale without guidance."""
     # in the standard formula 1 turns guidance off, and 0 uses only the negative prompt
     weight = scale + 1 - neutral_scale
     effect = "leaves the prompt out"

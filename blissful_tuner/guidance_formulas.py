@@ -82,7 +82,7 @@ class PassPlan:
 
 
 def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tensor, sigma: float) -> Tensor:
-    """Apply all stages in turn to a stream's positive velocity, and return the guided velocity."""
+    """Apply the stages in order, starting from the stream's positive velocity; return the guided velocity."""
     velocity = velocities[POSITIVE]
     for stage in stages:
         if stage.takes_clean_latents:
@@ -116,9 +116,9 @@ def _sum_sample(products: Tensor) -> Tensor:
 #
 # Source: Fan et al. 2025, arXiv 2503.18886.
 def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
-    """Return the stage of CFG-Zero* (`--cfgzerostar_scaling`).
+    """Return the CFG-Zero* guidance stage (`--cfgzerostar_scaling`).
 
-    The negative velocity is first scaled, per sample, to be as close to the positive one as possible.
+    The negative velocity is first scaled, per sample, to be as close as possible to the positive one.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
@@ -256,7 +256,7 @@ def keep_token_norms(patch_size: int) -> GuidanceStage:
 
 
 def _measure_token_norms(velocity: Tensor, patch_size: int) -> Tensor:
-    """Return a multiple of each token's Euclidean norm, B F h w."""
+    """Return each token's Euclidean norm divided by the patch size, B F h w."""
     return functional.avg_pool2d(velocity.square().sum(dim=1), patch_size).sqrt()
 
 
@@ -264,7 +264,7 @@ def _measure_token_norms(velocity: Tensor, patch_size: int) -> Tensor:
 # velocity.  Source: Sadat et al. 2024, arXiv 2410.02416; `protocols.rules.Projection` has the first step that
 # uses it.
 class Momentum:
-    """Running sum of the differences between two passes over the steps of one section."""
+    """Running sum, over the steps of one section, of the difference between two velocities."""
 
     def __init__(self, factor: float) -> None:
         """Start the sum at 0; `factor` multiplies it before each new difference is added."""
@@ -308,10 +308,10 @@ def project_momentum(rule: Projection, momentum: Momentum, negative: Pass) -> Gu
 
 
 def _project(vector: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Split each sample of a tensor into its parts parallel and orthogonal to a direction.
+    """Split each sample of a tensor into its components parallel and orthogonal to a direction.
 
-    It is computed in float64, as in the released code, because the orthogonal part is a small difference of
-    large numbers. MPS has no float64.
+    As in the released code, this is computed in float64 (except on MPS, which has none), because the
+    orthogonal component is a small difference of large numbers.
     """
     exact_dtype = vector.dtype if vector.device.type == "mps" else torch.float64
     exact = vector.to(exact_dtype)

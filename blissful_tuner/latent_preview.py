@@ -59,7 +59,7 @@ class LatestWriter(Generic[Item]):
         self._thread: threading.Thread | None = None
 
     def put(self, item: Item) -> None:
-        """Queue an item for writing in place of a waiting one, and return immediately."""
+        """Queue an item for the writer thread, replacing any waiting item, and return immediately."""
         with self._changed:
             self._waiting = item
             self._changed.notify()
@@ -102,7 +102,7 @@ CPU = torch.device("cpu")
 
 
 class PendingPreview(NamedTuple):
-    """A preview that waits to be written."""
+    """A preview that has not been written yet."""
 
     frames: Callable[[], Iterator[Frame]]  # H W 3; may wait for the device
     fps: float
@@ -111,7 +111,7 @@ class PendingPreview(NamedTuple):
 
 @dataclass
 class LatentPreviews:
-    """Previews of all clips of a run, which replace each other in one file."""
+    """Latent previews of all clips in a run; each preview overwrites the previous one in the same file."""
 
     every: int  # number of steps or sections between previews
     folder: Path
@@ -242,7 +242,7 @@ class _ClipPreviews:
         self.writer = LatestWriter(previews.write, REST_ON_CPU if self.is_on_cpu else 0.0)
 
     def watch(self, done: CompletedStep) -> bool:
-        """Preview the clean clip predicted from a step, without audio; False lets denoising continue."""
+        """Preview the clean images predicted at a step (not audio). Return False: denoising continues."""
         if done.section.count == 1 and self.first_step <= done.step.index < done.step.num_steps - 1:
             self._show(lambda: done.image_latents, done.step.index + 1)
         return False
@@ -255,7 +255,7 @@ class _ClipPreviews:
             self._show(lambda: so_far, self.made_sections)
 
     def _show(self, latents: Callable[[], Tensor], count: int) -> None:
-        """Show a clip if a preview is due after `count` steps or sections."""
+        """Write a preview of the clip if one is due after `count` steps or sections."""
         if count % self.previews.every or self.previews.has_ended:
             return
         with self.previews.optional(), torch.no_grad():

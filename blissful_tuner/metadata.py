@@ -265,7 +265,7 @@ def read_frame_rate(metadata: Mapping[str, str]) -> float | None:
 
 
 def read_visible_region(metadata: Mapping[str, str]) -> Box | None:
-    """Return the stored region of the decoded pixels that forms the result; None if all of them do."""
+    """Return the region of the decoded pixels to keep, read from the metadata; None for the whole frame."""
     text = read_value(metadata, SHOWN) or ""
     if not re.fullmatch(r"[0-9]{1,5}( [0-9]{1,5}){3}", text):
         return None

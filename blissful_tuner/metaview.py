@@ -40,7 +40,7 @@ MAX_OF_VALUE = 20_000  # characters in a line; training notes of LoRA files can 
 
 
 class MetaviewOptions(Options):
-    """Files to read and how to show their metadata."""
+    """Command-line options of metaview: the files to read and how to show their metadata."""
 
     input_file: tuple[Path, ...] = option(
         "videos (mkv, mp4, mov), images (png), latents and LoRAs (safetensors), or folders of them",

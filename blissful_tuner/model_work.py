@@ -46,7 +46,7 @@ _TO_SAY_WHICH = "--full_target_keys and --full_exclude_keys leave tensors out"
 
 
 class ModelUtilityOptions(Options):
-    """The file to examine, and the result to write."""
+    """Command-line options of the model utility: the file to examine and the file to write."""
 
     input: Path = option(
         "a model (.safetensors, .sft, .pt, .pth, .bin, .ckpt), one of its shards, an index.json, or a folder "
@@ -159,7 +159,7 @@ class ModelSummary:
 
     @property
     def file_bytes(self) -> int:
-        """Return the size of all files in bytes."""
+        """Return the total size of the files in bytes."""
         return sum(file.stat().st_size for file in self.files)
 
     @property
@@ -291,12 +291,12 @@ def file_hashes(path: Path) -> dict[str, str]:
 
 
 def _shorten_line(text: str) -> str:
-    """Return a text as one line of at most MAX_OF_VALUE characters."""
+    """Return a text as one line, shortened to at most MAX_OF_VALUE characters."""
     return shorten(_join_lines(text), MAX_OF_VALUE)
 
 
 def _join_lines(text: str) -> str:
-    """Return a text as one line that still shows where lines broke."""
+    """Return a text as a single line in which the line breaks stay visible."""
     return text.replace("\n", "\\n")
 
 
@@ -441,7 +441,7 @@ def _describe_kind(model_functions: ModelFunctions, checkpoint: Checkpoint) -> s
 
 
 def _list_tensors(options: ModelUtilityOptions, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the tensors to list. Raises OptionError if the options leave none."""
+    """Return the tensors that the options select for listing; raise OptionError if no tensor is left."""
     selection = _make_selection(options)
     listed_tensors = {name: info for name, info in tensors.items() if selection.selects(name)}
     if not listed_tensors:

@@ -153,7 +153,7 @@ class GuidanceOptions(Options, title="guidance"):
 
     @property
     def scaled_steps(self) -> int:
-        """Return the number of initial steps whose velocity CFG-Zero* scales; 0 if the factor is 1."""
+        """Return for how many initial steps CFG-Zero* scales the velocity; 0 if the factor is 1."""
         return max(self.cfgzerostar_init_steps, 0) if self.cfgzerostar_multiplier != 1 else 0
 
 
@@ -180,7 +180,7 @@ PLAIN_GUIDANCE = GuidanceOptions.from_defaults()
 
 
 class PromptOptions(Options, title="prompts"):
-    """How to process the prompts of a video: wildcards to draw, and weights of parts."""
+    """Options to process a video's prompts: wildcards and prompt weights."""
 
     prompt_wildcards: Path | None = option(
         "folder of text files: __name__ in a prompt becomes a line of name.txt, drawn by the seed",
@@ -209,7 +209,7 @@ MODES = ("normal", "master")
 
 
 class PromptRewriteOptions(Options, title="prompts that a chat model rewrites"):
-    """How prompts are rewritten before they are encoded."""
+    """Options to rewrite prompts with a chat model before they are encoded."""
 
     # not recorded: outputs record the rewritten text instead
     prompt_rewrite: str | None = option(
@@ -294,7 +294,7 @@ COMPUTES_ALL = "a calibration computes every step, a cache skips some"
 
 
 class StepCacheOptions(Options, title="step caches: skip passes that resemble those before"):
-    """Which step cache to use; `blissful_tuner.step_cache.select_step_cache` adds a prompt line's values."""
+    """Which step cache to use; `blissful_tuner.step_cache.select_step_cache` adds values of a prompt line."""
 
     magcache_mag_ratios: tuple[float, ...] | None = option(  # None: no MagCache
         "skip by MagCache, with these ratios as --magcache_calibration prints them; they are resampled to "

@@ -43,7 +43,7 @@ INSTRUCTIONS: Mapping[str, str] = {
 
 
 class PromptRewriter:
-    """A chat model with its tokenizer; greedy decoding gives equal prompts equal answers."""
+    """Rewrite prompts with a chat model; greedy decoding makes the result deterministic."""
 
     def __init__(self, folder: Path, mode: str) -> None:
         """Set up the rewriter; `load` reads the files.

@@ -42,7 +42,7 @@ _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:*?\"<>|]")
 
 @dataclass(frozen=True)
 class Lines:
-    """Choices of a wildcard: the file's lines, their line numbers, and cumulative sums of their weights."""
+    """Lines of a wildcard file to choose from, with their line numbers and cumulative weights."""
 
     path: Path
     texts: tuple[str, ...]
@@ -52,7 +52,7 @@ class Lines:
 
 @dataclass
 class Drawing:
-    """Draws the random parts of all texts of one video: wildcards and alternatives."""
+    """Draw the random parts, wildcards and alternatives, in all prompts of one video."""
 
     options: PromptOptions
     random: Random
@@ -296,7 +296,7 @@ Choose = Callable[[Sequence[float]], int]
 
 @dataclass
 class _Group:
-    """Positions of a group's braces, and of the bars between its alternatives."""
+    """Positions of a group's braces, and of the bars that separate its alternatives."""
 
     start: int
     end: int = 0
@@ -348,7 +348,7 @@ def _expand_groups(text: str, groups: Sequence[_Group], choose: Choose, start: i
 
 
 def _list_alternatives(text: str, group: _Group) -> list[_Alternative]:
-    """Return a group's alternatives in order."""
+    """Return the alternatives of a brace group such as `{a|2::b}`, in order, with their weights."""
     alternatives = []
     for border, end in pairwise([group.start, *group.bar_positions, group.end]):
         match = _WEIGHT.match(text, border + 1, end)
@@ -406,7 +406,7 @@ _PARENTHESES = re.compile(r"\\[()]|[()]")
 
 
 class _OpenParenthesis(NamedTuple):
-    """An opening parenthesis whose closing one has not been found yet."""
+    """An opening parenthesis that is still unclosed."""
 
     piece_index: int
     position: int  # in the text without weight marks

@@ -121,7 +121,7 @@ def _check_calibration(option: str, prepared: Prepared, min_steps: int) -> None:
 
 
 class StepCaches:
-    """Step caches that wrap the blocks of the networks generating one video."""
+    """Step caches around the blocks of the networks that generate one video."""
 
     def __init__(self, prepared: Prepared, spec: DitSpec) -> None:
         """Set up what a request selects: a rule for skipping passes, or a calibration, which only measures.
@@ -176,7 +176,7 @@ class StepCaches:
         self._num_skipped += cache.skipped
 
     def report(self) -> None:
-        """Log the number of skipped passes, or the measurements, once the video's latents are finished."""
+        """When the video's latents are finished, log the number of skipped passes or the calibration."""
         if self._calibration is None:
             name = "MagCache" if isinstance(self._settings, MagCache) else "TeaCache"
             logger.info("%s skipped %d of %d passes", name, self._num_skipped, self._num_passes)

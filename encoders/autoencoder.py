@@ -169,10 +169,10 @@ PIXELS = 8  # height and width of one latent pixel, in pixels
 
 
 class ImageVae(nn.Module):
-    """Base class of image autoencoders; images are clips of one frame. Subclasses set both networks.
+    """Base class of image autoencoders; an image is a clip of one frame. Subclasses set encoder and decoder.
 
-    Build it on the meta device. `tile` is the edge of a tile in pixels, a multiple of `stride`; larger images
-    are computed in tiles, which changes the result slightly. None means no tiles.
+    Build it on the meta device. `tile` is the tile edge in pixels, a multiple of `stride`; larger images are
+    processed in tiles, which changes the result slightly. None disables tiling.
     """
 
     stride: ClassVar[int]  # height and width of one latent pixel, in pixels

@@ -50,7 +50,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LayerConfig(Protocol):
-    """The part of a tower's configuration that its layers read."""
+    """The fields of a tower's configuration that its layers use."""
 
     @property
     def dim(self) -> int:
@@ -86,7 +86,7 @@ def check_activation(config: LayerConfig, path: Path, hint: str) -> None:
 
 
 class ClipAttention(nn.Module):
-    """Attention among all tokens; if `is_causal`, of each token to itself and earlier ones."""
+    """Self-attention; if `is_causal`, each token attends only to itself and earlier tokens."""
 
     def __init__(self, config: LayerConfig, is_causal: bool) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class ClipAttention(nn.Module):
         self.out_proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the attended tokens, B L C as the input."""
+        """Return the tokens after attention, B L C like the input."""
         # each B N L D
         q, k, v = (
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -136,7 +136,7 @@ class ClipLayers(nn.Module):
         self.layers = nn.ModuleList(ClipLayer(config, is_causal) for _ in range(config.num_layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the tokens after all layers, B L C as the input."""
+        """Return the tokens after all layers, B L C like the input."""
         for layer in self.layers:
             x = layer(x)
         return x
@@ -249,7 +249,7 @@ def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, naming:
 
 
 class ClipVisionEmbeddings(nn.Module):
-    """Embed patches, insert the class token before the patches, and add position embeddings."""
+    """Embed patches, prepend the class token, and add position embeddings."""
 
     def __init__(self, config: ClipVisionConfig) -> None:
         super().__init__()

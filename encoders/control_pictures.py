@@ -97,7 +97,7 @@ def controls_of(batch: Batch, latents: Tensor, stride: int, network_name: str) -
 
 
 def check_control(option: str, path: Path) -> None:
-    """Raise OptionError if the control image that `option` names cannot be read."""
+    """Raise OptionError if the control image given by `option` cannot be read."""
     if not path.is_file():
         raise OptionError(f"{option} {path}: no such picture. Correct the path")
     check_opens(option.removeprefix("--"), path, is_image=True)

@@ -115,7 +115,7 @@ class TransformerFiles(ABC):
         """Load the VAE."""
 
     def vae_identity(self) -> Mapping[str, str]:
-        """Return entries of cache records: all that latents depend on except the pixels."""
+        """Return fields of cache records: everything that latents depend on except the pixels."""
         dtype = dtype_name(self.encoder_dtype(self.vae_dtype, self.vae_default))
         return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 
@@ -253,7 +253,7 @@ class OneTransformer:
 
     @property
     def experts(self) -> tuple[Expert, ...]:
-        """The only network, which is used at all noise levels."""
+        """A single expert: one network for all noise levels."""
         return ONE_EXPERT
 
     @property
@@ -307,7 +307,7 @@ class OneTransformer:
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """The checkpoint of the transformer, whose header has been checked."""
+        """The transformer's checkpoint, after its header has been checked."""
         self.files.dit_header()
         return (self.files.dit_path,)
 

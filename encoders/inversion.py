@@ -116,7 +116,7 @@ def write_vectors(
 
 
 def _leave_command(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -> Sequence[str]:
-    """Return the command of a sample unchanged, because the LoRA's file also contains the word."""
+    """Return the generation command unchanged: the LoRA's file also contains the learned word."""
     return base
 
 
@@ -272,7 +272,7 @@ class Inversion:
         return [ids[index % len(ids)] for index in range(count)]  # repeated from the start, or cut
 
     def _tokenize_init_word(self, encoder: InvertedEncoder) -> list[int]:
-        """Return the token ids of the initial word; raise OptionError if a text encoder has none for it."""
+        """Return the token ids of the initialization word; raise OptionError if an encoder has none."""
         init_word = self.word_options.init_word or ""
         ids = encoder.tokenize(init_word)
         if not ids:

@@ -273,12 +273,12 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def token_bytes(self) -> int:
-        """Size in bytes of the states of one token."""
+        """Size in bytes of one token's hidden states."""
         return self._config.dim * len(self.settings.state_indices) * self.dtype.itemsize
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Entries of cache records: all that states depend on except the text, such as network and dtype."""
+        """Fields of cache records: everything that states depend on except the text, e.g. dtype."""
         config = self._config
         return self.identify(
             self.settings.record_prefix or self.name,
@@ -459,7 +459,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return results
 
     def _length_alone(self, ids: list[int], num_template_tokens: int) -> int:
-        """Return the number of tokens, including the template's, that a prompt has if it is encoded alone."""
+        """Return the prompt's length in tokens if it were encoded alone, including the template's tokens."""
         if self.settings.pad_to_multiple_of:
             return self._select_length([ids], num_template_tokens)
         return len(ids)
@@ -614,7 +614,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """Load the vision tower onto a device, unless it is loaded or the family uses no images.
 
         Raises:
-            CheckpointError: If the file has no vision tower, or that of another model.
+            CheckpointError: If the file has no vision tower, or the tower of a different model.
         """
         network, _ = self._loaded.get()
         if self.settings.image_format is not None and not hasattr(network, "visual"):
@@ -658,7 +658,7 @@ class LanguageModelFiles(TransformerFiles):
         """Return the settings of the family for its language model."""
 
     def add_text(self, options: TextEncoderOptions) -> Self:
-        """Return a copy with the options of the text encoder."""
+        """Return a copy with the settings of the text encoder options: file, tokenizer, dtype and device."""
         return replace(
             self,
             text_encoder=options.text_encoder,
@@ -675,7 +675,7 @@ class LanguageModelFiles(TransformerFiles):
         return require_file(self.text_encoder, model.option, f"{model.description} encodes the prompts")
 
     def language_model(self) -> LanguageModelEncoder:
-        """Return the language model; its file is opened when it is loaded."""
+        """Return the language model's encoder without opening its file, which `load` does."""
         return self.encoder_class(
             self.encoder_settings,
             self.text_encoder_path,

@@ -76,7 +76,7 @@ _COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq")
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A released language model: how its files are recognized, and settings that its tensors do not show."""
+    """A released language model: how to recognize its files, and settings that its tensors do not show."""
 
     description: str  # for messages, such as "a Llama language model"
     option: str  # option for its file
@@ -366,7 +366,7 @@ def _find_head_dim(
 
 
 def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
-    """Return patterns of tensors that are not loaded from a file with `all_layers` layers."""
+    """Return name patterns of the tensors to skip when loading a file with `all_layers` layers."""
     names = [*_COMPUTED]
     names += [f"{start}*" for start in OTHER_TENSORS]
     names += [f"layers.{index}.*" for index in range(config.num_layers, all_layers)]

@@ -111,7 +111,7 @@ class WordEncoder(TextEncoder, Protocol):
 
 
 def takes_words(encoder: TextEncoder) -> TypeGuard[WordEncoder]:
-    """Return whether a text encoder accepts vectors of additional words."""
+    """Return whether the embeddings of a text encoder can be extended by additional words."""
     return encoder.abilities.accepts_new_words
 
 

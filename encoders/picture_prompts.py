@@ -266,7 +266,7 @@ def _import_processor() -> Any:
 
 
 class PromptEmbeddings(NamedTuple):
-    """Embeddings of prompts in which image features replace the placeholder tokens of images."""
+    """Prompt embeddings in which image features replace the image placeholder tokens."""
 
     embeddings: Tensor  # B L C
     position_ids: (

@@ -89,7 +89,7 @@ class AutoencoderFiles(TransformerFiles):
         return load_autoencoder(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
-        """Check that the VAE's file is FLUX's autoencoder, from its header."""
+        """Check by its header that the VAE file is FLUX's autoencoder."""
         read_autoencoder_header(self.vae_path, self.vae_option)
 
 
@@ -257,9 +257,9 @@ class ModelOfImages(OneTransformer):
     # generation
 
     def resolve_image(self, request: Request, flow_shift: float, negative: str = "") -> Prepared:
-        """Resolve a request for one image: check files, fill in defaults, round its size to whole patches.
+        """Check the model files and resolve an image request: fill in defaults, round the size to patches.
 
-        `flow_shift` and `negative` (prompt) are the defaults of the model.
+        `flow_shift` and `negative` (the negative prompt) are the model's defaults.
         """
         self.files.check()
         request = self.keep_media(request, self.display_name)
@@ -293,7 +293,7 @@ class ModelOfImages(OneTransformer):
         return request
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Return whether the request has control images, the only media that the network takes."""
+        """Return whether the request has control images, the only media input of this network."""
         return bool(prepared.request.control_images)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:

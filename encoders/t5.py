@@ -89,7 +89,7 @@ class T5Naming:
         return frozenset({self.states_key} if self.mask_key is None else {self.states_key, self.mask_key})
 
     def read_width(self, checkpoint: Checkpoint) -> int:
-        """Return the number of channels of a state, from the header of a file."""
+        """Return the number of channels of a hidden state, from the header of a file."""
         return read_t5(checkpoint, self.kind).config.dim
 
 
@@ -214,9 +214,9 @@ def read_byt5_header(path: Path) -> T5Config:
 
 
 def byte_rows(texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask, each B L int64: the bytes of each text, an end token, padding.
+    """Return ByT5's token ids and mask, each B L int64: the bytes of each text, an end token, padding.
 
-    `length` is L; longer texts are cut before the end token.
+    `length` is L; longer texts are truncated so that the end token fits.
     """
     rows = []
     for text in texts:

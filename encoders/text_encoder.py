@@ -48,7 +48,7 @@ class Tokens(NamedTuple):
     char_spans: list[CharSpan]  # character range of each token; None for tokens that the tokenizer adds
 
     def count_after(self, end: float = math.inf) -> int:
-        """Return the number of tokens from character `end` on, including the end token."""
+        """Return the number of tokens that start at character `end` or later, including the end token."""
         number = 0
         for span in reversed(self.char_spans):
             if span is not None and span[0] < end:
@@ -83,7 +83,7 @@ class TextTokenizer:
 
 
 class _WordReader:
-    """Tokenize texts with additional words: tokenize the text between the words, then insert their ids."""
+    """Tokenize text that contains additional words: tokenize the text between them, and insert their ids."""
 
     def __init__(self, read: Callable[[str], Tokens], words: Mapping[str, Sequence[int]]) -> None:
         names = sorted(words, key=len, reverse=True)  # longest first: a word may be a prefix of another
@@ -132,7 +132,7 @@ class _WordReader:
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """Where to look for an encoder's tokenizer, and which special tokens to put around a text."""
+    """Where to find an encoder's tokenizer, and which special tokens to add around a text."""
 
     files: TokenizerFiles
     begin: str = ""  # begin token, which is added if the tokenizer does not add it
@@ -509,12 +509,12 @@ class FileTextEncoder(ABC, Generic[Network]):
         """
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return the conditions of each prompt, with the keys `keys`, on the CPU; gradients are kept.
+        """Encode prompts; return each prompt's conditions (with the keys `keys`) on the CPU, with gradients.
 
         States are multiplied by the prompt weights of their tokens.
 
         Raises:
-            CheckpointError: If the tokenizer has more tokens than the network.
+            CheckpointError: If the tokenizer has more tokens than the network has embeddings.
         """
         return self.encode_templated([self.apply_template(prompt) for prompt in prompts], self.compute)
 

@@ -32,7 +32,7 @@ class AxisTiling:
 
     @property
     def stride(self) -> int:
-        """Distance between the starts of neighboring tiles; a quarter of a tile overlaps the next one."""
+        """Distance between the starts of neighboring tiles, which overlap by a quarter of a tile."""
         return int(self.size * 0.75)
 
     def input_slice(self, start: int) -> slice:
@@ -125,7 +125,7 @@ class Tile:
         return slice(self.start * pixels_per_latent, (self.start + self.size) * pixels_per_latent)
 
     def weights(self, pixels_per_latent: int) -> Tensor:
-        """Return the weight of this tile for each pixel: 1 inside, a linear ramp in the overlaps.
+        """Return this tile's blend weight for each pixel: 1 inside, a linear ramp in the overlaps.
 
         The weights of overlapping tiles sum to 1.
         """

@@ -184,7 +184,7 @@ class RequestBuilder:
 
 
 def _check_has_parts(num_parts: int) -> None:
-    """Raise OptionError for a mask without input image if the prompt has no parts to give regions."""
+    """Raise OptionError if a mask without an input image cannot define regions: the prompt has one part."""
     if num_parts == 1:
         raise OptionError(
             "--mask_path is for a picture (--image_path) or for a prompt of several parts, but this one has "

@@ -321,7 +321,7 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
 
 
 def _check_vae_dimensions(path: Path, option: str, names: Collection[str], channels: int) -> None:
-    """Raise CheckpointError if a VAE has other latent channels or levels than those of Stable Diffusion."""
+    """Raise CheckpointError unless the VAE has Stable Diffusion's number of latent channels and levels."""
     levels = {dialects.count(names, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
     if channels != LATENT_CHANNELS or levels != {VAE_LEVELS}:
         raise CheckpointError(
@@ -375,7 +375,7 @@ def band_convolutions(network: nn.Module, bands: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _BandedConv2d:
-    """Compute a convolution in bands of rows to save memory."""
+    """Computes a convolution in bands of rows to save memory."""
 
     conv: nn.Conv2d
     num_bands: int

@@ -126,7 +126,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class RequestedImage:
-    """One image to generate, with variants selected, settings resolved and files found."""
+    """One image to generate; its variants are selected, its settings resolved and its files found."""
 
     label: str  # in messages: "line 3"
     prompt: str  # with weights, BREAK and AND; without variants

@@ -239,7 +239,7 @@ class BatchGuides:
 
 
 def is_active(spec: ControlSpec, call: UnetCall) -> bool:
-    """Return whether a ControlNet is active in this step, one of the first `ratio` of all steps."""
+    """Return whether a ControlNet is active at this step: the first `ratio` of all steps."""
     return call.step / call.num_steps <= spec.ratio
 
 

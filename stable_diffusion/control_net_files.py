@@ -158,10 +158,10 @@ def _read_control_net(
 
 
 def _read_settings_without_tensors(path: Path) -> dict[str, Any]:
-    """Read settings that tensors do not show: the color order, and whether residuals are averaged.
+    """Read settings that tensors do not show: the color order, and whether control residuals are averaged.
 
-    A diffusers folder has both in its config.json. For single files, residuals are averaged if the name
-    contains "shuffle", as for the released model.
+    A diffusers folder stores both in config.json. For a single file, residuals are averaged if the file name
+    contains "shuffle", like the name of the released model.
     """
     file = path / "config.json"
     if not file.is_file():

@@ -34,7 +34,7 @@ _HINT_BLOCK = re.compile(r"controlnet_cond_embedding\.blocks\.(\d+)\.(\w+)")
 
 
 class TrainedControlNet(nn.Module):
-    """A ControlNet that is trained together with a frozen U-Net."""
+    """A trainable ControlNet together with its frozen U-Net."""
 
     def __init__(self, network: ControlNetModel, new_layers_lr: float | None) -> None:
         """Store the network to train.

@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def unet_class() -> type[Any]:
-    """Import diffusers' U-Net class on first use."""
+    """Import and return diffusers' U-Net class."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return UNet2DConditionModel
 
 
 def vae_class() -> type[Any]:
-    """Import diffusers' VAE class on first use."""
+    """Import and return diffusers' VAE class."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return AutoencoderKL

@@ -324,7 +324,7 @@ class StableDiffusion(ModelOfImages):
         return None if network is None or network.in_text_encoders else network
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise an error if a dataset table lacks control images that the trained network needs."""
+        """Raise an error if a dataset table has no control images although the trained network needs them."""
         if self._control_network is not None:
             table = control_pictures.check_controls(table, self._control_network.label)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
@@ -364,13 +364,13 @@ class StableDiffusion(ModelOfImages):
     def encode_masked(
         self, encoders: MediaEncoders, pixels: Tensor, mask: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Return an inpainting model's additional input: the mask and the masked image's latents, 5 1 h w.
+        """Return an inpainting U-Net's additional channels: the mask and the masked image's latents, 5 1 h w.
 
         Args:
             encoders: The loaded VAE.
             pixels: The image, 1 C H W, -1..1.
             mask: Mask, H W; nonzero pixels are repainted.
-            generator: Draws the sample of the posterior.
+            generator: Random generator to sample the posterior with.
         """
         return {INPAINTING: make_inputs(encoders.vae, pixels, mask.float(), generator, self.latent)}
 
@@ -483,7 +483,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def learning_parts(self) -> LearningParts:
-        """Learning rates of text encoders and U-Net blocks, and how long text encoders are trained."""
+        """Learning rates of text encoders and U-Net blocks; number of steps with text encoder training."""
         options = self.options
         return LearningParts(options.text_rates, options.block_rates, options.text_steps)
 
@@ -890,7 +890,7 @@ def with_control_net(
 
 
 def _check_block_rates(rates: Sequence[float], files: TrainingFiles) -> None:
-    """Raise OptionError if the number of rates differs from the number of U-Net blocks."""
+    """Raise OptionError if the number of learning rates differs from the number of U-Net blocks."""
     numbered = number_blocks(files.unet_config) if rates else None
     if numbered is not None and len(rates) != numbered.count:
         sides = ", ".join(

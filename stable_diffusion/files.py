@@ -170,7 +170,7 @@ def _find_kind(names: Iterable[str]) -> ModelKind | None:
 
 
 def _describe_other(names: Collection[str], kind: ModelKind | None) -> str | None:
-    """Return which unsupported model has these tensor names; None if the model may be supported."""
+    """Describe the unsupported model that has these tensor names; None if the model may be supported."""
     for prefix, description in _UNSUPPORTED_BY_PREFIX:
         if _has_prefix(names, prefix):
             return description

@@ -303,7 +303,7 @@ def check_guides(options: GuideOptions) -> GuideOptions:
 
 
 def _check_clip(path: Path) -> None:
-    """Raise CheckpointError if a file or folder is not a CLIP with text and image encoder, by its headers."""
+    """Raise CheckpointError unless the headers show a CLIP with both a text and an image encoder."""
     with open_checkpoint(path) as checkpoint:
         width = read_clip_vision(checkpoint, CLIP.option, CLIP.release).config.projection_dim
         dim = read_clip_text(checkpoint, CLIP).config.dim

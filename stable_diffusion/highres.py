@@ -143,7 +143,7 @@ FIRST, SECOND = "0", "1"  # part of file names, before the index of the image
 
 @dataclass(frozen=True, eq=False)
 class SavedStage:
-    """Images of one stage to save, with the text that marks the stage in file names."""
+    """Images of one sampling stage to save, and the stage marker for their file names."""
 
     # with the requested seeds and this stage's settings
     requests: Sequence[RequestedImage]

@@ -241,7 +241,7 @@ def _expand_groups(text: str, random: Random) -> Iterator[str]:
 
 
 def _read_group(content: str) -> _ChoiceGroup:
-    """Parse the content of a variant group in a prompt."""
+    """Parse the content of a variant group (`{...}`) in a prompt."""
     counts = _COUNTS.match(content)
     if counts is None:
         return _ChoiceGroup(content.split("|"), minimum=1, maximum=1, separator=JOINER)
@@ -269,7 +269,7 @@ class Inputs:
     guides_per_image: int = 1  # number of guides of each image: one for each ControlNet
 
     def image(self, number: int) -> Path | None:
-        """Return the input image of image `number`, counted from 0, cycling through the files."""
+        """Return the input image for output `number`, counted from 0; files are reused in turn."""
         return _in_turn(self.images, number)
 
     def mask(self, number: int) -> Path | None:
@@ -339,7 +339,7 @@ class Line:
 
     @property
     def is_from_metadata(self) -> bool:
-        """Whether the prompt comes from image metadata, in which options and variants are not parsed."""
+        """Whether the prompt comes from image metadata; options and variants in it are not parsed."""
         return self.image_number is not None
 
 

@@ -172,7 +172,7 @@ def _start_sizes(options: SdxlLlliteTrainingOptions) -> tuple[int, int]:
 
 
 def _check_file(options: SdxlLlliteTrainingOptions) -> None:
-    """Check --network_weights by its header; raise CheckpointError or OptionError if it does not fit."""
+    """Check by its header that the LLLite --network_weights fits; raise CheckpointError or OptionError."""
     path = options.network_weights
     if path is None:
         return

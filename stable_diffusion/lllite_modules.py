@@ -56,7 +56,7 @@ class LlliteDimensions:
 
 
 class LlliteModule(nn.Module):
-    """LLLite module that changes the input of one layer; attribute names are those in files."""
+    """LLLite module that modifies the input of one layer; attribute names match the tensor names in files."""
 
     def __init__(self, dimensions: LlliteDimensions, dropout: float = 0.0) -> None:
         super().__init__()

@@ -96,7 +96,7 @@ class _LlliteBatch:
         self._embeddings: dict[LlliteModule, tuple[Tensor, Tensor]] = {}
 
     def begin(self, call: UnetCall) -> UnetCall:
-        """U-Net hook: select the guide images that are active in this call, which is returned unchanged."""
+        """U-Net hook: select the guide images that are active in this call. Return the call unchanged."""
         images = self._guides.resize_for(call, self._dtype)
         self._active_guides = []
         for spec, spec_images in zip(self._specs, images, strict=True):

@@ -334,7 +334,7 @@ def _make_networks(
 
 
 def _load_weights(networks: Sequence[_NetworkToLoad], device: torch.device) -> None:
-    """Load weights from the open files; on the meta device, compare only names and shapes."""
+    """Load the networks' weights from the open files; on the meta device, only compare names and shapes."""
     for network, plan, dtype, label in networks:
         filled = load_planned(
             plan, partial(_return_network, network), device=device, dtype=dtype, label=label
@@ -343,7 +343,7 @@ def _load_weights(networks: Sequence[_NetworkToLoad], device: torch.device) -> N
 
 
 def _return_network(network: Any, _: Any) -> Any:
-    """Return the network that `load_planned` would otherwise build from the plan's configuration."""
+    """Return an existing network: a builder for `load_planned`, which ignores the plan's configuration."""
     return network
 
 
@@ -354,7 +354,7 @@ def _select_dtype(options: ModelOptions) -> torch.dtype:
 
 
 def check_attention(options: ModelOptions, device: torch.device) -> None:
-    """Raise OptionError if xformers is requested but cannot be used on this device."""
+    """Raise OptionError if xformers is requested but not usable on this device."""
     if not options.xformers and not options.diffusers_xformers:
         return
     try:

@@ -278,7 +278,7 @@ def _merge(targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora
 
 
 def _log_added(weighted: WeightedLora, layers: Sequence[LoraBranch]) -> None:
-    """Log how many modules a LoRA changes, and how many of them are recomputed at each step."""
+    """Log how many modules a LoRA changes, and how many of them recompute their weights at each step."""
     anew = sum(layer.needs_full_matrix for layer in layers)
     hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
     modules = format_count(len(layers), "module")

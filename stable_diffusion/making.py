@@ -38,7 +38,7 @@ class BatchHook(Protocol):
 
 
 class _TextStates(NamedTuple):
-    """Text states of a batch, with one entry for each image."""
+    """Text states of a batch, one per image."""
 
     positive: list[contract.TextState]
     negative: list[contract.TextState] | None  # None without guidance
@@ -106,7 +106,7 @@ class ImageGenerator:
         return contract.StageResult(latents, images)
 
     def _group_indices(self, requests: Sequence[contract.RequestedImage]) -> list[list[int]]:
-        """Return the indices of the requests in groups that can be generated together."""
+        """Group requests that can share a batch; return their indices by group."""
 
         def group_key(index: int) -> tuple[int, ...]:
             request = requests[index]

@@ -42,7 +42,7 @@ def load_for_inpainting(options: GenImgOptions, device: torch.device) -> ImageGe
 
 
 def make_mask(image: InpaintingImageOptions, seed: int) -> Image.Image:
-    """Return the mask at the size of the result, from a file or as a wavy ellipse that the seed draws."""
+    """Return the mask at the size of the result: read from a file, or a wavy ellipse drawn with the seed."""
     height, width = image.size
     if image.mask is not None:
         return resize_mask(image.mask, height, width)

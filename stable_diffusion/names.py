@@ -52,7 +52,7 @@ class BlockPaths(NamedTuple):
 
 
 class SamplerPaths(NamedTuple):
-    """Paths of a downsampler and of the upsampler with the same level index, in LDM and diffusers."""
+    """Module paths of a downsampler and of the upsampler at the same level index, in LDM and in diffusers."""
 
     ldm_downsampler: str  # in LDM
     ldm_upsampler: str  # in LDM, if the upsampler's level has attentions, which come before it

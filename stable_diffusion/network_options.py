@@ -84,7 +84,7 @@ class ControlOptions(Options, title="ControlNet"):
 
     @property
     def flag(self) -> str:
-        """Option that names the networks, for messages."""
+        """Option that selects the control networks, for messages."""
         return "--control_net_lllite_models" if self.control_net_lllite_models else "--control_net_models"
 
     @property

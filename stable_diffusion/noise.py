@@ -23,7 +23,7 @@ MAX_SNR = 1000.0
 
 @dataclass(frozen=True)
 class VariedNoise:
-    """Change training noise by an offset for each channel and by noise of lower resolutions."""
+    """Modify training noise: add a constant offset per channel, and noise of lower resolutions."""
 
     offset: float | None = None
     offset_is_random: bool = False  # whether a random fraction of the offset is used for each batch

@@ -202,7 +202,7 @@ class _Batch:
         self._weights: dict[tuple[int, int], Tensor] = {}
 
     def move_to_device(self, call: UnetCall) -> UnetCall:
-        """U-Net hook: move the regions to the device of a call, which is returned unchanged."""
+        """U-Net hook: move the region masks to the device of the call's sample. Return the call unchanged."""
         assert call.context.shape[1] % self.num_parts == 0, (call.context.shape, self.num_parts)
         if self._regions.device != call.sample.device:
             self._regions = self._regions.to(call.sample.device)
@@ -210,7 +210,7 @@ class _Batch:
         return call
 
     def patch_unet(self, unet: Any, restore: contextlib.ExitStack) -> None:
-        """Make a U-Net's cross-attentions attend to each part in its region until `restore` is closed."""
+        """Limit cross-attention to each prompt part to its region of the image, until `restore` is closed."""
         for name, module in unet.named_modules():
             if isinstance(module, Transformer2DModel):
                 hook = module.register_forward_pre_hook(self._store_feature_size, with_kwargs=True)
@@ -270,7 +270,7 @@ class _Batch:
         return self._size
 
     def _resize_masks(self, by_size: dict[tuple[int, int], Tensor], size: tuple[int, int]) -> Tensor:
-        """Resize regional masks or weights to feature maps, B P h w float32; `by_size` caches results."""
+        """Resize regional masks or weights to the feature map size, B P h w float32; `by_size` is a cache."""
         if size not in by_size:
             resized = resize(self._regions, size)
             by_size[size] = part_weights(resized) if by_size is self._weights else resized

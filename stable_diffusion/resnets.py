@@ -52,7 +52,7 @@ def _is_plain(block: Any) -> bool:
 
 
 def _run_norm(norm: Any, x: Tensor) -> Tensor:
-    """Normalize x, and return the dtype of x if the norm's weights have it too."""
+    """Normalize x. The result keeps the dtype of x, even under autocast, if the weights have this dtype."""
     keeps_dtype = x.dtype == norm.weight.dtype
     with torch.autocast(x.device.type, enabled=False) if keeps_dtype else nullcontext():
         output: Tensor = type(norm).forward(norm, x)

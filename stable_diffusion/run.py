@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ImageFiles:
-    """Save the images of a run under free file names."""
+    """Save a run's images under unused file names."""
 
     options: ImageOutputOptions
     kind: ModelKind
@@ -112,7 +112,7 @@ class ImageFiles:
         return {key: replace_surrogates(str(value)) for key, value in entries.items() if value is not None}
 
     def _yield_names(self, request: RequestedImage, stage_digit: str, number: int) -> Iterator[str]:
-        """Yield candidate names, without suffix, for the file of an image, the preferred one first."""
+        """Yield candidate file names for an image, without suffix, in order of preference."""
         if request.file_name is not None:
             return _named(request.file_name.removesuffix(".png"), stage_digit)
         if self.options.use_original_file_name and request.image is not None:

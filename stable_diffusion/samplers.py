@@ -137,9 +137,9 @@ MakeStep = Callable[[int, Tensor, Tensor], Tensor]  # index, velocity, sample ->
 
 @dataclass
 class SchedulerSolver:
-    """Solver that wraps a diffusers scheduler for one batch; samples in the loop are B 4 1 h w.
+    """Adapt a diffusers scheduler to the denoising loop for one batch; samples are B 4 1 h w.
 
-    All random numbers of a step come from the images' own generators, so no image depends on its batch.
+    All random numbers of a step come from each image's own generator, so no image depends on its batch.
     """
 
     scheduler: Any
@@ -150,7 +150,7 @@ class SchedulerSolver:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """Return the scheduler's noise levels and timesteps; some samplers have several per step."""
+        """Return the scheduler's noise levels and timesteps; a step of some samplers has several of them."""
         timesteps = self.scheduler.timesteps.float()
         indices = timesteps.long().clamp(0, TRAINED["num_train_timesteps"] - 1).to("cpu")
         alphas_cumprod = self.scheduler.alphas_cumprod.to("cpu").double()[indices]
@@ -169,7 +169,7 @@ class SchedulerSolver:
 
     @property
     def noise_level(self) -> float:
-        """Standard deviation of the noise that sampling starts from."""
+        """Standard deviation of the initial noise."""
         return float(self.scheduler.init_noise_sigma)
 
     def model_input(self, index: int, sample: Tensor) -> Tensor:

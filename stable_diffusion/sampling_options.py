@@ -22,7 +22,7 @@ _SIZE_HINT = "a multiple of 8 pixels"
 
 
 class StartNoiseOptions(Options):
-    """Changes to the noise that sampling starts from."""
+    """Options that change the initial noise."""
 
     pyramid_noise_prob: float | None = option(
         "probability that an image begins with pyramid noise, which adds coarser noise; usually 0",

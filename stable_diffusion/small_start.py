@@ -144,7 +144,7 @@ class _ShrinkHooks:
         return replace(call, residuals=(resized, resize_like(middle_residual, sizes[-1])))
 
     def _list_feature_sizes(self) -> list[Size]:
-        """Return the height and width of each input block's output in this call of the U-Net."""
+        """Return the output size (height, width) of each input block in this U-Net call."""
         size = self.sample_size
         sizes = []
         for depth, block in enumerate(self.blocks):
@@ -158,7 +158,7 @@ class _ShrinkHooks:
     # What the hooks call
 
     def enter_block(self, depth: int, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Shrink the features that enter the input block of the selected depth; None changes nothing."""
+        """Shrink the features that enter the input block at `self.depth`; None for all other blocks."""
         if depth != self.depth:
             return None
         return make_smaller(args[0], self.shrink.ds_ratio), *args[1:]
@@ -397,7 +397,7 @@ def resize_latents(latents: Tensor, size: Size) -> Tensor:
 def sharpen(latents: Tensor, unsharp: Unsharp) -> Tensor:
     """Return x + (x - blur(x)) * strength for latents B C 1 h w.
 
-    The blur is Gaussian, `ksize` by `ksize`, and mirrors the latents at the edges.
+    The blur is Gaussian with a `ksize` x `ksize` kernel and reflection padding.
     """
     radius = unsharp.ksize // 2
     positions = torch.arange(unsharp.ksize, dtype=torch.float32) - radius

@@ -139,7 +139,7 @@ def is_masked(request: RequestedImage) -> bool:
 
 
 def find_strength(request: RequestedImage, start: SecondStageInput | None) -> float | None:
-    """Return the fraction of the steps to run for an input image; None for a start from noise."""
+    """Return which fraction of the steps to run on an input image; None if sampling starts from noise."""
     return None if request.image is None and start is None else request.settings.strength
 
 
@@ -306,7 +306,7 @@ def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
 def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Encode images and sample the posteriors with their generators; return scaled latents, B 4 h w float32.
 
-    Images are encoded one by one, so that none depends on its batch.
+    Images are encoded one at a time, so that the result does not depend on the batch.
     """
     samples = []
     for image, generator in zip(pixels, generators, strict=True):

@@ -101,11 +101,11 @@ def _cut_third(third: int, rows: Tensor) -> Tensor:
 
 
 def join_released(name: str, weights: Sequence[Tensor]) -> Tensor:
-    """Compute a tensor of a released file from a network's weights; the inverse of `plan_text_encoders`.
+    """Return a tensor of a released file, built from a network's weights (inverse of `plan_text_encoders`).
 
     Args:
         name: Name of the tensor in the file.
-        weights: A single weight, or those of queries, keys and values, which OpenCLIP stores as one tensor.
+        weights: One weight, or the query, key and value weights, which OpenCLIP stores as one tensor.
     """
     joined = weights[0] if len(weights) == 1 else torch.cat([*weights])
     return joined.t() if name.endswith("text_projection") else joined

@@ -282,14 +282,14 @@ Tokenize = Callable[[str], list[int]]  # any number of ids, without start and en
 
 @dataclass(frozen=True)
 class Chunk:
-    """Up to 75 token ids and the weight of each token."""
+    """Up to 75 token ids, and one weight per token."""
 
     ids: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
 
 
 def fill_chunk(ids: Sequence[int], *, start: int, end: int, pad: int) -> list[int]:
-    """Return the 77 token ids of a chunk: start, up to 75 ids, end, and padding."""
+    """Return a chunk's 77 token ids: the start token, up to 75 ids, the end token and padding."""
     return [start, *ids, end, *[pad] * (CHUNK_SIZE - len(ids))]
 
 

@@ -76,7 +76,7 @@ class LoadedTokenizer:
 
 @dataclass(frozen=True)
 class TextEncoderTraining:
-    """Which text encoders and new words are trained, in which dtypes, and how captions are padded."""
+    """Which text encoders and new words are trained, their dtypes, and the padding of captions."""
 
     dtypes: Mapping[str, torch.dtype]  # dtype of each trained encoder, by name
     # whether captions are padded to whole chunks; else to the longest caption of a batch
@@ -241,16 +241,16 @@ class LazyTextEncoder:
 
         Args:
             tokenizer: The tokenizer.
-            vocabulary: Number of embedding rows without the new words.
+            vocabulary: Number of embedding rows before the new words.
         """
         ids = self._list_words(vocabulary)
         return replace(tokenizer, tokenize=tokenize_with_words(tokenizer.tokenize, ids)) if ids else tokenizer
 
     def _list_words(self, vocabulary: int) -> dict[str, list[int]]:
-        """Return the token ids of each new word by its name.
+        """Return the token ids of each new word, keyed by the word.
 
         Args:
-            vocabulary: Number of embedding rows without the new words.
+            vocabulary: Number of embedding rows before the new words.
         """
         if self._new_word is not None:
             return self._new_word.list_ids(vocabulary)
@@ -362,12 +362,12 @@ class LazyTextEncoder:
 
 
 def _join_weighted(chunk_states: Tensor, chunks: Sequence[Chunk]) -> Tensor:
-    """Join the states of a text's chunks, K 77 C, to 75 K + 2, times the weights of their tokens."""
+    """Concatenate a text's chunk states, K 77 C, to 75 K + 2 tokens, times the weights of their tokens."""
     return apply_token_weights(join_chunk_states(chunk_states), list_token_weights(chunks), WEIGHTING_MODE)
 
 
 def _find_cut(text: str, tokenize: Callable[[str], list[int]], max_tokens: int) -> int:
-    """Return how many characters of a text the first `max_tokens` tokens cover, in whole words."""
+    """Return the number of leading characters, in whole words, that fit into `max_tokens` tokens."""
     ends = [match.end() for match in re.finditer(r"\S+", text)]
     num_words = bisect_right(ends, max_tokens, key=lambda end: len(tokenize(text[:end])))
     return ends[num_words - 1] if num_words else 0

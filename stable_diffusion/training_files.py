@@ -85,7 +85,7 @@ class TrainingFiles:
 
     @cached_property
     def path(self) -> Path:
-        """Path of the checkpoint, downloaded if necessary; raises CheckpointError if there is none."""
+        """Path of the checkpoint, downloaded if necessary; raises CheckpointError if none is found."""
         return loading.find_checkpoint(require_file(self.ckpt, CKPT, "the checkpoint"))
 
     @cached_property
@@ -118,7 +118,7 @@ class TrainingFiles:
 
     @property
     def hashed(self) -> Mapping[str, Path]:
-        """Return the single files whose hashes metadata records: the checkpoint and --vae."""
+        """Return the single files whose hashes are written to metadata: the checkpoint and --vae."""
         paths = {"sd_model": None if self.ckpt is None else self.path, "vae": self.vae}
         return {name: path for name, path in paths.items() if path is not None and path.is_file()}
 
@@ -182,8 +182,8 @@ class TrainingFiles:
         """Check the model files by their headers.
 
         Raises:
-            CheckpointError: If a file cannot be used.
-            OptionError: If an option does not suit a file.
+            CheckpointError: If a file is unusable.
+            OptionError: If an option does not fit a file.
         """
         if self.ckpt is not None:
             with self.open_plan():
@@ -202,7 +202,7 @@ class TrainingFiles:
 
     @property
     def unet_path(self) -> Path:
-        """Return the path of the file that contains the U-Net's weights."""
+        """Return the path of the file with the U-Net's weights."""
         if not self.path.is_dir():
             return self.path
         with folders.open_network_weights(self.path / "unet", ("diffusion_pytorch_model",)) as checkpoint:
@@ -358,7 +358,7 @@ class DiffusersVae:
         """Decode latents to pixels, B 3 1 H W in -1..1.
 
         Args:
-            latents: Latents, not scaled, B 4 1 h w.
+            latents: VAE latents without the scaling factor, B 4 1 h w.
         """
         pixels: Tensor = self.network.decode(latents.squeeze(2).float().to(self.device)).sample
         return pixels.clamp(-1, 1).unsqueeze(2)
@@ -379,7 +379,7 @@ def unet_parts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 
 def count_layers(config: Mapping[str, Any]) -> list[int]:
-    """Return the number of residual blocks of each level in the down path."""
+    """Return the number of residual blocks at each level of the down path, from a diffusers U-Net config."""
     layers = config.get("layers_per_block", 2)
     return [layers] * len(config["down_block_types"]) if isinstance(layers, int) else [*layers]
 
@@ -391,7 +391,7 @@ def _list_level_parts(path: str, kind: str, count: int) -> list[tuple[str, int]]
 
 @dataclass(frozen=True)
 class _BlockNumbering:
-    """How other trainers number the blocks of a U-Net: down path, middle, then up path."""
+    """Block indices that other trainers assign to a U-Net: down path, middle, then up path."""
 
     first_down: int  # number of input_blocks.0
     num_down: int

@@ -82,7 +82,7 @@ class LossWeightOptions(Options, title="loss"):
 
     @property
     def has_any(self) -> bool:
-        """Whether one of the loss factors is set."""
+        """Whether any loss factor is set."""
         return bool(
             self.min_snr_gamma
             or self.scale_v_pred_loss_like_noise_pred
@@ -92,7 +92,7 @@ class LossWeightOptions(Options, title="loss"):
 
 
 class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
-    """Stable Diffusion options of the training scripts in addition to the shared ones."""
+    """Stable Diffusion options of the training scripts, in addition to the common ones."""
 
     # resume compares its name
     ckpt: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
@@ -135,7 +135,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 
     @property
     def learns_in_bf16(self) -> bool:
-        """Whether trained weights are stored in bf16; only options for full fine-tuning can return True."""
+        """Whether trained weights are stored in bf16; only full fine-tuning has an option for it."""
         return False
 
     @property
@@ -150,7 +150,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 
     @property
     def text_steps(self) -> int | None:
-        """Return the number of steps for which text encoders are trained; None for all steps."""
+        """Return the number of steps during which text encoders are trained; None for all steps."""
         return None
 
     @property
@@ -185,7 +185,7 @@ class TextCachingOptions(Options, title="Stable Diffusion"):
 
 
 def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and text caching scripts that match a training run."""
+    """Return the options, by flag, of the latent and text caching scripts that match a training run."""
     ckpt = options.ckpt or Placeholder("CHECKPOINT")
     texts = {
         CKPT: ckpt,

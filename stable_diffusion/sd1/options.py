@@ -32,7 +32,7 @@ def _clip_skip() -> int | None:
 
 
 class Sd1TrainingOptions(StableDiffusionTrainingOptions, title=NAME):
-    """Options of train_network.py in addition to the shared ones."""
+    """Options of train_network.py in addition to the common ones."""
 
     v2: bool = option("the checkpoint is Stable Diffusion 2.x; read from the file if not given", facts=HABIT)
     clip_skip: int | None = _clip_skip()
