@@ -34,7 +34,7 @@ class AdapterAttention(nn.Module):
     def forward(
         self, x: Tensor, source: Tensor, rotary: Tensor, source_rotary: Tensor, attention: AttentionChoice
     ) -> Tensor:
-        """Return the attention of x, 1 T C, to `source`, 1 S C; both have rotary positions from 0."""
+        """Return the attention of x, 1 T C, to `source`, 1 S C; rotary positions of both start at 0."""
         # x: 1 T C    source: 1 T C or 1 S text_dim, whose rows have their own positions, from 0
         heads = (-1, *self.q_norm.normalized_shape)
         query = self.q_norm(run_in_weight_dtype(self.q_proj, x).unflatten(-1, heads))
@@ -71,7 +71,7 @@ class AdapterBlock(nn.Module):
 
 
 class AnimaAdapter(nn.Module):
-    """Turn T5's tokens and Qwen3's states into text tokens for the transformer."""
+    """Adapter from T5 tokens and Qwen3 hidden states to the transformer's text tokens."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()

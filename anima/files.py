@@ -44,7 +44,7 @@ COSMOS_14B_WIDTH = 5120  # width of Cosmos-Predict2 14B
 
 
 def join_adapter(transformer: Checkpoint, adapter: Checkpoint) -> Checkpoint:
-    """Return the transformer's tensors with those of an adapter file added or put in their place.
+    """Return the transformer's tensors plus the tensors of an adapter file, which take precedence.
 
     Raises CheckpointError if the second file has no adapter.
     """
@@ -205,7 +205,7 @@ class AnimaFiles(QwenImageFiles):
     called: ClassVar[str] = NAME
 
     def add_texts(self, path: Path | None, options: AnimaTextOptions) -> "AnimaFiles":
-        """Return a copy of these files with the text options added; `path` is the text encoder's."""
+        """Return a copy with the text options added; `path` is the text encoder's file."""
         return replace(
             self,
             text_encoder=path,
@@ -219,9 +219,9 @@ class AnimaFiles(QwenImageFiles):
         )
 
     def adapter_config(self) -> AdapterConfig:
-        """Return the dimensions of the adapter that turns T5's tokens and Qwen3's states into text tokens.
+        """Return the dimensions of the adapter from T5 tokens and Qwen3 states to text tokens.
 
-        Raises CheckpointError if the transformer's files have none, or are another model's.
+        Raises CheckpointError if the transformer's files contain none, or the adapter of a different model.
         """
         adapter = self.dit_header().config.adapter
         assert adapter is not None  # `read_dit_header` rejects a model without
@@ -229,15 +229,15 @@ class AnimaFiles(QwenImageFiles):
 
     @property
     def adapter_path(self) -> Path | None:
-        """Return the path of a separate adapter file, or None; raise OptionError if it does not exist."""
+        """Return the path of a separate adapter file, or None; raise OptionError if the file is missing."""
         return None if self.adapter is None else require_file(self.adapter, ADAPTER_OPTION, "the adapter")
 
     def dit_header(self) -> DitHeader[AnimaConfig]:
-        """Return the transformer's header with its adapter; it is read once per file and process."""
+        """Return the header of the transformer and its adapter; it is read once per file and process."""
         return read_once(self.dit_path, read_dit_header, self.adapter_path)
 
     def language_model(self) -> AnimaTextEncoder:
-        """Return the text encoder, whose weights are read when it is loaded."""
+        """Return the text encoder; its weights are not read until it is loaded."""
         return AnimaTextEncoder(
             self.encoder_settings,
             self.text_encoder_path,

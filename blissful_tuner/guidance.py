@@ -97,9 +97,9 @@ def make_guidance(
 
 
 class _NagOverrides:
-    """Makes the overrides that steer the attention of positive passes away from --nag_prompt.
+    """Overrides that steer the attention of positive passes away from --nag_prompt.
 
-    A section has one object, because overrides are compared by identity.
+    They are made once per section, because overrides are compared by identity.
     """
 
     def __init__(self, options: NagOptions) -> None:
@@ -115,7 +115,7 @@ class _NagOverrides:
         return self._overrides
 
     def _make_overrides(self, section: Section) -> Overrides:
-        """Return overrides that steer attention away from the section's NAG text."""
+        """Return overrides that steer attention away from the section's NAG prompt."""
         nag_options = self._options
         assert section.nag is not None, "`needs` asks for the text"
         assert nag_options.nag_scale is not None
@@ -124,7 +124,7 @@ class _NagOverrides:
 
 
 def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassPlan, ...]]:
-    """Plan the passes of each step, one plan for each expert of the model.
+    """Plan the passes of each step; each tuple contains one plan per expert of the model.
 
     Raises:
         OptionError: If the request's schedule conflicts with the options.
@@ -139,7 +139,7 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
 
 
 class _StepPlanner:
-    """Chooses each step's passes and stages; all steps and experts share the same pass objects."""
+    """Choose each step's passes and guidance stages; all steps and experts share the same pass objects."""
 
     def __init__(self, prepared: Prepared, options: GuidanceOptions) -> None:
         """Make the passes that steps may need: weakened, perturbed, isolated, and without audio reference."""
@@ -258,7 +258,7 @@ class _StepPlanner:
         return tuple(stages)
 
     def _select_negative_pass(self, index: int, skips_layers: bool) -> Pass:
-        """Return the negative pass of a step, with blocks skipped if the options or the model ask for it.
+        """Return the negative pass of a step, with blocks skipped if the options or the model request it.
 
         Args:
             index: Index of the step.
@@ -445,7 +445,7 @@ def read_or_explain(read: Callable[[str], Number], text: str, reason: str) -> Nu
     """Convert a string to a number with `read`.
 
     Raises:
-        ValueError: If the string is not a number; the message is `reason` with the string.
+        ValueError: If the string is not a number; the message contains `reason` and the string.
     """
     try:
         return read(text)
@@ -593,7 +593,7 @@ def _describe_low_scale(scale: float, neutral_scale: float) -> str:
 
 
 def why_none_skipped(options: GuidanceOptions, num_steps: int) -> str:
-    """Explain why no pass skips the layers of --slg_layers although guidance is on."""
+    """Explain why --slg_layers skips layers in no pass although guidance is on."""
     skipping = list_skip_layer_steps(options, num_steps)
     if options.slg_mode == "original" and options.slg_scale == 0:
         return "--slg_scale is 0"

@@ -21,7 +21,7 @@ from protocols.steps import NO_OVERRIDES, Calls, Overrides, PassVelocities, Pred
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass of the network: the conditions and the overrides that it uses.
+    """A forward pass of the network: its conditions and overrides.
 
     Overrides are compared by identity, so stages that share a pass must share its overrides object.
     """
@@ -36,7 +36,7 @@ Velocities = Mapping[Pass, Tensor]  # velocity of each pass of a step, B C F H W
 
 @dataclass(frozen=True)
 class GuidanceStage:
-    """A guidance formula of one step, with the passes that it needs."""
+    """A guidance formula for one step, and the passes whose velocities it combines."""
 
     passes: tuple[Pass, ...]
     # velocity so far (at first the positive pass'), velocities of the passes -> changed velocity
@@ -46,7 +46,7 @@ class GuidanceStage:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """The network passes of one sampling step, and the stages in which their outputs are combined."""
+    """The network passes of one sampling step, and the guidance stages that combine their outputs."""
 
     passes: tuple[Pass, ...]  # the positive pass and those of the stages, each once; () if no pass is run
     # stages of the video, and of its audio
@@ -56,7 +56,7 @@ class PassPlan:
 
     @property
     def max_together(self) -> int:
-        """Return how many of the passes can run as one batch, because their overrides are equal."""
+        """Return the size of the largest batch of passes, which must have equal overrides."""
         return max(Counter(pass_.overrides for pass_ in self.passes).values(), default=0)
 
     def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
@@ -97,7 +97,7 @@ def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tenso
 def run_passes(calls: Calls, predict: Predict, _: Section) -> PassVelocities:
     """Run all passes in this process; passes with equal overrides share one call of `predict`.
 
-    `predict` may run the conditions of a call as a batch.
+    `predict` may run the conditions of a call as one batch.
     """
     by_call: dict[tuple[Overrides, int], Tensor] = {}
     for overrides, conditions in calls.items():
@@ -108,7 +108,7 @@ def run_passes(calls: Calls, predict: Predict, _: Section) -> PassVelocities:
 
 
 def _sum_sample(products: Tensor) -> Tensor:
-    """Return the sum over each sample's elements, B 1 1 1 1."""
+    """Return the sum over each sample, B 1 1 1 1."""
     return products.sum(tuple(range(1, products.ndim)), keepdim=True)
 
 
@@ -162,17 +162,17 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
 # Source: the released code of Stable Diffusion 3.5, which skips blocks in a pass with the positive text.
 # Video tools skip them with the negative text, as here, so that their settings can be reused.
 def list_skip_layer_steps(options: GuidanceOptions, num_steps: int) -> range:
-    """Return the steps with skip-layer guidance, from the fractions --slg_start and --slg_end."""
+    """Return the range of steps with skip-layer guidance, from the fractions --slg_start and --slg_end."""
     return range(int(options.slg_start * num_steps), int(options.slg_end * num_steps))
 
 
 def add_difference(weakened: Pass, scale: float) -> GuidanceStage:
-    """Return the stage that adds `scale` times (positive - weakened pass) to the guided velocity.
+    """Return the stage that adds `scale` times (positive - weakened) to the guided velocity.
 
     Used for `--slg_mode original`, and for the identity guidance of ID-LoRA (arXiv 2603.10256).
 
     Args:
-        weakened: The negative pass without some layers, or the positive one without an audio reference.
+        weakened: The negative pass without some layers, or the positive pass without an audio reference.
         scale: Factor on the difference.
     """
 
@@ -221,7 +221,7 @@ def guide_stream(weights: Mapping[Pass, float], rescale_fraction: float) -> Guid
 
 
 def limit_norm(limit: float) -> GuidanceStage:
-    """Return the stage of `--renorm_cfg`: limit the guided norm to `limit` times the positive one's.
+    """Return the stage of `--renorm_cfg`: limit the guided norm to `limit` times the positive norm.
 
     Norms are Euclidean, over all axes except the batch. Source: Qin et al. 2025, arXiv 2503.21758, section on
     inference.
@@ -278,7 +278,7 @@ class Momentum:
 
 
 def feed_momentum(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> GuidanceStage:
-    """Return a stage with the same formula that also adds the difference of its passes to the momentum."""
+    """Wrap a stage so that it also adds (positive - negative) to the momentum; its formula is unchanged."""
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
         momentum.add(velocities[POSITIVE] - velocities[negative])
@@ -332,9 +332,9 @@ def _measure_norms(velocity: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NormalizedGuidance:
-    """Normalized attention guidance, for `NagText.combine_attention`.
+    """Normalized attention guidance (NAG), for `NagText.combine_attention`.
 
-    Equal settings are equal, to reuse compiled code.
+    Instances with equal settings compare equal, so that compiled code is reused.
     """
 
     scale: float
@@ -342,11 +342,13 @@ class NormalizedGuidance:
     alpha: float
 
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """Combine the attention to the prompt with the attention to the NAG text, both B L N D.
+        """Combine the attention outputs for the prompt and for the NAG prompt, both B L N D.
 
-        guided = scale * positive - (scale - 1) * negative, limited to `tau` times the size of `positive`, and
-        then blended: alpha * guided + (1 - alpha) * positive. A size is the sum of absolute values over all
-        heads of a token. The result has the dtype of the inputs.
+        guided = scale * positive - (scale - 1) * negative. Its L1 norm per token, over all heads, is limited
+        to
+        `tau` times the norm of `positive`. The result is alpha * guided + (1 - alpha) * positive, in the
+        dtype of
+        the inputs.
         """
         guided = torch.lerp(negative, positive, self.scale)  # rounded once: large terms almost cancel in it
         allowed = (

@@ -46,8 +46,7 @@ class LatestWriter(Generic[Item]):
 
     Args:
         write: Called with one item at a time.
-        pause: Seconds to pause after an item for each second that it took, if the thread takes time from the
-            generation itself.
+        pause: Seconds to pause per second spent on an item, if the thread slows down the generation itself.
     """
 
     def __init__(self, write: Callable[[Item], None], pause: float = 0.0) -> None:
@@ -69,7 +68,7 @@ class LatestWriter(Generic[Item]):
             self._thread.start()
 
     def close(self, drop: bool = False) -> None:
-        """Write the queued preview without a pause, or drop it; then end the thread."""
+        """Write the queued preview without a pause, or drop it; then stop the thread."""
         with self._changed:
             self._ending.set()
             if drop:
@@ -79,7 +78,7 @@ class LatestWriter(Generic[Item]):
             self._thread.join()
 
     def _run(self) -> None:
-        """Write the newest queued preview, then pause in proportion to the time it took."""
+        """Write the newest queued preview, then pause for a multiple of the time it took."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ending.is_set() or self._waiting is not None)
@@ -151,7 +150,7 @@ class LatentPreviews:
         return PendingPreview(lambda: enlarge(colors(), rows, columns), fps / step, is_image)
 
     def _check_room(self, height: int, width: int) -> None:
-        """Disable the decoder if the device has no memory for it.
+        """Stop using the decoder if the device may not have enough free memory for it.
 
         Args:
             height: Height of the latents.
@@ -166,7 +165,7 @@ class LatentPreviews:
 
     @torch.no_grad()
     def write(self, take: Callable[[], PendingPreview | None]) -> None:
-        """Replace the preview file atomically with the next preview."""
+        """Call `take` for the next preview, and replace the preview file with it."""
         with self.optional():
             shot = take()
             if shot is None:
@@ -198,7 +197,7 @@ class LatentPreviews:
                 )
 
     def _stop_using_vae(self, why: str) -> None:
-        """Make later previews without the decoder, or disable them if there is no alternative; log why."""
+        """Make later previews without the decoder, or disable them if that is impossible; log the reason."""
         self.vae = None
         self.has_ended = not self.latent.preview_factors
         consequence = (
@@ -231,7 +230,7 @@ def preview_clip(
 
 
 class _ClipPreviews:
-    """Makes the previews of one clip, after its steps and its sections."""
+    """Make the previews of one clip, after its steps and its sections."""
 
     def __init__(self, previews: LatentPreviews, fps: float, first_step: int) -> None:
         self.previews = previews
@@ -248,7 +247,7 @@ class _ClipPreviews:
         return False
 
     def on_section(self, section: Section) -> None:
-        """Show the finished sections before the next one is denoised."""
+        """Show a preview of the finished sections before the next one is denoised."""
         if section.previous_piece is not None:
             self.made_sections += 1
             so_far = section.previous_piece.previous_latents
@@ -267,7 +266,7 @@ class _ClipPreviews:
 
 
 def _copied_frames(chunks: Sequence[Callable[[], Tensor]]) -> Iterator[Frame]:
-    """Yield the frames of chunks, each a function that waits for its copy, as from `copy_to_host`."""
+    """Yield the frames of chunks that are being copied to the host; calling a chunk waits for its copy."""
     for wait_for_chunk in chunks:
         yield from wait_for_chunk().numpy()
 

@@ -96,7 +96,7 @@ def output_metadata(
 
 
 def _describe_experts(prepared: Prepared, experts: Sequence[Expert]) -> dict[str, object]:
-    """Return the guidance scales and starting timesteps of all experts but the first."""
+    """Return metadata for models with several experts: guidance scales, and where the later ones begin."""
     values: dict[str, object] = {}
     for name, scale in prepared.request.expert_guidance.items():
         values[f"guidance_scale_{name}"] = scale
@@ -132,7 +132,7 @@ def _list_optional(prepared: Prepared, device: str | None, created: datetime | N
 
 
 def lora_name(expert: str) -> str:
-    """Return the metadata name of an expert's LoRAs: `lora_high_noise`, or `lora` without an expert name."""
+    """Return the metadata key of an expert's LoRAs: `lora_high_noise`, or `lora` without an expert name."""
     return f"lora_{expert}" if expert else "lora"
 
 
@@ -175,9 +175,9 @@ def _record(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def with_plain_keys(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata of a latent file under both names that known tools read: `bt_seeds` and `seeds`.
+    """Return a latent file's metadata under both keys that other tools read, such as `bt_seeds` and `seeds`.
 
-    This is for latent files only: in a PNG, a `prompt` without prefix is the workflow of another program.
+    Only for latent files: in a PNG, `prompt` without a prefix is the workflow of another program.
     """
     texts = {name: metadata.get(f"bt_{name}", NOT_SET) for name in PLAIN}
     return {**metadata, **{name: text for name, text in texts.items() if text != NOT_SET}}
@@ -220,7 +220,7 @@ def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _format_settings(metadata: Mapping[str, str]) -> str:
-    """Return the last line of `parameters`, which lists the settings."""
+    """Return the last line of the `parameters` text, which lists the generation settings."""
     settings = []
     for name, text in _list_parameters(metadata).items():
         if text and text != NOT_SET:
@@ -231,7 +231,7 @@ def _format_settings(metadata: Mapping[str, str]) -> str:
 
 
 def _list_parameters(metadata: Mapping[str, str]) -> dict[str, str | None]:
-    """Return the recorded generation settings, by their names in the `parameters` text."""
+    """Return the recorded generation settings under their names in the A1111-style `parameters` text."""
     values = {name: read_value(metadata, key) for name, key in PARAMETERS.items()}
     width = read_value(metadata, "width")
     height = read_value(metadata, "height")
@@ -245,12 +245,12 @@ def _list_parameters(metadata: Mapping[str, str]) -> dict[str, str | None]:
 
 
 def read_value(metadata: Mapping[str, str], name: str) -> str | None:
-    """Return a setting from metadata, with or without the prefix `bt_`; None if it is missing."""
+    """Return a setting from metadata, stored with or without the prefix `bt_`; None if it is missing."""
     return metadata.get(f"bt_{name}", metadata.get(name))
 
 
 def read_stored_seed(metadata: Mapping[str, str]) -> int:
-    """Return the stored seed, or 0; it is parsed as an integer, because floats round above 2^53."""
+    """Return the seed in metadata, or 0. It is parsed as an integer, because floats round above 2^53."""
     text = (read_value(metadata, "seeds") or "").strip()
     return int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text) else 0
 

@@ -125,12 +125,12 @@ class ModelUtilityOptions(Options):
 
     @property
     def shard_bytes(self) -> int:
-        """Return the maximum size of a file in bytes; 0 if the model is not split."""
+        """Return the maximum file size in bytes; 0 if the model is not split into shards."""
         return 0 if self.shard_size is None else read_shard_size("--shard_size", self.shard_size)
 
 
 def _make_dtype_error(name: str) -> OptionError:
-    """Return the exception for an unknown dtype."""
+    """Return the error for an unknown dtype."""
     if "8" in name:
         return OptionError(
             f"--dtype {name}: weights in 8 bits are not written. Load the file with --fp8_scaled, or use "
@@ -142,7 +142,7 @@ def _make_dtype_error(name: str) -> OptionError:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """Facts about a model that are found without reading its weights."""
+    """Facts about a model, found without reading its weights."""
 
     path: Path
     description: str  # the kind of model in words, such as "a Wan transformer (--dit) for --task t2v-14B"
@@ -164,18 +164,18 @@ class ModelSummary:
 
     @property
     def num_parameters(self) -> int:
-        """Return the number of values in all tensors."""
+        """Return the total number of elements in all tensors."""
         return sum(prod(info.shape) for info in self.tensors.values())
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file is safetensors, by the JSON header at byte 8 or else by its suffix."""
+    """Return whether a file is safetensors: it has a JSON header at byte 8, or else the suffix."""
     with path.open("rb") as file:
         return file.read(9)[8:9] == b"{" or path.suffix.lower() in SAFETENSORS
 
 
 def count_dtypes(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]]:
-    """Return (dtype, number of tensors, bytes) for each dtype, largest first."""
+    """Return (dtype, number of tensors, bytes) for each dtype, by descending size."""
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for info in tensors.values():
@@ -306,7 +306,7 @@ SAFETENSORS = (".safetensors", ".sft")
 
 @dataclass(frozen=True)
 class ModelFunctions:
-    """Functions on model files, passed in because this package must not import their packages."""
+    """Functions for model files, passed in because this package must not import theirs."""
 
     identify: Callable[[Path], str | None]  # returns such as "it is a Wan transformer ..."
     describe_lora: Callable[[Checkpoint], str | None]  # returns None for a file that is no LoRA
@@ -354,7 +354,7 @@ def work(
 
 
 def _reject_replacing_inputs(paths: Sequence[Path], model_input: Path, checkpoint: Checkpoint) -> None:
-    """Raise an error if a file to write is read as input: a file of the model, or the index of its shards."""
+    """Raise an error if an output file would overwrite an input: a file of the model, or its shard index."""
     inputs = [*checkpoint.metadata_by_file, model_input]
     if model_input.is_dir():
         inputs += model_input.glob(f"*{INDEX}")
@@ -386,7 +386,7 @@ def select_output_path(path: Path, in_shards: bool) -> Path:
 
 
 def _make_change(options: ModelUtilityOptions) -> changing.CheckpointChange:
-    """Return the change to a checkpoint that the options request."""
+    """Return the requested changes to a checkpoint: dtypes, selected tensors and name prefixes."""
     dtype = None if options.dtype is None else parse_dtype(options.dtype, "--dtype")
     cast = _make_selection(options)
     selected = changing.Selection(options.full_target_keys or (), options.full_exclude_keys or ())
@@ -396,7 +396,7 @@ def _make_change(options: ModelUtilityOptions) -> changing.CheckpointChange:
 
 
 def _make_selection(options: ModelUtilityOptions) -> changing.Selection:
-    """Return which tensors to cast and list."""
+    """Return the patterns that select the tensors to cast and to list."""
     return changing.Selection(options.target_keys or (), options.exclude_keys or ())
 
 
@@ -429,7 +429,7 @@ def _print_description(
 
 
 def _describe_kind(model_functions: ModelFunctions, checkpoint: Checkpoint) -> str:
-    """Describe the kind of model in a file, for display."""
+    """Describe the kind of model in a file, for users."""
     description = model_functions.describe_lora(checkpoint)
     if description is not None:
         return description

@@ -43,7 +43,7 @@ class NagOptions(Options, title=NAG):
 
     @property
     def is_on(self) -> bool:
-        """Return whether attention is steered at all: scale 1 and alpha 0 change nothing."""
+        """Return whether attention is modified at all: it is not with scale 1 or alpha 0."""
         return self.nag_scale not in (None, 1) and self.nag_alpha != 0
 
 
@@ -53,7 +53,7 @@ CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 
 
 class GuidanceOptions(Options, title="guidance"):
-    """Options of classifier-free guidance other than its scale."""
+    """Options of classifier-free guidance, except its scale."""
 
     nag: NagOptions
     cfg_skip_mode: str = option(
@@ -148,7 +148,7 @@ class GuidanceOptions(Options, title="guidance"):
 
     @property
     def skipped_layers(self) -> frozenset[int]:
-        """Indices of the blocks that skip-layer guidance leaves out; empty without it."""
+        """Indices of the blocks that skip-layer guidance skips; empty without it."""
         return frozenset() if self.slg_mode is None else parse_layers(self.slg_layers)
 
     @property
@@ -198,7 +198,7 @@ class PromptOptions(Options, title="prompts"):
 
     @property
     def draws(self) -> bool:
-        """Return whether parts of prompts are drawn at random."""
+        """Return whether parts of the prompts are randomly drawn."""
         return self.prompt_wildcards is not None or self.prompt_alternatives
 
 
@@ -237,7 +237,7 @@ class PromptRewriteOptions(Options, title="prompts that a chat model rewrites"):
 
 
 class PreviewOptions(Options, title="previews"):
-    """When to show a preview, and how to decode it."""
+    """Options of latent previews: when to show one, and how to decode it."""
 
     preview_latent_every: int | None = option(
         "every N steps, show the clip as it will probably look, in latent_preview.mp4 or .png in "
@@ -266,7 +266,7 @@ RIFLEX = (
 
 
 class SteadierOptions(Options, title="longer videos"):
-    """Options that slow down one temporal frequency of the rotary embedding, for longer videos."""
+    """Options that slow down one temporal frequency of the rotary embedding, to extend videos."""
 
     riflex_index: int = option(  # from 1; 0: none
         RIFLEX,
@@ -373,6 +373,6 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
 
     @property
     def is_on(self) -> bool:
-        """Return whether passes are skipped or measured."""
+        """Return whether a step cache skips or measures passes."""
         measures = self.magcache_calibration or self.teacache_calibration
         return measures or bool(self.magcache_mag_ratios or self.teacache_threshold)

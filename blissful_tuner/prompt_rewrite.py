@@ -102,7 +102,7 @@ class PromptRewriter:
         return model.to(device), tokenizer
 
     def _unusable(self, why: str) -> CheckpointError:
-        """Return an exception that says why the folder's model cannot be used."""
+        """Return the exception for an unusable model folder; `why` is the reason."""
         return CheckpointError(f"--prompt_rewrite_model {self.folder}: {why}", self.folder)
 
     def free(self) -> None:
@@ -130,7 +130,7 @@ class PromptRewriter:
 
     @torch.no_grad()
     def _ask(self, message: str) -> str:
-        """Return the model's answer to a message, including its <think> part."""
+        """Return the chat model's reply to a message, including its <think> part."""
         model, tokenizer = self._loaded.get()
         inputs = _render(tokenizer, message).to(model.device)
         generated = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
@@ -142,7 +142,7 @@ class PromptRewriter:
 
 
 def _render(tokenizer: Any, message: str) -> Any:
-    """Return the tokens of a chat with the single user message `message`, for `generate`."""
+    """Return the tokens of a chat with one user message, as input for `generate`."""
     turns = [{"role": "user", "content": message}]
     # enable_thinking=False turns off thinking in templates that support it
     text = render_chat(tokenizer, None, turns, enable_thinking=False)

@@ -65,17 +65,17 @@ class Drawing:
 
         Args:
             text: The text.
-            prompt_name: Name of the text in errors.
+            prompt_name: Name of the text in error messages.
 
         Raises:
-            OptionError: If a wildcard has no file, names a path outside of the folder, or draws itself.
+            OptionError: If a wildcard has no file, points outside the folder, or includes itself.
         """
         self.drawn = []
         self.num_characters = 0
         return self._expand(text, prompt_name, ())
 
     def _expand(self, text: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> str:
-        """Draw the alternatives and wildcards of a text; `enclosing_wildcards` led to it."""
+        """Return a text with alternatives and wildcards drawn, inside the wildcards `enclosing_wildcards`."""
         if self.options.prompt_alternatives:
             text = select_alternatives(text, lambda weights: self._choose(sum_weights(weights, prompt_name)))
         if self.options.prompt_wildcards is None:
@@ -90,7 +90,7 @@ class Drawing:
         return "".join([*pieces, self._unescape_plain(text[position:])])
 
     def _unescape_plain(self, text: str) -> str:
-        """Unescape text outside wildcards; without alternatives, backslashes stay."""
+        """Unescape text outside of wildcards; if alternatives are off, keep the backslashes."""
         return unescape(text) if self.options.prompt_alternatives else text
 
     def _draw(self, key: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> str:
@@ -116,7 +116,7 @@ class Drawing:
         return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*enclosing_wildcards, key))
 
     def _check_draws(self, key: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> None:
-        """Raise OptionError if wildcards draw each other endlessly or too often."""
+        """Raise OptionError if wildcards include each other endlessly or draw too many lines."""
         if len(enclosing_wildcards) == MAX_WILDCARD_ROUNDS:
             chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*enclosing_wildcards[:4], key))
             raise OptionError(
@@ -130,7 +130,7 @@ class Drawing:
             )
 
     def _read_lines(self, key: str, prompt_name: str) -> Lines:
-        """Return the choices of a wildcard; read its file only once."""
+        """Return a wildcard's choices; its file is read only once."""
         if key not in self.files:
             folder = self.options.prompt_wildcards
             assert folder is not None
@@ -139,7 +139,7 @@ class Drawing:
         return self.files[key]
 
     def _choose(self, cumulative_weights: Sequence[float]) -> int:
-        """Draw an index with probabilities in proportion to the weights' increments.
+        """Draw an index with the given weights.
 
         Args:
             cumulative_weights: Cumulative sums of the weights.
@@ -166,10 +166,10 @@ def sum_weights(weights: Sequence[float], prompt_name: str) -> tuple[float, ...]
 
 
 def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: int) -> dict[str, str | None]:
-    """Draw the random parts of a video's prompts, log them, and return the prompts by option.
+    """Draw the random parts of a video's prompts and log them; return the prompts by option.
 
     Raises:
-        OptionError: If a wildcard has no file, names a path outside of the folder, or draws itself.
+        OptionError: If a wildcard has no file, points outside the folder, or includes itself.
     """
     drawing = Drawing(options, Random(seed))
     expanded = {}
@@ -182,7 +182,7 @@ def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: 
 
 
 def _describe_draws(draws: Sequence[tuple[str, str]]) -> str:
-    """Format random draws for the log, as " (__a__ = x, __b__ = y and 3 more)"; "" without any."""
+    """Format random draws for the log, such as " (__a__ = x, __b__ = y and 3 more)"; "" for no draws."""
     if not draws:
         return ""
     shown = [f"{key} = {shorten(line, 60)}" for key, line in draws[:SHOWN]]
@@ -268,7 +268,7 @@ def _read_content(path: Path, prompt_name: str) -> str:
 
 
 def _parse_line(line: str) -> tuple[str, float]:
-    """Split a wildcard line into its text, without quotation marks, and its weight, by default 1."""
+    """Split a wildcard line into its text, without quotation marks, and its weight (default: 1)."""
     text = line.strip()
     weight = 1.0
     before, colon, number = text.rpartition(":")
@@ -312,7 +312,7 @@ class _Alternative(NamedTuple):
 
 
 def select_alternatives(text: str, choose: Choose) -> str:
-    """Return a text with one alternative chosen in each group {a|b}, by `choose` from their weights.
+    """Return a text with one alternative chosen in each group {a|b}; `choose` picks by their weights.
 
     Escaped characters remain escaped until `unescape`.
 
@@ -451,7 +451,7 @@ def parse_weights(text: str) -> tuple[str, Spans]:
 
 
 def _read_weight(inside: str) -> tuple[str, float] | None:
-    """Return the text between parentheses and its weight; None if the parentheses are plain text."""
+    """Return the text inside parentheses and its weight; None if the parentheses are plain text."""
     text, colon, number = inside.rpartition(":")
     if not colon:
         return (inside, DEFAULT) if inside.strip() else None
@@ -484,7 +484,7 @@ def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
 
 
 def _parse_prompt_weights(prompt: Prompt) -> Prompt:
-    """Parse the weights in a prompt; in its second text, of which CLIP makes one vector, they are removed."""
+    """Parse the weights in a prompt; weights in `prompt_2`, which CLIP pools to one vector, are removed."""
     text, spans = parse_weights(prompt.text)
     second = None if prompt.prompt_2 is None else parse_weights(prompt.prompt_2)[0]
     return replace(prompt, text=text, weighted_spans=spans, prompt_2=second)

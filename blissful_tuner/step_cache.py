@@ -106,7 +106,7 @@ def check_step_cache(step_caching: StepCaching, prepared: Prepared, spec: DitSpe
 
 
 def _check_calibration(option: str, prepared: Prepared, min_steps: int) -> None:
-    """Raise OptionError if the request does not run all steps, or has too few to calibrate."""
+    """Raise OptionError if the request does not run all steps, or runs too few for a calibration."""
     source = prepared.request.source
     if source is not None and prepared.first_step:
         raise OptionError(
@@ -187,7 +187,7 @@ class StepCaches:
             self._report_teacache_fit(self._calibration)
 
     def _report_teacache_fit(self, calibration: step_cache.Changes) -> None:
-        """Log the coefficients fitted to the measured changes, or that there are too few."""
+        """Log the coefficients fitted to the measured changes, or that there were too few measurements."""
         coefficients = calibration.result()
         if not coefficients:
             logger.warning("TeaCache's coefficients could not be fitted: the video ended after too few steps")

@@ -32,9 +32,9 @@ MIN_RANGE = 1e-6  # of colors: a clip of one color stays dark instead of becomin
 
 
 def project(latents: Tensor, spec: LatentSpec) -> Tensor:
-    """Map latents, C F h w in model space, to colors 3 F h w, float32 on their device, not clamped.
+    """Project latents, C F h w in model space, to RGB, 3 F h w float32 on the same device, not clamped.
 
-    It does not wait for the device, and computes in float32 even under autocast.
+    This does not wait for the device, and computes in float32 even under autocast.
     """
     factors = tensor_on(latents.device, spec.preview_factors, torch.float32)  # C 3
     bias = tensor_on(latents.device, spec.preview_bias, torch.float32)
@@ -62,7 +62,7 @@ def enlarge(colors: Tensor, height_factor: int, width_factor: int) -> Iterator[F
 
 
 def to_frames(colors: Tensor) -> Tensor:
-    """Return colors F 3 H W, clamped to 0..1, as F H W 3 uint8 on the same device."""
+    """Convert RGB, F 3 H W, to F H W 3 uint8 on the same device; values are clamped to 0..1."""
     return (colors.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
@@ -88,12 +88,12 @@ class TaehvConfig:
 
     @property
     def frames(self) -> int:
-        """Return how many frames a latent frame decodes to; of the first one, only the last frame is used."""
+        """Return how many frames a latent frame decodes to; of the first one's, only the last is used."""
         return prod(self.strides)
 
 
 class MemoryBlock(nn.Module):
-    """Residual convolutions over the current frame and the previous one."""
+    """Residual convolutions over the current and the previous frame."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class MemoryBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the result, and the features that the next call takes as `last`.
+        """Return the result, and the features to pass to the next call as `last`.
 
         Args:
             x: Features, F C h w.
@@ -117,14 +117,14 @@ class MemoryBlock(nn.Module):
 
 
 class Growth(nn.Module):
-    """Expand each frame to `stride` frames by a convolution."""
+    """Expand each frame to `stride` frames with a convolution."""
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Split each frame's channels into `stride` frames."""
+        """Rearrange each frame's channels into `stride` frames."""
         return self.conv(x).reshape(-1, *x.shape[1:])
 
 
@@ -172,7 +172,7 @@ class TinyDecoder(nn.Module):
 
 @dataclass(frozen=True)
 class TinyVae:
-    """Decoder weights in host memory, which are on the device only while decoding."""
+    """Decoder weights in host memory; they are on the device only while decoding."""
 
     config: TaehvConfig
     weights: Mapping[str, Tensor]
@@ -285,7 +285,7 @@ def adapt_to_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPla
 
 
 def check_taehv(path: Path, latent: LatentSpec) -> TaehvConfig:
-    """Return the dimensions of a decoder file, from tensor names and shapes alone.
+    """Return a decoder's dimensions, from tensor names and shapes alone.
 
     Raises:
         CheckpointError: If the file is not a TAEHV file or is for other latents.
@@ -310,12 +310,12 @@ def load_taehv(path: Path, latent: LatentSpec, device: torch.device) -> TinyVae:
 
 
 def _load(plan: LoadPlan[TaehvConfig], device: torch.device, dtype: torch.dtype) -> TinyDecoder:
-    """Load the planned decoder onto a device; onto META it only checks names and shapes."""
+    """Load the planned decoder onto a device; for META, only check names and shapes."""
     return load_planned(plan, TinyDecoder, device=device, dtype=dtype, label="--preview_vae")
 
 
 def select_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype for decoding: float32 on a CPU, else float16, which is precise enough for previews."""
+    """Return the decoding dtype: float32 on a CPU, else float16, which is precise enough for previews."""
     return torch.float32 if device.type == "cpu" else torch.float16
 
 

@@ -15,7 +15,7 @@ from modules.script_options import parse_options
 
 
 class VideoToPngOptions(Options):
-    """Which frames are written, and where."""
+    """Options for which frames to write, and where."""
 
     input: Path = option("a video, or an image for a single PNG", required=True, by_place=True)
     output: Path | None = option(

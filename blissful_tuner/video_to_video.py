@@ -106,7 +106,7 @@ def start_from_source(prepared: Prepared, source: Source, family: Family) -> Pre
 
 
 def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> None:
-    """Raise OptionError if saved latents have another number of frames than the request."""
+    """Raise OptionError if saved latents have a different number of latent frames than the request."""
     num_frames = _load_saved_latents(source, family.source, family.latent, only_shape=True).shape[2]
     needed = family.latent.shape(prepared.frames, prepared.height, prepared.width)[2]
     if num_frames != needed:
@@ -167,7 +167,7 @@ def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
 
 
 def _make_length_error(source: Source, num_frames: int, needed: int) -> MediaError:
-    """Return the exception for a video that is too short."""
+    """Return the exception for a source video that is too short."""
     return MediaError(
         f"{_name_source(source)}: it has {num_frames} frames, but {needed} are needed. Lower the length, "
         "give a longer video, or repeat its last frame with --v2v_pad_mode end."
@@ -175,7 +175,7 @@ def _make_length_error(source: Source, num_frames: int, needed: int) -> MediaErr
 
 
 def _name_source(source: Source) -> str:
-    """Return the option and the path of a source, for messages."""
+    """Return a source's option and path, for messages."""
     return f"--{source.option} {source.path}"
 
 

@@ -34,7 +34,7 @@ _COMPUTED = ("embeddings.position_ids",)  # saved by old versions of transformer
 def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFiles:
     """Return where to look for CLIP's tokenizer.
 
-    `option` names the tokenizer; `folders` are the subfolders of a release that may contain it.
+    `option` is the tokenizer's option; `folders` are the subfolders of a release that may contain it.
     """
     return TokenizerFiles(
         option=option,
@@ -49,7 +49,7 @@ def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFile
 
 @dataclass(frozen=True)
 class ClipNaming:
-    """A family's names for its CLIP-L in options, cache records and conditions. The defaults are FLUX's."""
+    """A family's names for its CLIP-L in options, cache records and conditions; defaults are FLUX's."""
 
     name: str = "clip_l"  # in cache records
     pooled_key: str = "l_pooled"  # key of the pooled state
@@ -183,7 +183,7 @@ _UNUSED = ("text_model.*", "text_projection.*", "logit_scale", "embeddings.posit
 
 @dataclass(frozen=True)
 class ClipVisionConfig:
-    """Dimensions of a CLIP image tower. The defaults are OpenCLIP's."""
+    """Dimensions of a CLIP image tower; defaults are OpenCLIP's."""
 
     dim: int
     ffn_dim: int

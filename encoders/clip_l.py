@@ -40,7 +40,7 @@ CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]
 
 @dataclass(frozen=True)
 class ClipWords:
-    """CLIP's tokenizer: `tokenize` turns text of any length into ids, without start and end token."""
+    """CLIP's tokenizer: `tokenize` converts text of any length to ids, without start and end token."""
 
     tokenize: Callable[[str], list[int]]
     start: int
@@ -65,7 +65,7 @@ def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
 
 
 def _find_start_and_end(tokenizer: Tokenizer, files: TokenizerFiles, file: Path) -> tuple[int, int]:
-    """Return the ids of the start and end token.
+    """Return the ids of the start and end tokens.
 
     Raises:
         CheckpointError: If the tokenizer lacks one of them.
@@ -117,7 +117,7 @@ CLIP_L = ClipNaming()
 
 
 class PooledClip(FileTextEncoder[ClipText]):
-    """CLIP-L with one vector per prompt, computed from the second text if there is one (--prompt_2).
+    """CLIP-L with one vector per prompt, computed from the second prompt (--prompt_2) if it is given.
 
     Prompt weights have no effect, because the vector is the state of the end token.
     """
@@ -152,19 +152,19 @@ class PooledClip(FileTextEncoder[ClipText]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Entries of cache records: all that the vector depends on except the text."""
+        """Fields of cache records: everything that the vector depends on except the text."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_clip_text(checkpoint, self.naming).config
         settings = f"{config.num_heads} heads, {config.activation}, eps {config.eps}"
         return self.identify(self.naming.name, config=settings, dtype=dtype_name(self.dtype))
 
     def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
-        """Return the second text, or the prompt if it has none, without prompt weights."""
+        """Return `prompt_2`, or the prompt if it has none, without prompt weights."""
         text = prompt.text if prompt.prompt_2 is None else prompt.prompt_2
         return TemplatedPrompt(text, text, ())
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Raise CheckpointError unless the tokenizer puts a text between a start and an end token."""
+        """Raise CheckpointError unless the tokenizer adds a start and an end token to a text."""
         ids_of_empty = tokenizer.read("").ids
         if len(ids_of_empty) != 2 or ids_of_empty[1] != tokenizer.token_to_id(CLIP_END):
             why = ValueError(f"it does not put a text between {CLIP_START} and {CLIP_END}")

@@ -74,11 +74,11 @@ class LayerConfig(Protocol):
 
     @property
     def eps(self) -> float:
-        """Number that layer norms add to the variance."""
+        """Epsilon of the layer norms."""
 
 
 def check_activation(config: LayerConfig, path: Path, hint: str) -> None:
-    """Raise CheckpointError, with a hint, if the activation in a config.json is unknown."""
+    """Raise CheckpointError, with a hint, if config.json has an unknown activation."""
     if config.activation not in ACTIVATIONS:
         raise CheckpointError(
             f"{path}: its config.json asks for the activation {config.activation}; {hint}.", path
@@ -109,9 +109,9 @@ class ClipAttention(nn.Module):
 
 
 class ClipLayer(nn.Module):
-    """Attention and feed-forward, each applied to the normed tokens and added to them.
+    """Pre-norm attention and feed-forward, each with a residual connection.
 
-    The argument `tokens`, which `run_blocks` passes to each block, is ignored.
+    `tokens`, which `run_blocks` passes to every block, is ignored.
     """
 
     def __init__(self, config: LayerConfig, is_causal: bool) -> None:
@@ -123,13 +123,13 @@ class ClipLayer(nn.Module):
         self.mlp = TwoLayerMlp("fc1 fc2", sizes, ACTIVATIONS[config.activation])
 
     def forward(self, x: Tensor, tokens: None = None) -> Tensor:
-        """Return the tokens after the layer, B L C as the input; `tokens` is not used."""
+        """Return the tokens after the layer, B L C like the input; `tokens` is unused."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
 class ClipLayers(nn.Module):
-    """Stack of layers, nested like the names in released files."""
+    """Stack of layers, nested to match the tensor names in released files."""
 
     def __init__(self, config: LayerConfig, is_causal: bool) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class ClipTextEmbeddings(nn.Module):
 
 
 class ClipText(nn.Module):
-    """The text tower, with the projection of its pooled state if the model uses that."""
+    """CLIP's text tower, with the projection of its pooled state if the model uses it."""
 
     spec = DitSpec(block_lists=("encoder.layers",))
 
@@ -185,7 +185,7 @@ class ClipText(nn.Module):
     def forward(self, ids: Tensor, ends: Tensor) -> Tensor:
         """Return the pooled state of each prompt: B C, or B P if the model projects it.
 
-        Attention is causal, so padding after the end token changes nothing.
+        Attention is causal, so padding after the end token has no effect.
 
         Args:
             ids: Token ids, B L.
@@ -227,7 +227,7 @@ class ClipText(nn.Module):
         run_blocks(self, hidden, Overrides(skip_blocks=skipped))
 
     def _pool(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Return the normed states of the end tokens, B C or projected B P, from the last layer's B L C."""
+        """Return the end tokens' normalized states, B C or projected B P, from the last layer's B L C."""
         pooled = self.final_layer_norm(x[torch.arange(len(x), device=x.device), ends])
         return pooled if self.text_projection is None else self.text_projection(pooled)
 
@@ -268,7 +268,7 @@ class ClipVisionEmbeddings(nn.Module):
 
 
 class ClipVision(nn.Module):
-    """The image tower. Build it on the meta device and load a checkpoint with `load_clip_vision`."""
+    """CLIP's image tower. Build it on the meta device and load a checkpoint with `load_clip_vision`."""
 
     def __init__(self, config: ClipVisionConfig) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ class ClipVision(nn.Module):
         return _normalize(pixels)
 
     def prepare_pixels(self, pixels: Tensor) -> Tensor:
-        """Resize pixels, B 3 H W in 0..1, to B 3 S S, center-crop and normalize them; all differentiable."""
+        """Resize pixels, B 3 H W in 0..1, to B 3 S S, center-crop and normalize them, differentiably."""
         size = self.image_size
         shorter = min(pixels.shape[-2:])
         height, width = (size * length // shorter for length in pixels.shape[-2:])

@@ -44,7 +44,7 @@ LOUD = 3.0  # warn if a vector's norm exceeds this multiple of the mean norm, as
 
 
 class LearnedWordVectors(nn.Module):
-    """Trained vectors of a word: one parameter, V C, for each name in files."""
+    """A word's trained vectors: one parameter, V C, for each tensor name in files."""
 
     def __init__(self, word: WordToLearn, vectors: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -58,11 +58,11 @@ class LearnedWordVectors(nn.Module):
         return [{"params": [*self.parameters()], "lr": learning_rate}], [CALLED]
 
     def join(self, names: Sequence[str]) -> Tensor:
-        """Concatenate the vectors of several names."""
+        """Concatenate the vectors stored under several names."""
         return torch.cat([self.get_parameter(name) for name in names])
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Do nothing: texts are encoded before the forward pass, so the word cannot be scaled in it."""
+        """Do nothing: prompts are encoded before the forward pass, which cannot scale the word's vectors."""
 
     def log_norms(self) -> None:
         """Log the norm of each vector and the mean norm of known tokens; warn if a vector is much longer."""
@@ -122,7 +122,7 @@ def _leave_command(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -
 
 @dataclass(frozen=True)
 class InvertedEncoder:
-    """Names and tokenizer of a text encoder, for textual inversion before the encoder is loaded."""
+    """Name and tokenizer of a text encoder, for textual inversion before the encoder is loaded."""
 
     vector_key: str  # key of its vectors in files
     embedding: str  # name of the weight of its token embeddings
@@ -137,7 +137,7 @@ class InvertedEncoder:
 
 
 class Inversion:
-    """The textual inversion of a training run: its word, and the initial values of its vectors."""
+    """Textual inversion in a training run: the word and its initial vectors."""
 
     def __init__(
         self,
@@ -310,7 +310,7 @@ class Inversion:
         return vectors
 
     def _check_widths(self, vectors: Mapping[str, Tensor], known_embeddings: Mapping[str, Tensor]) -> None:
-        """Raise CheckpointError if vectors of a file do not have the width of their text encoder."""
+        """Raise CheckpointError if vectors from a file do not match the width of their text encoder."""
         for encoder in self.encoders:
             width = vectors[encoder.vector_keys[0]].shape[1]
             expected = known_embeddings[encoder.vector_key].shape[1]
@@ -361,7 +361,7 @@ class Inversion:
 
 
 def find_in_lora(path: Path, word: str) -> WordContent | None:
-    """Return the vectors of a word in a LoRA file; None if `path` is not a LoRA file or lacks the word."""
+    """Return a word's embedding vectors from a LoRA file; None if `path` is not a LoRA or lacks the word."""
     if not path.is_file() or path.suffix.lower() != ".safetensors":
         return None
     with open_checkpoint(path) as checkpoint:
@@ -370,11 +370,11 @@ def find_in_lora(path: Path, word: str) -> WordContent | None:
 
 
 def invert_encoders(word: WordToLearn, encoders: Sequence[TextEncoder]) -> CustomNetwork:
-    """Return the trainable vectors of a word for text encoders that support additional words.
+    """Return a word's trainable vectors for all text encoders that support additional words.
 
     Args:
         word: The word to learn.
-        encoders: All text encoders of a model; those without this ability tokenize the word as text.
+        encoders: All text encoders of a model; others tokenize the word as plain text.
     """
     word_encoders = [encoder for encoder in encoders if takes_words(encoder)]
     inverted = []

@@ -129,10 +129,10 @@ def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
 
 
 def qwen3_chat(thinks: bool) -> tuple[str, str]:
-    """Return the text before and after a prompt in Qwen3's chat template with a single message.
+    """Return the text before and after a prompt in Qwen3's single-message chat template.
 
     Args:
-        thinks: Whether the model may think before it answers: `enable_thinking` of the template.
+        thinks: Whether the model may think before it answers (`enable_thinking` of the template).
     """
     answer = "<|im_start|>assistant\n" + ("" if thinks else "<think>\n\n</think>\n\n")
     return "<|im_start|>user\n", f"<|im_end|>\n{answer}"
@@ -141,7 +141,7 @@ def qwen3_chat(thinks: bool) -> tuple[str, str]:
 # eq=False: hashed by identity, because mappings in it cannot be hashed and `read_once` caches by it
 @dataclass(frozen=True, eq=False)
 class LanguageEncoderSettings:
-    """How a family uses a language model: the prompt template, and the hidden states to return."""
+    """How a family uses a language model: the prompt template and the hidden states to return."""
 
     name: str  # name of the encoder in messages and cache records
     states_key: str  # key of the states in the conditions that `encode` returns
@@ -186,7 +186,7 @@ class LanguageEncoderSettings:
 
     @property
     def state_indices(self) -> tuple[int, ...]:
-        """Numbers of the hidden states that the encoder returns, stacked or concatenated."""
+        """Indices of the hidden states that the encoder returns, stacked or concatenated."""
         return self.stacked_states or self.states
 
     @property
@@ -204,7 +204,7 @@ class LanguageEncoderSettings:
 
     @property
     def template_key(self) -> str:
-        """Key of the template's fingerprint in cache records (`LanguageModelEncoder.identity`)."""
+        """Key of the template's hash in cache records (`LanguageModelEncoder.identity`)."""
         return f"{self.record_prefix or self.name}_template"
 
     @property
@@ -260,7 +260,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def state(self) -> str | None:
-        """Description of the hidden states that are used, for cache records."""
+        """Description of the hidden states in use, for cache records."""
         numbers = ", ".join(map(str, self.settings.state_indices)) or "all"
         if self.settings.pre_norm:
             return f"{numbers}, {PRE_NORM}"
@@ -314,13 +314,13 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         )
 
     def count_template_tokens(self, tokenizer: TextTokenizer) -> int:
-        """Return the number of template tokens before the prompt whose states are dropped."""
+        """Return the number of template tokens before the prompt, whose states are dropped."""
         if self.settings.num_dropped_tokens is not None:
             return self.settings.num_dropped_tokens
         return len(tokenizer.read(self.settings.system or self.settings.template_prefix).ids)
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Warn if the template before the prompt does not have `settings.dropped` tokens."""
+        """Warn unless the template before the prompt has `settings.dropped` tokens."""
         counted = len(tokenizer.read(self.settings.template_prefix).ids)
         expected = self.settings.num_dropped_tokens
         if expected and counted != expected:
@@ -369,7 +369,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return network
 
     def offloaded_bytes(self, free_bytes: int) -> int:
-        """Return the size of the layers that stay in host memory if `free_bytes` of the device are free."""
+        """Return the size of the layers that stay in host memory if the device has `free_bytes` left."""
         if self.on_cpu:
             return 0
         with open_checkpoint(self.path) as checkpoint:
@@ -525,7 +525,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return separated
 
     def _select_length(self, token_ids: Sequence[list[int]], num_template_tokens: int) -> int:
-        """Return the number of tokens, including the template's, to which a batch's prompts are padded."""
+        """Return the token count, including the template's tokens, to which a batch's prompts are padded."""
         settings = self.settings
         longest = max(map(len, token_ids))
         max_length = num_template_tokens + settings.max_length
@@ -562,7 +562,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return PromptEmbeddings(token_embeddings, self._make_position_ids(mask), layer_additions=[])
 
     def _make_position_ids(self, mask: Tensor) -> Tensor | None:
-        """Return the positions of tokens whose mask is B L; None for 0, 1, 2, ..."""
+        """Return position ids for a padding mask, B L; None for the default 0, 1, 2, ..."""
         settings = self.settings
         length = mask.shape[1]
         if settings.pad_to_multiple_of:  # all padding has position 1
@@ -573,10 +573,11 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return None
 
     def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
-        """Return a prompt's states and mask by key.
+        """Return a prompt's states and mask, by condition key.
 
-        If prompts are padded to `maximum`, these are the tensors of all tokens. Otherwise they are those of
-        the first `length` tokens (including the padding of `pad_to_multiple_of`), each in a list.
+        If prompts are padded to `maximum`, the tensors contain all tokens. Otherwise they contain the first
+        `length`
+        tokens (including the padding of `pad_to_multiple_of`), each tensor in a list.
         """
         settings = self.settings
         if settings.pad_token is not None and not settings.pad_to_multiple_of:
@@ -644,7 +645,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
 @dataclass(frozen=True)
 class LanguageModelFiles(TransformerFiles):
-    """Files of a model whose only text encoder is a language model."""
+    """Model files of a family whose only text encoder is a language model."""
 
     encoder_class: ClassVar[type[LanguageModelEncoder]] = LanguageModelEncoder
     text_encoder: Path | None = None
@@ -655,7 +656,7 @@ class LanguageModelFiles(TransformerFiles):
     @property
     @abstractmethod
     def encoder_settings(self) -> LanguageEncoderSettings:
-        """Return the settings of the family for its language model."""
+        """Return how the family uses its language model."""
 
     def add_text(self, options: TextEncoderOptions) -> Self:
         """Return a copy with the settings of the text encoder options: file, tokenizer, dtype and device."""
@@ -690,7 +691,7 @@ class LanguageModelFiles(TransformerFiles):
         return [self.language_model()]
 
     def text_width(self) -> int:
-        """Return the width of a token's states: concatenated, or of a single state if they are stacked."""
+        """Return the width of a token's states: concatenated, or of one state if they are stacked."""
         return read_once(self.language_model().path, _measure_states, self.encoder_settings)
 
     def check_texts(self, config: Any, needed: bool) -> None:
@@ -717,14 +718,14 @@ class LanguageModelFiles(TransformerFiles):
             settings.source.files.check_option_value(self.text_encoder_tokenizer)
 
     def check_tower(self) -> None:
-        """Raise CheckpointError if the language model has no vision tower, or that of another model."""
+        """Raise CheckpointError unless the language model's file has a vision tower of the right model."""
         read_once(self.language_model().path, _read_tower, self.encoder_settings)
 
 
 def _read_all_images(
     tower: nn.Module, prompts: Sequence[Prompt], image_format: ImagePromptFormat
 ) -> list[PatchedImages]:
-    """Return the images of each prompt as input of the vision tower."""
+    """Read each prompt's images and cut them into patches for the vision tower."""
     images = []
     for prompt in prompts:
         if prompt.image_pixels:  # prompts of a dataset have decoded images
@@ -740,7 +741,7 @@ def _read_all_images(
 def _insert_image_placeholders(
     templated: TemplatedPrompt, images: PatchedImages, image_format: ImagePromptFormat
 ) -> TemplatedPrompt:
-    """Insert the placeholder tokens of a prompt's images before its text."""
+    """Insert the placeholder tokens of a prompt's images in front of its text."""
     total = len(images.counts)
     inserted = ""
     for number, num_tokens in enumerate(images.counts, start=1):

@@ -230,7 +230,7 @@ QWEN35 = LanguageModel(
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """Dimensions of a language model, and the number of layers to run."""
+    """Dimensions of a language model, and how many of its layers to run."""
 
     vocabulary: int
     dim: int
@@ -248,12 +248,12 @@ class LanguageConfig:
 
     @property
     def settings_text(self) -> str:
-        """The settings of the model as text for cache records; each is preceded by a comma."""
+        """The model's settings as text for cache records; a comma precedes each."""
         return "".join(f", {name} {value}" for name, value in self.settings.items())
 
 
 class ConfigConstants(NamedTuple):
-    """Settings of a language model that its tensors do not show."""
+    """Language model settings that cannot be read from its tensors."""
 
     theta: float  # base of the rotary frequencies
     eps: float
@@ -338,7 +338,7 @@ def read_language_model(
 
 
 def _find_language_model(checkpoint: Checkpoint, model: LanguageModel, layer: str) -> Checkpoint:
-    """Return the language model's tensors in a file, without their prefix; raise CheckpointError for another.
+    """Return a file's language model tensors without their prefix; raise CheckpointError for another model.
 
     `layer` is the prefix of a layer with attention.
     """
@@ -359,7 +359,7 @@ def _find_head_dim(
     config_json: Mapping[str, Any],
     query_rows: int,
 ) -> int:
-    """Return the width of an attention head: from the norm of queries, or from config.json."""
+    """Return the attention head width, from the query norm's weight or config.json."""
     if Q_NORM in model.distinguishing_tensors:  # it has one value for each channel of a head
         return shape(f"layers.{model.first_attention_layer}.{Q_NORM}", 1)[0]
     return head_width(path, query_rows, config_json, _read_head_width(config_json, model))
@@ -376,7 +376,7 @@ def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ..
 
 
 def _read_head_width(config_json: Mapping[str, Any], model: LanguageModel) -> int:
-    """Return the width of an attention head from config.json, else that of the released model."""
+    """Return the attention head width from config.json; the default is the released model's."""
     width = config_json.get("head_dim")
     return width if isinstance(width, int) and width > 0 else model.head_width
 
@@ -428,9 +428,9 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
 
 
 def _list_distinguishing_tensors(network: Checkpoint, file: Checkpoint, layer: str) -> tuple[str, ...]:
-    """Return the names of the tensors in a file that distinguish the supported language models.
+    """Return which of the tensors that distinguish the supported language models a file contains.
 
-    `layer` is the prefix of the first layer with attention; models with LINEAR have no attention in layer 0.
+    `layer` is the prefix of the first layer with full attention; models with LINEAR have none in layer 0.
     """
     found = [tensor for tensor in _DISTINGUISHING_TENSORS if f"{layer}{tensor}" in network.tensors]
     if f"layers.0.{LINEAR}" in network.tensors:
@@ -478,7 +478,7 @@ def _read_config_constants(
 
 
 def _read_sections(rope: Mapping[str, Any], width: int) -> tuple[int, ...]:
-    """Return the numbers of rotary frequencies for time, rows and columns; () if `rope` has none."""
+    """Return how many rotary frequencies encode time, rows and columns; () without `mrope_section`."""
     sections = tuple(map(int, rope.get("mrope_section", ())))
     if sections and (len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != width):
         raise ValueError(f"mrope_section {list(sections)} for heads of {width} channels")
@@ -486,14 +486,14 @@ def _read_sections(rope: Mapping[str, Any], width: int) -> tuple[int, ...]:
 
 
 def all_states(num_layers: int) -> tuple[int, ...]:
-    """Return the numbers of all states: 0 for the embeddings, then layers; -1 for the last, normalized."""
+    """Return the indices of all hidden states: 0 for embeddings, then layers; -1 for the last, normalized."""
     return (*range(num_layers), -1)
 
 
 class HostAngles(nn.Module):
     """Rotary embedding of a transformers model, computed on the CPU in float32 and sent to the device.
 
-    On the device, it might be computed in TF32, which cannot distinguish positions above 1024.
+    On the device it might be computed in TF32, which cannot distinguish positions above 1024.
     """
 
     def __init__(self, angles: nn.Module) -> None:
@@ -501,10 +501,11 @@ class HostAngles(nn.Module):
         self._angles = (angles,)  # in a tuple, so that it is not a submodule and stays on the CPU
 
     def forward(self, x: Tensor, position_ids: Tensor, *layers: str) -> tuple[Tensor, ...]:
-        """Return cosines and sines of the rotary embedding in the dtype of x, on its device.
+        """Return the rotary embedding's cosines and sines, in the dtype and on the device of x.
 
-        `position_ids` are on the CPU. `layers` is SLIDING_ATTENTION or FULL_ATTENTION if these layers have
-        different frequencies.
+        `position_ids` are on the CPU. `layers` is SLIDING_ATTENTION or FULL_ATTENTION if the frequencies of
+        these
+        layers differ.
         """
         parts = self._angles[0](torch.empty(0, dtype=x.dtype), position_ids, *layers)
         return tuple(send_ahead(part, x.device) for part in parts)
@@ -557,7 +558,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
 
 
 def _split_frequencies(config: LanguageConfig) -> list[int]:
-    """Return the numbers of rotary frequencies for time, rows and columns; [] for a text-only model."""
+    """Return how many rotary frequencies encode time, rows and columns; [] for a text-only model."""
     if config.model.mrope_sixteenths is None:
         return []
     if config.sections:
@@ -634,7 +635,7 @@ def load_language_model(
 
 
 class StreamedLayers(NamedTuple):
-    """How many layers stay in host memory, each copied to the device before it runs, and a layer's size."""
+    """How many layers stay in host memory until they run, and the size of one layer."""
 
     num_streamed: int
     layer_bytes: int

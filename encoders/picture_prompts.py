@@ -54,7 +54,7 @@ def read_within(path: Path, size: Size | None = None, *, area: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ImagePromptFormat:
-    """Texts and tokens with which a family inserts images into prompts."""
+    """Text and placeholder tokens that a family puts into a prompt for each image."""
 
     # text for each image, which precedes the prompt; with the fields {number} (from 1) and {tokens}
     # (placeholder tokens of the image)
@@ -78,12 +78,12 @@ class ImagePromptFormat:
         return pictures[: self.max_images]
 
     def write(self, number: int, tokens: int, count: int = 2) -> str:
-        """Return the text for an image in a prompt.
+        """Return the text that inserts an image into a prompt.
 
         Args:
-            number: Number of the image in the prompt, from 1.
-            tokens: Number of its tokens.
-            count: Number of images in the prompt; a single one may have a text of its own.
+            number: 1-based index of the image in the prompt.
+            tokens: Number of its placeholder tokens.
+            count: Number of images in the prompt; the text of a single image may differ.
         """
         before = self.between if number > 1 else ""
         text = self.alone if self.alone and count == 1 else self.text
@@ -92,7 +92,7 @@ class ImagePromptFormat:
 
 @dataclass(frozen=True)
 class PatchedImages:
-    """The images of a prompt as input of the vision tower."""
+    """The images of a prompt, cut into patches for the vision tower."""
 
     patches: Tensor  # of all images, P K float32
     token_grids: tuple[tuple[int, int], ...] = ()  # for each image, its rows and columns of tokens
@@ -254,7 +254,7 @@ def read_images(
 
 
 def _import_processor() -> Any:
-    """Return transformers' image processor of Qwen2-VL that works without torchvision."""
+    """Import and return transformers' Qwen2-VL image processor that works without torchvision."""
     try:  # in transformers 5, the class with the older name needs torchvision
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

@@ -73,7 +73,7 @@ T5_FILES = TokenizerFiles(
 
 @dataclass(frozen=True)
 class T5Naming:
-    """A family's names for its T5 in cache records and conditions; the defaults are FLUX's and Chroma's."""
+    """A family's names for its T5 in cache records and conditions; defaults are FLUX's and Chroma's."""
 
     name: str = "t5"  # in cache records
     states_key: str = "t5_out"  # key of the states, L C
@@ -97,7 +97,7 @@ USE = T5Naming()
 
 
 class T5TextEncoder(FileTextEncoder[T5Network]):
-    """T5 with a fixed number of states per prompt. As in the release, texts are not cleaned."""
+    """T5 with a fixed number of states per prompt. As in the released code, texts are not cleaned."""
 
     abilities = EncoderAbilities(trainable=True, shardable=True, accepts_new_words=True)
     lora_prefix = LORA_PREFIX
@@ -141,7 +141,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Entries of cache records: all that states depend on except the text."""
+        """Fields of cache records: everything that states depend on except the text."""
         return self.identify(
             self.name,
             dtype="of the file" if self.dtype is None else dtype_name(self.dtype),
@@ -200,16 +200,16 @@ BYT5 = T5Kind(
 def load_byt5(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> T5Network:
     """Load a ByT5 encoder of any size.
 
-    `dtype` is the compute dtype; None is the dtype of the file, or bfloat16 if the file is in fp8.
+    `dtype` is the compute dtype; None uses the file's dtype, or bfloat16 if the file is in fp8.
 
     Raises:
-        CheckpointError: If the file is damaged or contains another model.
+        CheckpointError: If the file is damaged or contains a different model.
     """
     return load_t5(path, device, BYT5, dtype)
 
 
 def read_byt5_header(path: Path) -> T5Config:
-    """Return the dimensions of the ByT5 encoder in a file; only headers are read."""
+    """Return the dimensions of a ByT5 encoder from the file's header."""
     return read_once(path, read_t5, BYT5).config
 
 

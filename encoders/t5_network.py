@@ -51,7 +51,7 @@ class T5Config:
 
 @dataclass(frozen=True)
 class T5Kind:
-    """One kind of T5 encoder, such as umT5, and how messages name it."""
+    """A kind of T5 encoder, such as umT5, and its name for messages."""
 
     name: str  # such as "umT5"
     description: str  # such as "an umT5 encoder"
@@ -159,8 +159,9 @@ MAX_DISTANCE = 128  # all larger relative positions share one bucket
 def relative_bucket(distance: Tensor, num_buckets: int) -> Tensor:
     """Return the bucket of each relative position (key minus query); all tensors are on the CPU.
 
-    Each sign has half of the buckets. Small distances have buckets of their own; above that, the width of
-    buckets grows logarithmically up to MAX_DISTANCE.
+    Each sign has half of the buckets. Small distances have one bucket each; above that, the bucket width
+    grows
+    logarithmically up to MAX_DISTANCE.
     """
     half = num_buckets // 2
     num_exact = half // 2  # distances with a bucket of their own
@@ -180,7 +181,7 @@ class T5Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normed tokens, B L C in the dtype of `x`."""
+        """Return the normalized tokens, B L C in the dtype of `x`."""
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * self.weight
 
@@ -222,7 +223,7 @@ class T5Attention(nn.Module):
 
 @dataclass(eq=False)
 class T5Tokens:
-    """Lengths of the concatenated prompts, and the position bias that all blocks share."""
+    """Lengths of the concatenated prompts, and the position bias shared by all blocks."""
 
     lengths: Sequence[int]  # number of tokens of each prompt; their sum is L
     visible: Sequence[int]  # number of leading tokens of each prompt that attention sees
@@ -273,7 +274,7 @@ class T5Block(nn.Module):
 
 
 def _clamp_float16(x: Tensor) -> Tensor:
-    """Clamp a float16 residual stream, which may overflow in T5; return other dtypes unchanged."""
+    """Clamp a float16 residual stream, which may overflow in T5; other dtypes are returned unchanged."""
     if x.dtype != torch.float16:
         return x
     limit = torch.finfo(torch.float16).max - 1000
@@ -283,8 +284,9 @@ def _clamp_float16(x: Tensor) -> Tensor:
 class T5Network(nn.Module):
     """The encoder of T5 or umT5.
 
-    Prompts of different lengths are concatenated without padding, so a prompt's result does not depend on the
-    other prompts.
+    Prompts of different lengths are concatenated without padding, and a prompt's result does not depend on
+    the
+    others.
     """
 
     spec = DitSpec(block_lists=("blocks",))
@@ -300,12 +302,13 @@ class T5Network(nn.Module):
         self.norm = T5Norm(config.dim)
 
     def forward(self, ids: Sequence[Tensor], visible: Sequence[int] | None = None) -> list[Tensor]:
-        """Return the states of each prompt, n C.
+        """Return the hidden states of each prompt, n C.
 
         Args:
             ids: Token ids of each prompt, n, on any device.
-            visible: Number of real tokens of each prompt; attention ignores the padding after them. None if
-                there is no padding.
+            visible: Number of real tokens in each prompt; attention ignores the padding after them. None if
+                there
+                is no padding.
         """
         lengths = [len(prompt) for prompt in ids]
         tokens = T5Tokens(lengths, lengths if visible is None else visible)
@@ -314,11 +317,12 @@ class T5Network(nn.Module):
         return list(self.norm(hidden.x).split(lengths))
 
     def encode_padded(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the states, B n C, of padded prompts.
+        """Return the hidden states of padded prompts, B n C.
 
         Args:
             ids: Token ids, B n, on any device.
-            mask: B n, 1 for tokens, then 0 for padding. No token attends to padding. None treats padding as
+            mask: B n, 1 for tokens, then 0 for padding, which no token attends to. With None, padding counts
+                as
                 tokens.
         """
         visible = None if mask is None else [int(count) for count in mask.sum(dim=1)]

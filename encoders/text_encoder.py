@@ -42,7 +42,7 @@ END = "</s>"  # end token of SentencePiece models
 
 
 class Tokens(NamedTuple):
-    """Token ids of a text, and the characters that each token covers."""
+    """Token ids of a text, and the character range of each token."""
 
     ids: list[int]
     char_spans: list[CharSpan]  # character range of each token; None for tokens that the tokenizer adds
@@ -57,7 +57,7 @@ class Tokens(NamedTuple):
         return number
 
     def cut(self, maximum: int, end: float = math.inf) -> "Tokens":
-        """Shorten the text before character `end`, so that `maximum` tokens remain."""
+        """Truncate the text that ends at character `end`, so that `maximum` tokens remain in total."""
         if len(self.ids) <= maximum:
             return self
         num_after = self.count_after(end)
@@ -71,14 +71,14 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """Turn text of any length into tokens."""
+    """A tokenizer for text of any length."""
 
     read: Callable[[str], Tokens]
     token_to_id: Callable[[str], int | None]  # id of a token; None if there is no such token
     file: Path  # file of the tokenizer
 
     def with_words(self, words: Mapping[str, Sequence[int]]) -> "TextTokenizer":
-        """Return a tokenizer that turns each of these words into its token ids."""
+        """Return a tokenizer that maps each of these words to its token ids."""
         return replace(self, read=_WordReader(self.read, words))
 
 
@@ -119,7 +119,7 @@ class _WordReader:
         return Tokens(ids, char_spans)
 
     def _tokenize_between(self, text: str, start: int) -> Tokens:
-        """Return the tokens of a part of a text, from its character `start`, without special tokens."""
+        """Tokenize part of a text, which starts at character `start`, without special tokens."""
         if not text:
             return Tokens([], [])
         tokens = self.tokenize_text(text)
@@ -144,11 +144,12 @@ class TokenizerSource:
     def find(self, path: Path | None, checkpoint_path: Path) -> tuple[Path | None, bool]:
         """Return the tokenizer's file, and whether the tokenizer is inside the checkpoint.
 
-        The file is `path`, the value of the tokenizer's option; if that is None, it is one near the
-        checkpoint. The file is None if the tokenizer is inside the checkpoint or must be downloaded.
+        The file is `path`, the value of the tokenizer's option, or if that is None, one near the checkpoint.
+        It is
+        None if the tokenizer is inside the checkpoint or must be downloaded.
 
         Raises:
-            CheckpointError: If `path` is not None and not a tokenizer.
+            CheckpointError: If `path` is given but is not a tokenizer.
         """
         file = self.files.find(path, checkpoint_path)
         if file is not None or not self.may_be_inside:
@@ -157,7 +158,7 @@ class TokenizerSource:
             return None, _find_inside(checkpoint) is not None
 
     def identity(self, path: Path | None, checkpoint_path: Path) -> str:
-        """Return the identity of the tokenizer for cache records; `path` is the option's value."""
+        """Return the tokenizer's identity for cache records; `path` is the value of its option."""
         file, is_inside = self.find(path, checkpoint_path)
         if is_inside:
             return "inside the checkpoint"
@@ -193,7 +194,7 @@ class TokenizerSource:
         return self._from_sentencepiece(self.files.read_bytes(file), file)
 
     def _load_inside(self, checkpoint_path: Path) -> TextTokenizer:
-        """Load the tokenizer that a checkpoint contains as a tensor of bytes."""
+        """Load the tokenizer that a checkpoint contains in a byte tensor."""
         with open_checkpoint(checkpoint_path) as checkpoint:
             name = _find_inside(checkpoint) or ""
             info = checkpoint.tensors[name]
@@ -269,7 +270,7 @@ class TokenizerSource:
 
 
 def _find_inside(checkpoint: Checkpoint) -> str | None:
-    """Return the name of the tensor with the bytes of a tokenizer; None if there is none."""
+    """Return the name of the byte tensor that contains a tokenizer; None if there is none."""
     return next((name for name in checkpoint.tensors if name.endswith((SPIECE_MODEL, TOKENIZER_JSON))), None)
 
 
@@ -283,7 +284,7 @@ def find_merges(file: Path | None) -> Path | None:
 def fill_rows(
     rows: Sequence[Sequence[int]], length: int, pad: int, on_left: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask (1 for real tokens), each B L int64, with rows padded to `length`."""
+    """Pad token rows to `length`; return ids and mask (1 for real tokens), each B L int64."""
     ids = torch.full((len(rows), length), pad)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
@@ -313,7 +314,7 @@ def check_ids(token_ids: Sequence[Sequence[int]], vocabulary: int, path: Path, o
 
 
 def in_groups(prompts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """Yield the prompts (token ids) in order, in groups of at most TOKENS_AT_ONCE tokens."""
+    """Yield the prompts (token ids), in order, in groups with at most TOKENS_AT_ONCE tokens each."""
     group: list[list[int]] = []
     for prompt in prompts:
         if group and sum(map(len, group)) + len(prompt) > TOKENS_AT_ONCE:
@@ -328,7 +329,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class TemplatedPrompt(NamedTuple):
-    """A prompt in the template of its encoder."""
+    """A prompt after its encoder's template has been applied."""
 
     text: str  # prompt with template
     prompt: str  # cleaned prompt without template
@@ -369,7 +370,7 @@ class FileTextEncoder(ABC, Generic[Network]):
 
         Args:
             path: File or folder of the model.
-            tokenizer: Path from the tokenizer's option; None searches near the model.
+            tokenizer: Value of the tokenizer's option; None searches near the model.
             form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form.
         """
         self.path = path
@@ -379,25 +380,25 @@ class FileTextEncoder(ABC, Generic[Network]):
 
     @property
     def network(self) -> Network:
-        """The network. Call `load` first."""
+        """The loaded network; call `load` first."""
         return self._loaded.get()[0]
 
     @property
     @abstractmethod
     def identity(self) -> Mapping[str, str]:
-        """Entries of cache records: all that outputs depend on except the text. It reads a few MB.
+        """Fields of cache records: everything that outputs depend on except the text. Reads a few MB.
 
         Raises:
-            CheckpointError: If the file contains another model.
+            CheckpointError: If the file contains a different model.
         """
 
     @property
     def token_bytes(self) -> int:
-        """Size in bytes of the states of one token; 0 if unknown."""
+        """Size in bytes of one token's hidden states; 0 if unknown."""
         return 0
 
     def identify(self, name: str, **settings: str | None) -> dict[str, str]:
-        """Return the entries of `identity`: fingerprints of the files, and all settings that are not None.
+        """Return the fields of `identity`: fingerprints of the files, and all settings that are not None.
 
         Keys begin with `name`.
         """
@@ -411,7 +412,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return identity
 
     def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
-        """Return the prompt in the template; by default, there is no template."""
+        """Return the prompt with the template applied; by default, there is no template."""
         return TemplatedPrompt(prompt.text, prompt.text, prompt.weighted_spans)
 
     def token_counter(self) -> CountTokens:
@@ -459,7 +460,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return count
 
     def load(self, device: torch.device) -> None:
-        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
+        """Load encoder and tokenizer, or move a loaded encoder to the device."""
         self._loaded.load(device, self._read, move_network)
 
     def _read(self, device: torch.device) -> tuple[Network, TextTokenizer]:
@@ -474,7 +475,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return network, tokenizer
 
     def tokenize_word(self, text: str) -> list[int]:
-        """Return the token ids of a text as if it stood inside a longer text; loads no weights.
+        """Return the token ids that a text has inside a longer text; loads no weights.
 
         Raises:
             CheckpointError: If the tokenizer is not on this machine; it is not downloaded.
@@ -489,7 +490,7 @@ class FileTextEncoder(ABC, Generic[Network]):
 
     @abstractmethod
     def load_network(self, device: torch.device) -> Network:
-        """Load the network on the device."""
+        """Load the network onto the device."""
 
     @abstractmethod
     def compute(
@@ -573,7 +574,7 @@ class FileTextEncoder(ABC, Generic[Network]):
                 )
 
     def weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
-        """Multiply the states of a prompt's tokens by their weights."""
+        """Multiply the states of a prompt's tokens by their prompt weights."""
         if self.pads_left:  # padding before the prompt has weight 1
             weights = [1.0] * (self.max_length - len(weights)) + [*weights]
         states: Any = conditions[self.weighted_states_key]
@@ -588,7 +589,7 @@ class FileTextEncoder(ABC, Generic[Network]):
 
 
 def weights_of(templated: TemplatedPrompt, char_spans: Sequence[CharSpan]) -> list[float]:
-    """Return the weight of each token; `char_spans` has the character range of each token in the text."""
+    """Return each token's prompt weight; `char_spans` contains each token's character range in the text."""
     start = templated.start
     prompt_characters = range(start, start + len(templated.prompt))
     prompt_spans: list[CharSpan] = []

@@ -24,7 +24,7 @@ from modules.seeds import derive_seed
 
 @dataclass(frozen=True)
 class AxisTiling:
-    """How an axis is split into overlapping tiles; sizes and starts count latent pixels or latent frames."""
+    """How to split an axis into overlapping tiles; sizes and starts are in latent pixels or latent frames."""
 
     size: int  # length of a tile
     pixels_in: int  # pixels or frames of the input for each latent pixel or frame
@@ -36,7 +36,7 @@ class AxisTiling:
         return int(self.size * 0.75)
 
     def input_slice(self, start: int) -> slice:
-        """Return the slice of the input's axis for the tile that begins at latent pixel or frame `start`."""
+        """Return the input slice of the tile that starts at latent pixel or frame `start`."""
         return slice(start * self.pixels_in, (start + self.size) * self.pixels_in)
 
 
@@ -113,7 +113,7 @@ OVERLAP = 4  # a tile shares 1 / OVERLAP of its length with its neighbor
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile of an axis; all fields are in latent pixels, the unit that input and output share."""
+    """One tile of an axis; all fields are in latent pixels, the unit shared by input and output."""
 
     start: int
     size: int
@@ -121,7 +121,7 @@ class Tile:
     after: int  # overlap with the next tile
 
     def pixel_slice(self, pixels_per_latent: int) -> slice:
-        """Return the slice of this tile along an axis with this number of pixels per latent pixel."""
+        """Return this tile's slice of an axis that has `pixels_per_latent` pixels per latent pixel."""
         return slice(self.start * pixels_per_latent, (self.start + self.size) * pixels_per_latent)
 
     def weights(self, pixels_per_latent: int) -> Tensor:
@@ -224,9 +224,9 @@ def decode_in_tiles(
 
 
 def posterior_generator(owner: int | str) -> torch.Generator:
-    """Return the generator for the posterior sample of a clip or an image.
+    """Return the random generator for a clip's or image's posterior sample.
 
-    `owner` is the name of the cached item, so that its cache does not depend on other items of the run. In
+    `owner` is the name of the cached item, so that its cache does not depend on the run's other items. For
     generation, it is the seed.
     """
     return torch.Generator().manual_seed(derive_seed("posterior", owner))

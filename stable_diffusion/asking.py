@@ -40,13 +40,13 @@ SIDE = 8  # pixels per latent: sides are multiples of this
 
 @dataclass
 class Seeds:
-    """Source of a run's seeds: first those given by the user, then random ones.
+    """A run's seeds: the user's first, then random ones.
 
     Attributes:
         random: Generator that random seeds are drawn from.
         single: Value of --seed, if the run generates only one image.
         round_seed: With --iter_same_seed, the seed of each prompt's first image in this round; the seeds of
-            its additional images are drawn from this one.
+            its other images are drawn from this one.
     """
 
     random: Random
@@ -54,11 +54,11 @@ class Seeds:
     round_seed: int | None = None
 
     def begin_round(self) -> None:
-        """Draw a seed for the new round, from which each prompt's first image starts."""
+        """Draw a seed for the new round; it is the seed of each prompt's first image."""
         self.round_seed = _draw(self.random)
 
     def for_line(self, line_seeds: tuple[int, ...] | None) -> Iterator[int]:
-        """Yield the seeds of a line's images: first `line_seeds`, then random ones without end."""
+        """Yield the seeds of a line's images: `line_seeds` first, then an endless sequence of random ones."""
         yield from line_seeds or ()
         if self.single is not None:
             yield self.single
@@ -96,7 +96,7 @@ def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
 
 @dataclass
 class RequestBuilder:
-    """Turn prompt lines into requests for images.
+    """Convert prompt lines to image requests.
 
     Attributes:
         num_images: Number of images so far in this round, which selects the next input image.
@@ -111,7 +111,7 @@ class RequestBuilder:
     num_lines: int = 0
 
     def build_requests(self, lines: Iterable[Line], failures: Failures) -> Iterator[RequestedImage]:
-        """Yield the images that each line requests; errors of invalid lines are added to `failures`."""
+        """Yield the images that each prompt line requests; errors in a line are added to `failures`."""
         for line in lines:
             images: list[RequestedImage] = []
             self.num_lines += 1
@@ -213,10 +213,10 @@ def check_line(options: GenImgOptions, line: Line) -> None:
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
-    """Return the options with those of a prompt line in place of the command line's.
+    """Return the options, overridden by those of a prompt line.
 
     Raises:
-        OptionError: If a value cannot be used.
+        OptionError: If a value is invalid.
     """
     # seeds and multipliers are read elsewhere
     names = {option.key for option in LINE_OPTIONS.values()} - {SEEDS, MULTIPLIERS}
@@ -224,7 +224,7 @@ def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOption
 
 
 def _select_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float, ...] | None:
-    """Return the LoRA strengths of a line's --am option; None without it, for those on the command line."""
+    """Return the LoRA strengths of a prompt line's --am option; None keeps those of the command line."""
     strengths: tuple[float, ...] | None = values.get(MULTIPLIERS)
     if strengths is not None and not options.networks.num_adjustable:
         logger.warning(
@@ -302,7 +302,7 @@ def _warn_of_ignored_options(
 
 
 def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None) -> tuple[int, int]:
-    """Return width and height: from the options, the input image, or the model's default, in this order."""
+    """Return width and height: those of the options, else of the input image, else the model's default."""
     if sampling.width is not None and sampling.height is not None:
         return sampling.width, sampling.height
     width, height = (kind.size, kind.size) if image is None else image_size(image)
@@ -314,7 +314,7 @@ def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None
 
 
 def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
-    """Warn about a guidance scale below 1, because other programs count guidance from 0."""
+    """Warn about a guidance scale below 1, because in other programs 0 turns guidance off."""
     effect = "below 1 guidance is off, as at 1"
     if negative_scale is not None:
         effect = "0 leaves the prompt out, and less than 1 weakens it"
@@ -373,7 +373,7 @@ def batches(requests: Iterable[RequestedImage], size: int) -> Iterator[list[Requ
 
 
 def _batch_key(request: RequestedImage) -> tuple[Any, ...]:
-    """Return a key that images have in common if they can be in one batch."""
+    """Return a key that is equal for images that can share a batch."""
     return (
         request.settings,
         request.image is None,

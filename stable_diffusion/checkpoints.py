@@ -83,7 +83,7 @@ def ldm_to_diffusers_translator(names: Collection[str]) -> Callable[[str], str]:
 
 
 def build_network(build: Callable[..., Any], config: Mapping[str, Any], path: Path) -> Any:
-    """Build a diffusers network on the meta device; raise CheckpointError if its configuration is invalid."""
+    """Build a diffusers network on the meta device; raise CheckpointError if its config is invalid."""
     try:
         with on_meta_device():
             return build(**config)
@@ -108,7 +108,7 @@ UNET_INPUT_CHANNELS = (LATENT_CHANNELS, INPAINTING_CHANNELS)
 
 
 class UnetDepths(NamedTuple):
-    """Number of transformer blocks after each residual block, by level; 0 means no attention."""
+    """Number of transformer blocks after each residual block, by level; 0 for no attention."""
 
     down: list[tuple[int, ...]]
     up: list[tuple[int, ...]]
@@ -174,7 +174,7 @@ def _broken_unet_error(path: Path, why: str) -> CheckpointError:
 def _check_level_widths(
     kind: ModelKind, widths: Sequence[int], depths: UnetDepths, broken: Callable[[str], CheckpointError]
 ) -> None:
-    """Raise the error that `broken` makes if norms or attentions cannot divide the channels of a level."""
+    """Raise the error made by `broken` if group norms or attention heads do not divide a level's channels."""
     for width, level_depths in zip(widths, depths.down, strict=True):
         # levels without attention have no heads, and SD1 has a number of heads instead of their width
         divisor = SD1_HEADS if kind is SD1 else HEAD_WIDTH
@@ -183,16 +183,16 @@ def _check_level_widths(
 
 
 def _list_heads(kind: ModelKind, widths: Sequence[int]) -> tuple[int, ...]:
-    """Return the number of attention heads of each level; SD2 and SDXL have heads of one width."""
+    """Return each level's number of attention heads; heads of SD2 and SDXL have a fixed width."""
     if kind is SD1:
         return (SD1_HEADS,) * len(widths)
     return tuple(max(1, width // HEAD_WIDTH) for width in widths)
 
 
 def _find_last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths) -> str | None:
-    """Return the path of the first attention in the deepest level of the down path that has one.
+    """Return the path of the first attention in the deepest down level with attention.
 
-    Returns None if no level has attentions, or if the middle block has none.
+    Returns None if no level has attention, or if the middle block has none.
     """
     has_middle = any(name.startswith("mid_block.attentions.0.") for name in sources)
     levels = [level for level, level_depths in enumerate(depths.down) if any(level_depths)]
@@ -245,7 +245,7 @@ def _select_block_type(depths: Sequence[int], way: str) -> str:
 
 
 def _make_depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return the U-Net's transformer depths: one number per level if all its blocks have the same depth."""
+    """Return the config's transformer depths: one number per level if all its blocks are equally deep."""
     by_level = [{*depths, *up[len(down) - 1 - level]} for level, depths in enumerate(down)]
     if all(len(depths) == 1 for depths in by_level):
         return {"transformer_layers_per_block": tuple(max(1, *depths) for depths in by_level)}
@@ -367,7 +367,7 @@ def _as_matrix(weight: Tensor) -> Tensor:
 # Only the workspace of the convolutions shrinks; norms and attention see the whole image, so that the
 # result equals that without bands, except for the order of sums in the convolution itself.
 def band_convolutions(network: nn.Module, bands: int) -> None:
-    """Make convolutions with kernels larger than 1x1 process the image in at most `bands` bands of rows."""
+    """Make convolutions with kernels larger than 1x1 process an image in at most `bands` bands of rows."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
             module.forward = _BandedConv2d(module, bands)  # type: ignore[method-assign, assignment]
@@ -401,7 +401,7 @@ class _BandedConv2d:
         return result
 
     def _cut_rows(self, x: Tensor, start: int, end: int, pad_rows: int) -> Tensor:
-        """Return the input rows on which output rows `start` to `end` depend, zero-padded outside of x."""
+        """Return the input rows that output rows `start` to `end` depend on, zero-padded outside of x."""
         height = x.shape[2]
         stride = self.conv.stride[0]
         first = start * stride - pad_rows

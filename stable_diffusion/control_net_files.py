@@ -88,7 +88,7 @@ def load_control_net(
     )
 
     def add_base(name: str, weight: Tensor, _: torch.dtype) -> Tensor:
-        """Add the U-Net's weight of the same name to a difference."""
+        """Add the U-Net's weight of the same name to a weight difference; new layers are unchanged."""
         if name.startswith(CONTROL_ONLY_LAYERS):  # the U-Net has no such part: the weight is not a difference
             return weight
         assert base is not None
@@ -112,7 +112,7 @@ def load_control_net(
 
 
 def _reject_similar(control_net: Checkpoint) -> None:
-    """Raise CheckpointError if the file is an adapter such as a T2I-Adapter, but not a ControlNet."""
+    """Raise CheckpointError if the file is not a ControlNet but a similar adapter, such as a T2I-Adapter."""
     for pattern, what in _OTHERS:
         if any(re.fullmatch(pattern, name) for name in control_net.tensors):
             raise CheckpointError(
@@ -181,7 +181,7 @@ _RELEASED_NAMES = (
 
 
 def _name_in_diffusers(name: str, translate: Callable[[str], str]) -> str:
-    """Return diffusers' name of a tensor; an unknown name stays and is later reported as unexpected."""
+    """Return a tensor's diffusers name; an unknown name is kept and later reported as unexpected."""
     for pattern, template in _RELEASED_NAMES:
         match = re.fullmatch(pattern, name)
         if match is not None:
@@ -194,7 +194,7 @@ def _name_in_diffusers(name: str, translate: Callable[[str], str]) -> str:
 
 @dataclass(frozen=True)
 class _LevelAttentions:
-    """Module paths and attentions of a ControlNet's levels, the middle block last."""
+    """Module paths and attentions of a ControlNet's levels; the middle block comes last."""
 
     blocks: list[str]  # diffusers' module paths
     has_attention: list[bool]
@@ -202,7 +202,7 @@ class _LevelAttentions:
 
     @property
     def attentions(self) -> list[str]:
-        """Module paths of the levels' attentions, without levels that have none."""
+        """Module paths of the levels' attentions; levels without attention are omitted."""
         return [
             f"{block}.attentions.0"
             for block, has_attention in zip(self.blocks, self.has_attention, strict=True)
@@ -286,7 +286,7 @@ def _read_pooled_settings(
     shape: Callable[..., tuple[int, ...]],
     unet_config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the settings of SDXL's additional conditions, sizes and pooled text; {} for other models."""
+    """Return SDXL's settings for size conditioning and pooled text; {} for other models."""
     if "add_embedding.linear_1.weight" not in sources:
         return {}
     return {
@@ -297,10 +297,10 @@ def _read_pooled_settings(
 
 
 def _read_levels(sources: Mapping[str, TensorSource], blocks: list[str]) -> _LevelAttentions:
-    """Read from the tensor names which levels of a ControlNet have attention, and its depth.
+    """Determine from tensor names which levels of a ControlNet have attention, and how deep it is.
 
     Args:
-        sources: Tensors by diffusers' name.
+        sources: Tensors by diffusers name.
         blocks: Module paths of the levels, the middle one last.
     """
     has_attention = [f"{block}.attentions.0.norm.weight" in sources for block in blocks]
@@ -363,14 +363,14 @@ def _check_fits_unet(
 
 
 def _guess_kind(config: Mapping[str, Any]) -> ModelKind:
-    """Return the kind of model that a ControlNet was made for."""
+    """Return the kind of model (1.x, 2.x or XL) that a ControlNet was made for."""
     if config.get("addition_embed_type"):
         return SDXL
     return SD2 if config["use_linear_projection"] else SD1
 
 
 def _list_values(config: Mapping[str, Any], name: str) -> tuple[Any, ...]:
-    """Return the distinct values of a U-Net setting that is one value for all levels or a list of them."""
+    """Return the distinct values of a U-Net setting, which is one value for all levels or a list."""
     value = config.get(name)
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return tuple(dict.fromkeys(values)) if name == "layers_per_block" else values

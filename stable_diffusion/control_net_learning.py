@@ -41,7 +41,7 @@ class TrainedControlNet(nn.Module):
 
         Args:
             network: ControlNetModel of diffusers.
-            new_layers_lr: Learning rate of the layers that a U-Net does not have; None uses the common rate.
+            new_layers_lr: Learning rate of layers that a U-Net does not have; None uses the common rate.
         """
         super().__init__()
         self.network = network
@@ -53,7 +53,7 @@ class TrainedControlNet(nn.Module):
         self.multiplier = multiplier
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return optimizer groups and their names: layers copied from the U-Net and new layers."""
+        """Return optimizer parameter groups and their names: layers copied from the U-Net, and new layers."""
         if self.new_layers_lr is None:
             return [{"params": list(self.network.parameters()), "lr": learning_rate}], ["control_net"]
         rates = {"control_net copy": learning_rate, "control_net own": self.new_layers_lr}
@@ -132,9 +132,9 @@ def make_control_net(
 
 
 def copy_unet(unet: Any) -> ControlNetModel:
-    """Build a ControlNet with the weights of a U-Net's encoder half; its outputs are zero at first.
+    """Build a ControlNet from the weights of a U-Net's encoder half; its zero convolutions are new.
 
-    This is like diffusers' `from_unet`, which does not support a number of layers for each level.
+    Like diffusers' `from_unet`, but it also accepts `layers_per_block` as a list of equal numbers.
     """
     parameters = inspect.signature(ControlNetModel.__init__).parameters
     config = {name: value for name, value in unet.config.items() if name in parameters}
@@ -203,11 +203,11 @@ def _write(
 
 
 def ldm_control_net_names(layers: list[int], names: Sequence[str]) -> dict[str, str]:
-    """Map diffusers' name of each ControlNet weight to its published name.
+    """Map the diffusers name of each ControlNet weight to its published name.
 
     Args:
-        layers: Number of residual blocks of each level.
-        names: Diffusers' names of the weights.
+        layers: Number of residual blocks at each level.
+        names: Diffusers names of the weights.
     """
     own = [name for name in names if name.startswith(CONTROL_ONLY_LAYERS)]
     of_unet = [name for name in names if not name.startswith(CONTROL_ONLY_LAYERS)]

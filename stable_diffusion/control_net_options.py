@@ -36,7 +36,7 @@ def weights_option() -> Any:
 
 
 def rate_option() -> Any:
-    """Declare the option for the learning rate of ControlNet layers that the U-Net lacks."""
+    """Declare the option for the learning rate of ControlNet layers that a U-Net does not have."""
     return option(
         "learning rate of the parts that the U-Net does not have: the control image's embedding and "
         "the outputs, which are initialized to zero",

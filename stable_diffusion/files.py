@@ -57,7 +57,7 @@ _REFINER = "the refiner of Stable Diffusion XL, which only finishes pictures of 
 
 @dataclass(frozen=True)
 class ModelType:
-    """Kind and prediction type of a checkpoint, which the sizes of its tensors do not show."""
+    """Kind and prediction type of a checkpoint; its tensor sizes do not show them."""
 
     kind: ModelKind
     predicts_velocity: bool

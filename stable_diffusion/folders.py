@@ -172,9 +172,9 @@ def plan_folder_text_encoders(folder: Path, kind: ModelKind, exit_stack: ExitSta
     """Plan how to load the text encoders of a diffusers folder.
 
     Args:
-        folder: Folder of the files.
+        folder: Folder of the checkpoint.
         kind: Kind of the checkpoint.
-        exit_stack: Closes opened files.
+        exit_stack: Closes the opened files.
     """
     plans = []
     for index, name in enumerate(("text_encoder", "text_encoder_2")[: 2 if kind is SDXL else 1]):

@@ -54,7 +54,7 @@ _Layer = tuple[int, int] | str
 
 
 class Vgg16(nn.Module):
-    """VGG16 up to the layer whose features are compared."""
+    """VGG16 up to the layer whose features are compared, for image guidance."""
 
     def __init__(self, layers: Sequence[_Layer]) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class FullClip:
         """Return the CLIP embedding of a text, 1 P.
 
         Args:
-            ids: Token ids of the text, with start and end token.
+            ids: Token ids of the text, including start and end token.
         """
         tokens = torch.tensor([ids], device=self.text.device)
         return self.text(tokens, torch.tensor([len(ids) - 1], device=self.text.device)) @ self.projection.T
@@ -155,7 +155,7 @@ class FullClip:
 
 @dataclass(frozen=True, eq=False)
 class Guides:
-    """CLIP and VGG16 networks that guide images; each image is generated separately."""
+    """CLIP and VGG16 networks that guide images; each image is generated in a batch of its own."""
 
     options: GuideOptions
     model: Model
@@ -221,7 +221,7 @@ class Guides:
         return gradient
 
     def _make_loss(self, request: RequestedImage) -> Loss:
-        """Return the loss whose gradient guides an image: the sum of all networks' losses."""
+        """Return the loss whose gradient guides an image: the sum over all guiding networks."""
         options = self.options
         clip = self.clip
         losses: list[Loss] = []
@@ -236,7 +236,7 @@ class Guides:
         return lambda pixels: torch.stack([loss(pixels) for loss in losses]).sum()
 
     def _read_clip_tokens(self, request: RequestedImage) -> list[int]:
-        """Return CLIP's token ids for an image's text, with start and end token, cut to fit, unweighted."""
+        """Return CLIP's ids of an image's prompt, without weights, truncated, with start and end token."""
         text = request.clip_prompt
         if text is None:
             text = " ".join(split_parts(request.prompt))
@@ -247,7 +247,7 @@ class Guides:
 
 
 def _decode(model: Model, latents: Tensor) -> Tensor:
-    """Decode latents, 1 4 1 h w, to pixels, 1 3 H W float32, in 0..1."""
+    """Decode latents, 1 4 1 h w, to pixels, 1 3 H W float32 in 0..1."""
     scaled = (latents.squeeze(2) / model.kind.latent_scale).to(model.vae_dtype)
     return (model.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
 

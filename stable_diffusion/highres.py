@@ -30,7 +30,7 @@ MODULE_ALIASES = {"tools.latent_upscaler": "stable_diffusion.latent_upscaler"}
 
 @dataclass(frozen=True, eq=False)
 class UpscalingModule:
-    """Upscaler from the user's module, with the module's name from the option."""
+    """An upscaler from the user's Python module, and the module's name as given in the option."""
 
     name: str
     upscaler: Any
@@ -87,7 +87,7 @@ def _in_words(shape: Sequence[int]) -> str:
 
 
 def _are_images(result: Any, count: int) -> bool:
-    """Return whether an upscaler module returned a list of `count` images."""
+    """Return whether an upscaler module's result is a list of `count` images."""
     if not isinstance(result, Sequence) or len(result) != count:
         return False
     return all(isinstance(image, Image) for image in result)
@@ -125,7 +125,7 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
 
 
 def parse_upscaler_args(text: str) -> dict[str, str]:
-    """Parse `key=value` pairs that are joined by `;`; raise OptionError if a pair is malformed."""
+    """Parse `key=value` pairs separated by `;`; raise OptionError if a pair is malformed."""
     args = {}
     for part in filter(str.strip, text.split(";")):
         key, sign, value = (piece.strip() for piece in part.partition("="))
@@ -152,7 +152,7 @@ class SavedStage:
 
 
 class Highres(NamedTuple):
-    """Options of generation in two stages, and the upscaler of the first stage's images, if any."""
+    """Options of two-stage generation, and the upscaler between the stages, if any."""
 
     options: HighresOptions
     upscaler: UpscalingModule | None

@@ -70,7 +70,7 @@ def describe_inversion(word: WordToLearn, files: TrainingFiles) -> CustomNetwork
 
 
 def _tensor_names(files: TrainingFiles) -> tuple[str, ...]:
-    """Return the tensor name of each text encoder's vectors in embedding files."""
+    """Return, for each text encoder, the tensor name of its vectors in embedding files."""
     return SDXL_TENSOR_NAMES if files.kind is SDXL else (SD_TENSOR_NAME,)
 
 
@@ -100,7 +100,7 @@ def _read_start_vectors(
 
 
 def _tokenize(files: TrainingFiles, index: int, text: str) -> list[int]:
-    """Return the ids of a text in text encoder `index`; [] if a part of it is not in the vocabulary."""
+    """Return a text's token ids in text encoder `index`; [] if part of it is not in the vocabulary."""
     tokenizer = files.tokenizers[index]
     ids = tokenizer.tokenize(text)
     # the end token also stands for text that is not in the vocabulary
@@ -150,14 +150,14 @@ def with_templates_and_command(
 
 
 def _choose_sentences(options: InversionOptions) -> tuple[str, ...]:
-    """Return caption templates for a new word; () if the word is learned from the data's own captions."""
+    """Return caption templates for a new word; () if training uses the dataset's own captions."""
     if options.use_object_template:
         return OBJECT_SENTENCES
     return STYLE_SENTENCES if options.use_style_template else ()
 
 
 def _write_prompt(options: InversionOptions, file: Path, sample: Mapping[str, Any]) -> str:
-    """Return the prompt to generate with a trained file, in which the word is the file's name."""
+    """Return a prompt for a trained embedding, whose word in prompts is its file name."""
     word = options.word
     # longest first: the word is a prefix of the names of its single vectors
     names = sorted(NewWord(word.text, word.count).list_ids(0), key=len, reverse=True)

@@ -37,14 +37,14 @@ class LatentRefinerBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features of the block, B width h w."""
+        """Return the block's output features, B width h w."""
         # x: B width h w
         inner = torch.relu(self.bn1(self.conv1(x)))
         return torch.relu(x + self.bn2(self.conv2(inner)))
 
 
 class LatentRefiner(nn.Module):
-    """Add the detail that enlarged latents lack; layer names are those of the published file."""
+    """Add the detail that enlarged latents lack; layer names match the published file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class LatentRefiner(nn.Module):
 
 @dataclass(frozen=True)
 class LatentUpscaler:
-    """Resize images and encode them, with details from a network, as latents of the requested size."""
+    """Resize images and encode them to latents of the requested size; a network adds detail to these."""
 
     refiner: LatentRefiner
 

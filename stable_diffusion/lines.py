@@ -104,7 +104,7 @@ _LONG_NAMES = {
 
 
 def find_option(word: str) -> prompt_lines.LineOption | None:
-    """Return the option of a prompt line by its letters in any case, its key or a long name."""
+    """Find a prompt-line option by its letters (case-insensitive), key or long name; None if unknown."""
     by_key = {option.key: option for option in LINE_OPTIONS.values()}
     option = LINE_OPTIONS.get(word.lower()) or by_key.get(word)
     if option is not None:
@@ -182,7 +182,7 @@ _EACH = re.compile(r"[eE]\$\$")  # three characters, see `enumerates`
 
 
 def enumerates(text: str) -> bool:
-    """Return whether a prompt has an `{e$$...}` group, which generates an image for each choice."""
+    """Return whether a prompt contains an `{e$$...}` group, which generates one image per choice."""
     return any(_EACH.match(group[1]) for group in re.finditer(r"(?<!\\)\{([^{}]{1,3})", text))
 
 
@@ -273,11 +273,11 @@ class Inputs:
         return _in_turn(self.images, number)
 
     def mask(self, number: int) -> Path | None:
-        """Return the mask of image `number`, cycling through the files; None if there are no masks."""
+        """Return the mask for output `number`; files are reused in turn. None without masks."""
         return _in_turn(self.masks, number)
 
     def select_guides(self, number: int) -> tuple[Path, ...]:
-        """Return the guide images of image `number`: one for each ControlNet, or a single one for all."""
+        """Return the guide images for output `number`: one per ControlNet, or a single one for all."""
         if len(self.guides) <= 1:
             return self.guides
         # guides come in groups, one guide per ControlNet; images use the groups in turn
@@ -328,7 +328,7 @@ def _in_turn(paths: Sequence[Path], number: int) -> Path | None:
 
 @dataclass(frozen=True)
 class Line:
-    """A prompt line of the user, with the options in it."""
+    """A prompt line from the user, including the options in it."""
 
     label: str  # in messages: "line 3"
     text: str

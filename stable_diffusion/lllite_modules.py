@@ -48,7 +48,7 @@ class LlliteDimensions:
 
     @property
     def reduction(self) -> int:
-        """Side in pixels of the image area that becomes one token: the product of all strides."""
+        """Edge length in pixels of the image area per token: the product of all strides."""
         product = 1
         for _, stride in self.convolutions:
             product *= stride
@@ -89,7 +89,7 @@ class LlliteModule(nn.Module):
         return embedding if self.dimensions.is_convolution else rearrange(embedding, "b e h w -> b (h w) e")
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Return the change that is added to the layer's input `x` for the control image embedded before."""
+        """Return the correction of the layer's input `x`; `embedding` is the embedded control image."""
         # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to image r modulo B
         axis = 1 if self.dimensions.is_convolution else 2
         rows = embedding
@@ -99,7 +99,7 @@ class LlliteModule(nn.Module):
 
 
 class Lllite(nn.Module):
-    """All LLLite modules of one file, by their names in the file."""
+    """All LLLite modules of one file, keyed by their names in the file."""
 
     def __init__(self, parts: Mapping[str, LlliteDimensions], dropout: float = 0.0) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def _get_layer(unet: nn.Module, path: str | None) -> Any:
 
 
 def _input_width(layer: Any) -> int | None:
-    """Return the number of input channels of a linear or convolution layer; None for other modules."""
+    """Return a linear or convolution layer's number of input channels; None for other modules."""
     name = "in_channels" if isinstance(layer, nn.Conv2d) else "in_features"
     width: int | None = getattr(layer, name, None)
     return width

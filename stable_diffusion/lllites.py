@@ -84,7 +84,7 @@ class Lllites:
 
 
 class _LlliteBatch:
-    """Guide images of the batch that is being generated, and their embeddings."""
+    """Guide images of the current batch, and their embeddings."""
 
     def __init__(self, specs: Sequence[ControlSpec], guides: BatchGuides, dtype: torch.dtype) -> None:
         self._specs = specs
@@ -106,7 +106,7 @@ class _LlliteBatch:
     def change_input(
         self, index: int, module: LlliteModule, _: nn.Module, inputs: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
-        """Forward pre-hook of a layer: return changed inputs, or None if LLLite `index` is inactive."""
+        """Forward pre-hook of a layer: return modified inputs, or None if LLLite `index` is inactive."""
         images = self._active_guides[index] if self._active_guides else None
         if images is None:
             return None

@@ -39,7 +39,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """A checkpoint with open files and a load plan for each network."""
+    """An open checkpoint and the load plan of each of its networks."""
 
     path: Path
     model_type: ModelType
@@ -93,7 +93,7 @@ def load_checkpoint(options: ModelOptions, checkpoint_plan: CheckpointPlan, devi
 
 
 def _log_checkpoint(checkpoint_plan: CheckpointPlan, dtype: torch.dtype, vae_dtype: torch.dtype) -> None:
-    """Log the kind, the prediction type and the dtypes of a checkpoint that is loaded."""
+    """Log the kind, prediction type and dtypes of a checkpoint that is about to be loaded."""
     description = checkpoint_plan.kind.title
     if checkpoint_plan.unet.config.get("in_channels") == 9:  # 4 noisy, 4 of the masked image, 1 mask
         description += ", inpainting"
@@ -131,7 +131,7 @@ def _join_text_encoders(
 
 
 def _set_computation(options: ModelOptions, unet: Any, vae: Any) -> None:
-    """Apply the options that change how networks compute but not their weights."""
+    """Apply options that affect how networks compute, such as xformers, but not their weights."""
     if options.xformers or options.diffusers_xformers:
         unet.set_attn_processor(make_xformers_processor())  # otherwise diffusers chooses torch's attention
     if options.diffusers_xformers:
@@ -304,7 +304,7 @@ def _check_widths_match(checkpoint_plan: CheckpointPlan) -> None:
 
 
 class _NetworkToLoad(NamedTuple):
-    """A network on the meta device, and how its weights are loaded."""
+    """A network on the meta device, and how to load its weights."""
 
     network: Any
     plan: LoadPlan[Any]

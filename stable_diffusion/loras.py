@@ -36,7 +36,7 @@ Multipliers = tuple[float, ...]
 
 
 class AdjustableLoras:
-    """LoRAs of a model with strengths that can change between images, in the order of the options."""
+    """A model's LoRAs, in the order of the options, whose strengths can change between images."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class AdjustableLoras:
         """Apply the LoRAs with these strengths until the next call.
 
         Args:
-            multipliers: Multipliers of a prompt; None for the ones on the command line.
+            multipliers: Strengths of a prompt; None for the command line's.
             part: Index of the only LoRA to use; None for all.
         """
         strengths = self.resolve_strengths(multipliers, part)
@@ -99,7 +99,7 @@ class AdjustableLoras:
 
 @dataclass(frozen=True)
 class _LoraTarget:
-    """The U-Net or a text encoder, whose layers LoRAs can change, with its prefix in LoRA files."""
+    """The U-Net or a text encoder as a target of LoRAs, with its prefix in LoRA files."""
 
     network: nn.Module
     prefix: str = ""  # prefix of the network's modules in LoRA files; "" for the U-Net
@@ -149,10 +149,10 @@ def words_of(loras: Iterable[LoraFile]) -> tuple[LearnedWord, ...]:
 
 
 def check_networks(loras: Sequence[LoraFile], checkpoint_plan: CheckpointPlan) -> None:
-    """Check before loading that each LoRA fits the networks of a checkpoint, by names and shapes alone.
+    """Check from names and shapes, before loading, that each LoRA fits the checkpoint's networks.
 
     Raises:
-        CheckpointError: If a LoRA belongs to another kind or size of model, or fits no layer.
+        CheckpointError: If a LoRA was made for a different kind or size of model, or fits no layer.
     """
     check_kind(loras, checkpoint_plan.kind)
     kind = checkpoint_plan.kind
@@ -268,7 +268,7 @@ def _add_layers(
 
 
 def _merge(targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], rounding: str) -> None:
-    """Fold LoRAs permanently into network weights; `rounding` is the value of --lora_rounding."""
+    """Merge LoRAs into network weights; `rounding` is the value of --lora_rounding."""
     for target in targets:
         target_loras = select_for_network(weighted_loras, target.prefix)
         if target_loras:

@@ -26,14 +26,14 @@ from stable_diffusion.text import ImageVectors, PromptEncoder
 
 
 class BatchHook(Protocol):
-    """Something that changes the U-Net while a batch is generated: ControlNets, Deep Shrink, regions."""
+    """An extension that modifies the U-Net for a batch, such as ControlNets, Deep Shrink or regions."""
 
     def apply_to_batch(
         self, requests: Sequence[contract.RequestedImage], width: int, height: int
     ) -> AbstractContextManager[contract.UnetHook | None]:
-        """Return a context manager that changes the U-Net for a batch and restores it at the end.
+        """Return a context manager that modifies the U-Net for a batch and restores it at the end.
 
-        It yields a function that is called before each U-Net call; None if none is needed.
+        It yields a function to call before each U-Net call, or None.
         """
 
 
@@ -224,7 +224,7 @@ class ImageGenerator:
     # Texts
 
     def _count_chunks(self, request: contract.RequestedImage) -> int:
-        """Return the number of 75-token chunks of the longest of an image's texts."""
+        """Return the number of 75-token chunks in the longest of an image's prompts."""
         texts = [*self._split_prompt(request), *self._list_negative_texts(request)]
         return max(self.prompt_encoder.count_chunks(text) for text in texts)
 
@@ -232,7 +232,7 @@ class ImageGenerator:
         return split_parts(request.prompt) if request.settings.num_parts > 1 else [request.prompt]
 
     def _list_negative_texts(self, request: contract.RequestedImage) -> list[str]:
-        """Return the negative prompt, with three guidance passes also the empty one; [] without guidance."""
+        """Return the negative prompt, plus an empty one if there are three passes; [] without guidance."""
         settings = request.settings
         if not samplers.is_guided(settings.scale, settings.negative_scale):
             return []
@@ -277,7 +277,7 @@ class ImageGenerator:
     def _join_parts(
         self, request: contract.RequestedImage, parts: Sequence[contract.TextState]
     ) -> contract.TextState:
-        """Combine the text states of a prompt's parts into one; each part acts in its region."""
+        """Combine the text states of a prompt's parts into one; each part affects its own region."""
         if len(parts) == 1:
             return parts[0]
         regions = self.regions or Regions(self.model.unet)
@@ -335,7 +335,7 @@ def time_ids(settings: contract.ImageSettings, negative: bool) -> Tensor:
 
 
 def _list_vision_paths(requests: Sequence[contract.RequestedImage]) -> list[Path]:
-    """Return the input images to use CLIP embeddings of; raise OptionError if an image is missing."""
+    """Return the input images for CLIP vision embeddings; raise OptionError if a request has none."""
     paths = [request.image for request in requests if request.image is not None]
     if len(paths) < len(requests):
         raise OptionError(
@@ -345,6 +345,6 @@ def _list_vision_paths(requests: Sequence[contract.RequestedImage]) -> list[Path
 
 
 def _select_start(start: contract.SecondStageInput, indices: Sequence[int]) -> contract.SecondStageInput:
-    """Return the start images or start latents of some images of the batch, by index."""
+    """Return the start images or start latents of the batch's images at `indices`."""
     images = None if start.images is None else [start.images[index] for index in indices]
     return contract.SecondStageInput(images, None if start.latents is None else start.latents[indices])

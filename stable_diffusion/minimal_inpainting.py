@@ -26,7 +26,7 @@ def repaint(options: MinimalInpaintingOptions) -> None:
     """Repaint the masked (white) area of an image and save the result.
 
     Raises:
-        UserError: If a file cannot be used.
+        UserError: If a file is unusable.
     """
     image = options.picture
     seed = random.randrange(SEEDS_END) if image.seed is None else image.seed
@@ -37,7 +37,7 @@ def repaint(options: MinimalInpaintingOptions) -> None:
 
 
 def load_for_inpainting(options: GenImgOptions, device: torch.device) -> ImageGenerator:
-    """Load a model for inpainting that leaves all pixels outside the mask unchanged."""
+    """Load a model for inpainting; pixels outside the mask stay unchanged in its results."""
     return replace(assemble(options, device), restores_unmasked=True)
 
 
@@ -52,5 +52,5 @@ def make_mask(image: InpaintingImageOptions, seed: int) -> Image.Image:
 
 
 def resize_mask(path: Path, height: int, width: int) -> Image.Image:
-    """Read a mask file and resize it without interpolating between its pixels."""
+    """Read a mask file and resize it with nearest-neighbor sampling."""
     return Image.fromarray(read_mask(path)).resize((width, height), Image.Resampling.NEAREST)

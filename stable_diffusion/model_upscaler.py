@@ -85,7 +85,7 @@ def create_upscaler(**args: str) -> ModelUpscaler:
 
 
 def _as_argv(args: Mapping[str, str]) -> list[str]:
-    """Return `key=value` settings as command-line words."""
+    """Return `key=value` settings as command-line arguments."""
     words = [f"--{key}={value}" for key, value in args.items() if key != "compile"]
     if args.get("compile", "").lower() in ("1", "true", "yes"):
         words.append("--compile")

@@ -44,7 +44,7 @@ SDXL_EMBEDDING_LAYERS = (
 
 
 class BlockPaths(NamedTuple):
-    """Module paths of one residual block or attention of a U-Net, in LDM's and diffusers' naming."""
+    """Module paths of one residual block or attention of a U-Net, in LDM and in diffusers."""
 
     ldm_path: str
     diffusers_path: str

@@ -66,14 +66,14 @@ def read_regions(
 
 
 def resize(regions: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize regions B P H W to another size (rows, columns) by bilinear interpolation."""
+    """Resize regions B P H W to `size` (rows, columns) with bilinear interpolation."""
     if regions.shape[-2:] == size:
         return regions
     return functional.interpolate(regions, size, mode="bilinear", align_corners=False)
 
 
 def part_weights(regions: Tensor) -> Tensor:
-    """Normalize regions, ... P H W, to sum to 1 over the parts at each pixel; 1 / P where all are 0."""
+    """Normalize region masks, ... P H W, so that the parts sum to 1 at each pixel; 1 / P where all are 0."""
     total = regions.sum(-3, keepdim=True)
     shared = torch.full_like(regions, 1 / regions.shape[-3])
     return torch.where(total < _DARK, shared, regions / total.clamp(min=_DARK))
@@ -83,7 +83,7 @@ SEPARATOR = " AND "
 
 
 def split_parts(prompt: str) -> list[str]:
-    """Split a prompt into the parts that belong to regions of a mask."""
+    """Split a prompt into parts, one per region of a mask."""
     return [part.strip() for part in prompt.split(SEPARATOR)]
 
 
@@ -151,11 +151,12 @@ class Regions:
         self._num_colors = num_colors
 
     def read_regions(self, request: RequestedImage, width: int, height: int) -> Tensor:
-        """Return the regions of an image's prompt parts at a size in pixels, P H W; P 1 1 without a mask.
+        """Return the region masks of an image's prompt parts, P H W in pixels; P 1 1 without a mask.
 
         Raises:
-            OptionError: If an image with a mask does not have one LoRA for each part, or if LoRAs are folded
-                into the weights.
+            OptionError: If an image with a mask does not have one LoRA per part, or if LoRAs are merged into
+                the
+                weights.
             MediaError: If the mask cannot be read.
         """
         num_parts = request.settings.num_parts
@@ -190,7 +191,7 @@ class Regions:
 
 
 class _Batch:
-    """Regions of the batch that is being generated, with masks of each feature size."""
+    """Regions of the current batch, with masks for each feature map size."""
 
     def __init__(self, regions: Tensor) -> None:
         # regions: B P H W
@@ -252,7 +253,7 @@ class _Batch:
         return limited
 
     def _limit_features(self, part: int, added: Tensor) -> Tensor:
-        """Multiply the output of a prompt part's LoRA by the mask of its region."""
+        """Multiply the LoRA output of a prompt part by the mask of its region."""
         # added: R C h w of convolutions, R (or P*R) N C of linear layers, R C of layers without positions
         repeats = len(added) // len(self._regions)
         if added.ndim == 2:
@@ -278,7 +279,7 @@ class _Batch:
 
 
 def restore_forward(module: Any, forward: Callable[..., Tensor] | None) -> None:
-    """Restore a module's forward; None means that it had only its class's method."""
+    """Restore a module's `forward`; None means that the instance had not replaced its class's method."""
     if forward is None:
         del module.forward
     else:

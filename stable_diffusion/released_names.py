@@ -33,10 +33,10 @@ _VAE_SHORTCUT = ("nin_shortcut", "conv_shortcut")
 
 
 def ldm_unet_names(layers: list[int], names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield the LDM name, as in released single files, and the diffusers name of each weight of a U-Net.
+    """Yield (LDM name, diffusers name) of each U-Net weight; LDM names are those of released single files.
 
     Args:
-        layers: Number of residual blocks of each level of the down path.
+        layers: Number of residual blocks at each level of the down path.
         names: Diffusers names of the U-Net's weights.
     """
     ldm_paths = _map_to_ldm_paths(layers, names)
@@ -90,7 +90,7 @@ def _vae_path_pairs(num_levels: int) -> Iterator[tuple[str, str]]:
 
 
 def ldm_vae_name(name: str) -> str:
-    """Return the published name of a VAE weight."""
+    """Return a VAE weight's published name."""
     ldm_shortcut, diffusers_shortcut = _VAE_SHORTCUT
     for ldm_path, diffusers_path in _vae_path_pairs(VAE_LEVELS):
         if name.startswith(diffusers_path):
@@ -118,7 +118,7 @@ def map_vae_names_to_diffusers(ldm_names: Collection[str], num_levels: int) -> d
 
 
 def ldm_vae_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a tensor's shape in a published file, whose VAE attentions are 1x1 convolutions."""
+    """Return a VAE tensor's shape in a published file, in which attention weights are 1x1 convolutions."""
     is_attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", name) is not None
     return (*shape, 1, 1) if is_attention and len(shape) == 2 else shape
 
@@ -154,7 +154,7 @@ _LAYER = ("ln_1.{}", "ln_2.{}", "mlp.c_fc.{}", "mlp.c_proj.{}", "attn.out_proj.{
 
 
 def _map_open_clip_layer(prefix: str, layer: int, source_layer: int) -> dict[str, list[str]]:
-    """Map each tensor of layer `layer` of an OpenCLIP file to the weights of `source_layer` fused into it."""
+    """Map each tensor of an OpenCLIP layer in a file to the weights of `source_layer` fused in it."""
     names = [leaf.format(parameter) for leaf in _LAYER for parameter in ("weight", "bias")]
     blocks = "transformer.resblocks"
     return {
@@ -164,5 +164,5 @@ def _map_open_clip_layer(prefix: str, layer: int, source_layer: int) -> dict[str
 
 
 def _list_fused_weights(open_clip_name: str) -> list[str]:
-    """Return the names of the CLIP weights that one of OpenCLIP's tensors contains, fused."""
+    """Return the names of the CLIP weights that are fused in one of OpenCLIP's tensors."""
     return [name for name, _ in open_clip_names(open_clip_name)]

@@ -39,7 +39,7 @@ def use_fewer_kernels(unet: Any) -> None:
 
 
 def _is_plain(block: Any) -> bool:
-    """Return whether a residual block has the settings of Stable Diffusion's U-Nets."""
+    """Return whether a residual block has the settings used in Stable Diffusion's U-Nets."""
     return (
         isinstance(block.nonlinearity, nn.SiLU)
         and block.time_emb_proj is not None

@@ -125,7 +125,7 @@ class ImageFiles:
         return (f"{start}{free:03d}_{request.seed}" for free in count(number))
 
     def _yield_numbered(self, start: str) -> Iterator[str]:
-        """Yield numbered file names, beginning after the highest number in the folder."""
+        """Yield numbered file names that start after the folder's highest number."""
         if start not in self._last:
             names = (path.stem.removeprefix(start) for path in self.options.outdir.glob(f"{start}??????.png"))
             self._last[start] = max((int(name) for name in names if name.isdecimal()), default=0)
@@ -135,7 +135,7 @@ class ImageFiles:
 
     @contextmanager
     def _reserve_path(self, names: Iterator[str]) -> Iterator[Path]:
-        """Reserve the first file name that neither a file nor another run uses."""
+        """Reserve the first file name that is used neither by a file nor by another run."""
         for name in names:
             path = self.options.outdir / f"{name}.png"
             if path.exists():
@@ -152,7 +152,7 @@ def _named(stem: str, stage_digit: str) -> Iterator[str]:
 
 
 def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return the system's command to open a file; None without such a command or a display."""
+    """Return the system's command for opening a file; None without a command or a display."""
     if platform == "win32":
         return "explorer"
     if platform == "darwin":
@@ -177,7 +177,7 @@ LoadGenerator = Callable[[GenImgOptions, torch.device], ImageGenerator]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Loaded generator, options and output files of one gen_img.py run."""
+    """One run of gen_img.py: loaded generator, options and output files."""
 
     options: GenImgOptions
     image_generator: ImageGenerator
@@ -207,7 +207,7 @@ class Run:
         return paths
 
     def _try_batch(self, batch: Sequence[RequestedImage]) -> list[Path] | None:
-        """Generate a batch; return None if it fails, so that its images are generated one by one."""
+        """Generate a batch; return None on failure, so that its images are generated one at a time."""
         try:
             return self._generate_batch(batch)
         except OutputError:
@@ -313,7 +313,7 @@ def _generate_from_module(run: Run, module: ModuleType, failures: Failures) -> l
     )
 
     def yield_lines() -> Iterator[Line]:
-        """Yield the prompts of a round; an error in the user's module ends the round."""
+        """Yield the prompts of one round; an error in the user's module ends the round."""
         with failures.collect_errors("the next prompt"):
             yield from make_lines(request_builder.seeds.round_seed)
 

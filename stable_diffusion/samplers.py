@@ -106,7 +106,7 @@ def _compute_lms_coefficient(scheduler: Any, order: int, index: int, steps_ago: 
 
 @contextmanager
 def _no_warnings_to_developers() -> Iterator[None]:
-    """Hide diffusers' FutureWarning and DeprecationWarning, on which users cannot act."""
+    """Hide diffusers' FutureWarning and DeprecationWarning, which are of no use to users."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -123,7 +123,7 @@ def check_sampling(zero_terminal_snr: bool, predicts_velocity: bool) -> None:
 
 
 def _make_zero_snr_betas() -> list[float]:
-    """Return betas that leave almost no signal at the last timestep (2^-24), as diffusers' schedulers do."""
+    """Return betas with almost no signal at the last timestep (2^-24), like diffusers' schedulers."""
     low, high = (float(TRAINED[name]) ** 0.5 for name in ("beta_start", "beta_end"))
     betas = rescale_zero_terminal_snr(torch.linspace(low, high, TRAINED["num_train_timesteps"]) ** 2)
     before = float((1 - betas[:-1]).double().prod())
@@ -173,22 +173,22 @@ class SchedulerSolver:
         return float(self.scheduler.init_noise_sigma)
 
     def model_input(self, index: int, sample: Tensor) -> Tensor:
-        """Return a sample, B 4 h w, scaled as the U-Net's input at an index of the schedule."""
+        """Return a sample, B 4 h w, scaled for the U-Net at a schedule index."""
         return self.scheduler.scale_model_input(sample, self.scheduler.timesteps[index])
 
     def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
         """Add noise to clean latents, B 4 h w, at the noise level before step `index`.
 
-        Call it only before the first step, for index `first`, or right after a step, for the next index.
+        Only call it before the first step, with index `first`, or right after a step, with the next index.
         """
         return self.scheduler.add_noise(latents, noise, self.scheduler.timesteps[index : index + 1])
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Take one step of the scheduler and return the next sample.
+        """Take one scheduler step and return the next sample.
 
         Args:
             index: Index of the step.
-            velocity: Output of the U-Net, noise or v.
+            velocity: Output of the U-Net: predicted noise or v.
             sample: Noisy latents, B 4 1 h w.
         """
         if self.wrap_step is None:
@@ -209,7 +209,7 @@ class SchedulerSolver:
 
 
 def count_skipped_steps(steps: int, strength: float | None) -> int | None:
-    """Return the number of steps that image-to-image skips; None without an input image.
+    """Return the number of initial steps that image-to-image skips; None without an input image.
 
     Args:
         steps: Number of steps.
@@ -247,9 +247,9 @@ def begin_sampling(
 
 @dataclass
 class ScaledSolver:
-    """Solver for one image that wraps a diffusers scheduler whose U-Net inputs are scaled samples.
+    """Solver for one image around a diffusers scheduler, for U-Nets that take scaled samples.
 
-    The denoising loop has the scaled sample, and the unscaled one is stored here.
+    The denoising loop works with the scaled sample; the unscaled one is stored here.
     """
 
     solver: SchedulerSolver
@@ -264,7 +264,7 @@ class ScaledSolver:
         return self.solver.schedule
 
     def begin(self, clean: Tensor) -> tuple[Tensor, int]:
-        """Return the start latents, scaled for the U-Net, and the index of the first step.
+        """Return the initial latents, scaled for the U-Net, and the index of the first step.
 
         Args:
             clean: Clean latents of the image, 1 4 1 h w.
@@ -277,18 +277,18 @@ class ScaledSolver:
         return self.scaled_sample(first), first
 
     def clean(self, sigma: float, noisy: Tensor, output: Tensor) -> Tensor:
-        """Predict the clean latents from the U-Net's output at a noise level.
+        """Predict clean latents from the U-Net's output at a noise level.
 
         Args:
             sigma: Noise level.
             noisy: Input of the U-Net.
-            output: Output of the U-Net, noise or v.
+            output: Output of the U-Net: noise or v.
         """
         share = max(1 - sigma**2, MIN_SQUARED_ALPHA) ** 0.5  # fraction of data in the sample
         return share * noisy - sigma * output if self.predicts_v else (noisy - sigma * output) / share
 
     def scaled_sample(self, index: int) -> Tensor:
-        """Return the current sample, 1 4 1 h w, scaled as the U-Net's input at an index of the schedule."""
+        """Return the current sample, 1 4 1 h w, scaled for the U-Net at a schedule index."""
         return self.solver.model_input(index, self.sample.squeeze(2)).unsqueeze(2)
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
@@ -361,7 +361,7 @@ def _tensor(conditions: Conditions, name: str) -> Tensor:
 
 
 def _pass_residuals(call: UnetCall, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the U-Net arguments for ControlNet residuals; {} without ControlNets."""
+    """Return the U-Net arguments that carry ControlNet residuals; {} without ControlNets."""
     if call.residuals is None:
         return {}
     skips, middle = call.residuals
@@ -394,7 +394,7 @@ def make_conditions(
 
 
 def is_guided(scale: float, negative_scale: float | None) -> bool:
-    """Return whether negative prompts have an effect; a scale below 1 acts as 1, as in diffusers."""
+    """Return whether negative prompts have an effect; a scale below 1 acts as 1, like in diffusers."""
     return scale > 1 or negative_scale is not None
 
 

@@ -31,7 +31,7 @@ Size = tuple[int, int]  # height, width
 
 @dataclass(frozen=True, eq=False)
 class DeepShrinks:
-    """Set up Deep Shrink for the batches that use it; other batches run without U-Net hooks."""
+    """Set up Deep Shrink for batches that use it; other batches get no U-Net hooks."""
 
     unet: Any
 
@@ -73,7 +73,7 @@ class DeepShrinks:
 
 
 def _check_depths(shrink: DeepShrinkOptions, num_blocks: int) -> None:
-    """Raise OptionError if the U-Net has no input block of a given depth."""
+    """Raise OptionError if the U-Net has no input block at one of the given depths."""
     for name, depth in (("ds_depth_1", shrink.ds_depth_1), ("ds_depth_2", shrink.ds_depth_2)):
         if depth is not None and not 0 <= depth < num_blocks:
             raise OptionError(
@@ -113,7 +113,7 @@ def resize_like(features: Tensor, size: Size) -> Tensor:
 
 @dataclass(eq=False)
 class _ShrinkHooks:
-    """`UnetHook` that decides before each U-Net call whether Deep Shrink's forward hooks are active."""
+    """`UnetHook` that enables or disables Deep Shrink's forward hooks before each U-Net call."""
 
     shrink: DeepShrinkOptions
     blocks: Sequence[nn.Module]
@@ -179,9 +179,9 @@ class _ShrinkHooks:
         return args, {**kwargs, "hidden_states": fitted, "upsample_size": upsample_size}
 
     def leave_layer(self, layer: int, output: Any) -> Any:
-        """Resize a layer's output to the skip that the next layer of the same output block joins to it.
+        """Resize a layer's output to match the skip connection that the block's next layer concatenates.
 
-        Return None, which leaves the output unchanged, if no features shrink in this call.
+        Return None, which leaves the output unchanged, if no features are shrunk in this call.
         """
         if self.depth is None:
             return None
@@ -321,7 +321,7 @@ def begin_small(
 
 
 def check_batch(requests: Sequence[RequestedImage], sampler: str) -> None:
-    """Raise OptionError if Gradual Latent cannot generate a batch."""
+    """Raise OptionError if Gradual Latent does not support a batch."""
     if sampler not in SAMPLERS:
         raise OptionError(
             f"{requests[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) works with --sampler "
@@ -336,7 +336,7 @@ def check_batch(requests: Sequence[RequestedImage], sampler: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class GrowingSteps:
-    """Step function for euler_a that enlarges the sample before some steps, so noise has the new size."""
+    """Step function for euler_a that enlarges the sample before some steps, so new noise fits its size."""
 
     scheduler: Any
     full_size: Size
@@ -374,7 +374,7 @@ class GrowingSteps:
         return denoised + self.s_noise * noise
 
     def _compute_euler_change(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
-        """Return Euler's change of the sample in a step, without the noise of euler_a."""
+        """Return the sample's change in an Euler step, without the noise of euler_a."""
         scheduler = self.scheduler
         sigma, next_sigma = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
         if scheduler.config.prediction_type == "v_prediction":
@@ -388,7 +388,7 @@ class GrowingSteps:
 
 
 def resize_latents(latents: Tensor, size: Size) -> Tensor:
-    """Resize latents B C 1 h w by bicubic interpolation; latents of this size are returned unchanged."""
+    """Resize latents B C 1 h w with bicubic interpolation; return them unchanged if the size is equal."""
     if _size(latents) == size:
         return latents
     return interpolate(latents.squeeze(2), size, mode="bicubic").unsqueeze(2)

@@ -43,7 +43,7 @@ MAX_QUOTED = 200  # characters of a text in a warning
 
 
 class PromptEncoder:
-    """Encode prompts with the text encoders of a model and the options for text encoding."""
+    """Encode prompts with a model's text encoders and the text options."""
 
     def __init__(
         self,
@@ -82,27 +82,27 @@ class PromptEncoder:
         self._encode_cached = lru_cache(MAX_CACHED_TEXTS)(self._encode)
 
     def count_chunks(self, text: str) -> int:
-        """Return the number of 75-token chunks of a text, at least 1 and at most the limit."""
+        """Return the number of 75-token chunks in a text, between 1 and the limit."""
         return max(len(chunks) for chunks in self._cut_into_chunks_cached(text))
 
     def encode(self, text: str, chunks: int | None = None, networks: Hashable = None) -> TextState:
-        """Return the text encoder states of a prompt, which are cached: do not change them in place.
+        """Return the text encoder states of a prompt. They are cached: do not modify them in place.
 
-        Weights multiply each encoder's states separately. The pooled state (SDXL) is that of the last encoder
-        for the first chunk, without weights.
+        Weights are applied to each encoder's states separately. The pooled state (SDXL) is the last encoder's
+        for
+        the first chunk, without weights.
 
         Args:
             text: The prompt.
-            chunks: Number of chunks to which the text is padded; None for no padding.
-            networks: Other values on which the result depends, such as multipliers of LoRAs in the text
-                encoders.
+            chunks: Number of chunks to pad to; None for no padding.
+            networks: Cache key of anything else that affects the result, such as text encoder LoRA strengths.
         """
         chunks = self.count_chunks(text) if chunks is None else chunks
         return self._encode_cached(text, chunks, networks)
 
     @torch.no_grad()
     def _encode(self, text: str, num_chunks: int, _cache_key: Hashable) -> TextState:
-        """Encode a prompt in `num_chunks` chunks with all text encoders, and concatenate their states."""
+        """Encode a prompt as `num_chunks` chunks with all text encoders, and concatenate their states."""
         chunks_by_encoder = self._cut_into_chunks_cached(text)
         contexts: list[Tensor] = []
         pooled = None
@@ -149,7 +149,7 @@ class PromptEncoder:
         return torch.cat(states_by_layer * repeats), pooled
 
     def _list_ids_by_layer(self, encoder: LoadedTextEncoder, ids: Tensor) -> list[Tensor]:
-        """Return a text's token ids, K 77: once, or per cross-attention if a word has vectors for each."""
+        """Return token ids, K 77: one tensor, or one per cross-attention if a word has vectors for each."""
         if encoder.layer_strides is None:
             return [ids]
         strides = encoder.layer_strides[ids]
@@ -158,7 +158,7 @@ class PromptEncoder:
         return [ids + index * strides for index in range(self._num_layer_copies)]
 
     def _cut_into_chunks(self, text: str) -> list[list[tokenizers.Chunk]]:
-        """Return a text's chunks for each encoder, at most --max_embeddings_multiples; warn about more."""
+        """Return a text's chunks for each encoder, at most --max_embeddings_multiples; warn about a cut."""
         warn_of_unknown(text, self._known_words, _LOADER)
         parts = tokenizers.parse_weights(text)
         chunks_by_encoder = [
@@ -195,7 +195,7 @@ def warn_if_truncated(
 
 
 def list_token_weights(chunks: Sequence[tokenizers.Chunk]) -> list[float]:
-    """Return the weight of each state of a text; start, end and padding tokens have weight 1."""
+    """Return one prompt weight per state of a text; start, end and padding tokens have weight 1."""
     weights = [1.0]
     for chunk in chunks:
         padding = tokenizers.CHUNK_SIZE - len(chunk.ids)
@@ -296,7 +296,7 @@ def _select_layer(text_encoder: LoadedTextEncoder, kind: ModelKind, clip_skip: i
 
 
 def default_layer(kind: ModelKind, missing_layers: int) -> int:
-    """Return the default layer for hidden states, counted from the end of the loaded network.
+    """Return the default hidden-state layer, counted from the end of the loaded network.
 
     Args:
         kind: Kind of the checkpoint.
@@ -324,12 +324,12 @@ _ON_HUB = ("model.safetensors.index.json", "model-*.safetensors", "config.json")
 
 
 class ImageVectors:
-    """CLIP image embeddings that replace pooled text states; the encoder is loaded for the first image."""
+    """CLIP image embeddings that replace pooled text states. The encoder is loaded for the first image."""
 
     def __init__(self, model: Model, tokenizer_cache_dir: Path | None, strength: float) -> None:
         """Find the image encoder's files, which are loaded for the first image.
 
-        Raises OptionError if the checkpoint is not SDXL, or DownloadError if the files cannot be downloaded.
+        Raises OptionError if the checkpoint is not SDXL, or DownloadError if the download fails.
         """
         self._path = check_vision(model.kind, model.path, tokenizer_cache_dir)
         self._model = model
@@ -388,7 +388,7 @@ def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | 
 
     Raises:
         OptionError: If the checkpoint is not SDXL.
-        DownloadError: If the file has to be downloaded and cannot be.
+        DownloadError: If the file is missing and its download fails.
     """
     if kind is not SDXL:
         raise OptionError(

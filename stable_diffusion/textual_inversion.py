@@ -44,7 +44,7 @@ _ALL_SDXL_TENSOR_NAMES = (SDXL_TENSOR_NAMES, ("text_encoders_0", "text_encoders_
 
 @dataclass(frozen=True, eq=False)
 class LearnedWord:
-    """A word trained by textual inversion, with its vectors as read from a file."""
+    """A word trained by textual inversion, with its vectors read from a file."""
 
     path: Path
     text: str  # the word in prompts
@@ -186,12 +186,12 @@ def _add_words_to_encoder(
 
 
 def extend_token_embedding(table: nn.Embedding, words: Sequence[LearnedWord], index: int) -> nn.Embedding:
-    """Return a table of token embeddings extended by rows for the vectors of learned words.
+    """Return token embeddings with additional rows for the vectors of learned words.
 
     Args:
         table: Token embeddings of the text encoder.
         words: Learned words.
-        index: Index of the text encoder, whose vectors are used.
+        index: Index of the text encoder, which selects a word's vectors.
     """
     old = table.weight.detach()
     vectors = [word.vectors[index].to(old.device, old.dtype) for word in words]
@@ -271,7 +271,7 @@ def _join(numbers: Sequence[int]) -> str:
 
 
 def _read_word(path: Path, option: str, name: str, content: Mapping[str, Any]) -> LearnedWord:
-    """Return a learned word named `name` with the vectors in a file's content."""
+    """Return a learned word named `name`, with the embedding vectors in a file's content."""
     tensors, token = _select_tensors(path, option, content)
     vectors = tuple(to_rows(path, option, tensors).values())  # V C of each encoder
     if len({len(encoder_vectors) for encoder_vectors in vectors}) > 1:

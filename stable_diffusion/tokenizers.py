@@ -102,7 +102,7 @@ def find_tokenizer_files(
 
 
 def _find_in(folders: Sequence[Path], files: TokenizerFiles) -> Path | None:
-    """Return the first tokenizer file in or next to one of these paths; None if there is none."""
+    """Return the first tokenizer file inside or next to one of these paths; None if none is found."""
     for parent in folders:
         file = files.find(None, parent)
         if file is not None:
@@ -201,7 +201,7 @@ class WeightedText:
 
 @dataclass
 class _Bracket:
-    """An opening or closing bracket in a prompt with weights."""
+    """A bracket in a prompt with weights."""
 
     kind: str  # "(" or "["
     weight: float  # weight of an opening bracket, which the closing bracket may set
@@ -314,7 +314,7 @@ def cut_into_chunks(parts: Sequence[WeightedText], tokenize: Tokenize) -> list[C
 
 
 def find_cut_off_text(parts: Sequence[WeightedText], tokenize: Tokenize, maximum: int) -> str:
-    """Return the words at the end of a text that do not fit into `maximum` chunks. This is slow."""
+    """Return the words at the end of a text that exceed `maximum` chunks. This is slow."""
     words: list[WeightedText] = []
     begins_chunk = False
     for part in parts:

@@ -67,7 +67,7 @@ _CACHE_KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """Tokenizer and settings that belong to a loaded text encoder."""
+    """Tokenizer and settings of a loaded text encoder."""
 
     tokenizer: ClipWords
     pad: int
@@ -88,7 +88,7 @@ class TextEncoderTraining:
 
 
 class LazyTextEncoder:
-    """One text encoder of a checkpoint with its tokenizer, loaded on demand."""
+    """One text encoder of a checkpoint and its tokenizer, loaded on demand."""
 
     abilities: ClassVar[EncoderAbilities] = EncoderAbilities(trainable=True, accepts_new_words=True)
     variable_length: ClassVar[frozenset[str]] = frozenset()
@@ -143,9 +143,9 @@ class LazyTextEncoder:
         return self._loaded.get()[0]
 
     def reads_weight(self, name: str) -> bool:
-        """Return whether an output depends on a weight; layers after the used hidden state do not matter.
+        """Return whether the outputs depend on a weight; layers after the last used state do not matter.
 
-        The header of the checkpoint is read on the first call.
+        The checkpoint's header is read on the first call.
         """
         if POOLED in self.keys:
             return True
@@ -156,7 +156,7 @@ class LazyTextEncoder:
 
     @cached_property
     def _num_used_layers(self) -> int:
-        """Return the number of layers to compute, up to the one whose hidden states are used."""
+        """Return the number of layers to run: up to the last one whose hidden states are used."""
         with self.files.open_plan() as checkpoint_plan:
             plan = checkpoint_plan.text_encoders[self._index]
             return plan.load_plan.config.num_layers + 1 - self._select_layer(plan)
@@ -257,13 +257,13 @@ class LazyTextEncoder:
         return list_ids(self._lora_words, vocabulary) if self._lora_words else {}
 
     def _select_layer(self, plan: TextPlan) -> int:
-        """Return the layer whose states are used, counted from the end; raise OptionError if missing."""
+        """Return the hidden-state layer, counted from the end; raise OptionError if it does not exist."""
         kind = self.files.kind
         check_layer(self._clip_skip, plan.load_plan.config.num_layers, kind)
         return self._clip_skip or default_layer(kind, missing_layers=1 if kind is SD2 else 0)
 
     def count_chunks(self, text: str) -> int:
-        """Return the number of 75-token chunks of a prompt with weights, at least 1.
+        """Return the number of 75-token chunks in a prompt with weights, at least 1.
 
         Raises CheckpointError or DownloadError if there is no tokenizer.
         """
@@ -276,7 +276,7 @@ class LazyTextEncoder:
 
     @cached_property
     def _counting_tokenizer(self) -> ClipWords:
-        """Tokenizer that counts the tokens of captions, without loading a network."""
+        """Tokenizer for counting the tokens of captions; no network is loaded."""
         with self.files.open_plan() as checkpoint_plan:
             are_open_clip = [text.is_open_clip for text in checkpoint_plan.text_encoders]
             vocabulary = checkpoint_plan.text_encoders[self._index].load_plan.config.vocabulary
@@ -341,7 +341,7 @@ class LazyTextEncoder:
         return network.states(ids, loaded.layer, final_norm=not is_xl, ends=end_positions)
 
     def _cut_prompt(self, prompt: Prompt, loaded: LoadedTokenizer) -> list[Chunk]:
-        """Return the token chunks of a prompt with the weights of their tokens, padded with empty chunks."""
+        """Return a prompt's token chunks with their weights, padded with empty chunks."""
         count = self._max_chunks if prompt.max_chunks is None else prompt.max_chunks
         if prompt.max_chunks is None:
             chunks = cut_into_chunks([WeightedText(prompt.text)], loaded.tokenizer.tokenize)
@@ -350,7 +350,7 @@ class LazyTextEncoder:
         return [*chunks[:count], *[Chunk()] * (count - len(chunks))]
 
     def _list_chunk_ids(self, chunk: Chunk, loaded: LoadedTokenizer) -> list[int]:
-        """Return the 77 token ids of a chunk, with start and end tokens and padding."""
+        """Return a chunk's 77 token ids, with start token, end token and padding."""
         tokenizer = loaded.tokenizer
         row = tokenizers.fill_chunk(chunk.ids, start=tokenizer.start, end=tokenizer.end, pad=loaded.pad)
         assert len(row) == CLIP_TOKENS

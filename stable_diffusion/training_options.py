@@ -25,7 +25,7 @@ CHUNK = 75  # tokens that a text encoder reads at once
 
 
 class VariedNoiseOptions(Options, title="noise"):
-    """Changes to the noise that is added to latents in training."""
+    """Options that modify the noise added to latents during training."""
 
     noise_offset: float | None = option(
         "add a random number times this to each channel of the noise, for darker and lighter images; "
@@ -130,7 +130,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 
     @property
     def is_full(self) -> bool:
-        """Whether the script trains all weights; only options for full fine-tuning can return True."""
+        """Whether the script trains all weights; true only for full fine-tuning."""
         return False
 
     @property
@@ -140,12 +140,12 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 
     @property
     def text_rates(self) -> Mapping[str, float | None]:
-        """Return the learning rates of the trained text encoders by name; None means --learning_rate."""
+        """Return the learning rate of each trained text encoder by name; None means --learning_rate."""
         return {}
 
     @property
     def block_rates(self) -> tuple[float, ...]:
-        """Return the learning rates of the U-Net's blocks; () if all blocks use --learning_rate."""
+        """Return the learning rate of each U-Net block; () if all blocks use --learning_rate."""
         return ()
 
     @property
@@ -155,19 +155,19 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 
     @property
     def pads_captions(self) -> bool:
-        """Whether captions are padded to whole chunks."""
+        """Whether captions are padded to whole 75-token chunks."""
         return True
 
 
 class LatentCachingOptions(Options, title="Stable Diffusion"):
-    """Options of the scripts that cache latents, in addition to the shared ones."""
+    """Stable Diffusion options of the scripts that cache latents, in addition to the common ones."""
 
     ckpt: Path | None = option(CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True)
     vae: Path | None = option(VAE_HELP, often=True)
 
 
 class TextCachingOptions(Options, title="Stable Diffusion"):
-    """Options of the scripts that cache text encoder outputs, in addition to the shared ones."""
+    """Stable Diffusion options of the scripts that cache text encoder outputs, beyond the common ones."""
 
     ckpt: Path = option(
         CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True, required=True
@@ -196,7 +196,7 @@ def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, 
 
 
 def _inpainting_options(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sample options for the image that an inpainting model repaints; {} if there is none."""
+    """Return the options, by flag, for a sample image to repaint and its mask; {} without an image."""
     path = sample.get("image_path")
     if path is None:
         return {}

@@ -44,7 +44,7 @@ Plans = Mapping[str, LoadPlan[Any]]  # by network name
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """A tensor of a saved checkpoint: which weights of which network it is computed from."""
+    """A tensor to save in a checkpoint, and the network weights that it is computed from."""
 
     network: str  # DIT, or the name of a text encoder or the VAE
     weights: Sequence[str]  # names of its weights, in their order in the tensor
@@ -53,9 +53,9 @@ class SavedTensor:
 
 @dataclass(frozen=True, eq=False)
 class CheckpointFiles:
-    """Write the single-file checkpoints of a training run.
+    """Write a training run's single-file checkpoints.
 
-    The source file stays open, so it may be deleted during the training.
+    The source file stays open, so it may be deleted during training.
     """
 
     networks: Mapping[str, nn.Module]  # trained networks, by name
@@ -120,7 +120,7 @@ class CheckpointFiles:
 
 
 def read_weight(plans: Plans, states: Mapping[str, Mapping[str, Tensor]], network: str, name: str) -> Tensor:
-    """Return a network's weight: from `states` if it is trained, otherwise from its source file."""
+    """Return a network's weight: from `states` if the network is trained, otherwise from its source file."""
     if network in states:
         return states[network][name]
     plan = plans[network]
@@ -200,7 +200,7 @@ def _make_tokenizer_copier(
 
 
 def list_plans(checkpoint_plan: CheckpointPlan) -> Plans:
-    """Return the load plan of each network, by the network's name in training."""
+    """Return each network's load plan, keyed by its name in training."""
     texts = {
         text_encoder_name(index): text.load_plan for index, text in enumerate(checkpoint_plan.text_encoders)
     }

@@ -69,7 +69,7 @@ _ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """The tensors of one network in a diffusers folder, with their dtypes and shapes."""
+    """The tensors of one network in a diffusers folder, with dtypes and shapes."""
 
     name: str  # its path in the folder
     weights: Mapping[str, str]  # name in the file -> name in the network here
@@ -78,7 +78,7 @@ class NetworkFile:
 
 @dataclass(frozen=True, eq=False)
 class FolderWriter:
-    """Write trained checkpoints in diffusers' layout; the source stays open in case it is deleted."""
+    """Write trained checkpoints in diffusers' layout. The source stays open, in case it is deleted."""
 
     networks: Mapping[str, nn.Module]  # trained networks, by name
     plans: Plans
@@ -132,11 +132,11 @@ class FolderWriter:
         return weight.detach().to(infos[name].dtype)
 
     def _list_infos(self, network: str, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-        """Return dtypes and shapes of the tensors in one network's file.
+        """Return dtypes and shapes of the tensors to write for one network, by tensor name.
 
         Args:
             network: Name of the network.
-            dtype: Dtype of the networks; None keeps that of the source.
+            dtype: Dtype of floating-point tensors; None keeps the source's dtype.
         """
         infos = {}
         for name, info in self.files[network].infos.items():
@@ -222,7 +222,7 @@ def _make_config_and_tokenizer_files(
 
 
 def _make_tokenizer_files(checkpoint: TrainingFiles, checkpoint_plan: CheckpointPlan) -> dict[str, bytes]:
-    """Return the content of the files in the folders tokenizer and tokenizer_2, by their path."""
+    """Return the contents of all files in the folders tokenizer and tokenizer_2, by path."""
     files: dict[str, bytes] = {}
     are_open_clip = [plan.is_open_clip for plan in checkpoint_plan.text_encoders]
     tokenizers = fetch_tokenizer_files(checkpoint.tokenizer_cache_dir, checkpoint.path, are_open_clip)
@@ -244,7 +244,7 @@ def _describe(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a U-Net's settings with one number of layers or heads instead of a list of equal numbers."""
+    """Return a U-Net config in which lists of equal layer or head counts are single numbers."""
     simple = dict(config)
     for name in ("layers_per_block", "attention_head_dim"):
         value = config.get(name)
@@ -340,7 +340,7 @@ def _describe_text_encoder(config: ClipTextConfig, index: int, tokens: Mapping[s
 
 
 def _describe_tokens(is_open_clip: bool) -> dict[str, dict[str, Any]]:
-    """Return the contents of the tokenizer's JSON files by file name."""
+    """Return the contents of a CLIP tokenizer's JSON files, keyed by file name."""
     tokens = {
         "bos_token": CLIP_START,
         "eos_token": CLIP_END,

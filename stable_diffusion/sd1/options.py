@@ -39,22 +39,22 @@ class Sd1TrainingOptions(StableDiffusionTrainingOptions, title=NAME):
 
 
 class Sd1ControlNetTrainingOptions(Sd1TrainingOptions, title=NAME):
-    """Options of train_control_net.py in addition to the shared ones."""
+    """Options of train_control_net.py in addition to the common ones."""
 
     controlnet_model_name_or_path: Path | None = weights_option()
     gradient_checkpointing: bool = option(name="gradient_checkpointing", facts=FREE)
 
 
 class Sd1InversionTrainingOptions(InversionOptions, Sd1TrainingOptions, title=NAME):
-    """Options of train_textual_inversion.py in addition to the shared ones."""
+    """Options of train_textual_inversion.py in addition to the common ones."""
 
 
 class Sd1ExtendedInversionTrainingOptions(InversionOptions, Sd1TrainingOptions, title=NAME):
-    """Options of train_textual_inversion_XTI.py in addition to the shared ones."""
+    """Options of train_textual_inversion_XTI.py in addition to the common ones."""
 
 
 class Sd1FineTuningOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
-    """Options of fine_tune.py in addition to the shared ones."""
+    """Options of fine_tune.py in addition to the common ones."""
 
     train_text_encoder: bool = text_switch("train the text encoder with the U-Net")
     learning_rate_te: float | None = text_rate("the text encoder", IF_TRAINED)
@@ -66,7 +66,7 @@ class Sd1FineTuningOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
 
 
 class Sd1DreamBoothOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
-    """Options of train_db.py in addition to the shared ones."""
+    """Options of train_db.py in addition to the common ones."""
 
     learning_rate_te: float | None = text_rate("the text encoder, which learns with the U-Net")
     stop_text_encoder_training: int | None = option(
@@ -97,14 +97,14 @@ class Sd1DreamBoothOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
 
 
 class Sd1LatentCachingOptions(LatentCachingOptions, title=NAME):
-    """Options of sd_cache_latents.py in addition to the shared ones."""
+    """Options of sd_cache_latents.py in addition to the common ones."""
 
 
 class Sd1TextCachingOptions(TextCachingOptions, title=NAME):
-    """Options of sd_cache_text_encoder_outputs.py in addition to the shared ones."""
+    """Options of sd_cache_text_encoder_outputs.py in addition to the common ones."""
 
     clip_skip: int | None = _clip_skip()
 
 
 class Sd1GenerationOptions(StableDiffusionGenerationOptions, title=NAME):
-    """Options of sd_generate_image.py in addition to the shared ones."""
+    """Options of sd_generate_image.py in addition to the common ones."""
