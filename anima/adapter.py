@@ -19,7 +19,7 @@ from modules.speed_options import AttentionChoice
 
 
 class AdapterAttention(nn.Module):
-    """Attention of T5's tokens to themselves or to text states, with normalized, rotated queries and keys."""
+    """Attention of T5 tokens to themselves or to text states, with normalized, rotated queries and keys."""
 
     def __init__(self, config: AdapterConfig, source_dim: int) -> None:
         super().__init__()

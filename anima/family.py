@@ -101,7 +101,7 @@ class Anima(ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Return the default size, steps and guidance; a ControlNet-LLLite in training adds its strength."""
+        """Return the default settings; a ControlNet-LLLite in training adds its strength and mask."""
         if self.custom_network is None:
             return DEFAULTS
         mask = (control_pictures.MASK_PATH,) if self.takes_mask else ()

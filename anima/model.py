@@ -151,7 +151,7 @@ def make_modulation(config: AnimaConfig, num_vectors: int) -> nn.Sequential:
 
 
 def compute_modulation(layers: nn.Module, time: Tensor) -> Tensor:
-    """Compute modulation vectors, B n*C float32, from the time embedding, B C, with `make_modulation`."""
+    """Compute modulation vectors, B n*C float32, from time, B C, with layers of `make_modulation`."""
     _, first, second = layers.children()
     return run_in_weight_dtype(second, run_in_weight_dtype(first, time)).float()
 

@@ -363,7 +363,7 @@ def select_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool,
     skip guidance: early, late, in the middle, or early and late.
     """
     if mode == "alternate":
-        # not with fractions: 0.6 added five times is a little below 3, and existing tools depend on that
+        # floats, because existing tools rely on their rounding: 0.6 added five times is a little below 3
         guided_steps = []
         due = 0.0  # accumulated number of steps that should have guidance so far
         for _ in range(num_steps):

@@ -345,10 +345,8 @@ class NormalizedGuidance:
         """Combine the attention outputs for the prompt and for the NAG prompt, both B L N D.
 
         guided = scale * positive - (scale - 1) * negative. Its L1 norm per token, over all heads, is limited
-        to
-        `tau` times the norm of `positive`. The result is alpha * guided + (1 - alpha) * positive, in the
-        dtype of
-        the inputs.
+        to `tau` times the norm of `positive`. The result is alpha * guided + (1 - alpha) * positive, in the
+        dtype of the inputs.
         """
         guided = torch.lerp(negative, positive, self.scale)  # rounded once: large terms almost cancel in it
         allowed = (

@@ -213,7 +213,7 @@ def preview_clip(
     """Yield functions to call with each step and each section of a clip; end its previews with the clip.
 
     Args:
-        previews: The previews; None for no watchers.
+        previews: Where to show previews; None shows none.
         fps: Frames per second of the finished clip.
         first_step: First step that predicts a clean clip; in earlier steps guidance scales the velocity.
     """
@@ -323,7 +323,7 @@ def check_preview(options: PreviewOptions, latent: LatentSpec) -> None:
     """Check that the family's latents can be previewed, without loading weights.
 
     Raises:
-        OptionError: If there is no map from the latents to colors, and no decoder is given.
+        OptionError: If the family has no latent-to-RGB projection and no decoder is given.
         CheckpointError: If the decoder is for other latents.
     """
     if options.preview_latent_every is None:

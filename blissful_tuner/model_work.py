@@ -475,7 +475,7 @@ def _format_hashes(
 
 
 def _write(output: Path, plan: changing.NewFile, shard_bytes: int) -> list[Path]:
-    """Write the file or its shards, log their names, and return their paths; `shard_bytes` 0 is one file."""
+    """Write the file or its shards, log and return their paths; `shard_bytes` 0 writes one file."""
     for note in plan.notes:
         logger.info("%s", note)
     if shard_bytes and len(split(plan.tensors, shard_bytes)) > 1:

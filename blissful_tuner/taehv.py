@@ -229,16 +229,16 @@ def _make_kind_error(checkpoint: Checkpoint) -> CheckpointError:
 
 
 def _read_config(read_channels: Callable[[str], tuple[int, int]]) -> TaehvConfig:
-    """Return the dimensions of a tiny decoder, from the channels of its convolutions.
+    """Return the dimensions of a TAEHV decoder, inferred from the channels of its convolutions.
 
-    `read_channels` returns output and input channels of a convolution. Convolutions are named by their index
-    in the released nn.Sequential: a stage that begins at layer n has its growth in time at n + 4, and a
-    convolution to the width of the next stage at n + 5.
+    `read_channels` returns a convolution's output and input channels. Its argument is the index in the
+    released nn.Sequential: a stage that starts at layer n expands time at n + 4, and projects to the next
+    stage's width at n + 5.
     """
     first_width, latent_channels = read_channels("1")
     next_widths = [read_channels(str(first + 5))[0] for first in STAGES]
     widths = (first_width, next_widths[0], next_widths[1], next_widths[2])
-    # each frame that a growth layer derives from one frame uses `width` of its output channels
+    # a growth layer has `width` output channels for each frame that it makes from one frame
     growth_channels = [read_channels(f"{first + 4}.conv")[0] for first in STAGES]
     strides = (
         growth_channels[0] // widths[0],

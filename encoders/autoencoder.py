@@ -296,8 +296,7 @@ class Autoencoder(ImageVae):
         """Encode pixels B 3 1 H W; return latents in model space, B Z 1 h w float32.
 
         Latents are samples of the posterior, or its mean without generators. As in the released code,
-        log-variances
-        are not clamped.
+        log-variances are not clamped.
         """
         return super().encode(pixels, generators).sub_(SHIFT).mul_(SCALE)
 

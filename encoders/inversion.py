@@ -283,7 +283,7 @@ class Inversion:
         return ids
 
     def _read_weights(self) -> Mapping[str, Tensor] | None:
-        """Read the initial vectors from an embedding file or a LoRA; None if options name no file with them.
+        """Read the initial vectors from an embedding file or a LoRA; None if no option gives such a file.
 
         Raises:
             CheckpointError: If the vectors of the file do not fit the text encoders or the options.

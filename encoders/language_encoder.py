@@ -576,8 +576,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """Return a prompt's states and mask, by condition key.
 
         If prompts are padded to `maximum`, the tensors contain all tokens. Otherwise they contain the first
-        `length`
-        tokens (including the padding of `pad_to_multiple_of`), each tensor in a list.
+        `length` tokens (including the padding of `pad_to_multiple_of`), each tensor in a list.
         """
         settings = self.settings
         if settings.pad_token is not None and not settings.pad_to_multiple_of:

@@ -275,8 +275,8 @@ def read_language_model(
     Args:
         checkpoint: The opened file.
         model: Kind of model that the file must contain.
-        states: States to use in ascending order, or ALL_STATES. The number of a state is the number of layers
-            before it. Negative numbers count from the end; -1 is the last state after the final norm.
+        states: Indices of the hidden states to use, ascending, or ALL_STATES. State n is the output of n
+            layers. Negative indices count from the end; -1 is the last state after the final norm.
         final_norm: Whether to apply the final norm to the last state even if it is not -1.
         pre_norm: Whether to leave out the final norm even if the last state is -1.
 
@@ -504,8 +504,7 @@ class HostAngles(nn.Module):
         """Return the rotary embedding's cosines and sines, in the dtype and on the device of x.
 
         `position_ids` are on the CPU. `layers` is SLIDING_ATTENTION or FULL_ATTENTION if the frequencies of
-        these
-        layers differ.
+        these layers differ.
         """
         parts = self._angles[0](torch.empty(0, dtype=x.dtype), position_ids, *layers)
         return tuple(send_ahead(part, x.device) for part in parts)
@@ -592,8 +591,8 @@ def load_language_model(
         model: Kind of model that the file must contain.
         device: Device to load to.
         dtype: Compute dtype.
-        states: States to use in ascending order, or ALL_STATES. The number of a state is the number of layers
-            before it; negative numbers count from the end.
+        states: Indices of the hidden states to use, ascending, or ALL_STATES. State n is the output of n
+            layers; negative indices count from the end.
         final_norm: Whether to apply the final norm to the last state even if it is not -1.
         form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form, except
             that fp8 weights are dequantized.

@@ -116,7 +116,7 @@ def takes_words(encoder: TextEncoder) -> TypeGuard[WordEncoder]:
 
 
 def give_words(encoders: Sequence[TextEncoder], words: Sequence[ModelWord]) -> None:
-    """Let text encoders read additional words; call before they are loaded.
+    """Extend text encoders by additional words; call this before they are loaded.
 
     Args:
         encoders: All text encoders of a model.

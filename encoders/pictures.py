@@ -238,8 +238,7 @@ class ModelOfImages(OneTransformer):
         """Return one cache entry per image.
 
         Latents are posterior samples in float32, seeded with the image's name. If `draws_latents` is False,
-        they
-        are posterior means, which latents of reference images always are.
+        they are posterior means, which latents of reference images always are.
         """
         entries = []
         vae = encoders.vae

@@ -160,8 +160,7 @@ def relative_bucket(distance: Tensor, num_buckets: int) -> Tensor:
     """Return the bucket of each relative position (key minus query); all tensors are on the CPU.
 
     Each sign has half of the buckets. Small distances have one bucket each; above that, the bucket width
-    grows
-    logarithmically up to MAX_DISTANCE.
+    grows logarithmically up to MAX_DISTANCE.
     """
     half = num_buckets // 2
     num_exact = half // 2  # distances with a bucket of their own
@@ -253,7 +252,7 @@ class T5Block(nn.Module):
             self.pos_embedding = nn.ModuleDict({"embedding": bias_embedding})
 
     def forward(self, x: Tensor, tokens: T5Tokens) -> Tensor:
-        """Return the tokens after the block, L C as the input.
+        """Return the tokens after the block, L C like the input.
 
         A block with a position table computes the bias of attention, which the following blocks use too.
         """
@@ -285,8 +284,7 @@ class T5Network(nn.Module):
     """The encoder of T5 or umT5.
 
     Prompts of different lengths are concatenated without padding, and a prompt's result does not depend on
-    the
-    others.
+    the others.
     """
 
     spec = DitSpec(block_lists=("blocks",))
@@ -307,8 +305,7 @@ class T5Network(nn.Module):
         Args:
             ids: Token ids of each prompt, n, on any device.
             visible: Number of real tokens in each prompt; attention ignores the padding after them. None if
-                there
-                is no padding.
+                there is no padding.
         """
         lengths = [len(prompt) for prompt in ids]
         tokens = T5Tokens(lengths, lengths if visible is None else visible)
@@ -322,8 +319,7 @@ class T5Network(nn.Module):
         Args:
             ids: Token ids, B n, on any device.
             mask: B n, 1 for tokens, then 0 for padding, which no token attends to. With None, padding counts
-                as
-                tokens.
+                as tokens.
         """
         visible = None if mask is None else [int(count) for count in mask.sum(dim=1)]
         return torch.stack(self(list(ids), visible))

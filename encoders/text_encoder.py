@@ -145,8 +145,7 @@ class TokenizerSource:
         """Return the tokenizer's file, and whether the tokenizer is inside the checkpoint.
 
         The file is `path`, the value of the tokenizer's option, or if that is None, one near the checkpoint.
-        It is
-        None if the tokenizer is inside the checkpoint or must be downloaded.
+        It is None if the tokenizer is inside the checkpoint or must be downloaded.
 
         Raises:
             CheckpointError: If `path` is given but is not a tokenizer.

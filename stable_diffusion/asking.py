@@ -124,7 +124,7 @@ class RequestBuilder:
             yield from images
 
     def _list_seeds_and_prompts(self, line: Line) -> list[tuple[int, str]]:
-        """Return seed and prompt of each image of a line, with a variant of each `{...}` group chosen."""
+        """Return each image's seed and prompt, in which one variant of each `{...}` group is chosen."""
         count = line.num_images or self.options.prompts.images_per_prompt
         if line.is_from_metadata:  # in the metadata of an image, options and variants are not parsed
             seeds = self.seeds.for_line(None)

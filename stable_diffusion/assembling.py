@@ -37,7 +37,7 @@ def _check_painting(options: GenImgOptions, checkpoint_plan: CheckpointPlan) -> 
 
 
 def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
-    """Load the checkpoint and everything that changes it; return the object that makes images with them.
+    """Load the checkpoint and everything that modifies it, such as LoRAs; return the image generator.
 
     Raises OptionError or CheckpointError, if possible before any network is loaded.
     """

@@ -129,9 +129,9 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled_width: int) -> dia
     sources = dialects.rename_sources(list_tensor_sources(checkpoint), ldm_to_diffusers_translator(names))
     layers_by_level = read_levels(names)
     broken = partial(_broken_unet_error, checkpoint.path)
-    # returns the shape of a tensor by name; raises this error for another number of axes (4 by default)
+    # returns a tensor's shape by name; raises this error for a different number of axes (default: 4)
     shape = dialects.make_shape_reader(checkpoint, sources, broken("a tensor has an unexpected shape"))
-    # a tensor name may contain any number, so the count is checked before it sets the work
+    # names may contain arbitrary numbers, so check the count before looping over it
     for level, num_layers in enumerate(layers_by_level):
         if num_layers < 1 or num_layers != dialects.count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
             raise broken("some of its input_blocks are missing")
@@ -392,7 +392,7 @@ class _BandedConv2d:
         for start, end in pairwise(edges):
             band = self._cut_rows(x, start, end, pad_rows)
             convolved = F.conv2d(band, conv.weight, conv.bias, conv.stride, (0, pad_columns))
-            if result is None:  # only now the channels, the dtype and the device of the result are known
+            if result is None:  # the result's channels, dtype and device are only known now
                 result = convolved.new_empty((*convolved.shape[:2], num_rows, convolved.shape[3]))
                 if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
                     result = result.contiguous(memory_format=torch.channels_last)

@@ -79,8 +79,8 @@ def load_control_net(
         base: The U-Net itself, to which a file of differences is added.
 
     Raises:
-        CheckpointError: If the file is something else or belongs to another U-Net, or if tensors are missing,
-            unexpected, of other shapes or damaged.
+        CheckpointError: If the file is something else or was made for a different U-Net, or if tensors are
+            missing, unexpected, damaged or of different shapes.
     """
     file = require_file(path, OPTION, "")
     opened = (

@@ -74,12 +74,12 @@ class ModelType:
 
 
 def read_model_type(path: Path, names: Collection[str], metadata: Mapping[str, str]) -> ModelType:
-    """Return the kind of a file with tensors of these names, and what its model predicts.
+    """Return the model kind of a checkpoint with these tensor names, and what its U-Net predicts.
 
     Tensors take precedence over metadata, because all programs read them.
 
     Raises:
-        CheckpointError: If the file is something else, with its real kind or the missing network.
+        CheckpointError: If the file is something else; the message says what it is or lacks.
     """
     kind = _require_kind(path, names)
     declared = read_prediction(metadata)
@@ -104,10 +104,10 @@ def read_model_type(path: Path, names: Collection[str], metadata: Mapping[str, s
 
 
 def _require_kind(path: Path, names: Collection[str]) -> ModelKind:
-    """Return the kind of a file with tensors of these names.
+    """Return the model kind of a checkpoint with these tensor names.
 
     Raises:
-        CheckpointError: If the file is something else, with its real kind or the missing network.
+        CheckpointError: If the file is something else; the message says what it is or lacks.
     """
     kind = _find_kind(names)
     other_model = _describe_other(names, kind)

@@ -263,7 +263,7 @@ def _read_config(folder: Path, network: Any) -> dict[str, Any]:
 
 
 def _check_levels(config: Mapping[str, Any], file: Path) -> None:
-    """Raise CheckpointError if a U-Net's settings are invalid that tell its levels, blocks and text width."""
+    """Raise CheckpointError if a U-Net config has invalid levels, layers or cross_attention_dim."""
     down = config["down_block_types"]
     up = config["up_block_types"]
     layers = config["layers_per_block"]

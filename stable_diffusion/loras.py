@@ -245,7 +245,7 @@ def load_networks(
 def _add_layers(
     targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], model: Model
 ) -> AdjustableLoras:
-    """Add layers of LoRAs next to those of the networks, the first of which is the U-Net."""
+    """Attach LoRA branches to the layers of all targets; the first target is the U-Net."""
     layers_by_lora: list[list[LoraBranch]] = [[] for _ in weighted_loras]  # in all networks
     unet_layers: list[dict[str, LoraBranch]] = []  # for each LoRA, by diffusers' module path
     for target in targets:

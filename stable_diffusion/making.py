@@ -264,7 +264,7 @@ class ImageGenerator:
         states: Mapping[tuple[str, int | None], contract.TextState],
         is_regional: bool,
     ) -> list[contract.TextState]:
-        """Return one text state for each image, joined from those of its texts, one for each prompt part.
+        """Return one text state per image, joined from the states of its prompt parts.
 
         `states` and `is_regional` are the result and an argument of `_encode_parts`.
         """

@@ -31,18 +31,18 @@ _DARK = 1e-4  # if the regions at a pixel sum to less, all parts have equal weig
 def read_regions(
     path: Path, num_parts: int, width: int, height: int, num_colors: int | None = None
 ) -> Tensor:
-    """Return the region of each part of a prompt: P height width, float32, 0..1.
+    """Return the region mask of each prompt part: P height width, float32, 0..1.
 
-    The red, green and blue channels are the regions of parts 1 to 3. Parts without a channel or a color, and
-    those whose region is empty, act everywhere.
+    The red, green and blue channels are the regions of parts 1 to 3. Parts without a channel or color, or
+    with an empty region, affect the entire image.
 
     Args:
         path: File of the mask.
-        num_parts: Number of parts of the prompt.
+        num_parts: Number of prompt parts.
         width: Width in pixels.
         height: Height in pixels.
-        num_colors: If given, parts are marked by pure colors instead of channels, and this is the number of
-            colors in use. Part 1 is red, 2 green, 3 yellow, 4 blue and so on: red counts 1, green 2, blue 4.
+        num_colors: If given, pure colors mark the parts instead of channels; this is how many are in use.
+            Part 1 is red, 2 green, 3 yellow, 4 blue and so on: red counts 1, green 2, blue 4.
 
     Raises:
         MediaError: If the image cannot be read.
@@ -155,8 +155,7 @@ class Regions:
 
         Raises:
             OptionError: If an image with a mask does not have one LoRA per part, or if LoRAs are merged into
-                the
-                weights.
+                the weights.
             MediaError: If the mask cannot be read.
         """
         num_parts = request.settings.num_parts
@@ -221,7 +220,7 @@ class _Batch:
                 module.forward = self._attend_per_part(module.forward)
 
     def limit_to_region(self, part: int, name: str) -> Callable[[Tensor], Tensor]:
-        """Return a function that masks a part's LoRA output in the module `name` by the part's region."""
+        """Return a function that masks a prompt part's LoRA output in module `name` by the part's region."""
         if name.endswith((".attn2.to_k", ".attn2.to_v")):
             return lambda added: self._limit_text(part, added)
         return lambda added: self._limit_features(part, added)
@@ -231,7 +230,7 @@ class _Batch:
         self._size = (int(features.shape[-2]), int(features.shape[-1]))
 
     def _attend_per_part(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a cross-attention that makes a separate pass for each prompt part."""
+        """Return a cross-attention that runs per prompt part and sums the outputs, weighted by region."""
 
         def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
             # hidden_states: R N C; rows become P*R, parts outermost, so that row % B is still the image

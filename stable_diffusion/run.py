@@ -328,7 +328,7 @@ def _generate_from_lines(
 ) -> list[Path]:
     """Generate the images of a fixed list of lines; return their paths.
 
-    All lines are checked before `load_run` loads a model; one that fails is left out.
+    All lines are checked before `load_run` loads a model; invalid lines are skipped.
     """
     usable = []
     for line in lines:

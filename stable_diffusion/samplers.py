@@ -308,7 +308,7 @@ IS_NEGATIVE = "is_negative"  # B, on the CPU: 1 in rows of negative and empty te
 
 @dataclass(frozen=True, eq=False)
 class UnetPasses:
-    """Connect the U-Net to the denoising loop; samples are B 4 1 h w, and its noise or v is not converted."""
+    """Adapt the U-Net to the denoising loop; samples are B 4 1 h w, and noise or v is not converted."""
 
     model: Model
     sampler: SchedulerSolver
@@ -402,7 +402,7 @@ def make_guidance(scale: float, negative_scale: float | None) -> Guidance:
     """Return classifier-free guidance: negative + scale * (prompt - negative), of the U-Net's predictions.
 
     With a negative_scale it is empty + scale * (prompt - empty) - negative_scale * (negative - empty), where
-    empty is the prediction for the empty text. Without negative conditions it is that for the prompt.
+    empty is the prediction for the empty text. Without negative conditions, it is the prompt's prediction.
     Source: Ho and Salimans 2022, arXiv 2207.12598.
     """
 

@@ -89,8 +89,7 @@ class PromptEncoder:
         """Return the text encoder states of a prompt. They are cached: do not modify them in place.
 
         Weights are applied to each encoder's states separately. The pooled state (SDXL) is the last encoder's
-        for
-        the first chunk, without weights.
+        for the first chunk, without weights.
 
         Args:
             text: The prompt.
@@ -121,7 +120,7 @@ class PromptEncoder:
     ) -> tuple[Tensor, Tensor | None]:
         """Return a prompt's states in one encoder, L C, joined over chunks; for SDXL also pooled states.
 
-        With --XTI_embeddings, the states for all cross-attentions follow one another.
+        With --XTI_embeddings, the states for all cross-attentions are concatenated.
         """
         is_xl = self._kind is SDXL
         rows = [

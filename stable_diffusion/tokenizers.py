@@ -35,7 +35,7 @@ def load_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequenc
     Args:
         cache: Folder of --tokenizer_cache_dir.
         checkpoint: File or folder of the checkpoint.
-        are_open_clip: For each encoder whether it is OpenCLIP; otherwise it is CLIP-L.
+        are_open_clip: Whether each text encoder is OpenCLIP; otherwise it is CLIP-L.
 
     Raises:
         OptionError: If --tokenizer_cache_dir names a file.
@@ -59,7 +59,7 @@ def fetch_tokenizer_files(
     Args:
         cache: Folder of --tokenizer_cache_dir.
         checkpoint: File or folder of the checkpoint.
-        are_open_clip: For each encoder whether it is OpenCLIP; otherwise it is CLIP-L.
+        are_open_clip: Whether each text encoder is OpenCLIP; otherwise it is CLIP-L.
 
     Raises:
         OptionError: If --tokenizer_cache_dir names a file.
@@ -82,7 +82,7 @@ def find_tokenizer_files(
     Args:
         cache: Folder of --tokenizer_cache_dir.
         checkpoint: File or folder of the checkpoint.
-        are_open_clip: For each encoder whether it is OpenCLIP; otherwise it is CLIP-L.
+        are_open_clip: Whether each text encoder is OpenCLIP; otherwise it is CLIP-L.
 
     Raises:
         OptionError: If --tokenizer_cache_dir names a file.
@@ -118,7 +118,7 @@ def keep_tokenizer(source: Path, target: Path, are_open_clip: Sequence[bool]) ->
     Args:
         source: File or folder of the source checkpoint.
         target: Single file that was trained from `source`.
-        are_open_clip: For each encoder whether it is OpenCLIP.
+        are_open_clip: Whether each text encoder is OpenCLIP.
 
     Raises:
         OutputError: If the tokenizer cannot be written.
@@ -213,10 +213,10 @@ _PromptItem = str | _Bracket | None  # a text, a bracket, or BREAK
 
 
 def parse_weights(text: str) -> tuple[WeightedText, ...]:
-    """Split a prompt into parts with weights; brackets are removed, and empty parts are left out.
+    """Split a prompt into weighted parts, without brackets and without empty parts.
 
-    Adjacent parts of equal weight are joined, so a text without brackets is one part. The time is
-    proportional to the length. Any text is accepted.
+    Adjacent parts of equal weight are joined, so a text without brackets is one part. Runs in linear time
+    and accepts any text.
     """
     parts: list[WeightedText] = []
     # products of the weights of the open brackets, from the outermost inward
@@ -231,7 +231,7 @@ def parse_weights(text: str) -> tuple[WeightedText, ...]:
                 open_products.pop()
             else:
                 open_products.append(_bounded(open_products[-1] * item.weight))
-        elif item:  # a text that is not empty
+        elif item:  # non-empty text
             weight = _bounded(products["("][-1] * products["["][-1])
             if parts and parts[-1].weight == weight and not begins_chunk:
                 parts[-1] = replace(parts[-1], text=parts[-1].text + item)

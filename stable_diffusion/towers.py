@@ -323,7 +323,7 @@ class LazyTextEncoder:
     def _run_encoder(self, chunk_ids: list[list[int]]) -> tuple[Tensor, Tensor | None]:
         """Encode chunks of 77 token ids; return states, B*K 77 C, and for SDXL's last encoder pooled states.
 
-        If a word has vectors for each cross-attention, the states of all cross-attentions follow one another.
+        If a word has vectors for each cross-attention, the states for all cross-attentions are concatenated.
         """
         network, loaded = self._loaded.get()
         end_positions = None  # of the end tokens, whose states are the pooled ones
