@@ -172,9 +172,9 @@ identify, load_dit = FORMAT.identify, FORMAT.load
 def read_dit_header(checkpoint: Checkpoint, adapter: Path | None = None) -> DitHeader[AnimaConfig]:
     """Return the dimensions, tensor naming and dtype of a transformer and its text adapter.
 
-    The text adapter, part of Anima, turns the text encoder's states into those the blocks take. `adapter` is
-    its file if the transformer's file does not have it. Raises CheckpointError for another model's file, and
-    if there is no text adapter.
+    The text adapter converts the text encoder's states to the blocks' text input. `adapter` is its file, if
+    it is not in the transformer's file. Raises CheckpointError if the file contains a different model, or if
+    there is no text adapter.
     """
     if adapter is None:
         header = FORMAT.read_header(checkpoint)

@@ -508,7 +508,7 @@ def _warn_of_unused_prompts(
 def _warn_of_unused_options(
     prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
 ) -> None:
-    """Warn about each given option of guidance that has no effect on these passes."""
+    """Warn about each given guidance option that has no effect on these passes."""
     # option texts for warnings, which are the keys of `is_given` and `reasons`
     layers = f"--slg_mode {options.slg_mode}"
     rescaling = f"--guidance_rescale {options.guidance_rescale:g}"
@@ -528,7 +528,7 @@ def _warn_of_unused_options(
     reasons: dict[str, str] = {}
     if not is_guided:
         reasons = dict.fromkeys(is_given, NO_STEP)
-    # some step is guided, but no pass skips a layer, so none of the options for such passes acts
+    # some step is guided, but no pass skips a layer, so options for such passes have no effect
     elif not skips_layers:
         if options.skipped_layers:
             reasons[layers] = why_none_skipped(options, prepared.num_steps)

@@ -309,7 +309,7 @@ def make_previews(
         has_room: Returns whether this many bytes of the device are free next to the network.
 
     Raises:
-        UserError: If the latents cannot be previewed without a decoder, or the decoder is for others.
+        UserError: If the latents cannot be previewed without a decoder, or the decoder is for other latents.
     """
     if options.preview_latent_every is None:
         return None

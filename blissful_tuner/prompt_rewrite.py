@@ -112,7 +112,7 @@ class PromptRewriter:
     def rewrite(self, prompt: str) -> str:
         """Return the prompt as the chat model rewrites it, or unchanged if the model's answer is empty.
 
-        A prompt that was rewritten before gets the same text again.
+        Answers are cached by prompt.
         """
         if not prompt.strip():
             return prompt
@@ -153,7 +153,7 @@ def _render(tokenizer: Any, message: str) -> Any:
 def rewrite_prompts(prepared: Prepared, rewriter: PromptRewriter) -> Prepared:
     """Return the request with the prompt of each section rewritten; outputs record the new prompts.
 
-    Negative prompts do not change. Weights for parts of the text are dropped, because the words may be gone.
+    Negative prompts do not change. Prompt weights are dropped, because the weighted words may be gone.
     """
     sections: dict[int, Prompts] = {}
     for section, section_prompts in prepared.prompts.items():

@@ -224,9 +224,9 @@ def find_wildcard_file(folder: Path, key: str, prompt_name: str) -> Path:
 
 
 def read_wildcard_lines(path: Path, prompt_name: str) -> Lines:
-    """Return the lines of a wildcard's file with their weights and line numbers.
+    """Return the lines of a wildcard file with their weights and line numbers.
 
-    `prompt_name` names the prompt that has the wildcard, for messages.
+    `prompt_name` names the prompt that contains the wildcard, for messages.
 
     Raises:
         OptionError: If the file has no lines or cannot be read.

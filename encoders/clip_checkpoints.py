@@ -213,7 +213,7 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
         raise make_wrong_kind_error(checkpoint, "a CLIP image encoder with its projection", option, release)
     shape = make_shape_reader(checkpoint, sources)
     patch_weight = shape("embeddings.patch_embedding.weight")
-    num_positions = shape("embeddings.position_embedding.weight")[0] - 1  # without that of the class token
+    num_positions = shape("embeddings.position_embedding.weight")[0] - 1  # without the class token
     patches_per_side = math.isqrt(max(num_positions, 0))
     is_rgb_kernel = len(patch_weight) == 4 and patch_weight[1] == 3
     has_square_patches = is_rgb_kernel and patch_weight[2] == patch_weight[3]

@@ -386,7 +386,7 @@ def invert_encoders(word: WordToLearn, encoders: Sequence[TextEncoder]) -> Custo
 def _read_start_vectors(
     word: WordToLearn, encoders: Sequence[WordEncoder], path: Path, option: str
 ) -> Mapping[str, Tensor] | None:
-    """Return the vectors from which to train a word, by encoder; None if a LoRA does not contain it.
+    """Return a word's initial vectors by encoder key; None if a LoRA does not contain the word.
 
     Args:
         word: The word.

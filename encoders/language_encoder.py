@@ -438,9 +438,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         pad: int,
         num_template_tokens: int,
     ) -> list[Conditions]:
-        """Return the conditions of prompts that run together, without the padding that this takes.
+        """Return the conditions of a batch of prompts, without the batch's padding.
 
-        `pad` is the id of the padding token; other arguments as in `compute`.
+        `pad` is the id of the padding token; the other arguments are those of `compute`.
         """
         padded_length = self._select_length(batch, num_template_tokens)
         padded_ids, mask = fill_rows(batch, padded_length, pad, self.settings.pads_left)
@@ -472,7 +472,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         mask: Tensor,
         images: Sequence[PatchedImages],
     ) -> Tensor:
-        """Return the states of padded token ids, B L: B L nC, or B L n C if the family stacks them."""
+        """Return n hidden states of padded token ids, B L: concatenated, B L nC, or stacked, B L n C."""
         inputs = self._embed(network, tokenizer, ids, images, mask=mask)
         states = language_states(
             network,

@@ -147,7 +147,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
 def _read_sizes(
     tower: VisionTower, network: Checkpoint, sources: Mapping[str, TensorSource], error: CheckpointError
 ) -> dict[str, int]:
-    """Return the settings of a tower that its tensors' shapes show, by the names in transformers.
+    """Return the tower's settings that its tensor shapes determine, under transformers' names.
 
     Raises `error` if the shapes do not fit.
     """

@@ -272,7 +272,7 @@ class ModelOfImages(OneTransformer):
         """Return the request without media that the model does not take, with warnings that name the model.
 
         Raises:
-            OptionError: If the model takes reference images, but those of the request cannot be used.
+            OptionError: If the model takes reference images, but the request's images are unusable.
         """
         rules = self.references
         accepts_references = rules is not None

@@ -521,9 +521,9 @@ class FileTextEncoder(ABC, Generic[Network]):
     def encode_templated(
         self, templated_prompts: Sequence[TemplatedPrompt], compute: Callable[..., list[Conditions]]
     ) -> list[Conditions]:
-        """Encode prompts that are already in the template.
+        """Encode prompts to which the template has been applied.
 
-        `compute` is `self.compute`, possibly as a partial with further arguments.
+        `compute` is `self.compute`, possibly a partial with additional arguments.
         """
         if not templated_prompts:
             return []

@@ -317,7 +317,7 @@ def _check_clip(path: Path) -> None:
 
 
 def load_guides(options: GuideOptions, model: Model) -> Guides | None:
-    """Load the networks that the options name, after `check_guides`; return None if there are none."""
+    """Load the guiding networks given by the options, after `check_guides`; None if there are none."""
     if not options.uses_clip and not options.vgg16_guidance_scale:
         return None
     clip = None

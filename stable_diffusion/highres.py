@@ -94,7 +94,7 @@ def _are_images(result: Any, count: int) -> bool:
 
 
 def load_upscaler(name: str, args: str | None) -> UpscalingModule:
-    """Import a module and make its upscaler.
+    """Import the user's upscaler module and create its upscaler.
 
     Args:
         name: Name of the module.

@@ -61,7 +61,7 @@ def set_image_to_repaint(
 
     Args:
         request: The request.
-        remove_unusable_media: Removes all media that models of images do not take.
+        remove_unusable_media: Removes all media that image models do not take.
         model_title: Name of the model, for messages.
 
     Raises:

@@ -231,6 +231,6 @@ def _read_dimensions(checkpoint: Checkpoint, name: str) -> LlliteDimensions:
     for number in indices or [0]:  # if there is none, the error names layer 0
         channels, _, size, _ = shape(f"conditioning1.{number}.weight", (4,))
         kernels.append((channels, size))
-    down_shape = shape("down.0.weight", (2, 4))  # rank, in_features, and of a convolution its kernel
+    down_shape = shape("down.0.weight", (2, 4))  # rank, in_features, and a convolution's kernel
     rank, in_features = down_shape[:2]
     return LlliteDimensions(tuple(kernels), in_features, rank, is_convolution=len(down_shape) == 4)

@@ -116,7 +116,7 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     """Read the files of `--network_weights`; log their metadata if the options ask for it.
 
     Raises:
-        CheckpointError: If a file is not a LoRA, or is one of a model other than Stable Diffusion.
+        CheckpointError: If a file is not a LoRA, or was trained for a model other than Stable Diffusion.
     """
     loras = []
     for path in options.files:
@@ -184,10 +184,10 @@ def _check_fit(
 
 
 def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
-    """Check that LoRAs were trained for a checkpoint's kind; warn if only their metadata name another kind.
+    """Check that LoRAs were trained for a checkpoint's kind; warn if only their metadata says otherwise.
 
     Raises:
-        CheckpointError: If the sizes of a LoRA's tensors are those of another kind.
+        CheckpointError: If a LoRA's tensors have the sizes of a different kind.
     """
     kinds = {known_kind.name: known_kind for known_kind in KINDS}
     for lora in loras:

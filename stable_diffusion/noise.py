@@ -98,7 +98,7 @@ def make_noise_spec(
     Args:
         predicts_v: Whether the U-Net predicts v instead of noise.
         zero_terminal_snr: Whether the betas are rescaled so that the last timestep is pure noise.
-        weights: Options of the factors on losses.
+        weights: Options for loss factors.
         vary: Changes the noise; None leaves it Gaussian.
     """
     betas = read_betas()

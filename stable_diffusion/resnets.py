@@ -23,7 +23,7 @@ def use_fewer_kernels(unet: Any) -> None:
     """Make a U-Net start fewer GPU kernels: apply SiLU to the time embedding once, and run norms in 16 bits.
 
     Args:
-        unet: U-Net of diffusers as `unet_class` makes it; a block with other settings is not changed.
+        unet: A diffusers U-Net built by `unet_class`; blocks with other settings are not changed.
     """
     for module in unet.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):

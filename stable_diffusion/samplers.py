@@ -380,7 +380,7 @@ def make_conditions(
         states: States of each image's text, of equal lengths.
         device: Device of the run.
         sizes: Sizes for SDXL, 1 6; None for other kinds.
-        negative: Whether these are the conditions of the negative text.
+        negative: Whether these are the conditions of the negative prompt.
     """
     conditions = {
         CONTEXT: torch.stack([state.context for state in states]).to(device),

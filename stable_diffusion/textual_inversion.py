@@ -119,7 +119,7 @@ def read_lora_words(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
 def merge_lora_words(
     words: Sequence[LearnedWord], lora_words: Sequence[LearnedWord]
 ) -> tuple[LearnedWord, ...]:
-    """Combine words of embedding files and of LoRAs; warn about LoRA words that already exist."""
+    """Combine words from embedding files and LoRAs; warn about LoRA words that already exist."""
     chosen = {word.text.lower(): word for word in words}
     for word in lora_words:
         first = chosen.setdefault(word.text.lower(), word)
@@ -175,8 +175,8 @@ def _add_words_to_encoder(
     embeddings = text_encoder.network.embeddings
     ids = list_ids(words, embeddings.token_embedding.num_embeddings)
     embeddings.token_embedding = extend_token_embedding(embeddings.token_embedding, words, index)
-    # an --XTI_embeddings word has V rows for each cross-attention, layer by layer: from a token's row for one
-    # cross-attention it is V rows to its row for the next one
+    # an --XTI_embeddings word has V rows for each cross-attention, layer by layer: a token's rows for two
+    # successive cross-attentions are V rows apart
     layer_strides = torch.zeros(embeddings.token_embedding.num_embeddings, dtype=torch.int64)
     for word in words:
         if word.num_cross_attentions > 1:

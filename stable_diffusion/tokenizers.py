@@ -242,9 +242,9 @@ def parse_weights(text: str) -> tuple[WeightedText, ...]:
 
 
 def _split_at_brackets(text: str) -> list[_PromptItem]:
-    """Split a prompt into texts, brackets with their weights, and BREAKs, in their order.
+    """Split a prompt into plain text, brackets with their weights, and BREAKs, in their order.
 
-    The weight of an opening bracket is known when its closing bracket is reached, as in `(x:1.3)`.
+    The weight of an opening bracket is only known at its closing bracket, as in `(x:1.3)`.
     """
     items: list[_PromptItem] = []
     open_brackets: dict[str, list[_Bracket]] = {"(": [], "[": []}

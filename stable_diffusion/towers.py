@@ -110,7 +110,7 @@ class LazyTextEncoder:
             index: Index of the encoder in the checkpoint.
             max_chunks: Number of 75-token chunks to which texts are padded or cut.
             clip_skip: Value of --clip_skip; None for the layer that the model was trained with.
-            warns_if_cut: Whether to warn of prompts that are cut off.
+            warns_if_cut: Whether to warn about truncated prompts.
             text_training: How the weights are trained; None if they are frozen.
             lora_words: Words in the files of LoRAs.
         """

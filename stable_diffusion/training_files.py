@@ -465,8 +465,8 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
 def unet_spec(config: Mapping[str, Any]) -> DitSpec:
     """Return the names inside a U-Net: each residual block and each transformer counts as a block.
 
-    A LoRA is put on the linear layers and 1x1 convolutions of transformers; with conv_dim also on all layers
-    of residual blocks and on samplers, as known trainers do.
+    LoRAs target the linear layers and 1x1 convolutions of transformers; with conv_dim, also all layers of
+    residual blocks, and the samplers, as in other trainers.
     """
     parts = unet_parts(config)
     return DitSpec(

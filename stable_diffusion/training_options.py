@@ -204,7 +204,7 @@ def _inpainting_options(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, by name, of a command that generates with the model of a training run.
+    """Return the command-line options, by flag, that generate with the model of a training run.
 
     Args:
         options: Options of the training run.
@@ -214,7 +214,7 @@ def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[
         "--ckpt": options.ckpt or Placeholder("CHECKPOINT"),
         "--vae": options.vae,
         "--tokenizer_cache_dir": options.tokenizer_cache_dir,
-        # like the training's samples; float32 would double the U-Net's size
+        # like the samples during training; float32 would double the U-Net's size
         "--fp16": options.mixed_precision == "fp16",
         "--bf16": options.mixed_precision == "bf16",
         "--v_parameterization": options.v_parameterization,

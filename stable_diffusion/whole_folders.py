@@ -256,8 +256,8 @@ def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
 def _describe_schedule(source: Path, source_model_type: ModelType, model_type: ModelType) -> dict[str, Any]:
     """Return the content of scheduler_config.json for the trained model.
 
-    It is that of the source folder if training has not changed the prediction type; otherwise the default for
-    the trained model's kind and prediction type.
+    It is the source folder's content if training has not changed the prediction type; otherwise the default
+    for the trained model's kind and prediction type.
 
     Args:
         source: File or folder of the source checkpoint.
