@@ -263,7 +263,7 @@ class AnimaModel(BlockNetwork):
         weights: Tensor,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
-        """Embed a noisy image as tokens, B L C; return them with the blocks' other inputs, such as texts.
+        """Embed a noisy image as tokens, B L C; return them with the blocks' other inputs, such as text.
 
         Args:
             noisy: B Z 1 H W.
@@ -272,7 +272,7 @@ class AnimaModel(BlockNetwork):
             states_mask: B S, 1 for real ones, which come first.
             ids: Token ids of T5, B T'.
             weights: B T', 0 for padding after the tokens, 1 or a weight for each token.
-            overrides: Changes to this call; a second text in them (for negative attention) has its own
+            overrides: Changes to this call; a second text in them (for NAG) has its own
                 `states`, `states_mask`, `ids` and `weights`.
 
         Raises:

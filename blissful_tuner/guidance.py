@@ -147,7 +147,7 @@ class _StepPlanner:
         self._options = options
         self._rules = prepared.rules
         layers = options.skipped_layers
-        # passes are compared by the identity of their overrides, so each of these is made only once
+        # passes are compared by the identity of their overrides, so make each of these only once
         self._pass_without_layers = Pass("negative", Overrides(skip_blocks=layers))  # skips --slg_layers
         self._steps_without_layers = range(0)
         if layers:
@@ -543,7 +543,7 @@ def _warn_of_unused_options(
 
 
 def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Warn about guidance scales below the one that turns guidance off: 1 in most models, 0 in a few."""
+    """Warn about guidance scales below the neutral one, which is 1 for most models and 0 for a few."""
     neutral_scale = prepared.rules.neutral_scale
     scheduled = guidance_scales(prepared, options) if prepared.request.cfg_schedule else []
     used_scales = {*prepared.guidance_scale, *(stream.text_scale for stream in prepared.rules.streams)}

@@ -183,12 +183,12 @@ def add_difference(weakened: Pass, scale: float) -> GuidanceStage:
 
 
 def rescale(fraction: float) -> GuidanceStage:
-    """Return the stage that rescales each sample's standard deviation to that of the positive velocity.
+    """Return the stage that rescales each sample to the positive velocity's standard deviation.
 
-    It is that of `--guidance_rescale`. Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
+    This is `--guidance_rescale`. Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
 
     Args:
-        fraction: Weight of the rescaled velocity in the mean with the unscaled one, 0 to 1.
+        fraction: Weight of the rescaled velocity in the blend with the original one, 0 to 1.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
@@ -242,13 +242,13 @@ def keep_token_norms(patch_size: int) -> GuidanceStage:
     Source: the released code of Qwen-Image.
 
     Args:
-        patch_size: Side in latent pixels of the square that becomes a token.
+        patch_size: Edge length, in latent pixels, of the square that becomes a token.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
         positive_norms = _measure_token_norms(velocities[POSITIVE], patch_size)
         norms = _measure_token_norms(velocity, patch_size)
-        # a token without velocity has no direction to rescale, and stays
+        # a token with zero velocity has no direction, so it is left unchanged
         ratio = torch.where(norms > 0, positive_norms / norms, 1.0).unsqueeze(1)
         return velocity * ratio.repeat_interleave(patch_size, dim=-1).repeat_interleave(patch_size, dim=-2)
 

@@ -50,12 +50,12 @@ def output_metadata(
     created: datetime | None = None,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> dict[str, str]:
-    """Return the metadata of one output: everything its pixels depend on, with files named without folders.
+    """Return the metadata of one output: everything its pixels depend on, with file names, not paths.
 
     Args:
         prepared: The request.
         model: `Family.metadata`.
-        loras: File name and multiplier of each LoRA, by expert; "" for experts without LoRAs of their own.
+        loras: File name and strength of each LoRA, by expert; the key is "" without separate experts.
         settings: Other options that were given to the script, by name.
         device: Type of the device that computed the output.
         created: Time of creation.

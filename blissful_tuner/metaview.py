@@ -65,8 +65,7 @@ class FileInfo:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the metadata of all files as lines or JSON.
 
-    Files without metadata are named on the error stream. Raises MediaError at the end if some could not be
-    read.
+    Files without metadata are listed on stderr. Raises MediaError at the end if files could not be read.
     """
     (options,) = parse_options(__doc__, argv, MetaviewOptions)
     files = [read_file_info(path) for path in list_files(options.input_file)]

@@ -94,14 +94,14 @@ class Drawing:
         return unescape(text) if self.options.prompt_alternatives else text
 
     def _draw(self, key: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> str:
-        """Return a random line of a wildcard, with the wildcards in it drawn too.
+        """Return a random line of a wildcard, in which nested wildcards are drawn, too.
 
         Args:
             key: Name of the wildcard.
             prompt_name: Name of the prompt in errors.
             enclosing_wildcards: Wildcards that led to this one.
         """
-        # refuse a wildcard that draws itself, or too many draws
+        # reject wildcards that include themselves, and too many draws
         self._check_draws(key, prompt_name, enclosing_wildcards)
         lines = self._read_lines(key, prompt_name)
         index = self._choose(lines.cumulative_weights)
@@ -329,8 +329,8 @@ def select_alternatives(text: str, choose: Choose) -> str:
 def _expand_groups(text: str, groups: Sequence[_Group], choose: Choose, start: int, end: int) -> str:
     """Return the text from `start` to `end` with one alternative chosen in each group.
 
-    Groups inside the chosen alternatives are expanded, too. `groups` are those of the whole text, sorted by
-    their start.
+    Groups inside the chosen alternatives are expanded, too. `groups` contains all groups of the whole text,
+    sorted by start.
     """
     pieces: list[str] = []
     position = start

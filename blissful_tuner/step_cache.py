@@ -30,7 +30,7 @@ FRACTIONS = {"magcache_retention_ratio"}  # options whose values are at most 1
 def select_step_cache(
     options: StepCacheOptions, line: Mapping[str, Any]
 ) -> tuple[StepCaching | None, Mapping[str, float]]:
-    """Return a video's step cache, and the values of its prompt line that replaced options.
+    """Return a video's step cache, and the prompt line's values that replace options.
 
     A line can only change a cache that the command line turned on; other values are ignored with a warning.
 
@@ -39,7 +39,7 @@ def select_step_cache(
         line: Options of the prompt line, by name.
 
     Returns:
-        The step cache, None if nothing is skipped or measured; and the used values of the line by option.
+        The step cache, None if nothing is skipped or measured; and the line's used values by option.
 
     Raises:
         OptionError: If a value is out of range.
@@ -124,7 +124,7 @@ class StepCaches:
     """Step caches around the blocks of the networks that generate one video."""
 
     def __init__(self, prepared: Prepared, spec: DitSpec) -> None:
-        """Set up what a request selects: a rule for skipping passes, or a calibration, which only measures.
+        """Set up the request's step cache: a rule for skipping passes, or a calibration that measures.
 
         Args:
             prepared: The request with all values resolved.

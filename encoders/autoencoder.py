@@ -214,7 +214,7 @@ class ImageVae(nn.Module):
         moments = self.moments(pixels)
         if generators is not None:
             return sample_posterior(moments, generators, self.limits)
-        # moments: means, then logarithms of variances, along the channels
+        # moments: means, then log-variances, along the channels
         return moments.chunk(2, dim=1)[0].contiguous()
 
     @torch.no_grad()

@@ -251,7 +251,7 @@ class Inversion:
         return initial
 
     def _read_init_word(self, encoder: InvertedEncoder, encoder_number: int) -> list[int]:
-        """Return a token id of the initial word for each vector; log a warning if the numbers differ.
+        """Return one token id of the initial word per vector; warn if their numbers differ.
 
         `encoder_number` counts the text encoders from 1, for the warning.
         """
@@ -335,12 +335,12 @@ class Inversion:
         self._read_weights()
 
     def check_captions(self, captions: Sequence[str]) -> str:
-        """Return a warning about the captions of a dataset that lack the new word; "" if all have it.
+        """Return a warning about a dataset's captions without the new word; "" if all contain it.
 
         Raises:
-            DatasetError: If no caption has the word.
+            DatasetError: If no caption contains the word.
         """
-        names = self.word.list_ids(0)  # of the word, and of its single vectors, which count as the word
+        names = self.word.list_ids(0)  # the word, and its single vectors, which also count
         pattern = compile_words([*names])
         without = [caption for caption in captions if not pattern.search(caption)]
         word = self.word.text

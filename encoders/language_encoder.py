@@ -694,7 +694,7 @@ class LanguageModelFiles(TransformerFiles):
         return read_once(self.language_model().path, _measure_states, self.encoder_settings)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the language model's files and that its states have the width that the transformer takes.
+        """Check the language model's files, and that its hidden states match the transformer's text width.
 
         Args:
             config: Dimensions of the transformer; None if its option is not set.

@@ -384,14 +384,14 @@ def _read_head_width(config_json: Mapping[str, Any], model: LanguageModel) -> in
 def _check_heads(
     path: Path, width: int, query_rows: int, key_rows: int, dim: int, model: LanguageModel
 ) -> None:
-    """Raise CheckpointError if the rows of queries and keys cannot be divided into heads of this width."""
+    """Raise CheckpointError if the query and key rows cannot be divided into heads of this width."""
     # the width must be even, because rotary embedding rotates pairs of channels
     has_whole_heads = width >= 2 and width % 2 == 0 and key_rows % width == 0 and query_rows % width == 0
     is_valid = has_whole_heads
     if has_whole_heads:
         num_heads = max(1, query_rows // width)
         num_kv_heads = max(1, key_rows // width)
-        # grouped queries: each head of keys serves equally many heads of queries
+        # grouped-query attention: each key head serves the same number of query heads
         is_valid = dim % num_heads == 0 and (query_rows // width) % num_kv_heads == 0
     # in Qwen2.5-VL, all heads together have the width of the model
     if Q_BIAS in model.distinguishing_tensors and query_rows != dim:
@@ -511,7 +511,7 @@ class HostAngles(nn.Module):
 
 
 def build_language_model(config: LanguageConfig) -> nn.Module:
-    """Build the network, a class of transformers; call this inside `on_meta_device`."""
+    """Build the network, a transformers model; call this inside `on_meta_device`."""
     import transformers
 
     settings: dict[str, Any] = {

@@ -146,7 +146,7 @@ def give_words(encoders: Sequence[TextEncoder], words: Sequence[ModelWord]) -> N
 
 
 def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str, Tensor]:
-    """Return the vectors of a word's file, each V C, by the first key of their text encoder.
+    """Return the vectors in a word's file, each V C, keyed by each text encoder's first key.
 
     Raises:
         CheckpointError: If the file has no vectors for these encoders, or unequal numbers of vectors.
@@ -247,11 +247,11 @@ def grow_table(network: nn.Module, embedding: str, words: Sequence[EncoderWord])
 def name_ids(words: Sequence[NewWord], vocabulary: int) -> dict[str, list[int]]:
     """Return the token ids of words (`cat`) and of their single vectors (`cat1`), by name.
 
-    If a name has several meanings, a word takes precedence over a single vector, and that over an alias.
+    If names collide, words take precedence over single vectors, and these over aliases.
 
     Args:
         words: The words, in the order of their rows.
-        vocabulary: Number of rows of the table without the words.
+        vocabulary: Number of embedding rows before the words.
     """
     ids: dict[str, list[int]] = {}
     word_names = {word.text.lower() for word in words}

@@ -172,7 +172,7 @@ def _read_sizes(
 
 
 def build_vision_tower(config: VisionConfig) -> nn.Module:
-    """Build the vision tower, a class of transformers; call this inside `on_meta_device`."""
+    """Build the vision tower, a transformers model; call this inside `on_meta_device`."""
     kind = config.tower
     module = importlib.import_module(f"transformers.models.{kind.module}.modeling_{kind.module}")
     # names of the classes in transformers
@@ -283,7 +283,7 @@ def embed_images(
     images: Sequence[PatchedImages],
     placeholder: int,
 ) -> PromptEmbeddings:
-    """Replace the embeddings of placeholder tokens by image features of the vision tower.
+    """Replace the embeddings of placeholder tokens with the vision tower's image features.
 
     Args:
         vision_tower: The vision tower.

@@ -206,10 +206,10 @@ class TokenizerSource:
         return self._from_sentencepiece(model, checkpoint_path)
 
     def _from_tokenizer_json(self, tokenizer: Tokenizer, file: Path) -> TextTokenizer:
-        """Return the tokenizer of a tokenizer.json, with a begin token if one is configured."""
+        """Return the tokenizer in a tokenizer.json, plus a begin token if one is configured."""
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
         with self.files.convert_errors(file):
-            # the ids of an empty text are those that the tokenizer itself adds
+            # an empty text has only the ids that the tokenizer itself adds
             empty: list[int] = tokenizer.encode("").ids
             tokenizer.encode("a b")  # a tokenizer that fails for every text raises its error here
         added_begin = []  # the begin token, unless the tokenizer adds it
@@ -415,7 +415,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return TemplatedPrompt(prompt.text, prompt.text, prompt.weighted_spans)
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens, including those of the template; loads no weights.
+        """Return a function that counts a text's tokens, including the template's; loads no weights.
 
         Raises:
             CheckpointError: If the tokenizer is not on this machine; it is not downloaded.
@@ -431,16 +431,16 @@ class FileTextEncoder(ABC, Generic[Network]):
             token_bytes = self.token_bytes
 
         def count(text: str) -> TokenCount:
-            """Count the tokens of a text, and the characters that the encoder reads of it."""
+            """Count a text's tokens, and how many of its characters the encoder reads."""
             try:
                 templated = self.apply_template(Prompt(text))
             except CaptionError:  # reported when the text is encoded, and by --check
                 return TokenCount(text, tokens=0, limit=self.max_length, num_read=len(text), size_bytes=0)
             tokens = tokenizer.read(templated.text)
-            # a prompt that is too long loses its last tokens, but not the template and end token after it
+            # truncation drops a prompt's last tokens, but not the template and end token after it
             num_suffix_tokens = tokens.count_after(templated.suffix_start)
             spans_before_suffix = tokens.char_spans[: len(tokens.char_spans) - num_suffix_tokens]
-            # for each of these tokens: how many characters of the prompt end with it
+            # for each of these tokens: the number of prompt characters up to its end
             ends = [0 if span is None else span[1] - templated.start for span in spans_before_suffix]
             length = len(templated.prompt)
             max_tokens_read = num_template_tokens + self.max_length - num_suffix_tokens

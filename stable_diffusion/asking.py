@@ -146,11 +146,11 @@ class RequestBuilder:
         return [(seed, expand(line.text, Random(seed))[0]) for seed in image_seeds]
 
     def _build_request(self, line: Line, text: str, seed: int, number: int) -> RequestedImage:
-        """Return the request for one image of a prompt line: its texts, input files and settings.
+        """Return the request for one image of a prompt line: its prompts, input files and settings.
 
         Args:
             line: The line, for its label and its original text.
-            text: Text of the line with a variant of each `{...}` group chosen.
+            text: Text of the line, in which one variant of each `{...}` group is chosen.
             seed: Seed of the image.
             number: Number of the image in this round, which selects its input image, mask and guides.
         """
@@ -206,7 +206,7 @@ def check_line(options: GenImgOptions, line: Line) -> None:
             _check_has_parts(num_parts)
         if num_parts > 1:
             networks = options.networks
-            # LoRAs folded into the weights are the same in all regions
+            # LoRAs merged into the weights affect all regions equally
             is_folded = networks.network_pre_calc and networks.num_adjustable > 0
             check_regions(num_parts, networks.num_adjustable, is_folded)
     _select_strengths(with_line(options, values), values)  # raises if --am is not valid
@@ -238,7 +238,7 @@ def _select_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tupl
 def resolve_settings(
     options: GenImgOptions, values: Mapping[str, Any], kind: ModelKind, image: Path | None
 ) -> ImageSettings:
-    """Return the settings of an image whose prompt has one part; warn about values without effect.
+    """Return the settings of an image, for a prompt with one part; warn about values without effect.
 
     Args:
         options: Options of the command line.
@@ -273,7 +273,7 @@ def resolve_settings(
 def _warn_of_ignored_options(
     options: GenImgOptions, values: Mapping[str, Any], kind: ModelKind, has_image: bool
 ) -> None:
-    """Warn about options without effect: SDXL's sizes, the strength, and parts of features that are off.
+    """Warn about options without effect: SDXL's sizes, the strength, and options of disabled features.
 
     Args:
         options: Options of the image.

@@ -80,7 +80,7 @@ class ControlNets:
             if self._model.kind is SDXL:
                 candidates = range(num_networks)  # SDXL's ControlNets act together
             else:
-                candidates = [call.step % num_networks]  # those of other models take turns from step to step
+                candidates = [call.step % num_networks]  # for other models, they take turns step by step
             active = [index for index in candidates if is_active(self._specs[index], call)]
             if not active:
                 return call

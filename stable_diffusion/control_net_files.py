@@ -145,7 +145,7 @@ def _read_control_net(
     has_hint = f"{_HINT_EMBEDDING}.conv_in.weight" in sources
     if not has_middle or not has_hint:
         raise make_wrong_kind_error(checkpoint, "a ControlNet", OPTION, EXPECTED_FILE)
-    # published files number all convolutions of the guide image; diffusers calls the last one conv_out
+    # published files number all convolutions of the hint encoder; diffusers calls the last one conv_out
     if f"{_HINT_EMBEDDING}.conv_out.weight" not in sources:
         last = f"{_HINT_EMBEDDING}.blocks.{count(sources, _HINT_BLOCKS) - 1}."
         sources = {
@@ -324,7 +324,7 @@ _SETTINGS_ONLY_IN_FOLDERS = ("controlnet_conditioning_channel_order", "global_po
 def _check_fits_unet(
     checkpoint: Checkpoint, config: Mapping[str, Any], unet_config: Mapping[str, Any], model_title: str
 ) -> None:
-    """Raise CheckpointError if a ControlNet does not belong to a U-Net.
+    """Raise CheckpointError if a ControlNet does not fit a U-Net.
 
     Args:
         checkpoint: The opened checkpoint.

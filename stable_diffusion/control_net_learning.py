@@ -216,7 +216,7 @@ def ldm_control_net_names(layers: list[int], names: Sequence[str]) -> dict[str, 
 
 
 def _ldm_name_of_control_layer(name: str, names: Collection[str]) -> str:
-    """Return the published name of a ControlNet weight that the U-Net does not have.
+    """Return the published name of a ControlNet weight without a counterpart in the U-Net.
 
     Args:
         name: Diffusers' name of the weight.

@@ -446,14 +446,14 @@ class StableDiffusion(ModelOfImages):
         return (*trained, *(word.text for word in self.lora_words))
 
     def with_words(self, files: WordsByFile, option: str) -> "StableDiffusion":
-        """Return the model with the trained words that files contain.
+        """Return a copy of the model that knows the trained words in LoRA files.
 
         Args:
             files: Words by file.
             option: Option that names the files.
 
         Raises:
-            CheckpointError: For vectors that do not fit the text encoders.
+            CheckpointError: If vectors do not fit the text encoders.
         """
         words = merge_lora_words(self.lora_words, read_lora_words(files, option))
         with self.files.open_plan() as checkpoint_plan:
@@ -793,7 +793,7 @@ def family_for_training(
         kinds: Kinds of checkpoints that the script accepts.
         options: Options of the run.
         v2: Whether --v2 declares a checkpoint of Stable Diffusion 2.
-        clip_skip: Layer, counted from the end, whose text states are used; None for the kind's default.
+        clip_skip: Text encoder layer to take states from, counted from the end; None for the default.
 
     Raises:
         OptionError: If the options contradict the checkpoint.

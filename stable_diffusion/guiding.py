@@ -198,7 +198,7 @@ class Guides:
         return guide
 
     def _compute_gradient(self, image_loss: Loss, passes: UnetPasses, step: Step, section: Section) -> Tensor:
-        """Return the gradient of the loss of the predicted image with respect to the noisy latents."""
+        """Return the gradient of the predicted image's loss with respect to the noisy latents."""
         model = self.model
         sampler = passes.sampler
         index = sampler.first_index + step.index
@@ -214,7 +214,7 @@ class Guides:
                 clean = alpha * x - step.sigma * prediction
             else:
                 clean = (x - step.sigma * prediction) / alpha
-            # at lower noise levels the networks get more of the noisy latents themselves
+            # at lower noise levels, the networks see more of the noisy latents themselves
             blended = step.sigma * clean + (1 - step.sigma) * x
             loss = image_loss(_decode(model, blended))
             (gradient,) = torch.autograd.grad(loss, x)

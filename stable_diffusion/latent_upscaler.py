@@ -115,9 +115,9 @@ class LatentUpscaler:
 
 
 def create_upscaler(**args: str) -> LatentUpscaler:
-    """Return the latent upscaler with the network that `weights` names.
+    """Return the latent upscaler with the network in the file `weights`.
 
-    Raises OptionError for other settings, or CheckpointError for a file of another network.
+    Raises OptionError for other settings, or CheckpointError for a file with a different network.
     """
     unknown = sorted(args.keys() - {"weights"})
     if unknown or "weights" not in args:

@@ -150,7 +150,7 @@ def _check_file_name(name: str) -> None:
 def read_line_seeds(line: str) -> tuple[int, ...] | None:
     """Return the seeds in the --d option of a prompt line; None without it.
 
-    They are needed before a variant of each `{a|b}` group is chosen, and so before `read_line`.
+    They are needed before variants of `{a|b}` groups are chosen, so `read_line` would be too late.
 
     Raises:
         OptionError: If the seeds cannot be parsed.
@@ -215,9 +215,9 @@ class _ChoiceGroup(NamedTuple):
 def _expand_groups(text: str, random: Random) -> Iterator[str]:
     """Yield a prompt with choices in place of its `{a|b}` groups.
 
-    1. Replace the first innermost group by choices drawn from `random`, and repeat until there is no group.
-    2. At an `{e$$...}` group, go on separately with every combination of its choices.
-    3. The groups after it draw the same choices in each of these prompts.
+    1. Replace the first innermost group by choices drawn from `random`, and repeat until no group is left.
+    2. At an `{e$$...}` group, continue separately with every combination of its choices.
+    3. Later groups draw the same choices in each of these prompts.
     """
     while (match := _GROUP.search(text)) is not None:
         before = text[: match.start()]
@@ -451,7 +451,7 @@ def _yield_prompts(call_prompter: Callable[[int], Any], name: str) -> Iterator[L
     """Yield the prompts that a user's prompter returns, call by call, until it returns None.
 
     Args:
-        call_prompter: Calls the prompter, given the number of the call; it should return a list of prompts.
+        call_prompter: Calls the prompter with the index of the call; it should return a list of prompts.
         name: Name of the module in messages.
     """
     number = 0

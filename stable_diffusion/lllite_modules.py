@@ -183,7 +183,7 @@ def find_layer(
 
 
 def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[dict[str, LlliteDimensions]]:
-    """Plan how to load a file of ControlNet-LLLite.
+    """Plan how to load a ControlNet-LLLite file.
 
     Args:
         checkpoint: The opened checkpoint.

@@ -47,7 +47,7 @@ class Lllites:
         """
         self._specs = specs
         self._model = model
-        # the layers of the U-Net that each LLLite changes, with their modules
+        # the U-Net layers that each LLLite modifies, with its modules for them
         self._layers: list[list[tuple[nn.Module, LlliteModule]]] = []
         for network, spec in zip(networks, specs, strict=True):
             layers = []

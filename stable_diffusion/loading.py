@@ -54,9 +54,9 @@ class CheckpointPlan:
 
 
 def load_checkpoint(options: ModelOptions, checkpoint_plan: CheckpointPlan, device: torch.device) -> Model:
-    """Load the networks that `plan_checkpoint` has planned, in evaluation mode; its files must still be open.
+    """Load the networks planned by `plan_checkpoint`, in evaluation mode; its files must still be open.
 
-    Raises CheckpointError, before anything is loaded, if a file is damaged or of another kind.
+    Raises CheckpointError, before anything is loaded, if a file is damaged or of a different kind.
     """
     dtype = _select_dtype(options)
     vae_dtype = torch.float32 if options.no_half_vae else dtype
@@ -165,7 +165,7 @@ def plan_checkpoint(options: ModelOptions, exit_stack: ExitStack) -> CheckpointP
 
 
 def _plan_folder(options: ModelOptions, path: Path, exit_stack: ExitStack) -> CheckpointPlan:
-    """Plan how to load a folder in diffusers' layout, and the VAE of --vae."""
+    """Plan how to load a folder in diffusers' layout; --vae replaces the folder's VAE."""
     model_type = folders.read_folder_model_type(path)
     check_kind_flags(options, model_type.kind)
     has_config = (path / "scheduler" / "scheduler_config.json").is_file()
@@ -271,7 +271,7 @@ def _find_pooled_width(text_encoders: tuple[TextPlan, ...]) -> int:
 
 
 def _check_widths_match(checkpoint_plan: CheckpointPlan) -> None:
-    """Raise CheckpointError if the U-Net's channels do not match the samplers or the text encoders."""
+    """Raise CheckpointError for unsupported U-Net channels or text encoders that do not match."""
     config = checkpoint_plan.unet.config
     path = checkpoint_plan.path
     channels = config.get("in_channels", 4)

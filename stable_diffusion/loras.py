@@ -167,7 +167,7 @@ def check_networks(loras: Sequence[LoraFile], checkpoint_plan: CheckpointPlan) -
 def _check_fit(
     prefix: str, plan: LoadPlan[Any], weighted_loras: Sequence[WeightedLora], checkpoint: Path
 ) -> None:
-    """Raise CheckpointError if LoRAs do not fit the weights of a network, compared on the meta device.
+    """Raise CheckpointError if LoRAs do not fit a network's weights; compares shapes on the meta device.
 
     Args:
         prefix: Prefix of the network's modules in LoRA files; "" for the U-Net.

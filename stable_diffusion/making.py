@@ -132,7 +132,7 @@ class ImageGenerator:
         sampler = samplers.begin_sampling(
             self._scheduler,
             settings.steps,
-            # on the CPU, so that the numbers are the same on every device
+            # on the CPU, so that a seed gives the same noise on every device
             [torch.Generator().manual_seed(request.seed) for request in requests],
             samplers.count_skipped_steps(settings.steps, starting.find_strength(requests[0], start)),
         )
@@ -148,7 +148,7 @@ class ImageGenerator:
         if gradual is not None:
             small_latents, growing_sampler = begin_small(beginning.latents, sampler, gradual)
             beginning = replace(beginning, latents=small_latents, sampler=growing_sampler)
-        self._select_loras(settings)  # all of them: encoding the parts of a prompt selects one at a time
+        self._select_loras(settings)  # all of them, because encoding prompt parts selects one at a time
         batch_hooks = [*self.batch_hooks]
         if self.regions is not None:
             batch_hooks.append(self.regions)
@@ -291,13 +291,13 @@ class ImageGenerator:
         negative_texts: Sequence[Sequence[str]],
         is_regional: bool,
     ) -> dict[tuple[str, int | None], contract.TextState]:
-        """Return the states of a batch's texts, by text and, if LoRAs are regional, by index of the part.
+        """Return the states of a batch's texts, keyed by text and, if LoRAs are regional, part index.
 
         Args:
             request: Any image of the batch, because all have the same settings.
             prompt_parts: Parts of each image's prompt.
             negative_texts: Negative and empty prompt of each image, as needed.
-            is_regional: Whether each LoRA acts in the region of one part only.
+            is_regional: Whether each LoRA only affects the region of one part.
         """
         settings = request.settings
         num_chunks = self._count_chunks(request)

@@ -186,7 +186,7 @@ class Run:
     files: ImageFiles
 
     def generate_all(self, lines: Iterable[Line], failures: Failures) -> list[Path]:
-        """Generate and write the images of lines, batch by batch; errors of lines are added to `failures`.
+        """Generate and write the images of prompt lines, batch by batch; errors in lines go to `failures`.
 
         Returns:
             The paths.
@@ -218,7 +218,7 @@ class Run:
             return None
 
     def _generate_batch(self, batch: Sequence[RequestedImage]) -> list[Path]:
-        """Generate a batch and save its images, those of each highres stage too; return their paths."""
+        """Generate a batch and save its images, also those of each highres stage; return their paths."""
         paths = []
         try:
             for stage in make_images(self.image_generator, self.highres, batch):

@@ -208,12 +208,12 @@ def _register_hooks(hooks: _ShrinkHooks, unet: Any) -> Iterator[Any]:
             lambda _, args, kwargs: hooks.enter_up_block(args, kwargs), with_kwargs=True
         )
         layers = list(getattr(up_block, "attentions", None) or up_block.resnets)
-        # after each layer but the last, features are resized to the skip that the next layer takes
+        # after each layer but the last, resize features to the skip that the next layer concatenates
         for layer, module in enumerate(layers[:-1]):
             yield module.register_forward_hook(
                 lambda _, args, output, layer=layer: hooks.leave_layer(layer, output)
             )
-    # if features were made smaller in this call, the output has the size of the sample again
+    # if features were shrunk in this call, resize the output to the sample's size
     yield unet.conv_norm_out.register_forward_pre_hook(
         lambda _, args: None if hooks.depth is None else resize_like(args[0], hooks.sample_size)
     )

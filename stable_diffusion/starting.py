@@ -170,16 +170,16 @@ def begin(
 
     1. Without an input image: noise.
     2. With one: encode it, and blend it with noise by the strength.
-    3. With a mask too: give it to an inpainting U-Net, or let the sampler restore the image outside it.
+    3. With a mask too: pass it to an inpainting U-Net, or let the sampler restore the unmasked area.
 
     Args:
         model: The loaded model.
         requests: Requested images; all or none have an input image, and likewise a mask.
-        start: Latents or images to start from, one for each requested image; None for none.
+        start: Latents or images to start from, one per requested image; None uses the requests' images.
         sampler: The sampler.
         noise_options: Options of the noise.
-        restores_unmasked: Whether an inpainting model's latents outside the mask are replaced by those of
-            the image after each step, as those of other models are. diffusers' pipelines do not do so.
+        restores_unmasked: Whether latents outside the mask are replaced by the image's after each step
+            even for inpainting models, unlike in diffusers' pipelines. Other models always do this.
 
     Raises:
         MediaError: If an input image or a mask cannot be read.
@@ -190,7 +190,7 @@ def begin(
         return Beginning((noise * sampler.noise_level).unsqueeze(2), sampler)
     has_mask = is_masked(requests[0])
     restores_unmasked = restores_unmasked or not model.is_inpainting
-    # inpainting at full strength starts from pure noise
+    # inpainting with strength 1 starts from pure noise
     starts_from_noise = has_mask and settings.strength == 1
     pixels = _start_pixels(requests, start)
     clean: Tensor | None = None

@@ -71,7 +71,7 @@ def read_words(
 
     Args:
         paths: Files of ordinary textual inversion.
-        xti_paths: Files of extended textual inversion, with a tensor for each of `cross_attentions`.
+        xti_paths: Files of extended textual inversion, with one tensor per cross-attention.
         cross_attentions: Names of the U-Net's cross-attentions.
         option: Option that names `paths`.
 
@@ -219,7 +219,7 @@ def list_ids(words: Sequence[LearnedWord], vocabulary: int) -> dict[str, list[in
 def tokenize_with_words(
     tokenize: Callable[[str], list[int]], words: Mapping[str, Sequence[int]]
 ) -> Callable[[str], list[int]]:
-    """Return a tokenize function that also knows learned words; other text is left to `tokenize`.
+    """Return a tokenize function that also knows learned words; `tokenize` handles other text.
 
     Args:
         tokenize: Returns the token ids of a text.
@@ -318,7 +318,7 @@ def _reject_extended(path: Path, option: str, why: str) -> CheckpointError:
 def _select_tensors(
     path: Path, option: str, content: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], str | None]:
-    """Return the vectors in an embedding file, and its placeholder token if it names one.
+    """Return the vectors in an embedding file, and its placeholder token or None.
 
     The vectors are keyed by tensor name, in the order of the text encoders. Formats: A1111
     (a table of vectors), SDXL trainers (a tensor for each text encoder), diffusers (token: vectors).

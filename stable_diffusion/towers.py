@@ -286,9 +286,9 @@ class LazyTextEncoder:
         return self._add_words_to_tokenizer(found[self._index], vocabulary)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode prompts; return the tensors `keys` of each one on the CPU, with gradients for trained parts.
+        """Encode prompts; return each one's tensors (`keys`) on the CPU, with gradients for trained parts.
 
-        Prompts with weights (`Prompt.max_chunks`) are read as in gen_img.py. All texts of a call are
+        If `Prompt.max_chunks` is set, weights are parsed as in gen_img.py. All texts of a call are
         padded to the same number of chunks, or to the longest text if captions are not padded to chunks.
         """
         if not prompts:

@@ -236,7 +236,7 @@ def _plan_trained_tensors(name: str, network: nn.Module, plan: LoadPlan[Any]) ->
 
 
 def _plan_ldm_tensors(checkpoint_plan: CheckpointPlan, plans: Plans) -> dict[str, SavedTensor]:
-    """Map each LDM tensor name of a single file to the weights of a diffusers folder that form it."""
+    """Map each LDM tensor name of a single file to the diffusers weights it is computed from."""
     tensors = {}
     unet_layers = count_layers(checkpoint_plan.unet.config)
     for ldm_name, weight in ldm_unet_names(unet_layers, checkpoint_plan.unet.sources):
