@@ -85,11 +85,11 @@ class AnimaAdapter(nn.Module):
         self._rotary, self._states_rotary = GridTable(make_table), GridTable(make_table)
 
     def forward(self, states: Tensor, ids: Tensor, attention: AttentionChoice) -> Tensor:
-        """Turn one prompt's T5 tokens and Qwen3 states into text tokens, 1 T C, without padding or masks.
+        """Convert one prompt's T5 tokens and Qwen3 states to text tokens, 1 T C, without padding or masks.
 
         Args:
-            states: States of the prompt's own tokens, 1 S text_dim. A prompt without tokens has one state of
-                zeros, to which attention adds nothing.
+            states: States of the prompt's own tokens, 1 S text_dim. An empty prompt has one state of zeros,
+                to which attention adds nothing.
             ids: T5's tokens with its end token, 1 T; copied to the device of the states.
             attention: Passed to `modules.attention.attend`.
         """
@@ -119,9 +119,9 @@ def embed_prompts(
     Args:
         adapter: The adapter.
         states: States of the language model, B S text_dim.
-        counts: Number of real states of each prompt, which come first.
+        counts: Number of real states in each prompt; padding follows them.
         ids: T5's token ids, B T; on the host if possible.
-        weights: B T: 0 for padding, else the weight of the token, which is 1 for the last one; on the host if
+        weights: B T: 0 for padding, else the token's weight, which is 1 for the last token; on the host if
             possible.
         max_tokens: Maximum number of tokens n of a prompt.
         attention: How attention is computed.

@@ -160,7 +160,7 @@ class Anima(ModelOfImages):
         return network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return text states, T5 tokens and controls; raise CacheError or CheckpointError for misfits."""
+        """Return text states, T5 tokens and controls; CacheError or CheckpointError if they do not fit."""
         batch.check(dict.fromkeys(sorted(INPUTS.values()), TEXTS_AGAIN), "the transformer")
         adapter = self.files.adapter_config()
         remedy = f"{TEXTS_AGAIN} and Qwen3 (0.6B)"
@@ -171,7 +171,7 @@ class Anima(ModelOfImages):
             conditions |= control_pictures.controls_of(
                 batch, latents, LATENT.stride[1], self.custom_network.label
             )
-            if control_pictures.CONTROL_MASK in batch.tensors:  # drawn for each step: caches have none
+            if control_pictures.CONTROL_MASK in batch.tensors:  # drawn at each step, not cached
                 conditions[control_pictures.CONTROL_MASK] = batch.tensor(control_pictures.CONTROL_MASK)
         return conditions
 
@@ -291,7 +291,7 @@ def family_for_training(options: AnimaLearningOptions) -> Anima:
     if isinstance(options, AnimaLlliteTrainingOptions):
         from anima.lllite import MODULE, describe_lllite, draw_masks  # only to train one
 
-        if options.lllite_cond_in_channels > 3:  # a mask follows the image's channels, drawn in each step
+        if options.lllite_cond_in_channels > 3:  # a mask channel, drawn in each step, follows the image
             model = replace(model, noise=replace(NOISE, change_conditions=draw_masks))
         return replace(model, custom_network=describe_lllite(options), lora_module=MODULE)
     return model

@@ -96,9 +96,9 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
         )
     query_width, _ = shapes.shape_of("blocks.0.self_attn.q_proj.weight")
     (head_dim,) = shapes.shape_of("blocks.0.self_attn.q_norm.weight", axes=1)
-    # the embedder takes one channel more than the output has: the mask of padding
+    # the embedder takes one more channel than the output has: the padding mask
     has_patches = output_width % PATCH**2 == 0 and input_width == output_width + PATCH**2
-    # frequencies come in pairs, and more than one of them are stretched on each axis
+    # frequencies come in pairs, and each axis needs more than one of them to stretch
     has_heads = query_width == dim and dim % head_dim == 0 and head_dim % 2 == 0 and head_dim // 6 >= 2
     if not has_heads or not has_patches:
         raise CheckpointError(

@@ -79,7 +79,7 @@ class AttachedLllite(AnimaLllite):
         Args:
             controls: Control images, B 3 H W in 0..1; None for none.
             strength: Strength of the modules in this call.
-            mask: B 1 H W, 1 where the image is painted anew; for networks that take a mask.
+            mask: B 1 H W, 1 where the image is repainted; for networks that take a mask.
         """
         self.strength = strength
         self.condition = None
@@ -95,7 +95,7 @@ class AttachedLllite(AnimaLllite):
         self.condition = trunk(inputs.to(trunk.conv1.weight.dtype))
 
     def attach_to(self, dit: nn.Module, path: Path | None) -> None:
-        """Let each LLLite module change the input of its layer in every call of the transformer.
+        """Attach the LLLite modules to a transformer, whose layer inputs they modify in every call.
 
         Raises CheckpointError if they do not fit the transformer.
         """
@@ -140,10 +140,10 @@ class UnregisteredModule:
 
 
 def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
-    """Plan how to load the ControlNet-LLLite that `option` names; raise CheckpointError for another file."""
+    """Plan how to load the ControlNet-LLLite given by `option`; raise CheckpointError for other files."""
     _check_kind(checkpoint, option)
     names = checkpoint.tensors
-    input_widths = {}  # by the name of a layer in its block
+    input_widths = {}  # by layer path inside a block
     num_blocks = 0
     for name in names:
         match = re.fullmatch(rf"{PREFIX}blocks_(\d+)_(self_attn|cross_attn|mlp)_(\w+)\.down\.weight", name)
@@ -174,7 +174,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
 
 
 def _check_kind(checkpoint: Checkpoint, option: str) -> None:
-    """Raise CheckpointError unless a file is a ControlNet-LLLite for Anima in the present form."""
+    """Raise CheckpointError unless a file is an Anima ControlNet-LLLite of the current format."""
     names = checkpoint.tensors
     if any(name.startswith("lllite_modules.") for name in names):
         raise CheckpointError(
@@ -325,8 +325,8 @@ def _initial_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
 def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values: bool) -> AttachedLllite:
     """Build a ControlNet-LLLite for a transformer, and attach it.
 
-    With `with_values` it gets the weights of --network_weights, if given. Raises CheckpointError if the file
-    does not fit.
+    With `with_values`, it loads the weights in --network_weights, if given. Raises CheckpointError if the
+    file does not fit.
     """
     dropout = options.lllite_dropout or 0.0
     path = options.network_weights
@@ -354,7 +354,7 @@ def _plan_for(dit: nn.Module, config: LlliteConfig) -> LllitePlan:
 
 
 def _check_start(options: AnimaLlliteTrainingOptions) -> None:
-    """Check that the file of --network_weights has the dimensions that the options set."""
+    """Check that the file --network_weights has the dimensions given by the options."""
     path = options.network_weights
     if path is None:
         return

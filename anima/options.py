@@ -306,7 +306,7 @@ class AnimaGenerationOptions(Options, title=NAME):
 
 
 def translate_training(args: argparse.Namespace) -> None:
-    """Set the shared options from --attn_mode and --unsloth_offload_checkpointing, Anima's other names.
+    """Set shared options from Anima's aliases --attn_mode and --unsloth_offload_checkpointing.
 
     Raises OptionError if two options to keep activations in host memory are given.
     """

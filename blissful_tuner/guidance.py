@@ -308,10 +308,10 @@ def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
 
 
 def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[float | None, ...]]:
-    """Return each transformer's guidance scale in each step; with None the positive pass runs alone.
+    """Return each transformer's guidance scale in each step; for None, only the positive pass runs.
 
-    A model may have two transformers, for high and low noise. The scales are those of the standard formula,
-    in which 1 turns guidance off.
+    A model may have two transformers, for high and low noise. Scales follow the standard formula, in which 1
+    turns guidance off.
 
     Raises:
         OptionError: If the request's schedule conflicts with the options.
@@ -329,7 +329,7 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
     guided_steps = (True,) * num_steps
     if options.cfg_skip_mode != "none" and options.cfg_apply_ratio is not None:
         guided_steps = select_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
-    # added to a scale of the model, it gives that of the standard formula
+    # converts a scale of the model to the standard formula
     offset_to_standard = 1 - rules.neutral_scale
     guides_streams = any(map(_has_guidance, rules.streams))
     scales_by_expert: list[tuple[float | None, ...]] = []
@@ -457,11 +457,11 @@ NO_STEP = "no step uses guidance"
 
 
 def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Raise OptionError if guidance options cannot be followed; warn about those without an effect."""
+    """Raise OptionError if guidance options are unusable; warn about options without effect."""
     scales = list(itertools.chain(*guidance_scales(prepared, options)))
     is_guided = any(scale is not None for scale in scales)
     plans = list(itertools.chain(*plan_steps(prepared, options)))
-    # CFG-Zero* skips the network in the first steps, perhaps in all
+    # CFG-Zero* skips the network in the first steps, possibly in all
     passes = [pass_ for plan in plans for pass_ in plan.passes]
     init_steps = options.cfgzerostar_init_steps
     zero_star_options = {

@@ -202,7 +202,7 @@ def rescale(fraction: float) -> GuidanceStage:
 def guide_stream(weights: Mapping[Pass, float], rescale_fraction: float) -> GuidanceStage:
     """Return the stage that guides one stream by its differences from several passes, and rescales it.
 
-    With the clean latents c of the positive pass and x of each other pass, the guided ones are
+    With clean latents c of the positive pass and x of each other pass, the guided latents are
     c + sum of weight * (c - x).
 
     Args:
@@ -291,9 +291,9 @@ def project_momentum(rule: Projection, momentum: Momentum, negative: Pass) -> Gu
     """Return the stage of adaptive projected guidance.
 
     For each sample:
-    1. add the difference of positive and negative pass to the momentum,
+    1. add the difference of positive and negative velocity to the momentum,
     2. limit the norm of this sum,
-    3. weaken its part parallel to the positive velocity, and add it to the negative velocity.
+    3. weaken its component parallel to the positive velocity, and add it to the negative velocity.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:

@@ -129,7 +129,7 @@ class LatentPreviews:
             fps: Frames per second of the preview.
 
         Returns:
-            The shot; None if no preview is possible.
+            The preview to write; None if no preview is possible.
         """
         _, _, num_frames, height, width = latents.shape
         is_image = num_frames == 1

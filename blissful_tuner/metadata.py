@@ -55,7 +55,7 @@ def output_metadata(
     Args:
         prepared: The request.
         model: `Family.metadata`.
-        loras: File name and strength of each LoRA, by expert; the key is "" without separate experts.
+        loras: File name and strength of each LoRA, by expert; "" is the only or the low-noise expert.
         settings: Other options that were given to the script, by name.
         device: Type of the device that computed the output.
         created: Time of creation.
@@ -144,7 +144,7 @@ def read_decoded_metadata(
 ) -> dict[str, str]:
     """Return the metadata of pixels decoded from a latent file.
 
-    It is the latent file's own metadata with the decoding options of this run.
+    This is the latent file's own metadata plus this run's decoding options.
 
     Args:
         latent_metadata: Metadata of the latent file.
@@ -154,7 +154,7 @@ def read_decoded_metadata(
     """
     replaced = {*decoding_options, "fps"}
     texts = {name: text for name, text in latent_metadata.items() if name.removeprefix("bt_") not in replaced}
-    # outputs name values bt_...; a latent file has some of them without the prefix too: drop those copies
+    # a latent file stores some bt_ values without the prefix, too: drop these copies
     texts = {name: text for name, text in texts.items() if f"bt_{name}" not in texts}
     values = {name: text for name, text in _record(settings).items() if name in decoding_options}
     values["fps"] = f"{fps:g}"
@@ -199,7 +199,7 @@ PARAMETERS = {
 
 
 def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata for PNG: the tags and, if there is a prompt, `parameters`, which image viewers read.
+    """Return metadata for PNG: the tags and, if there is a prompt, `parameters` for image viewers.
 
     `parameters` is the format of AUTOMATIC1111's web UI: the lines of the prompt, a line with the negative
     prompt, and a line with all settings. If a line of the prompt could be mistaken for one of these, the
@@ -208,7 +208,7 @@ def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
     prompt = read_value(metadata, "prompt")
     if prompt is None:
         return as_tags(metadata)
-    # readers would take such a line of the prompt for the negative prompt
+    # readers would mistake such a prompt line for the negative prompt
     if any(line.strip().startswith(NEGATIVE) for line in prompt.splitlines()[1:]):
         prompt = " ".join(prompt.split())
     lines = [prompt.strip()]

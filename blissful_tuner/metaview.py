@@ -98,7 +98,7 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_file_info(path: Path) -> FileInfo:
-    """Read the metadata of a file; a failure becomes the `error` of the result."""
+    """Read the metadata of a file; on failure, the result's `error` is set."""
     from modules.media.reading import read_tags  # with the libraries for images and videos
     from modules.text_files import read_safetensors_texts
 

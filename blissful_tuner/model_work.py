@@ -222,7 +222,7 @@ def format_json(
         model: What is known about it.
         listed_tensors: Tensors to list; None lists none.
         hashes: Checksums of each file; empty if not requested.
-        lora_hashes: Checksums as a LoRA's metadata would have them.
+        lora_hashes: Checksums by their keys in a LoRA's metadata.
     """
     content: dict[str, Any] = {
         "input": str(model.path),
@@ -452,7 +452,7 @@ def _list_tensors(options: ModelUtilityOptions, tensors: Mapping[str, TensorInfo
 def _format_hashes(
     hashes: Sequence[Mapping[str, str]], lora_hashes: Mapping[str, str], metadata: Mapping[str, str]
 ) -> list[str]:
-    """Return lines with the hashes of files, and whether those in the metadata still match."""
+    """Return lines with the files' hashes, and whether the hashes in the metadata still match."""
     lines = []
     for record in hashes:
         lines.append(

@@ -158,7 +158,7 @@ class GuidanceOptions(Options, title="guidance"):
 
 
 def parse_layers(text: str | None) -> frozenset[int]:
-    """Return the block numbers in --slg_layers, such as "9,10"; no blocks for None or an empty text.
+    """Return the block indices in --slg_layers, such as "9,10"; none for None or an empty string.
 
     Raises:
         OptionError: If the text is not a list of numbers.

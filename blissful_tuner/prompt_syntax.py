@@ -413,11 +413,11 @@ class _OpenParenthesis(NamedTuple):
 
 
 def parse_weights(text: str) -> tuple[str, Spans]:
-    """Return a text without weight marks "(words:1.2)", and its weighted parts as (start, end, weight).
+    """Return a text without weight syntax "(words:1.2)", and its weighted parts as (start, end, weight).
 
-    Positions are characters of the returned text. Parts neither begin nor end with white space; parts of
-    weight 1 are left out. Marks do not nest, so only the innermost open parenthesis is remembered. The time
-    is linear in the length of the text.
+    Positions are characters of the returned text. Parts neither start nor end with white space; parts of
+    weight 1 are omitted. Weights do not nest, so only the innermost open parenthesis is remembered. Runs in
+    linear time.
 
     Raises:
         OptionError: If a weight is beyond MAX_WEIGHT.

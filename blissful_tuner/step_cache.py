@@ -152,10 +152,10 @@ class StepCaches:
 
     @contextmanager
     def section(self, dit_at: DitAt) -> Iterator[DitAt]:
-        """Yield a function like `dit_at`, whose networks run in the cache or are measured for calibration.
+        """Yield a function like `dit_at`, whose networks use the step cache or are measured to calibrate it.
 
-        `dit_at` returns the network for a timestep. At the end of the section the cached tensors are freed,
-        and the networks run as before.
+        `dit_at` returns the network for a timestep. At the end of the section, cached tensors are freed and
+        the networks are restored.
         """
         if self._calibration is not None:
             measure_pass = functools.partial(step_cache.measure_pass, self._calibration.measure)

@@ -43,7 +43,7 @@ def project(latents: Tensor, spec: LatentSpec) -> Tensor:
 
 
 def enlarge(colors: Tensor, height_factor: int, width_factor: int) -> Iterator[Frame]:
-    """Yield the frames resized bicubically, H W 3 uint8, with the clip's colors stretched to 0..255.
+    """Yield bicubically resized frames, H W 3 uint8; the clip's values are stretched to 0..255.
 
     NaN and infinite values become 0 first.
 
@@ -56,7 +56,7 @@ def enlarge(colors: Tensor, height_factor: int, width_factor: int) -> Iterator[F
     lowest, highest = colors.amin(), colors.amax()
     colors = (colors - lowest) * (255 / (highest - lowest).clamp(min=MIN_RANGE))
     for frame in colors.permute(1, 2, 3, 0).contiguous().numpy():
-        # OpenCV: torch's bicubic, the same to the last bit but one, takes eight times as long
+        # OpenCV, because torch's bicubic takes eight times as long for nearly the same values
         larger = cv2.resize(frame, None, fx=width_factor, fy=height_factor, interpolation=cv2.INTER_CUBIC)
         yield np.rint(larger.clip(0, 255)).astype(np.uint8)
 
@@ -158,7 +158,7 @@ class TinyDecoder(nn.Module):
             latent = send_ahead(latents[:, index], weight.device).to(weight.dtype)
             x = relu(layers["1"](torch.tanh(latent[None] / MAX_LATENT) * MAX_LATENT))  # 1 C h w
             # layers are named by their index in the released nn.Sequential. A stage has three memory blocks,
-            # an upsampling (without weights), a growth in time, and a convolution
+            # an upsampling (without weights), a temporal expansion, and a convolution
             for first in STAGES:
                 for block in range(first, first + 3):
                     x, memory[block] = layers[str(block)](x, memory.get(block))
@@ -255,7 +255,7 @@ def _read_config(read_channels: Callable[[str], tuple[int, int]]) -> TaehvConfig
 
 
 def adapt_to_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:
-    """Return a tiny decoder's plan adapted to a family's latents: for image models without growth in time.
+    """Return a TAEHV plan adapted to a family's latents: for image models, without temporal upsampling.
 
     Raises:
         CheckpointError: If the file is for other latents.
@@ -263,7 +263,7 @@ def adapt_to_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPla
     config = plan.config
     path = plan.checkpoint.path
     if latent.stride[0] == 1:
-        # TAEHV upsamples time by adding frames as channels; keep those of the last frame
+        # TAEHV upsamples time by adding frames as channels; keep the last frame's channels
         config = replace(config, strides=(1, 1, 1))
         sources = dict(plan.sources)
         for first, width in zip(STAGES, config.widths, strict=False):

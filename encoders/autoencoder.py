@@ -243,10 +243,10 @@ class ImageVae(nn.Module):
         """Apply `compute` to x, in tiles if x is larger than a tile.
 
         Args:
-            compute: Function of an image, B C H W.
+            compute: Function to apply to images, B C H W.
             x: B C 1 H W.
-            pixels_in: Side of a latent pixel in pixels of `x`.
-            pixels_out: Side of a latent pixel in pixels of the result.
+            pixels_in: Edge length of a latent pixel, in pixels of `x`.
+            pixels_out: Edge length of a latent pixel, in pixels of the result.
             device: Device of the result if it is computed in tiles.
 
         Returns:
@@ -259,7 +259,7 @@ class ImageVae(nn.Module):
             raise ValueError(f"a picture is B C 1 H W, not {tuple(x.shape)}")
         check_clip(x, 1, pixels_in)
         image = x.squeeze(2)
-        # no tiles: the whole picture at once
+        # no tiling: the whole image at once
         if self.tile is None:
             return compute(image).unsqueeze(2)
         tile_size = self.tile // self.stride  # in latent pixels
@@ -308,8 +308,8 @@ class Autoencoder(ImageVae):
         Args:
             compute: Function of an image, 1 C H W.
             x: B C 1 H W.
-            pixels_in: Side of a latent pixel in pixels of `x`.
-            pixels_out: Side of a latent pixel in pixels of the result.
+            pixels_in: Edge length of a latent pixel, in pixels of `x`.
+            pixels_out: Edge length of a latent pixel, in pixels of the result.
             device: Device of results that are computed in tiles.
         """
         results = []
@@ -334,7 +334,7 @@ def load_autoencoder(
         path: The file, or the folder of a release with the autoencoder in its subfolder `vae`.
         device: Device to load to.
         dtype: Dtype of the weights.
-        tile: Side in pixels of the tiles that large images are processed in; None for no tiles.
+        tile: Tile edge in pixels, for processing large images; None disables tiling.
 
     Raises:
         CheckpointError: If the file is damaged or contains another model.

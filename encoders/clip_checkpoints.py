@@ -130,7 +130,7 @@ def plan_clip_text(
 
     Args:
         network: The file with prefixes removed.
-        sources: How each tensor is made, by our name.
+        sources: How to build each tensor, by its name in the network.
         config_json: The network's settings; may be empty.
         naming: The family's names for the encoder in options, records and conditions.
 

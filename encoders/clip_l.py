@@ -80,7 +80,7 @@ def _find_start_and_end(tokenizer: Tokenizer, files: TokenizerFiles, file: Path)
 def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
     """Read tokenizer.json, or build the same tokenizer from vocab.json and merges.txt."""
     merges = find_merges(file)
-    # a tokenizer.json, which contains everything
+    # tokenizer.json contains everything
     if merges is None:
         return files.read(file)
     for part in (file, merges):

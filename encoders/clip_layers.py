@@ -295,9 +295,9 @@ class ClipVision(nn.Module):
         return self(self.prepare(images).to(weight.device, weight.dtype))
 
     def prepare(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return images as input of the tower, B 3 S S float32: resized, center-cropped, normalized.
+        """Preprocess images for the tower, B 3 S S float32: resize, center-crop and normalize.
 
-        Pillow resizes (bicubic, antialiased) the shorter side to S, as the released model's processor does.
+        Pillow resizes (bicubic, antialiased) the shorter side to S, like the released model's processor.
         """
         size = self.image_size
         squares = []

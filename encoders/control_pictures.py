@@ -38,7 +38,7 @@ CONTROL_MASK = "control_mask"  # key in conditions: B 1 H W uint8, 1 where the i
 
 
 def check_controls(table: MediaTable, network_name: str) -> MediaTable:
-    """Check that a table has control images, and return it without them for checks that accept none.
+    """Check that a table has control images; return it without them, for checks that accept none.
 
     `network_name` names the network that takes the control images.
 

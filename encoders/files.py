@@ -216,7 +216,7 @@ class OneTransformer:
     def with_words(self, files: "WordsByFile", option: str) -> Self:
         """Return a copy whose text encoders know the textual-inversion words of embedding files and LoRAs.
 
-        If several files have the same word, the first is used, with a warning.
+        If several files contain the same word, the first one is used, with a warning.
 
         Args:
             files: Words with their vectors, by file.

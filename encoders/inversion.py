@@ -184,7 +184,7 @@ class Inversion:
         )
 
     def make(self, networks: nn.Module, with_values: bool) -> LearnedWordVectors:
-        """Create the vectors of the word, and let the text encoders use them.
+        """Create the word's vectors and connect them to the text encoders.
 
         Random vectors are drawn from torch's default generator.
 
@@ -218,7 +218,7 @@ class Inversion:
             # called in each forward pass of the encoder: returns the current vectors of the new tokens
             embedding.get_new_vectors = partial(vectors.join, encoder.vector_keys)
             if with_values:
-                # to compare the length of trained vectors with, in the log
+                # for the log, to compare with the norms of trained vectors
                 mean_norm = float(embedding.weight.detach().float().norm(dim=1).mean())
                 vectors.mean_norms |= dict.fromkeys(encoder.vector_keys, mean_norm)
         return vectors
@@ -395,7 +395,7 @@ def _read_start_vectors(
         option: Option that names the path, for messages.
     """
     content = find_in_lora(path, word.text)
-    if content is None and word.weights is None:  # the path is that of a LoRA to continue
+    if content is None and word.weights is None:  # `path` is a LoRA to continue training
         return None
     if content is None:
         content = read_embedding(path, option)

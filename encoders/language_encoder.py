@@ -90,7 +90,7 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
         CheckpointError: If a file cannot be read.
     """
     merges = find_merges(file)
-    # a tokenizer.json, which contains everything
+    # tokenizer.json contains everything
     if merges is None:
         return files.read(file)
     for part in (file, merges):
@@ -239,7 +239,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             dtype: Compute dtype.
             tokenizer: Path from the tokenizer's option; None searches near the model.
             form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form.
-            on_cpu: Whether to compute on the CPU, whatever the device of the run is.
+            on_cpu: Whether to compute on the CPU regardless of the run's device.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer, form)
         self.settings = settings
@@ -254,7 +254,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.variable_length: frozenset[str] = frozenset()  # conditions whose length differs between prompts
         if not pads_to_maximum:
             self.variable_length = settings.keys | {settings.image_hashes_key}
-        # key of the states that weights of words, such as (cat:1.2), multiply
+        # key of the states that prompt weights, such as (cat:1.2), multiply
         self.weighted_states_key = settings.states_key
         self.pads_left = settings.pads_left
 
@@ -409,7 +409,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             network: The language model.
             tokenizer: Its tokenizer.
             token_ids: Token ids of each prompt with its template.
-            num_template_tokens: Number of template tokens before each prompt, whose states are left out.
+            num_template_tokens: Number of template tokens before each prompt; their states are dropped.
             images: Images of each prompt.
 
         Returns:
@@ -497,14 +497,14 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
         Args:
             tokenizer: The tokenizer.
-            states: States of a prompt, L C, possibly followed by those of padding.
+            states: Hidden states of a prompt, L C, possibly followed by padding states.
             ids: Token ids, L.
             token_grids: For each image, its rows and columns of tokens.
         """
         settings = self.settings
         assert settings.image_format is not None
         placeholder = self.find_token(tokenizer, settings.image_format.token) if token_grids else None
-        # indices instead of a mask, because memory planning runs with fake tensors, which cannot be masked
+        # indices instead of a mask: memory planning runs with fake tensors, which cannot be indexed by masks
         text_indices = [index for index, token_id in enumerate(ids) if token_id != placeholder]
         image_positions = []  # number of text tokens in front of each image
         num_text_tokens = 0
@@ -601,7 +601,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         image_format = self.settings.image_format
         if not image_hashes_key or image_format is None or image_format.hash_images is None:
             return encoded
-        # some families check that text encoder and transformer saw the same images
+        # hashes let a family check that the text encoder and the transformer saw the same images
         with_hashes = []
         for prompt, conditions in zip(prompts, encoded, strict=True):
             if len(prompt.image_pixels) == len(prompt.images):  # only prompts from a dataset have frames

@@ -175,7 +175,7 @@ QWEN3_VL = LanguageModel(
 def _read_delta_layers(
     config_json: Mapping[str, Any], num_layers: int, _width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> Mapping[str, Any]:
-    """Return the settings of Gated DeltaNet layers and the kinds of all layers, as transformers names them.
+    """Return the Gated DeltaNet settings and the kinds of all layers, under transformers' names.
 
     Raises:
         ValueError: If a setting is missing or invalid.
@@ -192,7 +192,7 @@ def _read_delta_layers(
         raise ValueError(f"linear_key_head_dim {key_width} for {value_heads} value heads")
     kinds = []
     for index in range(num_layers):
-        # other layers have attention to all tokens
+        # other layers have full attention
         kinds.append(LINEAR_ATTENTION if f"layers.{index}.{LINEAR}" in shapes else FULL_ATTENTION)
     return {
         "linear_num_value_heads": value_heads,
@@ -643,7 +643,7 @@ class StreamedLayers(NamedTuple):
 def plan_streamed_layers(
     plan: LoadPlan[LanguageConfig], dtype: torch.dtype, form: str | None, free_bytes: int | None
 ) -> StreamedLayers:
-    """Return how many layers have to stay in host memory because the device has too little.
+    """Return how many layers must stay in host memory because they do not fit on the device.
 
     Args:
         plan: The plan of the language model.

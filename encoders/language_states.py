@@ -66,8 +66,8 @@ def language_states(
 def _make_attention_masks(config: Any, embeddings: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
     """Return the attention masks by kind of layer.
 
-    Layers of full and of sliding attention take masks of queries by keys, B 1 L L. Layers of linear attention
-    take the padding mask B L, or None if all tokens are real. `embeddings` is B L C, `mask` is B L.
+    Full and sliding attention take a mask of queries by keys, B 1 L L. Linear attention takes the padding
+    mask B L, or None if all tokens are real. `embeddings` is B L C, `mask` is B L.
     """
     length = embeddings.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()

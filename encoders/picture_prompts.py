@@ -112,10 +112,10 @@ class VisionConfig:
 
 
 def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[VisionConfig]:
-    """Plan how to load the vision tower of a model; its names may have any prefix.
+    """Plan how to load the vision tower of a model; tensor names may have any prefix.
 
     Raises:
-        CheckpointError: If the file has no vision tower, or that of another model.
+        CheckpointError: If the file has no vision tower, or the tower of a different model.
     """
     path = checkpoint.path
     tower = model.tower

@@ -101,7 +101,7 @@ def encode_images(
     `encode` maps pixels, B 1 H W 3 uint8, to latents, B C 1 h w.
     """
     entries = []
-    for part in media.split_for(device):  # a CPU encodes items one by one
+    for part in media.split_for(device):  # a CPU encodes items one at a time
         batch_latents = {"latents": encode(part.frames)}
         for number, reference_frames in enumerate(part.control):  # control images are the references
             batch_latents[f"{CONTROL}_{number}"] = encode(reference_frames)
@@ -112,12 +112,12 @@ def encode_images(
 
 
 def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[str, Tensor]:
-    """Return the latents of a batch's reference images by their names in caches, each B C 1 h w.
+    """Return the latents of a batch's reference images, each B C 1 h w, by their names in caches.
 
     Args:
         batch: The batch.
         channels: Number of latent channels.
-        patch: Side of a token in latent pixels.
+        patch: Edge length of a token in latent pixels.
         remedy: Command that caches again, for messages.
 
     Raises:

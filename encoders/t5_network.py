@@ -350,7 +350,7 @@ def load_t5(
     with open_checkpoint(path) as checkpoint:
         plan = read_t5(checkpoint, kind)
         stored_dtype = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
-        # bfloat16 (as trained) replaces fp8, which has no arithmetic, and float16 on CPUs
+        # bfloat16, the training dtype, replaces fp8, which has no arithmetic, and float16 on CPUs
         keeps_dtype = stored_dtype == torch.float32 or (
             stored_dtype == torch.float16 and device.type != "cpu"
         )

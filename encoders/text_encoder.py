@@ -173,7 +173,7 @@ class TokenizerSource:
         """Load the tokenizer.
 
         Args:
-            path: Path from the tokenizer's option; None searches near the checkpoint.
+            path: Value of the tokenizer's option; None searches near the checkpoint.
             checkpoint_path: Checkpoint of the encoder.
             what: Name of the encoder, for the log.
             may_download: Whether a missing tokenizer may be downloaded from the hub.
@@ -232,9 +232,9 @@ class TokenizerSource:
         return TextTokenizer(read, tokenizer.token_to_id, file)
 
     def _from_sentencepiece(self, model: bytes, origin: Path) -> TextTokenizer:
-        """Build the tokenizer of a SentencePiece model, with begin and end tokens as configured.
+        """Build a tokenizer from a SentencePiece model, with begin and end tokens as configured.
 
-        `origin` is the file of the model, for messages.
+        `origin` is the model's file, for messages.
         """
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -505,7 +505,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             network: The loaded network.
             tokenizer: The loaded tokenizer.
             token_ids: Token ids of each prompt with its template.
-            num_template_tokens: Number of template tokens before each prompt, whose states are left out.
+            num_template_tokens: Number of template tokens before each prompt; their states are dropped.
         """
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:

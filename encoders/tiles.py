@@ -41,18 +41,18 @@ class AxisTiling:
 
 
 def compute_in_tiles(compute: Compute, x: Tensor, tiling: AxisTiling, device: torch.device) -> Tensor:
-    """Apply `compute` to x, ... H W, tile by tile; tiles overlap and fade into each other.
+    """Apply `compute` to x, ... H W, in overlapping tiles that are blended.
 
     1. Compute a tile; blend its top with the tile above, and its left with the tile to its left.
-    2. Keep its bottom and its right, which the next tiles overlap.
-    3. Write the rest into the result.
+    2. Keep its bottom and its right edge, which the next tiles overlap.
+    3. Write the rest to the result.
 
     Returns ... H' W', float32, on `device`.
     """
     height = x.shape[-2] // tiling.pixels_in  # in latent pixels, as `top` and `left`
     width = x.shape[-1] // tiling.pixels_in
     step = tiling.stride * tiling.pixels_out  # distance between tiles in the output; the rest overlaps
-    out = torch.empty(0)  # allocated once the first tile shows its channels
+    out = torch.empty(0)  # allocated when the first tile's channels are known
     bottoms: dict[int, Tensor] = {}  # overlapping rows of the tiles above, by `left`
     for top in range(0, height, tiling.stride):
         right = torch.empty(0)  # overlapping columns of the previous tile
@@ -78,8 +78,8 @@ def compute_in_tiles(compute: Compute, x: Tensor, tiling: AxisTiling, device: to
 def compute_in_spans(compute: Compute, x: Tensor, tiling: AxisTiling) -> Iterator[Tensor]:
     """Apply `compute` to x, B C F H W, in spans of frames.
 
-    Yields B C' F' H' W' in order and without overlaps. Causal video VAEs treat the first frame of a clip as a
-    unit of its own. So each later span begins with the frame before it, whose result is dropped.
+    Yields B C' F' H' W' in order and without overlaps. Causal video VAEs treat a clip's first frame
+    separately, so each later span starts with the frame before it, whose result is dropped.
     """
     num_latent_frames = (x.shape[2] - 1) // tiling.pixels_in  # without the first frame
     previous_end = torch.empty(0)  # frames of the previous span that this span computes again

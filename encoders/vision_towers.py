@@ -71,7 +71,7 @@ def _read_windows(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapp
 def _read_deepstack(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
     """Return Qwen3-VL's settings that tensors do not show; None if config.json contradicts the tensors.
 
-    With DeepStack, features of some inner layers are merged too, and added to layers of the language model.
+    With DeepStack, features of some inner layers are merged, too, and added to language model layers.
     """
     num_layers = sizes["depth"]
     num_positions = _count_positions(shapes)

@@ -331,12 +331,12 @@ def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
 def _warn_if_inactive(
     values: Mapping[str, Any], switch: str, feature: DeepShrinkOptions | GradualLatentOptions
 ) -> None:
-    """Warn about options that have no effect without the option that turns their feature on.
+    """Warn about options that have no effect because their feature is not enabled.
 
     Args:
         values: Options of the prompt line, by key.
-        switch: Short name, in prompt lines, of the option that turns the feature on, such as dsd1; the other
-            options of the feature begin with the same two letters, such as dst1.
+        switch: Short name, in prompt lines, of the option that enables the feature, such as dsd1; the
+            feature's other options start with the same two letters, such as dst1.
         feature: Options of the feature on the command line.
     """
     defaults = option_values(type(feature)())

@@ -34,7 +34,7 @@ from stable_diffusion.released_names import VAE_LEVELS, map_vae_names_to_diffuse
 
 
 def read_levels(names: Collection[str]) -> tuple[int, ...]:
-    """Return the number of residual blocks of each level of a U-Net's down path.
+    """Return the number of residual blocks at each level of a U-Net's down path.
 
     Args:
         names: LDM names of its tensors, as in released single files.
@@ -334,9 +334,9 @@ def _check_vae_dimensions(path: Path, option: str, names: Collection[str], chann
 
 
 def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
-    """Return the tensors of a VAE in a file, and how to make each tensor that diffusers' AutoencoderKL has.
+    """Return the VAE's part of a file, and how to build each tensor of diffusers' AutoencoderKL from it.
 
-    The file may be a whole checkpoint, and have names of LDM or of any version of diffusers.
+    The file may be a full checkpoint, with tensor names of LDM or of any diffusers version.
     """
     vae = checkpoint
     for prefix in (VAE, "vae."):

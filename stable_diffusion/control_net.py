@@ -202,7 +202,7 @@ class BatchGuides:
             height: Height in pixels.
 
         Raises:
-            OptionError: If an image has neither one guide for each network nor one for all.
+            OptionError: If an image does not have one guide per network, or a single one for all.
             MediaError: If a guide cannot be read.
         """
         for request in requests:

@@ -270,7 +270,7 @@ def _read_attention_settings(
     shape: Callable[..., tuple[int, ...]],
     unet_config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the settings of attentions, from the file or, if it has none, from the U-Net."""
+    """Return the attention settings, from the file or, if it has no attention, from the U-Net."""
     text_width = unet_config["cross_attention_dim"]
     if levels.transformers:
         text_width = shape(f"{levels.transformers[0]}.transformer_blocks.0.attn2.to_k.weight", 2)[1]

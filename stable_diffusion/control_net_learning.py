@@ -66,7 +66,7 @@ class TrainedControlNet(nn.Module):
     def compute_residuals(
         self, controls: Tensor | None, strength: float, arguments: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the residuals as arguments for a call of the U-Net; {} without control images.
+        """Return the residuals as keyword arguments for a U-Net call; {} without control images.
 
         Args:
             controls: Control images, B 3 H W in 0..1.
@@ -108,7 +108,7 @@ def make_control_net(
 
     Args:
         path: File to start from; None copies the U-Net.
-        new_layers_lr: Learning rate of the layers that the U-Net does not have; None uses the common rate.
+        new_layers_lr: Learning rate of layers that the U-Net does not have; None uses the common rate.
         gradient_checkpointing: Whether to use gradient checkpointing, as in the U-Net.
         kind: Kind of the checkpoint.
         unet: The U-Net.
@@ -159,7 +159,7 @@ def describe_control_net(
         options: Options of the run.
         files: The checkpoint.
         path: File to start from; None copies the U-Net.
-        new_layers_lr: Learning rate of the layers that the U-Net does not have; None uses the common rate.
+        new_layers_lr: Learning rate of layers that the U-Net does not have; None uses the common rate.
         gradient_checkpointing: Whether to use gradient checkpointing.
     """
 

@@ -280,7 +280,7 @@ class StableDiffusion(ModelOfImages):
             entries["sd_model_name"] = self.files.ckpt.name
         if self.files.vae is not None:
             entries["vae_name"] = self.files.vae.name
-        # generations record the model's name, which is needed to read their settings back from the file
+        # outputs record the model's name, which is needed to read their settings back from the file
         if self.options is NO_OPTIONS:
             return entries | {"model_type": self.kind.name}
         return entries | self._metadata_of_training
@@ -595,7 +595,7 @@ class StableDiffusion(ModelOfImages):
         added_conditions: dict[str, Tensor] | None = None
         if self.kind is SDXL:
             pooled = send_tensor(cond, POOLED, device).to(dtype)
-            # float32: above 1024 bf16 only has multiples of 8; the U-Net rounds the embedded sizes
+            # float32, because bf16 only has multiples of 8 above 1024; the U-Net rounds the embedded sizes
             added_conditions = {"text_embeds": pooled, "time_ids": send_tensor(cond, SIZES, device).float()}
         sample = noisy.squeeze(2)
         if INPAINTING in cond:
@@ -606,7 +606,7 @@ class StableDiffusion(ModelOfImages):
             "encoder_hidden_states": text_states,
             "added_cond_kwargs": added_conditions,
         }
-        # a ControlNet or LLLite in training turns control images into further arguments
+        # a ControlNet or LLLite in training converts control images to additional arguments
         control: UnetControl | None = getattr(dit, "control", None)
         if control is not None:
             control_images, strength = control_pictures.control_in(cond, device, dtype)
@@ -660,7 +660,7 @@ class StableDiffusion(ModelOfImages):
         )
 
     def _set_num_chunks(self, prompts: Prompts, uses_negative: bool) -> Prompts:
-        """Set the number of 75-token chunks to which both prompts are padded: that of the longer one.
+        """Pad both prompts to the longer one's number of 75-token chunks.
 
         `Prompt.max_chunks` also makes the text encoders parse `(weight:1.2)` as gen_img.py does.
 
@@ -709,7 +709,7 @@ class StableDiffusion(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section of an image to the denoising loop; receive and return its denoised latents.
+        """Yield an image's only section to the denoising loop; receive and return its denoised latents.
 
         Videos have several sections, images have only section 0. `noise` is not used, because the solver,
         which wraps a diffusers scheduler, draws its own noise on the CPU.
@@ -739,7 +739,7 @@ class StableDiffusion(ModelOfImages):
             return torch.randn(channels, height, width, generator=generator)
 
         source = prepared.request.source
-        # repainting at full strength starts from pure noise
+        # repainting with strength 1 starts from pure noise
         starts_from_noise = (
             self.inpaints and source is not None and find_kept_source(prepared.request) is None
         )
@@ -873,7 +873,7 @@ def with_control_net(
     Args:
         model: The model.
         path: File to start from; None copies the U-Net.
-        new_layers_lr: Learning rate of the layers that the U-Net does not have; None uses the common rate.
+        new_layers_lr: Learning rate of layers that the U-Net does not have; None uses the common rate.
         gradient_checkpointing: Whether to use gradient checkpointing.
     """
     from stable_diffusion.control_net_learning import MODULE, describe_control_net  # only to train one
@@ -940,7 +940,7 @@ def family_for_generation(
 
 
 def check_prediction(options: StableDiffusionTrainingOptions, predicts_v: bool) -> None:
-    """Raise OptionError for loss weightings that do not suit what the model predicts."""
+    """Raise OptionError for loss weightings that do not fit the model's prediction type."""
     weights = options.loss_weights
     if weights.scale_v_pred_loss_like_noise_pred and not predicts_v:
         raise OptionError(

@@ -146,7 +146,7 @@ def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:
 
 
 def identify(path: Path) -> str | None:
-    """Describe a file or folder that is a checkpoint of this family; return None if it is not."""
+    """Describe a checkpoint file or folder of this family; return None for anything else."""
     try:
         if path.is_dir():
             if not (path / "unet" / "config.json").is_file():

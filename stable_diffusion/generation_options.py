@@ -70,7 +70,7 @@ def script_defaults(side: int, side_step: int) -> ScriptDefaults:
 
     Args:
         side: Default width and height of the images, in pixels.
-        side_step: Number of which width and height must be multiples.
+        side_step: Width and height must be multiples of this.
     """
     return ScriptDefaults(
         fps=IMAGE_FPS,

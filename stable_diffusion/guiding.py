@@ -99,7 +99,7 @@ def load_vgg16(path: Path, last_layer: int, device: torch.device, dtype: torch.d
 def _plan_layers(checkpoint: Checkpoint, last_layer: int) -> list[_Layer]:
     """Return the layers of VGG16 up to index `last_layer`, inferred from the convolutions in the file.
 
-    Indices without a tensor are ReLUs after convolutions, and poolings after ReLUs.
+    Indices without a tensor are ReLU after a convolution, and pooling after ReLU.
     """
     channels = 3
     layers: list[_Layer] = []
@@ -167,7 +167,7 @@ class Guides:
 
         Args:
             guidance: Guidance to wrap.
-            passes: Runs the U-Net for the prediction.
+            passes: Runs the U-Net for the predicted image.
             request: The image to steer.
 
         Raises:
@@ -268,7 +268,7 @@ def _make_clip_loss(clip: FullClip, vector: Tensor, scale: float) -> Loss:
 
 
 def _make_vgg_loss(vgg: Vgg16, path: Path, scale: float) -> Loss:
-    """Return a loss on pixels: the mean squared difference from a guide image in VGG16's features."""
+    """Return a loss on pixels: the mean squared error of their VGG16 features to a guide image's."""
     guide_image = read_picture(path)
     # by size of the generated image, which Gradual Latent enlarges step by step
     guide_features: dict[torch.Size, Tensor] = {}

@@ -39,7 +39,7 @@ class UpscalingModule:
     def upscale(
         self, model: Model, stage: StageResult, width: int, height: int, vae_batch: int
     ) -> SecondStageInput:
-        """Call the user's upscaler on the first stage's result, check what it returns, and return that.
+        """Call the user's upscaler on the first stage's result; check and return its output.
 
         Raises:
             OptionError: If the module fails or returns something else.
@@ -233,7 +233,7 @@ def _make_first_settings(options: HighresOptions, settings: ImageSettings) -> Im
 def enlarge(
     image_generator: ImageGenerator, highres: Highres, result: StageResult, settings: ImageSettings
 ) -> SecondStageInput:
-    """Resize the first stage's result, by the chosen upscaler or by interpolation, as input of the second.
+    """Enlarge the first stage's result, by upscaler or interpolation, as input of the second stage.
 
     Args:
         image_generator: Generates the images of one stage.

@@ -41,7 +41,7 @@ def make_inputs(
     Args:
         vae: The loaded VAE, a `DiffusersVae`.
         pixels: The image, 1 3 H W in -1..1.
-        mask: H W float; 1 is repainted, else 0.
+        mask: H W float; 1 where the image is repainted, else 0.
         generator: Draws the sample of the posterior.
         latent: The latent space.
     """

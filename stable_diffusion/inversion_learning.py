@@ -77,7 +77,7 @@ def _tensor_names(files: TrainingFiles) -> tuple[str, ...]:
 def _read_start_vectors(
     word: WordToLearn, files: TrainingFiles, path: Path, option: str
 ) -> Mapping[str, Tensor] | None:
-    """Return the vectors from which to train a word, by tensor name; None if a LoRA does not contain it.
+    """Return a word's initial vectors by tensor name; None if a LoRA does not contain the word.
 
     Args:
         word: The word.
@@ -87,9 +87,9 @@ def _read_start_vectors(
     """
     word_in_lora = find_in_lora(path, word.text)
     if word_in_lora is not None:
-        with quiet():  # its log line is about words for prompts
+        with quiet():  # the log line is about words for prompts
             (learned_word,) = read_lora_words({path: {word.text: word_in_lora}}, option)
-    elif word.weights is None:  # the path is that of a LoRA to continue
+    elif word.weights is None:  # `path` is a LoRA to continue training
         return None
     else:
         (learned_word,) = read_words([path], option=option)
@@ -114,12 +114,12 @@ def describe_extended_inversion(
 
     Args:
         word: The word to learn.
-        files: The checkpoint, whose one text encoder gets the vectors.
+        files: The checkpoint; its only text encoder gets the vectors.
         layers: Names of the cross-attentions in files.
     """
 
     def read_start_vectors(path: Path, option: str) -> Mapping[str, Tensor]:
-        with quiet():  # its log line is about words for prompts
+        with quiet():  # the log line is about words for prompts
             (learned_word,) = read_words((), [path], layers)
         # the vectors of all cross-attentions are stored layer by layer
         return dict(zip(layers, learned_word.vectors[0].chunk(len(layers)), strict=True))
@@ -181,7 +181,7 @@ def _list_generation_command(
         options: Options of the run.
         option: Option of gen_img.py that reads the file.
         file: The trained file.
-        sample: Settings of the image, such as prompt, width and seed; missing ones are left out.
+        sample: Settings of the image, such as prompt, width and seed; missing ones are omitted.
         _: Ignored; other kinds of networks need it.
     """
     arguments = {
@@ -196,6 +196,6 @@ def _list_generation_command(
         "--seed": sample.get("seed"),
         "--outdir": file.parent / "generated",
     }
-    if "--i2i_path" in arguments:  # of an inpainting model
+    if "--i2i_path" in arguments:  # for an inpainting model
         arguments["--image_path"] = arguments.pop("--i2i_path")
     return ["gen_img.py", *option_argv(arguments)]

@@ -93,7 +93,7 @@ class LatentUpscaler:
 
         The mean of the autoencoder's posterior is used, so the result is not random.
         """
-        del latents, dtype  # other upscalers use these arguments of the shared call
+        del latents, dtype  # arguments that only other upscalers use
         scale = getattr(vae.config, "scaling_factor", LATENT_SCALE)
         if abs(scale - LATENT_SCALE) > 1e-4:
             raise OptionError(

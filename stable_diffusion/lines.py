@@ -131,7 +131,7 @@ def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
 
 
 def _check_file_name(name: str) -> None:
-    """Raise OptionError if the value of --f is not a file name that every system takes."""
+    """Raise OptionError unless the value of --f is a valid file name on every system."""
     quoted_name = repr(shorten(name, 80))
     is_path = not name or set(name) & set('/\\:*?"<>|') or set(name) <= {".", " "}
     if is_path or replace_control_codes(name) != name:
@@ -344,7 +344,7 @@ class Line:
 
 
 def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
-    """Return the lines of a run from --from_file, --prompt or the metadata of its input images.
+    """Return a run's prompt lines from --from_file, --prompt or the metadata of its input images.
 
     Raises:
         OptionError: If there are no lines.

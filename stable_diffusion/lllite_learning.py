@@ -101,11 +101,11 @@ def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, reads_weigh
     Args:
         options: Options of the run.
         unet: The U-Net.
-        reads_weights: Whether the values of --network_weights are read.
+        reads_weights: Whether to read the weights in --network_weights.
 
     Raises:
         CheckpointError: If the file does not fit the U-Net.
-        OptionError: If the file's sizes differ from the options.
+        OptionError: If the file's dimensions differ from the options.
     """
     path = options.network_weights
     dropout = options.network_dropout or 0.0

@@ -118,7 +118,7 @@ def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LlliteDimen
     num_levels: int = len(unet.config["block_out_channels"])  # type: ignore[index]
     plan = {}
     for block in _BLOCKS:
-        for index in itertools.count():  # the number of transformer blocks is unknown
+        for index in itertools.count():  # until no transformer block is left
             transformer_block = f"{PREFIX}{block}_transformer_blocks_{index}"
             query_path = find_layer_path(f"{transformer_block}_attn1_to_q")
             query = _get_layer(unet, query_path)

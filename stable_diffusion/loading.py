@@ -124,7 +124,7 @@ def _join_text_encoders(
             eos_token_id=tokenizer.end,
             pad_token_id=OPEN_CLIP_PAD if plan.is_open_clip else tokenizer.end,
             lora_prefix=lora_prefix,
-            missing_layers=1 if kind is SD2 else 0,  # the last layer is never used, so not loaded
+            missing_layers=1 if kind is SD2 else 0,  # the last layer is unused, so it is not loaded
         )
         text_encoders.append(text_encoder)
     return tuple(text_encoders)
@@ -185,7 +185,7 @@ def _plan_folder(options: ModelOptions, path: Path, exit_stack: ExitStack) -> Ch
 
 
 def _plan_single_file(options: ModelOptions, path: Path, exit_stack: ExitStack) -> CheckpointPlan:
-    """Plan how to load a single-file checkpoint, and the VAE of --vae."""
+    """Plan how to load a single-file checkpoint; --vae replaces its VAE."""
     checkpoint = exit_stack.enter_context(open_checkpoint(path))
     model_type = read_model_type(path, checkpoint.tensors, checkpoint.metadata)
     check_kind_flags(options, model_type.kind)
@@ -240,7 +240,7 @@ def _require(path: Path, option: str, give: str) -> None:
 def read_chosen_vae(
     path: Path, option: str, kind: ModelKind, exit_stack: ExitStack
 ) -> LoadPlan[checkpoints.VaeSizes]:
-    """Plan how to load the VAE of --vae or of a folder.
+    """Plan how to load the VAE from --vae or a diffusers folder.
 
     Args:
         path: File or folder of the VAE.
@@ -249,7 +249,7 @@ def read_chosen_vae(
         exit_stack: Closes the opened files.
 
     Raises:
-        CheckpointError: If the VAE is missing or another network.
+        CheckpointError: If the VAE is missing, or the file contains a different network.
     """
     if option == "--ckpt" or path.is_dir():
         is_whole_checkpoint = not (path / "config.json").is_file() and (path / "vae").is_dir()

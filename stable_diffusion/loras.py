@@ -49,8 +49,8 @@ class AdjustableLoras:
         Args:
             defaults: Strengths of the command line.
             apply_strengths: Makes the model compute with the given strengths.
-            layers: For each LoRA, the layers that it adds to the U-Net, by diffusers' module path; None if
-                LoRAs are folded into the weights, where they cannot be told apart.
+            layers: For each LoRA, the branches that it adds to the U-Net, by diffusers' module path; None if
+                LoRAs are merged into the weights, where they cannot be separated.
         """
         self._defaults = defaults
         self._apply_strengths = apply_strengths
@@ -209,7 +209,7 @@ def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
 def load_networks(
     options: AddedNetworkOptions, model: Model, loras: Sequence[LoraFile] | None = None
 ) -> AdjustableLoras | None:
-    """Add the files of `--network_weights` to a model; return those whose strengths can be changed.
+    """Add the LoRAs of `--network_weights` to a model; return those whose strengths can change.
 
     Args:
         options: Options of the run.
@@ -217,7 +217,7 @@ def load_networks(
         loras: The files, if they have been read already.
 
     Returns:
-        The LoRAs; None if there are none, or if all are folded in permanently.
+        The LoRAs; None if there are none, or if all are merged permanently.
 
     Raises:
         CheckpointError: If a file is not a LoRA or does not fit.
@@ -236,7 +236,7 @@ def load_networks(
         _merge(targets, merged, options.lora_rounding)
     if not adjustable:
         return None
-    if options.network_pre_calc:  # weights are folded anew when multipliers change
+    if options.network_pre_calc:  # LoRAs are merged again when multipliers change
         defaults = tuple(weighted.multiplier for weighted in adjustable)
         return AdjustableLoras(defaults, _make_folding(targets, adjustable, options.lora_rounding), None)
     return _add_layers(targets, adjustable, model)
@@ -288,7 +288,7 @@ def _log_added(weighted: WeightedLora, layers: Sequence[LoraBranch]) -> None:
 def _make_folding(
     targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], rounding: str
 ) -> Callable[[Multipliers], None]:
-    """Return a function that folds LoRAs with given strengths into the networks' original weights.
+    """Return a function that merges LoRAs with given strengths into the networks' original weights.
 
     `rounding` is the value of --lora_rounding.
     """
@@ -326,7 +326,7 @@ def _attach_loras(
         layers: dict[str, LoraBranch] = {}
         for part in select_for_network(
             [weighted], target.prefix
-        ):  # the LoRA's part for this network, if it has one
+        ):  # the LoRA's modules for this network, if any
             for name, delta in fit_lora(part.lora, parameters, OPTION).items():
                 layers[name] = LoraBranch(parameters[name], delta, 1.0, weighted.lora.has_frozen_norms)
         layers_by_lora.append(layers)

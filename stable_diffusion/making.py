@@ -239,11 +239,11 @@ class ImageGenerator:
         return [request.negative_prompt] if settings.negative_scale is None else [request.negative_prompt, ""]
 
     def _encode(self, requests: Sequence[contract.RequestedImage]) -> _TextStates:
-        """Encode the prompts, negative prompts and, for three guidance passes, the empty text of a batch."""
+        """Encode a batch's prompts, negative prompts and, for three guidance passes, the empty prompt."""
         settings = requests[0].settings
         prompt_parts = [self._split_prompt(request) for request in requests]
         negative_texts = [self._list_negative_texts(request) for request in requests]
-        # with a mask of regions, part i of the prompt is encoded with LoRA i alone, also in negative texts
+        # with a region mask, part i of the prompt is encoded with LoRA i alone, also in negative prompts
         is_regional = settings.num_parts > 1 and requests[0].mask is not None
         states = self._encode_parts(requests[0], prompt_parts, negative_texts, is_regional)
         positive = self._join_texts(requests, prompt_parts, states, is_regional)

@@ -64,7 +64,7 @@ class SamplerPaths(NamedTuple):
 def unet_blocks(layers: Sequence[int]) -> Iterator[BlockPaths]:
     """Yield the LDM path and the diffusers path of each residual block of a U-Net and of its attention.
 
-    Attentions are listed after every residual block, even on levels that have none.
+    An attention is listed after every residual block, even at levels without attention.
 
     Args:
         layers: Number of residual blocks of each level of the down path.
@@ -89,7 +89,7 @@ def unet_blocks(layers: Sequence[int]) -> Iterator[BlockPaths]:
 
 
 def unet_samplers(layers: Sequence[int]) -> Iterator[SamplerPaths]:
-    """Yield the LDM and diffusers paths of the samplers between each pair of levels of a U-Net.
+    """Yield the LDM and diffusers paths of the samplers between adjacent levels of a U-Net.
 
     In LDM's lists an upsampler is layer 2 of its block, or layer 1 if the block has no attention
     (`ldm_upsampler_without_attention`).

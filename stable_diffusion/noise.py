@@ -118,14 +118,12 @@ def make_noise_spec(
 
 
 def loss_factors(weights: LossWeightOptions, alphas_cumprod: Tensor, predicts_v: bool) -> tuple[float, ...]:
-    """Return the factor on the loss of each timestep; () if all are 1.
-
-    Several weightings multiply.
+    """Return the loss factor of each timestep; () if all are 1. Several weightings multiply.
 
     Args:
         weights: Options of the factors.
-        alphas_cumprod: Products of 1 - beta, before betas are rescaled for a zero terminal SNR, as in known
-            trainers; with rescaled betas the SNR of the last timestep is 0, by which some factors divide.
+        alphas_cumprod: Products of 1 - beta, before betas are rescaled for zero terminal SNR, as in other
+            trainers. With rescaled betas, some factors would divide by the last timestep's SNR, 0.
         predicts_v: Whether the U-Net predicts v instead of noise.
     """
     if not weights.has_any:

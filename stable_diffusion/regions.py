@@ -108,12 +108,12 @@ def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
 
 
 def check_regions(num_parts: int, num_loras: int, is_folded: bool) -> None:
-    """Raise OptionError if parts of a prompt and LoRAs cannot be assigned to the regions of a mask.
+    """Raise OptionError if prompt parts and LoRAs cannot be assigned to the regions of a mask.
 
     Args:
         num_parts: Number of parts of the prompt.
-        num_loras: Number of LoRAs that are not folded in permanently.
-        is_folded: Whether LoRAs are folded in for each batch.
+        num_loras: Number of LoRAs that are not merged permanently.
+        is_folded: Whether LoRAs are merged into the weights for each batch.
     """
     if is_folded:
         raise OptionError(
@@ -168,10 +168,10 @@ class Regions:
     def apply_to_batch(
         self, requests: Sequence[RequestedImage], width: int, height: int
     ) -> Iterator[UnetHook | None]:
-        """Change the U-Net for a batch so that each prompt part acts in its region; restore it at the end.
+        """Make each prompt part act in its region while a batch runs; restore the U-Net at the end.
 
-        Yields a hook for U-Net calls; None if prompts have one part. The text states of a call are those of
-        all P parts, one after the other: R P*L C.
+        Yields a hook for U-Net calls; None if prompts have one part. A call's text states are the
+        concatenated states of all P parts: R P*L C.
         """
         if requests[0].settings.num_parts == 1:
             yield None

@@ -100,7 +100,7 @@ def ldm_vae_name(name: str) -> str:
 
 
 def map_vae_names_to_diffusers(ldm_names: Collection[str], num_levels: int) -> dict[str, str]:
-    """Map each published VAE name that diffusers spells differently to diffusers' name.
+    """Map published VAE tensor names to diffusers' names, where the two differ.
 
     Args:
         ldm_names: Names of the tensors, without the prefix of a whole checkpoint.
@@ -124,7 +124,7 @@ def ldm_vae_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def ldm_text_encoder_names(kind: ModelKind, index: int, names: Collection[str]) -> dict[str, list[str]]:
-    """Map each tensor name of a text encoder in a single file to the names of the weights that it contains.
+    """Map each tensor of a text encoder in a single file to the weights that it contains, by name.
 
     Only OpenCLIP's encoders fuse weights: its `in_proj` contains query, key and value.
 
@@ -144,7 +144,7 @@ def ldm_text_encoder_names(kind: ModelKind, index: int, names: Collection[str]) 
     layers = sorted({int(match[1]) for match in map(layer_pattern.match, names) if match})
     for layer in layers:
         fused_weights |= _map_open_clip_layer(prefix, layer, source_layer=layer)
-    # released files have one more layer, which the model does not use: it gets the weights of the last one
+    # released files have one more layer, which the model does not use: it gets the last one's weights
     if kind is SD2:
         fused_weights |= _map_open_clip_layer(prefix, layers[-1] + 1, source_layer=layers[-1])
     return fused_weights

@@ -62,7 +62,7 @@ def make_scheduler(
         zero_terminal_snr: Whether the last timestep of training is pure noise and sampling begins there, with
             timesteps spaced from the end. It is only for models that predict v, because predicted noise says
             nothing about a sample of pure noise (Lin et al. 2023, arXiv 2305.08891).
-        steps_offset: Lowest timestep, in classes that have it.
+        steps_offset: Lowest timestep, for scheduler classes with this setting.
     """
     class_name, class_settings = _SCHEDULERS[sampler.removeprefix("k_")]
     scheduler_type = scheduler_class(class_name)
@@ -73,7 +73,7 @@ def make_scheduler(
         settings["rescale_betas_zero_snr"] = True
     elif zero_terminal_snr:
         settings["trained_betas"] = _make_zero_snr_betas()
-    # settings that only some classes have
+    # settings of only some classes
     optional_settings: dict[str, Any] = {"steps_offset": steps_offset, "clip_sample": False}
     if zero_terminal_snr:
         optional_settings["timestep_spacing"] = "trailing"
@@ -82,7 +82,7 @@ def make_scheduler(
             settings[name] = value
     with _no_warnings_to_developers():
         scheduler = scheduler_type(**settings)
-    if class_name == LMS:  # this class needs scipy, which may not be installed
+    if class_name == LMS:  # diffusers' class needs scipy, which may not be installed
         scheduler.get_lms_coefficient = partial(_compute_lms_coefficient, scheduler)
     return scheduler
 
@@ -90,8 +90,8 @@ def make_scheduler(
 def _compute_lms_coefficient(scheduler: Any, order: int, index: int, steps_ago: int) -> float:
     """Return the multistep weight of the derivative from `steps_ago` steps ago (0 is the latest).
 
-    It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at
-    those of the other derivatives. Three Gauss points are exact, because the degree is at most 3.
+    This integrates over the step the Lagrange polynomial that is 1 at this derivative's noise level and 0 at
+    the other derivatives' levels. Three Gauss points are exact, because the degree is at most 3.
     """
     start, end = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
     levels = [float(scheduler.sigmas[index - back]) for back in range(order)]
@@ -221,9 +221,9 @@ def count_skipped_steps(steps: int, strength: float | None) -> int | None:
 def begin_sampling(
     scheduler: Any, steps: int, generators: Sequence[torch.Generator], num_skipped: int | None = None
 ) -> SchedulerSolver:
-    """Set a scheduler to a number of steps, without state of earlier runs, and return its solver.
+    """Reset a scheduler, set its number of steps, and return its solver.
 
-    If all steps are skipped, the solver begins at `schedule.num_steps`.
+    If all steps are skipped, the solver starts at `schedule.num_steps`.
 
     Args:
         scheduler: Scheduler of diffusers.
@@ -232,13 +232,13 @@ def begin_sampling(
         num_skipped: Number of steps that image-to-image skips; None to begin from noise.
     """
     if "skip_prk_steps" in scheduler.config:  # only PNDM has this setting
-        # its Runge-Kutta steps only work from pure noise; diffusers' inpainting leaves them out too
+        # its Runge-Kutta steps only work from pure noise; diffusers' inpainting skips them too
         scheduler.register_to_config(skip_prk_steps=num_skipped is not None)
     with _no_warnings_to_developers():
         scheduler.set_timesteps(steps, device="cpu")  # CPU: no step waits for the device
     if num_skipped == steps:
         return SchedulerSolver(scheduler, generators, len(scheduler.timesteps))
-    # a scheduler of order 2 calls the U-Net twice for a step, and counts both calls
+    # a scheduler of order 2 calls the U-Net twice per step, and counts both calls
     first = (num_skipped or 0) * int(scheduler.order)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)

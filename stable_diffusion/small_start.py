@@ -239,10 +239,10 @@ def scale_size(full: Size, ratio: float) -> Size:
 
 
 def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> dict[int, float]:
-    """Return the size ratio after each step that enlarges the latents, by index of the step.
+    """Return the size ratio after each step that enlarges the latents, by step index.
 
     Args:
-        timesteps: Decreasing timesteps of the steps to run, to which indices refer.
+        timesteps: Decreasing timesteps of the steps to run; step indices refer to them.
         gradual: Options of Gradual Latent.
     """
     ratio_after_step: dict[int, float] = {}

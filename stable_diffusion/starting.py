@@ -321,7 +321,7 @@ def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Gener
 def decode_latents(
     model: Model, latents: Tensor, labels: Sequence[str], vae_batch_size: float | None = None
 ) -> list[Image.Image]:
-    """Decode latents B 4 h w into images.
+    """Decode latents B 4 h w to images.
 
     Args:
         model: The loaded model.

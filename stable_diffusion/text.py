@@ -58,9 +58,9 @@ class PromptEncoder:
         Args:
             text_encoders: Text encoders of the checkpoint.
             kind: Kind of the checkpoint.
-            options: Options of texts.
+            options: Text options.
             cross_attentions: Names of the U-Net's cross-attentions, with --XTI_embeddings. A text then has
-                states for each of these, one after the other.
+                states for each of these, concatenated.
             lora_words: Words in the files of LoRAs.
 
         Raises:
@@ -175,7 +175,7 @@ def warn_if_truncated(
     num_chunks: int,
     max_chunks: int,
 ) -> None:
-    """Warn about a prompt that is too long, quoting the end that is not used.
+    """Warn about a truncated prompt, quoting the unused end.
 
     Args:
         parts: Parts of the text with their weights.
@@ -245,7 +245,7 @@ def check_texts(
     cross_attentions: Sequence[str] = (),
     lora_words: Sequence[LearnedWord] = (),
 ) -> None:
-    """Compare options with a checkpoint's text encoders before these are loaded.
+    """Check text options against a checkpoint's text encoders before these are loaded.
 
     Args:
         options: Options of texts.
@@ -337,9 +337,9 @@ class ImageVectors:
         self._vectors: dict[Path, Tensor] = {}
 
     def replace_pooled(self, states: Sequence[TextState], paths: Sequence[Path]) -> list[TextState]:
-        """Replace the pooled state of each prompt by the CLIP embedding of an image (--clip_vision_strength).
+        """Replace each prompt's pooled state with an image's CLIP embedding (--clip_vision_strength).
 
-        Each image is encoded alone, so its vector does not depend on others, and only once in a run.
+        Each image is encoded alone, so its vector does not depend on others, and only once per run.
 
         Raises:
             CheckpointError: If the image encoder's files are damaged or do not fit the model.

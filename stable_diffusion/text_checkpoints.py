@@ -154,7 +154,7 @@ def _with_projection(plan: LoadPlan[ClipTextConfig], checkpoint: Checkpoint) -> 
             source = source.with_step(Tensor.t)
         return replace(
             plan,
-            checkpoint=plan.checkpoint.join(checkpoint.select_by_prefix(name)),  # outside of `text_model.`
+            checkpoint=plan.checkpoint.join(checkpoint.select_by_prefix(name)),  # not in `text_model.`
             config=replace(config, projection_dim=shape[projection_axis]),
             sources={**plan.sources, PROJECTION: source},
         )

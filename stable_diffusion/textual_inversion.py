@@ -138,7 +138,7 @@ def add_words(
 ) -> tuple[LoadedTextEncoder, ...]:
     """Return text encoders with these words added to their vocabularies.
 
-    The networks are changed in place: they get rows for the words.
+    The networks get embedding rows for the words, in place.
 
     Raises:
         CheckpointError: If vectors do not fit an encoder, or if a token with a word's name already exists.
@@ -203,7 +203,7 @@ def list_ids(words: Sequence[LearnedWord], vocabulary: int) -> dict[str, list[in
 
     Args:
         words: The words with their vectors.
-        vocabulary: Number of embedding rows without the words.
+        vocabulary: Number of embedding rows before the words.
     """
     return name_ids(
         [

@@ -54,7 +54,7 @@ def load_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequenc
 def fetch_tokenizer_files(
     cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]
 ) -> list[tuple[TokenizerFiles, Path]]:
-    """Find each text encoder's tokenizer, and download a missing one; return its description and its file.
+    """Find or download each text encoder's tokenizer; return its description and its file.
 
     Args:
         cache: Folder of --tokenizer_cache_dir.
@@ -77,7 +77,7 @@ def fetch_tokenizer_files(
 def find_tokenizer_files(
     cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]
 ) -> list[tuple[TokenizerFiles, Path | None]]:
-    """Return each text encoder's tokenizer: its description and its file, or None if there is none yet.
+    """Return each text encoder's tokenizer: its description, and its file or None if it is missing.
 
     Args:
         cache: Folder of --tokenizer_cache_dir.
@@ -94,7 +94,7 @@ def find_tokenizer_files(
     for index, is_open_clip in enumerate(are_open_clip):
         cache_names = OPEN_CLIP if is_open_clip else (CLIP_L,)
         diffusers_name = "tokenizer" if index == 0 else f"tokenizer_{index + 1}"
-        # subfolders in the order of the search; "." is the folder itself
+        # subfolders in search order; "." is the folder itself
         subfolders = (diffusers_name, *cache_names, "tokenizer", CLIP_L, "clip_l", ".")
         files = clip_tokenizer_files(OPTION, subfolders)
         sources.append((files, _find_in(folders, files)))

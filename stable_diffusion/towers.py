@@ -163,7 +163,7 @@ class LazyTextEncoder:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return the files and settings on which encoded texts depend, for cache records; reads a few MB."""
+        """Return the files and settings that encoded texts depend on, for cache records; reads a few MB."""
         with self.files.open_plan() as checkpoint_plan:
             plan = checkpoint_plan.text_encoders[self._index]
             checkpoint = fingerprint(plan.load_plan.checkpoint.path)
@@ -386,10 +386,10 @@ def make_encoders(
     Args:
         files: The checkpoint.
         max_chunks: Number of 75-token chunks to which texts are padded or cut.
-        clip_skip: Layer, counted from the end, whose states are used; None for the default of the kind.
-        warns_if_cut: Whether to warn about texts that are cut off.
+        clip_skip: Layer to take states from, counted from the end; None for the kind's default.
+        warns_if_cut: Whether to warn about truncated texts.
         text_training: The encoders that are trained; None if all are frozen.
-        lora_words: Words whose vectors a LoRA file brings along.
+        lora_words: Words whose vectors are stored in LoRA files.
     """
     encoders = []
     for index in range(len(files.kind.lora_prefixes)):

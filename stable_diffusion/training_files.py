@@ -217,7 +217,7 @@ class TrainingFiles:
         with self.open_plan() as checkpoint_plan:
             plan = checkpoint_plan.unet
             unet: nn.Module = checkpoints.build_network(unet_class(), plan.config, plan.checkpoint.path)
-            unet.spec = spec  # type: ignore[assignment]  # names of its parts, for code that acts on it
+            unet.spec = spec  # type: ignore[assignment]  # module names, for block swapping and LoRAs
             dtype = self.unet_dtype(placement)
             description = checkpoint_plan.kind.title
             if prediction := checkpoint_plan.model_type.describe_prediction():
@@ -241,7 +241,7 @@ class TrainingFiles:
                 check=placement.check,
             )
         # diffusers' default processor also calls torch's attention, but lets torch choose the kernel: on a
-        # Hopper GPU that is cuDNN's, whose gradients of several samples may be NaN (sdpa.py)
+        # Hopper GPU that is cuDNN's, whose gradients may be NaN for batches (sdpa.py)
         if placement.attention != SDPA or placement.device.type == "cuda":
             unet.set_attn_processor(ChosenAttention(placement.attention))  # type: ignore[operator]
         use_fewer_kernels(unet)

@@ -260,7 +260,7 @@ def list_weights(plan: LoadPlan[Any]) -> list[str]:
 
 
 def _plan_ldm_tensor(released: str, network: str, weights: Sequence[str], plans: Plans) -> SavedTensor:
-    """Return how a tensor of a single-file checkpoint is computed from the weights of a diffusers folder.
+    """Return how to compute a single-file checkpoint's tensor from the weights of a diffusers folder.
 
     Args:
         released: Name of the tensor in released single files.

@@ -119,7 +119,7 @@ class FolderWriter:
         infos: Mapping[str, TensorInfo],
         name: str,
     ) -> Tensor:
-        """Return the tensor to write under a name in a network's file: trained, or from the source.
+        """Return the tensor to write to a network's file: the trained one, or else the source's.
 
         Args:
             states: State dicts of the trained networks, by network.
@@ -172,7 +172,7 @@ def make_folder_writer(
 
 
 def _plan_file(network: str, plans: Plans) -> NetworkFile:
-    """Plan the file of a network in diffusers' layout; text encoders get the names of transformers."""
+    """Plan a network's file in diffusers' layout; text encoder tensors get transformers' names."""
     plan = plans[network]
     if network in (DIT, VAE_PART):
         folder = _UNET_FOLDER if network == DIT else network
@@ -201,7 +201,7 @@ def _text_name(weight: str) -> str:
 def _make_config_and_tokenizer_files(
     checkpoint: TrainingFiles, checkpoint_plan: CheckpointPlan, model_type: ModelType
 ) -> dict[str, bytes]:
-    """Return the content of all files of a diffusers folder except weights, by path in the folder."""
+    """Return the content of a diffusers folder's files, except weights, by path in the folder."""
     schedule = _describe_schedule(checkpoint.path, checkpoint_plan.model_type, model_type)
     unet_config = _describe("UNet2DConditionModel", _simplify(checkpoint_plan.unet.config))
     vae_config = {"sample_size": checkpoint_plan.kind.size, **checkpoint_plan.vae.config}
@@ -279,7 +279,7 @@ def _describe_schedule(source: Path, source_model_type: ModelType, model_type: M
 def _describe_index(source: Path, checkpoint_plan: CheckpointPlan, scheduler: str) -> dict[str, Any]:
     """Return the content of model_index.json: the pipeline's class and the classes of its components.
 
-    If the source is a folder, settings in its model_index.json that are not components are kept.
+    If the source is a folder, other settings than components in its model_index.json are kept.
 
     Args:
         source: File or folder of the source checkpoint.
@@ -290,7 +290,7 @@ def _describe_index(source: Path, checkpoint_plan: CheckpointPlan, scheduler: st
     index: dict[str, Any] = {"force_zeros_for_empty_prompt": True} if is_xl else {}
     if source.is_dir() and (source / _INDEX).is_file():
         declared = read_settings(source / _INDEX)
-        # components are lists [library, class]; they are written anew
+        # components are lists [library, class]; they are replaced
         index |= {name: value for name, value in declared.items() if not isinstance(value, list | dict)}
     index |= {
         "scheduler": ["diffusers", scheduler],
@@ -352,7 +352,7 @@ def _describe_tokens(is_open_clip: bool) -> dict[str, dict[str, Any]]:
 
 
 def _read_tokenizer(source: TokenizerFiles, file: Path) -> dict[str, bytes]:
-    """Return the contents of vocab.json and merges.txt of a tokenizer, even if it is a single tokenizer.json.
+    """Return the contents of a tokenizer's vocab.json and merges.txt, even if it is a tokenizer.json.
 
     Raises:
         CheckpointError: If the files cannot be read.
