@@ -110,7 +110,7 @@ def _describe_experts(prepared: Prepared, experts: Sequence[Expert]) -> dict[str
 
 
 def _list_optional(prepared: Prepared, device: str | None, created: datetime | None) -> dict[str, object]:
-    """Return the metadata values that are set for only some outputs."""
+    """Return the metadata values that only some outputs have."""
     request = prepared.request
     values: dict[str, object] = {
         "embedded_cfg_scale": prepared.embedded_guidance,

@@ -65,7 +65,7 @@ def select_step_cache(
 
 
 def _make_step_cache(options: StepCacheOptions) -> StepCaching | None:
-    """Return the step cache of options; None if nothing is skipped or measured."""
+    """Return the step cache that the options select; None if nothing is skipped or measured."""
     if options.magcache_calibration:
         return MagCalibration()
     if options.teacache_calibration:

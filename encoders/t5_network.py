@@ -247,7 +247,7 @@ class T5Block(nn.Module):
             }
         )
         self.pos_embedding: nn.ModuleDict | None = None
-        if has_table:  # T5's position bias: a number for each head and bucket of distances
+        if has_table:  # T5's position bias: one value per head and distance bucket
             bias_embedding = nn.Embedding(config.num_buckets, config.num_heads)
             self.pos_embedding = nn.ModuleDict({"embedding": bias_embedding})
 

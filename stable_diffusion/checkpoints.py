@@ -72,7 +72,7 @@ def ldm_to_diffusers_translator(names: Collection[str]) -> Callable[[str], str]:
         diffusers_paths[sampler.ldm_upsampler_without_attention] = sampler.upsampler
 
     def translate(name: str) -> str:
-        module_path = name  # shortened by its last component until it is the path of a renamed module
+        module_path = name  # drop last components until it is the path of a renamed module
         while module_path:
             module_path = module_path.rpartition(".")[0]
             if module_path in diffusers_paths:

@@ -227,7 +227,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def dit(self) -> DitSpec:
-        """Module structure of the U-Net, for block swapping and LoRAs."""
+        """Module structure of the U-Net, for LoRAs, gradient checkpointing and compilation."""
         return unet_spec(self.files.unet_config)
 
     @property
@@ -672,7 +672,9 @@ class StableDiffusion(ModelOfImages):
         if uses_negative and prompts.negative is not None:
             counted_texts.append(prompts.negative.text)
         num_chunks = 1
-        if self.max_chunks > 1 or self.warns_if_cut:  # else every text is cut to one chunk, without a warning
+        if (
+            self.max_chunks > 1 or self.warns_if_cut
+        ):  # else texts are truncated to one chunk without a warning
             num_chunks = max(
                 encoder.count_chunks(text) for encoder in self._token_counters for text in counted_texts
             )

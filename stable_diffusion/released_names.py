@@ -41,7 +41,7 @@ def ldm_unet_names(layers: list[int], names: Collection[str]) -> Iterator[tuple[
     """
     ldm_paths = _map_to_ldm_paths(layers, names)
     for name in names:
-        module_path = name  # shortened by its last component until it is the path of a renamed module
+        module_path = name  # drop last components until it is the path of a renamed module
         while module_path not in ldm_paths:
             module_path = module_path.rpartition(".")[0]
         yield f"{UNET}{ldm_paths[module_path]}{name.removeprefix(module_path)}", name

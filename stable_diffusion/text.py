@@ -61,7 +61,7 @@ class PromptEncoder:
             options: Text options.
             cross_attentions: Names of the U-Net's cross-attentions, with --XTI_embeddings. A text then has
                 states for each of these, concatenated.
-            lora_words: Words in the files of LoRAs.
+            lora_words: Words in LoRA files.
 
         Raises:
             OptionError: If an encoder lacks the layer of --clip_skip.
@@ -252,7 +252,7 @@ def check_texts(
         kind: Kind of the checkpoint.
         configs: Dimensions of the text encoders.
         cross_attentions: Names of the U-Net's cross-attentions, with --XTI_embeddings.
-        lora_words: Words in the files of LoRAs.
+        lora_words: Words in LoRA files.
 
     Raises:
         OptionError: If an encoder lacks the layer of --clip_skip, or if SDXL is used with --XTI_embeddings.

@@ -112,7 +112,7 @@ class LazyTextEncoder:
             clip_skip: Value of --clip_skip; None for the layer that the model was trained with.
             warns_if_cut: Whether to warn about truncated prompts.
             text_training: How the weights are trained; None if they are frozen.
-            lora_words: Words in the files of LoRAs.
+            lora_words: Words in LoRA files.
         """
         lora_prefixes = files.kind.lora_prefixes
         num_encoders = len(lora_prefixes)

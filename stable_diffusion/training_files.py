@@ -217,7 +217,7 @@ class TrainingFiles:
         with self.open_plan() as checkpoint_plan:
             plan = checkpoint_plan.unet
             unet: nn.Module = checkpoints.build_network(unet_class(), plan.config, plan.checkpoint.path)
-            unet.spec = spec  # type: ignore[assignment]  # module names, for block swapping and LoRAs
+            unet.spec = spec  # type: ignore[assignment]  # its module names, for LoRAs and others
             dtype = self.unet_dtype(placement)
             description = checkpoint_plan.kind.title
             if prediction := checkpoint_plan.model_type.describe_prediction():
@@ -470,7 +470,7 @@ def unet_spec(config: Mapping[str, Any]) -> DitSpec:
     """
     parts = unet_parts(config)
     return DitSpec(
-        swap_counts=None,  # it runs its own loop
+        swap_counts=None,  # no block swapping: the U-Net runs its blocks in its own way
         block_numbering=number_blocks(config),
         block_lists=tuple(name for name, _ in parts),
         shared_inputs=(
