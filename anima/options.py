@@ -114,13 +114,13 @@ _ADAPTER = (
 
 
 class AnimaLatentCachingOptions(Options, title=NAME):
-    """Options of anima_cache_latents.py in addition to the common ones."""
+    """Options that anima_cache_latents.py adds to those shared by all model families."""
 
     vae: AnimaVaeOptions
 
 
 class AnimaTextCachingOptions(Options, title=NAME):
-    """Options of anima_cache_text_encoder_outputs.py in addition to the common ones."""
+    """Options that anima_cache_text_encoder_outputs.py adds to those shared by all model families."""
 
     qwen3: Path = option(_QWEN3, required=True, often=True)
     text: AnimaTextOptions
@@ -277,7 +277,7 @@ class AnimaFullTrainingOptions(AnimaLearningOptions, title=NAME):
 
 
 class AnimaGenerationOptions(Options, title=NAME):
-    """Options of anima_generate_image.py in addition to the common ones."""
+    """Options that anima_generate_image.py adds to those shared by all model families."""
 
     dit: Path | None = option(
         "transformer checkpoint", flags=("--dit", "--pretrained_model_name_or_path"), often=True

@@ -75,7 +75,7 @@ class Drawing:
         return self._expand(text, prompt_name, ())
 
     def _expand(self, text: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> str:
-        """Return a text with alternatives and wildcards drawn, inside the wildcards `enclosing_wildcards`."""
+        """Draw a text's alternatives and wildcards; `enclosing_wildcards` are currently being expanded."""
         if self.options.prompt_alternatives:
             text = select_alternatives(text, lambda weights: self._choose(sum_weights(weights, prompt_name)))
         if self.options.prompt_wildcards is None:

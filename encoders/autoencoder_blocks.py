@@ -168,7 +168,7 @@ class AutoencoderDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return pixels B 3 H W for latents B Z h w."""
+        """Decode latents B Z h w to pixels B 3 H W."""
         x = self.mid(self.conv_in(x))
         for level in reversed(list(self.up)):
             x = level(x)

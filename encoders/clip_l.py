@@ -200,7 +200,7 @@ class PooledClip(FileTextEncoder[ClipText]):
 
 
 class ClipTextEncoder(PooledClip):
-    """CLIP-L that a LoRA can be trained for."""
+    """CLIP-L text encoder that supports LoRA training."""
 
     abilities = EncoderAbilities(trainable=True, accepts_new_words=True)
     lora_prefix = LORA_PREFIX

@@ -70,7 +70,7 @@ class LayerConfig(Protocol):
 
     @property
     def activation(self) -> str:
-        """Name of the feed-forward part's activation, as in the files' configurations."""
+        """Name of the feed-forward activation, as in config.json."""
 
     @property
     def eps(self) -> float:
@@ -290,7 +290,7 @@ class ClipVision(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return one vector for each image, B P, in the compute dtype, on the tower's device."""
+        """Encode each image to one vector, B P, in the compute dtype, on the tower's device."""
         weight = self.visual_projection.weight
         return self(self.prepare(images).to(weight.device, weight.dtype))
 

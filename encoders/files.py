@@ -241,7 +241,7 @@ class OneTransformer:
         return copy
 
     def word_network(self, word: "WordToLearn") -> "CustomNetwork":
-        """Return the trainable vectors of a word."""
+        """Return a trainable network that consists of a word's embedding vectors."""
         from encoders.inversion import invert_encoders  # only to train one
 
         return invert_encoders(word, self.files.text_encoders())
@@ -258,7 +258,7 @@ class OneTransformer:
 
     @property
     def references(self) -> ReferenceRules | None:
-        """Rules for reference images; None, unless the family overrides it, because the model takes none."""
+        """Rules for reference images; None, the default, for models that take none."""
         return None
 
     @property

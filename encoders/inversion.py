@@ -91,7 +91,7 @@ class LearnedWordVectors(nn.Module):
 
 
 def report_norms(module: nn.Module) -> None:
-    """Log the norms of the vectors in a `LearnedWordVectors`."""
+    """Log the norms of a trained word's embedding vectors; `module` is a `LearnedWordVectors`."""
     assert isinstance(module, LearnedWordVectors)
     module.log_norms()
 

@@ -198,7 +198,7 @@ class LanguageEncoderSettings:
 
     @property
     def template(self) -> str:
-        """The template, with `{}` for the prompt."""
+        """The prompt template; `{}` stands for the prompt."""
         images = self.image_format.text if self.image_format else ""
         return f"{self.template_prefix}{images}{{}}{self.template_suffix}"
 

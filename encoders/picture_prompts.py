@@ -105,7 +105,7 @@ class PatchedImages:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A kind of vision tower, and its settings for the class in transformers."""
+    """A vision tower's kind, and the arguments of its config class in transformers."""
 
     tower: VisionTower
     settings: Mapping[str, Any]

@@ -509,7 +509,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         """
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode prompts; return each prompt's conditions (with the keys `keys`) on the CPU, with gradients.
+        """Encode prompts; return each prompt's conditions, keyed by `keys`, on the CPU, with gradients.
 
         States are multiplied by the prompt weights of their tokens.
 

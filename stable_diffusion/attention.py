@@ -12,7 +12,7 @@ from modules.speed_options import AttentionChoice
 
 @dataclass(frozen=True)
 class ChosenAttention:
-    """Diffusers attention processor that computes the kind of attention that the user chose."""
+    """Diffusers attention processor with the attention implementation that the user selected."""
 
     choice: AttentionChoice
 

@@ -398,7 +398,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def has_dit_files(self) -> bool:
-        """Return True: the checkpoint, which is required, contains the U-Net or names its folder."""
+        """Return True: --ckpt is required, and it is the U-Net's file or contains it."""
         return True
 
     @property
@@ -672,9 +672,7 @@ class StableDiffusion(ModelOfImages):
         if uses_negative and prompts.negative is not None:
             counted_texts.append(prompts.negative.text)
         num_chunks = 1
-        if (
-            self.max_chunks > 1 or self.warns_if_cut
-        ):  # else texts are truncated to one chunk without a warning
+        if self.max_chunks > 1 or self.warns_if_cut:  # else texts are truncated silently
             num_chunks = max(
                 encoder.count_chunks(text) for encoder in self._token_counters for text in counted_texts
             )

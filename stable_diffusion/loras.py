@@ -105,7 +105,7 @@ class _LoraTarget:
     prefix: str = ""  # prefix of the network's modules in LoRA files; "" for the U-Net
 
     def get_published_name(self, name: str) -> str:
-        """Return a parameter's published name."""
+        """Return a parameter's name in released files."""
         return published_parameter(name) if self.prefix else name
 
     def get_published_module(self, path: str) -> str:

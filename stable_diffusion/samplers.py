@@ -150,7 +150,7 @@ class SchedulerSolver:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """Return the scheduler's noise levels and timesteps; a step of some samplers has several of them."""
+        """Return the scheduler's noise levels and timesteps; some samplers have several per step."""
         timesteps = self.scheduler.timesteps.float()
         indices = timesteps.long().clamp(0, TRAINED["num_train_timesteps"] - 1).to("cpu")
         alphas_cumprod = self.scheduler.alphas_cumprod.to("cpu").double()[indices]
