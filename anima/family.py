@@ -251,7 +251,7 @@ class Anima(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only section, after checking that the adapter's vocabulary covers the prompt's tokens."""
+        """Yield the only run of the denoising loop, after checking the prompt's T5 ids for the adapter."""
         vocabulary = self.files.adapter_config().vocabulary
         ids = prompts[0].positive[IDS]
         assert isinstance(ids, Tensor)

@@ -134,7 +134,7 @@ def _check_layer(name: str, layer: Any, width: int, path: Path | None) -> None:
 
 @dataclass(frozen=True)
 class UnregisteredModule:
-    """Wraps a network so that a module that stores it does not register it as a submodule."""
+    """Wrapper that keeps a network from being registered as a submodule of the module that stores it."""
 
     lllite: AttachedLllite
 

@@ -43,7 +43,7 @@ _OF_FULL = (
 
 
 class AnimaVaeOptions(Options):
-    """Options of the VAE: its path, dtype and memory use."""
+    """Options of the VAE: its path, dtype and tiling."""
 
     file: VaeOptions = option(
         facts=OF_DECODING, settings={"vae": {"help": "Qwen-Image's VAE: file or folder"}}
@@ -127,7 +127,7 @@ class AnimaTextCachingOptions(Options, title=NAME):
 
 
 class AnimaLearningOptions(Options, title=NAME):
-    """Options of both Anima training scripts in addition to those of all image trainers."""
+    """Options of all Anima training scripts in addition to those of all image trainers."""
 
     # resume compares its name
     dit: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)

@@ -108,14 +108,14 @@ class _NagOverrides:
         self._overrides = NO_OVERRIDES
 
     def of_section(self, section: Section) -> Overrides:
-        """Return the overrides that apply --nag_prompt in a section; its conditions are on the device."""
+        """Return the overrides that apply --nag_prompt in a section (a run of the denoising loop)."""
         if section is not self._section:
             self._section = section
             self._overrides = self._make_overrides(section)
         return self._overrides
 
     def _make_overrides(self, section: Section) -> Overrides:
-        """Return overrides that steer attention away from the section's NAG prompt."""
+        """Return overrides that steer attention away from the section's NAG prompt, `section.nag`."""
         nag_options = self._options
         assert section.nag is not None, "`needs` asks for the text"
         assert nag_options.nag_scale is not None

@@ -21,7 +21,7 @@ from protocols.steps import NO_OVERRIDES, Calls, Overrides, PassVelocities, Pred
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass of the network: its conditions and overrides.
+    """A forward pass of the network: its conditions, and its overrides, such as blocks to skip.
 
     Overrides are compared by identity, so stages that share a pass must share its overrides object.
     """
@@ -264,7 +264,7 @@ def _measure_token_norms(velocity: Tensor, patch_size: int) -> Tensor:
 # velocity.  Source: Sadat et al. 2024, arXiv 2410.02416; `protocols.rules.Projection` has the first step that
 # uses it.
 class Momentum:
-    """Running sum, over the steps of one section, of the difference between two velocities."""
+    """Running sum, over the steps of one denoising run, of the difference between two velocities."""
 
     def __init__(self, factor: float) -> None:
         """Start the sum at 0; `factor` multiplies it before each new difference is added."""

@@ -247,7 +247,7 @@ class _ClipPreviews:
         return False
 
     def on_section(self, section: Section) -> None:
-        """Show a preview of the finished sections before the next one is denoised."""
+        """Show a preview of the video's finished sections before the next one is denoised."""
         if section.previous_piece is not None:
             self.made_sections += 1
             so_far = section.previous_piece.previous_latents

@@ -429,7 +429,7 @@ def _print_description(
 
 
 def _describe_kind(model_functions: ModelFunctions, checkpoint: Checkpoint) -> str:
-    """Describe the kind of model in a file, for users."""
+    """Describe, for users, which model a file contains."""
     description = model_functions.describe_lora(checkpoint)
     if description is not None:
         return description

@@ -88,7 +88,7 @@ class TaehvConfig:
 
     @property
     def frames(self) -> int:
-        """Return how many frames a latent frame decodes to; of the first one's, only the last is used."""
+        """Return how many frames a latent frame decodes to; the first latent frame uses only the last."""
         return prod(self.strides)
 
 

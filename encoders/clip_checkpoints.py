@@ -49,7 +49,7 @@ def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFile
 
 @dataclass(frozen=True)
 class ClipNaming:
-    """A family's names for its CLIP-L in options, cache records and conditions; defaults are FLUX's."""
+    """A model family's names for its CLIP-L in options, caches and conditions; defaults are FLUX's."""
 
     name: str = "clip_l"  # in cache records
     pooled_key: str = "l_pooled"  # key of the pooled state

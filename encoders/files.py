@@ -202,7 +202,7 @@ class OneTransformer:
         return {}
 
     def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return the text encoders that `files` describes."""
+        """Return the text encoders for the model files in `files`."""
         encoders = self.files.text_encoders()
         if self.files.added_words:
             give_words(encoders, self.files.added_words)
@@ -263,7 +263,7 @@ class OneTransformer:
 
     @property
     def teacher_only_conditions(self) -> tuple[str, ...]:
-        """Names of the conditions that a teacher model always gets: the caption and any reference images."""
+        """Conditions that a teacher model gets even if training drops them: caption and references."""
         return (CAPTION,) if self.references is None else (CAPTION, REFERENCE)
 
     def few_steps_evidence(self) -> str | None:
@@ -275,7 +275,7 @@ class OneTransformer:
         return None
 
     def check_named_files(self) -> None:
-        """Check all files given by options."""
+        """Check all model files given by options; raise UserError if one is unusable."""
         self.files.check()
 
     @property

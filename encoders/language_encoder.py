@@ -655,7 +655,7 @@ class LanguageModelFiles(TransformerFiles):
     @property
     @abstractmethod
     def encoder_settings(self) -> LanguageEncoderSettings:
-        """Return how the family uses its language model."""
+        """Return the family's prompt template and hidden states for its language model."""
 
     def add_text(self, options: TextEncoderOptions) -> Self:
         """Return a copy with the settings of the text encoder options: file, tokenizer, dtype and device."""

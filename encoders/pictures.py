@@ -336,7 +336,7 @@ class ModelOfImages(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only section of an image, with embedded guidance if the model takes it."""
+        """Yield an image's only run of the denoising loop, with embedded guidance if the model takes it."""
         conditions = dict(inputs.get(0, {}))
         if prepared.embedded_guidance is not None:
             conditions[GUIDANCE] = torch.tensor([prepared.embedded_guidance])

@@ -73,7 +73,7 @@ T5_FILES = TokenizerFiles(
 
 @dataclass(frozen=True)
 class T5Naming:
-    """A family's names for its T5 in cache records and conditions; defaults are FLUX's and Chroma's."""
+    """A model family's names for its T5 in caches and conditions; defaults are FLUX's and Chroma's."""
 
     name: str = "t5"  # in cache records
     states_key: str = "t5_out"  # key of the states, L C

@@ -217,7 +217,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def cache_tag(self) -> str:
-        """The model's tag in the names of cache files."""
+        """Tag that identifies the model in cache file names."""
         return _TAGS[self.kind]
 
     @property
@@ -411,7 +411,7 @@ class StableDiffusion(ModelOfImages):
         return tuple(count for _, count in unet_parts(self.files.unet_config))
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the U-Net's compute dtype for a placement."""
+        """Return the U-Net's compute dtype; a dtype set in `placement` takes precedence."""
         return self.files.unet_dtype(placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:

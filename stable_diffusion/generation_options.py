@@ -102,7 +102,7 @@ def _of_gen_img(**settings: Any) -> Any:
 
 
 class StableDiffusionGenerationOptions(Options, title="Stable Diffusion"):
-    """Stable Diffusion options of the generation scripts, in addition to the common ones."""
+    """Stable Diffusion options of the generation scripts, in addition to those shared by all families."""
 
     ckpt: Path = option(CKPT_HELP, flags=(CKPT, "--ckpt"), often=True, required=True)
     vae: Path | None = option(VAE_HELP, often=True)

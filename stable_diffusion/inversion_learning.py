@@ -61,7 +61,7 @@ STYLE_SENTENCES = tuple(
 
 
 def describe_inversion(word: WordToLearn, files: TrainingFiles) -> CustomNetwork:
-    """Describe textual inversion as a trainable network: a word's vectors for each text encoder."""
+    """Describe how a training run builds and saves a word's embedding vectors for each text encoder."""
     text_encoders = [
         InvertedEncoder(tensor_name, PooledClip.embedding, partial(_tokenize, files, index))
         for index, tensor_name in enumerate(_tensor_names(files))

@@ -145,7 +145,7 @@ def _check_dimensions(options: SdxlLlliteTrainingOptions, path: Path, dimensions
 
 
 def describe_lllite(options: SdxlLlliteTrainingOptions) -> CustomNetwork:
-    """Describe ControlNet-LLLite as a trainable network."""
+    """Describe how a training run builds and checks a ControlNet-LLLite, and how to generate with it."""
     width, rank = _start_sizes(options)
     sizes = f", rank {rank}, control picture as {width} numbers"
     return CustomNetwork(

@@ -221,7 +221,7 @@ def _count_words(number: int, word: str) -> str:
 
 
 def _check_network_module(name: str) -> None:
-    """Raise OptionError if a value of --network_module stands for an unsupported kind of network."""
+    """Raise OptionError if --network_module names an unsupported kind of network."""
     description = UNSUPPORTED_MODULES.get(name)
     if description is not None:
         advice = "--control_net_lllite_models takes it" if "LLLite" in description else "it is not supported"

@@ -280,7 +280,7 @@ def latent_size(settings: ImageSettings) -> tuple[int, int]:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """Read an image as RGB; its EXIF orientation is applied.
+    """Read an image as upright sRGB, with transparent pixels on white.
 
     Raises:
         MediaError: If the image cannot be read.

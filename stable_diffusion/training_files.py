@@ -248,7 +248,7 @@ class TrainingFiles:
         return unet.eval()
 
     def unet_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the U-Net's compute dtype for a placement."""
+        """Return the U-Net's compute dtype; a dtype set in `placement` takes precedence."""
         dtype = placement.compute_dtype or placement.storage_dtype or self.dtype
         return dtype if dtype.itemsize > 1 else FP8_COMPUTE
 

@@ -92,7 +92,7 @@ class LossWeightOptions(Options, title="loss"):
 
 
 class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
-    """Stable Diffusion options of the training scripts, in addition to the common ones."""
+    """Stable Diffusion options of the training scripts, in addition to those shared by all model families."""
 
     # resume compares its name
     ckpt: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
@@ -160,14 +160,14 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 
 
 class LatentCachingOptions(Options, title="Stable Diffusion"):
-    """Stable Diffusion options of the scripts that cache latents, in addition to the common ones."""
+    """Stable Diffusion options of latent caching scripts, in addition to those shared by all families."""
 
     ckpt: Path | None = option(CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True)
     vae: Path | None = option(VAE_HELP, often=True)
 
 
 class TextCachingOptions(Options, title="Stable Diffusion"):
-    """Stable Diffusion options of the scripts that cache text encoder outputs, beyond the common ones."""
+    """Stable Diffusion options of text caching scripts, in addition to those shared by all families."""
 
     ckpt: Path = option(
         CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True, required=True

@@ -22,7 +22,7 @@ def text_rate(help: str, acts_if: Mapping[str, Callable[[Any], bool]] | None = N
 
 
 class OfFullCheckpoint:
-    """Common options of all scripts for full fine-tuning."""
+    """Options shared by all scripts for full fine-tuning."""
 
     full_bf16: bool
 
