@@ -88,8 +88,8 @@ class AnimaAdapter(nn.Module):
         """Convert one prompt's T5 tokens and Qwen3 states to text tokens, 1 T C, without padding or masks.
 
         Args:
-            states: States of the prompt's own tokens, 1 S text_dim. An empty prompt has one state of zeros,
-                to which attention adds nothing.
+            states: States of the prompt's own tokens, 1 S text_dim. With S = 0, a state of zeros is used, so
+                that cross-attention adds nothing.
             ids: T5's tokens with its end token, 1 T; copied to the device of the states.
             attention: Passed to `modules.attention.attend`.
         """

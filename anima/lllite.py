@@ -267,7 +267,7 @@ def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
 
 
 def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
-    """Return a ControlNet-LLLite for the training loop: functions to make and check it, and metadata."""
+    """Describe how a training run builds and checks a ControlNet-LLLite, how to use it, and its metadata."""
     config = _initial_config(options)
     return CustomNetwork(
         label=DISPLAY_NAME,

@@ -178,7 +178,7 @@ class LatentPreviews:
 
     @contextmanager
     def optional(self) -> Iterator[None]:
-        """Turn errors inside the block into one warning, so that previews never stop a generation.
+        """Log only one warning for all errors in `with` blocks, so that previews never stop a generation.
 
         If a file cannot be written, the next preview tries again; any other error ends the previews.
         """

@@ -216,10 +216,10 @@ def format_json(
     hashes: Sequence[dict[str, str]],
     lora_hashes: Mapping[str, str],
 ) -> str:
-    """Return what is known about a model file, its tensors and its checksums, as JSON.
+    """Return a model file's description, tensors and checksums as JSON.
 
     Args:
-        model: What is known about it.
+        model: The model's summary.
         listed_tensors: Tensors to list; None lists none.
         hashes: Checksums of each file; empty if not requested.
         lora_hashes: Checksums by their keys in a LoRA's metadata.

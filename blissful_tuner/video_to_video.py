@@ -118,7 +118,7 @@ def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> 
 
 
 def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) -> None:
-    """Warn if the source image or video is stretched visibly, and suggest a size that keeps its ratio."""
+    """Warn if the source image or video is stretched visibly; suggest a size with its aspect ratio."""
     from modules.media import reading  # only with a source file
 
     if source.option == IMAGE:

@@ -303,10 +303,10 @@ class Autoencoder(ImageVae):
     def in_tiles(
         self, compute: Compute, x: Tensor, pixels_in: int, pixels_out: int, device: torch.device
     ) -> Tensor:
-        """Apply `compute` to the images of a batch one by one, in tiles if they are larger than a tile.
+        """Apply `compute` to each image of a batch, in tiles if the image is larger than a tile.
 
         Args:
-            compute: Function of an image, 1 C H W.
+            compute: Function to apply to an image, 1 C H W.
             x: B C 1 H W.
             pixels_in: Edge length of a latent pixel, in pixels of `x`.
             pixels_out: Edge length of a latent pixel, in pixels of the result.

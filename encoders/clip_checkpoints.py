@@ -97,7 +97,7 @@ def read_clip_text(
 
     Args:
         checkpoint: The opened file.
-        naming: The family's names for the encoder in options, records and conditions.
+        naming: The family's names for the encoder in options, caches and conditions.
         config_json: The network's settings; None reads them from a config.json next to the file.
 
     Raises:
@@ -132,7 +132,7 @@ def plan_clip_text(
         network: The file with prefixes removed.
         sources: How to build each tensor, by its name in the network.
         config_json: The network's settings; may be empty.
-        naming: The family's names for the encoder in options, records and conditions.
+        naming: The family's names for the encoder in options, caches and conditions.
 
     Raises:
         CheckpointError: If a tensor that gives a dimension is missing or the tower takes too few tokens.

@@ -139,8 +139,8 @@ class PooledClip(FileTextEncoder[ClipText]):
         Args:
             path: File or folder of the model, or of a release with it in its subfolder `naming.folder`.
             dtype: Compute dtype.
-            tokenizer: Path from the tokenizer's option; None searches near the model.
-            naming: The family's names for the encoder in options, records and conditions.
+            tokenizer: Value of the tokenizer's option; None searches near the model.
+            naming: The family's names for the encoder in options, caches and conditions.
         """
         super().__init__(inside(path, naming.folder), tokenizer)
         self.name = naming.name

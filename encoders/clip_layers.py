@@ -302,7 +302,7 @@ class ClipVision(nn.Module):
         size = self.image_size
         squares = []
         for image in images:
-            # the shorter side becomes `size`, the longer one is rounded down
+            # the shorter side becomes `size`; the longer one is scaled and rounded down
             width, height = (size * length // min(image.size) for length in image.size)
             resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
             left = (width - size) // 2

@@ -55,7 +55,7 @@ def check_controls(table: MediaTable, network_name: str) -> MediaTable:
 
 
 def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> list[list[CacheEntry]]:
-    """Add control images to cache entries; they have the same crop and mirroring as their images.
+    """Add control images to cache entries; they are cropped and mirrored like their images.
 
     Raises:
         DatasetError: If an image has several control images.

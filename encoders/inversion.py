@@ -104,7 +104,7 @@ def write_vectors(
     Args:
         module: Module with the vectors.
         path: Path of the file.
-        dtype: Dtype of the file; None for float32.
+        dtype: Dtype of the file; None keeps the vectors' dtype.
         metadata: Metadata of the file.
     """
     report_norms(module)
@@ -226,7 +226,7 @@ class Inversion:
     def _make_initial(self, known_embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the initial vectors, each V C, by their keys in embedding files.
 
-        They come from a file, else from the initial word, else they are random.
+        They come from a file, or else from the initial word, or else are random.
 
         Args:
             known_embeddings: Token embeddings of each text encoder, by its key in embedding files.
@@ -241,7 +241,7 @@ class Inversion:
             for encoder in self.encoders:
                 known = known_embeddings[encoder.vector_key]
                 for key in encoder.vector_keys:
-                    # as spread as the embeddings of known tokens
+                    # with the standard deviation of the known tokens' embeddings
                     initial[key] = torch.randn(self.word.count, known.shape[1]) * known.std()
             return initial
         for number, encoder in enumerate(self.encoders, start=1):

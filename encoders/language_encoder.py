@@ -237,7 +237,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             settings: How the family uses the model.
             path: File or folder of the model, or of a release with the model in its subfolder `text_encoder`.
             dtype: Compute dtype.
-            tokenizer: Path from the tokenizer's option; None searches near the model.
+            tokenizer: Value of the tokenizer's option; None searches near the model.
             form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form.
             on_cpu: Whether to compute on the CPU regardless of the run's device.
         """
@@ -632,7 +632,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         templated_prompts: list[TemplatedPrompt] = []
         for prompt, prompt_images in zip(prompts, images, strict=True):
             templated = self.apply_template(prompt)
-            # a typed placeholder would be taken for an image
+            # a typed placeholder would be mistaken for an image
             if prompt_images.token_grids and placeholder in tokenizer.read(templated.prompt).ids:
                 raise MediaError(
                     f"{image_format.token} stands for a picture. Leave it out of the prompt: "

@@ -278,7 +278,7 @@ def read_language_model(
         states: Indices of the hidden states to use, ascending, or ALL_STATES. State n is the output of n
             layers. Negative indices count from the end; -1 is the last state after the final norm.
         final_norm: Whether to apply the final norm to the last state even if it is not -1.
-        pre_norm: Whether to leave out the final norm even if the last state is -1.
+        pre_norm: Whether to omit the final norm even if the last state is -1.
 
     Raises:
         CheckpointError: If the file contains another model or has too few layers.
@@ -599,7 +599,7 @@ def load_language_model(
         free_bytes: Free bytes on the device. Layers that do not fit stay in host memory, and each is copied
             to the device before it runs. None means that all layers fit.
         blocks: Splits the layers over processes; None for all layers here.
-        pre_norm: Whether to leave out the final norm even if the last state is -1.
+        pre_norm: Whether to omit the final norm even if the last state is -1.
 
     Raises:
         CheckpointError: If the file is damaged, contains another model, or has an unsupported form.

@@ -48,7 +48,7 @@ def language_states(
             else:
                 append_state = functools.partial(_append_output, collected)
                 hooks.callback(layers[state - 1].register_forward_hook(append_state).remove)
-        # the state of a layer is its output before the addition; only -1 includes that of the last layer
+        # a layer's state is its output before the addition; only -1 includes the last layer's addition
         layers_with_addition = layers if states[-1] == -1 else layers[:-1]
         for layer, addition in zip(layers_with_addition, layer_additions, strict=False):
             add = functools.partial(_add_to_output, addition)

@@ -245,7 +245,7 @@ def grow_table(network: nn.Module, embedding: str, words: Sequence[EncoderWord])
 
 
 def name_ids(words: Sequence[NewWord], vocabulary: int) -> dict[str, list[int]]:
-    """Return the token ids of words (`cat`) and of their single vectors (`cat1`), by name.
+    """Return the token ids of words (`cat`) and of their individual vectors (`cat1`), by name.
 
     If names collide, words take precedence over single vectors, and these over aliases.
 

@@ -121,11 +121,11 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         Args:
             path: File or folder of the model, or the folder of a full release.
             dtype: Compute dtype; None for that of the file.
-            tokenizer: Path from the tokenizer's option; None searches near the model.
+            tokenizer: Value of the tokenizer's option; None searches near the model.
             max_length: Number of tokens in each row (L), including the end token and padding.
             uses_mask: Whether padding is masked; otherwise tokens attend to padding too.
             form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form.
-            naming: The family's names for the encoder in options, records and conditions.
+            naming: The family's names for the encoder in options, caches and conditions.
         """
         # subfolders of a release that may contain the encoder
         folders = [folder for folder in naming.folders if (path / folder).is_dir()]

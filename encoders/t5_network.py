@@ -89,8 +89,8 @@ _T5_UNUSED = (SPIECE_MODEL, "decoder.*", "lm_head.weight", "logit_scale")
 def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
     """Plan how to load a T5 or umT5 encoder from a file in 16 or 8 bits.
 
-    Tensors may have Wan's official names (also used by Kijai) or Hugging Face's (ComfyUI, transformers), in a
-    file of their own or an all-in-one file.
+    Tensors may have Wan's official names (also used by Kijai) or Hugging Face's (ComfyUI, transformers), in
+    a separate file or an all-in-one file.
 
     Raises:
         CheckpointError: If the file contains another model.
@@ -99,13 +99,13 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
     # only for official names: in Hugging Face's names, "encoder." is not a prefix but part of the name
     if "encoder.token_embedding.weight" in checkpoint.tensors:
         checkpoint = checkpoint.without_prefix("encoder.", ignored_prefixes=_NOT_T5)
-    # transformers may store the same embedding under two names; the second one is not translated, and ignored
+    # transformers may store the same embedding under two names; the second one is ignored
     duplicate = "encoder.embed_tokens.weight" if "shared.weight" in checkpoint.tensors else ""
     sources = rename_sources(
         list_tensor_sources(checkpoint),
         lambda name: name if name == duplicate else translate_name(name, HF_T5),
     )
-    # reject other models, T5 for umT5 and the reverse, and the first version of T5
+    # reject other models, T5 instead of umT5 and vice versa, and the first version of T5
     num_layers = count(sources, r"blocks\.\d+", checkpoint.path)
     if "token_embedding.weight" not in sources or "blocks.0.pos_embedding.embedding.weight" not in sources:
         raise make_wrong_kind_error(checkpoint, kind.description, kind.option, kind.release)

@@ -176,7 +176,7 @@ def add_in_tiles(
         compute: Returns the frames of a tile in order, in one or several pieces.
         x: Input, B C F H W.
         tiles: Tiles of the height and of the width.
-        pixels_per_latent: Side of a latent pixel in pixels of `x` and in pixels of `out`.
+        pixels_per_latent: Edge length of a latent pixel, in pixels of `x` and in pixels of `out`.
         out: Output, B C' F' H' W', filled with zeros.
     """
     pixels_in, pixels_out = pixels_per_latent
@@ -185,7 +185,7 @@ def add_in_tiles(
         for column in column_tiles:
             tile_input = x[..., row.pixel_slice(pixels_in), column.pixel_slice(pixels_in)]
             tile_output = out[..., row.pixel_slice(pixels_out), column.pixel_slice(pixels_out)]
-            # tiles overlap: their weights fade out towards the edges and add up to 1
+            # weights fade out towards the edges and sum to 1 where tiles overlap
             weights = (row.weights(pixels_out)[:, None] * column.weights(pixels_out)).to(out.device)
             start = 0
             for piece in compute(tile_input):  # some frames of the tile

@@ -227,6 +227,7 @@ def _read_pooled_settings(
     width: int, pooled_width: int, broken: Callable[[str], Exception]
 ) -> dict[str, Any]:
     """Return U-Net settings of SDXL's additional conditions: pooled text state and image sizes."""
+    # each size is embedded as `waves` values, half of them sines and half cosines
     waves, remainder = divmod(width - pooled_width, NUM_SIZE_CONDITIONS)
     if remainder or waves < 2 or waves % 2:
         raise broken(
@@ -276,15 +277,15 @@ _OLD_ATTENTION: dialects.Names = (  # names in diffusers before 0.17
 
 
 def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialects.LoadPlan[VaeSizes]:
-    """Plan how to load a VAE: alone or within a whole checkpoint, with released or diffusers' names.
+    """Plan how to load a VAE from its own file or a full checkpoint, with released or diffusers names.
 
     Args:
         checkpoint: The opened checkpoint.
         option: Option that names the file.
-        latent_scale: Scale of latents for diffusers' configuration.
+        latent_scale: Scaling factor of latents for the diffusers config.
 
     Raises:
-        CheckpointError: For any other file.
+        CheckpointError: If the file contains no such VAE.
     """
     vae, sources = vae_sources(checkpoint)
     other_network = dialects.make_wrong_kind_error(

@@ -192,7 +192,7 @@ def _write(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a ControlNet: for XL with diffusers' names, for 1.x and 2.x with the released names."""
+    """Write a ControlNet, with diffusers' tensor names for XL, or the released names for 1.x and 2.x."""
     assert isinstance(module, TrainedControlNet)
     state = module.network.state_dict()
     names = {name: name for name in state}

@@ -61,7 +61,7 @@ def list_generation_command(
         options: Options of the run.
         flag: Option for the file.
         file: The trained file.
-        sample: Settings of the image, such as prompt, width and seed; missing ones are omitted.
+        sample: Settings of the image, such as prompt and seed; missing ones are omitted or placeholders.
         _: Ignored; other kinds of networks need it.
     """
     arguments = {

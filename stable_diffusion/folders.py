@@ -147,7 +147,7 @@ def read_folder_unet(folder: Path, exit_stack: ExitStack) -> LoadPlan[UnetSizes]
 def read_folder_vae(
     folder: Path, option: str, latent_scale: float, exit_stack: ExitStack
 ) -> LoadPlan[VaeSizes]:
-    """Plan how to load the VAE of a folder with config.json and weights; `exit_stack` closes them."""
+    """Plan how to load a VAE from a folder with config.json; `exit_stack` closes the weights."""
     checkpoint = exit_stack.enter_context(open_network_weights(folder, ("diffusion_pytorch_model",)))
     config = _read_config(folder, vae_class())
     if config.get("latents_mean") is not None or config.get("shift_factor"):

@@ -66,7 +66,7 @@ _LINE_OPTIONS: Mapping[str, LineOption] = {
 
 
 def script_defaults(side: int, side_step: int) -> ScriptDefaults:
-    """Return a script's defaults and limits for the shared options.
+    """Return a script's defaults and limits for the options shared by all families.
 
     Args:
         side: Default width and height of the images, in pixels.

@@ -110,12 +110,12 @@ def _tokenize(files: TrainingFiles, index: int, text: str) -> list[int]:
 def describe_extended_inversion(
     word: WordToLearn, files: TrainingFiles, layers: Sequence[str]
 ) -> CustomNetwork:
-    """Return the network whose weights are a word's vectors for each cross-attention of the U-Net.
+    """Describe how a training run builds a word's vectors for each cross-attention of the U-Net.
 
     Args:
         word: The word to learn.
         files: The checkpoint; its only text encoder gets the vectors.
-        layers: Names of the cross-attentions in files.
+        layers: Names of the cross-attentions in embedding files.
     """
 
     def read_start_vectors(path: Path, option: str) -> Mapping[str, Tensor]:
@@ -181,7 +181,7 @@ def _list_generation_command(
         options: Options of the run.
         option: Option of gen_img.py that reads the file.
         file: The trained file.
-        sample: Settings of the image, such as prompt, width and seed; missing ones are omitted.
+        sample: Settings of the image, such as prompt and seed; missing ones are omitted or placeholders.
         _: Ignored; other kinds of networks need it.
     """
     arguments = {

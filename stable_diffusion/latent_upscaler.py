@@ -91,7 +91,7 @@ class LatentUpscaler:
     ) -> Tensor:
         """Enlarge images, encode them with the VAE and refine the latents; return these, B 4 h w.
 
-        The mean of the autoencoder's posterior is used, so the result is not random.
+        Uses the mean of the VAE's posterior, so the result is deterministic.
         """
         del latents, dtype  # arguments that only other upscalers use
         scale = getattr(vae.config, "scaling_factor", LATENT_SCALE)

@@ -290,7 +290,7 @@ def find_inputs(options: ImageInputOptions, num_control_nets: int) -> Inputs:
 
     Args:
         options: Options of input images.
-        num_control_nets: Number of guides for each image, at least one.
+        num_control_nets: Number of ControlNets; each takes one guide per image.
 
     Raises:
         OptionError: If a file is missing, or the number of guides is neither 1 nor a multiple of

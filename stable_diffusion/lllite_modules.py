@@ -212,7 +212,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[dict[str, Lllit
 
 
 def _read_dimensions(checkpoint: Checkpoint, name: str) -> LlliteDimensions:
-    """Read the dimensions of the module `name` from its tensors."""
+    """Return the dimensions of the LLLite module `name`, read from its tensors."""
     tensors = checkpoint.tensors
 
     def shape(ending: str, axes: tuple[int, ...]) -> tuple[int, ...]:

@@ -206,7 +206,7 @@ def _plan_single_file(options: ModelOptions, path: Path, exit_stack: ExitStack) 
 
 
 def find_checkpoint(ckpt: Path) -> Path:
-    """Return the file or folder that --ckpt names; `owner/name` is downloaded if it is not a local path.
+    """Return the file or folder given by --ckpt; `owner/name` is downloaded if it is not a local path.
 
     Raises:
         CheckpointError: If it is missing, or if a folder is not in diffusers' layout.

@@ -207,7 +207,7 @@ class ImageGenerator:
     def _make_section(
         self, latents: Tensor, text_states: _TextStates, settings: contract.ImageSettings
     ) -> Section:
-        """Return start latents and conditions of prompt, negative and empty prompt for the denoising loop."""
+        """Return the denoising loop's input: start latents, and conditions of all three kinds of prompts."""
         device = self.model.device
         positive_sizes = negative_sizes = None
         if self.model.kind is contract.SDXL:

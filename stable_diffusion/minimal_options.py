@@ -113,5 +113,5 @@ def gen_img_argv(options: MinimalInpaintingOptions, mask: Path, seed: int) -> li
         "--seed": seed,
         "--outdir": image.output_dir,
     }
-    # one word, because a prompt may begin with a dash
+    # a single argument, because a prompt may begin with a dash
     return [*option_argv(values), f"--prompt={line}"]

@@ -232,7 +232,7 @@ class GenImgOptions(Options, title="run"):
             )
 
     def _check_control(self) -> None:
-        """Raise OptionError for options of ControlNets, or of CLIP and VGG16, that do not work together."""
+        """Raise OptionError for ControlNet, CLIP or VGG16 options that cannot be combined."""
         check_control(
             self.control,
             self.prompts.guide_image_path,

@@ -53,7 +53,7 @@ class PromptEncoder:
         cross_attentions: Sequence[str] = (),
         lora_words: Sequence[LearnedWord] = (),
     ) -> None:
-        """Add the words of embeddings to the encoders, whose networks get new rows.
+        """Add learned words to the encoders, whose token embeddings get new rows.
 
         Args:
             text_encoders: Text encoders of the checkpoint.
@@ -69,15 +69,15 @@ class PromptEncoder:
         """
         words = merge_lora_words(_read_words(options, cross_attentions), lora_words)
         self._text_encoders = add_words(text_encoders, kind, words)
-        self._known_words = [*list_ids(words, 0)]  # only the words, not their ids
+        self._known_words = [*list_ids(words, 0)]  # the words, without their ids
         self._num_layer_copies = max(len(cross_attentions), 1)  # number of copies of a text's states
         self._kind = kind
         self._weighting_mode = options.emb_normalize_mode
         self._max_chunks = options.max_embeddings_multiples or 1
-        self._hidden_layers = [  # of each encoder: the layer whose states are used, from the end
+        self._hidden_layers = [  # per encoder: the layer to take states from, counted from the end
             _select_layer(encoder, kind, options.clip_skip) for encoder in self._text_encoders
         ]
-        # token ids take far less memory than states, so those of more texts are kept
+        # token ids take far less memory than states, so cache more of them
         self._cut_into_chunks_cached = lru_cache(4 * MAX_CACHED_TEXTS)(self._cut_into_chunks)
         self._encode_cached = lru_cache(MAX_CACHED_TEXTS)(self._encode)
 
@@ -358,10 +358,9 @@ class ImageVectors:
         return [replace(state, pooled=self._vectors[path]) for state, path in zip(states, paths, strict=True)]
 
     def _load_image_encoder(self) -> ClipVision:
-        """Load the image encoder, whose vectors replace the pooled states of the last text encoder.
+        """Load the image encoder, whose vectors replace the last text encoder's pooled states.
 
-        A pooled state is one vector for a whole prompt. Raises CheckpointError if the image encoder's vectors
-        have a different width.
+        Raises CheckpointError if the image encoder's vectors and the pooled states differ in width.
         """
         model = self._model
         image_encoder = load_clip_vision(

@@ -151,7 +151,7 @@ def check_vocabulary(tokenizer: ClipWords, rows: int, checkpoint: Path) -> None:
 
 
 def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Path:
-    """Download the tokenizer; with a folder for tokenizers keep a copy there, for runs without a network."""
+    """Download the tokenizer; keep a copy in --tokenizer_cache_dir, if given, for offline runs."""
     try:
         file = files.download(checkpoint)
     except CheckpointError as error:

@@ -72,7 +72,7 @@ class CheckpointFiles:
 
         Args:
             path: Path of the file.
-            dtype: Dtype of the networks; None keeps that of the source.
+            dtype: Dtype of the networks; None keeps the source's dtype.
             metadata: Metadata of the file.
         """
         self.keep_tokenizer(path)
@@ -88,7 +88,7 @@ class CheckpointFiles:
         """Return dtypes and shapes of the tensors in a saved checkpoint.
 
         Args:
-            dtype: Dtype of the networks; None keeps that of the source.
+            dtype: Dtype of the networks; None keeps the source's dtype.
         """
         infos = {name: TensorInfo(torch.float32, (0,)) for name in self.prediction_markers}
         source_infos = dict({} if self.source is None else self.source.tensors)
@@ -136,7 +136,7 @@ def make_writer(
     Args:
         checkpoint: The source checkpoint.
         networks: The trained networks, by name.
-        model_type: What the trained model predicts, which the file records in empty tensors.
+        model_type: What the trained model predicts; empty tensors in the file record it.
     """
     if checkpoint.path.is_dir():
         return _make_writer_for_folder(checkpoint, networks, model_type)

@@ -92,8 +92,8 @@ class FolderWriter:
 
         Args:
             path: Folder to write.
-            dtype: Dtype of the networks; None keeps that of the source.
-            metadata: Metadata for the file of the U-Net.
+            dtype: Dtype of the networks; None keeps the source's dtype.
+            metadata: Metadata for the U-Net's file.
         """
         states = {name: network.state_dict() for name, network in self.networks.items()}
         infos = {network: self._list_infos(network, dtype) for network in self.files}
