@@ -83,7 +83,7 @@ def make_guidance(
         for pass_ in plan.passes:
             conditions = getattr(section, pass_.conditions_name)
             assert conditions is not None, f"the section has no {pass_.conditions_name} conditions"
-            # its own overrides, those of the step, and those of --nag_scale
+            # its own overrides, the step's, and those for --nag_scale
             overrides = combine_overrides(pass_.overrides, plan.common_overrides)
             if nag_overrides is not None and pass_.conditions_name == "positive":
                 overrides = combine_overrides(overrides, nag_overrides.of_section(section))

@@ -48,7 +48,7 @@ class GuidanceStage:
 class PassPlan:
     """The network passes of one sampling step, and the guidance stages that combine their outputs."""
 
-    passes: tuple[Pass, ...]  # the positive pass and those of the stages, each once; () if no pass is run
+    passes: tuple[Pass, ...]  # the positive pass and the stages' passes, each once; () if no pass is run
     # stages of the video, and of its audio
     stages: tuple[tuple[GuidanceStage, ...], tuple[GuidanceStage, ...]] = ((), ())
     velocity_factor: float = 1.0  # factor on the final velocity

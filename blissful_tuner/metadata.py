@@ -87,7 +87,7 @@ def output_metadata(
     for expert_name, files in (loras or {}).items():
         for index, (name, multiplier) in enumerate(files):
             values[f"{lora_name(expert_name)}_{index}"] = f"{name}: {multiplier}"
-    # options of the run, then those of the prompt line, override the values above
+    # the run's options, then the prompt line's, override the values above
     values |= _record({**(settings or {}), **prepared.request.settings})
     return {
         f"bt_{name}": NOT_SET if value is None else replace_surrogates(str(value))

@@ -187,7 +187,7 @@ class PooledClip(FileTextEncoder[ClipText]):
         end = tokenizer.token_to_id(CLIP_END)
         assert end is not None  # checked when the tokenizer was loaded
         ids, masks = fill_rows(token_ids, CLIP_TOKENS, end)  # CLIP pads with its end token
-        # the pooled state is that of the first end token
+        # the pooled state is the first end token's
         ends = torch.tensor([prompt_ids.index(end) for prompt_ids in token_ids])
         pooled = network(ids.to(network.device), ends.to(network.device)).cpu()
         results: list[Conditions] = []

@@ -218,7 +218,7 @@ class ClipText(nn.Module):
         states = self.final_layer_norm(hidden.x) if final_norm else hidden.x
         if ends is None:
             return states, None
-        # the pooled state is always that of the last layer
+        # the pooled state always comes from the last layer
         self._run(hidden, range(num_layers_run, self.num_layers))
         return states, self._pool(hidden.x, ends)
 

@@ -330,7 +330,7 @@ class OneTransformer:
         """Load the transformer, in --dit_dtype unless the placement sets a dtype."""
         (path,) = self.dit_files
         network: nn.Module = self.files.format.load(path, with_dtype(placement, self.files.dit_dtype))
-        # the spec of a release may differ from that of the class
+        # a release's spec may differ from the class's
         network.spec = self.dit  # type: ignore[assignment]
         return network
 

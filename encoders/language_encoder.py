@@ -97,7 +97,7 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
         files.check_bytes(part)
     with files.convert_errors(file):
         tokenizer = Tokenizer(models.BPE.from_file(str(file), str(merges)))
-    # vocab.json and merges.txt lack these settings, which a tokenizer.json contains
+    # vocab.json and merges.txt lack these settings, which tokenizer.json contains
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -88,7 +88,8 @@ class LanguageModel:
     theta: float  # base of the rotary frequencies if there is no config.json
     eps: float  # epsilon of the norms if there is no config.json
     head_width: int = 128  # if there is no config.json and the tensors do not show it
-    # those of `_MARKS` that the first layer with attention has, and TOWER_POSITIONS if its files have them
+    # which of `_DISTINGUISHING_TENSORS` its first layer with full attention has, and TOWER_POSITIONS if the
+    # files contain it
     distinguishing_tensors: tuple[str, ...] = ()
     rope_types: tuple[str, ...] = ("default",)  # types of rotary embedding that equal the default for text
     # how rotary frequencies are shared among time, rows and columns: sixteenths; (): thirds, with alternating
@@ -96,7 +97,7 @@ class LanguageModel:
     mrope_sixteenths: tuple[int, int, int] | tuple[()] | None = None
     tower: VisionTower | None = None  # encodes images in prompts
     skip_option: str = ""  # option that sets the number of layers after the state that is used
-    # further keys of the configuration in transformers
+    # additional keys of the transformers config
     settings: Mapping[str, Any] = field(default_factory=dict)
     # returns further keys; takes the values of config.json ({} if there is none), the number of layers to
     # run, the channels of a head, and the shapes of all tensors by name

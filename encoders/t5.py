@@ -120,7 +120,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 
         Args:
             path: File or folder of the model, or the folder of a full release.
-            dtype: Compute dtype; None for that of the file.
+            dtype: Compute dtype; None for the file's dtype.
             tokenizer: Value of the tokenizer's option; None searches near the model.
             max_length: Number of tokens in each row (L), including the end token and padding.
             uses_mask: Whether padding is masked; otherwise tokens attend to padding too.

@@ -339,7 +339,7 @@ def load_t5(
         path: File or folder of the model.
         device: Device to load to.
         kind: Kind of encoder that the file must contain.
-        dtype: Compute dtype; None for that of the file, or bfloat16 if the file is in fp8.
+        dtype: Compute dtype; None for the file's dtype, or bfloat16 if the file is in fp8.
         form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form,
             except that fp8 weights are dequantized.
         blocks: Receives each block when it is loaded.

@@ -38,7 +38,7 @@ class VisionTower:
     classes: tuple[str, str]  # classes of the configuration and of the network in this module
     feed: str  # weight of the first feed-forward layer, whose rows are the intermediate size
     merger: tuple[str, str]  # weights of the two layers that merge patches into tokens
-    # returns further settings; None if the tensors or the config.json are those of another tower
+    # returns additional settings; None if the tensors or config.json belong to a different tower
     read: Callable[[Sizes, ConfigJson, Shapes], Mapping[str, Any] | None]
     # mean and standard deviation of the colors, by argument of transformers' image processor; {}: CLIP's
     colors: Mapping[str, Sequence[float]] = field(default_factory=dict)

@@ -118,7 +118,7 @@ class ImageSettings:
     negative_scale: float | None = None  # None: no third pass with the empty text
     strength: float = 0.8  # strength of image to image, and of a second stage without --highres_fix_strength
     sizes: SizeOptions = SizeOptions()
-    multipliers: tuple[float, ...] | None = None  # --am, one for each LoRA; None: those of the command line
+    multipliers: tuple[float, ...] | None = None  # --am, one per LoRA; None: the command line's strengths
     num_parts: int = 1  # number of parts of the prompt, separated by " AND "
     deep_shrink: DeepShrinkOptions | None = None
     gradual_latent: GradualLatentOptions | None = None

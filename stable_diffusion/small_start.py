@@ -137,7 +137,7 @@ class _ShrinkHooks:
         self.sample_size = height, width
         if self.depth is None or call.residuals is None:
             return call
-        # a ControlNet runs at full size, so its residuals have to be resized to the features' size
+        # a ControlNet runs at full size, so its residuals must be resized to the features' size
         skip_residuals, middle_residual = call.residuals
         sizes = self._list_feature_sizes()
         resized = [resize_like(skip, size) for skip, size in zip(skip_residuals, sizes, strict=True)]

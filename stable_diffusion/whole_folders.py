@@ -163,7 +163,7 @@ def make_folder_writer(
         CheckpointError: If a tokenizer is missing.
     """
     opened = ExitStack()
-    # vae=None: the saved VAE is the checkpoint's own, not that of --vae
+    # vae=None: the saved VAE is the checkpoint's own, not --vae
     checkpoint_plan = opened.enter_context(replace(checkpoint, vae=None).open_plan())
     plans = list_plans(checkpoint_plan)
     files = {network: _plan_file(network, plans) for network in plans}
