@@ -19,7 +19,7 @@ from modules.speed_options import AttentionChoice
 
 
 class AdapterAttention(nn.Module):
-    """Attention of T5's tokens to themselves or to text states, with normalized, rotated queries and keys."""
+    """Attention of T5 tokens to themselves or to text states, with normalized, rotated queries and keys."""
 
     def __init__(self, config: AdapterConfig, source_dim: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class AdapterAttention(nn.Module):
     def forward(
         self, x: Tensor, source: Tensor, rotary: Tensor, source_rotary: Tensor, attention: AttentionChoice
     ) -> Tensor:
-        """Return the attention of x, 1 T C, to `source`, 1 S C; both have rotary positions from 0."""
+        """Return the attention of x, 1 T C, to `source`, 1 S C; rotary positions of both start at 0."""
         # x: 1 T C    source: 1 T C or 1 S text_dim, whose rows have their own positions, from 0
         heads = (-1, *self.q_norm.normalized_shape)
         query = self.q_norm(run_in_weight_dtype(self.q_proj, x).unflatten(-1, heads))
@@ -45,7 +45,7 @@ class AdapterAttention(nn.Module):
 
 
 class AdapterBlock(nn.Module):
-    """Self-attention, cross-attention to the states, and feed-forward, each with a norm before it."""
+    """Self-attention, cross-attention to the text encoder's states, and feed-forward, each pre-normed."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class AdapterBlock(nn.Module):
 
 
 class AnimaAdapter(nn.Module):
-    """Turn T5's tokens and Qwen3's states into text tokens for the transformer."""
+    """Adapter from T5 tokens and Qwen3 hidden states to the transformer's text tokens."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -85,11 +85,11 @@ class AnimaAdapter(nn.Module):
         self._rotary, self._states_rotary = GridTable(make_table), GridTable(make_table)
 
     def forward(self, states: Tensor, ids: Tensor, attention: AttentionChoice) -> Tensor:
-        """Turn one prompt's T5 tokens and Qwen3 states into text tokens, 1 T C, without padding or masks.
+        """Convert one prompt's T5 tokens and Qwen3 states to text tokens, 1 T C, without padding or masks.
 
         Args:
-            states: States of the prompt's own tokens, 1 S text_dim. A prompt without tokens has one state of
-                zeros, to which attention adds nothing.
+            states: States of the prompt's own tokens, 1 S text_dim. With S = 0, a state of zeros is used, so
+                that cross-attention adds nothing.
             ids: T5's tokens with its end token, 1 T; copied to the device of the states.
             attention: Passed to `modules.attention.attend`.
         """
@@ -119,9 +119,9 @@ def embed_prompts(
     Args:
         adapter: The adapter.
         states: States of the language model, B S text_dim.
-        counts: Number of real states of each prompt, which come first.
+        counts: Number of real states in each prompt; padding follows them.
         ids: T5's token ids, B T; on the host if possible.
-        weights: B T: 0 for padding, else the weight of the token, which is 1 for the last one; on the host if
+        weights: B T: 0 for padding, else the token's weight, which is 1 for the last token; on the host if
             possible.
         max_tokens: Maximum number of tokens n of a prompt.
         attention: How attention is computed.

@@ -64,7 +64,7 @@ class AnimaConfig:
 
     @property
     def rotary_widths(self) -> tuple[int, int, int]:
-        """Return the channels of a head that encode time, rows and columns."""
+        """Return how many channels of each head encode time, row and column."""
         side = self.head_width // 6 * 2
         return self.head_width - 2 * side, side, side
 

@@ -95,13 +95,13 @@ class Anima(ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Return the model's metadata and its number of blocks, which LoRA names do not always show."""
+        """Return the model's metadata, with its number of blocks, which LoRA names do not always show."""
         blocks = {} if self.files.dit is None else {SOURCE_BLOCKS[0]: str(*self.block_counts())}
         return self.metadata_of({**self.model_metadata, **blocks})
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Return the default size, steps and guidance; a ControlNet-LLLite in training adds its strength."""
+        """Return the default settings; a ControlNet-LLLite in training adds its strength and mask."""
         if self.custom_network is None:
             return DEFAULTS
         mask = (control_pictures.MASK_PATH,) if self.takes_mask else ()
@@ -109,19 +109,19 @@ class Anima(ModelOfImages):
 
     @property
     def takes_mask(self) -> bool:
-        """Return whether the ControlNet-LLLite in training also takes a mask."""
+        """Return whether the ControlNet-LLLite being trained also takes a mask."""
         return self.noise.change_conditions is not None
 
     # encoding
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table has control images without a ControlNet-LLLite, or the reverse."""
+        """Raise DatasetError if a table has control images without a ControlNet-LLLite, or vice versa."""
         if self.custom_network is not None:
             table = control_pictures.check_controls(table, self.custom_network.label)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the normalized posterior means of the images, in the VAE's dtype."""
+        """Encode images; return the normalized means of the VAE's posterior, in the VAE's dtype."""
         vae = encoders.vae
         images = replace(media, control=())
         entries = encode_images(
@@ -133,11 +133,11 @@ class Anima(ModelOfImages):
 
     @property
     def part_rates(self) -> Mapping[str, float]:
-        """Return the learning rates of parts, if full training sets any."""
+        """Return the learning rates of parts of the model; {} except for full fine-tuning."""
         return self.options.part_rates if isinstance(self.options, AnimaFullTrainingOptions) else {}
 
     def file_beside(self, dit: Path) -> Path | None:
-        """Return the separate file of the adapter; None if the transformer's file has it."""
+        """Return the adapter's separate file; None if the transformer's file contains the adapter."""
         return self.files.adapter_path
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
@@ -160,7 +160,7 @@ class Anima(ModelOfImages):
         return network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return text states, T5 tokens and controls; raise CacheError or CheckpointError for misfits."""
+        """Return text states, T5 tokens and controls; CacheError or CheckpointError if they do not fit."""
         batch.check(dict.fromkeys(sorted(INPUTS.values()), TEXTS_AGAIN), "the transformer")
         adapter = self.files.adapter_config()
         remedy = f"{TEXTS_AGAIN} and Qwen3 (0.6B)"
@@ -171,7 +171,7 @@ class Anima(ModelOfImages):
             conditions |= control_pictures.controls_of(
                 batch, latents, LATENT.stride[1], self.custom_network.label
             )
-            if control_pictures.CONTROL_MASK in batch.tensors:  # drawn for each step: caches have none
+            if control_pictures.CONTROL_MASK in batch.tensors:  # drawn at each step, not cached
                 conditions[control_pictures.CONTROL_MASK] = batch.tensor(control_pictures.CONTROL_MASK)
         return conditions
 
@@ -203,16 +203,16 @@ class Anima(ModelOfImages):
     # generation
 
     def keep_media(self, request: Request, model_name: str) -> Request:
-        """Return the request without unused media; training a ControlNet-LLLite uses the control image."""
+        """Return the request without unused media; only ControlNet-LLLite training uses a control image."""
         is_controlled = self.custom_network is not None
         return control_pictures.keep_control(
             request, super().keep_media, model_name, takes_control=is_controlled
         )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return the pixels of the control image, and its mask, for a ControlNet-LLLite.
+        """Return a ControlNet-LLLite's control image, and its mask, as pixels.
 
-        Training samples take them from their request, a generation from its options.
+        Samples during training take them from the request, generation from the options.
         """
         if self.custom_network is not None:
             return {0: self._read_sample_controls(prepared)}
@@ -241,7 +241,7 @@ class Anima(ModelOfImages):
         return controls | control_pictures.draw_control_mask(*size, seed=prepared.seed)
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's size, flow shift and guidance."""
+        """Fill in a request's missing size, flow shift and guidance."""
         return self.resolve_image(request, FLOW_SHIFT)
 
     def sections(
@@ -251,7 +251,7 @@ class Anima(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only section, after checking that the adapter has all tokens of the prompt."""
+        """Yield the only run of the denoising loop, after checking the prompt's T5 ids for the adapter."""
         vocabulary = self.files.adapter_config().vocabulary
         ids = prompts[0].positive[IDS]
         assert isinstance(ids, Tensor)
@@ -260,7 +260,7 @@ class Anima(ModelOfImages):
 
 
 def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tensor]:
-    """Return the conditions of texts, keyed by the names of the network's arguments."""
+    """Return the text conditions as keyword arguments for the network, on the device where needed."""
     arguments = {}
     for argument, name in INPUTS.items():
         value = conditions[name]
@@ -270,12 +270,12 @@ def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tenso
 
 
 def family_for_latent_caching(options: AnimaLatentCachingOptions) -> Anima:
-    """Describe the family for anima_cache_latents.py, which needs only the VAE."""
+    """Return the family for anima_cache_latents.py, which requires only the VAE."""
     return Anima(AnimaFiles().add_vae(options.vae.file), stores_controls=True)
 
 
 def family_for_text_caching(options: AnimaTextCachingOptions) -> Anima:
-    """Describe the family for anima_cache_text_encoder_outputs.py, which needs only the text encoder."""
+    """Return the family for anima_cache_text_encoder_outputs.py, which requires only the text encoder."""
     return Anima(AnimaFiles().add_texts(options.qwen3, options.text))
 
 
@@ -291,14 +291,14 @@ def family_for_training(options: AnimaLearningOptions) -> Anima:
     if isinstance(options, AnimaLlliteTrainingOptions):
         from anima.lllite import MODULE, describe_lllite, draw_masks  # only to train one
 
-        if options.lllite_cond_in_channels > 3:  # a mask follows the image's channels, drawn in each step
+        if options.lllite_cond_in_channels > 3:  # a mask channel, drawn in each step, follows the image
             model = replace(model, noise=replace(NOISE, change_conditions=draw_masks))
         return replace(model, custom_network=describe_lllite(options), lora_module=MODULE)
     return model
 
 
 def family_for_generation(options: AnimaGenerationOptions) -> Anima:
-    """Describe the family for anima_generate_image.py."""
+    """Return the family for anima_generate_image.py."""
     if options.lllite_weights is not None and options.control_image is not None:
         from anima.lllite import check_file, check_mask  # only with its file
 

@@ -44,7 +44,7 @@ COSMOS_14B_WIDTH = 5120  # width of Cosmos-Predict2 14B
 
 
 def join_adapter(transformer: Checkpoint, adapter: Checkpoint) -> Checkpoint:
-    """Return the transformer's tensors with those of an adapter file added or put in their place.
+    """Return the transformer's tensors plus the tensors of an adapter file, which take precedence.
 
     Raises CheckpointError if the second file has no adapter.
     """
@@ -96,9 +96,9 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
         )
     query_width, _ = shapes.shape_of("blocks.0.self_attn.q_proj.weight")
     (head_dim,) = shapes.shape_of("blocks.0.self_attn.q_norm.weight", axes=1)
-    # the embedder takes one channel more than the output has: the mask of padding
+    # the embedder takes one more channel than the output has: the padding mask
     has_patches = output_width % PATCH**2 == 0 and input_width == output_width + PATCH**2
-    # frequencies come in pairs, and more than one of them are stretched on each axis
+    # frequencies come in pairs, and each axis needs more than one of them to stretch
     has_heads = query_width == dim and dim % head_dim == 0 and head_dim % 2 == 0 and head_dim // 6 >= 2
     if not has_heads or not has_patches:
         raise CheckpointError(
@@ -172,9 +172,9 @@ identify, load_dit = FORMAT.identify, FORMAT.load
 def read_dit_header(checkpoint: Checkpoint, adapter: Path | None = None) -> DitHeader[AnimaConfig]:
     """Return the dimensions, tensor naming and dtype of a transformer and its text adapter.
 
-    The text adapter, part of Anima, turns the text encoder's states into those the blocks take. `adapter` is
-    its file if the transformer's file does not have it. Raises CheckpointError for another model's file, and
-    if there is no text adapter.
+    The text adapter converts the text encoder's states to the blocks' text input. `adapter` is its file, if
+    it is not in the transformer's file. Raises CheckpointError if the file contains a different model, or if
+    there is no text adapter.
     """
     if adapter is None:
         header = FORMAT.read_header(checkpoint)
@@ -193,7 +193,7 @@ def read_dit_header(checkpoint: Checkpoint, adapter: Path | None = None) -> DitH
 
 @dataclass(frozen=True)
 class AnimaFiles(QwenImageFiles):
-    """Files of a run with Qwen-Image's VAE, Qwen3 and T5's tokenizer."""
+    """Model files for Anima: Qwen-Image's VAE, Qwen3 and T5's tokenizer."""
 
     dit_option: str = DIT_OPTION
     adapter: Path | None = None
@@ -205,7 +205,7 @@ class AnimaFiles(QwenImageFiles):
     called: ClassVar[str] = NAME
 
     def add_texts(self, path: Path | None, options: AnimaTextOptions) -> "AnimaFiles":
-        """Return a copy of these files with the text options added; `path` is the text encoder's."""
+        """Return a copy with the text options added; `path` is the text encoder's file."""
         return replace(
             self,
             text_encoder=path,
@@ -219,9 +219,9 @@ class AnimaFiles(QwenImageFiles):
         )
 
     def adapter_config(self) -> AdapterConfig:
-        """Return the dimensions of the adapter that turns T5's tokens and Qwen3's states into text tokens.
+        """Return the dimensions of the adapter from T5 tokens and Qwen3 states to text tokens.
 
-        Raises CheckpointError if the transformer's files have none, or are another model's.
+        Raises CheckpointError if the transformer's files contain none, or the adapter of a different model.
         """
         adapter = self.dit_header().config.adapter
         assert adapter is not None  # `read_dit_header` rejects a model without
@@ -229,15 +229,15 @@ class AnimaFiles(QwenImageFiles):
 
     @property
     def adapter_path(self) -> Path | None:
-        """Return the path of a separate adapter file, or None; raise OptionError if it does not exist."""
+        """Return the path of a separate adapter file, or None; raise OptionError if the file is missing."""
         return None if self.adapter is None else require_file(self.adapter, ADAPTER_OPTION, "the adapter")
 
     def dit_header(self) -> DitHeader[AnimaConfig]:
-        """Return the transformer's header with its adapter; it is read once per file and process."""
+        """Return the header of the transformer and its adapter; it is read once per file and process."""
         return read_once(self.dit_path, read_dit_header, self.adapter_path)
 
     def language_model(self) -> AnimaTextEncoder:
-        """Return the text encoder, whose weights are read when it is loaded."""
+        """Return the text encoder; its weights are not read until it is loaded."""
         return AnimaTextEncoder(
             self.encoder_settings,
             self.text_encoder_path,

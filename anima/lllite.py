@@ -55,10 +55,10 @@ class LllitePlan:
 
 
 class AttachedLllite(AnimaLllite):
-    """A ControlNet-LLLite that modifies a transformer's layers in every call."""
+    """A ControlNet-LLLite that modifies the inputs of a transformer's layers in every forward pass."""
 
     def __init__(self, plan: LllitePlan, scale: float, dropout: float = 0.0) -> None:
-        """Build the modules; `scale` multiplies their outputs, in training too."""
+        """Build the modules; `scale` multiplies their outputs, also in training."""
         super().__init__(plan.config, plan.num_blocks, plan.input_widths, dropout)
         self.scale = scale
         self.takes_mask = plan.config.cond_in_channels == MASKED_CHANNELS
@@ -70,7 +70,7 @@ class AttachedLllite(AnimaLllite):
         self.strength = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the factor by which the modules' outputs are multiplied."""
+        """Set the factor on the outputs of all modules."""
         self.multiplier = multiplier
 
     def embed_control(self, controls: Tensor | None, strength: float, mask: Tensor | None = None) -> None:
@@ -79,7 +79,7 @@ class AttachedLllite(AnimaLllite):
         Args:
             controls: Control images, B 3 H W in 0..1; None for none.
             strength: Strength of the modules in this call.
-            mask: B 1 H W, 1 where the image is painted anew; for networks that take a mask.
+            mask: B 1 H W, 1 where the image is repainted; for networks that take a mask.
         """
         self.strength = strength
         self.condition = None
@@ -95,7 +95,7 @@ class AttachedLllite(AnimaLllite):
         self.condition = trunk(inputs.to(trunk.conv1.weight.dtype))
 
     def attach_to(self, dit: nn.Module, path: Path | None) -> None:
-        """Let each LLLite module change the input of its layer in every call of the transformer.
+        """Attach the LLLite modules to a transformer, whose layer inputs they modify in every call.
 
         Raises CheckpointError if they do not fit the transformer.
         """
@@ -113,7 +113,7 @@ class AttachedLllite(AnimaLllite):
     def _change_input(
         self, module: AnimaLlliteModule, _: nn.Module, inputs: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
-        """Forward pre-hook: return a layer's changed inputs, or None without a control image."""
+        """Forward pre-hook: return a layer's modified inputs, or None without a control image."""
         if self.condition is None:
             return None
         x, *others = inputs
@@ -122,7 +122,7 @@ class AttachedLllite(AnimaLllite):
 
 
 def _check_layer(name: str, layer: Any, width: int, path: Path | None) -> None:
-    """Raise CheckpointError unless a transformer's layer exists and has inputs of this width."""
+    """Raise CheckpointError unless a transformer's layer exists and has inputs of width `width`."""
     if layer is None or layer.in_features != width:
         has = "has no such layer" if layer is None else f"takes {layer.in_features} channels in this layer"
         raise CheckpointError(
@@ -134,16 +134,16 @@ def _check_layer(name: str, layer: Any, width: int, path: Path | None) -> None:
 
 @dataclass(frozen=True)
 class UnregisteredModule:
-    """Wraps a network so that the module with this attribute does not register it as a submodule."""
+    """Wrapper that keeps a network from being registered as a submodule of the module that stores it."""
 
     lllite: AttachedLllite
 
 
 def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
-    """Plan how to load the ControlNet-LLLite that `option` names; raise CheckpointError for another file."""
+    """Plan how to load the ControlNet-LLLite given by `option`; raise CheckpointError for other files."""
     _check_kind(checkpoint, option)
     names = checkpoint.tensors
-    input_widths = {}  # by the name of a layer in its block
+    input_widths = {}  # by layer path inside a block
     num_blocks = 0
     for name in names:
         match = re.fullmatch(rf"{PREFIX}blocks_(\d+)_(self_attn|cross_attn|mlp)_(\w+)\.down\.weight", name)
@@ -174,7 +174,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
 
 
 def _check_kind(checkpoint: Checkpoint, option: str) -> None:
-    """Raise CheckpointError unless a file is a ControlNet-LLLite for Anima in the present form."""
+    """Raise CheckpointError unless a file is an Anima ControlNet-LLLite of the current format."""
     names = checkpoint.tensors
     if any(name.startswith("lllite_modules.") for name in names):
         raise CheckpointError(
@@ -205,7 +205,7 @@ def _shape_of(checkpoint: Checkpoint, name: str, axes: int) -> tuple[int, ...]:
 
 
 def _read_dilations(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return the trunk's dilations from the file's metadata; raise CheckpointError for unsupported values."""
+    """Return the trunk's dilations from the file's metadata; raise CheckpointError if unsupported."""
     stored = checkpoint.metadata.get("lllite.aspp_dilations", "")
     dilations = tuple(int(number) for number in re.findall(r"\d{1,9}", stored)) or DILATIONS
     if all(1 <= dilation <= MAX_DILATION for dilation in dilations):
@@ -220,7 +220,7 @@ def _read_dilations(checkpoint: Checkpoint) -> tuple[int, ...]:
 def load_lllite(
     path: Path, option: str, dit: nn.Module, device: torch.device, dtype: torch.dtype, multiplier: float
 ) -> AttachedLllite:
-    """Load a file and attach it to a transformer. Raises CheckpointError if it does not fit."""
+    """Load a ControlNet-LLLite file and attach it to a transformer; CheckpointError if it does not fit."""
     with open_checkpoint(require_file(path, option, "")) as checkpoint:
         plan = read_lllite(checkpoint, option)
         _check_blocks(plan.config, path, dit)
@@ -231,9 +231,9 @@ def load_lllite(
 
 
 def check_file(path: Path, option: str) -> LllitePlan:
-    """Check a file's header against the expected tensors, and return its plan.
+    """Check a file's header for the expected tensors, and return its plan.
 
-    Raises CheckpointError if they differ.
+    Raises CheckpointError if the tensors differ.
     """
     with open_checkpoint(require_file(path, option, "")) as checkpoint:
         plan = read_lllite(checkpoint, option)
@@ -243,7 +243,7 @@ def check_file(path: Path, option: str) -> LllitePlan:
 
 
 def check_mask(path: Path, config: LlliteConfig, mask: Path | None) -> None:
-    """Raise OptionError if the ControlNet-LLLite in `path` needs a mask and none is given, or the reverse."""
+    """Raise OptionError if the ControlNet-LLLite in `path` needs a mask but none is given, or vice versa."""
     if config.cond_in_channels == MASKED_CHANNELS:
         if mask is None:
             raise OptionError(f"--lllite_weights {path} is for inpainting. Give its mask to --mask_image")
@@ -267,7 +267,7 @@ def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
 
 
 def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
-    """Return a ControlNet-LLLite for the training loop: functions to make and check it, and metadata."""
+    """Describe how a training run builds and checks a ControlNet-LLLite, how to use it, and its metadata."""
     config = _initial_config(options)
     return CustomNetwork(
         label=DISPLAY_NAME,
@@ -297,7 +297,7 @@ def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
 
 
 def _config_from_options(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
-    """Return the dimensions that the options set."""
+    """Return the ControlNet-LLLite dimensions given by the options."""
     targets = read_targets(options.lllite_target_layers)
     return LlliteConfig(
         cond_emb_dim=options.cond_emb_dim,
@@ -312,7 +312,7 @@ def _config_from_options(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
 
 
 def _initial_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
-    """Return the dimensions in --network_weights, or else those that the options set."""
+    """Return the dimensions in --network_weights; if it is missing or unreadable, those of the options."""
     path = options.network_weights
     if path is None:
         return _config_from_options(options)
@@ -325,8 +325,8 @@ def _initial_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
 def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values: bool) -> AttachedLllite:
     """Build a ControlNet-LLLite for a transformer, and attach it.
 
-    With `with_values` it gets the weights of --network_weights, if given. Raises CheckpointError if the file
-    does not fit.
+    With `with_values`, it loads the weights in --network_weights, if given. Raises CheckpointError if the
+    file does not fit.
     """
     dropout = options.lllite_dropout or 0.0
     path = options.network_weights
@@ -343,7 +343,7 @@ def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values
 
 
 def _plan_for(dit: nn.Module, config: LlliteConfig) -> LllitePlan:
-    """Return the plan of a new ControlNet-LLLite for each block of a transformer."""
+    """Plan a new ControlNet-LLLite for a transformer: its config, and the layers to modify in each block."""
     num_blocks: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
     input_widths = {}
     for _, layer_path in list_layers(config.layers, 1):
@@ -354,7 +354,7 @@ def _plan_for(dit: nn.Module, config: LlliteConfig) -> LllitePlan:
 
 
 def _check_start(options: AnimaLlliteTrainingOptions) -> None:
-    """Check that the file of --network_weights has the dimensions that the options set."""
+    """Check that the file --network_weights has the dimensions given by the options."""
     path = options.network_weights
     if path is None:
         return
@@ -379,9 +379,9 @@ def _check_start(options: AnimaLlliteTrainingOptions) -> None:
 
 
 def draw_masks(inputs: Conditions, _: str, generator: torch.Generator) -> Conditions:
-    """Draw a random mask for each control image of a batch, B 1 H W uint8; return the tensors with masks.
+    """Draw a random mask, B 1 H W uint8, for each control image of a batch; return `inputs` with the masks.
 
-    1 marks pixels to paint anew. The masks are those of --train_inpainting.
+    1 marks pixels to repaint. The masks are drawn as for --train_inpainting.
     """
     controls = inputs[CONTROL_PIXELS]
     assert isinstance(controls, Tensor)
@@ -394,7 +394,7 @@ def draw_masks(inputs: Conditions, _: str, generator: torch.Generator) -> Condit
 def _make_generation_command(
     takes_mask: bool, file: Path, sample: Mapping[str, Any], base_command: Sequence[str]
 ) -> list[str]:
-    """Return the command that generates with a trained file; `base_command` is the command without it."""
+    """Return the generation command for a trained file, built from `base_command`, which lacks the file."""
     control = sample.get("control_path") or Placeholder("CONTROL_PICTURE")
     further = {"--lllite_weights": file, "--control_image": control}
     if takes_mask:

@@ -43,7 +43,7 @@ class LlliteConfig:
 
 
 def make_norm(channels: int) -> nn.GroupNorm:
-    """Return a GroupNorm with 8 groups, or with the largest of 4, 2 and 1 that divides the channels."""
+    """Return a GroupNorm with the largest of 8, 4, 2 and 1 groups that divides the channels."""
     groups = 8
     while channels % groups:
         groups //= 2
@@ -67,7 +67,7 @@ class ControlResidual(nn.Module):
 
 
 class ControlPyramid(nn.Module):
-    """Atrous spatial pyramid (ASPP): joins dilated convolutions and the mean of the whole image."""
+    """Atrous spatial pyramid pooling (ASPP): concatenates dilated convolutions and the image's mean."""
 
     def __init__(self, channels: int, dilations: Sequence[int]) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class ControlPyramid(nn.Module):
         self.proj = layer(size=1, dilation=1, inputs=channels * (len(dilations) + 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the pyramid to x, B C H W, and join its branches."""
+        """Apply the pooling pyramid to x, B C H W, and concatenate its branches."""
         views = [branch(x) for branch in self.branches]
         full = self.global_conv(x.mean(dim=(2, 3), keepdim=True))
         views.append(functional.interpolate(full, x.shape[2:], mode="bilinear", align_corners=False))
@@ -92,7 +92,7 @@ class ControlPyramid(nn.Module):
 
 
 class LlliteTrunk(nn.Module):
-    """Turn control images, B 3 or 4 H W in -1..1, into one condition per token, B L E, in row order."""
+    """Convert control images, B 3 or 4 H W in -1..1, to a condition per token, B L E, row by row."""
 
     def __init__(self, config: LlliteConfig) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class LlliteTrunk(nn.Module):
 
 
 class AnimaLlliteModule(nn.Module):
-    """Compute the change of one layer's input from the control image."""
+    """Compute a correction of one layer's input from the control image."""
 
     def __init__(self, config: LlliteConfig, width: int, dropout: float = 0.0) -> None:
         """Build the LLLite module for a layer whose input has `width` channels."""
@@ -137,7 +137,7 @@ class AnimaLlliteModule(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Return the change of x, B L C, computed from the embedded control image, B L E."""
+        """Return the correction of x, B L C, computed from the embedded control image, B L E."""
         own = condition + self.depth_embed
         gamma, beta = self.cond_to_film(own).chunk(2, dim=-1)
         h = self.mid(torch.cat([own, functional.silu(self.down(x))], dim=-1))
@@ -145,12 +145,12 @@ class AnimaLlliteModule(nn.Module):
 
 
 class AnimaLllite(nn.Module):
-    """The trunk and all blocks' modules of a ControlNet-LLLite, named as in files."""
+    """The trunk and all blocks' modules of a ControlNet-LLLite; attribute names match those in files."""
 
     def __init__(
         self, config: LlliteConfig, num_blocks: int, input_widths: dict[str, int], dropout: float = 0.0
     ) -> None:
-        """Build the modules for a transformer of `num_blocks` blocks; `input_widths` are keyed by layer."""
+        """Build the modules for a transformer of `num_blocks` blocks; `input_widths`: by layer path."""
         super().__init__()
         self.lllite_conditioning1 = LlliteTrunk(config)
         for name, path in list_layers(config.layers, num_blocks):
@@ -159,9 +159,9 @@ class AnimaLllite(nn.Module):
 
 
 def list_layers(layers: Sequence[str], num_blocks: int) -> Iterator[tuple[str, str]]:
-    """Yield each module's name in files and the path of its layer, in the network's order.
+    """Yield each module's name in files and the path of the layer it modifies, in forward order.
 
-    `layers` are the layers of a block that have a module.
+    `layers` are the layers of each block that have a module.
     """
     for block in range(num_blocks):
         for layer in _ORDER:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
 
 @dataclass(frozen=True)
 class AnimaTokens:
-    """Inputs of the blocks in addition to the image tokens x, B L C; built once per forward pass."""
+    """Inputs of the blocks besides the image tokens x, B L C; built once per forward pass."""
 
     grid: tuple[int, int]  # image tokens along rows, columns; L is their product
     rotary: Tensor  # turns by position, L 1 D/2 2, or B L 1 D/2 2
@@ -55,24 +55,24 @@ class AnimaTokens:
     shard: "TokenShard | None" = None  # the tokens that this process has; None: all
 
     def cut(self, shard: "TokenShard") -> Self:
-        """Return the inputs restricted to one process's tokens."""
+        """Return a copy of the inputs for one process's share of the tokens."""
         return replace(self, rotary=shard.slice_rotary(self.rotary), shard=shard)
 
     @property
     def first_noisy_token(self) -> int:
-        """Return the index of the first token of the noisy latents, whose tokens form `grid`."""
+        """Return the index of the first token of the noisy latents; their tokens form `grid`."""
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the block inputs for some tokens of x.
+        """Return the block inputs for a subset of the tokens in x.
 
-        `kept` are the ascending indices of these tokens, B K.
+        `kept` contains the ascending indices of these tokens, B K.
         """
         return replace(self, rotary=select_rotations(self.rotary, kept, num_left_out))
 
 
 class BranchModulation(NamedTuple):
-    """Shift, scale and gate of a branch of a block, each B 1 C float32."""
+    """Shift, scale and gate of one of a block's branches, each B 1 C float32."""
 
     shift: Tensor
     scale: Tensor
@@ -80,7 +80,7 @@ class BranchModulation(NamedTuple):
 
 
 class AnimaAttention(nn.Module):
-    """Self-attention of the image or cross-attention to the text, with normalized queries and keys."""
+    """Self-attention of image tokens, or cross-attention to text, with normalized queries and keys."""
 
     def __init__(self, config: AnimaConfig, source_dim: int) -> None:
         super().__init__()
@@ -97,13 +97,13 @@ class AnimaAttention(nn.Module):
         return self.q_norm(run_in_weight_dtype(self.q_proj, x).unflatten(-1, heads))
 
     def key_and_value(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Return normalized keys, and values, of `source`, B S source_dim: each B S N D."""
+        """Project `source`, B S source_dim, to normalized keys and to values, each B S N D."""
         heads = (-1, *self.k_norm.normalized_shape)
         key = self.k_norm(run_in_weight_dtype(self.k_proj, source).unflatten(-1, heads))
         return key, run_in_weight_dtype(self.v_proj, source).unflatten(-1, heads)
 
     def attend_image(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
-        """Return the self-attention, B L C, of image tokens, with rotary positions."""
+        """Return the self-attention of image tokens, B L C, with rotary position embedding."""
         key, value = self.key_and_value(x)
         query = rotate_halves(self.query(x), tokens.rotary)
         key = rotate_halves(key, tokens.rotary)
@@ -129,7 +129,7 @@ class AnimaAttention(nn.Module):
 
 
 class AnimaFeedForward(nn.Module):
-    """Feed-forward of two layers with the exact GELU between them."""
+    """Feed-forward network: two linear layers with exact GELU between them."""
 
     def __init__(self, config: AnimaConfig) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class AnimaFeedForward(nn.Module):
 
 
 def make_modulation(config: AnimaConfig, num_vectors: int) -> nn.Sequential:
-    """Return the layers that compute modulation vectors from `AnimaTokens.time`, already activated."""
+    """Return the layers from `AnimaTokens.time`, to which SiLU has been applied, to modulation vectors."""
     return nn.Sequential(
         nn.Identity(),
         nn.Linear(config.dim, config.modulation_dim, bias=False),
@@ -151,13 +151,13 @@ def make_modulation(config: AnimaConfig, num_vectors: int) -> nn.Sequential:
 
 
 def compute_modulation(layers: nn.Module, time: Tensor) -> Tensor:
-    """Compute modulation vectors, B n*C float32, from the time embedding, B C, with `make_modulation`."""
+    """Compute modulation vectors, B n*C float32, from time, B C, with layers of `make_modulation`."""
     _, first, second = layers.children()
     return run_in_weight_dtype(second, run_in_weight_dtype(first, time)).float()
 
 
 class AnimaBlock(nn.Module):
-    """Self-attention, cross-attention to the text and feed-forward, each modulated by the timestep."""
+    """Self-attention, cross-attention to text and feed-forward, each modulated by the timestep."""
 
     def __init__(self, config: AnimaConfig) -> None:
         super().__init__()
@@ -181,22 +181,22 @@ class AnimaBlock(nn.Module):
         return self.feed(x, tokens.dtype, *self.modulation(self.adaln_modulation_mlp, tokens))
 
     def modulation(self, layers: nn.Module, tokens: AnimaTokens) -> BranchModulation:
-        """Return the shift, scale and gate of one branch of the block."""
+        """Return the shift, scale and gate of one of the block's branches."""
         vectors = compute_modulation(layers, tokens.time) + tokens.shifts
         return BranchModulation(*vectors.unsqueeze(1).chunk(3, dim=-1))
 
     def modulated_input(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
-        """Return the block's modulated input of self-attention, B L C, from its input x, B L C."""
+        """Return the modulated input of the block's self-attention, B L C, for the block input x, B L C."""
         branch = self.modulation(self.adaln_modulation_self_attn, tokens)
         return modulate(self.norm(x), branch.shift, branch.scale, tokens.dtype)
 
     def feed(self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        """Add the feed-forward branch to x, B L C; each token is processed independently."""
+        """Add the feed-forward branch to x, B L C; tokens are processed independently."""
         return add_gated(x, gate, self.mlp(modulate(self.norm(x), shift, scale, dtype)))
 
 
 class AnimaFinalLayer(nn.Module):
-    """Final norm, shifted and scaled by the timestep's modulation, and projection to patches."""
+    """Final norm, modulated by the timestep's shift and scale, and projection to patches."""
 
     def __init__(self, config: AnimaConfig) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ class AnimaModel(BlockNetwork):
         weights: Tensor,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
-        """Embed a noisy image as tokens, B L C; return them with the blocks' other inputs, such as texts.
+        """Embed a noisy image as tokens, B L C; return them with the blocks' other inputs, such as text.
 
         Args:
             noisy: B Z 1 H W.
@@ -272,7 +272,7 @@ class AnimaModel(BlockNetwork):
             states_mask: B S, 1 for real ones, which come first.
             ids: Token ids of T5, B T'.
             weights: B T', 0 for padding after the tokens, 1 or a weight for each token.
-            overrides: Changes to this call; a second text in them (for negative attention) has its own
+            overrides: Changes to this call; a second text in them (for NAG) has its own
                 `states`, `states_mask`, `ids` and `weights`.
 
         Raises:
@@ -334,7 +334,7 @@ class AnimaModel(BlockNetwork):
         return padded.to(dtype), repeats
 
     def unembed(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
-        """Turn tokens B L C into the velocity, B Z 1 H W in float32."""
+        """Project tokens B L C to the velocity, B Z 1 H W in float32."""
         rows, columns = tokens.grid
         patches = self.final_layer(x, tokens).float()
         # channels come last in a token, unlike in the input, where they come first
@@ -354,14 +354,14 @@ class AnimaModel(BlockNetwork):
 
 
 def cut_patches(latents: Tensor) -> Tensor:
-    """Cut latents, B Z 1 H W, into the tokens of 2 x 2 latent pixels: B L (Z ph pw)."""
+    """Cut latents, B Z 1 H W, into tokens of 2 x 2 latent pixels: B L (Z ph pw)."""
     return rearrange(latents, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)
 
 
 def count_real(mask: Tensor) -> list[int]:
-    """Return each text's number of real states. `mask` is B S, ideally on the host.
+    """Return the number of non-padding states per text. `mask` is B S, ideally on the host.
 
-    Raises ValueError if padding comes before a real state.
+    Raises ValueError if padding precedes a real state.
     """
     real = mask != 0
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)

@@ -43,7 +43,7 @@ _OF_FULL = (
 
 
 class AnimaVaeOptions(Options):
-    """Path of the VAE and how it runs."""
+    """Options of the VAE: its path, dtype and tiling."""
 
     file: VaeOptions = option(
         facts=OF_DECODING, settings={"vae": {"help": "Qwen-Image's VAE: file or folder"}}
@@ -55,7 +55,7 @@ class AnimaVaeOptions(Options):
 
 
 class AnimaTextOptions(Options):
-    """Options of the text encoder and of T5's tokenizer."""
+    """Options of the Qwen3 text encoder and of T5's tokenizer."""
 
     text_encoder_tokenizer: Path | None = option(
         "Qwen3's tokenizer: folder or file; default: in or next to the encoder's folder, else from the hub",
@@ -86,7 +86,7 @@ class AnimaTextOptions(Options):
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
     def as_options(self) -> dict[str, Any]:
-        """Return the options that select the same text encoder in another script."""
+        """Return the text encoder options, by flag, for a printed command of another script."""
         return {
             "--qwen3_tokenizer": self.text_encoder_tokenizer,
             "--t5_tokenizer_path": self.t5_tokenizer_path,
@@ -114,20 +114,20 @@ _ADAPTER = (
 
 
 class AnimaLatentCachingOptions(Options, title=NAME):
-    """Options of anima_cache_latents.py in addition to the shared ones."""
+    """Options that anima_cache_latents.py adds to those shared by all model families."""
 
     vae: AnimaVaeOptions
 
 
 class AnimaTextCachingOptions(Options, title=NAME):
-    """Options of anima_cache_text_encoder_outputs.py in addition to the shared ones."""
+    """Options that anima_cache_text_encoder_outputs.py adds to those shared by all model families."""
 
     qwen3: Path = option(_QWEN3, required=True, often=True)
     text: AnimaTextOptions
 
 
 class AnimaLearningOptions(Options, title=NAME):
-    """Options of both training scripts in addition to those of all image trainers."""
+    """Options of all Anima training scripts in addition to those of all image trainers."""
 
     # resume compares its name
     dit: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
@@ -271,13 +271,13 @@ class AnimaFullTrainingOptions(AnimaLearningOptions, title=NAME):
 
     @property
     def part_rates(self) -> dict[str, float]:
-        """Return the given learning rates, keyed by a part of their parameters' names."""
+        """Return the learning rates that are set, keyed by a substring of parameter names."""
         rates = {part: getattr(self, name) for name, part in PARTS.items()}
         return {part: rate for part, rate in rates.items() if rate is not None}
 
 
 class AnimaGenerationOptions(Options, title=NAME):
-    """Options of anima_generate_image.py in addition to the shared ones."""
+    """Options that anima_generate_image.py adds to those shared by all model families."""
 
     dit: Path | None = option(
         "transformer checkpoint", flags=("--dit", "--pretrained_model_name_or_path"), often=True
@@ -306,7 +306,7 @@ class AnimaGenerationOptions(Options, title=NAME):
 
 
 def translate_training(args: argparse.Namespace) -> None:
-    """Set the shared options from --attn_mode and --unsloth_offload_checkpointing, Anima's other names.
+    """Set shared options from Anima's aliases --attn_mode and --unsloth_offload_checkpointing.
 
     Raises OptionError if two options to keep activations in host memory are given.
     """
@@ -335,13 +335,13 @@ TRAINER: Mapping[str, Any] = {  # defaults of both training scripts, for `ImageT
 
 
 def caching_options(options: AnimaLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a training's options for latent caching and for text caching, as values by option name."""
+    """Return the options, by flag, of the latent and text caching scripts that match a training run."""
     texts = {"--qwen3": options.qwen3 or Placeholder("QWEN3_FILE"), **options.text.as_options()}
     return options.vae.file.command_options(), texts
 
 
 def generation_options(options: AnimaLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, with values, of a command that generates `sample` with the models of a training."""
+    """Return the command-line options, by flag, that generate `sample` with the models of a training run."""
     return {
         "--dit": options.dit or Placeholder("DIT_FILE"),
         "--llm_adapter_path": options.llm_adapter_path,

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 @functools.cache  # one object for each length
 def make_encoder_settings(max_tokens: int) -> LanguageEncoderSettings:
-    """Return the settings for using Qwen3 with at most `max_tokens` tokens of a prompt."""
+    """Return the Qwen3 encoder settings, with prompts of at most `max_tokens` tokens."""
     return LanguageEncoderSettings(
         name="qwen3",
         states_key=STATES,
@@ -63,7 +63,7 @@ def make_encoder_settings(max_tokens: int) -> LanguageEncoderSettings:
 
 
 class AnimaTextEncoder(LanguageModelEncoder):
-    """Qwen3 with its final norm; states after the text's end are zeros. T5's tokens need no encoder."""
+    """Qwen3 with its final norm; states of padding are zeros. T5 is only used as a tokenizer."""
 
     abilities = EncoderAbilities(trainable=True, offloads_layers=True, shardable=True, accepts_new_words=True)
     lora_prefix = "lora_te"
@@ -71,9 +71,9 @@ class AnimaTextEncoder(LanguageModelEncoder):
     def __init__(
         self, *args: Any, t5_tokenizer: Path | None = None, t5_max_tokens: int, **settings: Any
     ) -> None:
-        """Set up the encoder; prompts are cut to `t5_max_tokens` tokens of T5, including the end token.
+        """Set up the encoder; T5 prompts are truncated to `t5_max_tokens` tokens, including the end token.
 
-        `t5_tokenizer` is the path of its option; other arguments as in `LanguageModelEncoder`.
+        `t5_tokenizer` is the value of its option; the other arguments are those of `LanguageModelEncoder`.
         """
         super().__init__(*args, **settings)
         self.t5_tokenizer = t5_tokenizer
@@ -85,12 +85,12 @@ class AnimaTextEncoder(LanguageModelEncoder):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return what the text states depend on besides the text; reads no weights."""
+        """Return everything that the text states depend on except the text; reads no weights."""
         lengths = {"tokens": str(self.max_length), "t5_tokens": str(self.t5_max_tokens)}
         return {**super().identity, "t5": T5_SOURCE.identity(self.t5_tokenizer, self.path), **lengths}
 
     def load(self, device: torch.device) -> None:
-        """Load Qwen3 and, once, T5's tokenizer."""
+        """Load Qwen3 and, if not yet loaded, T5's tokenizer."""
         if self._read_t5 is None:
             self._read_t5 = T5_SOURCE.load(self.t5_tokenizer, self.path, "the adapter")
         super().load(device)
@@ -144,7 +144,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
 
 
 def check_tokens(ids: Tensor, vocabulary: int, path: Path) -> None:
-    """Raise CheckpointError if T5's tokenizer has more tokens than the adapter in `path` has embeddings."""
+    """Raise CheckpointError if T5's tokenizer has ids beyond the embeddings of the adapter in `path`."""
     largest = int(ids.max())
     if largest >= vocabulary or int(ids.min()) < 0:
         raise CheckpointError(

@@ -83,7 +83,7 @@ def make_guidance(
         for pass_ in plan.passes:
             conditions = getattr(section, pass_.conditions_name)
             assert conditions is not None, f"the section has no {pass_.conditions_name} conditions"
-            # its own overrides, those of the step, and those of --nag_scale
+            # its own overrides, the step's, and those for --nag_scale
             overrides = combine_overrides(pass_.overrides, plan.common_overrides)
             if nag_overrides is not None and pass_.conditions_name == "positive":
                 overrides = combine_overrides(overrides, nag_overrides.of_section(section))
@@ -97,9 +97,9 @@ def make_guidance(
 
 
 class _NagOverrides:
-    """Makes the overrides that steer the attention of positive passes away from --nag_prompt.
+    """Overrides that steer the attention of positive passes away from --nag_prompt.
 
-    A section has one object, because overrides are compared by identity.
+    They are made once per section, because overrides are compared by identity.
     """
 
     def __init__(self, options: NagOptions) -> None:
@@ -108,14 +108,14 @@ class _NagOverrides:
         self._overrides = NO_OVERRIDES
 
     def of_section(self, section: Section) -> Overrides:
-        """Return the overrides for --nag_prompt in a section whose conditions are already on the device."""
+        """Return the overrides that apply --nag_prompt in a section (a run of the denoising loop)."""
         if section is not self._section:
             self._section = section
             self._overrides = self._make_overrides(section)
         return self._overrides
 
     def _make_overrides(self, section: Section) -> Overrides:
-        """Return overrides that steer attention away from the section's NAG text."""
+        """Return overrides that steer attention away from the section's NAG prompt, `section.nag`."""
         nag_options = self._options
         assert section.nag is not None, "`needs` asks for the text"
         assert nag_options.nag_scale is not None
@@ -124,7 +124,7 @@ class _NagOverrides:
 
 
 def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassPlan, ...]]:
-    """Plan the passes of each step, one plan for each expert of the model.
+    """Plan the passes of each step; each tuple contains one plan per expert of the model.
 
     Raises:
         OptionError: If the request's schedule conflicts with the options.
@@ -139,7 +139,7 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
 
 
 class _StepPlanner:
-    """Chooses each step's passes and stages; all steps and experts share the same pass objects."""
+    """Choose each step's passes and guidance stages; all steps and experts share the same pass objects."""
 
     def __init__(self, prepared: Prepared, options: GuidanceOptions) -> None:
         """Make the passes that steps may need: weakened, perturbed, isolated, and without audio reference."""
@@ -147,7 +147,7 @@ class _StepPlanner:
         self._options = options
         self._rules = prepared.rules
         layers = options.skipped_layers
-        # passes are compared by the identity of their overrides, so each of these is made only once
+        # passes are compared by the identity of their overrides, so make each of these only once
         self._pass_without_layers = Pass("negative", Overrides(skip_blocks=layers))  # skips --slg_layers
         self._steps_without_layers = range(0)
         if layers:
@@ -199,7 +199,7 @@ class _StepPlanner:
         )
 
     def _make_stream_stages(self, rule: StreamGuidance, scale: float) -> tuple[GuidanceStage, ...]:
-        """Return the guidance stages of one stream, images or audio, from its own guidance scales."""
+        """Return the guidance stages of one stream (images or audio), based on its own guidance scales."""
         text_scale = scale if rule.text_scale is None else rule.text_scale
         weights = {
             NEGATIVE: text_scale - 1,
@@ -258,7 +258,7 @@ class _StepPlanner:
         return tuple(stages)
 
     def _select_negative_pass(self, index: int, skips_layers: bool) -> Pass:
-        """Return the negative pass of a step, with blocks skipped if the options or the model ask for it.
+        """Return the negative pass of a step, with blocks skipped if the options or the model request it.
 
         Args:
             index: Index of the step.
@@ -300,7 +300,7 @@ def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
-        """Combine the velocities by the standard CFG formula."""
+        """Return the CFG velocity: negative + scale * (positive - negative)."""
         without = velocities[negative]
         return without + scale * (velocities[POSITIVE] - without)
 
@@ -308,10 +308,10 @@ def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
 
 
 def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[float | None, ...]]:
-    """Return each transformer's guidance scale in each step; with None the positive pass runs alone.
+    """Return each transformer's guidance scale in each step; for None, only the positive pass runs.
 
-    A model may have two transformers, for high and low noise. The scales are those of the standard formula,
-    in which 1 turns guidance off.
+    A model may have two transformers, for high and low noise. Scales follow the standard formula, in which 1
+    turns guidance off.
 
     Raises:
         OptionError: If the request's schedule conflicts with the options.
@@ -329,7 +329,7 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
     guided_steps = (True,) * num_steps
     if options.cfg_skip_mode != "none" and options.cfg_apply_ratio is not None:
         guided_steps = select_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
-    # added to a scale of the model, it gives that of the standard formula
+    # converts a scale of the model to the standard formula
     offset_to_standard = 1 - rules.neutral_scale
     guides_streams = any(map(_has_guidance, rules.streams))
     scales_by_expert: list[tuple[float | None, ...]] = []
@@ -351,7 +351,7 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
 
 
 def _has_guidance(stream: StreamGuidance) -> bool:
-    """Return whether a stream is guided other than by the guidance scale of the request."""
+    """Return whether a stream has guidance settings of its own, besides the request's guidance scale."""
     has_weights = bool(stream.perturbed_scale or stream.identity_scale)
     return has_weights or stream.modality_scale != 1 or stream.text_scale not in (None, 1)
 
@@ -363,7 +363,7 @@ def select_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool,
     skip guidance: early, late, in the middle, or early and late.
     """
     if mode == "alternate":
-        # not with fractions: 0.6 added five times is a little below 3, and existing tools depend on that
+        # floats, because existing tools rely on their rounding: 0.6 added five times is a little below 3
         guided_steps = []
         due = 0.0  # accumulated number of steps that should have guidance so far
         for _ in range(num_steps):
@@ -445,7 +445,7 @@ def read_or_explain(read: Callable[[str], Number], text: str, reason: str) -> Nu
     """Convert a string to a number with `read`.
 
     Raises:
-        ValueError: If the string is not a number; the message is `reason` with the string.
+        ValueError: If the string is not a number; the message contains `reason` and the string.
     """
     try:
         return read(text)
@@ -457,11 +457,11 @@ NO_STEP = "no step uses guidance"
 
 
 def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Raise OptionError if guidance options cannot be followed; warn about those without an effect."""
+    """Raise OptionError if guidance options are unusable; warn about options without effect."""
     scales = list(itertools.chain(*guidance_scales(prepared, options)))
     is_guided = any(scale is not None for scale in scales)
     plans = list(itertools.chain(*plan_steps(prepared, options)))
-    # CFG-Zero* skips the network in the first steps, perhaps in all
+    # CFG-Zero* skips the network in the first steps, possibly in all
     passes = [pass_ for plan in plans for pass_ in plan.passes]
     init_steps = options.cfgzerostar_init_steps
     zero_star_options = {
@@ -508,7 +508,7 @@ def _warn_of_unused_prompts(
 def _warn_of_unused_options(
     prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
 ) -> None:
-    """Warn about each given option of guidance that has no effect on these passes."""
+    """Warn about each given guidance option that has no effect on these passes."""
     # option texts for warnings, which are the keys of `is_given` and `reasons`
     layers = f"--slg_mode {options.slg_mode}"
     rescaling = f"--guidance_rescale {options.guidance_rescale:g}"
@@ -528,7 +528,7 @@ def _warn_of_unused_options(
     reasons: dict[str, str] = {}
     if not is_guided:
         reasons = dict.fromkeys(is_given, NO_STEP)
-    # some step is guided, but no pass skips a layer, so none of the options for such passes acts
+    # some step is guided, but no pass skips a layer, so options for such passes have no effect
     elif not skips_layers:
         if options.skipped_layers:
             reasons[layers] = why_none_skipped(options, prepared.num_steps)
@@ -543,7 +543,7 @@ def _warn_of_unused_options(
 
 
 def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Warn about guidance scales below the one that turns guidance off: 1 in most models, 0 in a few."""
+    """Warn about guidance scales below the neutral one, which is 1 for most models and 0 for a few."""
     neutral_scale = prepared.rules.neutral_scale
     scheduled = guidance_scales(prepared, options) if prepared.request.cfg_schedule else []
     used_scales = {*prepared.guidance_scale, *(stream.text_scale for stream in prepared.rules.streams)}
@@ -562,7 +562,7 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
 
 
 def _name_scales(prepared: Prepared) -> dict[float, str]:
-    """Return, for messages, the first option that sets each guidance scale of a request."""
+    """Return, for messages, which option sets each guidance scale of a request (the first, if several do)."""
     request = prepared.request
     options_by_scale: dict[float, str] = {}
     if request.guidance_scale is not None:
@@ -578,7 +578,7 @@ def _name_scales(prepared: Prepared) -> dict[float, str]:
 
 
 def _describe_low_scale(scale: float, neutral_scale: float) -> str:
-    """Describe the effect of a guidance scale below `neutral_scale`, which turns guidance off."""
+    """Describe the effect of a guidance scale below `neutral_scale`, the scale without guidance."""
     # in the standard formula 1 turns guidance off, and 0 uses only the negative prompt
     weight = scale + 1 - neutral_scale
     effect = "leaves the prompt out"
@@ -593,7 +593,7 @@ def _describe_low_scale(scale: float, neutral_scale: float) -> str:
 
 
 def why_none_skipped(options: GuidanceOptions, num_steps: int) -> str:
-    """Explain why no pass skips the layers of --slg_layers although guidance is on."""
+    """Explain why --slg_layers skips layers in no pass although guidance is on."""
     skipping = list_skip_layer_steps(options, num_steps)
     if options.slg_mode == "original" and options.slg_scale == 0:
         return "--slg_scale is 0"

@@ -21,7 +21,7 @@ from protocols.steps import NO_OVERRIDES, Calls, Overrides, PassVelocities, Pred
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass of the network: the conditions and the overrides that it uses.
+    """A forward pass of the network: its conditions, and its overrides, such as blocks to skip.
 
     Overrides are compared by identity, so stages that share a pass must share its overrides object.
     """
@@ -36,7 +36,7 @@ Velocities = Mapping[Pass, Tensor]  # velocity of each pass of a step, B C F H W
 
 @dataclass(frozen=True)
 class GuidanceStage:
-    """A guidance formula of one step, with the passes that it needs."""
+    """A guidance formula for one step, and the passes whose velocities it combines."""
 
     passes: tuple[Pass, ...]
     # velocity so far (at first the positive pass'), velocities of the passes -> changed velocity
@@ -46,9 +46,9 @@ class GuidanceStage:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """The network passes of one sampling step, and the stages in which their outputs are combined."""
+    """The network passes of one sampling step, and the guidance stages that combine their outputs."""
 
-    passes: tuple[Pass, ...]  # the positive pass and those of the stages, each once; () if no pass is run
+    passes: tuple[Pass, ...]  # the positive pass and the stages' passes, each once; () if no pass is run
     # stages of the video, and of its audio
     stages: tuple[tuple[GuidanceStage, ...], tuple[GuidanceStage, ...]] = ((), ())
     velocity_factor: float = 1.0  # factor on the final velocity
@@ -56,7 +56,7 @@ class PassPlan:
 
     @property
     def max_together(self) -> int:
-        """Return how many of the passes can run as one batch, because their overrides are equal."""
+        """Return the size of the largest batch of passes, which must have equal overrides."""
         return max(Counter(pass_.overrides for pass_ in self.passes).values(), default=0)
 
     def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
@@ -82,7 +82,7 @@ class PassPlan:
 
 
 def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tensor, sigma: float) -> Tensor:
-    """Apply all stages in turn to a stream's positive velocity, and return the guided velocity."""
+    """Apply the stages in order, starting from the stream's positive velocity; return the guided velocity."""
     velocity = velocities[POSITIVE]
     for stage in stages:
         if stage.takes_clean_latents:
@@ -97,7 +97,7 @@ def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tenso
 def run_passes(calls: Calls, predict: Predict, _: Section) -> PassVelocities:
     """Run all passes in this process; passes with equal overrides share one call of `predict`.
 
-    `predict` may run the conditions of a call as a batch.
+    `predict` may run the conditions of a call as one batch.
     """
     by_call: dict[tuple[Overrides, int], Tensor] = {}
     for overrides, conditions in calls.items():
@@ -108,7 +108,7 @@ def run_passes(calls: Calls, predict: Predict, _: Section) -> PassVelocities:
 
 
 def _sum_sample(products: Tensor) -> Tensor:
-    """Return the sum over each sample's elements, B 1 1 1 1."""
+    """Return the sum over each sample, B 1 1 1 1."""
     return products.sum(tuple(range(1, products.ndim)), keepdim=True)
 
 
@@ -116,9 +116,9 @@ def _sum_sample(products: Tensor) -> Tensor:
 #
 # Source: Fan et al. 2025, arXiv 2503.18886.
 def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
-    """Return the stage of CFG-Zero* (`--cfgzerostar_scaling`).
+    """Return the CFG-Zero* guidance stage (`--cfgzerostar_scaling`).
 
-    The negative velocity is first scaled, per sample, to be as close to the positive one as possible.
+    The negative velocity is first scaled, per sample, to be as close as possible to the positive one.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
@@ -162,17 +162,17 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
 # Source: the released code of Stable Diffusion 3.5, which skips blocks in a pass with the positive text.
 # Video tools skip them with the negative text, as here, so that their settings can be reused.
 def list_skip_layer_steps(options: GuidanceOptions, num_steps: int) -> range:
-    """Return the steps with skip-layer guidance, from the fractions --slg_start and --slg_end."""
+    """Return the range of steps with skip-layer guidance, from the fractions --slg_start and --slg_end."""
     return range(int(options.slg_start * num_steps), int(options.slg_end * num_steps))
 
 
 def add_difference(weakened: Pass, scale: float) -> GuidanceStage:
-    """Return the stage that adds `scale` times (positive - weakened pass) to the guided velocity.
+    """Return the stage that adds `scale` times (positive - weakened) to the guided velocity.
 
     Used for `--slg_mode original`, and for the identity guidance of ID-LoRA (arXiv 2603.10256).
 
     Args:
-        weakened: The negative pass without some layers, or the positive one without an audio reference.
+        weakened: The negative pass without some layers, or the positive pass without an audio reference.
         scale: Factor on the difference.
     """
 
@@ -183,12 +183,12 @@ def add_difference(weakened: Pass, scale: float) -> GuidanceStage:
 
 
 def rescale(fraction: float) -> GuidanceStage:
-    """Return the stage that rescales each sample's standard deviation to that of the positive velocity.
+    """Return the stage that rescales each sample to the positive velocity's standard deviation.
 
-    It is that of `--guidance_rescale`. Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
+    This is `--guidance_rescale`. Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
 
     Args:
-        fraction: Weight of the rescaled velocity in the mean with the unscaled one, 0 to 1.
+        fraction: Weight of the rescaled velocity in the blend with the original one, 0 to 1.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
@@ -202,7 +202,7 @@ def rescale(fraction: float) -> GuidanceStage:
 def guide_stream(weights: Mapping[Pass, float], rescale_fraction: float) -> GuidanceStage:
     """Return the stage that guides one stream by its differences from several passes, and rescales it.
 
-    With the clean latents c of the positive pass and x of each other pass, the guided ones are
+    With clean latents c of the positive pass and x of each other pass, the guided latents are
     c + sum of weight * (c - x).
 
     Args:
@@ -221,7 +221,7 @@ def guide_stream(weights: Mapping[Pass, float], rescale_fraction: float) -> Guid
 
 
 def limit_norm(limit: float) -> GuidanceStage:
-    """Return the stage of `--renorm_cfg`: limit the guided norm to `limit` times the positive one's.
+    """Return the stage of `--renorm_cfg`: limit the guided norm to `limit` times the positive norm.
 
     Norms are Euclidean, over all axes except the batch. Source: Qin et al. 2025, arXiv 2503.21758, section on
     inference.
@@ -242,13 +242,13 @@ def keep_token_norms(patch_size: int) -> GuidanceStage:
     Source: the released code of Qwen-Image.
 
     Args:
-        patch_size: Side in latent pixels of the square that becomes a token.
+        patch_size: Edge length, in latent pixels, of the square that becomes a token.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
         positive_norms = _measure_token_norms(velocities[POSITIVE], patch_size)
         norms = _measure_token_norms(velocity, patch_size)
-        # a token without velocity has no direction to rescale, and stays
+        # a token with zero velocity has no direction, so it is left unchanged
         ratio = torch.where(norms > 0, positive_norms / norms, 1.0).unsqueeze(1)
         return velocity * ratio.repeat_interleave(patch_size, dim=-1).repeat_interleave(patch_size, dim=-2)
 
@@ -256,7 +256,7 @@ def keep_token_norms(patch_size: int) -> GuidanceStage:
 
 
 def _measure_token_norms(velocity: Tensor, patch_size: int) -> Tensor:
-    """Return a multiple of each token's Euclidean norm, B F h w."""
+    """Return each token's Euclidean norm divided by the patch size, B F h w."""
     return functional.avg_pool2d(velocity.square().sum(dim=1), patch_size).sqrt()
 
 
@@ -264,7 +264,7 @@ def _measure_token_norms(velocity: Tensor, patch_size: int) -> Tensor:
 # velocity.  Source: Sadat et al. 2024, arXiv 2410.02416; `protocols.rules.Projection` has the first step that
 # uses it.
 class Momentum:
-    """Running sum of the differences between two passes over the steps of one section."""
+    """Running sum, over the steps of one denoising run, of the difference between two velocities."""
 
     def __init__(self, factor: float) -> None:
         """Start the sum at 0; `factor` multiplies it before each new difference is added."""
@@ -278,7 +278,7 @@ class Momentum:
 
 
 def feed_momentum(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> GuidanceStage:
-    """Return a stage with the same formula that also adds the difference of its passes to the momentum."""
+    """Wrap a stage so that it also adds (positive - negative) to the momentum; its formula is unchanged."""
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
         momentum.add(velocities[POSITIVE] - velocities[negative])
@@ -291,9 +291,9 @@ def project_momentum(rule: Projection, momentum: Momentum, negative: Pass) -> Gu
     """Return the stage of adaptive projected guidance.
 
     For each sample:
-    1. add the difference of positive and negative pass to the momentum,
+    1. add the difference of positive and negative velocity to the momentum,
     2. limit the norm of this sum,
-    3. weaken its part parallel to the positive velocity, and add it to the negative velocity.
+    3. weaken its component parallel to the positive velocity, and add it to the negative velocity.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
@@ -308,10 +308,10 @@ def project_momentum(rule: Projection, momentum: Momentum, negative: Pass) -> Gu
 
 
 def _project(vector: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Split each sample of a tensor into its parts parallel and orthogonal to a direction.
+    """Split each sample of a tensor into its components parallel and orthogonal to a direction.
 
-    It is computed in float64, as in the released code, because the orthogonal part is a small difference of
-    large numbers. MPS has no float64.
+    As in the released code, this is computed in float64 (except on MPS, which has none), because the
+    orthogonal component is a small difference of large numbers.
     """
     exact_dtype = vector.dtype if vector.device.type == "mps" else torch.float64
     exact = vector.to(exact_dtype)
@@ -332,9 +332,9 @@ def _measure_norms(velocity: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NormalizedGuidance:
-    """Normalized attention guidance, for `NagText.combine_attention`.
+    """Normalized attention guidance (NAG), for `NagText.combine_attention`.
 
-    Equal settings are equal, to reuse compiled code.
+    Instances with equal settings compare equal, so that compiled code is reused.
     """
 
     scale: float
@@ -342,11 +342,11 @@ class NormalizedGuidance:
     alpha: float
 
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """Combine the attention to the prompt with the attention to the NAG text, both B L N D.
+        """Combine the attention outputs for the prompt and for the NAG prompt, both B L N D.
 
-        guided = scale * positive - (scale - 1) * negative, limited to `tau` times the size of `positive`, and
-        then blended: alpha * guided + (1 - alpha) * positive. A size is the sum of absolute values over all
-        heads of a token. The result has the dtype of the inputs.
+        guided = scale * positive - (scale - 1) * negative. Its L1 norm per token, over all heads, is limited
+        to `tau` times the norm of `positive`. The result is alpha * guided + (1 - alpha) * positive, in the
+        dtype of the inputs.
         """
         guided = torch.lerp(negative, positive, self.scale)  # rounded once: large terms almost cancel in it
         allowed = (

@@ -46,8 +46,7 @@ class LatestWriter(Generic[Item]):
 
     Args:
         write: Called with one item at a time.
-        pause: Seconds to pause after an item for each second that it took, if the thread takes time from the
-            generation itself.
+        pause: Seconds to pause per second spent on an item, if the thread slows down the generation itself.
     """
 
     def __init__(self, write: Callable[[Item], None], pause: float = 0.0) -> None:
@@ -59,7 +58,7 @@ class LatestWriter(Generic[Item]):
         self._thread: threading.Thread | None = None
 
     def put(self, item: Item) -> None:
-        """Queue an item for writing in place of a waiting one, and return immediately."""
+        """Queue an item for the writer thread, replacing any waiting item, and return immediately."""
         with self._changed:
             self._waiting = item
             self._changed.notify()
@@ -69,7 +68,7 @@ class LatestWriter(Generic[Item]):
             self._thread.start()
 
     def close(self, drop: bool = False) -> None:
-        """Write the queued preview without a pause, or drop it; then end the thread."""
+        """Write the queued preview without a pause, or drop it; then stop the thread."""
         with self._changed:
             self._ending.set()
             if drop:
@@ -79,7 +78,7 @@ class LatestWriter(Generic[Item]):
             self._thread.join()
 
     def _run(self) -> None:
-        """Write the newest queued preview, then pause in proportion to the time it took."""
+        """Write the newest queued preview, then pause for a multiple of the time it took."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ending.is_set() or self._waiting is not None)
@@ -102,7 +101,7 @@ CPU = torch.device("cpu")
 
 
 class PendingPreview(NamedTuple):
-    """A preview that waits to be written."""
+    """A preview that has not been written yet."""
 
     frames: Callable[[], Iterator[Frame]]  # H W 3; may wait for the device
     fps: float
@@ -111,7 +110,7 @@ class PendingPreview(NamedTuple):
 
 @dataclass
 class LatentPreviews:
-    """Previews of all clips of a run, which replace each other in one file."""
+    """Latent previews of all clips in a run; each preview overwrites the previous one in the same file."""
 
     every: int  # number of steps or sections between previews
     folder: Path
@@ -130,7 +129,7 @@ class LatentPreviews:
             fps: Frames per second of the preview.
 
         Returns:
-            The shot; None if no preview is possible.
+            The preview to write; None if no preview is possible.
         """
         _, _, num_frames, height, width = latents.shape
         is_image = num_frames == 1
@@ -151,7 +150,7 @@ class LatentPreviews:
         return PendingPreview(lambda: enlarge(colors(), rows, columns), fps / step, is_image)
 
     def _check_room(self, height: int, width: int) -> None:
-        """Disable the decoder if the device has no memory for it.
+        """Stop using the decoder if the device may not have enough free memory for it.
 
         Args:
             height: Height of the latents.
@@ -166,7 +165,7 @@ class LatentPreviews:
 
     @torch.no_grad()
     def write(self, take: Callable[[], PendingPreview | None]) -> None:
-        """Replace the preview file atomically with the next preview."""
+        """Call `take` for the next preview, and replace the preview file with it."""
         with self.optional():
             shot = take()
             if shot is None:
@@ -179,7 +178,7 @@ class LatentPreviews:
 
     @contextmanager
     def optional(self) -> Iterator[None]:
-        """Turn errors inside the block into one warning, so that previews never stop a generation.
+        """Log only one warning for all errors in `with` blocks, so that previews never stop a generation.
 
         If a file cannot be written, the next preview tries again; any other error ends the previews.
         """
@@ -198,7 +197,7 @@ class LatentPreviews:
                 )
 
     def _stop_using_vae(self, why: str) -> None:
-        """Make later previews without the decoder, or disable them if there is no alternative; log why."""
+        """Make later previews without the decoder, or disable them if that is impossible; log the reason."""
         self.vae = None
         self.has_ended = not self.latent.preview_factors
         consequence = (
@@ -214,7 +213,7 @@ def preview_clip(
     """Yield functions to call with each step and each section of a clip; end its previews with the clip.
 
     Args:
-        previews: The previews; None for no watchers.
+        previews: Where to show previews; None shows none.
         fps: Frames per second of the finished clip.
         first_step: First step that predicts a clean clip; in earlier steps guidance scales the velocity.
     """
@@ -231,7 +230,7 @@ def preview_clip(
 
 
 class _ClipPreviews:
-    """Makes the previews of one clip, after its steps and its sections."""
+    """Make the previews of one clip, after its steps and its sections."""
 
     def __init__(self, previews: LatentPreviews, fps: float, first_step: int) -> None:
         self.previews = previews
@@ -242,20 +241,20 @@ class _ClipPreviews:
         self.writer = LatestWriter(previews.write, REST_ON_CPU if self.is_on_cpu else 0.0)
 
     def watch(self, done: CompletedStep) -> bool:
-        """Preview the clean clip predicted from a step, without audio; False lets denoising continue."""
+        """Preview the clean images predicted at a step (not audio). Return False: denoising continues."""
         if done.section.count == 1 and self.first_step <= done.step.index < done.step.num_steps - 1:
             self._show(lambda: done.image_latents, done.step.index + 1)
         return False
 
     def on_section(self, section: Section) -> None:
-        """Show the finished sections before the next one is denoised."""
+        """Show a preview of the video's finished sections before the next one is denoised."""
         if section.previous_piece is not None:
             self.made_sections += 1
             so_far = section.previous_piece.previous_latents
             self._show(lambda: so_far, self.made_sections)
 
     def _show(self, latents: Callable[[], Tensor], count: int) -> None:
-        """Show a clip if a preview is due after `count` steps or sections."""
+        """Write a preview of the clip if one is due after `count` steps or sections."""
         if count % self.previews.every or self.previews.has_ended:
             return
         with self.previews.optional(), torch.no_grad():
@@ -267,7 +266,7 @@ class _ClipPreviews:
 
 
 def _copied_frames(chunks: Sequence[Callable[[], Tensor]]) -> Iterator[Frame]:
-    """Yield the frames of chunks, each a function that waits for its copy, as from `copy_to_host`."""
+    """Yield the frames of chunks that are being copied to the host; calling a chunk waits for its copy."""
     for wait_for_chunk in chunks:
         yield from wait_for_chunk().numpy()
 
@@ -310,7 +309,7 @@ def make_previews(
         has_room: Returns whether this many bytes of the device are free next to the network.
 
     Raises:
-        UserError: If the latents cannot be previewed without a decoder, or the decoder is for others.
+        UserError: If the latents cannot be previewed without a decoder, or the decoder is for other latents.
     """
     if options.preview_latent_every is None:
         return None
@@ -324,7 +323,7 @@ def check_preview(options: PreviewOptions, latent: LatentSpec) -> None:
     """Check that the family's latents can be previewed, without loading weights.
 
     Raises:
-        OptionError: If there is no map from the latents to colors, and no decoder is given.
+        OptionError: If the family has no latent-to-RGB projection and no decoder is given.
         CheckpointError: If the decoder is for other latents.
     """
     if options.preview_latent_every is None:

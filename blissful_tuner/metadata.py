@@ -50,12 +50,12 @@ def output_metadata(
     created: datetime | None = None,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> dict[str, str]:
-    """Return the metadata of one output: everything its pixels depend on, with files named without folders.
+    """Return the metadata of one output: everything its pixels depend on, with file names, not paths.
 
     Args:
         prepared: The request.
         model: `Family.metadata`.
-        loras: File name and multiplier of each LoRA, by expert; "" for experts without LoRAs of their own.
+        loras: File name and strength of each LoRA, by expert; "" is the only or the low-noise expert.
         settings: Other options that were given to the script, by name.
         device: Type of the device that computed the output.
         created: Time of creation.
@@ -87,7 +87,7 @@ def output_metadata(
     for expert_name, files in (loras or {}).items():
         for index, (name, multiplier) in enumerate(files):
             values[f"{lora_name(expert_name)}_{index}"] = f"{name}: {multiplier}"
-    # options of the run, then those of the prompt line, override the values above
+    # the run's options, then the prompt line's, override the values above
     values |= _record({**(settings or {}), **prepared.request.settings})
     return {
         f"bt_{name}": NOT_SET if value is None else replace_surrogates(str(value))
@@ -96,7 +96,7 @@ def output_metadata(
 
 
 def _describe_experts(prepared: Prepared, experts: Sequence[Expert]) -> dict[str, object]:
-    """Return the guidance scales and starting timesteps of all experts but the first."""
+    """Return metadata for models with several experts: guidance scales, and where the later ones begin."""
     values: dict[str, object] = {}
     for name, scale in prepared.request.expert_guidance.items():
         values[f"guidance_scale_{name}"] = scale
@@ -110,7 +110,7 @@ def _describe_experts(prepared: Prepared, experts: Sequence[Expert]) -> dict[str
 
 
 def _list_optional(prepared: Prepared, device: str | None, created: datetime | None) -> dict[str, object]:
-    """Return the metadata values that are set for only some outputs."""
+    """Return the metadata values that only some outputs have."""
     request = prepared.request
     values: dict[str, object] = {
         "embedded_cfg_scale": prepared.embedded_guidance,
@@ -132,7 +132,7 @@ def _list_optional(prepared: Prepared, device: str | None, created: datetime | N
 
 
 def lora_name(expert: str) -> str:
-    """Return the metadata name of an expert's LoRAs: `lora_high_noise`, or `lora` without an expert name."""
+    """Return the metadata key of an expert's LoRAs: `lora_high_noise`, or `lora` without an expert name."""
     return f"lora_{expert}" if expert else "lora"
 
 
@@ -144,7 +144,7 @@ def read_decoded_metadata(
 ) -> dict[str, str]:
     """Return the metadata of pixels decoded from a latent file.
 
-    It is the latent file's own metadata with the decoding options of this run.
+    This is the latent file's own metadata plus this run's decoding options.
 
     Args:
         latent_metadata: Metadata of the latent file.
@@ -154,7 +154,7 @@ def read_decoded_metadata(
     """
     replaced = {*decoding_options, "fps"}
     texts = {name: text for name, text in latent_metadata.items() if name.removeprefix("bt_") not in replaced}
-    # outputs name values bt_...; a latent file has some of them without the prefix too: drop those copies
+    # a latent file stores some bt_ values without the prefix, too: drop these copies
     texts = {name: text for name, text in texts.items() if f"bt_{name}" not in texts}
     values = {name: text for name, text in _record(settings).items() if name in decoding_options}
     values["fps"] = f"{fps:g}"
@@ -175,9 +175,9 @@ def _record(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def with_plain_keys(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata of a latent file under both names that known tools read: `bt_seeds` and `seeds`.
+    """Return a latent file's metadata under both keys that other tools read, such as `bt_seeds` and `seeds`.
 
-    This is for latent files only: in a PNG, a `prompt` without prefix is the workflow of another program.
+    Only for latent files: in a PNG, `prompt` without a prefix is the workflow of another program.
     """
     texts = {name: metadata.get(f"bt_{name}", NOT_SET) for name in PLAIN}
     return {**metadata, **{name: text for name, text in texts.items() if text != NOT_SET}}
@@ -199,7 +199,7 @@ PARAMETERS = {
 
 
 def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata for PNG: the tags and, if there is a prompt, `parameters`, which image viewers read.
+    """Return metadata for PNG: the tags and, if there is a prompt, `parameters` for image viewers.
 
     `parameters` is the format of AUTOMATIC1111's web UI: the lines of the prompt, a line with the negative
     prompt, and a line with all settings. If a line of the prompt could be mistaken for one of these, the
@@ -208,7 +208,7 @@ def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
     prompt = read_value(metadata, "prompt")
     if prompt is None:
         return as_tags(metadata)
-    # readers would take such a line of the prompt for the negative prompt
+    # readers would mistake such a prompt line for the negative prompt
     if any(line.strip().startswith(NEGATIVE) for line in prompt.splitlines()[1:]):
         prompt = " ".join(prompt.split())
     lines = [prompt.strip()]
@@ -220,7 +220,7 @@ def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _format_settings(metadata: Mapping[str, str]) -> str:
-    """Return the last line of `parameters`, which lists the settings."""
+    """Return the last line of the `parameters` text, which lists the generation settings."""
     settings = []
     for name, text in _list_parameters(metadata).items():
         if text and text != NOT_SET:
@@ -231,7 +231,7 @@ def _format_settings(metadata: Mapping[str, str]) -> str:
 
 
 def _list_parameters(metadata: Mapping[str, str]) -> dict[str, str | None]:
-    """Return the recorded generation settings, by their names in the `parameters` text."""
+    """Return the recorded generation settings under their names in the A1111-style `parameters` text."""
     values = {name: read_value(metadata, key) for name, key in PARAMETERS.items()}
     width = read_value(metadata, "width")
     height = read_value(metadata, "height")
@@ -245,12 +245,12 @@ def _list_parameters(metadata: Mapping[str, str]) -> dict[str, str | None]:
 
 
 def read_value(metadata: Mapping[str, str], name: str) -> str | None:
-    """Return a setting from metadata, with or without the prefix `bt_`; None if it is missing."""
+    """Return a setting from metadata, stored with or without the prefix `bt_`; None if it is missing."""
     return metadata.get(f"bt_{name}", metadata.get(name))
 
 
 def read_stored_seed(metadata: Mapping[str, str]) -> int:
-    """Return the stored seed, or 0; it is parsed as an integer, because floats round above 2^53."""
+    """Return the seed in metadata, or 0. It is parsed as an integer, because floats round above 2^53."""
     text = (read_value(metadata, "seeds") or "").strip()
     return int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text) else 0
 
@@ -265,7 +265,7 @@ def read_frame_rate(metadata: Mapping[str, str]) -> float | None:
 
 
 def read_visible_region(metadata: Mapping[str, str]) -> Box | None:
-    """Return the stored region of the decoded pixels that forms the result; None if all of them do."""
+    """Return the region of the decoded pixels to keep, read from the metadata; None for the whole frame."""
     text = read_value(metadata, SHOWN) or ""
     if not re.fullmatch(r"[0-9]{1,5}( [0-9]{1,5}){3}", text):
         return None

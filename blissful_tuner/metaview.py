@@ -40,7 +40,7 @@ MAX_OF_VALUE = 20_000  # characters in a line; training notes of LoRA files can 
 
 
 class MetaviewOptions(Options):
-    """Files to read and how to show their metadata."""
+    """Command-line options of metaview: the files to read and how to show their metadata."""
 
     input_file: tuple[Path, ...] = option(
         "videos (mkv, mp4, mov), images (png), latents and LoRAs (safetensors), or folders of them",
@@ -55,7 +55,7 @@ class MetaviewOptions(Options):
 
 @dataclass(frozen=True)
 class FileInfo:
-    """Metadata of one file, or the error if it could not be read."""
+    """Metadata of one file, or the error that occurred when reading it."""
 
     path: Path
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -65,8 +65,7 @@ class FileInfo:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the metadata of all files as lines or JSON.
 
-    Files without metadata are named on the error stream. Raises MediaError at the end if some could not be
-    read.
+    Files without metadata are listed on stderr. Raises MediaError at the end if files could not be read.
     """
     (options,) = parse_options(__doc__, argv, MetaviewOptions)
     files = [read_file_info(path) for path in list_files(options.input_file)]
@@ -84,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
-    """List the given files, and the files in given folders that may contain metadata, sorted by name."""
+    """List the given files, and all files in given folders that may contain metadata, sorted by name."""
     files = []
     for path in paths:
         if not path.is_dir():
@@ -99,7 +98,7 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_file_info(path: Path) -> FileInfo:
-    """Read the metadata of a file; a failure becomes the `error` of the result."""
+    """Read the metadata of a file; on failure, the result's `error` is set."""
     from modules.media.reading import read_tags  # with the libraries for images and videos
     from modules.text_files import read_safetensors_texts
 
@@ -116,7 +115,7 @@ def read_file_info(path: Path) -> FileInfo:
 
 
 def as_json(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
-    """Yield the metadata as ASCII JSON, with names and values exactly as stored."""
+    """Yield the metadata as ASCII JSON, with keys and values exactly as stored; `is_one`: not in a list."""
     objects = []
     for info in files:
         content: dict[str, object] = {"file": str(info.path)}
@@ -129,7 +128,7 @@ def as_json(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
 
 
 def as_lines(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
-    """Yield `NAME: value` lines; of several files, each group follows its path and ends in an empty line."""
+    """Yield `NAME: value` lines; unless `is_one`, under each file's path, with empty lines between files."""
     for index, info in enumerate(files):
         if info.error:
             continue
@@ -160,7 +159,7 @@ def sort_metadata(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _as_line(text: str) -> str:
-    """Return a text as one line without control characters, which a terminal could obey."""
+    """Return a text as one line without control characters, which could affect a terminal."""
     plain = text.replace("\r\n", "\n").replace("\n", "\\n").replace("\t", "\\t")
     return shorten(escape_control_codes(plain), MAX_OF_VALUE)
 

@@ -17,7 +17,7 @@ from protocols.families import identify
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Describe a model file, and rewrite it if the options ask for it.
+    """Describe a model file, and rewrite it if the options request it.
 
     Raises UserError if the file cannot be read or written.
     """

@@ -46,7 +46,7 @@ _TO_SAY_WHICH = "--full_target_keys and --full_exclude_keys leave tensors out"
 
 
 class ModelUtilityOptions(Options):
-    """The file to examine, and the result to write."""
+    """Command-line options of the model utility: the file to examine and the file to write."""
 
     input: Path = option(
         "a model (.safetensors, .sft, .pt, .pth, .bin, .ckpt), one of its shards, an index.json, or a folder "
@@ -125,12 +125,12 @@ class ModelUtilityOptions(Options):
 
     @property
     def shard_bytes(self) -> int:
-        """Return the maximum size of a file in bytes; 0 if the model is not split."""
+        """Return the maximum file size in bytes; 0 if the model is not split into shards."""
         return 0 if self.shard_size is None else read_shard_size("--shard_size", self.shard_size)
 
 
 def _make_dtype_error(name: str) -> OptionError:
-    """Return the exception for an unknown dtype."""
+    """Return the error for an unknown dtype."""
     if "8" in name:
         return OptionError(
             f"--dtype {name}: weights in 8 bits are not written. Load the file with --fp8_scaled, or use "
@@ -142,7 +142,7 @@ def _make_dtype_error(name: str) -> OptionError:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """Facts about a model that are found without reading its weights."""
+    """Facts about a model, found without reading its weights."""
 
     path: Path
     description: str  # the kind of model in words, such as "a Wan transformer (--dit) for --task t2v-14B"
@@ -159,23 +159,23 @@ class ModelSummary:
 
     @property
     def file_bytes(self) -> int:
-        """Return the size of all files in bytes."""
+        """Return the total size of the files in bytes."""
         return sum(file.stat().st_size for file in self.files)
 
     @property
     def num_parameters(self) -> int:
-        """Return the number of values in all tensors."""
+        """Return the total number of elements in all tensors."""
         return sum(prod(info.shape) for info in self.tensors.values())
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file is safetensors, by the JSON header at byte 8 or else by its suffix."""
+    """Return whether a file is safetensors: it has a JSON header at byte 8, or else the suffix."""
     with path.open("rb") as file:
         return file.read(9)[8:9] == b"{" or path.suffix.lower() in SAFETENSORS
 
 
 def count_dtypes(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]]:
-    """Return (dtype, number of tensors, bytes) for each dtype, largest first."""
+    """Return (dtype, number of tensors, bytes) for each dtype, by descending size."""
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for info in tensors.values():
@@ -216,13 +216,13 @@ def format_json(
     hashes: Sequence[dict[str, str]],
     lora_hashes: Mapping[str, str],
 ) -> str:
-    """Return what is known about a model file, its tensors and its checksums, as JSON.
+    """Return a model file's description, tensors and checksums as JSON.
 
     Args:
-        model: What is known about it.
+        model: The model's summary.
         listed_tensors: Tensors to list; None lists none.
         hashes: Checksums of each file; empty if not requested.
-        lora_hashes: Checksums as a LoRA's metadata would have them.
+        lora_hashes: Checksums by their keys in a LoRA's metadata.
     """
     content: dict[str, Any] = {
         "input": str(model.path),
@@ -291,12 +291,12 @@ def file_hashes(path: Path) -> dict[str, str]:
 
 
 def _shorten_line(text: str) -> str:
-    """Return a text as one line of at most MAX_OF_VALUE characters."""
+    """Return a text as one line, shortened to at most MAX_OF_VALUE characters."""
     return shorten(_join_lines(text), MAX_OF_VALUE)
 
 
 def _join_lines(text: str) -> str:
-    """Return a text as one line that still shows where lines broke."""
+    """Return a text as a single line in which the line breaks stay visible."""
     return text.replace("\n", "\\n")
 
 
@@ -306,7 +306,7 @@ SAFETENSORS = (".safetensors", ".sft")
 
 @dataclass(frozen=True)
 class ModelFunctions:
-    """Functions on model files, passed in because this package must not import their packages."""
+    """Functions for model files, passed in because this package must not import theirs."""
 
     identify: Callable[[Path], str | None]  # returns such as "it is a Wan transformer ..."
     describe_lora: Callable[[Checkpoint], str | None]  # returns None for a file that is no LoRA
@@ -354,7 +354,7 @@ def work(
 
 
 def _reject_replacing_inputs(paths: Sequence[Path], model_input: Path, checkpoint: Checkpoint) -> None:
-    """Raise an error if a file to write is read as input: a file of the model, or the index of its shards."""
+    """Raise an error if an output file would overwrite an input: a file of the model, or its shard index."""
     inputs = [*checkpoint.metadata_by_file, model_input]
     if model_input.is_dir():
         inputs += model_input.glob(f"*{INDEX}")
@@ -386,7 +386,7 @@ def select_output_path(path: Path, in_shards: bool) -> Path:
 
 
 def _make_change(options: ModelUtilityOptions) -> changing.CheckpointChange:
-    """Return the change to a checkpoint that the options request."""
+    """Return the requested changes to a checkpoint: dtypes, selected tensors and name prefixes."""
     dtype = None if options.dtype is None else parse_dtype(options.dtype, "--dtype")
     cast = _make_selection(options)
     selected = changing.Selection(options.full_target_keys or (), options.full_exclude_keys or ())
@@ -396,7 +396,7 @@ def _make_change(options: ModelUtilityOptions) -> changing.CheckpointChange:
 
 
 def _make_selection(options: ModelUtilityOptions) -> changing.Selection:
-    """Return which tensors to cast and list."""
+    """Return the patterns that select the tensors to cast and to list."""
     return changing.Selection(options.target_keys or (), options.exclude_keys or ())
 
 
@@ -429,7 +429,7 @@ def _print_description(
 
 
 def _describe_kind(model_functions: ModelFunctions, checkpoint: Checkpoint) -> str:
-    """Describe the kind of model in a file, for display."""
+    """Describe, for users, which model a file contains."""
     description = model_functions.describe_lora(checkpoint)
     if description is not None:
         return description
@@ -441,7 +441,7 @@ def _describe_kind(model_functions: ModelFunctions, checkpoint: Checkpoint) -> s
 
 
 def _list_tensors(options: ModelUtilityOptions, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the tensors to list. Raises OptionError if the options leave none."""
+    """Return the tensors that the options select for listing; raise OptionError if no tensor is left."""
     selection = _make_selection(options)
     listed_tensors = {name: info for name, info in tensors.items() if selection.selects(name)}
     if not listed_tensors:
@@ -452,7 +452,7 @@ def _list_tensors(options: ModelUtilityOptions, tensors: Mapping[str, TensorInfo
 def _format_hashes(
     hashes: Sequence[Mapping[str, str]], lora_hashes: Mapping[str, str], metadata: Mapping[str, str]
 ) -> list[str]:
-    """Return lines with the hashes of files, and whether those in the metadata still match."""
+    """Return lines with the files' hashes, and whether the hashes in the metadata still match."""
     lines = []
     for record in hashes:
         lines.append(
@@ -475,7 +475,7 @@ def _format_hashes(
 
 
 def _write(output: Path, plan: changing.NewFile, shard_bytes: int) -> list[Path]:
-    """Write the file or its shards, log their names, and return their paths; `shard_bytes` 0 is one file."""
+    """Write the file or its shards, log and return their paths; `shard_bytes` 0 writes one file."""
     for note in plan.notes:
         logger.info("%s", note)
     if shard_bytes and len(split(plan.tensors, shard_bytes)) > 1:

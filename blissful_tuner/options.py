@@ -43,7 +43,7 @@ class NagOptions(Options, title=NAG):
 
     @property
     def is_on(self) -> bool:
-        """Return whether attention is steered at all: scale 1 and alpha 0 change nothing."""
+        """Return whether attention is modified at all: it is not with scale 1 or alpha 0."""
         return self.nag_scale not in (None, 1) and self.nag_alpha != 0
 
 
@@ -53,7 +53,7 @@ CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 
 
 class GuidanceOptions(Options, title="guidance"):
-    """Options of classifier-free guidance other than its scale."""
+    """Options of classifier-free guidance, except its scale."""
 
     nag: NagOptions
     cfg_skip_mode: str = option(
@@ -148,17 +148,17 @@ class GuidanceOptions(Options, title="guidance"):
 
     @property
     def skipped_layers(self) -> frozenset[int]:
-        """Indices of the blocks that skip-layer guidance leaves out; empty without it."""
+        """Indices of the blocks that skip-layer guidance skips; empty without it."""
         return frozenset() if self.slg_mode is None else parse_layers(self.slg_layers)
 
     @property
     def scaled_steps(self) -> int:
-        """Return the number of initial steps whose velocity CFG-Zero* scales; 0 if the factor is 1."""
+        """Return for how many initial steps CFG-Zero* scales the velocity; 0 if the factor is 1."""
         return max(self.cfgzerostar_init_steps, 0) if self.cfgzerostar_multiplier != 1 else 0
 
 
 def parse_layers(text: str | None) -> frozenset[int]:
-    """Return the block numbers in --slg_layers, such as "9,10"; no blocks for None or an empty text.
+    """Return the block indices in --slg_layers, such as "9,10"; none for None or an empty string.
 
     Raises:
         OptionError: If the text is not a list of numbers.
@@ -180,7 +180,7 @@ PLAIN_GUIDANCE = GuidanceOptions.from_defaults()
 
 
 class PromptOptions(Options, title="prompts"):
-    """How to process the prompts of a video: wildcards to draw, and weights of parts."""
+    """Options to process a video's prompts: wildcards and prompt weights."""
 
     prompt_wildcards: Path | None = option(
         "folder of text files: __name__ in a prompt becomes a line of name.txt, drawn by the seed",
@@ -198,7 +198,7 @@ class PromptOptions(Options, title="prompts"):
 
     @property
     def draws(self) -> bool:
-        """Return whether parts of prompts are drawn at random."""
+        """Return whether parts of the prompts are randomly drawn."""
         return self.prompt_wildcards is not None or self.prompt_alternatives
 
 
@@ -209,7 +209,7 @@ MODES = ("normal", "master")
 
 
 class PromptRewriteOptions(Options, title="prompts that a chat model rewrites"):
-    """How prompts are rewritten before they are encoded."""
+    """Options to rewrite prompts with a chat model before they are encoded."""
 
     # not recorded: outputs record the rewritten text instead
     prompt_rewrite: str | None = option(
@@ -237,7 +237,7 @@ class PromptRewriteOptions(Options, title="prompts that a chat model rewrites"):
 
 
 class PreviewOptions(Options, title="previews"):
-    """When to show a preview, and how to decode it."""
+    """Options of latent previews: when to show one, and how to decode it."""
 
     preview_latent_every: int | None = option(
         "every N steps, show the clip as it will probably look, in latent_preview.mp4 or .png in "
@@ -266,7 +266,7 @@ RIFLEX = (
 
 
 class SteadierOptions(Options, title="longer videos"):
-    """Options that slow down one temporal frequency of the rotary embedding, for longer videos."""
+    """Options that slow down one temporal frequency of the rotary embedding, to extend videos."""
 
     riflex_index: int = option(  # from 1; 0: none
         RIFLEX,
@@ -294,7 +294,7 @@ COMPUTES_ALL = "a calibration computes every step, a cache skips some"
 
 
 class StepCacheOptions(Options, title="step caches: skip passes that resemble those before"):
-    """Which step cache to use; `blissful_tuner.step_cache.select_step_cache` adds a prompt line's values."""
+    """Which step cache to use; `blissful_tuner.step_cache.select_step_cache` adds values of a prompt line."""
 
     magcache_mag_ratios: tuple[float, ...] | None = option(  # None: no MagCache
         "skip by MagCache, with these ratios as --magcache_calibration prints them; they are resampled to "
@@ -373,6 +373,6 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
 
     @property
     def is_on(self) -> bool:
-        """Return whether passes are skipped or measured."""
+        """Return whether a step cache skips or measures passes."""
         measures = self.magcache_calibration or self.teacache_calibration
         return measures or bool(self.magcache_mag_ratios or self.teacache_threshold)

@@ -43,7 +43,7 @@ INSTRUCTIONS: Mapping[str, str] = {
 
 
 class PromptRewriter:
-    """A chat model with its tokenizer; greedy decoding gives equal prompts equal answers."""
+    """Rewrite prompts with a chat model; greedy decoding makes the result deterministic."""
 
     def __init__(self, folder: Path, mode: str) -> None:
         """Set up the rewriter; `load` reads the files.
@@ -102,7 +102,7 @@ class PromptRewriter:
         return model.to(device), tokenizer
 
     def _unusable(self, why: str) -> CheckpointError:
-        """Return an exception that says why the folder's model cannot be used."""
+        """Return the exception for an unusable model folder; `why` is the reason."""
         return CheckpointError(f"--prompt_rewrite_model {self.folder}: {why}", self.folder)
 
     def free(self) -> None:
@@ -112,7 +112,7 @@ class PromptRewriter:
     def rewrite(self, prompt: str) -> str:
         """Return the prompt as the chat model rewrites it, or unchanged if the model's answer is empty.
 
-        A prompt that was rewritten before gets the same text again.
+        Answers are cached by prompt.
         """
         if not prompt.strip():
             return prompt
@@ -130,7 +130,7 @@ class PromptRewriter:
 
     @torch.no_grad()
     def _ask(self, message: str) -> str:
-        """Return the model's answer to a message, including its <think> part."""
+        """Return the chat model's reply to a message, including its <think> part."""
         model, tokenizer = self._loaded.get()
         inputs = _render(tokenizer, message).to(model.device)
         generated = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
@@ -142,7 +142,7 @@ class PromptRewriter:
 
 
 def _render(tokenizer: Any, message: str) -> Any:
-    """Return the tokens of a chat with the single user message `message`, for `generate`."""
+    """Return the tokens of a chat with one user message, as input for `generate`."""
     turns = [{"role": "user", "content": message}]
     # enable_thinking=False turns off thinking in templates that support it
     text = render_chat(tokenizer, None, turns, enable_thinking=False)
@@ -153,7 +153,7 @@ def _render(tokenizer: Any, message: str) -> Any:
 def rewrite_prompts(prepared: Prepared, rewriter: PromptRewriter) -> Prepared:
     """Return the request with the prompt of each section rewritten; outputs record the new prompts.
 
-    Negative prompts do not change. Weights for parts of the text are dropped, because the words may be gone.
+    Negative prompts do not change. Prompt weights are dropped, because the weighted words may be gone.
     """
     sections: dict[int, Prompts] = {}
     for section, section_prompts in prepared.prompts.items():

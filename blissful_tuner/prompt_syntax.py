@@ -42,7 +42,7 @@ _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:*?\"<>|]")
 
 @dataclass(frozen=True)
 class Lines:
-    """Choices of a wildcard: the file's lines, their line numbers, and cumulative sums of their weights."""
+    """Lines of a wildcard file to choose from, with their line numbers and cumulative weights."""
 
     path: Path
     texts: tuple[str, ...]
@@ -52,7 +52,7 @@ class Lines:
 
 @dataclass
 class Drawing:
-    """Draws the random parts of all texts of one video: wildcards and alternatives."""
+    """Draw the random parts, wildcards and alternatives, in all prompts of one video."""
 
     options: PromptOptions
     random: Random
@@ -65,17 +65,17 @@ class Drawing:
 
         Args:
             text: The text.
-            prompt_name: Name of the text in errors.
+            prompt_name: Name of the text in error messages.
 
         Raises:
-            OptionError: If a wildcard has no file, names a path outside of the folder, or draws itself.
+            OptionError: If a wildcard has no file, points outside the folder, or includes itself.
         """
         self.drawn = []
         self.num_characters = 0
         return self._expand(text, prompt_name, ())
 
     def _expand(self, text: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> str:
-        """Draw the alternatives and wildcards of a text; `enclosing_wildcards` led to it."""
+        """Draw a text's alternatives and wildcards; `enclosing_wildcards` are currently being expanded."""
         if self.options.prompt_alternatives:
             text = select_alternatives(text, lambda weights: self._choose(sum_weights(weights, prompt_name)))
         if self.options.prompt_wildcards is None:
@@ -90,18 +90,18 @@ class Drawing:
         return "".join([*pieces, self._unescape_plain(text[position:])])
 
     def _unescape_plain(self, text: str) -> str:
-        """Unescape text outside wildcards; without alternatives, backslashes stay."""
+        """Unescape text outside of wildcards; if alternatives are off, keep the backslashes."""
         return unescape(text) if self.options.prompt_alternatives else text
 
     def _draw(self, key: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> str:
-        """Return a random line of a wildcard, with the wildcards in it drawn too.
+        """Return a random line of a wildcard, in which nested wildcards are drawn, too.
 
         Args:
             key: Name of the wildcard.
             prompt_name: Name of the prompt in errors.
             enclosing_wildcards: Wildcards that led to this one.
         """
-        # refuse a wildcard that draws itself, or too many draws
+        # reject wildcards that include themselves, and too many draws
         self._check_draws(key, prompt_name, enclosing_wildcards)
         lines = self._read_lines(key, prompt_name)
         index = self._choose(lines.cumulative_weights)
@@ -116,7 +116,7 @@ class Drawing:
         return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*enclosing_wildcards, key))
 
     def _check_draws(self, key: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> None:
-        """Raise OptionError if wildcards draw each other endlessly or too often."""
+        """Raise OptionError if wildcards include each other endlessly or draw too many lines."""
         if len(enclosing_wildcards) == MAX_WILDCARD_ROUNDS:
             chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*enclosing_wildcards[:4], key))
             raise OptionError(
@@ -130,7 +130,7 @@ class Drawing:
             )
 
     def _read_lines(self, key: str, prompt_name: str) -> Lines:
-        """Return the choices of a wildcard; read its file only once."""
+        """Return a wildcard's choices; its file is read only once."""
         if key not in self.files:
             folder = self.options.prompt_wildcards
             assert folder is not None
@@ -139,7 +139,7 @@ class Drawing:
         return self.files[key]
 
     def _choose(self, cumulative_weights: Sequence[float]) -> int:
-        """Draw an index with probabilities in proportion to the weights' increments.
+        """Draw an index with the given weights.
 
         Args:
             cumulative_weights: Cumulative sums of the weights.
@@ -166,10 +166,10 @@ def sum_weights(weights: Sequence[float], prompt_name: str) -> tuple[float, ...]
 
 
 def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: int) -> dict[str, str | None]:
-    """Draw the random parts of a video's prompts, log them, and return the prompts by option.
+    """Draw the random parts of a video's prompts and log them; return the prompts by option.
 
     Raises:
-        OptionError: If a wildcard has no file, names a path outside of the folder, or draws itself.
+        OptionError: If a wildcard has no file, points outside the folder, or includes itself.
     """
     drawing = Drawing(options, Random(seed))
     expanded = {}
@@ -182,7 +182,7 @@ def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: 
 
 
 def _describe_draws(draws: Sequence[tuple[str, str]]) -> str:
-    """Format random draws for the log, as " (__a__ = x, __b__ = y and 3 more)"; "" without any."""
+    """Format random draws for the log, such as " (__a__ = x, __b__ = y and 3 more)"; "" for no draws."""
     if not draws:
         return ""
     shown = [f"{key} = {shorten(line, 60)}" for key, line in draws[:SHOWN]]
@@ -224,9 +224,9 @@ def find_wildcard_file(folder: Path, key: str, prompt_name: str) -> Path:
 
 
 def read_wildcard_lines(path: Path, prompt_name: str) -> Lines:
-    """Return the lines of a wildcard's file with their weights and line numbers.
+    """Return the lines of a wildcard file with their weights and line numbers.
 
-    `prompt_name` names the prompt that has the wildcard, for messages.
+    `prompt_name` names the prompt that contains the wildcard, for messages.
 
     Raises:
         OptionError: If the file has no lines or cannot be read.
@@ -268,7 +268,7 @@ def _read_content(path: Path, prompt_name: str) -> str:
 
 
 def _parse_line(line: str) -> tuple[str, float]:
-    """Split a wildcard line into its text, without quotation marks, and its weight, by default 1."""
+    """Split a wildcard line into its text, without quotation marks, and its weight (default: 1)."""
     text = line.strip()
     weight = 1.0
     before, colon, number = text.rpartition(":")
@@ -296,7 +296,7 @@ Choose = Callable[[Sequence[float]], int]
 
 @dataclass
 class _Group:
-    """Positions of a group's braces, and of the bars between its alternatives."""
+    """Positions of a group's braces, and of the bars that separate its alternatives."""
 
     start: int
     end: int = 0
@@ -312,7 +312,7 @@ class _Alternative(NamedTuple):
 
 
 def select_alternatives(text: str, choose: Choose) -> str:
-    """Return a text with one alternative chosen in each group {a|b}, by `choose` from their weights.
+    """Return a text with one alternative chosen in each group {a|b}; `choose` picks by their weights.
 
     Escaped characters remain escaped until `unescape`.
 
@@ -329,8 +329,8 @@ def select_alternatives(text: str, choose: Choose) -> str:
 def _expand_groups(text: str, groups: Sequence[_Group], choose: Choose, start: int, end: int) -> str:
     """Return the text from `start` to `end` with one alternative chosen in each group.
 
-    Groups inside the chosen alternatives are expanded, too. `groups` are those of the whole text, sorted by
-    their start.
+    Groups inside the chosen alternatives are expanded, too. `groups` contains all groups of the whole text,
+    sorted by start.
     """
     pieces: list[str] = []
     position = start
@@ -348,7 +348,7 @@ def _expand_groups(text: str, groups: Sequence[_Group], choose: Choose, start: i
 
 
 def _list_alternatives(text: str, group: _Group) -> list[_Alternative]:
-    """Return a group's alternatives in order."""
+    """Return the alternatives of a brace group such as `{a|2::b}`, in order, with their weights."""
     alternatives = []
     for border, end in pairwise([group.start, *group.bar_positions, group.end]):
         match = _WEIGHT.match(text, border + 1, end)
@@ -406,18 +406,18 @@ _PARENTHESES = re.compile(r"\\[()]|[()]")
 
 
 class _OpenParenthesis(NamedTuple):
-    """An opening parenthesis whose closing one has not been found yet."""
+    """An opening parenthesis that is still unclosed."""
 
     piece_index: int
     position: int  # in the text without weight marks
 
 
 def parse_weights(text: str) -> tuple[str, Spans]:
-    """Return a text without weight marks "(words:1.2)", and its weighted parts as (start, end, weight).
+    """Return a text without weight syntax "(words:1.2)", and its weighted parts as (start, end, weight).
 
-    Positions are characters of the returned text. Parts neither begin nor end with white space; parts of
-    weight 1 are left out. Marks do not nest, so only the innermost open parenthesis is remembered. The time
-    is linear in the length of the text.
+    Positions are characters of the returned text. Parts neither start nor end with white space; parts of
+    weight 1 are omitted. Weights do not nest, so only the innermost open parenthesis is remembered. Runs in
+    linear time.
 
     Raises:
         OptionError: If a weight is beyond MAX_WEIGHT.
@@ -451,7 +451,7 @@ def parse_weights(text: str) -> tuple[str, Spans]:
 
 
 def _read_weight(inside: str) -> tuple[str, float] | None:
-    """Return the text between parentheses and its weight; None if the parentheses are plain text."""
+    """Return the text inside parentheses and its weight; None if the parentheses are plain text."""
     text, colon, number = inside.rpartition(":")
     if not colon:
         return (inside, DEFAULT) if inside.strip() else None
@@ -484,7 +484,7 @@ def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
 
 
 def _parse_prompt_weights(prompt: Prompt) -> Prompt:
-    """Parse the weights in a prompt; in its second text, of which CLIP makes one vector, they are removed."""
+    """Parse the weights in a prompt; weights in `prompt_2`, which CLIP pools to one vector, are removed."""
     text, spans = parse_weights(prompt.text)
     second = None if prompt.prompt_2 is None else parse_weights(prompt.prompt_2)[0]
     return replace(prompt, text=text, weighted_spans=spans, prompt_2=second)

@@ -30,7 +30,7 @@ FRACTIONS = {"magcache_retention_ratio"}  # options whose values are at most 1
 def select_step_cache(
     options: StepCacheOptions, line: Mapping[str, Any]
 ) -> tuple[StepCaching | None, Mapping[str, float]]:
-    """Return a video's step cache, and the values of its prompt line that replaced options.
+    """Return a video's step cache, and the prompt line's values that replace options.
 
     A line can only change a cache that the command line turned on; other values are ignored with a warning.
 
@@ -39,7 +39,7 @@ def select_step_cache(
         line: Options of the prompt line, by name.
 
     Returns:
-        The step cache, None if nothing is skipped or measured; and the used values of the line by option.
+        The step cache, None if nothing is skipped or measured; and the line's used values by option.
 
     Raises:
         OptionError: If a value is out of range.
@@ -65,7 +65,7 @@ def select_step_cache(
 
 
 def _make_step_cache(options: StepCacheOptions) -> StepCaching | None:
-    """Return the step cache of options; None if nothing is skipped or measured."""
+    """Return the step cache that the options select; None if nothing is skipped or measured."""
     if options.magcache_calibration:
         return MagCalibration()
     if options.teacache_calibration:
@@ -106,7 +106,7 @@ def check_step_cache(step_caching: StepCaching, prepared: Prepared, spec: DitSpe
 
 
 def _check_calibration(option: str, prepared: Prepared, min_steps: int) -> None:
-    """Raise OptionError if the request does not run all steps, or has too few to calibrate."""
+    """Raise OptionError if the request does not run all steps, or runs too few for a calibration."""
     source = prepared.request.source
     if source is not None and prepared.first_step:
         raise OptionError(
@@ -121,10 +121,10 @@ def _check_calibration(option: str, prepared: Prepared, min_steps: int) -> None:
 
 
 class StepCaches:
-    """Step caches that wrap the blocks of the networks generating one video."""
+    """Step caches around the blocks of the networks that generate one video."""
 
     def __init__(self, prepared: Prepared, spec: DitSpec) -> None:
-        """Set up what a request selects: a rule for skipping passes, or a calibration, which only measures.
+        """Set up the request's step cache: a rule for skipping passes, or a calibration that measures.
 
         Args:
             prepared: The request with all values resolved.
@@ -152,10 +152,10 @@ class StepCaches:
 
     @contextmanager
     def section(self, dit_at: DitAt) -> Iterator[DitAt]:
-        """Yield a function like `dit_at`, whose networks run in the cache or are measured for calibration.
+        """Yield a function like `dit_at`, whose networks use the step cache or are measured to calibrate it.
 
-        `dit_at` returns the network for a timestep. At the end of the section the cached tensors are freed,
-        and the networks run as before.
+        `dit_at` returns the network for a timestep. At the end of the section, cached tensors are freed and
+        the networks are restored.
         """
         if self._calibration is not None:
             measure_pass = functools.partial(step_cache.measure_pass, self._calibration.measure)
@@ -176,7 +176,7 @@ class StepCaches:
         self._num_skipped += cache.skipped
 
     def report(self) -> None:
-        """Log the number of skipped passes, or the measurements, once the video's latents are finished."""
+        """When the video's latents are finished, log the number of skipped passes or the calibration."""
         if self._calibration is None:
             name = "MagCache" if isinstance(self._settings, MagCache) else "TeaCache"
             logger.info("%s skipped %d of %d passes", name, self._num_skipped, self._num_passes)
@@ -187,7 +187,7 @@ class StepCaches:
             self._report_teacache_fit(self._calibration)
 
     def _report_teacache_fit(self, calibration: step_cache.Changes) -> None:
-        """Log the coefficients fitted to the measured changes, or that there are too few."""
+        """Log the coefficients fitted to the measured changes, or that there were too few measurements."""
         coefficients = calibration.result()
         if not coefficients:
             logger.warning("TeaCache's coefficients could not be fitted: the video ended after too few steps")

@@ -32,9 +32,9 @@ MIN_RANGE = 1e-6  # of colors: a clip of one color stays dark instead of becomin
 
 
 def project(latents: Tensor, spec: LatentSpec) -> Tensor:
-    """Map latents, C F h w in model space, to colors 3 F h w, float32 on their device, not clamped.
+    """Project latents, C F h w in model space, to RGB, 3 F h w float32 on the same device, not clamped.
 
-    It does not wait for the device, and computes in float32 even under autocast.
+    This does not wait for the device, and computes in float32 even under autocast.
     """
     factors = tensor_on(latents.device, spec.preview_factors, torch.float32)  # C 3
     bias = tensor_on(latents.device, spec.preview_bias, torch.float32)
@@ -43,7 +43,7 @@ def project(latents: Tensor, spec: LatentSpec) -> Tensor:
 
 
 def enlarge(colors: Tensor, height_factor: int, width_factor: int) -> Iterator[Frame]:
-    """Yield the frames resized bicubically, H W 3 uint8, with the clip's colors stretched to 0..255.
+    """Yield bicubically resized frames, H W 3 uint8; the clip's values are stretched to 0..255.
 
     NaN and infinite values become 0 first.
 
@@ -56,13 +56,13 @@ def enlarge(colors: Tensor, height_factor: int, width_factor: int) -> Iterator[F
     lowest, highest = colors.amin(), colors.amax()
     colors = (colors - lowest) * (255 / (highest - lowest).clamp(min=MIN_RANGE))
     for frame in colors.permute(1, 2, 3, 0).contiguous().numpy():
-        # OpenCV: torch's bicubic, the same to the last bit but one, takes eight times as long
+        # OpenCV, because torch's bicubic takes eight times as long for nearly the same values
         larger = cv2.resize(frame, None, fx=width_factor, fy=height_factor, interpolation=cv2.INTER_CUBIC)
         yield np.rint(larger.clip(0, 255)).astype(np.uint8)
 
 
 def to_frames(colors: Tensor) -> Tensor:
-    """Return colors F 3 H W, clamped to 0..1, as F H W 3 uint8 on the same device."""
+    """Convert RGB, F 3 H W, to F H W 3 uint8 on the same device; values are clamped to 0..1."""
     return (colors.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
@@ -88,12 +88,12 @@ class TaehvConfig:
 
     @property
     def frames(self) -> int:
-        """Return how many frames a latent frame decodes to; of the first one, only the last frame is used."""
+        """Return how many frames a latent frame decodes to; the first latent frame uses only the last."""
         return prod(self.strides)
 
 
 class MemoryBlock(nn.Module):
-    """Residual convolutions over the current frame and the previous one."""
+    """Residual convolutions over the current and the previous frame."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class MemoryBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the result, and the features that the next call takes as `last`.
+        """Return the result, and the features to pass to the next call as `last`.
 
         Args:
             x: Features, F C h w.
@@ -117,14 +117,14 @@ class MemoryBlock(nn.Module):
 
 
 class Growth(nn.Module):
-    """Expand each frame to `stride` frames by a convolution."""
+    """Expand each frame to `stride` frames with a convolution."""
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Split each frame's channels into `stride` frames."""
+        """Rearrange each frame's channels into `stride` frames."""
         return self.conv(x).reshape(-1, *x.shape[1:])
 
 
@@ -158,7 +158,7 @@ class TinyDecoder(nn.Module):
             latent = send_ahead(latents[:, index], weight.device).to(weight.dtype)
             x = relu(layers["1"](torch.tanh(latent[None] / MAX_LATENT) * MAX_LATENT))  # 1 C h w
             # layers are named by their index in the released nn.Sequential. A stage has three memory blocks,
-            # an upsampling (without weights), a growth in time, and a convolution
+            # an upsampling (without weights), a temporal expansion, and a convolution
             for first in STAGES:
                 for block in range(first, first + 3):
                     x, memory[block] = layers[str(block)](x, memory.get(block))
@@ -172,7 +172,7 @@ class TinyDecoder(nn.Module):
 
 @dataclass(frozen=True)
 class TinyVae:
-    """Decoder weights in host memory, which are on the device only while decoding."""
+    """Decoder weights in host memory; they are on the device only while decoding."""
 
     config: TaehvConfig
     weights: Mapping[str, Tensor]
@@ -229,16 +229,16 @@ def _make_kind_error(checkpoint: Checkpoint) -> CheckpointError:
 
 
 def _read_config(read_channels: Callable[[str], tuple[int, int]]) -> TaehvConfig:
-    """Return the dimensions of a tiny decoder, from the channels of its convolutions.
+    """Return the dimensions of a TAEHV decoder, inferred from the channels of its convolutions.
 
-    `read_channels` returns output and input channels of a convolution. Convolutions are named by their index
-    in the released nn.Sequential: a stage that begins at layer n has its growth in time at n + 4, and a
-    convolution to the width of the next stage at n + 5.
+    `read_channels` returns a convolution's output and input channels. Its argument is the index in the
+    released nn.Sequential: a stage that starts at layer n expands time at n + 4, and projects to the next
+    stage's width at n + 5.
     """
     first_width, latent_channels = read_channels("1")
     next_widths = [read_channels(str(first + 5))[0] for first in STAGES]
     widths = (first_width, next_widths[0], next_widths[1], next_widths[2])
-    # each frame that a growth layer derives from one frame uses `width` of its output channels
+    # a growth layer has `width` output channels for each frame that it makes from one frame
     growth_channels = [read_channels(f"{first + 4}.conv")[0] for first in STAGES]
     strides = (
         growth_channels[0] // widths[0],
@@ -255,7 +255,7 @@ def _read_config(read_channels: Callable[[str], tuple[int, int]]) -> TaehvConfig
 
 
 def adapt_to_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:
-    """Return a tiny decoder's plan adapted to a family's latents: for image models without growth in time.
+    """Return a TAEHV plan adapted to a family's latents: for image models, without temporal upsampling.
 
     Raises:
         CheckpointError: If the file is for other latents.
@@ -263,7 +263,7 @@ def adapt_to_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPla
     config = plan.config
     path = plan.checkpoint.path
     if latent.stride[0] == 1:
-        # TAEHV upsamples time by adding frames as channels; keep those of the last frame
+        # TAEHV upsamples time by adding frames as channels; keep the last frame's channels
         config = replace(config, strides=(1, 1, 1))
         sources = dict(plan.sources)
         for first, width in zip(STAGES, config.widths, strict=False):
@@ -285,7 +285,7 @@ def adapt_to_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPla
 
 
 def check_taehv(path: Path, latent: LatentSpec) -> TaehvConfig:
-    """Return the dimensions of a decoder file, from tensor names and shapes alone.
+    """Return a decoder's dimensions, from tensor names and shapes alone.
 
     Raises:
         CheckpointError: If the file is not a TAEHV file or is for other latents.
@@ -310,12 +310,12 @@ def load_taehv(path: Path, latent: LatentSpec, device: torch.device) -> TinyVae:
 
 
 def _load(plan: LoadPlan[TaehvConfig], device: torch.device, dtype: torch.dtype) -> TinyDecoder:
-    """Load the planned decoder onto a device; onto META it only checks names and shapes."""
+    """Load the planned decoder onto a device; for META, only check names and shapes."""
     return load_planned(plan, TinyDecoder, device=device, dtype=dtype, label="--preview_vae")
 
 
 def select_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype for decoding: float32 on a CPU, else float16, which is precise enough for previews."""
+    """Return the decoding dtype: float32 on a CPU, else float16, which is precise enough for previews."""
     return torch.float32 if device.type == "cpu" else torch.float16
 
 

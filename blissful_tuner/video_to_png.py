@@ -15,7 +15,7 @@ from modules.script_options import parse_options
 
 
 class VideoToPngOptions(Options):
-    """Which frames are written, and where."""
+    """Options for which frames to write, and where."""
 
     input: Path = option("a video, or an image for a single PNG", required=True, by_place=True)
     output: Path | None = option(
@@ -30,9 +30,9 @@ class VideoToPngOptions(Options):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the frames of the file that the command line names.
+    """Write a video's frames as PNG files, as the command line asks.
 
-    Raises UserError if the file cannot be read or a frame cannot be written.
+    Raises UserError if the video cannot be read or a frame cannot be written.
     """
     (options,) = parse_options(__doc__, argv, VideoToPngOptions)
 

@@ -40,7 +40,7 @@ MAX_UNSEEN_STRETCHING = 1.05
 def check_source(request: Request, source: Source, rules: SourceRules, latent: LatentSpec) -> Request:
     """Check a request's source (video, image or latents to start from), and fill in the number of frames.
 
-    Only headers are read, and one frame of a video.
+    Reads only headers, and one frame of a video.
 
     Raises:
         OptionError: If the source does not exist or the family does not support it.
@@ -106,7 +106,7 @@ def start_from_source(prepared: Prepared, source: Source, family: Family) -> Pre
 
 
 def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> None:
-    """Raise OptionError if saved latents have another number of frames than the request."""
+    """Raise OptionError if saved latents have a different number of latent frames than the request."""
     num_frames = _load_saved_latents(source, family.source, family.latent, only_shape=True).shape[2]
     needed = family.latent.shape(prepared.frames, prepared.height, prepared.width)[2]
     if num_frames != needed:
@@ -118,7 +118,7 @@ def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> 
 
 
 def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) -> None:
-    """Warn if the source image or video is stretched visibly, and suggest a size that keeps its ratio."""
+    """Warn if the source image or video is stretched visibly; suggest a size with its aspect ratio."""
     from modules.media import reading  # only with a source file
 
     if source.option == IMAGE:
@@ -149,9 +149,8 @@ def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) 
 def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
     """Return the index of the first denoising step for a source that is only partly noised.
 
-    In the mode "traditional" the last fraction `denoise` of all steps is run, at least one step. In the mode
-    "direct" denoising starts at the step whose noise level is closest to `denoise`; of equally close steps,
-    at the first.
+    The mode "traditional" runs the last fraction `denoise` of all steps, at least one. The mode "direct"
+    starts at the step whose noise level is closest to `denoise`; the first of equally close steps.
 
     Args:
         source: The source of the request.
@@ -159,7 +158,7 @@ def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
         steps: Number of steps.
     """
     if source.noise_mode == "direct":
-        # rounded, because float32 makes gaps of equal size differ slightly
+        # rounded, because float32 gaps of equal size differ slightly
         levels = [timestep / TRAIN_TIMESTEPS for timestep in timesteps]
         gaps = [round(abs(level - source.denoise), 6) for level in levels]
         return gaps.index(min(gaps))
@@ -167,7 +166,7 @@ def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
 
 
 def _make_length_error(source: Source, num_frames: int, needed: int) -> MediaError:
-    """Return the exception for a video that is too short."""
+    """Return the exception for a source video that is too short."""
     return MediaError(
         f"{_name_source(source)}: it has {num_frames} frames, but {needed} are needed. Lower the length, "
         "give a longer video, or repeat its last frame with --v2v_pad_mode end."
@@ -175,7 +174,7 @@ def _make_length_error(source: Source, num_frames: int, needed: int) -> MediaErr
 
 
 def _name_source(source: Source) -> str:
-    """Return the option and the path of a source, for messages."""
+    """Return a source's option and path, for messages."""
     return f"--{source.option} {source.path}"
 
 
@@ -205,7 +204,7 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
         raise _make_length_error(source, len(frames), prepared.frames)
     num_frames = family.latent.lengths.fit(len(frames))  # the longest length that the VAE encodes
     latents = family.encode_source(encoders, frames[None, :num_frames], prepared.seed).float().cpu()
-    # a longer clip is cut, a shorter one repeats latents
+    # a longer clip is trimmed, a shorter one repeats latents
     return trim_or_pad_frames(latents, shape[2], source.pad_mode or "end")
 
 
@@ -300,7 +299,7 @@ def _load_saved_latents(
         only_shape: Read only the header, and return a tensor without values.
 
     Raises:
-        CheckpointError: If the latents are of another model.
+        CheckpointError: If the latents belong to a different model.
     """
     saved = load_latents(source.path, f"--{source.option}", only_shape)
     remedy = "Decode them with that model's script, and give the video to --video_path"

@@ -36,7 +36,7 @@ SCRIPT_DEPENDENT_OPTIONS = (
 
 @dataclass(frozen=True)
 class SourceDefaults:
-    """Settings with which a family's script declares the options of a video or image to start from."""
+    """Per-family defaults of the options for starting from a video or an image."""
 
     denoise_option: str = "v2v_denoise"  # of DENOISE_OPTIONS: the name that the script's users know
     denoise: float = 0.5
@@ -69,7 +69,7 @@ class SourceDefaults:
 
 
 class SourceOptions(Options, title="video or image to start from"):
-    """Video or image that a generation starts from instead of noise; a prompt line can override it."""
+    """Options for the video or image that generation starts from; a prompt line can override them."""
 
     video_path: Path | None = option(
         "video, or folder of images, to start from instead of noise",
@@ -107,18 +107,18 @@ class SourceOptions(Options, title="video or image to start from"):
 
     @property
     def denoise_option(self) -> str:
-        """Name of the option that sets the denoising strength for a source."""
+        """Name of the denoising strength option for a source."""
         return "v2v_denoise" if self.strength is None else "strength"
 
     @property
     def denoise(self) -> float:
-        """Return the denoising strength, 0 to 1; 1 if it is not set."""
+        """Return the denoising strength, 0 to 1; the default is 1."""
         strength = getattr(self, self.denoise_option)
         return 1.0 if strength is None else strength
 
 
 def check_one_source(paths: Mapping[str, object]) -> None:
-    """Raise OptionError if more than one of the options in SOURCES is given."""
+    """Raise OptionError if more than one of the options in SOURCES is set."""
     typed_flags = [f"--{name} {paths[name]}" for name in SOURCES if paths.get(name)]
     if len(typed_flags) > 1:
         raise OptionError(
@@ -127,6 +127,6 @@ def check_one_source(paths: Mapping[str, object]) -> None:
 
 
 def check_denoise(option: str, denoise: float) -> None:
-    """Raise OptionError if a fraction is not between 0 and 1."""
+    """Raise OptionError unless `denoise`, the value of `option`, is between 0 and 1."""
     if not 0 <= denoise <= 1:
         raise OptionError(f"{option} {denoise:g}: give a fraction of the steps, from 0 to 1")

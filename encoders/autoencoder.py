@@ -36,7 +36,7 @@ GROUPS = 32  # groups of group norms, as released; tensors do not show them
 
 @dataclass(frozen=True)
 class AutoencoderKind:
-    """Properties of one of the released autoencoders with FLUX's layers."""
+    """Properties of a released autoencoder with FLUX's architecture."""
 
     description: str = "the autoencoder of FLUX"
     option: str = "--ae"
@@ -104,7 +104,7 @@ def read_autoencoder(
 
 
 def _find_autoencoder(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
-    """Return the tensors of an autoencoder in a file, and its weights by the names of the released file."""
+    """Return the file without other networks, and its autoencoder's tensors under the released names."""
     prefixes = ("first_stage_model.", "vae.")  # prefixes of the autoencoder in all-in-one files
     other_networks = [prefix for prefix in ALL_IN_ONE if prefix not in prefixes]
     autoencoder = checkpoint.without_prefix(*prefixes, ignored_prefixes=(*other_networks, "model."))
@@ -125,7 +125,7 @@ def _check_levels(checkpoint: Checkpoint, kind: AutoencoderKind, part: str, num_
 
 
 def _check_kind(checkpoint: Checkpoint, kind: AutoencoderKind, channels: int, is_quantized: bool) -> None:
-    """Raise CheckpointError if a file's latents or its quant_conv belong to another kind of autoencoder."""
+    """Raise CheckpointError if a file's latent channels or quant_conv belong to a different autoencoder."""
     if (channels, is_quantized) == (kind.channels, kind.is_quantized):
         return
     quant_conv = " and a quant_conv" if is_quantized else ""
@@ -138,7 +138,7 @@ def _check_kind(checkpoint: Checkpoint, kind: AutoencoderKind, channels: int, is
 
 
 def _from_diffusers(name: str, levels: int) -> str:
-    """Translate a name of diffusers, which numbers the decoder's `levels` in reverse."""
+    """Translate a diffusers tensor name; diffusers numbers the decoder's `levels` in reverse."""
     match = re.fullmatch(r"decoder\.up_blocks\.(\d+)\.(.+)", name)
     if match:
         name = f"decoder.up.{levels - 1 - int(match[1])}.{match[2]}"
@@ -148,9 +148,9 @@ def _from_diffusers(name: str, levels: int) -> str:
 
 
 def as_matrices(sources: dict[str, TensorSource], layers: str) -> None:
-    """Convert weights of 1x1 convolutions in `sources` to weights of linear layers, in place.
+    """Convert 1x1 convolution weights in `sources` to linear layer weights, in place.
 
-    `layers` is a regular expression for the names of these weights.
+    `layers` is a regular expression that matches the names of these weights.
     """
     for name, source in sources.items():
         if re.fullmatch(layers, name):
@@ -169,10 +169,10 @@ PIXELS = 8  # height and width of one latent pixel, in pixels
 
 
 class ImageVae(nn.Module):
-    """Base class of image autoencoders; images are clips of one frame. Subclasses set both networks.
+    """Base class of image autoencoders; an image is a clip of one frame. Subclasses set encoder and decoder.
 
-    Build it on the meta device. `tile` is the edge of a tile in pixels, a multiple of `stride`; larger images
-    are computed in tiles, which changes the result slightly. None means no tiles.
+    Build it on the meta device. `tile` is the tile edge in pixels, a multiple of `stride`; larger images are
+    processed in tiles, which changes the result slightly. None disables tiling.
     """
 
     stride: ClassVar[int]  # height and width of one latent pixel, in pixels
@@ -186,7 +186,7 @@ class ImageVae(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights, which is also that of pixels and latents."""
+        """Dtype of the weights, pixels and latents."""
         return self.encoder.get_parameter("norm_out.weight").dtype
 
     @property
@@ -214,19 +214,19 @@ class ImageVae(nn.Module):
         moments = self.moments(pixels)
         if generators is not None:
             return sample_posterior(moments, generators, self.limits)
-        # moments: means, then logarithms of variances, along the channels
+        # moments: means, then log-variances, along the channels
         return moments.chunk(2, dim=1)[0].contiguous()
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
-        """Return the network's means and log-variances, B 2Z 1 h w float32."""
+        """Encode pixels; return means and log-variances, B 2Z 1 h w float32."""
         return self.in_tiles(self._moments, pixels, pixels_in=self.stride, pixels_out=1, device=self.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels B 3 1 H W float32 in -1..1 for latents B Z 1 h w.
+        """Decode latents B Z 1 h w; return pixels B 3 1 H W float32 in -1..1.
 
-        They are on the VAE's device, or on the CPU if they are computed in tiles.
+        The pixels are on the VAE's device, or on the CPU if they were decoded in tiles.
         """
         return self.decode_unclamped(latents).clamp_(-1, 1)
 
@@ -243,10 +243,10 @@ class ImageVae(nn.Module):
         """Apply `compute` to x, in tiles if x is larger than a tile.
 
         Args:
-            compute: Function of an image, B C H W.
+            compute: Function to apply to images, B C H W.
             x: B C 1 H W.
-            pixels_in: Side of a latent pixel in pixels of `x`.
-            pixels_out: Side of a latent pixel in pixels of the result.
+            pixels_in: Edge length of a latent pixel, in pixels of `x`.
+            pixels_out: Edge length of a latent pixel, in pixels of the result.
             device: Device of the result if it is computed in tiles.
 
         Returns:
@@ -259,7 +259,7 @@ class ImageVae(nn.Module):
             raise ValueError(f"a picture is B C 1 H W, not {tuple(x.shape)}")
         check_clip(x, 1, pixels_in)
         image = x.squeeze(2)
-        # no tiles: the whole picture at once
+        # no tiling: the whole image at once
         if self.tile is None:
             return compute(image).unsqueeze(2)
         tile_size = self.tile // self.stride  # in latent pixels
@@ -277,12 +277,12 @@ class ImageVae(nn.Module):
         return self.decoder(self.cast_input(latents)).float()
 
     def cast_input(self, x: Tensor) -> Tensor:
-        """Convert a tensor to the VAE's device, dtype and memory format, which all layers preserve."""
+        """Convert a tensor to the VAE's device, dtype and memory format; all layers keep these."""
         return x.to(self.device, self.dtype, memory_format=memory_formats(self.device)[1])
 
 
 class Autoencoder(ImageVae):
-    """FLUX's autoencoder, whose latents are in model space. Load a checkpoint with `load_autoencoder`."""
+    """FLUX's autoencoder; its latents are in model space. Load a checkpoint with `load_autoencoder`."""
 
     stride = PIXELS
 
@@ -293,9 +293,9 @@ class Autoencoder(ImageVae):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Return latents in model space, B Z 1 h w float32, of pixels B 3 1 H W.
+        """Encode pixels B 3 1 H W; return latents in model space, B Z 1 h w float32.
 
-        They are samples of the posterior, or its mean without generators. As in the released code,
+        Latents are samples of the posterior, or its mean without generators. As in the released code,
         log-variances are not clamped.
         """
         return super().encode(pixels, generators).sub_(SHIFT).mul_(SCALE)
@@ -303,13 +303,13 @@ class Autoencoder(ImageVae):
     def in_tiles(
         self, compute: Compute, x: Tensor, pixels_in: int, pixels_out: int, device: torch.device
     ) -> Tensor:
-        """Apply `compute` to the images of a batch one by one, in tiles if they are larger than a tile.
+        """Apply `compute` to each image of a batch, in tiles if the image is larger than a tile.
 
         Args:
-            compute: Function of an image, 1 C H W.
+            compute: Function to apply to an image, 1 C H W.
             x: B C 1 H W.
-            pixels_in: Side of a latent pixel in pixels of `x`.
-            pixels_out: Side of a latent pixel in pixels of the result.
+            pixels_in: Edge length of a latent pixel, in pixels of `x`.
+            pixels_out: Edge length of a latent pixel, in pixels of the result.
             device: Device of results that are computed in tiles.
         """
         results = []
@@ -334,7 +334,7 @@ def load_autoencoder(
         path: The file, or the folder of a release with the autoencoder in its subfolder `vae`.
         device: Device to load to.
         dtype: Dtype of the weights.
-        tile: Side in pixels of the tiles that large images are processed in; None for no tiles.
+        tile: Tile edge in pixels, for processing large images; None disables tiling.
 
     Raises:
         CheckpointError: If the file is damaged or contains another model.
@@ -355,15 +355,13 @@ def load_autoencoder(
 
 
 def read_autoencoder_header(path: Path, option: str = FLUX_KIND.option) -> AutoencoderConfig:
-    """Return the dimensions of the autoencoder in a file, or in the folder `vae` of a release.
-
-    Only headers are read.
+    """Return the dimensions of the autoencoder in a file, or in a release's `vae` folder, from headers.
 
     Args:
         path: The file or folder.
-        option: Option that names the file, for messages.
+        option: Option that gives the path, for messages.
 
     Raises:
-        CheckpointError: If the file is missing, damaged or another model.
+        CheckpointError: If the file is missing, damaged or a different model.
     """
     return read_once(inside(path, "vae"), read_autoencoder, replace(FLUX_KIND, option=option)).config

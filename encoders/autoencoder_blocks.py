@@ -28,7 +28,7 @@ class AutoencoderConfig:
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU and convolution, twice, added to the input."""
+    """Norm, SiLU and convolution, twice, with a residual connection."""
 
     def __init__(self, width_in: int, width_out: int, groups: int) -> None:
         super().__init__()
@@ -39,14 +39,14 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features after the block, B C H W, where C is the number of output channels."""
+        """Return the block's output features, B C H W, where C is the number of output channels."""
         h = self.conv1(norm_and_silu(self.norm1, x))
         h = self.conv2(norm_and_silu(self.norm2, h))
         return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 class SpatialAttention(nn.Module):
-    """One-head attention of each pixel to all pixels, added to the input."""
+    """Single-head self-attention over all pixels, with a residual connection."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class SpatialAttention(nn.Module):
         self.proj_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features after attention, B C H W as the input."""
+        """Return the features after attention, B C H W like the input."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # B H*W C
         q, k, v = (layer(tokens).unsqueeze(2) for layer in (self.q, self.k, self.v))  # each B H*W 1 C
         attended = self.proj_out(attend(q, k, v).squeeze(2))
@@ -65,7 +65,7 @@ class SpatialAttention(nn.Module):
 
 
 class Middle(nn.Module):
-    """A residual block, attention, and another residual block, at the lowest resolution."""
+    """Residual block, attention and another residual block, at the lowest resolution."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -74,12 +74,12 @@ class Middle(nn.Module):
         self.block_2 = ResidualBlock(width, width, groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features after all three layers, B C H W as the input."""
+        """Return the features after all three layers, B C H W like the input."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class AutoencoderDownsample(nn.Module):
-    """Halve height and width with a strided convolution; zeros are added on the right and below only."""
+    """Halve height and width with a strided convolution; only the right and bottom edges are zero-padded."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -116,14 +116,14 @@ class Level(nn.Module):
         self.upsample = AutoencoderUpsample(width) if up else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features after the blocks and after the optional down- or upsampling layer."""
+        """Return the features after the residual blocks and the optional down- or upsampling."""
         for layer in (*self.block, self.downsample, self.upsample):
             x = x if layer is None else layer(x)
         return x
 
 
 class AutoencoderEncoder(nn.Module):
-    """Encode pixels B 3 H W as means and logarithms of variances, B 2Z h w."""
+    """Encode pixels B 3 H W as means and log-variances, B 2Z h w."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class AutoencoderEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return means and logarithms of variances, B 2Z h w, for pixels B 3 H W."""
+        """Return means and log-variances, B 2Z h w, for pixels B 3 H W."""
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -168,7 +168,7 @@ class AutoencoderDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return pixels B 3 H W for latents B Z h w."""
+        """Decode latents B Z h w to pixels B 3 H W."""
         x = self.mid(self.conv_in(x))
         for level in reversed(list(self.up)):
             x = level(x)
@@ -176,5 +176,5 @@ class AutoencoderDecoder(nn.Module):
 
 
 def norm_and_silu(norm: nn.Module, x: Tensor) -> Tensor:
-    """Normalize and apply SiLU, with one temporary tensor."""
+    """Apply a norm and SiLU with only one temporary tensor."""
     return functional.silu(norm(x), inplace=True)

@@ -34,7 +34,7 @@ _COMPUTED = ("embeddings.position_ids",)  # saved by old versions of transformer
 def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFiles:
     """Return where to look for CLIP's tokenizer.
 
-    `option` names the tokenizer; `folders` are the subfolders of a release that may contain it.
+    `option` is the tokenizer's option; `folders` are the subfolders of a release that may contain it.
     """
     return TokenizerFiles(
         option=option,
@@ -49,7 +49,7 @@ def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFile
 
 @dataclass(frozen=True)
 class ClipNaming:
-    """A family's names for its CLIP-L in options, cache records and conditions. The defaults are FLUX's."""
+    """A model family's names for its CLIP-L in options, caches and conditions; defaults are FLUX's."""
 
     name: str = "clip_l"  # in cache records
     pooled_key: str = "l_pooled"  # key of the pooled state
@@ -97,7 +97,7 @@ def read_clip_text(
 
     Args:
         checkpoint: The opened file.
-        naming: The family's names for the encoder in options, records and conditions.
+        naming: The family's names for the encoder in options, caches and conditions.
         config_json: The network's settings; None reads them from a config.json next to the file.
 
     Raises:
@@ -130,9 +130,9 @@ def plan_clip_text(
 
     Args:
         network: The file with prefixes removed.
-        sources: How each tensor is made, by our name.
+        sources: How to build each tensor, by its name in the network.
         config_json: The network's settings; may be empty.
-        naming: The family's names for the encoder in options, records and conditions.
+        naming: The family's names for the encoder in options, caches and conditions.
 
     Raises:
         CheckpointError: If a tensor that gives a dimension is missing or the tower takes too few tokens.
@@ -183,7 +183,7 @@ _UNUSED = ("text_model.*", "text_projection.*", "logit_scale", "embeddings.posit
 
 @dataclass(frozen=True)
 class ClipVisionConfig:
-    """Dimensions of a CLIP image tower. The defaults are OpenCLIP's."""
+    """Dimensions of a CLIP image tower; defaults are OpenCLIP's."""
 
     dim: int
     ffn_dim: int
@@ -213,7 +213,7 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
         raise make_wrong_kind_error(checkpoint, "a CLIP image encoder with its projection", option, release)
     shape = make_shape_reader(checkpoint, sources)
     patch_weight = shape("embeddings.patch_embedding.weight")
-    num_positions = shape("embeddings.position_embedding.weight")[0] - 1  # without that of the class token
+    num_positions = shape("embeddings.position_embedding.weight")[0] - 1  # without the class token
     patches_per_side = math.isqrt(max(num_positions, 0))
     is_rgb_kernel = len(patch_weight) == 4 and patch_weight[1] == 3
     has_square_patches = is_rgb_kernel and patch_weight[2] == patch_weight[3]

@@ -40,7 +40,7 @@ CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]
 
 @dataclass(frozen=True)
 class ClipWords:
-    """CLIP's tokenizer: `tokenize` turns text of any length into ids, without start and end token."""
+    """CLIP's tokenizer: `tokenize` converts text of any length to ids, without start and end token."""
 
     tokenize: Callable[[str], list[int]]
     start: int
@@ -65,7 +65,7 @@ def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
 
 
 def _find_start_and_end(tokenizer: Tokenizer, files: TokenizerFiles, file: Path) -> tuple[int, int]:
-    """Return the ids of the start and end token.
+    """Return the ids of the start and end tokens.
 
     Raises:
         CheckpointError: If the tokenizer lacks one of them.
@@ -80,7 +80,7 @@ def _find_start_and_end(tokenizer: Tokenizer, files: TokenizerFiles, file: Path)
 def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
     """Read tokenizer.json, or build the same tokenizer from vocab.json and merges.txt."""
     merges = find_merges(file)
-    # a tokenizer.json, which contains everything
+    # tokenizer.json contains everything
     if merges is None:
         return files.read(file)
     for part in (file, merges):
@@ -117,7 +117,7 @@ CLIP_L = ClipNaming()
 
 
 class PooledClip(FileTextEncoder[ClipText]):
-    """CLIP-L with one vector per prompt, computed from the second text if there is one (--prompt_2).
+    """CLIP-L with one vector per prompt, computed from the second prompt (--prompt_2) if it is given.
 
     Prompt weights have no effect, because the vector is the state of the end token.
     """
@@ -139,8 +139,8 @@ class PooledClip(FileTextEncoder[ClipText]):
         Args:
             path: File or folder of the model, or of a release with it in its subfolder `naming.folder`.
             dtype: Compute dtype.
-            tokenizer: Path from the tokenizer's option; None searches near the model.
-            naming: The family's names for the encoder in options, records and conditions.
+            tokenizer: Value of the tokenizer's option; None searches near the model.
+            naming: The family's names for the encoder in options, caches and conditions.
         """
         super().__init__(inside(path, naming.folder), tokenizer)
         self.name = naming.name
@@ -152,19 +152,19 @@ class PooledClip(FileTextEncoder[ClipText]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Entries of cache records: all that the vector depends on except the text."""
+        """Fields of cache records: everything that the vector depends on except the text."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_clip_text(checkpoint, self.naming).config
         settings = f"{config.num_heads} heads, {config.activation}, eps {config.eps}"
         return self.identify(self.naming.name, config=settings, dtype=dtype_name(self.dtype))
 
     def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
-        """Return the second text, or the prompt if it has none, without prompt weights."""
+        """Return `prompt_2`, or the prompt if it has none, without prompt weights."""
         text = prompt.text if prompt.prompt_2 is None else prompt.prompt_2
         return TemplatedPrompt(text, text, ())
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Raise CheckpointError unless the tokenizer puts a text between a start and an end token."""
+        """Raise CheckpointError unless the tokenizer adds a start and an end token to a text."""
         ids_of_empty = tokenizer.read("").ids
         if len(ids_of_empty) != 2 or ids_of_empty[1] != tokenizer.token_to_id(CLIP_END):
             why = ValueError(f"it does not put a text between {CLIP_START} and {CLIP_END}")
@@ -187,7 +187,7 @@ class PooledClip(FileTextEncoder[ClipText]):
         end = tokenizer.token_to_id(CLIP_END)
         assert end is not None  # checked when the tokenizer was loaded
         ids, masks = fill_rows(token_ids, CLIP_TOKENS, end)  # CLIP pads with its end token
-        # the pooled state is that of the first end token
+        # the pooled state is the first end token's
         ends = torch.tensor([prompt_ids.index(end) for prompt_ids in token_ids])
         pooled = network(ids.to(network.device), ends.to(network.device)).cpu()
         results: list[Conditions] = []
@@ -200,7 +200,7 @@ class PooledClip(FileTextEncoder[ClipText]):
 
 
 class ClipTextEncoder(PooledClip):
-    """CLIP-L that a LoRA can be trained for."""
+    """CLIP-L text encoder that supports LoRA training."""
 
     abilities = EncoderAbilities(trainable=True, accepts_new_words=True)
     lora_prefix = LORA_PREFIX

@@ -50,7 +50,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LayerConfig(Protocol):
-    """The part of a tower's configuration that its layers read."""
+    """The fields of a tower's configuration that its layers use."""
 
     @property
     def dim(self) -> int:
@@ -70,15 +70,15 @@ class LayerConfig(Protocol):
 
     @property
     def activation(self) -> str:
-        """Name of the feed-forward part's activation, as in the files' configurations."""
+        """Name of the feed-forward activation, as in config.json."""
 
     @property
     def eps(self) -> float:
-        """Number that layer norms add to the variance."""
+        """Epsilon of the layer norms."""
 
 
 def check_activation(config: LayerConfig, path: Path, hint: str) -> None:
-    """Raise CheckpointError, with a hint, if the activation in a config.json is unknown."""
+    """Raise CheckpointError, with a hint, if config.json has an unknown activation."""
     if config.activation not in ACTIVATIONS:
         raise CheckpointError(
             f"{path}: its config.json asks for the activation {config.activation}; {hint}.", path
@@ -86,7 +86,7 @@ def check_activation(config: LayerConfig, path: Path, hint: str) -> None:
 
 
 class ClipAttention(nn.Module):
-    """Attention among all tokens; if `is_causal`, of each token to itself and earlier ones."""
+    """Self-attention; if `is_causal`, each token attends only to itself and earlier tokens."""
 
     def __init__(self, config: LayerConfig, is_causal: bool) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class ClipAttention(nn.Module):
         self.out_proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the attended tokens, B L C as the input."""
+        """Return the tokens after attention, B L C like the input."""
         # each B N L D
         q, k, v = (
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -109,9 +109,9 @@ class ClipAttention(nn.Module):
 
 
 class ClipLayer(nn.Module):
-    """Attention and feed-forward, each applied to the normed tokens and added to them.
+    """Pre-norm attention and feed-forward, each with a residual connection.
 
-    The argument `tokens`, which `run_blocks` passes to each block, is ignored.
+    `tokens`, which `run_blocks` passes to every block, is ignored.
     """
 
     def __init__(self, config: LayerConfig, is_causal: bool) -> None:
@@ -123,20 +123,20 @@ class ClipLayer(nn.Module):
         self.mlp = TwoLayerMlp("fc1 fc2", sizes, ACTIVATIONS[config.activation])
 
     def forward(self, x: Tensor, tokens: None = None) -> Tensor:
-        """Return the tokens after the layer, B L C as the input; `tokens` is not used."""
+        """Return the tokens after the layer, B L C like the input; `tokens` is unused."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
 class ClipLayers(nn.Module):
-    """Stack of layers, nested like the names in released files."""
+    """Stack of layers, nested to match the tensor names in released files."""
 
     def __init__(self, config: LayerConfig, is_causal: bool) -> None:
         super().__init__()
         self.layers = nn.ModuleList(ClipLayer(config, is_causal) for _ in range(config.num_layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the tokens after all layers, B L C as the input."""
+        """Return the tokens after all layers, B L C like the input."""
         for layer in self.layers:
             x = layer(x)
         return x
@@ -159,7 +159,7 @@ class ClipTextEmbeddings(nn.Module):
 
 
 class ClipText(nn.Module):
-    """The text tower, with the projection of its pooled state if the model uses that."""
+    """CLIP's text tower, with the projection of its pooled state if the model uses it."""
 
     spec = DitSpec(block_lists=("encoder.layers",))
 
@@ -185,7 +185,7 @@ class ClipText(nn.Module):
     def forward(self, ids: Tensor, ends: Tensor) -> Tensor:
         """Return the pooled state of each prompt: B C, or B P if the model projects it.
 
-        Attention is causal, so padding after the end token changes nothing.
+        Attention is causal, so padding after the end token has no effect.
 
         Args:
             ids: Token ids, B L.
@@ -218,7 +218,7 @@ class ClipText(nn.Module):
         states = self.final_layer_norm(hidden.x) if final_norm else hidden.x
         if ends is None:
             return states, None
-        # the pooled state is always that of the last layer
+        # the pooled state always comes from the last layer
         self._run(hidden, range(num_layers_run, self.num_layers))
         return states, self._pool(hidden.x, ends)
 
@@ -227,7 +227,7 @@ class ClipText(nn.Module):
         run_blocks(self, hidden, Overrides(skip_blocks=skipped))
 
     def _pool(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Return the normed states of the end tokens, B C or projected B P, from the last layer's B L C."""
+        """Return the end tokens' normalized states, B C or projected B P, from the last layer's B L C."""
         pooled = self.final_layer_norm(x[torch.arange(len(x), device=x.device), ends])
         return pooled if self.text_projection is None else self.text_projection(pooled)
 
@@ -249,7 +249,7 @@ def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, naming:
 
 
 class ClipVisionEmbeddings(nn.Module):
-    """Embed patches, insert the class token before the patches, and add position embeddings."""
+    """Embed patches, prepend the class token, and add position embeddings."""
 
     def __init__(self, config: ClipVisionConfig) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class ClipVisionEmbeddings(nn.Module):
 
 
 class ClipVision(nn.Module):
-    """The image tower. Build it on the meta device and load a checkpoint with `load_clip_vision`."""
+    """CLIP's image tower. Build it on the meta device and load a checkpoint with `load_clip_vision`."""
 
     def __init__(self, config: ClipVisionConfig) -> None:
         super().__init__()
@@ -290,19 +290,19 @@ class ClipVision(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return one vector for each image, B P, in the compute dtype, on the tower's device."""
+        """Encode each image to one vector, B P, in the compute dtype, on the tower's device."""
         weight = self.visual_projection.weight
         return self(self.prepare(images).to(weight.device, weight.dtype))
 
     def prepare(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return images as input of the tower, B 3 S S float32: resized, center-cropped, normalized.
+        """Preprocess images for the tower, B 3 S S float32: resize, center-crop and normalize.
 
-        Pillow resizes (bicubic, antialiased) the shorter side to S, as the released model's processor does.
+        Pillow resizes (bicubic, antialiased) the shorter side to S, like the released model's processor.
         """
         size = self.image_size
         squares = []
         for image in images:
-            # the shorter side becomes `size`, the longer one is rounded down
+            # the shorter side becomes `size`; the longer one is scaled and rounded down
             width, height = (size * length // min(image.size) for length in image.size)
             resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
             left = (width - size) // 2
@@ -312,7 +312,7 @@ class ClipVision(nn.Module):
         return _normalize(pixels)
 
     def prepare_pixels(self, pixels: Tensor) -> Tensor:
-        """Resize pixels, B 3 H W in 0..1, to B 3 S S, center-crop and normalize them; all differentiable."""
+        """Resize pixels, B 3 H W in 0..1, to B 3 S S, center-crop and normalize them, differentiably."""
         size = self.image_size
         shorter = min(pixels.shape[-2:])
         height, width = (size * length // shorter for length in pixels.shape[-2:])

@@ -38,7 +38,7 @@ CONTROL_MASK = "control_mask"  # key in conditions: B 1 H W uint8, 1 where the i
 
 
 def check_controls(table: MediaTable, network_name: str) -> MediaTable:
-    """Check that a table has control images, and return it without them for checks that accept none.
+    """Check that a table has control images; return it without them, for checks that accept none.
 
     `network_name` names the network that takes the control images.
 
@@ -55,7 +55,7 @@ def check_controls(table: MediaTable, network_name: str) -> MediaTable:
 
 
 def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> list[list[CacheEntry]]:
-    """Add control images to cache entries; they have the same crop and mirroring as their images.
+    """Add control images to cache entries; they are cropped and mirrored like their images.
 
     Raises:
         DatasetError: If an image has several control images.
@@ -97,16 +97,16 @@ def controls_of(batch: Batch, latents: Tensor, stride: int, network_name: str) -
 
 
 def check_control(option: str, path: Path) -> None:
-    """Raise OptionError if the control image that `option` names cannot be read."""
+    """Raise OptionError if the control image given by `option` cannot be read."""
     if not path.is_file():
         raise OptionError(f"{option} {path}: no such picture. Correct the path")
     check_opens(option.removeprefix("--"), path, is_image=True)
 
 
 def sample_controls(prepared: Prepared) -> dict[str, Tensor]:
-    """Return the control image of a sample as conditions; {} if it has none.
+    """Return a sample's control image as conditions; {} if it has none.
 
-    The image is read in the same way as guide images of gen_img.py.
+    The image is preprocessed like the guide images of gen_img.py.
     """
     request = prepared.request
     if request.control_path is None:
@@ -116,7 +116,7 @@ def sample_controls(prepared: Prepared) -> dict[str, Tensor]:
 
 
 def read_control(path: Path, width: int, height: int, strength: float) -> dict[str, Tensor]:
-    """Return a control image, resized, and its strength as conditions: 1 3 H W uint8, and 1."""
+    """Return conditions: the control image, resized, 1 3 H W uint8, and its strength, 1 value."""
     frame = read_image(path)
     if frame.shape[:2] != (height, width):
         frame = resize_frame(frame, (width, height), "lanczos")
@@ -125,7 +125,7 @@ def read_control(path: Path, width: int, height: int, strength: float) -> dict[s
 
 
 def read_control_mask(path: Path, width: int, height: int) -> dict[str, Tensor]:
-    """Return a mask, resized, as conditions: 1 1 H W uint8, which is 1 where the mask is at least half gray.
+    """Return conditions: the mask, resized, 1 1 H W uint8, which is 1 where it is at least half gray.
 
     Raises:
         MediaError: If the mask cannot be read.
@@ -144,7 +144,7 @@ def draw_control_mask(width: int, height: int, seed: int) -> dict[str, Tensor]:
 
 
 def mask_in(cond: Conditions, device: torch.device) -> Tensor | None:
-    """Return the masks in the conditions, B 1 H W float32; None if there are none."""
+    """Return the conditions' masks, B 1 H W float32; None without masks."""
     return send_tensor(cond, CONTROL_MASK, device).float() if CONTROL_MASK in cond else None
 
 

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 class TransformerFiles(ABC):
     """Paths and dtypes of a transformer and a VAE, from the options.
 
-    If an option is not set or its file is missing, the path properties raise OptionError or CheckpointError.
+    Path properties raise OptionError or CheckpointError if an option is not set or its file is missing.
     Encoders compute in their default dtype, or in float32 if the transformer does.
     """
 
@@ -72,7 +72,7 @@ class TransformerFiles(ABC):
         return replace(self, dit=dit, dit_dtype=select_compute_dtype(dtype, "--dit_dtype", None))
 
     def add_vae(self, options: VaeOptions) -> Self:
-        """Return a copy with the options of the VAE."""
+        """Return a copy with the settings of the VAE options."""
         dtype = select_compute_dtype(options.vae_dtype, "--vae_dtype", None)
         return replace(self, vae=options.vae, vae_dtype=dtype, vae_tile=options.tile)
 
@@ -88,11 +88,11 @@ class TransformerFiles(ABC):
         return inside(path, self.vae_folder) if self.vae_folder else path
 
     def dit_header(self) -> DitHeader[Any]:
-        """Return the header of the transformer's file, which is read only once."""
+        """Return the header of the transformer's file; it is read only once."""
         return read_once(self.dit_path, self.format.read_header)
 
     def compute_dtype(self) -> torch.dtype | None:
-        """Return --dit_dtype, else the compute dtype of the file; None if no transformer is set."""
+        """Return --dit_dtype, or else the file's compute dtype; None if no transformer is given."""
         if self.dit_dtype or self.dit is None:
             return self.dit_dtype
         return self.dit_header().compute_dtype
@@ -115,23 +115,23 @@ class TransformerFiles(ABC):
         """Load the VAE."""
 
     def vae_identity(self) -> Mapping[str, str]:
-        """Return entries of cache records: all that latents depend on except the pixels."""
+        """Return fields of cache records: everything that latents depend on except the pixels."""
         dtype = dtype_name(self.encoder_dtype(self.vae_dtype, self.vae_default))
         return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 
     @abstractmethod
     def check_vae(self) -> None:
-        """Raise CheckpointError if the file is not a VAE of the model."""
+        """Raise CheckpointError if the file is not this model's VAE."""
 
     @abstractmethod
     def text_encoders(self) -> list[TextEncoder]:
-        """Return the text encoders, whose files are opened only when the encoders are loaded."""
+        """Return the text encoders; their files are not opened until they are loaded."""
 
     @abstractmethod
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoders that options name; all of them must be named if they are `needed`.
+        """Check the text encoder files given by options; with `needed`, all of them must be given.
 
-        `config` is the configuration of the transformer; None if its option is not set.
+        `config` is the transformer's configuration; None if its option is not set.
         """
 
     def check(self, needed: Collection[str] = ()) -> None:
@@ -156,7 +156,7 @@ _METADATA = attrgetter("metadata")
 
 
 def judge_distillation(rule: FewSteps, dit: Path) -> Verdict | None:
-    """Return whether a transformer was distilled to few steps, and the evidence for that.
+    """Return the verdict whether a transformer was distilled to few steps, with the evidence.
 
     A missing or unreadable file is judged by its name alone, because other checks report it.
     """
@@ -167,7 +167,7 @@ def judge_distillation(rule: FewSteps, dit: Path) -> Verdict | None:
 
 
 class OneTransformer:
-    """Base class of families with a single transformer; most properties follow from their files."""
+    """Base class of families with a single transformer; most properties come from their model files."""
 
     abilities: ClassVar[Abilities] = Abilities(detects_few_steps=True)
     model_metadata: ClassVar[
@@ -184,16 +184,16 @@ class OneTransformer:
         @property
         @abstractmethod
         def files(self) -> TransformerFiles:
-            """Paths and dtypes of the family's files."""
+            """Paths and dtypes of the family's model files."""
 
         @property
         @abstractmethod
         def dit(self) -> DitSpec:
-            """Names of blocks and modules in the transformer."""
+            """Module structure of the transformer: names of its blocks and layers."""
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The family's metadata together with the names of the files."""
+        """The family's metadata plus the names of the model files."""
         return self.metadata_of(self.model_metadata)
 
     @property
@@ -202,7 +202,7 @@ class OneTransformer:
         return {}
 
     def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return the text encoders that `files` describes."""
+        """Return the text encoders for the model files in `files`."""
         encoders = self.files.text_encoders()
         if self.files.added_words:
             give_words(encoders, self.files.added_words)
@@ -210,13 +210,13 @@ class OneTransformer:
 
     @property
     def word_names(self) -> tuple[str, ...]:
-        """Return the additional words of the text encoders."""
+        """Return the words that extend the text encoders' vocabulary."""
         return tuple(word.text for word in self.files.added_words)
 
     def with_words(self, files: "WordsByFile", option: str) -> Self:
         """Return a copy whose text encoders know the textual-inversion words of embedding files and LoRAs.
 
-        If several files have the same word, the first is used, with a warning.
+        If several files contain the same word, the first one is used, with a warning.
 
         Args:
             files: Words with their vectors, by file.
@@ -232,7 +232,7 @@ class OneTransformer:
         return self._with_model_words([*known_words.values()])
 
     def with_word_in_texts(self, word: "WordToLearn") -> Self:
-        """Return a copy whose text encoders have rows for a word to train."""
+        """Return a copy whose text encoders have embedding rows for a word to train."""
         return self._with_model_words([*self.files.added_words, ModelWord(word.text, word.count)])
 
     def _with_model_words(self, words: Sequence[ModelWord]) -> Self:
@@ -241,33 +241,33 @@ class OneTransformer:
         return copy
 
     def word_network(self, word: "WordToLearn") -> "CustomNetwork":
-        """Return the trainable vectors of a word."""
+        """Return a trainable network that consists of a word's embedding vectors."""
         from encoders.inversion import invert_encoders  # only to train one
 
         return invert_encoders(word, self.files.text_encoders())
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
-        """Return no options: caches do not depend on the checkpoint."""
+        """Return no additional caching options: caches do not depend on the checkpoint."""
         return ()
 
     @property
     def experts(self) -> tuple[Expert, ...]:
-        """The only network, which is used at all noise levels."""
+        """A single expert: one network for all noise levels."""
         return ONE_EXPERT
 
     @property
     def references(self) -> ReferenceRules | None:
-        """Rules for reference images; None, unless the family overrides it, because the model takes none."""
+        """Rules for reference images; None, the default, for models that take none."""
         return None
 
     @property
     def teacher_only_conditions(self) -> tuple[str, ...]:
-        """Names of the conditions that a teacher model always gets: the caption and any reference images."""
+        """Conditions that a teacher model gets even if training drops them: caption and references."""
         return (CAPTION,) if self.references is None else (CAPTION, REFERENCE)
 
     def few_steps_evidence(self) -> str | None:
-        """Return the evidence that a transformer was distilled to few steps; None if there is none."""
+        """Return the evidence that a transformer was distilled to few steps; None without evidence."""
         for path in self.dit_files:
             verdict = judge_distillation(self.few_steps, path)
             if verdict is not None and verdict.is_distilled:
@@ -275,17 +275,17 @@ class OneTransformer:
         return None
 
     def check_named_files(self) -> None:
-        """Check all files that options name."""
+        """Check all model files given by options; raise UserError if one is unusable."""
         self.files.check()
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Identity of everything that encoded pixels depend on, which is the VAE."""
+        """Fields of cache records: everything that encoded pixels depend on, i.e. the VAE."""
         return self.files.vae_identity()
 
     @property
     def moments(self) -> MomentsRules:
-        """Rules for precomputed moments; by default, they are rejected."""
+        """Rules for precomputed VAE moments; by default, they are rejected."""
         return MomentsRules(f"the model {self.name} is given clips alone. Leave out load_tensors")
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
@@ -302,40 +302,40 @@ class OneTransformer:
 
     @property
     def has_dit_files(self) -> bool:
-        """Whether options name the transformer."""
+        """Whether a transformer file is given."""
         return self.files.dit is not None
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """The checkpoint of the transformer, whose header has been checked."""
+        """The transformer's checkpoint, after its header has been checked."""
         self.files.dit_header()
         return (self.files.dit_path,)
 
     def file_beside(self, dit: Path) -> Path | None:
-        """Return None: no second file is needed."""
+        """Return None: no second file is required."""
         return None
 
     def block_counts(self) -> tuple[int, ...]:
-        """Return the number of layers, or of double and single blocks, from the header."""
+        """Return the number of layers, or of double and single blocks, read from the header."""
         config = self.files.dit_header().config
         if hasattr(config, "num_layers"):
             return (config.num_layers,)
         return config.double_blocks, config.single_blocks  # models like FLUX.1
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the dtype to compute in: of `placement`, else of --dit_dtype, else of the file's blocks."""
+        """Return the compute dtype: the placement's, else --dit_dtype, else that of the file's blocks."""
         return select_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.files.dit_dtype))
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer. --dit_dtype applies if the caller sets no dtype."""
+        """Load the transformer, in --dit_dtype unless the placement sets a dtype."""
         (path,) = self.dit_files
         network: nn.Module = self.files.format.load(path, with_dtype(placement, self.files.dit_dtype))
-        # the spec of a release may differ from that of the class
+        # a release's spec may differ from the class's
         network.spec = self.dit  # type: ignore[assignment]
         return network
 
     def metadata_of(self, names: Mapping[str, str]) -> Mapping[str, str]:
-        """Return metadata: `names`, and the file names of the given transformer and VAE."""
+        """Return `names` with the file names of the transformer and VAE added, if they are given."""
         metadata = dict(names)
         if self.files.dit is not None:
             metadata["sd_model_name"] = self.files.dit.name
@@ -344,7 +344,7 @@ class OneTransformer:
         return metadata
 
     def check_files(self, media: bool) -> None:
-        """Check transformer and text encoders, and the VAE if `media` is True; their options must be set."""
+        """Check the transformer and text encoders, with `media` also the VAE; their options must be set."""
         needed = ["dit", "texts"]
         if media:
             needed.append("vae")

@@ -44,7 +44,7 @@ LOUD = 3.0  # warn if a vector's norm exceeds this multiple of the mean norm, as
 
 
 class LearnedWordVectors(nn.Module):
-    """Trained vectors of a word: one parameter, V C, for each name in files."""
+    """A word's trained vectors: one parameter, V C, for each tensor name in files."""
 
     def __init__(self, word: WordToLearn, vectors: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -58,11 +58,11 @@ class LearnedWordVectors(nn.Module):
         return [{"params": [*self.parameters()], "lr": learning_rate}], [CALLED]
 
     def join(self, names: Sequence[str]) -> Tensor:
-        """Concatenate the vectors of several names."""
+        """Concatenate the vectors stored under several names."""
         return torch.cat([self.get_parameter(name) for name in names])
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Do nothing: texts are encoded before the forward pass, so the word cannot be scaled in it."""
+        """Do nothing: prompts are encoded before the forward pass, which cannot scale the word's vectors."""
 
     def log_norms(self) -> None:
         """Log the norm of each vector and the mean norm of known tokens; warn if a vector is much longer."""
@@ -91,7 +91,7 @@ class LearnedWordVectors(nn.Module):
 
 
 def report_norms(module: nn.Module) -> None:
-    """Log the norms of the vectors in a `LearnedWordVectors`."""
+    """Log the norms of a trained word's embedding vectors; `module` is a `LearnedWordVectors`."""
     assert isinstance(module, LearnedWordVectors)
     module.log_norms()
 
@@ -104,7 +104,7 @@ def write_vectors(
     Args:
         module: Module with the vectors.
         path: Path of the file.
-        dtype: Dtype of the file; None for float32.
+        dtype: Dtype of the file; None keeps the vectors' dtype.
         metadata: Metadata of the file.
     """
     report_norms(module)
@@ -116,13 +116,13 @@ def write_vectors(
 
 
 def _leave_command(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -> Sequence[str]:
-    """Return the command of a sample unchanged, because the LoRA's file also contains the word."""
+    """Return the generation command unchanged: the LoRA's file also contains the learned word."""
     return base
 
 
 @dataclass(frozen=True)
 class InvertedEncoder:
-    """Names and tokenizer of a text encoder, for textual inversion before the encoder is loaded."""
+    """Name and tokenizer of a text encoder, for textual inversion before the encoder is loaded."""
 
     vector_key: str  # key of its vectors in files
     embedding: str  # name of the weight of its token embeddings
@@ -137,7 +137,7 @@ class InvertedEncoder:
 
 
 class Inversion:
-    """The textual inversion of a training run: its word, and the initial values of its vectors."""
+    """Textual inversion in a training run: the word and its initial vectors."""
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class Inversion:
         )
 
     def make(self, networks: nn.Module, with_values: bool) -> LearnedWordVectors:
-        """Create the vectors of the word, and let the text encoders use them.
+        """Create the word's vectors and connect them to the text encoders.
 
         Random vectors are drawn from torch's default generator.
 
@@ -218,7 +218,7 @@ class Inversion:
             # called in each forward pass of the encoder: returns the current vectors of the new tokens
             embedding.get_new_vectors = partial(vectors.join, encoder.vector_keys)
             if with_values:
-                # to compare the length of trained vectors with, in the log
+                # for the log, to compare with the norms of trained vectors
                 mean_norm = float(embedding.weight.detach().float().norm(dim=1).mean())
                 vectors.mean_norms |= dict.fromkeys(encoder.vector_keys, mean_norm)
         return vectors
@@ -226,7 +226,7 @@ class Inversion:
     def _make_initial(self, known_embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the initial vectors, each V C, by their keys in embedding files.
 
-        They come from a file, else from the initial word, else they are random.
+        They come from a file, or else from the initial word, or else are random.
 
         Args:
             known_embeddings: Token embeddings of each text encoder, by its key in embedding files.
@@ -241,7 +241,7 @@ class Inversion:
             for encoder in self.encoders:
                 known = known_embeddings[encoder.vector_key]
                 for key in encoder.vector_keys:
-                    # as spread as the embeddings of known tokens
+                    # with the standard deviation of the known tokens' embeddings
                     initial[key] = torch.randn(self.word.count, known.shape[1]) * known.std()
             return initial
         for number, encoder in enumerate(self.encoders, start=1):
@@ -251,7 +251,7 @@ class Inversion:
         return initial
 
     def _read_init_word(self, encoder: InvertedEncoder, encoder_number: int) -> list[int]:
-        """Return a token id of the initial word for each vector; log a warning if the numbers differ.
+        """Return one token id of the initial word per vector; warn if their numbers differ.
 
         `encoder_number` counts the text encoders from 1, for the warning.
         """
@@ -272,7 +272,7 @@ class Inversion:
         return [ids[index % len(ids)] for index in range(count)]  # repeated from the start, or cut
 
     def _tokenize_init_word(self, encoder: InvertedEncoder) -> list[int]:
-        """Return the token ids of the initial word; raise OptionError if a text encoder has none for it."""
+        """Return the token ids of the initialization word; raise OptionError if an encoder has none."""
         init_word = self.word_options.init_word or ""
         ids = encoder.tokenize(init_word)
         if not ids:
@@ -283,7 +283,7 @@ class Inversion:
         return ids
 
     def _read_weights(self) -> Mapping[str, Tensor] | None:
-        """Read the initial vectors from an embedding file or a LoRA; None if options name no file with them.
+        """Read the initial vectors from an embedding file or a LoRA; None if no option gives such a file.
 
         Raises:
             CheckpointError: If the vectors of the file do not fit the text encoders or the options.
@@ -310,7 +310,7 @@ class Inversion:
         return vectors
 
     def _check_widths(self, vectors: Mapping[str, Tensor], known_embeddings: Mapping[str, Tensor]) -> None:
-        """Raise CheckpointError if vectors of a file do not have the width of their text encoder."""
+        """Raise CheckpointError if vectors from a file do not match the width of their text encoder."""
         for encoder in self.encoders:
             width = vectors[encoder.vector_keys[0]].shape[1]
             expected = known_embeddings[encoder.vector_key].shape[1]
@@ -335,12 +335,12 @@ class Inversion:
         self._read_weights()
 
     def check_captions(self, captions: Sequence[str]) -> str:
-        """Return a warning about the captions of a dataset that lack the new word; "" if all have it.
+        """Return a warning about a dataset's captions without the new word; "" if all contain it.
 
         Raises:
-            DatasetError: If no caption has the word.
+            DatasetError: If no caption contains the word.
         """
-        names = self.word.list_ids(0)  # of the word, and of its single vectors, which count as the word
+        names = self.word.list_ids(0)  # the word, and its single vectors, which also count
         pattern = compile_words([*names])
         without = [caption for caption in captions if not pattern.search(caption)]
         word = self.word.text
@@ -361,7 +361,7 @@ class Inversion:
 
 
 def find_in_lora(path: Path, word: str) -> WordContent | None:
-    """Return the vectors of a word in a LoRA file; None if `path` is not a LoRA file or lacks the word."""
+    """Return a word's embedding vectors from a LoRA file; None if `path` is not a LoRA or lacks the word."""
     if not path.is_file() or path.suffix.lower() != ".safetensors":
         return None
     with open_checkpoint(path) as checkpoint:
@@ -370,11 +370,11 @@ def find_in_lora(path: Path, word: str) -> WordContent | None:
 
 
 def invert_encoders(word: WordToLearn, encoders: Sequence[TextEncoder]) -> CustomNetwork:
-    """Return the trainable vectors of a word for text encoders that support additional words.
+    """Return a word's trainable vectors for all text encoders that support additional words.
 
     Args:
         word: The word to learn.
-        encoders: All text encoders of a model; those without this ability tokenize the word as text.
+        encoders: All text encoders of a model; others tokenize the word as plain text.
     """
     word_encoders = [encoder for encoder in encoders if takes_words(encoder)]
     inverted = []
@@ -386,7 +386,7 @@ def invert_encoders(word: WordToLearn, encoders: Sequence[TextEncoder]) -> Custo
 def _read_start_vectors(
     word: WordToLearn, encoders: Sequence[WordEncoder], path: Path, option: str
 ) -> Mapping[str, Tensor] | None:
-    """Return the vectors from which to train a word, by encoder; None if a LoRA does not contain it.
+    """Return a word's initial vectors by encoder key; None if a LoRA does not contain the word.
 
     Args:
         word: The word.
@@ -395,7 +395,7 @@ def _read_start_vectors(
         option: Option that names the path, for messages.
     """
     content = find_in_lora(path, word.text)
-    if content is None and word.weights is None:  # the path is that of a LoRA to continue
+    if content is None and word.weights is None:  # `path` is a LoRA to continue training
         return None
     if content is None:
         content = read_embedding(path, option)

@@ -90,14 +90,14 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
         CheckpointError: If a file cannot be read.
     """
     merges = find_merges(file)
-    # a tokenizer.json, which contains everything
+    # tokenizer.json contains everything
     if merges is None:
         return files.read(file)
     for part in (file, merges):
         files.check_bytes(part)
     with files.convert_errors(file):
         tokenizer = Tokenizer(models.BPE.from_file(str(file), str(merges)))
-    # vocab.json and merges.txt lack these settings, which a tokenizer.json contains
+    # vocab.json and merges.txt lack these settings, which tokenizer.json contains
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -129,10 +129,10 @@ def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
 
 
 def qwen3_chat(thinks: bool) -> tuple[str, str]:
-    """Return the text before and after a prompt in Qwen3's chat template with a single message.
+    """Return the text before and after a prompt in Qwen3's single-message chat template.
 
     Args:
-        thinks: Whether the model may think before it answers: `enable_thinking` of the template.
+        thinks: Whether the model may think before it answers (`enable_thinking` of the template).
     """
     answer = "<|im_start|>assistant\n" + ("" if thinks else "<think>\n\n</think>\n\n")
     return "<|im_start|>user\n", f"<|im_end|>\n{answer}"
@@ -141,7 +141,7 @@ def qwen3_chat(thinks: bool) -> tuple[str, str]:
 # eq=False: hashed by identity, because mappings in it cannot be hashed and `read_once` caches by it
 @dataclass(frozen=True, eq=False)
 class LanguageEncoderSettings:
-    """How a family uses a language model: the prompt template, and the hidden states to return."""
+    """How a family uses a language model: the prompt template and the hidden states to return."""
 
     name: str  # name of the encoder in messages and cache records
     states_key: str  # key of the states in the conditions that `encode` returns
@@ -186,7 +186,7 @@ class LanguageEncoderSettings:
 
     @property
     def state_indices(self) -> tuple[int, ...]:
-        """Numbers of the hidden states that the encoder returns, stacked or concatenated."""
+        """Indices of the hidden states that the encoder returns, stacked or concatenated."""
         return self.stacked_states or self.states
 
     @property
@@ -198,13 +198,13 @@ class LanguageEncoderSettings:
 
     @property
     def template(self) -> str:
-        """The template, with `{}` for the prompt."""
+        """The prompt template; `{}` stands for the prompt."""
         images = self.image_format.text if self.image_format else ""
         return f"{self.template_prefix}{images}{{}}{self.template_suffix}"
 
     @property
     def template_key(self) -> str:
-        """Key of the template's fingerprint in cache records (`LanguageModelEncoder.identity`)."""
+        """Key of the template's hash in cache records (`LanguageModelEncoder.identity`)."""
         return f"{self.record_prefix or self.name}_template"
 
     @property
@@ -237,9 +237,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             settings: How the family uses the model.
             path: File or folder of the model, or of a release with the model in its subfolder `text_encoder`.
             dtype: Compute dtype.
-            tokenizer: Path from the tokenizer's option; None searches near the model.
+            tokenizer: Value of the tokenizer's option; None searches near the model.
             form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form.
-            on_cpu: Whether to compute on the CPU, whatever the device of the run is.
+            on_cpu: Whether to compute on the CPU regardless of the run's device.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer, form)
         self.settings = settings
@@ -254,13 +254,13 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.variable_length: frozenset[str] = frozenset()  # conditions whose length differs between prompts
         if not pads_to_maximum:
             self.variable_length = settings.keys | {settings.image_hashes_key}
-        # key of the states that weights of words, such as (cat:1.2), multiply
+        # key of the states that prompt weights, such as (cat:1.2), multiply
         self.weighted_states_key = settings.states_key
         self.pads_left = settings.pads_left
 
     @property
     def state(self) -> str | None:
-        """Description of the hidden states that are used, for cache records."""
+        """Description of the hidden states in use, for cache records."""
         numbers = ", ".join(map(str, self.settings.state_indices)) or "all"
         if self.settings.pre_norm:
             return f"{numbers}, {PRE_NORM}"
@@ -273,12 +273,12 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def token_bytes(self) -> int:
-        """Size in bytes of the states of one token."""
+        """Size in bytes of one token's hidden states."""
         return self._config.dim * len(self.settings.state_indices) * self.dtype.itemsize
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Entries of cache records: all that states depend on except the text, such as network and dtype."""
+        """Fields of cache records: everything that states depend on except the text, e.g. dtype."""
         config = self._config
         return self.identify(
             self.settings.record_prefix or self.name,
@@ -314,13 +314,13 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         )
 
     def count_template_tokens(self, tokenizer: TextTokenizer) -> int:
-        """Return the number of template tokens before the prompt whose states are dropped."""
+        """Return the number of template tokens before the prompt, whose states are dropped."""
         if self.settings.num_dropped_tokens is not None:
             return self.settings.num_dropped_tokens
         return len(tokenizer.read(self.settings.system or self.settings.template_prefix).ids)
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Warn if the template before the prompt does not have `settings.dropped` tokens."""
+        """Warn unless the template before the prompt has `settings.dropped` tokens."""
         counted = len(tokenizer.read(self.settings.template_prefix).ids)
         expected = self.settings.num_dropped_tokens
         if expected and counted != expected:
@@ -369,7 +369,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return network
 
     def offloaded_bytes(self, free_bytes: int) -> int:
-        """Return the size of the layers that stay in host memory if `free_bytes` of the device are free."""
+        """Return the size of the layers that stay in host memory if the device has `free_bytes` left."""
         if self.on_cpu:
             return 0
         with open_checkpoint(self.path) as checkpoint:
@@ -409,7 +409,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             network: The language model.
             tokenizer: Its tokenizer.
             token_ids: Token ids of each prompt with its template.
-            num_template_tokens: Number of template tokens before each prompt, whose states are left out.
+            num_template_tokens: Number of template tokens before each prompt; their states are dropped.
             images: Images of each prompt.
 
         Returns:
@@ -438,9 +438,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         pad: int,
         num_template_tokens: int,
     ) -> list[Conditions]:
-        """Return the conditions of prompts that run together, without the padding that this takes.
+        """Return the conditions of a batch of prompts, without the batch's padding.
 
-        `pad` is the id of the padding token; other arguments as in `compute`.
+        `pad` is the id of the padding token; the other arguments are those of `compute`.
         """
         padded_length = self._select_length(batch, num_template_tokens)
         padded_ids, mask = fill_rows(batch, padded_length, pad, self.settings.pads_left)
@@ -459,7 +459,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return results
 
     def _length_alone(self, ids: list[int], num_template_tokens: int) -> int:
-        """Return the number of tokens, including the template's, that a prompt has if it is encoded alone."""
+        """Return the prompt's length in tokens if it were encoded alone, including the template's tokens."""
         if self.settings.pad_to_multiple_of:
             return self._select_length([ids], num_template_tokens)
         return len(ids)
@@ -472,7 +472,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         mask: Tensor,
         images: Sequence[PatchedImages],
     ) -> Tensor:
-        """Return the states of padded token ids, B L: B L nC, or B L n C if the family stacks them."""
+        """Return n hidden states of padded token ids, B L: concatenated, B L nC, or stacked, B L n C."""
         inputs = self._embed(network, tokenizer, ids, images, mask=mask)
         states = language_states(
             network,
@@ -497,14 +497,14 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
         Args:
             tokenizer: The tokenizer.
-            states: States of a prompt, L C, possibly followed by those of padding.
+            states: Hidden states of a prompt, L C, possibly followed by padding states.
             ids: Token ids, L.
             token_grids: For each image, its rows and columns of tokens.
         """
         settings = self.settings
         assert settings.image_format is not None
         placeholder = self.find_token(tokenizer, settings.image_format.token) if token_grids else None
-        # indices instead of a mask, because memory planning runs with fake tensors, which cannot be masked
+        # indices instead of a mask: memory planning runs with fake tensors, which cannot be indexed by masks
         text_indices = [index for index, token_id in enumerate(ids) if token_id != placeholder]
         image_positions = []  # number of text tokens in front of each image
         num_text_tokens = 0
@@ -525,7 +525,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return separated
 
     def _select_length(self, token_ids: Sequence[list[int]], num_template_tokens: int) -> int:
-        """Return the number of tokens, including the template's, to which a batch's prompts are padded."""
+        """Return the token count, including the template's tokens, to which a batch's prompts are padded."""
         settings = self.settings
         longest = max(map(len, token_ids))
         max_length = num_template_tokens + settings.max_length
@@ -562,7 +562,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return PromptEmbeddings(token_embeddings, self._make_position_ids(mask), layer_additions=[])
 
     def _make_position_ids(self, mask: Tensor) -> Tensor | None:
-        """Return the positions of tokens whose mask is B L; None for 0, 1, 2, ..."""
+        """Return position ids for a padding mask, B L; None for the default 0, 1, 2, ..."""
         settings = self.settings
         length = mask.shape[1]
         if settings.pad_to_multiple_of:  # all padding has position 1
@@ -573,10 +573,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return None
 
     def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
-        """Return a prompt's states and mask by key.
+        """Return a prompt's states and mask, by condition key.
 
-        If prompts are padded to `maximum`, these are the tensors of all tokens. Otherwise they are those of
-        the first `length` tokens (including the padding of `pad_to_multiple_of`), each in a list.
+        If prompts are padded to `maximum`, the tensors contain all tokens. Otherwise they contain the first
+        `length` tokens (including the padding of `pad_to_multiple_of`), each tensor in a list.
         """
         settings = self.settings
         if settings.pad_token is not None and not settings.pad_to_multiple_of:
@@ -601,7 +601,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         image_format = self.settings.image_format
         if not image_hashes_key or image_format is None or image_format.hash_images is None:
             return encoded
-        # some families check that text encoder and transformer saw the same images
+        # hashes let a family check that the text encoder and the transformer saw the same images
         with_hashes = []
         for prompt, conditions in zip(prompts, encoded, strict=True):
             if len(prompt.image_pixels) == len(prompt.images):  # only prompts from a dataset have frames
@@ -614,7 +614,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """Load the vision tower onto a device, unless it is loaded or the family uses no images.
 
         Raises:
-            CheckpointError: If the file has no vision tower, or that of another model.
+            CheckpointError: If the file has no vision tower, or the tower of a different model.
         """
         network, _ = self._loaded.get()
         if self.settings.image_format is not None and not hasattr(network, "visual"):
@@ -632,7 +632,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         templated_prompts: list[TemplatedPrompt] = []
         for prompt, prompt_images in zip(prompts, images, strict=True):
             templated = self.apply_template(prompt)
-            # a typed placeholder would be taken for an image
+            # a typed placeholder would be mistaken for an image
             if prompt_images.token_grids and placeholder in tokenizer.read(templated.prompt).ids:
                 raise MediaError(
                     f"{image_format.token} stands for a picture. Leave it out of the prompt: "
@@ -644,7 +644,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
 @dataclass(frozen=True)
 class LanguageModelFiles(TransformerFiles):
-    """Files of a model whose only text encoder is a language model."""
+    """Model files of a family whose only text encoder is a language model."""
 
     encoder_class: ClassVar[type[LanguageModelEncoder]] = LanguageModelEncoder
     text_encoder: Path | None = None
@@ -655,10 +655,10 @@ class LanguageModelFiles(TransformerFiles):
     @property
     @abstractmethod
     def encoder_settings(self) -> LanguageEncoderSettings:
-        """Return the settings of the family for its language model."""
+        """Return the family's prompt template and hidden states for its language model."""
 
     def add_text(self, options: TextEncoderOptions) -> Self:
-        """Return a copy with the options of the text encoder."""
+        """Return a copy with the settings of the text encoder options: file, tokenizer, dtype and device."""
         return replace(
             self,
             text_encoder=options.text_encoder,
@@ -675,7 +675,7 @@ class LanguageModelFiles(TransformerFiles):
         return require_file(self.text_encoder, model.option, f"{model.description} encodes the prompts")
 
     def language_model(self) -> LanguageModelEncoder:
-        """Return the language model; its file is opened when it is loaded."""
+        """Return the language model's encoder without opening its file, which `load` does."""
         return self.encoder_class(
             self.encoder_settings,
             self.text_encoder_path,
@@ -690,11 +690,11 @@ class LanguageModelFiles(TransformerFiles):
         return [self.language_model()]
 
     def text_width(self) -> int:
-        """Return the width of a token's states: concatenated, or of a single state if they are stacked."""
+        """Return the width of a token's states: concatenated, or of one state if they are stacked."""
         return read_once(self.language_model().path, _measure_states, self.encoder_settings)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the language model's files and that its states have the width that the transformer takes.
+        """Check the language model's files, and that its hidden states match the transformer's text width.
 
         Args:
             config: Dimensions of the transformer; None if its option is not set.
@@ -717,14 +717,14 @@ class LanguageModelFiles(TransformerFiles):
             settings.source.files.check_option_value(self.text_encoder_tokenizer)
 
     def check_tower(self) -> None:
-        """Raise CheckpointError if the language model has no vision tower, or that of another model."""
+        """Raise CheckpointError unless the language model's file has a vision tower of the right model."""
         read_once(self.language_model().path, _read_tower, self.encoder_settings)
 
 
 def _read_all_images(
     tower: nn.Module, prompts: Sequence[Prompt], image_format: ImagePromptFormat
 ) -> list[PatchedImages]:
-    """Return the images of each prompt as input of the vision tower."""
+    """Read each prompt's images and cut them into patches for the vision tower."""
     images = []
     for prompt in prompts:
         if prompt.image_pixels:  # prompts of a dataset have decoded images
@@ -740,7 +740,7 @@ def _read_all_images(
 def _insert_image_placeholders(
     templated: TemplatedPrompt, images: PatchedImages, image_format: ImagePromptFormat
 ) -> TemplatedPrompt:
-    """Insert the placeholder tokens of a prompt's images before its text."""
+    """Insert the placeholder tokens of a prompt's images in front of its text."""
     total = len(images.counts)
     inserted = ""
     for number, num_tokens in enumerate(images.counts, start=1):

@@ -76,7 +76,7 @@ _COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq")
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A released language model: how its files are recognized, and settings that its tensors do not show."""
+    """A released language model: how to recognize its files, and settings that its tensors do not show."""
 
     description: str  # for messages, such as "a Llama language model"
     option: str  # option for its file
@@ -88,7 +88,8 @@ class LanguageModel:
     theta: float  # base of the rotary frequencies if there is no config.json
     eps: float  # epsilon of the norms if there is no config.json
     head_width: int = 128  # if there is no config.json and the tensors do not show it
-    # those of `_MARKS` that the first layer with attention has, and TOWER_POSITIONS if its files have them
+    # which of `_DISTINGUISHING_TENSORS` its first layer with full attention has, and TOWER_POSITIONS if the
+    # files contain it
     distinguishing_tensors: tuple[str, ...] = ()
     rope_types: tuple[str, ...] = ("default",)  # types of rotary embedding that equal the default for text
     # how rotary frequencies are shared among time, rows and columns: sixteenths; (): thirds, with alternating
@@ -96,7 +97,7 @@ class LanguageModel:
     mrope_sixteenths: tuple[int, int, int] | tuple[()] | None = None
     tower: VisionTower | None = None  # encodes images in prompts
     skip_option: str = ""  # option that sets the number of layers after the state that is used
-    # further keys of the configuration in transformers
+    # additional keys of the transformers config
     settings: Mapping[str, Any] = field(default_factory=dict)
     # returns further keys; takes the values of config.json ({} if there is none), the number of layers to
     # run, the channels of a head, and the shapes of all tensors by name
@@ -175,7 +176,7 @@ QWEN3_VL = LanguageModel(
 def _read_delta_layers(
     config_json: Mapping[str, Any], num_layers: int, _width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> Mapping[str, Any]:
-    """Return the settings of Gated DeltaNet layers and the kinds of all layers, as transformers names them.
+    """Return the Gated DeltaNet settings and the kinds of all layers, under transformers' names.
 
     Raises:
         ValueError: If a setting is missing or invalid.
@@ -192,7 +193,7 @@ def _read_delta_layers(
         raise ValueError(f"linear_key_head_dim {key_width} for {value_heads} value heads")
     kinds = []
     for index in range(num_layers):
-        # other layers have attention to all tokens
+        # other layers have full attention
         kinds.append(LINEAR_ATTENTION if f"layers.{index}.{LINEAR}" in shapes else FULL_ATTENTION)
     return {
         "linear_num_value_heads": value_heads,
@@ -230,7 +231,7 @@ QWEN35 = LanguageModel(
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """Dimensions of a language model, and the number of layers to run."""
+    """Dimensions of a language model, and how many of its layers to run."""
 
     vocabulary: int
     dim: int
@@ -248,12 +249,12 @@ class LanguageConfig:
 
     @property
     def settings_text(self) -> str:
-        """The settings of the model as text for cache records; each is preceded by a comma."""
+        """The model's settings as text for cache records; a comma precedes each."""
         return "".join(f", {name} {value}" for name, value in self.settings.items())
 
 
 class ConfigConstants(NamedTuple):
-    """Settings of a language model that its tensors do not show."""
+    """Language model settings that cannot be read from its tensors."""
 
     theta: float  # base of the rotary frequencies
     eps: float
@@ -275,10 +276,10 @@ def read_language_model(
     Args:
         checkpoint: The opened file.
         model: Kind of model that the file must contain.
-        states: States to use in ascending order, or ALL_STATES. The number of a state is the number of layers
-            before it. Negative numbers count from the end; -1 is the last state after the final norm.
+        states: Indices of the hidden states to use, ascending, or ALL_STATES. State n is the output of n
+            layers. Negative indices count from the end; -1 is the last state after the final norm.
         final_norm: Whether to apply the final norm to the last state even if it is not -1.
-        pre_norm: Whether to leave out the final norm even if the last state is -1.
+        pre_norm: Whether to omit the final norm even if the last state is -1.
 
     Raises:
         CheckpointError: If the file contains another model or has too few layers.
@@ -338,7 +339,7 @@ def read_language_model(
 
 
 def _find_language_model(checkpoint: Checkpoint, model: LanguageModel, layer: str) -> Checkpoint:
-    """Return the language model's tensors in a file, without their prefix; raise CheckpointError for another.
+    """Return a file's language model tensors without their prefix; raise CheckpointError for another model.
 
     `layer` is the prefix of a layer with attention.
     """
@@ -359,14 +360,14 @@ def _find_head_dim(
     config_json: Mapping[str, Any],
     query_rows: int,
 ) -> int:
-    """Return the width of an attention head: from the norm of queries, or from config.json."""
+    """Return the attention head width, from the query norm's weight or config.json."""
     if Q_NORM in model.distinguishing_tensors:  # it has one value for each channel of a head
         return shape(f"layers.{model.first_attention_layer}.{Q_NORM}", 1)[0]
     return head_width(path, query_rows, config_json, _read_head_width(config_json, model))
 
 
 def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
-    """Return patterns of tensors that are not loaded from a file with `all_layers` layers."""
+    """Return name patterns of the tensors to skip when loading a file with `all_layers` layers."""
     names = [*_COMPUTED]
     names += [f"{start}*" for start in OTHER_TENSORS]
     names += [f"layers.{index}.*" for index in range(config.num_layers, all_layers)]
@@ -376,7 +377,7 @@ def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ..
 
 
 def _read_head_width(config_json: Mapping[str, Any], model: LanguageModel) -> int:
-    """Return the width of an attention head from config.json, else that of the released model."""
+    """Return the attention head width from config.json; the default is the released model's."""
     width = config_json.get("head_dim")
     return width if isinstance(width, int) and width > 0 else model.head_width
 
@@ -384,14 +385,14 @@ def _read_head_width(config_json: Mapping[str, Any], model: LanguageModel) -> in
 def _check_heads(
     path: Path, width: int, query_rows: int, key_rows: int, dim: int, model: LanguageModel
 ) -> None:
-    """Raise CheckpointError if the rows of queries and keys cannot be divided into heads of this width."""
+    """Raise CheckpointError if the query and key rows cannot be divided into heads of this width."""
     # the width must be even, because rotary embedding rotates pairs of channels
     has_whole_heads = width >= 2 and width % 2 == 0 and key_rows % width == 0 and query_rows % width == 0
     is_valid = has_whole_heads
     if has_whole_heads:
         num_heads = max(1, query_rows // width)
         num_kv_heads = max(1, key_rows // width)
-        # grouped queries: each head of keys serves equally many heads of queries
+        # grouped-query attention: each key head serves the same number of query heads
         is_valid = dim % num_heads == 0 and (query_rows // width) % num_kv_heads == 0
     # in Qwen2.5-VL, all heads together have the width of the model
     if Q_BIAS in model.distinguishing_tensors and query_rows != dim:
@@ -428,9 +429,9 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
 
 
 def _list_distinguishing_tensors(network: Checkpoint, file: Checkpoint, layer: str) -> tuple[str, ...]:
-    """Return the names of the tensors in a file that distinguish the supported language models.
+    """Return which of the tensors that distinguish the supported language models a file contains.
 
-    `layer` is the prefix of the first layer with attention; models with LINEAR have no attention in layer 0.
+    `layer` is the prefix of the first layer with full attention; models with LINEAR have none in layer 0.
     """
     found = [tensor for tensor in _DISTINGUISHING_TENSORS if f"{layer}{tensor}" in network.tensors]
     if f"layers.0.{LINEAR}" in network.tensors:
@@ -478,7 +479,7 @@ def _read_config_constants(
 
 
 def _read_sections(rope: Mapping[str, Any], width: int) -> tuple[int, ...]:
-    """Return the numbers of rotary frequencies for time, rows and columns; () if `rope` has none."""
+    """Return how many rotary frequencies encode time, rows and columns; () without `mrope_section`."""
     sections = tuple(map(int, rope.get("mrope_section", ())))
     if sections and (len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != width):
         raise ValueError(f"mrope_section {list(sections)} for heads of {width} channels")
@@ -486,14 +487,14 @@ def _read_sections(rope: Mapping[str, Any], width: int) -> tuple[int, ...]:
 
 
 def all_states(num_layers: int) -> tuple[int, ...]:
-    """Return the numbers of all states: 0 for the embeddings, then layers; -1 for the last, normalized."""
+    """Return the indices of all hidden states: 0 for embeddings, then layers; -1 for the last, normalized."""
     return (*range(num_layers), -1)
 
 
 class HostAngles(nn.Module):
     """Rotary embedding of a transformers model, computed on the CPU in float32 and sent to the device.
 
-    On the device, it might be computed in TF32, which cannot distinguish positions above 1024.
+    On the device it might be computed in TF32, which cannot distinguish positions above 1024.
     """
 
     def __init__(self, angles: nn.Module) -> None:
@@ -501,17 +502,17 @@ class HostAngles(nn.Module):
         self._angles = (angles,)  # in a tuple, so that it is not a submodule and stays on the CPU
 
     def forward(self, x: Tensor, position_ids: Tensor, *layers: str) -> tuple[Tensor, ...]:
-        """Return cosines and sines of the rotary embedding in the dtype of x, on its device.
+        """Return the rotary embedding's cosines and sines, in the dtype and on the device of x.
 
-        `position_ids` are on the CPU. `layers` is SLIDING_ATTENTION or FULL_ATTENTION if these layers have
-        different frequencies.
+        `position_ids` are on the CPU. `layers` is SLIDING_ATTENTION or FULL_ATTENTION if the frequencies of
+        these layers differ.
         """
         parts = self._angles[0](torch.empty(0, dtype=x.dtype), position_ids, *layers)
         return tuple(send_ahead(part, x.device) for part in parts)
 
 
 def build_language_model(config: LanguageConfig) -> nn.Module:
-    """Build the network, a class of transformers; call this inside `on_meta_device`."""
+    """Build the network, a transformers model; call this inside `on_meta_device`."""
     import transformers
 
     settings: dict[str, Any] = {
@@ -557,7 +558,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
 
 
 def _split_frequencies(config: LanguageConfig) -> list[int]:
-    """Return the numbers of rotary frequencies for time, rows and columns; [] for a text-only model."""
+    """Return how many rotary frequencies encode time, rows and columns; [] for a text-only model."""
     if config.model.mrope_sixteenths is None:
         return []
     if config.sections:
@@ -591,15 +592,15 @@ def load_language_model(
         model: Kind of model that the file must contain.
         device: Device to load to.
         dtype: Compute dtype.
-        states: States to use in ascending order, or ALL_STATES. The number of a state is the number of layers
-            before it; negative numbers count from the end.
+        states: Indices of the hidden states to use, ascending, or ALL_STATES. State n is the output of n
+            layers; negative indices count from the end.
         final_norm: Whether to apply the final norm to the last state even if it is not -1.
         form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form, except
             that fp8 weights are dequantized.
         free_bytes: Free bytes on the device. Layers that do not fit stay in host memory, and each is copied
             to the device before it runs. None means that all layers fit.
         blocks: Splits the layers over processes; None for all layers here.
-        pre_norm: Whether to leave out the final norm even if the last state is -1.
+        pre_norm: Whether to omit the final norm even if the last state is -1.
 
     Raises:
         CheckpointError: If the file is damaged, contains another model, or has an unsupported form.
@@ -634,7 +635,7 @@ def load_language_model(
 
 
 class StreamedLayers(NamedTuple):
-    """How many layers stay in host memory, each copied to the device before it runs, and a layer's size."""
+    """How many layers stay in host memory until they run, and the size of one layer."""
 
     num_streamed: int
     layer_bytes: int
@@ -643,7 +644,7 @@ class StreamedLayers(NamedTuple):
 def plan_streamed_layers(
     plan: LoadPlan[LanguageConfig], dtype: torch.dtype, form: str | None, free_bytes: int | None
 ) -> StreamedLayers:
-    """Return how many layers have to stay in host memory because the device has too little.
+    """Return how many layers must stay in host memory because they do not fit on the device.
 
     Args:
         plan: The plan of the language model.

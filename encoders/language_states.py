@@ -48,7 +48,7 @@ def language_states(
             else:
                 append_state = functools.partial(_append_output, collected)
                 hooks.callback(layers[state - 1].register_forward_hook(append_state).remove)
-        # the state of a layer is its output before the addition; only -1 includes that of the last layer
+        # a layer's state is its output before the addition; only -1 includes the last layer's addition
         layers_with_addition = layers if states[-1] == -1 else layers[:-1]
         for layer, addition in zip(layers_with_addition, layer_additions, strict=False):
             add = functools.partial(_add_to_output, addition)
@@ -66,8 +66,8 @@ def language_states(
 def _make_attention_masks(config: Any, embeddings: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
     """Return the attention masks by kind of layer.
 
-    Layers of full and of sliding attention take masks of queries by keys, B 1 L L. Layers of linear attention
-    take the padding mask B L, or None if all tokens are real. `embeddings` is B L C, `mask` is B L.
+    Full and sliding attention take a mask of queries by keys, B 1 L L. Linear attention takes the padding
+    mask B L, or None if all tokens are real. `embeddings` is B L C, `mask` is B L.
     """
     length = embeddings.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()

@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 def compile_words(names: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern with one group per word, which ignores case and does not match inside other words.
+    """Return a case-insensitive pattern, with one group per word, that matches whole words only.
 
     A word may be written as in ComfyUI: `embedding:folder/NAME.safetensors`.
 
     Args:
-        names: The words; a word must come before its own prefixes.
+        names: The words; a longer word must precede its prefixes.
     """
     groups = [f"({_comfyui_pattern(name)}|{_word_pattern(name)})" for name in names]
     return re.compile("|".join(groups), re.IGNORECASE)
@@ -54,7 +54,7 @@ def _word_pattern(name: str) -> str:
 
 @dataclass(frozen=True)
 class NewWord:
-    """A new word for prompts: `cat` inserts all of its vectors, `cat1` only its second vector."""
+    """A new word for prompts: `cat` inserts all of its vectors, `cat1` only the second one."""
 
     text: str
     count: int = 1  # number of the word's vectors
@@ -62,9 +62,9 @@ class NewWord:
     alias: str | None = None  # another name of the word
 
     def list_ids(self, first_id: int) -> dict[str, list[int]]:
-        """Return the token ids of the word and of its single vectors, by name.
+        """Return the token ids of the word and of its individual vectors, by name.
 
-        `first_id` is the id of the word's first vector: the number of rows before it.
+        `first_id` is the id of the word's first vector, which is the number of preceding rows.
         """
         ids = [*range(first_id, first_id + self.count)]
 
@@ -74,7 +74,7 @@ class NewWord:
 
 @dataclass(frozen=True, eq=False)
 class EncoderWord:
-    """An additional word with its vectors for one text encoder."""
+    """An additional word and its vectors in one text encoder."""
 
     word: NewWord
     vectors: Tensor | None = None  # V C; None: they are trained
@@ -84,7 +84,7 @@ class EncoderWord:
 
 @dataclass(frozen=True, eq=False)
 class ModelWord:
-    """An additional word for a model's text encoders, with the vectors of its file, or to be trained."""
+    """An additional word for a model's text encoders; its vectors come from a file or are trained."""
 
     text: str
     count: int = 1  # number of vectors to train; those of a file are counted in it
@@ -107,16 +107,16 @@ class WordEncoder(TextEncoder, Protocol):
         """The loaded network."""
 
     def tokenize_word(self, text: str) -> list[int]:
-        """Return the token ids of a word as it is tokenized within a text; loads no weights."""
+        """Return the token ids that a word has inside a text; loads no weights."""
 
 
 def takes_words(encoder: TextEncoder) -> TypeGuard[WordEncoder]:
-    """Return whether a text encoder accepts vectors of additional words."""
+    """Return whether the embeddings of a text encoder can be extended by additional words."""
     return encoder.abilities.accepts_new_words
 
 
 def give_words(encoders: Sequence[TextEncoder], words: Sequence[ModelWord]) -> None:
-    """Let text encoders read additional words; call before they are loaded.
+    """Extend text encoders by additional words; call this before they are loaded.
 
     Args:
         encoders: All text encoders of a model.
@@ -146,7 +146,7 @@ def give_words(encoders: Sequence[TextEncoder], words: Sequence[ModelWord]) -> N
 
 
 def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str, Tensor]:
-    """Return the vectors of a word's file, each V C, by the first key of their text encoder.
+    """Return the vectors in a word's file, each V C, keyed by each text encoder's first key.
 
     Raises:
         CheckpointError: If the file has no vectors for these encoders, or unequal numbers of vectors.
@@ -172,7 +172,7 @@ def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str
 
 
 def _find_vectors(content: "WordContent", encoders: Sequence[WordEncoder]) -> dict[str, Tensor]:
-    """Return the tensors of an embedding file by the first key of their text encoder."""
+    """Return the vectors in an embedding file's content, keyed by the first key of each text encoder."""
     nested = content.get(TABLE)  # some files nest their vectors in a table with this name
     tensors = list_tensors(nested if isinstance(nested, Mapping) else content)
     found: dict[str, Tensor] = {}
@@ -187,7 +187,7 @@ def _find_vectors(content: "WordContent", encoders: Sequence[WordEncoder]) -> di
 
 
 class GrowingEmbedding(nn.Embedding):
-    """A frozen table of token embeddings with V additional rows, which are stored separately."""
+    """A frozen token embedding with V additional rows, which are stored separately."""
 
     def __init__(self, table: nn.Embedding, count: int) -> None:
         """Wrap the table's weight. The additional rows are zero until `get_new_vectors` is set."""
@@ -245,13 +245,13 @@ def grow_table(network: nn.Module, embedding: str, words: Sequence[EncoderWord])
 
 
 def name_ids(words: Sequence[NewWord], vocabulary: int) -> dict[str, list[int]]:
-    """Return the token ids of words (`cat`) and of their single vectors (`cat1`), by name.
+    """Return the token ids of words (`cat`) and of their individual vectors (`cat1`), by name.
 
-    If a name has several meanings, a word takes precedence over a single vector, and that over an alias.
+    If names collide, words take precedence over single vectors, and these over aliases.
 
     Args:
         words: The words, in the order of their rows.
-        vocabulary: Number of rows of the table without the words.
+        vocabulary: Number of embedding rows before the words.
     """
     ids: dict[str, list[int]] = {}
     word_names = {word.text.lower() for word in words}

@@ -54,7 +54,7 @@ def read_within(path: Path, size: Size | None = None, *, area: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ImagePromptFormat:
-    """Texts and tokens with which a family inserts images into prompts."""
+    """Text and placeholder tokens that a family puts into a prompt for each image."""
 
     # text for each image, which precedes the prompt; with the fields {number} (from 1) and {tokens}
     # (placeholder tokens of the image)
@@ -78,12 +78,12 @@ class ImagePromptFormat:
         return pictures[: self.max_images]
 
     def write(self, number: int, tokens: int, count: int = 2) -> str:
-        """Return the text for an image in a prompt.
+        """Return the text that inserts an image into a prompt.
 
         Args:
-            number: Number of the image in the prompt, from 1.
-            tokens: Number of its tokens.
-            count: Number of images in the prompt; a single one may have a text of its own.
+            number: 1-based index of the image in the prompt.
+            tokens: Number of its placeholder tokens.
+            count: Number of images in the prompt; the text of a single image may differ.
         """
         before = self.between if number > 1 else ""
         text = self.alone if self.alone and count == 1 else self.text
@@ -92,7 +92,7 @@ class ImagePromptFormat:
 
 @dataclass(frozen=True)
 class PatchedImages:
-    """The images of a prompt as input of the vision tower."""
+    """The images of a prompt, cut into patches for the vision tower."""
 
     patches: Tensor  # of all images, P K float32
     token_grids: tuple[tuple[int, int], ...] = ()  # for each image, its rows and columns of tokens
@@ -105,17 +105,17 @@ class PatchedImages:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A kind of vision tower, and its settings for the class in transformers."""
+    """A vision tower's kind, and the arguments of its config class in transformers."""
 
     tower: VisionTower
     settings: Mapping[str, Any]
 
 
 def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[VisionConfig]:
-    """Plan how to load the vision tower of a model; its names may have any prefix.
+    """Plan how to load the vision tower of a model; tensor names may have any prefix.
 
     Raises:
-        CheckpointError: If the file has no vision tower, or that of another model.
+        CheckpointError: If the file has no vision tower, or the tower of a different model.
     """
     path = checkpoint.path
     tower = model.tower
@@ -147,7 +147,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
 def _read_sizes(
     tower: VisionTower, network: Checkpoint, sources: Mapping[str, TensorSource], error: CheckpointError
 ) -> dict[str, int]:
-    """Return the settings of a tower that its tensors' shapes show, by the names in transformers.
+    """Return the tower's settings that its tensor shapes determine, under transformers' names.
 
     Raises `error` if the shapes do not fit.
     """
@@ -172,7 +172,7 @@ def _read_sizes(
 
 
 def build_vision_tower(config: VisionConfig) -> nn.Module:
-    """Build the vision tower, a class of transformers; call this inside `on_meta_device`."""
+    """Build the vision tower, a transformers model; call this inside `on_meta_device`."""
     kind = config.tower
     module = importlib.import_module(f"transformers.models.{kind.module}.modeling_{kind.module}")
     # names of the classes in transformers
@@ -254,7 +254,7 @@ def read_images(
 
 
 def _import_processor() -> Any:
-    """Return transformers' image processor of Qwen2-VL that works without torchvision."""
+    """Import and return transformers' Qwen2-VL image processor that works without torchvision."""
     try:  # in transformers 5, the class with the older name needs torchvision
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -266,7 +266,7 @@ def _import_processor() -> Any:
 
 
 class PromptEmbeddings(NamedTuple):
-    """Embeddings of prompts in which image features replace the placeholder tokens of images."""
+    """Prompt embeddings in which image features replace the image placeholder tokens."""
 
     embeddings: Tensor  # B L C
     position_ids: (
@@ -283,7 +283,7 @@ def embed_images(
     images: Sequence[PatchedImages],
     placeholder: int,
 ) -> PromptEmbeddings:
-    """Replace the embeddings of placeholder tokens by image features of the vision tower.
+    """Replace the embeddings of placeholder tokens with the vision tower's image features.
 
     Args:
         vision_tower: The vision tower.

@@ -77,7 +77,7 @@ NO_MOMENTS = MomentsRules(rejection="the model makes pictures, not clips")
 
 @dataclass(frozen=True)
 class AutoencoderFiles(TransformerFiles):
-    """Files of a model with FLUX's autoencoder."""
+    """Model files of a family with FLUX's autoencoder."""
 
     dit_option: str = "--pretrained_model_name_or_path"
 
@@ -85,11 +85,11 @@ class AutoencoderFiles(TransformerFiles):
     vae_folder: ClassVar[str] = "vae"
 
     def load_vae(self, device: torch.device) -> Any:
-        """Load FLUX's autoencoder with the dtype and tile of the options."""
+        """Load FLUX's autoencoder with the options' dtype and tile size."""
         return load_autoencoder(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
-        """Check that the VAE's file is FLUX's autoencoder, from its header."""
+        """Check by its header that the VAE file is FLUX's autoencoder."""
         read_autoencoder_header(self.vae_path, self.vae_option)
 
 
@@ -101,7 +101,7 @@ def encode_images(
     `encode` maps pixels, B 1 H W 3 uint8, to latents, B C 1 h w.
     """
     entries = []
-    for part in media.split_for(device):  # a CPU encodes items one by one
+    for part in media.split_for(device):  # a CPU encodes items one at a time
         batch_latents = {"latents": encode(part.frames)}
         for number, reference_frames in enumerate(part.control):  # control images are the references
             batch_latents[f"{CONTROL}_{number}"] = encode(reference_frames)
@@ -112,12 +112,12 @@ def encode_images(
 
 
 def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[str, Tensor]:
-    """Return the latents of a batch's reference images by their names in caches, each B C 1 h w.
+    """Return the latents of a batch's reference images, each B C 1 h w, by their names in caches.
 
     Args:
         batch: The batch.
         channels: Number of latent channels.
-        patch: Side of a token in latent pixels.
+        patch: Edge length of a token in latent pixels.
         remedy: Command that caches again, for messages.
 
     Raises:
@@ -137,7 +137,7 @@ def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[
 
 
 def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
-    """Return the latents of the reference images in the conditions, in order, on the device."""
+    """Return the reference images' latents in the conditions, in order, on the device."""
 
     def index_of(name: str) -> int:  # sorted as integers, because as strings 10 would precede 2
         return int(name.removeprefix(CONTROL).lstrip("_") or 0)
@@ -148,10 +148,9 @@ def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
 
 
 def read_reference(path: Path, area: int | None, step: int) -> Tensor:
-    """Read a reference image, 1 1 H W 3 uint8, and shrink it to at most `area` pixels, unless `area` is None.
+    """Read a reference image, 1 1 H W 3 uint8, and shrink it to at most `area` pixels; None keeps the size.
 
-    The image is center-cropped so that its sides are multiples of `step`. Source: the released code of
-    FLUX.2.
+    The image is center-cropped so that its sides are multiples of `step`, as in FLUX.2's released code.
     """
     from modules.media.reading import fit_frame, read_image
 
@@ -182,13 +181,13 @@ def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> 
 
 
 def guidance_in(cond: Conditions, device: torch.device) -> Tensor | None:
-    """Return the embedded guidance in the conditions, B float32 on the device; None if there is none."""
+    """Return the guidance scale to embed, B float32 on the device; None if the conditions contain none."""
     guidance = cond.get(GUIDANCE)
     return send_ahead(guidance, device).float() if isinstance(guidance, Tensor) else None
 
 
 class ModelOfImages(OneTransformer):
-    """Base class of families that generate images."""
+    """Base class of image model families."""
 
     moments: MomentsRules = NO_MOMENTS
     to_edit: ClassVar[str] = "remove them"  # advice about control images that the model does not take
@@ -208,7 +207,7 @@ class ModelOfImages(OneTransformer):
         @property
         @abstractmethod
         def display_name(self) -> str:
-            """The model's name in messages."""
+            """The model's name for messages."""
 
         @property
         @abstractmethod
@@ -236,10 +235,10 @@ class ModelOfImages(OneTransformer):
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return one cache entry for each image.
+        """Return one cache entry per image.
 
-        Latents are posterior samples in float32, seeded by the image's name. If `draws_latents` is False,
-        they are the posterior mean, as are the latents of reference images.
+        Latents are posterior samples in float32, seeded with the image's name. If `draws_latents` is False,
+        they are posterior means, which latents of reference images always are.
         """
         entries = []
         vae = encoders.vae
@@ -251,15 +250,15 @@ class ModelOfImages(OneTransformer):
         return entries
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Raise AssertionError: tables with moments have been rejected by `NO_MOMENTS`."""
+        """Raise AssertionError: `NO_MOMENTS` has already rejected dataset tables with moments."""
         raise AssertionError(NO_MOMENTS.rejection)
 
     # generation
 
     def resolve_image(self, request: Request, flow_shift: float, negative: str = "") -> Prepared:
-        """Resolve a request for one image: check files, fill in defaults, round its size to whole patches.
+        """Check the model files and resolve an image request: fill in defaults, round the size to patches.
 
-        `flow_shift` and `negative` (prompt) are the defaults of the model.
+        `flow_shift` and `negative` (the negative prompt) are the model's defaults.
         """
         self.files.check()
         request = self.keep_media(request, self.display_name)
@@ -273,7 +272,7 @@ class ModelOfImages(OneTransformer):
         """Return the request without media that the model does not take, with warnings that name the model.
 
         Raises:
-            OptionError: If the model takes reference images, but those of the request cannot be used.
+            OptionError: If the model takes reference images, but the request's images are unusable.
         """
         rules = self.references
         accepts_references = rules is not None
@@ -293,16 +292,16 @@ class ModelOfImages(OneTransformer):
         return request
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Return whether the request has control images, the only media that the network takes."""
+        """Return whether the request has control images, the only media input of this network."""
         return bool(prepared.request.control_images)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return no conditions: an image has only text conditions."""
+        """Return no conditions: by default, an image depends on text alone."""
         return {0: {}}
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """Other families whose latent caches can be used because they have the same autoencoder."""
+        """Other families whose latent caches are compatible because they use the same autoencoder."""
         return list_same_latents(self.name)
 
     @property
@@ -322,7 +321,7 @@ class ModelOfImages(OneTransformer):
         return latents * self.latent.scale
 
     def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
-        """Return the noise of an image, 1 C 1 h w float32."""
+        """Return an image's initial noise, 1 C 1 h w float32."""
         shape = self.latent.shape(1, prepared.height, prepared.width)
         return noise.draw(shape, self._noise_dtype).float()
 
@@ -337,14 +336,14 @@ class ModelOfImages(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the single section of an image, with embedded guidance if the model takes it."""
+        """Yield an image's only run of the denoising loop, with embedded guidance if the model takes it."""
         conditions = dict(inputs.get(0, {}))
         if prepared.embedded_guidance is not None:
             conditions[GUIDANCE] = torch.tensor([prepared.embedded_guidance])
         return (yield prompts[0].section(self.draw_noise(prepared, noise), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode latents to pixels, 1 C F H W; a video VAE yields them in chunks."""
+        """Decode latents to pixels, 1 C F H W, in one chunk or, for a video VAE, several."""
         decoded = encoders.vae.decode(latents)
         yield from decoded if self.vae_of_clips else (decoded,)
 

@@ -73,7 +73,7 @@ T5_FILES = TokenizerFiles(
 
 @dataclass(frozen=True)
 class T5Naming:
-    """A family's names for its T5 in cache records and conditions; the defaults are FLUX's and Chroma's."""
+    """A model family's names for its T5 in caches and conditions; defaults are FLUX's and Chroma's."""
 
     name: str = "t5"  # in cache records
     states_key: str = "t5_out"  # key of the states, L C
@@ -89,7 +89,7 @@ class T5Naming:
         return frozenset({self.states_key} if self.mask_key is None else {self.states_key, self.mask_key})
 
     def read_width(self, checkpoint: Checkpoint) -> int:
-        """Return the number of channels of a state, from the header of a file."""
+        """Return the number of channels of a hidden state, from the header of a file."""
         return read_t5(checkpoint, self.kind).config.dim
 
 
@@ -97,7 +97,7 @@ USE = T5Naming()
 
 
 class T5TextEncoder(FileTextEncoder[T5Network]):
-    """T5 with a fixed number of states per prompt. As in the release, texts are not cleaned."""
+    """T5 with a fixed number of states per prompt. As in the released code, texts are not cleaned."""
 
     abilities = EncoderAbilities(trainable=True, shardable=True, accepts_new_words=True)
     lora_prefix = LORA_PREFIX
@@ -120,12 +120,12 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 
         Args:
             path: File or folder of the model, or the folder of a full release.
-            dtype: Compute dtype; None for that of the file.
-            tokenizer: Path from the tokenizer's option; None searches near the model.
+            dtype: Compute dtype; None for the file's dtype.
+            tokenizer: Value of the tokenizer's option; None searches near the model.
             max_length: Number of tokens in each row (L), including the end token and padding.
             uses_mask: Whether padding is masked; otherwise tokens attend to padding too.
             form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form.
-            naming: The family's names for the encoder in options, records and conditions.
+            naming: The family's names for the encoder in options, caches and conditions.
         """
         # subfolders of a release that may contain the encoder
         folders = [folder for folder in naming.folders if (path / folder).is_dir()]
@@ -141,7 +141,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Entries of cache records: all that states depend on except the text."""
+        """Fields of cache records: everything that states depend on except the text."""
         return self.identify(
             self.name,
             dtype="of the file" if self.dtype is None else dtype_name(self.dtype),
@@ -200,23 +200,23 @@ BYT5 = T5Kind(
 def load_byt5(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> T5Network:
     """Load a ByT5 encoder of any size.
 
-    `dtype` is the compute dtype; None is the dtype of the file, or bfloat16 if the file is in fp8.
+    `dtype` is the compute dtype; None uses the file's dtype, or bfloat16 if the file is in fp8.
 
     Raises:
-        CheckpointError: If the file is damaged or contains another model.
+        CheckpointError: If the file is damaged or contains a different model.
     """
     return load_t5(path, device, BYT5, dtype)
 
 
 def read_byt5_header(path: Path) -> T5Config:
-    """Return the dimensions of the ByT5 encoder in a file; only headers are read."""
+    """Return the dimensions of a ByT5 encoder from the file's header."""
     return read_once(path, read_t5, BYT5).config
 
 
 def byte_rows(texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask, each B L int64: the bytes of each text, an end token, padding.
+    """Return ByT5's token ids and mask, each B L int64: the bytes of each text, an end token, padding.
 
-    `length` is L; longer texts are cut before the end token.
+    `length` is L; longer texts are truncated so that the end token fits.
     """
     rows = []
     for text in texts:

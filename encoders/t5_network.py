@@ -51,7 +51,7 @@ class T5Config:
 
 @dataclass(frozen=True)
 class T5Kind:
-    """One kind of T5 encoder, such as umT5, and how messages name it."""
+    """A kind of T5 encoder, such as umT5, and its name for messages."""
 
     name: str  # such as "umT5"
     description: str  # such as "an umT5 encoder"
@@ -89,8 +89,8 @@ _T5_UNUSED = (SPIECE_MODEL, "decoder.*", "lm_head.weight", "logit_scale")
 def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
     """Plan how to load a T5 or umT5 encoder from a file in 16 or 8 bits.
 
-    Tensors may have Wan's official names (also used by Kijai) or Hugging Face's (ComfyUI, transformers), in a
-    file of their own or an all-in-one file.
+    Tensors may have Wan's official names (also used by Kijai) or Hugging Face's (ComfyUI, transformers), in
+    a separate file or an all-in-one file.
 
     Raises:
         CheckpointError: If the file contains another model.
@@ -99,13 +99,13 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
     # only for official names: in Hugging Face's names, "encoder." is not a prefix but part of the name
     if "encoder.token_embedding.weight" in checkpoint.tensors:
         checkpoint = checkpoint.without_prefix("encoder.", ignored_prefixes=_NOT_T5)
-    # transformers may store the same embedding under two names; the second one is not translated, and ignored
+    # transformers may store the same embedding under two names; the second one is ignored
     duplicate = "encoder.embed_tokens.weight" if "shared.weight" in checkpoint.tensors else ""
     sources = rename_sources(
         list_tensor_sources(checkpoint),
         lambda name: name if name == duplicate else translate_name(name, HF_T5),
     )
-    # reject other models, T5 for umT5 and the reverse, and the first version of T5
+    # reject other models, T5 instead of umT5 and vice versa, and the first version of T5
     num_layers = count(sources, r"blocks\.\d+", checkpoint.path)
     if "token_embedding.weight" not in sources or "blocks.0.pos_embedding.embedding.weight" not in sources:
         raise make_wrong_kind_error(checkpoint, kind.description, kind.option, kind.release)
@@ -159,8 +159,8 @@ MAX_DISTANCE = 128  # all larger relative positions share one bucket
 def relative_bucket(distance: Tensor, num_buckets: int) -> Tensor:
     """Return the bucket of each relative position (key minus query); all tensors are on the CPU.
 
-    Each sign has half of the buckets. Small distances have buckets of their own; above that, the width of
-    buckets grows logarithmically up to MAX_DISTANCE.
+    Each sign has half of the buckets. Small distances have one bucket each; above that, the bucket width
+    grows logarithmically up to MAX_DISTANCE.
     """
     half = num_buckets // 2
     num_exact = half // 2  # distances with a bucket of their own
@@ -180,7 +180,7 @@ class T5Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normed tokens, B L C in the dtype of `x`."""
+        """Return the normalized tokens, B L C in the dtype of `x`."""
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * self.weight
 
@@ -222,7 +222,7 @@ class T5Attention(nn.Module):
 
 @dataclass(eq=False)
 class T5Tokens:
-    """Lengths of the concatenated prompts, and the position bias that all blocks share."""
+    """Lengths of the concatenated prompts, and the position bias shared by all blocks."""
 
     lengths: Sequence[int]  # number of tokens of each prompt; their sum is L
     visible: Sequence[int]  # number of leading tokens of each prompt that attention sees
@@ -247,12 +247,12 @@ class T5Block(nn.Module):
             }
         )
         self.pos_embedding: nn.ModuleDict | None = None
-        if has_table:  # T5's position bias: a number for each head and bucket of distances
+        if has_table:  # T5's position bias: one value per head and distance bucket
             bias_embedding = nn.Embedding(config.num_buckets, config.num_heads)
             self.pos_embedding = nn.ModuleDict({"embedding": bias_embedding})
 
     def forward(self, x: Tensor, tokens: T5Tokens) -> Tensor:
-        """Return the tokens after the block, L C as the input.
+        """Return the tokens after the block, L C like the input.
 
         A block with a position table computes the bias of attention, which the following blocks use too.
         """
@@ -273,7 +273,7 @@ class T5Block(nn.Module):
 
 
 def _clamp_float16(x: Tensor) -> Tensor:
-    """Clamp a float16 residual stream, which may overflow in T5; return other dtypes unchanged."""
+    """Clamp a float16 residual stream, which may overflow in T5; other dtypes are returned unchanged."""
     if x.dtype != torch.float16:
         return x
     limit = torch.finfo(torch.float16).max - 1000
@@ -283,8 +283,8 @@ def _clamp_float16(x: Tensor) -> Tensor:
 class T5Network(nn.Module):
     """The encoder of T5 or umT5.
 
-    Prompts of different lengths are concatenated without padding, so a prompt's result does not depend on the
-    other prompts.
+    Prompts of different lengths are concatenated without padding, and a prompt's result does not depend on
+    the others.
     """
 
     spec = DitSpec(block_lists=("blocks",))
@@ -300,11 +300,11 @@ class T5Network(nn.Module):
         self.norm = T5Norm(config.dim)
 
     def forward(self, ids: Sequence[Tensor], visible: Sequence[int] | None = None) -> list[Tensor]:
-        """Return the states of each prompt, n C.
+        """Return the hidden states of each prompt, n C.
 
         Args:
             ids: Token ids of each prompt, n, on any device.
-            visible: Number of real tokens of each prompt; attention ignores the padding after them. None if
+            visible: Number of real tokens in each prompt; attention ignores the padding after them. None if
                 there is no padding.
         """
         lengths = [len(prompt) for prompt in ids]
@@ -314,12 +314,12 @@ class T5Network(nn.Module):
         return list(self.norm(hidden.x).split(lengths))
 
     def encode_padded(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the states, B n C, of padded prompts.
+        """Return the hidden states of padded prompts, B n C.
 
         Args:
             ids: Token ids, B n, on any device.
-            mask: B n, 1 for tokens, then 0 for padding. No token attends to padding. None treats padding as
-                tokens.
+            mask: B n, 1 for tokens, then 0 for padding, which no token attends to. With None, padding counts
+                as tokens.
         """
         visible = None if mask is None else [int(count) for count in mask.sum(dim=1)]
         return torch.stack(self(list(ids), visible))
@@ -339,7 +339,7 @@ def load_t5(
         path: File or folder of the model.
         device: Device to load to.
         kind: Kind of encoder that the file must contain.
-        dtype: Compute dtype; None for that of the file, or bfloat16 if the file is in fp8.
+        dtype: Compute dtype; None for the file's dtype, or bfloat16 if the file is in fp8.
         form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form,
             except that fp8 weights are dequantized.
         blocks: Receives each block when it is loaded.
@@ -350,7 +350,7 @@ def load_t5(
     with open_checkpoint(path) as checkpoint:
         plan = read_t5(checkpoint, kind)
         stored_dtype = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
-        # bfloat16 (as trained) replaces fp8, which has no arithmetic, and float16 on CPUs
+        # bfloat16, the training dtype, replaces fp8, which has no arithmetic, and float16 on CPUs
         keeps_dtype = stored_dtype == torch.float32 or (
             stored_dtype == torch.float16 and device.type != "cpu"
         )

@@ -42,13 +42,13 @@ END = "</s>"  # end token of SentencePiece models
 
 
 class Tokens(NamedTuple):
-    """Token ids of a text, and the characters that each token covers."""
+    """Token ids of a text, and the character range of each token."""
 
     ids: list[int]
     char_spans: list[CharSpan]  # character range of each token; None for tokens that the tokenizer adds
 
     def count_after(self, end: float = math.inf) -> int:
-        """Return the number of tokens from character `end` on, including the end token."""
+        """Return the number of tokens that start at character `end` or later, including the end token."""
         number = 0
         for span in reversed(self.char_spans):
             if span is not None and span[0] < end:
@@ -57,7 +57,7 @@ class Tokens(NamedTuple):
         return number
 
     def cut(self, maximum: int, end: float = math.inf) -> "Tokens":
-        """Shorten the text before character `end`, so that `maximum` tokens remain."""
+        """Truncate the text that ends at character `end`, so that `maximum` tokens remain in total."""
         if len(self.ids) <= maximum:
             return self
         num_after = self.count_after(end)
@@ -71,19 +71,19 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """Turn text of any length into tokens."""
+    """A tokenizer for text of any length."""
 
     read: Callable[[str], Tokens]
     token_to_id: Callable[[str], int | None]  # id of a token; None if there is no such token
     file: Path  # file of the tokenizer
 
     def with_words(self, words: Mapping[str, Sequence[int]]) -> "TextTokenizer":
-        """Return a tokenizer that turns each of these words into its token ids."""
+        """Return a tokenizer that maps each of these words to its token ids."""
         return replace(self, read=_WordReader(self.read, words))
 
 
 class _WordReader:
-    """Tokenize texts with additional words: tokenize the text between the words, then insert their ids."""
+    """Tokenize text that contains additional words: tokenize the text between them, and insert their ids."""
 
     def __init__(self, read: Callable[[str], Tokens], words: Mapping[str, Sequence[int]]) -> None:
         names = sorted(words, key=len, reverse=True)  # longest first: a word may be a prefix of another
@@ -119,7 +119,7 @@ class _WordReader:
         return Tokens(ids, char_spans)
 
     def _tokenize_between(self, text: str, start: int) -> Tokens:
-        """Return the tokens of a part of a text, from its character `start`, without special tokens."""
+        """Tokenize part of a text, which starts at character `start`, without special tokens."""
         if not text:
             return Tokens([], [])
         tokens = self.tokenize_text(text)
@@ -132,7 +132,7 @@ class _WordReader:
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """Where to look for an encoder's tokenizer, and which special tokens to put around a text."""
+    """Where to find an encoder's tokenizer, and which special tokens to add around a text."""
 
     files: TokenizerFiles
     begin: str = ""  # begin token, which is added if the tokenizer does not add it
@@ -144,11 +144,11 @@ class TokenizerSource:
     def find(self, path: Path | None, checkpoint_path: Path) -> tuple[Path | None, bool]:
         """Return the tokenizer's file, and whether the tokenizer is inside the checkpoint.
 
-        The file is `path`, the value of the tokenizer's option; if that is None, it is one near the
-        checkpoint. The file is None if the tokenizer is inside the checkpoint or must be downloaded.
+        The file is `path`, the value of the tokenizer's option, or if that is None, one near the checkpoint.
+        It is None if the tokenizer is inside the checkpoint or must be downloaded.
 
         Raises:
-            CheckpointError: If `path` is not None and not a tokenizer.
+            CheckpointError: If `path` is given but is not a tokenizer.
         """
         file = self.files.find(path, checkpoint_path)
         if file is not None or not self.may_be_inside:
@@ -157,7 +157,7 @@ class TokenizerSource:
             return None, _find_inside(checkpoint) is not None
 
     def identity(self, path: Path | None, checkpoint_path: Path) -> str:
-        """Return the identity of the tokenizer for cache records; `path` is the option's value."""
+        """Return the tokenizer's identity for cache records; `path` is the value of its option."""
         file, is_inside = self.find(path, checkpoint_path)
         if is_inside:
             return "inside the checkpoint"
@@ -173,7 +173,7 @@ class TokenizerSource:
         """Load the tokenizer.
 
         Args:
-            path: Path from the tokenizer's option; None searches near the checkpoint.
+            path: Value of the tokenizer's option; None searches near the checkpoint.
             checkpoint_path: Checkpoint of the encoder.
             what: Name of the encoder, for the log.
             may_download: Whether a missing tokenizer may be downloaded from the hub.
@@ -193,7 +193,7 @@ class TokenizerSource:
         return self._from_sentencepiece(self.files.read_bytes(file), file)
 
     def _load_inside(self, checkpoint_path: Path) -> TextTokenizer:
-        """Load the tokenizer that a checkpoint contains as a tensor of bytes."""
+        """Load the tokenizer that a checkpoint contains in a byte tensor."""
         with open_checkpoint(checkpoint_path) as checkpoint:
             name = _find_inside(checkpoint) or ""
             info = checkpoint.tensors[name]
@@ -206,10 +206,10 @@ class TokenizerSource:
         return self._from_sentencepiece(model, checkpoint_path)
 
     def _from_tokenizer_json(self, tokenizer: Tokenizer, file: Path) -> TextTokenizer:
-        """Return the tokenizer of a tokenizer.json, with a begin token if one is configured."""
+        """Return the tokenizer in a tokenizer.json, plus a begin token if one is configured."""
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
         with self.files.convert_errors(file):
-            # the ids of an empty text are those that the tokenizer itself adds
+            # an empty text has only the ids that the tokenizer itself adds
             empty: list[int] = tokenizer.encode("").ids
             tokenizer.encode("a b")  # a tokenizer that fails for every text raises its error here
         added_begin = []  # the begin token, unless the tokenizer adds it
@@ -232,9 +232,9 @@ class TokenizerSource:
         return TextTokenizer(read, tokenizer.token_to_id, file)
 
     def _from_sentencepiece(self, model: bytes, origin: Path) -> TextTokenizer:
-        """Build the tokenizer of a SentencePiece model, with begin and end tokens as configured.
+        """Build a tokenizer from a SentencePiece model, with begin and end tokens as configured.
 
-        `origin` is the file of the model, for messages.
+        `origin` is the model's file, for messages.
         """
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -269,7 +269,7 @@ class TokenizerSource:
 
 
 def _find_inside(checkpoint: Checkpoint) -> str | None:
-    """Return the name of the tensor with the bytes of a tokenizer; None if there is none."""
+    """Return the name of the byte tensor that contains a tokenizer; None if there is none."""
     return next((name for name in checkpoint.tensors if name.endswith((SPIECE_MODEL, TOKENIZER_JSON))), None)
 
 
@@ -283,7 +283,7 @@ def find_merges(file: Path | None) -> Path | None:
 def fill_rows(
     rows: Sequence[Sequence[int]], length: int, pad: int, on_left: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask (1 for real tokens), each B L int64, with rows padded to `length`."""
+    """Pad token rows to `length`; return ids and mask (1 for real tokens), each B L int64."""
     ids = torch.full((len(rows), length), pad)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
@@ -313,7 +313,7 @@ def check_ids(token_ids: Sequence[Sequence[int]], vocabulary: int, path: Path, o
 
 
 def in_groups(prompts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """Yield the prompts (token ids) in order, in groups of at most TOKENS_AT_ONCE tokens."""
+    """Yield the prompts (token ids), in order, in groups with at most TOKENS_AT_ONCE tokens each."""
     group: list[list[int]] = []
     for prompt in prompts:
         if group and sum(map(len, group)) + len(prompt) > TOKENS_AT_ONCE:
@@ -328,7 +328,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class TemplatedPrompt(NamedTuple):
-    """A prompt in the template of its encoder."""
+    """A prompt after its encoder's template has been applied."""
 
     text: str  # prompt with template
     prompt: str  # cleaned prompt without template
@@ -369,7 +369,7 @@ class FileTextEncoder(ABC, Generic[Network]):
 
         Args:
             path: File or folder of the model.
-            tokenizer: Path from the tokenizer's option; None searches near the model.
+            tokenizer: Value of the tokenizer's option; None searches near the model.
             form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form.
         """
         self.path = path
@@ -379,25 +379,25 @@ class FileTextEncoder(ABC, Generic[Network]):
 
     @property
     def network(self) -> Network:
-        """The network. Call `load` first."""
+        """The loaded network; call `load` first."""
         return self._loaded.get()[0]
 
     @property
     @abstractmethod
     def identity(self) -> Mapping[str, str]:
-        """Entries of cache records: all that outputs depend on except the text. It reads a few MB.
+        """Fields of cache records: everything that outputs depend on except the text. Reads a few MB.
 
         Raises:
-            CheckpointError: If the file contains another model.
+            CheckpointError: If the file contains a different model.
         """
 
     @property
     def token_bytes(self) -> int:
-        """Size in bytes of the states of one token; 0 if unknown."""
+        """Size in bytes of one token's hidden states; 0 if unknown."""
         return 0
 
     def identify(self, name: str, **settings: str | None) -> dict[str, str]:
-        """Return the entries of `identity`: fingerprints of the files, and all settings that are not None.
+        """Return the fields of `identity`: fingerprints of the files, and all settings that are not None.
 
         Keys begin with `name`.
         """
@@ -411,11 +411,11 @@ class FileTextEncoder(ABC, Generic[Network]):
         return identity
 
     def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
-        """Return the prompt in the template; by default, there is no template."""
+        """Return the prompt with the template applied; by default, there is no template."""
         return TemplatedPrompt(prompt.text, prompt.text, prompt.weighted_spans)
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens, including those of the template; loads no weights.
+        """Return a function that counts a text's tokens, including the template's; loads no weights.
 
         Raises:
             CheckpointError: If the tokenizer is not on this machine; it is not downloaded.
@@ -431,16 +431,16 @@ class FileTextEncoder(ABC, Generic[Network]):
             token_bytes = self.token_bytes
 
         def count(text: str) -> TokenCount:
-            """Count the tokens of a text, and the characters that the encoder reads of it."""
+            """Count a text's tokens, and how many of its characters the encoder reads."""
             try:
                 templated = self.apply_template(Prompt(text))
             except CaptionError:  # reported when the text is encoded, and by --check
                 return TokenCount(text, tokens=0, limit=self.max_length, num_read=len(text), size_bytes=0)
             tokens = tokenizer.read(templated.text)
-            # a prompt that is too long loses its last tokens, but not the template and end token after it
+            # truncation drops a prompt's last tokens, but not the template and end token after it
             num_suffix_tokens = tokens.count_after(templated.suffix_start)
             spans_before_suffix = tokens.char_spans[: len(tokens.char_spans) - num_suffix_tokens]
-            # for each of these tokens: how many characters of the prompt end with it
+            # for each of these tokens: the number of prompt characters up to its end
             ends = [0 if span is None else span[1] - templated.start for span in spans_before_suffix]
             length = len(templated.prompt)
             max_tokens_read = num_template_tokens + self.max_length - num_suffix_tokens
@@ -459,7 +459,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return count
 
     def load(self, device: torch.device) -> None:
-        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
+        """Load encoder and tokenizer, or move a loaded encoder to the device."""
         self._loaded.load(device, self._read, move_network)
 
     def _read(self, device: torch.device) -> tuple[Network, TextTokenizer]:
@@ -474,7 +474,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return network, tokenizer
 
     def tokenize_word(self, text: str) -> list[int]:
-        """Return the token ids of a text as if it stood inside a longer text; loads no weights.
+        """Return the token ids that a text has inside a longer text; loads no weights.
 
         Raises:
             CheckpointError: If the tokenizer is not on this machine; it is not downloaded.
@@ -489,7 +489,7 @@ class FileTextEncoder(ABC, Generic[Network]):
 
     @abstractmethod
     def load_network(self, device: torch.device) -> Network:
-        """Load the network on the device."""
+        """Load the network onto the device."""
 
     @abstractmethod
     def compute(
@@ -505,25 +505,25 @@ class FileTextEncoder(ABC, Generic[Network]):
             network: The loaded network.
             tokenizer: The loaded tokenizer.
             token_ids: Token ids of each prompt with its template.
-            num_template_tokens: Number of template tokens before each prompt, whose states are left out.
+            num_template_tokens: Number of template tokens before each prompt; their states are dropped.
         """
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return the conditions of each prompt, with the keys `keys`, on the CPU; gradients are kept.
+        """Encode prompts; return each prompt's conditions, keyed by `keys`, on the CPU, with gradients.
 
         States are multiplied by the prompt weights of their tokens.
 
         Raises:
-            CheckpointError: If the tokenizer has more tokens than the network.
+            CheckpointError: If the tokenizer has more tokens than the network has embeddings.
         """
         return self.encode_templated([self.apply_template(prompt) for prompt in prompts], self.compute)
 
     def encode_templated(
         self, templated_prompts: Sequence[TemplatedPrompt], compute: Callable[..., list[Conditions]]
     ) -> list[Conditions]:
-        """Encode prompts that are already in the template.
+        """Encode prompts to which the template has been applied.
 
-        `compute` is `self.compute`, possibly as a partial with further arguments.
+        `compute` is `self.compute`, possibly a partial with additional arguments.
         """
         if not templated_prompts:
             return []
@@ -573,7 +573,7 @@ class FileTextEncoder(ABC, Generic[Network]):
                 )
 
     def weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
-        """Multiply the states of a prompt's tokens by their weights."""
+        """Multiply the states of a prompt's tokens by their prompt weights."""
         if self.pads_left:  # padding before the prompt has weight 1
             weights = [1.0] * (self.max_length - len(weights)) + [*weights]
         states: Any = conditions[self.weighted_states_key]
@@ -588,7 +588,7 @@ class FileTextEncoder(ABC, Generic[Network]):
 
 
 def weights_of(templated: TemplatedPrompt, char_spans: Sequence[CharSpan]) -> list[float]:
-    """Return the weight of each token; `char_spans` has the character range of each token in the text."""
+    """Return each token's prompt weight; `char_spans` contains each token's character range in the text."""
     start = templated.start
     prompt_characters = range(start, start + len(templated.prompt))
     prompt_spans: list[CharSpan] = []

@@ -24,7 +24,7 @@ from modules.seeds import derive_seed
 
 @dataclass(frozen=True)
 class AxisTiling:
-    """How an axis is split into overlapping tiles; sizes and starts count latent pixels or latent frames."""
+    """How to split an axis into overlapping tiles; sizes and starts are in latent pixels or latent frames."""
 
     size: int  # length of a tile
     pixels_in: int  # pixels or frames of the input for each latent pixel or frame
@@ -32,27 +32,27 @@ class AxisTiling:
 
     @property
     def stride(self) -> int:
-        """Distance between the starts of neighboring tiles; a quarter of a tile overlaps the next one."""
+        """Distance between the starts of neighboring tiles, which overlap by a quarter of a tile."""
         return int(self.size * 0.75)
 
     def input_slice(self, start: int) -> slice:
-        """Return the slice of the input's axis for the tile that begins at latent pixel or frame `start`."""
+        """Return the input slice of the tile that starts at latent pixel or frame `start`."""
         return slice(start * self.pixels_in, (start + self.size) * self.pixels_in)
 
 
 def compute_in_tiles(compute: Compute, x: Tensor, tiling: AxisTiling, device: torch.device) -> Tensor:
-    """Apply `compute` to x, ... H W, tile by tile; tiles overlap and fade into each other.
+    """Apply `compute` to x, ... H W, in overlapping tiles that are blended.
 
     1. Compute a tile; blend its top with the tile above, and its left with the tile to its left.
-    2. Keep its bottom and its right, which the next tiles overlap.
-    3. Write the rest into the result.
+    2. Keep its bottom and its right edge, which the next tiles overlap.
+    3. Write the rest to the result.
 
     Returns ... H' W', float32, on `device`.
     """
     height = x.shape[-2] // tiling.pixels_in  # in latent pixels, as `top` and `left`
     width = x.shape[-1] // tiling.pixels_in
     step = tiling.stride * tiling.pixels_out  # distance between tiles in the output; the rest overlaps
-    out = torch.empty(0)  # allocated once the first tile shows its channels
+    out = torch.empty(0)  # allocated when the first tile's channels are known
     bottoms: dict[int, Tensor] = {}  # overlapping rows of the tiles above, by `left`
     for top in range(0, height, tiling.stride):
         right = torch.empty(0)  # overlapping columns of the previous tile
@@ -78,8 +78,8 @@ def compute_in_tiles(compute: Compute, x: Tensor, tiling: AxisTiling, device: to
 def compute_in_spans(compute: Compute, x: Tensor, tiling: AxisTiling) -> Iterator[Tensor]:
     """Apply `compute` to x, B C F H W, in spans of frames.
 
-    Yields B C' F' H' W' in order and without overlaps. Causal video VAEs treat the first frame of a clip as a
-    unit of its own. So each later span begins with the frame before it, whose result is dropped.
+    Yields B C' F' H' W' in order and without overlaps. Causal video VAEs treat a clip's first frame
+    separately, so each later span starts with the frame before it, whose result is dropped.
     """
     num_latent_frames = (x.shape[2] - 1) // tiling.pixels_in  # without the first frame
     previous_end = torch.empty(0)  # frames of the previous span that this span computes again
@@ -113,7 +113,7 @@ OVERLAP = 4  # a tile shares 1 / OVERLAP of its length with its neighbor
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile of an axis; all fields are in latent pixels, the unit that input and output share."""
+    """One tile of an axis; all fields are in latent pixels, the unit shared by input and output."""
 
     start: int
     size: int
@@ -121,11 +121,11 @@ class Tile:
     after: int  # overlap with the next tile
 
     def pixel_slice(self, pixels_per_latent: int) -> slice:
-        """Return the slice of this tile along an axis with this number of pixels per latent pixel."""
+        """Return this tile's slice of an axis that has `pixels_per_latent` pixels per latent pixel."""
         return slice(self.start * pixels_per_latent, (self.start + self.size) * pixels_per_latent)
 
     def weights(self, pixels_per_latent: int) -> Tensor:
-        """Return the weight of this tile for each pixel: 1 inside, a linear ramp in the overlaps.
+        """Return this tile's blend weight for each pixel: 1 inside, a linear ramp in the overlaps.
 
         The weights of overlapping tiles sum to 1.
         """
@@ -176,7 +176,7 @@ def add_in_tiles(
         compute: Returns the frames of a tile in order, in one or several pieces.
         x: Input, B C F H W.
         tiles: Tiles of the height and of the width.
-        pixels_per_latent: Side of a latent pixel in pixels of `x` and in pixels of `out`.
+        pixels_per_latent: Edge length of a latent pixel, in pixels of `x` and in pixels of `out`.
         out: Output, B C' F' H' W', filled with zeros.
     """
     pixels_in, pixels_out = pixels_per_latent
@@ -185,7 +185,7 @@ def add_in_tiles(
         for column in column_tiles:
             tile_input = x[..., row.pixel_slice(pixels_in), column.pixel_slice(pixels_in)]
             tile_output = out[..., row.pixel_slice(pixels_out), column.pixel_slice(pixels_out)]
-            # tiles overlap: their weights fade out towards the edges and add up to 1
+            # weights fade out towards the edges and sum to 1 where tiles overlap
             weights = (row.weights(pixels_out)[:, None] * column.weights(pixels_out)).to(out.device)
             start = 0
             for piece in compute(tile_input):  # some frames of the tile
@@ -224,9 +224,9 @@ def decode_in_tiles(
 
 
 def posterior_generator(owner: int | str) -> torch.Generator:
-    """Return the generator for the posterior sample of a clip or an image.
+    """Return the random generator for a clip's or image's posterior sample.
 
-    `owner` is the name of the cached item, so that its cache does not depend on other items of the run. In
+    `owner` is the name of the cached item, so that its cache does not depend on the run's other items. For
     generation, it is the seed.
     """
     return torch.Generator().manual_seed(derive_seed("posterior", owner))

@@ -30,7 +30,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # shapes of the tensors by name
 
 @dataclass(frozen=True)
 class VisionTower:
-    """A network that makes tokens for a language model from images, and how its files are recognized."""
+    """A network that turns images into tokens for a language model, and how to recognize its files."""
 
     name: str  # name of the full model, for messages
     kind: str  # prefix of `model_type` in a config.json
@@ -38,7 +38,7 @@ class VisionTower:
     classes: tuple[str, str]  # classes of the configuration and of the network in this module
     feed: str  # weight of the first feed-forward layer, whose rows are the intermediate size
     merger: tuple[str, str]  # weights of the two layers that merge patches into tokens
-    # returns further settings; None if the tensors or the config.json are those of another tower
+    # returns additional settings; None if the tensors or config.json belong to a different tower
     read: Callable[[Sizes, ConfigJson, Shapes], Mapping[str, Any] | None]
     # mean and standard deviation of the colors, by argument of transformers' image processor; {}: CLIP's
     colors: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -49,12 +49,12 @@ def _are_sizes(*values: Any) -> bool:
 
 
 def _divides_heads(dim: int, heads: int) -> bool:
-    """Return whether `heads` divides the width into heads of 4n channels, as rotary embedding needs."""
+    """Return whether `heads` divides the width into heads of 4n channels, as rotary embedding requires."""
     return heads >= 1 and dim % (4 * heads) == 0
 
 
 def _read_windows(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
-    """Return the settings of Qwen2.5-VL's windowed attention; None if they do not fit the tensors."""
+    """Return the settings of Qwen2.5-VL's windowed attention; None if the tensors contradict them."""
     dim = sizes["hidden_size"]
     heads = config_json.get("num_heads", dim // HEAD_WIDTH or 1)
     window = config_json.get("window_size", WINDOW)
@@ -71,7 +71,7 @@ def _read_windows(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapp
 def _read_deepstack(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
     """Return Qwen3-VL's settings that tensors do not show; None if config.json contradicts the tensors.
 
-    With DeepStack, features of some inner layers are merged too, and added to layers of the language model.
+    With DeepStack, features of some inner layers are merged, too, and added to language model layers.
     """
     num_layers = sizes["depth"]
     num_positions = _count_positions(shapes)
@@ -94,7 +94,7 @@ def _read_deepstack(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Ma
 
 
 def _read_single_merger(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
-    """Return the settings of a tower without DeepStack; None if config.json contradicts the tensors."""
+    """Return a vision tower's settings, without DeepStack; None if config.json contradicts the tensors."""
     num_positions = _count_positions(shapes)
     heads = config_json.get("num_heads", HEADS)
     if not _are_sizes(heads) or not _divides_heads(sizes["hidden_size"], heads):
@@ -105,7 +105,7 @@ def _read_single_merger(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -
 
 
 def _count_positions(shapes: Shapes) -> int | None:
-    """Return the number of position embeddings; None if they are not a square grid."""
+    """Return the number of position embeddings; None unless they form a square grid."""
     num_positions = shapes.get(POSITIONS, (0,))[0]
     is_square = num_positions > 0 and math.isqrt(num_positions) ** 2 == num_positions
     return num_positions if is_square else None

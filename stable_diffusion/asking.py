@@ -40,13 +40,13 @@ SIDE = 8  # pixels per latent: sides are multiples of this
 
 @dataclass
 class Seeds:
-    """Source of a run's seeds: first those given by the user, then random ones.
+    """A run's seeds: the user's first, then random ones.
 
     Attributes:
         random: Generator that random seeds are drawn from.
         single: Value of --seed, if the run generates only one image.
         round_seed: With --iter_same_seed, the seed of each prompt's first image in this round; the seeds of
-            its additional images are drawn from this one.
+            its other images are drawn from this one.
     """
 
     random: Random
@@ -54,11 +54,11 @@ class Seeds:
     round_seed: int | None = None
 
     def begin_round(self) -> None:
-        """Draw a seed for the new round, from which each prompt's first image starts."""
+        """Draw a seed for the new round; it is the seed of each prompt's first image."""
         self.round_seed = _draw(self.random)
 
     def for_line(self, line_seeds: tuple[int, ...] | None) -> Iterator[int]:
-        """Yield the seeds of a line's images: first `line_seeds`, then random ones without end."""
+        """Yield the seeds of a line's images: `line_seeds` first, then an endless sequence of random ones."""
         yield from line_seeds or ()
         if self.single is not None:
             yield self.single
@@ -96,7 +96,7 @@ def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
 
 @dataclass
 class RequestBuilder:
-    """Turn prompt lines into requests for images.
+    """Convert prompt lines to image requests.
 
     Attributes:
         num_images: Number of images so far in this round, which selects the next input image.
@@ -111,7 +111,7 @@ class RequestBuilder:
     num_lines: int = 0
 
     def build_requests(self, lines: Iterable[Line], failures: Failures) -> Iterator[RequestedImage]:
-        """Yield the images that each line requests; errors of invalid lines are added to `failures`."""
+        """Yield the images that each prompt line requests; errors in a line are added to `failures`."""
         for line in lines:
             images: list[RequestedImage] = []
             self.num_lines += 1
@@ -124,7 +124,7 @@ class RequestBuilder:
             yield from images
 
     def _list_seeds_and_prompts(self, line: Line) -> list[tuple[int, str]]:
-        """Return seed and prompt of each image of a line, with a variant of each `{...}` group chosen."""
+        """Return each image's seed and prompt, in which one variant of each `{...}` group is chosen."""
         count = line.num_images or self.options.prompts.images_per_prompt
         if line.is_from_metadata:  # in the metadata of an image, options and variants are not parsed
             seeds = self.seeds.for_line(None)
@@ -146,11 +146,11 @@ class RequestBuilder:
         return [(seed, expand(line.text, Random(seed))[0]) for seed in image_seeds]
 
     def _build_request(self, line: Line, text: str, seed: int, number: int) -> RequestedImage:
-        """Return the request for one image of a prompt line: its texts, input files and settings.
+        """Return the request for one image of a prompt line: its prompts, input files and settings.
 
         Args:
             line: The line, for its label and its original text.
-            text: Text of the line with a variant of each `{...}` group chosen.
+            text: Text of the line, in which one variant of each `{...}` group is chosen.
             seed: Seed of the image.
             number: Number of the image in this round, which selects its input image, mask and guides.
         """
@@ -184,7 +184,7 @@ class RequestBuilder:
 
 
 def _check_has_parts(num_parts: int) -> None:
-    """Raise OptionError for a mask without input image if the prompt has no parts to give regions."""
+    """Raise OptionError if a mask without an input image cannot define regions: the prompt has one part."""
     if num_parts == 1:
         raise OptionError(
             "--mask_path is for a picture (--image_path) or for a prompt of several parts, but this one has "
@@ -206,17 +206,17 @@ def check_line(options: GenImgOptions, line: Line) -> None:
             _check_has_parts(num_parts)
         if num_parts > 1:
             networks = options.networks
-            # LoRAs folded into the weights are the same in all regions
+            # LoRAs merged into the weights affect all regions equally
             is_folded = networks.network_pre_calc and networks.num_adjustable > 0
             check_regions(num_parts, networks.num_adjustable, is_folded)
     _select_strengths(with_line(options, values), values)  # raises if --am is not valid
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
-    """Return the options with those of a prompt line in place of the command line's.
+    """Return the options, overridden by those of a prompt line.
 
     Raises:
-        OptionError: If a value cannot be used.
+        OptionError: If a value is invalid.
     """
     # seeds and multipliers are read elsewhere
     names = {option.key for option in LINE_OPTIONS.values()} - {SEEDS, MULTIPLIERS}
@@ -224,7 +224,7 @@ def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOption
 
 
 def _select_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float, ...] | None:
-    """Return the LoRA strengths of a line's --am option; None without it, for those on the command line."""
+    """Return the LoRA strengths of a prompt line's --am option; None keeps those of the command line."""
     strengths: tuple[float, ...] | None = values.get(MULTIPLIERS)
     if strengths is not None and not options.networks.num_adjustable:
         logger.warning(
@@ -238,7 +238,7 @@ def _select_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tupl
 def resolve_settings(
     options: GenImgOptions, values: Mapping[str, Any], kind: ModelKind, image: Path | None
 ) -> ImageSettings:
-    """Return the settings of an image whose prompt has one part; warn about values without effect.
+    """Return the settings of an image, for a prompt with one part; warn about values without effect.
 
     Args:
         options: Options of the command line.
@@ -273,7 +273,7 @@ def resolve_settings(
 def _warn_of_ignored_options(
     options: GenImgOptions, values: Mapping[str, Any], kind: ModelKind, has_image: bool
 ) -> None:
-    """Warn about options without effect: SDXL's sizes, the strength, and parts of features that are off.
+    """Warn about options without effect: SDXL's sizes, the strength, and options of disabled features.
 
     Args:
         options: Options of the image.
@@ -302,7 +302,7 @@ def _warn_of_ignored_options(
 
 
 def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None) -> tuple[int, int]:
-    """Return width and height: from the options, the input image, or the model's default, in this order."""
+    """Return width and height: those of the options, else of the input image, else the model's default."""
     if sampling.width is not None and sampling.height is not None:
         return sampling.width, sampling.height
     width, height = (kind.size, kind.size) if image is None else image_size(image)
@@ -314,7 +314,7 @@ def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None
 
 
 def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
-    """Warn about a guidance scale below 1, because other programs count guidance from 0."""
+    """Warn about a guidance scale below 1, because in other programs 0 turns guidance off."""
     effect = "below 1 guidance is off, as at 1"
     if negative_scale is not None:
         effect = "0 leaves the prompt out, and less than 1 weakens it"
@@ -331,12 +331,12 @@ def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
 def _warn_if_inactive(
     values: Mapping[str, Any], switch: str, feature: DeepShrinkOptions | GradualLatentOptions
 ) -> None:
-    """Warn about options that have no effect without the option that turns their feature on.
+    """Warn about options that have no effect because their feature is not enabled.
 
     Args:
         values: Options of the prompt line, by key.
-        switch: Short name, in prompt lines, of the option that turns the feature on, such as dsd1; the other
-            options of the feature begin with the same two letters, such as dst1.
+        switch: Short name, in prompt lines, of the option that enables the feature, such as dsd1; the
+            feature's other options start with the same two letters, such as dst1.
         feature: Options of the feature on the command line.
     """
     defaults = option_values(type(feature)())
@@ -373,7 +373,7 @@ def batches(requests: Iterable[RequestedImage], size: int) -> Iterator[list[Requ
 
 
 def _batch_key(request: RequestedImage) -> tuple[Any, ...]:
-    """Return a key that images have in common if they can be in one batch."""
+    """Return a key that is equal for images that can share a batch."""
     return (
         request.settings,
         request.image is None,

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def _check_painting(options: GenImgOptions, checkpoint_plan: CheckpointPlan) -> None:
-    """Raise OptionError if an inpainting checkpoint lacks an image and a mask to repaint."""
+    """Raise OptionError if an inpainting checkpoint is used without an image and a mask."""
     is_painted = options.prompts.image_path is not None and options.prompts.mask_path is not None
     if checkpoint_plan.unet.config["in_channels"] == 9 and not is_painted:
         raise OptionError(
@@ -37,7 +37,7 @@ def _check_painting(options: GenImgOptions, checkpoint_plan: CheckpointPlan) -> 
 
 
 def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
-    """Load the checkpoint and everything that changes it; return the object that makes images with them.
+    """Load the checkpoint and everything that modifies it, such as LoRAs; return the image generator.
 
     Raises OptionError or CheckpointError, if possible before any network is loaded.
     """
@@ -94,7 +94,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
 def _load_batch_hooks(
     options: GenImgOptions, model: Model, cross_attention_paths: Sequence[str]
 ) -> list[BatchHook]:
-    """Load ControlNets and LLLites; return them and all else that changes the U-Net while it runs a batch."""
+    """Load ControlNets and LLLites; return them with all other hooks that modify the U-Net for a batch."""
     batch_hooks: list[BatchHook] = []
     control_nets = load_control_nets(options.control, model)
     if control_nets is not None:
@@ -110,7 +110,7 @@ def _load_batch_hooks(
 def _check_networks(
     options: GenImgOptions, checkpoint_plan: CheckpointPlan, lora_files: Sequence[LoraFile]
 ) -> None:
-    """Raise an error if LoRAs, ControlNets, LLLites or the sampling do not fit the checkpoint, by headers."""
+    """Raise an error if LoRAs, ControlNets, LLLites or the sampler do not fit the checkpoint's headers."""
     kind = checkpoint_plan.kind
     check_networks(lora_files, checkpoint_plan)
     predicts_v = checkpoint_plan.model_type.predicts_velocity or options.model.v_parameterization

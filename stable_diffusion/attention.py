@@ -12,7 +12,7 @@ from modules.speed_options import AttentionChoice
 
 @dataclass(frozen=True)
 class ChosenAttention:
-    """Diffusers attention processor that computes the kind of attention that the user chose."""
+    """Diffusers attention processor with the attention implementation that the user selected."""
 
     choice: AttentionChoice
 
@@ -26,7 +26,7 @@ class ChosenAttention:
         """Return the attention's output, B L C.
 
         Args:
-            attn: Attention module of diffusers, whose calls have these argument names.
+            attn: Attention module of diffusers, which calls this with these argument names.
             hidden_states: States of the image, B L C.
             encoder_hidden_states: States of a text, B S C'; None for self-attention.
             attention_mask: Always None: these U-Nets have no masks.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class UnetControl:
-    """Holder for a network next to a U-Net, so that the network is not registered as a submodule."""
+    """Hold a control network next to a U-Net, without registering it as a submodule."""
 
     # called before each U-Net call with control images, B 3 H W in 0..1 (None for none), their strength and
     # the call's arguments; returns additional arguments

@@ -34,7 +34,7 @@ from stable_diffusion.released_names import VAE_LEVELS, map_vae_names_to_diffuse
 
 
 def read_levels(names: Collection[str]) -> tuple[int, ...]:
-    """Return the number of residual blocks of each level of a U-Net's down path.
+    """Return the number of residual blocks at each level of a U-Net's down path.
 
     Args:
         names: LDM names of its tensors, as in released single files.
@@ -72,7 +72,7 @@ def ldm_to_diffusers_translator(names: Collection[str]) -> Callable[[str], str]:
         diffusers_paths[sampler.ldm_upsampler_without_attention] = sampler.upsampler
 
     def translate(name: str) -> str:
-        module_path = name  # shortened by its last component until it is the path of a renamed module
+        module_path = name  # drop last components until it is the path of a renamed module
         while module_path:
             module_path = module_path.rpartition(".")[0]
             if module_path in diffusers_paths:
@@ -83,7 +83,7 @@ def ldm_to_diffusers_translator(names: Collection[str]) -> Callable[[str], str]:
 
 
 def build_network(build: Callable[..., Any], config: Mapping[str, Any], path: Path) -> Any:
-    """Build a diffusers network on the meta device; raise CheckpointError if its configuration is invalid."""
+    """Build a diffusers network on the meta device; raise CheckpointError if its config is invalid."""
     try:
         with on_meta_device():
             return build(**config)
@@ -108,7 +108,7 @@ UNET_INPUT_CHANNELS = (LATENT_CHANNELS, INPAINTING_CHANNELS)
 
 
 class UnetDepths(NamedTuple):
-    """Number of transformer blocks after each residual block, by level; 0 means no attention."""
+    """Number of transformer blocks after each residual block, by level; 0 for no attention."""
 
     down: list[tuple[int, ...]]
     up: list[tuple[int, ...]]
@@ -129,9 +129,9 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled_width: int) -> dia
     sources = dialects.rename_sources(list_tensor_sources(checkpoint), ldm_to_diffusers_translator(names))
     layers_by_level = read_levels(names)
     broken = partial(_broken_unet_error, checkpoint.path)
-    # returns the shape of a tensor by name; raises this error for another number of axes (4 by default)
+    # returns a tensor's shape by name; raises this error for a different number of axes (default: 4)
     shape = dialects.make_shape_reader(checkpoint, sources, broken("a tensor has an unexpected shape"))
-    # a tensor name may contain any number, so the count is checked before it sets the work
+    # names may contain arbitrary numbers, so check the count before looping over it
     for level, num_layers in enumerate(layers_by_level):
         if num_layers < 1 or num_layers != dialects.count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
             raise broken("some of its input_blocks are missing")
@@ -174,7 +174,7 @@ def _broken_unet_error(path: Path, why: str) -> CheckpointError:
 def _check_level_widths(
     kind: ModelKind, widths: Sequence[int], depths: UnetDepths, broken: Callable[[str], CheckpointError]
 ) -> None:
-    """Raise the error that `broken` makes if norms or attentions cannot divide the channels of a level."""
+    """Raise the error made by `broken` if group norms or attention heads do not divide a level's channels."""
     for width, level_depths in zip(widths, depths.down, strict=True):
         # levels without attention have no heads, and SD1 has a number of heads instead of their width
         divisor = SD1_HEADS if kind is SD1 else HEAD_WIDTH
@@ -183,16 +183,16 @@ def _check_level_widths(
 
 
 def _list_heads(kind: ModelKind, widths: Sequence[int]) -> tuple[int, ...]:
-    """Return the number of attention heads of each level; SD2 and SDXL have heads of one width."""
+    """Return each level's number of attention heads; heads of SD2 and SDXL have a fixed width."""
     if kind is SD1:
         return (SD1_HEADS,) * len(widths)
     return tuple(max(1, width // HEAD_WIDTH) for width in widths)
 
 
 def _find_last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths) -> str | None:
-    """Return the path of the first attention in the deepest level of the down path that has one.
+    """Return the path of the first attention in the deepest down level with attention.
 
-    Returns None if no level has attentions, or if the middle block has none.
+    Returns None if no level has attention, or if the middle block has none.
     """
     has_middle = any(name.startswith("mid_block.attentions.0.") for name in sources)
     levels = [level for level, level_depths in enumerate(depths.down) if any(level_depths)]
@@ -227,6 +227,7 @@ def _read_pooled_settings(
     width: int, pooled_width: int, broken: Callable[[str], Exception]
 ) -> dict[str, Any]:
     """Return U-Net settings of SDXL's additional conditions: pooled text state and image sizes."""
+    # each size is embedded as `waves` values, half of them sines and half cosines
     waves, remainder = divmod(width - pooled_width, NUM_SIZE_CONDITIONS)
     if remainder or waves < 2 or waves % 2:
         raise broken(
@@ -245,7 +246,7 @@ def _select_block_type(depths: Sequence[int], way: str) -> str:
 
 
 def _make_depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return the U-Net's transformer depths: one number per level if all its blocks have the same depth."""
+    """Return the config's transformer depths: one number per level if all its blocks are equally deep."""
     by_level = [{*depths, *up[len(down) - 1 - level]} for level, depths in enumerate(down)]
     if all(len(depths) == 1 for depths in by_level):
         return {"transformer_layers_per_block": tuple(max(1, *depths) for depths in by_level)}
@@ -276,15 +277,15 @@ _OLD_ATTENTION: dialects.Names = (  # names in diffusers before 0.17
 
 
 def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialects.LoadPlan[VaeSizes]:
-    """Plan how to load a VAE: alone or within a whole checkpoint, with released or diffusers' names.
+    """Plan how to load a VAE from its own file or a full checkpoint, with released or diffusers names.
 
     Args:
         checkpoint: The opened checkpoint.
         option: Option that names the file.
-        latent_scale: Scale of latents for diffusers' configuration.
+        latent_scale: Scaling factor of latents for the diffusers config.
 
     Raises:
-        CheckpointError: For any other file.
+        CheckpointError: If the file contains no such VAE.
     """
     vae, sources = vae_sources(checkpoint)
     other_network = dialects.make_wrong_kind_error(
@@ -321,7 +322,7 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
 
 
 def _check_vae_dimensions(path: Path, option: str, names: Collection[str], channels: int) -> None:
-    """Raise CheckpointError if a VAE has other latent channels or levels than those of Stable Diffusion."""
+    """Raise CheckpointError unless the VAE has Stable Diffusion's number of latent channels and levels."""
     levels = {dialects.count(names, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
     if channels != LATENT_CHANNELS or levels != {VAE_LEVELS}:
         raise CheckpointError(
@@ -334,9 +335,9 @@ def _check_vae_dimensions(path: Path, option: str, names: Collection[str], chann
 
 
 def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
-    """Return the tensors of a VAE in a file, and how to make each tensor that diffusers' AutoencoderKL has.
+    """Return the VAE's part of a file, and how to build each tensor of diffusers' AutoencoderKL from it.
 
-    The file may be a whole checkpoint, and have names of LDM or of any version of diffusers.
+    The file may be a full checkpoint, with tensor names of LDM or of any diffusers version.
     """
     vae = checkpoint
     for prefix in (VAE, "vae."):
@@ -367,7 +368,7 @@ def _as_matrix(weight: Tensor) -> Tensor:
 # Only the workspace of the convolutions shrinks; norms and attention see the whole image, so that the
 # result equals that without bands, except for the order of sums in the convolution itself.
 def band_convolutions(network: nn.Module, bands: int) -> None:
-    """Make convolutions with kernels larger than 1x1 process the image in at most `bands` bands of rows."""
+    """Make convolutions with kernels larger than 1x1 process an image in at most `bands` bands of rows."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
             module.forward = _BandedConv2d(module, bands)  # type: ignore[method-assign, assignment]
@@ -375,7 +376,7 @@ def band_convolutions(network: nn.Module, bands: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _BandedConv2d:
-    """Compute a convolution in bands of rows to save memory."""
+    """Computes a convolution in bands of rows to save memory."""
 
     conv: nn.Conv2d
     num_bands: int
@@ -392,7 +393,7 @@ class _BandedConv2d:
         for start, end in pairwise(edges):
             band = self._cut_rows(x, start, end, pad_rows)
             convolved = F.conv2d(band, conv.weight, conv.bias, conv.stride, (0, pad_columns))
-            if result is None:  # only now the channels, the dtype and the device of the result are known
+            if result is None:  # the result's channels, dtype and device are only known now
                 result = convolved.new_empty((*convolved.shape[:2], num_rows, convolved.shape[3]))
                 if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
                     result = result.contiguous(memory_format=torch.channels_last)
@@ -401,7 +402,7 @@ class _BandedConv2d:
         return result
 
     def _cut_rows(self, x: Tensor, start: int, end: int, pad_rows: int) -> Tensor:
-        """Return the input rows on which output rows `start` to `end` depend, zero-padded outside of x."""
+        """Return the input rows that output rows `start` to `end` depend on, zero-padded outside of x."""
         height = x.shape[2]
         stride = self.conv.stride[0]
         first = start * stride - pad_rows

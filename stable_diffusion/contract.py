@@ -60,7 +60,7 @@ KINDS = (SD1, SD2, SDXL)
 
 
 def text_encoder_name(number: int) -> str:
-    """Return the name of a text encoder in caches, training states and folders.
+    """Return a text encoder's name in caches, training states and folders.
 
     Args:
         number: Index of the text encoder, from 0.
@@ -70,7 +70,7 @@ def text_encoder_name(number: int) -> str:
 
 @dataclass(eq=False)
 class LoadedTextEncoder:
-    """A text encoder with its tokenizer; textual inversion adds embedding rows and words to them."""
+    """A text encoder and its tokenizer; textual inversion adds embedding rows and words to them."""
 
     network: ClipText
     tokenize: Callable[[str], list[int]]  # text -> any number of ids, without start and end token
@@ -109,7 +109,7 @@ class Model:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Settings that all images of a batch share; hashable, because prompts are grouped by them."""
+    """Settings shared by all images of a batch; hashable, because prompts are grouped by them."""
 
     width: int  # pixels, multiples of 8
     height: int
@@ -118,7 +118,7 @@ class ImageSettings:
     negative_scale: float | None = None  # None: no third pass with the empty text
     strength: float = 0.8  # strength of image to image, and of a second stage without --highres_fix_strength
     sizes: SizeOptions = SizeOptions()
-    multipliers: tuple[float, ...] | None = None  # --am, one for each LoRA; None: those of the command line
+    multipliers: tuple[float, ...] | None = None  # --am, one per LoRA; None: the command line's strengths
     num_parts: int = 1  # number of parts of the prompt, separated by " AND "
     deep_shrink: DeepShrinkOptions | None = None
     gradual_latent: GradualLatentOptions | None = None
@@ -126,7 +126,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class RequestedImage:
-    """One image to generate, with variants selected, settings resolved and files found."""
+    """One image to generate; its variants are selected, its settings resolved and its files found."""
 
     label: str  # in messages: "line 3"
     prompt: str  # with weights, BREAK and AND; without variants
@@ -152,7 +152,7 @@ class TextState:
 
 @dataclass(frozen=True, eq=False)
 class UnetCall:
-    """Inputs of one U-Net call, which hooks may replace."""
+    """Inputs of one U-Net call; hooks may replace them."""
 
     step: int  # index of the step in the sampler's own list
     num_steps: int  # in that list
@@ -171,7 +171,7 @@ UnetHook = Callable[[UnetCall], UnetCall]
 
 @dataclass(frozen=True, eq=False)
 class SecondStageInput:
-    """Images or latents that the second stage starts from, one for each requested image."""
+    """Images or latents that the second stage starts from, one per requested image."""
 
     images: Sequence[Image] | None = None
     latents: Tensor | None = None  # B 4 h w, scaled as the U-Net sees them

@@ -34,7 +34,7 @@ Residuals = tuple[tuple[Tensor, ...], Tensor]  # one for each skip of the U-Net,
 
 
 def _mean_residuals(residuals: Sequence[Residuals]) -> Residuals:
-    """Average the residuals of several ControlNets for each skip connection and the middle block."""
+    """Average the residuals of several ControlNets, for each skip connection and the middle block."""
     if len(residuals) == 1:
         return residuals[0]
     skips_by_connection = zip(*(skips for skips, _ in residuals), strict=True)
@@ -80,7 +80,7 @@ class ControlNets:
             if self._model.kind is SDXL:
                 candidates = range(num_networks)  # SDXL's ControlNets act together
             else:
-                candidates = [call.step % num_networks]  # those of other models take turns from step to step
+                candidates = [call.step % num_networks]  # for other models, they take turns step by step
             active = [index for index in candidates if is_active(self._specs[index], call)]
             if not active:
                 return call
@@ -182,7 +182,7 @@ def _read_guide(path: Path, canny: tuple[int, int] | None, width: int, height: i
 
 
 class BatchGuides:
-    """Guide images of a batch, on the device and resized to the current latents."""
+    """Guide images of the current batch, on the device and resized to the current latents."""
 
     def __init__(
         self,
@@ -202,7 +202,7 @@ class BatchGuides:
             height: Height in pixels.
 
         Raises:
-            OptionError: If an image has neither one guide for each network nor one for all.
+            OptionError: If an image does not have one guide per network, or a single one for all.
             MediaError: If a guide cannot be read.
         """
         for request in requests:
@@ -217,7 +217,7 @@ class BatchGuides:
         self.guides = self._read()
 
     def _read(self) -> tuple[Tensor, ...]:
-        """Read the guide images of each network, B 3 H W float32 in 0..1."""
+        """Read each network's guide images, B 3 H W float32 in 0..1."""
         guides = []
         for index, spec in enumerate(self._specs):
             images = []
@@ -229,7 +229,7 @@ class BatchGuides:
         return tuple(guides)
 
     def resize_for(self, call: UnetCall, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return each network's guide images, B 3 H W in 0..1, resized to fit the latents of a U-Net call."""
+        """Return each network's guide images, B 3 H W in 0..1, resized for the latents of a U-Net call."""
         height, width = (int(side) * STRIDE for side in call.sample.shape[-2:])
         if self._size != (width, height):
             self._size = (width, height)
@@ -239,16 +239,16 @@ class BatchGuides:
 
 
 def is_active(spec: ControlSpec, call: UnetCall) -> bool:
-    """Return whether a ControlNet is active in this step, one of the first `ratio` of all steps."""
+    """Return whether a ControlNet is active at this step: the first `ratio` of all steps."""
     return call.step / call.num_steps <= spec.ratio
 
 
 def prepare(image: Frame, canny: tuple[int, int] | None, width: int, height: int) -> Frame:
-    """Resize a guide image, H W 3, or draw its edges instead.
+    """Resize a guide image, H W 3, or its edges.
 
     Args:
         image: The image.
-        canny: Canny thresholds for drawing edges; None keeps the image.
+        canny: Thresholds to replace the image by its Canny edges; None keeps the image.
         width: Width in pixels.
         height: Height in pixels.
     """

@@ -79,8 +79,8 @@ def load_control_net(
         base: The U-Net itself, to which a file of differences is added.
 
     Raises:
-        CheckpointError: If the file is something else or belongs to another U-Net, or if tensors are missing,
-            unexpected, of other shapes or damaged.
+        CheckpointError: If the file is something else or was made for a different U-Net, or if tensors are
+            missing, unexpected, damaged or of different shapes.
     """
     file = require_file(path, OPTION, "")
     opened = (
@@ -88,7 +88,7 @@ def load_control_net(
     )
 
     def add_base(name: str, weight: Tensor, _: torch.dtype) -> Tensor:
-        """Add the U-Net's weight of the same name to a difference."""
+        """Add the U-Net's weight of the same name to a weight difference; new layers are unchanged."""
         if name.startswith(CONTROL_ONLY_LAYERS):  # the U-Net has no such part: the weight is not a difference
             return weight
         assert base is not None
@@ -112,7 +112,7 @@ def load_control_net(
 
 
 def _reject_similar(control_net: Checkpoint) -> None:
-    """Raise CheckpointError if the file is an adapter such as a T2I-Adapter, but not a ControlNet."""
+    """Raise CheckpointError if the file is not a ControlNet but a similar adapter, such as a T2I-Adapter."""
     for pattern, what in _OTHERS:
         if any(re.fullmatch(pattern, name) for name in control_net.tensors):
             raise CheckpointError(
@@ -145,7 +145,7 @@ def _read_control_net(
     has_hint = f"{_HINT_EMBEDDING}.conv_in.weight" in sources
     if not has_middle or not has_hint:
         raise make_wrong_kind_error(checkpoint, "a ControlNet", OPTION, EXPECTED_FILE)
-    # published files number all convolutions of the guide image; diffusers calls the last one conv_out
+    # published files number all convolutions of the hint encoder; diffusers calls the last one conv_out
     if f"{_HINT_EMBEDDING}.conv_out.weight" not in sources:
         last = f"{_HINT_EMBEDDING}.blocks.{count(sources, _HINT_BLOCKS) - 1}."
         sources = {
@@ -158,10 +158,10 @@ def _read_control_net(
 
 
 def _read_settings_without_tensors(path: Path) -> dict[str, Any]:
-    """Read settings that tensors do not show: the color order, and whether residuals are averaged.
+    """Read settings that tensors do not show: the color order, and whether control residuals are averaged.
 
-    A diffusers folder has both in its config.json. For single files, residuals are averaged if the name
-    contains "shuffle", as for the released model.
+    A diffusers folder stores both in config.json. For a single file, residuals are averaged if the file name
+    contains "shuffle", like the name of the released model.
     """
     file = path / "config.json"
     if not file.is_file():
@@ -181,7 +181,7 @@ _RELEASED_NAMES = (
 
 
 def _name_in_diffusers(name: str, translate: Callable[[str], str]) -> str:
-    """Return diffusers' name of a tensor; an unknown name stays and is later reported as unexpected."""
+    """Return a tensor's diffusers name; an unknown name is kept and later reported as unexpected."""
     for pattern, template in _RELEASED_NAMES:
         match = re.fullmatch(pattern, name)
         if match is not None:
@@ -194,7 +194,7 @@ def _name_in_diffusers(name: str, translate: Callable[[str], str]) -> str:
 
 @dataclass(frozen=True)
 class _LevelAttentions:
-    """Module paths and attentions of a ControlNet's levels, the middle block last."""
+    """Module paths and attentions of a ControlNet's levels; the middle block comes last."""
 
     blocks: list[str]  # diffusers' module paths
     has_attention: list[bool]
@@ -202,7 +202,7 @@ class _LevelAttentions:
 
     @property
     def attentions(self) -> list[str]:
-        """Module paths of the levels' attentions, without levels that have none."""
+        """Module paths of the levels' attentions; levels without attention are omitted."""
         return [
             f"{block}.attentions.0"
             for block, has_attention in zip(self.blocks, self.has_attention, strict=True)
@@ -270,7 +270,7 @@ def _read_attention_settings(
     shape: Callable[..., tuple[int, ...]],
     unet_config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the settings of attentions, from the file or, if it has none, from the U-Net."""
+    """Return the attention settings, from the file or, if it has no attention, from the U-Net."""
     text_width = unet_config["cross_attention_dim"]
     if levels.transformers:
         text_width = shape(f"{levels.transformers[0]}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
@@ -286,7 +286,7 @@ def _read_pooled_settings(
     shape: Callable[..., tuple[int, ...]],
     unet_config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the settings of SDXL's additional conditions, sizes and pooled text; {} for other models."""
+    """Return SDXL's settings for size conditioning and pooled text; {} for other models."""
     if "add_embedding.linear_1.weight" not in sources:
         return {}
     return {
@@ -297,10 +297,10 @@ def _read_pooled_settings(
 
 
 def _read_levels(sources: Mapping[str, TensorSource], blocks: list[str]) -> _LevelAttentions:
-    """Read from the tensor names which levels of a ControlNet have attention, and its depth.
+    """Determine from tensor names which levels of a ControlNet have attention, and how deep it is.
 
     Args:
-        sources: Tensors by diffusers' name.
+        sources: Tensors by diffusers name.
         blocks: Module paths of the levels, the middle one last.
     """
     has_attention = [f"{block}.attentions.0.norm.weight" in sources for block in blocks]
@@ -324,7 +324,7 @@ _SETTINGS_ONLY_IN_FOLDERS = ("controlnet_conditioning_channel_order", "global_po
 def _check_fits_unet(
     checkpoint: Checkpoint, config: Mapping[str, Any], unet_config: Mapping[str, Any], model_title: str
 ) -> None:
-    """Raise CheckpointError if a ControlNet does not belong to a U-Net.
+    """Raise CheckpointError if a ControlNet does not fit a U-Net.
 
     Args:
         checkpoint: The opened checkpoint.
@@ -363,14 +363,14 @@ def _check_fits_unet(
 
 
 def _guess_kind(config: Mapping[str, Any]) -> ModelKind:
-    """Return the kind of model that a ControlNet was made for."""
+    """Return the kind of model (1.x, 2.x or XL) that a ControlNet was made for."""
     if config.get("addition_embed_type"):
         return SDXL
     return SD2 if config["use_linear_projection"] else SD1
 
 
 def _list_values(config: Mapping[str, Any], name: str) -> tuple[Any, ...]:
-    """Return the distinct values of a U-Net setting that is one value for all levels or a list of them."""
+    """Return the distinct values of a U-Net setting, which is one value for all levels or a list."""
     value = config.get(name)
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return tuple(dict.fromkeys(values)) if name == "layers_per_block" else values

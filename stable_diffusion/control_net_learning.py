@@ -34,14 +34,14 @@ _HINT_BLOCK = re.compile(r"controlnet_cond_embedding\.blocks\.(\d+)\.(\w+)")
 
 
 class TrainedControlNet(nn.Module):
-    """A ControlNet that is trained together with a frozen U-Net."""
+    """A trainable ControlNet together with its frozen U-Net."""
 
     def __init__(self, network: ControlNetModel, new_layers_lr: float | None) -> None:
         """Store the network to train.
 
         Args:
             network: ControlNetModel of diffusers.
-            new_layers_lr: Learning rate of the layers that a U-Net does not have; None uses the common rate.
+            new_layers_lr: Learning rate of layers that a U-Net does not have; None uses the common rate.
         """
         super().__init__()
         self.network = network
@@ -53,7 +53,7 @@ class TrainedControlNet(nn.Module):
         self.multiplier = multiplier
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return optimizer groups and their names: layers copied from the U-Net and new layers."""
+        """Return optimizer parameter groups and their names: layers copied from the U-Net, and new layers."""
         if self.new_layers_lr is None:
             return [{"params": list(self.network.parameters()), "lr": learning_rate}], ["control_net"]
         rates = {"control_net copy": learning_rate, "control_net own": self.new_layers_lr}
@@ -66,7 +66,7 @@ class TrainedControlNet(nn.Module):
     def compute_residuals(
         self, controls: Tensor | None, strength: float, arguments: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the residuals as arguments for a call of the U-Net; {} without control images.
+        """Return the residuals as keyword arguments for a U-Net call; {} without control images.
 
         Args:
             controls: Control images, B 3 H W in 0..1.
@@ -108,7 +108,7 @@ def make_control_net(
 
     Args:
         path: File to start from; None copies the U-Net.
-        new_layers_lr: Learning rate of the layers that the U-Net does not have; None uses the common rate.
+        new_layers_lr: Learning rate of layers that the U-Net does not have; None uses the common rate.
         gradient_checkpointing: Whether to use gradient checkpointing, as in the U-Net.
         kind: Kind of the checkpoint.
         unet: The U-Net.
@@ -132,9 +132,9 @@ def make_control_net(
 
 
 def copy_unet(unet: Any) -> ControlNetModel:
-    """Build a ControlNet with the weights of a U-Net's encoder half; its outputs are zero at first.
+    """Build a ControlNet from the weights of a U-Net's encoder half; its zero convolutions are new.
 
-    This is like diffusers' `from_unet`, which does not support a number of layers for each level.
+    Like diffusers' `from_unet`, but it also accepts `layers_per_block` as a list of equal numbers.
     """
     parameters = inspect.signature(ControlNetModel.__init__).parameters
     config = {name: value for name, value in unet.config.items() if name in parameters}
@@ -159,7 +159,7 @@ def describe_control_net(
         options: Options of the run.
         files: The checkpoint.
         path: File to start from; None copies the U-Net.
-        new_layers_lr: Learning rate of the layers that the U-Net does not have; None uses the common rate.
+        new_layers_lr: Learning rate of layers that the U-Net does not have; None uses the common rate.
         gradient_checkpointing: Whether to use gradient checkpointing.
     """
 
@@ -192,7 +192,7 @@ def _write(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a ControlNet: for XL with diffusers' names, for 1.x and 2.x with the released names."""
+    """Write a ControlNet, with diffusers' tensor names for XL, or the released names for 1.x and 2.x."""
     assert isinstance(module, TrainedControlNet)
     state = module.network.state_dict()
     names = {name: name for name in state}
@@ -203,11 +203,11 @@ def _write(
 
 
 def ldm_control_net_names(layers: list[int], names: Sequence[str]) -> dict[str, str]:
-    """Map diffusers' name of each ControlNet weight to its published name.
+    """Map the diffusers name of each ControlNet weight to its published name.
 
     Args:
-        layers: Number of residual blocks of each level.
-        names: Diffusers' names of the weights.
+        layers: Number of residual blocks at each level.
+        names: Diffusers names of the weights.
     """
     own = [name for name in names if name.startswith(CONTROL_ONLY_LAYERS)]
     of_unet = [name for name in names if not name.startswith(CONTROL_ONLY_LAYERS)]
@@ -216,7 +216,7 @@ def ldm_control_net_names(layers: list[int], names: Sequence[str]) -> dict[str, 
 
 
 def _ldm_name_of_control_layer(name: str, names: Collection[str]) -> str:
-    """Return the published name of a ControlNet weight that the U-Net does not have.
+    """Return the published name of a ControlNet weight without a counterpart in the U-Net.
 
     Args:
         name: Diffusers' name of the weight.

@@ -36,7 +36,7 @@ def weights_option() -> Any:
 
 
 def rate_option() -> Any:
-    """Declare the option for the learning rate of ControlNet layers that the U-Net lacks."""
+    """Declare the option for the learning rate of ControlNet layers that a U-Net does not have."""
     return option(
         "learning rate of the parts that the U-Net does not have: the control image's embedding and "
         "the outputs, which are initialized to zero",
@@ -61,7 +61,7 @@ def list_generation_command(
         options: Options of the run.
         flag: Option for the file.
         file: The trained file.
-        sample: Settings of the image, such as prompt, width and seed; missing ones are left out.
+        sample: Settings of the image, such as prompt and seed; missing ones are omitted or placeholders.
         _: Ignored; other kinds of networks need it.
     """
     arguments = {

@@ -11,24 +11,23 @@ from torch import Tensor
 
 
 def unet_class() -> type[Any]:
-    """Import diffusers' U-Net class on first use."""
+    """Import and return diffusers' U-Net class."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return UNet2DConditionModel
 
 
 def vae_class() -> type[Any]:
-    """Import diffusers' VAE class on first use."""
+    """Import and return diffusers' VAE class."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return AutoencoderKL
 
 
 def scheduler_class(name: str) -> type[Any]:
-    """Import a diffusers scheduler by its file and class, such as ddim.DDIMScheduler.
+    """Import a diffusers scheduler by module and class, such as ddim.DDIMScheduler.
 
-    The class is imported from its own file, because the package leaves out classes that need scipy if scipy
-    is missing.
+    Importing from the module also works without scipy, whereas the package omits classes that need it.
     """
     file, _, class_name = name.partition(".")
     found: type[Any] = getattr(import_module(f"diffusers.schedulers.scheduling_{file}"), class_name)
@@ -43,7 +42,7 @@ def make_xformers_processor() -> Any:
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Rescale betas so that the last timestep is pure noise.
+    """Rescale betas so that the last timestep has zero signal-to-noise ratio.
 
     Args:
         betas: Betas of the schedule, float32, one per timestep.
@@ -54,7 +53,7 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def diffusers_version() -> str:
-    """Return the version of diffusers, for the metadata of results."""
+    """Return the diffusers version, for metadata."""
     import diffusers
 
     return str(diffusers.__version__)

@@ -172,7 +172,7 @@ def latent_spec(kind: ModelKind) -> LatentSpec:
 
 @dataclass(frozen=True)
 class StableDiffusion(ModelOfImages):
-    """Stable Diffusion model for one training run, caching run or generation, built from a checkpoint."""
+    """Stable Diffusion for one training, caching or generation run, built from a checkpoint."""
 
     files: TrainingFiles  # type: ignore[assignment]  # all networks are in one checkpoint
     noise: NoiseSpec = field(default_factory=lambda: make_noise_spec(False))
@@ -207,27 +207,27 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def name(self) -> str:
-        """Name of the model kind in metadata."""
+        """Name of the model kind (1.x, 2.x or XL) in metadata."""
         return self.kind.name
 
     @property
     def display_name(self) -> str:
-        """Name of the model kind in messages."""
+        """Name of the model kind for messages."""
         return self.kind.title
 
     @property
     def cache_tag(self) -> str:
-        """Model tag in the names of cache files."""
+        """Tag that identifies the model in cache file names."""
         return _TAGS[self.kind]
 
     @property
     def latent(self) -> LatentSpec:
-        """Shape, scale and cache file names of the latents."""
+        """Shape and scale of the latents, and the names of their cache files."""
         return latent_spec(self.kind)
 
     @property
     def dit(self) -> DitSpec:
-        """Block structure of the U-Net for block swapping and LoRAs."""
+        """Module structure of the U-Net, for LoRAs, gradient checkpointing and compilation."""
         return unet_spec(self.files.unet_config)
 
     @property
@@ -246,14 +246,14 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _extras(self) -> tuple[str, ...]:
-        """Names of request settings that only this model reads."""
+        """Names of request settings that this model adds."""
         if self.inpaints:
             return (MASK_PATH,)
         return () if self._control_network is None else ("control_multiplier",)
 
     @property
     def release(self) -> ModelRelease:
-        """Published checkpoint that the family is named after."""
+        """The published checkpoint that this family corresponds to."""
         return RELEASES[self.kind]
 
     @property
@@ -280,19 +280,19 @@ class StableDiffusion(ModelOfImages):
             entries["sd_model_name"] = self.files.ckpt.name
         if self.files.vae is not None:
             entries["vae_name"] = self.files.vae.name
-        # generations record the model's name, which is needed to read their settings back from the file
+        # outputs record the model's name, which is needed to read their settings back from the file
         if self.options is NO_OPTIONS:
             return entries | {"model_type": self.kind.name}
         return entries | self._metadata_of_training
 
     @property
     def hashed_files(self) -> Mapping[str, Path]:
-        """Files whose hashes are recorded in training metadata, by key."""
+        """Files whose hashes are written to training metadata, by metadata key."""
         return self.files.hashed
 
     @property
     def _metadata_of_training(self) -> dict[str, str]:
-        """Return metadata under names of other trainers for values that are not options here."""
+        """Return metadata, under other trainers' keys, for values that do not correspond to one option."""
         values = {
             "ss_v2": str(self.kind is SD2),
             "ss_clip_skip": str(self.clip_skip),
@@ -307,7 +307,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _resolution(self) -> str:
-        """Training size for metadata: --resolution, or the size of the published model."""
+        """Training size for metadata: --resolution, or the published model's size."""
         typed = None if self.options is NO_OPTIONS else self.options.resolution
         sides = re.findall(r"\d+", typed or "")
         if not sides:
@@ -319,12 +319,12 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _control_network(self) -> CustomNetwork | None:
-        """Return the trained network that uses control images; None if there is none."""
+        """Return the network in training that uses control images; None if there is none."""
         network = self.custom_network
         return None if network is None or network.in_text_encoders else network
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise an error if a dataset table lacks control images that the trained network needs."""
+        """Raise an error if a dataset table has no control images although the trained network needs them."""
         if self._control_network is not None:
             table = control_pictures.check_controls(table, self._control_network.label)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
@@ -335,7 +335,7 @@ class StableDiffusion(ModelOfImages):
         return control_pictures.add_controls(entries, media) if media.control else entries
 
     def keep_media(self, request: Request, model_name: str) -> Request:
-        """Return a request with only its image for inpainting, or only its control image."""
+        """Keep only the media that this model uses: the image to repaint, or the control image."""
         if self.inpaints:
             return set_image_to_repaint(request, super().keep_media, model_name)
         if MASK_PATH in request.extra and self.options is NO_OPTIONS:
@@ -349,7 +349,7 @@ class StableDiffusion(ModelOfImages):
         )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return the conditions of a request's images, for inpainting or for a trained control network."""
+        """Return the conditions from a request's images, for inpainting or a control network in training."""
         if self.inpaints:
             return {0: self._encode_for_inpainting(encoders, prepared)}
         return {0: {} if self._control_network is None else control_pictures.sample_controls(prepared)}
@@ -364,13 +364,13 @@ class StableDiffusion(ModelOfImages):
     def encode_masked(
         self, encoders: MediaEncoders, pixels: Tensor, mask: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Return an inpainting model's additional input: the mask and the masked image's latents, 5 1 h w.
+        """Return an inpainting U-Net's additional channels: the mask and the masked image's latents, 5 1 h w.
 
         Args:
             encoders: The loaded VAE.
             pixels: The image, 1 C H W, -1..1.
             mask: Mask, H W; nonzero pixels are repainted.
-            generator: Draws the sample of the posterior.
+            generator: Random generator to sample the posterior with.
         """
         return {INPAINTING: make_inputs(encoders.vae, pixels, mask.float(), generator, self.latent)}
 
@@ -379,7 +379,7 @@ class StableDiffusion(ModelOfImages):
         return self.inpaints or super().needs_media(prepared)
 
     def _encode_for_inpainting(self, encoders: MediaEncoders, prepared: Prepared) -> Conditions:
-        """Encode the image to repaint and its mask as conditions, in the same way as gen_img.py."""
+        """Encode the image to repaint and its mask as conditions, like gen_img.py."""
         generator = torch.Generator().manual_seed(prepared.seed)
         shape = self.latent.shape(1, prepared.height, prepared.width)
         source = find_kept_source(prepared.request)
@@ -393,17 +393,17 @@ class StableDiffusion(ModelOfImages):
     # files
 
     def check_files(self, media: bool) -> None:
-        """Raise UserError if a model file is missing or belongs to an unsupported kind."""
+        """Raise UserError if a model file is missing or is of an unsupported kind."""
         self.files.check()
 
     @property
     def has_dit_files(self) -> bool:
-        """Return True: the checkpoint, which is required, contains the U-Net or names its folder."""
+        """Return True: --ckpt is required, and it is the U-Net's file or contains it."""
         return True
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """File of the U-Net: the checkpoint, or a file in its folder."""
+        """File with the U-Net: the checkpoint, or a file in its folder."""
         return (self.files.unet_path,)
 
     def block_counts(self) -> tuple[int, ...]:
@@ -411,7 +411,7 @@ class StableDiffusion(ModelOfImages):
         return tuple(count for _, count in unet_parts(self.files.unet_config))
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the dtype that the U-Net computes in for a placement."""
+        """Return the U-Net's compute dtype; a dtype set in `placement` takes precedence."""
         return self.files.unet_dtype(placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
@@ -428,7 +428,7 @@ class StableDiffusion(ModelOfImages):
     # texts
 
     def text_encoders(self) -> list[TextEncoder]:
-        """Return the checkpoint's one or two text encoders, which load on first use."""
+        """Return the checkpoint's text encoders, one or two, which are loaded on first use."""
         encoders = make_encoders(
             self.files,
             self.max_chunks,
@@ -440,20 +440,20 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def word_names(self) -> tuple[str, ...]:
-        """Words that the text encoders know in addition to their tokenizers' vocabulary."""
+        """Words that extend the text encoders' vocabulary."""
         new_word = None if self.text_training is None else self.text_training.word
         trained = () if new_word is None else (new_word.text,)
         return (*trained, *(word.text for word in self.lora_words))
 
     def with_words(self, files: WordsByFile, option: str) -> "StableDiffusion":
-        """Return the model with the trained words that files contain.
+        """Return a copy of the model that knows the trained words in LoRA files.
 
         Args:
             files: Words by file.
             option: Option that names the files.
 
         Raises:
-            CheckpointError: For vectors that do not fit the text encoders.
+            CheckpointError: If vectors do not fit the text encoders.
         """
         words = merge_lora_words(self.lora_words, read_lora_words(files, option))
         with self.files.open_plan() as checkpoint_plan:
@@ -462,13 +462,13 @@ class StableDiffusion(ModelOfImages):
         return replace(self, lora_words=words)
 
     def with_word_in_texts(self, word: WordToLearn) -> "StableDiffusion":
-        """Return the model with embedding rows for a trained word in its text encoders."""
+        """Return the model with embedding rows for a word to train in its text encoders."""
         assert self.text_training is not None  # as for each training run
         text_training = replace(self.text_training, word=NewWord(word.text, word.count))
         return replace(self, text_training=text_training)
 
     def word_network(self, word: WordToLearn) -> CustomNetwork:
-        """Return the network whose weights are the vectors of a trained word."""
+        """Return the trainable network whose weights are a word's embedding vectors."""
         from stable_diffusion.inversion_learning import describe_inversion  # only to train one
 
         # only the text encoders matter, so any input channels of the U-Net will do
@@ -483,7 +483,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def learning_parts(self) -> LearningParts:
-        """Learning rates of text encoders and U-Net blocks, and how long text encoders are trained."""
+        """Learning rates of text encoders and U-Net blocks; number of steps with text encoder training."""
         options = self.options
         return LearningParts(options.text_rates, options.block_rates, options.text_steps)
 
@@ -493,7 +493,7 @@ class StableDiffusion(ModelOfImages):
         return by_name[text_encoder].reads_weight(weight)
 
     def checkpoint_bytes(self, dtype: torch.dtype | None) -> int:
-        """Return the bytes of a full checkpoint whose trained weights are saved in a dtype."""
+        """Return the size of a full checkpoint, in bytes, if the trained weights are saved in `dtype`."""
         with quiet():
             infos = make_writer(self.files, {}, self._trained_model_type).list_infos(dtype)
         return sum(info.size_bytes for info in infos.values())
@@ -501,7 +501,7 @@ class StableDiffusion(ModelOfImages):
     def checkpoint_writer(
         self, networks: Mapping[str, nn.Module], as_folder: bool, shard_bytes: int
     ) -> CheckpointWriter:
-        """Return a writer that saves trained networks as a single-file checkpoint or in diffusers' layout."""
+        """Return a writer that saves trained networks as a single file or in diffusers' layout."""
         if self.files.vae is not None:
             logger.info(
                 "Saved checkpoints keep the VAE of %s; that of --vae is only used for latents and samples.",
@@ -513,18 +513,18 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _trained_model_type(self) -> ModelType:
-        """Return the prediction type of the trained model, from the checkpoint and the options."""
+        """Return the kind and prediction type of the trained model, from the checkpoint and the options."""
         predicts_v = self.noise.predicts_v
         return ModelType(self.kind, predicts_v, predicts_v and self.noise.table[-1] == 1)
 
     @property
     def is_of_one_file(self) -> bool:
-        """Whether the checkpoint is a single file, not a folder."""
+        """Whether the checkpoint is a single file rather than a folder."""
         return not self.files.path.is_dir()
 
     @property
     def keeps_shapes(self) -> bool:
-        """Whether the first layer keeps its number of input channels; inpainting training may add some."""
+        """Whether training keeps the U-Net's number of input channels; False if inpainting adds some."""
         return not self.inpaints or replace(self.files, unet_input=UnetInput.ANY).inpaints
 
     # the network
@@ -552,7 +552,7 @@ class StableDiffusion(ModelOfImages):
         return conditions
 
     def _check_text_width(self, text_states: Sequence[Tensor], item: str) -> None:
-        """Raise CacheError if the joined text states, B L C each, are not as wide as the U-Net takes."""
+        """Raise CacheError unless the text states, B L C each, together have the U-Net's context width."""
         width = sum(states.shape[-1] for states in text_states)  # the U-Net takes them concatenated
         expected = int(self.files.unet_config.get("cross_attention_dim", 1280))
         if width != expected:
@@ -562,7 +562,7 @@ class StableDiffusion(ModelOfImages):
             )
 
     def _check_text_length(self, text_states: Sequence[Tensor], item: str) -> None:
-        """Raise CacheError if an item's text states, B L C, were made for another --max_token_length."""
+        """Raise CacheError if an item's text states, B L C, were cached with another --max_token_length."""
         max_length = CHUNK_SIZE * self.max_chunks + 2  # with start and end token
         # cached texts are padded to whole chunks; a trained text encoder may leave them shorter
         are_padded = self.text_training is None or self.text_training.pads_captions
@@ -595,7 +595,7 @@ class StableDiffusion(ModelOfImages):
         added_conditions: dict[str, Tensor] | None = None
         if self.kind is SDXL:
             pooled = send_tensor(cond, POOLED, device).to(dtype)
-            # float32: above 1024 bf16 only has multiples of 8; the U-Net rounds the embedded sizes
+            # float32, because bf16 only has multiples of 8 above 1024; the U-Net rounds the embedded sizes
             added_conditions = {"text_embeds": pooled, "time_ids": send_tensor(cond, SIZES, device).float()}
         sample = noisy.squeeze(2)
         if INPAINTING in cond:
@@ -606,7 +606,7 @@ class StableDiffusion(ModelOfImages):
             "encoder_hidden_states": text_states,
             "added_cond_kwargs": added_conditions,
         }
-        # a ControlNet or LLLite in training turns control images into further arguments
+        # a ControlNet or LLLite in training converts control images to additional arguments
         control: UnetControl | None = getattr(dit, "control", None)
         if control is not None:
             control_images, strength = control_pictures.control_in(cond, device, dtype)
@@ -660,7 +660,7 @@ class StableDiffusion(ModelOfImages):
         )
 
     def _set_num_chunks(self, prompts: Prompts, uses_negative: bool) -> Prompts:
-        """Set the number of 75-token chunks to which both prompts are padded: that of the longer one.
+        """Pad both prompts to the longer one's number of 75-token chunks.
 
         `Prompt.max_chunks` also makes the text encoders parse `(weight:1.2)` as gen_img.py does.
 
@@ -672,7 +672,7 @@ class StableDiffusion(ModelOfImages):
         if uses_negative and prompts.negative is not None:
             counted_texts.append(prompts.negative.text)
         num_chunks = 1
-        if self.max_chunks > 1 or self.warns_if_cut:  # else every text is cut to one chunk, without a warning
+        if self.max_chunks > 1 or self.warns_if_cut:  # else texts are truncated silently
             num_chunks = max(
                 encoder.count_chunks(text) for encoder in self._token_counters for text in counted_texts
             )
@@ -684,7 +684,7 @@ class StableDiffusion(ModelOfImages):
 
     @cached_property
     def _token_counters(self) -> list[LazyTextEncoder]:
-        """Return text encoders of which only the tokenizers are loaded, to count tokens."""
+        """Return text encoders for counting tokens; only their tokenizers are loaded."""
         return make_encoders(
             self.files,
             self.max_chunks,
@@ -694,10 +694,9 @@ class StableDiffusion(ModelOfImages):
         )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode an image, 1 1 H W 3 uint8, as latents in model space, 1 4 1 h w.
+        """Encode an image, 1 1 H W 3 uint8, to latents in model space, 1 4 1 h w.
 
-        The posterior is sampled with the seed's generator, from which the noise is drawn next, as in
-        gen_img.py.
+        The posterior sample and then the noise come from the same seeded generator, as in gen_img.py.
         """
         generator = torch.Generator().manual_seed(seed)
         latents: Tensor = encoders.vae.encode(byte_clips(frames), [generator])
@@ -710,7 +709,7 @@ class StableDiffusion(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section of an image to the denoising loop; receive and return its denoised latents.
+        """Yield an image's only section to the denoising loop; receive and return its denoised latents.
 
         Videos have several sections, images have only section 0. `noise` is not used, because the solver,
         which wraps a diffusers scheduler, draws its own noise on the CPU.
@@ -740,7 +739,7 @@ class StableDiffusion(ModelOfImages):
             return torch.randn(channels, height, width, generator=generator)
 
         source = prepared.request.source
-        # repainting at full strength starts from pure noise
+        # repainting with strength 1 starts from pure noise
         starts_from_noise = (
             self.inpaints and source is not None and find_kept_source(prepared.request) is None
         )
@@ -768,14 +767,14 @@ class StableDiffusion(ModelOfImages):
 
 
 def family_for_latent_caching(kinds: tuple[ModelKind, ...], options: LatentCachingOptions) -> StableDiffusion:
-    """Return the model for caching latents; control images are cached too."""
+    """Return the family for caching latents, which also caches control images."""
     return StableDiffusion(TrainingFiles(kinds, options.ckpt, options.vae), stores_controls=True)
 
 
 def family_for_text_caching(
     kinds: tuple[ModelKind, ...], options: TextCachingOptions, clip_skip: int | None = None
 ) -> StableDiffusion:
-    """Return the model for caching text encoder outputs."""
+    """Return the family for caching text encoder outputs."""
     dtype = select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", torch.float32)
     assert dtype is not None
     files = TrainingFiles(kinds, options.ckpt, tokenizer_cache_dir=options.tokenizer_cache_dir, dtype=dtype)
@@ -794,7 +793,7 @@ def family_for_training(
         kinds: Kinds of checkpoints that the script accepts.
         options: Options of the run.
         v2: Whether --v2 declares a checkpoint of Stable Diffusion 2.
-        clip_skip: Layer, counted from the end, whose text states are used; None for the kind's default.
+        clip_skip: Text encoder layer to take states from, counted from the end; None for the default.
 
     Raises:
         OptionError: If the options contradict the checkpoint.
@@ -836,7 +835,7 @@ def family_for_training(
 
 
 def with_inversion(model: StableDiffusion) -> StableDiffusion:
-    """Return the model for training a textual inversion of the word in its options."""
+    """Return the model for textual inversion of the word in its options."""
     from stable_diffusion.inversion_learning import MODULE, with_templates_and_command  # only to train one
 
     network = with_templates_and_command(model.word_network(model.options.word), model.options)
@@ -874,7 +873,7 @@ def with_control_net(
     Args:
         model: The model.
         path: File to start from; None copies the U-Net.
-        new_layers_lr: Learning rate of the layers that the U-Net does not have; None uses the common rate.
+        new_layers_lr: Learning rate of layers that the U-Net does not have; None uses the common rate.
         gradient_checkpointing: Whether to use gradient checkpointing.
     """
     from stable_diffusion.control_net_learning import MODULE, describe_control_net  # only to train one
@@ -890,7 +889,7 @@ def with_control_net(
 
 
 def _check_block_rates(rates: Sequence[float], files: TrainingFiles) -> None:
-    """Raise OptionError if the number of rates differs from the number of U-Net blocks."""
+    """Raise OptionError if the number of learning rates differs from the number of U-Net blocks."""
     numbered = number_blocks(files.unet_config) if rates else None
     if numbered is not None and len(rates) != numbered.count:
         sides = ", ".join(
@@ -941,7 +940,7 @@ def family_for_generation(
 
 
 def check_prediction(options: StableDiffusionTrainingOptions, predicts_v: bool) -> None:
-    """Raise OptionError for loss weightings that do not suit what the model predicts."""
+    """Raise OptionError for loss weightings that do not fit the model's prediction type."""
     weights = options.loss_weights
     if weights.scale_v_pred_loss_like_noise_pred and not predicts_v:
         raise OptionError(

@@ -57,7 +57,7 @@ _REFINER = "the refiner of Stable Diffusion XL, which only finishes pictures of 
 
 @dataclass(frozen=True)
 class ModelType:
-    """Kind and prediction type of a checkpoint, which the sizes of its tensors do not show."""
+    """Kind and prediction type of a checkpoint; its tensor sizes do not show them."""
 
     kind: ModelKind
     predicts_velocity: bool
@@ -74,12 +74,12 @@ class ModelType:
 
 
 def read_model_type(path: Path, names: Collection[str], metadata: Mapping[str, str]) -> ModelType:
-    """Return the kind of a file with tensors of these names, and what its model predicts.
+    """Return the model kind of a checkpoint with these tensor names, and what its U-Net predicts.
 
     Tensors take precedence over metadata, because all programs read them.
 
     Raises:
-        CheckpointError: If the file is something else, with its real kind or the missing network.
+        CheckpointError: If the file is something else; the message says what it is or lacks.
     """
     kind = _require_kind(path, names)
     declared = read_prediction(metadata)
@@ -104,10 +104,10 @@ def read_model_type(path: Path, names: Collection[str], metadata: Mapping[str, s
 
 
 def _require_kind(path: Path, names: Collection[str]) -> ModelKind:
-    """Return the kind of a file with tensors of these names.
+    """Return the model kind of a checkpoint with these tensor names.
 
     Raises:
-        CheckpointError: If the file is something else, with its real kind or the missing network.
+        CheckpointError: If the file is something else; the message says what it is or lacks.
     """
     kind = _find_kind(names)
     other_model = _describe_other(names, kind)
@@ -146,7 +146,7 @@ def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:
 
 
 def identify(path: Path) -> str | None:
-    """Describe a file or folder that is a checkpoint of this family; return None if it is not."""
+    """Describe a checkpoint file or folder of this family; return None for anything else."""
     try:
         if path.is_dir():
             if not (path / "unet" / "config.json").is_file():
@@ -170,7 +170,7 @@ def _find_kind(names: Iterable[str]) -> ModelKind | None:
 
 
 def _describe_other(names: Collection[str], kind: ModelKind | None) -> str | None:
-    """Return which unsupported model has these tensor names; None if the model may be supported."""
+    """Describe the unsupported model that has these tensor names; None if the model may be supported."""
     for prefix, description in _UNSUPPORTED_BY_PREFIX:
         if _has_prefix(names, prefix):
             return description

@@ -77,9 +77,9 @@ _LAYER_COUNT_SETTINGS = (
 
 
 def read_folder_model_type(folder: Path) -> ModelType:
-    """Return the kind of model in a folder, judged by its parts and their configurations.
+    """Return the kind of model in a diffusers folder, judged by its parts and their configs.
 
-    Raises CheckpointError that names another model's kind, or the missing part.
+    Raises CheckpointError that names the different model or the missing part.
     """
     kind = _read_kind(folder)
     file = folder / "scheduler" / "scheduler_config.json"
@@ -147,7 +147,7 @@ def read_folder_unet(folder: Path, exit_stack: ExitStack) -> LoadPlan[UnetSizes]
 def read_folder_vae(
     folder: Path, option: str, latent_scale: float, exit_stack: ExitStack
 ) -> LoadPlan[VaeSizes]:
-    """Plan how to load the VAE of a folder with config.json and weights; `exit_stack` closes them."""
+    """Plan how to load a VAE from a folder with config.json; `exit_stack` closes the weights."""
     checkpoint = exit_stack.enter_context(open_network_weights(folder, ("diffusion_pytorch_model",)))
     config = _read_config(folder, vae_class())
     if config.get("latents_mean") is not None or config.get("shift_factor"):
@@ -172,9 +172,9 @@ def plan_folder_text_encoders(folder: Path, kind: ModelKind, exit_stack: ExitSta
     """Plan how to load the text encoders of a diffusers folder.
 
     Args:
-        folder: Folder of the files.
+        folder: Folder of the checkpoint.
         kind: Kind of the checkpoint.
-        exit_stack: Closes opened files.
+        exit_stack: Closes the opened files.
     """
     plans = []
     for index, name in enumerate(("text_encoder", "text_encoder_2")[: 2 if kind is SDXL else 1]):
@@ -185,7 +185,7 @@ def plan_folder_text_encoders(folder: Path, kind: ModelKind, exit_stack: ExitSta
 
 
 def open_network_weights(folder: Path, stems: Collection[str]) -> Checkpoint:
-    """Open the weights of one network of a folder: safetensors before torch files, float32 before float16.
+    """Open a network's weights in a folder; prefers safetensors to torch files, and float32 to float16.
 
     Raises:
         CheckpointError: If there are no weights, or if their file is incomplete, damaged or not a model.
@@ -199,12 +199,12 @@ def open_network_weights(folder: Path, stems: Collection[str]) -> Checkpoint:
         raise CheckpointError(
             f"{folder.parent} is incomplete: there is no folder {folder.name} in it.", folder
         )
-    # weights under another name: opening the folder raises an error that lists what it has
+    # other file names: opening the folder raises an error that lists its content
     return open_checkpoint(folder)
 
 
 def _read_kind(folder: Path) -> ModelKind:
-    """Return the kind of Stable Diffusion in a folder of diffusers, by its text encoders."""
+    """Return the kind of Stable Diffusion in a diffusers folder, inferred from its text encoders."""
     if not (folder / "unet").is_dir():
         raise CheckpointError(
             f"--ckpt {folder} has no folder unet{_quote_pipeline_class(folder)}.\n  Give {EXPECTED_FILE}.",
@@ -226,7 +226,7 @@ def _read_kind(folder: Path) -> ModelKind:
             f"CLIP{_quote_pipeline_class(folder)}.\n  Give {EXPECTED_FILE}.",
             folder,
         )
-    # among the CLIPs in use only OpenAI's has this activation, which is also config.json's default
+    # of the CLIPs in use, only OpenAI's has this activation, which is also config.json's default
     return SD1 if config.get("hidden_act", "quick_gelu") == "quick_gelu" else SD2
 
 
@@ -237,7 +237,7 @@ def _quote_pipeline_class(folder: Path) -> str:
 
 
 def _read_config(folder: Path, network: Any) -> dict[str, Any]:
-    """Return the arguments of a network's class in diffusers, from its config.json and the class's defaults.
+    """Return the arguments of a network's diffusers class, from its config.json and the class defaults.
 
     Raises CheckpointError if the file cannot be read.
     """
@@ -263,7 +263,7 @@ def _read_config(folder: Path, network: Any) -> dict[str, Any]:
 
 
 def _check_levels(config: Mapping[str, Any], file: Path) -> None:
-    """Raise CheckpointError if a U-Net's settings are invalid that tell its levels, blocks and text width."""
+    """Raise CheckpointError if a U-Net config has invalid levels, layers or cross_attention_dim."""
     down = config["down_block_types"]
     up = config["up_block_types"]
     layers = config["layers_per_block"]
@@ -288,7 +288,7 @@ def _are_counts(value: object, length: int) -> bool:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """Read a JSON configuration of a folder in diffusers' layout.
+    """Read a JSON config from a folder in diffusers' layout.
 
     Raises:
         CheckpointError: If the file is missing, cannot be read, or is not a JSON object.

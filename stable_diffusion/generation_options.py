@@ -66,11 +66,11 @@ _LINE_OPTIONS: Mapping[str, LineOption] = {
 
 
 def script_defaults(side: int, side_step: int) -> ScriptDefaults:
-    """Return a script's defaults and limits for the shared options.
+    """Return a script's defaults and limits for the options shared by all families.
 
     Args:
         side: Default width and height of the images, in pixels.
-        side_step: Number of which width and height must be multiples.
+        side_step: Width and height must be multiples of this.
     """
     return ScriptDefaults(
         fps=IMAGE_FPS,
@@ -102,7 +102,7 @@ def _of_gen_img(**settings: Any) -> Any:
 
 
 class StableDiffusionGenerationOptions(Options, title="Stable Diffusion"):
-    """Stable Diffusion options of the generation scripts in addition to the shared ones."""
+    """Stable Diffusion options of the generation scripts, in addition to those shared by all families."""
 
     ckpt: Path = option(CKPT_HELP, flags=(CKPT, "--ckpt"), often=True, required=True)
     vae: Path | None = option(VAE_HELP, often=True)

@@ -54,7 +54,7 @@ _Layer = tuple[int, int] | str
 
 
 class Vgg16(nn.Module):
-    """VGG16 up to the layer whose features are compared."""
+    """VGG16 up to the layer whose features are compared, for image guidance."""
 
     def __init__(self, layers: Sequence[_Layer]) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def load_vgg16(path: Path, last_layer: int, device: torch.device, dtype: torch.d
 def _plan_layers(checkpoint: Checkpoint, last_layer: int) -> list[_Layer]:
     """Return the layers of VGG16 up to index `last_layer`, inferred from the convolutions in the file.
 
-    Indices without a tensor are ReLUs after convolutions, and poolings after ReLUs.
+    Indices without a tensor are ReLU after a convolution, and pooling after ReLU.
     """
     channels = 3
     layers: list[_Layer] = []
@@ -147,7 +147,7 @@ class FullClip:
         """Return the CLIP embedding of a text, 1 P.
 
         Args:
-            ids: Token ids of the text, with start and end token.
+            ids: Token ids of the text, including start and end token.
         """
         tokens = torch.tensor([ids], device=self.text.device)
         return self.text(tokens, torch.tensor([len(ids) - 1], device=self.text.device)) @ self.projection.T
@@ -155,7 +155,7 @@ class FullClip:
 
 @dataclass(frozen=True, eq=False)
 class Guides:
-    """CLIP and VGG16 networks that guide images; each image is generated separately."""
+    """CLIP and VGG16 networks that guide images; each image is generated in a batch of its own."""
 
     options: GuideOptions
     model: Model
@@ -167,7 +167,7 @@ class Guides:
 
         Args:
             guidance: Guidance to wrap.
-            passes: Runs the U-Net for the prediction.
+            passes: Runs the U-Net for the predicted image.
             request: The image to steer.
 
         Raises:
@@ -198,7 +198,7 @@ class Guides:
         return guide
 
     def _compute_gradient(self, image_loss: Loss, passes: UnetPasses, step: Step, section: Section) -> Tensor:
-        """Return the gradient of the loss of the predicted image with respect to the noisy latents."""
+        """Return the gradient of the predicted image's loss with respect to the noisy latents."""
         model = self.model
         sampler = passes.sampler
         index = sampler.first_index + step.index
@@ -214,14 +214,14 @@ class Guides:
                 clean = alpha * x - step.sigma * prediction
             else:
                 clean = (x - step.sigma * prediction) / alpha
-            # at lower noise levels the networks get more of the noisy latents themselves
+            # at lower noise levels, the networks see more of the noisy latents themselves
             blended = step.sigma * clean + (1 - step.sigma) * x
             loss = image_loss(_decode(model, blended))
             (gradient,) = torch.autograd.grad(loss, x)
         return gradient
 
     def _make_loss(self, request: RequestedImage) -> Loss:
-        """Return the loss whose gradient guides an image: the sum of all networks' losses."""
+        """Return the loss whose gradient guides an image: the sum over all guiding networks."""
         options = self.options
         clip = self.clip
         losses: list[Loss] = []
@@ -236,7 +236,7 @@ class Guides:
         return lambda pixels: torch.stack([loss(pixels) for loss in losses]).sum()
 
     def _read_clip_tokens(self, request: RequestedImage) -> list[int]:
-        """Return CLIP's token ids for an image's text, with start and end token, cut to fit, unweighted."""
+        """Return CLIP's ids of an image's prompt, without weights, truncated, with start and end token."""
         text = request.clip_prompt
         if text is None:
             text = " ".join(split_parts(request.prompt))
@@ -247,7 +247,7 @@ class Guides:
 
 
 def _decode(model: Model, latents: Tensor) -> Tensor:
-    """Decode latents, 1 4 1 h w, to pixels, 1 3 H W float32, in 0..1."""
+    """Decode latents, 1 4 1 h w, to pixels, 1 3 H W float32 in 0..1."""
     scaled = (latents.squeeze(2) / model.kind.latent_scale).to(model.vae_dtype)
     return (model.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
 
@@ -268,7 +268,7 @@ def _make_clip_loss(clip: FullClip, vector: Tensor, scale: float) -> Loss:
 
 
 def _make_vgg_loss(vgg: Vgg16, path: Path, scale: float) -> Loss:
-    """Return a loss on pixels: the mean squared difference from a guide image in VGG16's features."""
+    """Return a loss on pixels: the mean squared error of their VGG16 features to a guide image's."""
     guide_image = read_picture(path)
     # by size of the generated image, which Gradual Latent enlarges step by step
     guide_features: dict[torch.Size, Tensor] = {}
@@ -303,7 +303,7 @@ def check_guides(options: GuideOptions) -> GuideOptions:
 
 
 def _check_clip(path: Path) -> None:
-    """Raise CheckpointError if a file or folder is not a CLIP with text and image encoder, by its headers."""
+    """Raise CheckpointError unless the headers show a CLIP with both a text and an image encoder."""
     with open_checkpoint(path) as checkpoint:
         width = read_clip_vision(checkpoint, CLIP.option, CLIP.release).config.projection_dim
         dim = read_clip_text(checkpoint, CLIP).config.dim
@@ -317,7 +317,7 @@ def _check_clip(path: Path) -> None:
 
 
 def load_guides(options: GuideOptions, model: Model) -> Guides | None:
-    """Load the networks that the options name, after `check_guides`; return None if there are none."""
+    """Load the guiding networks given by the options, after `check_guides`; None if there are none."""
     if not options.uses_clip and not options.vgg16_guidance_scale:
         return None
     clip = None

@@ -30,7 +30,7 @@ MODULE_ALIASES = {"tools.latent_upscaler": "stable_diffusion.latent_upscaler"}
 
 @dataclass(frozen=True, eq=False)
 class UpscalingModule:
-    """Upscaler from the user's module, with the module's name from the option."""
+    """An upscaler from the user's Python module, and the module's name as given in the option."""
 
     name: str
     upscaler: Any
@@ -39,7 +39,7 @@ class UpscalingModule:
     def upscale(
         self, model: Model, stage: StageResult, width: int, height: int, vae_batch: int
     ) -> SecondStageInput:
-        """Call the user's upscaler on the first stage's result, check what it returns, and return that.
+        """Call the user's upscaler on the first stage's result; check and return its output.
 
         Raises:
             OptionError: If the module fails or returns something else.
@@ -87,14 +87,14 @@ def _in_words(shape: Sequence[int]) -> str:
 
 
 def _are_images(result: Any, count: int) -> bool:
-    """Return whether an upscaler module returned a list of `count` images."""
+    """Return whether an upscaler module's result is a list of `count` images."""
     if not isinstance(result, Sequence) or len(result) != count:
         return False
     return all(isinstance(image, Image) for image in result)
 
 
 def load_upscaler(name: str, args: str | None) -> UpscalingModule:
-    """Import a module and make its upscaler.
+    """Import the user's upscaler module and create its upscaler.
 
     Args:
         name: Name of the module.
@@ -125,7 +125,7 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
 
 
 def parse_upscaler_args(text: str) -> dict[str, str]:
-    """Parse `key=value` pairs that are joined by `;`; raise OptionError if a pair is malformed."""
+    """Parse `key=value` pairs separated by `;`; raise OptionError if a pair is malformed."""
     args = {}
     for part in filter(str.strip, text.split(";")):
         key, sign, value = (piece.strip() for piece in part.partition("="))
@@ -143,7 +143,7 @@ FIRST, SECOND = "0", "1"  # part of file names, before the index of the image
 
 @dataclass(frozen=True, eq=False)
 class SavedStage:
-    """Images of one stage to save, with the text that marks the stage in file names."""
+    """Images of one sampling stage to save, and the stage marker for their file names."""
 
     # with the requested seeds and this stage's settings
     requests: Sequence[RequestedImage]
@@ -152,7 +152,7 @@ class SavedStage:
 
 
 class Highres(NamedTuple):
-    """Options of generation in two stages, and the upscaler of the first stage's images, if any."""
+    """Options of two-stage generation, and the upscaler between the stages, if any."""
 
     options: HighresOptions
     upscaler: UpscalingModule | None
@@ -233,7 +233,7 @@ def _make_first_settings(options: HighresOptions, settings: ImageSettings) -> Im
 def enlarge(
     image_generator: ImageGenerator, highres: Highres, result: StageResult, settings: ImageSettings
 ) -> SecondStageInput:
-    """Resize the first stage's result, by the chosen upscaler or by interpolation, as input of the second.
+    """Enlarge the first stage's result, by upscaler or interpolation, as input of the second stage.
 
     Args:
         image_generator: Generates the images of one stage.

@@ -41,7 +41,7 @@ def make_inputs(
     Args:
         vae: The loaded VAE, a `DiffusersVae`.
         pixels: The image, 1 3 H W in -1..1.
-        mask: H W float; 1 is repainted, else 0.
+        mask: H W float; 1 where the image is repainted, else 0.
         generator: Draws the sample of the posterior.
         latent: The latent space.
     """
@@ -61,7 +61,7 @@ def set_image_to_repaint(
 
     Args:
         request: The request.
-        remove_unusable_media: Removes all media that models of images do not take.
+        remove_unusable_media: Removes all media that image models do not take.
         model_title: Name of the model, for messages.
 
     Raises:
@@ -95,7 +95,7 @@ def _check_image(label: str, path: Path) -> None:
 
 
 def find_kept_source(request: Request) -> Source | None:
-    """Return the source image of the start latents; None if they are pure noise, as at full strength."""
+    """Return the request's source; None for an image at full denoising strength, which is pure noise."""
     source = request.source
     return None if source is not None and source.option == IMAGE and source.denoise == 1 else source
 
@@ -103,7 +103,7 @@ def find_kept_source(request: Request) -> Source | None:
 def read_image_and_mask(prepared: Prepared) -> tuple[Tensor, Tensor]:
     """Return the image to repaint, 1 3 H W in -1..1, and its mask, H W, with 1 where it is repainted.
 
-    Without an image everything is repainted; without a mask, a wavy ellipse that the seed draws.
+    Without an image, everything is repainted; without a mask, a wavy ellipse drawn with the seed.
     """
     width, height = prepared.width, prepared.height
     path, mask = prepared.request.image_path, prepared.request.extra.get(MASK_PATH)
@@ -117,7 +117,7 @@ def read_image_and_mask(prepared: Prepared) -> tuple[Tensor, Tensor]:
 
 
 def _sum_waves(waves: Sequence[tuple[float, float]], angle: float) -> float:
-    """Sum the waves of the ellipse's edge at an angle."""
+    """Sum the waves that form the ellipse's edge, at an angle."""
     values = [amplitude * math.cos(k * angle + phase) for k, (amplitude, phase) in enumerate(waves, 1)]
     return sum(values)
 

@@ -61,7 +61,7 @@ STYLE_SENTENCES = tuple(
 
 
 def describe_inversion(word: WordToLearn, files: TrainingFiles) -> CustomNetwork:
-    """Return the trainable network of textual inversion: a word's vectors for each text encoder."""
+    """Describe how a training run builds and saves a word's embedding vectors for each text encoder."""
     text_encoders = [
         InvertedEncoder(tensor_name, PooledClip.embedding, partial(_tokenize, files, index))
         for index, tensor_name in enumerate(_tensor_names(files))
@@ -70,14 +70,14 @@ def describe_inversion(word: WordToLearn, files: TrainingFiles) -> CustomNetwork
 
 
 def _tensor_names(files: TrainingFiles) -> tuple[str, ...]:
-    """Return the tensor name of each text encoder's vectors in embedding files."""
+    """Return, for each text encoder, the tensor name of its vectors in embedding files."""
     return SDXL_TENSOR_NAMES if files.kind is SDXL else (SD_TENSOR_NAME,)
 
 
 def _read_start_vectors(
     word: WordToLearn, files: TrainingFiles, path: Path, option: str
 ) -> Mapping[str, Tensor] | None:
-    """Return the vectors from which to train a word, by tensor name; None if a LoRA does not contain it.
+    """Return a word's initial vectors by tensor name; None if a LoRA does not contain the word.
 
     Args:
         word: The word.
@@ -87,9 +87,9 @@ def _read_start_vectors(
     """
     word_in_lora = find_in_lora(path, word.text)
     if word_in_lora is not None:
-        with quiet():  # its log line is about words for prompts
+        with quiet():  # the log line is about words for prompts
             (learned_word,) = read_lora_words({path: {word.text: word_in_lora}}, option)
-    elif word.weights is None:  # the path is that of a LoRA to continue
+    elif word.weights is None:  # `path` is a LoRA to continue training
         return None
     else:
         (learned_word,) = read_words([path], option=option)
@@ -100,7 +100,7 @@ def _read_start_vectors(
 
 
 def _tokenize(files: TrainingFiles, index: int, text: str) -> list[int]:
-    """Return the ids of a text in text encoder `index`; [] if a part of it is not in the vocabulary."""
+    """Return a text's token ids in text encoder `index`; [] if part of it is not in the vocabulary."""
     tokenizer = files.tokenizers[index]
     ids = tokenizer.tokenize(text)
     # the end token also stands for text that is not in the vocabulary
@@ -110,16 +110,16 @@ def _tokenize(files: TrainingFiles, index: int, text: str) -> list[int]:
 def describe_extended_inversion(
     word: WordToLearn, files: TrainingFiles, layers: Sequence[str]
 ) -> CustomNetwork:
-    """Return the network whose weights are a word's vectors for each cross-attention of the U-Net.
+    """Describe how a training run builds a word's vectors for each cross-attention of the U-Net.
 
     Args:
         word: The word to learn.
-        files: The checkpoint, whose one text encoder gets the vectors.
-        layers: Names of the cross-attentions in files.
+        files: The checkpoint; its only text encoder gets the vectors.
+        layers: Names of the cross-attentions in embedding files.
     """
 
     def read_start_vectors(path: Path, option: str) -> Mapping[str, Tensor]:
-        with quiet():  # its log line is about words for prompts
+        with quiet():  # the log line is about words for prompts
             (learned_word,) = read_words((), [path], layers)
         # the vectors of all cross-attentions are stored layer by layer
         return dict(zip(layers, learned_word.vectors[0].chunk(len(layers)), strict=True))
@@ -150,14 +150,14 @@ def with_templates_and_command(
 
 
 def _choose_sentences(options: InversionOptions) -> tuple[str, ...]:
-    """Return caption templates for a new word; () if the word is learned from the data's own captions."""
+    """Return caption templates for a new word; () if training uses the dataset's own captions."""
     if options.use_object_template:
         return OBJECT_SENTENCES
     return STYLE_SENTENCES if options.use_style_template else ()
 
 
 def _write_prompt(options: InversionOptions, file: Path, sample: Mapping[str, Any]) -> str:
-    """Return the prompt to generate with a trained file, in which the word is the file's name."""
+    """Return a prompt for a trained embedding, whose word in prompts is its file name."""
     word = options.word
     # longest first: the word is a prefix of the names of its single vectors
     names = sorted(NewWord(word.text, word.count).list_ids(0), key=len, reverse=True)
@@ -181,7 +181,7 @@ def _list_generation_command(
         options: Options of the run.
         option: Option of gen_img.py that reads the file.
         file: The trained file.
-        sample: Settings of the image, such as prompt, width and seed; missing ones are left out.
+        sample: Settings of the image, such as prompt and seed; missing ones are omitted or placeholders.
         _: Ignored; other kinds of networks need it.
     """
     arguments = {
@@ -196,6 +196,6 @@ def _list_generation_command(
         "--seed": sample.get("seed"),
         "--outdir": file.parent / "generated",
     }
-    if "--i2i_path" in arguments:  # of an inpainting model
+    if "--i2i_path" in arguments:  # for an inpainting model
         arguments["--image_path"] = arguments.pop("--i2i_path")
     return ["gen_img.py", *option_argv(arguments)]

@@ -17,7 +17,7 @@ FLAGS = WordOptionNames(
 
 
 class InversionOptions(Options, title="textual inversion"):
-    """The new word, the initial values of its vectors, and the captions to train it with."""
+    """Options of textual inversion: the new word, its initial vectors and the captions to train it with."""
 
     token_string: str | None = option(
         "the new word, as written in captions and sample prompts; it must not be a token of the text "

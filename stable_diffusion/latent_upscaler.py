@@ -37,14 +37,14 @@ class LatentRefinerBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features of the block, B width h w."""
+        """Return the block's output features, B width h w."""
         # x: B width h w
         inner = torch.relu(self.bn1(self.conv1(x)))
         return torch.relu(x + self.bn2(self.conv2(inner)))
 
 
 class LatentRefiner(nn.Module):
-    """Add the detail that enlarged latents lack; layer names are those of the published file."""
+    """Add the detail that enlarged latents lack; layer names match the published file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class LatentRefiner(nn.Module):
 
 @dataclass(frozen=True)
 class LatentUpscaler:
-    """Resize images and encode them, with details from a network, as latents of the requested size."""
+    """Resize images and encode them to latents of the requested size; a network adds detail to these."""
 
     refiner: LatentRefiner
 
@@ -91,9 +91,9 @@ class LatentUpscaler:
     ) -> Tensor:
         """Enlarge images, encode them with the VAE and refine the latents; return these, B 4 h w.
 
-        The mean of the autoencoder's posterior is used, so the result is not random.
+        Uses the mean of the VAE's posterior, so the result is deterministic.
         """
-        del latents, dtype  # other upscalers use these arguments of the shared call
+        del latents, dtype  # arguments that only other upscalers use
         scale = getattr(vae.config, "scaling_factor", LATENT_SCALE)
         if abs(scale - LATENT_SCALE) > 1e-4:
             raise OptionError(
@@ -115,9 +115,9 @@ class LatentUpscaler:
 
 
 def create_upscaler(**args: str) -> LatentUpscaler:
-    """Return the latent upscaler with the network that `weights` names.
+    """Return the latent upscaler with the network in the file `weights`.
 
-    Raises OptionError for other settings, or CheckpointError for a file of another network.
+    Raises OptionError for other settings, or CheckpointError for a file with a different network.
     """
     unknown = sorted(args.keys() - {"weights"})
     if unknown or "weights" not in args:

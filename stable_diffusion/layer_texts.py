@@ -53,7 +53,7 @@ class LayerTexts:
     def apply_to_batch(
         self, requests: Sequence[RequestedImage], width: int, height: int
     ) -> Iterator[UnetHook | None]:
-        """Change the U-Net for a batch and restore it at the end; enter this before `Regions`."""
+        """Modify the U-Net for a batch and restore it at the end; enter this before `Regions`."""
         with ExitStack() as stack:
             for module, forward in split_context_by_layer(self.unet, self.paths):
                 stack.callback(restore_forward, module, forward)
@@ -84,7 +84,7 @@ def split_context_by_layer(
 def _attend_to_slice(
     attend: Callable[..., Tensor], layer_index: int, num_layers: int
 ) -> Callable[..., Tensor]:
-    """Return a cross-attention to slice `layer_index` of a context that consists of `num_layers` slices."""
+    """Return a cross-attention to slice `layer_index` of a context of `num_layers` concatenated slices."""
 
     def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
         # encoder_hidden_states: R A*L C

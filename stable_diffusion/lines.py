@@ -104,7 +104,7 @@ _LONG_NAMES = {
 
 
 def find_option(word: str) -> prompt_lines.LineOption | None:
-    """Return the option of a prompt line by its letters in any case, its key or a long name."""
+    """Find a prompt-line option by its letters (case-insensitive), key or long name; None if unknown."""
     by_key = {option.key: option for option in LINE_OPTIONS.values()}
     option = LINE_OPTIONS.get(word.lower()) or by_key.get(word)
     if option is not None:
@@ -131,7 +131,7 @@ def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
 
 
 def _check_file_name(name: str) -> None:
-    """Raise OptionError if the value of --f is not a file name that every system takes."""
+    """Raise OptionError unless the value of --f is a valid file name on every system."""
     quoted_name = repr(shorten(name, 80))
     is_path = not name or set(name) & set('/\\:*?"<>|') or set(name) <= {".", " "}
     if is_path or replace_control_codes(name) != name:
@@ -150,7 +150,7 @@ def _check_file_name(name: str) -> None:
 def read_line_seeds(line: str) -> tuple[int, ...] | None:
     """Return the seeds in the --d option of a prompt line; None without it.
 
-    They are needed before a variant of each `{a|b}` group is chosen, and so before `read_line`.
+    They are needed before variants of `{a|b}` groups are chosen, so `read_line` would be too late.
 
     Raises:
         OptionError: If the seeds cannot be parsed.
@@ -182,7 +182,7 @@ _EACH = re.compile(r"[eE]\$\$")  # three characters, see `enumerates`
 
 
 def enumerates(text: str) -> bool:
-    """Return whether a prompt has an `{e$$...}` group, which generates an image for each choice."""
+    """Return whether a prompt contains an `{e$$...}` group, which generates one image per choice."""
     return any(_EACH.match(group[1]) for group in re.finditer(r"(?<!\\)\{([^{}]{1,3})", text))
 
 
@@ -215,9 +215,9 @@ class _ChoiceGroup(NamedTuple):
 def _expand_groups(text: str, random: Random) -> Iterator[str]:
     """Yield a prompt with choices in place of its `{a|b}` groups.
 
-    1. Replace the first innermost group by choices drawn from `random`, and repeat until there is no group.
-    2. At an `{e$$...}` group, go on separately with every combination of its choices.
-    3. The groups after it draw the same choices in each of these prompts.
+    1. Replace the first innermost group by choices drawn from `random`, and repeat until no group is left.
+    2. At an `{e$$...}` group, continue separately with every combination of its choices.
+    3. Later groups draw the same choices in each of these prompts.
     """
     while (match := _GROUP.search(text)) is not None:
         before = text[: match.start()]
@@ -241,7 +241,7 @@ def _expand_groups(text: str, random: Random) -> Iterator[str]:
 
 
 def _read_group(content: str) -> _ChoiceGroup:
-    """Parse the content of a variant group in a prompt."""
+    """Parse the content of a variant group (`{...}`) in a prompt."""
     counts = _COUNTS.match(content)
     if counts is None:
         return _ChoiceGroup(content.split("|"), minimum=1, maximum=1, separator=JOINER)
@@ -269,15 +269,15 @@ class Inputs:
     guides_per_image: int = 1  # number of guides of each image: one for each ControlNet
 
     def image(self, number: int) -> Path | None:
-        """Return the input image of image `number`, counted from 0, cycling through the files."""
+        """Return the input image for output `number`, counted from 0; files are reused in turn."""
         return _in_turn(self.images, number)
 
     def mask(self, number: int) -> Path | None:
-        """Return the mask of image `number`, cycling through the files; None if there are no masks."""
+        """Return the mask for output `number`; files are reused in turn. None without masks."""
         return _in_turn(self.masks, number)
 
     def select_guides(self, number: int) -> tuple[Path, ...]:
-        """Return the guide images of image `number`: one for each ControlNet, or a single one for all."""
+        """Return the guide images for output `number`: one per ControlNet, or a single one for all."""
         if len(self.guides) <= 1:
             return self.guides
         # guides come in groups, one guide per ControlNet; images use the groups in turn
@@ -290,7 +290,7 @@ def find_inputs(options: ImageInputOptions, num_control_nets: int) -> Inputs:
 
     Args:
         options: Options of input images.
-        num_control_nets: Number of guides for each image, at least one.
+        num_control_nets: Number of ControlNets; each takes one guide per image.
 
     Raises:
         OptionError: If a file is missing, or the number of guides is neither 1 nor a multiple of
@@ -328,7 +328,7 @@ def _in_turn(paths: Sequence[Path], number: int) -> Path | None:
 
 @dataclass(frozen=True)
 class Line:
-    """A prompt line of the user, with the options in it."""
+    """A prompt line from the user, including the options in it."""
 
     label: str  # in messages: "line 3"
     text: str
@@ -339,12 +339,12 @@ class Line:
 
     @property
     def is_from_metadata(self) -> bool:
-        """Whether the prompt comes from image metadata, in which options and variants are not parsed."""
+        """Whether the prompt comes from image metadata; options and variants in it are not parsed."""
         return self.image_number is not None
 
 
 def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
-    """Return the lines of a run from --from_file, --prompt or the metadata of its input images.
+    """Return a run's prompt lines from --from_file, --prompt or the metadata of its input images.
 
     Raises:
         OptionError: If there are no lines.
@@ -451,7 +451,7 @@ def _yield_prompts(call_prompter: Callable[[int], Any], name: str) -> Iterator[L
     """Yield the prompts that a user's prompter returns, call by call, until it returns None.
 
     Args:
-        call_prompter: Calls the prompter, given the number of the call; it should return a list of prompts.
+        call_prompter: Calls the prompter with the index of the call; it should return a list of prompts.
         name: Name of the module in messages.
     """
     number = 0

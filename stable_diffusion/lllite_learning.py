@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 class TrainedLllite(Lllite):
-    """Trained LLLite modules, which change layer inputs in every U-Net call."""
+    """LLLite modules in training, which modify layer inputs in every U-Net call."""
 
     def __init__(self, parts: Mapping[str, LlliteDimensions], dropout: float = 0.0) -> None:
         super().__init__(parts, dropout)
@@ -47,7 +47,7 @@ class TrainedLllite(Lllite):
         self.strength = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the factor on the changes of all modules."""
+        """Set the factor on the corrections of all modules."""
         self.multiplier = multiplier
 
     def set_control(self, controls: Tensor | None, strength: float) -> None:
@@ -75,14 +75,14 @@ class TrainedLllite(Lllite):
     def compute_residuals(
         self, controls: Tensor | None, strength: float, _: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Store a U-Net call's control images for the forward hooks; return no further arguments."""
+        """Store a U-Net call's control images for the forward hooks; return no additional arguments."""
         self.set_control(controls, strength)
         return {}
 
     def _change_input(
         self, module: LlliteModule, _: nn.Module, inputs: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
-        """Forward pre-hook of a layer that returns its changed inputs, or None without a control image."""
+        """Forward pre-hook of a layer: return its modified inputs, or None without a control image."""
         strength = self.multiplier * self.strength
         if self.controls is None or strength == 0:
             return None
@@ -101,11 +101,11 @@ def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, reads_weigh
     Args:
         options: Options of the run.
         unet: The U-Net.
-        reads_weights: Whether the values of --network_weights are read.
+        reads_weights: Whether to read the weights in --network_weights.
 
     Raises:
         CheckpointError: If the file does not fit the U-Net.
-        OptionError: If the file's sizes differ from the options.
+        OptionError: If the file's dimensions differ from the options.
     """
     path = options.network_weights
     dropout = options.network_dropout or 0.0
@@ -131,7 +131,7 @@ def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, reads_weigh
 
 
 def _check_dimensions(options: SdxlLlliteTrainingOptions, path: Path, dimensions: LlliteDimensions) -> None:
-    """Raise OptionError if options differ from the dimensions in the LLLite file whose training continues."""
+    """Raise OptionError if options contradict the dimensions of the LLLite file to continue training from."""
     option_and_stored = {
         "network_dim": (options.network_dim, dimensions.rank),
         "cond_emb_dim": (options.cond_emb_dim, dimensions.convolutions[-1][0]),
@@ -145,7 +145,7 @@ def _check_dimensions(options: SdxlLlliteTrainingOptions, path: Path, dimensions
 
 
 def describe_lllite(options: SdxlLlliteTrainingOptions) -> CustomNetwork:
-    """Describe ControlNet-LLLite as a trainable network."""
+    """Describe how a training run builds and checks a ControlNet-LLLite, and how to generate with it."""
     width, rank = _start_sizes(options)
     sizes = f", rank {rank}, control picture as {width} numbers"
     return CustomNetwork(
@@ -161,7 +161,7 @@ def describe_lllite(options: SdxlLlliteTrainingOptions) -> CustomNetwork:
 
 
 def _start_sizes(options: SdxlLlliteTrainingOptions) -> tuple[int, int]:
-    """Return embedding width and rank of the LLLite modules, from --network_weights or the options."""
+    """Return the LLLite modules' embedding width and rank, from --network_weights or the options."""
     path = options.network_weights
     if path is not None:
         # an unusable file is reported by the training's own check
@@ -172,7 +172,7 @@ def _start_sizes(options: SdxlLlliteTrainingOptions) -> tuple[int, int]:
 
 
 def _check_file(options: SdxlLlliteTrainingOptions) -> None:
-    """Check --network_weights by its header; raise CheckpointError or OptionError if it does not fit."""
+    """Check by its header that the LLLite --network_weights fits; raise CheckpointError or OptionError."""
     path = options.network_weights
     if path is None:
         return

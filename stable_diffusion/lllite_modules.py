@@ -48,7 +48,7 @@ class LlliteDimensions:
 
     @property
     def reduction(self) -> int:
-        """Side in pixels of the image area that becomes one token: the product of all strides."""
+        """Edge length in pixels of the image area per token: the product of all strides."""
         product = 1
         for _, stride in self.convolutions:
             product *= stride
@@ -56,7 +56,7 @@ class LlliteDimensions:
 
 
 class LlliteModule(nn.Module):
-    """LLLite module that changes the input of one layer; attribute names are those in files."""
+    """LLLite module that modifies the input of one layer; attribute names match the tensor names in files."""
 
     def __init__(self, dimensions: LlliteDimensions, dropout: float = 0.0) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class LlliteModule(nn.Module):
         return embedding if self.dimensions.is_convolution else rearrange(embedding, "b e h w -> b (h w) e")
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Return the change that is added to the layer's input `x` for the control image embedded before."""
+        """Return the correction of the layer's input `x`; `embedding` is the embedded control image."""
         # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to image r modulo B
         axis = 1 if self.dimensions.is_convolution else 2
         rows = embedding
@@ -99,7 +99,7 @@ class LlliteModule(nn.Module):
 
 
 class Lllite(nn.Module):
-    """All LLLite modules of one file, by their names in the file."""
+    """All LLLite modules of one file, keyed by their names in the file."""
 
     def __init__(self, parts: Mapping[str, LlliteDimensions], dropout: float = 0.0) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LlliteDimen
     num_levels: int = len(unet.config["block_out_channels"])  # type: ignore[index]
     plan = {}
     for block in _BLOCKS:
-        for index in itertools.count():  # the number of transformer blocks is unknown
+        for index in itertools.count():  # until no transformer block is left
             transformer_block = f"{PREFIX}{block}_transformer_blocks_{index}"
             query_path = find_layer_path(f"{transformer_block}_attn1_to_q")
             query = _get_layer(unet, query_path)
@@ -149,7 +149,7 @@ def _get_layer(unet: nn.Module, path: str | None) -> Any:
 
 
 def _input_width(layer: Any) -> int | None:
-    """Return the number of input channels of a linear or convolution layer; None for other modules."""
+    """Return a linear or convolution layer's number of input channels; None for other modules."""
     name = "in_channels" if isinstance(layer, nn.Conv2d) else "in_features"
     width: int | None = getattr(layer, name, None)
     return width
@@ -183,7 +183,7 @@ def find_layer(
 
 
 def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[dict[str, LlliteDimensions]]:
-    """Plan how to load a file of ControlNet-LLLite.
+    """Plan how to load a ControlNet-LLLite file.
 
     Args:
         checkpoint: The opened checkpoint.
@@ -212,7 +212,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[dict[str, Lllit
 
 
 def _read_dimensions(checkpoint: Checkpoint, name: str) -> LlliteDimensions:
-    """Read the dimensions of the module `name` from its tensors."""
+    """Return the dimensions of the LLLite module `name`, read from its tensors."""
     tensors = checkpoint.tensors
 
     def shape(ending: str, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -231,6 +231,6 @@ def _read_dimensions(checkpoint: Checkpoint, name: str) -> LlliteDimensions:
     for number in indices or [0]:  # if there is none, the error names layer 0
         channels, _, size, _ = shape(f"conditioning1.{number}.weight", (4,))
         kernels.append((channels, size))
-    down_shape = shape("down.0.weight", (2, 4))  # rank, in_features, and of a convolution its kernel
+    down_shape = shape("down.0.weight", (2, 4))  # rank, in_features, and a convolution's kernel
     rank, in_features = down_shape[:2]
     return LlliteDimensions(tuple(kernels), in_features, rank, is_convolution=len(down_shape) == 4)

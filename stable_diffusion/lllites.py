@@ -47,7 +47,7 @@ class Lllites:
         """
         self._specs = specs
         self._model = model
-        # the layers of the U-Net that each LLLite changes, with their modules
+        # the U-Net layers that each LLLite modifies, with its modules for them
         self._layers: list[list[tuple[nn.Module, LlliteModule]]] = []
         for network, spec in zip(networks, specs, strict=True):
             layers = []
@@ -84,7 +84,7 @@ class Lllites:
 
 
 class _LlliteBatch:
-    """Guide images of the batch that is being generated, and their embeddings."""
+    """Guide images of the current batch, and their embeddings."""
 
     def __init__(self, specs: Sequence[ControlSpec], guides: BatchGuides, dtype: torch.dtype) -> None:
         self._specs = specs
@@ -96,7 +96,7 @@ class _LlliteBatch:
         self._embeddings: dict[LlliteModule, tuple[Tensor, Tensor]] = {}
 
     def begin(self, call: UnetCall) -> UnetCall:
-        """U-Net hook: select the guide images that are active in this call, which is returned unchanged."""
+        """U-Net hook: select the guide images that are active in this call. Return the call unchanged."""
         images = self._guides.resize_for(call, self._dtype)
         self._active_guides = []
         for spec, spec_images in zip(self._specs, images, strict=True):
@@ -106,7 +106,7 @@ class _LlliteBatch:
     def change_input(
         self, index: int, module: LlliteModule, _: nn.Module, inputs: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
-        """Forward pre-hook of a layer: return changed inputs, or None if LLLite `index` is inactive."""
+        """Forward pre-hook of a layer: return modified inputs, or None if LLLite `index` is inactive."""
         images = self._active_guides[index] if self._active_guides else None
         if images is None:
             return None

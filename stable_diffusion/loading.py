@@ -39,7 +39,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """A checkpoint with open files and a load plan for each network."""
+    """An open checkpoint and the load plan of each of its networks."""
 
     path: Path
     model_type: ModelType
@@ -54,9 +54,9 @@ class CheckpointPlan:
 
 
 def load_checkpoint(options: ModelOptions, checkpoint_plan: CheckpointPlan, device: torch.device) -> Model:
-    """Load the networks that `plan_checkpoint` has planned, in evaluation mode; its files must still be open.
+    """Load the networks planned by `plan_checkpoint`, in evaluation mode; its files must still be open.
 
-    Raises CheckpointError, before anything is loaded, if a file is damaged or of another kind.
+    Raises CheckpointError, before anything is loaded, if a file is damaged or of a different kind.
     """
     dtype = _select_dtype(options)
     vae_dtype = torch.float32 if options.no_half_vae else dtype
@@ -93,7 +93,7 @@ def load_checkpoint(options: ModelOptions, checkpoint_plan: CheckpointPlan, devi
 
 
 def _log_checkpoint(checkpoint_plan: CheckpointPlan, dtype: torch.dtype, vae_dtype: torch.dtype) -> None:
-    """Log the kind, the prediction type and the dtypes of a checkpoint that is loaded."""
+    """Log the kind, prediction type and dtypes of a checkpoint that is about to be loaded."""
     description = checkpoint_plan.kind.title
     if checkpoint_plan.unet.config.get("in_channels") == 9:  # 4 noisy, 4 of the masked image, 1 mask
         description += ", inpainting"
@@ -124,14 +124,14 @@ def _join_text_encoders(
             eos_token_id=tokenizer.end,
             pad_token_id=OPEN_CLIP_PAD if plan.is_open_clip else tokenizer.end,
             lora_prefix=lora_prefix,
-            missing_layers=1 if kind is SD2 else 0,  # the last layer is never used, so not loaded
+            missing_layers=1 if kind is SD2 else 0,  # the last layer is unused, so it is not loaded
         )
         text_encoders.append(text_encoder)
     return tuple(text_encoders)
 
 
 def _set_computation(options: ModelOptions, unet: Any, vae: Any) -> None:
-    """Apply the options that change how networks compute but not their weights."""
+    """Apply options that affect how networks compute, such as xformers, but not their weights."""
     if options.xformers or options.diffusers_xformers:
         unet.set_attn_processor(make_xformers_processor())  # otherwise diffusers chooses torch's attention
     if options.diffusers_xformers:
@@ -165,7 +165,7 @@ def plan_checkpoint(options: ModelOptions, exit_stack: ExitStack) -> CheckpointP
 
 
 def _plan_folder(options: ModelOptions, path: Path, exit_stack: ExitStack) -> CheckpointPlan:
-    """Plan how to load a folder in diffusers' layout, and the VAE of --vae."""
+    """Plan how to load a folder in diffusers' layout; --vae replaces the folder's VAE."""
     model_type = folders.read_folder_model_type(path)
     check_kind_flags(options, model_type.kind)
     has_config = (path / "scheduler" / "scheduler_config.json").is_file()
@@ -185,7 +185,7 @@ def _plan_folder(options: ModelOptions, path: Path, exit_stack: ExitStack) -> Ch
 
 
 def _plan_single_file(options: ModelOptions, path: Path, exit_stack: ExitStack) -> CheckpointPlan:
-    """Plan how to load a single-file checkpoint, and the VAE of --vae."""
+    """Plan how to load a single-file checkpoint; --vae replaces its VAE."""
     checkpoint = exit_stack.enter_context(open_checkpoint(path))
     model_type = read_model_type(path, checkpoint.tensors, checkpoint.metadata)
     check_kind_flags(options, model_type.kind)
@@ -206,7 +206,7 @@ def _plan_single_file(options: ModelOptions, path: Path, exit_stack: ExitStack) 
 
 
 def find_checkpoint(ckpt: Path) -> Path:
-    """Return the file or folder that --ckpt names; `owner/name` is downloaded if it is not a local path.
+    """Return the file or folder given by --ckpt; `owner/name` is downloaded if it is not a local path.
 
     Raises:
         CheckpointError: If it is missing, or if a folder is not in diffusers' layout.
@@ -240,7 +240,7 @@ def _require(path: Path, option: str, give: str) -> None:
 def read_chosen_vae(
     path: Path, option: str, kind: ModelKind, exit_stack: ExitStack
 ) -> LoadPlan[checkpoints.VaeSizes]:
-    """Plan how to load the VAE of --vae or of a folder.
+    """Plan how to load the VAE from --vae or a diffusers folder.
 
     Args:
         path: File or folder of the VAE.
@@ -249,7 +249,7 @@ def read_chosen_vae(
         exit_stack: Closes the opened files.
 
     Raises:
-        CheckpointError: If the VAE is missing or another network.
+        CheckpointError: If the VAE is missing, or the file contains a different network.
     """
     if option == "--ckpt" or path.is_dir():
         is_whole_checkpoint = not (path / "config.json").is_file() and (path / "vae").is_dir()
@@ -271,7 +271,7 @@ def _find_pooled_width(text_encoders: tuple[TextPlan, ...]) -> int:
 
 
 def _check_widths_match(checkpoint_plan: CheckpointPlan) -> None:
-    """Raise CheckpointError if the U-Net's channels do not match the samplers or the text encoders."""
+    """Raise CheckpointError for unsupported U-Net channels or text encoders that do not match."""
     config = checkpoint_plan.unet.config
     path = checkpoint_plan.path
     channels = config.get("in_channels", 4)
@@ -304,7 +304,7 @@ def _check_widths_match(checkpoint_plan: CheckpointPlan) -> None:
 
 
 class _NetworkToLoad(NamedTuple):
-    """A network on the meta device, and how its weights are loaded."""
+    """A network on the meta device, and how to load its weights."""
 
     network: Any
     plan: LoadPlan[Any]
@@ -334,7 +334,7 @@ def _make_networks(
 
 
 def _load_weights(networks: Sequence[_NetworkToLoad], device: torch.device) -> None:
-    """Load weights from the open files; on the meta device, compare only names and shapes."""
+    """Load the networks' weights from the open files; on the meta device, only compare names and shapes."""
     for network, plan, dtype, label in networks:
         filled = load_planned(
             plan, partial(_return_network, network), device=device, dtype=dtype, label=label
@@ -343,7 +343,7 @@ def _load_weights(networks: Sequence[_NetworkToLoad], device: torch.device) -> N
 
 
 def _return_network(network: Any, _: Any) -> Any:
-    """Return the network that `load_planned` would otherwise build from the plan's configuration."""
+    """Return an existing network: a builder for `load_planned`, which ignores the plan's configuration."""
     return network
 
 
@@ -354,7 +354,7 @@ def _select_dtype(options: ModelOptions) -> torch.dtype:
 
 
 def check_attention(options: ModelOptions, device: torch.device) -> None:
-    """Raise OptionError if xformers is requested but cannot be used on this device."""
+    """Raise OptionError if xformers is requested but not usable on this device."""
     if not options.xformers and not options.diffusers_xformers:
         return
     try:

@@ -36,7 +36,7 @@ Multipliers = tuple[float, ...]
 
 
 class AdjustableLoras:
-    """LoRAs of a model with strengths that can change between images, in the order of the options."""
+    """A model's LoRAs, in the order of the options, whose strengths can change between images."""
 
     def __init__(
         self,
@@ -49,8 +49,8 @@ class AdjustableLoras:
         Args:
             defaults: Strengths of the command line.
             apply_strengths: Makes the model compute with the given strengths.
-            layers: For each LoRA, the layers that it adds to the U-Net, by diffusers' module path; None if
-                LoRAs are folded into the weights, where they cannot be told apart.
+            layers: For each LoRA, the branches that it adds to the U-Net, by diffusers' module path; None if
+                LoRAs are merged into the weights, where they cannot be separated.
         """
         self._defaults = defaults
         self._apply_strengths = apply_strengths
@@ -87,7 +87,7 @@ class AdjustableLoras:
         """Apply the LoRAs with these strengths until the next call.
 
         Args:
-            multipliers: Multipliers of a prompt; None for the ones on the command line.
+            multipliers: Strengths of a prompt; None for the command line's.
             part: Index of the only LoRA to use; None for all.
         """
         strengths = self.resolve_strengths(multipliers, part)
@@ -99,13 +99,13 @@ class AdjustableLoras:
 
 @dataclass(frozen=True)
 class _LoraTarget:
-    """The U-Net or a text encoder, whose layers LoRAs can change, with its prefix in LoRA files."""
+    """The U-Net or a text encoder as a target of LoRAs, with its prefix in LoRA files."""
 
     network: nn.Module
     prefix: str = ""  # prefix of the network's modules in LoRA files; "" for the U-Net
 
     def get_published_name(self, name: str) -> str:
-        """Return a parameter's published name."""
+        """Return a parameter's name in released files."""
         return published_parameter(name) if self.prefix else name
 
     def get_published_module(self, path: str) -> str:
@@ -116,7 +116,7 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     """Read the files of `--network_weights`; log their metadata if the options ask for it.
 
     Raises:
-        CheckpointError: If a file is not a LoRA, or is one of a model other than Stable Diffusion.
+        CheckpointError: If a file is not a LoRA, or was trained for a model other than Stable Diffusion.
     """
     loras = []
     for path in options.files:
@@ -149,10 +149,10 @@ def words_of(loras: Iterable[LoraFile]) -> tuple[LearnedWord, ...]:
 
 
 def check_networks(loras: Sequence[LoraFile], checkpoint_plan: CheckpointPlan) -> None:
-    """Check before loading that each LoRA fits the networks of a checkpoint, by names and shapes alone.
+    """Check from names and shapes, before loading, that each LoRA fits the checkpoint's networks.
 
     Raises:
-        CheckpointError: If a LoRA belongs to another kind or size of model, or fits no layer.
+        CheckpointError: If a LoRA was made for a different kind or size of model, or fits no layer.
     """
     check_kind(loras, checkpoint_plan.kind)
     kind = checkpoint_plan.kind
@@ -167,7 +167,7 @@ def check_networks(loras: Sequence[LoraFile], checkpoint_plan: CheckpointPlan) -
 def _check_fit(
     prefix: str, plan: LoadPlan[Any], weighted_loras: Sequence[WeightedLora], checkpoint: Path
 ) -> None:
-    """Raise CheckpointError if LoRAs do not fit the weights of a network, compared on the meta device.
+    """Raise CheckpointError if LoRAs do not fit a network's weights; compares shapes on the meta device.
 
     Args:
         prefix: Prefix of the network's modules in LoRA files; "" for the U-Net.
@@ -184,10 +184,10 @@ def _check_fit(
 
 
 def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
-    """Check that LoRAs were trained for a checkpoint's kind; warn if only their metadata name another kind.
+    """Check that LoRAs were trained for a checkpoint's kind; warn if only their metadata says otherwise.
 
     Raises:
-        CheckpointError: If the sizes of a LoRA's tensors are those of another kind.
+        CheckpointError: If a LoRA's tensors have the sizes of a different kind.
     """
     kinds = {known_kind.name: known_kind for known_kind in KINDS}
     for lora in loras:
@@ -209,7 +209,7 @@ def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
 def load_networks(
     options: AddedNetworkOptions, model: Model, loras: Sequence[LoraFile] | None = None
 ) -> AdjustableLoras | None:
-    """Add the files of `--network_weights` to a model; return those whose strengths can be changed.
+    """Add the LoRAs of `--network_weights` to a model; return those whose strengths can change.
 
     Args:
         options: Options of the run.
@@ -217,7 +217,7 @@ def load_networks(
         loras: The files, if they have been read already.
 
     Returns:
-        The LoRAs; None if there are none, or if all are folded in permanently.
+        The LoRAs; None if there are none, or if all are merged permanently.
 
     Raises:
         CheckpointError: If a file is not a LoRA or does not fit.
@@ -236,7 +236,7 @@ def load_networks(
         _merge(targets, merged, options.lora_rounding)
     if not adjustable:
         return None
-    if options.network_pre_calc:  # weights are folded anew when multipliers change
+    if options.network_pre_calc:  # LoRAs are merged again when multipliers change
         defaults = tuple(weighted.multiplier for weighted in adjustable)
         return AdjustableLoras(defaults, _make_folding(targets, adjustable, options.lora_rounding), None)
     return _add_layers(targets, adjustable, model)
@@ -245,7 +245,7 @@ def load_networks(
 def _add_layers(
     targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], model: Model
 ) -> AdjustableLoras:
-    """Add layers of LoRAs next to those of the networks, the first of which is the U-Net."""
+    """Attach LoRA branches to the layers of all targets; the first target is the U-Net."""
     layers_by_lora: list[list[LoraBranch]] = [[] for _ in weighted_loras]  # in all networks
     unet_layers: list[dict[str, LoraBranch]] = []  # for each LoRA, by diffusers' module path
     for target in targets:
@@ -268,7 +268,7 @@ def _add_layers(
 
 
 def _merge(targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], rounding: str) -> None:
-    """Fold LoRAs permanently into network weights; `rounding` is the value of --lora_rounding."""
+    """Merge LoRAs into network weights; `rounding` is the value of --lora_rounding."""
     for target in targets:
         target_loras = select_for_network(weighted_loras, target.prefix)
         if target_loras:
@@ -278,7 +278,7 @@ def _merge(targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora
 
 
 def _log_added(weighted: WeightedLora, layers: Sequence[LoraBranch]) -> None:
-    """Log how many modules a LoRA changes, and how many of them are recomputed at each step."""
+    """Log how many modules a LoRA changes, and how many of them recompute their weights at each step."""
     anew = sum(layer.needs_full_matrix for layer in layers)
     hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
     modules = format_count(len(layers), "module")
@@ -288,7 +288,7 @@ def _log_added(weighted: WeightedLora, layers: Sequence[LoraBranch]) -> None:
 def _make_folding(
     targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], rounding: str
 ) -> Callable[[Multipliers], None]:
-    """Return a function that folds LoRAs with given strengths into the networks' original weights.
+    """Return a function that merges LoRAs with given strengths into the networks' original weights.
 
     `rounding` is the value of --lora_rounding.
     """
@@ -326,7 +326,7 @@ def _attach_loras(
         layers: dict[str, LoraBranch] = {}
         for part in select_for_network(
             [weighted], target.prefix
-        ):  # the LoRA's part for this network, if it has one
+        ):  # the LoRA's modules for this network, if any
             for name, delta in fit_lora(part.lora, parameters, OPTION).items():
                 layers[name] = LoraBranch(parameters[name], delta, 1.0, weighted.lora.has_frozen_norms)
         layers_by_lora.append(layers)

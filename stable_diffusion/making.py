@@ -26,19 +26,19 @@ from stable_diffusion.text import ImageVectors, PromptEncoder
 
 
 class BatchHook(Protocol):
-    """Something that changes the U-Net while a batch is generated: ControlNets, Deep Shrink, regions."""
+    """An extension that modifies the U-Net for a batch, such as ControlNets, Deep Shrink or regions."""
 
     def apply_to_batch(
         self, requests: Sequence[contract.RequestedImage], width: int, height: int
     ) -> AbstractContextManager[contract.UnetHook | None]:
-        """Return a context manager that changes the U-Net for a batch and restores it at the end.
+        """Return a context manager that modifies the U-Net for a batch and restores it at the end.
 
-        It yields a function that is called before each U-Net call; None if none is needed.
+        It yields a function to call before each U-Net call, or None.
         """
 
 
 class _TextStates(NamedTuple):
-    """Text states of a batch, with one entry for each image."""
+    """Text states of a batch, one per image."""
 
     positive: list[contract.TextState]
     negative: list[contract.TextState] | None  # None without guidance
@@ -106,7 +106,7 @@ class ImageGenerator:
         return contract.StageResult(latents, images)
 
     def _group_indices(self, requests: Sequence[contract.RequestedImage]) -> list[list[int]]:
-        """Return the indices of the requests in groups that can be generated together."""
+        """Group requests that can share a batch; return their indices by group."""
 
         def group_key(index: int) -> tuple[int, ...]:
             request = requests[index]
@@ -132,7 +132,7 @@ class ImageGenerator:
         sampler = samplers.begin_sampling(
             self._scheduler,
             settings.steps,
-            # on the CPU, so that the numbers are the same on every device
+            # on the CPU, so that a seed gives the same noise on every device
             [torch.Generator().manual_seed(request.seed) for request in requests],
             samplers.count_skipped_steps(settings.steps, starting.find_strength(requests[0], start)),
         )
@@ -148,7 +148,7 @@ class ImageGenerator:
         if gradual is not None:
             small_latents, growing_sampler = begin_small(beginning.latents, sampler, gradual)
             beginning = replace(beginning, latents=small_latents, sampler=growing_sampler)
-        self._select_loras(settings)  # all of them: encoding the parts of a prompt selects one at a time
+        self._select_loras(settings)  # all of them, because encoding prompt parts selects one at a time
         batch_hooks = [*self.batch_hooks]
         if self.regions is not None:
             batch_hooks.append(self.regions)
@@ -207,7 +207,7 @@ class ImageGenerator:
     def _make_section(
         self, latents: Tensor, text_states: _TextStates, settings: contract.ImageSettings
     ) -> Section:
-        """Return start latents and conditions of prompt, negative and empty prompt for the denoising loop."""
+        """Return the denoising loop's input: start latents, and conditions of all three kinds of prompts."""
         device = self.model.device
         positive_sizes = negative_sizes = None
         if self.model.kind is contract.SDXL:
@@ -224,7 +224,7 @@ class ImageGenerator:
     # Texts
 
     def _count_chunks(self, request: contract.RequestedImage) -> int:
-        """Return the number of 75-token chunks of the longest of an image's texts."""
+        """Return the number of 75-token chunks in the longest of an image's prompts."""
         texts = [*self._split_prompt(request), *self._list_negative_texts(request)]
         return max(self.prompt_encoder.count_chunks(text) for text in texts)
 
@@ -232,18 +232,18 @@ class ImageGenerator:
         return split_parts(request.prompt) if request.settings.num_parts > 1 else [request.prompt]
 
     def _list_negative_texts(self, request: contract.RequestedImage) -> list[str]:
-        """Return the negative prompt, with three guidance passes also the empty one; [] without guidance."""
+        """Return the negative prompt, plus an empty one if there are three passes; [] without guidance."""
         settings = request.settings
         if not samplers.is_guided(settings.scale, settings.negative_scale):
             return []
         return [request.negative_prompt] if settings.negative_scale is None else [request.negative_prompt, ""]
 
     def _encode(self, requests: Sequence[contract.RequestedImage]) -> _TextStates:
-        """Encode the prompts, negative prompts and, for three guidance passes, the empty text of a batch."""
+        """Encode a batch's prompts, negative prompts and, for three guidance passes, the empty prompt."""
         settings = requests[0].settings
         prompt_parts = [self._split_prompt(request) for request in requests]
         negative_texts = [self._list_negative_texts(request) for request in requests]
-        # with a mask of regions, part i of the prompt is encoded with LoRA i alone, also in negative texts
+        # with a region mask, part i of the prompt is encoded with LoRA i alone, also in negative prompts
         is_regional = settings.num_parts > 1 and requests[0].mask is not None
         states = self._encode_parts(requests[0], prompt_parts, negative_texts, is_regional)
         positive = self._join_texts(requests, prompt_parts, states, is_regional)
@@ -264,7 +264,7 @@ class ImageGenerator:
         states: Mapping[tuple[str, int | None], contract.TextState],
         is_regional: bool,
     ) -> list[contract.TextState]:
-        """Return one text state for each image, joined from those of its texts, one for each prompt part.
+        """Return one text state per image, joined from the states of its prompt parts.
 
         `states` and `is_regional` are the result and an argument of `_encode_parts`.
         """
@@ -277,7 +277,7 @@ class ImageGenerator:
     def _join_parts(
         self, request: contract.RequestedImage, parts: Sequence[contract.TextState]
     ) -> contract.TextState:
-        """Combine the text states of a prompt's parts into one; each part acts in its region."""
+        """Combine the text states of a prompt's parts into one; each part affects its own region."""
         if len(parts) == 1:
             return parts[0]
         regions = self.regions or Regions(self.model.unet)
@@ -291,13 +291,13 @@ class ImageGenerator:
         negative_texts: Sequence[Sequence[str]],
         is_regional: bool,
     ) -> dict[tuple[str, int | None], contract.TextState]:
-        """Return the states of a batch's texts, by text and, if LoRAs are regional, by index of the part.
+        """Return the states of a batch's texts, keyed by text and, if LoRAs are regional, part index.
 
         Args:
             request: Any image of the batch, because all have the same settings.
             prompt_parts: Parts of each image's prompt.
             negative_texts: Negative and empty prompt of each image, as needed.
-            is_regional: Whether each LoRA acts in the region of one part only.
+            is_regional: Whether each LoRA only affects the region of one part.
         """
         settings = request.settings
         num_chunks = self._count_chunks(request)
@@ -335,7 +335,7 @@ def time_ids(settings: contract.ImageSettings, negative: bool) -> Tensor:
 
 
 def _list_vision_paths(requests: Sequence[contract.RequestedImage]) -> list[Path]:
-    """Return the input images to use CLIP embeddings of; raise OptionError if an image is missing."""
+    """Return the input images for CLIP vision embeddings; raise OptionError if a request has none."""
     paths = [request.image for request in requests if request.image is not None]
     if len(paths) < len(requests):
         raise OptionError(
@@ -345,6 +345,6 @@ def _list_vision_paths(requests: Sequence[contract.RequestedImage]) -> list[Path
 
 
 def _select_start(start: contract.SecondStageInput, indices: Sequence[int]) -> contract.SecondStageInput:
-    """Return the start images or start latents of some images of the batch, by index."""
+    """Return the start images or start latents of the batch's images at `indices`."""
     images = None if start.images is None else [start.images[index] for index in indices]
     return contract.SecondStageInput(images, None if start.latents is None else start.latents[indices])

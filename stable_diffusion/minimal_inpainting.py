@@ -26,7 +26,7 @@ def repaint(options: MinimalInpaintingOptions) -> None:
     """Repaint the masked (white) area of an image and save the result.
 
     Raises:
-        UserError: If a file cannot be used.
+        UserError: If a file is unusable.
     """
     image = options.picture
     seed = random.randrange(SEEDS_END) if image.seed is None else image.seed
@@ -37,12 +37,12 @@ def repaint(options: MinimalInpaintingOptions) -> None:
 
 
 def load_for_inpainting(options: GenImgOptions, device: torch.device) -> ImageGenerator:
-    """Load a model for inpainting that leaves all pixels outside the mask unchanged."""
+    """Load a model for inpainting; pixels outside the mask stay unchanged in its results."""
     return replace(assemble(options, device), restores_unmasked=True)
 
 
 def make_mask(image: InpaintingImageOptions, seed: int) -> Image.Image:
-    """Return the mask at the size of the result, from a file or as a wavy ellipse that the seed draws."""
+    """Return the mask at the size of the result: read from a file, or a wavy ellipse drawn with the seed."""
     height, width = image.size
     if image.mask is not None:
         return resize_mask(image.mask, height, width)
@@ -52,5 +52,5 @@ def make_mask(image: InpaintingImageOptions, seed: int) -> Image.Image:
 
 
 def resize_mask(path: Path, height: int, width: int) -> Image.Image:
-    """Read a mask file and resize it without interpolating between its pixels."""
+    """Read a mask file and resize it with nearest-neighbor sampling."""
     return Image.fromarray(read_mask(path)).resize((width, height), Image.Resampling.NEAREST)

@@ -81,7 +81,7 @@ def read_minimal(description: str | None, argv: Sequence[str] | None) -> Minimal
 
 
 def gen_img_argv(options: MinimalInpaintingOptions, mask: Path, seed: int) -> list[str]:
-    """Translate the command line to the options of gen_img.py.
+    """Translate parsed options to a command line for gen_img.py.
 
     Args:
         options: The options.
@@ -113,5 +113,5 @@ def gen_img_argv(options: MinimalInpaintingOptions, mask: Path, seed: int) -> li
         "--seed": seed,
         "--outdir": image.output_dir,
     }
-    # one word, because a prompt may begin with a dash
+    # a single argument, because a prompt may begin with a dash
     return [*option_argv(values), f"--prompt={line}"]

@@ -62,7 +62,7 @@ class ModelUpscaler:
 def create_upscaler(**args: str) -> ModelUpscaler:
     """Return the upscaler for --highres_fix_upscaler_args, after checking its settings and its file.
 
-    Raises OptionError for unknown settings, or CheckpointError for a file of another network.
+    Raises OptionError for unknown settings, or CheckpointError for a file with a different network.
     """
     unknown = sorted(args.keys() - set(SETTING_NAMES))
     if unknown or "model" not in args:
@@ -85,7 +85,7 @@ def create_upscaler(**args: str) -> ModelUpscaler:
 
 
 def _as_argv(args: Mapping[str, str]) -> list[str]:
-    """Return `key=value` settings as command-line words."""
+    """Return `key=value` settings as command-line arguments."""
     words = [f"--{key}={value}" for key, value in args.items() if key != "compile"]
     if args.get("compile", "").lower() in ("1", "true", "yes"):
         words.append("--compile")

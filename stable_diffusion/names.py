@@ -44,7 +44,7 @@ SDXL_EMBEDDING_LAYERS = (
 
 
 class BlockPaths(NamedTuple):
-    """Module paths of one residual block or attention of a U-Net, in LDM's and diffusers' naming."""
+    """Module paths of one residual block or attention of a U-Net, in LDM and in diffusers."""
 
     ldm_path: str
     diffusers_path: str
@@ -52,7 +52,7 @@ class BlockPaths(NamedTuple):
 
 
 class SamplerPaths(NamedTuple):
-    """Paths of a downsampler and of the upsampler with the same level index, in LDM and diffusers."""
+    """Module paths of a downsampler and of the upsampler at the same level index, in LDM and in diffusers."""
 
     ldm_downsampler: str  # in LDM
     ldm_upsampler: str  # in LDM, if the upsampler's level has attentions, which come before it
@@ -64,7 +64,7 @@ class SamplerPaths(NamedTuple):
 def unet_blocks(layers: Sequence[int]) -> Iterator[BlockPaths]:
     """Yield the LDM path and the diffusers path of each residual block of a U-Net and of its attention.
 
-    Attentions are listed after every residual block, even on levels that have none.
+    An attention is listed after every residual block, even at levels without attention.
 
     Args:
         layers: Number of residual blocks of each level of the down path.
@@ -89,7 +89,7 @@ def unet_blocks(layers: Sequence[int]) -> Iterator[BlockPaths]:
 
 
 def unet_samplers(layers: Sequence[int]) -> Iterator[SamplerPaths]:
-    """Yield the LDM and diffusers paths of the samplers between each pair of levels of a U-Net.
+    """Yield the LDM and diffusers paths of the samplers between adjacent levels of a U-Net.
 
     In LDM's lists an upsampler is layer 2 of its block, or layer 1 if the block has no attention
     (`ldm_upsampler_without_attention`).

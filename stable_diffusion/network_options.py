@@ -84,7 +84,7 @@ class ControlOptions(Options, title="ControlNet"):
 
     @property
     def flag(self) -> str:
-        """Option that names the networks, for messages."""
+        """Option that selects the control networks, for messages."""
         return "--control_net_lllite_models" if self.control_net_lllite_models else "--control_net_models"
 
     @property
@@ -105,7 +105,7 @@ class ControlOptions(Options, title="ControlNet"):
 
 
 def read_preparation(text: str) -> tuple[int, int] | None:
-    """Parse a value of --control_net_preps: None or the thresholds of Canny; raise OptionError for others."""
+    """Parse a --control_net_preps value: None or Canny's thresholds; raise OptionError for others."""
     if text == "none":
         return None
     match = re.fullmatch(r"canny(?:_(\d{1,5})(?:_(\d{1,5}))?)?", text)
@@ -166,7 +166,7 @@ _CLIP_SCALES = ("clip_guidance_scale", "clip_image_guidance_scale")
 
 
 class GuideOptions(Options, title="guidance by other networks"):
-    """Strengths with which CLIP and VGG16 guide images (0 means off), and the files of these networks."""
+    """Strengths of image guidance by CLIP and VGG16 (0: off), and the files of these networks."""
 
     clip_guidance_scale: float = option(
         "how strongly CLIP steers the image toward the prompt, or toward the text of --c; about 100",
@@ -211,7 +211,7 @@ class GuideOptions(Options, title="guidance by other networks"):
 
     @property
     def image_option(self) -> str | None:
-        """First given option that needs a guide image; None without such an option."""
+        """The first of the given options that requires a guide image; None without one."""
         scales = ("clip_image_guidance_scale", "vgg16_guidance_scale")
         return next((f"--{name}" for name in scales if getattr(self, name) > 0), None)
 
@@ -221,7 +221,7 @@ def _count_words(number: int, word: str) -> str:
 
 
 def _check_network_module(name: str) -> None:
-    """Raise OptionError for a value of --network_module whose files cannot be read here."""
+    """Raise OptionError if --network_module names an unsupported kind of network."""
     description = UNSUPPORTED_MODULES.get(name)
     if description is not None:
         advice = "--control_net_lllite_models takes it" if "LLLite" in description else "it is not supported"
@@ -309,21 +309,21 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
 
     @property
     def multipliers(self) -> tuple[float, ...]:
-        """Multiplier of each LoRA file."""
+        """Strength of each LoRA file."""
         return multipliers_for(self.files, self.network_mul or (), "--network_mul")
 
     @property
     def num_merged(self) -> int:
-        """Number of LoRA files, counted from the first, that are merged into the weights."""
+        """Number of LoRA files, in the given order, that are merged into the weights."""
         return len(self.files) if self.network_merge else self.network_merge_n_models or 0
 
     @property
     def num_adjustable(self) -> int:
-        """Number of LoRA files that are not folded in, so that a prompt line can change their multipliers."""
+        """Number of LoRA files not merged into the weights; a prompt line can change their strengths."""
         return len(self.files) - self.num_merged
 
     def check_strengths(self, multipliers: Sequence[float]) -> None:
-        """Raise OptionError if a prompt gives more multipliers than there are adjustable LoRA files."""
+        """Raise OptionError if a prompt has more multipliers than there are adjustable LoRA files."""
         if len(multipliers) > self.num_adjustable > 0:
             merged = (
                 f", without the {self.num_merged} that are folded into the model" if self.num_merged else ""

@@ -23,7 +23,7 @@ MAX_SNR = 1000.0
 
 @dataclass(frozen=True)
 class VariedNoise:
-    """Change training noise by an offset for each channel and by noise of lower resolutions."""
+    """Modify training noise: add a constant offset per channel, and noise of lower resolutions."""
 
     offset: float | None = None
     offset_is_random: bool = False  # whether a random fraction of the offset is used for each batch
@@ -32,12 +32,12 @@ class VariedNoise:
     discount: float = 0.3  # factor on each coarser level
 
     def __call__(self, noise: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the changed training noise, B C 1 h w.
+        """Return the modified training noise, B C 1 h w.
 
         Args:
             noise: Gaussian noise, B C 1 h w.
             latents: Latents in model space, B C 1 h w.
-            generator: Source of random numbers.
+            generator: Random generator.
         """
         if self.offset is not None:
             noise = self._add_offset(noise, latents, generator)
@@ -54,7 +54,7 @@ class VariedNoise:
         return noise + offset * torch.randn((*noise.shape[:2], 1, 1, 1), generator=generator)
 
     def _add_levels(self, noise: Tensor, generator: torch.Generator) -> Tensor:
-        """Add noise of lower resolutions, as in "Multi-Resolution Noise", Whitaker 2023."""
+        """Add noise of lower resolutions ("Multi-Resolution Noise", Whitaker 2023)."""
         height, width = noise.shape[-2:]
         total = noise
         for level in range(self.levels):
@@ -69,7 +69,7 @@ class VariedNoise:
 
 
 def read_noise_changes(options: VariedNoiseOptions) -> VariedNoise | None:
-    """Return how the options change the training noise; None if they change nothing."""
+    """Return the modifications of training noise that the options request; None for none."""
     if options.noise_offset is None and not options.multires_noise_iterations:
         return None
     return VariedNoise(
@@ -82,7 +82,7 @@ def read_noise_changes(options: VariedNoiseOptions) -> VariedNoise | None:
 
 
 def read_betas() -> Tensor:
-    """Return the 1000 betas that the models were trained with, float32, computed as in diffusers."""
+    """Return the 1000 betas that the models were trained with, float32, computed like diffusers' betas."""
     low, high = TRAINED["beta_start"] ** 0.5, TRAINED["beta_end"] ** 0.5
     return torch.linspace(low, high, TRAINED["num_train_timesteps"], dtype=torch.float32).square()
 
@@ -98,7 +98,7 @@ def make_noise_spec(
     Args:
         predicts_v: Whether the U-Net predicts v instead of noise.
         zero_terminal_snr: Whether the betas are rescaled so that the last timestep is pure noise.
-        weights: Options of the factors on losses.
+        weights: Options for loss factors.
         vary: Changes the noise; None leaves it Gaussian.
     """
     betas = read_betas()
@@ -118,14 +118,12 @@ def make_noise_spec(
 
 
 def loss_factors(weights: LossWeightOptions, alphas_cumprod: Tensor, predicts_v: bool) -> tuple[float, ...]:
-    """Return the factor on the loss of each timestep; () if all are 1.
-
-    Several weightings multiply.
+    """Return the loss factor of each timestep; () if all are 1. Several weightings multiply.
 
     Args:
         weights: Options of the factors.
-        alphas_cumprod: Products of 1 - beta, before betas are rescaled for a zero terminal SNR, as in known
-            trainers; with rescaled betas the SNR of the last timestep is 0, by which some factors divide.
+        alphas_cumprod: Products of 1 - beta, before betas are rescaled for zero terminal SNR, as in other
+            trainers. With rescaled betas, some factors would divide by the last timestep's SNR, 0.
         predicts_v: Whether the U-Net predicts v instead of noise.
     """
     if not weights.has_any:

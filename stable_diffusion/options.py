@@ -67,7 +67,7 @@ _IMAGE: Mapping[str, Any] = {"place": "there", "hint": "a picture or a folder of
 
 
 class ImageInputOptions(Options, title="prompts", must_give=True):
-    """Where prompts, input images and seeds come from."""
+    """Options for the sources of prompts, input images and seeds."""
 
     prompt: str | None = option(
         "what to show; may end in options, such as 'a cat --n ugly --w 512 --h 768 --d 7'", often=True
@@ -147,7 +147,7 @@ class ImageInputOptions(Options, title="prompts", must_give=True):
 
 
 class ImageOutputOptions(Options, title="output"):
-    """Folder and file names of generated images."""
+    """Options for the folder and file names of generated images."""
 
     outdir: Path = option(
         "output folder; created if missing", default=Path("outputs"), place="new folder", often=True
@@ -209,7 +209,7 @@ class GenImgOptions(Options, title="run"):
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best available")
 
     def __post_init__(self) -> None:
-        """Raise OptionError for options that need other options or exclude them."""
+        """Raise OptionError if options exclude each other or lack required ones."""
         self._check_input_images()
         self._check_control()
         self._check_sampling()
@@ -232,7 +232,7 @@ class GenImgOptions(Options, title="run"):
             )
 
     def _check_control(self) -> None:
-        """Raise OptionError for options of ControlNets, or of CLIP and VGG16, that do not work together."""
+        """Raise OptionError for ControlNet, CLIP or VGG16 options that cannot be combined."""
         check_control(
             self.control,
             self.prompts.guide_image_path,
@@ -268,7 +268,7 @@ class GenImgOptions(Options, title="run"):
 
 
 def read_gen_img(description: str | None, argv: Sequence[str] | None) -> GenImgOptions:
-    """Parse a command line of gen_img.py. Raises OptionError if options contradict each other."""
+    """Parse a command line of gen_img.py; raise OptionError if options contradict each other."""
     options: GenImgOptions
     (options,) = parse_options(description, argv, GenImgOptions)
     return options

@@ -31,18 +31,18 @@ _DARK = 1e-4  # if the regions at a pixel sum to less, all parts have equal weig
 def read_regions(
     path: Path, num_parts: int, width: int, height: int, num_colors: int | None = None
 ) -> Tensor:
-    """Return the region of each part of a prompt: P height width, float32, 0..1.
+    """Return the region mask of each prompt part: P height width, float32, 0..1.
 
-    The red, green and blue channels are the regions of parts 1 to 3. Parts without a channel or a color, and
-    those whose region is empty, act everywhere.
+    The red, green and blue channels are the regions of parts 1 to 3. Parts without a channel or color, or
+    with an empty region, affect the entire image.
 
     Args:
         path: File of the mask.
-        num_parts: Number of parts of the prompt.
+        num_parts: Number of prompt parts.
         width: Width in pixels.
         height: Height in pixels.
-        num_colors: If given, parts are marked by pure colors instead of channels, and this is the number of
-            colors in use. Part 1 is red, 2 green, 3 yellow, 4 blue and so on: red counts 1, green 2, blue 4.
+        num_colors: If given, pure colors mark the parts instead of channels; this is how many are in use.
+            Part 1 is red, 2 green, 3 yellow, 4 blue and so on: red counts 1, green 2, blue 4.
 
     Raises:
         MediaError: If the image cannot be read.
@@ -66,14 +66,14 @@ def read_regions(
 
 
 def resize(regions: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize regions B P H W to another size (rows, columns) by bilinear interpolation."""
+    """Resize regions B P H W to `size` (rows, columns) with bilinear interpolation."""
     if regions.shape[-2:] == size:
         return regions
     return functional.interpolate(regions, size, mode="bilinear", align_corners=False)
 
 
 def part_weights(regions: Tensor) -> Tensor:
-    """Normalize regions, ... P H W, to sum to 1 over the parts at each pixel; 1 / P where all are 0."""
+    """Normalize region masks, ... P H W, so that the parts sum to 1 at each pixel; 1 / P where all are 0."""
     total = regions.sum(-3, keepdim=True)
     shared = torch.full_like(regions, 1 / regions.shape[-3])
     return torch.where(total < _DARK, shared, regions / total.clamp(min=_DARK))
@@ -83,7 +83,7 @@ SEPARATOR = " AND "
 
 
 def split_parts(prompt: str) -> list[str]:
-    """Split a prompt into the parts that belong to regions of a mask."""
+    """Split a prompt into parts, one per region of a mask."""
     return [part.strip() for part in prompt.split(SEPARATOR)]
 
 
@@ -108,12 +108,12 @@ def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
 
 
 def check_regions(num_parts: int, num_loras: int, is_folded: bool) -> None:
-    """Raise OptionError if parts of a prompt and LoRAs cannot be assigned to the regions of a mask.
+    """Raise OptionError if prompt parts and LoRAs cannot be assigned to the regions of a mask.
 
     Args:
         num_parts: Number of parts of the prompt.
-        num_loras: Number of LoRAs that are not folded in permanently.
-        is_folded: Whether LoRAs are folded in for each batch.
+        num_loras: Number of LoRAs that are not merged permanently.
+        is_folded: Whether LoRAs are merged into the weights for each batch.
     """
     if is_folded:
         raise OptionError(
@@ -151,11 +151,11 @@ class Regions:
         self._num_colors = num_colors
 
     def read_regions(self, request: RequestedImage, width: int, height: int) -> Tensor:
-        """Return the regions of an image's prompt parts at a size in pixels, P H W; P 1 1 without a mask.
+        """Return the region masks of an image's prompt parts, P H W in pixels; P 1 1 without a mask.
 
         Raises:
-            OptionError: If an image with a mask does not have one LoRA for each part, or if LoRAs are folded
-                into the weights.
+            OptionError: If an image with a mask does not have one LoRA per part, or if LoRAs are merged into
+                the weights.
             MediaError: If the mask cannot be read.
         """
         num_parts = request.settings.num_parts
@@ -168,10 +168,10 @@ class Regions:
     def apply_to_batch(
         self, requests: Sequence[RequestedImage], width: int, height: int
     ) -> Iterator[UnetHook | None]:
-        """Change the U-Net for a batch so that each prompt part acts in its region; restore it at the end.
+        """Make each prompt part act in its region while a batch runs; restore the U-Net at the end.
 
-        Yields a hook for U-Net calls; None if prompts have one part. The text states of a call are those of
-        all P parts, one after the other: R P*L C.
+        Yields a hook for U-Net calls; None if prompts have one part. A call's text states are the
+        concatenated states of all P parts: R P*L C.
         """
         if requests[0].settings.num_parts == 1:
             yield None
@@ -190,7 +190,7 @@ class Regions:
 
 
 class _Batch:
-    """Regions of the batch that is being generated, with masks of each feature size."""
+    """Regions of the current batch, with masks for each feature map size."""
 
     def __init__(self, regions: Tensor) -> None:
         # regions: B P H W
@@ -202,7 +202,7 @@ class _Batch:
         self._weights: dict[tuple[int, int], Tensor] = {}
 
     def move_to_device(self, call: UnetCall) -> UnetCall:
-        """U-Net hook: move the regions to the device of a call, which is returned unchanged."""
+        """U-Net hook: move the region masks to the device of the call's sample. Return the call unchanged."""
         assert call.context.shape[1] % self.num_parts == 0, (call.context.shape, self.num_parts)
         if self._regions.device != call.sample.device:
             self._regions = self._regions.to(call.sample.device)
@@ -210,7 +210,7 @@ class _Batch:
         return call
 
     def patch_unet(self, unet: Any, restore: contextlib.ExitStack) -> None:
-        """Make a U-Net's cross-attentions attend to each part in its region until `restore` is closed."""
+        """Limit cross-attention to each prompt part to its region of the image, until `restore` is closed."""
         for name, module in unet.named_modules():
             if isinstance(module, Transformer2DModel):
                 hook = module.register_forward_pre_hook(self._store_feature_size, with_kwargs=True)
@@ -220,7 +220,7 @@ class _Batch:
                 module.forward = self._attend_per_part(module.forward)
 
     def limit_to_region(self, part: int, name: str) -> Callable[[Tensor], Tensor]:
-        """Return a function that masks a part's LoRA output in the module `name` by the part's region."""
+        """Return a function that masks a prompt part's LoRA output in module `name` by the part's region."""
         if name.endswith((".attn2.to_k", ".attn2.to_v")):
             return lambda added: self._limit_text(part, added)
         return lambda added: self._limit_features(part, added)
@@ -230,7 +230,7 @@ class _Batch:
         self._size = (int(features.shape[-2]), int(features.shape[-1]))
 
     def _attend_per_part(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a cross-attention that makes a separate pass for each prompt part."""
+        """Return a cross-attention that runs per prompt part and sums the outputs, weighted by region."""
 
         def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
             # hidden_states: R N C; rows become P*R, parts outermost, so that row % B is still the image
@@ -252,7 +252,7 @@ class _Batch:
         return limited
 
     def _limit_features(self, part: int, added: Tensor) -> Tensor:
-        """Multiply the output of a prompt part's LoRA by the mask of its region."""
+        """Multiply the LoRA output of a prompt part by the mask of its region."""
         # added: R C h w of convolutions, R (or P*R) N C of linear layers, R C of layers without positions
         repeats = len(added) // len(self._regions)
         if added.ndim == 2:
@@ -270,7 +270,7 @@ class _Batch:
         return self._size
 
     def _resize_masks(self, by_size: dict[tuple[int, int], Tensor], size: tuple[int, int]) -> Tensor:
-        """Resize regional masks or weights to feature maps, B P h w float32; `by_size` caches results."""
+        """Resize regional masks or weights to the feature map size, B P h w float32; `by_size` is a cache."""
         if size not in by_size:
             resized = resize(self._regions, size)
             by_size[size] = part_weights(resized) if by_size is self._weights else resized
@@ -278,7 +278,7 @@ class _Batch:
 
 
 def restore_forward(module: Any, forward: Callable[..., Tensor] | None) -> None:
-    """Restore a module's forward; None means that it had only its class's method."""
+    """Restore a module's `forward`; None means that the instance had not replaced its class's method."""
     if forward is None:
         del module.forward
     else:

@@ -33,15 +33,15 @@ _VAE_SHORTCUT = ("nin_shortcut", "conv_shortcut")
 
 
 def ldm_unet_names(layers: list[int], names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield the LDM name, as in released single files, and the diffusers name of each weight of a U-Net.
+    """Yield (LDM name, diffusers name) of each U-Net weight; LDM names are those of released single files.
 
     Args:
-        layers: Number of residual blocks of each level of the down path.
+        layers: Number of residual blocks at each level of the down path.
         names: Diffusers names of the U-Net's weights.
     """
     ldm_paths = _map_to_ldm_paths(layers, names)
     for name in names:
-        module_path = name  # shortened by its last component until it is the path of a renamed module
+        module_path = name  # drop last components until it is the path of a renamed module
         while module_path not in ldm_paths:
             module_path = module_path.rpartition(".")[0]
         yield f"{UNET}{ldm_paths[module_path]}{name.removeprefix(module_path)}", name
@@ -50,7 +50,7 @@ def ldm_unet_names(layers: list[int], names: Collection[str]) -> Iterator[tuple[
 def _map_to_ldm_paths(layers: list[int], names: Collection[str]) -> dict[str, str]:
     """Map the diffusers path of each renamed module of a U-Net to its LDM path.
 
-    Arguments as of `ldm_unet_names`.
+    Arguments are those of `ldm_unet_names`.
     """
     ldm_paths: dict[str, str] = {}
     for ldm_path, diffusers_path in (*INPUT_AND_OUTPUT_LAYERS, *SDXL_EMBEDDING_LAYERS):
@@ -90,7 +90,7 @@ def _vae_path_pairs(num_levels: int) -> Iterator[tuple[str, str]]:
 
 
 def ldm_vae_name(name: str) -> str:
-    """Return the published name of a VAE weight."""
+    """Return a VAE weight's published name."""
     ldm_shortcut, diffusers_shortcut = _VAE_SHORTCUT
     for ldm_path, diffusers_path in _vae_path_pairs(VAE_LEVELS):
         if name.startswith(diffusers_path):
@@ -100,7 +100,7 @@ def ldm_vae_name(name: str) -> str:
 
 
 def map_vae_names_to_diffusers(ldm_names: Collection[str], num_levels: int) -> dict[str, str]:
-    """Map each published VAE name that diffusers spells differently to diffusers' name.
+    """Map published VAE tensor names to diffusers' names, where the two differ.
 
     Args:
         ldm_names: Names of the tensors, without the prefix of a whole checkpoint.
@@ -118,13 +118,13 @@ def map_vae_names_to_diffusers(ldm_names: Collection[str], num_levels: int) -> d
 
 
 def ldm_vae_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a tensor's shape in a published file, whose VAE attentions are 1x1 convolutions."""
+    """Return a VAE tensor's shape in a published file, in which attention weights are 1x1 convolutions."""
     is_attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", name) is not None
     return (*shape, 1, 1) if is_attention and len(shape) == 2 else shape
 
 
 def ldm_text_encoder_names(kind: ModelKind, index: int, names: Collection[str]) -> dict[str, list[str]]:
-    """Map each tensor name of a text encoder in a single file to the names of the weights that it contains.
+    """Map each tensor of a text encoder in a single file to the weights that it contains, by name.
 
     Only OpenCLIP's encoders fuse weights: its `in_proj` contains query, key and value.
 
@@ -144,7 +144,7 @@ def ldm_text_encoder_names(kind: ModelKind, index: int, names: Collection[str]) 
     layers = sorted({int(match[1]) for match in map(layer_pattern.match, names) if match})
     for layer in layers:
         fused_weights |= _map_open_clip_layer(prefix, layer, source_layer=layer)
-    # released files have one more layer, which the model does not use: it gets the weights of the last one
+    # released files have one more layer, which the model does not use: it gets the last one's weights
     if kind is SD2:
         fused_weights |= _map_open_clip_layer(prefix, layers[-1] + 1, source_layer=layers[-1])
     return fused_weights
@@ -154,7 +154,7 @@ _LAYER = ("ln_1.{}", "ln_2.{}", "mlp.c_fc.{}", "mlp.c_proj.{}", "attn.out_proj.{
 
 
 def _map_open_clip_layer(prefix: str, layer: int, source_layer: int) -> dict[str, list[str]]:
-    """Map each tensor of layer `layer` of an OpenCLIP file to the weights of `source_layer` fused into it."""
+    """Map each tensor of an OpenCLIP layer in a file to the weights of `source_layer` fused in it."""
     names = [leaf.format(parameter) for leaf in _LAYER for parameter in ("weight", "bias")]
     blocks = "transformer.resblocks"
     return {
@@ -164,5 +164,5 @@ def _map_open_clip_layer(prefix: str, layer: int, source_layer: int) -> dict[str
 
 
 def _list_fused_weights(open_clip_name: str) -> list[str]:
-    """Return the names of the CLIP weights that one of OpenCLIP's tensors contains, fused."""
+    """Return the names of the CLIP weights that are fused in one of OpenCLIP's tensors."""
     return [name for name, _ in open_clip_names(open_clip_name)]

@@ -23,7 +23,7 @@ def use_fewer_kernels(unet: Any) -> None:
     """Make a U-Net start fewer GPU kernels: apply SiLU to the time embedding once, and run norms in 16 bits.
 
     Args:
-        unet: U-Net of diffusers as `unet_class` makes it; a block with other settings is not changed.
+        unet: A diffusers U-Net built by `unet_class`; blocks with other settings are not changed.
     """
     for module in unet.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
@@ -39,7 +39,7 @@ def use_fewer_kernels(unet: Any) -> None:
 
 
 def _is_plain(block: Any) -> bool:
-    """Return whether a residual block has the settings of Stable Diffusion's U-Nets."""
+    """Return whether a residual block has the settings used in Stable Diffusion's U-Nets."""
     return (
         isinstance(block.nonlinearity, nn.SiLU)
         and block.time_emb_proj is not None
@@ -52,7 +52,7 @@ def _is_plain(block: Any) -> bool:
 
 
 def _run_norm(norm: Any, x: Tensor) -> Tensor:
-    """Normalize x, and return the dtype of x if the norm's weights have it too."""
+    """Normalize x. The result keeps the dtype of x, even under autocast, if the weights have this dtype."""
     keeps_dtype = x.dtype == norm.weight.dtype
     with torch.autocast(x.device.type, enabled=False) if keeps_dtype else nullcontext():
         output: Tensor = type(norm).forward(norm, x)

@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ImageFiles:
-    """Save the images of a run under free file names."""
+    """Save a run's images under unused file names."""
 
     options: ImageOutputOptions
     kind: ModelKind
@@ -112,7 +112,7 @@ class ImageFiles:
         return {key: replace_surrogates(str(value)) for key, value in entries.items() if value is not None}
 
     def _yield_names(self, request: RequestedImage, stage_digit: str, number: int) -> Iterator[str]:
-        """Yield candidate names, without suffix, for the file of an image, the preferred one first."""
+        """Yield candidate file names for an image, without suffix, in order of preference."""
         if request.file_name is not None:
             return _named(request.file_name.removesuffix(".png"), stage_digit)
         if self.options.use_original_file_name and request.image is not None:
@@ -125,7 +125,7 @@ class ImageFiles:
         return (f"{start}{free:03d}_{request.seed}" for free in count(number))
 
     def _yield_numbered(self, start: str) -> Iterator[str]:
-        """Yield numbered file names, beginning after the highest number in the folder."""
+        """Yield numbered file names that start after the folder's highest number."""
         if start not in self._last:
             names = (path.stem.removeprefix(start) for path in self.options.outdir.glob(f"{start}??????.png"))
             self._last[start] = max((int(name) for name in names if name.isdecimal()), default=0)
@@ -135,7 +135,7 @@ class ImageFiles:
 
     @contextmanager
     def _reserve_path(self, names: Iterator[str]) -> Iterator[Path]:
-        """Reserve the first file name that neither a file nor another run uses."""
+        """Reserve the first file name that is used neither by a file nor by another run."""
         for name in names:
             path = self.options.outdir / f"{name}.png"
             if path.exists():
@@ -152,7 +152,7 @@ def _named(stem: str, stage_digit: str) -> Iterator[str]:
 
 
 def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return the system's command to open a file; None without such a command or a display."""
+    """Return the system's command for opening a file; None without a command or a display."""
     if platform == "win32":
         return "explorer"
     if platform == "darwin":
@@ -177,7 +177,7 @@ LoadGenerator = Callable[[GenImgOptions, torch.device], ImageGenerator]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Loaded generator, options and output files of one gen_img.py run."""
+    """One run of gen_img.py: loaded generator, options and output files."""
 
     options: GenImgOptions
     image_generator: ImageGenerator
@@ -186,7 +186,7 @@ class Run:
     files: ImageFiles
 
     def generate_all(self, lines: Iterable[Line], failures: Failures) -> list[Path]:
-        """Generate and write the images of lines, batch by batch; errors of lines are added to `failures`.
+        """Generate and write the images of prompt lines, batch by batch; errors in lines go to `failures`.
 
         Returns:
             The paths.
@@ -207,7 +207,7 @@ class Run:
         return paths
 
     def _try_batch(self, batch: Sequence[RequestedImage]) -> list[Path] | None:
-        """Generate a batch; return None if it fails, so that its images are generated one by one."""
+        """Generate a batch; return None on failure, so that its images are generated one at a time."""
         try:
             return self._generate_batch(batch)
         except OutputError:
@@ -218,7 +218,7 @@ class Run:
             return None
 
     def _generate_batch(self, batch: Sequence[RequestedImage]) -> list[Path]:
-        """Generate a batch and save its images, those of each highres stage too; return their paths."""
+        """Generate a batch and save its images, also those of each highres stage; return their paths."""
         paths = []
         try:
             for stage in make_images(self.image_generator, self.highres, batch):
@@ -313,7 +313,7 @@ def _generate_from_module(run: Run, module: ModuleType, failures: Failures) -> l
     )
 
     def yield_lines() -> Iterator[Line]:
-        """Yield the prompts of a round; an error in the user's module ends the round."""
+        """Yield the prompts of one round; an error in the user's module ends the round."""
         with failures.collect_errors("the next prompt"):
             yield from make_lines(request_builder.seeds.round_seed)
 
@@ -328,7 +328,7 @@ def _generate_from_lines(
 ) -> list[Path]:
     """Generate the images of a fixed list of lines; return their paths.
 
-    All lines are checked before `load_run` loads a model; one that fails is left out.
+    All lines are checked before `load_run` loads a model; invalid lines are skipped.
     """
     usable = []
     for line in lines:

@@ -62,7 +62,7 @@ def make_scheduler(
         zero_terminal_snr: Whether the last timestep of training is pure noise and sampling begins there, with
             timesteps spaced from the end. It is only for models that predict v, because predicted noise says
             nothing about a sample of pure noise (Lin et al. 2023, arXiv 2305.08891).
-        steps_offset: Lowest timestep, in classes that have it.
+        steps_offset: Lowest timestep, for scheduler classes with this setting.
     """
     class_name, class_settings = _SCHEDULERS[sampler.removeprefix("k_")]
     scheduler_type = scheduler_class(class_name)
@@ -73,7 +73,7 @@ def make_scheduler(
         settings["rescale_betas_zero_snr"] = True
     elif zero_terminal_snr:
         settings["trained_betas"] = _make_zero_snr_betas()
-    # settings that only some classes have
+    # settings of only some classes
     optional_settings: dict[str, Any] = {"steps_offset": steps_offset, "clip_sample": False}
     if zero_terminal_snr:
         optional_settings["timestep_spacing"] = "trailing"
@@ -82,7 +82,7 @@ def make_scheduler(
             settings[name] = value
     with _no_warnings_to_developers():
         scheduler = scheduler_type(**settings)
-    if class_name == LMS:  # this class needs scipy, which may not be installed
+    if class_name == LMS:  # diffusers' class needs scipy, which may not be installed
         scheduler.get_lms_coefficient = partial(_compute_lms_coefficient, scheduler)
     return scheduler
 
@@ -90,8 +90,8 @@ def make_scheduler(
 def _compute_lms_coefficient(scheduler: Any, order: int, index: int, steps_ago: int) -> float:
     """Return the multistep weight of the derivative from `steps_ago` steps ago (0 is the latest).
 
-    It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at
-    those of the other derivatives. Three Gauss points are exact, because the degree is at most 3.
+    This integrates over the step the Lagrange polynomial that is 1 at this derivative's noise level and 0 at
+    the other derivatives' levels. Three Gauss points are exact, because the degree is at most 3.
     """
     start, end = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
     levels = [float(scheduler.sigmas[index - back]) for back in range(order)]
@@ -106,7 +106,7 @@ def _compute_lms_coefficient(scheduler: Any, order: int, index: int, steps_ago: 
 
 @contextmanager
 def _no_warnings_to_developers() -> Iterator[None]:
-    """Hide diffusers' FutureWarning and DeprecationWarning, on which users cannot act."""
+    """Hide diffusers' FutureWarning and DeprecationWarning, which are of no use to users."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -123,7 +123,7 @@ def check_sampling(zero_terminal_snr: bool, predicts_velocity: bool) -> None:
 
 
 def _make_zero_snr_betas() -> list[float]:
-    """Return betas that leave almost no signal at the last timestep (2^-24), as diffusers' schedulers do."""
+    """Return betas with almost no signal at the last timestep (2^-24), like diffusers' schedulers."""
     low, high = (float(TRAINED[name]) ** 0.5 for name in ("beta_start", "beta_end"))
     betas = rescale_zero_terminal_snr(torch.linspace(low, high, TRAINED["num_train_timesteps"]) ** 2)
     before = float((1 - betas[:-1]).double().prod())
@@ -137,9 +137,9 @@ MakeStep = Callable[[int, Tensor, Tensor], Tensor]  # index, velocity, sample ->
 
 @dataclass
 class SchedulerSolver:
-    """Solver that wraps a diffusers scheduler for one batch; samples in the loop are B 4 1 h w.
+    """Adapt a diffusers scheduler to the denoising loop for one batch; samples are B 4 1 h w.
 
-    All random numbers of a step come from the images' own generators, so no image depends on its batch.
+    All random numbers of a step come from each image's own generator, so no image depends on its batch.
     """
 
     scheduler: Any
@@ -169,26 +169,26 @@ class SchedulerSolver:
 
     @property
     def noise_level(self) -> float:
-        """Standard deviation of the noise that sampling starts from."""
+        """Standard deviation of the initial noise."""
         return float(self.scheduler.init_noise_sigma)
 
     def model_input(self, index: int, sample: Tensor) -> Tensor:
-        """Return a sample, B 4 h w, scaled as the U-Net's input at an index of the schedule."""
+        """Return a sample, B 4 h w, scaled for the U-Net at a schedule index."""
         return self.scheduler.scale_model_input(sample, self.scheduler.timesteps[index])
 
     def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
         """Add noise to clean latents, B 4 h w, at the noise level before step `index`.
 
-        Call it only before the first step, for index `first`, or right after a step, for the next index.
+        Only call it before the first step, with index `first`, or right after a step, with the next index.
         """
         return self.scheduler.add_noise(latents, noise, self.scheduler.timesteps[index : index + 1])
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Take one step of the scheduler and return the next sample.
+        """Take one scheduler step and return the next sample.
 
         Args:
             index: Index of the step.
-            velocity: Output of the U-Net, noise or v.
+            velocity: Output of the U-Net: predicted noise or v.
             sample: Noisy latents, B 4 1 h w.
         """
         if self.wrap_step is None:
@@ -209,7 +209,7 @@ class SchedulerSolver:
 
 
 def count_skipped_steps(steps: int, strength: float | None) -> int | None:
-    """Return the number of steps that image-to-image skips; None without an input image.
+    """Return the number of initial steps that image-to-image skips; None without an input image.
 
     Args:
         steps: Number of steps.
@@ -221,9 +221,9 @@ def count_skipped_steps(steps: int, strength: float | None) -> int | None:
 def begin_sampling(
     scheduler: Any, steps: int, generators: Sequence[torch.Generator], num_skipped: int | None = None
 ) -> SchedulerSolver:
-    """Set a scheduler to a number of steps, without state of earlier runs, and return its solver.
+    """Reset a scheduler, set its number of steps, and return its solver.
 
-    If all steps are skipped, the solver begins at `schedule.num_steps`.
+    If all steps are skipped, the solver starts at `schedule.num_steps`.
 
     Args:
         scheduler: Scheduler of diffusers.
@@ -232,13 +232,13 @@ def begin_sampling(
         num_skipped: Number of steps that image-to-image skips; None to begin from noise.
     """
     if "skip_prk_steps" in scheduler.config:  # only PNDM has this setting
-        # its Runge-Kutta steps only work from pure noise; diffusers' inpainting leaves them out too
+        # its Runge-Kutta steps only work from pure noise; diffusers' inpainting skips them too
         scheduler.register_to_config(skip_prk_steps=num_skipped is not None)
     with _no_warnings_to_developers():
         scheduler.set_timesteps(steps, device="cpu")  # CPU: no step waits for the device
     if num_skipped == steps:
         return SchedulerSolver(scheduler, generators, len(scheduler.timesteps))
-    # a scheduler of order 2 calls the U-Net twice for a step, and counts both calls
+    # a scheduler of order 2 calls the U-Net twice per step, and counts both calls
     first = (num_skipped or 0) * int(scheduler.order)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
@@ -247,9 +247,9 @@ def begin_sampling(
 
 @dataclass
 class ScaledSolver:
-    """Solver for one image that wraps a diffusers scheduler whose U-Net inputs are scaled samples.
+    """Solver for one image around a diffusers scheduler, for U-Nets that take scaled samples.
 
-    The denoising loop has the scaled sample, and the unscaled one is stored here.
+    The denoising loop works with the scaled sample; the unscaled one is stored here.
     """
 
     solver: SchedulerSolver
@@ -264,7 +264,7 @@ class ScaledSolver:
         return self.solver.schedule
 
     def begin(self, clean: Tensor) -> tuple[Tensor, int]:
-        """Return the start latents, scaled for the U-Net, and the index of the first step.
+        """Return the initial latents, scaled for the U-Net, and the index of the first step.
 
         Args:
             clean: Clean latents of the image, 1 4 1 h w.
@@ -277,18 +277,18 @@ class ScaledSolver:
         return self.scaled_sample(first), first
 
     def clean(self, sigma: float, noisy: Tensor, output: Tensor) -> Tensor:
-        """Predict the clean latents from the U-Net's output at a noise level.
+        """Predict clean latents from the U-Net's output at a noise level.
 
         Args:
             sigma: Noise level.
             noisy: Input of the U-Net.
-            output: Output of the U-Net, noise or v.
+            output: Output of the U-Net: noise or v.
         """
         share = max(1 - sigma**2, MIN_SQUARED_ALPHA) ** 0.5  # fraction of data in the sample
         return share * noisy - sigma * output if self.predicts_v else (noisy - sigma * output) / share
 
     def scaled_sample(self, index: int) -> Tensor:
-        """Return the current sample, 1 4 1 h w, scaled as the U-Net's input at an index of the schedule."""
+        """Return the current sample, 1 4 1 h w, scaled for the U-Net at a schedule index."""
         return self.solver.model_input(index, self.sample.squeeze(2)).unsqueeze(2)
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ IS_NEGATIVE = "is_negative"  # B, on the CPU: 1 in rows of negative and empty te
 
 @dataclass(frozen=True, eq=False)
 class UnetPasses:
-    """Connect the U-Net to the denoising loop; samples are B 4 1 h w, and its noise or v is not converted."""
+    """Adapt the U-Net to the denoising loop; samples are B 4 1 h w, and noise or v is not converted."""
 
     model: Model
     sampler: SchedulerSolver
@@ -361,7 +361,7 @@ def _tensor(conditions: Conditions, name: str) -> Tensor:
 
 
 def _pass_residuals(call: UnetCall, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the U-Net arguments for ControlNet residuals; {} without ControlNets."""
+    """Return the U-Net arguments that carry ControlNet residuals; {} without ControlNets."""
     if call.residuals is None:
         return {}
     skips, middle = call.residuals
@@ -380,7 +380,7 @@ def make_conditions(
         states: States of each image's text, of equal lengths.
         device: Device of the run.
         sizes: Sizes for SDXL, 1 6; None for other kinds.
-        negative: Whether these are the conditions of the negative text.
+        negative: Whether these are the conditions of the negative prompt.
     """
     conditions = {
         CONTEXT: torch.stack([state.context for state in states]).to(device),
@@ -394,7 +394,7 @@ def make_conditions(
 
 
 def is_guided(scale: float, negative_scale: float | None) -> bool:
-    """Return whether negative prompts have an effect; a scale below 1 acts as 1, as in diffusers."""
+    """Return whether negative prompts have an effect; a scale below 1 acts as 1, like in diffusers."""
     return scale > 1 or negative_scale is not None
 
 
@@ -402,7 +402,7 @@ def make_guidance(scale: float, negative_scale: float | None) -> Guidance:
     """Return classifier-free guidance: negative + scale * (prompt - negative), of the U-Net's predictions.
 
     With a negative_scale it is empty + scale * (prompt - empty) - negative_scale * (negative - empty), where
-    empty is the prediction for the empty text. Without negative conditions it is that for the prompt.
+    empty is the prediction for the empty text. Without negative conditions, it is the prompt's prediction.
     Source: Ho and Salimans 2022, arXiv 2207.12598.
     """
 

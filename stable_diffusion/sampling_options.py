@@ -22,7 +22,7 @@ _SIZE_HINT = "a multiple of 8 pixels"
 
 
 class StartNoiseOptions(Options):
-    """Changes to the noise that sampling starts from."""
+    """Options that change the initial noise."""
 
     pyramid_noise_prob: float | None = option(
         "probability that an image begins with pyramid noise, which adds coarser noise; usually 0",
@@ -58,7 +58,7 @@ class StartNoiseOptions(Options):
 
 
 class SizeOptions(Options, title="sizes that are passed to Stable Diffusion XL"):
-    """Size and crop conditions of SDXL; None means the image's own size and no crop."""
+    """Size and crop conditioning of SDXL; None means the image's own size and no crop."""
 
     original_height: int | None = option("original height; usually the height", minimum=1)
     original_height_negative: int | None = option(
@@ -73,7 +73,7 @@ class SizeOptions(Options, title="sizes that are passed to Stable Diffusion XL")
 
 
 class SamplingOptions(Options, title="sampling"):
-    """Sampler, guidance, noise and size options, which a prompt line can override."""
+    """Sampler, guidance, noise and size options; a prompt line can override them."""
 
     width: int | None = option(
         "width, a multiple of 8; usually 512, for XL 1024",
@@ -140,7 +140,7 @@ DEEPEST = 8
 
 
 class HighresOptions(Options, title="highres fix: two stages"):
-    """Highres fix: a first stage generates a small image, and a second one a large image from it."""
+    """Highres fix: a first stage generates a small image, from which a second stage makes a large one."""
 
     highres_fix_scale: float | None = option(
         "make images in two stages: first at this fraction of width and height, such as 0.5",
@@ -213,7 +213,7 @@ class DeepShrinkOptions(Options, title="Deep Shrink: large pictures without repe
 
 
 class GradualLatentOptions(Options, title="Gradual Latent: begin small and grow (sampler euler_a)"):
-    """Gradual Latent: denoising begins with small latents, which are enlarged between steps."""
+    """Gradual Latent: denoising starts with small latents, which are enlarged between steps."""
 
     gradual_latent_timesteps: int | None = option(
         "latents grow below this timestep, such as 750", minimum=0, hint="a timestep, 0 to 1000"
@@ -239,7 +239,7 @@ class GradualLatentOptions(Options, title="Gradual Latent: begin small and grow 
 
     @property
     def unsharp(self) -> "Unsharp | None":
-        """Unsharp mask for the steps that enlarge the latents; None if it is not set.
+        """Unsharp mask for the steps that enlarge the latents; None if the option is not set.
 
         Raises:
             OptionError: If its values cannot be parsed.

@@ -31,7 +31,7 @@ Size = tuple[int, int]  # height, width
 
 @dataclass(frozen=True, eq=False)
 class DeepShrinks:
-    """Set up Deep Shrink for the batches that use it; other batches run without U-Net hooks."""
+    """Set up Deep Shrink for batches that use it; other batches get no U-Net hooks."""
 
     unet: Any
 
@@ -73,7 +73,7 @@ class DeepShrinks:
 
 
 def _check_depths(shrink: DeepShrinkOptions, num_blocks: int) -> None:
-    """Raise OptionError if the U-Net has no input block of a given depth."""
+    """Raise OptionError if the U-Net has no input block at one of the given depths."""
     for name, depth in (("ds_depth_1", shrink.ds_depth_1), ("ds_depth_2", shrink.ds_depth_2)):
         if depth is not None and not 0 <= depth < num_blocks:
             raise OptionError(
@@ -113,7 +113,7 @@ def resize_like(features: Tensor, size: Size) -> Tensor:
 
 @dataclass(eq=False)
 class _ShrinkHooks:
-    """`UnetHook` that decides before each U-Net call whether Deep Shrink's forward hooks are active."""
+    """`UnetHook` that enables or disables Deep Shrink's forward hooks before each U-Net call."""
 
     shrink: DeepShrinkOptions
     blocks: Sequence[nn.Module]
@@ -137,14 +137,14 @@ class _ShrinkHooks:
         self.sample_size = height, width
         if self.depth is None or call.residuals is None:
             return call
-        # a ControlNet runs at full size, so its residuals have to be resized to the features' size
+        # a ControlNet runs at full size, so its residuals must be resized to the features' size
         skip_residuals, middle_residual = call.residuals
         sizes = self._list_feature_sizes()
         resized = [resize_like(skip, size) for skip, size in zip(skip_residuals, sizes, strict=True)]
         return replace(call, residuals=(resized, resize_like(middle_residual, sizes[-1])))
 
     def _list_feature_sizes(self) -> list[Size]:
-        """Return the height and width of each input block's output in this call of the U-Net."""
+        """Return the output size (height, width) of each input block in this U-Net call."""
         size = self.sample_size
         sizes = []
         for depth, block in enumerate(self.blocks):
@@ -158,7 +158,7 @@ class _ShrinkHooks:
     # What the hooks call
 
     def enter_block(self, depth: int, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Shrink the features that enter the input block of the selected depth; None changes nothing."""
+        """Shrink the features that enter the input block at `self.depth`; None for all other blocks."""
         if depth != self.depth:
             return None
         return make_smaller(args[0], self.shrink.ds_ratio), *args[1:]
@@ -179,9 +179,9 @@ class _ShrinkHooks:
         return args, {**kwargs, "hidden_states": fitted, "upsample_size": upsample_size}
 
     def leave_layer(self, layer: int, output: Any) -> Any:
-        """Resize a layer's output to the skip that the next layer of the same output block joins to it.
+        """Resize a layer's output to match the skip connection that the block's next layer concatenates.
 
-        Return None, which leaves the output unchanged, if no features shrink in this call.
+        Return None, which leaves the output unchanged, if no features are shrunk in this call.
         """
         if self.depth is None:
             return None
@@ -208,12 +208,12 @@ def _register_hooks(hooks: _ShrinkHooks, unet: Any) -> Iterator[Any]:
             lambda _, args, kwargs: hooks.enter_up_block(args, kwargs), with_kwargs=True
         )
         layers = list(getattr(up_block, "attentions", None) or up_block.resnets)
-        # after each layer but the last, features are resized to the skip that the next layer takes
+        # after each layer but the last, resize features to the skip that the next layer concatenates
         for layer, module in enumerate(layers[:-1]):
             yield module.register_forward_hook(
                 lambda _, args, output, layer=layer: hooks.leave_layer(layer, output)
             )
-    # if features were made smaller in this call, the output has the size of the sample again
+    # if features were shrunk in this call, resize the output to the sample's size
     yield unet.conv_norm_out.register_forward_pre_hook(
         lambda _, args: None if hooks.depth is None else resize_like(args[0], hooks.sample_size)
     )
@@ -239,10 +239,10 @@ def scale_size(full: Size, ratio: float) -> Size:
 
 
 def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> dict[int, float]:
-    """Return the size ratio after each step that enlarges the latents, by index of the step.
+    """Return the size ratio after each step that enlarges the latents, by step index.
 
     Args:
-        timesteps: Decreasing timesteps of the steps to run, to which indices refer.
+        timesteps: Decreasing timesteps of the steps to run; step indices refer to them.
         gradual: Options of Gradual Latent.
     """
     ratio_after_step: dict[int, float] = {}
@@ -321,7 +321,7 @@ def begin_small(
 
 
 def check_batch(requests: Sequence[RequestedImage], sampler: str) -> None:
-    """Raise OptionError if Gradual Latent cannot generate a batch."""
+    """Raise OptionError if Gradual Latent does not support a batch."""
     if sampler not in SAMPLERS:
         raise OptionError(
             f"{requests[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) works with --sampler "
@@ -336,7 +336,7 @@ def check_batch(requests: Sequence[RequestedImage], sampler: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class GrowingSteps:
-    """Step function for euler_a that enlarges the sample before some steps, so noise has the new size."""
+    """Step function for euler_a that enlarges the sample before some steps, so new noise fits its size."""
 
     scheduler: Any
     full_size: Size
@@ -374,7 +374,7 @@ class GrowingSteps:
         return denoised + self.s_noise * noise
 
     def _compute_euler_change(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
-        """Return Euler's change of the sample in a step, without the noise of euler_a."""
+        """Return the sample's change in an Euler step, without the noise of euler_a."""
         scheduler = self.scheduler
         sigma, next_sigma = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
         if scheduler.config.prediction_type == "v_prediction":
@@ -388,7 +388,7 @@ class GrowingSteps:
 
 
 def resize_latents(latents: Tensor, size: Size) -> Tensor:
-    """Resize latents B C 1 h w by bicubic interpolation; latents of this size are returned unchanged."""
+    """Resize latents B C 1 h w with bicubic interpolation; return them unchanged if the size is equal."""
     if _size(latents) == size:
         return latents
     return interpolate(latents.squeeze(2), size, mode="bicubic").unsqueeze(2)
@@ -397,7 +397,7 @@ def resize_latents(latents: Tensor, size: Size) -> Tensor:
 def sharpen(latents: Tensor, unsharp: Unsharp) -> Tensor:
     """Return x + (x - blur(x)) * strength for latents B C 1 h w.
 
-    The blur is Gaussian, `ksize` by `ksize`, and mirrors the latents at the edges.
+    The blur is Gaussian with a `ksize` x `ksize` kernel and reflection padding.
     """
     radius = unsharp.ksize // 2
     positions = torch.arange(unsharp.ksize, dtype=torch.float32) - radius

@@ -51,7 +51,7 @@ def vary_noise(noise: Tensor, options: StartNoiseOptions, generator: torch.Gener
 
 
 def add_offset(noise: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Add a Gaussian offset, scaled by `amount`, to each channel of noise, C h w (Guttenberg 2023)."""
+    """Add a Gaussian offset per channel, scaled by `amount`, to noise C h w (Guttenberg 2023)."""
     return noise + amount * _draw((len(noise), 1, 1), noise, generator)
 
 
@@ -100,11 +100,11 @@ def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Inpainting:
-    """Solver step that repaints only the masked areas.
+    """Solver step that repaints only the masked area.
 
     After each step the latents become
         noisy original * (1 - mask) + latents * mask
-    and after the last step the original has no noise.
+    and after the last step, the original without noise is used.
     """
 
     sampler: SchedulerSolver
@@ -113,7 +113,7 @@ class Inpainting:
     mask: Tensor  # B 1 h w; 1 is repainted
 
     def __call__(self, step: MakeStep, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Take a step, then restore the latents outside the mask."""
+        """Take a step, then restore the latents outside of the mask."""
         painted = step(index, velocity, sample).squeeze(2)
         original = self.original
         if index + 1 < self.sampler.schedule.num_steps:
@@ -126,7 +126,7 @@ CHANNELS = 4  # number of latent channels
 
 @dataclass(frozen=True, eq=False)
 class Beginning:
-    """Initial latents of the denoising loop and the sampler that starts from them."""
+    """Initial latents of the denoising loop, and the sampler to use."""
 
     latents: Tensor  # B 4 1 h w, float32, the sampler's input at its first step
     sampler: SchedulerSolver
@@ -134,17 +134,17 @@ class Beginning:
 
 
 def is_masked(request: RequestedImage) -> bool:
-    """Return whether a mask selects the area to repaint, instead of the regions of prompt parts."""
+    """Return whether the mask selects an area to repaint, rather than regions of prompt parts."""
     return request.mask is not None and request.settings.num_parts == 1
 
 
 def find_strength(request: RequestedImage, start: SecondStageInput | None) -> float | None:
-    """Return the fraction of the steps to run for an input image; None for a start from noise."""
+    """Return which fraction of the steps to run on an input image; None if sampling starts from noise."""
     return None if request.image is None and start is None else request.settings.strength
 
 
 def check_start(model: Model, request: RequestedImage, start: SecondStageInput | None) -> None:
-    """Raise OptionError for a mask without image, or for an inpainting checkpoint without a mask."""
+    """Raise OptionError for a mask without an image, or an inpainting checkpoint without a mask."""
     if is_masked(request) and request.image is None and start is None:
         raise OptionError(
             f"{request.label}: the mask {request.mask} needs --image_path, the picture that is repainted "
@@ -170,16 +170,16 @@ def begin(
 
     1. Without an input image: noise.
     2. With one: encode it, and blend it with noise by the strength.
-    3. With a mask too: give it to an inpainting U-Net, or let the sampler restore the image outside it.
+    3. With a mask too: pass it to an inpainting U-Net, or let the sampler restore the unmasked area.
 
     Args:
         model: The loaded model.
         requests: Requested images; all or none have an input image, and likewise a mask.
-        start: Latents or images to start from, one for each requested image; None for none.
+        start: Latents or images to start from, one per requested image; None uses the requests' images.
         sampler: The sampler.
         noise_options: Options of the noise.
-        restores_unmasked: Whether an inpainting model's latents outside the mask are replaced by those of
-            the image after each step, as those of other models are. diffusers' pipelines do not do so.
+        restores_unmasked: Whether latents outside the mask are replaced by the image's after each step
+            even for inpainting models, unlike in diffusers' pipelines. Other models always do this.
 
     Raises:
         MediaError: If an input image or a mask cannot be read.
@@ -190,7 +190,7 @@ def begin(
         return Beginning((noise * sampler.noise_level).unsqueeze(2), sampler)
     has_mask = is_masked(requests[0])
     restores_unmasked = restores_unmasked or not model.is_inpainting
-    # inpainting at full strength starts from pure noise
+    # inpainting with strength 1 starts from pure noise
     starts_from_noise = has_mask and settings.strength == 1
     pixels = _start_pixels(requests, start)
     clean: Tensor | None = None
@@ -225,10 +225,10 @@ def begin(
 def _encode_masked(
     model: Model, pixels: Tensor | None, masks: Tensor, generators: Sequence[torch.Generator]
 ) -> tuple[Tensor, Tensor | None]:
-    """Return masks, B 1 H W, at the size of latents, and the latents of the images without what they mark.
+    """Return the masks at latent size, B 1 H W, and the latents of the images with the masked area erased.
 
     The latents are None without images. They are computed even if the U-Net does not take them, so that the
-    generators then draw the same noise for the steps as in diffusers' pipeline.
+    generators then draw the same noise as in diffusers' pipeline.
     """
     latent_mask = masks[:, :, ::STRIDE, ::STRIDE].to(model.device)  # the upper left pixel of each square
     if pixels is None:
@@ -242,7 +242,7 @@ def _draw_start_noise(
     generators: Sequence[torch.Generator],
     noise_options: StartNoiseOptions,
 ) -> Tensor:
-    """Draw each image's noise with its own generator; return B 4 h w on the model's device."""
+    """Draw initial noise with each image's own generator; return B 4 h w on the model's device."""
     shape = (CHANNELS, *latent_size(settings))
     noises = []
     for generator in generators:
@@ -251,7 +251,7 @@ def _draw_start_noise(
 
 
 def _start_pixels(requests: Sequence[RequestedImage], start: SecondStageInput | None) -> Tensor | None:
-    """Return the pixels of the input images, B 3 H W; None if generation starts from latents or noise."""
+    """Return the input images as pixels, B 3 H W; None if generation starts from latents or noise."""
     images = None if start is None else start.images
     if start is None:
         images = [read_picture(request.image) for request in requests if request.image is not None]
@@ -262,7 +262,7 @@ def _start_pixels(requests: Sequence[RequestedImage], start: SecondStageInput | 
 
 
 def _read_masks(requests: Sequence[RequestedImage]) -> Tensor:
-    """Return the masks of images, B 1 H W, with 1 where they are repainted."""
+    """Return the images' masks, B 1 H W, with 1 in the area to repaint."""
     settings = requests[0].settings
     masks = [Image.fromarray(read_mask(request.mask)) for request in requests if request.mask is not None]
     return torch.cat([mask_pixels(mask, settings.width, settings.height) for mask in masks])
@@ -275,12 +275,12 @@ STRIDE = 8  # pixels per latent, in each direction
 
 
 def latent_size(settings: ImageSettings) -> tuple[int, int]:
-    """Return the height and width of the latents of an image."""
+    """Return the latent height and width of an image."""
     return settings.height // STRIDE, settings.width // STRIDE
 
 
 def read_picture(path: Path) -> Image.Image:
-    """Read an image as RGB in upright orientation.
+    """Read an image as upright sRGB, with transparent pixels on white.
 
     Raises:
         MediaError: If the image cannot be read.
@@ -306,7 +306,7 @@ def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
 def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Encode images and sample the posteriors with their generators; return scaled latents, B 4 h w float32.
 
-    Images are encoded one by one, so that none depends on its batch.
+    Images are encoded one at a time, so that the result does not depend on the batch.
     """
     samples = []
     for image, generator in zip(pixels, generators, strict=True):
@@ -321,7 +321,7 @@ def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Gener
 def decode_latents(
     model: Model, latents: Tensor, labels: Sequence[str], vae_batch_size: float | None = None
 ) -> list[Image.Image]:
-    """Decode latents B 4 h w into images.
+    """Decode latents B 4 h w to images.
 
     Args:
         model: The loaded model.
@@ -339,7 +339,7 @@ def decode_latents(
 
 
 def to_image(pixels: Tensor, label: str) -> Image.Image:
-    """Convert pixels, 3 H W, to an image; NaN becomes black, with a warning that names the image."""
+    """Convert pixels, 3 H W, to an image; NaN becomes black, with a warning that contains `label`."""
     if not bool(pixels.isfinite().all()):
         logger.warning(
             "%s: the image has NaN or infinite pixels, which become black. A number was too large for 16 "

@@ -43,7 +43,7 @@ MAX_QUOTED = 200  # characters of a text in a warning
 
 
 class PromptEncoder:
-    """Encode prompts with the text encoders of a model and the options for text encoding."""
+    """Encode prompts with a model's text encoders and the text options."""
 
     def __init__(
         self,
@@ -53,15 +53,15 @@ class PromptEncoder:
         cross_attentions: Sequence[str] = (),
         lora_words: Sequence[LearnedWord] = (),
     ) -> None:
-        """Add the words of embeddings to the encoders, whose networks get new rows.
+        """Add learned words to the encoders, whose token embeddings get new rows.
 
         Args:
             text_encoders: Text encoders of the checkpoint.
             kind: Kind of the checkpoint.
-            options: Options of texts.
+            options: Text options.
             cross_attentions: Names of the U-Net's cross-attentions, with --XTI_embeddings. A text then has
-                states for each of these, one after the other.
-            lora_words: Words in the files of LoRAs.
+                states for each of these, concatenated.
+            lora_words: Words in LoRA files.
 
         Raises:
             OptionError: If an encoder lacks the layer of --clip_skip.
@@ -69,40 +69,39 @@ class PromptEncoder:
         """
         words = merge_lora_words(_read_words(options, cross_attentions), lora_words)
         self._text_encoders = add_words(text_encoders, kind, words)
-        self._known_words = [*list_ids(words, 0)]  # only the words, not their ids
+        self._known_words = [*list_ids(words, 0)]  # the words, without their ids
         self._num_layer_copies = max(len(cross_attentions), 1)  # number of copies of a text's states
         self._kind = kind
         self._weighting_mode = options.emb_normalize_mode
         self._max_chunks = options.max_embeddings_multiples or 1
-        self._hidden_layers = [  # of each encoder: the layer whose states are used, from the end
+        self._hidden_layers = [  # per encoder: the layer to take states from, counted from the end
             _select_layer(encoder, kind, options.clip_skip) for encoder in self._text_encoders
         ]
-        # token ids take far less memory than states, so those of more texts are kept
+        # token ids take far less memory than states, so cache more of them
         self._cut_into_chunks_cached = lru_cache(4 * MAX_CACHED_TEXTS)(self._cut_into_chunks)
         self._encode_cached = lru_cache(MAX_CACHED_TEXTS)(self._encode)
 
     def count_chunks(self, text: str) -> int:
-        """Return the number of 75-token chunks of a text, at least 1 and at most the limit."""
+        """Return the number of 75-token chunks in a text, between 1 and the limit."""
         return max(len(chunks) for chunks in self._cut_into_chunks_cached(text))
 
     def encode(self, text: str, chunks: int | None = None, networks: Hashable = None) -> TextState:
-        """Return the text encoder states of a prompt, which are cached: do not change them in place.
+        """Return the text encoder states of a prompt. They are cached: do not modify them in place.
 
-        Weights multiply each encoder's states separately. The pooled state (SDXL) is that of the last encoder
+        Weights are applied to each encoder's states separately. The pooled state (SDXL) is the last encoder's
         for the first chunk, without weights.
 
         Args:
             text: The prompt.
-            chunks: Number of chunks to which the text is padded; None for no padding.
-            networks: Other values on which the result depends, such as multipliers of LoRAs in the text
-                encoders.
+            chunks: Number of chunks to pad to; None for no padding.
+            networks: Cache key of anything else that affects the result, such as text encoder LoRA strengths.
         """
         chunks = self.count_chunks(text) if chunks is None else chunks
         return self._encode_cached(text, chunks, networks)
 
     @torch.no_grad()
     def _encode(self, text: str, num_chunks: int, _cache_key: Hashable) -> TextState:
-        """Encode a prompt in `num_chunks` chunks with all text encoders, and concatenate their states."""
+        """Encode a prompt as `num_chunks` chunks with all text encoders, and concatenate their states."""
         chunks_by_encoder = self._cut_into_chunks_cached(text)
         contexts: list[Tensor] = []
         pooled = None
@@ -121,7 +120,7 @@ class PromptEncoder:
     ) -> tuple[Tensor, Tensor | None]:
         """Return a prompt's states in one encoder, L C, joined over chunks; for SDXL also pooled states.
 
-        With --XTI_embeddings, the states for all cross-attentions follow one another.
+        With --XTI_embeddings, the states for all cross-attentions are concatenated.
         """
         is_xl = self._kind is SDXL
         rows = [
@@ -149,7 +148,7 @@ class PromptEncoder:
         return torch.cat(states_by_layer * repeats), pooled
 
     def _list_ids_by_layer(self, encoder: LoadedTextEncoder, ids: Tensor) -> list[Tensor]:
-        """Return a text's token ids, K 77: once, or per cross-attention if a word has vectors for each."""
+        """Return token ids, K 77: one tensor, or one per cross-attention if a word has vectors for each."""
         if encoder.layer_strides is None:
             return [ids]
         strides = encoder.layer_strides[ids]
@@ -158,7 +157,7 @@ class PromptEncoder:
         return [ids + index * strides for index in range(self._num_layer_copies)]
 
     def _cut_into_chunks(self, text: str) -> list[list[tokenizers.Chunk]]:
-        """Return a text's chunks for each encoder, at most --max_embeddings_multiples; warn about more."""
+        """Return a text's chunks for each encoder, at most --max_embeddings_multiples; warn about a cut."""
         warn_of_unknown(text, self._known_words, _LOADER)
         parts = tokenizers.parse_weights(text)
         chunks_by_encoder = [
@@ -176,7 +175,7 @@ def warn_if_truncated(
     num_chunks: int,
     max_chunks: int,
 ) -> None:
-    """Warn about a prompt that is too long, quoting the end that is not used.
+    """Warn about a truncated prompt, quoting the unused end.
 
     Args:
         parts: Parts of the text with their weights.
@@ -195,7 +194,7 @@ def warn_if_truncated(
 
 
 def list_token_weights(chunks: Sequence[tokenizers.Chunk]) -> list[float]:
-    """Return the weight of each state of a text; start, end and padding tokens have weight 1."""
+    """Return one prompt weight per state of a text; start, end and padding tokens have weight 1."""
     weights = [1.0]
     for chunk in chunks:
         padding = tokenizers.CHUNK_SIZE - len(chunk.ids)
@@ -246,14 +245,14 @@ def check_texts(
     cross_attentions: Sequence[str] = (),
     lora_words: Sequence[LearnedWord] = (),
 ) -> None:
-    """Compare options with a checkpoint's text encoders before these are loaded.
+    """Check text options against a checkpoint's text encoders before these are loaded.
 
     Args:
         options: Options of texts.
         kind: Kind of the checkpoint.
         configs: Dimensions of the text encoders.
         cross_attentions: Names of the U-Net's cross-attentions, with --XTI_embeddings.
-        lora_words: Words in the files of LoRAs.
+        lora_words: Words in LoRA files.
 
     Raises:
         OptionError: If an encoder lacks the layer of --clip_skip, or if SDXL is used with --XTI_embeddings.
@@ -296,7 +295,7 @@ def _select_layer(text_encoder: LoadedTextEncoder, kind: ModelKind, clip_skip: i
 
 
 def default_layer(kind: ModelKind, missing_layers: int) -> int:
-    """Return the default layer for hidden states, counted from the end of the loaded network.
+    """Return the default hidden-state layer, counted from the end of the loaded network.
 
     Args:
         kind: Kind of the checkpoint.
@@ -324,12 +323,12 @@ _ON_HUB = ("model.safetensors.index.json", "model-*.safetensors", "config.json")
 
 
 class ImageVectors:
-    """CLIP image embeddings that replace pooled text states; the encoder is loaded for the first image."""
+    """CLIP image embeddings that replace pooled text states. The encoder is loaded for the first image."""
 
     def __init__(self, model: Model, tokenizer_cache_dir: Path | None, strength: float) -> None:
         """Find the image encoder's files, which are loaded for the first image.
 
-        Raises OptionError if the checkpoint is not SDXL, or DownloadError if the files cannot be downloaded.
+        Raises OptionError if the checkpoint is not SDXL, or DownloadError if the download fails.
         """
         self._path = check_vision(model.kind, model.path, tokenizer_cache_dir)
         self._model = model
@@ -338,9 +337,9 @@ class ImageVectors:
         self._vectors: dict[Path, Tensor] = {}
 
     def replace_pooled(self, states: Sequence[TextState], paths: Sequence[Path]) -> list[TextState]:
-        """Replace the pooled state of each prompt by the CLIP embedding of an image (--clip_vision_strength).
+        """Replace each prompt's pooled state with an image's CLIP embedding (--clip_vision_strength).
 
-        Each image is encoded alone, so its vector does not depend on others, and only once in a run.
+        Each image is encoded alone, so its vector does not depend on others, and only once per run.
 
         Raises:
             CheckpointError: If the image encoder's files are damaged or do not fit the model.
@@ -359,10 +358,9 @@ class ImageVectors:
         return [replace(state, pooled=self._vectors[path]) for state, path in zip(states, paths, strict=True)]
 
     def _load_image_encoder(self) -> ClipVision:
-        """Load the image encoder, whose vectors replace the pooled states of the last text encoder.
+        """Load the image encoder, whose vectors replace the last text encoder's pooled states.
 
-        A pooled state is one vector for a whole prompt. Raises CheckpointError if the image encoder's vectors
-        have a different width.
+        Raises CheckpointError if the image encoder's vectors and the pooled states differ in width.
         """
         model = self._model
         image_encoder = load_clip_vision(
@@ -388,7 +386,7 @@ def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | 
 
     Raises:
         OptionError: If the checkpoint is not SDXL.
-        DownloadError: If the file has to be downloaded and cannot be.
+        DownloadError: If the file is missing and its download fails.
     """
     if kind is not SDXL:
         raise OptionError(

@@ -46,7 +46,7 @@ _UNUSED_OPEN_CLIP_TENSORS = ("text_projection*", "logit_scale", "attn_mask")
 
 @dataclass(frozen=True)
 class TextPlan:
-    """How to load one text encoder of a checkpoint."""
+    """How to load one text encoder from a checkpoint."""
 
     load_plan: LoadPlan[ClipTextConfig]
     is_open_clip: bool  # False: CLIP-L
@@ -67,9 +67,9 @@ def plan_text_encoders(checkpoint: Checkpoint, kind: ModelKind) -> tuple[TextPla
 
 
 def read_folder_text(checkpoint: Checkpoint, is_open_clip: bool, is_projected: bool) -> TextPlan:
-    """Plan how to load a text encoder of a diffusers folder, whose config.json is next to the file.
+    """Plan how to load a text encoder from a diffusers folder, using the config.json next to the weights.
 
-    SD 2.x ignores the last layer: released folders lack it, folders converted from OpenCLIP files have it.
+    SD 2.x ignores the last layer. Released folders lack it; folders converted from OpenCLIP files have it.
     """
     plan = read_clip_text(checkpoint, NAMING)
     if is_open_clip and not is_projected and plan.config.num_layers > SD2_LAYERS:
@@ -85,7 +85,7 @@ def _read_clip_l(checkpoint: Checkpoint, prefix: str) -> TextPlan:
 
 
 def _read_open_clip(checkpoint: Checkpoint, prefix: str, is_projected: bool = False) -> TextPlan:
-    """Plan how to load a text encoder of OpenCLIP; each fused qkv projection is split into three."""
+    """Plan how to load an OpenCLIP text encoder; each fused qkv projection is split into three weights."""
     tower = _select_part(checkpoint, prefix, "OpenCLIP")
     sources: dict[str, TensorSource] = {}
     for name, source in list_tensor_sources(tower).items():
@@ -101,18 +101,18 @@ def _cut_third(third: int, rows: Tensor) -> Tensor:
 
 
 def join_released(name: str, weights: Sequence[Tensor]) -> Tensor:
-    """Compute a tensor of a released file from a network's weights; the inverse of `plan_text_encoders`.
+    """Return a tensor of a released file, built from a network's weights (inverse of `plan_text_encoders`).
 
     Args:
         name: Name of the tensor in the file.
-        weights: A single weight, or those of queries, keys and values, which OpenCLIP stores as one tensor.
+        weights: One weight, or the query, key and value weights, which OpenCLIP stores as one tensor.
     """
     joined = weights[0] if len(weights) == 1 else torch.cat([*weights])
     return joined.t() if name.endswith("text_projection") else joined
 
 
 def _select_part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
-    """Return only the tensors with a prefix, renamed without it; raise an error if there are none."""
+    """Return only the tensors with a prefix, and remove it; raise an error if there are none."""
     if not any(name.startswith(prefix) for name in checkpoint.tensors):
         raise CheckpointError(
             f"--ckpt {checkpoint.path} is incomplete: its text encoder {what} ({prefix}...) is missing.\n"
@@ -123,7 +123,7 @@ def _select_part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
 
 
 def _without_unused_layer(plan: LoadPlan[ClipTextConfig]) -> LoadPlan[ClipTextConfig]:
-    """Leave out the last layer, which SD 2.x does not use, if the file contains it."""
+    """Drop the last layer from the plan, which SD 2.x does not use, if the file contains it."""
     config = plan.config
     if config.num_layers == SD2_LAYERS:
         return plan
@@ -154,7 +154,7 @@ def _with_projection(plan: LoadPlan[ClipTextConfig], checkpoint: Checkpoint) -> 
             source = source.with_step(Tensor.t)
         return replace(
             plan,
-            checkpoint=plan.checkpoint.join(checkpoint.select_by_prefix(name)),  # outside of `text_model.`
+            checkpoint=plan.checkpoint.join(checkpoint.select_by_prefix(name)),  # not in `text_model.`
             config=replace(config, projection_dim=shape[projection_axis]),
             sources={**plan.sources, PROJECTION: source},
         )

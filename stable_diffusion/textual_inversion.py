@@ -44,7 +44,7 @@ _ALL_SDXL_TENSOR_NAMES = (SDXL_TENSOR_NAMES, ("text_encoders_0", "text_encoders_
 
 @dataclass(frozen=True, eq=False)
 class LearnedWord:
-    """A word trained by textual inversion, with its vectors as read from a file."""
+    """A word trained by textual inversion, with its vectors read from a file."""
 
     path: Path
     text: str  # the word in prompts
@@ -71,7 +71,7 @@ def read_words(
 
     Args:
         paths: Files of ordinary textual inversion.
-        xti_paths: Files of extended textual inversion, with a tensor for each of `cross_attentions`.
+        xti_paths: Files of extended textual inversion, with one tensor per cross-attention.
         cross_attentions: Names of the U-Net's cross-attentions.
         option: Option that names `paths`.
 
@@ -119,7 +119,7 @@ def read_lora_words(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
 def merge_lora_words(
     words: Sequence[LearnedWord], lora_words: Sequence[LearnedWord]
 ) -> tuple[LearnedWord, ...]:
-    """Combine words of embedding files and of LoRAs; warn about LoRA words that already exist."""
+    """Combine words from embedding files and LoRAs; warn about LoRA words that already exist."""
     chosen = {word.text.lower(): word for word in words}
     for word in lora_words:
         first = chosen.setdefault(word.text.lower(), word)
@@ -138,7 +138,7 @@ def add_words(
 ) -> tuple[LoadedTextEncoder, ...]:
     """Return text encoders with these words added to their vocabularies.
 
-    The networks are changed in place: they get rows for the words.
+    The networks get embedding rows for the words, in place.
 
     Raises:
         CheckpointError: If vectors do not fit an encoder, or if a token with a word's name already exists.
@@ -175,8 +175,8 @@ def _add_words_to_encoder(
     embeddings = text_encoder.network.embeddings
     ids = list_ids(words, embeddings.token_embedding.num_embeddings)
     embeddings.token_embedding = extend_token_embedding(embeddings.token_embedding, words, index)
-    # an --XTI_embeddings word has V rows for each cross-attention, layer by layer: from a token's row for one
-    # cross-attention it is V rows to its row for the next one
+    # an --XTI_embeddings word has V rows for each cross-attention, layer by layer: a token's rows for two
+    # successive cross-attentions are V rows apart
     layer_strides = torch.zeros(embeddings.token_embedding.num_embeddings, dtype=torch.int64)
     for word in words:
         if word.num_cross_attentions > 1:
@@ -186,12 +186,12 @@ def _add_words_to_encoder(
 
 
 def extend_token_embedding(table: nn.Embedding, words: Sequence[LearnedWord], index: int) -> nn.Embedding:
-    """Return a table of token embeddings extended by rows for the vectors of learned words.
+    """Return token embeddings with additional rows for the vectors of learned words.
 
     Args:
         table: Token embeddings of the text encoder.
         words: Learned words.
-        index: Index of the text encoder, whose vectors are used.
+        index: Index of the text encoder, which selects a word's vectors.
     """
     old = table.weight.detach()
     vectors = [word.vectors[index].to(old.device, old.dtype) for word in words]
@@ -203,7 +203,7 @@ def list_ids(words: Sequence[LearnedWord], vocabulary: int) -> dict[str, list[in
 
     Args:
         words: The words with their vectors.
-        vocabulary: Number of embedding rows without the words.
+        vocabulary: Number of embedding rows before the words.
     """
     return name_ids(
         [
@@ -219,7 +219,7 @@ def list_ids(words: Sequence[LearnedWord], vocabulary: int) -> dict[str, list[in
 def tokenize_with_words(
     tokenize: Callable[[str], list[int]], words: Mapping[str, Sequence[int]]
 ) -> Callable[[str], list[int]]:
-    """Return a tokenize function that also knows learned words; other text is left to `tokenize`.
+    """Return a tokenize function that also knows learned words; `tokenize` handles other text.
 
     Args:
         tokenize: Returns the token ids of a text.
@@ -271,7 +271,7 @@ def _join(numbers: Sequence[int]) -> str:
 
 
 def _read_word(path: Path, option: str, name: str, content: Mapping[str, Any]) -> LearnedWord:
-    """Return a learned word named `name` with the vectors in a file's content."""
+    """Return a learned word named `name`, with the embedding vectors in a file's content."""
     tensors, token = _select_tensors(path, option, content)
     vectors = tuple(to_rows(path, option, tensors).values())  # V C of each encoder
     if len({len(encoder_vectors) for encoder_vectors in vectors}) > 1:
@@ -318,7 +318,7 @@ def _reject_extended(path: Path, option: str, why: str) -> CheckpointError:
 def _select_tensors(
     path: Path, option: str, content: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], str | None]:
-    """Return the vectors in an embedding file, and its placeholder token if it names one.
+    """Return the vectors in an embedding file, and its placeholder token or None.
 
     The vectors are keyed by tensor name, in the order of the text encoders. Formats: A1111
     (a table of vectors), SDXL trainers (a tensor for each text encoder), diffusers (token: vectors).

@@ -35,7 +35,7 @@ def load_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequenc
     Args:
         cache: Folder of --tokenizer_cache_dir.
         checkpoint: File or folder of the checkpoint.
-        are_open_clip: For each encoder whether it is OpenCLIP; otherwise it is CLIP-L.
+        are_open_clip: Whether each text encoder is OpenCLIP; otherwise it is CLIP-L.
 
     Raises:
         OptionError: If --tokenizer_cache_dir names a file.
@@ -54,12 +54,12 @@ def load_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequenc
 def fetch_tokenizer_files(
     cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]
 ) -> list[tuple[TokenizerFiles, Path]]:
-    """Find each text encoder's tokenizer, and download a missing one; return its description and its file.
+    """Find or download each text encoder's tokenizer; return its description and its file.
 
     Args:
         cache: Folder of --tokenizer_cache_dir.
         checkpoint: File or folder of the checkpoint.
-        are_open_clip: For each encoder whether it is OpenCLIP; otherwise it is CLIP-L.
+        are_open_clip: Whether each text encoder is OpenCLIP; otherwise it is CLIP-L.
 
     Raises:
         OptionError: If --tokenizer_cache_dir names a file.
@@ -77,12 +77,12 @@ def fetch_tokenizer_files(
 def find_tokenizer_files(
     cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]
 ) -> list[tuple[TokenizerFiles, Path | None]]:
-    """Return each text encoder's tokenizer: its description and its file, or None if there is none yet.
+    """Return each text encoder's tokenizer: its description, and its file or None if it is missing.
 
     Args:
         cache: Folder of --tokenizer_cache_dir.
         checkpoint: File or folder of the checkpoint.
-        are_open_clip: For each encoder whether it is OpenCLIP; otherwise it is CLIP-L.
+        are_open_clip: Whether each text encoder is OpenCLIP; otherwise it is CLIP-L.
 
     Raises:
         OptionError: If --tokenizer_cache_dir names a file.
@@ -94,7 +94,7 @@ def find_tokenizer_files(
     for index, is_open_clip in enumerate(are_open_clip):
         cache_names = OPEN_CLIP if is_open_clip else (CLIP_L,)
         diffusers_name = "tokenizer" if index == 0 else f"tokenizer_{index + 1}"
-        # subfolders in the order of the search; "." is the folder itself
+        # subfolders in search order; "." is the folder itself
         subfolders = (diffusers_name, *cache_names, "tokenizer", CLIP_L, "clip_l", ".")
         files = clip_tokenizer_files(OPTION, subfolders)
         sources.append((files, _find_in(folders, files)))
@@ -102,7 +102,7 @@ def find_tokenizer_files(
 
 
 def _find_in(folders: Sequence[Path], files: TokenizerFiles) -> Path | None:
-    """Return the first tokenizer file in or next to one of these paths; None if there is none."""
+    """Return the first tokenizer file inside or next to one of these paths; None if none is found."""
     for parent in folders:
         file = files.find(None, parent)
         if file is not None:
@@ -118,7 +118,7 @@ def keep_tokenizer(source: Path, target: Path, are_open_clip: Sequence[bool]) ->
     Args:
         source: File or folder of the source checkpoint.
         target: Single file that was trained from `source`.
-        are_open_clip: For each encoder whether it is OpenCLIP.
+        are_open_clip: Whether each text encoder is OpenCLIP.
 
     Raises:
         OutputError: If the tokenizer cannot be written.
@@ -151,7 +151,7 @@ def check_vocabulary(tokenizer: ClipWords, rows: int, checkpoint: Path) -> None:
 
 
 def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Path:
-    """Download the tokenizer; with a folder for tokenizers keep a copy there, for runs without a network."""
+    """Download the tokenizer; keep a copy in --tokenizer_cache_dir, if given, for offline runs."""
     try:
         file = files.download(checkpoint)
     except CheckpointError as error:
@@ -201,7 +201,7 @@ class WeightedText:
 
 @dataclass
 class _Bracket:
-    """An opening or closing bracket in a prompt with weights."""
+    """A bracket in a prompt with weights."""
 
     kind: str  # "(" or "["
     weight: float  # weight of an opening bracket, which the closing bracket may set
@@ -213,10 +213,10 @@ _PromptItem = str | _Bracket | None  # a text, a bracket, or BREAK
 
 
 def parse_weights(text: str) -> tuple[WeightedText, ...]:
-    """Split a prompt into parts with weights; brackets are removed, and empty parts are left out.
+    """Split a prompt into weighted parts, without brackets and without empty parts.
 
-    Adjacent parts of equal weight are joined, so a text without brackets is one part. The time is
-    proportional to the length. Any text is accepted.
+    Adjacent parts of equal weight are joined, so a text without brackets is one part. Runs in linear time
+    and accepts any text.
     """
     parts: list[WeightedText] = []
     # products of the weights of the open brackets, from the outermost inward
@@ -231,7 +231,7 @@ def parse_weights(text: str) -> tuple[WeightedText, ...]:
                 open_products.pop()
             else:
                 open_products.append(_bounded(open_products[-1] * item.weight))
-        elif item:  # a text that is not empty
+        elif item:  # non-empty text
             weight = _bounded(products["("][-1] * products["["][-1])
             if parts and parts[-1].weight == weight and not begins_chunk:
                 parts[-1] = replace(parts[-1], text=parts[-1].text + item)
@@ -242,9 +242,9 @@ def parse_weights(text: str) -> tuple[WeightedText, ...]:
 
 
 def _split_at_brackets(text: str) -> list[_PromptItem]:
-    """Split a prompt into texts, brackets with their weights, and BREAKs, in their order.
+    """Split a prompt into plain text, brackets with their weights, and BREAKs, in their order.
 
-    The weight of an opening bracket is known when its closing bracket is reached, as in `(x:1.3)`.
+    The weight of an opening bracket is only known at its closing bracket, as in `(x:1.3)`.
     """
     items: list[_PromptItem] = []
     open_brackets: dict[str, list[_Bracket]] = {"(": [], "[": []}
@@ -282,14 +282,14 @@ Tokenize = Callable[[str], list[int]]  # any number of ids, without start and en
 
 @dataclass(frozen=True)
 class Chunk:
-    """Up to 75 token ids and the weight of each token."""
+    """Up to 75 token ids, and one weight per token."""
 
     ids: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
 
 
 def fill_chunk(ids: Sequence[int], *, start: int, end: int, pad: int) -> list[int]:
-    """Return the 77 token ids of a chunk: start, up to 75 ids, end, and padding."""
+    """Return a chunk's 77 token ids: the start token, up to 75 ids, the end token and padding."""
     return [start, *ids, end, *[pad] * (CHUNK_SIZE - len(ids))]
 
 
@@ -314,7 +314,7 @@ def cut_into_chunks(parts: Sequence[WeightedText], tokenize: Tokenize) -> list[C
 
 
 def find_cut_off_text(parts: Sequence[WeightedText], tokenize: Tokenize, maximum: int) -> str:
-    """Return the words at the end of a text that do not fit into `maximum` chunks. This is slow."""
+    """Return the words at the end of a text that exceed `maximum` chunks. This is slow."""
     words: list[WeightedText] = []
     begins_chunk = False
     for part in parts:

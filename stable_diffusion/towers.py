@@ -67,7 +67,7 @@ _CACHE_KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """Tokenizer and settings that belong to a loaded text encoder."""
+    """Tokenizer and settings of a loaded text encoder."""
 
     tokenizer: ClipWords
     pad: int
@@ -76,7 +76,7 @@ class LoadedTokenizer:
 
 @dataclass(frozen=True)
 class TextEncoderTraining:
-    """Which text encoders and new words are trained, in which dtypes, and how captions are padded."""
+    """Which text encoders and new words are trained, their dtypes, and the padding of captions."""
 
     dtypes: Mapping[str, torch.dtype]  # dtype of each trained encoder, by name
     # whether captions are padded to whole chunks; else to the longest caption of a batch
@@ -88,7 +88,7 @@ class TextEncoderTraining:
 
 
 class LazyTextEncoder:
-    """One text encoder of a checkpoint with its tokenizer, loaded on demand."""
+    """One text encoder of a checkpoint and its tokenizer, loaded on demand."""
 
     abilities: ClassVar[EncoderAbilities] = EncoderAbilities(trainable=True, accepts_new_words=True)
     variable_length: ClassVar[frozenset[str]] = frozenset()
@@ -110,9 +110,9 @@ class LazyTextEncoder:
             index: Index of the encoder in the checkpoint.
             max_chunks: Number of 75-token chunks to which texts are padded or cut.
             clip_skip: Value of --clip_skip; None for the layer that the model was trained with.
-            warns_if_cut: Whether to warn of prompts that are cut off.
+            warns_if_cut: Whether to warn about truncated prompts.
             text_training: How the weights are trained; None if they are frozen.
-            lora_words: Words in the files of LoRAs.
+            lora_words: Words in LoRA files.
         """
         lora_prefixes = files.kind.lora_prefixes
         num_encoders = len(lora_prefixes)
@@ -143,9 +143,9 @@ class LazyTextEncoder:
         return self._loaded.get()[0]
 
     def reads_weight(self, name: str) -> bool:
-        """Return whether an output depends on a weight; layers after the used hidden state do not matter.
+        """Return whether the outputs depend on a weight; layers after the last used state do not matter.
 
-        The header of the checkpoint is read on the first call.
+        The checkpoint's header is read on the first call.
         """
         if POOLED in self.keys:
             return True
@@ -156,14 +156,14 @@ class LazyTextEncoder:
 
     @cached_property
     def _num_used_layers(self) -> int:
-        """Return the number of layers to compute, up to the one whose hidden states are used."""
+        """Return the number of layers to run: up to the last one whose hidden states are used."""
         with self.files.open_plan() as checkpoint_plan:
             plan = checkpoint_plan.text_encoders[self._index]
             return plan.load_plan.config.num_layers + 1 - self._select_layer(plan)
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return the files and settings on which encoded texts depend, for cache records; reads a few MB."""
+        """Return the files and settings that encoded texts depend on, for cache records; reads a few MB."""
         with self.files.open_plan() as checkpoint_plan:
             plan = checkpoint_plan.text_encoders[self._index]
             checkpoint = fingerprint(plan.load_plan.checkpoint.path)
@@ -241,29 +241,29 @@ class LazyTextEncoder:
 
         Args:
             tokenizer: The tokenizer.
-            vocabulary: Number of embedding rows without the new words.
+            vocabulary: Number of embedding rows before the new words.
         """
         ids = self._list_words(vocabulary)
         return replace(tokenizer, tokenize=tokenize_with_words(tokenizer.tokenize, ids)) if ids else tokenizer
 
     def _list_words(self, vocabulary: int) -> dict[str, list[int]]:
-        """Return the token ids of each new word by its name.
+        """Return the token ids of each new word, keyed by the word.
 
         Args:
-            vocabulary: Number of embedding rows without the new words.
+            vocabulary: Number of embedding rows before the new words.
         """
         if self._new_word is not None:
             return self._new_word.list_ids(vocabulary)
         return list_ids(self._lora_words, vocabulary) if self._lora_words else {}
 
     def _select_layer(self, plan: TextPlan) -> int:
-        """Return the layer whose states are used, counted from the end; raise OptionError if missing."""
+        """Return the hidden-state layer, counted from the end; raise OptionError if it does not exist."""
         kind = self.files.kind
         check_layer(self._clip_skip, plan.load_plan.config.num_layers, kind)
         return self._clip_skip or default_layer(kind, missing_layers=1 if kind is SD2 else 0)
 
     def count_chunks(self, text: str) -> int:
-        """Return the number of 75-token chunks of a prompt with weights, at least 1.
+        """Return the number of 75-token chunks in a prompt with weights, at least 1.
 
         Raises CheckpointError or DownloadError if there is no tokenizer.
         """
@@ -276,7 +276,7 @@ class LazyTextEncoder:
 
     @cached_property
     def _counting_tokenizer(self) -> ClipWords:
-        """Tokenizer that counts the tokens of captions, without loading a network."""
+        """Tokenizer for counting the tokens of captions; no network is loaded."""
         with self.files.open_plan() as checkpoint_plan:
             are_open_clip = [text.is_open_clip for text in checkpoint_plan.text_encoders]
             vocabulary = checkpoint_plan.text_encoders[self._index].load_plan.config.vocabulary
@@ -286,9 +286,9 @@ class LazyTextEncoder:
         return self._add_words_to_tokenizer(found[self._index], vocabulary)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode prompts; return the tensors `keys` of each one on the CPU, with gradients for trained parts.
+        """Encode prompts; return each one's tensors (`keys`) on the CPU, with gradients for trained parts.
 
-        Prompts with weights (`Prompt.max_chunks`) are read as in gen_img.py. All texts of a call are
+        If `Prompt.max_chunks` is set, weights are parsed as in gen_img.py. All texts of a call are
         padded to the same number of chunks, or to the longest text if captions are not padded to chunks.
         """
         if not prompts:
@@ -323,7 +323,7 @@ class LazyTextEncoder:
     def _run_encoder(self, chunk_ids: list[list[int]]) -> tuple[Tensor, Tensor | None]:
         """Encode chunks of 77 token ids; return states, B*K 77 C, and for SDXL's last encoder pooled states.
 
-        If a word has vectors for each cross-attention, the states of all cross-attentions follow one another.
+        If a word has vectors for each cross-attention, the states for all cross-attentions are concatenated.
         """
         network, loaded = self._loaded.get()
         end_positions = None  # of the end tokens, whose states are the pooled ones
@@ -341,7 +341,7 @@ class LazyTextEncoder:
         return network.states(ids, loaded.layer, final_norm=not is_xl, ends=end_positions)
 
     def _cut_prompt(self, prompt: Prompt, loaded: LoadedTokenizer) -> list[Chunk]:
-        """Return the token chunks of a prompt with the weights of their tokens, padded with empty chunks."""
+        """Return a prompt's token chunks with their weights, padded with empty chunks."""
         count = self._max_chunks if prompt.max_chunks is None else prompt.max_chunks
         if prompt.max_chunks is None:
             chunks = cut_into_chunks([WeightedText(prompt.text)], loaded.tokenizer.tokenize)
@@ -350,7 +350,7 @@ class LazyTextEncoder:
         return [*chunks[:count], *[Chunk()] * (count - len(chunks))]
 
     def _list_chunk_ids(self, chunk: Chunk, loaded: LoadedTokenizer) -> list[int]:
-        """Return the 77 token ids of a chunk, with start and end tokens and padding."""
+        """Return a chunk's 77 token ids, with start token, end token and padding."""
         tokenizer = loaded.tokenizer
         row = tokenizers.fill_chunk(chunk.ids, start=tokenizer.start, end=tokenizer.end, pad=loaded.pad)
         assert len(row) == CLIP_TOKENS
@@ -362,12 +362,12 @@ class LazyTextEncoder:
 
 
 def _join_weighted(chunk_states: Tensor, chunks: Sequence[Chunk]) -> Tensor:
-    """Join the states of a text's chunks, K 77 C, to 75 K + 2, times the weights of their tokens."""
+    """Concatenate a text's chunk states, K 77 C, to 75 K + 2 tokens, times the weights of their tokens."""
     return apply_token_weights(join_chunk_states(chunk_states), list_token_weights(chunks), WEIGHTING_MODE)
 
 
 def _find_cut(text: str, tokenize: Callable[[str], list[int]], max_tokens: int) -> int:
-    """Return how many characters of a text the first `max_tokens` tokens cover, in whole words."""
+    """Return the number of leading characters, in whole words, that fit into `max_tokens` tokens."""
     ends = [match.end() for match in re.finditer(r"\S+", text)]
     num_words = bisect_right(ends, max_tokens, key=lambda end: len(tokenize(text[:end])))
     return ends[num_words - 1] if num_words else 0
@@ -386,10 +386,10 @@ def make_encoders(
     Args:
         files: The checkpoint.
         max_chunks: Number of 75-token chunks to which texts are padded or cut.
-        clip_skip: Layer, counted from the end, whose states are used; None for the default of the kind.
-        warns_if_cut: Whether to warn about texts that are cut off.
+        clip_skip: Layer to take states from, counted from the end; None for the kind's default.
+        warns_if_cut: Whether to warn about truncated texts.
         text_training: The encoders that are trained; None if all are frozen.
-        lora_words: Words whose vectors a LoRA file brings along.
+        lora_words: Words whose vectors are stored in LoRA files.
     """
     encoders = []
     for index in range(len(files.kind.lora_prefixes)):

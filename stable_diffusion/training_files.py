@@ -60,7 +60,7 @@ GENERATED_BY = {
 
 
 class UnetInput(Enum):
-    """Kind of U-Net that a run takes: for images, with 4 input channels, or for inpainting, with 9."""
+    """Kind of U-Net that a run accepts: plain (4 input channels) or inpainting (9 input channels)."""
 
     ANY = "4 or 9"
     LATENTS = "4"
@@ -70,7 +70,7 @@ class UnetInput(Enum):
 
 @dataclass(frozen=True)
 class TrainingFiles:
-    """Paths and dtypes of the networks of a Stable Diffusion checkpoint."""
+    """Paths and dtypes of the networks in a Stable Diffusion checkpoint."""
 
     kinds: tuple[ModelKind, ...]  # kinds that the script accepts; a VAE without a checkpoint is of the first
     ckpt: Path | None = None
@@ -85,7 +85,7 @@ class TrainingFiles:
 
     @cached_property
     def path(self) -> Path:
-        """Path of the checkpoint, downloaded if necessary; raises CheckpointError if there is none."""
+        """Path of the checkpoint, downloaded if necessary; raises CheckpointError if none is found."""
         return loading.find_checkpoint(require_file(self.ckpt, CKPT, "the checkpoint"))
 
     @cached_property
@@ -118,23 +118,23 @@ class TrainingFiles:
 
     @property
     def hashed(self) -> Mapping[str, Path]:
-        """Return the single files whose hashes metadata records: the checkpoint and --vae."""
+        """Return the single files whose hashes are written to metadata: the checkpoint and --vae."""
         paths = {"sd_model": None if self.ckpt is None else self.path, "vae": self.vae}
         return {name: path for name, path in paths.items() if path is not None and path.is_file()}
 
     @property
     def kind(self) -> ModelKind:
-        """Kind of the checkpoint; without a checkpoint, the first kind that the script supports."""
+        """Kind of the checkpoint; without a checkpoint, the first kind supported by the script."""
         return self.kinds[0] if self.ckpt is None else self.model_type.kind
 
     @property
     def predicts_v(self) -> bool:
-        """Whether the U-Net predicts v instead of noise, according to an option or the checkpoint."""
+        """Whether the U-Net predicts v instead of noise, as given by an option or the checkpoint."""
         return self.v_parameterization or (self.ckpt is not None and self.model_type.predicts_velocity)
 
     @contextmanager
     def open_plan(self) -> Iterator[loading.CheckpointPlan]:
-        """Open the checkpoint and plan how its networks are loaded; its files are closed after the block."""
+        """Open the checkpoint and plan how to load its networks; the context manager closes its files."""
         _ = self.model_type  # raises if the script does not support the model
         options = ModelOptions.from_defaults(
             ckpt=self.path, vae=self.vae, v_parameterization=self.v_parameterization
@@ -175,15 +175,15 @@ class TrainingFiles:
 
     @cached_property
     def inpaints(self) -> bool:
-        """Whether the U-Net is for inpainting: it also takes a mask and a masked image."""
+        """Whether the U-Net is an inpainting model, which also takes a mask and a masked image."""
         return is_inpainting(self.unet_config)
 
     def check(self) -> None:
         """Check the model files by their headers.
 
         Raises:
-            CheckpointError: If a file cannot be used.
-            OptionError: If an option does not suit a file.
+            CheckpointError: If a file is unusable.
+            OptionError: If an option does not fit a file.
         """
         if self.ckpt is not None:
             with self.open_plan():
@@ -196,13 +196,13 @@ class TrainingFiles:
 
     @cached_property
     def unet_config(self) -> Mapping[str, Any]:
-        """Configuration of the U-Net in the names of diffusers."""
+        """The U-Net's config with diffusers' keys."""
         with self.open_plan() as checkpoint_plan:
             return checkpoint_plan.unet.config
 
     @property
     def unet_path(self) -> Path:
-        """Return the path of the file that contains the U-Net's weights."""
+        """Return the path of the file with the U-Net's weights."""
         if not self.path.is_dir():
             return self.path
         with folders.open_network_weights(self.path / "unet", ("diffusion_pytorch_model",)) as checkpoint:
@@ -217,7 +217,7 @@ class TrainingFiles:
         with self.open_plan() as checkpoint_plan:
             plan = checkpoint_plan.unet
             unet: nn.Module = checkpoints.build_network(unet_class(), plan.config, plan.checkpoint.path)
-            unet.spec = spec  # type: ignore[assignment]  # names of its parts, for code that acts on it
+            unet.spec = spec  # type: ignore[assignment]  # its module names, for LoRAs and others
             dtype = self.unet_dtype(placement)
             description = checkpoint_plan.kind.title
             if prediction := checkpoint_plan.model_type.describe_prediction():
@@ -241,14 +241,14 @@ class TrainingFiles:
                 check=placement.check,
             )
         # diffusers' default processor also calls torch's attention, but lets torch choose the kernel: on a
-        # Hopper GPU that is cuDNN's, whose gradients of several samples may be NaN (sdpa.py)
+        # Hopper GPU that is cuDNN's, whose gradients may be NaN for batches (sdpa.py)
         if placement.attention != SDPA or placement.device.type == "cuda":
             unet.set_attn_processor(ChosenAttention(placement.attention))  # type: ignore[operator]
         use_fewer_kernels(unet)
         return unet.eval()
 
     def unet_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the dtype that the U-Net computes in for a placement."""
+        """Return the U-Net's compute dtype; a dtype set in `placement` takes precedence."""
         dtype = placement.compute_dtype or placement.storage_dtype or self.dtype
         return dtype if dtype.itemsize > 1 else FP8_COMPUTE
 
@@ -284,7 +284,7 @@ class TrainingFiles:
 
     @cached_property
     def tokenizers(self) -> list[ClipWords]:
-        """Tokenizers of the text encoders, read once; raises CheckpointError if one cannot be read."""
+        """Tokenizers of the text encoders, read only once; raises CheckpointError if one cannot be read."""
         with self.open_plan() as checkpoint_plan:
             are_open_clip = [text.is_open_clip for text in checkpoint_plan.text_encoders]
         return load_tokenizers(self.tokenizer_cache_dir, self.path, are_open_clip)
@@ -298,12 +298,12 @@ class TrainingFiles:
 
 
 def is_inpainting(config: checkpoints.UnetSizes) -> bool:
-    """Return whether a U-Net takes a mask and masked-image latents in addition to the noisy latents."""
+    """Return whether a U-Net also takes a mask and the latents of the masked image."""
     return int(config["in_channels"]) == checkpoints.INPAINTING_CHANNELS
 
 
 def widen_input(plan: LoadPlan[checkpoints.UnetSizes]) -> LoadPlan[checkpoints.UnetSizes]:
-    """Return a U-Net's plan with additional input channels for inpainting, whose weights start at zero."""
+    """Return a U-Net's plan with additional input channels for inpainting, whose weights start at 0."""
     added = checkpoints.INPAINTING_CHANNELS - checkpoints.LATENT_CHANNELS
     sources = dict(plan.sources)
     sources[FIRST_LAYER] = sources[FIRST_LAYER].with_step(lambda weight: pad(weight, (0, 0, 0, 0, 0, added)))
@@ -313,7 +313,7 @@ def widen_input(plan: LoadPlan[checkpoints.UnetSizes]) -> LoadPlan[checkpoints.U
 
 @dataclass(frozen=True, eq=False)
 class DiffusersVae:
-    """Diffusers VAE that encodes and decodes images one by one; latents are not scaled."""
+    """Diffusers VAE that encodes and decodes images one at a time; latents are not scaled."""
 
     network: Any  # diffusers' AutoencoderKL
 
@@ -330,22 +330,22 @@ class DiffusersVae:
 
     @torch.no_grad()
     def encode(self, clips: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Encode images and sample the posteriors: B 4 1 h w, float32.
+        """Encode images and sample the posteriors; return latents, B 4 1 h w float32.
 
         Args:
             clips: Images, B 3 1 H W uint8.
-            generators: Generator of each image.
+            generators: One generator per image.
         """
         pixels = [from_bytes(clip[:, 0]) for clip in clips]
         return self.encode_pixels(torch.stack(pixels), generators)
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Encode images and sample the posteriors: B 4 1 h w, float32.
+        """Encode images and sample the posteriors; return latents, B 4 1 h w float32.
 
         Args:
             pixels: Images, B 3 H W in -1..1.
-            generators: Generator of each image.
+            generators: One generator per image.
         """
         samples = []
         for image, generator in zip(pixels, generators, strict=True):
@@ -358,7 +358,7 @@ class DiffusersVae:
         """Decode latents to pixels, B 3 1 H W in -1..1.
 
         Args:
-            latents: Latents, not scaled, B 4 1 h w.
+            latents: VAE latents without the scaling factor, B 4 1 h w.
         """
         pixels: Tensor = self.network.decode(latents.squeeze(2).float().to(self.device)).sample
         return pixels.clamp(-1, 1).unsqueeze(2)
@@ -379,7 +379,7 @@ def unet_parts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 
 def count_layers(config: Mapping[str, Any]) -> list[int]:
-    """Return the number of residual blocks of each level in the down path."""
+    """Return the number of residual blocks at each level of the down path, from a diffusers U-Net config."""
     layers = config.get("layers_per_block", 2)
     return [layers] * len(config["down_block_types"]) if isinstance(layers, int) else [*layers]
 
@@ -391,7 +391,7 @@ def _list_level_parts(path: str, kind: str, count: int) -> list[tuple[str, int]]
 
 @dataclass(frozen=True)
 class _BlockNumbering:
-    """How other trainers number the blocks of a U-Net: down path, middle, then up path."""
+    """Block indices that other trainers assign to a U-Net: down path, middle, then up path."""
 
     first_down: int  # number of input_blocks.0
     num_down: int
@@ -408,7 +408,7 @@ class _BlockNumbering:
 
     @property
     def end(self) -> int:
-        """The number after the last block of the up path."""
+        """The index after the last block of the up path."""
         return self.first_up + self.num_up
 
     def number_of(self, ldm_path: str) -> int:
@@ -465,12 +465,12 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
 def unet_spec(config: Mapping[str, Any]) -> DitSpec:
     """Return the names inside a U-Net: each residual block and each transformer counts as a block.
 
-    A LoRA is put on the linear layers and 1x1 convolutions of transformers; with conv_dim also on all layers
-    of residual blocks and on samplers, as known trainers do.
+    LoRAs target the linear layers and 1x1 convolutions of transformers; with conv_dim, also all layers of
+    residual blocks, and the samplers, as in other trainers.
     """
     parts = unet_parts(config)
     return DitSpec(
-        swap_counts=None,  # it runs its own loop
+        swap_counts=None,  # no block swapping: the U-Net runs its blocks in its own way
         block_numbering=number_blocks(config),
         block_lists=tuple(name for name, _ in parts),
         shared_inputs=(

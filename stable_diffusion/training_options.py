@@ -25,7 +25,7 @@ CHUNK = 75  # tokens that a text encoder reads at once
 
 
 class VariedNoiseOptions(Options, title="noise"):
-    """Changes to the noise that is added to latents in training."""
+    """Options that modify the noise added to latents during training."""
 
     noise_offset: float | None = option(
         "add a random number times this to each channel of the noise, for darker and lighter images; "
@@ -82,7 +82,7 @@ class LossWeightOptions(Options, title="loss"):
 
     @property
     def has_any(self) -> bool:
-        """Whether one of the loss factors is set."""
+        """Whether any loss factor is set."""
         return bool(
             self.min_snr_gamma
             or self.scale_v_pred_loss_like_noise_pred
@@ -92,7 +92,7 @@ class LossWeightOptions(Options, title="loss"):
 
 
 class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
-    """Stable Diffusion options of the training scripts in addition to the shared ones."""
+    """Stable Diffusion options of the training scripts, in addition to those shared by all model families."""
 
     # resume compares its name
     ckpt: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
@@ -130,44 +130,44 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 
     @property
     def is_full(self) -> bool:
-        """Whether the script trains all weights; only options for full fine-tuning can return True."""
+        """Whether the script trains all weights; true only for full fine-tuning."""
         return False
 
     @property
     def learns_in_bf16(self) -> bool:
-        """Whether trained weights are stored in bf16; only options for full fine-tuning can return True."""
+        """Whether trained weights are stored in bf16; only full fine-tuning has an option for it."""
         return False
 
     @property
     def text_rates(self) -> Mapping[str, float | None]:
-        """Return the learning rates of the trained text encoders by name; None means --learning_rate."""
+        """Return the learning rate of each trained text encoder by name; None means --learning_rate."""
         return {}
 
     @property
     def block_rates(self) -> tuple[float, ...]:
-        """Return the learning rates of the U-Net's blocks; () if all blocks use --learning_rate."""
+        """Return the learning rate of each U-Net block; () if all blocks use --learning_rate."""
         return ()
 
     @property
     def text_steps(self) -> int | None:
-        """Return the number of steps for which text encoders are trained; None for all steps."""
+        """Return the number of steps during which text encoders are trained; None for all steps."""
         return None
 
     @property
     def pads_captions(self) -> bool:
-        """Whether captions are padded to whole chunks."""
+        """Whether captions are padded to whole 75-token chunks."""
         return True
 
 
 class LatentCachingOptions(Options, title="Stable Diffusion"):
-    """Options of the scripts that cache latents, in addition to the shared ones."""
+    """Stable Diffusion options of latent caching scripts, in addition to those shared by all families."""
 
     ckpt: Path | None = option(CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True)
     vae: Path | None = option(VAE_HELP, often=True)
 
 
 class TextCachingOptions(Options, title="Stable Diffusion"):
-    """Options of the scripts that cache text encoder outputs, in addition to the shared ones."""
+    """Stable Diffusion options of text caching scripts, in addition to those shared by all families."""
 
     ckpt: Path = option(
         CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True, required=True
@@ -185,7 +185,7 @@ class TextCachingOptions(Options, title="Stable Diffusion"):
 
 
 def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and text caching scripts that match a training run."""
+    """Return the options, by flag, of the latent and text caching scripts that match a training run."""
     ckpt = options.ckpt or Placeholder("CHECKPOINT")
     texts = {
         CKPT: ckpt,
@@ -196,7 +196,7 @@ def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, 
 
 
 def _inpainting_options(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sample options for the image that an inpainting model repaints; {} if there is none."""
+    """Return the options, by flag, for a sample image to repaint and its mask; {} without an image."""
     path = sample.get("image_path")
     if path is None:
         return {}
@@ -204,7 +204,7 @@ def _inpainting_options(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, by name, of a command that generates with the model of a training run.
+    """Return the command-line options, by flag, that generate with the model of a training run.
 
     Args:
         options: Options of the training run.
@@ -214,7 +214,7 @@ def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[
         "--ckpt": options.ckpt or Placeholder("CHECKPOINT"),
         "--vae": options.vae,
         "--tokenizer_cache_dir": options.tokenizer_cache_dir,
-        # like the training's samples; float32 would double the U-Net's size
+        # like the samples during training; float32 would double the U-Net's size
         "--fp16": options.mixed_precision == "fp16",
         "--bf16": options.mixed_precision == "bf16",
         "--v_parameterization": options.v_parameterization,

@@ -44,7 +44,7 @@ Plans = Mapping[str, LoadPlan[Any]]  # by network name
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """A tensor of a saved checkpoint: which weights of which network it is computed from."""
+    """A tensor to save in a checkpoint, and the network weights that it is computed from."""
 
     network: str  # DIT, or the name of a text encoder or the VAE
     weights: Sequence[str]  # names of its weights, in their order in the tensor
@@ -53,9 +53,9 @@ class SavedTensor:
 
 @dataclass(frozen=True, eq=False)
 class CheckpointFiles:
-    """Write the single-file checkpoints of a training run.
+    """Write a training run's single-file checkpoints.
 
-    The source file stays open, so it may be deleted during the training.
+    The source file stays open, so it may be deleted during training.
     """
 
     networks: Mapping[str, nn.Module]  # trained networks, by name
@@ -72,7 +72,7 @@ class CheckpointFiles:
 
         Args:
             path: Path of the file.
-            dtype: Dtype of the networks; None keeps that of the source.
+            dtype: Dtype of the networks; None keeps the source's dtype.
             metadata: Metadata of the file.
         """
         self.keep_tokenizer(path)
@@ -88,7 +88,7 @@ class CheckpointFiles:
         """Return dtypes and shapes of the tensors in a saved checkpoint.
 
         Args:
-            dtype: Dtype of the networks; None keeps that of the source.
+            dtype: Dtype of the networks; None keeps the source's dtype.
         """
         infos = {name: TensorInfo(torch.float32, (0,)) for name in self.prediction_markers}
         source_infos = dict({} if self.source is None else self.source.tensors)
@@ -120,7 +120,7 @@ class CheckpointFiles:
 
 
 def read_weight(plans: Plans, states: Mapping[str, Mapping[str, Tensor]], network: str, name: str) -> Tensor:
-    """Return a network's weight: from `states` if it is trained, otherwise from its source file."""
+    """Return a network's weight: from `states` if the network is trained, otherwise from its source file."""
     if network in states:
         return states[network][name]
     plan = plans[network]
@@ -136,7 +136,7 @@ def make_writer(
     Args:
         checkpoint: The source checkpoint.
         networks: The trained networks, by name.
-        model_type: What the trained model predicts, which the file records in empty tensors.
+        model_type: What the trained model predicts; empty tensors in the file record it.
     """
     if checkpoint.path.is_dir():
         return _make_writer_for_folder(checkpoint, networks, model_type)
@@ -200,7 +200,7 @@ def _make_tokenizer_copier(
 
 
 def list_plans(checkpoint_plan: CheckpointPlan) -> Plans:
-    """Return the load plan of each network, by the network's name in training."""
+    """Return each network's load plan, keyed by its name in training."""
     texts = {
         text_encoder_name(index): text.load_plan for index, text in enumerate(checkpoint_plan.text_encoders)
     }
@@ -236,7 +236,7 @@ def _plan_trained_tensors(name: str, network: nn.Module, plan: LoadPlan[Any]) ->
 
 
 def _plan_ldm_tensors(checkpoint_plan: CheckpointPlan, plans: Plans) -> dict[str, SavedTensor]:
-    """Map each LDM tensor name of a single file to the weights of a diffusers folder that form it."""
+    """Map each LDM tensor name of a single file to the diffusers weights it is computed from."""
     tensors = {}
     unet_layers = count_layers(checkpoint_plan.unet.config)
     for ldm_name, weight in ldm_unet_names(unet_layers, checkpoint_plan.unet.sources):
@@ -260,7 +260,7 @@ def list_weights(plan: LoadPlan[Any]) -> list[str]:
 
 
 def _plan_ldm_tensor(released: str, network: str, weights: Sequence[str], plans: Plans) -> SavedTensor:
-    """Return how a tensor of a single-file checkpoint is computed from the weights of a diffusers folder.
+    """Return how to compute a single-file checkpoint's tensor from the weights of a diffusers folder.
 
     Args:
         released: Name of the tensor in released single files.

@@ -69,7 +69,7 @@ _ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """The tensors of one network in a diffusers folder, with their dtypes and shapes."""
+    """The tensors of one network in a diffusers folder, with dtypes and shapes."""
 
     name: str  # its path in the folder
     weights: Mapping[str, str]  # name in the file -> name in the network here
@@ -78,7 +78,7 @@ class NetworkFile:
 
 @dataclass(frozen=True, eq=False)
 class FolderWriter:
-    """Write trained checkpoints in diffusers' layout; the source stays open in case it is deleted."""
+    """Write trained checkpoints in diffusers' layout. The source stays open, in case it is deleted."""
 
     networks: Mapping[str, nn.Module]  # trained networks, by name
     plans: Plans
@@ -92,8 +92,8 @@ class FolderWriter:
 
         Args:
             path: Folder to write.
-            dtype: Dtype of the networks; None keeps that of the source.
-            metadata: Metadata for the file of the U-Net.
+            dtype: Dtype of the networks; None keeps the source's dtype.
+            metadata: Metadata for the U-Net's file.
         """
         states = {name: network.state_dict() for name, network in self.networks.items()}
         infos = {network: self._list_infos(network, dtype) for network in self.files}
@@ -119,7 +119,7 @@ class FolderWriter:
         infos: Mapping[str, TensorInfo],
         name: str,
     ) -> Tensor:
-        """Return the tensor to write under a name in a network's file: trained, or from the source.
+        """Return the tensor to write to a network's file: the trained one, or else the source's.
 
         Args:
             states: State dicts of the trained networks, by network.
@@ -132,11 +132,11 @@ class FolderWriter:
         return weight.detach().to(infos[name].dtype)
 
     def _list_infos(self, network: str, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-        """Return dtypes and shapes of the tensors in one network's file.
+        """Return dtypes and shapes of the tensors to write for one network, by tensor name.
 
         Args:
             network: Name of the network.
-            dtype: Dtype of the networks; None keeps that of the source.
+            dtype: Dtype of floating-point tensors; None keeps the source's dtype.
         """
         infos = {}
         for name, info in self.files[network].infos.items():
@@ -163,7 +163,7 @@ def make_folder_writer(
         CheckpointError: If a tokenizer is missing.
     """
     opened = ExitStack()
-    # vae=None: the saved VAE is the checkpoint's own, not that of --vae
+    # vae=None: the saved VAE is the checkpoint's own, not --vae
     checkpoint_plan = opened.enter_context(replace(checkpoint, vae=None).open_plan())
     plans = list_plans(checkpoint_plan)
     files = {network: _plan_file(network, plans) for network in plans}
@@ -172,7 +172,7 @@ def make_folder_writer(
 
 
 def _plan_file(network: str, plans: Plans) -> NetworkFile:
-    """Plan the file of a network in diffusers' layout; text encoders get the names of transformers."""
+    """Plan a network's file in diffusers' layout; text encoder tensors get transformers' names."""
     plan = plans[network]
     if network in (DIT, VAE_PART):
         folder = _UNET_FOLDER if network == DIT else network
@@ -201,7 +201,7 @@ def _text_name(weight: str) -> str:
 def _make_config_and_tokenizer_files(
     checkpoint: TrainingFiles, checkpoint_plan: CheckpointPlan, model_type: ModelType
 ) -> dict[str, bytes]:
-    """Return the content of all files of a diffusers folder except weights, by path in the folder."""
+    """Return the content of a diffusers folder's files, except weights, by path in the folder."""
     schedule = _describe_schedule(checkpoint.path, checkpoint_plan.model_type, model_type)
     unet_config = _describe("UNet2DConditionModel", _simplify(checkpoint_plan.unet.config))
     vae_config = {"sample_size": checkpoint_plan.kind.size, **checkpoint_plan.vae.config}
@@ -222,7 +222,7 @@ def _make_config_and_tokenizer_files(
 
 
 def _make_tokenizer_files(checkpoint: TrainingFiles, checkpoint_plan: CheckpointPlan) -> dict[str, bytes]:
-    """Return the content of the files in the folders tokenizer and tokenizer_2, by their path."""
+    """Return the contents of all files in the folders tokenizer and tokenizer_2, by path."""
     files: dict[str, bytes] = {}
     are_open_clip = [plan.is_open_clip for plan in checkpoint_plan.text_encoders]
     tokenizers = fetch_tokenizer_files(checkpoint.tokenizer_cache_dir, checkpoint.path, are_open_clip)
@@ -244,7 +244,7 @@ def _describe(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a U-Net's settings with one number of layers or heads instead of a list of equal numbers."""
+    """Return a U-Net config in which lists of equal layer or head counts are single numbers."""
     simple = dict(config)
     for name in ("layers_per_block", "attention_head_dim"):
         value = config.get(name)
@@ -256,8 +256,8 @@ def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
 def _describe_schedule(source: Path, source_model_type: ModelType, model_type: ModelType) -> dict[str, Any]:
     """Return the content of scheduler_config.json for the trained model.
 
-    It is that of the source folder if training has not changed the prediction type; otherwise the default for
-    the trained model's kind and prediction type.
+    It is the source folder's content if training has not changed the prediction type; otherwise the default
+    for the trained model's kind and prediction type.
 
     Args:
         source: File or folder of the source checkpoint.
@@ -279,7 +279,7 @@ def _describe_schedule(source: Path, source_model_type: ModelType, model_type: M
 def _describe_index(source: Path, checkpoint_plan: CheckpointPlan, scheduler: str) -> dict[str, Any]:
     """Return the content of model_index.json: the pipeline's class and the classes of its components.
 
-    If the source is a folder, settings in its model_index.json that are not components are kept.
+    If the source is a folder, other settings than components in its model_index.json are kept.
 
     Args:
         source: File or folder of the source checkpoint.
@@ -290,7 +290,7 @@ def _describe_index(source: Path, checkpoint_plan: CheckpointPlan, scheduler: st
     index: dict[str, Any] = {"force_zeros_for_empty_prompt": True} if is_xl else {}
     if source.is_dir() and (source / _INDEX).is_file():
         declared = read_settings(source / _INDEX)
-        # components are lists [library, class]; they are written anew
+        # components are lists [library, class]; they are replaced
         index |= {name: value for name, value in declared.items() if not isinstance(value, list | dict)}
     index |= {
         "scheduler": ["diffusers", scheduler],
@@ -340,7 +340,7 @@ def _describe_text_encoder(config: ClipTextConfig, index: int, tokens: Mapping[s
 
 
 def _describe_tokens(is_open_clip: bool) -> dict[str, dict[str, Any]]:
-    """Return the contents of the tokenizer's JSON files by file name."""
+    """Return the contents of a CLIP tokenizer's JSON files, keyed by file name."""
     tokens = {
         "bos_token": CLIP_START,
         "eos_token": CLIP_END,
@@ -352,7 +352,7 @@ def _describe_tokens(is_open_clip: bool) -> dict[str, dict[str, Any]]:
 
 
 def _read_tokenizer(source: TokenizerFiles, file: Path) -> dict[str, bytes]:
-    """Return the contents of vocab.json and merges.txt of a tokenizer, even if it is a single tokenizer.json.
+    """Return the contents of a tokenizer's vocab.json and merges.txt, even if it is a tokenizer.json.
 
     Raises:
         CheckpointError: If the files cannot be read.

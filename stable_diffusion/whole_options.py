@@ -22,7 +22,7 @@ def text_rate(help: str, acts_if: Mapping[str, Callable[[Any], bool]] | None = N
 
 
 class OfFullCheckpoint:
-    """Shared options of all scripts for full fine-tuning."""
+    """Options shared by all scripts for full fine-tuning."""
 
     full_bf16: bool
 
@@ -38,7 +38,7 @@ class OfFullCheckpoint:
 
 
 def text_switch(help: str) -> Any:
-    """Declare the switch that also trains the text encoders."""
+    """Declare the option that also trains the text encoders."""
     return option(help, facts=IDENTITY, often=True)
 
 

@@ -26,8 +26,8 @@ def describe_checkpoint(
     """Describe how ComfyUI must run a checkpoint.
 
     Args:
-        vae: Name of a file with the VAE; "" for that of the checkpoint.
-        clip_skip: Layer of the text encoders whose states are used, from the end; None for the default.
+        vae: File name of a separate VAE; "" for the checkpoint's VAE.
+        clip_skip: Text encoder layer to take states from, counted from the end; None for the default.
         predicts_velocity: Whether the U-Net predicts v.
         zero_terminal_snr: Whether the last timestep is pure noise.
     """

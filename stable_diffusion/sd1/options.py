@@ -32,29 +32,29 @@ def _clip_skip() -> int | None:
 
 
 class Sd1TrainingOptions(StableDiffusionTrainingOptions, title=NAME):
-    """Options of train_network.py in addition to the shared ones."""
+    """Options that train_network.py adds to those shared by all model families."""
 
     v2: bool = option("the checkpoint is Stable Diffusion 2.x; read from the file if not given", facts=HABIT)
     clip_skip: int | None = _clip_skip()
 
 
 class Sd1ControlNetTrainingOptions(Sd1TrainingOptions, title=NAME):
-    """Options of train_control_net.py in addition to the shared ones."""
+    """Options that train_control_net.py adds to those shared by all model families."""
 
     controlnet_model_name_or_path: Path | None = weights_option()
     gradient_checkpointing: bool = option(name="gradient_checkpointing", facts=FREE)
 
 
 class Sd1InversionTrainingOptions(InversionOptions, Sd1TrainingOptions, title=NAME):
-    """Options of train_textual_inversion.py in addition to the shared ones."""
+    """Options that train_textual_inversion.py adds to those shared by all model families."""
 
 
 class Sd1ExtendedInversionTrainingOptions(InversionOptions, Sd1TrainingOptions, title=NAME):
-    """Options of train_textual_inversion_XTI.py in addition to the shared ones."""
+    """Options that train_textual_inversion_XTI.py adds to those shared by all model families."""
 
 
 class Sd1FineTuningOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
-    """Options of fine_tune.py in addition to the shared ones."""
+    """Options that fine_tune.py adds to those shared by all model families."""
 
     train_text_encoder: bool = text_switch("train the text encoder with the U-Net")
     learning_rate_te: float | None = text_rate("the text encoder", IF_TRAINED)
@@ -66,7 +66,7 @@ class Sd1FineTuningOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
 
 
 class Sd1DreamBoothOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
-    """Options of train_db.py in addition to the shared ones."""
+    """Options that train_db.py adds to those shared by all model families."""
 
     learning_rate_te: float | None = text_rate("the text encoder, which learns with the U-Net")
     stop_text_encoder_training: int | None = option(
@@ -97,14 +97,14 @@ class Sd1DreamBoothOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
 
 
 class Sd1LatentCachingOptions(LatentCachingOptions, title=NAME):
-    """Options of sd_cache_latents.py in addition to the shared ones."""
+    """Options that sd_cache_latents.py adds to those shared by all model families."""
 
 
 class Sd1TextCachingOptions(TextCachingOptions, title=NAME):
-    """Options of sd_cache_text_encoder_outputs.py in addition to the shared ones."""
+    """Options that sd_cache_text_encoder_outputs.py adds to those shared by all model families."""
 
     clip_skip: int | None = _clip_skip()
 
 
 class Sd1GenerationOptions(StableDiffusionGenerationOptions, title=NAME):
-    """Options of sd_generate_image.py in addition to the shared ones."""
+    """Options that sd_generate_image.py adds to those shared by all model families."""

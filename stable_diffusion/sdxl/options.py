@@ -41,7 +41,7 @@ MAX_WIDTH = 1024  # maximum width of the embedding of a control image; released 
 
 
 class SdxlLearningOptions(StableDiffusionTrainingOptions, title=NAME):
-    """SDXL options of training scripts in addition to the shared ones."""
+    """SDXL options of training scripts, in addition to those shared by all model families."""
 
     v2 = unsupported("this script trains Stable Diffusion XL. Train 2.x with train_network.py --v2")
     clip_skip = not_needed(
@@ -51,14 +51,14 @@ class SdxlLearningOptions(StableDiffusionTrainingOptions, title=NAME):
 
 
 class SdxlTrainingOptions(SdxlLearningOptions, title=NAME):
-    """Options of sdxl_train_network.py in addition to the shared ones."""
+    """Options that sdxl_train_network.py adds to those shared by all model families."""
 
     text_encoder_lr1 = unsupported(_IN_GUIDES, type=float)
     text_encoder_lr2 = unsupported(_IN_GUIDES, type=float)
 
 
 class SdxlLlliteTrainingOptions(SdxlLearningOptions, title=NAME):
-    """Options of sdxl_train_control_net_lllite.py in addition to the shared ones."""
+    """Options that sdxl_train_control_net_lllite.py adds to those shared by all model families."""
 
     cond_emb_dim: int | None = option(
         "number of values for the control image at each position, even; default: those of "
@@ -85,7 +85,7 @@ class SdxlLlliteTrainingOptions(SdxlLearningOptions, title=NAME):
 
 
 class SdxlControlNetTrainingOptions(SdxlLearningOptions, title=NAME):
-    """Options of sdxl_train_control_net.py in addition to the shared ones."""
+    """Options that sdxl_train_control_net.py adds to those shared by all model families."""
 
     controlnet_model_name_or_path: Path | None = weights_option()
     control_net_lr: float = rate_option()
@@ -95,7 +95,7 @@ class SdxlControlNetTrainingOptions(SdxlLearningOptions, title=NAME):
 
 
 class SdxlInversionTrainingOptions(InversionOptions, SdxlLearningOptions, title=NAME):
-    """Options of sdxl_train_textual_inversion.py in addition to the shared ones."""
+    """Options that sdxl_train_textual_inversion.py adds to those shared by all model families."""
 
     text_encoder_lr1 = unsupported(_ONE_RATE, type=float)
     text_encoder_lr2 = unsupported(_ONE_RATE, type=float)
@@ -105,7 +105,7 @@ _OF_LORAS = "it is of LoRAs. Give the rate of {} to --{}"
 
 
 class SdxlFullTrainingOptions(OfFullCheckpoint, SdxlLearningOptions, title=NAME):
-    """Options of sdxl_train.py in addition to the shared ones."""
+    """Options that sdxl_train.py adds to those shared by all model families."""
 
     train_text_encoder: bool = text_switch("train both text encoders with the U-Net")
     learning_rate_te1: float | None = text_rate("CLIP-L, the first text encoder", IF_TRAINED)
@@ -130,12 +130,12 @@ class SdxlFullTrainingOptions(OfFullCheckpoint, SdxlLearningOptions, title=NAME)
 
 
 class SdxlLatentCachingOptions(LatentCachingOptions, title=NAME):
-    """Options of sdxl_cache_latents.py in addition to the shared ones."""
+    """Options that sdxl_cache_latents.py adds to those shared by all model families."""
 
 
 class SdxlTextCachingOptions(TextCachingOptions, title=NAME):
-    """Options of sdxl_cache_text_encoder_outputs.py in addition to the shared ones."""
+    """Options that sdxl_cache_text_encoder_outputs.py adds to those shared by all model families."""
 
 
 class SdxlGenerationOptions(StableDiffusionGenerationOptions, title=NAME):
-    """Options of sdxl_generate_image.py in addition to the shared ones."""
+    """Options that sdxl_generate_image.py adds to those shared by all model families."""
