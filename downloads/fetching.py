@@ -88,14 +88,14 @@ class DownloadProgress:
 
 
 class PlannedDownload(NamedTuple):
-    """A file on a site, and the path to store it at."""
+    """A file on a download site, and the path to store it at."""
 
     remote: RemoteFile
     target: Path
 
 
 def _require_space(planned: Sequence[PlannedDownload], folder: Path) -> None:
-    """Raise OutputError if a folder lacks the space for the rest of the files."""
+    """Raise OutputError if the disk of a folder has too little free space for the remaining downloads."""
     missing = 0
     for remote, target in planned:
         missing += remote.size_bytes
@@ -244,7 +244,7 @@ def partial_path(remote: RemoteFile, target: Path) -> Path:
 
 
 def _display_name(path: Path) -> str:
-    """Return the name of the file that a partial download becomes."""
+    """Return the final file name of a partial download."""
     return path.name[1:].rsplit(".", 2)[0] if path.suffix == ".part" else path.name
 
 

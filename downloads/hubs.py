@@ -29,7 +29,7 @@ ON_MODELSCOPE = {
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on a site. Checksums are hexadecimal; None if the site states none."""
+    """A file on a download site. Checksums are hexadecimal; None if the site does not state one."""
 
     url: str
     size_bytes: int
@@ -43,7 +43,7 @@ def find_file(file: ReleasedFile, source: str) -> RemoteFile:
     """Look up a file on one of the `SOURCES`; files that ModelScope lacks are looked up on the hub.
 
     Raises:
-        DownloadError: If the site cannot be reached, lacks the file, or does not deliver it.
+        DownloadError: If the site cannot be reached, does not have the file, or refuses to serve it.
     """
     if file.release is not None:
         return find_on_github(file)

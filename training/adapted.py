@@ -64,7 +64,7 @@ def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
 
 
 def _describe_other_file(family: Family, made_for: str) -> str:
-    """Return a clause if none of the transformer's files is the one that the adapter was made for, else "".
+    """Return a clause saying which other file the adapter was made for; "" if it fits the transformer's file.
 
     Args:
         family: The model family.

@@ -67,7 +67,7 @@ ENTRIES_PER_MESSAGE = (
 
 
 class TensorLocation(Enum):
-    """Source of the latents, or of the text outputs, of a table's items."""
+    """Where a dataset table's latents, or its text encoder outputs, come from."""
 
     CACHE = "in the caches that the table names"
     NPZ = "in npz files next to the pictures"
@@ -82,7 +82,7 @@ class TensorLocation(Enum):
 
 @dataclass(frozen=True)
 class TablePlan:
-    """Whether a table's latents and texts are read from caches or encoded during training."""
+    """How the latents and text encoder outputs of a dataset table are obtained: from caches or encoders."""
 
     table: DatasetTable
     latents: TensorLocation
@@ -90,7 +90,7 @@ class TablePlan:
 
     @property
     def reads_cache_files(self) -> bool:
-        """Whether latents and texts come from ordinary cache files, which need no store."""
+        """Whether latents and text encoder outputs come from ordinary cache files, which need no store."""
         return self.latents is self.texts is TensorLocation.CACHE
 
     @property
@@ -158,7 +158,7 @@ def prepare_sources(
 
 
 def _exchange_memory_caches(stores: Stores) -> bool:
-    """Give all processes the caches in memory that each has encoded a part of; return if there are any."""
+    """Share the in-memory caches that each process encoded a part of; return whether any are filled."""
     memory_stores: list[MemoryStore] = []
     for store_pair in stores.custom_stores.values():
         memory_stores += [store for store in store_pair if isinstance(store, MemoryStore)]
@@ -252,7 +252,7 @@ def _reject_npz(options: CachingInRunOptions) -> None:
 def _locate_texts(
     family: Caches, options: CachingInRunOptions | None, live_keys: Collection[str]
 ) -> TensorLocation:
-    """Return where the text encoder outputs of all tables come from; `live_keys` are encoded at each step."""
+    """Return the source of the text encoder outputs; tensors in `live_keys` are encoded at each step."""
     # only if all outputs are live: otherwise the rest is read from caches
     if live_keys and family.text_keys.issubset(live_keys):
         return TensorLocation.LIVE
@@ -293,7 +293,7 @@ def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
 
 
 def stores_for_plan(plan: TablePlan, names: NpzNames) -> StorePair:
-    """Return the stores that hold the latents and the texts of a table."""
+    """Return the stores for the latents and for the text encoder outputs of a table."""
     return StorePair(
         latents=_open_store_at(plan.latents, plan.table, names),
         texts=_open_store_at(plan.texts, plan.table, names),
@@ -426,7 +426,8 @@ def find_live_encoders(
     """Return the text encoders that run during training; None if all text outputs are cached.
 
     Raises:
-        OptionError: If caching is requested for captions that change, or a required encoder is missing.
+        OptionError: If caching is requested for captions that change between epochs, or if a required
+            encoder is missing.
     """
     needs_none = NO_DATASET in options.features.needs
     live_encoders = None if needs_none else _select_live_encoders(family, options, config)
@@ -478,7 +479,7 @@ def _select_live_encoders(
 
 
 def _select_new_word_encoders(family: Family, options: TrainingOptions) -> LiveTextEncoders:
-    """Return all text encoders, for a run in which they learn the embedding of a new word."""
+    """Return all text encoders for a run that trains the embedding of a new word in them."""
     encoders = _require_text_encoders(family, "they learn a new word")
     trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
     trained = _select_trained_encoders(family, options, trainable_encoders)
@@ -620,7 +621,7 @@ def _select_trained_encoders(
 
 
 def _encoder_switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
-    """Return by LoRA prefix whether --network_args enables each text encoder that is off by default."""
+    """Map the LoRA prefix of each off-by-default text encoder to whether --network_args enables it."""
     network = options.network
     known_module = None if network is None else OWN_MODULES.get(network.network_module or family.lora_module)
     if network is None or known_module is None or known_module.rules is None:

@@ -235,7 +235,7 @@ def _list_network_rates(network: NetworkOptions, base: float, trains_text_encode
 
 
 def list_run_uses(family: Family, options: TrainingOptions, others: OtherFamilies = NO_OTHERS) -> RunUses:
-    """Return what a run uses that a division over GPUs (a mode in `runtime/ways`) may not support.
+    """Return what a run uses that a multi-GPU mode (in `runtime/ways`) may not support.
 
     Args:
         family: The model family.
@@ -259,7 +259,7 @@ def list_run_uses(family: Family, options: TrainingOptions, others: OtherFamilie
 
 
 def reject_foreign_module(family: Family, options: TrainingOptions) -> None:
-    """Raise OptionError if --network_module is for the LoRAs of another model."""
+    """Raise OptionError if --network_module creates LoRAs for a different model family."""
     module = "" if options.network is None else options.network.network_module or ""
     owner = OWN_MODULES[module].family if module in OWN_MODULES else ""
     if module != family.lora_module and owner not in ("", family.name):
@@ -362,7 +362,7 @@ def select_lora_format(
 
 
 def _find_smallest_file(family: Family, options: TrainingOptions) -> int:
-    """Return a lower bound for the bytes of one saved model; 0 if it is unknown."""
+    """Return a lower bound for the size of one saved model in bytes; 0 if it is unknown."""
     network = options.network
     if network is None and trains_checkpoint(family):
         precision = options.saving.save_precision

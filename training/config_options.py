@@ -103,7 +103,7 @@ def _report_unknown_key(
 
 
 def _reject_program_start(path: Path, key: str, action: argparse.Action) -> None:
-    """Raise OptionError for an option that starts a program, because the file may come from someone else."""
+    """Raise OptionError for an option that starts a program, because config files may be untrusted."""
     if getattr(action, "reach", "") == STARTS["reach"]:
         raise OptionError(
             f"{path}: {key} starts a program, and no file may do that, which somebody else may have "
@@ -119,7 +119,7 @@ def _reject_misspelled(path: Path, key: str, actions: Mapping[str, argparse.Acti
 
 
 def _require_log_suffix(path: Path, action: argparse.Action, value: Any) -> None:
-    """Raise OptionError if the config file names a file to append to that is no log, e.g. a shell script."""
+    """Raise OptionError if a config file sets a file to append to that is not a log, e.g. a shell script."""
     is_appended = getattr(action, "reach", "") == APPENDS["reach"]
     if is_appended and value is not None and Path(value).suffix.lower() not in LOG_SUFFIXES:
         raise OptionError(

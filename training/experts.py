@@ -43,12 +43,12 @@ TRAINING_ADAPTER = "--training_adapter"
 
 @dataclass(frozen=True)
 class ExpertNetworks:
-    """Networks by index of their expert, with the LoRAs that are active while they run.
+    """Transformers by expert index, with the LoRAs that are active while they run.
 
     Attributes:
         copies: Host copies of networks that take turns on the device; empty if all stay there.
-        loras: LoRAs of --training_adapter in trained networks, of --sample_lora in networks that generate
-            samples.
+        loras: The --training_adapter LoRAs of trained networks, or the --sample_lora LoRAs of networks that
+            generate samples.
     """
 
     networks: Sequence[nn.Module]
@@ -94,12 +94,12 @@ def read_adapter(
 
 
 def module_of(family: Family, options: TrainingOptions) -> str:
-    """Return --network_module of the trained network; "" in full fine-tuning."""
+    """Return --network_module, or the family's default module; "" in full fine-tuning."""
     return "" if options.network is None else options.network.network_module or family.lora_module
 
 
 def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | None:
-    """Return the options of the network trained in an expert, with this expert's files."""
+    """Return the options of the LoRA trained in an expert, with this expert's initial weights."""
     network, by_expert = options.network, options.by_expert
     if network is None or expert.name != HIGH_NOISE:
         return network
@@ -223,7 +223,7 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
 
 
 def _warn_of_other_experts_weights(family: Family, network: NetworkOptions | None, expert: str) -> None:
-    """Warn if --network_weights of an expert is for another expert."""
+    """Warn if the file of --network_weights was trained for the other expert."""
     if network is None or network.network_weights is None:
         return
     if (network.network_module or family.lora_module) in OWN_MODULES:
@@ -396,7 +396,7 @@ def check_computing(family: Family, options: TrainingOptions, device: torch.devi
 
 
 def check_dtype(family: Family, options: TrainingOptions, dtype: torch.dtype) -> None:
-    """Raise OptionError if --mixed_precision does not fit the dtype in which the model computes."""
+    """Raise OptionError if --mixed_precision does not match the model's compute dtype."""
     precision = options.accelerator.mixed_precision
     autocast = AUTOCAST.get(precision)
     if autocast is None or dtype in {autocast, torch.float32}:

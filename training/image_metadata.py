@@ -231,7 +231,7 @@ def _list_recorded_settings(table: DatasetTable) -> dict[str, Any]:
 
 
 def _common_settings(tables: Sequence[DatasetTable]) -> dict[str, Any]:
-    """Return the tables' settings by name; a setting that differs between tables is None."""
+    """Return the settings of all dataset tables by name; None for a setting that differs between tables."""
     settings = [_list_recorded_settings(table) for table in tables]
     names = settings[0] if settings else dict.fromkeys(("batch_size_per_device",))
     values = {}
@@ -244,7 +244,7 @@ def _common_settings(tables: Sequence[DatasetTable]) -> dict[str, Any]:
 def _describe_datasets(
     tables: Sequence[DatasetTable], items: Sequence[TrainingItem], tags: Tags
 ) -> list[dict[str, Any]]:
-    """Return the entry `ss_datasets`: one dictionary per dataset, which contains one per subset."""
+    """Return the metadata entry `ss_datasets`: one dictionary per dataset, with one per subset in it."""
     tables_by_dataset: dict[int, list[DatasetTable]] = {}
     for table in tables:
         tables_by_dataset.setdefault(table.batch_group, []).append(table)

@@ -28,9 +28,9 @@ FULL_RATE = DefaultRate(5e-8, "1e-5", 4e-5)
 class MakeNetwork(Protocol):
     """Function that adds the trained network to a loaded model.
 
-    The arguments are the network's options, the transformer, a seed of the initial values, the trained text
-    encoders by the prefix of their names, whether the transformer gets a network too, tensors of the state
-    that will be loaded, and whether the network starts with the values of its file.
+    The arguments are the network's options, the transformer, a seed for the initial values, the trained text
+    encoders by LoRA prefix, whether the transformer gets a network too, tensors of the state that will be
+    loaded, and whether the network starts with the values of its file.
     """
 
     def __call__(
@@ -44,13 +44,13 @@ class MakeNetwork(Protocol):
         resumed_tensors: Mapping[str, Tensor] | None = None,
         has_initial_values: bool = True,
     ) -> TrainableNetwork:
-        """Return the network, whose modules are attached to those of the model."""
+        """Create the network (such as a LoRA), attach its modules to the model, and return it."""
         ...
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """What a run trains: functions and texts with which the network is made, checked, saved and described."""
+    """What a run trains, such as a LoRA: functions and texts to create, check, save and describe it."""
 
     label: str  # "LoRA", "ControlNet-LLLite"
     rate_label: str  # "a LoRA": what `default_rate` is usual for

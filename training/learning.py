@@ -175,7 +175,7 @@ def _load_sample_networks(
 
 
 def _make_optimizer(plan: TrainingPlan, trainable: Trainable) -> tuple[Optimizer, str]:
-    """Return the optimizer and its name. Raises OptionError if a learning rate is not allowed."""
+    """Return the optimizer and its name. Raises OptionError if it does not support a learning rate."""
     options = plan.options.optimizer
     rates = {
         f"the learning rate of {name}": group["lr"]
@@ -272,7 +272,7 @@ def _make_feed(model: TrainedModel) -> Feed:
 
 @dataclass(frozen=True)
 class UnpreparedNetwork:
-    """A loaded and frozen network without frozen LoRAs, whose blocks are not yet set up for training."""
+    """A loaded, frozen DiT before its frozen LoRAs are added and its blocks are set up for training."""
 
     dit: nn.Module
     family: Family
@@ -285,7 +285,7 @@ class UnpreparedNetwork:
 
 @dataclass
 class NetworkLoader:
-    """Load networks one after the other; networks that alternate on the device are loaded to host memory."""
+    """Load networks one after the other, into host memory if they alternate on the device."""
 
     plan: TrainingPlan
     swap: SwapOptions  # auto is resolved
@@ -471,7 +471,7 @@ def _require_room(size: int, room: int) -> None:
 
 @dataclass
 class TrainableBuilder:
-    """Create the trained parameters of each network one after the other, and join them."""
+    """Create the trained parameters of one network after the other, and join them in a `Trainable`."""
 
     plan: TrainingPlan
     auxiliary_learners: Sequence[

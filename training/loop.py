@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepRequests:
-    """Saves and samples requested by a timer or a request file, which all processes do together."""
+    """Whether a timer or a request file asks for saves or samples, which need all processes."""
 
     saves: bool
     samples: bool
@@ -92,7 +92,7 @@ def train(run: TrainingRun) -> bool:
 
 
 def _train_epoch(run: TrainingRun, epoch: int, micro_batches: Iterator[NoisyBatch]) -> None:
-    """Take the steps of an epoch and do the work due at its end; return early if the run has to end."""
+    """Run the steps of an epoch and the work due at its end; return early if the run must stop."""
     progress = run.progress
     run.model.trainable.start_epoch()
     first_step = progress.step
@@ -106,7 +106,7 @@ def _train_epoch(run: TrainingRun, epoch: int, micro_batches: Iterator[NoisyBatc
 
 
 def advance(run: TrainingRun, step_batches: range, micro_batches: Iterator[NoisyBatch]) -> bool:
-    """Take a step and do the work due after it. Returns whether the run has to end now."""
+    """Run one optimizer step and the work due after it; return whether the run must end now."""
     requested = take_step(run, step_batches, micro_batches)
     progress = run.progress
     if run.memory is not None:
@@ -240,7 +240,7 @@ class _SkipCheck:
 def _describe_step_kind(run: TrainingRun, step_batches: range) -> str:
     """Return the kind of a step: its transformers, and whether it has audio.
 
-    Norms of different kinds are not compared.
+    Gradient norms are compared only between steps of the same kind.
     """
     batch_keys = [(run.progress.epoch, index) for index in step_batches]
     experts = run.family.experts
@@ -496,7 +496,7 @@ def _after_step(run: TrainingRun, requested: StepRequests) -> None:
 
 
 def _is_due(every: int | None, count: int) -> bool:
-    """Return whether `count` steps or epochs complete an interval of `every`; None is never due."""
+    """Return whether `count` steps or epochs complete an interval of `every`; False if `every` is None."""
     return every is not None and count % every == 0
 
 

@@ -67,7 +67,7 @@ class NoisyBatch:
 
     @property
     def joint(self) -> AudioVideoShapes:
-        """Return the shapes of images and audio, whose latents the network gets as one tensor."""
+        """Return the shapes of the video and audio latents, which the network gets as one tensor."""
         assert self.audio is not None
         _, *image = self.noise.shape
         _, *audio = self.audio.noise.shape
@@ -111,7 +111,7 @@ def _move_conditions(conditions: Conditions, move: Callable[[Tensor], Tensor]) -
 
 @dataclass(frozen=True)
 class LossRule:
-    """Loss function, targets and passes with which predictions are compared in training."""
+    """How the training loss is computed: loss function, targets, and forward passes."""
 
     options: LossOptions = L2
     prediction: str = RAW  # how the output is compared with the velocity
@@ -173,7 +173,7 @@ def sample_errors_outside(
 
 
 def _mean_of_noisy_frames(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the mean error of each sample, B, over the noisy latents, without frames given as clean.
+    """Return the mean error of each sample, B, over its noisy latents, excluding clean condition frames.
 
     Args:
         errors: Error of each element, B C F H W.
@@ -305,7 +305,7 @@ def predict(
 
 
 def _noise_audio(family: Trains, noisy_batch: NoisyBatch, audio: NoisyAudio) -> Tensor:
-    """Return the noisy latents of the audio; given latents stay clean."""
+    """Return the noisy audio latents; latents given as conditions stay clean."""
     clean = noisy_batch.batch.tensor(AUDIO_LATENTS).float()
     noisy = add_noise(clean, audio.noise, audio.sigmas, family.noise.signal_scale(audio.sigmas))
     return (
@@ -316,11 +316,11 @@ def _noise_audio(family: Trains, noisy_batch: NoisyBatch, audio: NoisyAudio) -> 
 
 
 def blend_clean_latents(noisy: Tensor, clean: Tensor, cleanness: Tensor | None) -> Tensor:
-    """Replace noisy latents by clean ones at conditioned positions, in part where these are partly clean.
+    """Blend clean latents into noisy ones, in proportion to the cleanness of each position.
 
     Args:
         noisy: Noisy latents of a stream, B C ....
-        clean: The same without noise.
+        clean: Latents without noise, of the same shape.
         cleanness: How clean each position is, from 0 (noisy) to FULLY_CLEAN; None if all are noisy.
     """
     if cleanness is None:

@@ -58,7 +58,7 @@ def continued_sizes_metadata(model: TrainedModel, expert_name: str) -> dict[str,
 
 
 def _hash_files(family: Family) -> dict[str, str]:
-    """Return the old and the new AUTOMATIC1111 hash of each model file, which other programs look up."""
+    """Return the old and new AUTOMATIC1111 hashes of each model file, by which programs look up models."""
     hashes: dict[str, str] = {}
     for name, path in family.hashed_files.items():
         hashes[f"ss_{name}_hash"] = short_hash(path)

@@ -193,7 +193,7 @@ class TrainingOptions(Options, must_give=True):
 
     @property
     def can_swap(self) -> bool:
-        """Whether blocks can be swapped: the DiT is frozen, and its weights are not split over processes."""
+        """Whether blocks can be swapped: the DiT is frozen, and its weights are not sharded."""
         return self.full_dit is None and not self.speed.modes.splits_weights
 
     @property
@@ -432,7 +432,7 @@ def _reject_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str,
 def read_arguments(
     parser: Parser, argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ
 ) -> argparse.Namespace:
-    """Parse the command line and call `fill_arguments`. Exits for a wrong command line, as argparse does."""
+    """Parse the command line and call `fill_arguments`; exit on invalid arguments, as argparse does."""
     return fill_arguments(CommandLine(parser, parser.parse_args(argv)), environment)
 
 

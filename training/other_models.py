@@ -22,7 +22,7 @@ def _make_none(dit: Path) -> Family:
 
 @dataclass(frozen=True)
 class OtherFamilies:
-    """The model that generates samples, if it is not the trained one, and a maker of teacher models."""
+    """The model that generates samples, if it is not the trained one, and a factory of teacher models."""
 
     sampling: Family | None = None  # model with all transformers of samples; None: they are all trained
     # returns the trained model with the transformer of another file; all other options are equal

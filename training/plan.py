@@ -94,7 +94,7 @@ class TrainingPlan:
 
     @cached_property
     def settings(self) -> RunSettings:
-        """The settings that states record; a run that saves none does not collect them."""
+        """Settings recorded in states; computed on first access, because a run may save no state."""
         return collect_run_settings(
             self.family,
             self.options,
@@ -301,7 +301,7 @@ def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) ->
 
 
 def _check_items(features: RunFeatures, network_spec: NetworkSpec, training: Sequence[TrainingItem]) -> None:
-    """Warn of captions that lack a word to learn, and of rejected items that this run does not use."""
+    """Warn about captions that lack a word to learn, and about rejected items that this run ignores."""
     for read in (*features.caption_checks, *network_spec.caption_checks):
         from training.token_captions import check_captions  # only to learn a word
 
@@ -371,7 +371,7 @@ def join_processes(
     processes monitor each other, and no other run can use the output folder and name of this one.
     """
     accelerator = make_accelerator(options.accelerator)
-    # an option that divides work over processes has no effect in one
+    # options that divide work among processes have no effect with one process
     if accelerator.num_processes == 1 and options.speed.modes.single_process_effects:
         warn_if_alone(options.speed)
     if not accelerator.is_main_process:
@@ -423,7 +423,7 @@ def _reserve_name_for_all(options: TrainingOptions, accelerator: Accelerator) ->
 
 
 def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Accelerator) -> None:
-    """Raise UserError if the optimizer cannot step as the options ask, or if the device cannot compile."""
+    """Raise UserError if the optimizer does not support the options, or if the device cannot compile."""
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
     if options.full_dit is not None:
@@ -575,7 +575,7 @@ def _check_batch_sizes(reason: str, config: DatasetConfig) -> None:
 def _warn_of_missing(
     options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], sources: BatchSources
 ) -> None:
-    """Warn if no item has references or masks although the tables or --masked_loss ask for them."""
+    """Warn if no item has the references or masks that dataset tables or --masked_loss require."""
     takes_references = any(table.references or table.clip_references for table in config.datasets)
     if takes_references and learn_no_references(items, sources.stores):
         logger.warning("%s", NO_REFERENCE)

@@ -87,7 +87,7 @@ def show_preview(
 def _list_tables(
     family: Family, options: TrainingOptions, network_spec: NetworkSpec
 ) -> Sequence[DatasetTable]:
-    """Return the tables of the dataset; nothing if none is given."""
+    """Return the tables of the dataset file; () if no file is given."""
     is_of_folders = options.subset is not None and options.subset.replaces_toml
     if options.loop.dataset_config is None and not is_of_folders:
         return ()
@@ -141,7 +141,7 @@ def _check_features(
     live_encoders: LiveTextEncoders | None,
     block_counts: Sequence[int],
 ) -> None:
-    """Raise OptionError if a feature cannot be used with the text encoders or the transformer of this run."""
+    """Raise OptionError if a feature does not support the text encoders or the transformer of this run."""
     for check_texts in features.on.on_text_encoders:
         check_texts(live_encoders)
     for check_model in features.on.check:
@@ -196,7 +196,7 @@ def _check_dataset(
 
 
 def _encodes_captions(plans: Sequence[TablePlan]) -> bool:
-    """Return whether the training encodes captions itself."""
+    """Return whether text encoder outputs are computed during the run and not written to files."""
     return any(plan.texts in {TensorLocation.MEMORY, TensorLocation.LIVE} for plan in plans)
 
 
@@ -206,7 +206,7 @@ def _describe_each(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _note_captions_without_word(read: ReadCaptions, tables: "Sequence[TableFindings]") -> None:
-    """Add a note to the findings of each table whose captions lack the new word."""
+    """Add a note to the findings of the first table if captions of any table lack the new word."""
     from training.token_captions import check_source_captions  # only to learn a word
 
     try:
@@ -219,7 +219,7 @@ def _note_captions_without_word(read: ReadCaptions, tables: "Sequence[TableFindi
 
 
 def _describe_plans(plans: Sequence[TablePlan]) -> list[str]:
-    """Return a line for each table on where its latents and caption embeddings come from."""
+    """Return a line for each dataset table about the sources of its latents and text encoder outputs."""
     lines = []
     for plan in plans:
         latents = f"latents are {plan.latents.value}"

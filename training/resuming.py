@@ -136,14 +136,14 @@ def initial_progress(
 
 
 def recorded_values(options: Any, *kinds: str) -> dict[str, Any]:
-    """Return the values of the options in a record that have one of these kinds: identity or habit."""
+    """Return the values of all options in `options` that have one of these kinds: identity or habit."""
     names = {name for kind in kinds for name in options_with(type(options), "resume", kind)}
     return {name: value for name, value in public_config(options).items() if name in names}
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings of a run, recorded in its states to compare a resumed run with them."""
+    """Settings of a run, recorded in its states so that a resumed run can be compared with them."""
 
     # must be equal in a resumed run; states record them as `identity`
     fixed: dict[str, Any]
@@ -231,7 +231,7 @@ def describe_adapter(path: Path, strength: float, with_content: bool = False) ->
 
 
 def epoch_digest(order: BatchOrder) -> str:
-    """Return 12 hexadecimal digits of a hash of the first epoch's order, which changes with the dataset."""
+    """Return a 12-digit hexadecimal hash of the first epoch's item order, which depends on the dataset."""
     digest = hashlib.sha256()
     for number, batch in enumerate(order.epoch(0)):
         digest.update(("\n" * bool(number) + ",".join(item.key for item in batch)).encode())
@@ -292,7 +292,7 @@ def check_resumable(
 def _comparable_fixed_settings(
     saved: states.SavedState, settings: RunSettings
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that must be equal, of this run and of the saved one, in normalized values."""
+    """Return the settings of this run and of the saved run that must be equal, with normalized values."""
     # settings that older versions, without several transformers or adapters, did not record
     defaults = {
         TRANSFORMERS: "one from 0",
@@ -305,7 +305,7 @@ def _comparable_fixed_settings(
 
 
 def _list_saved_adjustable(saved: states.SavedState, adjustable: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the saved settings that may change with a warning; options newer than the state get defaults.
+    """Return the saved settings that may change with a warning; options unknown to the state get defaults.
 
     Args:
         saved: The saved state.
@@ -334,7 +334,7 @@ def _reject_differences(
         may_change: Whether --resume_changed is given, which allows some of them.
     """
     changeable = {f"--{name}" for name in options_with(TrainingOptions, "resume_changed", True)}
-    changeable |= {GROUP_SIZE, BATCHES}  # these are no options, so the records do not flag them
+    changeable |= {GROUP_SIZE, BATCHES}  # these are not options, so no option class declares them
     allowed = changeable if may_change else set()
     rejected = {name: pair for name, pair in differences.items() if name not in allowed}
     if not rejected:
@@ -353,7 +353,7 @@ def _reject_differences(
 
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return by name the saved and the current value, as text, of each setting that differs."""
+    """Map each setting that differs to its saved and its current value, as text."""
     return {
         name: (states.shorten_value(saved[name]), states.shorten_value(value))
         for name, value in here.items()

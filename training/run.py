@@ -207,7 +207,7 @@ def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
 
 
 def _move_earlier_run_away(plan: TrainingPlan, history: Path) -> None:
-    """Move away the files of an earlier run with this name, unless this run continues or overwrites them."""
+    """Move files of an earlier run with this name aside, unless this run continues or overwrites it."""
     saving, saved = plan.saving, plan.saved
     if saving.overwrite or not plan.accelerator.is_main_process:
         return

@@ -24,7 +24,7 @@ LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "OMP_NUM_THREADS")
 
 @dataclass(frozen=True)
 class EndedRun:
-    """Description of an ended run for the user's command of --on_end."""
+    """Description of an ended run, passed to the user's --on_end command."""
 
     folder: Path  # --output_dir
     name: str  # --output_name

@@ -64,7 +64,7 @@ BIT_RATE = 8_000_000  # as in the samples of the known tuners
 
 @dataclass(frozen=True)
 class Sample:
-    """One entry of the prompt file, at position `index`, with its encoded prompts and images."""
+    """One entry of the sample prompt file, with its encoded prompts and images."""
 
     index: int
     settings: Mapping[str, Any]  # settings of the prompt in the file
@@ -293,7 +293,7 @@ def _show_steps(
     with ExitStack() as stack:
 
         def on_section(section: Section) -> None:
-            """Replace the bar by one for the steps of the next section."""
+            """Replace the progress bar by one for the denoising steps of the next section of the sample."""
             preview_section(section)
             stack.close()  # closes the bar of the previous section
             name = ", ".join(filter(None, (title, section.label)))
@@ -303,7 +303,7 @@ def _show_steps(
             bars.append(stack.enter_context(Bar(num_steps, name)))
 
         def on_step(_: CompletedStep) -> bool:
-            """Show a step on the bar; return False, because no preview image is needed."""
+            """Advance the progress bar; return False, because no preview image is needed."""
             bars[-1].update()
             show_progress(bars[-1].line())
             check()
@@ -431,9 +431,9 @@ def encode_samples(
 def _encode_media(
     session: Session, requests: Sequence[Prepared], decodes: bool, loads: bool
 ) -> list[Mapping[int, Conditions]]:
-    """Encode the images of each sample; return the conditions of each.
+    """Encode the input images of each sample, and return the conditions of each.
 
-    The VAE is loaded if a sample has images or `loads` is set; with `decodes`, it is needed again later.
+    The VAE is loaded if a sample has images or `loads` is set. `decodes` says that it is needed again later.
     """
     family, encoders = session.family, NO_ENCODERS
     with ExitStack() as stack:
@@ -480,7 +480,7 @@ def draw_together() -> int:
 
 
 def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any]], list[Prepared]]:
-    """Return the entries of a prompt file and their requests. Raises OptionError if one is unusable."""
+    """Return the entries of a prompt file and a request for each. Raises OptionError if one is invalid."""
     return parse_requests(family, read_sample_file(prompt_file), prompt_file)
 
 
@@ -507,7 +507,7 @@ def parse_requests(
 def _prepare_entry(
     family: Family, prompt_file: Path, numbered_entry: tuple[int, Mapping[str, Any]]
 ) -> Prepared:
-    """Return the request of an entry, which is numbered for messages; warn about unusual values.
+    """Prepare the request of a prompt file entry, given with its number; warn about unusual values.
 
     Raises OptionError if the family cannot generate it.
     """
@@ -638,12 +638,12 @@ def _select_solver(values: Mapping[str, Any], supported: Sequence[str] = ()) -> 
 
 
 def _solvers_by_alias(supported: Sequence[str]) -> Mapping[str, str]:
-    """Map each accepted sampler name to its solver; `supported` lists the model's own solvers, if any."""
+    """Map each accepted sampler name to its solver; `supported` lists solvers specific to the model."""
     return {name: name for name in supported} if supported else SOLVERS
 
 
 def _refuse_dit(expert: int) -> nn.Module:
-    """Raise AssertionError: samples use the trained transformer, so the session must not load one."""
+    """Raise AssertionError: samples use the trained transformer, so sampling must never load one."""
     raise AssertionError("training samples use the network that is being trained")
 
 

@@ -119,7 +119,7 @@ def make_saver(
 
 @dataclass(frozen=True, eq=False)
 class _ModelWriter:
-    """Write trained weights to files, and all data for resuming to state folders."""
+    """Write trained weights to files, and everything needed for resuming to state folders."""
 
     model: TrainedModel
     dtype: torch.dtype | None  # dtype in files; None: the weights' own
@@ -134,7 +134,7 @@ class _ModelWriter:
             written.write(path, self.dtype, _metadata_now(model.plan, self.metadata[part], written.ending))
 
     def write_average(self, part: str, path: Path) -> None:
-        """Write the average of a part's weights over the steps."""
+        """Write the moving average (EMA) of the weights of a part of the model to a file."""
         model = self.model
         average = model.average
         assert average is not None
@@ -329,9 +329,9 @@ def _replace_learning_rates(
 
 
 def _sharded_weights_with_local_moments(model: TrainedModel) -> dict[str, Tensor]:
-    """Return the split weights whose optimizer states have only this process's rows, by name.
+    """Return the sharded weights whose optimizer states contain only this process's rows, by name.
 
-    Empty if no weight is split, or if the optimizer needs whole weights.
+    Empty if no weight is sharded, or if the optimizer needs whole weights.
     """
     if not is_elementwise(type(model.optimizer)):
         return {}

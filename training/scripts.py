@@ -114,7 +114,7 @@ def training_script(
 def _find_other_families(
     entry: FamilyEntry, sampling_dit_option: str, family_options: Any
 ) -> "OtherFamilies":
-    """Return the model that generates samples, if it is another one, and a function that makes teachers.
+    """Return the model that generates samples if it is not the trained one, and a factory of teachers.
 
     Args:
         entry: Entry of the trained family.

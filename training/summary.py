@@ -260,7 +260,7 @@ def _times(every: Mapping[str, float | None]) -> list[str]:
     """Describe intervals in words, such as "every 5 epochs".
 
     Args:
-        every: Number by unit; None is left out.
+        every: Interval by unit, such as {"epochs": 5}; None values are left out.
     """
     return [
         f"every {unit.removesuffix('s')}" if number == 1 else f"every {number:.12g} {unit}"

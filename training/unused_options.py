@@ -52,7 +52,7 @@ def list_without_effect(
 
 
 def _list_unused_weighting(options: TrainingOptions) -> list[str]:
-    """Return a line if --weighting_scheme neither weights the loss nor shapes the draws of timesteps."""
+    """Return a line if --weighting_scheme affects neither the loss weights nor the timestep distribution."""
     weighting = options.timesteps.weighting_scheme
     beginning = f"--weighting_scheme {weighting} has no effect: it"
     if weighting in WEIGHTS_OF_LOSS and options.weighted_by == NOTHING:
@@ -63,7 +63,7 @@ def _list_unused_weighting(options: TrainingOptions) -> list[str]:
 
 
 def _without_samples(options: TrainingOptions, record: Any) -> dict[str, str]:
-    """Return, for options that affect only samples, why they have no effect in a run without samples."""
+    """Map each set option that affects only samples to the reason why it has no effect in this run."""
     if options.samples.sample_prompts is not None:
         return {}
     reason = "no samples are made, as --sample_prompts is not given"

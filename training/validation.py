@@ -30,7 +30,7 @@ STEP, EPOCH = "step", "epoch"  # occasions of a validation, in the names of logg
 
 
 class Validation:
-    """The validation items of a plan, and the noise levels at which their loss is measured."""
+    """The held-out items of a run, and the noise levels at which their validation loss is measured."""
 
     def __init__(self, plan: TrainingPlan, loss: LossRule) -> None:
         self.plan = plan

@@ -54,13 +54,13 @@ def prepare_full_model(
 
 @dataclass
 class _OptimizerGroups:
-    """Collect trained weights into groups of the optimizer, by the group names in logs."""
+    """Parameter groups for the optimizer, collected by the names that they have in the logs."""
 
     params: dict[str, list[Parameter]] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, rate: float, parameter: Parameter) -> None:
-        """Train a weight at a rate, or freeze it if the rate is 0."""
+        """Add a weight to the group `name` with learning rate `rate`, or freeze it if the rate is 0."""
         parameter.requires_grad_(rate != 0)
         if rate != 0:
             self.params.setdefault(name, []).append(parameter)

@@ -70,7 +70,7 @@ class LiveTextEncoders:
 
     @property
     def trained_encoders(self) -> list["WithNetwork"]:
-        """Return the encoders whose outputs change during training, in the order of use."""
+        """Return the text encoders that are trained, in the order of `encoders`."""
         return [cast(WithNetwork, encoder) for encoder in self.encoders if self._is_trained(encoder)]
 
     @property

@@ -34,7 +34,7 @@ class Inpaints(Protocol):
     """A model family with an inpainting variant, whose inputs include a mask and a masked image."""
 
     def for_inpainting(self) -> "Family":
-        """Return the family with the inpainting variant of its network."""
+        """Return a copy of this family that uses the inpainting variant of its network."""
         ...
 
     def encode_masked(

@@ -49,7 +49,7 @@ WRITE_SECONDS = 3.0  # minimum seconds between two writes
 
 
 def _not_begun() -> Progress:
-    """Return a placeholder progress, for predictions of memory."""
+    """Return a placeholder for the run's progress, used while memory is predicted."""
     return Progress(0, 0, 0.0)
 
 
@@ -96,7 +96,7 @@ class UnreadLosses:
 
 @dataclass
 class ItemLossRecorder:
-    """Record item losses of a run; a context manager in every process, which writes its own file."""
+    """Record item losses of a run: a context manager that all processes enter; each writes its own file."""
 
     folder: Path
     name: str
@@ -191,10 +191,10 @@ class ItemLossRecorder:
     def log_samples(
         self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
     ) -> None:
-        """Do nothing: samples have no loss."""
+        """Do nothing: generated samples have no training loss."""
 
     def _begin(self) -> None:
-        """Start the file, with the lines of earlier steps; raise OutputError if it cannot be written."""
+        """Start the loss file, keeping lines of earlier steps; raise OutputError if it cannot be written."""
         assert self._process_index is not None
         start_losses_file(
             self.folder,
@@ -205,7 +205,7 @@ class ItemLossRecorder:
         )
 
     def _read_losses_until(self, step: int) -> None:
-        """Take the losses up to `step`, which have reached the host; write the lines from time to time."""
+        """Collect the losses up to `step`, now copied to the host; write them to disk from time to time."""
         while self._unread_losses and self._unread_losses[0].step <= step:
             arrived = self._unread_losses.pop(0)
             losses = arrived.losses.tolist()

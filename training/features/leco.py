@@ -38,13 +38,13 @@ PLACEHOLDER_SIDE = 64  # side in pixels of the placeholder image of the dataset
 
 @dataclass
 class LecoProgress:
-    """State of LECO in saved states: a hash of the prompt pairs."""
+    """What saved states contain about LECO: a hash of the prompt pairs."""
 
     leco_pairs: str = ""  # a hash of the pairs; "" before the first step
 
 
 def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "Family":
-    """Raise OptionError if LECO does not support the family, or the family the sizes of the pairs.
+    """Raise OptionError if LECO does not support the family, or the family not the pairs' image sizes.
 
     As a hook of `on.family`, it returns the family to train, unchanged.
     """

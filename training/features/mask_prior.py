@@ -43,7 +43,7 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
 
 
 def _require_masks(run: "RunFeatures", options: MaskPriorOptions, plan: "PlannedRun") -> None:
-    """Raise OptionError if no training item has a mask that weights its loss."""
+    """Raise OptionError if no training item has a loss mask."""
     if run.mask_input_option and not any(item.table.alpha_mask for item in plan.training):
         raise OptionError(
             f"--mask_prior_weight {options.weight:g} with {run.mask_input_option}: masks are inputs of the "

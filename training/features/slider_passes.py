@@ -93,7 +93,7 @@ def slider_passes(
 
 
 def encode_sliders(family: Family, file: SliderFile, device: torch.device) -> SliderTarget:
-    """Encode all captions of a file, one encoder after the other.
+    """Encode all captions of a --slider file, one text encoder after the other.
 
     Raises:
         OptionError: If a text encoder is not given.

@@ -62,7 +62,7 @@ class Band:
 
 @dataclass(frozen=True)
 class TeacherTarget:
-    """Weights and noise levels of the comparison with a frozen teacher."""
+    """Loss weights and noise levels of the comparison with a frozen teacher."""
 
     weight: float  # fraction of the loss, 0..1
     band: Band | None = None  # None: all levels
@@ -91,7 +91,7 @@ def make_target(options: TeacherOptions) -> TeacherTarget:
 
 @dataclass
 class TeacherComparison:
-    """Functions that compare the network's predictions with its teacher's."""
+    """Loss terms that compare the network's predictions with the teacher's."""
 
     target: TeacherTarget
     predict_target: PredictTarget
@@ -115,7 +115,7 @@ class TeacherComparison:
     def _compare_with_teacher(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch
     ) -> list[TargetComparison]:
-        """Return the comparisons for samples inside and for samples outside the teacher's band."""
+        """Return the loss terms of samples inside and of samples outside the teacher's noise range (band)."""
         is_inside, is_outside = self._split_by_band(passes, noisy_batch)
         # in lockstep the teacher always runs, because all processes have to run the same passes
         in_lockstep = passes.rule.in_lockstep
@@ -174,7 +174,7 @@ class TeacherComparison:
 
 
 def balance_anchor(band: tuple[int, int], drawn: NoiseSampler, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Store in the batch the factor on the loss outside the band that compensates for --timestep_focus."""
+    """Store in the batch a factor for the loss outside the band, which compensates for --timestep_focus."""
     balance = find_balance(
         drawn.timesteps,
         *band,
@@ -186,14 +186,14 @@ def balance_anchor(band: tuple[int, int], drawn: NoiseSampler, noisy_batch: Nois
 
 
 def _as_sample_weights(weights: Sequence[float], device: torch.device) -> "float | Tensor":
-    """Return the weight of each sample as a tensor, B, or as one number if all are equal."""
+    """Return the weight of each sample as a tensor of shape B, or as one number if all are equal."""
     if len(set(weights)) == 1:
         return weights[0]
     return tensor_on(device, weights, torch.float32)
 
 
 def _measure_for(passes: TrainingPasses, split: Split | None) -> Measure:
-    """Return the error function: that of magnitude and direction, or the ordinary one without `split`."""
+    """Return the error function: magnitude and direction errors with a `split`, else the run's usual loss."""
     if split is None:
         return functools.partial(measure_errors, passes)
     return functools.partial(_measure_split, split)
@@ -232,7 +232,7 @@ def _weighted_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tens
 
 
 def with_teacher_inputs(family: Trains, noisy_batch: NoisyBatch, condition_set: str) -> NoisyBatch:
-    """Return the batch with all inputs, including those that the trained network does not get.
+    """Return the batch with all inputs, including the ones that only the teacher gets.
 
     Args:
         family: The model family.
@@ -248,7 +248,7 @@ def with_teacher_inputs(family: Trains, noisy_batch: NoisyBatch, condition_set: 
 
 
 def predict_as_base_model(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the prediction of the base model, for runs in which it is the teacher."""
+    """Return the prediction of the base model, for runs that use it as the teacher."""
     return passes.predict_base_model(noisy_batch)
 
 

@@ -60,11 +60,11 @@ class HasComfyNodes(Protocol):
     """A family that knows which ComfyUI nodes generate its samples."""
 
     def comfy_model(self) -> ComfyModel:
-        """Return how ComfyUI runs this model.
+        """Return the ComfyUI loader settings and nodes for this model.
 
         Raises:
-            OptionError: If this variant of the model needs nodes that are not known here; the message is the
-                reason alone.
+            OptionError: If this variant of the model needs ComfyUI nodes that this program does not know.
+                The message contains only the reason.
         """
 
 
@@ -129,7 +129,7 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
 
 
 def _reads_tensor_names(lora_format: LoraFormat) -> bool:
-    """Return whether ComfyUI reads LoRA files with the tensor names of a format."""
+    """Return whether ComfyUI can load LoRA files with the tensor names of `lora_format`."""
     if lora_format.name == COMFYUI:
         return True
     lora_names = lora_format.family
@@ -244,7 +244,7 @@ class Workflows:
 
 
 def find_obstacle(model: ComfyModel, prepared: Prepared) -> str:
-    """Return why the nodes cannot generate a sample; "" if they can."""
+    """Return why the ComfyUI nodes of a model cannot generate a sample; "" if they can."""
     request = prepared.request
     default = Request(request.prompt, request.seed)
     names = [field.name for field in fields(Request) if field.name not in _REPRESENTED_FIELDS]
@@ -325,7 +325,7 @@ class ComfyGraph:
         return models, self._patch("clip", text_encoders, model.text_patches), vae
 
     def _add_loras(self, models: list[Link], text_encoders: Link) -> Link:
-        """Add the nodes that load the LoRAs; update `models`, and return the link to the text encoders."""
+        """Add nodes that load the LoRAs; update `models` in place and return the new text encoder link."""
         for index, loras in enumerate(self.loras):
             for lora in loras:
                 inputs = {"lora_name": lora.name, "strength_model": lora.strength}

@@ -20,7 +20,7 @@ SortKey = Callable[[Parameter], tuple[int, ...]]  # sort key of a parameter in t
 
 
 class RenumberingError(Exception):
-    """Raised if the parameters of an optimizer state cannot be assigned; the message is the reason alone."""
+    """Raised if an optimizer state cannot be matched to parameters; the message contains only the reason."""
 
 
 def renumber(

@@ -478,7 +478,7 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
 
 
 def _require_shapes_of_moments(optimizer: Optimizer) -> None:
-    """Raise ValueError if moments differ in shape from their parameter, as those of another weight do."""
+    """Raise ValueError if moments differ in shape from their parameter, so belong to another weight."""
     for parameter, moments in optimizer.state.items():
         for name in MOMENT_NAMES & moments.keys():
             if moments[name].shape != parameter.shape:
@@ -506,8 +506,8 @@ def _move_to_paged_buffers(
 ) -> None:
     """Move state tensors as large as their parameter into the buffers of a paged bitsandbytes optimizer.
 
-    The driver moves these buffers between host and device, as they may not fit on the device. This is a
-    separate function so that its copies are freed before those of the next parameter are made.
+    The driver pages these buffers between host and device, as they may not fit on the device. This is a
+    separate function so that temporary tensors are freed before the next parameter is moved.
     """
     like = torch.empty_like(parameter, device=device)  # the buffers are for the device that steps
     for name, value in state.items():

@@ -48,7 +48,7 @@ Shape = tuple[int, ...]  # shape of latents without their channels: B F H W
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """Predicted memory of a step before any block is swapped, and the effect of swapping."""
+    """Predicted memory of a training step without swapped blocks, and the effect of swapping blocks."""
 
     options: TrainingOptions
     batch_description: str  # size of the images or clips, and their number
@@ -112,7 +112,7 @@ class MemoryPrediction:
         return parts
 
     def _list_host_parts(self) -> list[memory_plan.MemoryPart]:
-        """Return what is only in host memory: states of the optimizer, and the average of the weights."""
+        """Return the host memory of offloaded optimizer states and of the averaged weights."""
         parts = []
         if self.host_optimizer_bytes:
             note = "those of one weight at a time are on the device"
@@ -276,11 +276,14 @@ def _list_trained_sizes(networks: Sequence[nn.Module]) -> list[int]:
 def _offload_states(
     phase_peaks: Mapping[str, dry.BytesByKind], share: float
 ) -> tuple[dict[str, dry.BytesByKind], int]:
-    """Reduce the device's optimizer states to those of one weight; return the peaks and the host's bytes.
+    """Predict offloading of optimizer states, with the states of only one weight on the device.
 
     Args:
-        phase_peaks: Peaks with all states on the device.
-        share: Fraction of all trained elements that the largest weight has.
+        phase_peaks: Peak bytes of each phase with all states on the device.
+        share: Size of the largest trained weight, as a fraction of all trained elements.
+
+    Returns:
+        The reduced peaks, and the bytes of the states in host memory.
     """
     total = max(peak_bytes.get(dry.OPTIMIZER, 0) for peak_bytes in phase_peaks.values())
     on_device = round(total * share)
@@ -290,7 +293,7 @@ def _offload_states(
 
 
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
-    """Return the items of the batch with most pixels, references included; items with audio are preferred.
+    """Return the items of the batch with the most pixels, including references; prefer items with audio.
 
     Args:
         items: Items of the dataset.
@@ -304,7 +307,7 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
 
 
 def _count_pixels(batch: Sequence[TrainingItem], latent_side: int) -> tuple[int, bool]:
-    """Return the pixels of a batch with its references, and whether it has audio, to find the largest one."""
+    """Return a sort key for batches: pixels including references, then whether the batch has audio."""
     sides = batch[
         0
     ].reference_latent_sizes  # height and width of each reference in turn, in units of `latent_side`
@@ -423,7 +426,7 @@ def suggest_larger_batch(prediction: MemoryPrediction, blocks: int, room: Device
 
 
 def _host_warning(options: TrainingOptions, needed: int, free: int) -> str:
-    """Return advice if host memory is too small for transformers that alternate on the device, else "".
+    """Return a warning that host memory is too small for transformers that alternate on the device.
 
     Args:
         options: Options of the run.
@@ -439,10 +442,10 @@ def _host_warning(options: TrainingOptions, needed: int, free: int) -> str:
 def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
     """Resolve --blocks_to_swap auto before anything is loaded, to the same number in all processes.
 
-    A step is rehearsed only if there is a CUDA device.
+    A step is simulated (rehearsed) only if there is a CUDA device.
 
     Returns:
-        The resolved options, and in the main process a watcher of the memory.
+        The resolved options, and in the main process a watcher that compares the peak with the prediction.
 
     Raises:
         MemoryPlanError: If auto cannot be resolved.
@@ -464,7 +467,7 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
             )
             # it compares the prediction with the peak
             watch = MemoryWatch(device, needed, prediction.num_elements)
-    # each process has resolved auto for its own device, but all share the weights in host memory
+    # each process has resolved auto for its own device, but the number of blocks must be equal in all
     if options.speed.swap.is_auto:
         swap = replace(
             swap, blocks_to_swap=largest_of_processes(swap.number, accelerator.num_processes, device)
@@ -473,7 +476,7 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
 
 
 def _rehearse_largest(plan: TrainingPlan) -> MemoryPrediction:
-    """Predict the memory of a step with the run's largest batch."""
+    """Predict the peak memory of a training step with the run's largest batch."""
     noisy_batch = read_largest(plan.family, plan.options, plan.training, plan.sources)
     return predict_memory(
         plan.family,

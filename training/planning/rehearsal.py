@@ -58,7 +58,7 @@ DEFAULT_STATE_BYTES = 8.0  # bytes per element if states cannot be measured: two
 
 @dataclass
 class Rehearsal:
-    """A DiT on storage-free tensors with its optimizer, which runs a step to measure peak memory."""
+    """A DiT and its optimizer on tensors without storage, to measure the peak memory of a training step."""
 
     family: Trains
     options: TrainingOptions
@@ -83,7 +83,7 @@ class Rehearsal:
 
     @property
     def host_activation_bytes(self) -> int:
-        """Host bytes of --gradient_checkpointing_cpu_offload: the inputs of all blocks except one."""
+        """Host memory of --gradient_checkpointing_cpu_offload in bytes: the inputs of all blocks but one."""
         if not self.options.loop.gradient_checkpointing_cpu_offload:
             return 0
         inputs = [self.ledger.input_bytes[name] for name, blocks in self.blocks.items() for _ in blocks]
@@ -125,7 +125,7 @@ class Rehearsal:
         return peaks
 
     def _make_loss_rule(self) -> LossRule:
-        """Return the loss of the run, with every pass that any noise level or mask could need."""
+        """Return the run's loss rule, set to run every pass that some noise level or mask needs."""
         features = begin_run(self.options, self.family, self.tables)
         return LossRule(
             self.options.loss,
@@ -163,7 +163,7 @@ class Rehearsal:
         return {}
 
     def _allocate_estimated_states(self) -> None:
-        """Allocate one tensor as large as the states of an optimizer that cannot be rehearsed."""
+        """Allocate one tensor of the estimated size of the states, if the optimizer cannot be simulated."""
         with self.ledger.allocating(dry.OPTIMIZER):
             size = estimate_state_bytes(self.optimizer, self.parameters)
             self.states.append(torch.empty(size, dtype=torch.uint8, device=self.ledger.device))
@@ -194,7 +194,7 @@ class Rehearsal:
             self.ledger.track(value, dry.OPTIMIZER)
 
     def fill_gradients(self) -> None:
-        """Give every weight a gradient, as it has after the backward pass."""
+        """Give every trained weight a gradient, as after a backward pass."""
         with self.ledger.allocating(dry.GRADIENTS):
             fill_missing_gradients(self.parameters)
 
@@ -259,7 +259,7 @@ def _as_measured(phase_peaks: Mapping[str, dry.BytesByKind], _: dry.Counts) -> M
 
 
 def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger) -> None:
-    """Add --training_adapter of each expert; only the first is enabled; the others just take memory."""
+    """Add the --training_adapter of each expert; all but the first are disabled and only occupy memory."""
     with disable_modes():  # the file has real tensors
         uses = [read_adapter(options, expert, family.experts) for expert in family.experts]
     is_compiled = options.speed.compilation.choice is not None
@@ -388,7 +388,7 @@ def _make_optimizer_groups(
 
 
 def list_states(optimizer: Optimizer) -> list[Tensor]:
-    """Return all tensors that an optimizer keeps."""
+    """Return all tensors in an optimizer's state."""
     values = (value for state in optimizer.state.values() for value in state.values())
     return [value for value in values if isinstance(value, Tensor)]
 
@@ -431,7 +431,7 @@ def _measure_state_bytes(optimizer: Optimizer) -> float:
 
 
 def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
-    """Return the function that opens autocast for --mixed_precision; a null context for full precision."""
+    """Return a function that creates the autocast context of --mixed_precision, or a null context."""
     dtype = AUTOCAST.get(options.accelerator.mixed_precision)
     if dtype is None:
         return contextlib.nullcontext

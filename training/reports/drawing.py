@@ -27,7 +27,7 @@ PAUSE = 0.05  # seconds between two checks
 
 
 class PageProcess:
-    """A process that draws the page of one run on request and at the end."""
+    """A process that draws the HTML page of one run, on request and at the end of the run."""
 
     def __init__(self, history: Path) -> None:
         """Start the process that draws the page of a run.
@@ -58,7 +58,7 @@ class PageProcess:
         threading.Thread(target=self._process.wait, daemon=True).start()
 
     def draw(self) -> None:
-        """Request that the page be drawn from the current history on disk.
+        """Ask the process to draw the page from the current history on disk.
 
         Raises:
             OutputError: If drawing an earlier page failed and ended the drawing process.
@@ -102,7 +102,7 @@ def wait_for_page(history: Path, seconds: float = PAGE_SECONDS) -> Path | None:
 
 
 def is_page_current(history: Path) -> bool:
-    """Return whether the page of a run was drawn after the last line of its history, if it has one."""
+    """Return whether the page of a run was drawn after its history changed last; True without a history."""
     page = page_path(history.parent, history_name(history))
     try:
         written = history.stat().st_mtime_ns

@@ -135,7 +135,7 @@ def read_draws_of_file(path: Path, session: int | None) -> Iterator[ItemDraw]:
 
 
 def _parse(line: bytes) -> Mapping[str, Any]:
-    """Return the values of a line; {} if it is incomplete or not an object."""
+    """Parse a line as a JSON object; {} if it is incomplete or not an object."""
     if not line.endswith(b"\n"):
         return {}
     try:
@@ -214,7 +214,10 @@ def _make_table_row(item: ItemLoss, image: ItemImage | None) -> tuple[str | Mark
 def _compare_files(
     folder: Path, name: str, file_versions: tuple[tuple[str, int, int], ...]
 ) -> list[ItemLoss]:
-    """Return the items of a run. The cache key `file_versions` has each file's name, size and change time."""
+    """Return the items of a run with their losses. `file_versions` is the cache key.
+
+    It contains the name, size and modification time of each file.
+    """
     return compare_items(read_draws(folder, name))
 
 

@@ -27,7 +27,7 @@ class MetricChart:
 
 @dataclass(frozen=True)
 class MetricTile:
-    """The mean of a number over the latest steps, as a percentage at the top of the page."""
+    """A tile at the top of the page: the mean of a metric over the latest steps, as a percentage."""
 
     title: str
     number: str  # name of the value in the history

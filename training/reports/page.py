@@ -34,7 +34,7 @@ MAX_BINS = 600  # points of a curve; a drawing has too few pixels to show more
 
 @dataclass(frozen=True)
 class Standing:
-    """State of a run for its page: start, current step, and how it ended."""
+    """Status of a run shown on its page: start, current step, and how it ended."""
 
     start: Start
     step: int
@@ -324,9 +324,9 @@ def list_files(run_history: RunHistory, folder: Path) -> list[tuple[int, list[st
 
 @functools.lru_cache(maxsize=10_000)
 def _read_weights_hash(path: Path, changed: int, size: int) -> str:
-    """Return the SHA-256 of the tensors from a LoRA's metadata; empty if it is missing.
+    """Return the SHA-256 of the tensors, as recorded in a LoRA file's metadata; "" if it is missing.
 
-    `changed` and `size` are part of the cache key only.
+    `changed` and `size`, the file's modification time and size, serve only as part of the cache key.
     """
     try:
         return read_safetensors_texts(path).get("sshs_model_hash", "")
@@ -366,7 +366,7 @@ def _list_saved_files(run_history: RunHistory, folder: Path, best: str | None) -
 
 
 def describe_best(run_history: RunHistory, best: str | None) -> str:
-    """Return the sentence on the best file, or on how to measure which one it is.
+    """Return a sentence that names the best file, or says how to find it.
 
     Args:
         run_history: Content of the run's history.

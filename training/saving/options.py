@@ -34,7 +34,7 @@ def _if_saved(kind: str, with_states: bool = False) -> dict[str, Callable[[Any],
 class SavingOptions(Options, title="saving"):
     """Options of files and state folders.
 
-    `output_dir` and `output_name` are None only if the run just shows something and exits.
+    `output_dir` and `output_name` are None only in commands that show something and exit.
     """
 
     output_dir: Path | None = option(

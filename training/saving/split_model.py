@@ -96,7 +96,7 @@ def _write_model(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the weights of a model that is split over processes; all of them must call this.
+    """Write the weights of a sharded model; all processes must call this.
 
     Process 0 writes the file, tensor by tensor; the others take part in gathering each tensor.
     """
@@ -148,14 +148,14 @@ def write_sharded_state(folder: Path, state: SavedState) -> None:
 
 
 def _tensors(state: SavedState) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name and tensors of each part of a state; optimizer states are named `optimizer/NAME`."""
+    """Yield the name and tensors of each part of a state; `optimizer/NAME` has the states of weight NAME."""
     yield from _writable_parts(state).items()
     for name, values in state.optimizer["states"].items():
         yield f"{OPTIMIZER}/{name}", values
 
 
 def _write_files(folder: Path | None, tensors: Mapping[str, Any]) -> dict[str, int]:
-    """Write each process's rows into the first process's `folder`; return the checksum of each file."""
+    """Write the rows of all processes into the first process's `folder`; return the files' checksums."""
     (folder,) = broadcast_object_list([folder])  # from the first process
     assert folder is not None
     file_numbers = {}  # tensor -> number of its file, from 1
@@ -200,7 +200,10 @@ def load_sharded_tensors(
 
 
 def _copy_local_rows(saved: SavedState, part: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy this process's rows of whole saved tensors to the run's split tensors, which replace them."""
+    """Copy this process's rows of whole saved tensors into the run's sharded tensors.
+
+    The saved state refers to the sharded tensors afterwards.
+    """
     for name, tensor in tensors.items():
         saved_tensor: Any = saved.parts.get(part, {}).get(name)
         if saved_tensor is None or not is_sharded_weight(tensor) or saved_tensor.shape != tensor.shape:
@@ -211,7 +214,7 @@ def _copy_local_rows(saved: SavedState, part: str, tensors: Mapping[str, Tensor]
 
 
 def _select_local_rows_of_moments(optimizer_state: dict[str, Any], weight: Tensor) -> None:
-    """Replace whole moments of a split weight by this process's rows; scalars such as `step` stay."""
+    """Cut whole moments of a sharded weight to this process's rows in place; keep scalars such as `step`."""
     for key, value in optimizer_state.items():
         if isinstance(value, Tensor) and value.ndim and value.shape != local_rows(weight).shape:
             optimizer_state[key] = slice_local_rows(weight, value)

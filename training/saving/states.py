@@ -51,7 +51,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class SavedState:
-    """State of a run for resuming; tensors of a loaded state are memory-mapped until `release`."""
+    """State of a run for resuming. Tensors of a loaded state are memory-mapped until `release` is called."""
 
     folder: Path
     progress: Progress
@@ -74,7 +74,7 @@ class SavedState:
 
 @dataclass(frozen=True)
 class ForeignState:
-    """State folder of another trainer, which records no progress, so that steps count from 0."""
+    """State folder of another trainer; it records no progress, so steps are counted from 0."""
 
     folder: Path
     network: dict[str, Tensor]
@@ -179,9 +179,9 @@ def read_state(folder: Path) -> SavedState | ForeignState:
 
 
 def _check_files(folder: Path, checksums: Mapping[str, int]) -> None:
-    """Raise ValueError if a file of split tensors is missing or changed.
+    """Raise ValueError if a file of sharded tensors is missing or has changed.
 
-    Each process checks a part of the files, and all of them raise.
+    Each process checks some of the files, and all processes raise the error.
 
     Args:
         folder: Folder of the files.
@@ -196,7 +196,7 @@ def _check_files(folder: Path, checksums: Mapping[str, int]) -> None:
 
 @contextlib.contextmanager
 def errors_name_the_state(folder: Path) -> Iterator[None]:
-    """Convert errors of the block about a damaged state to a CheckpointError that names the folder."""
+    """Convert errors that a damaged state causes in the block to a CheckpointError that names the folder."""
     try:
         yield
     except CheckpointError as error:
@@ -409,7 +409,7 @@ def read_old_state(folder: Path, verify_checksum: bool) -> dict[str, Any]:
 
 
 def _decode_optimizer(optimizer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Decode the optimizer state in a state folder saved by an older version."""
+    """Decode an optimizer state from a state folder that an older version saved."""
     groups = [{**_decode(group["rest"], tensors), "params": group["params"]} for group in optimizer["groups"]]
     on_host = set()  # the names of tensors that were in host memory
     for state in optimizer["states"].values():
@@ -421,7 +421,7 @@ def _decode_optimizer(optimizer: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 def select_files_to_check(folder: Path) -> list[Path]:
-    """Return the weight files of a state that this process checks: every n-th file with n processes."""
+    """Return the weight files of a state that this process checks: every nth file with n processes."""
     paths = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
     if not distributed.is_initialized():
         return paths

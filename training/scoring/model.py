@@ -30,7 +30,7 @@ HASHED_BYTES = 1 << 20  # bytes at both ends of a file of weights that are hashe
 
 @dataclass(frozen=True)
 class ImageTextKind:
-    """Class names in transformers, and text padding, of one kind of image-text model."""
+    """The `transformers` class and the text padding of one kind of image-text model."""
 
     network: str  # name of the class in transformers
     padding: str  # padding that the model was trained with
@@ -56,7 +56,7 @@ class EmbedsImages(Protocol):
 
     @property
     def identity(self) -> str:
-        """Key of stored vectors: equal for folders that contain the same model."""
+        """Key under which embeddings are stored: equal for folders that contain the same model."""
 
     def embed_images(self, frames: Sequence[Frame]) -> Tensor:
         """Return a vector of length 1 for each frame, N D float32 on the CPU."""

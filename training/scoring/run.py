@@ -271,7 +271,7 @@ def _add_recalls(
 
 
 def _list_notes(run: ScoredRun, unreadable: Sequence[str], comparison: "SampleComparison") -> list[ScoreNote]:
-    """Return notes on samples and images that were not scored, and on scores that are missing."""
+    """Return notes about unreadable files, ignored audio samples, and scores that could not be computed."""
     notes = []
     if unreadable:
         notes.append(ScoreNote("unreadable", {"names": list_some(unreadable)}))
@@ -382,8 +382,8 @@ class SampleComparison:
             index: Index of the sample.
             path: File of the sample.
             prompt: The prompt.
-            vectors: Vectors of its frames, F D, to compare with the prompt.
-            likeness_vectors: Vectors of its frames, F D, to compare with training images; None if unknown.
+            vectors: Embeddings of its frames, F D, to compare with the prompt.
+            likeness_vectors: Embeddings of its frames, F D, to compare with training images; None if unknown.
         """
         text = self.prompts.get(prompt)
         score = SampleScore(
@@ -511,7 +511,7 @@ def _align_columns(rows: Sequence[Sequence[object]]) -> list[str]:
 
 
 def _write_page_again(run: ScoredRun) -> None:
-    """Write the page of a run again, now with scores, if the run has ended and has a page."""
+    """Rewrite the page of a run to include the scores, if the run has ended and has a page."""
     path = page_path(run.folder, run.name)
     if run.run_history.ending is None or not path.is_file():
         return
