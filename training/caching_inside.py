@@ -409,7 +409,7 @@ def _share_entries(stores: Sequence[MemoryStore]) -> None:
         for store in stores:
             local_entries = list(store.entries.items())
             num_messages = ceil_div(len(local_entries), ENTRIES_PER_MESSAGE)
-            for index in range(max(share.gather(num_messages))):  # all processes send equally often
+            for index in range(max(share.gather(num_messages))):  # all processes send equally many messages
                 start = index * ENTRIES_PER_MESSAGE
                 message = dict(local_entries[start : start + ENTRIES_PER_MESSAGE])
                 for received in share.gather(message):

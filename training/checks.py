@@ -190,10 +190,10 @@ def _check_sample_loras(family: Family, multiplier_by_file: Sequence[tuple[Path,
 
 
 def _list_rates(options: TrainingOptions) -> dict[str, float]:
-    """Return the learning rates of the parts of the networks, by the option that sets each.
+    """Return the learning rates of the networks' parts, by the option that sets each.
 
-    Parts with rate 0 are not trained. Parts that only the loaded networks reveal are left out. A key names
-    an option, with its value where one option sets several rates.
+    Parts with rate 0, which are not trained, are left out, as are parts that only the loaded networks reveal.
+    A key names an option, with its value where one option sets several rates.
     """
     parts = options.lora_parts
     dit_option, dit_rate = "--learning_rate", options.optimizer.learning_rate

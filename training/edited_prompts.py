@@ -104,7 +104,7 @@ def _read_prompts(path: Path, previous_text: str) -> tuple[str, str]:
 
 
 def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sampler:
-    """Return a sampler for the edited prompt file; unchanged entries keep their encoded texts.
+    """Return a sampler for the edited prompt file; unchanged entries keep their encoded prompts.
 
     Raises:
         UserError: If an entry cannot be used, or if an encoder cannot be loaded.

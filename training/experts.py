@@ -371,7 +371,7 @@ def set_up_network(
 
 
 def check_computing(family: Family, options: TrainingOptions, device: torch.device) -> Quantization | None:
-    """Check, before anything is loaded, that the device supports the options of computing.
+    """Check before loading that the device supports the precision, attention and quantization options.
 
     Returns:
         The quantization of the frozen weights, with the matrix products that the device has; None if they

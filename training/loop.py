@@ -142,7 +142,7 @@ def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noi
         for adapter in model.dits.loras:
             stack.enter_context(adapter.switched_to(is_on=True))
         values, keys = _accumulate(run, step_batches, micro_batches)
-    # weights that a micro-batch could reach, but without a gradient, take part in the step with zeros
+    # weights that a micro-batch could use, but that have no gradient, are stepped with a gradient of zero
     if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass
         fill_missing_gradients(updated_parameters)
     # add up gradients, numbers and requests of all processes
@@ -373,13 +373,13 @@ def _propagate(
 
 
 def _experts_of_pass(run: TrainingRun, step_batches: range, position: int, expert: int) -> list[int]:
-    """Return the experts that all processes run at this position of the step, in lockstep.
+    """Return the indices of the experts that all processes run in lockstep at this position of the step.
 
     Args:
         run: The run.
         step_batches: Indices of the step's micro-batches.
         position: Position among the micro-batches of each process.
-        expert: Index of the micro-batch's expert.
+        expert: Index of the expert of this process's micro-batch.
     """
     steps = run.steps
     if len(run.family.experts) == 1:

@@ -146,7 +146,7 @@ def make_plan(
     accelerator: Accelerator,
     others: OtherFamilies = NO_OTHERS,
 ) -> TrainingPlan:
-    """Find state, items and steps; check everything that can be checked before loading.
+    """Plan a run: find its state, items and steps, and check all that is possible before networks are loaded.
 
     Args:
         family: The model family.
@@ -633,7 +633,7 @@ def skip_to_initial_step(options: StartOptions, progress: Progress, plan: StepPl
             f"{plan.total_steps}: begin earlier, or give a larger --max_train_steps or --max_train_epochs"
         )
     epoch = step // plan.steps_per_epoch
-    # position: number of micro-batches of the epoch that are passed over
+    # position: number of micro-batches of the epoch that are skipped
     progress.step, progress.epoch = step, epoch
     progress.position = (step - plan.steps_until(epoch)) * plan.batches_per_step
     logger.info("Beginning at step %d, epoch %d.", step, epoch + 1)

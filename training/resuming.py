@@ -244,7 +244,7 @@ def check_resumable(
     options: TrainingOptions,
     saving: SavingOptions,
 ) -> dict[str, str]:
-    """Raise OptionError if the saved run is a different one; warn of changes.
+    """Raise OptionError if the saved run is a different one; warn about changed settings.
 
     Settings that the saved run did not record are not compared. Call this before anything large is loaded.
 

@@ -51,7 +51,7 @@ def start_command(
     Args:
         option: Flag of the option.
         argv: Arguments of the command.
-        run: What is known of the run.
+        run: Description of the run.
         error: Error that ended the run.
         has_begun: Whether the run itself has begun. Before that, wrong options do not start the command,
             because the user has just typed them and sees the error.

@@ -257,7 +257,7 @@ def restore(model: TrainedModel) -> None:
 
 def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
     """Restore weights, and the optimizer's state if its tensors can be assigned to layers."""
-    # the network comes first; states of other programs have no other modules
+    # states of other programs contain only the network, which is the first module
     module = next(iter(model.trainable.modules.values()))
     states.load_module(module, saved.network)
     if model.average is not None:

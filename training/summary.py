@@ -177,7 +177,7 @@ def _shorten_list(names: Sequence[str]) -> str:
 def _make_writing_rows(
     run: TrainingRun, parameters: Sequence[Tensor], dtype: torch.dtype | None
 ) -> list[Row]:
-    """Return the rows of the start box on saves, samples, disk space and folders.
+    """Return the rows of the start box about saves, samples, disk space and folders.
 
     Args:
         run: The run.

@@ -140,7 +140,7 @@ def factor_at(
     lr_end: float,
     step_rules: str,
 ) -> float:
-    """Return the factor on the learning rate at a step, for the curve `name` of --lr_scheduler.
+    """Return the multiplier of the learning rate at a step, for the curve `name` of --lr_scheduler.
 
     During the warmup, every curve except piecewise_constant rises linearly.
 
@@ -149,7 +149,7 @@ def factor_at(
         total: Number of steps of the run.
         warmup: Number of steps of the warmup.
         decay: Number of steps of the decay at the end.
-        learning_rate: Learning rate of the group, for curves with an absolute end.
+        learning_rate: Learning rate of the group, for curves whose final rate is absolute.
         step: Index of the step, from 0.
         num_cycles: Number of cycles of a cosine.
         power: Exponent of a polynomial.

@@ -200,8 +200,8 @@ def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tens
     Args:
         values: The values, float32.
         generator: Random generator on the device of the values.
-        weight: The split weight to which the values belong as rows of this process; they are rounded like
-            rows of the full weight. None for a weight that is not split.
+        weight: Sharded weight whose local rows the values are; they are rounded like rows of the full
+            weight. None for a weight that is not sharded.
     """
     full_shape = values.shape if weight is None else weight.shape
     noise = torch.randint(_LOW_16, full_shape, dtype=torch.int32, device=values.device, generator=generator)

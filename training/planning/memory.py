@@ -68,7 +68,7 @@ class MemoryPrediction:
     network: str = "LoRA"  # name of the trained network
 
     def phase(self, blocks: int) -> memory_plan.Phase:
-        """Return the memory at the peak of a step, part by part, with this number of swapped blocks."""
+        """Return the peak memory of a step by part, with `blocks` swapped blocks."""
         offloaded = self.swaps[blocks]
         # the phase of the step with the most memory, and its bytes by kind, such as weights and gradients
         phase_name, peak_bytes = dry.peak_of_phases(self.phase_peaks)
@@ -467,7 +467,7 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
             )
             # it compares the prediction with the peak
             watch = MemoryWatch(device, needed, prediction.num_elements)
-    # each process has resolved auto for its own device, but the number of blocks must be equal in all
+    # each process has resolved auto for its own device, but all share the swapped weights in host memory
     if options.speed.swap.is_auto:
         swap = replace(
             swap, blocks_to_swap=largest_of_processes(swap.number, accelerator.num_processes, device)
@@ -528,7 +528,7 @@ def suggest_changes(
 def list_memory_savings(
     options: TrainingOptions, num_further_dits: int = 0
 ) -> list[tuple[str, TrainingOptions]]:
-    """Return unused options that save memory, in the order of their cost in time.
+    """Return unused options that save memory, ordered by how much they slow down training.
 
     Args:
         options: Options of the run.
@@ -567,7 +567,7 @@ def suggest_smaller_items(latent: LatentSpec, too_large: MemoryPrediction, room:
     swapped_blocks = too_large.max_swapped_blocks if can_swap else too_large.blocks
     swap_flag = f" with --blocks_to_swap {swapped_blocks}" if can_swap else ""
     for key, value, shape in list_smaller_shapes(latent, too_large.shape):
-        scale = prod(shape) / prod(too_large.shape)  # memory is taken to grow with the number of latents
+        scale = prod(shape) / prod(too_large.shape)  # assumes memory proportional to the number of latents
         if too_large.scaled(scale).device_bytes(swapped_blocks) <= room.usable:
             return [f"{key} {value} in --dataset_config{swap_flag} fits ({describe_batch(latent, shape)})"]
     return ["no smaller batch, clip or picture was found that fits"]

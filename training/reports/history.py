@@ -158,7 +158,7 @@ class RunHistory:
         return run_history
 
     def add(self, row: Row) -> None:
-        """Add a row, whose key determines its kind. A start clears the ending of an earlier run."""
+        """Add a row, whose keys determine its kind. A start clears the ending of an earlier run."""
         step = row["step"]
         # a message does not change the current activity; any other row ends it
         self.doing = self.doing if "message" in row else str(row.get("doing", ""))
@@ -440,7 +440,7 @@ def read_history(path: Path, session: int) -> RunHistory:
 def _read_lines(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
     """Yield the lines of a run, up to `step` if given; none at step 0.
 
-    Unreadable lines are skipped, with a warning if there are more than a killed process leaves.
+    Unreadable lines are skipped, with a warning if there are several: a killed process leaves only one.
 
     Raises:
         OSError: If the file cannot be read.

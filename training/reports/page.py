@@ -106,7 +106,7 @@ def page_values(
         max_columns, max_prompts = maximum
         grid = make_grid(run_history, load, max_columns, max_prompts)
     return {
-        "live": None,  # a file, and not a page that the browser interface serves and renews
+        "live": None,  # the page is a file, which the browser interface does not serve and update
         "is_shared": False,  # not a page behind a share link, so samples link to their files
         "standing": standing,
         "model": model_title(standing.start.model),

@@ -112,7 +112,7 @@ def join_strip(clip: DownscaledClip) -> Frame:
 
 
 def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Mapping[int, str]) -> None:
-    """Write a PNG with a strip of frames of each sample below its prompt; nothing if there are no strips.
+    """Write a PNG contact sheet: each sample's strip of frames below its prompt. Does nothing without strips.
 
     Raises:
         OutputError: If the file cannot be written.

@@ -164,7 +164,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         return _read_foreign(folder)
     with errors_name_the_state(folder):
         content = _read_content(folder, verify_checksum=True)
-        if "files" in content:  # a split transformer's tensors, in separate files
+        if "files" in content:  # a sharded transformer's tensors, in separate files
             _check_files(folder, content["files"])
         state = SavedState(folder, Progress.of_state(content.pop("progress")), **content)
         check_types(state)
