@@ -216,7 +216,7 @@ def download_file(
 def _receive_undamaged(
     remote: RemoteFile, partial: Path, wait: Callable[[float], None], note: Callable[[int, int], None]
 ) -> None:
-    """Download what is missing of a file, and all of it once more if its checksum is wrong.
+    """Download the missing part of a file; if its checksum is wrong, download all of it once more.
 
     Raises:
         DownloadError: If the checksum is wrong twice, if the site refuses, or if the connection stays broken.

@@ -59,7 +59,7 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
     """Look up a file on the Hugging Face hub or a mirror, by default the one in HF_ENDPOINT.
 
     Raises:
-        DownloadError: If the hub cannot be reached, lacks the file, or does not deliver it.
+        DownloadError: If the hub cannot be reached, does not have the file, or refuses to serve it.
     """
     site = (endpoint or constants.ENDPOINT).rstrip("/")
     page = f"{site}/{file.repository}"
@@ -78,7 +78,7 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
         raise problem from error
     if metadata.size is None:
         raise DownloadError(f"{page} does not say how large {file.file} is: this is not a mirror of the hub.")
-    # the address of this commit, so that a change of the repository during the download mixes no two files
+    # the address of this commit, so that a repository change during the download cannot mix two versions
     url = hf_hub_url(file.repository, file.file, revision=metadata.commit_hash or "main", endpoint=site)
     checksum = (metadata.etag or "").strip('"').lower()
     return RemoteFile(

@@ -147,7 +147,7 @@ def _match_exact_name(
     for model in models:
         spellings = [name for name, family in family_by_spelling.items() if family == model.family]
         full_names = {plain_name(name + model.task) for name in spellings}
-        # plain names have no points: 1.4 would be taken for 14
+        # normalized names have no dots, so 1.4 would match 14
         if plain in full_names and not has_other_number(text, model.task):
             return NamedModel(model.family, model.task)
     for model in models:  # the first match counts: the catalogue begins with the most popular tasks

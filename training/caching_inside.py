@@ -502,7 +502,7 @@ def _select_for_varying_captions_or_loras(
     Args:
         family: The model family.
         options: Options of the run.
-        varies: Whether captions vary, which excludes caches of texts.
+        varies: Whether captions vary, so that their text encoder outputs cannot be cached.
     """
     caches_texts = options.caching is not None and options.caching.caches_texts
     why = "captions vary" if varies else f"they are trained without {UNET_ONLY}"
@@ -512,7 +512,7 @@ def _select_for_varying_captions_or_loras(
     trained = _select_trained_encoders(family, options, trainable_encoders)
     if varies or (trained and not caches_texts):
         return LiveTextEncoders(encoders, trained, prefixes)
-    if 0 < len(trained) < len(encoders):  # the frozen encoders' states come from caches
+    if 0 < len(trained) < len(encoders):  # the frozen encoders' outputs come from caches
         return LiveTextEncoders(trained, trained, prefixes)
     if trained and _overrides_text_cache(family, options, trained):
         return LiveTextEncoders(encoders, trained, prefixes)
@@ -594,7 +594,7 @@ def _require_text_encoders(family: Family, why: str) -> Sequence[TextEncoder]:
 def _select_trained_encoders(
     family: Family, options: TrainingOptions, trainable_encoders: Sequence[LearningEncoder]
 ) -> list[LearningEncoder]:
-    """Return the encoders that get a network, out of those that can be trained.
+    """Return which of the trainable text encoders get a trained network, such as a LoRA.
 
     Raises:
         OptionError: If only text encoders are to be trained, but none can be.
@@ -643,7 +643,7 @@ class LiveMedia:
         self._media_encoders = load_encoders(family, device)
 
     def encode(self, items: Sequence[TrainingItem], *seed_parts: int | str) -> dict[int, dict[str, Tensor]]:
-        """Encode the items of a batch that are not cached.
+        """Encode the uncached items of a batch.
 
         Args:
             items: Items of the batch in order; items with cached latents are skipped.

@@ -435,7 +435,7 @@ def list_unused_options(
 
 
 def describe_learning_rate(options: TrainingOptions, network_spec: NetworkSpec) -> str:
-    """Describe the learning rate, with the usual one if it is far from that.
+    """Describe the learning rate, and add the usual one if it is far off.
 
     Args:
         options: Options of the run.

@@ -80,7 +80,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
 def _report_unknown_key(
     path: Path, key: str, values: Mapping[str, Any], actions: Mapping[str, argparse.Action]
 ) -> None:
-    """Warn of a key that is not an option, with advice for keys of Kohya's GUI; reject a misspelled option.
+    """Warn about a key that is not an option, with advice for keys of Kohya's GUI; reject misspelled options.
 
     Args:
         path: The file.

@@ -199,7 +199,7 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
         from training.adapted import list_adapter_warnings  # only with an adapter
 
         return list_adapter_warnings(family, options)
-    # an embedding or a network with control images leaves the transformer alone
+    # an embedding or a network with control images does not change the transformer
     changes_transformer = options.network is not None or options.full_dit is not None
     if options.features.keeps_few_step_ability or not (changes_transformer and knows_few_steps(family)):
         return ""
@@ -260,7 +260,7 @@ def _warn_of_all_levels(options: TrainingOptions, boundary: float) -> None:
 def expert_metadata(
     family: Family, options: TrainingOptions, timesteps_of_tables: Sequence[TimestepOptions], expert_name: str
 ) -> dict[str, str]:
-    """Return the metadata that says for which of a model's transformers a file was trained.
+    """Return the metadata that names the transformer (expert) for which a file was trained.
 
     Args:
         family: The model family.
@@ -339,7 +339,7 @@ def set_up_network(
     host_weights: HostWeights | None = None,
     block_sharder: BlockSharder | None = None,
 ) -> None:
-    """Compile the blocks, checkpoint them, and set up swapped or split ones. Call after attaching a LoRA.
+    """Compile and checkpoint the blocks, and set up swapping or sharding. Call after attaching a LoRA.
 
     --gradient_checkpointing_cpu_offload means that memory is short, so it also computes feed-forward layers
     in pieces.
@@ -351,7 +351,7 @@ def set_up_network(
         device: Device of the run.
         compilation: How to compile; None does not compile.
         host_weights: Host memory with the weights of swapped blocks; None if none is swapped.
-        block_sharder: What split the blocks over processes while they were loaded; None if they are complete.
+        block_sharder: Object that split the blocks over processes during loading; None if they are complete.
     """
     cpu_offload = loop.gradient_checkpointing_cpu_offload
     checkpointing: network_setup.Checkpointing | None = None  # None: the blocks keep their activations

@@ -91,8 +91,8 @@ def read_image_training(
 ) -> tuple[TrainingOptions, R, list[ScriptOption]]:
     """Read the options of a script that trains an image model.
 
-    Returns the options of the run, those of the family, and a list of all options for the run's page. The
-    program ends after --output_config.
+    Returns the options of the run, the options of the family, and a list of all options for the run's page.
+    With --output_config, it writes that file and exits.
 
     Args:
         doc: Docstring of the script.
@@ -704,7 +704,7 @@ def word_trainer(**settings: Any) -> ImageTrainerDefaults:
 
 
 def _read_word(args: argparse.Namespace) -> None:
-    """Fill options from those of textual inversion: text encoders learn, and the word can name the files."""
+    """Set options for textual inversion: only text encoders are trained, and the word can name the files."""
     word = args.token_string
     if args.output_name is None and args.output_dir is not None and word is not None:
         error = find_error(word)

@@ -182,7 +182,7 @@ def _check_data(custom: CustomNetwork, config: DatasetConfig, preserve_attribute
         preserve_attribute: Name of the attribute with which a table asks for the base model's prediction.
     """
     if not custom.in_text_encoders:
-        from dataset.control_pairs import check_pairs  # other trainings read caches alone
+        from dataset.control_pairs import check_pairs  # other runs read only caches
 
         check_pairs(config, custom.label)
         return config

@@ -129,7 +129,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
 def _check_initial_lora(
     plan: TrainingPlan, lora: Path, auxiliary_learners: Sequence[AuxiliaryLearner]
 ) -> None:
-    """Warn if embeddings in the LoRA of --network_weights would be lost, or if it predicts something else."""
+    """Warn if the --network_weights LoRA has embeddings that would be lost, or predicts noise instead of v."""
     with open_checkpoint(lora) as checkpoint:
         words_in_file = {word_of(name) for name in checkpoint.tensors} - {""}
         metadata = checkpoint.metadata
@@ -515,7 +515,7 @@ class TrainableBuilder:
         self.trainables.append(trainable)
 
     def join(self) -> Trainable:
-        """Return all trained parts as one: the networks of the experts, and what is trained in addition."""
+        """Join all trained parts: the networks of the experts, and other parameters such as embeddings."""
         if len(self.trainables) == 1:
             trainable = self.trainables[0]
         else:
@@ -582,7 +582,7 @@ def _make_stepping(
     optimizer_class = type(optimizer)
     rounds_to_bf16 = full_dit is not None and full_dit.full_bf16
     offloads_states = full_dit is not None and full_dit.offloads_states
-    # an optimizer that needs whole matrices gathers the rows of split ones, one weight at a time
+    # an optimizer that needs whole matrices gathers the rows of sharded ones, one weight at a time
     gathers_weights = bool(sharded_weights) and not stepping.is_elementwise(optimizer_class)
     parameter_steps: stepping.ParameterSteps | None = None  # steps each parameter by itself
     if options.is_fused or gathers_weights or rounds_to_bf16 or offloads_states:

@@ -69,7 +69,7 @@ class TrainingCommand:
         """Return the commands that make missing caches.
 
         They contain the options that follow from the checkpoint, but not the files of existing caches, which
-        may be of another model.
+        may belong to another model.
         """
         if self.family_entry is None:  # no script makes caches for this model
             return NO_COMMANDS
@@ -219,7 +219,7 @@ class NextSteps:
         return _command(title, arguments, note)
 
     def _start_from_trained_files(self, steps: int) -> PageCommand:
-        """Return the command that starts a new run of so many steps from the trained files."""
+        """Return the command that starts a new run of `steps` steps from the trained files."""
         # the option that reads trained weights: --network_weights for a LoRA, --dit for a whole model
         start_option = self.plan.network_spec.start_option or self._trained_option()
         experts: Sequence[str] = self.plan.names.expert_names

@@ -377,8 +377,8 @@ def read_training(
 def log_options_without_effect(args: argparse.Namespace, *records: Options) -> None:
     """Log in one line which options of a --config_file have no effect because another one is not given.
 
-    Only options with their default values are listed: files of other programs spell these out. Such an option
-    with another value is rejected, or has its own line (`list_unused_options`).
+    Only options with their default values are listed: files of other programs spell these out. With another
+    value, such an option is rejected, or reported separately (`list_unused_options`).
 
     Args:
         args: The parsed command line and config file.

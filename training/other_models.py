@@ -33,7 +33,7 @@ NO_OTHERS = OtherFamilies()
 
 
 def require_equal_shapes(other: Family, trained: Family, option: str, consequence: str) -> None:
-    """Raise CheckpointError if a transformer's weights have other shapes than those of the trained one.
+    """Raise CheckpointError if a transformer's weights differ in shape from the trained transformer's.
 
     Only headers of files are compared. Weights that one of the two lacks are ignored.
 

@@ -439,7 +439,7 @@ def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Acce
 
 
 def read_config(options: TrainingOptions, family: Family, network_spec: NetworkSpec) -> DatasetConfig:
-    """Read the data of a training run: --dataset_config, or --train_data_dir and its companions.
+    """Read the dataset of a training run from --dataset_config, or from --train_data_dir and its options.
 
     Args:
         options: Options of the run.

@@ -161,7 +161,7 @@ def collect_run_settings(
     plan: StepPlan,
     adapter: str | None,
 ) -> RunSettings:
-    """Return the settings that a state records, and that a resumed run compares with those of the state.
+    """Return the settings that a state records, so that a resumed run can be compared with them.
 
     Args:
         family: The model family.
@@ -394,7 +394,7 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
 
 
 def _normalize_fixed_settings(fixed: Mapping[str, Any], record: type) -> dict[str, Any]:
-    """Normalize the settings that identify a run: equal meanings become equal values, however typed.
+    """Normalize the settings that identify a run: settings of equal meaning get equal values.
 
     Args:
         fixed: Settings that must be the same when the run is resumed, by name.

@@ -103,7 +103,7 @@ def prepare_run(
     others: OtherFamilies = NO_OTHERS,
     end: RunEnd | None = None,
 ) -> Iterator[TrainingRun]:
-    """Yield a run for which everything is loaded; on exit, end its logs and wait for uploads.
+    """Yield a run with everything loaded; on exit, close its logs and wait for uploads.
 
     The order keeps models out of memory that are not needed together: samples' prompts are encoded first,
     then text encoders that stay are loaded, then the trained transformers.
@@ -113,7 +113,7 @@ def prepare_run(
         options: Options of the run.
         command: Command that was typed.
         others: Models in addition to the trained one.
-        end: Records how far the run has come.
+        end: Records the progress of the run for features that act at its end.
 
     Raises:
         UserError: If the options, the data or a file cannot be used.

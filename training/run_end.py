@@ -108,7 +108,7 @@ def _list_variables(run: EndedRun, code: int, error: BaseException | None) -> di
 
 def _start_program(option: str, argv: Sequence[str], variables: dict[str, str], max_seconds: float) -> None:
     """Start a program without a shell, and wait for it for some seconds. Warns if it fails."""
-    # without the variables by which a launcher's process is recognized
+    # without the variables that mark a process of a multi-process launcher
     inherited = {
         name: value
         for name, value in os.environ.items()

@@ -105,7 +105,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 
 def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
-    """Return the rows of the start box on the model, its trained parts, the data and the optimizer.
+    """Return the rows of the start box about the model, its trained parts, the data and the optimizer.
 
     Args:
         run: The run.

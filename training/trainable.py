@@ -367,7 +367,7 @@ def _write_dit(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a fully trained DiT, completed by the tensors of its original file that the network lacks."""
+    """Write a fully trained DiT, and the tensors of its original file that the network does not use."""
     tensors = dit.state_dict()  # not copied; these may currently be the values of an average
     dtypes = saved_dtypes(dtypes, dtype)
     infos = {name: TensorInfo(dtypes[name], tuple(tensor.shape)) for name, tensor in tensors.items()}

@@ -143,9 +143,9 @@ class Requests:
             logger.info("%s asks to %s at the end of this step.", path, kind)
 
     def finish(self, kind: str) -> None:
-        """Remove the files whose request, SAMPLE, SAVE or STOP, was served.
+        """Remove the files whose request of this kind (SAMPLE, SAVE or STOP) has been carried out.
 
-        A file that was changed in the meantime is kept, as a new request.
+        A file that has changed in the meantime is kept, as a new request.
         """
         served = [path for path in self._pending_files if self.paths[path] == kind]
         for path in served:

@@ -87,7 +87,7 @@ def _train_checkpoint(
         dit: The transformer.
         live_encoders: Text encoders that are loaded.
         learning_rate: Learning rate of parts without one of their own.
-        name_parts: Parts of names; only weights of the transformer with one of them are trained.
+        name_parts: Substrings; only transformer weights whose name contains one are trained. Empty: all are.
         as_folder: Whether a diffusers folder is written instead of one file; None writes nothing.
         shard_bytes: Largest size of a file of the folder; 0 for one file per network.
     """

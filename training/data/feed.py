@@ -367,7 +367,7 @@ class Feed:
 
         If epochs are short, workers are kept for all of them, because starting workers takes longer than an
         epoch. If epochs are long, workers end with each epoch, because each worker would need its own copy
-        of the next order.
+        of the next epoch's order.
         """
         keeps_workers = self.order.num_items <= MAX_ITEMS_OF_KEPT_WORKERS
         epochs_per_start = max(self.plan.num_epochs, 1) if keeps_workers else 1

@@ -119,7 +119,7 @@ def _redraw_rejected(
     flow_shift: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Draw the noise fractions that the expert does not accept again, until it accepts all of them."""
+    """Redraw noise fractions that are not accepted for the expert, until all are."""
     low, high = find_accepted_range(options, noise_spec, flow_shift, expert)
     while True:
         accepted = is_accepted(options, fractions, noise_spec, expert)
@@ -140,7 +140,7 @@ def _select_expert(
 ) -> int:
     """Return the index of the expert that runs at a noise level.
 
-    If the timestep options leave this expert less than one of NUM_SCANNED_DRAWS, which is too few to fill a
+    If the timestep options give this expert fewer than one in NUM_SCANNED_DRAWS draws, too few to fill a
     batch, the first expert with more draws is returned instead.
     """
     index = expert_at(level, experts)

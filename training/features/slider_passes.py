@@ -50,7 +50,7 @@ def slider_passes(
 ) -> Iterator[StreamErrors]:
     """Yield the errors of each pass with gradients: at strength 1, then at -1.
 
-    b is the base model, f the network at the strength, and G the guidance:
+    b is the base model, f the model with the trained network at that strength, and G the guidance:
 
     1. 1/2 |f(neutral) - (b(neutral) + strength * G * (b(positive) - b(negative)))|^2 * weight
     2. |f(anchor) - b(anchor)|^2 * weight * anchor_weight, for a slider with an anchor: a caption that

@@ -99,10 +99,10 @@ class TeacherComparison:
     def compare(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch, comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Add the comparisons with the teacher, and reduce the weight of the clip's comparison by theirs.
+        """Add the loss terms of the teacher, and reduce the weight of the ordinary loss term by theirs.
 
-        Inside its band, the teacher gets all known inputs. Outside it, the teacher is an anchor with the same
-        inputs as the network. Samples whose target is the base model's prediction have neither loss.
+        Inside its band of noise levels, the teacher gets all known inputs. Outside it, the teacher is an
+        anchor with the network's inputs. Samples that learn the base model's prediction have no such term.
         """
         clip, *others = comparisons
         teacher_weights = [

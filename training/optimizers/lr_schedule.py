@@ -66,7 +66,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
 def make_curve(
     name: str, options: LrScheduleOptions, total_steps: int, learning_rate: float
 ) -> Callable[[int], float]:
-    """Return a curve by name: a function that maps the step, from 0, to a factor on the learning rate.
+    """Return a curve by name: a function that maps the step, from 0, to a multiplier of the learning rate.
 
     Raises:
         OptionError: If an argument is unknown.

@@ -88,10 +88,10 @@ class MemoryPrediction:
     def _list_other_models(
         self, peak_bytes: dry.BytesByKind, offloaded: memory_plan.OffloadedWeights
     ) -> list[memory_plan.MemoryPart]:
-        """Return the memory of the transformers that were not rehearsed, and of their trained weights.
+        """Return the memory of the transformers that were not simulated, and of their trained weights.
 
         Args:
-            peak_bytes: Bytes by kind at the peak of the rehearsed step.
+            peak_bytes: Bytes by kind at the peak of the simulated step.
             offloaded: Effect of swapping the blocks of a transformer.
         """
         parts = []
@@ -192,10 +192,10 @@ def predict_memory(
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
     tables: Sequence[DatasetTable] = (),
 ) -> MemoryPrediction:
-    """Rehearse a step of the largest batch on empty tensors and measure its memory.
+    """Predict the memory of a training step by simulating it on tensors without storage.
 
-    Products in 8 bits are rehearsed as 16-bit products of the same weights. Errors of loading the model are
-    raised as in a real run.
+    8-bit matrix products are simulated as 16-bit products of the same weights. Errors while loading the model
+    are raised as in a real run.
 
     Args:
         family: Model family of the run.
@@ -204,7 +204,7 @@ def predict_memory(
         device: Device of the run; nothing is allocated on it.
         num_sample_only_dits: Number of transformers that only samples use.
         live_encoders: Text encoders that are loaded during training; None for none.
-        watch: `TokenCounter.watch` if several devices are to share the step.
+        watch: `TokenCounter.watch` if several devices will share the step.
         tables: Tables of the dataset.
     """
     dit = _load_dit_without_values(family, options)
@@ -321,7 +321,7 @@ def read_largest(
     items: Sequence[TrainingItem],
     sources: BatchSources,
 ) -> NoisyBatch:
-    """Read the largest batch of a run and add noise as in training, for a rehearsal of its memory.
+    """Read the largest batch of a run and add noise as in training, to predict its memory.
 
     Raises:
         CacheError: If its caches cannot be used.

@@ -140,7 +140,7 @@ class Rehearsal:
         )
 
     def rehearse_optimizer(self) -> dict[str, dry.BytesByKind]:
-        """Create the optimizer's states by clipping the gradients and making a step.
+        """Create the optimizer's states by simulating a step with gradient clipping.
 
         Returns:
             The peak memory of the step, as the only phase; empty if the states are merely estimated, or if
@@ -169,7 +169,7 @@ class Rehearsal:
             self.states.append(torch.empty(size, dtype=torch.uint8, device=self.ledger.device))
 
     def _rehearse_optimizer_step(self) -> dry.BytesByKind:
-        """Step all weights on tensors without values; return the bytes by kind at the peak of the step."""
+        """Simulate an optimizer step on tensors without storage; return the bytes by kind at its peak."""
         self.fill_gradients()
         self.ledger.begin_phase(STEP)
         self.ledger.forget_peaks()
@@ -279,9 +279,9 @@ def set_up_trainable(
     ledger: dry.Ledger,
     live_encoders: LiveTextEncoders | None = None,
 ) -> Rehearsal:
-    """Prepare a DiT without values for a rehearsed step, which predicts the memory of a real one.
+    """Prepare a DiT on tensors without storage for a simulated step, which predicts the memory of a real one.
 
-    The network is added, the blocks are wrapped and the optimizer is made in the order of a real run.
+    The network is added, the blocks are wrapped and the optimizer is created in the order of a real run.
     """
     dry.allocate_empty_weights(dit, ledger)
     for encoder in () if live_encoders is None else live_encoders.encoders:

@@ -40,8 +40,8 @@ def plan_several_cards(
         options: Options of the run.
         noisy_batch: Batch with noise and timesteps.
         device: Device of the run.
-        num_gpus: Number of cards.
-        room: Memory of each card.
+        num_gpus: Number of GPUs.
+        room: Memory of each GPU.
         num_sample_only_dits: Number of transformers that only samples need.
         live_encoders: Text encoders that are loaded.
         tables: Tables of the dataset.

@@ -320,14 +320,14 @@ class History:
     """History of one run: lines about single steps are only on disk, all others in memory too."""
 
     def __init__(self, path: Path, session: int, step: int = 0, is_written: bool = True) -> None:
-        """Keep the lines up to `step`, the current step: none at 0, or if the file belongs to another run.
+        """Open a history and keep its lines up to `step`, but none at step 0 or from another run.
 
         A file that cannot be read is reported and treated as missing.
 
         Args:
             path: Path of the file.
             session: Identifies the run among others of the same name.
-            step: Step at which the run is.
+            step: Current step of the run.
             is_written: Whether lines may be written; False for readers.
         """
         self.path, self.session, self.is_written = path, session, is_written
@@ -343,13 +343,13 @@ class History:
             logger.warning("%s cannot be read (%s): the page begins at step %d.", path, error.strerror, step)
 
     def add(self, step: int, **values: Any) -> None:
-        """Record a line, named by a key such as `loss` or `saved`; it is written together with later ones.
+        """Record a line whose key, such as `loss` or `saved`, names its kind; it is written with later lines.
 
         Raises:
             OutputError: If MAX_BUFFERED_LINES are buffered and cannot be written. They are dropped.
         """
         row: Row = _to_storable({"step": step, **values})
-        # neither lines about single steps nor the one of the start are needed in memory
+        # lines about single steps and about the start are not needed in memory
         if not row.keys() & {*TRANSIENT_KEYS, "started"}:
             self.run_history.add(row)
         # bytes of a file's name that are not UTF-8 become \\udce9 and the like, which JSON can restore

@@ -222,7 +222,7 @@ def _compare_files(
 
 
 def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSection | None:
-    """Return the section on the losses of items for a run's page; None if there are none.
+    """Return the page section about the losses of items; None if none were recorded.
 
     Args:
         folder: Folder of the history.

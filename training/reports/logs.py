@@ -198,7 +198,7 @@ class Logs:
             logger.warning("The processes could not be ended: %s", error_at_end)
 
     def log_step(self, report: StepReport) -> None:
-        """Report an optimizer step and move the bar."""
+        """Report an optimizer step and advance the progress bar."""
         if report.seconds is not None:
             warning = self.clock.record_step(report.step, report.seconds, report.sizes)
             if warning is not None:

@@ -136,7 +136,7 @@ def _draw_losses(run_history: RunHistory, maximum: int) -> Chart:
 
 
 def list_charts(run_history: RunHistory, maximum: int = MAX_BINS) -> list[Chart]:
-    """Return the diagrams of a run.
+    """Return the charts of a run's page.
 
     Args:
         run_history: Content of the run's history.

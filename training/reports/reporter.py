@@ -114,7 +114,7 @@ class RunReporter:
         """Write a step into the history.
 
         Args:
-            report: Numbers of the step.
+            report: Metrics of the step.
             left: Seconds to the end of the run, including pauses; None if unknown.
         """
         self.step = report.step

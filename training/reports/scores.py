@@ -253,13 +253,14 @@ def list_unsampled(
 def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()) -> BestFile | None:
     """Return the best saved file; None if there is none.
 
-    If there are validation losses, the lowest one chooses the file. Otherwise, among the files whose samples
-    match their prompts best (within TOLERANCE), it is the one with the samples most like the training images.
+    If there are validation losses, the lowest one determines the file. Otherwise, among the files whose
+    samples match their prompts best (within TOLERANCE), it is the one whose samples are most like the
+    training images.
     Files with samples that copy a training image are considered only if all files have such samples.
 
     Args:
         rows: Scores of each step.
-        unsampled: Files without samples.
+        unsampled: Saved files whose step has no scored samples.
     """
     saved = [row for row in rows if row.saved]
     without_copies = [row for row in saved if not row.copies]

@@ -127,7 +127,7 @@ def _write_model(
 
 
 def write_sharded_state(folder: Path, state: SavedState) -> None:
-    """Write a state whose tensors may be split, completely or not at all.
+    """Write a state whose tensors may be sharded, completely or not at all.
 
     All processes must call it.
 
@@ -181,7 +181,7 @@ def load_sharded_tensors(
     Args:
         saved: The saved state.
         parts: Tensors of this run by part and name.
-        sharded_weights: Trained weights that are split over processes in this run, by name.
+        sharded_weights: Trained weights that are sharded in this run, by name.
         device: Device of the run.
 
     Raises:
