@@ -184,7 +184,7 @@ def _with_adapter(model: ModelSet, adapter: Component) -> ModelSet:
 def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: list[Component]) -> ModelSet:
     """Return the model set that a `[[set]]` entry of the catalogue describes, with its family's defaults.
 
-    `family` is the catalogue's table of the entry's family. Where both have a key, the entry's value counts.
+    `family` is the catalogue's table of that family. Keys of the entry take precedence over keys in it.
     """
     # {option of a component: name of that option in this family}
     option_names = family.get("options", {})
@@ -312,9 +312,9 @@ class _Download:
 def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
     """Return a sentence with the command that downloads a missing file, if it is a released one.
 
-    Many models share an autoencoder or text encoder. Of the models of these scripts, or of all models if
-    there are none, the one with the smallest download is chosen. If only models of other scripts have the
-    file, the sentence says so, with the smallest download for these scripts.
+    Many models share an autoencoder or text encoder. Among the models that `scripts` run, or among all models
+    without scripts, the one with the smallest download is chosen. If only models of other scripts have the
+    file, the sentence says so and names the smallest download for these scripts.
     """
     downloads = _list_downloads(path)
     fitting = _select_smallest([download for download in downloads if download.runs_with(scripts)])

@@ -42,8 +42,8 @@ def run_download(options: DownloadOptions) -> None:
     """Download the files of a task and print its commands.
 
     Raises:
-        DownloadError: If a site does not deliver a file.
-        OutputError: If it cannot be stored.
+        DownloadError: If a file cannot be downloaded.
+        OutputError: If a file cannot be stored.
     """
     [model] = options.sets()  # several only for --list
     print_lines(describe_licenses(model))  # first, because a site may ask for their acceptance
@@ -356,7 +356,7 @@ def _receive_with_bar(
     wait: Callable[[float], None],
     note: Callable[[int, int], None],
 ) -> None:
-    """Append to `partial` the bytes that it lacks; report their number to the progress bar and to `note`."""
+    """Append the missing bytes to `partial`; report the progress to the progress bar and to `note`."""
 
     def request(start: int, _: str | None) -> AbstractContextManager[Answer]:
         # the version tag is not compared: a site's servers may have different ones for equal files

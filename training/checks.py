@@ -151,7 +151,7 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
     """Raise UserError if previews, prompts, or the LoRAs of --sample_lora cannot be used.
 
     Args:
-        family: The model of samples.
+        family: The model that generates samples.
         options: Options of the run.
     """
     samples = options.samples
@@ -172,7 +172,7 @@ def _check_sample_loras(family: Family, multiplier_by_file: Sequence[tuple[Path,
     """Raise UserError if LoRAs of --sample_lora do not fit a transformer.
 
     Args:
-        family: The model of samples.
+        family: The model that generates samples.
         multiplier_by_file: LoRA files with their multipliers.
     """
     from networks.apply import check_loras_fit

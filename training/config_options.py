@@ -42,9 +42,9 @@ class ConfigOptions(Options):
 def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Read options from the TOML file `name` (".toml" may be omitted), converted as on the command line.
 
-    Tables are flattened, except for `reelsmith`, which is not for training; of equal keys, the last one wins.
-    An empty text counts as no value. A key that resembles no option is ignored with a warning, because it may
-    belong to another tool.
+    Tables are flattened, except for `reelsmith`, which is not for training. If a key is repeated, the last
+    value is used. Empty strings count as unset. A key that resembles no option is ignored with a warning,
+    because it may belong to another tool.
 
     Raises:
         UserError: If the file is missing or is not TOML.

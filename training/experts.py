@@ -287,7 +287,7 @@ def expert_metadata(
 
 
 def find_trained_expert(family: Family, timesteps_of_tables: Sequence[TimestepOptions]) -> Expert | None:
-    """Return the expert as which a run's only transformer works; None if unknown or if there are several.
+    """Return the expert whose role a run's only transformer has; None if unknown or if there are several.
 
     If the file does not name its expert, the range of timesteps decides.
 

@@ -103,7 +103,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
     because only their caches were copied, are left out. Only the MAX_TAGS most frequent tags of a folder are
     kept, because they are written into a file's header.
     """
-    from dataset.listing import find_sources  # other trainings read caches alone
+    from dataset.listing import find_sources  # other runs read only caches
 
     tables = {item.table.index: item.table for item in items}
     stems_by_table: dict[int, set[str]] = {}

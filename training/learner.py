@@ -141,9 +141,9 @@ def _make_lora(
     resumed_tensors: Mapping[str, Tensor] | None = None,
     has_initial_values: bool = True,
 ) -> TrainableNetwork:
-    """Make a LoRA (or a network of its kind) and attach it to the model.
+    """Create a LoRA (or a similar network, such as a LoKr) and attach it to the model.
 
-    `module` is the network module of the family's LoRAs. `has_initial_values` is for other makers, not used.
+    `module` is the network module of the family's LoRAs. `has_initial_values` is unused (see `MakeNetwork`).
     """
     return make_network(
         options, module, dit, seed, encoders=encoders, trains_dit=trains_dit, resumed=resumed_tensors
@@ -161,9 +161,9 @@ def _make_custom_network(
     resumed_tensors: Mapping[str, Tensor] | None = None,
     has_initial_values: bool = True,
 ) -> TrainableNetwork:
-    """Make a network that the model family defines; all arguments are those of other networks' makers.
+    """Create a network that the model family defines; the arguments are those of `MakeNetwork`.
 
-    `options` and `resumed_tensors` are not used: the settings of such a network are in the record `custom`.
+    `options` and `resumed_tensors` are not used: `custom` contains the settings of such a network.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "network"))

@@ -71,8 +71,8 @@ logger = logging.getLogger(__name__)
 def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     """Load the networks, attach what is trained, create the optimizer, and restore the state of --resume.
 
-    Text encoders that run during training are loaded already. To those that are trained, a part of the LoRA
-    is attached.
+    Text encoders that run during training are loaded already. A part of the LoRA is attached to those that
+    are trained.
 
     Args:
         plan: The plan of the run.
@@ -129,7 +129,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
 def _check_initial_lora(
     plan: TrainingPlan, lora: Path, auxiliary_learners: Sequence[AuxiliaryLearner]
 ) -> None:
-    """Warn if the --network_weights LoRA has embeddings that would be lost, or predicts noise instead of v."""
+    """Warn if the --network_weights LoRA has embeddings that would be lost, or another prediction type."""
     with open_checkpoint(lora) as checkpoint:
         words_in_file = {word_of(name) for name in checkpoint.tensors} - {""}
         metadata = checkpoint.metadata
@@ -151,7 +151,7 @@ def _check_initial_lora(
 def _load_sample_networks(
     loader: "NetworkLoader", builder: "TrainableBuilder", networks: Sequence[nn.Module]
 ) -> list[nn.Module]:
-    """Load the networks that only samples use; return all networks of samples, by expert.
+    """Load the networks that only samples use; return all networks of samples, in the order of the experts.
 
     Args:
         loader: Loads the networks.
@@ -356,7 +356,7 @@ class NetworkLoader:
     ) -> "tuple[LoraPatch | None, Sequence[WeightedLora]]":
         """Read the LoRAs to merge into an expert: a patch or None, and T-LoRAs, which wrap layers instead.
 
-        A DoRA learns the norms of the merged weights, so that for it T-LoRAs are in the patch too.
+        For a DoRA, T-LoRAs are in the patch too, because it learns the norms of the merged weights.
         """
         from networks.apply import LoraPatch  # only with LoRAs to merge
         from networks.depth_variants import fit_to_file
@@ -443,7 +443,7 @@ def _wrap_unmerged(
     device: torch.device,
     compute_dtype: torch.dtype,
 ) -> None:
-    """Wrap the layers of LoRAs that could not be merged: those of quantized weights, and T-LoRAs.
+    """Wrap layers whose LoRAs could not be merged: LoRAs of quantized weights, and T-LoRAs.
 
     Raises:
         CheckpointError: If the network lacks all modules of a merged LoRA.

@@ -253,7 +253,7 @@ def _describe_step_kind(run: TrainingRun, step_batches: range) -> str:
 
 
 def _step_weights(run: TrainingRun, skip_check: _SkipCheck | None = None) -> list[Tensor]:
-    """Step the weights and their learning rates, and let features act.
+    """Step the weights and the learning rate schedule, and call the features' `after_step` hooks.
 
     Args:
         run: The run.

@@ -154,12 +154,12 @@ def sample_errors_outside(
 
     Args:
         spec: Noise conventions of the family.
-        differences: Differences of prediction and target; with audio, B N, from which the images are split.
+        differences: Differences between prediction and target, B C F H W; with audio, both in one tensor B N.
         noisy_batch: The batch, with noise and timesteps.
         rule: How predictions are compared.
 
     Returns:
-        A tuple with one entry, because functions of this kind return one for each stream.
+        A tuple with one entry: functions of this kind return one for images and one for audio.
     """
     if noisy_batch.audio is not None:
         differences, _ = noisy_batch.joint.split(differences)

@@ -67,14 +67,14 @@ def _hash_files(family: Family) -> dict[str, str]:
 
 
 def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, str]:
-    """Return the metadata entries that stay the same over the run.
+    """Return the metadata entries that do not change during the run.
 
     With --no_metadata these are only the ones that programs need to load the file.
 
     `Family.metadata` has architecture, implementation, sd_model_name and vae_name; resolution if it is not
-    the default; base_model_version if files name the model differently; `modelspec.*` that loading needs;
-    trained_for if a model has several uses that its files do not distinguish; and additional `ss_*` that
-    other trainers of the model write. A fully trained DiT has no `ss_network_*`, which identify a LoRA.
+    the default; base_model_version if files name the model differently; `modelspec.*` entries needed to load
+    files; trained_for if a model has several uses that its files do not distinguish; and additional `ss_*`
+    entries that other trainers write. A fully trained DiT has no `ss_network_*`, which identify a LoRA.
 
     Args:
         plan: The plan of the run.
@@ -215,7 +215,7 @@ def file_metadata(
 
 
 def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, Any]:
-    """Return the metadata entries (`ss_...`) on the training: its options, its steps and its progress.
+    """Return the metadata entries (`ss_...`) about the training run: its options, steps and progress.
 
     Args:
         plan: The plan of the run.

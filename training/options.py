@@ -213,7 +213,7 @@ class TrainingOptions(Options, must_give=True):
         return noise_options.TIMESTEP if self.prediction is None else self.prediction.weighted_by
 
     def _check_full_dit(self, options: learning_options.FullDitOptions) -> None:
-        """Raise OptionError if options of a LoRA training are given for a full fine-tuning."""
+        """Raise OptionError for options that full fine-tuning does not support."""
         precision = self.accelerator.mixed_precision
         if options.full_bf16 and precision != "bf16":
             raise OptionError(

@@ -223,7 +223,7 @@ def _move_earlier_run_away(plan: TrainingPlan, history: Path) -> None:
 
 
 def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
-    """Return the sampler of the run, for which texts and images of the prompts are encoded now.
+    """Return the sampler of the run, after encoding its prompts and images.
 
     Raises:
         OptionError: If an encoder is missing, before the DiT is loaded.

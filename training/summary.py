@@ -214,7 +214,7 @@ def _describe_trained(
 
     Args:
         plan: The plan of the run.
-        ranks_and_alphas: Those of a network that continues from a file; they replace the options.
+        ranks_and_alphas: Ranks and alphas of a network continued from a file, which replace the options.
     """
     network, full_dit = plan.network_spec.lora_options, plan.options.full_dit
     if plan.network_spec.description:
@@ -431,7 +431,7 @@ def judge_alpha(
 
     Args:
         network: The network.
-        ranks_and_alphas: Those of a network that continues from a file; they replace the options.
+        ranks_and_alphas: Ranks and alphas of a network continued from a file, which replace the options.
     """
     if ranks_and_alphas is not None:
         ranks, alphas = ranks_and_alphas

@@ -267,8 +267,8 @@ def prepare_dit(
     Args:
         dit: The transformer.
         learning_rate: Learning rate of the run.
-        name_parts: Parts of names that select the trained parameters; empty for all.
-        part_rates: Other learning rates, by a part of the parameter's name; the first one that fits counts.
+        name_parts: Substrings of the names of the trained parameters; empty for all.
+        part_rates: Different learning rates, by a substring of the parameter's name; the first match counts.
         file_layout: Whether a save is one file or several. They contain all weights under the names of the
             released checkpoints.
 

@@ -139,7 +139,7 @@ class Validation:
         return torch.cat(losses).tolist()
 
     def _read(self, item: TrainingItem, autocast: Autocast) -> Batch:
-        """Read an item as a batch, with the texts that are encoded while training."""
+        """Read an item as a batch, and encode its captions if text encoders run during training."""
         plan = self.plan
         batch = plan.sources.read(
             (item,),

@@ -85,7 +85,7 @@ class BatchSources:
         reads_empty: bool = False,
         reads_rejected: bool = False,
     ) -> Batch:
-        """Read the caches of a batch, and encode its images that are not cached.
+        """Read the caches of a batch, and encode its uncached images.
 
         Args:
             items: Items of the batch.

@@ -47,7 +47,7 @@ class LiveTextEncoders:
         return frozenset().union(*(encoder.keys for encoder in self.encoders))
 
     def load(self, device: torch.device, block_sharder: BlockSharder | None = None) -> None:
-        """Load all encoders with frozen weights; the caller adds what is trained in them.
+        """Load all encoders with frozen weights; the caller adds their trained parts.
 
         Args:
             device: Device of the run.

@@ -79,8 +79,8 @@ def guide(
 ) -> "Tensor":
     """Return the target u + scale * (velocity - u), where u is the network's prediction for the empty prompt.
 
-    Samples below the lowest noise level keep the velocity, and so do those of `_list_unguided`. Audio has its
-    own scale and its own noise levels.
+    Samples below the lowest noise level keep the velocity, and so do the samples that `_list_unguided`
+    selects. Audio has its own scale and its own noise levels.
     """
     from training.targets.passes import noise_fractions_of, select_per_sample  # torch: only with this target
 

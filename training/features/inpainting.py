@@ -50,7 +50,7 @@ class Inpaints(Protocol):
             encoders: The loaded VAE.
             pixels: The image, 1 C H W, -1..1.
             mask: H W; pixels that are not 0 are repainted.
-            generator: Draws the sample of the posterior.
+            generator: Random generator for sampling from the VAE's posterior.
         """
         ...
 

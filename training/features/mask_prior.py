@@ -78,7 +78,7 @@ def compare_outside_masks(
     noisy_batch: "NoisyBatch",
     comparisons: "list[TargetComparison]",
 ) -> "list[TargetComparison]":
-    """Add the comparison with the base model outside masks; without masks, the list is unchanged."""
+    """Add the comparison with the base model outside masks; return the list unchanged without masks."""
     from training.targets.passes import TargetComparison, has_mask  # torch: only with --mask_prior_weight
 
     if not has_mask(noisy_batch):

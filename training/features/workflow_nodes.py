@@ -93,7 +93,7 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
     """Return the writer of a run's workflows.
 
     Raises:
-        OptionError: If ComfyUI reads no LoRA of the kind, or if no sample can be made there.
+        OptionError: If ComfyUI cannot load this kind of LoRA, or cannot generate any of the samples.
     """
     options = plan.options
     assert options.network is not None  # a full model has no such option

@@ -301,7 +301,7 @@ class ImportedSchedule:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the wrapped scheduler: all of its state, or only the counters of a torch scheduler.
 
-        The settings of torch schedulers thus come from this run's options.
+        The settings of torch schedulers come from this run's options.
 
         Raises:
             CheckpointError: If the state was saved by another kind of schedule.

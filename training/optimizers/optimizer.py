@@ -452,7 +452,7 @@ def _require_equal_names(saved_groups: Sequence[Sequence[str]], groups: Sequence
 
 
 def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], device: torch.device) -> None:
-    """Load another program's optimizer state, already in our order of parameters; keep our learning rates.
+    """Load another program's optimizer state, renumbered for this optimizer; keep this run's learning rates.
 
     Raises:
         CheckpointError: If the state does not fit this optimizer.

@@ -93,9 +93,9 @@ class ParameterSteps:
     def step(self, parameter: Parameter) -> None:
         """Step one parameter with its gradient.
 
-        1. A row-split weight is gathered, stepped and split again if the optimizer needs the whole weight.
+        1. If the optimizer needs whole weights, a sharded weight is gathered, stepped and sharded again.
         2. A bf16 weight is stepped in float32 and rounded stochastically.
-        3. Any other weight is stepped as it is.
+        3. Any other weight is stepped directly.
         """
         value = parameter.detach()
         gradient = parameter.grad

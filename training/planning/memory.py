@@ -128,7 +128,7 @@ class MemoryPrediction:
     def _make_part_of_further_transformers(
         self, weights: int, offloaded: memory_plan.OffloadedWeights
     ) -> memory_plan.MemoryPart:
-        """Return the memory of the transformers in addition to the one that was rehearsed.
+        """Return the memory of the transformers other than the simulated one.
 
         Args:
             weights: Bytes of one transformer's weights.
@@ -500,7 +500,7 @@ def suggest_changes(
     Each line adds to the lines before it; the last one fits if any does. Options are changed first; if that
     is not enough, smaller items are suggested.
     """
-    # predicts a step with changed options, by running it on tensors without values
+    # predicts a step with changed options, by running it on tensors without storage
     rehearse_with = partial(
         predict_memory,
         family,

@@ -394,9 +394,9 @@ def list_states(optimizer: Optimizer) -> list[Tensor]:
 
 
 def estimate_state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
-    """Return the device bytes of the states of an optimizer that cannot be stepped on tensors without memory.
+    """Estimate the size in bytes of an optimizer's states, if it cannot step tensors without storage.
 
-    They are looked up by the class's name, or measured in a real step on small weights on the CPU.
+    The size is looked up by the class's name, or measured in a real step on small weights on the CPU.
     """
     name = type(optimizer).__name__
     bytes_per_element = STATE_BYTES.get(name)

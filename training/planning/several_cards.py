@@ -33,7 +33,7 @@ def plan_several_cards(
     live_encoders: LiveTextEncoders | None,
     tables: Sequence[DatasetTable],
 ) -> None:
-    """Print the memory of each way to divide a training over several GPUs, and the cheapest one that fits.
+    """Print the memory of each way to divide a training run over several GPUs, and the cheapest that fits.
 
     Args:
         family: The model family.
@@ -72,7 +72,7 @@ def _estimate_with_savings(
 ) -> Iterator[SingleGpuRun]:
     """Yield estimates of the run with its own options, then with memory-saving options added one at a time.
 
-    Each estimate is for one card, and has a function that divides it over `num_gpus` cards.
+    Each estimate is for one GPU, and has a function that divides it over `num_gpus` GPUs.
     """
     added_flags: tuple[str, ...] = ()
     savings = list_memory_savings(options, len(family.experts) - 1)

@@ -231,7 +231,7 @@ class Logs:
         return fitting
 
     def _format_metrics(self, report: StepReport) -> dict[str, str]:
-        """Return the texts after the progress bar, by name."""
+        """Return the values shown after the progress bar, as text by name."""
         metrics = {}
         seconds = self.clock.seconds_per_step
         left = self.clock.estimate_remaining(report.step, self.total_steps)

@@ -161,7 +161,7 @@ class RunReporter:
             step: Number of the optimizer step.
             step_label: Step or epoch as the file names contain it, such as e000001.
             prompts: Prompts of all samples.
-            recorders: Receive the samples too.
+            recorders: Recorders that also receive the samples.
         """
         if not (self.history.is_written or recorders):
             return

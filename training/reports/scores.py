@@ -341,7 +341,7 @@ def _select_by_prompt_similarity(rows: Sequence[StepScores]) -> list[StepScores]
 
 
 def _find_trends(rows: Sequence[StepScores], best: StepScores) -> list[str]:
-    """Describe how the scores change after the best file; each text is a reason for this choice."""
+    """Describe how the scores change after the best file; each sentence is a reason for this choice."""
     later_steps = [row for row in rows if row.step > best.step]
     if not later_steps:
         return [say("it is the last one with samples")]

@@ -59,17 +59,17 @@ def prepare_sharded_dit(
     part_rates: Mapping[str, float],
     file_layout: SavedForm,
 ) -> Trainable:
-    """Train a DiT whose blocks are split over processes; the parameters are the rows of this process.
+    """Train a sharded DiT; the trained parameters are this process's rows of each weight.
 
     Args:
         dit: The transformer.
         learning_rate: Learning rate of the run.
-        name_parts: Parts of names that select the trained parameters; empty for all.
-        part_rates: Different learning rates, by a part of the parameter's name.
+        name_parts: Substrings of the names of the trained parameters; empty for all.
+        part_rates: Different learning rates, by a substring of the parameter's name.
         file_layout: Whether a save is one file or several.
     """
     trainable = prepare_dit(dit, learning_rate, name_parts, part_rates, file_layout)
-    # split weight -> parameter with the rows of this process
+    # sharded weight -> parameter with the rows of this process
     local_parameters = {
         weight: trained_rows(weight) for weight in trainable.parameters if is_sharded_weight(weight)
     }
@@ -230,7 +230,7 @@ def _allocate_tensors_to_load(
 
     1. Weights are loaded into the run's own tensors.
     2. Weights that the run lacks, or has in a different shape, become meta tensors, which are not loaded.
-    3. Moments of the optimizer get new tensors, with this process's rows if the run splits their weight.
+    3. Moments of the optimizer get new tensors, with this process's rows if the run shards their weight.
     """
     if not saved.files:
         return {}

@@ -284,7 +284,7 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             "  Use --network_module, --network_dim and --network_args, or the --dit, of the run that saved "
             "it."
         )
-    # split tensors were filled in place while the state was read (`load_sharded_tensors`)
+    # sharded tensors were filled in place while the state was read (`load_sharded_tensors`)
     unsplit = {name: tensor for name, tensor in tensors.items() if not is_sharded_weight(tensor)}
     _require_finite(unsplit)
     module.load_state_dict(unsplit, strict=len(unsplit) == len(tensors))

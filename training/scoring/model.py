@@ -141,7 +141,7 @@ def load_image_text_model(folder: Path, device: str | None) -> ImageTextModel:
         device: Device; None for the best one available.
 
     Raises:
-        CheckpointError: If the folder has no model of this kind, or a damaged one.
+        CheckpointError: If the folder does not contain an image-text model, or if its files are damaged.
     """
     selected_device = select_device(device)
     kind, max_tokens = _read_kind(folder)
@@ -164,7 +164,7 @@ def load_image_model(folder: Path, device: str | None) -> ImageModel:
         device: Device; None for the best one available.
 
     Raises:
-        CheckpointError: If the folder has no model of this kind, or a damaged one.
+        CheckpointError: If the folder does not contain a DINO model, or if its files are damaged.
     """
     selected_device = select_device(device)
     name = _read_config(folder, LIKENESS_OPTION, tuple(IMAGE_KINDS)).get("model_type")

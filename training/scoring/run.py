@@ -135,7 +135,7 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
 
     Args:
         options: The run and the models.
-        load_tagger: Loads the tagger in a folder, given the number of images in a batch.
+        load_tagger: Loads the tagger from a folder, given the folder and the batch size.
 
     Raises:
         UserError: If there is nothing to score or the model cannot be used.
@@ -434,8 +434,8 @@ def _score_step(
         run: The run.
         row: The samples of the step.
         files: Path of each sample, by index of its prompt.
-        vectors: Vectors of each file's frames, to compare with prompts; None if the file cannot be read.
-        likeness_vectors: Vectors of each file's frames, to compare with training images; None if unknown.
+        vectors: Embeddings of each file's frames, to compare with prompts; None if the file cannot be read.
+        likeness_vectors: Embeddings of each file's frames, to compare with training images; None if unknown.
         comparison: Prompts and training images to compare with.
     """
     samples = []
