@@ -32,7 +32,7 @@ class Licence:
 
 @dataclass(frozen=True)
 class ReleasedFile:
-    """A file on the hub or on GitHub, and its path `name` below the folder that models are downloaded to."""
+    """A file on the hub or on GitHub, and its path `name` relative to the download folder."""
 
     repository: str
     file: str
@@ -73,7 +73,7 @@ class Component:
 
     @property
     def path(self) -> PurePosixPath:
-        """Path of the file below the download folder; the folder's path if there are several files."""
+        """Path of the file relative to the download folder; the path of their folder for several files."""
         names = [PurePosixPath(file.name) for file in self.files]
         return names[0] if len(names) == 1 else names[0].parent
 

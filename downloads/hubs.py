@@ -92,7 +92,7 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
 
 
 def explain_status(status: int, file: str, page: str, has_token: bool) -> DownloadError:
-    """Return the error for a site's response that is not the file."""
+    """Return the error that explains an HTTP error status of a download site, such as 404."""
     if status in (401, 403):
         hint = "Log in with `hf auth login`, or set HF_TOKEN."
         if has_token:

@@ -38,7 +38,7 @@ def total_bytes(components: Iterable[Component]) -> int:
 
 
 def describe_total(components: Sequence[Component]) -> str:
-    """Return the size of a task's files as text; the size of a single file may be unknown."""
+    """Return the total download size of a task's files as text; for a single file, see `describe_size`."""
     if len(components) == 1:
         return describe_size(components[0])
     return gigabytes(total_bytes(components))

@@ -78,7 +78,7 @@ def plain_name(text: str) -> str:
 
 
 def is_task_spelling(text: str, task: str) -> bool:
-    """Return whether a text is a spelling of a task; 1.4B is not one of 14B."""
+    """Return whether `text` is a spelling of a task's name; 1.4B is not a spelling of 14B."""
     return plain_name(text) == plain_name(task) and not has_other_number(text, task)
 
 

@@ -213,7 +213,7 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
 
 
 def _list_network_rates(network: NetworkOptions, base: float, trains_text_encoders: bool) -> dict[str, float]:
-    """Return the learning rates that --network_args sets, keyed by the argument as it is typed.
+    """Return the learning rates that --network_args sets, keyed by the argument as typed.
 
     Args:
         network: The network.

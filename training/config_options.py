@@ -135,7 +135,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _map_actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Return the options that a config file may set, by each of their names."""
+    """Map every name of each option that a config file may set to the option's argparse action."""
     named = {action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}}
     spelled: dict[str, argparse.Action] = {}
     for action in named.values():

@@ -132,7 +132,7 @@ def read_image_training(
 def _build_parser(
     doc: str | None, record: type[Options], defaults: ImageTrainerDefaults, trained_options: type[Options]
 ) -> Parser:
-    """Return a parser with the options of every image trainer and those of a family."""
+    """Return a parser with the options of every image trainer and the options of one model family."""
     parser = image_training_parser(doc, defaults, trained_options)
     add_options(parser, record)
     return parser
@@ -395,7 +395,7 @@ CODE = "only safetensors files are written: other forms can hold code"
 
 
 class OfLoraFiles(Options, title="not built"):
-    """Options of other trainers for the format and dtype of LoRA files, which are refused."""
+    """Unsupported options of other trainers for the format and dtype of LoRA files."""
 
     save_model_as = unsupported(CODE, default="safetensors", choices=("ckpt", "pt", "safetensors"))
     offload_optimizer_device = unsupported(DEEPSPEED, choices=("cpu", "nvme"))
@@ -480,7 +480,7 @@ def apply_sd_scripts_defaults(args: argparse.Namespace) -> None:
 
 
 class OfFullCheckpoints(Options, title="full fine-tuning"):
-    """Options of training a full checkpoint with its text encoders, and LoRA options that are refused."""
+    """Options for training a full checkpoint with its text encoders, and LoRA options that it rejects."""
 
     fused_optimizer_groups: int | None = option(
         "--fused_backward_pass, which steps each weight separately instead of groups of weights",
@@ -588,7 +588,7 @@ def control_trainer(network_title: str, **settings: Any) -> ImageTrainerDefaults
 
 
 def _list_lora_rejections(network_title: str) -> dict[str, str]:
-    """Return why LoRA options are rejected, by name.
+    """Return the reasons why LoRA options are rejected, by option name.
 
     Args:
         network_title: Name of the trained network.

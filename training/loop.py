@@ -177,7 +177,7 @@ def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noi
 
 
 def _requests_of_all_processes(previous: StepReport | None) -> StepRequests:
-    """Return the requests that any process read during the previous step, so that all processes know them."""
+    """Return the requests that any process received in the previous step; all processes get the same ones."""
     if previous is None:
         return StepRequests(saves=False, samples=False)
     _, saves, samples = previous.values[REQUEST_COLUMNS]

@@ -267,7 +267,7 @@ class NextSteps:
         return ["accelerate", "launch", "--quiet", "--num_processes", str(processes)]
 
     def after_loss(self) -> str:
-        """Return advice for a failed run: the command that resumes from the newest state, or to restart."""
+        """Return advice for a failed run: resume from the newest state, or start again if there is none."""
         if self._has_state():
             return f"Continue from the newest state: {self._resume(is_finished=False).bash}"
         return "No state was saved yet. Start the same command again; --save_state keeps one with each save."

@@ -209,7 +209,7 @@ class TrainingOptions(Options, must_give=True):
 
     @property
     def weighted_by(self) -> str:
-        """Rule that weights the loss by noise level, one of the names in `training.noise_options`."""
+        """Rule for weighting the loss by noise level, one of the names in `training.noise_options`."""
         return noise_options.TIMESTEP if self.prediction is None else self.prediction.weighted_by
 
     def _check_full_dit(self, options: learning_options.FullDitOptions) -> None:
@@ -276,7 +276,7 @@ class ScriptOption(NamedTuple):
 
 
 def list_script_options(parser: argparse.ArgumentParser, *records: Options) -> list[ScriptOption]:
-    """Return the options that a parser read, in order. Keys and tokens are left out."""
+    """Return the options that a parser has read, in order, without secrets such as API keys and tokens."""
     values: dict[str, Any] = {}
     for record in records:
         values |= option_values(record)

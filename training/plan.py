@@ -111,7 +111,7 @@ class TrainingPlan:
 
     @property
     def shards_model(self) -> bool:
-        """Whether a trained transformer is split over the processes."""
+        """Whether a trained transformer is sharded over the processes."""
         return shards_full_model(self.options)
 
 
@@ -132,7 +132,7 @@ def _name_files(family: Family, options: TrainingOptions, features: RunFeatures)
 
 
 def shards_full_model(options: TrainingOptions) -> bool:
-    """Return whether the full model is trained and each process holds a part of it."""
+    """Return whether the full model is trained and sharded over the processes."""
     return options.full_dit is not None and bool(options.speed.modes.splits_weights) and have_joined()
 
 
@@ -289,7 +289,7 @@ def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) ->
     """Compare a run with its saved state; return the plan with changed settings and adjusted steps.
 
     Raises:
-        OptionError: If the state is of another run.
+        OptionError: If the state belongs to a different run.
     """
     changes = check_resumable(saved, plan.settings, plan.options, plan.saving)
     steps = plan.steps
@@ -318,7 +318,7 @@ def _check_items(features: RunFeatures, network_spec: NetworkSpec, training: Seq
 
 
 def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
-    """Return whether the training may encode images or captions itself, instead of reading caches alone."""
+    """Return whether the run may encode images or captions itself, instead of only reading caches."""
     subsets = [table for table in config.datasets if table.group is not None]
     varies = any(table.caption_changes.varying_keys or table.augmentation.varying_keys for table in subsets)
     encodes_texts_on_the_fly = LIVE_TEXTS in options.features.needs

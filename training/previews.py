@@ -201,7 +201,7 @@ def _encodes_captions(plans: Sequence[TablePlan]) -> bool:
 
 
 def _describe_each(title: str, lines: Sequence[str]) -> list[str]:
-    """Return a title and indented lines; an empty list if there are no lines."""
+    """Return the title followed by the indented lines; an empty list if there are no lines."""
     return [title, *(f"  {line}" for line in lines)] if lines else []
 
 

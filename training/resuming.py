@@ -202,7 +202,7 @@ def _list_adjustable_settings(
 
 
 def _values_by_flag(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return the values of options of a kind, by the option as it is typed (`--name`).
+    """Return the values of all options of a kind, by flag (`--name`).
 
     `kind` says what happens if the value differs when a run is resumed: `identity` is an error, `habit` a
     warning.

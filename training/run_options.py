@@ -111,7 +111,7 @@ class LoopOptions(Options, title="training run"):
 
     @property
     def known_steps(self) -> int | None:
-        """Return the number of optimizer steps; None with --max_train_epochs, where the data decides."""
+        """Return the number of optimizer steps; None with --max_train_epochs, as it depends on the data."""
         return self.max_train_steps if self.max_train_epochs is None else None
 
 
@@ -217,7 +217,7 @@ class SampleOptions(Options, title="samples while training"):
 
     @property
     def is_timed(self) -> bool:
-        """Whether an option schedules samples."""
+        """Whether any option schedules samples: every N steps or epochs, or at the start."""
         return (
             self.sample_every_n_steps is not None
             or self.sample_every_n_epochs is not None

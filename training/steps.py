@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass
 class Progress:
-    """Progress of a training run, its only mutable part; saved in states."""
+    """Progress of a training run, such as its step and epoch: its only mutable part, saved in states."""
 
     seed: int
     session_id: int

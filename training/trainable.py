@@ -127,7 +127,7 @@ class Trainable:
                 self.modules[part].requires_grad_(False)
 
     def limit_norms(self, max_norm: float, device: torch.device) -> Tensor:
-        """Scale down weights with norms above `max_norm`; return the values of a `NormReport`."""
+        """Scale down weights with norms above `max_norm`; return the values of a `NormReport` as a tensor."""
         numbers = [network.scale_norms(max_norm, device) for network in self.networks]
         keys_scaled, means, largest = torch.stack(numbers).unbind(1)  # networks have equal numbers of modules
         return torch.stack([keys_scaled.sum(), means.mean(), largest.max()])

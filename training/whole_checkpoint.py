@@ -131,7 +131,7 @@ def _train_checkpoint(
 
 
 def _select_rate(name: str, parts: LearningParts, spec: DitSpec, default_rate: float) -> tuple[str, float]:
-    """Return the parameter group and the learning rate for a transformer weight by its name."""
+    """Return the name of the parameter group and the learning rate for a transformer weight."""
     if not parts.blocks:
         return DIT, default_rate
     assert spec.block_numbering is not None  # the family has rates of blocks

@@ -75,7 +75,7 @@ class LiveTextEncoders:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """Return the trained networks by the prefix of their names in LoRA files. Call `load` first."""
+        """Return the trained text encoder networks by their LoRA prefix. Call `load` first."""
         return {encoder.lora_prefix: encoder.network for encoder in self.learning_encoders}
 
     @property

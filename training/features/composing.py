@@ -29,7 +29,7 @@ def options_at(place: str) -> type[Options]:
 
 
 def list_info() -> dict[str, Mapping[str, Any]]:
-    """Return the declarations of all feature options, by name."""
+    """Return the metadata of all feature options, by option name."""
     by_name: dict[str, Mapping[str, Any]] = {}
     for feature in FEATURES:
         by_name |= info_of(feature.options)

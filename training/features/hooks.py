@@ -76,7 +76,7 @@ class OptionsOfRun(Protocol):
 
     @property
     def weighted_by(self) -> str:
-        """Rule that weights the loss by noise level, one of the names in `training.noise_options`."""
+        """Rule for weighting the loss by noise level, one of the names in `training.noise_options`."""
 
     @property
     def is_for_images(self) -> bool:
@@ -96,7 +96,7 @@ class OptionsOfRun(Protocol):
 
     @property
     def by_expert(self) -> "ExpertTrainingOptions":
-        """Options of the two experts; defaults for families of one DiT."""
+        """Options of the two experts (high-noise and low-noise DiT); defaults for families with one DiT."""
 
     @property
     def subset(self) -> "SubsetOptions | None":
@@ -455,7 +455,7 @@ class Hooks:
 
 @dataclass
 class RunFeatures:
-    """Functions, targets and descriptions that active features add to a run."""
+    """Hooks, training targets and descriptions that active features add to a run."""
 
     options: OptionsOfRun
     # tables of the dataset, and the model; empty and None before `on.start`, when they are not known

@@ -68,7 +68,7 @@ def start_losses_file(folder: Path, name: str, process: int, session: int, step:
 
 
 def append_losses(folder: Path, name: str, process: int, draws: Iterable[ItemDraw]) -> None:
-    """Add lines to the file of a process. Raises OutputError if they cannot be written."""
+    """Append item losses to the loss file of a process. Raises OutputError if they cannot be written."""
     append_text(items_path(folder, name, process), "".join(map(_as_line, draws)))
 
 
@@ -146,7 +146,7 @@ class ItemLossRecorder:
     def observe(
         self, passes: TrainingPasses, noisy_batch: "NoisyBatch", comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Wrap the first comparison, the one with the clip, so that its errors are recorded when measured."""
+        """Wrap the error function of the first comparison, with the clip's target, to record item losses."""
         if self._process_index is None:
             return comparisons
         clip, *others = comparisons

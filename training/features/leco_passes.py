@@ -140,7 +140,7 @@ def leco_passes(
 
 @dataclass(frozen=True)
 class PairStep:
-    """One training step on a pair of prompts."""
+    """One LECO training step on a pair of prompts."""
 
     target: LecoTarget
     pair: LecoPair
@@ -176,7 +176,7 @@ class PairStep:
         return x
 
     def predict_target(self, x: Tensor, timestep: int) -> Tensor:
-        """Return the target neutral +- guidance (positive - opposite), from passes of the base model."""
+        """Return the base model's target prediction, neutral +- guidance * (positive - opposite)."""
         assert self.passes.rule.as_base is not None  # only LoRAs are trained with LECO
         with torch.no_grad(), self.passes.rule.as_base():
             positive = self.predict(self.pair.positive, x, timestep)

@@ -78,7 +78,7 @@ def show_timesteps(
 def _print_statistics(
     counts_by_label: Mapping[str, Tensor], fractions_by_label: Mapping[str, str], weights: Tensor
 ) -> None:
-    """Print bar charts of the drawn timesteps of each label, and of the loss weights."""
+    """Print bar charts of the drawn timesteps of each label (group of tables), and of the loss weights."""
     for label, counts in counts_by_label.items():
         title = f"{label}: timesteps drawn" if label else "timesteps drawn"
         text = f"{title}\n{draw_text_bars(counts)}\n{fractions_by_label[label]}"

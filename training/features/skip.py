@@ -54,7 +54,7 @@ class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, fa
 
 @dataclass
 class SkipProgress:
-    """State of step skipping; `norms` and `spikes_in_a_row` are kept by kind of step."""
+    """State of step skipping; gradient norms and counts of spikes are kept for each kind of step."""
 
     bad_in_a_row: int = 0  # number of bad steps immediately before
     spikes_in_a_row: dict[str, int] = field(default_factory=dict)

@@ -71,7 +71,7 @@ def _describe(options: TeacherOptions) -> str:
 
 
 def _start(options: TeacherOptions, run: "RunFeatures") -> None:
-    """Install the teacher; another transformer as the teacher is loaded next to the trained one."""
+    """Install the teacher; with --teacher dit, it is loaded once the trained networks are loaded."""
     from training.features.teacher_passes import install_teacher  # torch: only with --teacher
 
     comparison = install_teacher(run, options)

@@ -253,7 +253,7 @@ def predict_as_base_model(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Te
 
 
 def run_change_passes_for_memory(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Run the three passes of --teacher_delta with one model on tensors without storage, for peak memory."""
+    """Run the three forward passes of --teacher_delta with a single model, to predict their peak memory."""
     with torch.no_grad():
         return passes.predict_base_model(noisy_batch) + (
             passes.predict_without_gradients(noisy_batch) - passes.predict_without_gradients(noisy_batch)

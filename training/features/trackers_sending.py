@@ -140,7 +140,7 @@ class Trackers:
 
 
 def _make_wandb_media(path: Path, prompt: str) -> Any:
-    """Return a sample as an object that wandb can show."""
+    """Return a generated image, sound or video as a wandb media object, with its prompt as the caption."""
     import wandb  # optional; `check_trackers` has found it
 
     if path.suffix == ".png":

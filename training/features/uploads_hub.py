@@ -128,7 +128,7 @@ def card_of(run: PublishedRun, path: Path) -> str | None:
 
 
 def _lora_arguments(name: str, files: Mapping[str, Path] | None) -> str:
-    """Return the command-line options that load the files of a model card.
+    """Return the command-line options that load the LoRA files described by a model card.
 
     `files` are the files of one save by expert (None if unknown), and `name` is the name of the run.
     """

@@ -266,7 +266,7 @@ class ComfyGraph:
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add_node(self, name: str, **inputs: Any) -> str:
-        """Return the ID of the node with this name and these inputs; create the node if it is missing."""
+        """Return the ID of the node with class `name` and these inputs; create it if it does not exist."""
         node = {"class_type": name, "inputs": inputs}
         for number, other in self.nodes.items():
             if node == other:
@@ -357,7 +357,7 @@ class ComfyGraph:
         return link
 
     def _encode(self, prepared: Prepared, text_encoders: Link, text: str) -> Link:
-        """Add nodes that encode a prompt, with embedded guidance if the model has it; return their link."""
+        """Add nodes that encode a prompt, with embedded guidance if the model has it; return the output link."""
         reads_weights_only_in_comfyui = self.model.weighs_words and not self.model.is_weighted
         if reads_weights_only_in_comfyui:  # escape parentheses, which mark weights there
             text = text.replace("\\", "\\\\").replace("(", "\\(").replace(")", "\\)")

@@ -290,7 +290,7 @@ class ImportedSchedule:
             ) from error
 
     def get_last_lr(self) -> list[float]:
-        """Return the rates of the wrapped scheduler as floats; some schedulers keep tensors."""
+        """Return the wrapped scheduler's learning rates as floats; some schedulers return tensors."""
         return [float(rate) for rate in self.scheduler.get_last_lr()]
 
     def state_dict(self) -> dict[str, Any]:
@@ -324,7 +324,7 @@ class ImportedSchedule:
 
 @dataclass(frozen=True)
 class OptimizerRates:
-    """Schedule that does nothing, for an optimizer that adapts its learning rates itself."""
+    """No-op schedule, for an optimizer that adapts its learning rates itself."""
 
     name: str
     optimizer: Optimizer
@@ -334,7 +334,7 @@ class OptimizerRates:
         """Do nothing: the optimizer computes its own rates."""
 
     def get_last_lr(self) -> list[float]:
-        """Return the rates that the optimizer uses now."""
+        """Return the learning rates that the optimizer currently uses."""
         return self.rates()
 
     def state_dict(self) -> dict[str, Any]:

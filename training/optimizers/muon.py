@@ -111,7 +111,7 @@ class MuonWithAdam(Optimizer):
 
 
 def _learning_rate_factor(adjustment: str | None, rows: int, columns: int) -> float:
-    """Return the factor on the learning rate of a matrix, which depends on its shape."""
+    """Return the multiplier of a matrix's learning rate, which depends on the shape of the matrix."""
     if adjustment == MATCH_RMS_ADAMW:
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1, rows / columns))

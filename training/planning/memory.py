@@ -149,7 +149,7 @@ class MemoryPrediction:
         )
 
     def scaled(self, share: float) -> "MemoryPrediction":
-        """Return the prediction for a smaller batch, whose activations shrink by the factor `share`."""
+        """Return the prediction for a smaller or larger batch, with activations scaled by `share`."""
         phase_peaks: dict[str, dry.BytesByKind] = {}
         for phase, peak_bytes in self.phase_peaks.items():
             # memory of the optimizer step does not depend on the batch

@@ -249,7 +249,7 @@ def rehearse(
 def _enter_with(
     enter: LearningPass, noisy_batch: NoisyBatch, dit: nn.Module, _: NoisyBatch, seed: int
 ) -> contextlib.AbstractContextManager[None]:
-    """Enter a learning pass with the CPU batch, because the batch on the device has no values."""
+    """Enter a feature's context for a training pass with the CPU batch: the device batch has no values."""
     return enter(dit, noisy_batch, seed)
 
 
@@ -320,7 +320,7 @@ def set_up_trainable(
 
 
 def _make_optimizer_as_on_gpu(options: TrainingOptions, groups: list[dict[str, Any]]) -> Optimizer:
-    """Return the optimizer of the run, which steps all weights at once as it would on a GPU."""
+    """Return the run's optimizer, with foreach steps, which are the default on a GPU."""
     # outside of the dry run, because bitsandbytes reads values of a table that it creates
     with disable_modes():
         optimizer, _ = make_optimizer(options.optimizer, groups)

@@ -70,7 +70,7 @@ class PageProcess:
             raise OutputError(self._read_reason()) from None
 
     def close(self) -> None:
-        """Request the last page. Raises OutputError if an earlier page could not be drawn."""
+        """Ask for the final page. Raises OutputError if an earlier page could not be drawn."""
         assert self._process.stdin is not None
         try:
             # closing the pipe alone is not enough: data loader workers may keep it open for some time

@@ -406,7 +406,7 @@ def describe_process(number: int | None = None) -> dict[str, Any]:
     """Return the host name, process ID and start time, which identify a process.
 
     Args:
-        number: Process id; None for this process.
+        number: Process ID; None for this process.
 
     Raises:
         psutil.NoSuchProcess: If the process has ended.
@@ -418,7 +418,7 @@ def describe_process(number: int | None = None) -> dict[str, Any]:
 
 
 def read_session(path: Path) -> int | None:
-    """Return the session number stored in a history file; None without a file or a number."""
+    """Return the number of the run (session) stored in a history file; None without a file or a number."""
     try:
         require_regular_file(path)
         with path.open("rb") as file:

@@ -199,7 +199,7 @@ def read_images(folder: Path, name: str) -> dict[str, ItemImage]:
 
 
 def _make_table_row(item: ItemLoss, image: ItemImage | None) -> tuple[str | Markup, ...]:
-    """Return the cells of an item: thumbnail, name, hardness, number of draws, mean loss."""
+    """Return the table cells of an item: thumbnail, name, hardness, number of draws, mean loss."""
     hardness = f"{item.hardness:.2f}" + ("" if item.error is None else f" ± {item.error:.2f}")
     return (
         "" if image is None else image.tag,

@@ -150,7 +150,7 @@ class Recorder(Protocol):
     def __exit__(self, *error: Any) -> bool | None: ...
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:
-        """Record the numbers of a step; called in the main process only."""
+        """Record the metrics of a step; called only in the main process."""
 
     # called in the main process only; a strip has a sample's frames side by side, H W 3
     def log_samples(

@@ -20,7 +20,7 @@ class MetricChart:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "MetricChart":
-        """Parse a chart from a history. Raises TypeError, AttributeError or LookupError."""
+        """Parse a chart from a history. Raises TypeError, AttributeError or LookupError if malformed."""
         curves = {str(label): str(name) for label, name in facts["curves"].items()}
         return cls(str(facts["title"]), str(facts["unit"]), curves)
 
@@ -35,7 +35,7 @@ class MetricTile:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "MetricTile":
-        """Parse a tile from a history. Raises TypeError or LookupError."""
+        """Parse a tile from a history. Raises TypeError or LookupError if malformed."""
         return cls(str(facts["title"]), str(facts["number"]), str(facts["note"]))
 
 

@@ -97,7 +97,7 @@ class RunReporter:
                 self.history.flush()
 
     def log_activity(self, text: str) -> None:
-        """Record work between steps, as `sample 1 of 2, step 140 of 300`, at most every ACTIVITY_SECONDS."""
+        """Record work between steps, such as `sample 1 of 2, step 140 of 300`, once in ACTIVITY_SECONDS."""
         if self.now() - self._activity_recorded_at >= ACTIVITY_SECONDS:
             self._activity_recorded_at = self.now()
             self._record(self.step, doing=text)
@@ -105,7 +105,7 @@ class RunReporter:
                 self.history.flush()
 
     def log_pause(self, text: str) -> None:
-        """Log at once what the run is doing between two steps, such as `saving`, which may take minutes."""
+        """Record at once what the run does between two steps, such as `saving`, which may take minutes."""
         self._activity_recorded_at = -math.inf
         self.log_activity(text)
         self._activity_recorded_at = -math.inf

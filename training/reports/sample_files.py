@@ -266,7 +266,7 @@ def make_grid(run_history: RunHistory, load: LoadClip, max_columns: int, max_pro
 
 
 def _load_cell(samples: SampleRow, index: int, prompt: str, load: LoadClip) -> dict[str, Any] | None:
-    """Return the table cell of a prompt in the row of a step; None if the step has no sample of it."""
+    """Return the table cell of a prompt in the column of a step; None if the step has no sample of it."""
     name = samples.files.get(index)
     if name is None or samples.prompts.get(index, "") != prompt:
         return None

@@ -74,7 +74,7 @@ class Names:
 
     @property
     def pattern(self) -> str:
-        """Regular expression for the end of a saved file's name, after the name of the run and the step."""
+        """Regular expression for the end of a saved file's name, after the run's name and the step."""
         average = f"(?:{re.escape(AVERAGE)})?"
         experts = f"_(?:{'|'.join(self.expert_names)})" if self.expert_names else ""
         words = f"(?:_(?:{'|'.join(map(re.escape, self.embedding_words))}))?" if self.embedding_words else ""
@@ -99,13 +99,13 @@ class Publisher(Protocol):
         """Return a publisher that can describe the run, for example in a model card."""
 
     def publish(self, path: Path) -> None:
-        """Start publishing a saved file."""
+        """Start uploading a saved file."""
 
     def publish_state(self, folder: Path) -> None:
-        """Start publishing a state folder."""
+        """Start uploading a state folder."""
 
     def close(self) -> None:
-        """Wait until everything has been published."""
+        """Wait until all uploads have ended."""
 
 
 @dataclass

@@ -299,7 +299,7 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def shorten_value(value: Any) -> str:
-    """Return a value as text of at most 60 characters, for messages."""
+    """Return a value as text, shortened to at most 60 characters for messages."""
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

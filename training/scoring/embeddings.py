@@ -69,7 +69,7 @@ class VectorStore:
 
 
 def vectors_path(folder: Path, model: EmbedsImages) -> Path:
-    """Return the path of the file with a model's vectors, in the folder of a run."""
+    """Return the path of the file that stores a model's embeddings, in the folder of a run."""
     return folder / f".scores-{model.identity}.safetensors"
 
 
@@ -162,5 +162,5 @@ def _hash_content(path: Path) -> str:
 
 
 def open_path(path: Path) -> Medium:
-    """Return the medium of a file on disk."""
+    """Return the `Medium` for a file on disk."""
     return Medium(path.name, lambda: contextlib.nullcontext(path))

@@ -123,7 +123,7 @@ class ImageTextModel:
         return _with_length_one(output.pooler_output)
 
     def is_truncated(self, text: str) -> bool:
-        """Return whether a text has more tokens than the model reads."""
+        """Return whether a text has more tokens than the model accepts, so that its end is ignored."""
         return len(self.tokenizer(text)["input_ids"]) > self.max_tokens
 
 
@@ -174,7 +174,7 @@ def load_image_model(folder: Path, device: str | None) -> ImageModel:
 
 @dataclass(frozen=True)
 class ImageNetwork:
-    """A network from transformers, with its image preprocessing."""
+    """A model of the `transformers` package, with its image preprocessing."""
 
     network: Any
     processor: Any

@@ -185,7 +185,7 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
 
 
 def _write(run: ScoredRun, scores: RunScores) -> None:
-    """Write the scores of a run, print them as a table, and write its page again."""
+    """Write the scores of a run, print them as a table, and rewrite the run's page."""
     path = scores_path(run.folder, run.name)
     write_scores(path, scores)
     sys.stdout.write(escape_control_codes(describe(scores)) + "\n")
@@ -353,7 +353,7 @@ def _list_prompts(rows: Sequence[tuple[SampleRow, Mapping[int, Path]]]) -> list[
 
 
 def _note_truncated_prompts(model: ImageTextModel, prompts: Sequence[str]) -> list[ScoreNote]:
-    """Return a note on the prompts that have more tokens than the model reads, if there are any."""
+    """Return a note about prompts that have more tokens than the model accepts; [] if there are none."""
     num_truncated = sum(model.is_truncated(prompt) for prompt in prompts)
     if not num_truncated:
         return []

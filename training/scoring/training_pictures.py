@@ -66,7 +66,7 @@ class TrainingVectors:
         """Return the similarity of a sample to each medium: the largest cosine, averaged over its frames.
 
         Args:
-            frames: Vectors of the sample, F D.
+            frames: Embeddings of the sample's frames, F D.
         """
         cosines = frames @ self.vectors.T  # F M
         largest = torch.full((len(frames), len(self.media)), -2.0)

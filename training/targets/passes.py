@@ -36,7 +36,7 @@ Measure = Callable[[Tensor, Tensor, NoisyBatch], StreamErrors]  # output, target
 
 @dataclass(frozen=True)
 class TargetComparison:
-    """A target for the network's output, with its error function and loss weight."""
+    """A target tensor for the network's output, with its error function and loss weight."""
 
     target: Tensor  # has the shape of the output
     measure: Measure
