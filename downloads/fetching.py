@@ -319,7 +319,7 @@ def _receive_remaining(
 ) -> None:
     """Download the bytes that `partial` still lacks, in several tries if the connection breaks.
 
-    `wait` and `note` are those of `download_file`.
+    `wait` and `note` are the arguments of `download_file`.
 
     Raises:
         DownloadError: If the site refuses, or if the connection stays broken.

@@ -119,7 +119,7 @@ def prepare_sources(
     Args:
         family: The model family.
         config: The dataset, as read from its file.
-        options: Options of caching; None for a script that trains from caches alone.
+        options: Options of caching; None for a script that trains only from caches.
         device: Device for encoding.
         live_encoders: Encoders that run during training; their outputs are not cached.
         commands: Commands to show if a cache cannot be used.
@@ -181,7 +181,7 @@ def _encode_planned_tables(
     device: torch.device,
     stores: Stores,
 ) -> None:
-    """Encode the latents and texts that the plans of the tables ask for, into npz files or into memory."""
+    """Encode the latents and captions that the table plans ask for, into npz files or into memory."""
     from dataset.caching import loop  # only if something is cached
     from dataset.caching.prefetch import conclude
 
@@ -215,7 +215,7 @@ def plan_tables(
     live_keys: Collection[str] = (),
     needs: Collection[str] = (),
 ) -> list[TablePlan]:
-    """Decide where the latents and texts of each table come from; nothing is encoded.
+    """Decide where the latents and text encoder outputs of each table come from; encode nothing.
 
     Args:
         family: The model family.
@@ -313,7 +313,7 @@ def list_on_the_fly_tables(tag: str, plans: Sequence[TablePlan], needs_captions:
 
     Args:
         tag: Name of the model family in the names of cache files.
-        plans: Where latents and texts of each table come from.
+        plans: Where the latents and text encoder outputs of each table come from.
         needs_captions: Whether to list all tables, with captions.
 
     Raises:
@@ -449,7 +449,7 @@ def _select_live_encoders(
     4. An image trainer finds no caches of their outputs.
 
     Raises:
-        OptionError: If caches are requested for texts that change, or if a required encoder is not given.
+        OptionError: If caches are requested for captions that change, or if a required encoder is missing.
     """
     caches_texts = options.caching is not None and options.caching.caches_texts
     varying = next((table for table in config.datasets if table.caption_changes.varying_keys), None)
@@ -497,7 +497,7 @@ def _select_new_word_encoders(family: Family, options: TrainingOptions) -> LiveT
 def _select_for_varying_captions_or_loras(
     family: Family, options: TrainingOptions, varies: bool
 ) -> LiveTextEncoders | None:
-    """Return the text encoders whose captions vary or that get a LoRA; None if caches replace them.
+    """Return the text encoders if captions vary or if they get a LoRA; None if caches replace them.
 
     Args:
         family: The model family.
@@ -562,7 +562,7 @@ def _overrides_text_cache(
             names,
         )
         return True
-    # common guides cache all texts and do not ask to train text encoders, so these are left out
+    # common guides cache all captions and do not ask to train text encoders, so these are left out
     if options.lora_parts is None or not options.lora_parts.trains_dit:
         raise OptionError(
             f"--cache_text_encoder_outputs: outputs of {names} change, as they are trained. Leave it out"

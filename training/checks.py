@@ -185,7 +185,7 @@ def _check_sample_loras(family: Family, multiplier_by_file: Sequence[tuple[Path,
         for use in uses:
             reject_magnitudes(use.lora, "--sample_lora")
         if uses and file is not None:
-            # some transformers have a second file, such as one with further blocks
+            # some transformers have a second file, such as one with additional blocks
             check_loras_fit(file, uses, family.file_beside(file))
 
 

@@ -32,7 +32,7 @@ MIN_SIMILARITY = 0.9  # minimum similarity of a mistyped name and the intended o
 
 
 class ConfigOptions(Options):
-    """The option --config_file, which names a TOML file with further options."""
+    """The option --config_file, which names a TOML file with more options."""
 
     config_file: str | None = option(
         "TOML file with options by name; tables only group them; the command line overrides it"

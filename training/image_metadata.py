@@ -177,7 +177,7 @@ def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
 
 
 def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingItem]) -> dict[str, Any]:
-    """Return the metadata entries with the numbers of images: in total, by folder, and by bucket."""
+    """Return the metadata entries with image counts: in total, by folder, and by bucket."""
     image_counts = _count_images(items)
     folders: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
     for table in tables:

@@ -99,7 +99,7 @@ def read_image_training(
         record: Class of the family's own options. --pretrained_model_name_or_path and --vae are declared here
             and fill fields of the record with these option names.
         defaults: Differences between image families.
-        argv: Command line; None for that of the process.
+        argv: Command line; None for the command line of the process.
         trained_options: Record with the options of what is trained: by default, of a network such as a LoRA.
     """
     command = read_command_line(argv, partial(_build_parser, doc, record, defaults, trained_options))
@@ -581,7 +581,7 @@ def control_trainer(network_title: str, **settings: Any) -> ImageTrainerDefaults
 
     Args:
         network_title: Name of the network, as error messages call it.
-        settings: Fields of `ImageTrainerDefaults` to replace; `refused` adds further rejected options.
+        settings: Fields of `ImageTrainerDefaults` to replace; `refused` adds more rejected options.
     """
     refused = {**_rejected_by_noise, **_list_lora_rejections(network_title), **settings.pop("refused", {})}
     return replace(NOISE_TRAINER, refused=refused, translate=_read_control_net, **settings)

@@ -237,7 +237,7 @@ def make_run(
 
 
 def _make_feed(model: TrainedModel) -> Feed:
-    """Return the feed, which reads and noises the micro-batches of this process."""
+    """Return the feed, which reads the micro-batches of this process and adds noise to them."""
     plan = model.plan
     options, family, accelerator = plan.options, plan.family, plan.accelerator
     features = plan.features
@@ -500,7 +500,7 @@ class TrainableBuilder:
             resumed_tensors={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )
         if self.trainables and not options.by_expert.lora_per_expert:
-            # a further DiT: its network uses the parameters of the first one's
+            # another DiT: its network uses the parameters of the first DiT's network
             self.trainables = [share_network(self.trainables[0], network, device)]
             return
         trainable = prepare_network(

@@ -295,7 +295,7 @@ _WITHOUT_CLASS = {"--lr_scheduler_type replaces it": lambda options: not options
 
 
 def _of_curves(*curves: str) -> dict[str, Callable[[Any], bool]]:
-    """Return the `acts_if` condition of an option that these learning rate schedules alone use."""
+    """Return the `acts_if` condition of an option that only these learning rate schedules use."""
     why = f"only --lr_scheduler {', '.join(curves)} uses it"
     return {why: lambda options: not options.lr_scheduler_type and options.lr_scheduler in curves}
 

@@ -260,8 +260,8 @@ def _step_weights(run: TrainingRun, skip_check: _SkipCheck | None = None) -> lis
         skip_check: Decides whether the step is taken; if not, only the learning rates advance.
 
     Returns:
-        The norms for the end of a step's values, 1-D each: those of --scale_weight_norms, if they are
-            limited, and the norm of the gradients before clipping.
+        The norms to append to a step's values, 1-D each: the weight norms of --scale_weight_norms, if they
+            are limited, and the norm of the gradients before clipping.
     """
     model = run.model
     if skip_check is None:
@@ -322,7 +322,7 @@ def _accumulate(
 
 
 def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Move a micro-batch to the device, seed dropout for it, and encode its texts.
+    """Move a micro-batch to the device, seed dropout for it, and encode its captions.
 
     The seed depends on the number of the micro-batch.
     """
@@ -362,7 +362,7 @@ def _propagate(
     with strength:
         for losses in loss_passes(run.family, dit, noisy_batch, autocast=run.autocast, rule=run.rule):
             loss = functools.reduce(torch.add, losses) / divisor
-            # clips without audio have no gradient for a network of audio alone, whose weights then stay
+            # clips without audio give no gradient for an audio-only network, whose weights do not change then
             if loss.requires_grad:
                 run.model.scaler.scale(0 * loss if is_dummy else loss).backward()
             total = loss.detach() if total is None else total + loss.detach()

@@ -259,7 +259,7 @@ def predict(
     autocast: Autocast,
     rule: LossRule,
 ) -> Tensor:
-    """Run the DiT on the noised batch; return what the loss compares with the target velocity, float32.
+    """Run the DiT on the noisy batch; return what the loss compares with the target velocity, float32.
 
     The shape is B C F H W, or B N if the images and the audio of a sample are joined into one vector.
 
@@ -397,6 +397,6 @@ def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, times
         progress = timesteps.float().clamp(0, TRAIN_TIMESTEPS) / TRAIN_TIMESTEPS
         return (progress * math.log(options.huber_c)).exp() * options.huber_scale
     signal_scales = spec.signal_scale(sigmas)  # factors of the clean latents in the noisy ones
-    # 1 / (1 + r)^2, written so that a scale of 0 is no division by 0
+    # 1 / (1 + r)^2, written to avoid a division by zero at a scale of 0
     factors = (signal_scales / (signal_scales + sigmas.float())).square()
     return (1 - options.huber_c) * factors + options.huber_c

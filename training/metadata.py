@@ -165,7 +165,7 @@ def file_metadata(
         epoch: The current or just finished epoch, from 1.
         now: Time of saving.
         licence: License of the model, used without --metadata_license.
-        tables: Tables of the dataset, whose timesteps may differ from those of the options.
+        tables: Tables of the dataset, which may override the timestep options.
         architecture_suffix: Suffix of the architecture's name for a network.
     """
     metadata_options, times = options.metadata, options.timesteps

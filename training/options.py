@@ -81,13 +81,13 @@ NOT_AT_NETWORK = OptionsAtNetwork()  # defaults, if no network is trained
 
 
 class TrainedNetworkOptions(NetworkOptions, title="network"):
-    """Options of a trained network, including those of features that extend it."""
+    """Options of a trained network, including options of features that extend it."""
 
     at_network: OptionsAtNetwork
 
 
 class TrainingOptions(Options, must_give=True):
-    """All training options except those of the model family."""
+    """All training options except the model family's own options."""
 
     loop: run_options.LoopOptions = option(facts=FREE)
     validation: run_options.ValidationOptions = option(facts=FREE)
@@ -162,7 +162,7 @@ class TrainingOptions(Options, must_give=True):
 
     @functools.cached_property
     def features(self) -> RunFeatures:
-        """Return what the active features add to a run, computed from the options alone.
+        """Return what the active features add to a run, computed only from the options.
 
         Raises OptionError if a feature rejects the run. The `on.start` functions of this object are never
         called; `begin_run` in `features/composing.py` makes an object for the run itself.

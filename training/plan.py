@@ -337,7 +337,7 @@ def _find_sources(
 ) -> BatchSources:
     """Return where batches are read from, except for the text tensors that `live_encoders` encode.
 
-    With `may_encode`, the run may also write caches, or encode images and texts while it trains.
+    With `may_encode`, the run may also write caches, or encode images and captions during training.
     """
     if may_encode:
         from training.caching_inside import prepare_sources  # most runs read caches alone
@@ -483,9 +483,9 @@ def _find_items(
         config: The dataset, as read from its file.
         sources: Where batches are read from.
         accelerator: The processes of the run.
-        encodes_texts_on_the_fly: Whether texts are encoded during training.
+        encodes_texts_on_the_fly: Whether captions are encoded during training.
         condition_set: Name of the additional conditions that a batch must offer; "" for none.
-        trusts_caches: Whether texts may come from another checkpoint (--skip_cache_check).
+        trusts_caches: Whether text encoder outputs may come from another checkpoint (--skip_cache_check).
 
     Raises:
         CacheError: If there are no caches; the message contains the caching commands.

@@ -63,7 +63,7 @@ def show_preview(
     Args:
         family: The model family.
         options: Options of the run.
-        network_spec: Description of what the training would train: a kind of network, or the whole DiT.
+        network_spec: Description of what the run would train: a kind of network, or the whole DiT.
         commands: Commands to show if caches are missing.
         others: Models in addition to the trained one.
     """
@@ -304,7 +304,7 @@ def _print_plan(
 def _require_caches_on_disk(
     plans: Sequence[TablePlan], commands: CachingCommands, live_encoders: LiveTextEncoders | None
 ) -> None:
-    """Raise OptionError if a table's latents or texts are not in files, which --plan could read."""
+    """Raise OptionError if a table's latents or text encoder outputs are not in files, as --plan requires."""
     if any(plan.latents is TensorLocation.LIVE for plan in plans):
         raise OptionError(
             "--plan rehearses a batch from caches, and images of this training are encoded at each step. "
@@ -331,7 +331,7 @@ def _read_largest_batch(
     live_encoders: LiveTextEncoders | None,
 ) -> NoisyBatch:
     """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
-    # texts that are encoded at each step, not cached
+    # text tensors that are encoded at each step, not cached
     live = () if live_encoders is None else live_encoders.keys
     plans = plan_tables(family, config, options.caching, live, needs=options.features.needs)
     _require_caches_on_disk(plans, commands, live_encoders)

@@ -59,7 +59,7 @@ def find_state(
         is_main_process: Whether this is the main process.
 
     Raises:
-        OptionError: If there is no state of this name.
+        OptionError: If no state with this name exists.
         CheckpointError: If the state cannot be used.
     """
     output_folder, name = options.saving.folder_and_name
@@ -388,7 +388,7 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
     if BATCHES in changes:
         progress.position = 0
         logger.info("  Epoch %d begins again, with the current clips.", progress.epoch + 1)
-    # steps are counted anew from here
+    # the plan of steps starts again from here
     progress.plan_epoch, progress.plan_position = progress.epoch, progress.position
     progress.plan_step = progress.step
 

@@ -140,7 +140,7 @@ def prepare_run(
         end.progress, end.total_steps = plan.progress, plan.steps.total_steps
         for prepare in plan.features.on.plan:
             prepare(plan)
-        # texts and images of samples are encoded before the DiT takes the memory
+        # prompts and images of samples are encoded before the DiT takes the memory
         sampler = None
         if options.samples.sample_prompts is not None:
             sampler = _make_sampler(plan, options.samples.sample_prompts)
@@ -249,7 +249,7 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
         is_joint=plan.steps.works_together,
         block_sharder=make_block_sharder(options.speed, accelerator.device),
     )
-    # outputs of trained text encoders change, so that prompts are encoded anew for each sample
+    # outputs of trained text encoders change, so prompts are encoded again for each sample
     if plan.live_encoders and plan.live_encoders.trained_encoders:
         return replace(sampler, encode_again=plan.live_encoders.encode_again)
     return sampler

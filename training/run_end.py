@@ -107,7 +107,7 @@ def _list_variables(run: EndedRun, code: int, error: BaseException | None) -> di
 
 
 def _start_program(option: str, argv: Sequence[str], variables: dict[str, str], max_seconds: float) -> None:
-    """Start a program without a shell, and wait for it for some seconds. Warns if it fails."""
+    """Start a program without a shell, and wait for it for at most `max_seconds`. Warns if it fails."""
     # without the variables that mark a process of a multi-process launcher
     inherited = {
         name: value

@@ -538,7 +538,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         control_paths = [control_paths]
     guidance_scale = _read_number(values, "cfg_scale")
     expert_names = [expert.name for expert in family.experts if expert.name]
-    # without a size, some models take that of the first reference image: None
+    # without a size, some models take the size of the first reference image: None
     takes_reference_size = default.sized_by_references and bool(control_paths)
     default_width, default_height = (None, None) if takes_reference_size else (default.width, default.height)
     width = int(values["width"]) if "width" in values else default_width

@@ -71,7 +71,7 @@ def make_saver(
 
     Args:
         model: The loaded networks.
-        publisher: Publishes what is saved.
+        publisher: Uploads saved files; None without uploads.
         prompts: Prompts of the samples, for the publisher.
         log_saved: Called with the files of each save, and the step.
         on_removed: Called after older files have been removed.

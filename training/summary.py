@@ -149,7 +149,7 @@ def _describe_rates(options: TrainingOptions, trainable: Trainable, network_spec
     Args:
         options: Options of the run.
         trainable: The trained parameters.
-        network_spec: Description of what is trained, with its recommended learning rate.
+        network_spec: Description of what the run trains, with its recommended learning rate.
     """
     default = options.optimizer.learning_rate
     names_by_rate: dict[float, list[str]] = {}

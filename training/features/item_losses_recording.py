@@ -177,8 +177,8 @@ class ItemLossRecorder:
             losses=image_losses,
         )
         self._unread_losses.append(unread_losses)
-        # copies to the host are asynchronous: those of two steps ago are complete, because the run reads the
-        # loss of each step one step later
+        # copies to the host are asynchronous: copies from two steps ago are complete, because the run reads
+        # the loss of each step one step later
         self._run_or_stop_recording(functools.partial(self._read_losses_until, step - 2))
         return errors
 

@@ -117,7 +117,7 @@ def _repeat(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
 
 
 def _repeat_audio(audio: NoisyAudio) -> NoisyAudio:
-    """Repeat audio noise and noise levels, so that chosen and rejected clips get the same ones."""
+    """Repeat audio noise and noise levels, so that chosen and rejected clips share them."""
     return NoisyAudio(
         noise=_stack_twice(audio.noise),
         sigmas=_stack_twice(audio.sigmas),

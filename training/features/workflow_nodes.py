@@ -357,7 +357,7 @@ class ComfyGraph:
         return link
 
     def _encode(self, prepared: Prepared, text_encoders: Link, text: str) -> Link:
-        """Add nodes that encode a prompt, with embedded guidance if the model has it; return the output link."""
+        """Add nodes that encode a prompt, with embedded guidance if the model has it; return the output."""
         reads_weights_only_in_comfyui = self.model.weighs_words and not self.model.is_weighted
         if reads_weights_only_in_comfyui:  # escape parentheses, which mark weights there
             text = text.replace("\\", "\\\\").replace("(", "\\(").replace(")", "\\)")

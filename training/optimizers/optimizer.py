@@ -397,7 +397,7 @@ def restore_optimizer(
     """Load a saved state into the optimizer, on the device where steps are computed; empties `saved`.
 
     Raises:
-        CheckpointError: If the optimizer's parameters differ from those of the state.
+        CheckpointError: If the optimizer's parameters differ from the parameters in the state.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     _restore_group_settings(optimizer, names, saved["groups"])

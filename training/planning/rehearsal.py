@@ -300,7 +300,7 @@ def set_up_trainable(
         parameter.register_post_accumulate_grad_hook(
             lambda weight: None if weight.grad is None else ledger.track(weight.grad, dry.GRADIENTS)
         )
-    # the average of a LoRA is on the device; that of a whole model in host memory
+    # the average of a LoRA is on the device; the average of a whole model is in host memory
     average: list[Tensor] = []
     if options.features.average is not None and options.full_dit is None:
         with ledger.allocating(dry.NETWORK):
@@ -379,7 +379,7 @@ def _make_optimizer_groups(
     _add_adapters(family, options, dit, ledger)
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     word_encoders = {} if live_encoders is None else live_encoders.networks_with_new_word
-    # features may train something next to the network, such as the vectors of a new word
+    # features may train other parameters alongside the network, such as the vectors of a new word
     for make in begin_run(options, family).on.auxiliary_learners:
         auxiliary = make(word_encoders, 0, False)
         dry.allocate_empty_weights(auxiliary.module, ledger, dry.NETWORK)

@@ -97,7 +97,7 @@ def _find_better_file(name: str, run_history: RunHistory, folder: Path, best: st
 
 
 def _find_replacement(name: str, run_history: RunHistory, folder: Path, best: str | None) -> str | None:
-    """Return the saved file to use instead of a missing one: that of the best step, else the newest.
+    """Return the saved file to use instead of a missing one: the best step's file, else the newest.
 
     Only files of the same kind qualify: an average for an average, an embedding for an embedding, and the
     same expert.

@@ -189,7 +189,7 @@ class RunReporter:
         )
         with self._errors_as_warning():
             title = f"{self.name}, step {step:,}"
-            # the name sorts after those of the samples
+            # this name sorts after the names of the samples
             sheet = self.folder / SAMPLES / f"{self.name}_{step_label}_sheet.png"
             sample_files.write_sheet(sheet, title, strips, file_prompts)
         self._request_page()

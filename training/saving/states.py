@@ -145,8 +145,8 @@ def read_state(folder: Path) -> SavedState | ForeignState:
     """Read a state folder that this program or another trainer saved.
 
     Raises:
-        CheckpointError: If it is damaged or contains no state.
-        OptionError: If it is not a folder.
+        CheckpointError: If the state is damaged, or if the folder contains no state.
+        OptionError: If `folder` is not a folder.
     """
     if not folder.is_dir():
         error = "no such folder"
