@@ -114,7 +114,7 @@ def prepare_sources(
 ) -> BatchSources:
     """Make the caches that the options ask for, and return the sources of batches.
 
-    All processes of a training call this and share the work.
+    All processes of a run call this and share the work.
 
     Args:
         family: The model family.

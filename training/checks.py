@@ -221,7 +221,7 @@ def _list_network_rates(network: NetworkOptions, base: float, trains_text_encode
         trains_text_encoders: Whether text encoders get a network too.
     """
     rates: dict[str, float] = {}
-    # other networks may give these arguments another meaning
+    # these arguments may have a different meaning for other networks
     if not (network.network_module or RANKED_NETWORKS[0]).startswith(RANKED_NETWORKS):
         return rates
     for key, text in network.arguments().items():
@@ -297,7 +297,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
 def _read_loras(
     family: Family, options: TrainingOptions, expert: Expert, network: NetworkOptions, has_initial_lora: bool
 ) -> "list[WeightedLora]":
-    """Read all LoRAs of an expert: merged ones, the one of --network_weights, and the training adapter.
+    """Read all LoRAs of an expert: the merged LoRAs, the LoRA of --network_weights, and the training adapter.
 
     Raises:
         UserError: If one cannot be used.

@@ -505,7 +505,7 @@ class OfFullCheckpoints(Options, title="full fine-tuning"):
 def _replace_fused_groups(args: argparse.Namespace) -> None:
     """Set --fused_backward_pass if --fused_optimizer_groups is given, which it replaces.
 
-    Messages name the option that was typed. Raises OptionError if both are given.
+    Messages name the option that was typed. Raises OptionError if both options are set.
     """
     groups = args.fused_optimizer_groups
     if not groups:

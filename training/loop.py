@@ -350,8 +350,8 @@ def _propagate(
         is_dummy: Whether the pass only keeps this process in step with others, and its gradients are zeros.
 
     Returns:
-        The micro-batch's share of the step's loss, and a tuple of its losses: image and sound, or only image.
-            All are detached.
+        The micro-batch's share of the step's loss, and a tuple of its losses: images and audio, or only
+            images. All are detached.
     """
     dit = run.model.dits.on_device(expert)
     strength: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

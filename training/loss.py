@@ -305,7 +305,7 @@ def predict(
 
 
 def _noise_audio(family: Trains, noisy_batch: NoisyBatch, audio: NoisyAudio) -> Tensor:
-    """Return the noisy audio latents; latents given as conditions stay clean."""
+    """Return the noisy audio latents; latents used as conditions stay clean."""
     clean = noisy_batch.batch.tensor(AUDIO_LATENTS).float()
     noisy = add_noise(clean, audio.noise, audio.sigmas, family.noise.signal_scale(audio.sigmas))
     return (

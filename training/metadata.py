@@ -120,7 +120,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
 
 
 def _list_optional_values(plan: TrainingPlan) -> dict[str, Any]:
-    """Return the metadata entries about the training that only some runs have."""
+    """Return the metadata entries about the run that only some runs have."""
     options, frozen = plan.options, plan.options.frozen
     values: dict[str, Any] = {}
     if options.loss != L2 or options.is_for_images:

@@ -375,7 +375,7 @@ def read_training(
 
 
 def log_options_without_effect(args: argparse.Namespace, *records: Options) -> None:
-    """Log in one line which options of a --config_file have no effect because another one is not given.
+    """Log in one line which options of a --config_file have no effect because another option is not set.
 
     Only options with their default values are listed: files of other programs spell these out. With another
     value, such an option is rejected, or reported separately (`list_unused_options`).

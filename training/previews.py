@@ -330,7 +330,7 @@ def _read_largest_batch(
     config: DatasetConfig,
     live_encoders: LiveTextEncoders | None,
 ) -> NoisyBatch:
-    """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
+    """Read the largest batch of the run. Raises OptionError if it is not in caches on disk."""
     # text tensors that are encoded at each step, not cached
     live = () if live_encoders is None else live_encoders.keys
     plans = plan_tables(family, config, options.caching, live, needs=options.features.needs)

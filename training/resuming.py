@@ -113,7 +113,7 @@ def initial_progress(
 ) -> Progress:
     """Return the progress at which the run starts.
 
-    A resumed run keeps its seed. If no seed is given, all processes share a random one.
+    A resumed run keeps its seed. Without --seed, all processes share a random one.
     """
     if isinstance(saved, states.SavedState):
         with states.errors_name_the_state(saved.folder):

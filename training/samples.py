@@ -220,7 +220,7 @@ class Sampler:
 
     @torch.no_grad()
     def _write(self, latents: torch.Tensor, prepared: Prepared, stem: str, model: str) -> Path:
-        """Decode a sample and write it as an image, clip, layers or sound; return the path of the file.
+        """Decode a sample and write it as an image, video, image layers or audio; return the path of the file.
 
         Args:
             latents: Latents in model space, B C F H W, or B N together with audio.
@@ -346,7 +346,7 @@ def prepare_samples(
         block_sharder: Splits blocks over processes; None keeps them complete.
 
     Raises:
-        OptionError: If a file that samples need is not given, or if a prompt cannot be used.
+        OptionError: If a model file that samples need is missing, or if a prompt cannot be used.
         CheckpointError: If a model file cannot be used.
     """
     source = PromptSource(
@@ -490,8 +490,8 @@ def parse_requests(
     """Return the entries of a prompt file, given as text, and the request for each.
 
     Raises:
-        OptionError: If a file that samples need is not given, or if prompts cannot be read or generated, such
-            as one without an image for an image-to-video model; all of them are listed.
+        OptionError: If a model file that samples need is missing, or if prompts cannot be read or generated,
+            such as one without an image for an image-to-video model; the message lists all of them.
     """
     entries = parse_sample_prompts(text, prompt_file)
     try:
@@ -617,11 +617,11 @@ def _with_fitted_size(
 
 
 def _select_solver(values: Mapping[str, Any], supported: Sequence[str] = ()) -> str | None:
-    """Return the solver of a prompt, given by name or alias. Warn and return None for an unknown name.
+    """Return the solver that a prompt names, possibly by an alias. Warn and return None for unknown names.
 
     Args:
         values: Values of the prompt.
-        supported: Samplers of the model; if there are any, only these can be used.
+        supported: Samplers specific to the model; if there are any, only these can be used.
     """
     name = values.get("sample_sampler")
     if name is None:

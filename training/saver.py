@@ -197,7 +197,7 @@ def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
 def collect_state(model: TrainedModel) -> states.SavedState:
     """Return the state to save for resuming; its tensors are the run's own, not copies.
 
-    Call between steps, while the training weights (not their average) are in the networks.
+    Call this between steps, while the networks contain the training weights and not their average.
     """
     write_back_all(model.dits.networks)  # swapped blocks get their weights back
     plan = model.plan

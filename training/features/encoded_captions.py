@@ -27,7 +27,7 @@ def encode_captions(family: Family, texts: Sequence[str], device: torch.device) 
     """Encode captions, one text encoder after the other.
 
     Raises:
-        OptionError: If a text encoder is not given.
+        OptionError: If the file of a text encoder is missing.
     """
     family.check_files(media=False)
     encoded: dict[str, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts}

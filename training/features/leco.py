@@ -95,7 +95,7 @@ def make_blank_dataset() -> "DatasetConfig":
 def _prepare_passes(
     run: "RunFeatures", options: LecoOptions, pairs: Sequence[LecoPair], plan: "PlannedRun"
 ) -> None:
-    """Encode the prompts before the network is loaded; add the training passes once it is loaded."""
+    """Encode the prompts before the transformer is loaded; add the training passes once it is loaded."""
     progress = plan.progress.feature_state(LecoProgress)
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
     if progress.leco_pairs not in {"", digest}:

@@ -96,7 +96,7 @@ def encode_sliders(family: Family, file: SliderFile, device: torch.device) -> Sl
     """Encode all captions of a --slider file, one text encoder after the other.
 
     Raises:
-        OptionError: If a text encoder is not given.
+        OptionError: If the file of a text encoder is missing.
     """
     texts = list(dict.fromkeys(text for slider in file.sliders for text in slider.captions))
     captions = encode_captions(family, texts, device)

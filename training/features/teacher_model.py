@@ -170,7 +170,7 @@ def _renaming_dit_option(option: str) -> Iterator[None]:
 
 
 def _check_loras(model: Family, options: TeacherOptions) -> None:
-    """Raise CheckpointError if a file of --teacher_lora is not a LoRA, or does not fit the teacher's model."""
+    """Raise CheckpointError if a file of --teacher_lora is not a LoRA for the teacher's model."""
     if not options.loras():
         return
     from networks.apply import check_loras_fit

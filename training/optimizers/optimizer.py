@@ -170,10 +170,10 @@ def check_arguments(
     """Raise OptionError for an argument that a class does not accept; the message suggests the nearest one.
 
     Args:
-        option: Option that gives the arguments.
+        option: Option that sets the arguments.
         target_class: The class.
         arguments: Arguments by name.
-        excluded: Names of arguments that cannot be given with the option.
+        excluded: Names of arguments that the option cannot set.
     """
     try:
         parameters = inspect.signature(target_class).parameters

@@ -121,8 +121,8 @@ def draw_page(history: Path, draw: Callable[[Path, RunHistory], None], *, is_ove
     Args:
         history: The history of the run.
         draw: Writes the page of a run history to a path.
-        is_over: Whether the training has ended; if the history has no line about
-            its end, the training is shown as killed.
+        is_over: Whether the run has ended; if its history does not record the end, the page says that the
+            run was killed.
     """
     session = read_session(history)
     if session is None:
@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> None:
     """Draw the page of a run whenever standard input has a request, and when it ends.
 
     Args:
-        argv: Path of the history, working folder of the training, and its script as it was typed.
+        argv: Path of the history, working folder of the training process, and its script as typed.
     """
     history_file, working_folder, script = argv
     history = Path(history_file)

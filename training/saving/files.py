@@ -182,7 +182,7 @@ class Saver:
     def _remove_saves(
         self, number_pattern: str, interval: int, newest_models: int | None, newest_states: int | None
     ) -> None:
-        """Remove saved models and states up to given steps or epochs.
+        """Remove saved models and states up to a step or epoch.
 
         Removes all of them, not only the newest: a killed run may not have removed some.
 

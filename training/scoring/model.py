@@ -190,7 +190,7 @@ def _load_network(folder: Path, option: str, class_name: str) -> ImageNetwork:
     try:
         network_class = getattr(transformers, class_name)
         config = network_class.config_class.from_pretrained(folder, **OFFLINE)
-        # a network without values gives the shapes that tensors in the files must have
+        # a network on the meta device provides the shapes that tensors in the files must have
         network = build_on_meta(network_class, config)
         require_matching_shapes(folder, option, network, shapes, is_exact=True)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **OFFLINE)
