@@ -187,7 +187,7 @@ def collect_run_settings(
 def _list_adjustable_settings(
     family: Family, options: TrainingOptions, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the settings whose change in a resumed run causes a warning only.
+    """Return the settings whose change in a resumed run only causes a warning.
 
     Args:
         family: The model family.

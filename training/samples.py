@@ -220,7 +220,7 @@ class Sampler:
 
     @torch.no_grad()
     def _write(self, latents: torch.Tensor, prepared: Prepared, stem: str, model: str) -> Path:
-        """Decode a sample and write it as an image, video, image layers or audio; return the path of the file.
+        """Decode a sample and write it as an image, video, image layers or audio; return the file's path.
 
         Args:
             latents: Latents in model space, B C F H W, or B N together with audio.

@@ -271,7 +271,7 @@ def make_thumbnails(table: DatasetTable, cache_tag: str, keys: Sequence[str]) ->
 
 
 def _group_keys_by_source(table: DatasetTable, cache_tag: str, keys: Sequence[str]) -> dict[str, list[str]]:
-    """Return the keys by the stem of their source file: clips of one video have several keys."""
+    """Group item keys by the stem of their source file: the clips of one video have several keys."""
     keys_by_stem: dict[str, list[str]] = {}
     for key in keys:
         name = parse_latent_name(f"{key}{SUFFIX}", cache_tag, table.kind)

@@ -254,7 +254,7 @@ class Logs:
 
 
 def _list_tracked_values(report: StepReport) -> dict[str, float]:
-    """Return the values of a step by their names in trackers."""
+    """Return the metrics of a step, by their names in trackers such as TensorBoard."""
     values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
     values |= {f"loss/{name}": loss for name, loss in report.component_losses.items()}
     values |= report.metrics

@@ -289,7 +289,7 @@ def _remove(path: Path) -> None:
 def reserve_name(folder: Path, name: str) -> Iterator[None]:
     """Reserve a name in a folder during the block, so that no other training run saves files under it.
 
-    The folder is created; if it is empty at the end, it is removed again.
+    The folder is created if it does not exist; in that case it is removed at the end if it is empty.
 
     Raises:
         OutputError: If another training run has reserved the name, or if the folder is not writable.

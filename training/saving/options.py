@@ -20,7 +20,7 @@ KEEP_ALL = "leave it out to keep all"
 
 
 def _if_saved(kind: str, with_states: bool = False) -> dict[str, Callable[[Any], bool]]:
-    """Return the `acts_if` condition of an option that has an effect only with saves by `kind`."""
+    """Return the `acts_if` condition of an option that has an effect only if files are saved by `kind`."""
     needed = f"--save_every_n_{kind}"
     if with_states:
         return {

@@ -131,6 +131,6 @@ def are_copies(sample: Sequence[Frame], picture: Sequence[Frame]) -> bool:
 
 
 def is_copy(sample: AbstractContextManager[Path], picture: Medium, num_frames: int) -> bool:
-    """Compare a sample with a training image pixel by pixel; return whether it is a copy."""
+    """Read a sample and a training image or clip; return whether the sample is a copy (see `are_copies`)."""
     with sample as sample_path, picture.open() as image_path:
         return are_copies(read_frames(sample_path, num_frames), read_frames(image_path, num_frames))
