@@ -299,6 +299,7 @@ def _check_content(path: Path, kind: str) -> str | None:
     with path.open("rb") as file:
         start = file.read(16)
     match kind:
+        # a safetensors file begins with the size of its header in 8 bytes, followed by the header as JSON
         case "safetensors" if start[8:9] != b"{":
             return "it is a file of torch, not of safetensors"
         case "pt" | "pth" if start[:4] != ZIP and start[:1] != PICKLE:

@@ -522,6 +522,7 @@ def _sample_mixture(options: TimestepOptions, draws: Tensor, flow_shift: float) 
     t = torch.zeros_like(draws)
     start = 0.0  # of the sampler's interval
     for sampler, share in MIXTURES[options.timestep_sampling]:
+        # the normal quantiles of 0 and 1 are infinite
         uniform = ((draws - start) / share).clamp(1e-9, 1 - 1e-9)
         normal = torch.special.ndtri(uniform)
         match sampler:
@@ -544,6 +545,7 @@ def _shifted_logit_normal(rule: ShiftedLogit, u: Tensor, scale: float, flow_shif
        reflected at it.
     3. If stretched, the lowest u, a fraction `uniform_share` of all, become uniform t instead.
     """
+    # u is clamped, because the normal quantiles of 0 and 1 are infinite
     if not rule.is_stretched:
         return _logit_normal(u.clamp(1e-9, 1 - 1e-9), scale, flow_shift)
     share = rule.uniform_share
