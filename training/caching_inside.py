@@ -225,7 +225,7 @@ def plan_tables(
         needs: What the active features need in batches, as names such as NO_DATASET.
 
     Raises:
-        DatasetError: If images that change each time are to be cached.
+        DatasetError: If images that augmentation changes each time are to be cached.
         OptionError: If npz files are requested but the family has none.
     """
     if NO_DATASET in needs:  # the table is a placeholder that is not trained on

@@ -412,7 +412,7 @@ def list_unused_options(
 ) -> list[str]:
     """Return one line for each given option that has no effect in combination with the others.
 
-    Most of them are found without the model (`list_without_effect`); this adds those that depend on it.
+    `list_without_effect` finds most of them without the model; this adds options that depend on the model.
 
     Args:
         options: Options of the run.

@@ -146,11 +146,11 @@ def _map_actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.A
 
 
 def check_imports(parser: argparse.ArgumentParser, values: Mapping[str, Any], place: str) -> None:
-    """Raise OptionError for a value from a file that imports code which no installed package provides.
+    """Raise OptionError if a value from a file imports code that no installed package provides.
 
     Args:
         parser: The parser of the script.
-        values: Values by destination.
+        values: Option values by argparse destination.
         place: The file with the values, for the message.
     """
     from modules.installed import require_installed  # not for --help

@@ -172,7 +172,7 @@ def _log_trained_expert(
     timesteps_of_tables: Sequence[TimestepOptions],
     has_sample_only_networks: bool,
 ) -> None:
-    """Log which transformers of a model with two are trained and sampled, and at which timesteps."""
+    """Log which of a model's two transformers are trained and used for samples, and at which timesteps."""
     experts, all_experts = family.experts, family.defaults.experts
     trained = find_trained_expert(family, timesteps_of_tables)
     for expert in experts:
@@ -374,8 +374,8 @@ def check_computing(family: Family, options: TrainingOptions, device: torch.devi
     """Check before loading that the device supports the precision, attention and quantization options.
 
     Returns:
-        The quantization of the frozen weights, with the matrix products that the device has; None if they
-        are not quantized.
+        The quantization of the frozen weights, adapted to the matrix products that the device supports; None
+        if they are not quantized.
 
     Raises:
         OptionError: If the quantization, the attention or the precision is not available.

@@ -553,10 +553,10 @@ class SamplingStopped(Exception):
 
 
 def _sample(run: TrainingRun) -> None:
-    """Generate the samples that `progress.sample_pending` names, and record that they are made.
+    """Generate the samples that `progress.sample_pending` names, and record that they are no longer pending.
 
-    If the run is asked to end meanwhile, it ends at this step and the samples stay pending: the resumed run
-    generates them with the weights of the same step.
+    If the run is asked to end in the meantime, it ends at this step and the samples stay pending: the resumed
+    run generates them with the weights of the same step.
     """
     progress = run.progress
     if run.sampler is not None:
@@ -576,7 +576,7 @@ def _sample(run: TrainingRun) -> None:
 
 
 def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
-    """Generate the pending samples from the prompts that are in the prompt file now.
+    """Generate the pending samples from the current content of the prompt file.
 
     Returns:
         False if the run was asked to end before they were finished.

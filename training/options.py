@@ -349,7 +349,7 @@ def read_training(
         changes: Changes of shared options by the script.
 
     Returns:
-        Shared options, the family's options, and both as they would be typed.
+        Shared options, the family's options, and a list of both with their command-line arguments.
     """
 
     def build_parser() -> Parser:

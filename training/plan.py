@@ -174,7 +174,7 @@ def make_plan(
     live_encoders: LiveTextEncoders | None = None
     may_encode = _may_encode(options, config)
     if may_encode:
-        from training.caching_inside import find_live_encoders  # most runs read caches alone
+        from training.caching_inside import find_live_encoders  # most runs only read caches
 
         live_encoders = find_live_encoders(family, options, config)
     for check_texts in features.on.on_text_encoders:
@@ -340,7 +340,7 @@ def _find_sources(
     With `may_encode`, the run may also write caches, or encode images and captions during training.
     """
     if may_encode:
-        from training.caching_inside import prepare_sources  # most runs read caches alone
+        from training.caching_inside import prepare_sources  # most runs only read caches
 
         sources = prepare_sources(
             family,

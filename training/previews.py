@@ -285,7 +285,7 @@ def _print_plan(
             tables=config.datasets,
         )
         return
-    from training.planning.several_cards import plan_several_cards  # only with several cards
+    from training.planning.several_cards import plan_several_cards  # only with several GPUs
 
     assert room is not None  # its size is given
     plan_several_cards(

@@ -80,7 +80,7 @@ def _list_variables(run: EndedRun, code: int, error: BaseException | None) -> di
     """Return the environment variables that describe how a run has ended.
 
     Args:
-        run: What is known about the run.
+        run: Description of the run.
         code: Exit code of this program.
         error: Error that ended the run; None if it completed.
     """

@@ -145,7 +145,7 @@ class Sampler:
             get_dit: Returns the network of an expert by its index, in evaluation mode and on its device.
             autocast: Opens the autocast context of a pass.
             step_label: Part of the file names: `e000001` at the end of an epoch, `000020` at a step.
-            check: Called after each step; what it raises ends the samples.
+            check: Called after each step; an exception that it raises ends sampling.
             show_progress: Called with the sample and its step in words.
         """
         paths = []
@@ -526,7 +526,7 @@ def _prepare_entry(
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     """Convert an entry of a prompt file (values by name) into a request.
 
-    Missing values are the defaults of generation. Sizes are rounded down to sizes that the model supports.
+    Missing values get the defaults of generation. Sizes are rounded down to sizes that the model supports.
 
     Raises:
         OptionError: For numbers that no model accepts.

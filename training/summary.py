@@ -275,7 +275,7 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
     Args:
         run: The finished run.
         run_history: Content of its history.
-        following: Makes the commands.
+        following: Suggests the commands.
     """
     names = run.plan.names
     losses = run.progress.losses

@@ -44,7 +44,7 @@ class LecoProgress:
 
 
 def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "Family":
-    """Raise OptionError if LECO does not support the family, or the family not the pairs' image sizes.
+    """Raise OptionError if the family does not support LECO, or the image sizes of the prompt pairs.
 
     As a hook of `on.family`, it returns the family to train, unchanged.
     """

@@ -42,7 +42,7 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
 
 
 def _check_tables(run: "RunFeatures", path: Path) -> None:
-    """Raise OptionError for dataset tables whose samples keep the base model's output, or have a strength.
+    """Raise OptionError if a dataset table asks for output preservation, or sets its own network strength.
 
     A slider learns from the captions of its own file, at its own strengths.
     """

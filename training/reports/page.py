@@ -75,7 +75,7 @@ def page_values(
     name: str = "",
     has_sections: bool = True,
 ) -> dict[str, Any]:
-    """Return the values for the template of a run's page, by name.
+    """Return the template variables of a run's page, by name.
 
     Args:
         folder: Value of --output_dir.
@@ -84,7 +84,7 @@ def page_values(
         load: Reads the clips of samples; None shows no samples.
         maximum: Largest number of columns and rows in the grid of samples.
         name: Value of --output_name, whose scores show which file is best.
-        has_sections: Whether to show the other files next to the history too; they name training images.
+        has_sections: Whether to show the scores and item losses, which name training images.
     """
     from downloads.catalogue import model_title  # only for pages
     from training.reports.item_losses import make_section as make_items

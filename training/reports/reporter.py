@@ -155,7 +155,7 @@ class RunReporter:
     def log_samples(
         self, step: int, step_label: str, prompts: Sequence[str] = (), recorders: Sequence[Recorder] = ()
     ) -> None:
-        """Record the samples of all processes, write a sheet of them, and request the page.
+        """Record the samples of all processes, write a contact sheet of them, and request the page.
 
         Args:
             step: Number of the optimizer step.
