@@ -27,7 +27,7 @@ MAX_ERROR_CHARACTERS = 600  # characters of an error in the warning
 
 
 def take_edited_prompts(sampler: Sampler, num_processes: int, log_activity: Callable[[str], None]) -> Sampler:
-    """Return a sampler with the prompts that are in the file now, or the same one if nothing has changed.
+    """Return a sampler with the file's current prompts, or the same sampler if nothing has changed.
 
     New prompts are encoded with encoders that are loaded and freed for this. If the file cannot be used, the
     samples do not change, and a warning gives the reason.

@@ -109,7 +109,7 @@ def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | No
 
 
 def check_experts(family: Family, options: TrainingOptions) -> None:
-    """Raise OptionError for options that the given transformers do not support."""
+    """Raise OptionError for options that do not support the transformers of this run."""
     experts, by_expert, network = family.experts, options.by_expert, options.network
     if len(experts) == 1:
         if by_expert.lora_per_expert:

@@ -311,7 +311,7 @@ class NetworkLoader:
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
-        # where the weights are kept: in host memory if they are swapped, or split over processes
+        # where the weights are kept: in host memory if they are swapped, or sharded over processes
         host_weights = make_host_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
         block_sharder = (
             make_block_sharder(options.speed, device)

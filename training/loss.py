@@ -381,9 +381,9 @@ def element_errors(
 def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, timesteps: Tensor) -> Tensor:
     """Return the threshold c of each sample for --huber_schedule, B float32.
 
-    With `snr` it is (1 - huber_c) / (1 + r)^2 + huber_c, where r is the ratio of noise to signal: sigma divided
-    by the factor of the clean latents. Other trainers define this only for models that predict noise; for a
-    flow, c also falls from 1 to huber_c.
+    With `snr` it is (1 - huber_c) / (1 + r)^2 + huber_c, where r is the ratio of noise to signal: sigma
+    divided by the factor of the clean latents. Other trainers define this only for models that predict noise;
+    for a flow, c also falls from 1 to huber_c.
 
     Args:
         options: Options of the loss.

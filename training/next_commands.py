@@ -107,12 +107,12 @@ class NextSteps:
         return "" if family_names is None else family_names.converted_for
 
     def commands(self, saved: Path | None, is_finished: bool) -> list[PageCommand]:
-        """Return the commands that can follow: resume, generate, convert or extract, start again.
+        """Return the suggested commands: resume, generate, convert or extract, start again.
 
         Args:
             saved: The file to use: the best one, or the newest. With None, if nothing is saved yet, the
                 commands name the file that the end of the run will save.
-            is_finished: Whether the run has done all its steps.
+            is_finished: Whether the run has completed all its steps.
         """
         file = saved or [*self.plan.names.model_files(self.plan.names.name).values()][0]
         resume = self._resume(is_finished)
@@ -225,7 +225,7 @@ class NextSteps:
         experts: Sequence[str] = self.plan.names.expert_names
         if self.plan.options.network is None:
             experts = [expert.name for expert in self.plan.family.experts]
-        # with a file for each expert, that for high noise has its own option
+        # with a file for each expert, the file of the high-noise expert has its own option
         start_options = [
             f"{start_option}_{HIGH_NOISE}" if expert == HIGH_NOISE else start_option for expert in experts
         ] or [start_option]

@@ -220,7 +220,7 @@ class TrainingOptions(Options, must_give=True):
                 f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 "
                 "for both"
             )
-        # some ways to divide a run over GPUs take no whole transformer
+        # some multi-GPU modes do not support full fine-tuning
         for reject_full in self.speed.modes.hooks.check_full_training:
             reject_full(precision)
         stored = self.speed.fp8.quantization

@@ -47,7 +47,7 @@ SPARE = 1.05  # the box warns if the disk has less free space than this times th
 def count_saves(
     options: SavingOptions, plan: StepPlan, first_step: int, first_epoch: int = 0
 ) -> tuple[int, int]:
-    """Return the number of models and of states that a run leaves on disk, not counting saves by time.
+    """Return the numbers of models and states that a run leaves on disk, not counting saves by time.
 
     Args:
         options: Options of the run.

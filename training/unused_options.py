@@ -23,10 +23,11 @@ def list_without_effect(
 ) -> list[str]:
     """Return one line for each given option that has no effect in combination with the others.
 
-    Most options declare with `acts_if` when they act; options that depend on several records are added here.
+    Most options declare in `acts_if` when they have an effect; options that depend on several option classes
+    are added here.
 
     Args:
-        options: Options of the training.
+        options: Options of the run.
         family_options: The record of the model's own options.
         more_reasons: Reason by option name, for options without effect because of the model or the data.
     """

@@ -70,7 +70,7 @@ class TrainedWord:
     def add_to(
         self, trainable: Trainable, learning_rate: float, total_steps: int, device: torch.device
     ) -> Trainable:
-        """Return the trained parameters together with the vectors, which move to the device.
+        """Return `trainable` with the word's vectors added, after moving them to the device.
 
         Args:
             trainable: The trained parameters.

@@ -206,7 +206,7 @@ GUIDE_NAME_HINT = "No trainer has this name of early guides; it stands for AdamW
 
 
 def find_optimizer(name: str) -> Callable[..., Optimizer]:
-    """Find the class that a name stands for.
+    """Return the optimizer class for a value of --optimizer_type.
 
     Raises:
         OptionError: If a package is missing, the name is unknown, or the object is not an optimizer.

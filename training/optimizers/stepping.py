@@ -101,7 +101,7 @@ class ParameterSteps:
         gradient = parameter.grad
         assert gradient is not None
         is_bfloat16 = parameter.dtype == torch.bfloat16
-        sharded_weight = self.sharded_weights.get(parameter)  # None: it is not split
+        sharded_weight = self.sharded_weights.get(parameter)  # None: it is not sharded
         needs_whole_weight = sharded_weight is not None and not is_elementwise(type(self.optimizer))
         if sharded_weight is not None and needs_whole_weight:
             value = gather_rows(value, sharded_weight)
@@ -237,7 +237,7 @@ class StepAfterBackward:
     sharded_weights: Collection[Tensor] = ()  # parameters of which each process has some rows
 
     def finish(self, may_step: Callable[[Tensor], bool] | None = None) -> Tensor:
-        """Unscale and clip the gradients, then step the optimizer or, by `parameter_steps`, each parameter.
+        """Unscale and clip the gradients, then step the optimizer, or each parameter with `parameter_steps`.
 
         Args:
             may_step: Decides from the norm whether the weights are stepped; None always steps them.

@@ -98,7 +98,7 @@ def page_values(
         sections = [make(folder, name, run_history) for make in (make_scores, make_items)]
     charts = list_charts(run_history)
     if name:
-        charts[1:1] = list_score_charts(folder, name, run_history)  # next to the loss, which is the first
+        charts[1:1] = list_score_charts(folder, name, run_history)  # after the loss, which is the first
     grid = None
     if load:
         from training.reports.sample_files import make_grid  # only with samples

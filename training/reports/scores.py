@@ -255,8 +255,8 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
 
     If there are validation losses, the lowest one determines the file. Otherwise, among the files whose
     samples match their prompts best (within TOLERANCE), it is the one whose samples are most like the
-    training images.
-    Files with samples that copy a training image are considered only if all files have such samples.
+    training images. Files with samples that copy a training image are considered only if all files have
+    such samples.
 
     Args:
         rows: Scores of each step.
@@ -292,7 +292,7 @@ def _find_by_loss(
     Args:
         rows: Scores of all steps, for trends after the best one.
         candidates: Scores of the steps whose files may be chosen.
-        unsampled: Files without samples, which may be chosen too.
+        unsampled: Saved files whose step has no scored samples; they may be chosen too.
     """
     scores_by_file: dict[MeasuredFile, StepScores] = {}
     for row in candidates:
