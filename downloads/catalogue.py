@@ -20,7 +20,7 @@ OTHER_KINDS = ("whole", "lllite", "lllite_inpainting", "controlnet", "embedding"
 
 @dataclass(frozen=True)
 class Licence:
-    """A license of weights. `key` is its identifier on the hub; "other" if the license has none."""
+    """License of model weights. `key` is its identifier on the hub; "other" if it has none."""
 
     name: str
     key: str
@@ -32,7 +32,7 @@ class Licence:
 
 @dataclass(frozen=True)
 class ReleasedFile:
-    """A file on the hub or on GitHub, and its path `name` below the folder that models are downloaded to."""
+    """A file on the hub or on GitHub, and its path `name` relative to the download folder."""
 
     repository: str
     file: str
@@ -45,7 +45,7 @@ class ReleasedFile:
 
 @dataclass(frozen=True)
 class Inside:
-    """A file of another option that may contain a component too, such as a checkpoint with its VAE."""
+    """Where a component may be included in another option's file, such as the VAE in a checkpoint."""
 
     option: str  # option of that file
     tensors: str  # beginning of the names of the component's tensors, if that is a single file
@@ -67,13 +67,13 @@ class Component:
 
     @property
     def title(self) -> str:
-        """Return the kind of component as the start of a label, such as `Transformer` for --dit."""
+        """Return the label of the component's kind, such as `Transformer` for --dit."""
         role = self.role.removeprefix("its ")
         return f"{role[:1].upper()}{role[1:]}"
 
     @property
     def path(self) -> PurePosixPath:
-        """Path of the file below the download folder; the folder's path if there are several files."""
+        """Path of the file relative to the download folder; the path of their folder for several files."""
         names = [PurePosixPath(file.name) for file in self.files]
         return names[0] if len(names) == 1 else names[0].parent
 
@@ -84,13 +84,13 @@ class Component:
 
     @property
     def size_bytes(self) -> int | None:
-        """Return the exact size or the size of the tensors, if known; None for small files of a few MB."""
+        """Return the exact size or the size of the tensors, if known; None for files of only a few MB."""
         return self.files[0].size_bytes or self.tensor_bytes
 
 
 @dataclass(frozen=True)
 class ModelSet:
-    """The files and commands of a task. Commands have `{dit}`, `{vae}`, ... in place of paths."""
+    """Files and commands of one task of a model; commands have placeholders such as `{dit}` for paths."""
 
     family: str
     task: str
@@ -104,7 +104,7 @@ class ModelSet:
 
     @property
     def has_adapter(self) -> bool:
-        """Return whether this set adds a training adapter, which generation does not use, to another set."""
+        """Return whether this set includes a training adapter, which generation does not use."""
         return any(part.option == TRAINING_ADAPTER for part in self.components)
 
     @property
@@ -138,7 +138,7 @@ class ModelSet:
 
 @cache
 def model_sets(fp8_encoders: bool = False) -> tuple[ModelSet, ...]:
-    """Return all sets. With `fp8_encoders`, the text encoders are the 8-bit versions."""
+    """Return all model sets of the catalogue, with 8-bit text encoders if `fp8_encoders` is set."""
     catalog = _read_catalogue()
     components = known_components()
     sets = []
@@ -154,7 +154,7 @@ def model_sets(fp8_encoders: bool = False) -> tuple[ModelSet, ...]:
 
 
 def find_adapted(model: ModelSet) -> ModelSet | None:
-    """Return the set of a model that has its training adapter too; None if none is released."""
+    """Return a model's catalogue entry with its training adapter added; None if none is released."""
     task = f"{model.task}{WITH_ADAPTER}"
     return next(
         (
@@ -167,7 +167,7 @@ def find_adapted(model: ModelSet) -> ModelSet | None:
 
 
 def _with_adapter(model: ModelSet, adapter: Component) -> ModelSet:
-    """Return the set that trains a LoRA on a distilled model with a training adapter."""
+    """Return a copy of a distilled model's catalogue entry whose train command uses a training adapter."""
     placeholder = f"{{{TRAINING_ADAPTER.lstrip('-')}}}"
     train = f"{model.commands['train']} {TRAINING_ADAPTER} {placeholder}"
     return replace(
@@ -184,7 +184,7 @@ def _with_adapter(model: ModelSet, adapter: Component) -> ModelSet:
 def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: list[Component]) -> ModelSet:
     """Return the model set that a `[[set]]` entry of the catalogue describes, with its family's defaults.
 
-    `family` is the catalogue's table of the entry's family. Where both have a key, the entry's value counts.
+    `family` is the catalogue's table of that family. Keys of the entry take precedence over keys in it.
     """
     # {option of a component: name of that option in this family}
     option_names = family.get("options", {})
@@ -232,7 +232,7 @@ def known_components() -> dict[str, Component]:
 
 
 def _read_file(entry: Mapping[str, Any], path: str, licence: Licence) -> ReleasedFile:
-    """Return a file of a component's entry. `path` is the one in its repository."""
+    """Return the file at `path` in the repository of a component's catalogue entry."""
     folder = PurePosixPath(entry.get("folder", ""))
     return ReleasedFile(
         repository=entry["repository"],
@@ -273,7 +273,7 @@ def model_title(name: str, task: str = "") -> str:
 
 
 def further_name(family: str) -> str:
-    """Return an additional, shorter name of a family, such as sd; "" if it has none."""
+    """Return a family's shorter alternative name, such as sd; "" if it has none."""
     return str(_read_catalogue()["family"][family].get("also", ""))
 
 
@@ -284,7 +284,7 @@ def family_page(family: str) -> str:
 
 @dataclass(frozen=True)
 class _Download:
-    """A download that includes a missing file."""
+    """A model download that includes a missing file, and its target folder."""
 
     model: ModelSet
     in_fp8: bool
@@ -312,9 +312,9 @@ class _Download:
 def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
     """Return a sentence with the command that downloads a missing file, if it is a released one.
 
-    Many models share an autoencoder or text encoder. Of the models of these scripts, or of all models if
-    there are none, the one with the smallest download is chosen. If only models of other scripts have the
-    file, the sentence says so, with the smallest download for these scripts.
+    Many models share an autoencoder or text encoder. Among the models that `scripts` run, or among all models
+    without scripts, the one with the smallest download is chosen. If only models of other scripts have the
+    file, the sentence says so and names the smallest download for these scripts.
     """
     downloads = _list_downloads(path)
     fitting = _select_smallest([download for download in downloads if download.runs_with(scripts)])

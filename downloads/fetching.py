@@ -42,8 +42,8 @@ def run_download(options: DownloadOptions) -> None:
     """Download the files of a task and print its commands.
 
     Raises:
-        DownloadError: If a site does not deliver a file.
-        OutputError: If it cannot be stored.
+        DownloadError: If a file cannot be downloaded.
+        OutputError: If a file cannot be stored.
     """
     [model] = options.sets()  # several only for --list
     print_lines(describe_licenses(model))  # first, because a site may ask for their acceptance
@@ -88,14 +88,14 @@ class DownloadProgress:
 
 
 class PlannedDownload(NamedTuple):
-    """A file on a site, and the path to store it at."""
+    """A file on a download site, and the path to store it at."""
 
     remote: RemoteFile
     target: Path
 
 
 def _require_space(planned: Sequence[PlannedDownload], folder: Path) -> None:
-    """Raise OutputError if a folder lacks the space for the rest of the files."""
+    """Raise OutputError if the disk of a folder has too little free space for the remaining downloads."""
     missing = 0
     for remote, target in planned:
         missing += remote.size_bytes
@@ -216,7 +216,7 @@ def download_file(
 def _receive_undamaged(
     remote: RemoteFile, partial: Path, wait: Callable[[float], None], note: Callable[[int, int], None]
 ) -> None:
-    """Download what is missing of a file, and all of it once more if its checksum is wrong.
+    """Download the missing part of a file; if its checksum is wrong, download all of it once more.
 
     Raises:
         DownloadError: If the checksum is wrong twice, if the site refuses, or if the connection stays broken.
@@ -244,7 +244,7 @@ def partial_path(remote: RemoteFile, target: Path) -> Path:
 
 
 def _display_name(path: Path) -> str:
-    """Return the name of the file that a partial download becomes."""
+    """Return the final file name of a partial download."""
     return path.name[1:].rsplit(".", 2)[0] if path.suffix == ".part" else path.name
 
 
@@ -299,6 +299,7 @@ def _check_content(path: Path, kind: str) -> str | None:
     with path.open("rb") as file:
         start = file.read(16)
     match kind:
+        # a safetensors file begins with the size of its header in 8 bytes, followed by the header as JSON
         case "safetensors" if start[8:9] != b"{":
             return "it is a file of torch, not of safetensors"
         case "pt" | "pth" if start[:4] != ZIP and start[:1] != PICKLE:
@@ -319,7 +320,7 @@ def _receive_remaining(
 ) -> None:
     """Download the bytes that `partial` still lacks, in several tries if the connection breaks.
 
-    `wait` and `note` are those of `download_file`.
+    `wait` and `note` are the arguments of `download_file`.
 
     Raises:
         DownloadError: If the site refuses, or if the connection stays broken.
@@ -356,7 +357,7 @@ def _receive_with_bar(
     wait: Callable[[float], None],
     note: Callable[[int, int], None],
 ) -> None:
-    """Append to `partial` the bytes that it lacks; report their number to the progress bar and to `note`."""
+    """Append the missing bytes to `partial`; report the progress to the progress bar and to `note`."""
 
     def request(start: int, _: str | None) -> AbstractContextManager[Answer]:
         # the version tag is not compared: a site's servers may have different ones for equal files

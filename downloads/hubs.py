@@ -29,7 +29,7 @@ ON_MODELSCOPE = {
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on a site. Checksums are hexadecimal; None if the site states none."""
+    """A file on a download site. Checksums are hexadecimal; None if the site does not state one."""
 
     url: str
     size_bytes: int
@@ -43,7 +43,7 @@ def find_file(file: ReleasedFile, source: str) -> RemoteFile:
     """Look up a file on one of the `SOURCES`; files that ModelScope lacks are looked up on the hub.
 
     Raises:
-        DownloadError: If the site cannot be reached, lacks the file, or does not deliver it.
+        DownloadError: If the site cannot be reached, does not have the file, or refuses to serve it.
     """
     if file.release is not None:
         return find_on_github(file)
@@ -59,7 +59,7 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
     """Look up a file on the Hugging Face hub or a mirror, by default the one in HF_ENDPOINT.
 
     Raises:
-        DownloadError: If the hub cannot be reached, lacks the file, or does not deliver it.
+        DownloadError: If the hub cannot be reached, does not have the file, or refuses to serve it.
     """
     site = (endpoint or constants.ENDPOINT).rstrip("/")
     page = f"{site}/{file.repository}"
@@ -78,7 +78,7 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
         raise problem from error
     if metadata.size is None:
         raise DownloadError(f"{page} does not say how large {file.file} is: this is not a mirror of the hub.")
-    # the address of this commit, so that a change of the repository during the download mixes no two files
+    # the address of this commit, so that a repository change during the download cannot mix two versions
     url = hf_hub_url(file.repository, file.file, revision=metadata.commit_hash or "main", endpoint=site)
     checksum = (metadata.etag or "").strip('"').lower()
     return RemoteFile(
@@ -92,7 +92,7 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
 
 
 def explain_status(status: int, file: str, page: str, has_token: bool) -> DownloadError:
-    """Return the error for a site's response that is not the file."""
+    """Return the error that explains an HTTP error status of a download site, such as 404."""
     if status in (401, 403):
         hint = "Log in with `hf auth login`, or set HF_TOKEN."
         if has_token:

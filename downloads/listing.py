@@ -38,19 +38,19 @@ def total_bytes(components: Iterable[Component]) -> int:
 
 
 def describe_total(components: Sequence[Component]) -> str:
-    """Return the size of a task's files as text; the size of a single file may be unknown."""
+    """Return the total download size of a task's files as text; for a single file, see `describe_size`."""
     if len(components) == 1:
         return describe_size(components[0])
     return gigabytes(total_bytes(components))
 
 
 def print_list(sets: Sequence[ModelSet], folder: Path) -> None:
-    """Print the files if there is one task, or a line for each of several tasks."""
+    """Print the files of a single task, or one line for each of several tasks."""
     print_lines(describe_set(sets[0], folder) if len(sets) == 1 else describe_sets(sets))
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Write lines to standard output, with control codes escaped, folded to the terminal's width."""
+    """Print lines with control codes escaped, wrapped to the width of the terminal."""
     text = "\n".join(escape_control_codes(line) for line in lines)
     sys.stdout.write(wrap_text(text, terminal_width(sys.stdout)) + "\n")
 
@@ -76,12 +76,12 @@ def describe_set(model_set: ModelSet, folder: Path) -> list[str]:
 
 
 def excludes_many(model_set: ModelSet) -> bool:
-    """Return whether a license excludes many users, so that it has to be shown first."""
+    """Return whether a model's license excludes many users, so that it must be shown first."""
     return any(component.licence.comes_first for component in model_set.components)
 
 
 def describe_sets(sets: Iterable[ModelSet]) -> list[str]:
-    """Return the lines of a table of tasks with their sizes, and the command that lists the files of one."""
+    """Return the lines of a table of tasks and download sizes, and a command that lists a task's files."""
     rows = []
     for model in sets:
         size = describe_total(model.components)

@@ -78,7 +78,7 @@ def plain_name(text: str) -> str:
 
 
 def is_task_spelling(text: str, task: str) -> bool:
-    """Return whether a text is a spelling of a task; 1.4B is not one of 14B."""
+    """Return whether `text` is a spelling of a task's name; 1.4B is not a spelling of 14B."""
     return plain_name(text) == plain_name(task) and not has_other_number(text, task)
 
 
@@ -123,7 +123,7 @@ def _suggest_family(text: str, family_by_spelling: Mapping[str, str], families: 
 
 
 def _index_spellings(names: Sequence[str]) -> dict[str, str]:
-    """Map normalized names to families: names of scripts, titles of pages, and the families' own names."""
+    """Map normalized spellings to families: script names, page titles, and the names of the families."""
     by_spelling = {}
     for name, entry in with_scripts().items():
         if name in names:
@@ -147,7 +147,7 @@ def _match_exact_name(
     for model in models:
         spellings = [name for name, family in family_by_spelling.items() if family == model.family]
         full_names = {plain_name(name + model.task) for name in spellings}
-        # plain names have no points: 1.4 would be taken for 14
+        # normalized names have no dots, so 1.4 would match 14
         if plain in full_names and not has_other_number(text, model.task):
             return NamedModel(model.family, model.task)
     for model in models:  # the first match counts: the catalogue begins with the most popular tasks
@@ -179,12 +179,12 @@ def _find_similar(
 
 
 def _drop_longer_names(names: Sequence[str]) -> list[str]:
-    """Remove names that begin with another name: qwen_image is meant, qwen_image_21 needs more letters."""
+    """Remove names that start with another name of the list, such as qwen_image_21 next to qwen_image."""
     return [name for name in names if not any(name.startswith(other) for other in names if other != name)]
 
 
 def _begins_a_word(plain: str, name: str) -> bool:
-    """Return whether a word of a name begins with the text `plain`; `4b` begins no word of t2v-14B."""
+    """Return whether a word of a name begins with the text `plain`; no word of t2v-14B begins with `4b`."""
     words = re.findall(r"[a-z0-9.]+", name.lower())
     return any(plain_name("".join(words[index:])).startswith(plain) for index in range(len(words)))
 
@@ -216,7 +216,7 @@ def name_unsupported(text: str) -> str | None:
 
 
 def _look_up_prefix(text: str, table: str) -> str | None:
-    """Return the table's entry whose key is the longest prefix of a name; None if no key is one."""
+    """Return the entry of `table` whose key is the longest prefix of `text`; None if no key is a prefix."""
     plain = plain_name(text)
     beginnings: dict[str, str] = {}
     for line in table.split("\n"):
@@ -235,7 +235,7 @@ def _list_families(models: Sequence[ModelSet], is_clip: bool) -> str:
 
 
 def reject_fine_tune(named: NamedModel, text: str, models: Sequence[ModelSet]) -> None:
-    """Raise OptionError, with the options to type instead, if a name is that of a fine-tuned model."""
+    """Raise OptionError, with the options to use instead, if the typed name denotes a fine-tuned model."""
     if not named.is_fine_tune:
         return
     (model,) = (model for model in models if (model.family, model.task) == (named.family, named.task))
@@ -253,7 +253,7 @@ def families_of(models: Sequence[ModelSet]) -> list[str]:
 
 
 def page_of_control(text: str) -> str:
-    """Return a hint to the documentation of a model trained with control clips; "" if `text` names none."""
+    """Return a hint to the documentation if `text` names a model trained with control clips, else ""."""
     plain = plain_name(text)
     for model in model_sets():
         if not model.properties.get("control"):

@@ -78,7 +78,7 @@ class DownloadOptions(Options, must_give=True):
 
     @property
     def _task(self) -> str | None:
-        """Return the task in the options, in the catalogue's spelling; None if they name none."""
+        """Return the task set by the options, in the catalogue's spelling; None if it is not set."""
         named = self.named
         if named is None or self.task is None:
             return None if named is None else named.task
@@ -86,7 +86,7 @@ class DownloadOptions(Options, must_give=True):
         return next((task for task in of_family if is_task_spelling(self.task, task)), None)
 
     def sets(self) -> list[ModelSet]:
-        """Return the sets that the options select, without the files of --without; several only for --list.
+        """Return the model sets that --family and --task select, without the files of --without.
 
         Raises:
             OptionError: If --without names something that is not a file of the set.

@@ -14,9 +14,9 @@ BASE_MODEL = "base_model"  # the hub's key of a LoRA's base, which some trainers
 
 
 def list_adapter_warnings(family: Family, options: TrainingOptions) -> str:
-    """Return warnings about --training_adapter, which is given; "" if there are none.
+    """Return warnings about --training_adapter, which must be set; "" if there are none.
 
-    Only names, hashes and metadata are compared: adapters of models with equal layers fit each other.
+    Only names, hashes and metadata are compared: an adapter also fits other models with equal layers.
     """
     path = options.frozen.training_adapter
     assert path is not None
@@ -64,7 +64,7 @@ def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
 
 
 def _describe_other_file(family: Family, made_for: str) -> str:
-    """Return a clause if none of the transformer's files is the one that the adapter was made for, else "".
+    """Return a clause saying which other file the adapter was made for; "" if it fits the transformer's file.
 
     Args:
         family: The model family.

@@ -67,7 +67,7 @@ ENTRIES_PER_MESSAGE = (
 
 
 class TensorLocation(Enum):
-    """Source of the latents, or of the text outputs, of a table's items."""
+    """Where a dataset table's latents, or its text encoder outputs, come from."""
 
     CACHE = "in the caches that the table names"
     NPZ = "in npz files next to the pictures"
@@ -82,7 +82,7 @@ class TensorLocation(Enum):
 
 @dataclass(frozen=True)
 class TablePlan:
-    """Whether a table's latents and texts are read from caches or encoded during training."""
+    """How the latents and text encoder outputs of a dataset table are obtained: from caches or encoders."""
 
     table: DatasetTable
     latents: TensorLocation
@@ -90,7 +90,7 @@ class TablePlan:
 
     @property
     def reads_cache_files(self) -> bool:
-        """Whether latents and texts come from ordinary cache files, which need no store."""
+        """Whether latents and text encoder outputs come from ordinary cache files, which need no store."""
         return self.latents is self.texts is TensorLocation.CACHE
 
     @property
@@ -114,12 +114,12 @@ def prepare_sources(
 ) -> BatchSources:
     """Make the caches that the options ask for, and return the sources of batches.
 
-    All processes of a training call this and share the work.
+    All processes of a run call this and share the work.
 
     Args:
         family: The model family.
         config: The dataset, as read from its file.
-        options: Options of caching; None for a script that trains from caches alone.
+        options: Options of caching; None for a script that trains only from caches.
         device: Device for encoding.
         live_encoders: Encoders that run during training; their outputs are not cached.
         commands: Commands to show if a cache cannot be used.
@@ -158,7 +158,7 @@ def prepare_sources(
 
 
 def _exchange_memory_caches(stores: Stores) -> bool:
-    """Give all processes the caches in memory that each has encoded a part of; return if there are any."""
+    """Share the in-memory caches that each process encoded a part of; return whether any are filled."""
     memory_stores: list[MemoryStore] = []
     for store_pair in stores.custom_stores.values():
         memory_stores += [store for store in store_pair if isinstance(store, MemoryStore)]
@@ -181,7 +181,7 @@ def _encode_planned_tables(
     device: torch.device,
     stores: Stores,
 ) -> None:
-    """Encode the latents and texts that the plans of the tables ask for, into npz files or into memory."""
+    """Encode the latents and captions that the table plans ask for, into npz files or into memory."""
     from dataset.caching import loop  # only if something is cached
     from dataset.caching.prefetch import conclude
 
@@ -215,7 +215,7 @@ def plan_tables(
     live_keys: Collection[str] = (),
     needs: Collection[str] = (),
 ) -> list[TablePlan]:
-    """Decide where the latents and texts of each table come from; nothing is encoded.
+    """Decide where the latents and text encoder outputs of each table come from; encode nothing.
 
     Args:
         family: The model family.
@@ -225,7 +225,7 @@ def plan_tables(
         needs: What the active features need in batches, as names such as NO_DATASET.
 
     Raises:
-        DatasetError: If images that change each time are to be cached.
+        DatasetError: If images that augmentation changes each time are to be cached.
         OptionError: If npz files are requested but the family has none.
     """
     if NO_DATASET in needs:  # the table is a placeholder that is not trained on
@@ -252,7 +252,7 @@ def _reject_npz(options: CachingInRunOptions) -> None:
 def _locate_texts(
     family: Caches, options: CachingInRunOptions | None, live_keys: Collection[str]
 ) -> TensorLocation:
-    """Return where the text encoder outputs of all tables come from; `live_keys` are encoded at each step."""
+    """Return the source of the text encoder outputs; tensors in `live_keys` are encoded at each step."""
     # only if all outputs are live: otherwise the rest is read from caches
     if live_keys and family.text_keys.issubset(live_keys):
         return TensorLocation.LIVE
@@ -293,7 +293,7 @@ def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
 
 
 def stores_for_plan(plan: TablePlan, names: NpzNames) -> StorePair:
-    """Return the stores that hold the latents and the texts of a table."""
+    """Return the stores for the latents and for the text encoder outputs of a table."""
     return StorePair(
         latents=_open_store_at(plan.latents, plan.table, names),
         texts=_open_store_at(plan.texts, plan.table, names),
@@ -313,7 +313,7 @@ def list_on_the_fly_tables(tag: str, plans: Sequence[TablePlan], needs_captions:
 
     Args:
         tag: Name of the model family in the names of cache files.
-        plans: Where latents and texts of each table come from.
+        plans: Where the latents and text encoder outputs of each table come from.
         needs_captions: Whether to list all tables, with captions.
 
     Raises:
@@ -409,7 +409,7 @@ def _share_entries(stores: Sequence[MemoryStore]) -> None:
         for store in stores:
             local_entries = list(store.entries.items())
             num_messages = ceil_div(len(local_entries), ENTRIES_PER_MESSAGE)
-            for index in range(max(share.gather(num_messages))):  # all processes send equally often
+            for index in range(max(share.gather(num_messages))):  # all processes send equally many messages
                 start = index * ENTRIES_PER_MESSAGE
                 message = dict(local_entries[start : start + ENTRIES_PER_MESSAGE])
                 for received in share.gather(message):
@@ -426,7 +426,8 @@ def find_live_encoders(
     """Return the text encoders that run during training; None if all text outputs are cached.
 
     Raises:
-        OptionError: If caching is requested for captions that change, or a required encoder is missing.
+        OptionError: If caching is requested for captions that change between epochs, or if a required
+            encoder is missing.
     """
     needs_none = NO_DATASET in options.features.needs
     live_encoders = None if needs_none else _select_live_encoders(family, options, config)
@@ -448,7 +449,7 @@ def _select_live_encoders(
     4. An image trainer finds no caches of their outputs.
 
     Raises:
-        OptionError: If caches are requested for texts that change, or if a required encoder is not given.
+        OptionError: If caches are requested for captions that change, or if a required encoder is missing.
     """
     caches_texts = options.caching is not None and options.caching.caches_texts
     varying = next((table for table in config.datasets if table.caption_changes.varying_keys), None)
@@ -478,7 +479,7 @@ def _select_live_encoders(
 
 
 def _select_new_word_encoders(family: Family, options: TrainingOptions) -> LiveTextEncoders:
-    """Return all text encoders, for a run in which they learn the embedding of a new word."""
+    """Return all text encoders for a run that trains the embedding of a new word in them."""
     encoders = _require_text_encoders(family, "they learn a new word")
     trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
     trained = _select_trained_encoders(family, options, trainable_encoders)
@@ -496,12 +497,12 @@ def _select_new_word_encoders(family: Family, options: TrainingOptions) -> LiveT
 def _select_for_varying_captions_or_loras(
     family: Family, options: TrainingOptions, varies: bool
 ) -> LiveTextEncoders | None:
-    """Return the text encoders whose captions vary or that get a LoRA; None if caches replace them.
+    """Return the text encoders if captions vary or if they get a LoRA; None if caches replace them.
 
     Args:
         family: The model family.
         options: Options of the run.
-        varies: Whether captions vary, which excludes caches of texts.
+        varies: Whether captions vary, so that their text encoder outputs cannot be cached.
     """
     caches_texts = options.caching is not None and options.caching.caches_texts
     why = "captions vary" if varies else f"they are trained without {UNET_ONLY}"
@@ -511,7 +512,7 @@ def _select_for_varying_captions_or_loras(
     trained = _select_trained_encoders(family, options, trainable_encoders)
     if varies or (trained and not caches_texts):
         return LiveTextEncoders(encoders, trained, prefixes)
-    if 0 < len(trained) < len(encoders):  # the frozen encoders' states come from caches
+    if 0 < len(trained) < len(encoders):  # the frozen encoders' outputs come from caches
         return LiveTextEncoders(trained, trained, prefixes)
     if trained and _overrides_text_cache(family, options, trained):
         return LiveTextEncoders(encoders, trained, prefixes)
@@ -561,7 +562,7 @@ def _overrides_text_cache(
             names,
         )
         return True
-    # common guides cache all texts and do not ask to train text encoders, so these are left out
+    # common guides cache all captions and do not ask to train text encoders, so these are left out
     if options.lora_parts is None or not options.lora_parts.trains_dit:
         raise OptionError(
             f"--cache_text_encoder_outputs: outputs of {names} change, as they are trained. Leave it out"
@@ -593,7 +594,7 @@ def _require_text_encoders(family: Family, why: str) -> Sequence[TextEncoder]:
 def _select_trained_encoders(
     family: Family, options: TrainingOptions, trainable_encoders: Sequence[LearningEncoder]
 ) -> list[LearningEncoder]:
-    """Return the encoders that get a network, out of those that can be trained.
+    """Return which of the trainable text encoders get a trained network, such as a LoRA.
 
     Raises:
         OptionError: If only text encoders are to be trained, but none can be.
@@ -620,7 +621,7 @@ def _select_trained_encoders(
 
 
 def _encoder_switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
-    """Return by LoRA prefix whether --network_args enables each text encoder that is off by default."""
+    """Map the LoRA prefix of each off-by-default text encoder to whether --network_args enables it."""
     network = options.network
     known_module = None if network is None else OWN_MODULES.get(network.network_module or family.lora_module)
     if network is None or known_module is None or known_module.rules is None:
@@ -642,7 +643,7 @@ class LiveMedia:
         self._media_encoders = load_encoders(family, device)
 
     def encode(self, items: Sequence[TrainingItem], *seed_parts: int | str) -> dict[int, dict[str, Tensor]]:
-        """Encode the items of a batch that are not cached.
+        """Encode the uncached items of a batch.
 
         Args:
             items: Items of the batch in order; items with cached latents are skipped.

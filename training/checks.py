@@ -151,7 +151,7 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
     """Raise UserError if previews, prompts, or the LoRAs of --sample_lora cannot be used.
 
     Args:
-        family: The model of samples.
+        family: The model that generates samples.
         options: Options of the run.
     """
     samples = options.samples
@@ -172,7 +172,7 @@ def _check_sample_loras(family: Family, multiplier_by_file: Sequence[tuple[Path,
     """Raise UserError if LoRAs of --sample_lora do not fit a transformer.
 
     Args:
-        family: The model of samples.
+        family: The model that generates samples.
         multiplier_by_file: LoRA files with their multipliers.
     """
     from networks.apply import check_loras_fit
@@ -185,15 +185,15 @@ def _check_sample_loras(family: Family, multiplier_by_file: Sequence[tuple[Path,
         for use in uses:
             reject_magnitudes(use.lora, "--sample_lora")
         if uses and file is not None:
-            # some transformers have a second file, such as one with further blocks
+            # some transformers have a second file, such as one with additional blocks
             check_loras_fit(file, uses, family.file_beside(file))
 
 
 def _list_rates(options: TrainingOptions) -> dict[str, float]:
-    """Return the learning rates of the parts of the networks, by the option that sets each.
+    """Return the learning rates of the networks' parts, by the option that sets each.
 
-    Parts with rate 0 are not trained. Parts that only the loaded networks reveal are left out. A key names
-    an option, with its value where one option sets several rates.
+    Parts with rate 0, which are not trained, are left out, as are parts that only the loaded networks reveal.
+    A key names an option, with its value where one option sets several rates.
     """
     parts = options.lora_parts
     dit_option, dit_rate = "--learning_rate", options.optimizer.learning_rate
@@ -213,7 +213,7 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
 
 
 def _list_network_rates(network: NetworkOptions, base: float, trains_text_encoders: bool) -> dict[str, float]:
-    """Return the learning rates that --network_args sets, keyed by the argument as it is typed.
+    """Return the learning rates that --network_args sets, keyed by the argument as typed.
 
     Args:
         network: The network.
@@ -221,7 +221,7 @@ def _list_network_rates(network: NetworkOptions, base: float, trains_text_encode
         trains_text_encoders: Whether text encoders get a network too.
     """
     rates: dict[str, float] = {}
-    # other networks may give these arguments another meaning
+    # these arguments may have a different meaning for other networks
     if not (network.network_module or RANKED_NETWORKS[0]).startswith(RANKED_NETWORKS):
         return rates
     for key, text in network.arguments().items():
@@ -235,7 +235,7 @@ def _list_network_rates(network: NetworkOptions, base: float, trains_text_encode
 
 
 def list_run_uses(family: Family, options: TrainingOptions, others: OtherFamilies = NO_OTHERS) -> RunUses:
-    """Return what a run uses that a division over GPUs (a mode in `runtime/ways`) may not support.
+    """Return what a run uses that a multi-GPU mode (in `runtime/ways`) may not support.
 
     Args:
         family: The model family.
@@ -259,7 +259,7 @@ def list_run_uses(family: Family, options: TrainingOptions, others: OtherFamilie
 
 
 def reject_foreign_module(family: Family, options: TrainingOptions) -> None:
-    """Raise OptionError if --network_module is for the LoRAs of another model."""
+    """Raise OptionError if --network_module creates LoRAs for a different model family."""
     module = "" if options.network is None else options.network.network_module or ""
     owner = OWN_MODULES[module].family if module in OWN_MODULES else ""
     if module != family.lora_module and owner not in ("", family.name):
@@ -297,7 +297,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
 def _read_loras(
     family: Family, options: TrainingOptions, expert: Expert, network: NetworkOptions, has_initial_lora: bool
 ) -> "list[WeightedLora]":
-    """Read all LoRAs of an expert: merged ones, the one of --network_weights, and the training adapter.
+    """Read all LoRAs of an expert: the merged LoRAs, the LoRA of --network_weights, and the training adapter.
 
     Raises:
         UserError: If one cannot be used.
@@ -362,7 +362,7 @@ def select_lora_format(
 
 
 def _find_smallest_file(family: Family, options: TrainingOptions) -> int:
-    """Return a lower bound for the bytes of one saved model; 0 if it is unknown."""
+    """Return a lower bound for the size of one saved model in bytes; 0 if it is unknown."""
     network = options.network
     if network is None and trains_checkpoint(family):
         precision = options.saving.save_precision
@@ -412,7 +412,7 @@ def list_unused_options(
 ) -> list[str]:
     """Return one line for each given option that has no effect in combination with the others.
 
-    Most of them are found without the model (`list_without_effect`); this adds those that depend on it.
+    `list_without_effect` finds most of them without the model; this adds options that depend on the model.
 
     Args:
         options: Options of the run.
@@ -435,7 +435,7 @@ def list_unused_options(
 
 
 def describe_learning_rate(options: TrainingOptions, network_spec: NetworkSpec) -> str:
-    """Describe the learning rate, with the usual one if it is far from that.
+    """Describe the learning rate, and add the usual one if it is far off.
 
     Args:
         options: Options of the run.

@@ -32,7 +32,7 @@ MIN_SIMILARITY = 0.9  # minimum similarity of a mistyped name and the intended o
 
 
 class ConfigOptions(Options):
-    """The option --config_file, which names a TOML file with further options."""
+    """The option --config_file, which names a TOML file with more options."""
 
     config_file: str | None = option(
         "TOML file with options by name; tables only group them; the command line overrides it"
@@ -42,9 +42,9 @@ class ConfigOptions(Options):
 def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Read options from the TOML file `name` (".toml" may be omitted), converted as on the command line.
 
-    Tables are flattened, except for `reelsmith`, which is not for training; of equal keys, the last one wins.
-    An empty text counts as no value. A key that resembles no option is ignored with a warning, because it may
-    belong to another tool.
+    Tables are flattened, except for `reelsmith`, which is not for training. If a key is repeated, the last
+    value is used. Empty strings count as unset. A key that resembles no option is ignored with a warning,
+    because it may belong to another tool.
 
     Raises:
         UserError: If the file is missing or is not TOML.
@@ -80,7 +80,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
 def _report_unknown_key(
     path: Path, key: str, values: Mapping[str, Any], actions: Mapping[str, argparse.Action]
 ) -> None:
-    """Warn of a key that is not an option, with advice for keys of Kohya's GUI; reject a misspelled option.
+    """Warn about a key that is not an option, with advice for keys of Kohya's GUI; reject misspelled options.
 
     Args:
         path: The file.
@@ -103,7 +103,7 @@ def _report_unknown_key(
 
 
 def _reject_program_start(path: Path, key: str, action: argparse.Action) -> None:
-    """Raise OptionError for an option that starts a program, because the file may come from someone else."""
+    """Raise OptionError for an option that starts a program, because config files may be untrusted."""
     if getattr(action, "reach", "") == STARTS["reach"]:
         raise OptionError(
             f"{path}: {key} starts a program, and no file may do that, which somebody else may have "
@@ -119,7 +119,7 @@ def _reject_misspelled(path: Path, key: str, actions: Mapping[str, argparse.Acti
 
 
 def _require_log_suffix(path: Path, action: argparse.Action, value: Any) -> None:
-    """Raise OptionError if the config file names a file to append to that is no log, e.g. a shell script."""
+    """Raise OptionError if a config file sets a file to append to that is not a log, e.g. a shell script."""
     is_appended = getattr(action, "reach", "") == APPENDS["reach"]
     if is_appended and value is not None and Path(value).suffix.lower() not in LOG_SUFFIXES:
         raise OptionError(
@@ -135,7 +135,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _map_actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Return the options that a config file may set, by each of their names."""
+    """Map every name of each option that a config file may set to the option's argparse action."""
     named = {action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}}
     spelled: dict[str, argparse.Action] = {}
     for action in named.values():
@@ -146,11 +146,11 @@ def _map_actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.A
 
 
 def check_imports(parser: argparse.ArgumentParser, values: Mapping[str, Any], place: str) -> None:
-    """Raise OptionError for a value from a file that imports code which no installed package provides.
+    """Raise OptionError if a value from a file imports code that no installed package provides.
 
     Args:
         parser: The parser of the script.
-        values: Values by destination.
+        values: Option values by argparse destination.
         place: The file with the values, for the message.
     """
     from modules.installed import require_installed  # not for --help

@@ -27,9 +27,9 @@ MAX_ERROR_CHARACTERS = 600  # characters of an error in the warning
 
 
 def take_edited_prompts(sampler: Sampler, num_processes: int, log_activity: Callable[[str], None]) -> Sampler:
-    """Return a sampler with the prompts that are in the file now, or the same one if nothing has changed.
+    """Return a sampler with the file's current prompts, or the same sampler if nothing has changed.
 
-    New texts are encoded with encoders that are loaded and freed for this. If the file cannot be used, the
+    New prompts are encoded with encoders that are loaded and freed for this. If the file cannot be used, the
     samples do not change, and a warning gives the reason.
 
     Args:
@@ -60,7 +60,7 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, log_activity: Call
 
 
 def _try_to_encode(sampler: Sampler, log_activity: Callable[[str], None]) -> tuple[Sampler, str]:
-    """Return a sampler for the edited prompts and ""; the same sampler and the reason if that fails."""
+    """Return a sampler for the edited prompts and ""; if encoding fails, the old sampler and the reason."""
     try:
         return _encode_edited(sampler, log_activity), ""
     except torch.OutOfMemoryError:
@@ -73,7 +73,7 @@ def _try_to_encode(sampler: Sampler, log_activity: Callable[[str], None]) -> tup
 
 
 def _log_outcome(edited: Sampler, error: str) -> None:
-    """Log that samples are made of the edited prompts, or a warning if `error` says why not."""
+    """Log that samples use the edited prompts from now on; if `error` is not empty, warn why they do not."""
     if error:
         reason = shorten(" ".join(error.split()), MAX_ERROR_CHARACTERS)
         logger.warning("The edited sample prompts are not used; the earlier ones are kept: %s", reason)
@@ -104,7 +104,7 @@ def _read_prompts(path: Path, previous_text: str) -> tuple[str, str]:
 
 
 def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sampler:
-    """Return a sampler for the edited prompt file; unchanged entries keep their encoded texts.
+    """Return a sampler for the edited prompt file; unchanged entries keep their encoded prompts.
 
     Raises:
         UserError: If an entry cannot be used, or if an encoder cannot be loaded.

@@ -43,12 +43,12 @@ TRAINING_ADAPTER = "--training_adapter"
 
 @dataclass(frozen=True)
 class ExpertNetworks:
-    """Networks by index of their expert, with the LoRAs that are active while they run.
+    """Transformers by expert index, with the LoRAs that are active while they run.
 
     Attributes:
         copies: Host copies of networks that take turns on the device; empty if all stay there.
-        loras: LoRAs of --training_adapter in trained networks, of --sample_lora in networks that generate
-            samples.
+        loras: The --training_adapter LoRAs of trained networks, or the --sample_lora LoRAs of networks that
+            generate samples.
     """
 
     networks: Sequence[nn.Module]
@@ -94,12 +94,12 @@ def read_adapter(
 
 
 def module_of(family: Family, options: TrainingOptions) -> str:
-    """Return --network_module of the trained network; "" in full fine-tuning."""
+    """Return --network_module, or the family's default module; "" in full fine-tuning."""
     return "" if options.network is None else options.network.network_module or family.lora_module
 
 
 def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | None:
-    """Return the options of the network trained in an expert, with this expert's files."""
+    """Return the options of the LoRA trained in an expert, with this expert's initial weights."""
     network, by_expert = options.network, options.by_expert
     if network is None or expert.name != HIGH_NOISE:
         return network
@@ -109,7 +109,7 @@ def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | No
 
 
 def check_experts(family: Family, options: TrainingOptions) -> None:
-    """Raise OptionError for options that the given transformers do not support."""
+    """Raise OptionError for options that do not support the transformers of this run."""
     experts, by_expert, network = family.experts, options.by_expert, options.network
     if len(experts) == 1:
         if by_expert.lora_per_expert:
@@ -172,7 +172,7 @@ def _log_trained_expert(
     timesteps_of_tables: Sequence[TimestepOptions],
     has_sample_only_networks: bool,
 ) -> None:
-    """Log which transformers of a model with two are trained and sampled, and at which timesteps."""
+    """Log which of a model's two transformers are trained and used for samples, and at which timesteps."""
     experts, all_experts = family.experts, family.defaults.experts
     trained = find_trained_expert(family, timesteps_of_tables)
     for expert in experts:
@@ -199,7 +199,7 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
         from training.adapted import list_adapter_warnings  # only with an adapter
 
         return list_adapter_warnings(family, options)
-    # an embedding or a network with control images leaves the transformer alone
+    # an embedding or a network with control images does not change the transformer
     changes_transformer = options.network is not None or options.full_dit is not None
     if options.features.keeps_few_step_ability or not (changes_transformer and knows_few_steps(family)):
         return ""
@@ -223,7 +223,7 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
 
 
 def _warn_of_other_experts_weights(family: Family, network: NetworkOptions | None, expert: str) -> None:
-    """Warn if --network_weights of an expert is for another expert."""
+    """Warn if the file of --network_weights was trained for the other expert."""
     if network is None or network.network_weights is None:
         return
     if (network.network_module or family.lora_module) in OWN_MODULES:
@@ -260,7 +260,7 @@ def _warn_of_all_levels(options: TrainingOptions, boundary: float) -> None:
 def expert_metadata(
     family: Family, options: TrainingOptions, timesteps_of_tables: Sequence[TimestepOptions], expert_name: str
 ) -> dict[str, str]:
-    """Return the metadata that says for which of a model's transformers a file was trained.
+    """Return the metadata that names the transformer (expert) for which a file was trained.
 
     Args:
         family: The model family.
@@ -287,7 +287,7 @@ def expert_metadata(
 
 
 def find_trained_expert(family: Family, timesteps_of_tables: Sequence[TimestepOptions]) -> Expert | None:
-    """Return the expert as which a run's only transformer works; None if unknown or if there are several.
+    """Return the expert whose role a run's only transformer has; None if unknown or if there are several.
 
     If the file does not name its expert, the range of timesteps decides.
 
@@ -339,7 +339,7 @@ def set_up_network(
     host_weights: HostWeights | None = None,
     block_sharder: BlockSharder | None = None,
 ) -> None:
-    """Compile the blocks, checkpoint them, and set up swapped or split ones. Call after attaching a LoRA.
+    """Compile and checkpoint the blocks, and set up swapping or sharding. Call after attaching a LoRA.
 
     --gradient_checkpointing_cpu_offload means that memory is short, so it also computes feed-forward layers
     in pieces.
@@ -351,7 +351,7 @@ def set_up_network(
         device: Device of the run.
         compilation: How to compile; None does not compile.
         host_weights: Host memory with the weights of swapped blocks; None if none is swapped.
-        block_sharder: What split the blocks over processes while they were loaded; None if they are complete.
+        block_sharder: Object that split the blocks over processes during loading; None if they are complete.
     """
     cpu_offload = loop.gradient_checkpointing_cpu_offload
     checkpointing: network_setup.Checkpointing | None = None  # None: the blocks keep their activations
@@ -371,11 +371,11 @@ def set_up_network(
 
 
 def check_computing(family: Family, options: TrainingOptions, device: torch.device) -> Quantization | None:
-    """Check, before anything is loaded, that the device supports the options of computing.
+    """Check before loading that the device supports the precision, attention and quantization options.
 
     Returns:
-        The quantization of the frozen weights, with the matrix products that the device has; None if they
-        are not quantized.
+        The quantization of the frozen weights, adapted to the matrix products that the device supports; None
+        if they are not quantized.
 
     Raises:
         OptionError: If the quantization, the attention or the precision is not available.
@@ -396,7 +396,7 @@ def check_computing(family: Family, options: TrainingOptions, device: torch.devi
 
 
 def check_dtype(family: Family, options: TrainingOptions, dtype: torch.dtype) -> None:
-    """Raise OptionError if --mixed_precision does not fit the dtype in which the model computes."""
+    """Raise OptionError if --mixed_precision does not match the model's compute dtype."""
     precision = options.accelerator.mixed_precision
     autocast = AUTOCAST.get(precision)
     if autocast is None or dtype in {autocast, torch.float32}:

@@ -103,7 +103,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
     because only their caches were copied, are left out. Only the MAX_TAGS most frequent tags of a folder are
     kept, because they are written into a file's header.
     """
-    from dataset.listing import find_sources  # other trainings read caches alone
+    from dataset.listing import find_sources  # other runs read only caches
 
     tables = {item.table.index: item.table for item in items}
     stems_by_table: dict[int, set[str]] = {}
@@ -177,7 +177,7 @@ def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
 
 
 def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingItem]) -> dict[str, Any]:
-    """Return the metadata entries with the numbers of images: in total, by folder, and by bucket."""
+    """Return the metadata entries with image counts: in total, by folder, and by bucket."""
     image_counts = _count_images(items)
     folders: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
     for table in tables:
@@ -231,7 +231,7 @@ def _list_recorded_settings(table: DatasetTable) -> dict[str, Any]:
 
 
 def _common_settings(tables: Sequence[DatasetTable]) -> dict[str, Any]:
-    """Return the tables' settings by name; a setting that differs between tables is None."""
+    """Return the settings of all dataset tables by name; None for a setting that differs between tables."""
     settings = [_list_recorded_settings(table) for table in tables]
     names = settings[0] if settings else dict.fromkeys(("batch_size_per_device",))
     values = {}
@@ -244,7 +244,7 @@ def _common_settings(tables: Sequence[DatasetTable]) -> dict[str, Any]:
 def _describe_datasets(
     tables: Sequence[DatasetTable], items: Sequence[TrainingItem], tags: Tags
 ) -> list[dict[str, Any]]:
-    """Return the entry `ss_datasets`: one dictionary per dataset, which contains one per subset."""
+    """Return the metadata entry `ss_datasets`: one dictionary per dataset, with one per subset in it."""
     tables_by_dataset: dict[int, list[DatasetTable]] = {}
     for table in tables:
         tables_by_dataset.setdefault(table.batch_group, []).append(table)

@@ -59,7 +59,7 @@ SWITCHES = {  # another name of a switch -> ours
 
 @dataclass(frozen=True)
 class ImageTrainerDefaults:
-    """Defaults and options in which the training scripts of image families differ."""
+    """Defaults and options that differ between the training scripts of image families."""
 
     timestep_sampling: str
     discrete_flow_shift: float
@@ -91,15 +91,15 @@ def read_image_training(
 ) -> tuple[TrainingOptions, R, list[ScriptOption]]:
     """Read the options of a script that trains an image model.
 
-    Returns the options of the run, those of the family, and a list of all options for the run's page. The
-    program ends after --output_config.
+    Returns the options of the run, the options of the family, and a list of all options for the run's page.
+    With --output_config, it writes that file and exits.
 
     Args:
         doc: Docstring of the script.
         record: Class of the family's own options. --pretrained_model_name_or_path and --vae are declared here
             and fill fields of the record with these option names.
         defaults: Differences between image families.
-        argv: Command line; None for that of the process.
+        argv: Command line; None for the command line of the process.
         trained_options: Record with the options of what is trained: by default, of a network such as a LoRA.
     """
     command = read_command_line(argv, partial(_build_parser, doc, record, defaults, trained_options))
@@ -132,7 +132,7 @@ def read_image_training(
 def _build_parser(
     doc: str | None, record: type[Options], defaults: ImageTrainerDefaults, trained_options: type[Options]
 ) -> Parser:
-    """Return a parser with the options of every image trainer and those of a family."""
+    """Return a parser with the options of every image trainer and the options of one model family."""
     parser = image_training_parser(doc, defaults, trained_options)
     add_options(parser, record)
     return parser
@@ -148,7 +148,7 @@ class ImageModelOptions(Options, title="model"):
 
 
 class OtherNames(Options, title="other names"):
-    """Alternative names of options; `_translate` copies their values to the main names."""
+    """Alternative names of options; `_apply_alternative_names` moves their values to the main names."""
 
     use_8bit_adam: bool = option("--optimizer_type AdamW8bit")
     use_lion_optimizer: bool = option("--optimizer_type Lion")
@@ -218,7 +218,7 @@ def _apply_alternative_names(args: argparse.Namespace) -> None:
 
 
 def _apply_optimizer_switches(args: argparse.Namespace) -> None:
-    """Set --optimizer_type for --use_8bit_adam and --use_lion_optimizer; it must not be given too."""
+    """Set --optimizer_type for --use_8bit_adam and --use_lion_optimizer, which exclude that option."""
     for switch, optimizer in OPTIMIZERS.items():
         if not getattr(args, switch):
             continue
@@ -395,7 +395,7 @@ CODE = "only safetensors files are written: other forms can hold code"
 
 
 class OfLoraFiles(Options, title="not built"):
-    """Options of other trainers for the format and dtype of LoRA files, which are refused."""
+    """Unsupported options of other trainers for the format and dtype of LoRA files."""
 
     save_model_as = unsupported(CODE, default="safetensors", choices=("ckpt", "pt", "safetensors"))
     offload_optimizer_device = unsupported(DEEPSPEED, choices=("cpu", "nvme"))
@@ -407,7 +407,7 @@ _TEXTS_STAY = "the text encoders are not trained. Leave it out, or train a LoRA"
 
 
 class OfManyWeights(Options, title="many weights"):
-    """Options of image trainers for training more weights than a LoRA has."""
+    """Options of image trainers for runs that train more weights than a LoRA has."""
 
     blockwise_fused_optimizers: bool = option(
         "--fused_backward_pass, which steps each weight separately instead of each block"
@@ -421,7 +421,7 @@ class OfManyWeights(Options, title="many weights"):
 
 
 class UnsupportedInFullFineTuning(OfManyWeights, title="full fine-tuning"):
-    """Options that are refused in full fine-tuning: unsupported ones, and those that apply only to LoRAs."""
+    """Options that full fine-tuning rejects: unsupported ones, and those that apply only to LoRAs."""
 
     network_train_unet_only = not_needed("the text encoders are not trained.")
     network_train_text_encoder_only = unsupported(_TEXTS_STAY)
@@ -436,7 +436,7 @@ OTHER_TRAINERS_OPTIONS = (OtherModels, DeepspeedOptions, NotNeeded, NotNeededByF
 
 
 class NotForNoise(Options, title="not built"):
-    """Options of other trainers that are refused for models that predict noise."""
+    """Unsupported options of other trainers, which are rejected for models that predict noise."""
 
     weighted_captions = unsupported(
         "captions are read as they are; weights of words are for generation (gen_img.py)"
@@ -480,7 +480,7 @@ def apply_sd_scripts_defaults(args: argparse.Namespace) -> None:
 
 
 class OfFullCheckpoints(Options, title="full fine-tuning"):
-    """Options of training a full checkpoint with its text encoders, and LoRA options that are refused."""
+    """Options for training a full checkpoint with its text encoders, and LoRA options that it rejects."""
 
     fused_optimizer_groups: int | None = option(
         "--fused_backward_pass, which steps each weight separately instead of groups of weights",
@@ -505,7 +505,7 @@ class OfFullCheckpoints(Options, title="full fine-tuning"):
 def _replace_fused_groups(args: argparse.Namespace) -> None:
     """Set --fused_backward_pass if --fused_optimizer_groups is given, which it replaces.
 
-    Messages name the option that was typed. Raises OptionError if both are given.
+    Messages name the option that was typed. Raises OptionError if both options are set.
     """
     groups = args.fused_optimizer_groups
     if not groups:
@@ -524,7 +524,7 @@ def _replace_fused_groups(args: argparse.Namespace) -> None:
 
 
 def _read_full_checkpoint(args: argparse.Namespace) -> None:
-    """Read the options for saving a full checkpoint; raise OptionError if a single file is to be sharded."""
+    """Read the options for saving a full checkpoint; raise OptionError for a single file with shards."""
     if args.max_shard_size is not None and args.save_model_as not in FOLDERS:
         raise OptionError(
             f"{SHARD_SIZE} {args.max_shard_size}: ComfyUI, web UIs and diffusers read a checkpoint with "
@@ -581,14 +581,14 @@ def control_trainer(network_title: str, **settings: Any) -> ImageTrainerDefaults
 
     Args:
         network_title: Name of the network, as error messages call it.
-        settings: Fields of `ImageTrainerDefaults` to replace; `refused` is added to the options refused here.
+        settings: Fields of `ImageTrainerDefaults` to replace; `refused` adds more rejected options.
     """
     refused = {**_rejected_by_noise, **_list_lora_rejections(network_title), **settings.pop("refused", {})}
     return replace(NOISE_TRAINER, refused=refused, translate=_read_control_net, **settings)
 
 
 def _list_lora_rejections(network_title: str) -> dict[str, str]:
-    """Return why LoRA options are rejected, by name.
+    """Return the reasons why LoRA options are rejected, by option name.
 
     Args:
         network_title: Name of the trained network.
@@ -628,7 +628,7 @@ def block_control_net_trainer(network_title: str, defaults: ImageTrainerDefaults
 def control_net_trainer(
     network_title: str, defaults: ImageTrainerDefaults, refused: Mapping[str, str]
 ) -> ImageTrainerDefaults:
-    """Return the defaults of a script that trains a control network next to a transformer.
+    """Return the defaults of a script that trains a control network for a frozen transformer.
 
     Args:
         network_title: Name of the network, as error messages call it.
@@ -643,13 +643,13 @@ def control_net_trainer(
 def _translate_without_text_encoders(
     translate: Callable[[argparse.Namespace], None], args: argparse.Namespace
 ) -> None:
-    """Copy a family's option values to the shared options, and leave text encoders without a network."""
+    """Copy a family's option values to the shared options, and turn off LoRAs in text encoders."""
     translate(args)
     args.network_train_unet_only = True
 
 
 def _read_control_net(args: argparse.Namespace) -> None:
-    """Read the options of a control network, with which no text encoder is trained."""
+    """Apply sd-scripts defaults for a control network, and turn off training of text encoders."""
     apply_sd_scripts_defaults(args)
     args.network_train_unet_only = True
 
@@ -658,7 +658,7 @@ LECO_RANK = 4
 
 
 def leco_trainer(**settings: Any) -> ImageTrainerDefaults:
-    """Return the defaults of a script that trains a LoRA from prompts alone.
+    """Return the defaults of a script that trains a LoRA from prompts, without images (LECO).
 
     Args:
         settings: Fields of `ImageTrainerDefaults` to replace.
@@ -667,7 +667,7 @@ def leco_trainer(**settings: Any) -> ImageTrainerDefaults:
 
 
 def _read_leco(args: argparse.Namespace) -> None:
-    """Require the prompts of LECO, and set the options that restrict training to the U-Net."""
+    """Require --prompts_file for LECO, set the default rank, and by default train only the U-Net."""
     if args.prompts_file is None:
         raise OptionError(
             "--prompts_file is missing: give a TOML or YAML file of the prompts that are learned from. "
@@ -692,7 +692,7 @@ _REJECTED_FOR_WORDS = {
 
 
 def word_trainer(**settings: Any) -> ImageTrainerDefaults:
-    """Return the defaults of a script that trains textual inversion for a model that predicts noise.
+    """Return the defaults of a textual inversion script for a model that predicts noise.
 
     Args:
         settings: Fields of `ImageTrainerDefaults` to replace.
@@ -704,7 +704,7 @@ def word_trainer(**settings: Any) -> ImageTrainerDefaults:
 
 
 def _read_word(args: argparse.Namespace) -> None:
-    """Fill options from those of textual inversion: text encoders learn, and the word can name the files."""
+    """Set options for textual inversion: only text encoders are trained, and the word can name the files."""
     word = args.token_string
     if args.output_name is None and args.output_dir is not None and word is not None:
         error = find_error(word)

@@ -35,7 +35,7 @@ def is_of_kohya_page(key: str) -> bool:
 
 
 def explain_key(key: str, values: Mapping[str, Any]) -> str | None:
-    """Return advice on a configuration key of the kohya_ss GUI; None if its value changes nothing here."""
+    """Return advice on a configuration key of the kohya_ss GUI; None if its value has no effect here."""
     value, arguments = values[key], values.get("network_args")
     is_declared = isinstance(arguments, list) and any(str(item).startswith(f"{key}=") for item in arguments)
     return None if not value or is_declared else _ADVICE[key].format(key=key, value=value)

@@ -28,9 +28,9 @@ FULL_RATE = DefaultRate(5e-8, "1e-5", 4e-5)
 class MakeNetwork(Protocol):
     """Function that adds the trained network to a loaded model.
 
-    The arguments are the network's options, the transformer, a seed of the initial values, the trained text
-    encoders by the prefix of their names, whether the transformer gets a network too, tensors of the state
-    that will be loaded, and whether the network starts with the values of its file.
+    The arguments are the network's options, the transformer, a seed for the initial values, the trained text
+    encoders by LoRA prefix, whether the transformer gets a network too, tensors of the state that will be
+    loaded, and whether the network starts with the values of its file.
     """
 
     def __call__(
@@ -44,13 +44,13 @@ class MakeNetwork(Protocol):
         resumed_tensors: Mapping[str, Tensor] | None = None,
         has_initial_values: bool = True,
     ) -> TrainableNetwork:
-        """Return the network, whose modules are attached to those of the model."""
+        """Create the network (such as a LoRA), attach its modules to the model, and return it."""
         ...
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """What a run trains: functions and texts with which the network is made, checked, saved and described."""
+    """What a run trains, such as a LoRA: functions and texts to create, check, save and describe it."""
 
     label: str  # "LoRA", "ControlNet-LLLite"
     rate_label: str  # "a LoRA": what `default_rate` is usual for
@@ -141,9 +141,9 @@ def _make_lora(
     resumed_tensors: Mapping[str, Tensor] | None = None,
     has_initial_values: bool = True,
 ) -> TrainableNetwork:
-    """Make a LoRA (or a network of its kind) and attach it to the model.
+    """Create a LoRA (or a similar network, such as a LoKr) and attach it to the model.
 
-    `module` is the network module of the family's LoRAs. `has_initial_values` is for other makers, not used.
+    `module` is the network module of the family's LoRAs. `has_initial_values` is unused (see `MakeNetwork`).
     """
     return make_network(
         options, module, dit, seed, encoders=encoders, trains_dit=trains_dit, resumed=resumed_tensors
@@ -161,9 +161,9 @@ def _make_custom_network(
     resumed_tensors: Mapping[str, Tensor] | None = None,
     has_initial_values: bool = True,
 ) -> TrainableNetwork:
-    """Make a network that the model family defines; all arguments are those of other networks' makers.
+    """Create a network that the model family defines; the arguments are those of `MakeNetwork`.
 
-    `options` and `resumed_tensors` are not used: the settings of such a network are in the record `custom`.
+    `options` and `resumed_tensors` are not used: `custom` contains the settings of such a network.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "network"))
@@ -182,7 +182,7 @@ def _check_data(custom: CustomNetwork, config: DatasetConfig, preserve_attribute
         preserve_attribute: Name of the attribute with which a table asks for the base model's prediction.
     """
     if not custom.in_text_encoders:
-        from dataset.control_pairs import check_pairs  # other trainings read caches alone
+        from dataset.control_pairs import check_pairs  # other runs read only caches
 
         check_pairs(config, custom.label)
         return config

@@ -71,8 +71,8 @@ logger = logging.getLogger(__name__)
 def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     """Load the networks, attach what is trained, create the optimizer, and restore the state of --resume.
 
-    Text encoders that run during training are loaded already. To those that are trained, a part of the LoRA
-    is attached.
+    Text encoders that run during training are loaded already. A part of the LoRA is attached to those that
+    are trained.
 
     Args:
         plan: The plan of the run.
@@ -129,7 +129,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
 def _check_initial_lora(
     plan: TrainingPlan, lora: Path, auxiliary_learners: Sequence[AuxiliaryLearner]
 ) -> None:
-    """Warn if embeddings in the LoRA of --network_weights would be lost, or if it predicts something else."""
+    """Warn if the --network_weights LoRA has embeddings that would be lost, or another prediction type."""
     with open_checkpoint(lora) as checkpoint:
         words_in_file = {word_of(name) for name in checkpoint.tensors} - {""}
         metadata = checkpoint.metadata
@@ -151,7 +151,7 @@ def _check_initial_lora(
 def _load_sample_networks(
     loader: "NetworkLoader", builder: "TrainableBuilder", networks: Sequence[nn.Module]
 ) -> list[nn.Module]:
-    """Load the networks that only samples use; return all networks of samples, by expert.
+    """Load the networks that only samples use; return all networks of samples, in the order of the experts.
 
     Args:
         loader: Loads the networks.
@@ -175,7 +175,7 @@ def _load_sample_networks(
 
 
 def _make_optimizer(plan: TrainingPlan, trainable: Trainable) -> tuple[Optimizer, str]:
-    """Return the optimizer and its name. Raises OptionError if a learning rate is not allowed."""
+    """Return the optimizer and its name. Raises OptionError if it does not support a learning rate."""
     options = plan.options.optimizer
     rates = {
         f"the learning rate of {name}": group["lr"]
@@ -237,7 +237,7 @@ def make_run(
 
 
 def _make_feed(model: TrainedModel) -> Feed:
-    """Return the feed, which reads and noises the micro-batches of this process."""
+    """Return the feed, which reads the micro-batches of this process and adds noise to them."""
     plan = model.plan
     options, family, accelerator = plan.options, plan.family, plan.accelerator
     features = plan.features
@@ -272,7 +272,7 @@ def _make_feed(model: TrainedModel) -> Feed:
 
 @dataclass(frozen=True)
 class UnpreparedNetwork:
-    """A loaded and frozen network without frozen LoRAs, whose blocks are not yet set up for training."""
+    """A loaded, frozen DiT before its frozen LoRAs are added and its blocks are set up for training."""
 
     dit: nn.Module
     family: Family
@@ -285,7 +285,7 @@ class UnpreparedNetwork:
 
 @dataclass
 class NetworkLoader:
-    """Load networks one after the other; networks that alternate on the device are loaded to host memory."""
+    """Load networks one after the other, into host memory if they alternate on the device."""
 
     plan: TrainingPlan
     swap: SwapOptions  # auto is resolved
@@ -311,7 +311,7 @@ class NetworkLoader:
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
-        # where the weights are kept: in host memory if they are swapped, or split over processes
+        # where the weights are kept: in host memory if they are swapped, or sharded over processes
         host_weights = make_host_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
         block_sharder = (
             make_block_sharder(options.speed, device)
@@ -356,7 +356,7 @@ class NetworkLoader:
     ) -> "tuple[LoraPatch | None, Sequence[WeightedLora]]":
         """Read the LoRAs to merge into an expert: a patch or None, and T-LoRAs, which wrap layers instead.
 
-        A DoRA learns the norms of the merged weights, so that for it T-LoRAs are in the patch too.
+        For a DoRA, T-LoRAs are in the patch too, because it learns the norms of the merged weights.
         """
         from networks.apply import LoraPatch  # only with LoRAs to merge
         from networks.depth_variants import fit_to_file
@@ -443,7 +443,7 @@ def _wrap_unmerged(
     device: torch.device,
     compute_dtype: torch.dtype,
 ) -> None:
-    """Wrap the layers of LoRAs that could not be merged: those of quantized weights, and T-LoRAs.
+    """Wrap layers whose LoRAs could not be merged: LoRAs of quantized weights, and T-LoRAs.
 
     Raises:
         CheckpointError: If the network lacks all modules of a merged LoRA.
@@ -471,7 +471,7 @@ def _require_room(size: int, room: int) -> None:
 
 @dataclass
 class TrainableBuilder:
-    """Create the trained parameters of each network one after the other, and join them."""
+    """Create the trained parameters of one network after the other, and join them in a `Trainable`."""
 
     plan: TrainingPlan
     auxiliary_learners: Sequence[
@@ -500,7 +500,7 @@ class TrainableBuilder:
             resumed_tensors={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )
         if self.trainables and not options.by_expert.lora_per_expert:
-            # a further DiT: its network uses the parameters of the first one's
+            # another DiT: its network uses the parameters of the first DiT's network
             self.trainables = [share_network(self.trainables[0], network, device)]
             return
         trainable = prepare_network(
@@ -515,7 +515,7 @@ class TrainableBuilder:
         self.trainables.append(trainable)
 
     def join(self) -> Trainable:
-        """Return all trained parts as one: the networks of the experts, and what is trained in addition."""
+        """Join all trained parts: the networks of the experts, and other parameters such as embeddings."""
         if len(self.trainables) == 1:
             trainable = self.trainables[0]
         else:
@@ -582,7 +582,7 @@ def _make_stepping(
     optimizer_class = type(optimizer)
     rounds_to_bf16 = full_dit is not None and full_dit.full_bf16
     offloads_states = full_dit is not None and full_dit.offloads_states
-    # an optimizer that needs whole matrices gathers the rows of split ones, one weight at a time
+    # an optimizer that needs whole matrices gathers the rows of sharded ones, one weight at a time
     gathers_weights = bool(sharded_weights) and not stepping.is_elementwise(optimizer_class)
     parameter_steps: stepping.ParameterSteps | None = None  # steps each parameter by itself
     if options.is_fused or gathers_weights or rounds_to_bf16 or offloads_states:

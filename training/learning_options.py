@@ -118,7 +118,7 @@ class FullDitOptions(Options, title="full fine-tuning"):
 
     @property
     def shard_bytes(self) -> int:
-        """Return the largest size of a saved file in bytes; 0 if a model is not sharded."""
+        """Return the maximum size of a saved file in bytes; 0 if saved models are not split into shards."""
         return 0 if self.max_shard_size is None else read_shard_size(SHARD_SIZE, self.max_shard_size)
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class FullDitOptions(Options, title="full fine-tuning"):
 
     @property
     def name_parts(self) -> tuple[str, ...]:
-        """Parts of names that select the trained weights; empty if all weights are trained."""
+        """Substrings of the names of the trained weights; empty if all weights are trained."""
         return () if EVERYTHING in self.trainable_modules else self.trainable_modules
 
 
@@ -295,7 +295,7 @@ _WITHOUT_CLASS = {"--lr_scheduler_type replaces it": lambda options: not options
 
 
 def _of_curves(*curves: str) -> dict[str, Callable[[Any], bool]]:
-    """Return the `acts_if` condition of an option that these learning rate schedules alone use."""
+    """Return the `acts_if` condition of an option that only these learning rate schedules use."""
     why = f"only --lr_scheduler {', '.join(curves)} uses it"
     return {why: lambda options: not options.lr_scheduler_type and options.lr_scheduler in curves}
 

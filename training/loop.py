@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepRequests:
-    """Saves and samples requested by a timer or a request file, which all processes do together."""
+    """Whether a timer or a request file asks for saves or samples, which need all processes."""
 
     saves: bool
     samples: bool
@@ -92,7 +92,7 @@ def train(run: TrainingRun) -> bool:
 
 
 def _train_epoch(run: TrainingRun, epoch: int, micro_batches: Iterator[NoisyBatch]) -> None:
-    """Take the steps of an epoch and do the work due at its end; return early if the run has to end."""
+    """Run the steps of an epoch and the work due at its end; return early if the run must stop."""
     progress = run.progress
     run.model.trainable.start_epoch()
     first_step = progress.step
@@ -106,7 +106,7 @@ def _train_epoch(run: TrainingRun, epoch: int, micro_batches: Iterator[NoisyBatc
 
 
 def advance(run: TrainingRun, step_batches: range, micro_batches: Iterator[NoisyBatch]) -> bool:
-    """Take a step and do the work due after it. Returns whether the run has to end now."""
+    """Run one optimizer step and the work due after it; return whether the run must end now."""
     requested = take_step(run, step_batches, micro_batches)
     progress = run.progress
     if run.memory is not None:
@@ -142,7 +142,7 @@ def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noi
         for adapter in model.dits.loras:
             stack.enter_context(adapter.switched_to(is_on=True))
         values, keys = _accumulate(run, step_batches, micro_batches)
-    # weights that a micro-batch could reach, but without a gradient, take part in the step with zeros
+    # weights that a micro-batch could use, but that have no gradient, are stepped with a gradient of zero
     if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass
         fill_missing_gradients(updated_parameters)
     # add up gradients, numbers and requests of all processes
@@ -177,7 +177,7 @@ def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noi
 
 
 def _requests_of_all_processes(previous: StepReport | None) -> StepRequests:
-    """Return the requests that any process read during the previous step, so that all processes know them."""
+    """Return the requests that any process received in the previous step; all processes get the same ones."""
     if previous is None:
         return StepRequests(saves=False, samples=False)
     _, saves, samples = previous.values[REQUEST_COLUMNS]
@@ -240,7 +240,7 @@ class _SkipCheck:
 def _describe_step_kind(run: TrainingRun, step_batches: range) -> str:
     """Return the kind of a step: its transformers, and whether it has audio.
 
-    Norms of different kinds are not compared.
+    Gradient norms are compared only between steps of the same kind.
     """
     batch_keys = [(run.progress.epoch, index) for index in step_batches]
     experts = run.family.experts
@@ -253,15 +253,15 @@ def _describe_step_kind(run: TrainingRun, step_batches: range) -> str:
 
 
 def _step_weights(run: TrainingRun, skip_check: _SkipCheck | None = None) -> list[Tensor]:
-    """Step the weights and their learning rates, and let features act.
+    """Step the weights and the learning rate schedule, and call the features' `after_step` hooks.
 
     Args:
         run: The run.
         skip_check: Decides whether the step is taken; if not, only the learning rates advance.
 
     Returns:
-        The norms for the end of a step's values, 1-D each: those of --scale_weight_norms, if they are
-            limited, and the norm of the gradients before clipping.
+        The norms to append to a step's values, 1-D each: the weight norms of --scale_weight_norms, if they
+            are limited, and the norm of the gradients before clipping.
     """
     model = run.model
     if skip_check is None:
@@ -322,7 +322,7 @@ def _accumulate(
 
 
 def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Move a micro-batch to the device, seed dropout for it, and encode its texts.
+    """Move a micro-batch to the device, seed dropout for it, and encode its captions.
 
     The seed depends on the number of the micro-batch.
     """
@@ -350,8 +350,8 @@ def _propagate(
         is_dummy: Whether the pass only keeps this process in step with others, and its gradients are zeros.
 
     Returns:
-        The micro-batch's share of the step's loss, and a tuple of its losses: image and sound, or only image.
-            All are detached.
+        The micro-batch's share of the step's loss, and a tuple of its losses: images and audio, or only
+            images. All are detached.
     """
     dit = run.model.dits.on_device(expert)
     strength: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -362,7 +362,7 @@ def _propagate(
     with strength:
         for losses in loss_passes(run.family, dit, noisy_batch, autocast=run.autocast, rule=run.rule):
             loss = functools.reduce(torch.add, losses) / divisor
-            # clips without audio have no gradient for a network of audio alone, whose weights then stay
+            # clips without audio give no gradient for an audio-only network, whose weights do not change then
             if loss.requires_grad:
                 run.model.scaler.scale(0 * loss if is_dummy else loss).backward()
             total = loss.detach() if total is None else total + loss.detach()
@@ -373,13 +373,13 @@ def _propagate(
 
 
 def _experts_of_pass(run: TrainingRun, step_batches: range, position: int, expert: int) -> list[int]:
-    """Return the experts that all processes run at this position of the step, in lockstep.
+    """Return the indices of the experts that all processes run in lockstep at this position of the step.
 
     Args:
         run: The run.
         step_batches: Indices of the step's micro-batches.
         position: Position among the micro-batches of each process.
-        expert: Index of the micro-batch's expert.
+        expert: Index of the expert of this process's micro-batch.
     """
     steps = run.steps
     if len(run.family.experts) == 1:
@@ -496,7 +496,7 @@ def _after_step(run: TrainingRun, requested: StepRequests) -> None:
 
 
 def _is_due(every: int | None, count: int) -> bool:
-    """Return whether `count` steps or epochs complete an interval of `every`; None is never due."""
+    """Return whether `count` steps or epochs complete an interval of `every`; False if `every` is None."""
     return every is not None and count % every == 0
 
 
@@ -553,10 +553,10 @@ class SamplingStopped(Exception):
 
 
 def _sample(run: TrainingRun) -> None:
-    """Generate the samples that `progress.sample_pending` names, and record that they are made.
+    """Generate the samples that `progress.sample_pending` names, and record that they are no longer pending.
 
-    If the run is asked to end meanwhile, it ends at this step and the samples stay pending: the resumed run
-    generates them with the weights of the same step.
+    If the run is asked to end in the meantime, it ends at this step and the samples stay pending: the resumed
+    run generates them with the weights of the same step.
     """
     progress = run.progress
     if run.sampler is not None:
@@ -576,7 +576,7 @@ def _sample(run: TrainingRun) -> None:
 
 
 def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
-    """Generate the pending samples from the prompts that are in the prompt file now.
+    """Generate the pending samples from the current content of the prompt file.
 
     Returns:
         False if the run was asked to end before they were finished.

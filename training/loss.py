@@ -67,7 +67,7 @@ class NoisyBatch:
 
     @property
     def joint(self) -> AudioVideoShapes:
-        """Return the shapes of images and audio, whose latents the network gets as one tensor."""
+        """Return the shapes of the video and audio latents, which the network gets as one tensor."""
         assert self.audio is not None
         _, *image = self.noise.shape
         _, *audio = self.audio.noise.shape
@@ -111,7 +111,7 @@ def _move_conditions(conditions: Conditions, move: Callable[[Tensor], Tensor]) -
 
 @dataclass(frozen=True)
 class LossRule:
-    """Loss function, targets and passes with which predictions are compared in training."""
+    """How the training loss is computed: loss function, targets, and forward passes."""
 
     options: LossOptions = L2
     prediction: str = RAW  # how the output is compared with the velocity
@@ -154,12 +154,12 @@ def sample_errors_outside(
 
     Args:
         spec: Noise conventions of the family.
-        differences: Differences of prediction and target; with audio, B N, from which the images are split.
+        differences: Differences between prediction and target, B C F H W; with audio, both in one tensor B N.
         noisy_batch: The batch, with noise and timesteps.
         rule: How predictions are compared.
 
     Returns:
-        A tuple with one entry, because functions of this kind return one for each stream.
+        A tuple with one entry: functions of this kind return one for images and one for audio.
     """
     if noisy_batch.audio is not None:
         differences, _ = noisy_batch.joint.split(differences)
@@ -173,7 +173,7 @@ def sample_errors_outside(
 
 
 def _mean_of_noisy_frames(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the mean error of each sample, B, over the noisy latents, without frames given as clean.
+    """Return the mean error of each sample, B, over its noisy latents, excluding clean condition frames.
 
     Args:
         errors: Error of each element, B C F H W.
@@ -259,7 +259,7 @@ def predict(
     autocast: Autocast,
     rule: LossRule,
 ) -> Tensor:
-    """Run the DiT on the noised batch; return what the loss compares with the target velocity, float32.
+    """Run the DiT on the noisy batch; return what the loss compares with the target velocity, float32.
 
     The shape is B C F H W, or B N if the images and the audio of a sample are joined into one vector.
 
@@ -305,7 +305,7 @@ def predict(
 
 
 def _noise_audio(family: Trains, noisy_batch: NoisyBatch, audio: NoisyAudio) -> Tensor:
-    """Return the noisy latents of the audio; given latents stay clean."""
+    """Return the noisy audio latents; latents used as conditions stay clean."""
     clean = noisy_batch.batch.tensor(AUDIO_LATENTS).float()
     noisy = add_noise(clean, audio.noise, audio.sigmas, family.noise.signal_scale(audio.sigmas))
     return (
@@ -316,11 +316,11 @@ def _noise_audio(family: Trains, noisy_batch: NoisyBatch, audio: NoisyAudio) -> 
 
 
 def blend_clean_latents(noisy: Tensor, clean: Tensor, cleanness: Tensor | None) -> Tensor:
-    """Replace noisy latents by clean ones at conditioned positions, in part where these are partly clean.
+    """Blend clean latents into noisy ones, in proportion to the cleanness of each position.
 
     Args:
         noisy: Noisy latents of a stream, B C ....
-        clean: The same without noise.
+        clean: Latents without noise, of the same shape.
         cleanness: How clean each position is, from 0 (noisy) to FULLY_CLEAN; None if all are noisy.
     """
     if cleanness is None:
@@ -354,7 +354,7 @@ def element_errors(
 ) -> Tensor:
     """Return the error of each element.
 
-    For small differences d huber is d^2 and smooth_l1 is d^2 / c; for large ones they are 2 c |d| and 2 |d|.
+    For small differences d, huber is d^2 and smooth_l1 is d^2 / c; for large ones, 2 c |d| and 2 |d|.
 
     Args:
         options: Options of the run.
@@ -381,9 +381,9 @@ def element_errors(
 def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, timesteps: Tensor) -> Tensor:
     """Return the threshold c of each sample for --huber_schedule, B float32.
 
-    With `snr` it is (1 - huber_c) / (1 + r)^2 + huber_c, where r is the ratio of noise to data, sigma over
-    the fraction of the latents. Other trainers define this only for models that predict noise; for a flow, c
-    also falls from 1 to huber_c.
+    With `snr` it is (1 - huber_c) / (1 + r)^2 + huber_c, where r is the ratio of noise to signal: sigma
+    divided by the factor of the clean latents. Other trainers define this only for models that predict noise;
+    for a flow, c also falls from 1 to huber_c.
 
     Args:
         options: Options of the loss.
@@ -397,6 +397,6 @@ def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, times
         progress = timesteps.float().clamp(0, TRAIN_TIMESTEPS) / TRAIN_TIMESTEPS
         return (progress * math.log(options.huber_c)).exp() * options.huber_scale
     signal_scales = spec.signal_scale(sigmas)  # factors of the clean latents in the noisy ones
-    # 1 / (1 + r)^2, written so that a scale of 0 is no division by 0
+    # 1 / (1 + r)^2, written to avoid a division by zero at a scale of 0
     factors = (signal_scales / (signal_scales + sigmas.float())).square()
     return (1 - options.huber_c) * factors + options.huber_c

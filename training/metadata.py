@@ -58,7 +58,7 @@ def continued_sizes_metadata(model: TrainedModel, expert_name: str) -> dict[str,
 
 
 def _hash_files(family: Family) -> dict[str, str]:
-    """Return the old and the new AUTOMATIC1111 hash of each model file, which other programs look up."""
+    """Return the old and new AUTOMATIC1111 hashes of each model file, by which programs look up models."""
     hashes: dict[str, str] = {}
     for name, path in family.hashed_files.items():
         hashes[f"ss_{name}_hash"] = short_hash(path)
@@ -67,14 +67,14 @@ def _hash_files(family: Family) -> dict[str, str]:
 
 
 def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, str]:
-    """Return the metadata entries that stay the same over the run.
+    """Return the metadata entries that do not change during the run.
 
     With --no_metadata these are only the ones that programs need to load the file.
 
     `Family.metadata` has architecture, implementation, sd_model_name and vae_name; resolution if it is not
-    the default; base_model_version if files name the model differently; `modelspec.*` that loading needs;
-    trained_for if a model has several uses that its files do not distinguish; and additional `ss_*` that
-    other trainers of the model write. A fully trained DiT has no `ss_network_*`, which identify a LoRA.
+    the default; base_model_version if files name the model differently; `modelspec.*` entries needed to load
+    files; trained_for if a model has several uses that its files do not distinguish; and additional `ss_*`
+    entries that other trainers write. A fully trained DiT has no `ss_network_*`, which identify a LoRA.
 
     Args:
         plan: The plan of the run.
@@ -120,7 +120,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
 
 
 def _list_optional_values(plan: TrainingPlan) -> dict[str, Any]:
-    """Return the metadata entries about the training that only some runs have."""
+    """Return the metadata entries about the run that only some runs have."""
     options, frozen = plan.options, plan.options.frozen
     values: dict[str, Any] = {}
     if options.loss != L2 or options.is_for_images:
@@ -165,7 +165,7 @@ def file_metadata(
         epoch: The current or just finished epoch, from 1.
         now: Time of saving.
         licence: License of the model, used without --metadata_license.
-        tables: Tables of the dataset, whose timesteps may differ from those of the options.
+        tables: Tables of the dataset, which may override the timestep options.
         architecture_suffix: Suffix of the architecture's name for a network.
     """
     metadata_options, times = options.metadata, options.timesteps
@@ -215,7 +215,7 @@ def file_metadata(
 
 
 def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, Any]:
-    """Return the metadata entries (`ss_...`) on the training: its options, its steps and its progress.
+    """Return the metadata entries (`ss_...`) about the training run: its options, steps and progress.
 
     Args:
         plan: The plan of the run.

@@ -69,7 +69,7 @@ class TrainingCommand:
         """Return the commands that make missing caches.
 
         They contain the options that follow from the checkpoint, but not the files of existing caches, which
-        may be of another model.
+        may belong to another model.
         """
         if self.family_entry is None:  # no script makes caches for this model
             return NO_COMMANDS
@@ -89,7 +89,7 @@ NO_COMMAND = TrainingCommand()
 
 @dataclass(frozen=True)
 class NextSteps:
-    """Make the commands that can follow a run, such as generating, resuming and converting."""
+    """Suggest commands to run after training, such as generating, resuming and converting."""
 
     plan: TrainingPlan
     command: TrainingCommand
@@ -107,12 +107,12 @@ class NextSteps:
         return "" if family_names is None else family_names.converted_for
 
     def commands(self, saved: Path | None, is_finished: bool) -> list[PageCommand]:
-        """Return the commands that can follow: resume, generate, convert or extract, start again.
+        """Return the suggested commands: resume, generate, convert or extract, start again.
 
         Args:
             saved: The file to use: the best one, or the newest. With None, if nothing is saved yet, the
                 commands name the file that the end of the run will save.
-            is_finished: Whether the run has done all its steps.
+            is_finished: Whether the run has completed all its steps.
         """
         file = saved or [*self.plan.names.model_files(self.plan.names.name).values()][0]
         resume = self._resume(is_finished)
@@ -150,13 +150,13 @@ class NextSteps:
         return [*commands, _command("This run, as it was started", self._run_arguments())]
 
     def _make_plain(self, file: Path, kind: NetworkKind) -> PageCommand:
-        """Return the command that converts a trained network of another kind to a plain LoRA."""
+        """Return the command that converts a trained network, such as a LoKr, to a plain LoRA."""
         # the LoRA depends on the model's weights
         arguments = ["--bake", str(BAKED_RANK), "--dit", self._find_dit(file)]
         return self._convert(file, "plain", arguments, kind.plain_title, kind.elsewhere)
 
     def _convert_names(self, file: Path) -> PageCommand:
-        """Return the command that converts a LoRA to the tensor names of the tool `converted_for`."""
+        """Return the command that converts a LoRA for `converted_for`, such as ComfyUI."""
         network = self.plan.options.network
         tool = self.converted_for.lower()
         name_suffix = tool if tool.isalpha() else "converted"  # no spaces or signs in a file name
@@ -178,14 +178,14 @@ class NextSteps:
 
     @property
     def _can_extract(self) -> bool:
-        """Return whether a LoRA can be extracted: both models need to be single files of equal shapes."""
+        """Return whether a LoRA can be extracted: this needs two single files with equal tensor shapes."""
         family = self.plan.family
         if not trains_checkpoint(family):
             return True
         return family.is_of_one_file and bool(self.plan.names.suffix) and family.keeps_shapes
 
     def _extract(self, file: Path) -> PageCommand:
-        """Return the command that extracts a LoRA from the difference of a trained model and its base."""
+        """Return the command that extracts a LoRA from the difference of trained model and base model."""
         output = file.with_name(f"{self.plan.names.full_stem(file)}_lora.safetensors")
         files = ["--model_org", self._find_dit(file), "--model_tuned", str(file), "--save_to", str(output)]
         arguments = ["python", "networks/extract_lora_from_models.py", *files, "--dim", str(EXTRACTED_RANK)]
@@ -219,13 +219,13 @@ class NextSteps:
         return _command(title, arguments, note)
 
     def _start_from_trained_files(self, steps: int) -> PageCommand:
-        """Return the command that starts a new run of so many steps from the trained files."""
+        """Return the command that starts a new run of `steps` steps from the trained files."""
         # the option that reads trained weights: --network_weights for a LoRA, --dit for a whole model
         start_option = self.plan.network_spec.start_option or self._trained_option()
         experts: Sequence[str] = self.plan.names.expert_names
         if self.plan.options.network is None:
             experts = [expert.name for expert in self.plan.family.experts]
-        # with a file for each expert, that for high noise has its own option
+        # with a file for each expert, the file of the high-noise expert has its own option
         start_options = [
             f"{start_option}_{HIGH_NOISE}" if expert == HIGH_NOISE else start_option for expert in experts
         ] or [start_option]
@@ -267,7 +267,7 @@ class NextSteps:
         return ["accelerate", "launch", "--quiet", "--num_processes", str(processes)]
 
     def after_loss(self) -> str:
-        """Return advice after a failed run: how to resume from its newest state, if there is one."""
+        """Return advice for a failed run: resume from the newest state, or start again if there is none."""
         if self._has_state():
             return f"Continue from the newest state: {self._resume(is_finished=False).bash}"
         return "No state was saved yet. Start the same command again; --save_state keeps one with each save."
@@ -302,7 +302,7 @@ class NextSteps:
 
     @cached_property
     def _generation_arguments(self) -> list[str]:
-        """Script and options that generate, except for the trained files and the sample."""
+        """Script and options for generation, without the trained files and the settings of the sample."""
         command = self.command
         assert command.family_entry is not None
         family_options, typed = command.family_options, command.typed_flags
@@ -404,7 +404,7 @@ def _command(title: str, arguments: Sequence[str], note: str = "") -> PageComman
 
 
 def plan_next_steps(plan: TrainingPlan, sampler: "Sampler | None", command: TrainingCommand) -> NextSteps:
-    """Return a `NextSteps`, which makes the commands that can follow the run."""
+    """Return a `NextSteps`, which suggests commands to use the trained files, such as generation."""
     if sampler is not None:
         return NextSteps(plan, command, sampler.first_values, plan.options.samples.loras())
     if not plan.accelerator.is_main_process:

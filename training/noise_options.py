@@ -232,5 +232,5 @@ class PredictionOptions(Options, title="prediction"):
 
     @property
     def weighted_by(self) -> str:
-        """Rule that weights the loss by noise level: SIGMA for sigma-scaled predictions, else NOTHING."""
+        """Rule for weighting the loss by noise level: SIGMA for sigma-scaled predictions, else NOTHING."""
         return SIGMA if self.model_prediction_type == SIGMA_SCALED else NOTHING

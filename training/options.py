@@ -81,13 +81,13 @@ NOT_AT_NETWORK = OptionsAtNetwork()  # defaults, if no network is trained
 
 
 class TrainedNetworkOptions(NetworkOptions, title="network"):
-    """Options of a trained network, including those of features that extend it."""
+    """Options of a trained network, including options of features that extend it."""
 
     at_network: OptionsAtNetwork
 
 
 class TrainingOptions(Options, must_give=True):
-    """All training options except those of the model family."""
+    """All training options except the model family's own options."""
 
     loop: run_options.LoopOptions = option(facts=FREE)
     validation: run_options.ValidationOptions = option(facts=FREE)
@@ -162,7 +162,7 @@ class TrainingOptions(Options, must_give=True):
 
     @functools.cached_property
     def features(self) -> RunFeatures:
-        """Return what the active features add to a run, computed from the options alone.
+        """Return what the active features add to a run, computed only from the options.
 
         Raises OptionError if a feature rejects the run. The `on.start` functions of this object are never
         called; `begin_run` in `features/composing.py` makes an object for the run itself.
@@ -193,7 +193,7 @@ class TrainingOptions(Options, must_give=True):
 
     @property
     def can_swap(self) -> bool:
-        """Whether blocks can be swapped: the DiT is frozen, and its weights are not split over processes."""
+        """Whether blocks can be swapped: the DiT is frozen, and its weights are not sharded."""
         return self.full_dit is None and not self.speed.modes.splits_weights
 
     @property
@@ -209,18 +209,18 @@ class TrainingOptions(Options, must_give=True):
 
     @property
     def weighted_by(self) -> str:
-        """Rule that weights the loss by noise level, one of the names in `training.noise_options`."""
+        """Rule for weighting the loss by noise level, one of the names in `training.noise_options`."""
         return noise_options.TIMESTEP if self.prediction is None else self.prediction.weighted_by
 
     def _check_full_dit(self, options: learning_options.FullDitOptions) -> None:
-        """Raise OptionError if options of a LoRA training are given for a full fine-tuning."""
+        """Raise OptionError for options that full fine-tuning does not support."""
         precision = self.accelerator.mixed_precision
         if options.full_bf16 and precision != "bf16":
             raise OptionError(
                 f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 "
                 "for both"
             )
-        # some ways to divide a run over GPUs take no whole transformer
+        # some multi-GPU modes do not support full fine-tuning
         for reject_full in self.speed.modes.hooks.check_full_training:
             reject_full(precision)
         stored = self.speed.fp8.quantization
@@ -276,7 +276,7 @@ class ScriptOption(NamedTuple):
 
 
 def list_script_options(parser: argparse.ArgumentParser, *records: Options) -> list[ScriptOption]:
-    """Return the options that a parser read, in order. Keys and tokens are left out."""
+    """Return the options that a parser has read, in order, without secrets such as API keys and tokens."""
     values: dict[str, Any] = {}
     for record in records:
         values |= option_values(record)
@@ -349,7 +349,7 @@ def read_training(
         changes: Changes of shared options by the script.
 
     Returns:
-        Shared options, the family's options, and both as they would be typed.
+        Shared options, the family's options, and a list of both with their command-line arguments.
     """
 
     def build_parser() -> Parser:
@@ -375,10 +375,10 @@ def read_training(
 
 
 def log_options_without_effect(args: argparse.Namespace, *records: Options) -> None:
-    """Log in one line which options of a --config_file have no effect because another one is not given.
+    """Log in one line which options of a --config_file have no effect because another option is not set.
 
-    Only options with their default values are listed: files of other programs spell these out. Such an option
-    with another value is rejected, or has its own line (`list_unused_options`).
+    Only options with their default values are listed: files of other programs spell these out. With another
+    value, such an option is rejected, or reported separately (`list_unused_options`).
 
     Args:
         args: The parsed command line and config file.
@@ -432,7 +432,7 @@ def _reject_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str,
 def read_arguments(
     parser: Parser, argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ
 ) -> argparse.Namespace:
-    """Parse the command line and call `fill_arguments`. Exits for a wrong command line, as argparse does."""
+    """Parse the command line and call `fill_arguments`; exit on invalid arguments, as argparse does."""
     return fill_arguments(CommandLine(parser, parser.parse_args(argv)), environment)
 
 

@@ -22,7 +22,7 @@ def _make_none(dit: Path) -> Family:
 
 @dataclass(frozen=True)
 class OtherFamilies:
-    """The model that generates samples, if it is not the trained one, and a maker of teacher models."""
+    """The model that generates samples, if it is not the trained one, and a factory of teacher models."""
 
     sampling: Family | None = None  # model with all transformers of samples; None: they are all trained
     # returns the trained model with the transformer of another file; all other options are equal
@@ -33,7 +33,7 @@ NO_OTHERS = OtherFamilies()
 
 
 def require_equal_shapes(other: Family, trained: Family, option: str, consequence: str) -> None:
-    """Raise CheckpointError if a transformer's weights have other shapes than those of the trained one.
+    """Raise CheckpointError if a transformer's weights differ in shape from the trained transformer's.
 
     Only headers of files are compared. Weights that one of the two lacks are ignored.
 

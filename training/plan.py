@@ -94,7 +94,7 @@ class TrainingPlan:
 
     @cached_property
     def settings(self) -> RunSettings:
-        """The settings that states record; a run that saves none does not collect them."""
+        """Settings recorded in states; computed on first access, because a run may save no state."""
         return collect_run_settings(
             self.family,
             self.options,
@@ -111,7 +111,7 @@ class TrainingPlan:
 
     @property
     def shards_model(self) -> bool:
-        """Whether a trained transformer is split over the processes."""
+        """Whether a trained transformer is sharded over the processes."""
         return shards_full_model(self.options)
 
 
@@ -132,7 +132,7 @@ def _name_files(family: Family, options: TrainingOptions, features: RunFeatures)
 
 
 def shards_full_model(options: TrainingOptions) -> bool:
-    """Return whether the full model is trained and each process holds a part of it."""
+    """Return whether the full model is trained and sharded over the processes."""
     return options.full_dit is not None and bool(options.speed.modes.splits_weights) and have_joined()
 
 
@@ -146,7 +146,7 @@ def make_plan(
     accelerator: Accelerator,
     others: OtherFamilies = NO_OTHERS,
 ) -> TrainingPlan:
-    """Find state, items and steps; check everything that can be checked before loading.
+    """Plan a run: find its state, items and steps, and check all that is possible before networks are loaded.
 
     Args:
         family: The model family.
@@ -174,7 +174,7 @@ def make_plan(
     live_encoders: LiveTextEncoders | None = None
     may_encode = _may_encode(options, config)
     if may_encode:
-        from training.caching_inside import find_live_encoders  # most runs read caches alone
+        from training.caching_inside import find_live_encoders  # most runs only read caches
 
         live_encoders = find_live_encoders(family, options, config)
     for check_texts in features.on.on_text_encoders:
@@ -289,7 +289,7 @@ def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) ->
     """Compare a run with its saved state; return the plan with changed settings and adjusted steps.
 
     Raises:
-        OptionError: If the state is of another run.
+        OptionError: If the state belongs to a different run.
     """
     changes = check_resumable(saved, plan.settings, plan.options, plan.saving)
     steps = plan.steps
@@ -301,7 +301,7 @@ def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) ->
 
 
 def _check_items(features: RunFeatures, network_spec: NetworkSpec, training: Sequence[TrainingItem]) -> None:
-    """Warn of captions that lack a word to learn, and of rejected items that this run does not use."""
+    """Warn about captions that lack a word to learn, and about rejected items that this run ignores."""
     for read in (*features.caption_checks, *network_spec.caption_checks):
         from training.token_captions import check_captions  # only to learn a word
 
@@ -318,7 +318,7 @@ def _check_items(features: RunFeatures, network_spec: NetworkSpec, training: Seq
 
 
 def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
-    """Return whether the training may encode images or captions itself, instead of reading caches alone."""
+    """Return whether the run may encode images or captions itself, instead of only reading caches."""
     subsets = [table for table in config.datasets if table.group is not None]
     varies = any(table.caption_changes.varying_keys or table.augmentation.varying_keys for table in subsets)
     encodes_texts_on_the_fly = LIVE_TEXTS in options.features.needs
@@ -337,10 +337,10 @@ def _find_sources(
 ) -> BatchSources:
     """Return where batches are read from, except for the text tensors that `live_encoders` encode.
 
-    With `may_encode`, the run may also write caches, or encode images and texts while it trains.
+    With `may_encode`, the run may also write caches, or encode images and captions during training.
     """
     if may_encode:
-        from training.caching_inside import prepare_sources  # most runs read caches alone
+        from training.caching_inside import prepare_sources  # most runs only read caches
 
         sources = prepare_sources(
             family,
@@ -371,7 +371,7 @@ def join_processes(
     processes monitor each other, and no other run can use the output folder and name of this one.
     """
     accelerator = make_accelerator(options.accelerator)
-    # an option that divides work over processes has no effect in one
+    # options that divide work among processes have no effect with one process
     if accelerator.num_processes == 1 and options.speed.modes.single_process_effects:
         warn_if_alone(options.speed)
     if not accelerator.is_main_process:
@@ -423,7 +423,7 @@ def _reserve_name_for_all(options: TrainingOptions, accelerator: Accelerator) ->
 
 
 def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Accelerator) -> None:
-    """Raise UserError if the optimizer cannot step as the options ask, or if the device cannot compile."""
+    """Raise UserError if the optimizer does not support the options, or if the device cannot compile."""
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
     if options.full_dit is not None:
@@ -439,7 +439,7 @@ def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Acce
 
 
 def read_config(options: TrainingOptions, family: Family, network_spec: NetworkSpec) -> DatasetConfig:
-    """Read the data of a training run: --dataset_config, or --train_data_dir and its companions.
+    """Read the dataset of a training run from --dataset_config, or from --train_data_dir and its options.
 
     Args:
         options: Options of the run.
@@ -483,9 +483,9 @@ def _find_items(
         config: The dataset, as read from its file.
         sources: Where batches are read from.
         accelerator: The processes of the run.
-        encodes_texts_on_the_fly: Whether texts are encoded during training.
+        encodes_texts_on_the_fly: Whether captions are encoded during training.
         condition_set: Name of the additional conditions that a batch must offer; "" for none.
-        trusts_caches: Whether texts may come from another checkpoint (--skip_cache_check).
+        trusts_caches: Whether text encoder outputs may come from another checkpoint (--skip_cache_check).
 
     Raises:
         CacheError: If there are no caches; the message contains the caching commands.
@@ -575,7 +575,7 @@ def _check_batch_sizes(reason: str, config: DatasetConfig) -> None:
 def _warn_of_missing(
     options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], sources: BatchSources
 ) -> None:
-    """Warn if no item has references or masks although the tables or --masked_loss ask for them."""
+    """Warn if no item has the references or masks that dataset tables or --masked_loss require."""
     takes_references = any(table.references or table.clip_references for table in config.datasets)
     if takes_references and learn_no_references(items, sources.stores):
         logger.warning("%s", NO_REFERENCE)
@@ -633,7 +633,7 @@ def skip_to_initial_step(options: StartOptions, progress: Progress, plan: StepPl
             f"{plan.total_steps}: begin earlier, or give a larger --max_train_steps or --max_train_epochs"
         )
     epoch = step // plan.steps_per_epoch
-    # position: number of micro-batches of the epoch that are passed over
+    # position: number of micro-batches of the epoch that are skipped
     progress.step, progress.epoch = step, epoch
     progress.position = (step - plan.steps_until(epoch)) * plan.batches_per_step
     logger.info("Beginning at step %d, epoch %d.", step, epoch + 1)

@@ -63,7 +63,7 @@ def show_preview(
     Args:
         family: The model family.
         options: Options of the run.
-        network_spec: Description of what the training would train: a kind of network, or the whole DiT.
+        network_spec: Description of what the run would train: a kind of network, or the whole DiT.
         commands: Commands to show if caches are missing.
         others: Models in addition to the trained one.
     """
@@ -87,7 +87,7 @@ def show_preview(
 def _list_tables(
     family: Family, options: TrainingOptions, network_spec: NetworkSpec
 ) -> Sequence[DatasetTable]:
-    """Return the tables of the dataset; nothing if none is given."""
+    """Return the tables of the dataset file; () if no file is given."""
     is_of_folders = options.subset is not None and options.subset.replaces_toml
     if options.loop.dataset_config is None and not is_of_folders:
         return ()
@@ -142,7 +142,7 @@ def _check_features(
     live_encoders: LiveTextEncoders | None,
     block_counts: Sequence[int],
 ) -> None:
-    """Raise OptionError if a feature cannot be used with the text encoders or the transformer of this run."""
+    """Raise OptionError if a feature does not support the text encoders or the transformer of this run."""
     for check_texts in features.on.on_text_encoders:
         check_texts(live_encoders)
     for check_model in features.on.check:
@@ -197,17 +197,17 @@ def _check_dataset(
 
 
 def _encodes_captions(plans: Sequence[TablePlan]) -> bool:
-    """Return whether the training encodes captions itself."""
+    """Return whether text encoder outputs are computed during the run and not written to files."""
     return any(plan.texts in {TensorLocation.MEMORY, TensorLocation.LIVE} for plan in plans)
 
 
 def _describe_each(title: str, lines: Sequence[str]) -> list[str]:
-    """Return a title and indented lines; an empty list if there are no lines."""
+    """Return the title followed by the indented lines; an empty list if there are no lines."""
     return [title, *(f"  {line}" for line in lines)] if lines else []
 
 
 def _note_captions_without_word(read: ReadCaptions, tables: "Sequence[TableFindings]") -> None:
-    """Add a note to the findings of each table whose captions lack the new word."""
+    """Add a note to the findings of the first table if captions of any table lack the new word."""
     from training.token_captions import check_source_captions  # only to learn a word
 
     try:
@@ -220,7 +220,7 @@ def _note_captions_without_word(read: ReadCaptions, tables: "Sequence[TableFindi
 
 
 def _describe_plans(plans: Sequence[TablePlan]) -> list[str]:
-    """Return a line for each table on where its latents and caption embeddings come from."""
+    """Return a line for each dataset table about the sources of its latents and text encoder outputs."""
     lines = []
     for plan in plans:
         latents = f"latents are {plan.latents.value}"
@@ -286,7 +286,7 @@ def _print_plan(
             tables=config.datasets,
         )
         return
-    from training.planning.several_cards import plan_several_cards  # only with several cards
+    from training.planning.several_cards import plan_several_cards  # only with several GPUs
 
     assert room is not None  # its size is given
     plan_several_cards(
@@ -305,7 +305,7 @@ def _print_plan(
 def _require_caches_on_disk(
     plans: Sequence[TablePlan], commands: CachingCommands, live_encoders: LiveTextEncoders | None
 ) -> None:
-    """Raise OptionError if a table's latents or texts are not in files, which --plan could read."""
+    """Raise OptionError if a table's latents or text encoder outputs are not in files, as --plan requires."""
     if any(plan.latents is TensorLocation.LIVE for plan in plans):
         raise OptionError(
             "--plan rehearses a batch from caches, and images of this training are encoded at each step. "
@@ -331,8 +331,8 @@ def _read_largest_batch(
     config: DatasetConfig,
     live_encoders: LiveTextEncoders | None,
 ) -> NoisyBatch:
-    """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
-    # texts that are encoded at each step, not cached
+    """Read the largest batch of the run. Raises OptionError if it is not in caches on disk."""
+    # text tensors that are encoded at each step, not cached
     live = () if live_encoders is None else live_encoders.keys
     plans = plan_tables(family, config, options.caching, live, needs=options.features.needs)
     _require_caches_on_disk(plans, commands, live_encoders)

@@ -83,7 +83,7 @@ def make_accelerator(options: AcceleratorOptions) -> Accelerator:
 
 
 def _check_environment() -> None:
-    """Raise OptionError if only some of the environment variables of a multi-process launcher are set."""
+    """Raise OptionError if a multi-process launcher's environment variables are only partly set."""
     variables = {}
     for name in ("WORLD_SIZE", "LOCAL_RANK"):
         text = os.environ.get(name)
@@ -111,7 +111,7 @@ def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
 
 
 def norm_of_gradients(parameters: Iterable[Parameter], sharded: Collection[Tensor] = ()) -> Tensor:
-    """Return the norm of all gradients together, in float32.
+    """Return the total norm of all gradients, in float32.
 
     For bf16 gradients, torch would round the norm to 3 digits.
 
@@ -122,7 +122,7 @@ def norm_of_gradients(parameters: Iterable[Parameter], sharded: Collection[Tenso
     """
     if sharded:
         parameters = list(parameters)
-        # each process has some rows of the split gradients, and all of the others
+        # each process has only some rows of sharded gradients, and all other gradients whole
         sharded_square = norm_of_gradients(
             parameter for parameter in parameters if parameter in sharded
         ).square()

@@ -59,7 +59,7 @@ def find_state(
         is_main_process: Whether this is the main process.
 
     Raises:
-        OptionError: If there is no state of this name.
+        OptionError: If no state with this name exists.
         CheckpointError: If the state cannot be used.
     """
     output_folder, name = options.saving.folder_and_name
@@ -113,7 +113,7 @@ def initial_progress(
 ) -> Progress:
     """Return the progress at which the run starts.
 
-    A resumed run keeps its seed. If no seed is given, all processes share a random one.
+    A resumed run keeps its seed. Without --seed, all processes share a random one.
     """
     if isinstance(saved, states.SavedState):
         with states.errors_name_the_state(saved.folder):
@@ -136,14 +136,14 @@ def initial_progress(
 
 
 def recorded_values(options: Any, *kinds: str) -> dict[str, Any]:
-    """Return the values of the options in a record that have one of these kinds: identity or habit."""
+    """Return the values of all options in `options` that have one of these kinds: identity or habit."""
     names = {name for kind in kinds for name in options_with(type(options), "resume", kind)}
     return {name: value for name, value in public_config(options).items() if name in names}
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings of a run, recorded in its states to compare a resumed run with them."""
+    """Settings of a run, recorded in its states so that a resumed run can be compared with them."""
 
     # must be equal in a resumed run; states record them as `identity`
     fixed: dict[str, Any]
@@ -161,7 +161,7 @@ def collect_run_settings(
     plan: StepPlan,
     adapter: str | None,
 ) -> RunSettings:
-    """Return the settings that a state records, and that a resumed run compares with those of the state.
+    """Return the settings that a state records, so that a resumed run can be compared with them.
 
     Args:
         family: The model family.
@@ -187,7 +187,7 @@ def collect_run_settings(
 def _list_adjustable_settings(
     family: Family, options: TrainingOptions, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the settings whose change in a resumed run causes a warning only.
+    """Return the settings whose change in a resumed run only causes a warning.
 
     Args:
         family: The model family.
@@ -202,7 +202,7 @@ def _list_adjustable_settings(
 
 
 def _values_by_flag(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return the values of options of a kind, by the option as it is typed (`--name`).
+    """Return the values of all options of a kind, by flag (`--name`).
 
     `kind` says what happens if the value differs when a run is resumed: `identity` is an error, `habit` a
     warning.
@@ -231,7 +231,7 @@ def describe_adapter(path: Path, strength: float, with_content: bool = False) ->
 
 
 def epoch_digest(order: BatchOrder) -> str:
-    """Return 12 hexadecimal digits of a hash of the first epoch's order, which changes with the dataset."""
+    """Return a 12-digit hexadecimal hash of the first epoch's item order, which depends on the dataset."""
     digest = hashlib.sha256()
     for number, batch in enumerate(order.epoch(0)):
         digest.update(("\n" * bool(number) + ",".join(item.key for item in batch)).encode())
@@ -244,7 +244,7 @@ def check_resumable(
     options: TrainingOptions,
     saving: SavingOptions,
 ) -> dict[str, str]:
-    """Raise OptionError if the saved run is a different one; warn of changes.
+    """Raise OptionError if the saved run is a different one; warn about changed settings.
 
     Settings that the saved run did not record are not compared. Call this before anything large is loaded.
 
@@ -292,7 +292,7 @@ def check_resumable(
 def _comparable_fixed_settings(
     saved: states.SavedState, settings: RunSettings
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that must be equal, of this run and of the saved one, in normalized values."""
+    """Return the settings of this run and of the saved run that must be equal, with normalized values."""
     # settings that older versions, without several transformers or adapters, did not record
     defaults = {
         TRANSFORMERS: "one from 0",
@@ -305,7 +305,7 @@ def _comparable_fixed_settings(
 
 
 def _list_saved_adjustable(saved: states.SavedState, adjustable: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the saved settings that may change with a warning; options newer than the state get defaults.
+    """Return the saved settings that may change with a warning; options unknown to the state get defaults.
 
     Args:
         saved: The saved state.
@@ -334,7 +334,7 @@ def _reject_differences(
         may_change: Whether --resume_changed is given, which allows some of them.
     """
     changeable = {f"--{name}" for name in options_with(TrainingOptions, "resume_changed", True)}
-    changeable |= {GROUP_SIZE, BATCHES}  # these are no options, so the records do not flag them
+    changeable |= {GROUP_SIZE, BATCHES}  # these are not options, so no option class declares them
     allowed = changeable if may_change else set()
     rejected = {name: pair for name, pair in differences.items() if name not in allowed}
     if not rejected:
@@ -353,7 +353,7 @@ def _reject_differences(
 
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return by name the saved and the current value, as text, of each setting that differs."""
+    """Map each setting that differs to its saved and its current value, as text."""
     return {
         name: (states.shorten_value(saved[name]), states.shorten_value(value))
         for name, value in here.items()
@@ -388,13 +388,13 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
     if BATCHES in changes:
         progress.position = 0
         logger.info("  Epoch %d begins again, with the current clips.", progress.epoch + 1)
-    # steps are counted anew from here
+    # the plan of steps starts again from here
     progress.plan_epoch, progress.plan_position = progress.epoch, progress.position
     progress.plan_step = progress.step
 
 
 def _normalize_fixed_settings(fixed: Mapping[str, Any], record: type) -> dict[str, Any]:
-    """Normalize the settings that identify a run: equal meanings become equal values, however typed.
+    """Normalize the settings that identify a run: settings of equal meaning get equal values.
 
     Args:
         fixed: Settings that must be the same when the run is resumed, by name.

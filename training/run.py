@@ -103,7 +103,7 @@ def prepare_run(
     others: OtherFamilies = NO_OTHERS,
     end: RunEnd | None = None,
 ) -> Iterator[TrainingRun]:
-    """Yield a run for which everything is loaded; on exit, end its logs and wait for uploads.
+    """Yield a run with everything loaded; on exit, close its logs and wait for uploads.
 
     The order keeps models out of memory that are not needed together: samples' prompts are encoded first,
     then text encoders that stay are loaded, then the trained transformers.
@@ -113,7 +113,7 @@ def prepare_run(
         options: Options of the run.
         command: Command that was typed.
         others: Models in addition to the trained one.
-        end: Records how far the run has come.
+        end: Records the progress of the run for features that act at its end.
 
     Raises:
         UserError: If the options, the data or a file cannot be used.
@@ -140,7 +140,7 @@ def prepare_run(
         end.progress, end.total_steps = plan.progress, plan.steps.total_steps
         for prepare in plan.features.on.plan:
             prepare(plan)
-        # texts and images of samples are encoded before the DiT takes the memory
+        # prompts and images of samples are encoded before the DiT takes the memory
         sampler = None
         if options.samples.sample_prompts is not None:
             sampler = _make_sampler(plan, options.samples.sample_prompts)
@@ -207,7 +207,7 @@ def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
 
 
 def _move_earlier_run_away(plan: TrainingPlan, history: Path) -> None:
-    """Move away the files of an earlier run with this name, unless this run continues or overwrites them."""
+    """Move files of an earlier run with this name aside, unless this run continues or overwrites it."""
     saving, saved = plan.saving, plan.saved
     if saving.overwrite or not plan.accelerator.is_main_process:
         return
@@ -223,7 +223,7 @@ def _move_earlier_run_away(plan: TrainingPlan, history: Path) -> None:
 
 
 def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
-    """Return the sampler of the run, for which texts and images of the prompts are encoded now.
+    """Return the sampler of the run, after encoding its prompts and images.
 
     Raises:
         OptionError: If an encoder is missing, before the DiT is loaded.
@@ -249,7 +249,7 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
         is_joint=plan.steps.works_together,
         block_sharder=make_block_sharder(options.speed, accelerator.device),
     )
-    # outputs of trained text encoders change, so that prompts are encoded anew for each sample
+    # outputs of trained text encoders change, so prompts are encoded again for each sample
     if plan.live_encoders and plan.live_encoders.trained_encoders:
         return replace(sampler, encode_again=plan.live_encoders.encode_again)
     return sampler

@@ -24,7 +24,7 @@ LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "OMP_NUM_THREADS")
 
 @dataclass(frozen=True)
 class EndedRun:
-    """Description of an ended run for the user's command of --on_end."""
+    """Description of an ended run, passed to the user's --on_end command."""
 
     folder: Path  # --output_dir
     name: str  # --output_name
@@ -51,7 +51,7 @@ def start_command(
     Args:
         option: Flag of the option.
         argv: Arguments of the command.
-        run: What is known of the run.
+        run: Description of the run.
         error: Error that ended the run.
         has_begun: Whether the run itself has begun. Before that, wrong options do not start the command,
             because the user has just typed them and sees the error.
@@ -80,7 +80,7 @@ def _list_variables(run: EndedRun, code: int, error: BaseException | None) -> di
     """Return the environment variables that describe how a run has ended.
 
     Args:
-        run: What is known about the run.
+        run: Description of the run.
         code: Exit code of this program.
         error: Error that ended the run; None if it completed.
     """
@@ -107,8 +107,8 @@ def _list_variables(run: EndedRun, code: int, error: BaseException | None) -> di
 
 
 def _start_program(option: str, argv: Sequence[str], variables: dict[str, str], max_seconds: float) -> None:
-    """Start a program without a shell, and wait for it for some seconds. Warns if it fails."""
-    # without the variables by which a launcher's process is recognized
+    """Start a program without a shell, and wait for it for at most `max_seconds`. Warns if it fails."""
+    # without the variables that mark a process of a multi-process launcher
     inherited = {
         name: value
         for name, value in os.environ.items()

@@ -21,7 +21,7 @@ TOO_LARGE_A_SEED = 2**64
 
 @functools.cache  # options are parsed more than once, and the seed of a text is logged once
 def read_seed(text: str) -> int:
-    """Parse --seed: a number, or a text that is hashed to a number as in generation scripts.
+    """Parse --seed: a number, or any other text, which is hashed as in the generation scripts.
 
     Raises:
         ArgumentTypeError: If the number is longer than any seed.
@@ -111,12 +111,12 @@ class LoopOptions(Options, title="training run"):
 
     @property
     def known_steps(self) -> int | None:
-        """Return the number of optimizer steps; None with --max_train_epochs, where the data decides."""
+        """Return the number of optimizer steps; None with --max_train_epochs, as it depends on the data."""
         return self.max_train_steps if self.max_train_epochs is None else None
 
 
 class StartOptions(Options, title="beginning later"):
-    """Step or epoch at which a run without a saved state starts, skipping data and noise before it."""
+    """Step or epoch at which a run without a saved state starts; earlier data and noise are skipped."""
 
     initial_epoch: int | None = option(
         "begin at this epoch, counted from 1, for example with --network_weights from a run that ended "
@@ -129,7 +129,7 @@ class StartOptions(Options, title="beginning later"):
 
     @property
     def is_given(self) -> bool:
-        """Whether the run begins later than at step 0 without a state."""
+        """Whether options let the run begin at a later step or epoch without a saved state."""
         return self.initial_epoch is not None or self.initial_step is not None
 
 
@@ -217,7 +217,7 @@ class SampleOptions(Options, title="samples while training"):
 
     @property
     def is_timed(self) -> bool:
-        """Whether an option schedules samples."""
+        """Whether any option schedules samples: every N steps or epochs, or at the start."""
         return (
             self.sample_every_n_steps is not None
             or self.sample_every_n_epochs is not None

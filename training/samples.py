@@ -64,7 +64,7 @@ BIT_RATE = 8_000_000  # as in the samples of the known tuners
 
 @dataclass(frozen=True)
 class Sample:
-    """One entry of the prompt file, at position `index`, with its encoded prompts and images."""
+    """One entry of the sample prompt file, with its encoded prompts and images."""
 
     index: int
     settings: Mapping[str, Any]  # settings of the prompt in the file
@@ -145,7 +145,7 @@ class Sampler:
             get_dit: Returns the network of an expert by its index, in evaluation mode and on its device.
             autocast: Opens the autocast context of a pass.
             step_label: Part of the file names: `e000001` at the end of an epoch, `000020` at a step.
-            check: Called after each step; what it raises ends the samples.
+            check: Called after each step; an exception that it raises ends sampling.
             show_progress: Called with the sample and its step in words.
         """
         paths = []
@@ -220,7 +220,7 @@ class Sampler:
 
     @torch.no_grad()
     def _write(self, latents: torch.Tensor, prepared: Prepared, stem: str, model: str) -> Path:
-        """Decode a sample and write it as an image, clip, layers or sound; return the path of the file.
+        """Decode a sample and write it as an image, video, image layers or audio; return the file's path.
 
         Args:
             latents: Latents in model space, B C F H W, or B N together with audio.
@@ -293,7 +293,7 @@ def _show_steps(
     with ExitStack() as stack:
 
         def on_section(section: Section) -> None:
-            """Replace the bar by one for the steps of the next section."""
+            """Replace the progress bar by one for the denoising steps of the next section of the sample."""
             preview_section(section)
             stack.close()  # closes the bar of the previous section
             name = ", ".join(filter(None, (title, section.label)))
@@ -303,7 +303,7 @@ def _show_steps(
             bars.append(stack.enter_context(Bar(num_steps, name)))
 
         def on_step(_: CompletedStep) -> bool:
-            """Show a step on the bar; return False, because no preview image is needed."""
+            """Advance the progress bar; return False, because no preview image is needed."""
             bars[-1].update()
             show_progress(bars[-1].line())
             check()
@@ -346,7 +346,7 @@ def prepare_samples(
         block_sharder: Splits blocks over processes; None keeps them complete.
 
     Raises:
-        OptionError: If a file that samples need is not given, or if a prompt cannot be used.
+        OptionError: If a model file that samples need is missing, or if a prompt cannot be used.
         CheckpointError: If a model file cannot be used.
     """
     source = PromptSource(
@@ -431,9 +431,9 @@ def encode_samples(
 def _encode_media(
     session: Session, requests: Sequence[Prepared], decodes: bool, loads: bool
 ) -> list[Mapping[int, Conditions]]:
-    """Encode the images of each sample; return the conditions of each.
+    """Encode the input images of each sample, and return the conditions of each.
 
-    The VAE is loaded if a sample has images or `loads` is set; with `decodes`, it is needed again later.
+    The VAE is loaded if a sample has images or `loads` is set. `decodes` says that it is needed again later.
     """
     family, encoders = session.family, NO_ENCODERS
     with ExitStack() as stack:
@@ -480,7 +480,7 @@ def draw_together() -> int:
 
 
 def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any]], list[Prepared]]:
-    """Return the entries of a prompt file and their requests. Raises OptionError if one is unusable."""
+    """Return the entries of a prompt file and a request for each. Raises OptionError if one is invalid."""
     return parse_requests(family, read_sample_file(prompt_file), prompt_file)
 
 
@@ -490,8 +490,8 @@ def parse_requests(
     """Return the entries of a prompt file, given as text, and the request for each.
 
     Raises:
-        OptionError: If a file that samples need is not given, or if prompts cannot be read or generated, such
-            as one without an image for an image-to-video model; all of them are listed.
+        OptionError: If a model file that samples need is missing, or if prompts cannot be read or generated,
+            such as one without an image for an image-to-video model; the message lists all of them.
     """
     entries = parse_sample_prompts(text, prompt_file)
     try:
@@ -507,7 +507,7 @@ def parse_requests(
 def _prepare_entry(
     family: Family, prompt_file: Path, numbered_entry: tuple[int, Mapping[str, Any]]
 ) -> Prepared:
-    """Return the request of an entry, which is numbered for messages; warn about unusual values.
+    """Prepare the request of a prompt file entry, given with its number; warn about unusual values.
 
     Raises OptionError if the family cannot generate it.
     """
@@ -526,7 +526,7 @@ def _prepare_entry(
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     """Convert an entry of a prompt file (values by name) into a request.
 
-    Missing values are the defaults of generation. Sizes are rounded down to sizes that the model supports.
+    Missing values get the defaults of generation. Sizes are rounded down to sizes that the model supports.
 
     Raises:
         OptionError: For numbers that no model accepts.
@@ -538,7 +538,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         control_paths = [control_paths]
     guidance_scale = _read_number(values, "cfg_scale")
     expert_names = [expert.name for expert in family.experts if expert.name]
-    # without a size, some models take that of the first reference image: None
+    # without a size, some models take the size of the first reference image: None
     takes_reference_size = default.sized_by_references and bool(control_paths)
     default_width, default_height = (None, None) if takes_reference_size else (default.width, default.height)
     width = int(values["width"]) if "width" in values else default_width
@@ -617,11 +617,11 @@ def _with_fitted_size(
 
 
 def _select_solver(values: Mapping[str, Any], supported: Sequence[str] = ()) -> str | None:
-    """Return the solver of a prompt, given by name or alias. Warn and return None for an unknown name.
+    """Return the solver that a prompt names, possibly by an alias. Warn and return None for unknown names.
 
     Args:
         values: Values of the prompt.
-        supported: Samplers of the model; if there are any, only these can be used.
+        supported: Samplers specific to the model; if there are any, only these can be used.
     """
     name = values.get("sample_sampler")
     if name is None:
@@ -638,12 +638,12 @@ def _select_solver(values: Mapping[str, Any], supported: Sequence[str] = ()) -> 
 
 
 def _solvers_by_alias(supported: Sequence[str]) -> Mapping[str, str]:
-    """Map each accepted sampler name to its solver; `supported` lists the model's own solvers, if any."""
+    """Map each accepted sampler name to its solver; `supported` lists solvers specific to the model."""
     return {name: name for name in supported} if supported else SOLVERS
 
 
 def _refuse_dit(expert: int) -> nn.Module:
-    """Raise AssertionError: samples use the trained transformer, so the session must not load one."""
+    """Raise AssertionError: samples use the trained transformer, so sampling must never load one."""
     raise AssertionError("training samples use the network that is being trained")
 
 

@@ -71,7 +71,7 @@ def make_saver(
 
     Args:
         model: The loaded networks.
-        publisher: Publishes what is saved.
+        publisher: Uploads saved files; None without uploads.
         prompts: Prompts of the samples, for the publisher.
         log_saved: Called with the files of each save, and the step.
         on_removed: Called after older files have been removed.
@@ -119,7 +119,7 @@ def make_saver(
 
 @dataclass(frozen=True, eq=False)
 class _ModelWriter:
-    """Write trained weights to files, and all data for resuming to state folders."""
+    """Write trained weights to files, and everything needed for resuming to state folders."""
 
     model: TrainedModel
     dtype: torch.dtype | None  # dtype in files; None: the weights' own
@@ -134,7 +134,7 @@ class _ModelWriter:
             written.write(path, self.dtype, _metadata_now(model.plan, self.metadata[part], written.ending))
 
     def write_average(self, part: str, path: Path) -> None:
-        """Write the average of a part's weights over the steps."""
+        """Write the moving average (EMA) of the weights of a part of the model to a file."""
         model = self.model
         average = model.average
         assert average is not None
@@ -197,7 +197,7 @@ def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
 def collect_state(model: TrainedModel) -> states.SavedState:
     """Return the state to save for resuming; its tensors are the run's own, not copies.
 
-    Call between steps, while the training weights (not their average) are in the networks.
+    Call this between steps, while the networks contain the training weights and not their average.
     """
     write_back_all(model.dits.networks)  # swapped blocks get their weights back
     plan = model.plan
@@ -257,7 +257,7 @@ def restore(model: TrainedModel) -> None:
 
 def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
     """Restore weights, and the optimizer's state if its tensors can be assigned to layers."""
-    # the network comes first; states of other programs have no other modules
+    # states of other programs contain only the network, which is the first module
     module = next(iter(model.trainable.modules.values()))
     states.load_module(module, saved.network)
     if model.average is not None:
@@ -329,9 +329,9 @@ def _replace_learning_rates(
 
 
 def _sharded_weights_with_local_moments(model: TrainedModel) -> dict[str, Tensor]:
-    """Return the split weights whose optimizer states have only this process's rows, by name.
+    """Return the sharded weights whose optimizer states contain only this process's rows, by name.
 
-    Empty if no weight is split, or if the optimizer needs whole weights.
+    Empty if no weight is sharded, or if the optimizer needs whole weights.
     """
     if not is_elementwise(type(model.optimizer)):
         return {}

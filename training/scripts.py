@@ -55,7 +55,7 @@ def training_script(
         kind: Kind of the family's options: a family may have several records for different scripts.
         images: Differences between image families; None for video.
         extra_options: Records of options in addition to the family's.
-        check: Raises OptionError if the family's options do not fit together.
+        check: Raises OptionError if the family's options conflict.
         samplers: Choices of --timestep_sampling for video.
         changes: Changes to shared options, and options of the family that are rejected.
     """
@@ -67,7 +67,7 @@ def training_script(
     changes = replace(changes, settings={**changes.settings, "timestep_sampling": sampling_settings})
 
     def train(argv: Sequence[str] | None = None) -> None:
-        """Read the options of `argv` (None: of the command line) and train; exit with an error's code."""
+        """Read the options in `argv` (None: the command line) and train; exit with the code of an error."""
         record = entry.options_record(kind)
         if images is None:
             options, family_options, script_options = read_training(
@@ -114,7 +114,7 @@ def training_script(
 def _find_other_families(
     entry: FamilyEntry, sampling_dit_option: str, family_options: Any
 ) -> "OtherFamilies":
-    """Return the model that generates samples, if it is another one, and a function that makes teachers.
+    """Return the model that generates samples if it is not the trained one, and a factory of teachers.
 
     Args:
         entry: Entry of the trained family.

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass
 class Progress:
-    """The progress of a run: its only part that changes and is saved."""
+    """Progress of a training run, such as its step and epoch: its only mutable part, saved in states."""
 
     seed: int
     session_id: int
@@ -41,7 +41,7 @@ class Progress:
 
     @classmethod
     def of_state(cls, values: Mapping[str, Any]) -> "Progress":
-        """Restore a state from `as_state`; features' values stay in `unclaimed` until `of` returns them."""
+        """Restore a state from `as_state`; values of features stay in `unclaimed` until `feature_state`."""
         own = {field.name for field in fields(cls)} - {"of_features", "unclaimed"}
         progress = cls(**{name: value for name, value in values.items() if name in own})
         progress.unclaimed |= {name: value for name, value in values.items() if name not in own}
@@ -70,7 +70,7 @@ class Progress:
 
 
 def check_types(record: Any) -> None:
-    """Raise TypeError if a dataclass field has a value of the wrong type, as in an edited state file."""
+    """Raise TypeError if a dataclass field has a value of the wrong type, as in a manually edited state."""
     for name, hint in get_type_hints(type(record)).items():
         hints = get_args(hint) if type(None) in get_args(hint) else [hint]
         kinds = [get_origin(item) or item for item in hints]
@@ -138,8 +138,8 @@ class StepPlan:
     def batches_of_process(self, step_batches: range, process: int) -> list[int]:
         """Return the micro-batches of a step that process number `process` works on.
 
-        The list may be empty in the last step of an epoch, but not in lockstep: a process that would lack a
-        micro-batch repeats the last one of the step.
+        The list may be empty in the last step of an epoch. In lockstep it never is: a process without a
+        micro-batch of its own repeats the last one of the step.
         """
         batches = [index for index in step_batches if index % self.data_parallel_size == process]
         lacks_batch = self.in_lockstep and len(batches) * self.data_parallel_size < len(step_batches)

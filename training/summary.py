@@ -47,7 +47,7 @@ SPARE = 1.05  # the box warns if the disk has less free space than this times th
 def count_saves(
     options: SavingOptions, plan: StepPlan, first_step: int, first_epoch: int = 0
 ) -> tuple[int, int]:
-    """Return the number of models and of states that a run leaves on disk, not counting saves by time.
+    """Return the numbers of models and states that a run leaves on disk, not counting saves by time.
 
     Args:
         options: Options of the run.
@@ -105,7 +105,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 
 def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
-    """Return the rows of the start box on the model, its trained parts, the data and the optimizer.
+    """Return the rows of the start box about the model, its trained parts, the data and the optimizer.
 
     Args:
         run: The run.
@@ -149,7 +149,7 @@ def _describe_rates(options: TrainingOptions, trainable: Trainable, network_spec
     Args:
         options: Options of the run.
         trainable: The trained parameters.
-        network_spec: Description of what is trained, with its recommended learning rate.
+        network_spec: Description of what the run trains, with its recommended learning rate.
     """
     default = options.optimizer.learning_rate
     names_by_rate: dict[float, list[str]] = {}
@@ -177,7 +177,7 @@ def _shorten_list(names: Sequence[str]) -> str:
 def _make_writing_rows(
     run: TrainingRun, parameters: Sequence[Tensor], dtype: torch.dtype | None
 ) -> list[Row]:
-    """Return the rows of the start box on saves, samples, disk space and folders.
+    """Return the rows of the start box about saves, samples, disk space and folders.
 
     Args:
         run: The run.
@@ -214,7 +214,7 @@ def _describe_trained(
 
     Args:
         plan: The plan of the run.
-        ranks_and_alphas: Those of a network that continues from a file; they replace the options.
+        ranks_and_alphas: Ranks and alphas of a network continued from a file, which replace the options.
     """
     network, full_dit = plan.network_spec.lora_options, plan.options.full_dit
     if plan.network_spec.description:
@@ -260,7 +260,7 @@ def _times(every: Mapping[str, float | None]) -> list[str]:
     """Describe intervals in words, such as "every 5 epochs".
 
     Args:
-        every: Number by unit; None is left out.
+        every: Interval by unit, such as {"epochs": 5}; None values are left out.
     """
     return [
         f"every {unit.removesuffix('s')}" if number == 1 else f"every {number:.12g} {unit}"
@@ -275,7 +275,7 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
     Args:
         run: The finished run.
         run_history: Content of its history.
-        following: Makes the commands.
+        following: Suggests the commands.
     """
     names = run.plan.names
     losses = run.progress.losses
@@ -431,7 +431,7 @@ def judge_alpha(
 
     Args:
         network: The network.
-        ranks_and_alphas: Those of a network that continues from a file; they replace the options.
+        ranks_and_alphas: Ranks and alphas of a network continued from a file, which replace the options.
     """
     if ranks_and_alphas is not None:
         ranks, alphas = ranks_and_alphas

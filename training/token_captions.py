@@ -48,7 +48,7 @@ def check_source_captions(
 
 
 def _complete(caption: str, table: DatasetTable) -> str:
-    """Return a caption with the texts that training adds at each step, such as the trigger word."""
+    """Return a caption with the text that training adds at each step, such as the trigger word."""
     if not table.caption_changes.varies_per_step:  # the caption is already complete
         return caption
     if not table.caption_changes.wildcards:

@@ -38,14 +38,14 @@ class LearningRates(NamedTuple):
 
 @dataclass
 class Strength:
-    """Strength at which trained networks are applied, which can be changed for a block of code."""
+    """Strength of the trained networks, which can be changed for a block of code."""
 
     value: float = 1.0
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """One file of each save: the function that writes it, and the network that it contains."""
+    """One of the files that each save writes: the function that writes it, and the network in it."""
 
     write: Write
     ending: str = ""  # suffix of the architecture in the metadata, such as "lora"; "" for a whole model
@@ -56,7 +56,7 @@ class WrittenFile:
 class Trainable:
     """The trained parameters and their modules, which the training loop optimizes, saves and limits.
 
-    Its methods switch networks to training mode, freeze parts that are trained only for some steps, and limit
+    Its methods switch networks to training mode, freeze parts whose training ends early, and limit weight
     norms.
     """
 
@@ -85,7 +85,7 @@ class Trainable:
 
     @property
     def all_modules(self) -> tuple[nn.Module, ...]:
-        """Modules with trained parameters, those of tied networks included."""
+        """Modules with trained parameters, including modules of networks that share parameters."""
         return (*self.modules.values(), *(network.module for network in self.tied_networks))
 
     @property
@@ -108,7 +108,7 @@ class Trainable:
         return sizes_of([file.network.module.state_dict() for file in files if file.network is not None])
 
     def start_epoch(self) -> None:
-        """Put the networks into training mode, and notify foreign networks of the start of an epoch."""
+        """Put the networks into training mode, and call `on_epoch_start` of networks from other packages."""
         for network in self.all_networks:
             # `train()` visits all modules, which takes longer than a short epoch
             if not network.module.training:
@@ -117,17 +117,17 @@ class Trainable:
                 network.on_epoch_start()
 
     def start_step(self, step: int) -> None:
-        """Freeze the parts of the model that are trained only until a step, once that step is reached.
+        """Freeze each part of the model that is trained for at most `step` steps.
 
         Args:
-            step: Number of steps taken.
+            step: Number of optimizer steps taken so far.
         """
         for part, steps in self.freeze_at_step.items():
             if step >= steps:
                 self.modules[part].requires_grad_(False)
 
     def limit_norms(self, max_norm: float, device: torch.device) -> Tensor:
-        """Scale down weights with norms above `max_norm`; return the values of a `NormReport`."""
+        """Scale down weights with norms above `max_norm`; return the values of a `NormReport` as a tensor."""
         numbers = [network.scale_norms(max_norm, device) for network in self.networks]
         keys_scaled, means, largest = torch.stack(numbers).unbind(1)  # networks have equal numbers of modules
         return torch.stack([keys_scaled.sum(), means.mean(), largest.max()])
@@ -223,7 +223,7 @@ def prepare_network(
 
 
 def share_network(trainable: Trainable, network: TrainableNetwork, device: torch.device) -> Trainable:
-    """Train one network in another DiT too: `network`, created for it, uses the trained parameters.
+    """Let `network`, created for another DiT, use the parameters of the trained network.
 
     Raises:
         OptionError: If the networks start with different values, because these depend on the DiT's weights.
@@ -267,8 +267,8 @@ def prepare_dit(
     Args:
         dit: The transformer.
         learning_rate: Learning rate of the run.
-        name_parts: Parts of names that select the trained parameters; empty for all.
-        part_rates: Other learning rates, by a part of the parameter's name; the first one that fits counts.
+        name_parts: Substrings of the names of the trained parameters; empty for all.
+        part_rates: Different learning rates, by a substring of the parameter's name; the first match counts.
         file_layout: Whether a save is one file or several. They contain all weights under the names of the
             released checkpoints.
 
@@ -308,7 +308,7 @@ def learns_by_name(name: str, name_parts: Sequence[str]) -> bool:
 
     Args:
         name: Name of the weight.
-        name_parts: Parts of names; empty if all weights are trained.
+        name_parts: Substrings, one of which the name must contain; empty if all weights are trained.
     """
     return not name_parts or any(part in name for part in name_parts)
 
@@ -341,16 +341,16 @@ def saved_dtypes(dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None) -
 
 
 def open_unused(dit: nn.Module) -> OpenedTensors | None:
-    """Open the tensors that are in the DiT's file and not in the network; None if there are none."""
+    """Open the tensors of the DiT's file that the network does not use; None if there are none."""
     unused: UnusedTensors | None = getattr(dit, "unused_tensors", None)
     return None if unused is None else unused.opened()
 
 
 def unused_infos(unused: OpenedTensors | None, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-    """Return dtype and shape of each tensor that is saved again without being trained.
+    """Return dtype and shape of each checkpoint tensor that is saved unchanged.
 
     Args:
-        unused: Tensors that the training does not use, by name.
+        unused: Checkpoint tensors that training does not use, by name.
         dtype: Dtype of --save_precision; None keeps the dtype of each tensor.
     """
     infos = {} if unused is None else unused.infos
@@ -367,7 +367,7 @@ def _write_dit(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a fully trained DiT, completed by the tensors of its original file that the network lacks."""
+    """Write a fully trained DiT, and the tensors of its original file that the network does not use."""
     tensors = dit.state_dict()  # not copied; these may currently be the values of an average
     dtypes = saved_dtypes(dtypes, dtype)
     infos = {name: TensorInfo(dtypes[name], tuple(tensor.shape)) for name, tensor in tensors.items()}

@@ -55,10 +55,9 @@ if sys.platform == "win32":
 
 
 def trigger_paths(names: Names, also_plain: bool) -> dict[Path, str]:
-    """Return the paths of a run's request files, with the request that each makes.
+    """Map the path of each possible request file of a run to its kind of request.
 
-    `my_lora.sample` is a request to the run `my_lora`; with `also_plain`, `sample` is one to every run in the
-    folder.
+    `my_lora.sample` addresses the run `my_lora`. With `also_plain`, `sample` addresses every run in `folder`.
     """
     starts = (f"{names.name}.", "") if also_plain else (f"{names.name}.",)
     return {names.folder / f"{start}{kind}": kind for kind in (SAMPLE, SAVE, STOP) for start in starts}
@@ -68,9 +67,9 @@ def trigger_paths(names: Names, also_plain: bool) -> dict[Path, str]:
 class Requests:
     """Collect requests to a run: from signals, request files, and a clock.
 
-    Signals (Ctrl-C, SIGTERM) end the run after its step; a second one ends it immediately. Files may also
-    request samples and saves, and the clock requests saves. A file is removed only after its request was
-    served, so that the next run serves it if this one is killed before.
+    Signals (Ctrl-C, SIGTERM) end the run after its step; a second one ends it immediately. Files can also
+    request samples and saves, and the clock requests saves. A file is removed only after its request has
+    been carried out, so that the next run does so if this one is killed first.
     """
 
     paths: Mapping[Path, str] = field(default_factory=dict)  # request by file; empty: no file is watched
@@ -144,9 +143,9 @@ class Requests:
             logger.info("%s asks to %s at the end of this step.", path, kind)
 
     def finish(self, kind: str) -> None:
-        """Remove the files whose request, SAMPLE, SAVE or STOP, was served.
+        """Remove the files whose request of this kind (SAMPLE, SAVE or STOP) has been carried out.
 
-        A file that was changed in the meantime is kept, as a new request.
+        A file that has changed in the meantime is kept, as a new request.
         """
         served = [path for path in self._pending_files if self.paths[path] == kind]
         for path in served:
@@ -163,7 +162,7 @@ class Requests:
 
 @dataclass
 class TrainedModel:
-    """The loaded networks of a plan with the optimizer, its schedule and what features add."""
+    """The loaded networks of a run, with the optimizer, its schedule, and additions of features."""
 
     plan: TrainingPlan
     dits: ExpertNetworks  # networks of the trained experts
@@ -190,12 +189,12 @@ class TrainedModel:
 
     @property
     def networks(self) -> Sequence[nn.Module]:
-        """Return the networks of the experts that are trained."""
+        """Return the transformers (experts) that are trained."""
         return self.dits.networks
 
     @property
     def adapters(self) -> "Sequence[AddedLoras]":
-        """Return the LoRAs of --training_adapter in these networks."""
+        """Return the --training_adapter LoRAs in the trained transformers."""
         return self.dits.loras
 
     @property
@@ -274,5 +273,5 @@ class TrainingRun:
 
     @property
     def has_scaler(self) -> bool:
-        """Return whether gradients of fp16 are scaled: an infinite norm then lowers the scale."""
+        """Return whether fp16 gradients are scaled; if so, an infinite norm lowers the scale."""
         return self.model.scaler.is_enabled()

@@ -23,10 +23,11 @@ def list_without_effect(
 ) -> list[str]:
     """Return one line for each given option that has no effect in combination with the others.
 
-    Most options declare with `acts_if` when they act; options that depend on several records are added here.
+    Most options declare in `acts_if` when they have an effect; options that depend on several option classes
+    are added here.
 
     Args:
-        options: Options of the training.
+        options: Options of the run.
         family_options: The record of the model's own options.
         more_reasons: Reason by option name, for options without effect because of the model or the data.
     """
@@ -52,7 +53,7 @@ def list_without_effect(
 
 
 def _list_unused_weighting(options: TrainingOptions) -> list[str]:
-    """Return a line if --weighting_scheme neither weights the loss nor shapes the draws of timesteps."""
+    """Return a line if --weighting_scheme affects neither the loss weights nor the timestep distribution."""
     weighting = options.timesteps.weighting_scheme
     beginning = f"--weighting_scheme {weighting} has no effect: it"
     if weighting in WEIGHTS_OF_LOSS and options.weighted_by == NOTHING:
@@ -63,7 +64,7 @@ def _list_unused_weighting(options: TrainingOptions) -> list[str]:
 
 
 def _without_samples(options: TrainingOptions, record: Any) -> dict[str, str]:
-    """Return, for options that affect only samples, why they have no effect in a run without samples."""
+    """Map each set option that affects only samples to the reason why it has no effect in this run."""
     if options.samples.sample_prompts is not None:
         return {}
     reason = "no samples are made, as --sample_prompts is not given"

@@ -30,7 +30,7 @@ STEP, EPOCH = "step", "epoch"  # occasions of a validation, in the names of logg
 
 
 class Validation:
-    """The validation items of a plan, and the noise levels at which their loss is measured."""
+    """The held-out items of a run, and the noise levels at which their validation loss is measured."""
 
     def __init__(self, plan: TrainingPlan, loss: LossRule) -> None:
         self.plan = plan
@@ -69,8 +69,8 @@ class Validation:
     def measure(self, dit_at: DitOf, autocast: Autocast) -> dict[str, float]:
         """Return the mean loss over the items as `validation/loss`, and per level as `validation/loss_100`.
 
-        The number of a level is its timestep; levels at which no expert is trained are skipped. The
-        networks are in evaluation mode. All processes must call this, and all get the same averages.
+        The number in a name is the level's timestep; levels at which no expert is trained are skipped. The
+        networks must be in evaluation mode. All processes must call this, and all get the same averages.
 
         Args:
             dit_at: Returns the network of an expert.
@@ -91,13 +91,13 @@ class Validation:
         """Return the sum of this process's losses at each noise level, and its number of items as last value.
 
         Args:
-            dit_at: Returns the loaded DiT of an expert's index.
+            dit_at: Returns the loaded DiT of an expert, given its index.
             autocast: Opens the autocast context of a pass.
         """
         steps = self.plan.steps
         all_items = self.plan.validation[: self.plan.options.validation.max_validation_steps]
         items = all_items[self.process :: steps.data_parallel_size]
-        # processes whose networks are split have to run as many passes as the process with the most items
+        # processes that share a sharded network have to run as many passes as the one with the most items
         lacks_item = steps.in_lockstep and len(items) * steps.data_parallel_size < len(all_items)
         # indices of the noise levels at which each expert is used
         levels_by_expert: dict[int, list[int]] = {}
@@ -139,7 +139,7 @@ class Validation:
         return torch.cat(losses).tolist()
 
     def _read(self, item: TrainingItem, autocast: Autocast) -> Batch:
-        """Read an item as a batch, with the texts that are encoded while training."""
+        """Read an item as a batch, and encode its captions if text encoders run during training."""
         plan = self.plan
         batch = plan.sources.read(
             (item,),

@@ -54,13 +54,13 @@ def prepare_full_model(
 
 @dataclass
 class _OptimizerGroups:
-    """Collect trained weights into groups of the optimizer, by the group names in logs."""
+    """Parameter groups for the optimizer, collected by the names that they have in the logs."""
 
     params: dict[str, list[Parameter]] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, rate: float, parameter: Parameter) -> None:
-        """Train a weight at a rate, or freeze it if the rate is 0."""
+        """Add a weight to the group `name` with learning rate `rate`, or freeze it if the rate is 0."""
         parameter.requires_grad_(rate != 0)
         if rate != 0:
             self.params.setdefault(name, []).append(parameter)
@@ -87,7 +87,7 @@ def _train_checkpoint(
         dit: The transformer.
         live_encoders: Text encoders that are loaded.
         learning_rate: Learning rate of parts without one of their own.
-        name_parts: Parts of names; only weights of the transformer with one of them are trained.
+        name_parts: Substrings; only transformer weights whose name contains one are trained. Empty: all are.
         as_folder: Whether a diffusers folder is written instead of one file; None writes nothing.
         shard_bytes: Largest size of a file of the folder; 0 for one file per network.
     """
@@ -131,7 +131,7 @@ def _train_checkpoint(
 
 
 def _select_rate(name: str, parts: LearningParts, spec: DitSpec, default_rate: float) -> tuple[str, float]:
-    """Return the parameter group and the learning rate for a transformer weight by its name."""
+    """Return the name of the parameter group and the learning rate for a transformer weight."""
     if not parts.blocks:
         return DIT, default_rate
     assert spec.block_numbering is not None  # the family has rates of blocks

@@ -54,10 +54,10 @@ ALIGNMENT = 64  # bytes: enough for every dtype
 
 
 class EncodesImages(Protocol):
-    """Interface of an object that reads and encodes the images of a batch that are not cached."""
+    """Interface of an object that reads and encodes the uncached images of a batch."""
 
     def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
-        """Return the encoded tensors of items that are not cached, by position; `stream` is the seed."""
+        """Return the encoded tensors of uncached items by position in `items`; `stream` is the seed."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class BatchSources:
         reads_empty: bool = False,
         reads_rejected: bool = False,
     ) -> Batch:
-        """Read the caches of a batch, and encode its images that are not cached.
+        """Read the caches of a batch, and encode its uncached images.
 
         Args:
             items: Items of the batch.
@@ -136,7 +136,7 @@ class PackedBatch:
 
     @classmethod
     def of(cls, noisy_batch: NoisyBatch) -> "PackedBatch":
-        """Copy all tensors of a micro-batch into one byte tensor, and record their shapes in the outline."""
+        """Copy all tensors of a micro-batch into one byte tensor, and record their shapes in `meta_batch`."""
         pieces: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class PackedBatch:
         return PackedBatch(self.meta_batch, pin(self.packed_bytes))
 
     def unpacked(self) -> NoisyBatch:
-        """Restore the micro-batch. Its tensors are views of `content`."""
+        """Restore the micro-batch, whose tensors are views of `packed_bytes`."""
         start = 0
 
         def take_view(meta_batch: Tensor) -> Tensor:
@@ -233,14 +233,14 @@ class NoiseSampler:
         return noisy_batch
 
     def _change_noise(self, noise: Tensor, batch: Batch, number: int) -> Tensor:
-        """Return the noise as modified for training, for example by an offset."""
+        """Return the noise as the model's training modifies it, for example by adding a noise offset."""
         assert self.noise_spec.vary_noise is not None  # checked by the caller
         assert self.latent is not None  # set for every family that varies its noise
         latents = self.latent.to_model(batch.tensor("latents"))
         return self.noise_spec.vary_noise(noise, latents, seed_generator(self.seed, "varied noise", number))
 
     def _change_conditions(self, batch: Batch, number: int) -> Batch:
-        """Return the batch with conditions that the run or the family draws anew for each micro-batch."""
+        """Return the batch with captions or conditions that are drawn at random for each micro-batch."""
         if self.caption_choices:
             rng = random.Random(derive_seed(self.seed, "sentences", number))
             captions = tuple(rng.choice(self.caption_choices) for _ in batch.captions)
@@ -257,7 +257,7 @@ class NoiseSampler:
         """Draw the noise and the timesteps of a batch's audio; None if no sample has audio.
 
         Args:
-            learning: How the run learns sound, with its weight in the loss.
+            learning: Settings of audio training, with the weight of audio in the loss.
             batch: The batch.
             times: Timesteps of the images.
             number: Index of the micro-batch in the run.
@@ -285,11 +285,11 @@ class NoiseSampler:
         )
 
     def _draw_perturbation(self, shape: torch.Size, number: int) -> Tensor:
-        """Draw the noise that features add to the input, summed over all features."""
+        """Draw the perturbation noise that features add to the network's input, summed over features."""
         return functools.reduce(torch.add, (draw(shape, self.seed, number) for draw in self.perturbations))
 
     def _weigh(self, batch: Batch, times: Timesteps) -> Tensor:
-        """Return the weight of each sample's loss, B."""
+        """Return the loss weight of each sample, a tensor of shape B."""
         weights = torch.ones(len(batch))
         if self.weighted_by != NOTHING:
             weights = loss_weights(self.timesteps, times, exact_sigmas=self.weighted_by == SIGMA)
@@ -329,7 +329,7 @@ def draw_num_clean_frames(spec: NoiseSpec, frames: int, *stream: int | str) -> i
     Args:
         spec: Noise conventions of the family.
         frames: Number of latent frames; the frame of a single image never stays clean.
-        stream: Seed of the draw.
+        stream: Parts of the seed.
     """
     if frames == 1 or not spec.first_frame_probability:
         return 0
@@ -367,7 +367,7 @@ class Feed:
 
         If epochs are short, workers are kept for all of them, because starting workers takes longer than an
         epoch. If epochs are long, workers end with each epoch, because each worker would need its own copy
-        of the next order.
+        of the next epoch's order.
         """
         keeps_workers = self.order.num_items <= MAX_ITEMS_OF_KEPT_WORKERS
         epochs_per_start = max(self.plan.num_epochs, 1) if keeps_workers else 1
@@ -409,7 +409,7 @@ class Feed:
             workers_may_end.set()
 
     def __getitem__(self, key: Key) -> PackedBatch | UserError:
-        """Return a micro-batch or its error: DataLoader would re-raise a worker's error only as text."""
+        """Return a micro-batch, or its UserError, of which DataLoader would re-raise only the text."""
         try:
             return PackedBatch.of(self.read(key))
         except UserError as error:

@@ -47,7 +47,7 @@ class LiveTextEncoders:
         return frozenset().union(*(encoder.keys for encoder in self.encoders))
 
     def load(self, device: torch.device, block_sharder: BlockSharder | None = None) -> None:
-        """Load all encoders with frozen weights; the caller adds what is trained in them.
+        """Load all encoders with frozen weights; the caller adds their trained parts.
 
         Args:
             device: Device of the run.
@@ -70,12 +70,12 @@ class LiveTextEncoders:
 
     @property
     def trained_encoders(self) -> list["WithNetwork"]:
-        """Return the encoders whose outputs change during training, in the order of use."""
+        """Return the text encoders that are trained, in the order of `encoders`."""
         return [cast(WithNetwork, encoder) for encoder in self.encoders if self._is_trained(encoder)]
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """Return the trained networks by the prefix of their names in LoRA files. Call `load` first."""
+        """Return the trained text encoder networks by their LoRA prefix. Call `load` first."""
         return {encoder.lora_prefix: encoder.network for encoder in self.learning_encoders}
 
     @property

@@ -50,9 +50,9 @@ def timestep_options_of_table(options: TimestepOptions, table: DatasetTable) -> 
 def timestep_options_by_group(
     options: TimestepOptions, tables: Sequence[DatasetTable]
 ) -> Mapping[int, TimestepOptions]:
-    """Return the timestep options of each group of tables that share batches; empty if no table has its own.
+    """Return the timestep options of each group of tables that share batches, by `DatasetTable.batch_group`.
 
-    The keys are the numbers of the groups (`DatasetTable.batch_group`).
+    Empty if no table has timestep options of its own.
     """
     trained = list_training_tables(tables)
     if not any(table.has_own_timesteps for table in trained):
@@ -61,7 +61,7 @@ def timestep_options_by_group(
 
 
 def list_timestep_options(options: TimestepOptions, tables: Sequence[DatasetTable]) -> list[TimestepOptions]:
-    """Return all distinct timestep options of a run; only the run's if no table has its own."""
+    """Return all distinct timestep options: one for each group of tables, or just the run's `options`."""
     return [*dict.fromkeys(timestep_options_by_group(options, tables).values())] or [options]
 
 
@@ -77,7 +77,7 @@ def group_tables_by_timesteps(
 
 
 def check_timesteps(options: TimestepOptions, tables: Sequence[DatasetTable], family: Family) -> None:
-    """Raise DatasetError or OptionError if noise levels of a table or of the options cannot be trained."""
+    """Raise DatasetError or OptionError if the noise levels of a table or option cannot be trained."""
     noise_spec, experts = family.noise, family.experts
     for table in list_training_tables(tables):
         if table.has_own_timesteps:
@@ -140,7 +140,7 @@ def _describe_table_keys(table: DatasetTable) -> str:
 
 
 def describe_times(options: TimestepOptions, tables: Sequence[DatasetTable]) -> list[str]:
-    """Return one line on noise levels for each trained table; empty if no table sets its own."""
+    """Return one line about the noise levels of each trained table; [] if no table sets its own."""
     lines = []
     for times, grouped in group_tables_by_timesteps(options, tables).items():
         text = f"{times.lowest} to {times.highest}"

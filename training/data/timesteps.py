@@ -41,7 +41,7 @@ ROUNDING_TOLERANCE = 1e-6  # tolerance in timesteps for rounding errors: 0.57 * 
 
 @dataclass(frozen=True)
 class Timesteps:
-    """Noise levels of one micro-batch, as float32 tensors of shape B on the CPU."""
+    """Timesteps and noise levels of one micro-batch, as float32 tensors of shape B on the CPU."""
 
     sigmas: Tensor  # fraction of noise in the mixture, 0..1
     timesteps: Tensor  # input of the network
@@ -119,7 +119,7 @@ def _redraw_rejected(
     flow_shift: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Draw the noise fractions that the expert does not accept again, until it accepts all of them."""
+    """Redraw noise fractions that are not accepted for the expert, until all are."""
     low, high = find_accepted_range(options, noise_spec, flow_shift, expert)
     while True:
         accepted = is_accepted(options, fractions, noise_spec, expert)
@@ -140,7 +140,7 @@ def _select_expert(
 ) -> int:
     """Return the index of the expert that runs at a noise level.
 
-    If the timestep options leave this expert less than one of NUM_SCANNED_DRAWS, which is too few to fill a
+    If the timestep options give this expert fewer than one in NUM_SCANNED_DRAWS draws, too few to fill a
     batch, the first expert with more draws is returned instead.
     """
     index = expert_at(level, experts)
@@ -192,8 +192,8 @@ def find_shift(options: TimestepOptions, noise_spec: NoiseSpec, shape: Sequence[
 def ideogram_shift(tokens: int) -> float:
     """Return the flow shift of Ideogram 4 for an image of this many tokens of 16 x 16 pixels.
 
-    mu = 0.5 ln(pixels / 512^2), so the shift e^mu is the ratio of the sides of square images. Tokens of other
-    models are counted in the same way, whatever their size. Source: the open trainers of Ideogram 4.
+    mu = 0.5 ln(pixels / 512^2), so for square images the shift e^mu is their side divided by 512. Tokens of
+    other models count as 16 x 16 pixels too, whatever their size. Source: the open trainers of Ideogram 4.
     """
     return math.sqrt(tokens) * _IDEOGRAM_SIDE
 
@@ -204,7 +204,7 @@ def _require_shifted_logit(noise_spec: NoiseSpec) -> ShiftedLogit:
 
 
 def _mu_points_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, float]]:
-    """Return the two (tokens, mu) points of `SIZE_SHIFTS` that define the line of the sampler's mu."""
+    """Return two (tokens, mu) points of `SIZE_SHIFTS`: the sampler's mu is linear in the token count."""
     sampler = options.timestep_sampling
     if sampler == "nextdit_shift":
         return SIZE_SHIFTS["flux_shift"]
@@ -240,7 +240,7 @@ def sample_fractions(options: TimestepOptions, u: Tensor, noise_spec: NoiseSpec,
 def _focus_fractions(
     options: TimestepOptions, focus: float, u: Tensor, noise_spec: NoiseSpec, *, flow_shift: float
 ) -> Tensor:
-    """Map uniform numbers `u` to noise fractions with --timestep_focus, B float64."""
+    """Map uniform numbers `u`, B, to noise fractions, B float64, with --timestep_focus."""
     low, high = options.timestep_focus_range
     in_range = (low + (high - low) * u / focus) / NUM_TIMESTEPS
     unfocused = sample_fractions(options, (u - focus) / (1 - focus), noise_spec, flow_shift)
@@ -248,7 +248,7 @@ def _focus_fractions(
 
 
 def takes_normal_draws(options: TimestepOptions) -> bool:
-    """Return whether the sampler maps a normally distributed number, not a uniform one."""
+    """Return whether the timestep sampler takes normally distributed random numbers, not uniform ones."""
     by_weighting = options.timestep_sampling == "sigma" and options.weighting_scheme == "logit_normal"
     return by_weighting or options.timestep_sampling in {
         "sigmoid",
@@ -331,7 +331,7 @@ def times_at(options: TimestepOptions, fractions: Tensor, noise_spec: NoiseSpec 
 
 
 def times_of_audio(times: Timesteps, noise_spec: NoiseSpec) -> Timesteps:
-    """Return the noise levels of the audio in clips whose images have the noise levels `times`."""
+    """Return the audio timesteps and noise levels that correspond to the video timesteps `times`."""
     if noise_spec.audio_shift == 1:
         return times
     # computed from the levels, because image sigmas near 1 have lost precision
@@ -359,13 +359,13 @@ def is_accepted(options: TimestepOptions, fractions: Tensor, noise_spec: NoiseSp
     """Return which drawn noise levels may be used, B bool.
 
     A level must lie in the range of the expert and, with --preserve_distribution_shape, between the minimum
-    and maximum timestep: the latter rejects draws instead of squeezing them into the range.
+    and maximum timestep: that option rejects draws instead of squeezing them into the range.
 
     Args:
         options: Options of the timestep distribution.
         fractions: Fraction of noise of each draw, B, 0..1.
         noise_spec: Noise conventions of the family.
-        expert: The network that the batch trains, with its range of timesteps.
+        expert: The transformer that the batch trains, with its range of timesteps.
     """
     levels = NUM_TIMESTEPS * fractions.double()
     fits = (levels >= expert.min_timestep) & (levels < expert.max_timestep)
@@ -411,12 +411,12 @@ def _explain_no_draws(options: TimestepOptions, expert: Expert) -> OptionError:
 
 
 def spread_evenly() -> Tensor:
-    """Return NUM_SCANNED_DRAWS evenly spread numbers between 0 and 1, float64."""
+    """Return NUM_SCANNED_DRAWS evenly spaced numbers between 0 and 1, float64."""
     return (torch.arange(NUM_SCANNED_DRAWS, dtype=torch.float64) + 0.5) / NUM_SCANNED_DRAWS
 
 
 class AcceptedDraws(NamedTuple):
-    """The draws among NUM_SCANNED_DRAWS evenly spaced ones that an expert accepts."""
+    """Evenly spaced draws (NUM_SCANNED_DRAWS in all) whose noise levels an expert is trained on."""
 
     u: Tensor  # uniform numbers, 0..1
     fractions: Tensor  # noise fractions that the sampler maps them to
@@ -425,7 +425,7 @@ class AcceptedDraws(NamedTuple):
 def scan_draws(
     options: TimestepOptions, noise_spec: NoiseSpec, flow_shift: float, expert: Expert = ONE_EXPERT[0]
 ) -> AcceptedDraws:
-    """Map evenly spaced numbers u to noise fractions with the sampler; return the accepted ones."""
+    """Map evenly spaced u in 0..1 to noise fractions with the timestep sampler; return the accepted ones."""
     u = spread_evenly()
     fractions = fractions_of_uniform(options, u, noise_spec, flow_shift)
     accepted = is_accepted(options, fractions, noise_spec, expert)
@@ -463,7 +463,7 @@ def can_reach_expert(options: TimestepOptions, noise_spec: NoiseSpec, expert: Ex
 
 
 def _list_extreme_shifts(options: TimestepOptions) -> list[float]:
-    """Return the flow shift, or for samplers that depend on the size, the smallest and the largest shift."""
+    """Return the flow shift; if it depends on the image size, its smallest and its largest value."""
     if options.timestep_sampling == IDEOGRAM_SHIFT:
         return [ideogram_shift(tokens) for tokens in _IDEOGRAM_TOKENS]
     if not options.follows_size or options.timestep_sampling == SHIFTED_LOGIT:
@@ -479,7 +479,7 @@ def check_experts_reached(
     Args:
         options_of_tables: Timestep options of each table, which may differ.
         noise_spec: Noise conventions of the family.
-        experts: Networks of the model, with their noise levels.
+        experts: Transformers of the model, each with its range of noise levels.
     """
     for expert in experts:
         if not any(can_reach_expert(options, noise_spec, expert) for options in options_of_tables):
@@ -490,8 +490,8 @@ def check_experts_reached(
 def loss_weights(options: TimestepOptions, times: Timesteps, exact_sigmas: bool = False) -> Tensor:
     """Return the weight of each sample's loss, B float32 (Esser et al. 2024, arXiv 2403.03206, section 3.1).
 
-    They depend on the timesteps, rounded to 1..1000, or with `exact_sigmas` on the sigmas, which are at least
-    a thousandth because some weights divide by them.
+    Weights depend on the timesteps, rounded to 1..1000, or with `exact_sigmas` on the sigmas, which are at
+    least a thousandth because some weights divide by them.
     """
     if exact_sigmas:
         thousandths = NUM_TIMESTEPS * times.sigmas.double()
@@ -522,6 +522,7 @@ def _sample_mixture(options: TimestepOptions, draws: Tensor, flow_shift: float) 
     t = torch.zeros_like(draws)
     start = 0.0  # of the sampler's interval
     for sampler, share in MIXTURES[options.timestep_sampling]:
+        # the normal quantiles of 0 and 1 are infinite
         uniform = ((draws - start) / share).clamp(1e-9, 1 - 1e-9)
         normal = torch.special.ndtri(uniform)
         match sampler:
@@ -544,6 +545,7 @@ def _shifted_logit_normal(rule: ShiftedLogit, u: Tensor, scale: float, flow_shif
        reflected at it.
     3. If stretched, the lowest u, a fraction `uniform_share` of all, become uniform t instead.
     """
+    # u is clamped, because the normal quantiles of 0 and 1 are infinite
     if not rule.is_stretched:
         return _logit_normal(u.clamp(1e-9, 1 - 1e-9), scale, flow_shift)
     share = rule.uniform_share
@@ -556,12 +558,12 @@ def _shifted_logit_normal(rule: ShiftedLogit, u: Tensor, scale: float, flow_shif
 
 
 def _logit_normal(quantiles: Tensor, scale: float, flow_shift: float) -> Tensor:
-    """Return the shifted sigmoid of the values of a normal distribution at these quantiles, 0..1."""
+    """Return noise fractions 0..1: the shifted sigmoid of `scale` times normal quantiles."""
     return shift_sigmas(torch.sigmoid(scale * torch.special.ndtri(quantiles)), flow_shift)
 
 
 def _truncated_logit_normal(rule: CutLogit, draws: Tensor) -> Tensor:
-    """Map uniform `draws`, B, to noise levels of cut_logit_normal, whole thousandths above 0."""
+    """Map uniform `draws`, B, to noise levels of a cut logit-normal, rounded up to thousandths."""
     share = rule.uniform_share  # the lowest draws, this fraction of them, become uniform levels
     cut = torch.tensor(rule.cut, dtype=torch.float64)
     below_cut = torch.special.ndtr((torch.logit(cut) - rule.mean) / rule.std)  # fraction of the distribution

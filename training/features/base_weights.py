@@ -65,7 +65,7 @@ class BaseWeightsOptions(FeatureOptions, title="network", at=AT_NETWORK, why_not
 
     @property
     def high_noise_files(self) -> tuple[Path, ...]:
-        """Return the LoRA files for the second transformer; () if both transformers share the same files."""
+        """Return the LoRA files for the high-noise transformer; () if both use those of --base_weights."""
         return () if self.high_noise is None else self.high_noise.base_weights_high_noise or ()
 
 

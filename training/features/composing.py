@@ -29,7 +29,7 @@ def options_at(place: str) -> type[Options]:
 
 
 def list_info() -> dict[str, Mapping[str, Any]]:
-    """Return the declarations of all feature options, by name."""
+    """Return the metadata of all feature options, by option name."""
     by_name: dict[str, Mapping[str, Any]] = {}
     for feature in FEATURES:
         by_name |= info_of(feature.options)
@@ -37,23 +37,23 @@ def list_info() -> dict[str, Mapping[str, Any]]:
 
 
 def options_reaching(*reaches: str) -> dict[str, Mapping[str, Any]]:
-    """Return the declarations of feature options with one of these `reach` values, by option name."""
+    """Return the metadata of feature options with one of these `reach` values, by option name."""
     return {name: info for name, info in list_info().items() if find_reach(info) in reaches}
 
 
 def options_of_blocks() -> list[str]:
-    """Return the options of features that work only on models with transformer blocks."""
+    """Return the names of feature options that work only on models with transformer blocks."""
     return [name for name, info in list_info().items() if info.get("of_blocks")]
 
 
 def options_by_expert() -> list[type[Options]]:
-    """Return the features' option records that apply to the second of two transformers."""
+    """Return the option classes of features that apply to the second of two transformers."""
     hints = [hint for feature in FEATURES for hint in hints_of(feature.options).values()]
     return [record for record in map(find_record_type, hints) if record is not None]
 
 
 def rejected_for_full() -> dict[str, str]:
-    """Return why full fine-tuning rejects each option of a feature that needs a network, by option."""
+    """Map each feature option that needs a LoRA to the reason why full fine-tuning rejects it."""
     records = [feature.options for feature in FEATURES if feature.options.place == AT_NETWORK]
     return {name: record.why_not_full for record in records for name in info_of(record)}
 
@@ -67,7 +67,7 @@ def options_of_run() -> type[Options]:
 
 
 def bad_step_remedies() -> str:
-    """Return the remedies of features for a NaN or infinite loss or norm, as sentences."""
+    """Return sentences about feature options that help against a NaN or infinite loss or norm."""
     remedies = [info.get(AGAINST_BAD_STEPS, "") for info in list_info().values()]
     return " ".join(filter(None, remedies))
 
@@ -108,7 +108,7 @@ def begin_run(
 
 
 def _reject_targets(targets: Sequence[StepTarget]) -> None:
-    """Raise OptionError if one of several targets cannot be combined with another one."""
+    """Raise OptionError if two training targets, such as a slider and a teacher, cannot be combined."""
     replacing = [target.option for target in targets if target.replaces_velocity]
     if len(replacing) > 1:
         raise OptionError(
@@ -143,10 +143,10 @@ def end_of_run(run: RunFeatures) -> Iterator[RunEnd]:
 
 
 def act_at_end(end: RunEnd, error: BaseException | None) -> None:
-    """Call the features' `on.end` functions, only once for a run.
+    """Call the features' `on.end` hooks, unless they were already called for this run.
 
     Args:
-        end: How far the run has come.
+        end: Progress of the run so far.
         error: Error that ended the run; None if it completed.
     """
     if not end.is_due:

@@ -66,7 +66,7 @@ AGAINST_BAD_STEPS = "against bad steps"
 
 
 class FeatureOptions(Options):
-    """Base class of a feature's options; the parser, --config_file and --help include those of all features.
+    """Base class of a feature's options; the parser, --config_file and --help include all features' options.
 
     Attributes:
         at: Position of the options in --help, one of the constants AT_... above.

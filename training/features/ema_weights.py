@@ -77,7 +77,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Set the parameters to the average during the block: in float32, on the average's device."""
+        """Set the parameters to the average during the block, as float32 on the device of the average."""
         write_back_all(self._dits)
         trained = [weight.data for weight in self._parameters]
         try:
@@ -102,7 +102,7 @@ class WeightAverage:
         return {"ss_ema_decay": str(self.decay), "ss_ema_steps": str(self.steps)}
 
     def restore(self, saved: SavedState) -> None:
-        """Load the average of a saved state; if the state has none, start with the current weights."""
+        """Load the average from a saved state; if the state has none, start from the current weights."""
         if AVERAGE not in saved.parts:
             logger.info("The state contains no average (EMA): it begins at step %d.", saved.progress.step)
             self.begin()

@@ -39,7 +39,7 @@ FLAGS = WordOptionNames(
 
 
 class LearnsEmbeddings(Protocol):
-    """A family whose text encoders can learn the vectors of a new word alongside a network."""
+    """A family whose text encoders can learn embeddings of a new word while a network is trained."""
 
     def with_word_in_texts(self, word: WordToLearn) -> "Family":
         """Return the family whose text encoders get embedding rows for the new word."""
@@ -141,7 +141,7 @@ class EmbeddingOptions(
 
 
 def _with_word(word: WordToLearn, family: "Family") -> "Family":
-    """Add embedding rows for the word to the model; raise OptionError if the script trains no LoRA."""
+    """Return the family with embedding rows for the word; raise OptionError if the script trains no LoRA."""
     from protocols.family_networks import custom_network_of  # torch: only with a word
 
     made = custom_network_of(family)
@@ -154,7 +154,7 @@ def _with_word(word: WordToLearn, family: "Family") -> "Family":
 
 
 def _check(word: WordToLearn, family: "Family", counts: Sequence[int]) -> None:
-    """Raise UserError if a file with initial vectors for the word does not fit the text encoders."""
+    """Raise UserError if a file with initial vectors for the word does not match the text encoders."""
     cast(LearnsEmbeddings, family).word_network(word).check()
 
 
@@ -177,7 +177,7 @@ def _describe(options: EmbeddingOptions) -> str:
 
 
 def _word_as_network(word: WordToLearn, family: "Described") -> "CustomNetwork":
-    """Return the network of the word, for a run that trains it instead of a LoRA."""
+    """Return the word's embedding as the trained network, for a run that trains it instead of a LoRA."""
     network = cast(LearnsEmbeddings, family).word_network(word)
     return replace(
         network,

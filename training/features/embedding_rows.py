@@ -33,7 +33,7 @@ class TrainedWord:
     has_file: bool = False  # whether an embedding file is saved next to each LoRA
 
     def tensors_for_lora_file(self) -> dict[str, Tensor]:
-        """Return the vectors under their names in a LoRA file; log what users of the file need to know."""
+        """Return the vectors by their names in a LoRA file, and log how to use the word with that file."""
         self.network.report(self.module)
         return self.tensors()
 
@@ -70,7 +70,7 @@ class TrainedWord:
     def add_to(
         self, trainable: Trainable, learning_rate: float, total_steps: int, device: torch.device
     ) -> Trainable:
-        """Return the trained parameters together with the vectors, which move to the device.
+        """Return `trainable` with the word's vectors added, after moving them to the device.
 
         Args:
             trainable: The trained parameters.
@@ -120,7 +120,7 @@ def make_word_vectors(
 
 
 def _log_continued_word(word: WordToLearn) -> None:
-    """Log that training continues the word's vectors that the LoRA of --network_weights contains."""
+    """Log that training continues from the word's vectors in the LoRA of --network_weights."""
     if word.lora is None or word.weights is not None:
         return
     with open_checkpoint(word.lora) as checkpoint:

@@ -24,10 +24,10 @@ class EncodedCaptions:
 
 
 def encode_captions(family: Family, texts: Sequence[str], device: torch.device) -> EncodedCaptions:
-    """Encode captions, one encoder after the other.
+    """Encode captions, one text encoder after the other.
 
     Raises:
-        OptionError: If a text encoder is not given.
+        OptionError: If the file of a text encoder is missing.
     """
     family.check_files(media=False)
     encoded: dict[str, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts}
@@ -40,7 +40,7 @@ def encode_captions(family: Family, texts: Sequence[str], device: torch.device) 
 
 
 def _encode(encoder: TextEncoder, texts: Sequence[str], device: torch.device) -> Iterator[Conditions]:
-    """Yield the outputs of an encoder for each caption, on the CPU."""
+    """Yield the outputs of a text encoder for each caption, moved to the CPU."""
     try:
         encoder.load(device)
         for text in texts:

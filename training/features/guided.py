@@ -64,7 +64,7 @@ class GuidedTarget:
 
 
 def make_guided(options: GuidedTargetOptions) -> GuidedTarget:
-    """Return the target for the options; the guidance scale of audio defaults to that of video."""
+    """Return the guided target for the options; the audio guidance scale defaults to the video scale."""
     scale = options.guided_target
     assert scale is not None  # the feature is on
     return GuidedTarget(
@@ -79,8 +79,8 @@ def guide(
 ) -> "Tensor":
     """Return the target u + scale * (velocity - u), where u is the network's prediction for the empty prompt.
 
-    Samples below the lowest noise level keep the velocity, and so do those of `_list_unguided`. Audio has its
-    own scale and its own noise levels.
+    Samples below the lowest noise level keep the velocity, and so do the samples that `_list_unguided`
+    selects. Audio has its own scale and its own noise levels.
     """
     from training.targets.passes import noise_fractions_of, select_per_sample  # torch: only with this target
 
@@ -108,9 +108,10 @@ def guide(
 
 
 def _list_unguided(passes: "TrainingPasses", noisy_batch: "NoisyBatch") -> list[bool]:
-    """Return for each sample whether its caption is empty, or its table asks for the base model's prediction.
+    """Return for each sample whether it keeps its ordinary target instead of the guided one.
 
-    With an empty caption, the prediction for the empty prompt is the sample's own prediction.
+    It does if its caption is empty, since the prediction without a prompt is then its own prediction, or if
+    its dataset table sets the base model's prediction as the target.
     """
     from training.targets.passes import samples_with_base_target  # torch: only with this target
 
@@ -146,7 +147,7 @@ def with_guided_target(
     noisy_batch: "NoisyBatch",
     comparisons: "list[TargetComparison]",
 ) -> "list[TargetComparison]":
-    """Replace the first comparison's target, the velocity, by the guided target."""
+    """Return `comparisons` with the target of the first, the velocity, replaced by the guided target."""
     clip, *others = comparisons
     return [replace(clip, target=guide(guided, passes, noisy_batch, clip.target)), *others]
 

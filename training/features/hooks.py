@@ -76,7 +76,7 @@ class OptionsOfRun(Protocol):
 
     @property
     def weighted_by(self) -> str:
-        """Rule that weights the loss by noise level, one of the names in `training.noise_options`."""
+        """Rule for weighting the loss by noise level, one of the names in `training.noise_options`."""
 
     @property
     def is_for_images(self) -> bool:
@@ -96,7 +96,7 @@ class OptionsOfRun(Protocol):
 
     @property
     def by_expert(self) -> "ExpertTrainingOptions":
-        """Options of the two experts; defaults for families of one DiT."""
+        """Options of the two experts (high-noise and low-noise DiT); defaults for families with one DiT."""
 
     @property
     def subset(self) -> "SubsetOptions | None":
@@ -156,7 +156,7 @@ class PlannedRun(Protocol):
 
     @property
     def other_families(self) -> "OtherFamilies":
-        """Constructors of the family with other model files, such as the DiT of a teacher."""
+        """Functions that create the family with different model files, such as the DiT of a teacher."""
 
     @property
     def progress(self) -> "Progress":
@@ -226,7 +226,7 @@ class Average(Protocol):
 
 
 class AuxiliaryLearner(Protocol):
-    """Parameters trained alongside the network, and saved in its files and in states."""
+    """Parameters trained alongside the LoRA (such as an embedding), saved in its files and in states."""
 
     @property
     def module(self) -> "nn.Module":
@@ -236,15 +236,15 @@ class AuxiliaryLearner(Protocol):
         """Return the parameter group of these parameters for the optimizer, with their learning rate."""
 
     def tensors(self) -> "dict[str, Tensor]":
-        """Return the tensors to write into the file of a LoRA."""
+        """Return the tensors to add to a LoRA file, by name."""
 
     def tensors_for_lora_file(self) -> "dict[str, Tensor]":
-        """Return the tensors of `tensors` for a LoRA file, and log how the file has to be used."""
+        """Return `tensors()` for a LoRA file, and log how to use that file."""
 
     def add_to(
         self, trainable: "Trainable", learning_rate: float, total_steps: int, device: "torch.device"
     ) -> "Trainable":
-        """Return `trainable` with these parameters added, which move to the device."""
+        """Return `trainable` with these parameters added, after moving them to the device."""
 
 
 class FrozenNetwork(Protocol):
@@ -260,7 +260,7 @@ class FrozenNetwork(Protocol):
 
 
 class NetworkLoading(Protocol):
-    """Load the trained networks of a run, and additional ones such as a teacher."""
+    """Interface for loading the trained networks of a run, and additional ones such as a teacher."""
 
     def load(self, family: "Family", index: int) -> FrozenNetwork:
         """Load the network of the expert at `index` and freeze it."""
@@ -270,13 +270,13 @@ class NetworkLoading(Protocol):
 
 
 class HookedModel(Protocol):
-    """Loaded networks and trained parameters of a run, as features get them before a state is restored."""
+    """Loaded networks and trained parameters of a run; features get this before a state is restored."""
 
     average: Average | None
 
     @property
     def plan(self) -> PlannedRun:
-        """Plan of the run from before the networks were loaded."""
+        """The run's plan, made before the networks were loaded."""
 
     @property
     def loader(self) -> NetworkLoading:
@@ -342,7 +342,7 @@ class RunEnd:
 
 @dataclass
 class Tally:
-    """Named metrics that passes of a micro-batch record for the logs."""
+    """Named metrics of a micro-batch, recorded by its forward passes for the logs."""
 
     names: tuple[str, ...]
     # how the page shows them
@@ -370,7 +370,7 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class AverageInfo:
-    """Properties of a moving average of the weights, as other features read them."""
+    """Properties of a moving average of the weights that other parts of a run need."""
 
     name: str  # short name, such as "EMA"
     is_sampled: bool  # whether samples are generated with the average
@@ -403,7 +403,7 @@ MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[StreamErrors]"
 
 @dataclass(frozen=True)
 class Hooks:
-    """Lists of functions that features add, one list per point of a run; each list is called in order."""
+    """Callbacks that features register, one list per point of a run; each list is called in order."""
 
     # may load torch, and adds further functions to these lists; also called when memory is measured
     start: "list[Callable[[RunFeatures], None]]" = field(default_factory=list)
@@ -455,7 +455,7 @@ class Hooks:
 
 @dataclass
 class RunFeatures:
-    """Functions, targets and descriptions that active features add to a run."""
+    """Hooks, training targets and descriptions that active features add to a run."""
 
     options: OptionsOfRun
     # tables of the dataset, and the model; empty and None before `on.start`, when they are not known
@@ -492,7 +492,7 @@ class RunFeatures:
 
     @property
     def replaces_default_pass(self) -> bool:
-        """Return whether functions of `on.passes`, if any, replace the usual pass with gradients."""
+        """Return whether the passes in `on.passes`, if any, replace the usual forward pass with gradients."""
         return bool(self.on.passes) and any(target.reason_to_exclude_others for target in self.targets)
 
     @property
@@ -501,7 +501,7 @@ class RunFeatures:
         return any(target.has_joint_audio_loss for target in self.targets)
 
     def count_passes(self) -> PassCounts:
-        """Return the number of passes of each kind that a micro-batch needs with all targets of the run."""
+        """Return the number of forward passes that a micro-batch needs with all targets of the run."""
         passes = PassCounts()
         for target in self.targets:
             passes = passes.plus(target.passes)

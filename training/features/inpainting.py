@@ -34,7 +34,7 @@ class Inpaints(Protocol):
     """A model family with an inpainting variant, whose inputs include a mask and a masked image."""
 
     def for_inpainting(self) -> "Family":
-        """Return the family with the inpainting variant of its network."""
+        """Return a copy of this family that uses the inpainting variant of its network."""
         ...
 
     def encode_masked(
@@ -50,7 +50,7 @@ class Inpaints(Protocol):
             encoders: The loaded VAE.
             pixels: The image, 1 C H W, -1..1.
             mask: H W; pixels that are not 0 are repainted.
-            generator: Draws the sample of the posterior.
+            generator: Random generator for sampling from the VAE's posterior.
         """
         ...
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class IpNoiseOptions(FeatureOptions, title="noise", at=AT_NOISE, facts={**HABIT, **IN_IMAGE_FILES}):
-    """Strength of the additional noise on the noisy latents (input perturbation)."""
+    """Strength of the noise that is added to the noisy latents (input perturbation)."""
 
     ip_noise_gamma: float | None = option(
         "input perturbation: mix in this fraction of additional noise, which the model does not have "

@@ -49,7 +49,7 @@ WRITE_SECONDS = 3.0  # minimum seconds between two writes
 
 
 def _not_begun() -> Progress:
-    """Return a placeholder progress, for predictions of memory."""
+    """Return a placeholder for the run's progress, used while memory is predicted."""
     return Progress(0, 0, 0.0)
 
 
@@ -68,7 +68,7 @@ def start_losses_file(folder: Path, name: str, process: int, session: int, step:
 
 
 def append_losses(folder: Path, name: str, process: int, draws: Iterable[ItemDraw]) -> None:
-    """Add lines to the file of a process. Raises OutputError if they cannot be written."""
+    """Append item losses to the loss file of a process. Raises OutputError if they cannot be written."""
     append_text(items_path(folder, name, process), "".join(map(_as_line, draws)))
 
 
@@ -96,7 +96,7 @@ class UnreadLosses:
 
 @dataclass
 class ItemLossRecorder:
-    """Record item losses of a run; a context manager in every process, which writes its own file."""
+    """Record item losses of a run: a context manager that all processes enter; each writes its own file."""
 
     folder: Path
     name: str
@@ -146,7 +146,7 @@ class ItemLossRecorder:
     def observe(
         self, passes: TrainingPasses, noisy_batch: "NoisyBatch", comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Wrap the first comparison, the one with the clip, so that its errors are recorded when measured."""
+        """Wrap the error function of the first comparison, with the clip's target, to record item losses."""
         if self._process_index is None:
             return comparisons
         clip, *others = comparisons
@@ -177,8 +177,8 @@ class ItemLossRecorder:
             losses=image_losses,
         )
         self._unread_losses.append(unread_losses)
-        # copies to the host are asynchronous: those of two steps ago are complete, because the run reads the
-        # loss of each step one step later
+        # copies to the host are asynchronous: copies from two steps ago are complete, because the run reads
+        # the loss of each step one step later
         self._run_or_stop_recording(functools.partial(self._read_losses_until, step - 2))
         return errors
 
@@ -191,10 +191,10 @@ class ItemLossRecorder:
     def log_samples(
         self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
     ) -> None:
-        """Do nothing: samples have no loss."""
+        """Do nothing: generated samples have no training loss."""
 
     def _begin(self) -> None:
-        """Start the file, with the lines of earlier steps; raise OutputError if it cannot be written."""
+        """Start the loss file, keeping lines of earlier steps; raise OutputError if it cannot be written."""
         assert self._process_index is not None
         start_losses_file(
             self.folder,
@@ -205,7 +205,7 @@ class ItemLossRecorder:
         )
 
     def _read_losses_until(self, step: int) -> None:
-        """Take the losses up to `step`, which have reached the host; write the lines from time to time."""
+        """Collect the losses up to `step`, now copied to the host; write them to disk from time to time."""
         while self._unread_losses and self._unread_losses[0].step <= step:
             arrived = self._unread_losses.pop(0)
             losses = arrived.losses.tolist()
@@ -271,7 +271,7 @@ def make_thumbnails(table: DatasetTable, cache_tag: str, keys: Sequence[str]) ->
 
 
 def _group_keys_by_source(table: DatasetTable, cache_tag: str, keys: Sequence[str]) -> dict[str, list[str]]:
-    """Return the keys by the stem of their source file: clips of one video have several keys."""
+    """Group item keys by the stem of their source file: the clips of one video have several keys."""
     keys_by_stem: dict[str, list[str]] = {}
     for key in keys:
         name = parse_latent_name(f"{key}{SUFFIX}", cache_tag, table.kind)

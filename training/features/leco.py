@@ -38,13 +38,13 @@ PLACEHOLDER_SIDE = 64  # side in pixels of the placeholder image of the dataset
 
 @dataclass
 class LecoProgress:
-    """State of LECO in saved states: a hash of the prompt pairs."""
+    """What saved states contain about LECO: a hash of the prompt pairs."""
 
     leco_pairs: str = ""  # a hash of the pairs; "" before the first step
 
 
 def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "Family":
-    """Raise OptionError if LECO does not support the family, or the family the sizes of the pairs.
+    """Raise OptionError if the family does not support LECO, or the image sizes of the prompt pairs.
 
     As a hook of `on.family`, it returns the family to train, unchanged.
     """
@@ -95,7 +95,7 @@ def make_blank_dataset() -> "DatasetConfig":
 def _prepare_passes(
     run: "RunFeatures", options: LecoOptions, pairs: Sequence[LecoPair], plan: "PlannedRun"
 ) -> None:
-    """Encode the prompts before the network is loaded; add the training passes once it is loaded."""
+    """Encode the prompts before the transformer is loaded; add the training passes once it is loaded."""
     progress = plan.progress.feature_state(LecoProgress)
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
     if progress.leco_pairs not in {"", digest}:

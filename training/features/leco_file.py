@@ -28,7 +28,7 @@ TOP_LEVEL_KEYS = (*dict.fromkeys((*PAIR_KEYS, *SLIDER_KEYS)), "prompts", "slider
 
 @dataclass(frozen=True)
 class LecoPair:
-    """Prompts of one training pair: the target learns neutral +- guidance * (positive - opposite)."""
+    """One prompt pair: the prediction for `target` learns neutral +- guidance * (positive - opposite)."""
 
     target: str  # prompt for denoising latents, whose prediction is trained
     positive: str
@@ -218,7 +218,7 @@ def _read_slider(
 
 
 class _PairDirection(NamedTuple):
-    """Fields of a LecoPair that differ between the pairs of a slider, and the sign of its multiplier."""
+    """Fields that differ between the LecoPairs of one slider, and the sign of the multiplier."""
 
     positive: str
     unconditional: str
@@ -294,7 +294,7 @@ def _read_number(location: str, values: Mapping[str, Any], key: str, signed: boo
 
 
 def _read_resolution(location: str, value: Any) -> tuple[int, int]:
-    """Return height and width from one number for both, or from [height, width]."""
+    """Parse a resolution, one number for both sides or [height, width]; return height and width."""
     sides = value if isinstance(value, list) else [value, value]
     are_sides = len(sides) == 2 and all(
         isinstance(side, int) and not isinstance(side, bool) and 64 <= side <= MAX_SIDE for side in sides

@@ -7,7 +7,7 @@ from training.features.contract import AT_NETWORK, FeatureOptions
 
 
 class LecoOptions(FeatureOptions, title="prompts in place of images (LECO)", at=AT_NETWORK, facts=HABIT):
-    """Options of LECO: the prompts file, and the denoising of latents for each step."""
+    """Options of LECO: the prompts file, and how latents are denoised before each training step."""
 
     prompts_file: Path | None = option(
         "TOML or YAML file of prompts to erase, enhance or slide between, without images. Each step denoises "

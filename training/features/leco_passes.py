@@ -28,7 +28,7 @@ MAX_SCALE = 3.0  # with dynamic_crops: largest ratio of the original size to the
 
 @dataclass(frozen=True)
 class LecoTarget:
-    """Teach the prompt pairs of a LECO file, whose encoded prompts are kept here."""
+    """Training target for the prompt pairs of a LECO file, with their encoded prompts."""
 
     options: LecoOptions
     pairs: Sequence[LecoPair]
@@ -36,7 +36,7 @@ class LecoTarget:
     has_sizes: bool  # whether the model is given sizes and crops of images
 
     def make_conditions(self, prompt: str, sizes: Tensor, device: torch.device) -> Conditions:
-        """Return the conditions of a prompt for B samples; `sizes`, B 6, are the size inputs of SDXL."""
+        """Return the conditions of a prompt for B samples; `sizes`, B 6, are SDXL size conditions."""
         conditions: dict[str, Tensor | list[Tensor]] = {}
         for name, value in self.captions.encoded[prompt].items():
             stacked = stack_texts([value] * len(sizes), name in self.captions.variable_length)
@@ -100,7 +100,7 @@ def encode_pairs(
 
 
 def weigh_equally(_: NoiseSampler, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return a batch with loss weights of 1, because the passes draw other noise levels."""
+    """Return the batch with loss weights of 1, because LECO passes draw their own noise levels."""
     return replace(noisy_batch, weights=torch.ones_like(noisy_batch.weights))
 
 
@@ -140,7 +140,7 @@ def leco_passes(
 
 @dataclass(frozen=True)
 class PairStep:
-    """One training step on a pair of prompts."""
+    """One LECO training step on a pair of prompts."""
 
     target: LecoTarget
     pair: LecoPair
@@ -176,7 +176,7 @@ class PairStep:
         return x
 
     def predict_target(self, x: Tensor, timestep: int) -> Tensor:
-        """Return the target neutral +- guidance (positive - opposite), from passes of the base model."""
+        """Return the base model's target prediction, neutral +- guidance * (positive - opposite)."""
         assert self.passes.rule.as_base is not None  # only LoRAs are trained with LECO
         with torch.no_grad(), self.passes.rule.as_base():
             positive = self.predict(self.pair.positive, x, timestep)
@@ -217,7 +217,7 @@ def _draw_resolution(pair: LecoPair, rng: random.Random) -> tuple[int, int]:
 
 
 def _draw_size_conditions(pair: LecoPair, height: int, width: int, rng: random.Random) -> Tensor:
-    """Draw size conditions of B images, B 6 float32: original size, crop and target size, height first."""
+    """Draw SDXL size conditions, B 6 float32: original size, crop and target size, height first."""
     original, crop = (height, width), (0, 0)
     if pair.dynamic_crops:
         scale = rng.uniform(1, MAX_SCALE)
@@ -228,7 +228,7 @@ def _draw_size_conditions(pair: LecoPair, height: int, width: int, rng: random.R
 
 
 def _draw_noise(family: Trains, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Return the initial noise on the CPU, with the family's changes such as --noise_offset."""
+    """Return the initial noise on the CPU, as the family modifies it, for example with --noise_offset."""
     noise = torch.randn((count, *family.latent.shape(1, height, width)[1:]), generator=generator)
     if family.noise.vary_noise is not None:
         noise = family.noise.vary_noise(noise, torch.zeros_like(noise), generator)

@@ -43,7 +43,7 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
 
 
 def _require_masks(run: "RunFeatures", options: MaskPriorOptions, plan: "PlannedRun") -> None:
-    """Raise OptionError if no training item has a mask that weights its loss."""
+    """Raise OptionError if no training item has a loss mask."""
     if run.mask_input_option and not any(item.table.alpha_mask for item in plan.training):
         raise OptionError(
             f"--mask_prior_weight {options.weight:g} with {run.mask_input_option}: masks are inputs of the "
@@ -78,7 +78,7 @@ def compare_outside_masks(
     noisy_batch: "NoisyBatch",
     comparisons: "list[TargetComparison]",
 ) -> "list[TargetComparison]":
-    """Add the comparison with the base model outside masks; without masks, the list is unchanged."""
+    """Add the comparison with the base model outside masks; return the list unchanged without masks."""
     from training.targets.passes import TargetComparison, has_mask  # torch: only with --mask_prior_weight
 
     if not has_mask(noisy_batch):

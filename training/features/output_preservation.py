@@ -44,7 +44,7 @@ def velocity_or_base_prediction(
 def preserve(
     passes: "TrainingPasses", noisy_batch: "NoisyBatch", comparisons: "list[TargetComparison]"
 ) -> "list[TargetComparison]":
-    """Replace the clip's target by the base model's prediction for samples whose table asks for it."""
+    """Use the base model's prediction as the target of samples whose dataset table asks for preservation."""
     clip, *others = comparisons
     return [replace(clip, target=velocity_or_base_prediction(passes, noisy_batch, clip.target)), *others]
 

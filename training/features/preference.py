@@ -74,7 +74,7 @@ def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) 
 
 
 def _check_tables(run: "RunFeatures") -> None:
-    """Raise OptionError if a dataset table sets a target of its own."""
+    """Raise OptionError if a dataset table asks for output preservation, which has its own target."""
     preserving = next((table.name for table in run.tables if PRESERVE_OUTPUT in table.attributes), None)
     if preserving is not None:
         raise OptionError(

@@ -26,7 +26,7 @@ NUM_CHECKED_ITEMS = 1000
 
 @dataclass(frozen=True)
 class Preference:
-    """Strength beta of the preference, and weight of the ordinary loss of the better items."""
+    """Preference strength (beta of DPO), and the weight of the ordinary loss of the better items."""
 
     beta: float
     data_weight: float = 0.0  # factor on the usual loss of the preferred item, which is added
@@ -63,7 +63,7 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
 def pair_passes(
     preference: Preference, logged_metrics: Tally, passes: TrainingPasses, noisy_batch: NoisyBatch
 ) -> Iterator[StreamErrors]:
-    """Yield the losses of the pairs of a batch, B; the caller weights them like losses of samples."""
+    """Yield the losses of a batch's pairs, B; the caller applies loss weights as for single samples."""
     pairs = join_pairs(noisy_batch)
     passes = replace(passes, latents=passes.family.latent.to_model(pairs.batch.tensor("latents")))
     target = velocity_of(passes, pairs)
@@ -117,7 +117,7 @@ def _repeat(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
 
 
 def _repeat_audio(audio: NoisyAudio) -> NoisyAudio:
-    """Repeat audio noise and noise levels, so that chosen and rejected clips get the same ones."""
+    """Repeat audio noise and noise levels, so that chosen and rejected clips share them."""
     return NoisyAudio(
         noise=_stack_twice(audio.noise),
         sigmas=_stack_twice(audio.sigmas),

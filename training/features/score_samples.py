@@ -58,7 +58,7 @@ def _start(run: "RunFeatures") -> None:
 
 
 def _require_files(options: SampleScoringOptions) -> None:
-    """Raise OptionError, before the training begins, if a folder of a scoring model lacks its main file."""
+    """Raise OptionError, before training begins, if the folder of a scoring model lacks its main file."""
     download = "Download a model with python tools/download.py --family tools --to models --task"
     give_dino = "Give the folder of a DINO model as transformers saves it"
     _require_file("--score_samples", options.score_samples, "config.json", f"{download} score_clip")

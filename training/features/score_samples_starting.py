@@ -25,8 +25,8 @@ SCRIPT = Path("tools/score.py")
 class SampleScorer:
     """Recorder that scores a run's samples in a subprocess, started by the main process.
 
-    A subprocess scores all existing samples, using embeddings of earlier samples from disk. The next one
-    scores samples that are generated meanwhile. If a subprocess fails, a warning says why, and the training
+    A subprocess scores all existing samples, using embeddings of earlier samples from disk. The next
+    subprocess scores the samples generated in the meantime. If one fails, a warning says why, and training
     continues without scores.
     """
 
@@ -66,7 +66,7 @@ class SampleScorer:
         strips: "Mapping[int, Frame]",
         prompts: Mapping[int, str],
     ) -> None:
-        """Request scores; the process starts after the next step, when the history names the samples."""
+        """Request scores; `log_values` starts the process later, when the history lists the samples."""
         self._has_unscored_samples = True
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:

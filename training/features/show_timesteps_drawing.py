@@ -78,7 +78,7 @@ def show_timesteps(
 def _print_statistics(
     counts_by_label: Mapping[str, Tensor], fractions_by_label: Mapping[str, str], weights: Tensor
 ) -> None:
-    """Print bar charts of the drawn timesteps of each label, and of the loss weights."""
+    """Print bar charts of the drawn timesteps of each label (group of tables), and of the loss weights."""
     for label, counts in counts_by_label.items():
         title = f"{label}: timesteps drawn" if label else "timesteps drawn"
         text = f"{title}\n{draw_text_bars(counts)}\n{fractions_by_label[label]}"
@@ -148,10 +148,10 @@ def draw_text_bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
 def draw_statistics(
     counts_by_label: Mapping[str, Tensor], weights: Tensor, boundaries: Sequence[float] = ()
 ) -> bytes:
-    """Return a PNG: a diagram of the drawn timesteps for each group of tables, and one of the loss weights.
+    """Return a PNG with a chart of the drawn timesteps for each group of tables, and one of the loss weights.
 
     Args:
-        counts_by_label: Number of draws of each timestep, by the title of the diagram.
+        counts_by_label: Number of draws of each timestep, by the title of the chart.
         weights: Loss weight of each timestep.
         boundaries: Timesteps at which an expert begins; those above 0 are marked.
     """

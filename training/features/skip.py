@@ -54,7 +54,7 @@ class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, fa
 
 @dataclass
 class SkipProgress:
-    """State of step skipping; `norms` and `spikes_in_a_row` are kept by kind of step."""
+    """State of step skipping; gradient norms and counts of spikes are kept for each kind of step."""
 
     bad_in_a_row: int = 0  # number of bad steps immediately before
     spikes_in_a_row: dict[str, int] = field(default_factory=dict)
@@ -65,8 +65,8 @@ class SkipProgress:
 class Skipping:
     """Decide which steps of a run are skipped.
 
-    Only steps of one kind are compared with each other: the norms of each transformer, and of steps with and
-    without audio, have different sizes.
+    Only steps of the same kind are compared, because gradient norms differ between transformers, and between
+    steps with and without audio.
     """
 
     options: SkipOptions
@@ -157,7 +157,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
 
 
 def _warn_of_skip(run: "HookedRun", step: "GradientStep", reason: str) -> None:
-    """Log why a step is skipped, and its items in all processes; all processes must call this."""
+    """Warn why a step is skipped, listing its items from all processes; all processes must call this."""
     keys = step.keys
     if run.steps.num_processes > 1:
         from accelerate.utils import gather_object  # only of several processes

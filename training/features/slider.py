@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
-    """Options of a slider LoRA, whose captions are read from a --slider file."""
+    """Options for training a slider LoRA with the captions of a --slider file."""
 
     slider: Path | None = option(
         "TOML file with captions: at strength 1, the network moves the result of a neutral caption "
@@ -42,7 +42,7 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
 
 
 def _check_tables(run: "RunFeatures", path: Path) -> None:
-    """Raise OptionError for dataset tables whose samples keep the base model's output, or have a strength.
+    """Raise OptionError if a dataset table asks for output preservation, or sets its own network strength.
 
     A slider learns from the captions of its own file, at its own strengths.
     """
@@ -72,7 +72,7 @@ def _reject_trained_encoders(path: Path, live_encoders: "LiveTextEncoders | None
 
 
 def _prepare_passes(run: "RunFeatures", file: SliderFile, plan: "PlannedRun") -> None:
-    """Encode the captions before the transformer is loaded; add the slider's passes once it is loaded."""
+    """Encode the slider's captions now, and add its forward passes once the transformer is loaded."""
     from training.features.slider_passes import encode_sliders, slider_passes  # torch: only with --slider
 
     target = encode_sliders(plan.family, file, plan.accelerator.device)

@@ -17,7 +17,7 @@ MAX_FACTOR = 100.0
 
 @dataclass(frozen=True)
 class Slider:
-    """Captions between which one slider LoRA moves, with its weights in the loss."""
+    """Captions between which one slider LoRA moves, with their loss weights."""
 
     positive: str
     negative: str

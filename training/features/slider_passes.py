@@ -50,7 +50,7 @@ def slider_passes(
 ) -> Iterator[StreamErrors]:
     """Yield the errors of each pass with gradients: at strength 1, then at -1.
 
-    b is the base model, f the network at the strength, and G the guidance:
+    b is the base model, f the model with the trained network at that strength, and G the guidance:
 
     1. 1/2 |f(neutral) - (b(neutral) + strength * G * (b(positive) - b(negative)))|^2 * weight
     2. |f(anchor) - b(anchor)|^2 * weight * anchor_weight, for a slider with an anchor: a caption that
@@ -93,10 +93,10 @@ def slider_passes(
 
 
 def encode_sliders(family: Family, file: SliderFile, device: torch.device) -> SliderTarget:
-    """Encode all captions of a file, one encoder after the other.
+    """Encode all captions of a --slider file, one text encoder after the other.
 
     Raises:
-        OptionError: If a text encoder is not given.
+        OptionError: If the file of a text encoder is missing.
     """
     texts = list(dict.fromkeys(text for slider in file.sliders for text in slider.captions))
     captions = encode_captions(family, texts, device)

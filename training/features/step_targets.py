@@ -9,14 +9,14 @@ SHARES = 1 / 3, 1 / 2
 
 @dataclass(frozen=True)
 class PassCounts:
-    """Upper bounds on the number of passes through the network that a micro-batch needs."""
+    """Upper bounds on the number of forward passes that a micro-batch needs."""
 
     with_gradients: int = 1
     without_gradients: int = 0
     batch_factor: int = 1  # batch size of a pass, in micro-batches
 
     def plus(self, further: "PassCounts") -> "PassCounts":
-        """Return the sum of the passes of two targets; their batch size factors are multiplied."""
+        """Return the combined counts of two targets: passes are added, batch size factors multiplied."""
         return PassCounts(
             with_gradients=self.with_gradients + further.with_gradients,
             without_gradients=self.without_gradients + further.without_gradients,
@@ -36,7 +36,7 @@ class PassCounts:
 
 @dataclass(frozen=True)
 class StepTarget:
-    """A training target other than the clip's velocity, as a feature adds it."""
+    """A training target that a feature adds to, or uses instead of, the velocity of the clip."""
 
     option: str  # option that adds the target, as it is typed
     description: str  # its line in the box at the start of a run

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def _check(options: TeacherOptions, family: "Family", counts: Sequence[int]) -> None:
-    """Raise OptionError if the family has no inputs that only the --teacher could get."""
+    """Raise OptionError if the family lacks the --teacher_sees condition, or any teacher-only input."""
     if options.teacher_sees not in (INPUTS, *family.abilities.views):
         raise OptionError(
             f"--teacher_sees {options.teacher_sees}: the model {family.name} takes no such condition. Leave "
@@ -55,7 +55,7 @@ def _reject_live_encoders(options: TeacherOptions, live_encoders: "LiveTextEncod
 
 
 def _describe(options: TeacherOptions) -> str:
-    """Describe the teacher, its weight in the loss, and its noise levels."""
+    """Describe the teacher, the loss weight of its predictions, and its noise levels."""
     name = "the model without the network"
     if options.teacher != BASE:
         model = options.teacher_dit.name if options.teacher_dit is not None else "the model itself"
@@ -71,7 +71,7 @@ def _describe(options: TeacherOptions) -> str:
 
 
 def _start(options: TeacherOptions, run: "RunFeatures") -> None:
-    """Install the teacher; another transformer as the teacher is loaded next to the trained one."""
+    """Install the teacher; with --teacher dit, it is loaded once the trained networks are loaded."""
     from training.features.teacher_passes import install_teacher  # torch: only with --teacher
 
     comparison = install_teacher(run, options)

@@ -18,7 +18,7 @@ from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 
 @dataclass(frozen=True)
 class FocusBalance:
-    """Weights that undo --timestep_focus for loss terms restricted to the inside or outside of a band.
+    """Weights that undo --timestep_focus for loss terms used only inside or outside a range of noise levels.
 
     Each weight is the fraction of noise levels drawn in its region without the focus, divided by the fraction
     with the focus. It is 1 without a focus, or if the focus draws nothing in the region.
@@ -82,7 +82,7 @@ def find_balance(
 
 @dataclass(frozen=True)
 class _DrawFractions:
-    """Fractions of all draws of noise levels, 0..1."""
+    """How many of the drawn noise levels are in a range, as fractions 0..1 of all draws."""
 
     in_band: float  # draws that the expert is trained on and that lie in the band
     trained: float  # draws that the expert is trained on

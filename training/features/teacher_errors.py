@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """Weights of size (magnitude) and color in the comparison with a teacher."""
+    """Weights of the magnitude error and of the color error in the comparison with a teacher's output."""
 
     size_weight: float
     color_weight: float
@@ -32,7 +32,7 @@ def magnitude_direction_errors(output: Tensor, target: Tensor, split: Split, has
     Args:
         output: The network's output, B C ... float32.
         target: The target, of the same shape.
-        split: Weights of size and color.
+        split: Weights of the magnitude error and of the color error.
         has_channels: Whether the second dimension is the channels of images; only these have a color weight.
     """
     if has_channels and split.color_weight != 1:

@@ -56,10 +56,10 @@ class TeacherModel:
         return self.predict(passes, noisy_batch, has_loras=True)
 
     def predict_base_plus_lora_effect(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-        """Return the target b + T' - T, which teaches only the effect of the LoRAs.
+        """Return the target b + T' - T, which teaches only the effect of the teacher's LoRAs.
 
-        b is the prediction of the trained model without its network; T' and T are the teacher's predictions
-        with and without its LoRAs. Other differences between the teacher and the model cancel out.
+        b is the trained model's prediction without the trained network; T' and T are the teacher's
+        predictions with and without its LoRAs. Other differences between teacher and model cancel out.
         """
         changed = self.predict(passes, noisy_batch, has_loras=True)
         change = changed - self.predict(passes, noisy_batch, has_loras=False)
@@ -76,7 +76,7 @@ class OtherTeacher:
     loras: "list[AddedLoras]" = field(default_factory=list)  # in the trained transformer, if it teaches
 
     def add_loras_if_own_teacher(self, network: FrozenNetwork) -> None:
-        """Add the LoRAs to the trained transformer if it is its own teacher."""
+        """Add the teacher's LoRAs to the trained transformer if that acts as the teacher."""
         if self.options.teacher_dit is None:
             self.loras.append(self._add_loras(network))
 
@@ -170,7 +170,7 @@ def _renaming_dit_option(option: str) -> Iterator[None]:
 
 
 def _check_loras(model: Family, options: TeacherOptions) -> None:
-    """Raise CheckpointError if a file of --teacher_lora is not a LoRA, or not one for the teacher's model."""
+    """Raise CheckpointError if a file of --teacher_lora is not a LoRA for the teacher's model."""
     if not options.loras():
         return
     from networks.apply import check_loras_fit

@@ -62,7 +62,7 @@ class Band:
 
 @dataclass(frozen=True)
 class TeacherTarget:
-    """Weights and noise levels of the comparison with a frozen teacher."""
+    """Loss weights and noise levels of the comparison with a frozen teacher."""
 
     weight: float  # fraction of the loss, 0..1
     band: Band | None = None  # None: all levels
@@ -91,7 +91,7 @@ def make_target(options: TeacherOptions) -> TeacherTarget:
 
 @dataclass
 class TeacherComparison:
-    """Functions that compare the network's predictions with its teacher's."""
+    """Loss terms that compare the network's predictions with the teacher's."""
 
     target: TeacherTarget
     predict_target: PredictTarget
@@ -99,10 +99,10 @@ class TeacherComparison:
     def compare(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch, comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Add the comparisons with the teacher, and reduce the weight of the clip's comparison by theirs.
+        """Add the loss terms of the teacher, and reduce the weight of the ordinary loss term by theirs.
 
-        Inside its band, the teacher gets all known inputs. Outside it, the teacher is an anchor with the same
-        inputs as the network. Samples whose target is the base model's prediction have neither loss.
+        Inside its band of noise levels, the teacher gets all known inputs. Outside it, the teacher is an
+        anchor with the network's inputs. Samples that learn the base model's prediction have no such term.
         """
         clip, *others = comparisons
         teacher_weights = [
@@ -115,7 +115,7 @@ class TeacherComparison:
     def _compare_with_teacher(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch
     ) -> list[TargetComparison]:
-        """Return the comparisons for samples inside and for samples outside the teacher's band."""
+        """Return the loss terms of samples inside and of samples outside the teacher's noise range (band)."""
         is_inside, is_outside = self._split_by_band(passes, noisy_batch)
         # in lockstep the teacher always runs, because all processes have to run the same passes
         in_lockstep = passes.rule.in_lockstep
@@ -174,7 +174,7 @@ class TeacherComparison:
 
 
 def balance_anchor(band: tuple[int, int], drawn: NoiseSampler, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Store in the batch the factor on the loss outside the band that compensates for --timestep_focus."""
+    """Store in the batch a factor for the loss outside the band, which compensates for --timestep_focus."""
     balance = find_balance(
         drawn.timesteps,
         *band,
@@ -186,14 +186,14 @@ def balance_anchor(band: tuple[int, int], drawn: NoiseSampler, noisy_batch: Nois
 
 
 def _as_sample_weights(weights: Sequence[float], device: torch.device) -> "float | Tensor":
-    """Return the weight of each sample as a tensor, B, or as one number if all are equal."""
+    """Return the weight of each sample as a tensor of shape B, or as one number if all are equal."""
     if len(set(weights)) == 1:
         return weights[0]
     return tensor_on(device, weights, torch.float32)
 
 
 def _measure_for(passes: TrainingPasses, split: Split | None) -> Measure:
-    """Return the error function: that of magnitude and direction, or the ordinary one without `split`."""
+    """Return the error function: magnitude and direction errors with a `split`, else the run's usual loss."""
     if split is None:
         return functools.partial(measure_errors, passes)
     return functools.partial(_measure_split, split)
@@ -232,7 +232,7 @@ def _weighted_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tens
 
 
 def with_teacher_inputs(family: Trains, noisy_batch: NoisyBatch, condition_set: str) -> NoisyBatch:
-    """Return the batch with all inputs, including those that the trained network does not get.
+    """Return the batch with all inputs, including the ones that only the teacher gets.
 
     Args:
         family: The model family.
@@ -248,12 +248,12 @@ def with_teacher_inputs(family: Trains, noisy_batch: NoisyBatch, condition_set: 
 
 
 def predict_as_base_model(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the prediction of the base model, for runs in which it is the teacher."""
+    """Return the prediction of the base model, for runs that use it as the teacher."""
     return passes.predict_base_model(noisy_batch)
 
 
 def run_change_passes_for_memory(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Run the three passes of --teacher_delta with one model on tensors without storage, for peak memory."""
+    """Run the three forward passes of --teacher_delta with a single model, to predict their peak memory."""
     with torch.no_grad():
         return passes.predict_base_model(noisy_batch) + (
             passes.predict_without_gradients(noisy_batch) - passes.predict_without_gradients(noisy_batch)

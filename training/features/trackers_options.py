@@ -122,7 +122,7 @@ def check_trackers(options: TrackerOptions) -> None:
 def _reject_settings_of_folder(trackers: Sequence[str], folder: Path) -> None:
     """Raise OptionError if the working folder has settings of a tracker, such as its server and account.
 
-    Also set variables that keep trackers from running git in the folder, whose git settings can run programs.
+    Also set environment variables that keep trackers from running git there: git settings can run programs.
     """
     for tracker in trackers:
         for name in SETTINGS_OF_FOLDER.get(tracker, ()):

@@ -29,9 +29,10 @@ FLUSH_SECONDS = 10  # maximum age of the data in TensorBoard
 
 @dataclass
 class Trackers:
-    """Send metrics and samples of a run to trackers such as wandb; a context manager in every process.
+    """Send metrics and samples of a run to trackers such as wandb.
 
-    Entering the context starts the trackers and raises UserError if --log_tracker_config cannot be read.
+    A context manager that all processes enter. This starts the trackers, and raises UserError if
+    --log_tracker_config cannot be read.
     """
 
     accelerator: "Accelerator"
@@ -89,7 +90,7 @@ class Trackers:
 
     @contextlib.contextmanager
     def _stopping_at_errors(self, kind: type[Exception] = OSError) -> Iterator[None]:
-        """Log a tracker's first disk or network error as a warning, and send no more metrics to it."""
+        """Log the first error of the given kind as a warning, and stop sending metrics to all trackers."""
         try:
             yield
         except kind as error:
@@ -139,7 +140,7 @@ class Trackers:
 
 
 def _make_wandb_media(path: Path, prompt: str) -> Any:
-    """Return a sample as an object that wandb can show."""
+    """Return a generated image, sound or video as a wandb media object, with its prompt as the caption."""
     import wandb  # optional; `check_trackers` has found it
 
     if path.suffix == ".png":

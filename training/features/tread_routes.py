@@ -14,10 +14,10 @@ from training.loss import NoisyBatch, mask_weights
 def select_kept_tokens(noisy_batch: NoisyBatch, grid: tuple[int, ...], drop_rate: float, seed: int) -> Tensor:
     """Return the indices of the tokens that pass through the middle blocks, B K on the CPU, ascending.
 
-    The tokens are drawn for each sample. Given frames always pass through the blocks, and so do tokens
-    inside the loss mask if it covers less than half of the sample. If too few other tokens remain, fewer than
-    `drop_rate` bypass the blocks; the number is the same for all samples. The indices have values even
-    when memory is rehearsed on empty tensors.
+    The tokens are drawn for each sample. Frames given as conditions always pass through the blocks, and so do
+    tokens inside the loss mask if it covers less than half of the sample. If too few other tokens remain,
+    fewer than `drop_rate` bypass the blocks; the number is the same for all samples. The indices have values
+    even when memory is predicted on tensors without storage.
 
     Args:
         noisy_batch: Batch with noise and timesteps.

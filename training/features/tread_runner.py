@@ -40,7 +40,7 @@ class Route:
 
 
 def block_number(number: int, count: int) -> int:
-    """Return the index of a block counted from the front.
+    """Convert a possibly negative block index to one that counts from the front.
 
     Args:
         number: Index of the block; negative ones count from the end.
@@ -68,7 +68,7 @@ def _run_routed(inner: Runner, route: Route, dit: nn.Module, hidden: Hidden, ove
 
 
 class _TokenBypass:
-    """Tokens of one forward pass that skip the middle blocks, and are put back afterwards."""
+    """Tokens of one forward pass that skip the middle blocks and are restored afterwards."""
 
     def __init__(self, route: Route, blocks: range) -> None:
         self._route = route
@@ -77,7 +77,7 @@ class _TokenBypass:
         self._all_tokens: tuple[Tensor, Any] | None = None  # all tokens before the route, and their record
 
     def before_block(self, number: int, hidden: Hidden) -> None:
-        """Take tokens out before the first block of the route, and put them back after the last one."""
+        """Remove tokens before the first routed block, and restore them before the block after the last."""
         if number == self._blocks.start:
             self._take_out_tokens(hidden)
         elif number == self._blocks.stop and self._all_tokens is not None:
@@ -92,7 +92,7 @@ class _TokenBypass:
         """
         x, tokens = hidden.x, hidden.tokens
         grid: tuple[int, ...] = tokens.grid
-        selected = self._route.select_tokens(grid)  # indices from the clip's first token on
+        selected = self._route.select_tokens(grid)  # indices relative to the clip's first token
         num_clip_tokens = torch.Size(grid).numel()
         num_dropped = num_clip_tokens - selected.shape[1]
         if not num_dropped:

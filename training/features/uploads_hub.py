@@ -128,7 +128,7 @@ def card_of(run: PublishedRun, path: Path) -> str | None:
 
 
 def _lora_arguments(name: str, files: Mapping[str, Path] | None) -> str:
-    """Return the command-line options that load the files of a model card.
+    """Return the command-line options that load the LoRA files described by a model card.
 
     `files` are the files of one save by expert (None if unknown), and `name` is the name of the run.
     """
@@ -212,7 +212,7 @@ def _as_block(line: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Return text as a single line without active Markdown or HTML."""
+    """Return `text` as a single line with Markdown and HTML syntax escaped."""
     line = html.escape(_one_line(text), quote=False)
     # signs of headings, lists and quotations are special at the start of a line only
     return re.sub(r"([\\`*_{}\[\]()!|~$]|^[#+=:-])", r"\\\1", line)
@@ -285,7 +285,7 @@ class Uploads:
             self._start_upload(folder, None)
 
     def close(self) -> None:
-        """Wait until every upload has ended. Call it after an error too, because files were saved."""
+        """Wait until all uploads have ended. Call this after an error too, because files were saved."""
         self._pool.shutdown()
 
     def _upload(self, path: Path, card: str | None) -> None:

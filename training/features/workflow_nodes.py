@@ -60,11 +60,11 @@ class HasComfyNodes(Protocol):
     """A family that knows which ComfyUI nodes generate its samples."""
 
     def comfy_model(self) -> ComfyModel:
-        """Return how ComfyUI runs this model.
+        """Return the ComfyUI loader settings and nodes for this model.
 
         Raises:
-            OptionError: If this variant of the model needs nodes that are not known here; the message is the
-                reason alone.
+            OptionError: If this variant of the model needs ComfyUI nodes that this program does not know.
+                The message contains only the reason.
         """
 
 
@@ -93,7 +93,7 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
     """Return the writer of a run's workflows.
 
     Raises:
-        OptionError: If ComfyUI reads no LoRA of the kind, or if no sample can be made there.
+        OptionError: If ComfyUI cannot load this kind of LoRA, or cannot generate any of the samples.
     """
     options = plan.options
     assert options.network is not None  # a full model has no such option
@@ -129,7 +129,7 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
 
 
 def _reads_tensor_names(lora_format: LoraFormat) -> bool:
-    """Return whether ComfyUI reads LoRA files with the tensor names of a format."""
+    """Return whether ComfyUI can load LoRA files with the tensor names of `lora_format`."""
     if lora_format.name == COMFYUI:
         return True
     lora_names = lora_format.family
@@ -244,7 +244,7 @@ class Workflows:
 
 
 def find_obstacle(model: ComfyModel, prepared: Prepared) -> str:
-    """Return why the nodes cannot generate a sample; "" if they can."""
+    """Return why the ComfyUI nodes of a model cannot generate a sample; "" if they can."""
     request = prepared.request
     default = Request(request.prompt, request.seed)
     names = [field.name for field in fields(Request) if field.name not in _REPRESENTED_FIELDS]
@@ -266,7 +266,7 @@ class ComfyGraph:
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add_node(self, name: str, **inputs: Any) -> str:
-        """Return the ID of the node with this name and these inputs; create the node if it is missing."""
+        """Return the ID of the node with class `name` and these inputs; create it if it does not exist."""
         node = {"class_type": name, "inputs": inputs}
         for number, other in self.nodes.items():
             if node == other:
@@ -325,7 +325,7 @@ class ComfyGraph:
         return models, self._patch("clip", text_encoders, model.text_patches), vae
 
     def _add_loras(self, models: list[Link], text_encoders: Link) -> Link:
-        """Add the nodes that load the LoRAs; update `models`, and return the link to the text encoders."""
+        """Add nodes that load the LoRAs; update `models` in place and return the new text encoder link."""
         for index, loras in enumerate(self.loras):
             for lora in loras:
                 inputs = {"lora_name": lora.name, "strength_model": lora.strength}
@@ -357,7 +357,7 @@ class ComfyGraph:
         return link
 
     def _encode(self, prepared: Prepared, text_encoders: Link, text: str) -> Link:
-        """Add nodes that encode a prompt, with embedded guidance if the model has it; return their link."""
+        """Add nodes that encode a prompt, with embedded guidance if the model has it; return the output."""
         reads_weights_only_in_comfyui = self.model.weighs_words and not self.model.is_weighted
         if reads_weights_only_in_comfyui:  # escape parentheses, which mark weights there
             text = text.replace("\\", "\\\\").replace("(", "\\(").replace(")", "\\)")

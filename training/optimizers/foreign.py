@@ -20,7 +20,7 @@ SortKey = Callable[[Parameter], tuple[int, ...]]  # sort key of a parameter in t
 
 
 class RenumberingError(Exception):
-    """Raised if the parameters of an optimizer state cannot be assigned; the message is the reason alone."""
+    """Raised if an optimizer state cannot be matched to parameters; the message contains only the reason."""
 
 
 def renumber(
@@ -30,7 +30,7 @@ def renumber(
     version: str,
     tensor_order: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Renumber the parameters in another program's optimizer state as in this run's optimizer.
+    """Convert the parameter numbers in another program's optimizer state to this run's numbers.
 
     Args:
         state: State dict of the other program's optimizer.
@@ -40,7 +40,7 @@ def renumber(
         tensor_order: Names of tensors in the other program's order, if its files reveal it.
 
     Raises:
-        RenumberingError: If that is impossible; the message is the reason.
+        RenumberingError: If that is impossible; the message contains the reason.
     """
     if not state:
         raise RenumberingError("it is not in that folder")
@@ -108,15 +108,15 @@ def _list_possible_orders(groups: Groups, names: Mapping[Tensor, str], version: 
 def _renumber_in_order(
     state: Mapping[str, Any], groups: Groups, position_of: SortKey
 ) -> dict[str, Any] | None:
-    """Return another program's state with our parameter numbers; None if groups or shapes differ.
+    """Return another program's state with this run's parameter numbers; None if groups or shapes differ.
 
-    1. Sort our groups, and the parameters in each, by `position_of`: the order that program is assumed to
-       use.
-    2. Assign its moments to our parameters one by one in this order.
-    3. Take its settings of each group, such as learning rates.
+    1. Sort this run's groups, and the parameters in each, by `position_of`: the order that the other program
+       is assumed to use.
+    2. Assign its moments to this run's parameters one by one in this order.
+    3. Take its settings for each group, such as learning rates.
     """
     their_groups = state["param_groups"]
-    # indices of our groups in their order
+    # indices of this run's groups in the other program's order
     order = sorted(range(len(groups)), key=lambda index: min(map(position_of, groups[index])))
     their_lengths = [len(group["params"]) for group in their_groups]
     our_lengths = [len(groups[index]) for index in order]

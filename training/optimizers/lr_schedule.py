@@ -66,7 +66,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
 def make_curve(
     name: str, options: LrScheduleOptions, total_steps: int, learning_rate: float
 ) -> Callable[[int], float]:
-    """Return a curve by name: a function that maps the step, from 0, to a factor on the learning rate.
+    """Return a curve by name: a function that maps the step, from 0, to a multiplier of the learning rate.
 
     Raises:
         OptionError: If an argument is unknown.
@@ -121,7 +121,7 @@ def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
 
 
 def count_steps(steps: int | float, total_steps: int) -> int:
-    """Return a number of steps; a float is a fraction of the run's steps."""
+    """Convert `steps` to a number of steps; a float is a fraction of the run's steps."""
     return steps if isinstance(steps, int) else int(steps * total_steps)
 
 
@@ -140,7 +140,7 @@ def factor_at(
     lr_end: float,
     step_rules: str,
 ) -> float:
-    """Return the factor on the learning rate at a step, for the curve `name` of --lr_scheduler.
+    """Return the multiplier of the learning rate at a step, for the curve `name` of --lr_scheduler.
 
     During the warmup, every curve except piecewise_constant rises linearly.
 
@@ -149,7 +149,7 @@ def factor_at(
         total: Number of steps of the run.
         warmup: Number of steps of the warmup.
         decay: Number of steps of the decay at the end.
-        learning_rate: Learning rate of the group, for curves with an absolute end.
+        learning_rate: Learning rate of the group, for curves whose final rate is absolute.
         step: Index of the step, from 0.
         num_cycles: Number of cycles of a cosine.
         power: Exponent of a polynomial.
@@ -237,16 +237,16 @@ class CurveSchedule(LambdaLR):
     """Learning rate schedule with one of the curves of `factor_at`; its state is only the step."""
 
     def __init__(self, name: str, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
-        """Start at step 0; `factor` returns the factor by which the learning rate is multiplied at a step."""
+        """Start at step 0. `factor(step)` returns the multiplier of the learning rate."""
         self.name = name
         super().__init__(optimizer, factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return only the current step: the options determine the learning rate at each step."""
+        """Return only the current step, since the learning rate is a function of step and options."""
         return {"step": self.last_epoch}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go to the saved step; rates are computed from the step and this run's --learning_rate."""
+        """Go to the saved step; learning rates follow from it and from this run's --learning_rate."""
         if "step" not in state_dict:
             raise CheckpointError(_explain_other_schedule(self.name))
         self.go_to(state_dict["step"])
@@ -257,7 +257,7 @@ class CurveSchedule(LambdaLR):
         self.go_to(self.last_epoch + 1)
 
     def go_to(self, step: int) -> None:
-        """Set the learning rates of a step without taking the steps before it."""
+        """Set the learning rates of `step` directly, without running the steps before it."""
         self.last_epoch = step
         self._step_count = step + 1
         self._last_lr = [
@@ -290,7 +290,7 @@ class ImportedSchedule:
             ) from error
 
     def get_last_lr(self) -> list[float]:
-        """Return the rates of the wrapped scheduler as floats; some schedulers keep tensors."""
+        """Return the wrapped scheduler's learning rates as floats; some schedulers return tensors."""
         return [float(rate) for rate in self.scheduler.get_last_lr()]
 
     def state_dict(self) -> dict[str, Any]:
@@ -301,7 +301,7 @@ class ImportedSchedule:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the wrapped scheduler: all of its state, or only the counters of a torch scheduler.
 
-        The settings of torch schedulers thus come from this run's options.
+        The settings of torch schedulers come from this run's options.
 
         Raises:
             CheckpointError: If the state was saved by another kind of schedule.
@@ -315,7 +315,7 @@ class ImportedSchedule:
         self.scheduler.load_state_dict(saved)
 
     def go_to(self, step: int) -> None:
-        """Call `step` this many times, because most schedulers compute each rate from the previous one."""
+        """Call `step()` `step` times, because most schedulers compute each rate from the previous one."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             for _ in range(step):
@@ -324,7 +324,7 @@ class ImportedSchedule:
 
 @dataclass(frozen=True)
 class OptimizerRates:
-    """Schedule that does nothing, for an optimizer that adapts its learning rates itself."""
+    """No-op schedule, for an optimizer that adapts its learning rates itself."""
 
     name: str
     optimizer: Optimizer
@@ -334,15 +334,15 @@ class OptimizerRates:
         """Do nothing: the optimizer computes its own rates."""
 
     def get_last_lr(self) -> list[float]:
-        """Return the rates that the optimizer uses now."""
+        """Return the learning rates that the optimizer currently uses."""
         return self.rates()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return an empty state: the rates are part of the optimizer's state."""
+        """Return an empty dict, since the learning rates are part of the optimizer's state."""
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Do nothing: the rates are part of the optimizer's state."""
+        """Do nothing, since the learning rates are part of the optimizer's state."""
 
     def go_to(self, step: int) -> None:
         """Do nothing: the optimizer computes its own rates."""
@@ -359,7 +359,7 @@ def _explain_other_schedule(name: str) -> str:
 
 
 def _read_adafactor_rates(optimizer: Any, before: float) -> list[float]:
-    """Return Adafactor's rate of each group in its last step; `before` for a group not yet stepped."""
+    """Return the learning rate that Adafactor last used for each group; `before` for unstepped groups."""
     rates = []
     for group in optimizer.param_groups:
         state = optimizer.state.get(group["params"][0], {})

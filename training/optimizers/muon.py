@@ -30,7 +30,7 @@ NUM_MATRICES = (
 
 
 class MuonWithAdam(Optimizer):
-    """Step two-dimensional weights with Muon, and all others, or groups with NUM_MATRICES 0, with AdamW."""
+    """Muon for two-dimensional weights; AdamW for all others and for groups whose NUM_MATRICES is 0."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class MuonWithAdam(Optimizer):
 
 
 def _learning_rate_factor(adjustment: str | None, rows: int, columns: int) -> float:
-    """Return the factor on the learning rate of a matrix, which depends on its shape."""
+    """Return the multiplier of a matrix's learning rate, which depends on the shape of the matrix."""
     if adjustment == MATCH_RMS_ADAMW:
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1, rows / columns))
@@ -132,10 +132,11 @@ def orthogonalize(
 
 
 def arrange_groups(trainable: Trainable, spec: DitSpec) -> Trainable:
-    """Group the trained weights of a full network by how they are stepped.
+    """Group the trained weights of a full network by the algorithm that updates them.
 
-    Muon steps the matrices in blocks, each with its number of matrices (`DitSpec.num_fused_matrices`).
-    AdamW steps all others without weight decay: norms, biases, embedding layers, and the output layers.
+    Muon updates the matrices in blocks, grouped by the number of matrices fused in a weight
+    (`DitSpec.num_fused_matrices`). AdamW updates all other weights without weight decay: norms, biases,
+    embedding layers and output layers.
     """
     names = trainable.names
     block_prefixes = tuple(f"{name}." for name in (*spec.block_lists, *spec.further_blocks))

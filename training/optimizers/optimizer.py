@@ -170,10 +170,10 @@ def check_arguments(
     """Raise OptionError for an argument that a class does not accept; the message suggests the nearest one.
 
     Args:
-        option: Option that gives the arguments.
+        option: Option that sets the arguments.
         target_class: The class.
         arguments: Arguments by name.
-        excluded: Names of arguments that cannot be given with the option.
+        excluded: Names of arguments that the option cannot set.
     """
     try:
         parameters = inspect.signature(target_class).parameters
@@ -206,7 +206,7 @@ GUIDE_NAME_HINT = "No trainer has this name of early guides; it stands for AdamW
 
 
 def find_optimizer(name: str) -> Callable[..., Optimizer]:
-    """Find the class that a name stands for.
+    """Return the optimizer class for a value of --optimizer_type.
 
     Raises:
         OptionError: If a package is missing, the name is unknown, or the object is not an optimizer.
@@ -397,7 +397,7 @@ def restore_optimizer(
     """Load a saved state into the optimizer, on the device where steps are computed; empties `saved`.
 
     Raises:
-        CheckpointError: If the optimizer's parameters differ from those of the state.
+        CheckpointError: If the optimizer's parameters differ from the parameters in the state.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     _restore_group_settings(optimizer, names, saved["groups"])
@@ -452,7 +452,7 @@ def _require_equal_names(saved_groups: Sequence[Sequence[str]], groups: Sequence
 
 
 def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], device: torch.device) -> None:
-    """Load another program's optimizer state, already in our order of parameters; keep our learning rates.
+    """Load another program's optimizer state, renumbered for this optimizer; keep this run's learning rates.
 
     Raises:
         CheckpointError: If the state does not fit this optimizer.
@@ -478,7 +478,7 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
 
 
 def _require_shapes_of_moments(optimizer: Optimizer) -> None:
-    """Raise ValueError if moments differ in shape from their parameter, as those of another weight do."""
+    """Raise ValueError if moments differ in shape from their parameter, so belong to another weight."""
     for parameter, moments in optimizer.state.items():
         for name in MOMENT_NAMES & moments.keys():
             if moments[name].shape != parameter.shape:
@@ -506,8 +506,8 @@ def _move_to_paged_buffers(
 ) -> None:
     """Move state tensors as large as their parameter into the buffers of a paged bitsandbytes optimizer.
 
-    The driver moves these buffers between host and device, as they may not fit on the device. This is a
-    separate function so that its copies are freed before those of the next parameter are made.
+    The driver pages these buffers between host and device, as they may not fit on the device. This is a
+    separate function so that temporary tensors are freed before the next parameter is moved.
     """
     like = torch.empty_like(parameter, device=device)  # the buffers are for the device that steps
     for name, value in state.items():

@@ -74,7 +74,7 @@ _LOW_16 = 1 << 16  # bf16 keeps the upper 16 bits of a float32
 
 @dataclass(frozen=True)
 class ParameterSteps:
-    """Step single parameters of an optimizer, with results bitwise equal to one step of all parameters."""
+    """Step parameters of an optimizer one by one; results are bitwise equal to a step of all at once."""
 
     optimizer: Optimizer
     names: Mapping[Tensor, str]  # of every parameter
@@ -93,15 +93,15 @@ class ParameterSteps:
     def step(self, parameter: Parameter) -> None:
         """Step one parameter with its gradient.
 
-        1. A row-split weight is gathered, stepped and split again if the optimizer needs the whole weight.
+        1. If the optimizer needs whole weights, a sharded weight is gathered, stepped and sharded again.
         2. A bf16 weight is stepped in float32 and rounded stochastically.
-        3. Any other weight is stepped as it is.
+        3. Any other weight is stepped directly.
         """
         value = parameter.detach()
         gradient = parameter.grad
         assert gradient is not None
         is_bfloat16 = parameter.dtype == torch.bfloat16
-        sharded_weight = self.sharded_weights.get(parameter)  # None: it is not split
+        sharded_weight = self.sharded_weights.get(parameter)  # None: it is not sharded
         needs_whole_weight = sharded_weight is not None and not is_elementwise(type(self.optimizer))
         if sharded_weight is not None and needs_whole_weight:
             value = gather_rows(value, sharded_weight)
@@ -117,7 +117,7 @@ class ParameterSteps:
             self._step(parameter, parameter)
 
     def _step_in_float32(self, parameter: Parameter, value: Tensor, gradient: Tensor) -> Tensor:
-        """Step float32 copies of a parameter and its states; return the new values of the parameter copy."""
+        """Run the optimizer on float32 copies of a parameter and its states; return the new values."""
         state = self.optimizer.state
         float32_parameter = Parameter(value.float())
         float32_parameter.grad = gradient.float()
@@ -134,7 +134,7 @@ class ParameterSteps:
         Args:
             parameter: The parameter.
             value: Its new value, float32.
-            weight: Split weight to which the values belong as rows; None for a weight that is not split.
+            weight: Sharded weight whose local rows the values are; None for a weight that is not sharded.
         """
         seed = derive_seed(self.progress.seed, "rounding", self.progress.step, self.names[parameter])
         # on the parameter's device: bits for billions of weights take seconds on a CPU
@@ -142,7 +142,7 @@ class ParameterSteps:
         return stochastic_bfloat16(value, generator, weight)
 
     def _step(self, parameter: Parameter, stepped_parameter: Parameter) -> None:
-        """Run the optimizer's step on this parameter alone, with the settings of its group."""
+        """Run the optimizer's step on this parameter alone, with the settings of its parameter group."""
         optimizer, groups = self.optimizer, self.optimizer.param_groups
         group = groups[self._group_indices[parameter]]
         members = group["params"]
@@ -200,8 +200,8 @@ def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tens
     Args:
         values: The values, float32.
         generator: Random generator on the device of the values.
-        weight: The split weight to which the values belong as rows of this process; they are rounded like
-            rows of the full weight. None for a weight that is not split.
+        weight: Sharded weight whose local rows the values are; they are rounded like rows of the full
+            weight. None for a weight that is not sharded.
     """
     full_shape = values.shape if weight is None else weight.shape
     noise = torch.randint(_LOW_16, full_shape, dtype=torch.int32, device=values.device, generator=generator)
@@ -214,7 +214,7 @@ def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tens
 
 
 def can_step_one_parameter(kind: Callable[..., Optimizer]) -> bool:
-    """Return whether the optimizer class is known to step each parameter independently of the others."""
+    """Return whether the optimizer class is known to update each parameter independently of the others."""
     is_own = kind.__name__ == MUON_CLASS and kind.__module__.endswith(MUON_MODULE)
     return is_own or kind.__name__ in PER_PARAMETER.get(kind.__module__.partition(".")[0], frozenset())
 
@@ -237,7 +237,7 @@ class StepAfterBackward:
     sharded_weights: Collection[Tensor] = ()  # parameters of which each process has some rows
 
     def finish(self, may_step: Callable[[Tensor], bool] | None = None) -> Tensor:
-        """Unscale and clip the gradients, then step the optimizer or, by `parameter_steps`, each parameter.
+        """Unscale and clip the gradients, then step the optimizer, or each parameter with `parameter_steps`.
 
         Args:
             may_step: Decides from the norm whether the weights are stepped; None always steps them.
@@ -279,7 +279,7 @@ class FusedBackward:
         """Prepare to step each parameter as soon as its gradient is complete.
 
         Args:
-            steps: Steps one parameter at a time.
+            steps: Runs the optimizer's step on one parameter at a time.
             parameters: The trained parameters.
             max_norm: Maximum norm of each parameter's gradient, clipped separately; 0 turns clipping off.
         """
@@ -290,7 +290,7 @@ class FusedBackward:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Step weights without a gradient as if the gradient were zero, unless their training has ended.
+        """Step weights that have no gradient with a gradient of zero, unless their training has ended.
 
         Returns:
             The norm of all gradients before clipping.
@@ -365,7 +365,7 @@ def check_sharded_optimizer(option: str, optimizer_type: str) -> None:
 
 
 def _reject_optimizer(option: str, optimizer_type: str) -> None:
-    """Raise OptionError: the optimizer cannot step each weight separately, as `option` needs."""
+    """Raise OptionError: the optimizer cannot update weights one at a time, which `option` requires."""
     name = find_optimizer(optimizer_type).__name__.lower()
     reasons = (reason for ending, reason in WHY_NOT_SINGLE.items() if name.endswith(ending))
     reason = next(reasons, "it is not known to step each weight by itself")

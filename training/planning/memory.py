@@ -48,7 +48,7 @@ Shape = tuple[int, ...]  # shape of latents without their channels: B F H W
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """Predicted memory of a step before any block is swapped, and the effect of swapping."""
+    """Predicted memory of a training step without swapped blocks, and the effect of swapping blocks."""
 
     options: TrainingOptions
     batch_description: str  # size of the images or clips, and their number
@@ -68,7 +68,7 @@ class MemoryPrediction:
     network: str = "LoRA"  # name of the trained network
 
     def phase(self, blocks: int) -> memory_plan.Phase:
-        """Return the memory at the peak of a step, part by part, with this number of swapped blocks."""
+        """Return the peak memory of a step by part, with `blocks` swapped blocks."""
         offloaded = self.swaps[blocks]
         # the phase of the step with the most memory, and its bytes by kind, such as weights and gradients
         phase_name, peak_bytes = dry.peak_of_phases(self.phase_peaks)
@@ -88,10 +88,10 @@ class MemoryPrediction:
     def _list_other_models(
         self, peak_bytes: dry.BytesByKind, offloaded: memory_plan.OffloadedWeights
     ) -> list[memory_plan.MemoryPart]:
-        """Return the memory of the transformers that were not rehearsed, and of their trained weights.
+        """Return the memory of the transformers that were not simulated, and of their trained weights.
 
         Args:
-            peak_bytes: Bytes by kind at the peak of the rehearsed step.
+            peak_bytes: Bytes by kind at the peak of the simulated step.
             offloaded: Effect of swapping the blocks of a transformer.
         """
         parts = []
@@ -112,7 +112,7 @@ class MemoryPrediction:
         return parts
 
     def _list_host_parts(self) -> list[memory_plan.MemoryPart]:
-        """Return what is only in host memory: states of the optimizer, and the average of the weights."""
+        """Return the host memory of offloaded optimizer states and of the averaged weights."""
         parts = []
         if self.host_optimizer_bytes:
             note = "those of one weight at a time are on the device"
@@ -128,7 +128,7 @@ class MemoryPrediction:
     def _make_part_of_further_transformers(
         self, weights: int, offloaded: memory_plan.OffloadedWeights
     ) -> memory_plan.MemoryPart:
-        """Return the memory of the transformers in addition to the one that was rehearsed.
+        """Return the memory of the transformers other than the simulated one.
 
         Args:
             weights: Bytes of one transformer's weights.
@@ -149,7 +149,7 @@ class MemoryPrediction:
         )
 
     def scaled(self, share: float) -> "MemoryPrediction":
-        """Return the prediction for a smaller batch, whose activations shrink by the factor `share`."""
+        """Return the prediction for a smaller or larger batch, with activations scaled by `share`."""
         phase_peaks: dict[str, dry.BytesByKind] = {}
         for phase, peak_bytes in self.phase_peaks.items():
             # memory of the optimizer step does not depend on the batch
@@ -192,10 +192,10 @@ def predict_memory(
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
     tables: Sequence[DatasetTable] = (),
 ) -> MemoryPrediction:
-    """Rehearse a step of the largest batch on empty tensors and measure its memory.
+    """Predict the memory of a training step by simulating it on tensors without storage.
 
-    Products in 8 bits are rehearsed as 16-bit products of the same weights. Errors of loading the model are
-    raised as in a real run.
+    8-bit matrix products are simulated as 16-bit products of the same weights. Errors while loading the model
+    are raised as in a real run.
 
     Args:
         family: Model family of the run.
@@ -204,7 +204,7 @@ def predict_memory(
         device: Device of the run; nothing is allocated on it.
         num_sample_only_dits: Number of transformers that only samples use.
         live_encoders: Text encoders that are loaded during training; None for none.
-        watch: `TokenCounter.watch` if several devices are to share the step.
+        watch: `TokenCounter.watch` if several devices will share the step.
         tables: Tables of the dataset.
     """
     dit = _load_dit_without_values(family, options)
@@ -276,11 +276,14 @@ def _list_trained_sizes(networks: Sequence[nn.Module]) -> list[int]:
 def _offload_states(
     phase_peaks: Mapping[str, dry.BytesByKind], share: float
 ) -> tuple[dict[str, dry.BytesByKind], int]:
-    """Reduce the device's optimizer states to those of one weight; return the peaks and the host's bytes.
+    """Predict offloading of optimizer states, with the states of only one weight on the device.
 
     Args:
-        phase_peaks: Peaks with all states on the device.
-        share: Fraction of all trained elements that the largest weight has.
+        phase_peaks: Peak bytes of each phase with all states on the device.
+        share: Size of the largest trained weight, as a fraction of all trained elements.
+
+    Returns:
+        The reduced peaks, and the bytes of the states in host memory.
     """
     total = max(peak_bytes.get(dry.OPTIMIZER, 0) for peak_bytes in phase_peaks.values())
     on_device = round(total * share)
@@ -290,7 +293,7 @@ def _offload_states(
 
 
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
-    """Return the items of the batch with most pixels, references included; items with audio are preferred.
+    """Return the items of the batch with the most pixels, including references; prefer items with audio.
 
     Args:
         items: Items of the dataset.
@@ -304,7 +307,7 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
 
 
 def _count_pixels(batch: Sequence[TrainingItem], latent_side: int) -> tuple[int, bool]:
-    """Return the pixels of a batch with its references, and whether it has audio, to find the largest one."""
+    """Return a sort key for batches: pixels including references, then whether the batch has audio."""
     sides = batch[
         0
     ].reference_latent_sizes  # height and width of each reference in turn, in units of `latent_side`
@@ -318,7 +321,7 @@ def read_largest(
     items: Sequence[TrainingItem],
     sources: BatchSources,
 ) -> NoisyBatch:
-    """Read the largest batch of a run and add noise as in training, for a rehearsal of its memory.
+    """Read the largest batch of a run and add noise as in training, to predict its memory.
 
     Raises:
         CacheError: If its caches cannot be used.
@@ -423,7 +426,7 @@ def suggest_larger_batch(prediction: MemoryPrediction, blocks: int, room: Device
 
 
 def _host_warning(options: TrainingOptions, needed: int, free: int) -> str:
-    """Return advice if host memory is too small for transformers that alternate on the device, else "".
+    """Return a warning that host memory is too small for transformers that alternate on the device.
 
     Args:
         options: Options of the run.
@@ -439,10 +442,10 @@ def _host_warning(options: TrainingOptions, needed: int, free: int) -> str:
 def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
     """Resolve --blocks_to_swap auto before anything is loaded, to the same number in all processes.
 
-    A step is rehearsed only if there is a CUDA device.
+    A step is simulated (rehearsed) only if there is a CUDA device.
 
     Returns:
-        The resolved options, and in the main process a watcher of the memory.
+        The resolved options, and in the main process a watcher that compares the peak with the prediction.
 
     Raises:
         MemoryPlanError: If auto cannot be resolved.
@@ -464,7 +467,7 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
             )
             # it compares the prediction with the peak
             watch = MemoryWatch(device, needed, prediction.num_elements)
-    # each process has resolved auto for its own device, but all share the weights in host memory
+    # each process has resolved auto for its own device, but all share the swapped weights in host memory
     if options.speed.swap.is_auto:
         swap = replace(
             swap, blocks_to_swap=largest_of_processes(swap.number, accelerator.num_processes, device)
@@ -473,7 +476,7 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
 
 
 def _rehearse_largest(plan: TrainingPlan) -> MemoryPrediction:
-    """Predict the memory of a step with the run's largest batch."""
+    """Predict the peak memory of a training step with the run's largest batch."""
     noisy_batch = read_largest(plan.family, plan.options, plan.training, plan.sources)
     return predict_memory(
         plan.family,
@@ -497,7 +500,7 @@ def suggest_changes(
     Each line adds to the lines before it; the last one fits if any does. Options are changed first; if that
     is not enough, smaller items are suggested.
     """
-    # predicts a step with changed options, by running it on tensors without values
+    # predicts a step with changed options, by running it on tensors without storage
     rehearse_with = partial(
         predict_memory,
         family,
@@ -525,7 +528,7 @@ def suggest_changes(
 def list_memory_savings(
     options: TrainingOptions, num_further_dits: int = 0
 ) -> list[tuple[str, TrainingOptions]]:
-    """Return unused options that save memory, in the order of their cost in time.
+    """Return unused options that save memory, ordered by how much they slow down training.
 
     Args:
         options: Options of the run.
@@ -564,7 +567,7 @@ def suggest_smaller_items(latent: LatentSpec, too_large: MemoryPrediction, room:
     swapped_blocks = too_large.max_swapped_blocks if can_swap else too_large.blocks
     swap_flag = f" with --blocks_to_swap {swapped_blocks}" if can_swap else ""
     for key, value, shape in list_smaller_shapes(latent, too_large.shape):
-        scale = prod(shape) / prod(too_large.shape)  # memory is taken to grow with the number of latents
+        scale = prod(shape) / prod(too_large.shape)  # assumes memory proportional to the number of latents
         if too_large.scaled(scale).device_bytes(swapped_blocks) <= room.usable:
             return [f"{key} {value} in --dataset_config{swap_flag} fits ({describe_batch(latent, shape)})"]
     return ["no smaller batch, clip or picture was found that fits"]

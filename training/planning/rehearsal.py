@@ -58,7 +58,7 @@ DEFAULT_STATE_BYTES = 8.0  # bytes per element if states cannot be measured: two
 
 @dataclass
 class Rehearsal:
-    """A DiT on storage-free tensors with its optimizer, which runs a step to measure peak memory."""
+    """A DiT and its optimizer on tensors without storage, to measure the peak memory of a training step."""
 
     family: Trains
     options: TrainingOptions
@@ -83,7 +83,7 @@ class Rehearsal:
 
     @property
     def host_activation_bytes(self) -> int:
-        """Host bytes of --gradient_checkpointing_cpu_offload: the inputs of all blocks except one."""
+        """Host memory of --gradient_checkpointing_cpu_offload in bytes: the inputs of all blocks but one."""
         if not self.options.loop.gradient_checkpointing_cpu_offload:
             return 0
         inputs = [self.ledger.input_bytes[name] for name, blocks in self.blocks.items() for _ in blocks]
@@ -125,7 +125,7 @@ class Rehearsal:
         return peaks
 
     def _make_loss_rule(self) -> LossRule:
-        """Return the loss of the run, with every pass that any noise level or mask could need."""
+        """Return the run's loss rule, set to run every pass that some noise level or mask needs."""
         features = begin_run(self.options, self.family, self.tables)
         return LossRule(
             self.options.loss,
@@ -140,7 +140,7 @@ class Rehearsal:
         )
 
     def rehearse_optimizer(self) -> dict[str, dry.BytesByKind]:
-        """Create the optimizer's states by clipping the gradients and making a step.
+        """Create the optimizer's states by simulating a step with gradient clipping.
 
         Returns:
             The peak memory of the step, as the only phase; empty if the states are merely estimated, or if
@@ -163,13 +163,13 @@ class Rehearsal:
         return {}
 
     def _allocate_estimated_states(self) -> None:
-        """Allocate one tensor as large as the states of an optimizer that cannot be rehearsed."""
+        """Allocate one tensor of the estimated size of the states, if the optimizer cannot be simulated."""
         with self.ledger.allocating(dry.OPTIMIZER):
             size = estimate_state_bytes(self.optimizer, self.parameters)
             self.states.append(torch.empty(size, dtype=torch.uint8, device=self.ledger.device))
 
     def _rehearse_optimizer_step(self) -> dry.BytesByKind:
-        """Step all weights on tensors without values; return the bytes by kind at the peak of the step."""
+        """Simulate an optimizer step on tensors without storage; return the bytes by kind at its peak."""
         self.fill_gradients()
         self.ledger.begin_phase(STEP)
         self.ledger.forget_peaks()
@@ -194,7 +194,7 @@ class Rehearsal:
             self.ledger.track(value, dry.OPTIMIZER)
 
     def fill_gradients(self) -> None:
-        """Give every weight a gradient, as it has after the backward pass."""
+        """Give every trained weight a gradient, as after a backward pass."""
         with self.ledger.allocating(dry.GRADIENTS):
             fill_missing_gradients(self.parameters)
 
@@ -249,7 +249,7 @@ def rehearse(
 def _enter_with(
     enter: LearningPass, noisy_batch: NoisyBatch, dit: nn.Module, _: NoisyBatch, seed: int
 ) -> contextlib.AbstractContextManager[None]:
-    """Enter a learning pass with the CPU batch, because the batch on the device has no values."""
+    """Enter a feature's context for a training pass with the CPU batch: the device batch has no values."""
     return enter(dit, noisy_batch, seed)
 
 
@@ -259,7 +259,7 @@ def _as_measured(phase_peaks: Mapping[str, dry.BytesByKind], _: dry.Counts) -> M
 
 
 def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger) -> None:
-    """Add --training_adapter of each expert; only the first is enabled; the others just take memory."""
+    """Add the --training_adapter of each expert; all but the first are disabled and only occupy memory."""
     with disable_modes():  # the file has real tensors
         uses = [read_adapter(options, expert, family.experts) for expert in family.experts]
     is_compiled = options.speed.compilation.choice is not None
@@ -279,9 +279,9 @@ def set_up_trainable(
     ledger: dry.Ledger,
     live_encoders: LiveTextEncoders | None = None,
 ) -> Rehearsal:
-    """Prepare a DiT without values for a rehearsed step, which predicts the memory of a real one.
+    """Prepare a DiT on tensors without storage for a simulated step, which predicts the memory of a real one.
 
-    The network is added, the blocks are wrapped and the optimizer is made in the order of a real run.
+    The network is added, the blocks are wrapped and the optimizer is created in the order of a real run.
     """
     dry.allocate_empty_weights(dit, ledger)
     for encoder in () if live_encoders is None else live_encoders.encoders:
@@ -300,7 +300,7 @@ def set_up_trainable(
         parameter.register_post_accumulate_grad_hook(
             lambda weight: None if weight.grad is None else ledger.track(weight.grad, dry.GRADIENTS)
         )
-    # the average of a LoRA is on the device; that of a whole model in host memory
+    # the average of a LoRA is on the device; the average of a whole model is in host memory
     average: list[Tensor] = []
     if options.features.average is not None and options.full_dit is None:
         with ledger.allocating(dry.NETWORK):
@@ -320,7 +320,7 @@ def set_up_trainable(
 
 
 def _make_optimizer_as_on_gpu(options: TrainingOptions, groups: list[dict[str, Any]]) -> Optimizer:
-    """Return the optimizer of the run, which steps all weights at once as it would on a GPU."""
+    """Return the run's optimizer, with foreach steps, which are the default on a GPU."""
     # outside of the dry run, because bitsandbytes reads values of a table that it creates
     with disable_modes():
         optimizer, _ = make_optimizer(options.optimizer, groups)
@@ -379,7 +379,7 @@ def _make_optimizer_groups(
     _add_adapters(family, options, dit, ledger)
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     word_encoders = {} if live_encoders is None else live_encoders.networks_with_new_word
-    # features may train something next to the network, such as the vectors of a new word
+    # features may train other parameters alongside the network, such as the vectors of a new word
     for make in begin_run(options, family).on.auxiliary_learners:
         auxiliary = make(word_encoders, 0, False)
         dry.allocate_empty_weights(auxiliary.module, ledger, dry.NETWORK)
@@ -388,15 +388,15 @@ def _make_optimizer_groups(
 
 
 def list_states(optimizer: Optimizer) -> list[Tensor]:
-    """Return all tensors that an optimizer keeps."""
+    """Return all tensors in an optimizer's state."""
     values = (value for state in optimizer.state.values() for value in state.values())
     return [value for value in values if isinstance(value, Tensor)]
 
 
 def estimate_state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
-    """Return the device bytes of the states of an optimizer that cannot be stepped on tensors without memory.
+    """Estimate the size in bytes of an optimizer's states, if it cannot step tensors without storage.
 
-    They are looked up by the class's name, or measured in a real step on small weights on the CPU.
+    The size is looked up by the class's name, or measured in a real step on small weights on the CPU.
     """
     name = type(optimizer).__name__
     bytes_per_element = STATE_BYTES.get(name)
@@ -431,7 +431,7 @@ def _measure_state_bytes(optimizer: Optimizer) -> float:
 
 
 def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
-    """Return the function that opens autocast for --mixed_precision; a null context for full precision."""
+    """Return a function that creates the autocast context of --mixed_precision, or a null context."""
     dtype = AUTOCAST.get(options.accelerator.mixed_precision)
     if dtype is None:
         return contextlib.nullcontext

@@ -33,15 +33,15 @@ def plan_several_cards(
     live_encoders: LiveTextEncoders | None,
     tables: Sequence[DatasetTable],
 ) -> None:
-    """Print the memory of each way to divide a training over several GPUs, and the cheapest one that fits.
+    """Print the memory of each way to divide a training run over several GPUs, and the cheapest that fits.
 
     Args:
         family: The model family.
         options: Options of the run.
         noisy_batch: Batch with noise and timesteps.
         device: Device of the run.
-        num_gpus: Number of cards.
-        room: Memory of each card.
+        num_gpus: Number of GPUs.
+        room: Memory of each GPU.
         num_sample_only_dits: Number of transformers that only samples need.
         live_encoders: Text encoders that are loaded.
         tables: Tables of the dataset.
@@ -72,7 +72,7 @@ def _estimate_with_savings(
 ) -> Iterator[SingleGpuRun]:
     """Yield estimates of the run with its own options, then with memory-saving options added one at a time.
 
-    Each estimate is for one card, and has a function that divides it over `num_gpus` cards.
+    Each estimate is for one GPU, and has a function that divides it over `num_gpus` GPUs.
     """
     added_flags: tuple[str, ...] = ()
     savings = list_memory_savings(options, len(family.experts) - 1)
@@ -92,31 +92,31 @@ def _divide_prediction(
     num_gpus: int,
     division: Division,
 ) -> MemoryPrediction:
-    """Return the prediction for each of several cards, derived from that for a single card.
+    """Derive the memory prediction for each of several GPUs from the prediction for a single one.
 
     Args:
         family: The model family.
         options: Options of the run.
-        prediction: The prediction for a single card.
-        counter: The counter of tokens that watched the step.
-        num_gpus: Number of cards.
-        division: How the cards divide the work.
+        prediction: The prediction for a single GPU.
+        counter: Token counter that observed the simulated step.
+        num_gpus: Number of GPUs.
+        division: How the GPUs divide the work.
 
     Raises:
         UserError: If the run cannot be divided in this way.
     """
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, num_gpus)
-    if division != Division(num_gpus):  # beyond plain data parallelism: the method may not support it
+    if division != Division(num_gpus):  # more than data parallelism: the method may not support this run
         uses = list_run_uses(family, options)
         for check in with_division(options.speed, division).modes.hooks.check_uses:
             check(uses)
-    if division.num_context_parallel > 1:  # so many cards share the tokens of a clip
+    if division.num_context_parallel > 1:  # this many GPUs share the tokens of a clip
         prediction = replace(
             prediction,
             phase_peaks=divide_tokens(prediction.phase_peaks, division.num_context_parallel, counter),
             host_activation_bytes=prediction.host_activation_bytes // division.num_context_parallel,
         )
-    if division.shards_weights:  # the weights of blocks are spread over the cards
+    if division.shards_weights:  # the weights of blocks are spread over the GPUs
         prediction = replace(prediction, swaps=[share_blocks(prediction.block_weights, num_gpus)])
     return prediction

@@ -27,7 +27,7 @@ PAUSE = 0.05  # seconds between two checks
 
 
 class PageProcess:
-    """A process that draws the page of one run on request and at the end."""
+    """A process that draws the HTML page of one run, on request and at the end of the run."""
 
     def __init__(self, history: Path) -> None:
         """Start the process that draws the page of a run.
@@ -58,7 +58,7 @@ class PageProcess:
         threading.Thread(target=self._process.wait, daemon=True).start()
 
     def draw(self) -> None:
-        """Request that the page be drawn from the current history on disk.
+        """Ask the process to draw the page from the current history on disk.
 
         Raises:
             OutputError: If drawing an earlier page failed and ended the drawing process.
@@ -70,7 +70,7 @@ class PageProcess:
             raise OutputError(self._read_reason()) from None
 
     def close(self) -> None:
-        """Request the last page. Raises OutputError if an earlier page could not be drawn."""
+        """Ask for the final page. Raises OutputError if an earlier page could not be drawn."""
         assert self._process.stdin is not None
         try:
             # closing the pipe alone is not enough: data loader workers may keep it open for some time
@@ -102,7 +102,7 @@ def wait_for_page(history: Path, seconds: float = PAGE_SECONDS) -> Path | None:
 
 
 def is_page_current(history: Path) -> bool:
-    """Return whether the page of a run was drawn after the last line of its history, if it has one."""
+    """Return whether the page of a run was drawn after its history changed last; True without a history."""
     page = page_path(history.parent, history_name(history))
     try:
         written = history.stat().st_mtime_ns
@@ -121,8 +121,8 @@ def draw_page(history: Path, draw: Callable[[Path, RunHistory], None], *, is_ove
     Args:
         history: The history of the run.
         draw: Writes the page of a run history to a path.
-        is_over: Whether the training has ended; if the history has no line about
-            its end, the training is shown as killed.
+        is_over: Whether the run has ended; if its history does not record the end, the page says that the
+            run was killed.
     """
     session = read_session(history)
     if session is None:
@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> None:
     """Draw the page of a run whenever standard input has a request, and when it ends.
 
     Args:
-        argv: Path of the history, working folder of the training, and its script as it was typed.
+        argv: Path of the history, working folder of the training process, and its script as typed.
     """
     history_file, working_folder, script = argv
     history = Path(history_file)

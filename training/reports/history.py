@@ -45,11 +45,11 @@ SHOWN = 50  # steps whose mean duration is shown next to the bar, in the box at 
 
 
 def find_workflow(folder: Path, saved: str) -> str:
-    """Return the name of the workflow that loads a saved file; "" if there is none.
+    """Return the file name of the ComfyUI workflow that loads a saved file; "" if it does not exist.
 
     Args:
         folder: Folder of the saved file.
-        saved: Name of the saved file. The files of two transformers share a workflow.
+        saved: Name of the saved file. Files of the high-noise and low-noise transformers share a workflow.
     """
     stem = saved.removesuffix(".safetensors")
     stems = (stem, stem.removesuffix(f"_{LOW_NOISE}"), stem.removesuffix(f"_{HIGH_NOISE}"))
@@ -69,7 +69,7 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class PageCommand:
-    """A command that can follow this run, written for bash and for PowerShell."""
+    """A suggested command to run after training, written for bash and for PowerShell."""
 
     title: str
     bash: str
@@ -79,7 +79,7 @@ class PageCommand:
 
     @property
     def heading(self) -> str:
-        """Return the command's title, with a note on the values that the user has to fill in."""
+        """Return the command's title, with a note about values that the user must fill in."""
         return f"{self.title} (fill in {self.missing})" if self.missing else self.title
 
 
@@ -101,7 +101,7 @@ class Start:
 
     @classmethod
     def of(cls, values: Row) -> "Start":
-        """Parse the line that a run writes at its start; malformed values raise one of several errors.
+        """Parse the line that a run writes at its start.
 
         Raises:
             ValueError, TypeError, LookupError: If this program did not write the line.
@@ -128,7 +128,7 @@ class Start:
 
 @dataclass
 class RunHistory:
-    """Content of a history file; a line that occurs twice counts once."""
+    """Parsed content of a run's history file; repeated lines count once."""
 
     loss: Points = field(default_factory=dict)
     seconds: Points = field(default_factory=dict)  # duration of steps
@@ -158,7 +158,7 @@ class RunHistory:
         return run_history
 
     def add(self, row: Row) -> None:
-        """Add a row, whose key determines its kind. A start clears the ending of an earlier run."""
+        """Add a row, whose keys determine its kind. A start clears the ending of an earlier run."""
         step = row["step"]
         # a message does not change the current activity; any other row ends it
         self.doing = self.doing if "message" in row else str(row.get("doing", ""))
@@ -211,7 +211,7 @@ class RunHistory:
 
     @property
     def start(self) -> "Start | None":
-        """The newest start that could be read; None if there is none."""
+        """Description of the run's latest start; None if no valid one is recorded."""
         return next((start for start in reversed(self.starts.values()) if start is not None), None)
 
     @property
@@ -274,13 +274,13 @@ class RunHistory:
         return newest
 
     def is_average(self, name: str) -> bool:
-        """Return whether a saved file is the average (EMA) of another one: its loss was not measured."""
+        """Return whether a saved file has averaged weights (EMA), whose validation loss is not measured."""
         # the ending of averages may be followed by the name of a transformer
         endings = re.finditer(re.escape(AVERAGE), name)
         return any(f"{name[: ending.start()]}{name[ending.end() :]}" in self.saved for ending in endings)
 
     def is_embedding(self, name: str) -> bool:
-        """Return whether a file has only a word's embedding, as `x_mycat.safetensors` next to its LoRA."""
+        """Return whether a saved file contains only a word's embedding, such as `x_mycat.safetensors`."""
         stem, dot, ending = name.rpartition(".")
         stems_without_word = [stem[: match.start()] for match in re.finditer("_", stem)]
         return any(f"{shorter}{dot}{ending}" in self.saved for shorter in stems_without_word)
@@ -306,8 +306,8 @@ class MeasuredFile:
 def select_lowest_loss(files: Iterable[MeasuredFile]) -> MeasuredFile | None:
     """Return the file with the lowest validation loss; None if there is none.
 
-    Several files may have the loss of the same validation. Ties are resolved in favor of the file saved
-    nearest to the validation, then the later one, then the one with the shortest name.
+    Several files may share the loss of one validation. Ties are resolved in favor of the file saved nearest
+    to that validation, then the later one, then the one with the shortest name.
     """
     return min(
         files,
@@ -317,17 +317,17 @@ def select_lowest_loss(files: Iterable[MeasuredFile]) -> MeasuredFile | None:
 
 
 class History:
-    """History of one run: all lines are on disk, and all except those on single steps also in memory."""
+    """History of one run: lines about single steps are only on disk, all others in memory too."""
 
     def __init__(self, path: Path, session: int, step: int = 0, is_written: bool = True) -> None:
-        """Keep the lines up to `step`, the current step: none at 0, or if the file belongs to another run.
+        """Open a history and keep its lines up to `step`, but none at step 0 or from another run.
 
         A file that cannot be read is reported and treated as missing.
 
         Args:
             path: Path of the file.
             session: Identifies the run among others of the same name.
-            step: Step at which the run is.
+            step: Current step of the run.
             is_written: Whether lines may be written; False for readers.
         """
         self.path, self.session, self.is_written = path, session, is_written
@@ -343,13 +343,13 @@ class History:
             logger.warning("%s cannot be read (%s): the page begins at step %d.", path, error.strerror, step)
 
     def add(self, step: int, **values: Any) -> None:
-        """Record a line, named by a key such as `loss` or `saved`; it is written together with later ones.
+        """Record a line whose key, such as `loss` or `saved`, names its kind; it is written with later lines.
 
         Raises:
             OutputError: If MAX_BUFFERED_LINES are buffered and cannot be written. They are dropped.
         """
         row: Row = _to_storable({"step": step, **values})
-        # neither lines about single steps nor the one of the start are needed in memory
+        # lines about single steps and about the start are not needed in memory
         if not row.keys() & {*TRANSIENT_KEYS, "started"}:
             self.run_history.add(row)
         # bytes of a file's name that are not UTF-8 become \\udce9 and the like, which JSON can restore
@@ -398,7 +398,7 @@ def history_path(folder: Path, name: str) -> Path:
 
 
 def history_name(path: Path) -> str:
-    """Return the output name of the run that a history file belongs to."""
+    """Return the --output_name of the run to which a history file belongs."""
     return path.name.removesuffix(END)
 
 
@@ -406,7 +406,7 @@ def describe_process(number: int | None = None) -> dict[str, Any]:
     """Return the host name, process ID and start time, which identify a process.
 
     Args:
-        number: Process id; None for this process.
+        number: Process ID; None for this process.
 
     Raises:
         psutil.NoSuchProcess: If the process has ended.
@@ -418,7 +418,7 @@ def describe_process(number: int | None = None) -> dict[str, Any]:
 
 
 def read_session(path: Path) -> int | None:
-    """Return the session number stored in a history file; None without a file or a number."""
+    """Return the number of the run (session) stored in a history file; None without a file or a number."""
     try:
         require_regular_file(path)
         with path.open("rb") as file:
@@ -429,10 +429,10 @@ def read_session(path: Path) -> int | None:
 
 
 def read_history(path: Path, session: int) -> RunHistory:
-    """Return the content of all lines of a run on disk.
+    """Parse the history file of a run, ignoring lines from other sessions.
 
     Raises:
-        OSError: If they cannot be read.
+        OSError: If the file cannot be read.
     """
     return RunHistory.of(_read_lines(path, session))
 
@@ -440,7 +440,7 @@ def read_history(path: Path, session: int) -> RunHistory:
 def _read_lines(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
     """Yield the lines of a run, up to `step` if given; none at step 0.
 
-    Unreadable lines are skipped, with a warning if there are more than a killed process leaves.
+    Unreadable lines are skipped, with a warning if there are several: a killed process leaves only one.
 
     Raises:
         OSError: If the file cannot be read.

@@ -135,7 +135,7 @@ def read_draws_of_file(path: Path, session: int | None) -> Iterator[ItemDraw]:
 
 
 def _parse(line: bytes) -> Mapping[str, Any]:
-    """Return the values of a line; {} if it is incomplete or not an object."""
+    """Parse a line as a JSON object; {} if it is incomplete or not an object."""
     if not line.endswith(b"\n"):
         return {}
     try:
@@ -199,7 +199,7 @@ def read_images(folder: Path, name: str) -> dict[str, ItemImage]:
 
 
 def _make_table_row(item: ItemLoss, image: ItemImage | None) -> tuple[str | Markup, ...]:
-    """Return the cells of an item: thumbnail, name, hardness, number of draws, mean loss."""
+    """Return the table cells of an item: thumbnail, name, hardness, number of draws, mean loss."""
     hardness = f"{item.hardness:.2f}" + ("" if item.error is None else f" ± {item.error:.2f}")
     return (
         "" if image is None else image.tag,
@@ -214,12 +214,15 @@ def _make_table_row(item: ItemLoss, image: ItemImage | None) -> tuple[str | Mark
 def _compare_files(
     folder: Path, name: str, file_versions: tuple[tuple[str, int, int], ...]
 ) -> list[ItemLoss]:
-    """Return the items of a run. The cache key `file_versions` has each file's name, size and change time."""
+    """Return the items of a run with their losses. `file_versions` is the cache key.
+
+    It contains the name, size and modification time of each file.
+    """
     return compare_items(read_draws(folder, name))
 
 
 def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSection | None:
-    """Return the section on the losses of items for a run's page; None if there are none.
+    """Return the page section about the losses of items; None if none were recorded.
 
     Args:
         folder: Folder of the history.

@@ -49,13 +49,13 @@ GRADIENT_NORM_COLUMN = -1
 
 
 class MetricColumns:
-    """Maps entries of the 1-D tensor of a step's values to named losses and metrics.
+    """Maps elements of a step's 1-D metrics tensor to named losses and metrics.
 
-    The tensor has the loss, the requests, a sum for each name, a count for each name, and then the norms.
+    The tensor contains the loss, the requests, a sum for each name, a count for each name, and the norms.
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
-        """Define the columns; `names` are those of the losses and metrics besides the loss itself."""
+        """Define the columns; `names` lists all losses and metrics other than the total loss."""
         self.names = names
         first_count = REQUEST_COLUMNS.stop + len(names)
         self.size = first_count + len(names)  # number of values before the norms
@@ -63,14 +63,14 @@ class MetricColumns:
         self.count_columns = slice(first_count, self.size)  # number of micro-batches, for each name
 
     def means(self, values: Sequence[float]) -> dict[str, float]:
-        """Return the mean of each loss and metric that had micro-batches in a step, by name."""
+        """Return the mean of each loss and metric by name, without those that no micro-batch recorded."""
         totals = zip(self.names, values[self.sum_columns], values[self.count_columns], strict=True)
         return {name: total / count for name, total, count in totals if count}
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Metrics of an optimizer step; `values` and the fields computed from it are set one step later."""
+    """Metrics of an optimizer step; `values`, and fields computed from it, are filled in a step later."""
 
     step: int  # from 1
     rates: Mapping[str, float]  # learning rates as `name_rates` gives them
@@ -91,9 +91,9 @@ class StepReport:
 
 @dataclass
 class DelayedReports:
-    """Hold the report of the last step while its values are copied to the host; `now` returns seconds.
+    """Keep the report of the last step while its values are copied to the host.
 
-    A time stamp is a time in seconds or, on a GPU, a CUDA event that may be pending.
+    `now` returns seconds. A time stamp is a time in seconds or, on a GPU, a CUDA event.
     """
 
     now: Callable[[], float] = time.monotonic
@@ -101,7 +101,7 @@ class DelayedReports:
     last_time_stamp: Any = field(default=None, init=False)  # at the end of the last step or pause
 
     def push(self, step: StepReport, values: Tensor) -> StepReport | None:
-        """Store a step with its values (1-D, on any device); return the previous step, values on the host."""
+        """Store a step with its 1-D `values` on any device; return the previous step, with host values."""
         device_type = values.device.type
         if values.is_cuda:
             values = empty_pinned(values.shape, values.dtype).copy_(values, non_blocking=True)
@@ -130,7 +130,7 @@ class DelayedReports:
         return replace(report, seconds=started.elapsed_time(self.last_time_stamp) / 1000)
 
     def time_stamp(self, device: str) -> Any:
-        """Return a time stamp that a step's duration is measured from.
+        """Return a time stamp for measuring step durations.
 
         Args:
             device: Type of the device, such as cuda.
@@ -143,14 +143,14 @@ class DelayedReports:
 
 
 class Recorder(Protocol):
-    """Interface of an object that records metrics and samples; a context manager in every process."""
+    """Interface of an object that records metrics and samples; all processes enter it as a context."""
 
     def __enter__(self) -> object: ...
 
     def __exit__(self, *error: Any) -> bool | None: ...
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:
-        """Record the numbers of a step; called in the main process only."""
+        """Record the metrics of a step; called only in the main process."""
 
     # called in the main process only; a strip has a sample's frames side by side, H W 3
     def log_samples(
@@ -161,7 +161,7 @@ class Recorder(Protocol):
 
 @dataclass
 class Logs:
-    """Log one run; entering the context starts the recorders and the progress bar."""
+    """Context manager that logs one run: it starts the recorders and the progress bar."""
 
     accelerator: Accelerator
     total_steps: int
@@ -198,7 +198,7 @@ class Logs:
             logger.warning("The processes could not be ended: %s", error_at_end)
 
     def log_step(self, report: StepReport) -> None:
-        """Report an optimizer step and move the bar."""
+        """Report an optimizer step and advance the progress bar."""
         if report.seconds is not None:
             warning = self.clock.record_step(report.step, report.seconds, report.sizes)
             if warning is not None:
@@ -219,7 +219,7 @@ class Logs:
             self.log_values(_list_tracked_values(report), report.step)
 
     def _fit_to_bar(self, metrics: Mapping[str, str]) -> dict[str, str]:
-        """Drop values in the order of DROPPED until the others fit next to the progress bar."""
+        """Drop values in the order of DROPPED until the remaining ones fit next to the progress bar."""
         fitting = dict(metrics)
         bar = self.bar.format_dict
         elapsed = tqdm.format_interval(bar["elapsed"])
@@ -231,7 +231,7 @@ class Logs:
         return fitting
 
     def _format_metrics(self, report: StepReport) -> dict[str, str]:
-        """Return the texts after the progress bar, by name."""
+        """Return the values shown after the progress bar, as text by name."""
         metrics = {}
         seconds = self.clock.seconds_per_step
         left = self.clock.estimate_remaining(report.step, self.total_steps)
@@ -247,14 +247,14 @@ class Logs:
         return {**metrics, **self.extras(report.step)}
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:
-        """Send other values of a step to the recorders: `loss/epoch`, validation losses."""
+        """Send values such as `loss/epoch` and validation losses to the recorders."""
         if self.accelerator.is_main_process:
             for recorder in self.recorders:
                 recorder.log_values(values, step)
 
 
 def _list_tracked_values(report: StepReport) -> dict[str, float]:
-    """Return the values of a step by their names in trackers."""
+    """Return the metrics of a step, by their names in trackers such as TensorBoard."""
     values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
     values |= {f"loss/{name}": loss for name, loss in report.component_losses.items()}
     values |= report.metrics

@@ -20,14 +20,14 @@ class MetricChart:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "MetricChart":
-        """Parse a chart from a history. Raises TypeError, AttributeError or LookupError."""
+        """Parse a chart from a history. Raises TypeError, AttributeError or LookupError if malformed."""
         curves = {str(label): str(name) for label, name in facts["curves"].items()}
         return cls(str(facts["title"]), str(facts["unit"]), curves)
 
 
 @dataclass(frozen=True)
 class MetricTile:
-    """The mean of a number over the latest steps, as a percentage at the top of the page."""
+    """A tile at the top of the page: the mean of a metric over the latest steps, as a percentage."""
 
     title: str
     number: str  # name of the value in the history
@@ -35,7 +35,7 @@ class MetricTile:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "MetricTile":
-        """Parse a tile from a history. Raises TypeError or LookupError."""
+        """Parse a tile from a history. Raises TypeError or LookupError if malformed."""
         return cls(str(facts["title"]), str(facts["number"]), str(facts["note"]))
 
 

@@ -34,7 +34,7 @@ MAX_BINS = 600  # points of a curve; a drawing has too few pixels to show more
 
 @dataclass(frozen=True)
 class Standing:
-    """State of a run for its page: start, current step, and how it ended."""
+    """Status of a run shown on its page: start, current step, and how it ended."""
 
     start: Start
     step: int
@@ -75,7 +75,7 @@ def page_values(
     name: str = "",
     has_sections: bool = True,
 ) -> dict[str, Any]:
-    """Return the values for the template of a run's page, by name.
+    """Return the template variables of a run's page, by name.
 
     Args:
         folder: Value of --output_dir.
@@ -84,7 +84,7 @@ def page_values(
         load: Reads the clips of samples; None shows no samples.
         maximum: Largest number of columns and rows in the grid of samples.
         name: Value of --output_name, whose scores show which file is best.
-        has_sections: Whether to show the other files next to the history too; they name training images.
+        has_sections: Whether to show the scores and item losses, which name training images.
     """
     from downloads.catalogue import model_title  # only for pages
     from training.reports.item_losses import make_section as make_items
@@ -98,7 +98,7 @@ def page_values(
         sections = [make(folder, name, run_history) for make in (make_scores, make_items)]
     charts = list_charts(run_history)
     if name:
-        charts[1:1] = list_score_charts(folder, name, run_history)  # next to the loss, which is the first
+        charts[1:1] = list_score_charts(folder, name, run_history)  # after the loss, which is the first
     grid = None
     if load:
         from training.reports.sample_files import make_grid  # only with samples
@@ -106,7 +106,7 @@ def page_values(
         max_columns, max_prompts = maximum
         grid = make_grid(run_history, load, max_columns, max_prompts)
     return {
-        "live": None,  # a file, and not a page that the browser interface serves and renews
+        "live": None,  # the page is a file, which the browser interface does not serve and update
         "is_shared": False,  # not a page behind a share link, so samples link to their files
         "standing": standing,
         "model": model_title(standing.start.model),
@@ -136,7 +136,7 @@ def _draw_losses(run_history: RunHistory, maximum: int) -> Chart:
 
 
 def list_charts(run_history: RunHistory, maximum: int = MAX_BINS) -> list[Chart]:
-    """Return the diagrams of a run.
+    """Return the charts of a run's page.
 
     Args:
         run_history: Content of the run's history.
@@ -324,9 +324,9 @@ def list_files(run_history: RunHistory, folder: Path) -> list[tuple[int, list[st
 
 @functools.lru_cache(maxsize=10_000)
 def _read_weights_hash(path: Path, changed: int, size: int) -> str:
-    """Return the SHA-256 of the tensors from a LoRA's metadata; empty if it is missing.
+    """Return the SHA-256 of the tensors, as recorded in a LoRA file's metadata; "" if it is missing.
 
-    `changed` and `size` are part of the cache key only.
+    `changed` and `size`, the file's modification time and size, serve only as part of the cache key.
     """
     try:
         return read_safetensors_texts(path).get("sshs_model_hash", "")
@@ -366,7 +366,7 @@ def _list_saved_files(run_history: RunHistory, folder: Path, best: str | None) -
 
 
 def describe_best(run_history: RunHistory, best: str | None) -> str:
-    """Return the sentence on the best file, or on how to measure which one it is.
+    """Return a sentence that names the best file, or says how to find it.
 
     Args:
         run_history: Content of the run's history.

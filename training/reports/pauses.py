@@ -28,8 +28,8 @@ CAUSES = (
 class StepClock:
     """Measure the duration of steps and pauses, and find steps slower than others with equal item sizes.
 
-    If `skips_next_step` is set, the next step is not compared. The remaining time counts only kinds of pauses
-    that have occurred.
+    If `skips_next_step` is set, the next step is not compared. The remaining time includes only kinds of
+    pauses that have occurred before.
     """
 
     count_future_pauses: Callable[[int], dict[str, int]] = lambda step: {}  # pauses after a step by kind
@@ -53,9 +53,9 @@ class StepClock:
         self.pauses.setdefault(kind, []).append(self.now() - start)
 
     def estimate_remaining(self, step: int, total_steps: int) -> float | None:
-        """Return the remaining seconds after a step; None before the first step.
+        """Return the estimated remaining seconds after a step; None before the first step.
 
-        Future pauses are included, each with the mean of its kind.
+        Future pauses are included, each with the mean duration of its kind.
         """
         if self.seconds_per_step is None:
             return None

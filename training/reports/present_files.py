@@ -81,7 +81,10 @@ def _is_saved_file(path: Path, run_history: RunHistory, folder: Path) -> bool:
 
 
 def _find_better_file(name: str, run_history: RunHistory, folder: Path, best: str | None) -> str | None:
-    """Return the best step's file to use instead of an existing file of another step; None to keep that."""
+    """Return the best step's file of the same kind as file `name`.
+
+    Returns None if `name` is from the best step itself, or if no file of the same kind is left of that step.
+    """
     if best is None:
         return None
     best_step = run_history.saved[best]
@@ -94,7 +97,7 @@ def _find_better_file(name: str, run_history: RunHistory, folder: Path, best: st
 
 
 def _find_replacement(name: str, run_history: RunHistory, folder: Path, best: str | None) -> str | None:
-    """Return the saved file to use instead of a missing one: that of the best step, else the newest.
+    """Return the saved file to use instead of a missing one: the best step's file, else the newest.
 
     Only files of the same kind qualify: an average for an average, an embedding for an embedding, and the
     same expert.
@@ -123,5 +126,5 @@ def _find_replacement(name: str, run_history: RunHistory, folder: Path, best: st
 
 
 def _expert_of(name: str) -> str:
-    """Return the expert in a saved file's name; "" for a file for all experts."""
+    """Return the expert named at the end of a saved file's name; "" if it names none."""
     return next((part for part in (LOW_NOISE, HIGH_NOISE) if Path(name).stem.endswith(f"_{part}")), "")

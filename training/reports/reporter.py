@@ -28,9 +28,9 @@ MAX_MESSAGES, MAX_CHARACTERS = 1000, 2000
 
 @dataclass
 class RunReporter:
-    """Report one run. Use it as a context manager: leaving it requests the last page.
+    """Context manager that records one run in its history and page; leaving it draws the final page.
 
-    In processes other than the main one, the history is not written.
+    Only the main process writes the history.
     """
 
     history: History  # if it is not written, there is no page either
@@ -97,7 +97,7 @@ class RunReporter:
                 self.history.flush()
 
     def log_activity(self, text: str) -> None:
-        """Record work between steps, as `sample 1 of 2, step 140 of 300`, at most every ACTIVITY_SECONDS."""
+        """Record work between steps, such as `sample 1 of 2, step 140 of 300`, once in ACTIVITY_SECONDS."""
         if self.now() - self._activity_recorded_at >= ACTIVITY_SECONDS:
             self._activity_recorded_at = self.now()
             self._record(self.step, doing=text)
@@ -105,7 +105,7 @@ class RunReporter:
                 self.history.flush()
 
     def log_pause(self, text: str) -> None:
-        """Log at once what the run is doing between two steps, such as `saving`, which may take minutes."""
+        """Record at once what the run does between two steps, such as `saving`, which may take minutes."""
         self._activity_recorded_at = -math.inf
         self.log_activity(text)
         self._activity_recorded_at = -math.inf
@@ -114,7 +114,7 @@ class RunReporter:
         """Write a step into the history.
 
         Args:
-            report: Numbers of the step.
+            report: Metrics of the step.
             left: Seconds to the end of the run, including pauses; None if unknown.
         """
         self.step = report.step
@@ -155,13 +155,13 @@ class RunReporter:
     def log_samples(
         self, step: int, step_label: str, prompts: Sequence[str] = (), recorders: Sequence[Recorder] = ()
     ) -> None:
-        """Record the samples of all processes, write a sheet of them, and request the page.
+        """Record the samples of all processes, write a contact sheet of them, and request the page.
 
         Args:
             step: Number of the optimizer step.
             step_label: Step or epoch as the file names contain it, such as e000001.
             prompts: Prompts of all samples.
-            recorders: Receive the samples too.
+            recorders: Recorders that also receive the samples.
         """
         if not (self.history.is_written or recorders):
             return
@@ -189,7 +189,7 @@ class RunReporter:
         )
         with self._errors_as_warning():
             title = f"{self.name}, step {step:,}"
-            # the name sorts after those of the samples
+            # this name sorts after the names of the samples
             sheet = self.folder / SAMPLES / f"{self.name}_{step_label}_sheet.png"
             sample_files.write_sheet(sheet, title, strips, file_prompts)
         self._request_page()
@@ -210,9 +210,9 @@ class RunReporter:
                 self.log_files()
 
     def log_files(self) -> None:
-        """Record the commands again if saving or removing files has changed the file names in them.
+        """Record the suggested commands again if saving or removing files has changed names in them.
 
-        Before the run has started, no commands are recorded, and this does nothing.
+        Does nothing before the run has started.
         """
         if self.history.is_written and self._last_recorded:
             with self._errors_as_warning():
@@ -224,7 +224,7 @@ class RunReporter:
             self.history.add(step, **what)
 
     def _request_page(self) -> None:
-        """Write the history to disk, and request the page."""
+        """Write the history to disk, and ask the page process to redraw the page."""
         if not self.history.is_written:
             return
         self._page_requested_at = self.now()
@@ -235,7 +235,7 @@ class RunReporter:
                 self.page.draw()
 
     def _record_memory_and_commands(self, is_finished: bool) -> None:
-        """Record lines about memory and commands if they have changed since the last time."""
+        """Write memory use and the suggested next commands to the history if they have changed."""
         file = find_usable_file(self.history.run_history, self.folder, self.name)
         commands = self.commands(file, is_finished)
         lines = {"memory": self.memory(), "commands": [*map(astuple, commands)]}
@@ -246,7 +246,7 @@ class RunReporter:
 
     @contextmanager
     def _errors_as_warning(self) -> Iterator[None]:
-        """Turn errors of the block into a warning; only the first one is logged."""
+        """Suppress errors raised in the block; log only the first one, as a warning."""
         try:
             yield
         except Exception as error:
@@ -260,7 +260,7 @@ class RunReporter:
 
 
 def name_best_file(folder: Path, name: str, run_history: RunHistory) -> str | None:
-    """Return the name of the best saved file by scores or validation losses; None without both."""
+    """Return the name of the best saved file by scores, else by validation losses; None without either."""
     if not scores_path(folder, name).is_file():
         return run_history.best_file(folder) if run_history.validations else None
     from training.reports.scores import find_best_file  # slow to import; few runs are scored

@@ -73,7 +73,7 @@ def read_downscaled(path: Path) -> DownscaledClip:
         return DownscaledClip([_plot_waveform(path)], 1.0)
     frames: list[Frame] = []
     stride = 1
-    # the length is not known in advance: if there are too many frames, every second one is dropped
+    # the length is not known in advance: whenever there are too many frames, every second one is dropped
     for index, frame in enumerate(video_frames(path)):
         if index % stride:
             continue
@@ -112,7 +112,7 @@ def join_strip(clip: DownscaledClip) -> Frame:
 
 
 def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Mapping[int, str]) -> None:
-    """Write a PNG with a strip of frames of each sample below its prompt; nothing if there are no strips.
+    """Write a PNG contact sheet: each sample's strip of frames below its prompt. Does nothing without strips.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -141,7 +141,7 @@ def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Ma
 
 
 def _cut_to_width(text: str, width: int, size: int) -> str:
-    """Cut a text to one line of the sheet's width."""
+    """Shorten a text so that it fits on one line of the contact sheet."""
     text = escape_control_codes(" ".join(text[:1000].split()))
     font = _load_font(size)
     if font.getlength(text) <= width - 2 * GAP:
@@ -164,19 +164,19 @@ SMALL_SIDE = 128
 
 @dataclass
 class ClipStore:
-    """A cache of the downscaled clips for the grid of samples; each is encoded once."""
+    """A cache of the downscaled clips in the page's grid of samples; each clip is encoded once."""
 
     folder: Path
     clips: dict[str, Markup] = field(default_factory=dict)
 
     def for_page(self) -> LoadClip:
-        """Return the function that loads clips for a page; only clips of the previous page are kept."""
+        """Return a function that loads clips for a page; its cache keeps only clips of the previous page."""
         previous_clips = self.clips
         self.clips = {}
         return partial(self._load, previous_clips)
 
     def _load(self, previous_clips: Mapping[str, Markup], name: str, prompt: str, step: int) -> Markup | str:
-        """Return the encoded clip of a sample, from the previous page if it was there; else read its file."""
+        """Return the encoded clip of a sample, reused from the previous page if possible, else read again."""
         if name in previous_clips:
             self.clips[name] = previous_clips[name]
         if name not in self.clips:
@@ -200,9 +200,9 @@ class ClipStore:
 
 
 def select_columns(rows: Sequence[SampleRow], best_step: int | None, maximum: int) -> list[SampleRow]:
-    """Return at most `maximum` rows: the first, the last, the nearest to the best step, and others evenly.
+    """Return at most `maximum` rows: every nth, the last, and the nearest to the best step.
 
-    "Evenly" means every 2nd, 4th, 8th, ... row, so that most of the rows remain when the list grows.
+    n is a power of two, so that most of the selected rows remain when the list grows.
     """
     if len(rows) <= maximum:
         return list(rows)
@@ -232,7 +232,7 @@ def select_first_shown(num_columns: int, best: int | None, maximum: int = 4) -> 
 
 
 def make_grid(run_history: RunHistory, load: LoadClip, max_columns: int, max_prompts: int) -> dict[str, Any]:
-    """Return the values of the grid of samples: steps as columns, prompts as rows."""
+    """Return the content of the page's sample grid: steps as columns, prompts as rows."""
     sampled_steps = [run_history.samples[key] for key in sorted(run_history.samples)]
     best_step = None if run_history.lowest_validation is None else run_history.lowest_validation.step
     columns = select_columns(sampled_steps, best_step, max_columns)
@@ -259,14 +259,14 @@ def make_grid(run_history: RunHistory, load: LoadClip, max_columns: int, max_pro
     return {
         "columns": titles,
         "rows": grid_rows,
-        "few": len(first_shown),  # columns that are shown before the reader asks for all
+        "few": len(first_shown),  # columns shown until the reader expands the grid
         "times": len(sampled_steps),
         "prompts": len(prompts),
     }
 
 
 def _load_cell(samples: SampleRow, index: int, prompt: str, load: LoadClip) -> dict[str, Any] | None:
-    """Return the cell of a prompt among the samples of a step; None if there is no sample of it."""
+    """Return the table cell of a prompt in the column of a step; None if the step has no sample of it."""
     name = samples.files.get(index)
     if name is None or samples.prompts.get(index, "") != prompt:
         return None

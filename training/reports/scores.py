@@ -48,7 +48,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class ScoreNote:
-    """A note on the scores of a run: a key of `NOTES` and the values that fill its text."""
+    """A note about the scores of a run: a key of `NOTES`, and the values for the placeholders of its text."""
 
     kind: str
     values: Mapping[str, str] = field(default_factory=dict)
@@ -98,12 +98,12 @@ class StepScores:
 
     @property
     def tag_recall(self) -> float | None:
-        """Mean fraction of the prompts' tags that a tagger sees; None if none was measured."""
+        """Mean fraction of the prompts' tags that a tagger detects; None if it was not measured."""
         return _mean([sample.tag_recall for sample in self.samples])
 
     @property
     def nearest_cosine(self) -> float | None:
-        """Return the largest cosine of a sample and its nearest training image."""
+        """Return the largest cosine similarity between a sample and its nearest training image, or None."""
         return max(
             (one.nearest_cosine for one in self.samples if one.nearest_cosine is not None), default=None
         )
@@ -245,7 +245,7 @@ def _finite_or_none(value: Any) -> float | None:
 def list_unsampled(
     rows: Sequence[StepScores], run_history: RunHistory, folder: Path
 ) -> tuple[MeasuredFile, ...]:
-    """Return the saved files with a validation loss whose steps were not scored."""
+    """Return the saved files that have a validation loss, but whose step has no scored samples."""
     scored = {row.step for row in rows if row.saved}
     return tuple(file for file in run_history.measured_files(folder) if file.step not in scored)
 
@@ -253,13 +253,14 @@ def list_unsampled(
 def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()) -> BestFile | None:
     """Return the best saved file; None if there is none.
 
-    If there are validation losses, the lowest one chooses the file. Otherwise, among the files whose samples
-    match their prompts best (within TOLERANCE), it is the one with the samples most like the training images.
-    Files with samples that copy a training image are considered only if all files have such samples.
+    If there are validation losses, the lowest one determines the file. Otherwise, among the files whose
+    samples match their prompts best (within TOLERANCE), it is the one whose samples are most like the
+    training images. Files with samples that copy a training image are considered only if all files have
+    such samples.
 
     Args:
         rows: Scores of each step.
-        unsampled: Files without samples.
+        unsampled: Saved files whose step has no scored samples.
     """
     saved = [row for row in rows if row.saved]
     without_copies = [row for row in saved if not row.copies]
@@ -291,7 +292,7 @@ def _find_by_loss(
     Args:
         rows: Scores of all steps, for trends after the best one.
         candidates: Scores of the steps whose files may be chosen.
-        unsampled: Files without samples, which may be chosen too.
+        unsampled: Saved files whose step has no scored samples; they may be chosen too.
     """
     scores_by_file: dict[MeasuredFile, StepScores] = {}
     for row in candidates:
@@ -332,7 +333,7 @@ def _find_by_samples(candidates: Sequence[StepScores]) -> BestFile:
 
 
 def _select_by_prompt_similarity(rows: Sequence[StepScores]) -> list[StepScores]:
-    """Return the steps whose prompt similarity is at most TOLERANCE below that of the best step."""
+    """Return the rows of steps whose prompt similarity is at most TOLERANCE below the highest."""
     highest = max((row.clip for row in rows if row.clip is not None), default=None)
     if highest is None:
         return list(rows)
@@ -340,7 +341,7 @@ def _select_by_prompt_similarity(rows: Sequence[StepScores]) -> list[StepScores]
 
 
 def _find_trends(rows: Sequence[StepScores], best: StepScores) -> list[str]:
-    """Describe how the scores change after the best file; each text is a reason for this choice."""
+    """Describe how the scores change after the best file; each sentence is a reason for this choice."""
     later_steps = [row for row in rows if row.step > best.step]
     if not later_steps:
         return [say("it is the last one with samples")]
@@ -413,7 +414,7 @@ def _format_score(value: float | None) -> str:
 
 
 def _list_warnings(row: StepScores) -> list[str]:
-    """Return the notes on the samples of a step."""
+    """Return warnings about the samples of a step, such as copies of training items."""
     remarks: list[str] = [
         say("sample %(n)s copies %(picture)s", n=copy.prompt, picture=copy.nearest) for copy in row.copies
     ]

@@ -12,7 +12,7 @@ SAMPLES = "sample"  # folder of samples, in the output folder
 
 @dataclass(frozen=True)
 class PageSection:
-    """A section of a run's page; plain texts are escaped, and `Markup` is inserted as HTML."""
+    """A section of a run's page; `str` is HTML-escaped, and `Markup` is inserted unchanged."""
 
     key: str  # anchor of its address on the page
     title: str

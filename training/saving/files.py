@@ -63,7 +63,7 @@ class Names:
         return file.name.removesuffix(self.suffix)
 
     def stem_of(self, file: Path) -> str:
-        """Return the stem that all files of a save share, without the expert or embedding word after it."""
+        """Return the stem that all files of a save share, without the suffix for an expert or new word."""
         stem = file.name.removesuffix(self.suffix)
         for ending in (*self.expert_names, *self.embedding_words):
             shared_stem = stem.removesuffix(f"_{ending}")
@@ -74,7 +74,7 @@ class Names:
 
     @property
     def pattern(self) -> str:
-        """Regular expression for the end of a saved file's name, after the name of the run and the step."""
+        """Regular expression for the end of a saved file's name, after the run's name and the step."""
         average = f"(?:{re.escape(AVERAGE)})?"
         experts = f"_(?:{'|'.join(self.expert_names)})" if self.expert_names else ""
         words = f"(?:_(?:{'|'.join(map(re.escape, self.embedding_words))}))?" if self.embedding_words else ""
@@ -99,13 +99,13 @@ class Publisher(Protocol):
         """Return a publisher that can describe the run, for example in a model card."""
 
     def publish(self, path: Path) -> None:
-        """Start publishing a saved file."""
+        """Start uploading a saved file."""
 
     def publish_state(self, folder: Path) -> None:
-        """Start publishing a state folder."""
+        """Start uploading a state folder."""
 
     def close(self) -> None:
-        """Wait until everything has been published."""
+        """Wait until all uploads have ended."""
 
 
 @dataclass
@@ -132,7 +132,7 @@ class MinuteClock:
 class Saver:
     """Write files and states of a run, and remove expired ones, in the main process.
 
-    If the model is split over processes, the other processes only send their part of each tensor.
+    If the model is sharded, the other processes only send their part of each tensor.
     """
 
     options: SavingOptions
@@ -182,7 +182,7 @@ class Saver:
     def _remove_saves(
         self, number_pattern: str, interval: int, newest_models: int | None, newest_states: int | None
     ) -> None:
-        """Remove saved models and states up to given steps or epochs.
+        """Remove saved models and states up to a step or epoch.
 
         Removes all of them, not only the newest: a killed run may not have removed some.
 
@@ -190,7 +190,7 @@ class Saver:
             number_pattern: Regular expression of the step or epoch in names, with one group.
             interval: Number of steps or epochs between two saves; saves at other numbers are kept.
             newest_models: Last step or epoch whose models are removed; None removes none.
-            newest_states: The same for states; None removes the states of removed models.
+            newest_states: Last step or epoch whose states are removed; None means `newest_models`.
         """
         if not self.is_main:
             return
@@ -267,7 +267,7 @@ class Saver:
 
 
 def _remove_via_rename(entry: Path) -> None:
-    """Rename a file or state, then remove it, so that no partly removed folder looks like a state."""
+    """Rename a file or state before removing it, so that a partly removed folder never looks like a state."""
     aside = entry.with_name(f".{entry.name}.removed.tmp")
     try:
         replace_file(entry, aside)
@@ -289,7 +289,7 @@ def _remove(path: Path) -> None:
 def reserve_name(folder: Path, name: str) -> Iterator[None]:
     """Reserve a name in a folder during the block, so that no other training run saves files under it.
 
-    The folder is created; if it is empty at the end, it is removed again.
+    The folder is created if it does not exist; in that case it is removed at the end if it is empty.
 
     Raises:
         OutputError: If another training run has reserved the name, or if the folder is not writable.
@@ -414,7 +414,7 @@ def _is_result(entry: Path, name: str, names: Names) -> bool:
 
 
 def _spell_as(entry: Path, start: str) -> str:
-    """Return an entry's name with its beginning spelled as `start`, if the file system is case-insensitive.
+    """Return an entry's name; on a case-insensitive file system, spell its beginning as `start`.
 
     On Windows and macOS, `cat` and `Cat` are the same file, so a run called `Cat` would replace the
     results of `cat`.
@@ -455,7 +455,7 @@ def _is_state(entry: Path) -> bool:
 
 
 def _is_input(entry: Path, inputs: Collection[Path]) -> bool:
-    """Return whether one of the input paths is this entry or lies inside it; inputs are real paths."""
+    """Return whether `entry` is, or contains, one of the input paths, whose symlinks are resolved."""
     real = real_path(entry)
     return any(path.is_relative_to(real) for path in inputs)
 
@@ -474,7 +474,7 @@ def recover_states(output_dir: Path, name: str) -> None:
 
 
 def find_moved_states(folder: Path, name: str) -> list[Path]:
-    """Return state folders of earlier runs with this name that a later run renamed to set them aside."""
+    """Return state folders of earlier runs with this name, which a later run has renamed to keep them."""
     states = state_pattern(name)
     pattern = re.compile(rf"{re.escape(name)}\.before-\d{{8}}-\d{{6}}(-\d+)?")
     asides = [entry for entry in _entries(folder) if pattern.fullmatch(entry.name)]

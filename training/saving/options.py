@@ -20,7 +20,7 @@ KEEP_ALL = "leave it out to keep all"
 
 
 def _if_saved(kind: str, with_states: bool = False) -> dict[str, Callable[[Any], bool]]:
-    """Return the `acts_if` condition of an option that has an effect only with saves by `kind`."""
+    """Return the `acts_if` condition of an option that has an effect only if files are saved by `kind`."""
     needed = f"--save_every_n_{kind}"
     if with_states:
         return {
@@ -34,7 +34,7 @@ def _if_saved(kind: str, with_states: bool = False) -> dict[str, Callable[[Any],
 class SavingOptions(Options, title="saving"):
     """Options of files and state folders.
 
-    `output_dir` and `output_name` are None only if the run just shows something and exits.
+    `output_dir` and `output_name` are None only in commands that show something and exit.
     """
 
     output_dir: Path | None = option(

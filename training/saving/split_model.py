@@ -59,17 +59,17 @@ def prepare_sharded_dit(
     part_rates: Mapping[str, float],
     file_layout: SavedForm,
 ) -> Trainable:
-    """Train a DiT whose blocks are split over processes; the parameters are the rows of this process.
+    """Train a sharded DiT; the trained parameters are this process's rows of each weight.
 
     Args:
         dit: The transformer.
         learning_rate: Learning rate of the run.
-        name_parts: Parts of names that select the trained parameters; empty for all.
-        part_rates: Different learning rates, by a part of the parameter's name.
+        name_parts: Substrings of the names of the trained parameters; empty for all.
+        part_rates: Different learning rates, by a substring of the parameter's name.
         file_layout: Whether a save is one file or several.
     """
     trainable = prepare_dit(dit, learning_rate, name_parts, part_rates, file_layout)
-    # split weight -> parameter with the rows of this process
+    # sharded weight -> parameter with the rows of this process
     local_parameters = {
         weight: trained_rows(weight) for weight in trainable.parameters if is_sharded_weight(weight)
     }
@@ -96,7 +96,7 @@ def _write_model(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the weights of a model that is split over processes; all of them must call this.
+    """Write the weights of a sharded model; all processes must call this.
 
     Process 0 writes the file, tensor by tensor; the others take part in gathering each tensor.
     """
@@ -127,7 +127,7 @@ def _write_model(
 
 
 def write_sharded_state(folder: Path, state: SavedState) -> None:
-    """Write a state whose tensors may be split, completely or not at all.
+    """Write a state whose tensors may be sharded, completely or not at all.
 
     All processes must call it.
 
@@ -148,14 +148,14 @@ def write_sharded_state(folder: Path, state: SavedState) -> None:
 
 
 def _tensors(state: SavedState) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name and tensors of each part of a state; optimizer states are named `optimizer/NAME`."""
+    """Yield the name and tensors of each part of a state; `optimizer/NAME` has the states of weight NAME."""
     yield from _writable_parts(state).items()
     for name, values in state.optimizer["states"].items():
         yield f"{OPTIMIZER}/{name}", values
 
 
 def _write_files(folder: Path | None, tensors: Mapping[str, Any]) -> dict[str, int]:
-    """Write each process's rows into the first process's `folder`; return the checksum of each file."""
+    """Write the rows of all processes into the first process's `folder`; return the files' checksums."""
     (folder,) = broadcast_object_list([folder])  # from the first process
     assert folder is not None
     file_numbers = {}  # tensor -> number of its file, from 1
@@ -181,7 +181,7 @@ def load_sharded_tensors(
     Args:
         saved: The saved state.
         parts: Tensors of this run by part and name.
-        sharded_weights: Trained weights that are split over processes in this run, by name.
+        sharded_weights: Trained weights that are sharded in this run, by name.
         device: Device of the run.
 
     Raises:
@@ -200,7 +200,10 @@ def load_sharded_tensors(
 
 
 def _copy_local_rows(saved: SavedState, part: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy this process's rows of whole saved tensors to the run's split tensors, which replace them."""
+    """Copy this process's rows of whole saved tensors into the run's sharded tensors.
+
+    The saved state refers to the sharded tensors afterwards.
+    """
     for name, tensor in tensors.items():
         saved_tensor: Any = saved.parts.get(part, {}).get(name)
         if saved_tensor is None or not is_sharded_weight(tensor) or saved_tensor.shape != tensor.shape:
@@ -211,7 +214,7 @@ def _copy_local_rows(saved: SavedState, part: str, tensors: Mapping[str, Tensor]
 
 
 def _select_local_rows_of_moments(optimizer_state: dict[str, Any], weight: Tensor) -> None:
-    """Replace whole moments of a split weight by this process's rows; scalars such as `step` stay."""
+    """Cut whole moments of a sharded weight to this process's rows in place; keep scalars such as `step`."""
     for key, value in optimizer_state.items():
         if isinstance(value, Tensor) and value.ndim and value.shape != local_rows(weight).shape:
             optimizer_state[key] = slice_local_rows(weight, value)
@@ -227,7 +230,7 @@ def _allocate_tensors_to_load(
 
     1. Weights are loaded into the run's own tensors.
     2. Weights that the run lacks, or has in a different shape, become meta tensors, which are not loaded.
-    3. Moments of the optimizer get new tensors, with this process's rows if the run splits their weight.
+    3. Moments of the optimizer get new tensors, with this process's rows if the run shards their weight.
     """
     if not saved.files:
         return {}

@@ -51,7 +51,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class SavedState:
-    """State of a run for resuming; tensors of a loaded state are memory-mapped until `release`."""
+    """State of a run for resuming. Tensors of a loaded state are memory-mapped until `release` is called."""
 
     folder: Path
     progress: Progress
@@ -74,7 +74,7 @@ class SavedState:
 
 @dataclass(frozen=True)
 class ForeignState:
-    """State folder of another trainer, which records no progress, so that steps count from 0."""
+    """State folder of another trainer; it records no progress, so steps are counted from 0."""
 
     folder: Path
     network: dict[str, Tensor]
@@ -145,8 +145,8 @@ def read_state(folder: Path) -> SavedState | ForeignState:
     """Read a state folder that this program or another trainer saved.
 
     Raises:
-        CheckpointError: If it is damaged or contains no state.
-        OptionError: If it is not a folder.
+        CheckpointError: If the state is damaged, or if the folder contains no state.
+        OptionError: If `folder` is not a folder.
     """
     if not folder.is_dir():
         error = "no such folder"
@@ -164,7 +164,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         return _read_foreign(folder)
     with errors_name_the_state(folder):
         content = _read_content(folder, verify_checksum=True)
-        if "files" in content:  # a split transformer's tensors, in separate files
+        if "files" in content:  # a sharded transformer's tensors, in separate files
             _check_files(folder, content["files"])
         state = SavedState(folder, Progress.of_state(content.pop("progress")), **content)
         check_types(state)
@@ -179,9 +179,9 @@ def read_state(folder: Path) -> SavedState | ForeignState:
 
 
 def _check_files(folder: Path, checksums: Mapping[str, int]) -> None:
-    """Raise ValueError if a file of split tensors is missing or changed.
+    """Raise ValueError if a file of sharded tensors is missing or has changed.
 
-    Each process checks a part of the files, and all of them raise.
+    Each process checks some of the files, and all processes raise the error.
 
     Args:
         folder: Folder of the files.
@@ -196,7 +196,7 @@ def _check_files(folder: Path, checksums: Mapping[str, int]) -> None:
 
 @contextlib.contextmanager
 def errors_name_the_state(folder: Path) -> Iterator[None]:
-    """Convert errors of the block about a damaged state to a CheckpointError that names the folder."""
+    """Convert errors that a damaged state causes in the block to a CheckpointError that names the folder."""
     try:
         yield
     except CheckpointError as error:
@@ -284,7 +284,7 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             "  Use --network_module, --network_dim and --network_args, or the --dit, of the run that saved "
             "it."
         )
-    # split tensors were filled in place while the state was read (`load_sharded_tensors`)
+    # sharded tensors were filled in place while the state was read (`load_sharded_tensors`)
     unsplit = {name: tensor for name, tensor in tensors.items() if not is_sharded_weight(tensor)}
     _require_finite(unsplit)
     module.load_state_dict(unsplit, strict=len(unsplit) == len(tensors))
@@ -299,7 +299,7 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def shorten_value(value: Any) -> str:
-    """Return a value as text of at most 60 characters, for messages."""
+    """Return a value as text, shortened to at most 60 characters for messages."""
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -409,7 +409,7 @@ def read_old_state(folder: Path, verify_checksum: bool) -> dict[str, Any]:
 
 
 def _decode_optimizer(optimizer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Decode the optimizer state in a state folder saved by an older version."""
+    """Decode an optimizer state from a state folder that an older version saved."""
     groups = [{**_decode(group["rest"], tensors), "params": group["params"]} for group in optimizer["groups"]]
     on_host = set()  # the names of tensors that were in host memory
     for state in optimizer["states"].values():
@@ -421,7 +421,7 @@ def _decode_optimizer(optimizer: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 def select_files_to_check(folder: Path) -> list[Path]:
-    """Return the weight files of a state that this process checks: every n-th file with n processes."""
+    """Return the weight files of a state that this process checks: every nth file with n processes."""
     paths = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
     if not distributed.is_initialized():
         return paths

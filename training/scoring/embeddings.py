@@ -35,7 +35,7 @@ class Medium:
 
 @dataclass
 class VectorStore:
-    """Embeddings on disk, keyed by a hash of the content; leaving the context writes new ones."""
+    """Embeddings on disk, keyed by a hash of the embedded file; leaving the context writes new ones."""
 
     path: Path
     vectors: dict[str, Tensor] = field(default_factory=dict)  # each F D float32: one row for each frame
@@ -55,7 +55,7 @@ class VectorStore:
         self.write()
 
     def add(self, key: str, vectors: Tensor) -> None:
-        """Add vectors under a key; write the store if the last write was SAVE_SECONDS ago or earlier."""
+        """Add vectors under a key; write the store if the last write was at least SAVE_SECONDS ago."""
         self.vectors[key] = vectors
         if time.monotonic() - self._saved >= SAVE_SECONDS:
             self.write()
@@ -69,7 +69,7 @@ class VectorStore:
 
 
 def vectors_path(folder: Path, model: EmbedsImages) -> Path:
-    """Return the path of the file with a model's vectors, in the folder of a run."""
+    """Return the path of the file that stores a model's embeddings, in the folder of a run."""
     return folder / f".scores-{model.identity}.safetensors"
 
 
@@ -162,5 +162,5 @@ def _hash_content(path: Path) -> str:
 
 
 def open_path(path: Path) -> Medium:
-    """Return the medium of a file on disk."""
+    """Return the `Medium` for a file on disk."""
     return Medium(path.name, lambda: contextlib.nullcontext(path))

@@ -30,7 +30,7 @@ HASHED_BYTES = 1 << 20  # bytes at both ends of a file of weights that are hashe
 
 @dataclass(frozen=True)
 class ImageTextKind:
-    """Class names in transformers, and text padding, of one kind of image-text model."""
+    """The `transformers` class and the text padding of one kind of image-text model."""
 
     network: str  # name of the class in transformers
     padding: str  # padding that the model was trained with
@@ -56,7 +56,7 @@ class EmbedsImages(Protocol):
 
     @property
     def identity(self) -> str:
-        """Key of stored vectors: equal for folders that contain the same model."""
+        """Key under which embeddings are stored: equal for folders that contain the same model."""
 
     def embed_images(self, frames: Sequence[Frame]) -> Tensor:
         """Return a vector of length 1 for each frame, N D float32 on the CPU."""
@@ -123,7 +123,7 @@ class ImageTextModel:
         return _with_length_one(output.pooler_output)
 
     def is_truncated(self, text: str) -> bool:
-        """Return whether a text has more tokens than the model reads."""
+        """Return whether a text has more tokens than the model accepts, so that its end is ignored."""
         return len(self.tokenizer(text)["input_ids"]) > self.max_tokens
 
 
@@ -141,7 +141,7 @@ def load_image_text_model(folder: Path, device: str | None) -> ImageTextModel:
         device: Device; None for the best one available.
 
     Raises:
-        CheckpointError: If the folder has no model of this kind, or a damaged one.
+        CheckpointError: If the folder does not contain an image-text model, or if its files are damaged.
     """
     selected_device = select_device(device)
     kind, max_tokens = _read_kind(folder)
@@ -164,7 +164,7 @@ def load_image_model(folder: Path, device: str | None) -> ImageModel:
         device: Device; None for the best one available.
 
     Raises:
-        CheckpointError: If the folder has no model of this kind, or a damaged one.
+        CheckpointError: If the folder does not contain a DINO model, or if its files are damaged.
     """
     selected_device = select_device(device)
     name = _read_config(folder, LIKENESS_OPTION, tuple(IMAGE_KINDS)).get("model_type")
@@ -174,7 +174,7 @@ def load_image_model(folder: Path, device: str | None) -> ImageModel:
 
 @dataclass(frozen=True)
 class ImageNetwork:
-    """A network from transformers, with its image preprocessing."""
+    """A model of the `transformers` package, with its image preprocessing."""
 
     network: Any
     processor: Any
@@ -190,7 +190,7 @@ def _load_network(folder: Path, option: str, class_name: str) -> ImageNetwork:
     try:
         network_class = getattr(transformers, class_name)
         config = network_class.config_class.from_pretrained(folder, **OFFLINE)
-        # a network without values gives the shapes that tensors in the files must have
+        # a network on the meta device provides the shapes that tensors in the files must have
         network = build_on_meta(network_class, config)
         require_matching_shapes(folder, option, network, shapes, is_exact=True)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **OFFLINE)

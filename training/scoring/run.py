@@ -135,7 +135,7 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
 
     Args:
         options: The run and the models.
-        load_tagger: Loads the tagger in a folder, given the number of images in a batch.
+        load_tagger: Loads the tagger from a folder, given the folder and the batch size.
 
     Raises:
         UserError: If there is nothing to score or the model cannot be used.
@@ -185,7 +185,7 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
 
 
 def _write(run: ScoredRun, scores: RunScores) -> None:
-    """Write the scores of a run, print them as a table, and write its page again."""
+    """Write the scores of a run, print them as a table, and rewrite the run's page."""
     path = scores_path(run.folder, run.name)
     write_scores(path, scores)
     sys.stdout.write(escape_control_codes(describe(scores)) + "\n")
@@ -271,7 +271,7 @@ def _add_recalls(
 
 
 def _list_notes(run: ScoredRun, unreadable: Sequence[str], comparison: "SampleComparison") -> list[ScoreNote]:
-    """Return notes on samples and images that were not scored, and on scores that are missing."""
+    """Return notes about unreadable files, ignored audio samples, and scores that could not be computed."""
     notes = []
     if unreadable:
         notes.append(ScoreNote("unreadable", {"names": list_some(unreadable)}))
@@ -353,7 +353,7 @@ def _list_prompts(rows: Sequence[tuple[SampleRow, Mapping[int, Path]]]) -> list[
 
 
 def _note_truncated_prompts(model: ImageTextModel, prompts: Sequence[str]) -> list[ScoreNote]:
-    """Return a note on the prompts that have more tokens than the model reads, if there are any."""
+    """Return a note about prompts that have more tokens than the model accepts; [] if there are none."""
     num_truncated = sum(model.is_truncated(prompt) for prompt in prompts)
     if not num_truncated:
         return []
@@ -382,8 +382,8 @@ class SampleComparison:
             index: Index of the sample.
             path: File of the sample.
             prompt: The prompt.
-            vectors: Vectors of its frames, F D, to compare with the prompt.
-            likeness_vectors: Vectors of its frames, F D, to compare with training images; None if unknown.
+            vectors: Embeddings of its frames, F D, to compare with the prompt.
+            likeness_vectors: Embeddings of its frames, F D, to compare with training images; None if unknown.
         """
         text = self.prompts.get(prompt)
         score = SampleScore(
@@ -434,8 +434,8 @@ def _score_step(
         run: The run.
         row: The samples of the step.
         files: Path of each sample, by index of its prompt.
-        vectors: Vectors of each file's frames, to compare with prompts; None if the file cannot be read.
-        likeness_vectors: Vectors of each file's frames, to compare with training images; None if unknown.
+        vectors: Embeddings of each file's frames, to compare with prompts; None if the file cannot be read.
+        likeness_vectors: Embeddings of each file's frames, to compare with training images; None if unknown.
         comparison: Prompts and training images to compare with.
     """
     samples = []
@@ -511,7 +511,7 @@ def _align_columns(rows: Sequence[Sequence[object]]) -> list[str]:
 
 
 def _write_page_again(run: ScoredRun) -> None:
-    """Write the page of a run again, now with scores, if the run has ended and has a page."""
+    """Rewrite the page of a run to include the scores, if the run has ended and has a page."""
     path = page_path(run.folder, run.name)
     if run.run_history.ending is None or not path.is_file():
         return

@@ -20,7 +20,7 @@ class RecognizesTags(EmbedsImages, Protocol):
 
 
 def number_tags(names: Sequence[str]) -> dict[str, int]:
-    """Return the index of each tag, by its spelling in prompts."""
+    """Map each tag, spelled as in prompts, to its index."""
     return {_spell(name): index for index, name in enumerate(names)}
 
 

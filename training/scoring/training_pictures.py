@@ -33,7 +33,7 @@ BLOCK_ROWS = 1024  # rows per block when multiplying all pairs of vectors
 
 
 class Neighbor(NamedTuple):
-    """A training image or clip, by its index, and its cosine similarity to a sample."""
+    """Index of a training image or clip, and its cosine similarity to a sample."""
 
     media_index: int  # index in `TrainingVectors.media`
     cosine: float
@@ -66,7 +66,7 @@ class TrainingVectors:
         """Return the similarity of a sample to each medium: the largest cosine, averaged over its frames.
 
         Args:
-            frames: Vectors of the sample, F D.
+            frames: Embeddings of the sample's frames, F D.
         """
         cosines = frames @ self.vectors.T  # F M
         largest = torch.full((len(frames), len(self.media)), -2.0)
@@ -79,9 +79,9 @@ class TrainingVectors:
         return [Neighbor(*pair) for pair in zip(places.tolist(), values.tolist(), strict=True)]
 
     def near_threshold(self) -> float | None:
-        """Return the cosine below which 99 % of training images stay to all others; None for too few images.
+        """Return the 99th percentile of each training image's highest cosine similarity to any other.
 
-        A sample above it counts as very close to its training image.
+        A sample above it counts as very close to its training image. None if there are too few images.
         """
         if len(self.media) < MIN_TO_COMPARE:
             return None
@@ -122,7 +122,7 @@ def _open_source(source: MediaSource) -> Iterator[Path]:
 def are_copies(sample: Sequence[Frame], picture: Sequence[Frame]) -> bool:
     """Return whether a frame of a sample is nearly the same as a frame of a training image or clip.
 
-    As on the dataset's page, copies have the same shapes and colors in any size and brightness.
+    As on the dataset's page, copies may differ in size and brightness.
     """
     frames = [[frame] for frame in (*sample, *picture)]
     measures = [measure_frames(frame, is_clip=False) for frame in frames]
@@ -131,6 +131,6 @@ def are_copies(sample: Sequence[Frame], picture: Sequence[Frame]) -> bool:
 
 
 def is_copy(sample: AbstractContextManager[Path], picture: Medium, num_frames: int) -> bool:
-    """Compare a sample with a training image pixel by pixel; return whether it is a copy."""
+    """Read a sample and a training image or clip; return whether the sample is a copy (see `are_copies`)."""
     with sample as sample_path, picture.open() as image_path:
         return are_copies(read_frames(sample_path, num_frames), read_frames(image_path, num_frames))

@@ -36,7 +36,7 @@ Measure = Callable[[Tensor, Tensor, NoisyBatch], StreamErrors]  # output, target
 
 @dataclass(frozen=True)
 class TargetComparison:
-    """A target for the network's output, with the weight and function of its error."""
+    """A target tensor for the network's output, with its error function and loss weight."""
 
     target: Tensor  # has the shape of the output
     measure: Measure
@@ -46,7 +46,7 @@ class TargetComparison:
 
 @dataclass(frozen=True)
 class TrainingPasses:
-    """Run a DiT on one batch, with or without the trained network."""
+    """Forward passes of a DiT on one batch, with or without the trained network (such as a LoRA)."""
 
     family: Trains
     dit: nn.Module
@@ -78,7 +78,7 @@ class TrainingPasses:
             return self._predict(noisy_batch)
 
     def reset_network_seed(self, noisy_batch: NoisyBatch) -> None:
-        """Reset the random numbers of the network, which an earlier pass of the batch may have used."""
+        """Reset the network's random generators, which an earlier pass of the batch may have advanced."""
         if self.rule.seed_networks is not None:
             self.rule.seed_networks(noisy_batch.number)
 
@@ -86,9 +86,9 @@ class TrainingPasses:
 def training_loss(
     family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
 ) -> Tensor:
-    """Return the weighted mean error of a batch over all passes and streams, as a scalar.
+    """Return the weighted mean error of a batch over all passes, images and audio, as a scalar tensor.
 
-    All samples of a batch have the same size, so the mean over samples is the mean over elements too.
+    All samples of a batch have the same size, so the mean over samples is also the mean over elements.
     """
     losses = [
         functools.reduce(torch.add, streams)
@@ -122,7 +122,7 @@ def _weigh_losses(errors: StreamErrors, noisy_batch: NoisyBatch) -> StreamErrors
 
 
 def velocity_of(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the target velocity noise - latents of the batch, joined with that of the audio if any."""
+    """Return the target velocity, noise - latents, joined with the audio's velocity if there is audio."""
     family = passes.family
     target = family.noise.velocity(passes.latents, noisy_batch.noise, noisy_batch.sigmas)
     audio = noisy_batch.audio
@@ -151,9 +151,9 @@ def _make_passes(
 def measure_streams(
     family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule
 ) -> StreamErrors:
-    """Compare the prediction with the velocity and the rule's targets; return the error of each sample, B.
+    """Return the error of each sample, B, between the prediction and the velocity or the rule's targets.
 
-    A batch with audio has a second tensor, with the errors of the audio.
+    For a batch with audio, a second tensor contains the errors of the audio.
     """
     return _measure(_make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule), noisy_batch)
 
@@ -177,7 +177,7 @@ def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> StreamErrors:
 
 
 def _add_weighted(sums: StreamErrors, errors: StreamErrors, weight: "float | Tensor") -> StreamErrors:
-    """Add weighted errors to sums, stream by stream; a stream that `errors` lacks keeps its sum."""
+    """Add weighted errors to the sums of video and audio; a stream that `errors` lacks keeps its sum."""
     weighted = errors
     if not isinstance(weight, float) or weight != 1.0:
         weighted = tuple(weight * error for error in errors)
@@ -190,7 +190,7 @@ def _add_weighted(sums: StreamErrors, errors: StreamErrors, weight: "float | Ten
 def measure_errors(
     passes: TrainingPasses, output: Tensor, target: Tensor, noisy_batch: NoisyBatch
 ) -> StreamErrors:
-    """Return the errors of an output against a target, with masks and --loss_type."""
+    """Return the errors between an output and a target, computed with --loss_type and masks."""
     return sample_errors(passes.family.noise, output - target, noisy_batch, passes.rule)
 
 
@@ -201,7 +201,7 @@ def select_per_sample(is_selected: Sequence[bool], if_selected: Tensor, otherwis
 
 
 def noise_fractions_of(noised: NoisyBatch | NoisyAudio) -> Sequence[float]:
-    """Return the noise fraction of each sample as host numbers."""
+    """Return the noise fraction (sigma) of each sample as Python floats."""
     return noised.levels or noised.sigmas.tolist()
 
 
