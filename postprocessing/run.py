@@ -123,7 +123,7 @@ def write_frames(path: Path, folder: Path, maximum: int | None) -> None:
 
 # Run stages on a video: decode, stages and encode at the same time, with few images in memory.
 def number_tool_tags(existing_tags: Iterable[str], descriptions: Sequence[str]) -> dict[str, str]:
-    """Return metadata entries `post_N` that describe this run's tools; N continues those that exist."""
+    """Return metadata entries `post_N` that describe this run's tools; N continues the existing numbers."""
     numbers = [int(match[1]) for name in existing_tags if (match := TOOL_TAG.fullmatch(name)) is not None]
     first = max(numbers, default=0) + 1
     return {f"post_{first + index}": replace_surrogates(text) for index, text in enumerate(descriptions)}

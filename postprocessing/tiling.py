@@ -163,7 +163,7 @@ def get_usable_bytes(device: torch.device) -> int | None:
 
 
 def min_tile(step: int, overlap: int) -> int:
-    """Return the smallest side of a tile: twice the overlap, rounded up to the network's step."""
+    """Return the smallest side of a tile: twice the overlap, rounded up to a multiple of `step`."""
     return round_up(max(MIN_TILE_SIDE, 2 * overlap), step)
 
 

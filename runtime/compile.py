@@ -67,7 +67,7 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> DitSpe
 
 
 class CompileClock:
-    """Adds up and logs the time spent in torch's compiler, which runs when a part is called."""
+    """Adds up and logs the time spent in torch.compile, which compiles each part at its first call."""
 
     def __init__(self) -> None:
         """Start with no compilation time."""
@@ -83,7 +83,7 @@ class CompileClock:
         self._seconds += time.perf_counter() - self._begun
 
     def report(self, *_: object) -> None:
-        """Log the compilation time since the last report, if any; a hook before each pass of a network."""
+        """Log the compilation time since the last report, if any; runs as a hook before each network pass."""
         if self._seconds:
             logger.info("Compiling took %.1f s.", self._seconds)
             self._seconds = 0.0

@@ -112,7 +112,7 @@ class AskOptions(Options, title="what is asked"):
 
 
 class WordingOptions(Options, title="the text that is written"):
-    """Text that is added to captions or replaced in them."""
+    """Options for text that is added to captions or replaced in them."""
 
     trigger_word: str = option(f"put before each caption that does not hold it; {KEY}", default="")
     caption_prefix: str = option(f"put before each caption that does not begin with it; {KEY}", default="")

@@ -51,7 +51,7 @@ class CaptionList:
     """
 
     def __init__(self, table: DatasetTable) -> None:
-        """Read the list of a table, which must have been checked before."""
+        """Read the JSONL list of a dataset table that has already been checked."""
         assert table.jsonl_file is not None
         self.path, self._key = table.jsonl_file, table.path_key
         self._lines: list[str] = []
@@ -63,7 +63,7 @@ class CaptionList:
         self.listed_paths: dict[Path, str] = {}  # path of a media file -> the path or address in its line
         rows = RowReader(table, self.path, self._key, is_list=True)
         for listed_path in self._line_indices:
-            if is_address(listed_path):  # `rows` could read paths, too, but takes several times as long
+            if is_address(listed_path):  # `rows` could read paths too, but is several times slower
                 media_path = rows.read(self.read_line(listed_path), str(self.path)).path
             else:
                 media_path = expand_path(listed_path)
@@ -90,7 +90,7 @@ class CaptionList:
         pending_file.unlink()
 
     def read_line(self, listed_path: str) -> dict[str, Any]:
-        """Return the values in the line of the list that names a path; {} without such a line."""
+        """Return the values in the list's line for a path; {} if there is no such line."""
         index = self._line_indices.get(listed_path)
         return {} if index is None else parse_json(self._lines[index].strip("\ufeff"))
 
@@ -173,7 +173,7 @@ class CaptionList:
                 raise _ListChanged
 
     def _read(self) -> None:
-        """Read the lines of the list, and find the line of each item."""
+        """Read the lines of the list, and store the line index of each media path."""
         self._stamp = _stamp_of(self.path)
         with self.path.open(encoding="utf-8", newline="") as file:
             self._lines = file.readlines()
@@ -185,7 +185,7 @@ class CaptionList:
 
 
 def _read_pending_lines(pending_file: Path) -> dict[str, dict[str, Any]]:
-    """Read the lines of a file of pending captions by the path in them; the latest line of a path counts."""
+    """Read a file of pending captions; return its lines by their `path`, the last line for each path."""
     lines: dict[str, dict[str, Any]] = {}
     # the last line may be unfinished, even within a character
     content = pending_file.read_bytes().decode("utf-8", "replace")
@@ -214,7 +214,7 @@ def _stamp_of(path: Path) -> _Stamp:
 
 
 def _hide_address(listed_path: str) -> str:
-    """Return the path in a line of a list; or, for an address, which may contain a secret, its hash."""
+    """Return the path in a line of a list; for a URL, which may contain a secret, its hash."""
     return short_hash(address_identity(listed_path)) if is_address(listed_path) else listed_path
 
 
@@ -232,7 +232,7 @@ class CaptionLocation:
 
     @property
     def name(self) -> str:
-        """Name of the caption in its folder's record; addresses, which may contain secrets, are hashed."""
+        """Name of the caption in its folder's record file; URLs, which may contain secrets, are hashed."""
         if self.caption_list is None:
             return self.file.name
         return f"{self.file.name}: {_hide_address(self.listed_path)}"
@@ -268,7 +268,7 @@ class CaptionLocation:
         return True
 
     def _has_changed_on_disk(self) -> bool:
-        """Return whether somebody has changed the caption file since it was read."""
+        """Return whether another program or a person has changed the caption file since it was read."""
         try:
             return read_caption(self.file) != self.caption
         except DatasetError:  # it has become unreadable
@@ -349,7 +349,7 @@ def _locate_in_list(source: MediaSource, caption_list: CaptionList) -> CaptionLo
 
 
 def describe_missing_extensions(config: DatasetConfig) -> list[str]:
-    """Return a message for each table that lacks the key that says where its captions are."""
+    """Return a message for each table that lacks caption_extension, the key for its caption files."""
     messages = []
     for table in config.datasets:
         if table.directory and not table.caption_extension:
@@ -403,7 +403,7 @@ class GeneratedCaptions:
             self._names_in_pass.add(entry["name"])
 
     def contains(self, name: str, text: str) -> bool:
-        """Return whether this program wrote `text` as the caption called `name`."""
+        """Return whether this program wrote `text` as the caption with this name."""
         return (name, _hash_of(text)) in self._written
 
     def add(self, name: str, text: str) -> None:
@@ -415,7 +415,7 @@ class GeneratedCaptions:
         self._append({"name": name, "sha256": _hash_of(text)})
 
     def list_replaced_by(self, options_hash: str) -> set[str]:
-        """Return the names of the captions that an interrupted pass with these options has replaced."""
+        """Return the names of captions that an interrupted pass with the same options has replaced."""
         return self._names_in_pass if self._pass == options_hash else set()
 
     def begin_pass(self, options_hash: str) -> None:
@@ -441,13 +441,13 @@ def _hash_of(text: str) -> str:
 
 
 def read_generated_captions(locations: Iterable[CaptionLocation]) -> dict[Path, GeneratedCaptions]:
-    """Return the record of written captions for each folder that has captions."""
+    """Return the record of generated captions for each folder that has captions."""
     folders = {location.file.parent for location in locations}
     return {folder: GeneratedCaptions(folder) for folder in folders}
 
 
 class OverwriteRules(NamedTuple):
-    """Which existing captions are made again, in addition to missing ones."""
+    """Which existing captions a run replaces, in addition to writing missing ones."""
 
     generated: bool  # captions that this program wrote and nobody has edited since
     all: bool  # all captions, also hand-written and empty ones
@@ -490,7 +490,7 @@ def plan_captions(
 def _reason_to_make(
     location: CaptionLocation, record: GeneratedCaptions, overwrite_rules: OverwriteRules
 ) -> str | None:
-    """Return why a caption has to be made; None if the existing one stays."""
+    """Return why a caption has to be written; None if the existing one stays."""
     if not location.has_caption:
         return MISSING
     if location.caption is None:  # not read, or a line with a list of captions, which a person wrote

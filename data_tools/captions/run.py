@@ -105,7 +105,7 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
 
 
 def _reject_repeated_affixes(config: DatasetConfig, wording: WordingOptions) -> None:
-    """Raise OptionError if training would add a prefix or suffix a second time, by a key of the dataset."""
+    """Raise OptionError if a dataset key makes training add the same prefix or suffix a second time."""
     for table in config.datasets:
         for name in ("caption_prefix", "caption_suffix"):
             text = getattr(wording, name).strip()
@@ -136,7 +136,7 @@ def _make_text_backend(options: CaptioningOptions, default_max_tokens: int) -> C
 
 
 def _make_json_backend(options: CaptioningOptions, format: CaptionFormat) -> CaptionBackend:
-    """Return the model or server that the options name, for captions that are JSON objects."""
+    """Return the model or server that the options select, for captions that are JSON objects."""
     backend = _make_text_backend(options, DEFAULT_MAX_JSON_TOKENS)
     # it checks the objects, and applies the wording options to them
     json_captioner = JsonCaptioner(
@@ -415,7 +415,7 @@ def _print(lines: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _CaptionEdit:
-    """One caption before and after editing."""
+    """The text of one caption before and after editing."""
 
     location: CaptionLocation
     old: str

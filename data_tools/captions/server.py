@@ -396,7 +396,7 @@ def _find_refused_parameter(error_text: str, parameters: Mapping[str, Any]) -> s
 
 
 def _read_error_text(text: str) -> str:
-    """Return the error message in a server's response; without OpenAI's JSON, the response itself."""
+    """Return the error message in a server's response; the whole response if it is not OpenAI's JSON."""
     try:
         error = parse_json(text)["error"]
         return str(error["message"] if isinstance(error, dict) else error)

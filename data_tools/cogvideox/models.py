@@ -30,7 +30,7 @@ KEY = "prompt_embeds"  # of the text encoder's tensor in caches
 
 
 class PipelineFamily(NamedTuple):
-    """How a family of this program encodes with the networks of its diffusers pipeline."""
+    """How a model family encodes with the networks of its diffusers pipeline."""
 
     name: str
     # name of a pipeline's component -> option of the family's text caching script

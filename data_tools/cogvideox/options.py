@@ -87,7 +87,7 @@ class ShapeOptions(Options, title="frames and sizes"):
 
 
 class EncodingOptions(Options, title="encoding"):
-    """Which model encodes, with which dtype, tiling and batch size."""
+    """Options for encoding: which model, with which dtype, tiling and batch size."""
 
     model_id: str | None = option(
         "folder of a diffusers pipeline, or its name on the hub: of Wan, HunyuanVideo or CogVideoX, "

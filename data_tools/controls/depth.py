@@ -58,7 +58,7 @@ class DepthModel:
 
 
 def _gives_distances(config: Any) -> bool:
-    """Return whether a depth model predicts distances, unlike most models, which predict inverse depth."""
+    """Return whether a depth model predicts distances; most models predict inverse depth instead."""
     is_metric = getattr(config, "depth_estimation_type", "relative") == "metric"  # of Depth Anything
     return is_metric or config.model_type in DISTANCE_MODELS
 

@@ -171,7 +171,7 @@ class ClipList:
             return {path for path, line in self._read() if path and "caption" in parse_json(line)}
 
     def add(self, record: CutRecord, is_new: bool) -> None:
-        """Add the lines of a source to the list; existing lines of its clips stay.
+        """Add a source's lines to the list; existing lines of its clips stay.
 
         With `is_new` the source was cut in this run, and the list is written at once. Otherwise lines are
         added only for clips that still exist, because a user may have removed some.

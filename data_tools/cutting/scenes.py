@@ -106,7 +106,7 @@ class SceneDetector:
         self._pending_jump = None
 
     def _track_plain_frames(self, current: Thumbnail, index: int) -> bool:
-        """Track runs of single-color frames; return whether this frame is one."""
+        """Track runs of single-color frames; return whether this frame has a single color."""
         pixels = current.gray[~current.is_white]
         # a frame of one color besides white has no structure that `scene_distance` could compare
         if not pixels.size or float(pixels.std()) < FLAT_SCENE:
@@ -135,8 +135,8 @@ class SceneDetector:
 class _Dissolves:
     """Find dissolves, where one scene is mixed into another.
 
-    Mixing unrelated images lowers the contrast: their variances are added with the squares of their weights,
-    so that half of the mean variance is left in the middle. Also, the middle frame is the mean of both ends.
+    Mixing unrelated images lowers the contrast: the variance of each counts by its squared weight, so that
+    half of the mean variance is left in the middle. Also, the middle frame is the mean of both ends.
     Motion does neither. A new scene begins only if the frames at both ends differ by the threshold.
     """
 
@@ -186,7 +186,7 @@ class _Dissolves:
         self.changes.append((mixed[0], mixed[-1] + 1))
 
     def _loses_contrast(self, offset: int, half_length: int) -> bool:
-        """Return whether the variance falls between the ends of a span of frames, as in a dissolve."""
+        """Return whether the variance drops between the ends of a span of frames, as in a dissolve."""
         begin = self._variances[offset]
         end = self._variances[-1]
         for position, max_fraction in VARIANCE_LIMITS:
@@ -196,9 +196,9 @@ class _Dissolves:
         return True
 
     def _measure_second_weights(self, offset: int, half_length: int) -> list[float]:
-        """Return how much of the second scene each frame from `offset` on shows, 0..1.
+        """Return the share of the second scene in each frame from `offset` on, about 0..1.
 
-        The frame at `offset` counts as 0, the last frame as 1; others by their position between the two.
+        It is the frame's position on the line from the frame at `offset` (0) to the last frame (1).
         """
         begin = self._frames[offset].gray
         direction = self._frames[-1].gray - begin

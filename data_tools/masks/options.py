@@ -89,7 +89,7 @@ class FinderOptions(Options, title="what to find"):
             )
 
     def require_one(self) -> None:
-        """Raise OptionError unless an option says what the masks should cover."""
+        """Raise OptionError unless some option says what the masks should cover."""
         if not any(getattr(self, name) not in (None, False) for name in FINDERS):
             raise OptionError(
                 'Say what to find: --what "the person", --watermark, --background, --faces or --colour'
@@ -102,7 +102,7 @@ class FinderOptions(Options, title="what to find"):
 
 
 class MaskShapeOptions(Options, title="the shape of the masks"):
-    """How a finder's values, 0..1, are turned into a mask."""
+    """Options that turn a finder's scores, 0..1, into a mask."""
 
     threshold: float | None = option(
         "a place is found where its value lies above; default: 0.3, with SAM 3 0.5", minimum=0, below=1

@@ -69,7 +69,7 @@ class MaskEntry:
 
     @property
     def is_removed(self) -> bool:
-        """Return whether a person has removed the mask; its copy stays until a new mask is made."""
+        """Return whether a person has removed the mask; its backup stays until a new mask is made."""
         return not self.masks and self.backup_folder.is_dir() and any(self.backup_folder.iterdir())
 
     def mask_path(self, is_folder: bool) -> Path:
@@ -138,7 +138,7 @@ def list_media(folder: Path) -> list[tuple[Path, Kind]]:
 
 
 def _kind_of(path: Path) -> Kind:
-    """Return whether a file counts as an image or as a clip, which animations do."""
+    """Return whether a file counts as an image or as a clip; animated images are clips."""
     if path.suffix.lower() in VIDEO_SUFFIXES:
         return "video"
     try:
@@ -322,7 +322,7 @@ def invert_mask(entry: MaskEntry) -> None:
 
 
 def remove_mask(entry: MaskEntry) -> None:
-    """Remove a mask; runs make it again only if they replace masks.
+    """Remove a mask; a masking run makes it again only if it replaces masks.
 
     Raises:
         DatasetError: If there is no mask.
@@ -376,7 +376,7 @@ def _replace_frame(mask: Path, new_frame: Gray, frame_index: int) -> Iterable[Gr
 def undo_change(entry: MaskEntry) -> bool:
     """Restore the mask from before its last change; return False if there is no earlier mask.
 
-    Changes by runs can be undone too. Raises OutputError if files cannot be changed.
+    Changes that a masking run made can be undone too. Raises OutputError if files cannot be changed.
     """
     if not entry.backup_folder.is_dir():
         return False

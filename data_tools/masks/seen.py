@@ -111,7 +111,7 @@ def load_face_finder(path: Path, least_score: float, device: str | None) -> Face
 
 @dataclass(frozen=True)
 class ColorFinder:
-    """Finds all pixels whose color is within a distance of a color, 0..1."""
+    """Selects all pixels whose color is within a distance (0..1) of a given color."""
 
     colour: tuple[float, float, float]
     distance: float
@@ -123,7 +123,7 @@ class ColorFinder:
 
 
 def make_color_finder(text: str, distance: float) -> ColorFinder:
-    """Return the finder of a color, which is given as six hexadecimal digits."""
+    """Return the finder for a color given as six hexadecimal digits."""
     digits = IS_COLOR.fullmatch(text)
     assert digits is not None
     red, green, blue = bytes.fromhex(digits[1])

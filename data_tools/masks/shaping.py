@@ -21,7 +21,7 @@ ScoreMap = NDArray[np.float32]  # h w, 0..1
 
 @dataclass(frozen=True)
 class MaskShaping:
-    """How the values of a finder become a mask; each field is the option of the same name."""
+    """Settings that turn a finder's scores into a mask; each field is the option of the same name."""
 
     threshold: float
     smooth_pixels: int

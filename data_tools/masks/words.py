@@ -76,7 +76,7 @@ class PromptFinder:
         return logits.reshape(len(self.prompts), *logits.shape[-2:]).sigmoid()
 
     def _score_with_sam(self, frame: Frame, prompt: str) -> Tensor:
-        """Return one map, h w, that merges all detected objects with a sufficient score; 0 without any."""
+        """Return one map, h w, that merges all detected objects whose score suffices; zeros without any."""
         inputs = self.processor(images=frame, text=prompt, return_tensors="pt").to(self.network.device)
         outputs = self.network(**inputs)
         scores = outputs.pred_logits[0].float().sigmoid()  # N

@@ -32,7 +32,7 @@ WAVE_HEIGHT = 40
 
 @dataclass(frozen=True, slots=True)
 class AudioInspection:
-    """What the headers of a clip say about its audio track."""
+    """A clip's audio properties, read from its headers."""
 
     track: TrackInfo | None = None
     missing_reason: str | None = None  # why the clip has no sound
@@ -136,7 +136,7 @@ def check_audio(
 
 
 def _check_clip(plan: SourcePlan, work: AudioWork) -> tuple[AudioInspection, int] | Failure:
-    """Return what the headers say about a clip's audio, and how many of its audio caches are valid."""
+    """Return a clip's audio properties from its headers, and its number of valid audio caches."""
     try:
         audio = inspect_audio(plan.source)
         num_valid = 0 if audio.track is None else work.count_valid(plan.source, plan.valid_files)

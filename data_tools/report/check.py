@@ -131,7 +131,7 @@ def _print_lines(lines: Sequence[str]) -> None:
 
 
 class _Scope(NamedTuple):
-    """Whether a check reads media, cached latents and cached text embeddings."""
+    """Which media and caches a check reads."""
 
     media: bool
     latents: bool
@@ -143,7 +143,7 @@ IdentifiedEncoders = list[tuple[TextEncoder, dict[str, str]]]  # each encoder wi
 
 @dataclass(frozen=True)
 class _EncoderIdentities:
-    """Identities of the encoders, with which caches are compared, and lines about their files."""
+    """Names and files of the current encoders, which caches are compared with, and log lines on them."""
 
     media_identity: Mapping[str, str]  # of the media encoders; empty if not needed
     text_encoders: IdentifiedEncoders
@@ -210,7 +210,7 @@ def check_caching(
 
 @dataclass(frozen=True)
 class _CachingChecker:
-    """Checks tables against a family and their caches; all tables share its settings."""
+    """Checks dataset tables and their caches against a model family; all tables share its settings."""
 
     family: Caches
     scope: _Scope
@@ -260,7 +260,7 @@ class _CachingChecker:
         )
 
     def _check_text_caches(self, findings: TableFindings) -> None:
-        """Count valid and missing text caches per encoder; an encoder that has to run must be usable."""
+        """Report valid and missing text caches by encoder; add an error if a needed tokenizer is missing."""
         captions = list_caption_files(
             findings.sources, self.family.cache_tag, fit=caption_fitter(self.family)
         )
@@ -331,7 +331,7 @@ def _read_encoder_identities(family: Caches, scope: _Scope) -> _EncoderIdentitie
 
 
 def _check_cache_format(findings: TableFindings, family: Caches, scope: _Scope) -> None:
-    """Add errors for cache folders in a different format than the table's cache_format."""
+    """Add an error for each cache folder whose format differs from the table's cache_format."""
     if (scope.latents or scope.texts) and may_have_both_formats(findings.table):
         lines = list_format_errors(findings.table, family.cache_tag)
         findings.errors += [Fault("folders of caches are in the other form", line) for line in lines]
@@ -476,7 +476,7 @@ def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: 
 
 
 def _measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:
-    """Return the size of each reference image of a source, from the headers."""
+    """Return the size of each reference image of a source from its header; a Failure if one is unreadable."""
     if not plan.item_sizes:
         return ()
     width, height = plan.item_sizes[0][:2]

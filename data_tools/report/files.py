@@ -250,7 +250,7 @@ def _with_recorded_references(file: CaptionFile, source: MediaSource | None) -> 
 
 
 def _with_recorded_text(file: CaptionFile, store: CacheStore) -> CaptionFile:
-    """Return a caption file; a JSON caption whose positions were converted gets its recorded text."""
+    """Return a caption file; if caching converted positions in its JSON caption, with the cached text."""
     if not (file.caption or "").lstrip().startswith("{"):
         return file
     record = next(iter(_first_text_records(store, [file.file_name]).values()), None)
@@ -276,7 +276,7 @@ def _compare_texts(
 
 
 def _join_text_states(source: MediaSource, tag: str, state_of_file: Mapping[str, State]) -> State:
-    """Return the state of a source's first caption that is not valid, otherwise that of its last caption."""
+    """Return the state of the first caption's cache that is not valid; if none is, that of the last."""
     state: State = (VALID, "")
     num_captions = 1 + len(source.more_captions)
     for caption_index in range(num_captions):
@@ -291,7 +291,7 @@ def _join_text_states(source: MediaSource, tag: str, state_of_file: Mapping[str,
 def _list_recorded_encoders(
     records: Mapping[str, TextRecord],
 ) -> Sequence[tuple[TextEncoder, Mapping[str, str]]]:
-    """Return placeholders for the text encoders named in cache records, with their recorded identities."""
+    """Return stand-ins for the text encoders named in cache records, each with its recorded identity."""
     encoders = []
     for name, record in records.items():
         keys = frozenset(map(tensor_key, record.crc32))
@@ -300,7 +300,7 @@ def _list_recorded_encoders(
 
 
 def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str, TextRecord]:
-    """Return the first readable records in text caches, by encoder; {} if there is none."""
+    """Return the text encoders' records in the first readable text cache, by encoder; {} if there is none."""
     for name in names:
         with contextlib.suppress(CacheError):
             records = text_records(store.read(name, is_full=False))

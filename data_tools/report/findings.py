@@ -65,7 +65,7 @@ class TableFindings:
     inspections: list[Inspection] = field(default_factory=list)  # one per source, if sources were measured
 
     def add_table_error(self, error: DatasetError) -> None:
-        """Add the error that prevents all use of the table."""
+        """Add an error that makes the whole table unusable."""
         self.errors.append(Fault(UNUSABLE, str(error)))
 
     def add_items(self, stems: Sequence[str], bucket: tuple[int, ...]) -> None:
@@ -104,7 +104,7 @@ class TableFindings:
         return [self.title, *indent([*lines, *self.info_lines, *errors])]
 
     def _describe_bucket(self, bucket: tuple[int, ...]) -> str:
-        """Describe a bucket: image size, and the number of frames or the references."""
+        """Describe a bucket by its image size and its number of frames, or its reference images."""
         frames = f", {format_count(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
         if self.table.is_audio_only:
             return frames.removeprefix(", ")
@@ -133,7 +133,7 @@ def references_in_words(bucket: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class TokenCounters:
-    """Token counters of the text encoders, and lines about encoders that are not available."""
+    """Token counters of the text encoders, and lines about encoders that have no tokenizer here."""
 
     by_encoder: tuple[tuple[str, CountTokens], ...] = ()  # (name of the encoder, counter)
     missing_lines: tuple[str, ...] = ()  # about encoders whose tokens are not counted
@@ -141,7 +141,7 @@ class TokenCounters:
     offline_errors: Mapping[str, str] = field(default_factory=dict)
 
     def find_offline_errors(self, names: Iterable[str]) -> list[Fault]:
-        """Return an error for each named encoder that a run cannot use."""
+        """Return an error for each named encoder whose tokenizer is missing in offline mode."""
         return [Fault(OFFLINE, self.offline_errors[name]) for name in names if name in self.offline_errors]
 
     def count(self, caption: str) -> list[tuple[str, TokenCount]]:
@@ -213,7 +213,7 @@ class _BucketItem:
 def count_validation_items(tables: Sequence[TableFindings], share: float, seed: int) -> None:
     """Count, for each table and bucket, the items that training would hold out for validation.
 
-    `share` and `seed` apply to tables that do not state their own.
+    `share` and `seed` are used for tables that do not set their own.
     """
     items = []
     for findings in tables:
@@ -400,7 +400,7 @@ def _describe_embedding_sizes(
 
 
 def has_unreadable_caption(source: MediaSource) -> bool:
-    """Return whether a source without a caption has a caption file, whose error the listing reports."""
+    """Return whether a source has a caption file but no caption; listing the sources reports the error."""
     return source.caption_path is not None and path_exists(source.caption_path)
 
 

@@ -219,7 +219,7 @@ def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
 
 
 def _add_audio(inspection: Inspection, source: MediaSource, fps: float) -> Inspection:
-    """Add what the headers say about a clip's audio, and a drawing of the waveform of its used frames."""
+    """Add a clip's audio properties from its headers, and a drawing of the waveform of its used frames."""
     audio = _try_inspect_audio(source)
     waveform: Markup | None = None
     if audio is not None and audio.track is not None:
@@ -261,7 +261,7 @@ def inspect_header(source: MediaSource, fps: float, latent: LatentSpec) -> Inspe
 
 
 def _try_inspect_audio(source: MediaSource) -> AudioInspection | None:
-    """Return what a clip's audio is; None if it is not used in training or cannot be read."""
+    """Return a clip's audio properties; None if training does not use its audio, or if it is unreadable."""
     if uses_audio(source.table):
         with contextlib.suppress(MediaError, DatasetError, OSError):
             return inspect_audio(source)

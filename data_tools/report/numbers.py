@@ -137,7 +137,7 @@ def _list_inspections(tables: Sequence[TableFindings]) -> list[tuple[TableFindin
 
 
 def _list_with_reason(tables: Sequence[TableFindings], name: str) -> list[JsonObject]:
-    """List the media files with a reason in the attribute `name` of their inspection."""
+    """List the media files whose inspection has a reason in the field `name`, with this reason."""
     return [
         {"path": str(source.path), "reason": getattr(inspection, name), "table": findings.table.index + 1}
         for findings, source, inspection in _list_inspections(tables)
@@ -337,7 +337,7 @@ def _make_bin_edges(width: float, low: float, end: float, high: float) -> list[f
 
 
 def _select_bin_width(minimum: float, are_integers: bool) -> float:
-    """Return 1, 2 or 5 times a power of ten, the smallest from `minimum` on; at least 1 for integers."""
+    """Return the smallest of 1, 2 or 5 times a power of ten that is at least `minimum`; for integers >= 1."""
     if minimum <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(minimum))
@@ -421,7 +421,7 @@ class _CaptionCounts:
             self.num_captions_with_trigger[trigger] += is_present
 
     def list_trigger_words(self) -> list[JsonObject]:
-        """List the trigger words, with the number of captions that contain them in their tables."""
+        """List the trigger words, each with the number of captions in its tables that contain it."""
         return [
             {"word": word, "captions": count, "present": self.num_captions_with_trigger[word]}
             for word, count in sorted(self.num_captions_of_trigger.items())

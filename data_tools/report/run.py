@@ -118,7 +118,7 @@ def _reject_downloads(config: DatasetConfig) -> None:
 
 
 def _select_latents(options: ReportOptions) -> LatentSpec:
-    """Return the latent format of models with the typed --pixel_step and --frame_step."""
+    """Return the latent format of models that have the given --pixel_step and --frame_step."""
     if options.frame_step == LATENT_H3.clip_frames:
         return replace(LATENT_H3, pixel_step=options.pixel_step)
     channels, stride = LATENTS.get((options.pixel_step, options.frame_step), DEFAULT)
@@ -294,7 +294,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Colors:
-    """Colors of N files, for comparing files with similar hashes."""
+    """Color thumbnails of N files, for comparing files with similar hashes."""
 
     thumbnails: NDArray[np.uint8]  # N K C: the C color values of K tiny frames
     is_flat: NDArray[np.bool_]  # N
@@ -324,7 +324,7 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
 
 
 def _label_matches(measures: Sequence[Measures]) -> Indices:
-    """Label N measures so that all measures in a chain of matches have the same label."""
+    """Label N measures; two measures get the same label if a chain of matches connects them."""
     colors = _read_colors(measures)
     labels = np.arange(len(measures))
     for index, similar in _find_similar_hashes(measures):
@@ -338,7 +338,7 @@ def _label_matches(measures: Sequence[Measures]) -> Indices:
 
 
 def _find_similar_hashes(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
-    """Yield each index with all later indices of files whose hashes differ in few bits."""
+    """Yield each file's index, and all later indices of files whose hashes differ from its by few bits."""
     signs = _hash_signs(measures)
     # the dot product of signs is the number of equal bits minus that of different bits
     min_product = (BITS - 2 * NEAR) * len(measures[0].hashes)

@@ -40,7 +40,7 @@ WINDOW = "window"  # another way of showing, besides the values of --debug_mode
 
 
 def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions, workers: int) -> CacheReport:
-    """Display all items of a dataset as --debug_mode says; return unreadable and unused files."""
+    """Display all items of a dataset as --debug_mode selects; return unreadable and unused media files."""
     folder = config.path.absolute().parent / "debug_views"
     display = _select_display(debug, folder)
     viewer = _Viewer(family.latent, family.defaults.fps, folder, display, debug)
@@ -53,7 +53,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
 
 @dataclass(frozen=True)
 class _Viewer:
-    """Displays the items of tables, and collects the sources that have none."""
+    """Displays the items of tables, and collects sources that are unreadable or yield no item."""
 
     latent: LatentSpec
     fps: float
@@ -96,7 +96,7 @@ class _Viewer:
         return NEXT
 
     def _decode(self, source: MediaSource) -> DecodedMedia:
-        """Decode a source as caching does; a randomly changed image in one of its variants."""
+        """Decode a source as caching does; an image with random changes gets one fixed variant."""
         return decode_source(
             source,
             self.fps,
@@ -238,7 +238,7 @@ def _half_blocks(above: NDArray[np.uint8], below: NDArray[np.uint8]) -> str:
 
 
 def _shade_pixel(pixel: NDArray[np.uint8], background_code: int) -> str:
-    """Return a character of SHADES for a pixel, in the pixel's color.
+    """Return a terminal character that draws a pixel: its brightness as one of SHADES, in the pixel's color.
 
     `background_code` is the ANSI code of the background color.
     """

@@ -293,7 +293,7 @@ class Facefix:
 
 
 def check_facefix(options: FacefixOptions) -> None:
-    """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
+    """Read the headers of the model files. Raises CheckpointError or OptionError if a file is wrong."""
     files = restorers.find_files(options)
     restorers.load_networks(
         options, files.model, files.parsenet, device=torch.device("meta"), dtype=torch.float32
@@ -302,7 +302,7 @@ def check_facefix(options: FacefixOptions) -> None:
 
 
 def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
-    """Load the networks of face restoration. Raises CheckpointError or OptionError if files do not fit."""
+    """Load the networks of face restoration. Raises CheckpointError or OptionError if a file is wrong."""
     files = restorers.find_files(options)
     restorer = restorers.load_restorer(options, files.model, files.parsenet, device)
     # always float32, regardless of --dtype: scores are compared with a limit, and landmarks must not jitter

@@ -158,7 +158,7 @@ class MemoryDecoder(nn.Module):
         return upsample_flow(positions - start, 0.25 * block.mask(hidden))
 
     def _read_memory_features(self, near: Tensor, positions: Tensor, keys_and_values: Any) -> Tensor:
-        """Read features from the cost memory for the costs around each position (`near`), 1 C H W."""
+        """Read cost memory features, 1 C H W; the query is made from `near`, the costs at `positions`."""
         query = self.flow_token_encoder(near)
         code = flowformer_memory.position_code(_flatten_rows(positions), query.shape[1])
         attend = self.decoder_layer["cross_attend"]
@@ -209,8 +209,8 @@ class FlowFormer(nn.Module):
     """FlowFormer, which estimates the optical flow between two images in float32, even under autocast.
 
     In addition to weights and features it needs memory for two tables of all pairs of positions, up to
-    TABLE_BYTES each, and for one or two parts (`chunk_rows`). Larger images have no tables: costs and
-    attention are recomputed in every iteration.
+    TABLE_BYTES each, and for one or two parts (`chunk_rows`). For larger images there are no tables: costs
+    and attention are recomputed in every iteration.
     """
 
     def __init__(

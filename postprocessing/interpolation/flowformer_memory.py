@@ -223,7 +223,7 @@ class CoarseContextAttention(nn.Module):
 
 
 class VerticalLayer(nn.Module):
-    """Attention of each of a position's K tokens to the tokens of equal index at other positions."""
+    """Attention of each of a position's K tokens to the tokens with the same index at other positions."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -289,7 +289,7 @@ class CostPerceiver(nn.Module):
 
 
 def _estimate_map_bytes(config: MemoryConfig, height: int, width: int) -> int:
-    """Return the largest number of float32 bytes that embedding the cost map of one position takes."""
+    """Return the peak memory in bytes, for float32, of embedding the cost map of one position."""
     first, second, _ = config.patch_widths
     # both sides rounded up to multiples of PATCH
     cells = (height + -height % PATCH) * (width + -width % PATCH)

@@ -257,7 +257,7 @@ class Correlation:
         self._levels = [make_level(features) for features in pyramid]
 
     def _multiply_level(self, features: Tensor) -> Tensor:
-        """Return the products of all positions of the first image with those of the second at a level."""
+        """Return the dot products of all positions of the first image with all positions at a level."""
         return self._first @ features[0].flatten(1)
 
     def lookup(self, positions: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ class Correlation:
         return rows.unflatten(1, self._sizes[0])
 
     def _look_around(self, level: int, centers: Tensor) -> Tensor:
-        """Return correlations around centers, P 81; `centers` are P 2 at the scale of `level`."""
+        """Return correlations with 9 x 9 positions around `centers` (P 2, at this level's scale): P 81."""
         corner = centers.floor()
         share = centers - corner
         start = corner.long() - RADIUS
@@ -333,7 +333,7 @@ class Correlation:
 
 
 def _pad_level(features: Tensor) -> Tensor:
-    """Return a row of channels for each position of a level, with REACH zeros around the image."""
+    """Return the channels of each position of a pyramid level as a row, with REACH zeros around the image."""
     padded = pad(features, (REACH,) * 4)
     return rearrange(padded, "1 c h w -> (h w) c").contiguous()
 

@@ -236,7 +236,7 @@ class Synthesis(nn.Module):
         return self.amt_comb_block[0].weight.dtype  # type: ignore[return-value]
 
     def maps(self, encoded: EncodedImage) -> Maps:
-        """Return an image's feature maps in the form that the synthesis uses."""
+        """Return an image's feature maps in the layout that the synthesis network takes."""
         dtype = self.dtype
         quarter, eighth, matching = (
             features.to(dtype) for features in (encoded.quarter, encoded.eighth, encoded.matching)

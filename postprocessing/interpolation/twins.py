@@ -119,7 +119,7 @@ class TwinsPatchEmbed(nn.Module):
 
 
 class PositionConv(nn.Module):
-    """Add a depthwise convolution, which encodes positions for the attention after it."""
+    """Add a depthwise convolution of the features, which encodes positions for the following attention."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

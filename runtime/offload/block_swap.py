@@ -225,7 +225,7 @@ class BlockSwap:
                 slot.memory = []
 
     def _route(self, position: int, backward: bool) -> Iterator[int]:
-        """Yield the positions to enter next, from this one on; positions of the next pass are predicted."""
+        """Yield the block positions from this one to the end of the pass, then those predicted next."""
         run_index = self._run_index[position]
         entered = [index for index in self._order if index not in self._skipped_positions]
         if backward:

@@ -79,7 +79,7 @@ class HostMemory:
 
 @dataclass(eq=False)
 class _OffloadedInput:
-    """A block's input in host memory, which is freed when autograd drops it after the backward pass."""
+    """Autograd's placeholder for a block's input in host memory, which is freed together with it."""
 
     host: Tensor  # with the input's shape and dtype
     device: torch.device
@@ -90,7 +90,7 @@ class _OffloadedInput:
 
 
 class Offload:
-    """Host storage for the inputs of checkpointed blocks. One object serves all blocks of a network."""
+    """Host storage for the inputs of checkpointed blocks, shared by all blocks of a network."""
 
     def __init__(self, transfer: Transfer, make: Callable[[int], Tensor]) -> None:
         """Start without memory.
@@ -113,7 +113,7 @@ class Offload:
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> "Tensor | _OffloadedInput":
-        """Start moving a saved input to the host, and return its placeholder for autograd's graph."""
+        """Start copying a tensor saved by autograd to the host; return a placeholder for it."""
         self._release_offloaded_source()
         # the copy back would have other strides, and compiled code relies on strides
         if not tensor.is_contiguous():
@@ -306,7 +306,7 @@ def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> No
 
 
 def _in_pieces(method: Method, tokens: int) -> Method:
-    """Return a method that runs `method` on pieces of `tokens` tokens, each of them checkpointed."""
+    """Return a method that splits its first input into pieces of `tokens` tokens, and checkpoints each."""
 
     def run(block: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
         num_pieces = ceil_div(x.shape[1], tokens)
@@ -393,7 +393,7 @@ class _SharedInputs:
         self._modes = function_modes()
 
     def release(self) -> None:
-        """Release the inputs after all pieces have been computed, until the backward pass."""
+        """Release the inputs once all pieces have been computed; the backward pass restores them."""
         self._tensors = None
         self._pieces = ()
         self._num_recomputed = 0
@@ -425,7 +425,7 @@ class _SharedInputs:
         ]
 
     def _gather_inputs(self, index: int, tensors: Sequence[Tensor]) -> list[Any]:
-        """Return the method's inputs for one piece: the piece instead of the first input, else all inputs."""
+        """Return the method's inputs for one piece, which takes the place of the first input."""
         inputs = list(self._non_tensor_inputs)
         for input_index, tensor in zip(self._tensor_indices, tensors, strict=True):
             inputs[input_index] = tensor

@@ -24,7 +24,7 @@ NUM_EXCHANGE_BUFFERS = 3  # tensors of an attention's exchange: reordered, sent,
 
 
 class TokenCounter(TorchDispatchMode):
-    """Record sizes of the tensors that several GPUs would divide, from operators run in this mode."""
+    """Record the sizes of queries and tokens that several GPUs would share, from all operators run."""
 
     def __init__(self) -> None:
         super().__init__()

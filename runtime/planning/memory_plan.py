@@ -70,7 +70,7 @@ class MemoryPlan:
 
     @property
     def worst(self) -> Phase:
-        """The phase that needs the most device memory."""
+        """The phase of the run that needs the most device memory."""
         return max(self.phases, key=lambda phase: phase.device)
 
     @property
@@ -184,7 +184,7 @@ BlockWeights = tuple[tuple[int, int], ...]  # rows and bytes of each weight of a
 def weights_by_block(dit: nn.Module, spec: DitSpec) -> tuple[BlockWeights, ...]:
     """Return the weights of each block that can be split, in the order in which the blocks run.
 
-    Of a block's vectors (biases, weights of norms) only one is split: they are small, but gloo gathers 8-bit
+    Only one of a block's vectors (biases, norm weights) is split: they are small, but gloo gathers 8-bit
     weights only next to another dtype.
     """
     by_block: list[BlockWeights] = []
@@ -228,10 +228,10 @@ def parts_of(
 
     Args:
         bytes_by_kind: Device bytes at the peak, with all weights on the device.
-        swap: Effect of swapping.
+        swap: Bytes of weights that leave the device by swapping.
         notes: Notes by kind.
-        waiting: Bytes of activations in host memory.
-        network: What is trained or added to the transformer.
+        waiting: Bytes of activations that wait in host memory.
+        network: Name of what is trained or added to the transformer.
     """
     parts = []
     for kind, name in PART_NAMES.items():
@@ -307,7 +307,7 @@ def _make_row(part: MemoryPart) -> tuple[str, str, str, str]:
 
 
 class Swappable(Protocol):
-    """Prediction of device bytes by number of swapped blocks, which is at most `max_swapped_blocks`."""
+    """Predicts device memory for each number of swapped blocks, from 0 to `max_swapped_blocks`."""
 
     @property
     def max_swapped_blocks(self) -> int:
@@ -472,7 +472,7 @@ def advise(
 
 
 def _describe_fitting_swap(prediction: Swappable, usable: int, phase: str) -> str | None:
-    """Return the line about the smallest --blocks_to_swap that fits; None if no number fits."""
+    """Return a line on the smallest --blocks_to_swap with which a run fits; None if no number fits."""
     count = smallest_swap(prediction, usable)
     if count is None:
         return None
