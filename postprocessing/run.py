@@ -54,13 +54,13 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
         for folder in sorted({job.source.parent for job in jobs if not job.is_image}):
             make_folder(folder, "--keep_pngs")
     if len(jobs) == 1 and not jobs[0].is_image:
-        # raises if the only video cannot be read; of several files, one may fail
+        # fails early if the only video cannot be read; with several files, the others are still processed
         source_info(jobs[0].source)
     run_jobs(chain, jobs, make_stages(chain.tools, chain.labels, device))
 
 
 def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]) -> None:
-    """Postprocess the files one after another; if one of several fails, report it and continue.
+    """Postprocess the files one after another; with several files, report failures and continue.
 
     Raises:
         UserError: After the last file, if any failed; with their exit code if all failures share one.

@@ -84,7 +84,7 @@ def split_into_tiles(length: int, tile: int, overlap: int, step: int = 1) -> lis
 def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 1, factor: int = 1) -> Tensor:
     """Apply `run` to overlapping tiles of images, and blend the results linearly where tiles overlap.
 
-    Values on which overlapping tiles agree are bit-identical.
+    Where overlapping tiles agree, the result is bit-identical to them.
 
     Args:
         run: Function to apply.

@@ -44,7 +44,7 @@ NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
 
 
 def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> DitSpec:
-    """Compile the current `forward` of every block. Call after LoRA and before checkpointing.
+    """Compile each block's current `forward`. Call it after adding LoRAs and before checkpointing.
 
     Compilation runs when a block is first called, and its seconds are logged before the next pass. Call
     `check_compilation` before.

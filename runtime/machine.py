@@ -77,7 +77,7 @@ def describe_machine() -> SharedMachine:
 
 
 def list_shared_lines(info: SharedMachine) -> list[str]:
-    """Return five lines on a machine for a report to others."""
+    """Return five lines that describe a machine, for a report that is shared."""
     commit = f", commit {info.commit}" if info.commit else ""
     changed = " with changes" if info.is_changed else ""
     torch = f"torch {info.torch}" if info.torch else "torch is not installed"

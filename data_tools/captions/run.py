@@ -117,7 +117,7 @@ def _reject_repeated_affixes(config: DatasetConfig, wording: WordingOptions) -> 
 
 
 def _make_text_backend(options: CaptioningOptions, default_max_tokens: int) -> CaptionBackend:
-    """Return the model or server that the options name, for captions in plain text."""
+    """Return the model or server that the options select, for captions in plain text."""
     max_tokens = options.ask.max_new_tokens or default_max_tokens
     ask_options = replace(options.ask, max_new_tokens=max_tokens)
     model_name = str(options.model.model)

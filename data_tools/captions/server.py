@@ -166,7 +166,7 @@ class ApiServer:
     def request_caption(self, location: CaptionLocation, frames: Frames) -> str:
         """Request the caption of an image or clip, up to MAX_ATTEMPTS times.
 
-        The wait before the next try doubles each time, unless the server demands another wait.
+        The wait before the next try doubles each time, unless the server asks for a specific wait.
 
         Raises:
             NoCaptionError: If the server returns no caption.
@@ -304,13 +304,13 @@ class ApiServer:
                 stream=True,
             ) as answer,
         ):
-            if "," in answer.headers.get("Content-Encoding", ""):  # a few bytes, packed twice, can be GiB
+            if "," in answer.headers.get("Content-Encoding", ""):  # compressed twice, a few bytes can be GiB
                 raise NoCaptionError("the server's answer is packed more than once")
             content = bytearray()
             end = start + self.timeout
-            for piece in answer.iter_content(1):  # it waits until a larger piece is full
+            for piece in answer.iter_content(1):  # a larger piece would wait until it is full
                 content += piece
-                if time.monotonic() > end:  # the library's own limit starts anew with each byte
+                if time.monotonic() > end:  # requests restarts its own timeout at each byte
                     raise requests.ReadTimeout
                 if len(content) > MAX_ANSWER_BYTES:
                     raise NoCaptionError(f"the server's answer is longer than {MAX_ANSWER_BYTES >> 20} MiB")

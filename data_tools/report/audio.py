@@ -45,7 +45,7 @@ def uses_audio(table: DatasetTable) -> bool:
 
 
 def inspect_audio(source: MediaSource) -> AudioInspection:
-    """Return what the headers of a clip say about its audio, without decoding it.
+    """Return the audio properties in a clip's headers, without decoding the audio.
 
     Raises MediaError or OSError if a file cannot be read.
     """

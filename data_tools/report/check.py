@@ -172,9 +172,9 @@ def check_caching(
             LATENTS checks caches of latents and needs a family made with the options of latent caching.
             TEXTS checks caches of captions, and captions that are too long for an encoder; without the
             encoders' files it checks only the captions.
-        validation: Validation fraction and seed for tables that do not state their own.
-        counters: Token counters of the text encoders if a training encodes captions itself; None loads them
-            for TEXTS.
+        validation: Validation fraction and seed for tables that do not set their own.
+        counters: Token counters of the text encoders if a training run encodes captions itself; None loads
+            them for TEXTS.
     """
     scope = _Scope(media=MEDIA in parts, latents=LATENTS in parts, texts=TEXTS in parts)
     if counters is None:
@@ -220,7 +220,7 @@ class _CachingChecker:
     workers: int
 
     def check(self, findings: TableFindings) -> TableFindings:
-        """Check a table's media, caches and captions, as far as they are in scope; add to its findings."""
+        """Check a table's media, caches and captions within the checker's scope; add to its findings."""
         table = findings.table
         _check_cache_format(findings, self.family, self.scope)
         if self.scope.media and findings.sources:
@@ -418,7 +418,7 @@ def _count_caches(plans: Sequence[SourcePlan]) -> str:
 def _plan_sources(
     findings: TableFindings, cache_settings: LatentCacheSettings, workers: int
 ) -> tuple[list[SourcePlan], list[Failure]]:
-    """Plan the caches of all sources; those without recorded sizes are decoded and come last."""
+    """Plan the caches of all sources; sources whose items are not known yet are decoded and come last."""
     table = findings.table
     store = cache_settings.stores.latent_store(table)
     cached_names = LatentNames(store, cache_settings.tag, table.kind)

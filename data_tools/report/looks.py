@@ -273,7 +273,7 @@ def _inspect_frames(
 ) -> Inspection:
     """Pass each used frame of a media file to `use_frame`, at its own size; return what reading reveals.
 
-    An error is not raised: the result has a `read_error`, and the inspection_fields that were known before.
+    An error is not raised: the result has a `read_error`, and the fields that were known before it.
     """
     inspection_fields: dict[str, Any] = {}  # of `Inspection`; filled while the file is read
     try:
@@ -411,7 +411,7 @@ def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
     are_black = all(map(is_black, frames))
     are_flat = [is_flat(frame) for frame in frames]
     sharpnesses = [sharpness(frame) for frame in frames]
-    # frames of one color are not sharp either, but not blurred
+    # single-color frames are not sharp either, but do not count as blurred
     num_blurred = sum(
         frame_sharpness < BLURRED and not frame_is_flat
         for frame_sharpness, frame_is_flat in zip(sharpnesses, are_flat, strict=True)

@@ -264,7 +264,7 @@ class CostPerceiver(nn.Module):
         """
         height, width = context.shape[2:]
         context = context.permute(0, 2, 3, 1)
-        # one pair at a time: as trained, the contexts of a batch are in a different order than its tokens
+        # one pair at a time: the network was trained with a batch's contexts in another order than its tokens
         x = first = self._embed_costs(costs, height, width, chunk_bytes)
         for across, vertical in zip(self.encoder_layers, self.vertical_encoder_layers, strict=True):
             # 40 and 64: bytes that the layers take for each number of a row

@@ -349,9 +349,9 @@ class PairCorrelations:
         self._grid = pixel_coordinates(first.matching)
 
     def lookup(self, flow: Tensor, time: float) -> Tensor:
-        """Return correlations, 1 648 h w, where the flow from `time` to both images points to.
+        """Return correlations, 1 648 h w, at the positions the flow from `time` points to in both images.
 
-        648 are 81 offsets at 4 scales, first of the second image around the flow to it, then of the first.
+        648 are 81 offsets at 4 scales: first in the second image, then in the first.
         """
         to_first, to_second = flow.split(2, dim=1)
         forward = self._forward.lookup(self._grid + to_second / (1 - time))

@@ -289,9 +289,9 @@ Method = Callable[..., Tensor]
 def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> None:
     """Make blocks run `spec.token_wise_methods` on at most `tokens` tokens at a time, to save memory.
 
-    These methods map (x: B L C, ...) to B L C'. This affects only train mode with gradients enabled. Call
-    after LoRA, and before compilation and `checkpoint_blocks`. Results differ only by the order of summation
-    in matrix products. Blocks with a layer that sets `sees_whole_input` are not changed.
+    These methods map (x: B L C, ...) to B L C'. This affects only train mode with gradients enabled. Call it
+    after adding LoRAs, and before compilation and `checkpoint_blocks`. Results differ only by the order of
+    summation in matrix products. Blocks with a layer that sets `sees_whole_input` are not changed.
     """
     # one function for all blocks of a class: compiled code knows functions by identity
     changed: dict[Method, Method] = {}
@@ -411,7 +411,7 @@ class _SharedInputs:
         if self._num_recomputed == self._count:
             self.release()
         with ExitStack() as stack:
-            # torch turns its modes off during the backward pass: enter those of the forward pass again
+            # torch disables its modes during the backward pass: enter those of the forward pass again
             for mode in self._modes:
                 stack.enter_context(mode)
             return self._method(self._block, *inputs)
