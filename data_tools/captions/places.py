@@ -120,7 +120,7 @@ class CaptionList:
                     return 0
                 self._back_up_once(is_hand_written)
                 self._replace_file(lines)
-            except (_ListChanged, FileNotFoundError):  # an editor may put the old file away first
+            except (_ListChanged, FileNotFoundError):  # an editor may move the old file away first
                 time.sleep(RETRY_SECONDS)
             else:
                 self._lines = lines
@@ -262,7 +262,7 @@ class CaptionLocation:
             return False
         if is_hand_written:
             keep_backup(self.file)
-        # first the record: a killed run must not leave a caption that counts as a person's
+        # record first: a killed run must not leave a caption that counts as hand-written
         record.add(self.name, text)
         write_text(self.file, text)
         return True

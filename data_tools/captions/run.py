@@ -272,7 +272,7 @@ def try_captions(config: DatasetConfig, backend: CaptionBackend, count: int) -> 
                 sys.stdout.flush()
             elif isinstance(answer, (MediaError, NoCaptionError)):
                 failures.append(Failure.of(location.source, answer))
-            else:  # not an error of this file alone
+            else:  # an error that is not specific to this file
                 raise answer
     if failures:
         raise DatasetError("\n".join(first_lines(failures, LISTED)))
@@ -479,7 +479,7 @@ def _write_edits(edits: Sequence[_CaptionEdit], records: Mapping[Path, Generated
     for edit in edits:
         location = edit.location
         record = records[location.file.parent]
-        # an edited caption of this program still counts as its own
+        # an edited caption that this program generated still counts as generated
         if record.contains(location.name, edit.old):
             record.add(location.name, edit.new)
         if location.caption_list is None:

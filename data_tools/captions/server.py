@@ -88,7 +88,7 @@ class ApiServer:
     ) -> None:
         """Set up the server that --api_base names.
 
-        The first request is sent later, by the first caption.
+        No request is sent before the first caption.
 
         Raises:
             OptionError: If OPENAI_API_KEY contains an impossible key.

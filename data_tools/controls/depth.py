@@ -83,7 +83,7 @@ def load_depth_model(folder: Path, device: str | None) -> DepthModel:
     transformers.utils.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **SAFE_LOADING)
-        # the size of the file is compared with an empty network, before memory is taken for its weights
+        # shapes in the file are compared with an empty network before memory is allocated for weights
         empty_network = build_on_meta(transformers.AutoModelForDepthEstimation.from_config, config)
         require_matching_shapes(folder, "--depth", empty_network, shapes, is_exact=False)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **SAFE_LOADING)

@@ -71,7 +71,7 @@ class CutResult:
 
 
 def cut_footage(options: CuttingOptions) -> None:
-    """Cut all videos that the options name into clips, and write the list of clips.
+    """Cut all videos that the options select into clips, and write the list of clips.
 
     Raises:
         UserError: If an option or the folder cannot be used; at the end, if sources could not be cut.

@@ -169,8 +169,8 @@ def _compare_media(
 ) -> dict[str, State]:
     """Return the state of a model's latent caches, by the stem of the media file.
 
-    No model is loaded: the options and the encoder of the first caches count as those of the model, so caches
-    that differ from them are outdated.
+    No model is loaded: the options and the encoder of the first caches stand for the model's, and caches that
+    differ from them count as outdated.
     """
     table = findings.table
     caches = list(latent_names(names, tag, table.kind))
@@ -196,7 +196,7 @@ def _compare_media(
 def _plan_media_states(
     findings: TableFindings, cached_names: LatentNames, cache_settings: LatentCacheSettings, workers: int
 ) -> dict[str, State]:
-    """Return the state of the latent caches that caching with these settings would keep or make, by stem."""
+    """Return the state of each source's latent caches if caching ran with these settings, by stem."""
     plans, failures = plan_all(
         findings.sources,
         {findings.table.index: cached_names},

@@ -322,7 +322,7 @@ def _read_frames(
     use_frame: Callable[[Frame], None],
     inspection_fields: dict[str, Any],
 ) -> None:
-    """Pass each frame of a media file to `use_frame`, and fill `inspection_fields` with what is learned.
+    """Pass each frame of a media file to `use_frame`, and fill `inspection_fields` with the results.
 
     They are filled step by step, because a file that cannot be decoded to its end is still described.
     """

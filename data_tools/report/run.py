@@ -199,7 +199,7 @@ def _inspect(source: MediaSource, options: ReportOptions, latent: LatentSpec) ->
 
 
 def _add_inspection(findings: TableFindings, source: MediaSource, inspection: Inspection) -> None:
-    """Add what was read of a media file to the findings: its items and warnings, or the error."""
+    """Add the inspection of a media file to the findings: its items and warnings, or its error."""
     findings.inspections.append(inspection)
     if inspection.read_error is not None:
         text = inspection.read_error

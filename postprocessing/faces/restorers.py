@@ -267,7 +267,7 @@ def _load(
 ) -> Network:
     """Load the weights of a checkpoint into the network that `build` creates from the plan's config.
 
-    Weights are converted to `dtype`, except that those with one of the `float32_prefixes` are loaded in
+    Weights are converted to `dtype`, except that names with one of the `float32_prefixes` are loaded in
     float32. `what` names the network in messages.
     """
 

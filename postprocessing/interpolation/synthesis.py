@@ -321,7 +321,7 @@ class Synthesis(nn.Module):
         # number of blends: each has two flows, a mask and three colors
         blends = predicted.shape[1] // PER_BLEND
         change, shift, colors = predicted.split([FLOWS * blends, blends, 3 * blends], dim=1)
-        # the network predicts several flows for each image, as changes of the same one
+        # the network predicts several flows for each image, as offsets from the same flow
         repeated = _join_channels(flow.repeat(1, blends, 1, 1))
         return Blend(repeated + change, torch.sigmoid(mask + shift), colors)
 

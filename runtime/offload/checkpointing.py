@@ -389,7 +389,7 @@ class _SharedInputs:
         # split once, so that the pieces' gradients are joined once
         self._pieces = inputs[0].chunk(count, dim=1)
         self._num_recomputed = 0  # pieces, in the backward pass
-        # modes of a run on tensors without values (a memory plan), which torch turns off during `backward`
+        # modes of a run on fake tensors (a memory plan), which torch disables during `backward`
         self._modes = function_modes()
 
     def release(self) -> None:

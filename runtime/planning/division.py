@@ -69,7 +69,7 @@ def divide_tokens(
     Args:
         peaks_by_phase: Bytes by kind in each phase of the dry run.
         num_gpus: Number of GPUs that share the tokens.
-        counter: Bytes of queries and of tokens in the dry run, which divided nothing.
+        counter: Bytes of queries and of tokens, counted in the undivided dry run.
     """
     exchange_bytes = NUM_EXCHANGE_BUFFERS * counter.query_bytes // num_gpus
     divided: dict[str, BytesByKind] = {}

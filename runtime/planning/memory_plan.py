@@ -158,7 +158,7 @@ def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> i
 def predict_swaps(
     dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1
 ) -> list[OffloadedWeights]:
-    """Return the effect of every possible --blocks_to_swap from 0 on, with the other options of `swap`.
+    """Return what each possible --blocks_to_swap, from 0, moves off the device, given the options in `swap`.
 
     Args:
         dit: The transformer.
@@ -399,8 +399,8 @@ def resolve_swap(
 ) -> tuple[Speed, Predicted | None]:
     """Replace --blocks_to_swap auto by a number; return the options and the prediction.
 
-    The prediction is None without a device to plan for, or if the rehearsal (the run on tensors without
-    values) failed; a failure is logged only, because a run works without a plan too.
+    The prediction is None without a device to plan for, or if the rehearsal (a run on fake tensors)
+    failed; a failure is only logged, because a run works without a plan too.
 
     Args:
         speed: Options of memory and speed.

@@ -34,7 +34,7 @@ class SharedPasses:
     def __call__(self, calls: Calls, predict: Predict, section: Section) -> PassVelocities:
         """Run this process's share of a step's passes, and return the velocities of all passes, float32.
 
-        `calls` has the passes as overrides (changes to one call) -> id -> conditions; so does the result, by
+        `calls` maps overrides (changes to one call) to {id: conditions}; the result maps to velocities, by
         (overrides, id).
         """
         velocities: dict[tuple[Overrides, int], Tensor] = {}

@@ -169,8 +169,8 @@ def list_shared_things() -> str:
 def reject_other_splits() -> None:
     """Raise OptionError if accelerate's launcher is configured to split the model by itself.
 
-    accelerate splits only a model that a script passes to it. The loops here never do, so nothing would be
-    split.
+    accelerate splits only a model that a script passes to it. The loops here never pass one, so nothing
+    would be split.
     """
     if not any(name.startswith(SPLIT_VARIABLE_PREFIXES) for name in os.environ):
         return
