@@ -85,8 +85,8 @@ FRAMES_FOLDER = "frames"
 def write_frames(path: Path, folder: Path, maximum: int | None) -> None:
     """Extract the frames of a video, or its first `maximum` frames, as PNG files into `folder`/frames.
 
-    The folder appears only when all frames are written. No more of the video is read than necessary, and few
-    frames are in memory.
+    The folder appears only when all frames are written. The video is read no further than necessary, and few
+    frames are in memory at a time.
 
     Raises:
         OutputError: If `folder`/frames exists.
@@ -217,7 +217,7 @@ def run_video(
     ):
         for frame in run_stages(stages, frames, clips):
             put(frame)
-            del frame  # written and forgotten while the next one is made
+            del frame  # so that it can be freed while the next one is made
             num_frames += 1
             bar.update()
         if not num_frames:

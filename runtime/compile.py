@@ -107,7 +107,7 @@ def compile_each(parts: Iterable[nn.Module], choice: Compilation) -> None:
     config = dynamo().config
     config.recompile_limit = choice.variants or max(config.recompile_limit, RECOMPILE_LIMIT)
     if choice.dynamic:
-        # else torch mistakes a length that equals a width for the width, a constant of the code
+        # else torch would take a length that equals a width for that width, which is a constant
         shape_config().use_duck_shape = False
     mode = NO_GRAPHS.get(choice.mode, choice.mode)  # without CUDA graphs
     for part in parts:

@@ -467,7 +467,7 @@ def plan_captions(
         locations: Locations of all captions.
         records: Record of each folder.
         overwrite_rules: Which existing captions to make again.
-        options_hash: Hash of the options. A run with the same one continues an interrupted run.
+        options_hash: Hash of the options. A run with the same hash continues an interrupted one.
 
     Returns:
         The captions to make with the reason (MISSING, EMPTY, GENERATED or HAND_WRITTEN), and the number of

@@ -226,8 +226,8 @@ def _make_recorded_captions(
 ) -> tuple[list[Failure], int]:
     """Load the model and make all captions in `reasons`; return what `_make_captions` returns.
 
-    If existing captions are replaced, each folder's record notes where such a pass over its captions begins
-    and ends. After failures no end is noted, so that the same command continues with the failed files.
+    If existing captions are replaced, each folder's record notes when this pass begins and ends. After
+    failures no end is noted, so that the same command continues with the failed files.
     """
     rules = backend.overwrite_rules
     records_of_pass = list(records.values()) if rules.generated or rules.all else []

@@ -46,8 +46,8 @@ def prepare(options: PrepareOptions) -> None:
         DatasetError: If the data cannot be used or a clip failed.
         OptionError: If the folder was made with other settings.
         CheckpointError: If a model cannot be loaded.
-        OutputError: If a file cannot be written; in processes other than the main one.
-        SystemExit: If a clip failed.
+        OutputError: If a file cannot be written.
+        SystemExit: If a clip failed, in processes other than the main one.
     """
     networks = _select_networks(options.encoding)
     options = dataclasses.replace(options, shape=round_frame_buckets(options.shape, networks))

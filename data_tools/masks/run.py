@@ -340,7 +340,7 @@ def _load_finder(options: FinderOptions) -> Finder:
 
 
 def _warn_of_remaining_masks(plan: MaskPlan) -> None:
-    """Warn about existing masks that are not replaced, although this run would make others."""
+    """Warn about existing masks that are not replaced, although this run would make different ones."""
     outdated = plan.made_with_other_options
     if outdated:
         logger.warning(

@@ -134,14 +134,14 @@ def load_prompt_finder(
     model_type = read_kind(folder)
     network_name, processor_name = _CLASSES[model_type]
     shapes = check_settings(folder, "--model", MAX_SIDE)
-    import transformers  # takes seconds; only with words
+    import transformers  # takes seconds; only for prompts
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
         network_class = getattr(transformers, network_name)
         config = network_class.config_class.from_pretrained(folder, **SAFE_LOADING)
-        # the shapes of the file are compared with an empty network, before memory is taken for its weights
+        # shapes in the file are compared with an empty network before memory is allocated for weights
         empty_network = build_on_meta(network_class, config)
         require_matching_shapes(folder, "--model", empty_network, shapes, is_exact=model_type == CLIPSEG)
         processor = getattr(transformers, processor_name).from_pretrained(folder, **SAFE_LOADING)

@@ -155,7 +155,7 @@ def _check_companions(
 ) -> Inspection:
     """Return the inspection with the error that the source's control media or mask would cause in caching.
 
-    Control media and masks are read only by the function with which caching decodes a source.
+    Only `decode_source`, which caching uses too, reads control media and masks.
     """
     if not source.control and source.mask_from is None:
         return inspection
@@ -242,7 +242,7 @@ def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
 
 
 def inspect_header(source: MediaSource, fps: float, latent: LatentSpec) -> Inspection:
-    """Return what the header of a media file says; decode a clip if its header has no frame count."""
+    """Inspect a media file by its header; decode a clip only if its header has no frame count."""
     try:
         with fetch(source) as local:
             plan = plan_source(local, fps, latent.pixel_step, latent.lengths)

@@ -53,7 +53,7 @@ DEFAULT = (16, (4, 8, 8))
 
 
 def run_report(config: DatasetConfig, options: ReportOptions) -> None:
-    """Check and measure a dataset, then write the report page and the JSON file that the options name.
+    """Check and measure a dataset, then write the report page and the JSON file that the options request.
 
     Raises:
         DatasetError: If there is nothing to report on.
@@ -252,7 +252,7 @@ def _warn_of_copies(tables: Sequence[TableFindings], groups: Sequence[Sequence[P
 def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
     """Return groups of near duplicates among measured files, sorted by the first path of a group.
 
-    `tables` are all tables of images, or all tables of clips. A file that several tables name, by absolute or
+    `tables` are all tables of images, or all tables of clips. A file in several tables, by absolute or
     relative paths, counts once.
     """
     measures_of_path: dict[Path, Measures] = {}

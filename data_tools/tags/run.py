@@ -130,7 +130,7 @@ def _hash_options(options: TaggingOptions) -> str:
 
 
 def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
-    """Read the dataset file to tag, or make a dataset of a folder.
+    """Read the dataset file to tag, or make a dataset from a folder.
 
     `temporary` is an empty folder, in which the dataset file for a folder is written.
 

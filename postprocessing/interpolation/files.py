@@ -220,7 +220,7 @@ def _find_flow_file(main: Path, kind: str) -> Path:
     Raises CheckpointError if there is none.
     """
     names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
-    # the original's name without its suffix: other copies may begin with it
+    # the stem of the released file, with which the names of other copies may begin
     flow = _find_model(main.parent, names, names[1].partition(".")[0])
     if flow is not None:
         return flow

@@ -154,7 +154,7 @@ class MemoryDecoder(nn.Module):
             motion_and_mean = torch.cat([motion, block.aggregator(motion, aggregate)], dim=1)
             hidden = block.gru(hidden, motion_and_mean, gru_directions)
             positions = positions + block.flow_head(hidden)
-        # 0.25: as trained
+        # the released weights expect a mask scaled by 0.25
         return upsample_flow(positions - start, 0.25 * block.mask(hidden))
 
     def _read_memory_features(self, near: Tensor, positions: Tensor, keys_and_values: Any) -> Tensor:

@@ -99,7 +99,7 @@ class Interpolator:
         for frame in frames:
             current = _CachedFrame(frame, self._encode_frame)
             if previous is not None:
-                # equal frames need neither networks nor a scene's measure
+                # equal frames need neither interpolation nor scene detection
                 is_same = np.array_equal(previous.output.pixels, current.output.pixels)
                 has_cut = not is_same and self._has_cut(previous, current)
                 num_cuts += has_cut

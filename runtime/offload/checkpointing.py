@@ -230,8 +230,8 @@ def checkpoint_blocks(
 ) -> None:
     """Make every block keep only its inputs, and recompute its activations in the backward pass.
 
-    This affects only train mode with gradients enabled. Call after LoRA and compilation, because it wraps the
-    `forward` that a block has at that time.
+    This affects only train mode with gradients enabled. Call it after adding LoRAs and compiling, because
+    it wraps the `forward` that a block has at that time.
 
     Args:
         dit: The transformer.
@@ -242,7 +242,7 @@ def checkpoint_blocks(
     """
     blocks = recomputed_parts(dit, spec)
     for index, block in enumerate(blocks):
-        # the backward pass starts with the last block, so that moving its inputs would only cost time
+        # the backward pass starts with the last block, so moving its inputs would save no memory
         block_offload = None if block is blocks[-1] else offload
         block.forward = _CheckpointedForward(
             block, block.forward, keep_attention, block_offload, is_first=index == 0

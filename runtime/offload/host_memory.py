@@ -356,7 +356,7 @@ def _run_moved(
     **named: Any,
 ) -> Any:
     """Run a layer with its weight on the device during the call only."""
-    # copied in the computing stream: no waiting is needed
+    # copied in the compute stream: no waiting is needed
     weight.data = host.to(device, non_blocking=True, copy=True)
     try:
         return forward(*inputs, **named)

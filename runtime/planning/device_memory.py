@@ -169,7 +169,7 @@ class MemoryWatch:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def warn_if_full(self) -> None:
-        """Log one line the first time that the device is full."""
+        """Log a warning the first time that the device's memory is full."""
         if self._has_warned:
             return
         free, total = torch.cuda.mem_get_info(self.device)

@@ -155,9 +155,9 @@ def print_layouts(
     """Print how the run can use the GPUs (as options of the command), and the memory of the first that fits.
 
     Args:
-        runs: Results of planning the run on tensors without values: first with the command's options, then
-            each time with more options that save memory. A result is computed only if nothing fits with the
-            previous ones.
+        runs: Results of planning the run on fake tensors: first with the command's options, then each time
+            with more options that save memory. A result is computed only if nothing fits with the previous
+            ones.
         cards: Number of GPUs.
         device_memory: Memory of each GPU.
         is_training: Whether the run is a training run.

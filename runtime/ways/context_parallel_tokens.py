@@ -57,7 +57,7 @@ def _run_part(
         overrides: Changes to this call.
     """
     all_tokens, all_residuals = hidden.tokens, hidden.block_residuals
-    # lengths of the streams of tokens; if there are several, the record of tokens states them
+    # lengths of the token streams; if there are several, `all_tokens` has them
     lengths = getattr(all_tokens, "stream_lengths", (hidden.x.shape[1],))
     parts = [TokenShard(length, group.rank(), group.size(), group) for length in lengths]
     hidden.x = _take_parts(parts, hidden.x, lengths)
