@@ -303,7 +303,7 @@ logger = logging.getLogger(__name__)
 
 # default of --to in tools/download.py
 MODELS = Path("models")
-# --mode -> tasks of tools/download.py --family tools, where they have another name; tools without it: ""
+# --mode ("" for tools without one) -> names of its tasks in tools/download.py, where they differ
 TASKS = {"esrgan": ("realesrgan_x4", "realesrgan_x2"), "": ("yunet",)}
 
 

@@ -4,7 +4,7 @@ Each block's `forward` is compiled in place, not the whole network: the blocks o
 differ only in their weights, which are inputs of the compiled code, so a list of forty blocks costs one
 compilation. It starts in seconds and is independent of the code around the blocks. A block is recompiled if
 its structure differs (an input that needs no gradient, gradients on or off, a batch of one, LoRA on other
-layers), and for new sizes according to `Compilation.dynamic`. Of a U-Net, the layers of transformers are
+layers), and for new sizes according to `Compilation.dynamic`. In a U-Net, only the transformer layers are
 compiled, for all sizes at once.
 """
 
@@ -35,9 +35,9 @@ from protocols.family import DitSpec
 
 logger = logging.getLogger(__name__)
 
-# variants of one part before torch runs the rest uncompiled; torch's own 8 are too few for buckets, tiles
+# variants of a part before torch runs it uncompiled; torch's default of 8 is too low for buckets and tiles
 RECOMPILE_LIMIT = 32
-# likewise if each size is compiled separately: blocks of all widths of a U-Net share their code
+# the same limit if each size is compiled separately: U-Net blocks of all widths share their code
 VARIANTS_OF_EACH_SIZE = 256
 # CUDA graphs need weights at fixed addresses, but all blocks share their code
 NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}

@@ -13,7 +13,7 @@ from protocols.families import caption_formats
 
 MAX_FRAMES = 1024
 MAX_TOKENS = 32_768
-DEFAULT_MAX_TOKENS, DEFAULT_MAX_JSON_TOKENS = 256, 2048  # of an answer, where nothing is said
+DEFAULT_MAX_TOKENS, DEFAULT_MAX_JSON_TOKENS = 256, 2048  # defaults of --max_new_tokens
 Pairs = tuple[tuple[str, str], ...]
 KEY = "the key of this name in the dataset's TOML does the same without touching files"
 

@@ -1,9 +1,9 @@
-"""Find the captions of a dataset, know which of them this program wrote, and choose which to make.
+"""Find the captions of a dataset, record which of them this program wrote, and choose which to write.
 
 A caption is a text file next to its image or clip, or the "caption" in a line of a JSONL list. A hidden file
-next to the captions, `.captions_made.jsonl`, has the hash of each text that this program wrote: a caption
-without a matching line was written or edited by a person. The line is written before the caption, so that a
-kill between the two leaves only a line without effect.
+next to the captions, `.captions_made.jsonl`, contains the hash of each text that this program wrote: a
+caption without a matching line was written or edited by a person. The line is written before the caption, so
+that a run killed between the two leaves only a line without effect.
 """
 
 import contextlib

@@ -6,8 +6,8 @@ from modules.errors import OptionError
 from modules.options import Options, option
 from modules.text_files import real_path
 
-SIDES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)  # of the form; pixels
-FRAMES = 49  # of the form, for preparing
+SIDES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)  # pixels; defaults
+FRAMES = 49  # default number of frames
 MAX_TOKENS = 226  # of CogVideoX's text encoder
 DTYPES = ("fp32", "fp16", "bf16")
 MAX_THREADS = 1024

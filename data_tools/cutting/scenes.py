@@ -8,11 +8,11 @@ import numpy as np
 from modules.media.encoding import Pixels
 from modules.media.measures import FLAT_SCENE, Thumbnail, scene_distance, thumbnail
 
-# (first, end): the frames from first to before end belong to no scene; at a hard cut both are the first
-# frame of the new scene
+# (first, end): frames first to end - 1 belong to no scene; at a hard cut, both are the first frame of the
+# new scene
 SceneChange = tuple[int, int]
 MAX_FLASH_SECONDS = 0.15  # a shorter interruption of a scene is a flash, or a damaged frame
-MIN_PLAIN_SECONDS = 0.1  # frames of one color for that long end a scene
+MIN_PLAIN_SECONDS = 0.1  # single-color frames that last this long end a scene
 # about the time from the middle of a dissolve to its ends; longer ones are found by their steepest part
 DISSOLVE_SECONDS = (0.2, 0.4, 0.8)
 # (position in a dissolve, 0..1, which equals the weight of the second scene there; maximum variance there,

@@ -27,13 +27,13 @@ from modules.media.buckets import Fit, Size
 CANNOT_BE_READ = "cannot be read"
 MAX_BINS = 16
 DIGITS, PERCENT_DIGITS = 6, 2
-MAX_WORDS = 60  # of the most frequent ones
-MAX_DUPLICATES = 200  # texts that are listed
-MAX_PATHS = 20  # of a text
+MAX_WORDS = 60  # number of the most frequent words that are listed
+MAX_DUPLICATES = 200  # number of repeated texts that are listed
+MAX_PATHS = 20  # number of paths that are listed for a text
 SHOWN_TEXT = 300  # characters of a text that occurs more than once
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 
-# English words that say nothing about an image; other languages are counted whole
+# English words that say nothing about an image; in other languages all words are counted
 _STOP_WORDS = """
 a about above after again against all along also am an and any are around as at be because been before behind
 being below between both but by can could did do does doing down during each either else etc every few for

@@ -40,7 +40,7 @@ from protocols.rules import ReferenceRules
 logger = logging.getLogger(__name__)
 
 MAX_NAMED = 10  # faults of one kind in the log
-# latent channels and strides by (--pixel_step, --frame_step): of Wan2.2 TI2V-5B and LTX-2; all other models
+# latent channels and strides of Wan2.2 TI2V-5B and LTX-2, by (--pixel_step, --frame_step); all other models
 # have DEFAULT
 LATENTS: Mapping[tuple[int, int], tuple[int, tuple[int, int, int]]] = {
     (32, 4): (48, (4, 16, 16)),
@@ -284,10 +284,10 @@ def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
 # contrast, and little else: of twenty photographs (JPEG 20, a quarter of the size, 30 brighter or darker,
 # times 0.7, gamma 0.8) by at most 0.2 of the range, a factor of 0.65, and 0.06 in the worst cell of 4 x 4.
 SAME_COLORS, MAX_SHIFT, MIN_GAIN = 0.06, 0.25, 0.6
-SAME_FLAT = 0.02  # of one color, all counts
-MIN_DEVIATION = 0.03  # of the cells, below which rounding decides the factor
-BITS = 64  # that a hash takes
-PRODUCTS = 1 << 23  # of hashes at once: 32 MiB
+SAME_FLAT = 0.02  # for images of one color, in which every difference counts
+MIN_DEVIATION = 0.03  # deviation of the cells, below which rounding errors decide the factor
+BITS = 64  # bits of a hash
+PRODUCTS = 1 << 23  # products of hashes that are computed at once: 32 MiB
 
 Indices = NDArray[np.int64]
 
@@ -340,7 +340,7 @@ def _label_matches(measures: Sequence[Measures]) -> Indices:
 def _find_similar_hashes(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
     """Yield each file's index, and all later indices of files whose hashes differ from its by few bits."""
     signs = _hash_signs(measures)
-    # the dot product of signs is the number of equal bits minus that of different bits
+    # the dot product of signs is the number of equal bits minus the number of different bits
     min_product = (BITS - 2 * NEAR) * len(measures[0].hashes)
     batch_size = max(1, PRODUCTS // len(measures))
     for start in range(0, len(measures), batch_size):

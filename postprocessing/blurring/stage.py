@@ -93,7 +93,7 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
     Large blurs are computed on a smaller copy, which is fast and removes fine detail for good.
     """
     height, width = pixels.shape[:2]
-    factor = max(1, size // MAX_FULL_SIZE_BLUR)  # the smaller copy is blurred with about COARSE pixels
+    factor = max(1, size // MAX_FULL_SIZE_BLUR)  # the smaller copy gets a blur of about MAX_FULL_SIZE_BLUR
     # OpenCV needs an odd kernel size
     kernel = (size // factor) | 1
     image: Any = np.ascontiguousarray(pixels)

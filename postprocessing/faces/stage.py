@@ -205,7 +205,7 @@ def _blend(values: Plane, face: Restored, matrix: NDArray[np.float64], region: A
     values[:] = shown * colors + (1 - shown) * values
 
 
-MIN_SCORE, MIN_SCORE_ONNX = 0.97, 0.8  # of a face; YuNet's scores are lower
+MIN_SCORE, MIN_SCORE_ONNX = 0.97, 0.8  # default minimum score of a face; YuNet's scores are lower
 # number of faces per pass of the networks, which bounds the memory for crowds
 FACES_AT_ONCE = 4
 

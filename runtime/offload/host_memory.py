@@ -37,7 +37,7 @@ PIN_CHUNK = 256 << 20  # bytes that are pinned in one call, if a tensor is not l
 
 @dataclass(frozen=True)
 class LocalProcesses:
-    """Rank of this process among those of the run on this machine, and the global rank of the first."""
+    """Local rank of this process on its machine, and the global rank of the machine's first process."""
 
     rank: int  # rank of this process among them
     first_global_rank: int  # global rank of this machine's first process

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 # Device memory outside torch's tensors: the CUDA context with its kernels, a few hundred MB on every driver.
 CONTEXT = 600 << 20
-# For fragmentation, and the display's share of the card. A plan that leaves less than this does not fit.
+# fraction for fragmentation and the display; a plan that leaves less than this does not fit
 MARGIN = 0.03
 TOLERANCE = 0.07  # a larger relative difference between prediction and measurement is reported
 FULL = 0.97  # fraction of the device's memory above which the driver may spill to host memory

@@ -39,7 +39,7 @@ MAX_REAL_ELEMENTS = 1 << 16  # integer tensors with at most this many elements k
 WEIGHTS, NETWORK, OPTIMIZER, GRADIENTS, BATCH = "weights", "network", "optimizer", "gradients", "batch"
 ATTENTION = "attention"  # workspace of attention
 TEXTS = "texts"  # weights of text encoders
-ADAPTER = "adapter"  # trained LoRAs; those of all transformers stay on the device
+ADAPTER = "adapter"  # trained LoRAs; the LoRAs of all transformers stay on the device
 # all other tensors: allocated before the current phase of the run, or in it
 ACTIVATIONS, TEMPORARY = "kept", "working"
 BytesByKind = Mapping[str, int]  # bytes by kind
@@ -73,18 +73,16 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.is_backward = False
-        self.peaks: dict[str, BytesByKind] = {}  # phase of the run -> bytes by kind when it took the most
+        self.peaks: dict[str, BytesByKind] = {}  # phase of the run -> bytes by kind at its peak
         self._phase = "start"
         self._phase_index = 0
         self._kind = TEMPORARY  # kind of new tensors
         self._live_bytes: Counter[str] = Counter()  # TEMPORARY includes ACTIVATIONS
         self._bytes_of_phase = 0  # of TEMPORARY, allocated in this phase
         self._total = 0
-        self._highest_total = 0  # highest total since the latest call of `rise`
+        self._highest_total = 0  # highest total since `peak_increase` was last called
         self._allocations: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}  # by id of the storage
-        self._reads_unknown_as_one = (
-            False  # whether code that reads a number from a tensor without values gets 1
-        )
+        self._reads_unknown_as_one = False  # whether code that reads a number from a fake tensor gets 1
         self.block_counts: dict[str, int] = {}  # name of a list of blocks -> number of its blocks that run
         self.input_bytes: dict[
             str, int
@@ -309,7 +307,7 @@ class OneOfManyPieces(TorchFunctionMode):
 
 @contextmanager
 def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
-    """Run the `with` block on tensors without values: memory is tracked, and nothing is computed.
+    """Run the `with` block on fake tensors: memory is tracked, and nothing is computed.
 
     Args:
         device: Device on which the code inside computes.
@@ -425,7 +423,7 @@ def _track_forward(
 
 
 SECOND, BEFORE_LAST = "second", "last but one"
-IN_BLOCKS = "forward of ", "backward of "  # prefixes of the names of places inside a block
+IN_BLOCKS = "forward of ", "backward of "  # prefixes of the names of phases inside a block
 
 
 Counts = tuple[int, ...]  # blocks in each list

@@ -131,7 +131,7 @@ def _scaled_dot_product(
     by_tokens = [_autocast(tensor).transpose(1, 2) for tensor in (query, key, value)]
     result: Tensor = _Attention.apply(*by_tokens)
     if result.requires_grad and len(query) > 1 and _prefers_cudnn(by_tokens[0], attn_mask is not None):
-        # as `sdpa` does: the backward pass keeps each sample's, the next layer all of them
+        # as `sdpa` does: the backward pass keeps each sample's result, and the next layer their concatenation
         result = torch.cat([result])
     return result.transpose(1, 2)
 

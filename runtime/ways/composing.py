@@ -1,4 +1,4 @@
-"""Compose the options of all modes of running a transformer, and apply the modes that are active.
+"""Compose the options of all run modes (ways to run a transformer), and apply the active ones.
 
 Standard library only.
 """

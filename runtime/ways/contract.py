@@ -1,4 +1,4 @@
-"""The contract of a mode of running a transformer (`WayToRun`).
+"""The contract of a run mode (`WayToRun`): a way to run a transformer on several processes.
 
 A mode is one light file, and its line in `runtime/ways/__init__.py`. The code that changes a network is in
 `runtime/offload/`. Training and generation do not know individual modes: each active mode adds its
