@@ -54,7 +54,7 @@ ToolOptions = tuple[Tool, Any]  # a tool and its parsed options, of `options_cla
 
 @dataclass(frozen=True)
 class Chain:
-    """Options of one postprocessing run: its input and output files, and its tools in the order they run."""
+    """Options of one postprocessing run: its input and output files, and the tools in the order they run."""
 
     run: ToolRunOptions
     tools: tuple[ToolOptions, ...]

@@ -44,7 +44,7 @@ _LOADERS: dict[type, _ToolLoaders] = {
 
 @dataclass(frozen=True)
 class NamedStage:
-    """A stage with its name in messages; "" omits the name."""
+    """A postprocessing stage, and the name that prefixes its messages; "" for no prefix."""
 
     stage: Stage
     label: str = ""

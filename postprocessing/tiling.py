@@ -139,7 +139,7 @@ class _TileJoiner:
         self._end = end
 
     def joined(self) -> Tensor:
-        """Return the result, after at least one tile was added."""
+        """Return the joined tensor; at least one tile must have been added."""
         assert self._result is not None
         return self._result
 

@@ -61,7 +61,7 @@ def run_blocks(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
 
 
 def _run_side_block(block: nn.Module, hidden: Hidden, number: int) -> Tensor:
-    """Run a block of the side stream; return the hint to add to `x` after the next block."""
+    """Run a block of the side stream; return its hint, a tensor that is added to `x` after the next block."""
     hidden.control_tokens, hint = block(hidden.control_tokens, hidden.x, hidden.tokens)
     if hidden.control_scales is not None:
         hint = hint * hidden.control_scales[:, number, None, None]

@@ -359,7 +359,7 @@ class Changes:
 
     @property
     def points(self) -> list[tuple[float, float]]:
-        """Return all measurements, as (change of the input, change of the blocks' residual)."""
+        """Return all measurements as pairs: change of the input, change of the blocks' residual."""
         return [(float(change), float(residual)) for change, residual in self._found]
 
     def result(self) -> list[float]:

@@ -210,7 +210,7 @@ def write_captions(config: DatasetConfig, backend: CaptionBackend, dry_run: bool
 
 
 def _explain_failures(failures: Sequence[Failure], num_to_caption: int) -> DatasetError:
-    """Return the error at the end of a run in which sources got no caption."""
+    """Return the error at the end of a run in which some media files got no caption."""
     lines = [
         f"{len(failures)} of {num_to_caption} got no caption; all others are done:",
         *first_lines(failures, LISTED),
@@ -377,7 +377,7 @@ def _make_captions(
 
 
 class _FailureLimit:
-    """Ends a run in which nearly all sources get no caption."""
+    """Ends a captioning run in which nearly all media files get no caption."""
 
     def __init__(self) -> None:
         self._has_answer = False

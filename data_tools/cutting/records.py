@@ -53,7 +53,7 @@ class CutRecord:
         return (self.size_bytes, self.modified) == (status.st_size, status.st_mtime_ns)
 
     def find_reason_to_recut(self, source: Path, options: CuttingOptions) -> str:
-        """Return why a source must be cut again, such as `--min_seconds 2 (was 1)`; "" if it need not be."""
+        """Return why a video must be cut again, such as `--min_seconds 2 (was 1)`; "" if it need not be."""
         changed = [
             f"--{name} {value} (was {self.options.get(name)})"
             for name, value in _list_content_options(options).items()
@@ -87,7 +87,7 @@ def start_record(
 
 
 def _list_content_options(options: CuttingOptions) -> dict[str, Any]:
-    """Return the options that decide which clips a source yields and what they contain."""
+    """Return the options that decide which clips a video yields and what they contain."""
     values: dict[str, Any] = {}
     for group in (options.scenes, options.lengths, options.choice, options.clip_format):
         values |= option_values(group)
@@ -209,9 +209,9 @@ class ClipList:
     def _make_missing_lines(
         self, record: CutRecord, listed_paths: Collection[str], is_new: bool
     ) -> list[str]:
-        """Return lines for the clips of a source that are not in `listed_paths`.
+        """Return lines for the clips of a video that are not in `listed_paths`.
 
-        If the source was cut in an earlier run (`is_new` is False), only clips that still exist get a line.
+        If the video was cut in an earlier run (`is_new` is False), only clips that still exist get a line.
         """
         lines = []
         for clip in record.clips:

@@ -110,7 +110,7 @@ def cut_footage(options: CuttingOptions) -> None:
 
 
 def _report_cut(source: Path, result: CutResult) -> None:
-    """Log what was cut in this run; in a dry run, print the clips."""
+    """Log which clips of a video this run has cut; in a dry run, print them."""
     summary = f"{source}: {_count_in_words(result.clips)}"
     is_dry_run = result.record is None
     if is_dry_run:

@@ -190,7 +190,7 @@ def _select_finder_kind(finder: FinderOptions) -> str:
 
 
 def _make_shaping(options: MaskOptions, kind: str) -> MaskShaping:
-    """Return the shaping of masks; options that are not set have the finder's defaults."""
+    """Return how scores are turned into masks; options that are not set get the finder's defaults."""
     shape = options.shape
     is_exact = kind in ("faces", "colour")  # these find whole areas: smoothing would only blur the border
     default_smooth = 0 if is_exact else NETWORK_SMOOTH

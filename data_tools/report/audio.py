@@ -89,7 +89,7 @@ def _list_mismatches(track: TrackInfo, video_seconds: float | None) -> list[str]
 
 @dataclass(frozen=True)
 class AudioFindings:
-    """Findings about the audio of a table."""
+    """Findings about the audio of the clips in a dataset table."""
 
     lines: list[str]  # about the sound and its caches
     errors: list[Fault]

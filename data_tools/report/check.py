@@ -351,7 +351,7 @@ def _check_json_captions(findings: TableFindings, family: Caches) -> None:
 
 
 def _check_media_by_family(findings: TableFindings, family: Caches) -> None:
-    """Check whether the family can cache a table's media, with the family's own rules.
+    """Check with the model family's own rules whether it can cache a table's media.
 
     Raises:
         DatasetError: If the family cannot cache them.
@@ -445,7 +445,7 @@ def _plan_sources(
 def _plan_decoded(
     plan: SourcePlan, cached_names: LatentNames, cache_settings: LatentCacheSettings
 ) -> SourcePlan:
-    """Decode a source whose items are not known from its header, and return its complete caching plan."""
+    """Decode a media file whose items its header does not reveal; return its complete caching plan."""
     source = plan.source
     latent = cache_settings.latent
     media = decode_source(source, cache_settings.fps, latent.pixel_step, latent.lengths)
@@ -476,7 +476,7 @@ def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: 
 
 
 def _measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:
-    """Return the size of each reference image of a source from its header; a Failure if one is unreadable."""
+    """Return the size of each reference image of a media file from its header; a Failure if unreadable."""
     if not plan.item_sizes:
         return ()
     width, height = plan.item_sizes[0][:2]

@@ -79,7 +79,7 @@ def _describe_source(source: MediaSource) -> JsonObject:
 
 
 def _describe_inspection(inspection: Inspection) -> JsonObject:
-    """Return the measurements of a source as JSON values."""
+    """Return the measurements of a media file as JSON values."""
     fit = inspection.fit
     return {
         "size": inspection.size,
@@ -95,7 +95,7 @@ def _describe_inspection(inspection: Inspection) -> JsonObject:
 
 
 def _list_parts(source: MediaSource) -> list[JsonObject]:
-    """Return the files of a source (media, control media, mask), with their archive or address."""
+    """Return the files of a media source (media, control media, mask), with their archive or URL."""
     paths = [source.path] if source.precomputed is not None else [path for path, _ in source.latent_inputs]
     remote_or_packed = source.remote_or_packed or (None,) * len(paths)
     parts = []
@@ -136,7 +136,7 @@ def _compare_caches(
 
 
 def _find_model_tags(names: Iterable[str]) -> list[str]:
-    """Return the sorted model tags that occur in the names of cache files."""
+    """Return the sorted model names (tags) that occur in the names of cache files."""
     tags = set()
     for name in names:
         match = _TAG_PATTERN.search(name)

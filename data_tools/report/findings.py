@@ -69,7 +69,7 @@ class TableFindings:
         self.errors.append(Fault(UNUSABLE, str(error)))
 
     def add_items(self, stems: Sequence[str], bucket: tuple[int, ...]) -> None:
-        """Count the items that sources have in one bucket."""
+        """Add items of one bucket; `stems` contains the stem of each item's media file."""
         self.num_items_by_bucket[bucket] += len(stems)
         self.item_buckets += [(stem, bucket) for stem in stems]
 
@@ -322,7 +322,7 @@ def _add_references(findings: TableFindings) -> None:
 
 
 def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
-    """Return sorted (number of references, number of sources) pairs; [] without references."""
+    """Return sorted (number of references, number of media files) pairs; [] without references."""
     counts = Counter(len(source.control) for source in sources)
     return sorted(counts.items()) if any(counts) else []
 

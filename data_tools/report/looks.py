@@ -129,7 +129,7 @@ def inspect_and_measure(source: MediaSource, fps: float, latent: LatentSpec) -> 
     size: tuple[int, int] | None = None  # size of all frames, determined by the first frame
 
     def reduce(frame: Frame) -> Frame:
-        """Reduce a frame to the measuring size, which the first frame determines."""
+        """Downscale a frame for measuring; the first frame determines the size."""
         nonlocal size
         if size is None:
             size = _select_measured_size(frame)
@@ -352,7 +352,7 @@ def _count_lengths(spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
 
 
 def _read_file_size(source: MediaSource) -> int | None:
-    """Return the size of a source's file in bytes; None for a folder or an unreadable file."""
+    """Return the size of a media file in bytes; None for a folder or an unreadable file."""
     try:
         path = source.path if source.precomputed is None else source.precomputed.moments
         return None if path.is_dir() else path.stat().st_size

@@ -378,7 +378,7 @@ def count_captions(sources: Iterable[MediaSource]) -> JsonObject:
 
 
 class _CaptionCounts:
-    """Statistics about captions, updated with each source."""
+    """Statistics about captions, updated for each media file."""
 
     def __init__(self) -> None:
         self.words: Counter[str] = Counter()
@@ -414,7 +414,7 @@ class _CaptionCounts:
             self.paths_of_text[caption].setdefault(Path(path).absolute(), path)
 
     def _count_trigger(self, trigger: str | None, caption: str) -> None:
-        """Count a caption of a table with a trigger word, and whether it contains the word."""
+        """Count a caption from a table with a trigger word, and whether it contains the word."""
         if trigger:
             self.num_captions_of_trigger[trigger] += 1
             is_present = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption) is not None

@@ -65,7 +65,7 @@ CaptionPart = tuple[str, tuple[str, ...], bool]
 
 
 class SpanGroup(NamedTuple):
-    """Spans of equal length in a clip, in percent of its used frames."""
+    """Frame spans of equal length in a clip, in percent of its used frames."""
 
     length: int  # frames
     positions: Sequence[tuple[float, float]]  # (start, width), at most MAX_SPANS

@@ -369,7 +369,7 @@ def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
 
 
 def _have_same_colors(colors: _Colors, index: int, candidates: Indices) -> NDArray[np.bool_]:
-    """Return which of `candidates` have the colors of `index`, apart from brightness and contrast."""
+    """Return which of `candidates` have the same colors as file `index`, up to brightness and contrast."""
     first = colors.thumbnails[[index]].astype(np.float32) / np.float32(255)  # 1 K C
     second = colors.thumbnails[candidates].astype(np.float32) / np.float32(255)  # N K C
     is_same_color = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT

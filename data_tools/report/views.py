@@ -96,7 +96,7 @@ class _Viewer:
         return NEXT
 
     def _decode(self, source: MediaSource) -> DecodedMedia:
-        """Decode a source as caching does; an image with random changes gets one fixed variant."""
+        """Decode a media file as caching does; an image with random changes gets one fixed variant."""
         return decode_source(
             source,
             self.fps,
@@ -108,7 +108,7 @@ class _Viewer:
         )
 
     def _show_items(self, media: DecodedMedia, maximum: int | None) -> str:
-        """Show at most `maximum` items of a source; return the last answer of the user.
+        """Show at most `maximum` training items of a media file; return the user's last answer.
 
         Any answer other than NEXT ends the loop.
         """
@@ -177,7 +177,7 @@ def _show(display: str, file: Path, frames: NDArray[np.uint8], fps: float, debug
 
 
 def _caption(source: MediaSource) -> str:
-    """Return a caption of a source as one training step might use it, after drawing its random changes."""
+    """Return a media file's caption as one training step might use it, after its random changes."""
     table = source.table
     return changed_caption(
         source.caption or "", table.caption_changes, table, step=1, total_steps=1, generator=_make_rng(source)

@@ -141,14 +141,14 @@ def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> 
 
 
 def check_blur(options: BlurOptions) -> None:
-    """Read the header of the detector file. Raises CheckpointError or OptionError if it is wrong."""
+    """Read the header of the detector file. Raises CheckpointError or OptionError if it is unusable."""
     if options.network.compile and may_be_onnx(options.network.model):
         raise OptionError("--compile is for torch, but onnxruntime runs .onnx files: leave it out")
     check_detector(options.network.model)
 
 
 def make_blur(options: BlurOptions, device: torch.device) -> Stage:
-    """Load the detector. Raises CheckpointError or OptionError if its file is wrong."""
+    """Load the detector. Raises CheckpointError or OptionError if its file is unusable."""
     dtype = select_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     detector = load_detector(options.network.model, device, dtype, options.detection_size or None)
     if isinstance(detector, RetinaFaceDetector):

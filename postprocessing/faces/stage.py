@@ -173,7 +173,7 @@ def _enclose(regions: Sequence[Area]) -> Area:
 
 
 def _make_canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
-    """Return the matrix that converts pixel coordinates of the image to those of its enlarged copy.
+    """Return the matrix from the image's pixel coordinates to the pixel coordinates of its enlarged copy.
 
     Both refer to pixel centers.
     """
@@ -293,7 +293,7 @@ class Facefix:
 
 
 def check_facefix(options: FacefixOptions) -> None:
-    """Read the headers of the model files. Raises CheckpointError or OptionError if a file is wrong."""
+    """Read the headers of the model files. Raises CheckpointError or OptionError if a file is unusable."""
     files = restorers.find_files(options)
     restorers.load_networks(
         options, files.model, files.parsenet, device=torch.device("meta"), dtype=torch.float32
@@ -302,7 +302,7 @@ def check_facefix(options: FacefixOptions) -> None:
 
 
 def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
-    """Load the networks of face restoration. Raises CheckpointError or OptionError if a file is wrong."""
+    """Load the networks of face restoration. Raises CheckpointError or OptionError if a file is unusable."""
     files = restorers.find_files(options)
     restorer = restorers.load_restorer(options, files.model, files.parsenet, device)
     # always float32, regardless of --dtype: scores are compared with a limit, and landmarks must not jitter

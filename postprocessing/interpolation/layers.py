@@ -257,7 +257,7 @@ class Correlation:
         self._levels = [make_level(features) for features in pyramid]
 
     def _multiply_level(self, features: Tensor) -> Tensor:
-        """Return the dot products of all positions of the first image with all positions at a level."""
+        """Return the dot products of all first-image positions with all second-image positions at a level."""
         return self._first @ features[0].flatten(1)
 
     def lookup(self, positions: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ MIN_SIDE = 128  # sides of the networks' input: smaller ones have no fourth scal
 
 
 def check_interpolation(options: InterpolationOptions) -> None:
-    """Read the headers of the model files. Raises CheckpointError or OptionError if a file is wrong."""
+    """Read the headers of the model files. Raises CheckpointError or OptionError if a file is unusable."""
     load_networks(options.network.model, options.kind, torch.device("meta"), torch.float32)
 
 

@@ -273,7 +273,7 @@ def _read_factor(shape: "_Shapes", name: str, channels: int) -> int:
 
 @dataclass(frozen=True)
 class _Shapes:
-    """Shapes of a checkpoint's tensors, by the names of our modules."""
+    """Shapes of a checkpoint's tensors, by the names of this project's modules."""
 
     checkpoint: Checkpoint
     shape: Callable[[str], tuple[int, ...]]

@@ -27,7 +27,7 @@ from runtime.offload.host_memory import (
 
 @dataclass(frozen=True)
 class ListPlan:
-    """Which blocks of one list are streamed, and how many slots on the device they share."""
+    """Which blocks of one list are streamed from host memory, and how many slots on the device they share."""
 
     name: str  # name of the nn.ModuleList
     num_blocks: int
@@ -214,7 +214,7 @@ class HostWeights:
         return {} if self._host_tensors is None else self._host_tensors.tensors
 
     def finish(self) -> None:
-        """Wait until all processes of the machine have read their weights."""
+        """Wait until all processes on this machine have loaded their weights."""
         wait_for_all(self._local_processes)
 
     def adopt(self, network: nn.Module) -> Mapping[str, Tensor]:

@@ -262,7 +262,7 @@ class _ComputedPiece(NamedTuple):
 
 
 class OneOfManyPieces(TorchFunctionMode):
-    """While active, compute only one piece of each kind in `compute_piece`; allocate space for the others."""
+    """While active, `compute_piece` runs only on the largest piece of each shape; others only get memory."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()

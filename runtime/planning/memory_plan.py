@@ -35,7 +35,7 @@ WORKSPACE, SMALL_WORKSPACE = 32 << 20, 8320 << 10  # Hopper and later; older GPU
 
 @dataclass(frozen=True)
 class MemoryPart:
-    """One line of the plan, in bytes."""
+    """One line of a memory plan: a kind of memory, with its bytes on the device and on the host."""
 
     name: str
     device: int

@@ -99,7 +99,7 @@ def plan_layouts(
 
 
 def _divide(run: SingleGpuRun, division: Division) -> Divided:
-    """Return the memory of one GPU of a division; raise OptionError if the division is impossible."""
+    """Predict the memory of one GPU of a division; raise OptionError if the division is impossible."""
     if run.heads % division.num_context_parallel:
         raise OptionError(
             f"{run.heads} heads of attention are not divisible by {division.num_context_parallel}"

@@ -57,7 +57,7 @@ def join_ways(speed: SpeedOptions) -> RunModes:
 
 
 def check_launch(speed: SpeedOptions, processes: int, uses: RunUses) -> None:
-    """Raise OptionError if the launched processes would repeat a generation, or cannot share it."""
+    """Raise OptionError if several processes would generate the same clip, or cannot share the work."""
     times = count_groups(speed, processes)
     if speed.modes.divides_passes:
         times = 1

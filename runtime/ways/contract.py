@@ -42,7 +42,7 @@ class SpeedOptions(Protocol):
 
     @property
     def modes(self) -> "RunModes":
-        """What the active modes of running the transformer contribute to a run."""
+        """What the active run modes contribute to a run."""
 
 
 class FurtherModel(NamedTuple):
