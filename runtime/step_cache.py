@@ -328,7 +328,7 @@ class Ratios:
         self._sizes[step_position.pass_key] = step_position.step, sizes
 
     def result(self, num_steps: int) -> list[float]:
-        """Return each step's mean ratio; 1 for steps without a measurement, such as the first."""
+        """Return each step's mean residual size ratio; 1 for steps without one, such as the first step."""
         by_step = {step: [float(ratio) for ratio in ratios] for step, ratios in self._found.items()}
         return [
             math.fsum(by_step[step]) / len(by_step[step]) if step in by_step else 1.0

@@ -198,7 +198,7 @@ def _describe_change(earlier: PreparedFolder, record: PreparedFolder) -> str | N
 
 
 def _make_record(shape: ShapeOptions, networks: PipelineNetworks | None) -> PreparedFolder:
-    """Return the record of a prepared folder, in the form in which it is read from JSON."""
+    """Return the record of a prepared folder, with the same types as when it is read from JSON."""
     settings = dataclasses.asdict(shape)
     for name, value in settings.items():
         if isinstance(value, tuple):

@@ -34,7 +34,7 @@ class WrittenClip:
 
 @dataclass(frozen=True)
 class CutRecord:
-    """How a source was cut into clips, recorded before and after cutting."""
+    """How a video was cut into clips, recorded before and after cutting."""
 
     stem: str  # beginning of its clips' names
     source: str

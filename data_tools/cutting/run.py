@@ -253,7 +253,7 @@ class Cutter:
         return CutResult(self._finish_record(record), clips, num_written=num_written)
 
     def _finish_record(self, record: CutRecord) -> CutRecord:
-        """Record the file sizes of all clips of a source, which marks its cut as finished."""
+        """Record the file sizes of all clips of a video, which marks its cut as finished."""
         clips = []
         for clip in record.clips:
             size_bytes = (self.output / clip.name).stat().st_size

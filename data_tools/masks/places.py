@@ -107,7 +107,7 @@ def find_mask_entries(folder: Path, masks: Path | None = None) -> list[MaskEntry
 def find_mask_entry(media_path: Path, masks: Path | None = None) -> MaskEntry:
     """Return where the mask of one image or clip is, or would be written.
 
-    `masks` is the folder of masks; None means a folder `masks` next to the medium.
+    `masks` is the folder of masks; None means a folder `masks` next to the media file.
     """
     folder = media_path.parent / FOLDER_NAME if masks is None else masks
     return _list_entries([(media_path, _kind_of(media_path))], folder)[0]

@@ -262,7 +262,7 @@ def _with_recorded_text(file: CaptionFile, store: CacheStore) -> CaptionFile:
 def _compare_texts(
     sources: Sequence[MediaSource], tag: str, store: CacheStore, stores: Stores, workers: int
 ) -> dict[str, State]:
-    """Return the state of a model's text caches, by the stem of their source."""
+    """Return the state of a model's text caches, by the stem of their media file."""
     files = list_caption_files(sources, tag)
     records = _first_text_records(store, [file.file_name for file in files[:MAX_SEARCHED_CACHES]])
     # embeddings depend on reference images if the encoder sees them

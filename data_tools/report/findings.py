@@ -203,7 +203,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class _BucketItem:
-    """An item with its table and source, in the form that `split_validation` takes."""
+    """A training item with its table and source, as an argument for `split_validation`."""
 
     table: DatasetTable
     source_stem: str
@@ -297,7 +297,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
 
 
 def _add_companions(findings: TableFindings) -> None:
-    """Add lines about reference media, control masks and preference pairs of a table's sources."""
+    """Add lines about the reference media, control masks and preference pairs of a dataset table."""
     if any(source.references or source.control_mask for source in findings.sources):
         from dataset.sources.companions import companion_lines  # only with companions
 

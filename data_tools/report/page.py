@@ -300,7 +300,7 @@ def _make_card(job: _CardSource, card_settings: _CardSettings) -> Card:
 def _split_captions(
     source: MediaSource, counters: TokenCounters
 ) -> tuple[list[tuple[str, TokenCount]], list[list[CaptionPart]]]:
-    """Return the (encoder, token count) pairs of a source's first caption, and the parts of all captions."""
+    """Return (encoder, token count) pairs of a media file's first caption, and the parts of all captions."""
     captions = [] if source.caption is None else [source.caption, *source.more_captions]
     counts_of_first: list[tuple[str, TokenCount]] = []
     parts: list[list[CaptionPart]] = []

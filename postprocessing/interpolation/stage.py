@@ -38,7 +38,7 @@ def check_interpolation(options: InterpolationOptions) -> None:
 
 
 def make_interpolation(options: InterpolationOptions, device: torch.device) -> Stage:
-    """Load the networks of frame interpolation. Raises CheckpointError or OptionError if a file is wrong."""
+    """Load the frame interpolation networks. Raises CheckpointError or OptionError if a file is unusable."""
     dtype = network_dtype(options.network, device, "GIMM-VFI")
     networks = load_networks(options.network.model, options.kind, device, dtype)
     compile_parts(options.network, networks.parts)

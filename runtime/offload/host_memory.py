@@ -127,7 +127,7 @@ def _plan_offsets(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
 
 
 def wait_for_all(local_processes: LocalProcesses | None) -> None:
-    """Wait until all processes of this machine have arrived here; None stands for a single process."""
+    """Wait until all processes of the run have arrived here; None stands for a single process."""
     if local_processes is not None:
         torch.distributed.barrier()
 

@@ -214,7 +214,7 @@ class HostWeights:
         return {} if self._host_tensors is None else self._host_tensors.tensors
 
     def finish(self) -> None:
-        """Wait until all processes on this machine have loaded their weights."""
+        """Wait until all processes have loaded their weights."""
         wait_for_all(self._local_processes)
 
     def adopt(self, network: nn.Module) -> Mapping[str, Tensor]:

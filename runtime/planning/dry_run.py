@@ -262,7 +262,7 @@ class _ComputedPiece(NamedTuple):
 
 
 class OneOfManyPieces(TorchFunctionMode):
-    """While active, `compute_piece` runs only on the largest piece of each shape; others only get memory."""
+    """Make `compute_piece` compute only pieces larger than all earlier ones; others just get memory."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
