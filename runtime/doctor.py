@@ -64,7 +64,7 @@ def _examine_packages() -> Iterator[Finding]:
 
 
 def _examine_versions() -> Finding:
-    """Compare the versions of the installed packages with those of requirements.txt."""
+    """Compare the versions of the installed packages with requirements.txt."""
     from packaging.requirements import Requirement  # accelerate depends on it
 
     mismatches = []

@@ -149,8 +149,8 @@ def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Override
         dit_at: Returns the network to call at a timestep.
         run: Runs the blocks; its first argument is the network's own runner.
     """
-    # networks only, not their runners: a runner that fetches swapped weights would keep those of a freed
-    # network alive
+    # networks only, not their runners: a runner that fetches swapped weights would keep a freed network's
+    # weights alive
     wrapped = weakref.WeakSet[nn.Module]()
 
     def wrapped_dit_at(timestep: float) -> nn.Module:

@@ -95,7 +95,7 @@ class CaptionList:
         return {} if index is None else parse_json(self._lines[index].strip("\ufeff"))
 
     def write(self, changes: Mapping[str, LineChange], is_hand_written: bool) -> int:
-        """Write captions into lines of the list, except lines that have changed on disk meanwhile.
+        """Write captions into lines of the list, except lines that have changed on disk since they were read.
 
         The first write of a run backs up the old list as .bak, unless there is a .bak and this program wrote
         all the replaced values.
@@ -201,7 +201,7 @@ class _ListChanged(Exception):
 
 
 class _Stamp(NamedTuple):
-    """Modification time and size of a file, by which changes are detected."""
+    """Modification time and size of a file, for detecting changes."""
 
     mtime_ns: int
     size_bytes: int
@@ -246,7 +246,7 @@ class CaptionLocation:
         return str(self.file) if self.caption_list is None else f"a line of {self.file}"
 
     def write(self, text: str, is_hand_written: bool, record: "GeneratedCaptions") -> bool:
-        """Write a caption atomically; return False if somebody has changed the caption meanwhile.
+        """Write a caption atomically; return False if the caption has changed since it was read.
 
         `is_hand_written` says that a person wrote the replaced caption, which is then backed up. `record`
         lists the captions in the folder that this program has written.
@@ -279,7 +279,7 @@ def find_caption_locations(config: DatasetConfig, reads_captions: bool) -> list[
     """Return where each caption of a dataset is, or would be written: in a text file or in a line of a list.
 
     Media are listed as for caching, without control media and masks. A caption that several tables share is
-    returned once. With `reads_captions`, existing captions in files are read, too.
+    returned once. With `reads_captions`, existing captions in files are read too.
 
     Raises:
         DatasetError: If the dataset cannot be used, or has tables whose captions cannot be written.

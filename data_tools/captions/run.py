@@ -344,8 +344,8 @@ def _make_captions(
     """Caption each location in `reasons`, and write each caption as soon as it arrives.
 
     Returns:
-        The failures, and the number of captions that were not replaced because somebody changed them
-        meanwhile.
+        The failures, and the number of captions that were not replaced because they had changed since they
+        were read.
 
     Raises:
         UserError: If the server or the model fails repeatedly.

@@ -1,6 +1,6 @@
 """Clips of a prepared folder: their names and files; frames and sizes; clips of one size encoded in batches.
 
-The rules for frames and sizes are those of CogVideoX's data sets: the nearest number of frames, evenly
+Frames and sizes follow the rules of CogVideoX's datasets: the nearest number of frames, evenly
 spaced, and the nearest size. Each file is written completely or not at all; `videos/NAME.txt` and
 `prompts/NAME.txt` come last.
 """

@@ -1,4 +1,4 @@
-"""Estimate the depth of pictures with a model of transformers, such as Depth Anything or DPT.
+"""Estimate the depth of images with a transformers model, such as Depth Anything or DPT.
 
 Code and pickles that come with a model are never run.
 """

@@ -1,4 +1,4 @@
-"""Write the control pictures that a folder lacks, after the options of tools/control_pictures.py are read."""
+"""Write the control images that a folder lacks, after the options of tools/control_pictures.py are read."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Find where scenes end and begin, picture by picture, with a bounded number of pictures in memory."""
+"""Find where scenes end and begin, frame by frame, with a bounded number of frames in memory."""
 
 from collections import deque
 from typing import NamedTuple
@@ -20,7 +20,7 @@ DISSOLVE_SECONDS = (0.2, 0.4, 0.8)
 # dissolves between filmed scenes that move are found, and none within scenes
 VARIANCE_LIMITS = ((0.5, 0.75), (0.25, 0.9), (0.75, 0.9))
 MAX_WEIGHT_ERROR = 0.2  # how far the weight of the second scene may deviate from an even rise
-MIN_MIXED_WEIGHT = 0.08  # weight of the other scene from which a frame belongs to a dissolve
+MIN_MIXED_WEIGHT = 0.08  # minimum weight of the other scene in a frame of a dissolve
 
 
 class _Jump(NamedTuple):
@@ -148,7 +148,7 @@ class _Dissolves:
         self._frames: deque[Thumbnail] = deque(maxlen=maximum)
         self._variances: deque[float] = deque(maxlen=maximum)
         self._last_break = -1
-        self.changes: list[SceneChange] = []  # those of one dissolve overlap
+        self.changes: list[SceneChange] = []  # changes that belong to one dissolve overlap
 
     def add_frame(self, current: Thumbnail, index: int, is_break: bool) -> None:
         """Examine the next frame for a dissolve; with `is_break` it follows a cut or has a single color."""

@@ -1,7 +1,7 @@
-"""Find which mask belongs to which picture or clip of a folder, and change a mask as a person decides.
+"""Find which mask belongs to which image or clip of a folder, and change masks as a person decides.
 
-The mask of `cat.jpg` is `masks/cat.png`; that of `dance.mp4` is the folder `masks/dance`, with a picture for
-each frame. Next to their pictures masks are `cat-masklabel.png` and `dance-masklabel`, as OneTrainer names
+The mask of `cat.jpg` is `masks/cat.png`; the mask of `dance.mp4` is the folder `masks/dance`, with an image
+per frame. Masks next to their images are named `cat-masklabel.png` and `dance-masklabel`, as OneTrainer names
 them. A generated mask says in a text entry of its PNG (in a folder: of the first one) how it was made; a mask
 without it was drawn by a person. Before a mask changes, it is copied into the hidden folder `.before` next to
 it, from which the last change of each mask can be undone. Imports no torch.
@@ -342,7 +342,7 @@ def replace_mask(entry: MaskEntry, pixels: NDArray[np.uint8], frame_index: int |
         frame_index: Frame of a clip that the mask is for; None for the full image or clip.
 
     Raises:
-        DatasetError: If the shape differs from that of the image or clip, if the clip's mask has no such
+        DatasetError: If the shape differs from the image's or clip's shape, if the clip's mask has no such
             frame, or if nothing would be learned.
         MediaError: If an existing mask cannot be read.
         OutputError: If the mask cannot be written.

@@ -83,7 +83,7 @@ def to_gray(mask: ScoreMap) -> Gray:
 
 
 def median_over_time(score_maps: Iterable[ScoreMap], num_neighbors: int) -> Iterator[ScoreMap]:
-    """Yield the median of each frame's scores and those of `num_neighbors` frames before and after it.
+    """Yield each frame's median scores over the frame and `num_neighbors` frames before and after it.
 
     s'[t] = median(s[t - n], ..., s[t + n]) for each pixel; beyond the ends, the first and the last frame are
     repeated.

@@ -1,4 +1,4 @@
-"""Find what words describe in a picture, with CLIPSeg or SAM 3 of transformers.
+"""Find what a prompt describes in an image, with CLIPSeg or SAM 3 from transformers.
 
 Code and pickles that come with a model are never run.
 Source: Lüddecke and Ecker 2022, arXiv 2112.10003 (CLIPSeg); transformers, models clipseg and sam3.

@@ -69,7 +69,7 @@ def inspect_audio(source: MediaSource) -> AudioInspection:
 
 
 def _list_mismatches(track: TrackInfo, video_seconds: float | None) -> list[str]:
-    """Return the ways in which an audio track does not fit its clip.
+    """Return how an audio track differs from its clip in time or number of tracks.
 
     `video_seconds` is the duration of the clip; None means unknown.
     """

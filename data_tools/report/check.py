@@ -81,7 +81,7 @@ def check_script(family: Caches, config: DatasetConfig, options: CachingOptions,
     writes_page = options.page.html is not None
     parts: tuple[str, ...] = (MEDIA, LATENTS)
     if of_texts:
-        parts = (MEDIA, TEXTS) if writes_page else (TEXTS,)  # the page shows the media, too
+        parts = (MEDIA, TEXTS) if writes_page else (TEXTS,)  # the page shows the media too
     workers = workers_of(options)
     result = check_caching(
         family,
@@ -246,7 +246,7 @@ class _CachingChecker:
             if self.scope.latents:
                 _check_media_by_family(findings, self.family)
             plans = _check_sources(findings, settings, self.workers)
-            # otherwise the caches of latents contain the audio, too
+            # otherwise the latent caches contain the audio too
             has_separate_audio_caches = trains_audio(self.family) and not settings.stores_audio
             compares_caches = bool(settings.encoder_identity)
             if compares_caches and has_separate_audio_caches and uses_audio(findings.table):
@@ -276,7 +276,7 @@ class _CachingChecker:
 def _make_cache_settings(
     family: Caches, identity: Mapping[str, str], stores: Stores, scope: _Scope
 ) -> LatentCacheSettings:
-    """Return the settings with which caching would encode latents, to compare existing caches with them.
+    """Return the settings that caching would encode latents with, for comparison with existing caches.
 
     `identity` names the encoders and their files.
     """
@@ -530,7 +530,7 @@ def check_training(
         text_keys: Keys of a complete text cache.
         counters: Token counters of the text encoders.
         audio: Audio specification of a family that is trained with sound.
-        validation: Validation fraction and seed for tables that do not state their own.
+        validation: Validation fraction and seed for tables that do not set their own.
     """
     found_items = find_items(config, cache_tag, latent, text_keys, audio=audio)
     same_encoders = SameEncoders(commands)  # compares the encoders that made the caches

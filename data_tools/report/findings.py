@@ -1,4 +1,4 @@
-"""Collect the findings of each table: totals, faults, remarks, captions, unused files."""
+"""Collect the findings on each dataset table: totals, errors, warnings, captions, unused files."""
 
 import contextlib
 import math
@@ -163,7 +163,7 @@ class CheckResult:
 
     @property
     def num_errors(self) -> int:
-        """Total number of faults in all tables."""
+        """Total number of errors in all tables."""
         return sum(len(findings.errors) for findings in self.tables)
 
     @property
@@ -183,7 +183,7 @@ class CheckResult:
 
     @property
     def exit_code(self) -> int:
-        """0 without faults; SOURCES_LEFT_OUT if the run can continue without the faulty sources; else 1."""
+        """0 without errors; SOURCES_LEFT_OUT if the run can continue without the faulty sources; else 1."""
         errors = [error for findings in self.tables for error in findings.errors]
         if os.environ.get(RUN_GOES_ON) and not any(error.is_fatal for error in errors):
             return SOURCES_LEFT_OUT if errors else 0

@@ -69,7 +69,7 @@ class Measures:
     motion: float  # 0..1; 0 for an image
     sharpness: float  # the median over the frames
     is_black: bool  # all frames are black
-    is_static: bool  # a clip in which nothing moves, and which is not black
+    is_static: bool  # whether a clip is not black and nothing moves in it
     is_blurred: bool  # most frames are blurred
     is_flat: bool  # all frames have a single color, so that their hashes are meaningless
     hashes: tuple[int, ...]  # one for an image, four for a clip
@@ -78,7 +78,7 @@ class Measures:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Size, frame rate, frames in use, measures and faults of a media file, found by reading it.
+    """Size, frame rate, used frames, measures and errors of a media file, found by reading it.
 
     Fields are None or empty where unknown. It is kept small, because there may be a million of these.
     """
@@ -186,7 +186,7 @@ def inspect_and_draw(
 ) -> Inspection:
     """Decode a media file and draw a strip of its frames; only a few scaled-down frames stay in memory.
 
-    With `with_audio`, the audio of a clip is drawn, too. If a part of the file cannot be read, the result
+    With `with_audio`, the audio of a clip is drawn too. If a part of the file cannot be read, the result
     has a `read_error`, and the frames before that part are drawn.
     """
     is_clip = source.table.kind == "video"

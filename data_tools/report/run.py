@@ -39,7 +39,7 @@ from protocols.rules import ReferenceRules
 
 logger = logging.getLogger(__name__)
 
-MAX_NAMED = 10  # faults of one kind in the log
+MAX_NAMED = 10  # errors of one kind that are logged
 # latent channels and strides of Wan2.2 TI2V-5B and LTX-2, by (--pixel_step, --frame_step); all other models
 # have DEFAULT
 LATENTS: Mapping[tuple[int, int], tuple[int, tuple[int, int, int]]] = {

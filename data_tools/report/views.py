@@ -1,4 +1,4 @@
-"""Show the frames that the model will see, as pictures, clips or colored text, without encoding them."""
+"""Show the frames that the model will see, as images, clips or colored text, without encoding them."""
 
 import contextlib
 import logging

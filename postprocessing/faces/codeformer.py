@@ -1,4 +1,4 @@
-"""CodeFormer: restore a face from entries of a codebook of faces that a transformer picks.
+"""CodeFormer: restore a face from entries of a learned codebook, which a transformer selects.
 
 An encoder reads the damaged face, a transformer predicts a code for each position, a generator decodes the
 codes to a face. The fidelity weights the encoder's features that the generator gets in addition. Source: Zhou

@@ -59,8 +59,8 @@ class SelfAffinity(nn.Module):
 
         Args:
             context: Features of the first image, 1 C H W.
-            stores_table: Whether to store the weights of all pairs of positions, not to recompute them in
-                every call.
+            stores_table: Whether to store the weights of all pairs of positions, instead of recomputing
+                them in every call.
         """
         q, k = (x.contiguous() for x in _flatten_rows(self.to_qk(context)).chunk(2, dim=1))  # N . each
         if stores_table:
@@ -88,7 +88,7 @@ class Aggregator(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, motion: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return motion features plus those of similar positions, 1 C H W.
+        """Return the motion features plus their mean over similar positions, 1 C H W.
 
         Args:
             motion: Motion features, 1 C H W.
@@ -178,7 +178,7 @@ def _apply_to_positions(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 # Letters: H W sides of an image, C width of the features at an eighth of them
 
-ITERATIONS = 32  # as trained
+ITERATIONS = 32  # refinements of the flow, as in training
 TABLE_BYTES = 1 << 30  # largest stored table of all pairs of positions: images of 1024 x 1024
 STAGES = 2  # at a quarter and at an eighth of the sides
 UNUSED = ("*.svt.norm.*", "memory_decoder.att.pos_emb.*")

@@ -20,7 +20,7 @@ from postprocessing.interpolation.layers import (
 from postprocessing.interpolation.twins import WINDOW, TwinsBlock, apply_in_windows, attend
 
 # Shared by FlowFormer's encoder and decoder: attention of a few tokens, and sinusoidal position codes.
-HEADS = 8  # as trained, in all attentions except the trunk's; tensors do not show it
+HEADS = 8  # in the released model, in all attentions except the trunk's; tensor shapes do not reveal it
 
 
 class TokenAttention(nn.Module):
@@ -79,13 +79,13 @@ def position_code(positions: Tensor, width: int) -> Tensor:
         positions: Positions (x, y), ... 2.
         width: Number of values per position.
     """
-    step = 3.14 / 200  # as trained: not pi
+    step = 3.14 / 200  # the released model was trained with 3.14, not pi
     waves = positions[..., None] * (torch.arange(width // 4, device=positions.device) * step)
     return torch.cat([waves.sin(), waves.cos()], dim=-1).flatten(-2)
 
 
 PATCH = 8  # side of the square of costs that becomes one token: three strides of two
-COARSE = 4  # side of the square of positions that becomes one key, as trained
+COARSE = 4  # side of the square of positions that becomes one key, in the released model
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class WindowContextAttention(nn.Module):
 class CoarseContextAttention(nn.Module):
     """Attention from one token of each position to tokens pooled over COARSE x COARSE squares.
 
-    Both sides of a map are multiples of COARSE, because those of an image are multiples of 32.
+    Both sides of a map are multiples of COARSE, because the sides of an image are multiples of 32.
     """
 
     def __init__(self, config: MemoryConfig) -> None:

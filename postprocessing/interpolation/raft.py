@@ -17,7 +17,7 @@ from checkpoints.opening import Checkpoint, list_tensor_sources
 from postprocessing.contract import batch_norm
 from postprocessing.interpolation.layers import CHANNELS, Correlation, EncodedImage, conv, pixel_coordinates
 
-# Letters: H W height and width of an image, h w those of the features: an eighth
+# Letters: H W height and width of an image, h w height and width of its features (an eighth)
 
 ITERATIONS = 20
 SCALE = 8
@@ -170,7 +170,7 @@ class SeparableGru(nn.Module):
 
 
 def _apply_context(gates: Sequence[Any], context: Tensor) -> GruDirection:
-    """Join the weights of update, reset and candidate gates, and apply those of the context."""
+    """Join the weights of update, reset and candidate gates, and apply the context's part to `context`."""
     weight = torch.cat([gate.weight for gate in gates])
     bias = torch.cat([gate.bias for gate in gates])
     # input channels of a gate: hidden state, context, and motion, which changes with each iteration

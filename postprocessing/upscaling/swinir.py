@@ -21,7 +21,7 @@ from modules.layers.convolution import repeat_pixels
 from modules.layers.norms import Float32LayerNorm
 
 COLOURS = 3
-MEAN = (0.4488, 0.4371, 0.4040)  # mean color of DIV2K, as trained; not stored in files
+MEAN = (0.4488, 0.4371, 0.4040)  # mean color of the training set (DIV2K); not stored in files
 EPSILON = 1e-5
 MASKED_BIAS = -100.0  # attention bias of two tokens that only share a window because of the cyclic shift
 WINDOWS_ON_CPU = 16  # windows per thread, computed together: their features stay in the caches
@@ -51,7 +51,7 @@ class SwinirConfig:
 
     @property
     def step(self) -> int:
-        """Side of a window, by which image sides must be divisible."""
+        """Side of a window; image sides must be multiples of it."""
         return self.window
 
     @property

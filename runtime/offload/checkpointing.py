@@ -171,7 +171,7 @@ def offload_to_host(device: torch.device) -> Offload:
     return Offload(transfer_to(device), make)
 
 
-# prefixes of the names of attention operators, torch's and those of the optional packages
+# prefixes of the names of attention operators, in torch and in the optional packages
 ATTENTION = (
     "aten::_scaled_dot_product_flash_attention",  # also _for_cpu
     "aten::_scaled_dot_product_efficient_attention",
@@ -411,7 +411,7 @@ class _SharedInputs:
         if self._num_recomputed == self._count:
             self.release()
         with ExitStack() as stack:
-            # torch disables its modes during the backward pass: enter those of the forward pass again
+            # torch disables its modes during the backward pass: enter the forward pass's modes again
             for mode in self._modes:
                 stack.enter_context(mode)
             return self._method(self._block, *inputs)

@@ -86,7 +86,7 @@ class TokenShard:
 
         Args:
             table: Rotary embeddings, ... L' 1 D/2 2, of the tokens after the first `before`.
-            before: Number of tokens before those of the table.
+            before: Number of tokens before the table's first token.
         """
         start, stop = (max(position - before, 0) for position in (self.run.start, self.run.stop))
         return table[..., start:stop, :, :, :]

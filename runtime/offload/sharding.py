@@ -273,7 +273,7 @@ def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_sharded_weight(weight: Tensor) -> bool:
-    """Return whether a weight is a DTensor, of which this process keeps some rows."""
+    """Return whether a weight is a DTensor; this process then keeps only some of its rows."""
     return hasattr(weight, "to_local")
 
 

@@ -98,7 +98,7 @@ class HostCopy:
         if self._transfer is None or self._is_on_device:
             return
         try:
-            # not in inference mode, in which samples are generated: training cannot use tensors created in it
+            # samples are generated in inference mode, but training cannot use tensors created in it
             with torch.inference_mode(False), torch.no_grad():
                 copies: list[tuple[Tensor, Tensor]] = []  # (target on the device, source on the host)
                 for _, host in self._pairs:

@@ -64,7 +64,7 @@ def divide_tokens(
     """Return the memory of a dry run, by phase, for one of several GPUs that share the tokens in the blocks.
 
     Outside the blocks the GPU works on all tokens, which are gathered after the blocks. Tokens that no GPU
-    divides, such as those of a text used only as keys and values, are few and counted as divided.
+    divides, such as text tokens used only as keys and values, are few and counted as divided.
 
     Args:
         peaks_by_phase: Bytes by kind in each phase of the dry run.

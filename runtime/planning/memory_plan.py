@@ -96,9 +96,7 @@ class OffloadedWeights:
     """Bytes of weights that leave the device if blocks are swapped or split over processes."""
 
     host_bytes: int  # bytes of weights that move to host memory
-    slot_bytes: (
-        int  # bytes of device slots through which weights are streamed, or in which blocks are gathered
-    )
+    slot_bytes: int  # bytes of device slots for streaming weights or gathering blocks
     on_other_processes: int = 0  # bytes of weights that other processes keep
     processes: int = 1  # number of processes that share the weights
 
@@ -112,7 +110,7 @@ class OffloadedWeights:
 
         Args:
             blocks: Number of swapped blocks.
-            use_of_slots: Text after the size of the slots, through which blocks are streamed.
+            use_of_slots: Text that follows the size of the slots.
         """
         if self.processes > 1:
             buffer = format_gib(self.slot_bytes)

@@ -34,8 +34,8 @@ class SharedPasses:
     def __call__(self, calls: Calls, predict: Predict, section: Section) -> PassVelocities:
         """Run this process's share of a step's passes, and return the velocities of all passes, float32.
 
-        `calls` maps overrides (changes to one call) to {id: conditions}; the result maps to velocities, by
-        (overrides, id).
+        `calls` maps overrides (changes to one call) to {id: conditions}; the result maps (overrides, id) to
+        velocities.
         """
         velocities: dict[tuple[Overrides, int], Tensor] = {}
         for group in self._group_passes(calls):  # passes that can run at the same time

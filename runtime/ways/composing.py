@@ -167,7 +167,7 @@ def list_shared_things() -> str:
 
 
 def reject_other_splits() -> None:
-    """Raise OptionError if accelerate's launcher is configured to split the model by itself.
+    """Raise OptionError if accelerate's launcher is configured to split the model itself.
 
     accelerate splits only a model that a script passes to it. The loops here never pass one, so nothing
     would be split.
