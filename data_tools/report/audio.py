@@ -69,7 +69,7 @@ def inspect_audio(source: MediaSource) -> AudioInspection:
 
 
 def _list_mismatches(track: TrackInfo, video_seconds: float | None) -> list[str]:
-    """Return how an audio track differs from its clip in time or number of tracks.
+    """Return the mismatches between an audio track and its clip: late start, other end, several tracks.
 
     `video_seconds` is the duration of the clip; None means unknown.
     """

@@ -88,7 +88,7 @@ class Aggregator(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, motion: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the motion features plus their mean over similar positions, 1 C H W.
+        """Return motion features plus their projected mean over similar positions, 1 C H W.
 
         Args:
             motion: Motion features, 1 C H W.
