@@ -1,4 +1,4 @@
-"""What local models and servers share: select frames, select the prompt, extract the answer's caption."""
+"""Shared by local models and servers: select frames and prompts, and extract captions from answers."""
 
 import math
 import os

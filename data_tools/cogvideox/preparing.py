@@ -1,4 +1,4 @@
-"""Prepare a data set: captions, then clips, then the lists that name them; a rerun continues.
+"""Prepare a dataset: captions, then clips, then the lists that name them; a rerun continues.
 
 Every file is complete or missing. An item is skipped if all its files exist; lists are written last, by
 the first of several processes, in the order of the input.

@@ -1,4 +1,4 @@
-"""Cut all videos that a command names, several at once if requested, and list their clips."""
+"""Cut all videos that a command selects, several at once if requested, and list their clips."""
 
 import contextlib
 import logging

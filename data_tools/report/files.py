@@ -1,7 +1,7 @@
 """List each file of a dataset for programs: how it is fitted, its caption, and whether its caches are valid.
 
 No model is read: caches are compared with the encoders named in their own records. Whether another VAE is
-chosen now is not known here; --check of the caching scripts compares that.
+selected now is unknown here; --check of the caching scripts compares that.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Read the layers of images as caching would, so that layers that do not fit are reported beforehand."""
+"""Read the layers of images as caching would, so that mismatched layers are reported before caching."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""Decode a source once, as caching does, to get facts, measures of its frames, and drawings."""
+"""Decode a media file once, as caching does, to get its properties, measures of its frames, and drawings."""
 # Letters: H, W height and width of a frame
 
 import contextlib

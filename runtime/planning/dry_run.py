@@ -1,4 +1,4 @@
-"""Run real code on tensors without data, and count the bytes that a device would need.
+"""Run real code on fake tensors, and count the bytes that a device would need.
 
 Inside `dry_run` tensors have shapes, dtypes, devices and storages with their usual lifetimes, but no values:
 a step of a 14B model takes seconds and no memory. The device `ACCELERATOR` stands for the GPU, the plain CPU

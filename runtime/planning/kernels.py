@@ -1,6 +1,6 @@
 """Stand-ins for CUDA's fused kernels in a dry run: they allocate the same memory, and compute nothing.
 
-A dry run has no device, and on tensors without data PyTorch would decompose attention and RMSNorm into steps
+A dry run has no device, and on fake tensors PyTorch would decompose attention and RMSNorm into steps
 that a GPU never runs (a full matrix of scores, float32 copies).
 """
 # Letters: B batch, L query tokens, S key tokens, N heads, D head width
