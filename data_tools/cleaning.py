@@ -1,7 +1,7 @@
 """Clean tags and captions of drawings in a metadata file, following the rules of clean_captions_and_tags.py.
 
 Underscores, ratings, and tags that repeat a more precise one are removed. If the image shows several people,
-tags that describe them differently are removed, too, because nothing says whom they describe. In captions,
+tags that describe them differently are removed too, because it is unclear whom they describe. In captions,
 words that call the image a drawing are removed, and all people become girls, as in tags.
 Source of the rules: github.com/kohya-ss/sd-scripts, finetune/clean_captions_and_tags.py.
 """

@@ -83,7 +83,7 @@ class CropFacesOptions(Options, title="what to do"):
         return width, height
 
     def crop_factors(self) -> tuple[float, float] | None:
-        """Return the factors of --crop_ratio. Raises OptionError if it is not a pair of numbers."""
+        """Return --crop_ratio's factors; None if unset. Raises OptionError if it is not two numbers."""
         pair = _read_pair("--crop_ratio", self.crop_ratio, "2,3")
         if pair is not None and min(pair) <= 0:
             raise OptionError(f"--crop_ratio {self.crop_ratio}: give numbers above 0, such as 2,3")
@@ -91,7 +91,7 @@ class CropFacesOptions(Options, title="what to do"):
 
 
 def _read_pair(name: str, text: str | None, example: str) -> tuple[float, float] | None:
-    """Parse an option that consists of two numbers. Raises OptionError if it is malformed."""
+    """Parse an option that consists of two numbers; None if unset. Raises OptionError if it is malformed."""
     if text is None:
         return None
     match = _PAIR.fullmatch(text)

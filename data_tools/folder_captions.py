@@ -106,7 +106,7 @@ def _caption_as_dataset(
     api: ApiOptions,
     wording: WordingOptions,
 ) -> None:
-    """Caption the images of a folder as those of a dataset, which is described in a temporary file."""
+    """Caption the images in a folder as a dataset, which a temporary file describes."""
     # the dataset file is only needed until it is read
     with temporary_folder() as temporary:
         config = make_folder_dataset(

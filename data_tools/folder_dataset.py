@@ -1,4 +1,4 @@
-"""The dataset of a folder without a dataset file: its images and clips, each with a caption file."""
+"""Make a dataset from a folder without a dataset file: its images and clips, each with a caption file."""
 
 import json
 from dataclasses import replace

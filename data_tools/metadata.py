@@ -22,7 +22,7 @@ CAPTION, TAGS = "caption", "tags"
 
 
 class TextsToMetadataOptions(Options, title="what to do"):
-    """Which images and texts are merged into a metadata file, and which file."""
+    """Options for merging texts into a metadata file: which images, which texts, and the file."""
 
     train_data_dir: Path = option("folder of the images", positional=True, place="folder")
     out_json: Path = option(

@@ -151,7 +151,7 @@ def _name_copy(stem: str, size: Size, suffix: str) -> str:
 
 
 def _write_copies(path: Path, folder: Path, options: ResizeImagesOptions, counts: _Counts) -> None:
-    """Write those resized copies of an image that do not exist yet."""
+    """Write the resized copies of an image that do not exist yet."""
     suffix = ".png" if options.save_as_png else ".jpg"
     targets = {size: folder / _name_copy(path.stem, size, suffix) for size in options.sizes}
     missing = {size: target for size, target in targets.items() if not target.exists()}
@@ -184,7 +184,7 @@ def _shrink(path: Path, image: Frame, size: Size, options: ResizeImagesOptions) 
 
 
 def _list_companions(folder: Path, images: Sequence[Path]) -> dict[str, list[Path]]:
-    """Return the files of a folder that are not images, such as captions, sorted, by their stem."""
+    """Return the files of a folder that are not images, such as captions, grouped by stem."""
     companions: dict[str, list[Path]] = {}
     for path in sorted(set(folder.iterdir()).difference(images)):
         if path.is_file():
@@ -193,7 +193,7 @@ def _list_companions(folder: Path, images: Sequence[Path]) -> dict[str, list[Pat
 
 
 def _copy_companions(companions: Sequence[Path], folder: Path, sizes: Sequence[Size]) -> int:
-    """Copy files of an image's stem under the names of its resized copies; return the number of new files."""
+    """Copy an image's companion files under the names of its resized copies; return how many are new."""
     num_copied = 0
     for companion in companions:
         for size in sizes:

@@ -54,14 +54,14 @@ ToolOptions = tuple[Tool, Any]  # a tool and its parsed options, of `options_cla
 
 @dataclass(frozen=True)
 class Chain:
-    """Options of one postprocessing run: its files, and its tools in order."""
+    """Options of one postprocessing run: its input and output files, and the tools in the order they run."""
 
     run: ToolRunOptions
     tools: tuple[ToolOptions, ...]
 
     @property
     def name_suffix(self) -> str:
-        """Text about all tools that is added to the names of result files."""
+        """Suffix for the names of result files, which describes all tools."""
         return "_".join(tool.name_suffix(options) for tool, options in self.tools)
 
     @property
@@ -136,7 +136,7 @@ class NamedTools:
 
     @property
     def content_hiding_tool(self) -> str | None:
-        """Name of the first tool that hides image content; None if there is none."""
+        """Name of the first tool that hides image content, such as faces; None if there is none."""
         return find_content_hiding_tool(self.tools)
 
     @property
@@ -303,7 +303,7 @@ logger = logging.getLogger(__name__)
 
 # default of --to in tools/download.py
 MODELS = Path("models")
-# --mode -> tasks of tools/download.py --family tools, where they have another name; tools without it: ""
+# --mode ("" for tools without one) -> names of its tasks in tools/download.py, where they differ
 TASKS = {"esrgan": ("realesrgan_x4", "realesrgan_x2"), "": ("yunet",)}
 
 

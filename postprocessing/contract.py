@@ -1,6 +1,6 @@
 """The stream of images through tools for finished videos, and the contract of a tool (`Stage`).
 
-Also pixels of pictures as inputs of networks, and back.
+Also converts pixels to network inputs, and back.
 """
 
 from collections.abc import Iterator

@@ -210,7 +210,7 @@ def resolve_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None
 
 
 def _name_outputs(jobs: Sequence[FileJob]) -> str:
-    """Return the paths of the first few results, for a message."""
+    """Return the paths of the first few output files, for a message."""
     names = ", ".join(str(job.output) for job in jobs[:MAX_NAMED_FILES])
     return f"{names} and {len(jobs) - MAX_NAMED_FILES} more" if len(jobs) > MAX_NAMED_FILES else names
 

@@ -108,7 +108,7 @@ class UpscalerOptions(Options, title="upscaling"):
 WITH_RAFT, WITH_FLOWFORMER = "gimmvfi_r", "gimmvfi_f"
 MAX_FACTOR = 16
 SMALLEST_PART = 8  # largest denominator of --ds_factor
-ROUNDED = 0.004  # tolerance by which 0.33 and 0.67 mean one third and two thirds
+ROUNDED = 0.004  # tolerance within which 0.33 and 0.67 count as one third and two thirds
 ALIGNMENT = 32  # the networks need sides that are multiples of this
 
 

@@ -54,13 +54,13 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
         for folder in sorted({job.source.parent for job in jobs if not job.is_image}):
             make_folder(folder, "--keep_pngs")
     if len(jobs) == 1 and not jobs[0].is_image:
-        # raises if the only video cannot be read; of several files, one may fail
+        # fails early if the only video cannot be read; with several files, the others are still processed
         source_info(jobs[0].source)
     run_jobs(chain, jobs, make_stages(chain.tools, chain.labels, device))
 
 
 def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]) -> None:
-    """Postprocess the files one after another; if one of several fails, report it and continue.
+    """Postprocess the files one after another; with several files, report failures and continue.
 
     Raises:
         UserError: After the last file, if any failed; with their exit code if all failures share one.
@@ -85,8 +85,8 @@ FRAMES_FOLDER = "frames"
 def write_frames(path: Path, folder: Path, maximum: int | None) -> None:
     """Extract the frames of a video, or its first `maximum` frames, as PNG files into `folder`/frames.
 
-    The folder appears only when all frames are written. No more of the video is read than necessary, and few
-    frames are in memory.
+    The folder appears only when all frames are written. The video is read no further than necessary, and few
+    frames are in memory at a time.
 
     Raises:
         OutputError: If `folder`/frames exists.
@@ -123,7 +123,7 @@ def write_frames(path: Path, folder: Path, maximum: int | None) -> None:
 
 # Run stages on a video: decode, stages and encode at the same time, with few images in memory.
 def number_tool_tags(existing_tags: Iterable[str], descriptions: Sequence[str]) -> dict[str, str]:
-    """Return metadata entries `post_N` that describe this run's tools; N continues those that exist."""
+    """Return metadata entries `post_N` that describe this run's tools; N continues the existing numbers."""
     numbers = [int(match[1]) for name in existing_tags if (match := TOOL_TAG.fullmatch(name)) is not None]
     first = max(numbers, default=0) + 1
     return {f"post_{first + index}": replace_surrogates(text) for index, text in enumerate(descriptions)}
@@ -217,7 +217,7 @@ def run_video(
     ):
         for frame in run_stages(stages, frames, clips):
             put(frame)
-            del frame  # written and forgotten while the next one is made
+            del frame  # so that it can be freed while the next one is made
             num_frames += 1
             bar.update()
         if not num_frames:

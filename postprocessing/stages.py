@@ -44,16 +44,16 @@ _LOADERS: dict[type, _ToolLoaders] = {
 
 @dataclass(frozen=True)
 class NamedStage:
-    """A stage with its name in messages; "" omits the name."""
+    """A postprocessing stage, and the name that prefixes its messages; "" for no prefix."""
 
     stage: Stage
     label: str = ""
 
 
 def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str], device: torch.device) -> None:
-    """Read the headers of all model files; `labels` name the tools in messages.
+    """Read the headers of all model files; `labels` are the tools' names in messages.
 
-    Raises UserError if a file does not fit, or if --compile is not possible on the device.
+    Raises UserError if a file is not suitable, or if the device does not support --compile.
     """
     for (_, options), label in zip(tools, labels, strict=True):
         with prefix_errors(label):
@@ -114,7 +114,7 @@ def run_stages(
 
 
 class _ErrorPrefixer:
-    """Prefix errors with the label of the stage that raised them, not of those that they pass through."""
+    """Prefix errors with the label of the stage that raised them, not of later stages they pass through."""
 
     def __init__(self) -> None:
         self._handled: list[BaseException] = []
@@ -176,7 +176,7 @@ class PostTools:
         """Read the headers of all model files of the tools.
 
         Raises:
-            UserError: If a file does not fit its tool.
+            UserError: If a file is not suitable for its tool.
         """
         check_tools(self.selected.tools, self.selected.labels, self.device)
 

@@ -84,7 +84,7 @@ def split_into_tiles(length: int, tile: int, overlap: int, step: int = 1) -> lis
 def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 1, factor: int = 1) -> Tensor:
     """Apply `run` to overlapping tiles of images, and blend the results linearly where tiles overlap.
 
-    Values on which overlapping tiles agree are bit-identical.
+    Where overlapping tiles agree, the result is bit-identical to them.
 
     Args:
         run: Function to apply.
@@ -139,7 +139,7 @@ class _TileJoiner:
         self._end = end
 
     def joined(self) -> Tensor:
-        """Return the result, after at least one tile was added."""
+        """Return the joined tensor; at least one tile must have been added."""
         assert self._result is not None
         return self._result
 
@@ -163,7 +163,7 @@ def get_usable_bytes(device: torch.device) -> int | None:
 
 
 def min_tile(step: int, overlap: int) -> int:
-    """Return the smallest side of a tile: twice the overlap, rounded up to the network's step."""
+    """Return the smallest side of a tile: twice the overlap, rounded up to a multiple of `step`."""
     return round_up(max(MIN_TILE_SIDE, 2 * overlap), step)
 
 

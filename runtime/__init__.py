@@ -1,8 +1,8 @@
-"""How a loaded network is run: compiled, block by block, within the memory that there is.
+"""How a loaded network is run: compiled, block by block, within the available memory.
 
 compile: torch.compile for blocks, applied from outside
 doctor: tell what is installed, and what is missing
-machine: describes the machine for others, without names and paths
+machine: describe the machine for others, without names and paths
 network_setup: put features around a loaded transformer, in order
 kv_cache: keys and values that attention keeps between calls
 offload/: keep parts in host memory, recompute activations

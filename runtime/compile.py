@@ -4,7 +4,7 @@ Each block's `forward` is compiled in place, not the whole network: the blocks o
 differ only in their weights, which are inputs of the compiled code, so a list of forty blocks costs one
 compilation. It starts in seconds and is independent of the code around the blocks. A block is recompiled if
 its structure differs (an input that needs no gradient, gradients on or off, a batch of one, LoRA on other
-layers), and for new sizes according to `Compilation.dynamic`. Of a U-Net, the layers of transformers are
+layers), and for new sizes according to `Compilation.dynamic`. In a U-Net, only the transformer layers are
 compiled, for all sizes at once.
 """
 
@@ -35,16 +35,16 @@ from protocols.family import DitSpec
 
 logger = logging.getLogger(__name__)
 
-# variants of one part before torch runs the rest uncompiled; torch's own 8 are too few for buckets, tiles
+# variants of a part before torch runs it uncompiled; torch's default of 8 is too low for buckets and tiles
 RECOMPILE_LIMIT = 32
-# likewise if each size is compiled separately: blocks of all widths of a U-Net share their code
+# the same limit if each size is compiled separately: U-Net blocks of all widths share their code
 VARIANTS_OF_EACH_SIZE = 256
 # CUDA graphs need weights at fixed addresses, but all blocks share their code
 NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
 
 
 def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> DitSpec:
-    """Compile the current `forward` of every block. Call after LoRA and before checkpointing.
+    """Compile each block's current `forward`. Call it after adding LoRAs and before checkpointing.
 
     Compilation runs when a block is first called, and its seconds are logged before the next pass. Call
     `check_compilation` before.
@@ -67,7 +67,7 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> DitSpe
 
 
 class CompileClock:
-    """Adds up and logs the time spent in torch's compiler, which runs when a part is called."""
+    """Adds up and logs the time spent in torch.compile, which compiles each part at its first call."""
 
     def __init__(self) -> None:
         """Start with no compilation time."""
@@ -83,7 +83,7 @@ class CompileClock:
         self._seconds += time.perf_counter() - self._begun
 
     def report(self, *_: object) -> None:
-        """Log the compilation time since the last report, if any; a hook before each pass of a network."""
+        """Log the compilation time since the last report, if any; runs as a hook before each network pass."""
         if self._seconds:
             logger.info("Compiling took %.1f s.", self._seconds)
             self._seconds = 0.0
@@ -107,7 +107,7 @@ def compile_each(parts: Iterable[nn.Module], choice: Compilation) -> None:
     config = dynamo().config
     config.recompile_limit = choice.variants or max(config.recompile_limit, RECOMPILE_LIMIT)
     if choice.dynamic:
-        # else torch mistakes a length that equals a width for the width, a constant of the code
+        # else torch would take a length that equals a width for that width, which is a constant
         shape_config().use_duck_shape = False
     mode = NO_GRAPHS.get(choice.mode, choice.mode)  # without CUDA graphs
     for part in parts:

@@ -64,7 +64,7 @@ def _examine_packages() -> Iterator[Finding]:
 
 
 def _examine_versions() -> Finding:
-    """Compare the versions of the installed packages with those of requirements.txt."""
+    """Compare the versions of the installed packages with requirements.txt."""
     from packaging.requirements import Requirement  # accelerate depends on it
 
     mismatches = []
@@ -128,7 +128,7 @@ def _examine_gpus() -> Iterator[Finding]:
 
 
 def _examine_attention(package_by_backend: Mapping[str, str]) -> Finding:
-    """Return the finding about the attention packages: which are installed, and which are not."""
+    """Return the finding about which attention packages are installed."""
     installed = ["torch's own"]
     not_installed: list[str] = []
     for name, package in package_by_backend.items():

@@ -37,7 +37,7 @@ class MachineGpu:
 
 @dataclass(frozen=True)
 class SharedMachine:
-    """This machine and what is installed. Text fields contain versions and product names, "" if unknown."""
+    """This machine and what is installed. Texts are versions and product names, "" if unknown."""
 
     reelsmith: str
     commit: str  # "" outside a clone
@@ -77,7 +77,7 @@ def describe_machine() -> SharedMachine:
 
 
 def list_shared_lines(info: SharedMachine) -> list[str]:
-    """Return five lines on a machine for a report to others."""
+    """Return five lines that describe a machine, for a report that is shared."""
     commit = f", commit {info.commit}" if info.commit else ""
     changed = " with changes" if info.is_changed else ""
     torch = f"torch {info.torch}" if info.torch else "torch is not installed"
@@ -105,7 +105,7 @@ def lacks_bfloat16() -> bool:
 
 
 def clean_version(text: str) -> str:
-    """Return the numbers at the start of a version, without what a private build adds; "" if none."""
+    """Return the version number at the start of a text, without a private build's suffix; "" if none."""
     found = _VERSION.match(text)
     return found[0] if found else ""
 
@@ -116,7 +116,7 @@ def clean_name(text: str) -> str:
 
 
 def _describe_system() -> str:
-    """Return the operating system. The kernel's full name may contain any text, so only its kind is used."""
+    """Return the operating system's name; its full version string is left out, as it may contain any text."""
     name, release = platform.system(), platform.release()
     if name == "Windows":
         return clean_name(f"{name} {clean_version(release)}")

@@ -18,7 +18,7 @@ from runtime.options import SwapOptions
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """Settings of activation checkpointing, with which blocks keep only their inputs for backward."""
+    """Settings for blocks that keep only their inputs for the backward pass (activation checkpointing)."""
 
     keeps_attention: bool = False
     inputs_on_host: bool = False

@@ -92,7 +92,7 @@ class SwapOptions(Options):
 
     @property
     def used_flag(self) -> str:
-        """Return the first swap option in use, as on the command line; "" if there is none."""
+        """Return the first active swap option as typed on the command line; "" if there is none."""
         if self.blocks_to_swap:
             return f"--blocks_to_swap {self.blocks_to_swap}"
         return "--img_in_txt_in_offloading" if self.img_in_txt_in_offloading else ""
@@ -145,7 +145,7 @@ def cards_or_size(text: str) -> str:
 
 
 class PlanOptions(Options):
-    """Whether to only plan the memory of a run, and for which cards."""
+    """Options for only predicting the memory of a run, and for which GPUs."""
 
     plan: str | None = option(  # 0: this machine's card; None: run
         "print the predicted peak of device and host memory by part, and exit; GIB: for a card of that size; "
@@ -164,7 +164,7 @@ class PlanOptions(Options):
 
     @property
     def cards(self) -> tuple[int, float]:
-        """Return the number of GPUs to plan for and the GiB of each; 0 GiB for the size of this machine's."""
+        """Return the number of GPUs to plan for and the GiB of each; 0 GiB: the size of this machine's."""
         count, _, size = (self.plan or "0").rpartition("x")
         return int(count or 1), float(size)
 
@@ -188,7 +188,7 @@ class TrainingSpeedOptions(Options, title="memory and speed"):
 
     @functools.cached_property
     def modes(self) -> RunModes:
-        """Return what the active modes of running the transformer contribute to the run."""
+        """Return what the active run modes contribute to the run."""
         return join_ways(self)
 
 
@@ -213,7 +213,7 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
 
     @functools.cached_property
     def modes(self) -> RunModes:
-        """Return what the active modes of running the transformer contribute to the run."""
+        """Return what the active run modes contribute to the run."""
         return join_ways(self)
 
 
@@ -221,7 +221,7 @@ Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)
 
 
 def say_for_generation(speed: TrainingSpeedOptions) -> dict[str, Any]:
-    """Return the generation options, by flag, that load the model in the form that a training run used."""
+    """Return the generation options, by flag, that match a training run's memory and speed options."""
     swap = speed.swap
     mode = speed.attention.choice.mode
     ring = swap.block_swap_ring_size

@@ -1,14 +1,14 @@
 """The one loop over a transformer's blocks, and runners that other code can wrap around it.
 
 Every DiT is embed -> blocks -> unembed (`BlockNetwork`; LTX-2 predicts two velocities in its own `forward`).
-`run_blocks`, which it calls for the blocks, calls the DiT's runner: `run_in_order`, or the one that
-`set_runner` put in its place. A runner usually wraps the earlier one, so several stack up:
+For its blocks it calls `run_blocks`, which calls the DiT's runner: `run_in_order`, or a replacement set by
+`set_runner`. A runner usually wraps the earlier one, so several stack up:
 
     inner = runner_of(dit)
 
-    def run(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    def run(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
         before = hidden.x
-        inner(dit, hidden, tweaks)  # or not at all: a step cache adds the difference of the last pass instead
+        inner(dit, hidden, overrides)  # or not at all: a step cache adds the last pass's residual instead
         ...
 
     set_runner(dit, run)
@@ -41,7 +41,7 @@ class Hidden:
     """
 
     x: Tensor  # B L C
-    tokens: Any  # the model's own record
+    tokens: Any  # a record of the other inputs, whose class the model defines
     # for each block B L' C, added to the first L' tokens of its result; None: nothing is added
     block_residuals: Sequence[Tensor | None] = ()
     control_tokens: Tensor | None = (
@@ -61,7 +61,7 @@ def run_blocks(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
 
 
 def _run_side_block(block: nn.Module, hidden: Hidden, number: int) -> Tensor:
-    """Run a block of the side stream; return the hint to add to `x` after the next block."""
+    """Run a block of the side stream; return its hint, a tensor that is added to `x` after the next block."""
     hidden.control_tokens, hint = block(hidden.control_tokens, hidden.x, hidden.tokens)
     if hidden.control_scales is not None:
         hint = hint * hidden.control_scales[:, number, None, None]

@@ -69,7 +69,7 @@ class PassState:
 
 @dataclass(eq=False)
 class StepCache:
-    """Skips passes whose blocks would add nearly what they last added, in one section of a video."""
+    """Skips passes in one section of a video if their blocks would add nearly the same as last time."""
 
     make_rule: Callable[[], Rule]
     passes: int = 0
@@ -113,7 +113,7 @@ def residual_of(dit: nn.Module, after: Tensor, before: Tensor) -> Tensor:
     """Return the blocks' residual, B L C.
 
     It is kept in bfloat16 if the network computes in bfloat16, even if the residual stream is float32 (Wan):
-    this halves the memory, and the rounding of 0.2 % is far below what changes between steps.
+    this halves the memory, and the rounding error of 0.2 % is far below the change between steps.
     """
     computes_in = getattr(dit, "compute_dtype", None)
     return (after - before).to(torch.bfloat16 if computes_in == torch.bfloat16 else after.dtype)
@@ -149,8 +149,8 @@ def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Override
         dit_at: Returns the network to call at a timestep.
         run: Runs the blocks; its first argument is the network's own runner.
     """
-    # networks only, not their runners: a runner that fetches swapped weights would keep those of a freed
-    # network alive
+    # networks only, not their runners: a runner that fetches swapped weights would keep a freed network's
+    # weights alive
     wrapped = weakref.WeakSet[nn.Module]()
 
     def wrapped_dit_at(timestep: float) -> nn.Module:
@@ -229,7 +229,7 @@ class TeaCacheRule:
         """Start without skipped passes.
 
         Args:
-            threshold: Sum of changes at which a pass is computed again.
+            threshold: Accumulated change at which a pass is computed again.
             coefficients: Coefficients of the polynomial, highest power first.
         """
         self._threshold, self._coefficients = threshold, coefficients
@@ -319,7 +319,7 @@ class Ratios:
     def measure(
         self, step_position: StepPosition, first_block_input: FirstBlockInput, residual: Tensor
     ) -> None:
-        """Record the ratio of sizes to the previous step, averaged over all tokens."""
+        """Record the ratio of the residual's size to that at the previous step, averaged over all tokens."""
         sizes = residual.norm(dim=-1, dtype=torch.float32)
         step, before = self._sizes.get(step_position.pass_key, (None, sizes))
         if step == step_position.step - 1:
@@ -328,7 +328,7 @@ class Ratios:
         self._sizes[step_position.pass_key] = step_position.step, sizes
 
     def result(self, num_steps: int) -> list[float]:
-        """Return the mean ratio of each step; the first step and steps without a measurement have 1."""
+        """Return each step's mean residual size ratio; 1 for steps without one, such as the first step."""
         by_step = {step: [float(ratio) for ratio in ratios] for step, ratios in self._found.items()}
         return [
             math.fsum(by_step[step]) / len(by_step[step]) if step in by_step else 1.0
@@ -350,7 +350,7 @@ class Changes:
     def measure(
         self, step_position: StepPosition, first_block_input: FirstBlockInput, residual: Tensor
     ) -> None:
-        """Record the relative changes since the previous step of the same pass; the first step has none."""
+        """Record the relative changes since the previous step of the same pass; nothing at the first step."""
         entered = first_block_input()
         step, before, residual_before = self._before.get(step_position.pass_key, (None, entered, residual))
         if step == step_position.step - 1:
@@ -359,7 +359,7 @@ class Changes:
 
     @property
     def points(self) -> list[tuple[float, float]]:
-        """Return all measurements, as (change of the input, change of the blocks' residual)."""
+        """Return all measurements as pairs: change of the input, change of the blocks' residual."""
         return [(float(change), float(residual)) for change, residual in self._found]
 
     def result(self) -> list[float]:

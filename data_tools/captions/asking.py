@@ -1,4 +1,4 @@
-"""What local models and servers share: select frames, select the prompt, extract the answer's caption."""
+"""Shared by local models and servers: select frames and prompts, and extract captions from answers."""
 
 import math
 import os
@@ -130,7 +130,7 @@ def caption_in_batches(
 
 
 def select_prompt(location: CaptionLocation, ask_options: AskOptions) -> str:
-    """Return the prompt for a source: its own, else --prompt, else the default for images or clips."""
+    """Return the prompt for a media file: its own, else --prompt, else the default for images or clips."""
     if location.prompt is not None:
         return location.prompt
     return ask_options.prompt if ask_options.prompt is not None else PROMPTS[location.source.table.kind]

@@ -47,7 +47,7 @@ class JsonCaptioner:
     missing_keys: Counter[str] = field(default_factory=Counter)  # number of answers that lack a key, by key
 
     def make_prompt(self, location: CaptionLocation) -> str:
-        """Return the prompt for an image or clip, with a line about each JSON key of the format."""
+        """Return the prompt for an image or clip, with a line about each of the JSON keys in the format."""
         subject = "this image" if location.source.table.kind == "image" else "the video of these frames"
         lines = [self.prompt or _DEFAULT_PROMPT.format(what=subject)]
         for key in self.format.keys:
@@ -124,13 +124,13 @@ class JsonCaptioner:
             return error
 
     def describe_missing_keys(self) -> str | None:
-        """Return each key that answers lacked, with its number of answers; None if no key was missing."""
+        """Return the JSON keys that answers lacked, with counts, as text; None if no key was missing."""
         counts = ", ".join(f"{name} in {count}" for name, count in self.missing_keys.most_common())
         return counts or None
 
 
 def _add_error(location: CaptionLocation, error: NoCaptionError) -> CaptionLocation:
-    """Return the location with a prompt that also explains the error in the last answer."""
+    """Return the location with the error of the model's last answer appended to its prompt."""
     return dataclasses.replace(location, prompt=f"{location.prompt}\n{_CORRECTION.format(fault=error)}")
 
 

@@ -241,7 +241,7 @@ class GumbelNoise:
 
 
 def load_model(options: CaptionModelOptions, ask_options: AskOptions) -> LocalModel:
-    """Load the captioning model that --model names, from a folder or a repository.
+    """Load the captioning model that --model selects, from a folder or a repository.
 
     Raises:
         CheckpointError: If the folder contains an unusable model.
@@ -286,7 +286,7 @@ def _load_model_and_processor(
 ) -> tuple[Any, Any]:
     """Load a vision-language model and its processor with transformers, onto the CPU.
 
-    `shapes`, those in the weight files, are compared with config.json before memory is taken for the weights.
+    `shapes`, read from the weight files, are compared with config.json before any weights are loaded.
     """
     import transformers
 

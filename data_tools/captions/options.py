@@ -13,7 +13,7 @@ from protocols.families import caption_formats
 
 MAX_FRAMES = 1024
 MAX_TOKENS = 32_768
-DEFAULT_MAX_TOKENS, DEFAULT_MAX_JSON_TOKENS = 256, 2048  # of an answer, where nothing is said
+DEFAULT_MAX_TOKENS, DEFAULT_MAX_JSON_TOKENS = 256, 2048  # defaults of --max_new_tokens
 Pairs = tuple[tuple[str, str], ...]
 KEY = "the key of this name in the dataset's TOML does the same without touching files"
 
@@ -112,7 +112,7 @@ class AskOptions(Options, title="what is asked"):
 
 
 class WordingOptions(Options, title="the text that is written"):
-    """Text that is added to captions or replaced in them."""
+    """Options for text that is added to captions or replaced in them."""
 
     trigger_word: str = option(f"put before each caption that does not hold it; {KEY}", default="")
     caption_prefix: str = option(f"put before each caption that does not begin with it; {KEY}", default="")

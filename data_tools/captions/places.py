@@ -1,9 +1,9 @@
-"""Find the captions of a dataset, know which of them this program wrote, and choose which to make.
+"""Find the captions of a dataset, record which of them this program wrote, and choose which to write.
 
 A caption is a text file next to its image or clip, or the "caption" in a line of a JSONL list. A hidden file
-next to the captions, `.captions_made.jsonl`, has the hash of each text that this program wrote: a caption
-without a matching line was written or edited by a person. The line is written before the caption, so that a
-kill between the two leaves only a line without effect.
+next to the captions, `.captions_made.jsonl`, contains the hash of each text that this program wrote: a
+caption without a matching line was written or edited by a person. The line is written before the caption, so
+that a run killed between the two leaves only a line without effect.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ class CaptionList:
     """
 
     def __init__(self, table: DatasetTable) -> None:
-        """Read the list of a table, which must have been checked before."""
+        """Read the JSONL list of a dataset table that has already been checked."""
         assert table.jsonl_file is not None
         self.path, self._key = table.jsonl_file, table.path_key
         self._lines: list[str] = []
@@ -63,7 +63,7 @@ class CaptionList:
         self.listed_paths: dict[Path, str] = {}  # path of a media file -> the path or address in its line
         rows = RowReader(table, self.path, self._key, is_list=True)
         for listed_path in self._line_indices:
-            if is_address(listed_path):  # `rows` could read paths, too, but takes several times as long
+            if is_address(listed_path):  # `rows` could read paths too, but is several times slower
                 media_path = rows.read(self.read_line(listed_path), str(self.path)).path
             else:
                 media_path = expand_path(listed_path)
@@ -90,12 +90,12 @@ class CaptionList:
         pending_file.unlink()
 
     def read_line(self, listed_path: str) -> dict[str, Any]:
-        """Return the values in the line of the list that names a path; {} without such a line."""
+        """Return the values in the list's line for a path; {} if there is no such line."""
         index = self._line_indices.get(listed_path)
         return {} if index is None else parse_json(self._lines[index].strip("\ufeff"))
 
     def write(self, changes: Mapping[str, LineChange], is_hand_written: bool) -> int:
-        """Write captions into lines of the list, except lines that have changed on disk meanwhile.
+        """Write captions into lines of the list, except lines that have changed on disk since they were read.
 
         The first write of a run backs up the old list as .bak, unless there is a .bak and this program wrote
         all the replaced values.
@@ -120,7 +120,7 @@ class CaptionList:
                     return 0
                 self._back_up_once(is_hand_written)
                 self._replace_file(lines)
-            except (_ListChanged, FileNotFoundError):  # an editor may put the old file away first
+            except (_ListChanged, FileNotFoundError):  # an editor may move the old file away first
                 time.sleep(RETRY_SECONDS)
             else:
                 self._lines = lines
@@ -173,7 +173,7 @@ class CaptionList:
                 raise _ListChanged
 
     def _read(self) -> None:
-        """Read the lines of the list, and find the line of each item."""
+        """Read the lines of the list, and store the line index of each media path."""
         self._stamp = _stamp_of(self.path)
         with self.path.open(encoding="utf-8", newline="") as file:
             self._lines = file.readlines()
@@ -185,7 +185,7 @@ class CaptionList:
 
 
 def _read_pending_lines(pending_file: Path) -> dict[str, dict[str, Any]]:
-    """Read the lines of a file of pending captions by the path in them; the latest line of a path counts."""
+    """Read a file of pending captions; return its lines by their `path`, the last line for each path."""
     lines: dict[str, dict[str, Any]] = {}
     # the last line may be unfinished, even within a character
     content = pending_file.read_bytes().decode("utf-8", "replace")
@@ -201,7 +201,7 @@ class _ListChanged(Exception):
 
 
 class _Stamp(NamedTuple):
-    """Modification time and size of a file, by which changes are detected."""
+    """Modification time and size of a file, for detecting changes."""
 
     mtime_ns: int
     size_bytes: int
@@ -214,7 +214,7 @@ def _stamp_of(path: Path) -> _Stamp:
 
 
 def _hide_address(listed_path: str) -> str:
-    """Return the path in a line of a list; or, for an address, which may contain a secret, its hash."""
+    """Return the path in a line of a list; for a URL, which may contain a secret, its hash."""
     return short_hash(address_identity(listed_path)) if is_address(listed_path) else listed_path
 
 
@@ -232,7 +232,7 @@ class CaptionLocation:
 
     @property
     def name(self) -> str:
-        """Name of the caption in its folder's record; addresses, which may contain secrets, are hashed."""
+        """Name of the caption in its folder's record file; URLs, which may contain secrets, are hashed."""
         if self.caption_list is None:
             return self.file.name
         return f"{self.file.name}: {_hide_address(self.listed_path)}"
@@ -246,7 +246,7 @@ class CaptionLocation:
         return str(self.file) if self.caption_list is None else f"a line of {self.file}"
 
     def write(self, text: str, is_hand_written: bool, record: "GeneratedCaptions") -> bool:
-        """Write a caption atomically; return False if somebody has changed the caption meanwhile.
+        """Write a caption atomically; return False if the caption has changed since it was read.
 
         `is_hand_written` says that a person wrote the replaced caption, which is then backed up. `record`
         lists the captions in the folder that this program has written.
@@ -262,13 +262,13 @@ class CaptionLocation:
             return False
         if is_hand_written:
             keep_backup(self.file)
-        # first the record: a killed run must not leave a caption that counts as a person's
+        # record first: a killed run must not leave a caption that counts as hand-written
         record.add(self.name, text)
         write_text(self.file, text)
         return True
 
     def _has_changed_on_disk(self) -> bool:
-        """Return whether somebody has changed the caption file since it was read."""
+        """Return whether another program or a person has changed the caption file since it was read."""
         try:
             return read_caption(self.file) != self.caption
         except DatasetError:  # it has become unreadable
@@ -279,7 +279,7 @@ def find_caption_locations(config: DatasetConfig, reads_captions: bool) -> list[
     """Return where each caption of a dataset is, or would be written: in a text file or in a line of a list.
 
     Media are listed as for caching, without control media and masks. A caption that several tables share is
-    returned once. With `reads_captions`, existing captions in files are read, too.
+    returned once. With `reads_captions`, existing captions in files are read too.
 
     Raises:
         DatasetError: If the dataset cannot be used, or has tables whose captions cannot be written.
@@ -349,7 +349,7 @@ def _locate_in_list(source: MediaSource, caption_list: CaptionList) -> CaptionLo
 
 
 def describe_missing_extensions(config: DatasetConfig) -> list[str]:
-    """Return a message for each table that lacks the key that says where its captions are."""
+    """Return a message for each table that lacks caption_extension, the key for its caption files."""
     messages = []
     for table in config.datasets:
         if table.directory and not table.caption_extension:
@@ -403,7 +403,7 @@ class GeneratedCaptions:
             self._names_in_pass.add(entry["name"])
 
     def contains(self, name: str, text: str) -> bool:
-        """Return whether this program wrote `text` as the caption called `name`."""
+        """Return whether this program wrote `text` as the caption with this name."""
         return (name, _hash_of(text)) in self._written
 
     def add(self, name: str, text: str) -> None:
@@ -415,7 +415,7 @@ class GeneratedCaptions:
         self._append({"name": name, "sha256": _hash_of(text)})
 
     def list_replaced_by(self, options_hash: str) -> set[str]:
-        """Return the names of the captions that an interrupted pass with these options has replaced."""
+        """Return the names of captions that an interrupted pass with the same options has replaced."""
         return self._names_in_pass if self._pass == options_hash else set()
 
     def begin_pass(self, options_hash: str) -> None:
@@ -441,13 +441,13 @@ def _hash_of(text: str) -> str:
 
 
 def read_generated_captions(locations: Iterable[CaptionLocation]) -> dict[Path, GeneratedCaptions]:
-    """Return the record of written captions for each folder that has captions."""
+    """Return the record of generated captions for each folder that has captions."""
     folders = {location.file.parent for location in locations}
     return {folder: GeneratedCaptions(folder) for folder in folders}
 
 
 class OverwriteRules(NamedTuple):
-    """Which existing captions are made again, in addition to missing ones."""
+    """Which existing captions a run replaces, in addition to writing missing ones."""
 
     generated: bool  # captions that this program wrote and nobody has edited since
     all: bool  # all captions, also hand-written and empty ones
@@ -467,7 +467,7 @@ def plan_captions(
         locations: Locations of all captions.
         records: Record of each folder.
         overwrite_rules: Which existing captions to make again.
-        options_hash: Hash of the options. A run with the same one continues an interrupted run.
+        options_hash: Hash of the options. A run with the same hash continues an interrupted one.
 
     Returns:
         The captions to make with the reason (MISSING, EMPTY, GENERATED or HAND_WRITTEN), and the number of
@@ -490,7 +490,7 @@ def plan_captions(
 def _reason_to_make(
     location: CaptionLocation, record: GeneratedCaptions, overwrite_rules: OverwriteRules
 ) -> str | None:
-    """Return why a caption has to be made; None if the existing one stays."""
+    """Return why a caption has to be written; None if the existing one stays."""
     if not location.has_caption:
         return MISSING
     if location.caption is None:  # not read, or a line with a list of captions, which a person wrote

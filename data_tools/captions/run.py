@@ -105,7 +105,7 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
 
 
 def _reject_repeated_affixes(config: DatasetConfig, wording: WordingOptions) -> None:
-    """Raise OptionError if training would add a prefix or suffix a second time, by a key of the dataset."""
+    """Raise OptionError if a dataset key makes training add the same prefix or suffix a second time."""
     for table in config.datasets:
         for name in ("caption_prefix", "caption_suffix"):
             text = getattr(wording, name).strip()
@@ -117,7 +117,7 @@ def _reject_repeated_affixes(config: DatasetConfig, wording: WordingOptions) -> 
 
 
 def _make_text_backend(options: CaptioningOptions, default_max_tokens: int) -> CaptionBackend:
-    """Return the model or server that the options name, for captions in plain text."""
+    """Return the model or server that the options select, for captions in plain text."""
     max_tokens = options.ask.max_new_tokens or default_max_tokens
     ask_options = replace(options.ask, max_new_tokens=max_tokens)
     model_name = str(options.model.model)
@@ -136,7 +136,7 @@ def _make_text_backend(options: CaptioningOptions, default_max_tokens: int) -> C
 
 
 def _make_json_backend(options: CaptioningOptions, format: CaptionFormat) -> CaptionBackend:
-    """Return the model or server that the options name, for captions that are JSON objects."""
+    """Return the model or server that the options select, for captions that are JSON objects."""
     backend = _make_text_backend(options, DEFAULT_MAX_JSON_TOKENS)
     # it checks the objects, and applies the wording options to them
     json_captioner = JsonCaptioner(
@@ -210,7 +210,7 @@ def write_captions(config: DatasetConfig, backend: CaptionBackend, dry_run: bool
 
 
 def _explain_failures(failures: Sequence[Failure], num_to_caption: int) -> DatasetError:
-    """Return the error at the end of a run in which sources got no caption."""
+    """Return the error at the end of a run in which some media files got no caption."""
     lines = [
         f"{len(failures)} of {num_to_caption} got no caption; all others are done:",
         *first_lines(failures, LISTED),
@@ -226,8 +226,8 @@ def _make_recorded_captions(
 ) -> tuple[list[Failure], int]:
     """Load the model and make all captions in `reasons`; return what `_make_captions` returns.
 
-    If existing captions are replaced, each folder's record notes where such a pass over its captions begins
-    and ends. After failures no end is noted, so that the same command continues with the failed files.
+    If existing captions are replaced, each folder's record notes when this pass begins and ends. After
+    failures no end is noted, so that the same command continues with the failed files.
     """
     rules = backend.overwrite_rules
     records_of_pass = list(records.values()) if rules.generated or rules.all else []
@@ -272,7 +272,7 @@ def try_captions(config: DatasetConfig, backend: CaptionBackend, count: int) -> 
                 sys.stdout.flush()
             elif isinstance(answer, (MediaError, NoCaptionError)):
                 failures.append(Failure.of(location.source, answer))
-            else:  # not an error of this file alone
+            else:  # an error that is not specific to this file
                 raise answer
     if failures:
         raise DatasetError("\n".join(first_lines(failures, LISTED)))
@@ -344,8 +344,8 @@ def _make_captions(
     """Caption each location in `reasons`, and write each caption as soon as it arrives.
 
     Returns:
-        The failures, and the number of captions that were not replaced because somebody changed them
-        meanwhile.
+        The failures, and the number of captions that were not replaced because they had changed since they
+        were read.
 
     Raises:
         UserError: If the server or the model fails repeatedly.
@@ -377,7 +377,7 @@ def _make_captions(
 
 
 class _FailureLimit:
-    """Ends a run in which nearly all sources get no caption."""
+    """Ends a captioning run in which nearly all media files get no caption."""
 
     def __init__(self) -> None:
         self._has_answer = False
@@ -415,7 +415,7 @@ def _print(lines: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _CaptionEdit:
-    """One caption before and after editing."""
+    """The text of one caption before and after editing."""
 
     location: CaptionLocation
     old: str
@@ -479,7 +479,7 @@ def _write_edits(edits: Sequence[_CaptionEdit], records: Mapping[Path, Generated
     for edit in edits:
         location = edit.location
         record = records[location.file.parent]
-        # an edited caption of this program still counts as its own
+        # an edited caption that this program generated still counts as generated
         if record.contains(location.name, edit.old):
             record.add(location.name, edit.new)
         if location.caption_list is None:

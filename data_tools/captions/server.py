@@ -88,7 +88,7 @@ class ApiServer:
     ) -> None:
         """Set up the server that --api_base names.
 
-        The first request is sent later, by the first caption.
+        No request is sent before the first caption.
 
         Raises:
             OptionError: If OPENAI_API_KEY contains an impossible key.
@@ -166,7 +166,7 @@ class ApiServer:
     def request_caption(self, location: CaptionLocation, frames: Frames) -> str:
         """Request the caption of an image or clip, up to MAX_ATTEMPTS times.
 
-        The wait before the next try doubles each time, unless the server demands another wait.
+        The wait before the next try doubles each time, unless the server asks for a specific wait.
 
         Raises:
             NoCaptionError: If the server returns no caption.
@@ -304,13 +304,13 @@ class ApiServer:
                 stream=True,
             ) as answer,
         ):
-            if "," in answer.headers.get("Content-Encoding", ""):  # a few bytes, packed twice, can be GiB
+            if "," in answer.headers.get("Content-Encoding", ""):  # compressed twice, a few bytes can be GiB
                 raise NoCaptionError("the server's answer is packed more than once")
             content = bytearray()
             end = start + self.timeout
-            for piece in answer.iter_content(1):  # it waits until a larger piece is full
+            for piece in answer.iter_content(1):  # a larger piece would wait until it is full
                 content += piece
-                if time.monotonic() > end:  # the library's own limit starts anew with each byte
+                if time.monotonic() > end:  # requests restarts its own timeout at each byte
                     raise requests.ReadTimeout
                 if len(content) > MAX_ANSWER_BYTES:
                     raise NoCaptionError(f"the server's answer is longer than {MAX_ANSWER_BYTES >> 20} MiB")
@@ -396,7 +396,7 @@ def _find_refused_parameter(error_text: str, parameters: Mapping[str, Any]) -> s
 
 
 def _read_error_text(text: str) -> str:
-    """Return the error message in a server's response; without OpenAI's JSON, the response itself."""
+    """Return the error message in a server's response; the whole response if it is not OpenAI's JSON."""
     try:
         error = parse_json(text)["error"]
         return str(error["message"] if isinstance(error, dict) else error)

@@ -1,6 +1,6 @@
 """Clips of a prepared folder: their names and files; frames and sizes; clips of one size encoded in batches.
 
-The rules for frames and sizes are those of CogVideoX's data sets: the nearest number of frames, evenly
+Frames and sizes follow the rules of CogVideoX's datasets: the nearest number of frames, evenly
 spaced, and the nearest size. Each file is written completely or not at all; `videos/NAME.txt` and
 `prompts/NAME.txt` come last.
 """
@@ -68,7 +68,7 @@ class CropAndFlip(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedItem:
-    """A clip with its caption, and the paths of the files prepared from it."""
+    """A clip with its caption, and the paths of the files made from them."""
 
     name: str
     caption: str  # one line
@@ -107,9 +107,9 @@ class PreparedItem:
         return is_newer and all(self.path_of(kind).exists() for kind in kinds)
 
     def has_caption_files(self, needs_embeds: bool) -> bool:
-        """Return whether a caption's files exist and belong to its current text.
+        """Return whether the caption file exists and contains the current caption.
 
-        `needs_embeds` says whether its embeddings are needed, too.
+        With `needs_embeds`, the file of its text embeddings must exist too.
         """
         path = self.path_of(EMBEDS)
         if needs_embeds and not (path.exists() and embeds_note(path).exists()):
@@ -190,7 +190,7 @@ def make_list_contents(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) 
 
 
 def save_pickled(path: Path, content: Tensor | Mapping[str, Tensor]) -> None:
-    """Save tensors with `torch.save`, in the form that CogVideoX trainers read.
+    """Save tensors with `torch.save` in the format that CogVideoX trainers read.
 
     Raises OutputError, or CacheError if a value is NaN.
     """
@@ -410,7 +410,7 @@ def _select_indices(available: int, path: Path, options: ShapeOptions) -> range:
 
 
 def select_frames(available: int, buckets: Sequence[int], maximum: int) -> int | None:
-    """Return the frame bucket nearest to min(available, maximum); the first one if two are equally near.
+    """Return the frame bucket nearest to min(available, maximum); on a tie the first one.
 
     None if all buckets have more than `available` frames.
     """
@@ -419,7 +419,7 @@ def select_frames(available: int, buckets: Sequence[int], maximum: int) -> int |
 
 
 def select_size(size: Size, heights: Sequence[int], widths: Sequence[int]) -> Size:
-    """Return the (width, height) that is nearest to `size` in each side; the first of equally near ones."""
+    """Return the (width, height) nearest to `size`, each side chosen by itself; on a tie, the first."""
     width, height = size
     nearest_width = min(widths, key=lambda bucket: abs(bucket - width))
     nearest_height = min(heights, key=lambda bucket: abs(bucket - height))

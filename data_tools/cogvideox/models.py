@@ -30,12 +30,12 @@ KEY = "prompt_embeds"  # of the text encoder's tensor in caches
 
 
 class PipelineFamily(NamedTuple):
-    """How a family of this program encodes with the networks of its diffusers pipeline."""
+    """How a model family encodes with the networks of its diffusers pipeline."""
 
     name: str
     # name of a pipeline's component -> option of the family's text caching script
     text_options: Mapping[str, str]
-    token_rule: str  # number of tokens that its text encoders read, for a message
+    token_rule: str  # sentence on how many tokens its text encoders read, for a message
 
 
 # by the class of a pipeline's VAE
@@ -260,7 +260,7 @@ class CogTextEncoder:
             add_special_tokens=True,
             return_tensors="pt",
         ).input_ids
-        # without a mask: the model was trained with embeddings of padding
+        # without a mask, because the model was trained with embeddings of padding tokens
         states = self._model(ids.to(self._model.device))[0].to(self.dtype).cpu()
         return [{KEY: state.clone()} for state in states]
 

@@ -6,8 +6,8 @@ from modules.errors import OptionError
 from modules.options import Options, option
 from modules.text_files import real_path
 
-SIDES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)  # of the form; pixels
-FRAMES = 49  # of the form, for preparing
+SIDES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)  # pixels; defaults
+FRAMES = 49  # default number of frames
 MAX_TOKENS = 226  # of CogVideoX's text encoder
 DTYPES = ("fp32", "fp16", "bf16")
 MAX_THREADS = 1024
@@ -87,7 +87,7 @@ class ShapeOptions(Options, title="frames and sizes"):
 
 
 class EncodingOptions(Options, title="encoding"):
-    """Which model encodes, with which dtype, tiling and batch size."""
+    """Options for encoding: which model, with which dtype, tiling and batch size."""
 
     model_id: str | None = option(
         "folder of a diffusers pipeline, or its name on the hub: of Wan, HunyuanVideo or CogVideoX, "

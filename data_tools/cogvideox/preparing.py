@@ -1,4 +1,4 @@
-"""Prepare a data set: captions, then clips, then the lists that name them; a rerun continues.
+"""Prepare a dataset: captions, then clips, then the lists that name them; a rerun continues.
 
 Every file is complete or missing. An item is skipped if all its files exist; lists are written last, by
 the first of several processes, in the order of the input.
@@ -46,8 +46,8 @@ def prepare(options: PrepareOptions) -> None:
         DatasetError: If the data cannot be used or a clip failed.
         OptionError: If the folder was made with other settings.
         CheckpointError: If a model cannot be loaded.
-        OutputError: If a file cannot be written; in processes other than the main one.
-        SystemExit: If a clip failed.
+        OutputError: If a file cannot be written.
+        SystemExit: If a clip failed, in processes other than the main one.
     """
     networks = _select_networks(options.encoding)
     options = dataclasses.replace(options, shape=round_frame_buckets(options.shape, networks))
@@ -105,7 +105,7 @@ def _select_networks(encoding: EncodingOptions) -> PipelineNetworks | None:
 
 
 def _show_start(options: PrepareOptions, process: Share, num_items: int, num_to_do: int) -> None:
-    """Print what will be prepared, and how much of it is not done yet."""
+    """Print how many clips will be prepared, from where and to where, and how many are not done yet."""
     who = "clips" if process.num_processes == 1 else f"clips, process 1 of {process.num_processes}"
     where = f"{options.source.data_root} -> {options.output_dir}"
     counts = f"{format_count(num_items, 'clip')}, {num_to_do} of them to do"
@@ -190,7 +190,7 @@ def _record_settings(options: PrepareOptions, networks: PipelineNetworks | None)
 
 
 def _describe_change(earlier: PreparedFolder, record: PreparedFolder) -> str | None:
-    """Return the first setting, or else encoder, in which a folder's record differs from its earlier one."""
+    """Describe the first setting (else encoder) that changed since the earlier record; None if none did."""
     changed = difference(earlier.settings, record.settings)
     if changed is None and earlier.architecture is not None:
         changed = difference(_describe_encoders(earlier), _describe_encoders(record))
@@ -198,7 +198,7 @@ def _describe_change(earlier: PreparedFolder, record: PreparedFolder) -> str | N
 
 
 def _make_record(shape: ShapeOptions, networks: PipelineNetworks | None) -> PreparedFolder:
-    """Return the record of a prepared folder, in the form in which it is read from JSON."""
+    """Return the record of a prepared folder, with the same types as when it is read from JSON."""
     settings = dataclasses.asdict(shape)
     for name, value in settings.items():
         if isinstance(value, tuple):
@@ -209,12 +209,12 @@ def _make_record(shape: ShapeOptions, networks: PipelineNetworks | None) -> Prep
 
 
 def _describe_encoders(record: PreparedFolder) -> dict[str, Any]:
-    """Return the model and its VAE, in which two encoding runs must agree to share a folder."""
+    """Return the model and VAE of a record; encoding runs that share a folder must have the same ones."""
     return {"architecture": record.architecture, **record.vae}
 
 
 def _remove_unfinished_files(output: Path) -> None:
-    """Remove the unfinished files of killed runs, before any process of this run has begun to write."""
+    """Remove unfinished files that killed runs have left; call it before any process begins to write."""
     for name in clips.FOLDERS:
         folder = output / name
         if folder.is_dir():

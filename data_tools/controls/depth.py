@@ -1,4 +1,4 @@
-"""Estimate the depth of pictures with a model of transformers, such as Depth Anything or DPT.
+"""Estimate the depth of images with a transformers model, such as Depth Anything or DPT.
 
 Code and pickles that come with a model are never run.
 """
@@ -58,7 +58,7 @@ class DepthModel:
 
 
 def _gives_distances(config: Any) -> bool:
-    """Return whether a depth model predicts distances, unlike most models, which predict inverse depth."""
+    """Return whether a depth model predicts distances; most models predict inverse depth instead."""
     is_metric = getattr(config, "depth_estimation_type", "relative") == "metric"  # of Depth Anything
     return is_metric or config.model_type in DISTANCE_MODELS
 
@@ -83,7 +83,7 @@ def load_depth_model(folder: Path, device: str | None) -> DepthModel:
     transformers.utils.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **SAFE_LOADING)
-        # the size of the file is compared with an empty network, before memory is taken for its weights
+        # shapes in the file are compared with an empty network before memory is allocated for weights
         empty_network = build_on_meta(transformers.AutoModelForDepthEstimation.from_config, config)
         require_matching_shapes(folder, "--depth", empty_network, shapes, is_exact=False)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **SAFE_LOADING)

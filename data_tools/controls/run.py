@@ -1,4 +1,4 @@
-"""Write the control pictures that a folder lacks, after the options of tools/control_pictures.py are read."""
+"""Write the control images that a folder lacks, after the options of tools/control_pictures.py are read."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -202,7 +202,7 @@ def _make_plan(images: Sequence[Path], output: Path, method: str, overwrite: boo
 
 
 def _read_method(path: Path) -> str | None:
-    """Return how this program made a control image; None if the image has another origin."""
+    """Return the recorded method by which this program made a control image; None for any other image."""
     try:
         return read_tags(path).get(METHOD_TEXT)
     except MediaError:  # another program's file, which the training reports

@@ -1,4 +1,4 @@
-"""Read all pictures of a video once, and choose its clips: scenes, in pieces of the wanted length."""
+"""Decode a video once, and choose its clips: scenes, divided into clips of the requested length."""
 
 import math
 from array import array

@@ -13,7 +13,7 @@ NO_LIMIT = "0 for no limit"
 
 
 class SceneOptions(Options, title="scenes"):
-    """How changes of scene are detected."""
+    """Options for detecting scene changes."""
 
     scene_threshold: float = option(
         "how much has to change at a cut; a lower one finds more", default=0.25, above=0, maximum=1

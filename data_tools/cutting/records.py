@@ -34,7 +34,7 @@ class WrittenClip:
 
 @dataclass(frozen=True)
 class CutRecord:
-    """How a source was cut into clips, recorded before and after cutting."""
+    """How a video was cut into clips, recorded before and after cutting."""
 
     stem: str  # beginning of its clips' names
     source: str
@@ -53,7 +53,7 @@ class CutRecord:
         return (self.size_bytes, self.modified) == (status.st_size, status.st_mtime_ns)
 
     def find_reason_to_recut(self, source: Path, options: CuttingOptions) -> str:
-        """Return why a source must be cut again, such as `--min_seconds 2 (was 1)`; "" if it need not be."""
+        """Return why a video must be cut again, such as `--min_seconds 2 (was 1)`; "" if it need not be."""
         changed = [
             f"--{name} {value} (was {self.options.get(name)})"
             for name, value in _list_content_options(options).items()
@@ -87,7 +87,7 @@ def start_record(
 
 
 def _list_content_options(options: CuttingOptions) -> dict[str, Any]:
-    """Return the options that decide which clips a source yields and what they contain."""
+    """Return the options that decide which clips a video yields and what they contain."""
     values: dict[str, Any] = {}
     for group in (options.scenes, options.lengths, options.choice, options.clip_format):
         values |= option_values(group)
@@ -171,7 +171,7 @@ class ClipList:
             return {path for path, line in self._read() if path and "caption" in parse_json(line)}
 
     def add(self, record: CutRecord, is_new: bool) -> None:
-        """Add the lines of a source to the list; existing lines of its clips stay.
+        """Add a source's lines to the list; existing lines of its clips stay.
 
         With `is_new` the source was cut in this run, and the list is written at once. Otherwise lines are
         added only for clips that still exist, because a user may have removed some.
@@ -209,9 +209,9 @@ class ClipList:
     def _make_missing_lines(
         self, record: CutRecord, listed_paths: Collection[str], is_new: bool
     ) -> list[str]:
-        """Return lines for the clips of a source that are not in `listed_paths`.
+        """Return lines for the clips of a video that are not in `listed_paths`.
 
-        If the source was cut in an earlier run (`is_new` is False), only clips that still exist get a line.
+        If the video was cut in an earlier run (`is_new` is False), only clips that still exist get a line.
         """
         lines = []
         for clip in record.clips:

@@ -1,4 +1,4 @@
-"""Cut all videos that a command names, several at once if requested, and list their clips."""
+"""Cut all videos that a command selects, several at once if requested, and list their clips."""
 
 import contextlib
 import logging
@@ -49,7 +49,7 @@ MICROSECONDS = 1_000_000  # in a second; times of clips are rounded to microseco
 
 @dataclass(frozen=True)
 class CuttingJob:
-    """A source video to cut, with the stem for the names of its clips."""
+    """A source video to cut, with the common start of its clips' file names."""
 
     source: Path  # absolute
     stem: str  # beginning of the names of its clips
@@ -71,7 +71,7 @@ class CutResult:
 
 
 def cut_footage(options: CuttingOptions) -> None:
-    """Cut all videos that the options name into clips, and write the list of clips.
+    """Cut all videos that the options select into clips, and write the list of clips.
 
     Raises:
         UserError: If an option or the folder cannot be used; at the end, if sources could not be cut.
@@ -110,7 +110,7 @@ def cut_footage(options: CuttingOptions) -> None:
 
 
 def _report_cut(source: Path, result: CutResult) -> None:
-    """Log what was cut in this run; in a dry run, print the clips."""
+    """Log which clips of a video this run has cut; in a dry run, print them."""
     summary = f"{source}: {_count_in_words(result.clips)}"
     is_dry_run = result.record is None
     if is_dry_run:
@@ -121,7 +121,7 @@ def _report_cut(source: Path, result: CutResult) -> None:
 
 
 def _raise_failures(failures: Sequence[tuple[Path, Exception]], num_sources: int) -> None:
-    """Raise DatasetError about all sources that failed; a single source raises its own error."""
+    """Raise DatasetError that lists all sources that failed; with a single source, raise its own error."""
     if num_sources == 1:
         _, error = failures[0]
         raise error if isinstance(error, UserError) else DatasetError(str(error)) from error
@@ -246,14 +246,14 @@ class Cutter:
     def _write_recorded_clips(
         self, source: Path, record: CutRecord, clips: Sequence[PlannedClip]
     ) -> CutResult:
-        """Write those clips of a record that do not exist yet, and finish the record."""
+        """Write the clips of a record that do not exist yet, and finish the record."""
         num_written = self._write_clips(source, record)
         if not record.is_unchanged(source):
             raise MediaError(f"{source} has changed while it was cut. Run the same command again.")
         return CutResult(self._finish_record(record), clips, num_written=num_written)
 
     def _finish_record(self, record: CutRecord) -> CutRecord:
-        """Record the file sizes of all clips of a source, which marks its cut as finished."""
+        """Record the file sizes of all clips of a video, which marks its cut as finished."""
         clips = []
         for clip in record.clips:
             size_bytes = (self.output / clip.name).stat().st_size
@@ -423,7 +423,7 @@ def _cut_all(
 
 
 def _format_scene_line(clip: PlannedClip) -> str:
-    """Return a line about a planned clip, with its times and the reason if it is left out."""
+    """Return a line on a planned clip, with its times and, if it is left out, the reason."""
     start = clock_time(Fraction(clip.start))
     end = clock_time(Fraction(clip.start + clip.seconds))
     status = f"left out: {clip.dropped}" if clip.dropped else "clip"
@@ -434,7 +434,7 @@ def _format_scene_line(clip: PlannedClip) -> str:
 
 
 def _count_in_words(clips: Sequence[PlannedClip]) -> str:
-    """Return a line with the numbers of scenes, of clips, and of clips left out for each reason."""
+    """Return a line with the numbers of scenes, clips, and clips left out for each reason."""
     scenes = format_count(len({clip.scene for clip in clips}), "scene")
     written = format_count(sum(not clip.dropped for clip in clips), "clip")
     reasons = _describe_reasons(clips)
@@ -443,6 +443,6 @@ def _count_in_words(clips: Sequence[PlannedClip]) -> str:
 
 
 def _describe_reasons(clips: Sequence[PlannedClip]) -> str:
-    """Count the clips left out for each reason, the most frequent first."""
+    """Return the number of clips left out for each reason, the most frequent reason first, as text."""
     counts = Counter(clip.dropped for clip in clips if clip.dropped)
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())

@@ -1,4 +1,4 @@
-"""Find where scenes end and begin, picture by picture, with a bounded number of pictures in memory."""
+"""Find where scenes end and begin, frame by frame, with a bounded number of frames in memory."""
 
 from collections import deque
 from typing import NamedTuple
@@ -8,11 +8,11 @@ import numpy as np
 from modules.media.encoding import Pixels
 from modules.media.measures import FLAT_SCENE, Thumbnail, scene_distance, thumbnail
 
-# (first, end): the frames from first to before end belong to no scene; at a hard cut both are the first
-# frame of the new scene
+# (first, end): frames first to end - 1 belong to no scene; at a hard cut, both are the first frame of the
+# new scene
 SceneChange = tuple[int, int]
 MAX_FLASH_SECONDS = 0.15  # a shorter interruption of a scene is a flash, or a damaged frame
-MIN_PLAIN_SECONDS = 0.1  # frames of one color for that long end a scene
+MIN_PLAIN_SECONDS = 0.1  # single-color frames that last this long end a scene
 # about the time from the middle of a dissolve to its ends; longer ones are found by their steepest part
 DISSOLVE_SECONDS = (0.2, 0.4, 0.8)
 # (position in a dissolve, 0..1, which equals the weight of the second scene there; maximum variance there,
@@ -20,7 +20,7 @@ DISSOLVE_SECONDS = (0.2, 0.4, 0.8)
 # dissolves between filmed scenes that move are found, and none within scenes
 VARIANCE_LIMITS = ((0.5, 0.75), (0.25, 0.9), (0.75, 0.9))
 MAX_WEIGHT_ERROR = 0.2  # how far the weight of the second scene may deviate from an even rise
-MIN_MIXED_WEIGHT = 0.08  # weight of the other scene from which a frame belongs to a dissolve
+MIN_MIXED_WEIGHT = 0.08  # minimum weight of the other scene in a frame of a dissolve
 
 
 class _Jump(NamedTuple):
@@ -106,7 +106,7 @@ class SceneDetector:
         self._pending_jump = None
 
     def _track_plain_frames(self, current: Thumbnail, index: int) -> bool:
-        """Track runs of single-color frames; return whether this frame is one."""
+        """Track runs of single-color frames; return whether this frame has a single color."""
         pixels = current.gray[~current.is_white]
         # a frame of one color besides white has no structure that `scene_distance` could compare
         if not pixels.size or float(pixels.std()) < FLAT_SCENE:
@@ -135,8 +135,8 @@ class SceneDetector:
 class _Dissolves:
     """Find dissolves, where one scene is mixed into another.
 
-    Mixing unrelated images lowers the contrast: their variances are added with the squares of their weights,
-    so that half of the mean variance is left in the middle. Also, the middle frame is the mean of both ends.
+    Mixing unrelated images lowers the contrast: the variance of each counts by its squared weight, so that
+    half of the mean variance is left in the middle. Also, the middle frame is the mean of both ends.
     Motion does neither. A new scene begins only if the frames at both ends differ by the threshold.
     """
 
@@ -148,7 +148,7 @@ class _Dissolves:
         self._frames: deque[Thumbnail] = deque(maxlen=maximum)
         self._variances: deque[float] = deque(maxlen=maximum)
         self._last_break = -1
-        self.changes: list[SceneChange] = []  # those of one dissolve overlap
+        self.changes: list[SceneChange] = []  # changes that belong to one dissolve overlap
 
     def add_frame(self, current: Thumbnail, index: int, is_break: bool) -> None:
         """Examine the next frame for a dissolve; with `is_break` it follows a cut or has a single color."""
@@ -186,7 +186,7 @@ class _Dissolves:
         self.changes.append((mixed[0], mixed[-1] + 1))
 
     def _loses_contrast(self, offset: int, half_length: int) -> bool:
-        """Return whether the variance falls between the ends of a span of frames, as in a dissolve."""
+        """Return whether the variance drops between the ends of a span of frames, as in a dissolve."""
         begin = self._variances[offset]
         end = self._variances[-1]
         for position, max_fraction in VARIANCE_LIMITS:
@@ -196,9 +196,9 @@ class _Dissolves:
         return True
 
     def _measure_second_weights(self, offset: int, half_length: int) -> list[float]:
-        """Return how much of the second scene each frame from `offset` on shows, 0..1.
+        """Return the share of the second scene in each frame from `offset` on, about 0..1.
 
-        The frame at `offset` counts as 0, the last frame as 1; others by their position between the two.
+        It is the frame's position on the line from the frame at `offset` (0) to the last frame (1).
         """
         begin = self._frames[offset].gray
         direction = self._frames[-1].gray - begin

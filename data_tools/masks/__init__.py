@@ -1,4 +1,4 @@
-"""Make masks for the pictures and clips of a folder, and change single ones.
+"""Make masks for the images and clips in a folder, and change single masks.
 
 options: options of tools/mask.py: what to find, the masks' shape
 places: where masks lie; accept, invert, remove, replace, undo

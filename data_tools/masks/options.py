@@ -7,13 +7,13 @@ from modules.errors import OptionError
 from modules.options import Options, option
 from modules.text_files import bad_character
 
-FOLDER_NAME = "masks"  # of the masks, inside the folder of the images
-MODEL_FOLDER = Path("models/clipseg")  # that tools/download.py fills
-BACKGROUND_FILE = Path("models/background/u2net.onnx")  # that tools/download.py fills
-FACE_FILE = Path("models/facefix/face_detection_yunet_2023mar.onnx")  # that tools/download.py fills
+FOLDER_NAME = "masks"  # folder of the masks, inside the folder of the images
+MODEL_FOLDER = Path("models/clipseg")  # tools/download.py writes these files
+BACKGROUND_FILE = Path("models/background/u2net.onnx")
+FACE_FILE = Path("models/facefix/face_detection_yunet_2023mar.onnx")
 WATERMARK = ("a watermark", "a logo", "text")
-MAX_WORDS = 300  # characters of what to find
-NETWORK_SMOOTH = 5  # usual --smooth_pixels of networks that guess, rather than know, where the edge is
+MAX_WORDS = 300  # maximum characters of a prompt
+NETWORK_SMOOTH = 5  # default --smooth_pixels for networks, which find edges only roughly
 IS_COLOR = re.compile(r"#?([0-9a-fA-F]{6})")
 FINDERS = ("what", "watermark", "background", "faces", "colour")
 
@@ -89,7 +89,7 @@ class FinderOptions(Options, title="what to find"):
             )
 
     def require_one(self) -> None:
-        """Raise OptionError unless an option says what the masks should cover."""
+        """Raise OptionError unless some option says what the masks should cover."""
         if not any(getattr(self, name) not in (None, False) for name in FINDERS):
             raise OptionError(
                 'Say what to find: --what "the person", --watermark, --background, --faces or --colour'
@@ -102,7 +102,7 @@ class FinderOptions(Options, title="what to find"):
 
 
 class MaskShapeOptions(Options, title="the shape of the masks"):
-    """How a finder's values, 0..1, are turned into a mask."""
+    """Options that turn a finder's scores, 0..1, into a mask."""
 
     threshold: float | None = option(
         "a place is found where its value lies above; default: 0.3, with SAM 3 0.5", minimum=0, below=1

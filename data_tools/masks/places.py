@@ -1,7 +1,7 @@
-"""Find which mask belongs to which picture or clip of a folder, and change a mask as a person decides.
+"""Find which mask belongs to which image or clip of a folder, and change masks as a person decides.
 
-The mask of `cat.jpg` is `masks/cat.png`; that of `dance.mp4` is the folder `masks/dance`, with a picture for
-each frame. Next to their pictures masks are `cat-masklabel.png` and `dance-masklabel`, as OneTrainer names
+The mask of `cat.jpg` is `masks/cat.png`; the mask of `dance.mp4` is the folder `masks/dance`, with an image
+per frame. Masks next to their images are named `cat-masklabel.png` and `dance-masklabel`, as OneTrainer names
 them. A generated mask says in a text entry of its PNG (in a folder: of the first one) how it was made; a mask
 without it was drawn by a person. Before a mask changes, it is copied into the hidden folder `.before` next to
 it, from which the last change of each mask can be undone. Imports no torch.
@@ -69,7 +69,7 @@ class MaskEntry:
 
     @property
     def is_removed(self) -> bool:
-        """Return whether a person has removed the mask; its copy stays until a new mask is made."""
+        """Return whether a person has removed the mask; its backup stays until a new mask is made."""
         return not self.masks and self.backup_folder.is_dir() and any(self.backup_folder.iterdir())
 
     def mask_path(self, is_folder: bool) -> Path:
@@ -107,7 +107,7 @@ def find_mask_entries(folder: Path, masks: Path | None = None) -> list[MaskEntry
 def find_mask_entry(media_path: Path, masks: Path | None = None) -> MaskEntry:
     """Return where the mask of one image or clip is, or would be written.
 
-    `masks` is the folder of masks; None means a folder `masks` next to the medium.
+    `masks` is the folder of masks; None means a folder `masks` next to the media file.
     """
     folder = media_path.parent / FOLDER_NAME if masks is None else masks
     return _list_entries([(media_path, _kind_of(media_path))], folder)[0]
@@ -138,7 +138,7 @@ def list_media(folder: Path) -> list[tuple[Path, Kind]]:
 
 
 def _kind_of(path: Path) -> Kind:
-    """Return whether a file counts as an image or as a clip, which animations do."""
+    """Return whether a file counts as an image or as a clip; animated images are clips."""
     if path.suffix.lower() in VIDEO_SUFFIXES:
         return "video"
     try:
@@ -322,7 +322,7 @@ def invert_mask(entry: MaskEntry) -> None:
 
 
 def remove_mask(entry: MaskEntry) -> None:
-    """Remove a mask; runs make it again only if they replace masks.
+    """Remove a mask; a masking run makes it again only if it replaces masks.
 
     Raises:
         DatasetError: If there is no mask.
@@ -342,7 +342,7 @@ def replace_mask(entry: MaskEntry, pixels: NDArray[np.uint8], frame_index: int |
         frame_index: Frame of a clip that the mask is for; None for the full image or clip.
 
     Raises:
-        DatasetError: If the shape differs from that of the image or clip, if the clip's mask has no such
+        DatasetError: If the shape differs from the image's or clip's shape, if the clip's mask has no such
             frame, or if nothing would be learned.
         MediaError: If an existing mask cannot be read.
         OutputError: If the mask cannot be written.
@@ -376,7 +376,7 @@ def _replace_frame(mask: Path, new_frame: Gray, frame_index: int) -> Iterable[Gr
 def undo_change(entry: MaskEntry) -> bool:
     """Restore the mask from before its last change; return False if there is no earlier mask.
 
-    Changes by runs can be undone too. Raises OutputError if files cannot be changed.
+    Changes that a masking run made can be undone too. Raises OutputError if files cannot be changed.
     """
     if not entry.backup_folder.is_dir():
         return False

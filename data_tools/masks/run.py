@@ -44,7 +44,7 @@ class _NothingFoundError(Exception):
 
 @dataclass
 class MaskPlan:
-    """Which masks are made, and which existing ones stay, for the media in some folders."""
+    """Which masks a run makes and which existing ones it keeps, for the media in some folders."""
 
     to_make: list[MaskEntry] = field(default_factory=list)
     made_with_other_options: list[MaskEntry] = field(default_factory=list)  # made before by this program
@@ -190,7 +190,7 @@ def _select_finder_kind(finder: FinderOptions) -> str:
 
 
 def _make_shaping(options: MaskOptions, kind: str) -> MaskShaping:
-    """Return the shaping of masks; unset options take the finder's defaults."""
+    """Return how scores are turned into masks; options that are not set get the finder's defaults."""
     shape = options.shape
     is_exact = kind in ("faces", "colour")  # these find whole areas: smoothing would only blur the border
     default_smooth = 0 if is_exact else NETWORK_SMOOTH
@@ -340,7 +340,7 @@ def _load_finder(options: FinderOptions) -> Finder:
 
 
 def _warn_of_remaining_masks(plan: MaskPlan) -> None:
-    """Warn about existing masks that are not replaced, although this run would make others."""
+    """Warn about existing masks that are not replaced, although this run would make different ones."""
     outdated = plan.made_with_other_options
     if outdated:
         logger.warning(
@@ -363,7 +363,7 @@ def _warn_of_remaining_masks(plan: MaskPlan) -> None:
 
 
 def _warn_of_files(text: str, entries: Sequence[MaskEntry]) -> None:
-    """Log a warning with the number of files and the first names; nothing without files."""
+    """Log a warning with the number of files and the first names; log nothing if there are no files."""
     if entries:
         logger.warning(
             text, format_count(len(entries), "file"), list_some([entry.media_path.name for entry in entries])

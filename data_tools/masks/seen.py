@@ -1,5 +1,5 @@
-"""Find the foreground, faces or a color in a picture."""
-# Letters: h w the network's grid, H W the picture, S side of the network's input
+"""Find the foreground, faces or a color in an image."""
+# Letters: h w the network's grid, H W the image, S side of the network's input
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from modules.onnx_models import load_onnx
 from postprocessing.faces.boxes import Detector
 from postprocessing.faces.detectors import load_detector
 
-# mean and deviation of the colors in ImageNet, by which networks of this kind normalize images
+# mean and deviation of ImageNet's colors, with which such networks normalize images
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 Network = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # 1 3 S S -> 1 1 h w
@@ -111,7 +111,7 @@ def load_face_finder(path: Path, least_score: float, device: str | None) -> Face
 
 @dataclass(frozen=True)
 class ColorFinder:
-    """Finds all pixels whose color is within a distance of a color, 0..1."""
+    """Selects all pixels whose color is within a distance (0..1) of a given color."""
 
     colour: tuple[float, float, float]
     distance: float
@@ -123,7 +123,7 @@ class ColorFinder:
 
 
 def make_color_finder(text: str, distance: float) -> ColorFinder:
-    """Return the finder of a color, which is given as six hexadecimal digits."""
+    """Return the finder for a color given as six hexadecimal digits."""
     digits = IS_COLOR.fullmatch(text)
     assert digits is not None
     red, green, blue = bytes.fromhex(digits[1])

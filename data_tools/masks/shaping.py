@@ -21,7 +21,7 @@ ScoreMap = NDArray[np.float32]  # h w, 0..1
 
 @dataclass(frozen=True)
 class MaskShaping:
-    """How the values of a finder become a mask; each field is the option of the same name."""
+    """Settings that turn a finder's scores into a mask; each field is the option of the same name."""
 
     threshold: float
     smooth_pixels: int
@@ -83,7 +83,7 @@ def to_gray(mask: ScoreMap) -> Gray:
 
 
 def median_over_time(score_maps: Iterable[ScoreMap], num_neighbors: int) -> Iterator[ScoreMap]:
-    """Yield the median of each frame's scores and those of `num_neighbors` frames before and after it.
+    """Yield each frame's median scores over the frame and `num_neighbors` frames before and after it.
 
     s'[t] = median(s[t - n], ..., s[t + n]) for each pixel; beyond the ends, the first and the last frame are
     repeated.

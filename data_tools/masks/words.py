@@ -1,4 +1,4 @@
-"""Find what words describe in a picture, with CLIPSeg or SAM 3 of transformers.
+"""Find what a prompt describes in an image, with CLIPSeg or SAM 3 from transformers.
 
 Code and pickles that come with a model are never run.
 Source: Lüddecke and Ecker 2022, arXiv 2112.10003 (CLIPSeg); transformers, models clipseg and sam3.
@@ -76,7 +76,7 @@ class PromptFinder:
         return logits.reshape(len(self.prompts), *logits.shape[-2:]).sigmoid()
 
     def _score_with_sam(self, frame: Frame, prompt: str) -> Tensor:
-        """Return one map, h w, that merges all detected objects with a sufficient score; 0 without any."""
+        """Return one map, h w, that merges all detected objects whose score suffices; zeros without any."""
         inputs = self.processor(images=frame, text=prompt, return_tensors="pt").to(self.network.device)
         outputs = self.network(**inputs)
         scores = outputs.pred_logits[0].float().sigmoid()  # N
@@ -134,14 +134,14 @@ def load_prompt_finder(
     model_type = read_kind(folder)
     network_name, processor_name = _CLASSES[model_type]
     shapes = check_settings(folder, "--model", MAX_SIDE)
-    import transformers  # takes seconds; only with words
+    import transformers  # takes seconds; only for prompts
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
         network_class = getattr(transformers, network_name)
         config = network_class.config_class.from_pretrained(folder, **SAFE_LOADING)
-        # the shapes of the file are compared with an empty network, before memory is taken for its weights
+        # shapes in the file are compared with an empty network before memory is allocated for weights
         empty_network = build_on_meta(network_class, config)
         require_matching_shapes(folder, "--model", empty_network, shapes, is_exact=model_type == CLIPSEG)
         processor = getattr(transformers, processor_name).from_pretrained(folder, **SAFE_LOADING)

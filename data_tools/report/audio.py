@@ -32,7 +32,7 @@ WAVE_HEIGHT = 40
 
 @dataclass(frozen=True, slots=True)
 class AudioInspection:
-    """What the headers of a clip say about its audio track."""
+    """A clip's audio properties, read from its headers."""
 
     track: TrackInfo | None = None
     missing_reason: str | None = None  # why the clip has no sound
@@ -45,7 +45,7 @@ def uses_audio(table: DatasetTable) -> bool:
 
 
 def inspect_audio(source: MediaSource) -> AudioInspection:
-    """Return what the headers of a clip say about its audio, without decoding it.
+    """Return the audio properties in a clip's headers, without decoding the audio.
 
     Raises MediaError or OSError if a file cannot be read.
     """
@@ -69,7 +69,7 @@ def inspect_audio(source: MediaSource) -> AudioInspection:
 
 
 def _list_mismatches(track: TrackInfo, video_seconds: float | None) -> list[str]:
-    """Return the ways in which an audio track does not fit its clip.
+    """Return the mismatches between an audio track and its clip: late start, other end, several tracks.
 
     `video_seconds` is the duration of the clip; None means unknown.
     """
@@ -89,7 +89,7 @@ def _list_mismatches(track: TrackInfo, video_seconds: float | None) -> list[str]
 
 @dataclass(frozen=True)
 class AudioFindings:
-    """Findings about the audio of a table."""
+    """Findings about the audio of the clips in a dataset table."""
 
     lines: list[str]  # about the sound and its caches
     errors: list[Fault]
@@ -136,7 +136,7 @@ def check_audio(
 
 
 def _check_clip(plan: SourcePlan, work: AudioWork) -> tuple[AudioInspection, int] | Failure:
-    """Return what the headers say about a clip's audio, and how many of its audio caches are valid."""
+    """Return a clip's audio properties from its headers, and its number of valid audio caches."""
     try:
         audio = inspect_audio(plan.source)
         num_valid = 0 if audio.track is None else work.count_valid(plan.source, plan.valid_files)

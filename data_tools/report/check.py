@@ -81,7 +81,7 @@ def check_script(family: Caches, config: DatasetConfig, options: CachingOptions,
     writes_page = options.page.html is not None
     parts: tuple[str, ...] = (MEDIA, LATENTS)
     if of_texts:
-        parts = (MEDIA, TEXTS) if writes_page else (TEXTS,)  # the page shows the media, too
+        parts = (MEDIA, TEXTS) if writes_page else (TEXTS,)  # the page shows the media too
     workers = workers_of(options)
     result = check_caching(
         family,
@@ -131,7 +131,7 @@ def _print_lines(lines: Sequence[str]) -> None:
 
 
 class _Scope(NamedTuple):
-    """Whether a check reads media, cached latents and cached text embeddings."""
+    """Which media and caches a check reads."""
 
     media: bool
     latents: bool
@@ -143,7 +143,7 @@ IdentifiedEncoders = list[tuple[TextEncoder, dict[str, str]]]  # each encoder wi
 
 @dataclass(frozen=True)
 class _EncoderIdentities:
-    """Identities of the encoders, with which caches are compared, and lines about their files."""
+    """Names and files of the current encoders, which caches are compared with, and log lines on them."""
 
     media_identity: Mapping[str, str]  # of the media encoders; empty if not needed
     text_encoders: IdentifiedEncoders
@@ -172,9 +172,9 @@ def check_caching(
             LATENTS checks caches of latents and needs a family made with the options of latent caching.
             TEXTS checks caches of captions, and captions that are too long for an encoder; without the
             encoders' files it checks only the captions.
-        validation: Validation fraction and seed for tables that do not state their own.
-        counters: Token counters of the text encoders if a training encodes captions itself; None loads them
-            for TEXTS.
+        validation: Validation fraction and seed for tables that do not set their own.
+        counters: Token counters of the text encoders if a training run encodes captions itself; None loads
+            them for TEXTS.
     """
     scope = _Scope(media=MEDIA in parts, latents=LATENTS in parts, texts=TEXTS in parts)
     if counters is None:
@@ -210,7 +210,7 @@ def check_caching(
 
 @dataclass(frozen=True)
 class _CachingChecker:
-    """Checks tables against a family and their caches; all tables share its settings."""
+    """Checks dataset tables and their caches against a model family; all tables share its settings."""
 
     family: Caches
     scope: _Scope
@@ -220,7 +220,7 @@ class _CachingChecker:
     workers: int
 
     def check(self, findings: TableFindings) -> TableFindings:
-        """Check a table's media, caches and captions, as far as they are in scope; add to its findings."""
+        """Check a table's media, caches and captions within the checker's scope; add to its findings."""
         table = findings.table
         _check_cache_format(findings, self.family, self.scope)
         if self.scope.media and findings.sources:
@@ -246,7 +246,7 @@ class _CachingChecker:
             if self.scope.latents:
                 _check_media_by_family(findings, self.family)
             plans = _check_sources(findings, settings, self.workers)
-            # otherwise the caches of latents contain the audio, too
+            # otherwise the latent caches contain the audio too
             has_separate_audio_caches = trains_audio(self.family) and not settings.stores_audio
             compares_caches = bool(settings.encoder_identity)
             if compares_caches and has_separate_audio_caches and uses_audio(findings.table):
@@ -260,7 +260,7 @@ class _CachingChecker:
         )
 
     def _check_text_caches(self, findings: TableFindings) -> None:
-        """Count valid and missing text caches per encoder; an encoder that has to run must be usable."""
+        """Report valid and missing text caches by encoder; add an error if a needed tokenizer is missing."""
         captions = list_caption_files(
             findings.sources, self.family.cache_tag, fit=caption_fitter(self.family)
         )
@@ -276,7 +276,7 @@ class _CachingChecker:
 def _make_cache_settings(
     family: Caches, identity: Mapping[str, str], stores: Stores, scope: _Scope
 ) -> LatentCacheSettings:
-    """Return the settings with which caching would encode latents, to compare existing caches with them.
+    """Return the settings that caching would encode latents with, for comparison with existing caches.
 
     `identity` names the encoders and their files.
     """
@@ -331,7 +331,7 @@ def _read_encoder_identities(family: Caches, scope: _Scope) -> _EncoderIdentitie
 
 
 def _check_cache_format(findings: TableFindings, family: Caches, scope: _Scope) -> None:
-    """Add errors for cache folders in a different format than the table's cache_format."""
+    """Add an error for each cache folder whose format differs from the table's cache_format."""
     if (scope.latents or scope.texts) and may_have_both_formats(findings.table):
         lines = list_format_errors(findings.table, family.cache_tag)
         findings.errors += [Fault("folders of caches are in the other form", line) for line in lines]
@@ -351,7 +351,7 @@ def _check_json_captions(findings: TableFindings, family: Caches) -> None:
 
 
 def _check_media_by_family(findings: TableFindings, family: Caches) -> None:
-    """Check whether the family can cache a table's media, with the family's own rules.
+    """Check with the model family's own rules whether it can cache a table's media.
 
     Raises:
         DatasetError: If the family cannot cache them.
@@ -418,7 +418,7 @@ def _count_caches(plans: Sequence[SourcePlan]) -> str:
 def _plan_sources(
     findings: TableFindings, cache_settings: LatentCacheSettings, workers: int
 ) -> tuple[list[SourcePlan], list[Failure]]:
-    """Plan the caches of all sources; those without recorded sizes are decoded and come last."""
+    """Plan the caches of all sources; sources whose items are not known yet are decoded and come last."""
     table = findings.table
     store = cache_settings.stores.latent_store(table)
     cached_names = LatentNames(store, cache_settings.tag, table.kind)
@@ -445,7 +445,7 @@ def _plan_sources(
 def _plan_decoded(
     plan: SourcePlan, cached_names: LatentNames, cache_settings: LatentCacheSettings
 ) -> SourcePlan:
-    """Decode a source whose items are not known from its header, and return its complete caching plan."""
+    """Decode a media file whose items its header does not reveal; return its complete caching plan."""
     source = plan.source
     latent = cache_settings.latent
     media = decode_source(source, cache_settings.fps, latent.pixel_step, latent.lengths)
@@ -476,7 +476,7 @@ def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: 
 
 
 def _measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:
-    """Return the size of each reference image of a source, from the headers."""
+    """Return the size of each reference image of a media file from its header; a Failure if unreadable."""
     if not plan.item_sizes:
         return ()
     width, height = plan.item_sizes[0][:2]
@@ -530,7 +530,7 @@ def check_training(
         text_keys: Keys of a complete text cache.
         counters: Token counters of the text encoders.
         audio: Audio specification of a family that is trained with sound.
-        validation: Validation fraction and seed for tables that do not state their own.
+        validation: Validation fraction and seed for tables that do not set their own.
     """
     found_items = find_items(config, cache_tag, latent, text_keys, audio=audio)
     same_encoders = SameEncoders(commands)  # compares the encoders that made the caches

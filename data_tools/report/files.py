@@ -1,7 +1,7 @@
 """List each file of a dataset for programs: how it is fitted, its caption, and whether its caches are valid.
 
 No model is read: caches are compared with the encoders named in their own records. Whether another VAE is
-chosen now is not known here; --check of the caching scripts compares that.
+selected now is unknown here; --check of the caching scripts compares that.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ def _describe_source(source: MediaSource) -> JsonObject:
 
 
 def _describe_inspection(inspection: Inspection) -> JsonObject:
-    """Return the measurements of a source as JSON values."""
+    """Return the measurements of a media file as JSON values."""
     fit = inspection.fit
     return {
         "size": inspection.size,
@@ -95,7 +95,7 @@ def _describe_inspection(inspection: Inspection) -> JsonObject:
 
 
 def _list_parts(source: MediaSource) -> list[JsonObject]:
-    """Return the files of a source (media, control media, mask), with their archive or address."""
+    """Return the files of a media source (media, control media, mask), with their archive or URL."""
     paths = [source.path] if source.precomputed is not None else [path for path, _ in source.latent_inputs]
     remote_or_packed = source.remote_or_packed or (None,) * len(paths)
     parts = []
@@ -136,7 +136,7 @@ def _compare_caches(
 
 
 def _find_model_tags(names: Iterable[str]) -> list[str]:
-    """Return the sorted model tags that occur in the names of cache files."""
+    """Return the sorted model names (tags) that occur in the names of cache files."""
     tags = set()
     for name in names:
         match = _TAG_PATTERN.search(name)
@@ -169,8 +169,8 @@ def _compare_media(
 ) -> dict[str, State]:
     """Return the state of a model's latent caches, by the stem of the media file.
 
-    No model is loaded: the options and the encoder of the first caches count as those of the model, so caches
-    that differ from them are outdated.
+    No model is loaded: the options and the encoder of the first caches stand for the model's, and caches that
+    differ from them count as outdated.
     """
     table = findings.table
     caches = list(latent_names(names, tag, table.kind))
@@ -196,7 +196,7 @@ def _compare_media(
 def _plan_media_states(
     findings: TableFindings, cached_names: LatentNames, cache_settings: LatentCacheSettings, workers: int
 ) -> dict[str, State]:
-    """Return the state of the latent caches that caching with these settings would keep or make, by stem."""
+    """Return the state of each source's latent caches if caching ran with these settings, by stem."""
     plans, failures = plan_all(
         findings.sources,
         {findings.table.index: cached_names},
@@ -250,7 +250,7 @@ def _with_recorded_references(file: CaptionFile, source: MediaSource | None) -> 
 
 
 def _with_recorded_text(file: CaptionFile, store: CacheStore) -> CaptionFile:
-    """Return a caption file; a JSON caption whose positions were converted gets its recorded text."""
+    """Return a caption file; if caching converted positions in its JSON caption, with the cached text."""
     if not (file.caption or "").lstrip().startswith("{"):
         return file
     record = next(iter(_first_text_records(store, [file.file_name]).values()), None)
@@ -262,7 +262,7 @@ def _with_recorded_text(file: CaptionFile, store: CacheStore) -> CaptionFile:
 def _compare_texts(
     sources: Sequence[MediaSource], tag: str, store: CacheStore, stores: Stores, workers: int
 ) -> dict[str, State]:
-    """Return the state of a model's text caches, by the stem of their source."""
+    """Return the state of a model's text caches, by the stem of their media file."""
     files = list_caption_files(sources, tag)
     records = _first_text_records(store, [file.file_name for file in files[:MAX_SEARCHED_CACHES]])
     # embeddings depend on reference images if the encoder sees them
@@ -276,7 +276,7 @@ def _compare_texts(
 
 
 def _join_text_states(source: MediaSource, tag: str, state_of_file: Mapping[str, State]) -> State:
-    """Return the state of a source's first caption that is not valid, otherwise that of its last caption."""
+    """Return the state of the first caption's cache that is not valid; if none is, that of the last."""
     state: State = (VALID, "")
     num_captions = 1 + len(source.more_captions)
     for caption_index in range(num_captions):
@@ -291,7 +291,7 @@ def _join_text_states(source: MediaSource, tag: str, state_of_file: Mapping[str,
 def _list_recorded_encoders(
     records: Mapping[str, TextRecord],
 ) -> Sequence[tuple[TextEncoder, Mapping[str, str]]]:
-    """Return placeholders for the text encoders named in cache records, with their recorded identities."""
+    """Return stand-ins for the text encoders named in cache records, each with its recorded identity."""
     encoders = []
     for name, record in records.items():
         keys = frozenset(map(tensor_key, record.crc32))
@@ -300,7 +300,7 @@ def _list_recorded_encoders(
 
 
 def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str, TextRecord]:
-    """Return the first readable records in text caches, by encoder; {} if there is none."""
+    """Return the text encoders' records in the first readable text cache, by encoder; {} if there is none."""
     for name in names:
         with contextlib.suppress(CacheError):
             records = text_records(store.read(name, is_full=False))

@@ -1,4 +1,4 @@
-"""Collect the findings of each table: totals, faults, remarks, captions, unused files."""
+"""Collect the findings on each dataset table: totals, errors, warnings, captions, unused files."""
 
 import contextlib
 import math
@@ -65,11 +65,11 @@ class TableFindings:
     inspections: list[Inspection] = field(default_factory=list)  # one per source, if sources were measured
 
     def add_table_error(self, error: DatasetError) -> None:
-        """Add the error that prevents all use of the table."""
+        """Add an error that makes the whole table unusable."""
         self.errors.append(Fault(UNUSABLE, str(error)))
 
     def add_items(self, stems: Sequence[str], bucket: tuple[int, ...]) -> None:
-        """Count the items that sources have in one bucket."""
+        """Add items of one bucket; `stems` contains the stem of each item's media file."""
         self.num_items_by_bucket[bucket] += len(stems)
         self.item_buckets += [(stem, bucket) for stem in stems]
 
@@ -104,7 +104,7 @@ class TableFindings:
         return [self.title, *indent([*lines, *self.info_lines, *errors])]
 
     def _describe_bucket(self, bucket: tuple[int, ...]) -> str:
-        """Describe a bucket: image size, and the number of frames or the references."""
+        """Describe a bucket by its image size and its number of frames, or its reference images."""
         frames = f", {format_count(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
         if self.table.is_audio_only:
             return frames.removeprefix(", ")
@@ -133,7 +133,7 @@ def references_in_words(bucket: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class TokenCounters:
-    """Token counters of the text encoders, and lines about encoders that are not available."""
+    """Token counters of the text encoders, and lines about encoders that have no tokenizer here."""
 
     by_encoder: tuple[tuple[str, CountTokens], ...] = ()  # (name of the encoder, counter)
     missing_lines: tuple[str, ...] = ()  # about encoders whose tokens are not counted
@@ -141,7 +141,7 @@ class TokenCounters:
     offline_errors: Mapping[str, str] = field(default_factory=dict)
 
     def find_offline_errors(self, names: Iterable[str]) -> list[Fault]:
-        """Return an error for each named encoder that a run cannot use."""
+        """Return an error for each named encoder whose tokenizer is missing in offline mode."""
         return [Fault(OFFLINE, self.offline_errors[name]) for name in names if name in self.offline_errors]
 
     def count(self, caption: str) -> list[tuple[str, TokenCount]]:
@@ -163,7 +163,7 @@ class CheckResult:
 
     @property
     def num_errors(self) -> int:
-        """Total number of faults in all tables."""
+        """Total number of errors in all tables."""
         return sum(len(findings.errors) for findings in self.tables)
 
     @property
@@ -183,7 +183,7 @@ class CheckResult:
 
     @property
     def exit_code(self) -> int:
-        """0 without faults; SOURCES_LEFT_OUT if the run can continue without the faulty sources; else 1."""
+        """0 without errors; SOURCES_LEFT_OUT if the run can continue without the faulty sources; else 1."""
         errors = [error for findings in self.tables for error in findings.errors]
         if os.environ.get(RUN_GOES_ON) and not any(error.is_fatal for error in errors):
             return SOURCES_LEFT_OUT if errors else 0
@@ -203,7 +203,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class _BucketItem:
-    """An item with its table and source, in the form that `split_validation` takes."""
+    """A training item with its table and source, as an argument for `split_validation`."""
 
     table: DatasetTable
     source_stem: str
@@ -213,7 +213,7 @@ class _BucketItem:
 def count_validation_items(tables: Sequence[TableFindings], share: float, seed: int) -> None:
     """Count, for each table and bucket, the items that training would hold out for validation.
 
-    `share` and `seed` apply to tables that do not state their own.
+    `share` and `seed` are used for tables that do not set their own.
     """
     items = []
     for findings in tables:
@@ -297,7 +297,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
 
 
 def _add_companions(findings: TableFindings) -> None:
-    """Add lines about reference media, control masks and preference pairs of a table's sources."""
+    """Add lines about the reference media, control masks and preference pairs of a dataset table."""
     if any(source.references or source.control_mask for source in findings.sources):
         from dataset.sources.companions import companion_lines  # only with companions
 
@@ -322,7 +322,7 @@ def _add_references(findings: TableFindings) -> None:
 
 
 def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
-    """Return sorted (number of references, number of sources) pairs; [] without references."""
+    """Return sorted (number of references, number of media files) pairs; [] without references."""
     counts = Counter(len(source.control) for source in sources)
     return sorted(counts.items()) if any(counts) else []
 
@@ -400,7 +400,7 @@ def _describe_embedding_sizes(
 
 
 def has_unreadable_caption(source: MediaSource) -> bool:
-    """Return whether a source without a caption has a caption file, whose error the listing reports."""
+    """Return whether a source has a caption file but no caption; listing the sources reports the error."""
     return source.caption_path is not None and path_exists(source.caption_path)
 
 

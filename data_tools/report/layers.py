@@ -1,4 +1,4 @@
-"""Read the layers of images as caching would, so that layers that do not fit are reported beforehand."""
+"""Read the layers of images as caching would, so that mismatched layers are reported before caching."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,7 +13,7 @@ from modules.media.reading import Frame, image_size
 def find_unusable_layers(plans: Sequence[SourcePlan], workers: int) -> Iterator[Failure]:
     """Yield a failure for each image whose layers cannot be read, differ in size or hide others.
 
-    Images whose caches are valid were read when they were cached; images at addresses are not fetched.
+    Images with valid caches are skipped, because caching has read them; remote images are not downloaded.
     """
     read = [
         plan

@@ -1,4 +1,4 @@
-"""Decode a source once, as caching does, to get facts, measures of its frames, and drawings."""
+"""Decode a media file once, as caching does, to get its properties, measures of its frames, and drawings."""
 # Letters: H, W height and width of a frame
 
 import contextlib
@@ -69,7 +69,7 @@ class Measures:
     motion: float  # 0..1; 0 for an image
     sharpness: float  # the median over the frames
     is_black: bool  # all frames are black
-    is_static: bool  # a clip in which nothing moves, and which is not black
+    is_static: bool  # whether a clip is not black and nothing moves in it
     is_blurred: bool  # most frames are blurred
     is_flat: bool  # all frames have a single color, so that their hashes are meaningless
     hashes: tuple[int, ...]  # one for an image, four for a clip
@@ -78,7 +78,7 @@ class Measures:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Size, frame rate, frames in use, measures and faults of a media file, found by reading it.
+    """Size, frame rate, used frames, measures and errors of a media file, found by reading it.
 
     Fields are None or empty where unknown. It is kept small, because there may be a million of these.
     """
@@ -129,7 +129,7 @@ def inspect_and_measure(source: MediaSource, fps: float, latent: LatentSpec) -> 
     size: tuple[int, int] | None = None  # size of all frames, determined by the first frame
 
     def reduce(frame: Frame) -> Frame:
-        """Reduce a frame to the measuring size, which the first frame determines."""
+        """Downscale a frame for measuring; the first frame determines the size."""
         nonlocal size
         if size is None:
             size = _select_measured_size(frame)
@@ -155,7 +155,7 @@ def _check_companions(
 ) -> Inspection:
     """Return the inspection with the error that the source's control media or mask would cause in caching.
 
-    Control media and masks are read only by the function with which caching decodes a source.
+    Only `decode_source`, which caching uses too, reads control media and masks.
     """
     if not source.control and source.mask_from is None:
         return inspection
@@ -186,7 +186,7 @@ def inspect_and_draw(
 ) -> Inspection:
     """Decode a media file and draw a strip of its frames; only a few scaled-down frames stay in memory.
 
-    With `with_audio`, the audio of a clip is drawn, too. If a part of the file cannot be read, the result
+    With `with_audio`, the audio of a clip is drawn too. If a part of the file cannot be read, the result
     has a `read_error`, and the frames before that part are drawn.
     """
     is_clip = source.table.kind == "video"
@@ -219,7 +219,7 @@ def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
 
 
 def _add_audio(inspection: Inspection, source: MediaSource, fps: float) -> Inspection:
-    """Add what the headers say about a clip's audio, and a drawing of the waveform of its used frames."""
+    """Add a clip's audio properties from its headers, and a drawing of the waveform of its used frames."""
     audio = _try_inspect_audio(source)
     waveform: Markup | None = None
     if audio is not None and audio.track is not None:
@@ -242,7 +242,7 @@ def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
 
 
 def inspect_header(source: MediaSource, fps: float, latent: LatentSpec) -> Inspection:
-    """Return what the header of a media file says; decode a clip if its header has no frame count."""
+    """Inspect a media file by its header; decode a clip only if its header has no frame count."""
     try:
         with fetch(source) as local:
             plan = plan_source(local, fps, latent.pixel_step, latent.lengths)
@@ -261,7 +261,7 @@ def inspect_header(source: MediaSource, fps: float, latent: LatentSpec) -> Inspe
 
 
 def _try_inspect_audio(source: MediaSource) -> AudioInspection | None:
-    """Return what a clip's audio is; None if it is not used in training or cannot be read."""
+    """Return a clip's audio properties; None if training does not use its audio, or if it is unreadable."""
     if uses_audio(source.table):
         with contextlib.suppress(MediaError, DatasetError, OSError):
             return inspect_audio(source)
@@ -273,7 +273,7 @@ def _inspect_frames(
 ) -> Inspection:
     """Pass each used frame of a media file to `use_frame`, at its own size; return what reading reveals.
 
-    An error is not raised: the result has a `read_error`, and the inspection_fields that were known before.
+    An error is not raised: the result has a `read_error`, and the fields that were known before it.
     """
     inspection_fields: dict[str, Any] = {}  # of `Inspection`; filled while the file is read
     try:
@@ -322,7 +322,7 @@ def _read_frames(
     use_frame: Callable[[Frame], None],
     inspection_fields: dict[str, Any],
 ) -> None:
-    """Pass each frame of a media file to `use_frame`, and fill `inspection_fields` with what is learned.
+    """Pass each frame of a media file to `use_frame`, and fill `inspection_fields` with the results.
 
     They are filled step by step, because a file that cannot be decoded to its end is still described.
     """
@@ -352,7 +352,7 @@ def _count_lengths(spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
 
 
 def _read_file_size(source: MediaSource) -> int | None:
-    """Return the size of a source's file in bytes; None for a folder or an unreadable file."""
+    """Return the size of a media file in bytes; None for a folder or an unreadable file."""
     try:
         path = source.path if source.precomputed is None else source.precomputed.moments
         return None if path.is_dir() else path.stat().st_size
@@ -411,7 +411,7 @@ def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
     are_black = all(map(is_black, frames))
     are_flat = [is_flat(frame) for frame in frames]
     sharpnesses = [sharpness(frame) for frame in frames]
-    # frames of one color are not sharp either, but not blurred
+    # single-color frames are not sharp either, but do not count as blurred
     num_blurred = sum(
         frame_sharpness < BLURRED and not frame_is_flat
         for frame_sharpness, frame_is_flat in zip(sharpnesses, are_flat, strict=True)

@@ -100,7 +100,7 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MeasuredMask | None:
 def find_lone_masks(tables: Sequence[TableFindings]) -> None:
     """Warn about each mask file that belongs to no image or clip.
 
-    A folder in which no mask fits is reported as an error of its table already.
+    If a folder has no matching mask at all, its table already has an error.
     """
     media_stems: dict[str, set[str]] = {}  # by folder of masks: stems of all images and clips of its tables
     for findings in tables:

@@ -27,13 +27,13 @@ from modules.media.buckets import Fit, Size
 CANNOT_BE_READ = "cannot be read"
 MAX_BINS = 16
 DIGITS, PERCENT_DIGITS = 6, 2
-MAX_WORDS = 60  # of the most frequent ones
-MAX_DUPLICATES = 200  # texts that are listed
-MAX_PATHS = 20  # of a text
+MAX_WORDS = 60  # number of the most frequent words that are listed
+MAX_DUPLICATES = 200  # number of repeated texts that are listed
+MAX_PATHS = 20  # number of paths that are listed for a text
 SHOWN_TEXT = 300  # characters of a text that occurs more than once
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 
-# English words that say nothing about an image; other languages are counted whole
+# English words that say nothing about an image; in other languages all words are counted
 _STOP_WORDS = """
 a about above after again against all along also am an and any are around as at be because been before behind
 being below between both but by can could did do does doing down during each either else etc every few for
@@ -137,7 +137,7 @@ def _list_inspections(tables: Sequence[TableFindings]) -> list[tuple[TableFindin
 
 
 def _list_with_reason(tables: Sequence[TableFindings], name: str) -> list[JsonObject]:
-    """List the media files with a reason in the attribute `name` of their inspection."""
+    """List the media files whose inspection has a reason in the field `name`, with this reason."""
     return [
         {"path": str(source.path), "reason": getattr(inspection, name), "table": findings.table.index + 1}
         for findings, source, inspection in _list_inspections(tables)
@@ -337,7 +337,7 @@ def _make_bin_edges(width: float, low: float, end: float, high: float) -> list[f
 
 
 def _select_bin_width(minimum: float, are_integers: bool) -> float:
-    """Return 1, 2 or 5 times a power of ten, the smallest from `minimum` on; at least 1 for integers."""
+    """Return the smallest of 1, 2 or 5 times a power of ten that is at least `minimum`; for integers >= 1."""
     if minimum <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(minimum))
@@ -378,7 +378,7 @@ def count_captions(sources: Iterable[MediaSource]) -> JsonObject:
 
 
 class _CaptionCounts:
-    """Statistics about captions, updated with each source."""
+    """Statistics about captions, updated for each media file."""
 
     def __init__(self) -> None:
         self.words: Counter[str] = Counter()
@@ -414,14 +414,14 @@ class _CaptionCounts:
             self.paths_of_text[caption].setdefault(Path(path).absolute(), path)
 
     def _count_trigger(self, trigger: str | None, caption: str) -> None:
-        """Count a caption of a table with a trigger word, and whether it contains the word."""
+        """Count a caption from a table with a trigger word, and whether it contains the word."""
         if trigger:
             self.num_captions_of_trigger[trigger] += 1
             is_present = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption) is not None
             self.num_captions_with_trigger[trigger] += is_present
 
     def list_trigger_words(self) -> list[JsonObject]:
-        """List the trigger words, with the number of captions that contain them in their tables."""
+        """List the trigger words, each with the number of captions in its tables that contain it."""
         return [
             {"word": word, "captions": count, "present": self.num_captions_with_trigger[word]}
             for word, count in sorted(self.num_captions_of_trigger.items())

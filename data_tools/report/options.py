@@ -10,7 +10,7 @@ STDOUT = "-"  # of --json without a value
 
 
 class ReportOptions(Options, title="report"):
-    """Which dataset the report covers, for which model, and where it is written."""
+    """Which dataset the report covers, for which model, and where the report is written."""
 
     key_files = (DATASET_FILE,)
 

@@ -65,7 +65,7 @@ CaptionPart = tuple[str, tuple[str, ...], bool]
 
 
 class SpanGroup(NamedTuple):
-    """Spans of equal length in a clip, in percent of its used frames."""
+    """Frame spans of equal length in a clip, in percent of its used frames."""
 
     length: int  # frames
     positions: Sequence[tuple[float, float]]  # (start, width), at most MAX_SPANS
@@ -138,7 +138,7 @@ def write_report_page(
 ) -> None:
     """Write the HTML page of the dataset report.
 
-    `statistics` is the result of `collect_statistics`; the page shows nothing else.
+    `statistics` is the result of `collect_statistics`; the page also shows cards of media files.
 
     Raises:
         OutputError: If the page cannot be written.
@@ -168,7 +168,7 @@ def _select_cards(cards: Sequence[Card], table: DatasetTable) -> list[Card]:
 
 
 def name_source(source: Path | str) -> str:
-    """Return the folder or list of a table as a heading; the working folder is shown by its name."""
+    """Return the heading for a dataset's folder or list file; the working folder is shown by its name."""
     return str(source) if Path(source).name else Path.cwd().name or str(source)
 
 
@@ -300,7 +300,7 @@ def _make_card(job: _CardSource, card_settings: _CardSettings) -> Card:
 def _split_captions(
     source: MediaSource, counters: TokenCounters
 ) -> tuple[list[tuple[str, TokenCount]], list[list[CaptionPart]]]:
-    """Return the (encoder, token count) pairs of a source's first caption, and the parts of all captions."""
+    """Return (encoder, token count) pairs of a media file's first caption, and the parts of all captions."""
     captions = [] if source.caption is None else [source.caption, *source.more_captions]
     counts_of_first: list[tuple[str, TokenCount]] = []
     parts: list[list[CaptionPart]] = []
@@ -313,16 +313,16 @@ def _split_captions(
 
 
 def _classify_measures(measures: Measures | None) -> dict[str, bool]:
-    """Return the filter classes of a media file on the page, judged by its measures, if it has any."""
+    """Return the classes by which the page filters a media file, judged by its measures; {} without any."""
     if measures is None:
         return {}
     return {"black": measures.is_black, "static": measures.is_static, "blurred": measures.is_blurred}
 
 
 def select_sources(tables: Sequence[TableFindings], maximum: int) -> list[list[int]]:
-    """Select at most `maximum` media files to show: first those with errors, then those with warnings.
+    """Select at most `maximum` media files to show: first files with errors, then those with warnings.
 
-    Each group is thinned out evenly. Returns, for each table, the indices of its sources in this order.
+    Files are selected evenly from each group. Returns, for each table, the indices of its sources in order.
     """
     selected: list[list[int]] = [[] for _ in tables]
     num_left = maximum
@@ -382,7 +382,7 @@ def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[Ca
 
 
 def _shorten(text: str, maximum: int) -> str:
-    """Truncate a text to `maximum` characters, and add how many characters are missing."""
+    """Truncate a text to `maximum` characters, and append the number of missing characters."""
     if len(text) <= maximum:
         return text
     return f"{text[:maximum]} [... and {len(text) - maximum:,} more characters]"
@@ -467,5 +467,5 @@ def _draw_outlines(size: Size, fits: Counter[Fit]) -> JsonObject:
 
 
 def _format_number(value: float) -> str:
-    """Return a whole number with thousands separators, or another number with three digits."""
+    """Format a whole number with thousands separators, and another number with three significant digits."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

@@ -39,8 +39,8 @@ from protocols.rules import ReferenceRules
 
 logger = logging.getLogger(__name__)
 
-MAX_NAMED = 10  # faults of one kind in the log
-# latent channels and strides by (--pixel_step, --frame_step): of Wan2.2 TI2V-5B and LTX-2; all other models
+MAX_NAMED = 10  # errors of one kind that are logged
+# latent channels and strides of Wan2.2 TI2V-5B and LTX-2, by (--pixel_step, --frame_step); all other models
 # have DEFAULT
 LATENTS: Mapping[tuple[int, int], tuple[int, tuple[int, int, int]]] = {
     (32, 4): (48, (4, 16, 16)),
@@ -53,7 +53,7 @@ DEFAULT = (16, (4, 8, 8))
 
 
 def run_report(config: DatasetConfig, options: ReportOptions) -> None:
-    """Check and measure a dataset, then write the report page and the JSON file that the options name.
+    """Check and measure a dataset, then write the report page and the JSON file that the options request.
 
     Raises:
         DatasetError: If there is nothing to report on.
@@ -118,7 +118,7 @@ def _reject_downloads(config: DatasetConfig) -> None:
 
 
 def _select_latents(options: ReportOptions) -> LatentSpec:
-    """Return the latent format of models with the typed --pixel_step and --frame_step."""
+    """Return the latent format of models that have the given --pixel_step and --frame_step."""
     if options.frame_step == LATENT_H3.clip_frames:
         return replace(LATENT_H3, pixel_step=options.pixel_step)
     channels, stride = LATENTS.get((options.pixel_step, options.frame_step), DEFAULT)
@@ -199,7 +199,7 @@ def _inspect(source: MediaSource, options: ReportOptions, latent: LatentSpec) ->
 
 
 def _add_inspection(findings: TableFindings, source: MediaSource, inspection: Inspection) -> None:
-    """Add what was read of a media file to the findings: its items and warnings, or the error."""
+    """Add the inspection of a media file to the findings: its items and warnings, or its error."""
     findings.inspections.append(inspection)
     if inspection.read_error is not None:
         text = inspection.read_error
@@ -252,7 +252,7 @@ def _warn_of_copies(tables: Sequence[TableFindings], groups: Sequence[Sequence[P
 def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
     """Return groups of near duplicates among measured files, sorted by the first path of a group.
 
-    `tables` are all tables of images, or all tables of clips. A file that several tables name, by absolute or
+    `tables` are all tables of images, or all tables of clips. A file in several tables, by absolute or
     relative paths, counts once.
     """
     measures_of_path: dict[Path, Measures] = {}
@@ -284,17 +284,17 @@ def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
 # contrast, and little else: of twenty photographs (JPEG 20, a quarter of the size, 30 brighter or darker,
 # times 0.7, gamma 0.8) by at most 0.2 of the range, a factor of 0.65, and 0.06 in the worst cell of 4 x 4.
 SAME_COLORS, MAX_SHIFT, MIN_GAIN = 0.06, 0.25, 0.6
-SAME_FLAT = 0.02  # of one color, all counts
-MIN_DEVIATION = 0.03  # of the cells, below which rounding decides the factor
-BITS = 64  # that a hash takes
-PRODUCTS = 1 << 23  # of hashes at once: 32 MiB
+SAME_FLAT = 0.02  # for images of one color, in which every difference counts
+MIN_DEVIATION = 0.03  # deviation of the cells, below which rounding errors decide the factor
+BITS = 64  # bits of a hash
+PRODUCTS = 1 << 23  # products of hashes that are computed at once: 32 MiB
 
 Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class _Colors:
-    """Colors of N files, for comparing files with similar hashes."""
+    """Color thumbnails of N files, for comparing files with similar hashes."""
 
     thumbnails: NDArray[np.uint8]  # N K C: the C color values of K tiny frames
     is_flat: NDArray[np.bool_]  # N
@@ -324,7 +324,7 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
 
 
 def _label_matches(measures: Sequence[Measures]) -> Indices:
-    """Label N measures so that all measures in a chain of matches have the same label."""
+    """Label N measures; two measures get the same label if a chain of matches connects them."""
     colors = _read_colors(measures)
     labels = np.arange(len(measures))
     for index, similar in _find_similar_hashes(measures):
@@ -338,9 +338,9 @@ def _label_matches(measures: Sequence[Measures]) -> Indices:
 
 
 def _find_similar_hashes(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
-    """Yield each index with all later indices of files whose hashes differ in few bits."""
+    """Yield each file's index, and all later indices of files whose hashes differ from its by few bits."""
     signs = _hash_signs(measures)
-    # the dot product of signs is the number of equal bits minus that of different bits
+    # the dot product of signs is the number of equal bits minus the number of different bits
     min_product = (BITS - 2 * NEAR) * len(measures[0].hashes)
     batch_size = max(1, PRODUCTS // len(measures))
     for start in range(0, len(measures), batch_size):
@@ -369,7 +369,7 @@ def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
 
 
 def _have_same_colors(colors: _Colors, index: int, candidates: Indices) -> NDArray[np.bool_]:
-    """Return which of `candidates` have the colors of `index`, apart from brightness and contrast."""
+    """Return which of `candidates` have the same colors as file `index`, up to brightness and contrast."""
     first = colors.thumbnails[[index]].astype(np.float32) / np.float32(255)  # 1 K C
     second = colors.thumbnails[candidates].astype(np.float32) / np.float32(255)  # N K C
     is_same_color = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT

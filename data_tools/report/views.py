@@ -1,4 +1,4 @@
-"""Show the frames that the model will see, as pictures, clips or colored text, without encoding them."""
+"""Show the frames that the model will see, as images, clips or colored text, without encoding them."""
 
 import contextlib
 import logging
@@ -40,7 +40,7 @@ WINDOW = "window"  # another way of showing, besides the values of --debug_mode
 
 
 def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions, workers: int) -> CacheReport:
-    """Display all items of a dataset as --debug_mode says; return unreadable and unused files."""
+    """Display all items of a dataset as --debug_mode selects; return unreadable and unused media files."""
     folder = config.path.absolute().parent / "debug_views"
     display = _select_display(debug, folder)
     viewer = _Viewer(family.latent, family.defaults.fps, folder, display, debug)
@@ -53,7 +53,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
 
 @dataclass(frozen=True)
 class _Viewer:
-    """Displays the items of tables, and collects the sources that have none."""
+    """Displays the items of tables, and collects sources that are unreadable or yield no item."""
 
     latent: LatentSpec
     fps: float
@@ -96,7 +96,7 @@ class _Viewer:
         return NEXT
 
     def _decode(self, source: MediaSource) -> DecodedMedia:
-        """Decode a source as caching does; a randomly changed image in one of its variants."""
+        """Decode a media file as caching does; an image with random changes gets one fixed variant."""
         return decode_source(
             source,
             self.fps,
@@ -108,7 +108,7 @@ class _Viewer:
         )
 
     def _show_items(self, media: DecodedMedia, maximum: int | None) -> str:
-        """Show at most `maximum` items of a source; return the last answer of the user.
+        """Show at most `maximum` training items of a media file; return the user's last answer.
 
         Any answer other than NEXT ends the loop.
         """
@@ -177,7 +177,7 @@ def _show(display: str, file: Path, frames: NDArray[np.uint8], fps: float, debug
 
 
 def _caption(source: MediaSource) -> str:
-    """Return a caption of a source as one training step might use it, after drawing its random changes."""
+    """Return a media file's caption as one training step might use it, after its random changes."""
     table = source.table
     return changed_caption(
         source.caption or "", table.caption_changes, table, step=1, total_steps=1, generator=_make_rng(source)
@@ -238,7 +238,7 @@ def _half_blocks(above: NDArray[np.uint8], below: NDArray[np.uint8]) -> str:
 
 
 def _shade_pixel(pixel: NDArray[np.uint8], background_code: int) -> str:
-    """Return a character of SHADES for a pixel, in the pixel's color.
+    """Return a terminal character that draws a pixel: its brightness as one of SHADES, in the pixel's color.
 
     `background_code` is the ANSI code of the background color.
     """

@@ -10,7 +10,7 @@ from modules.text_files import bad_character, parse_json, read_text
 
 TABLE_NAME, MAPPING_NAME = "selected_tags.csv", "tag_mapping.json"
 RATING, GENERAL, CHARACTER, QUALITY = "rating", "general", "character", "quality"
-# numbers of the categories in the table: those of Danbooru, and 9, which the taggers' authors added
+# category numbers in the CSV table: Danbooru's, and 9, which the taggers' authors added
 _BY_NUMBER = {
     "0": GENERAL,
     "1": "artist",

@@ -1,4 +1,4 @@
-"""Run a tagger's ONNX file on pictures and clips."""
+"""Run a tagger's ONNX file on images and clips."""
 # Letters: B images, S side of the network's input, T tags
 
 from collections.abc import Sequence

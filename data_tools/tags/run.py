@@ -72,7 +72,7 @@ def tag_folder(options: TaggingOptions) -> None:
 
 
 def _load_tagger(options: TaggerOptions) -> Tagger:
-    """Load the tagger that the options name."""
+    """Load the tagger that the options select."""
     return load_tagger(
         options.model_dir,
         batch_size=options.batch_size,
@@ -117,7 +117,7 @@ def _caption_and_count(
 
 
 def _hash_options(options: TaggingOptions) -> str:
-    """Return a hash of the options that change tags: only runs with equal options continue each other."""
+    """Return a hash of the options that change tags; a run resumes another only if their hashes are equal."""
     tagger = dataclasses.asdict(options.tagger)
     tagger.pop("batch_size")  # it changes only the speed
     values = [
@@ -130,7 +130,7 @@ def _hash_options(options: TaggingOptions) -> str:
 
 
 def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
-    """Read the dataset file to tag, or make a dataset of a folder.
+    """Read the dataset file to tag, or make a dataset from a folder.
 
     `temporary` is an empty folder, in which the dataset file for a folder is written.
 

@@ -69,7 +69,7 @@ class TagSelection:
         return [*characters, *general]
 
     def _spell(self, label: Label) -> list[str]:
-        """Return the tags written for a label: one, or name and series separately; [] if undesired."""
+        """Return the tags to write for a label: one, or a name and a series; [] if the tag is excluded."""
         if label.name in self.excluded_tags:
             return []
         names = [label.name]
@@ -117,9 +117,9 @@ def make_tag_selection(options: TaggingOptions, sorts_by_probability: bool) -> T
 
 
 def _select_position(is_first: bool, is_last: bool) -> str | None:
-    """Return where a category's tag is written: "first" or "last" among the tags; None: not at all.
+    """Return the end of the tag list at which a category's tag is written: "first", "last" or None (neither).
 
-    `is_first` and `is_last` are the options that place it at that end; if both are set, it is first.
+    `is_first` and `is_last` are the options for the two ends; `is_first` takes precedence.
     """
     if is_first:
         return "first"
@@ -132,7 +132,7 @@ def split_tags(text: str, separator: str) -> list[str]:
 
 
 def extend_caption(caption: str, tags: Sequence[str], separator: str) -> str:
-    """Append those tags to a caption that it does not contain yet."""
+    """Append the tags that a caption does not contain yet."""
     present = split_tags(caption.replace(KEEP_TOKENS_SEPARATOR, separator), separator.strip())
     missing = [tag for tag in tags if tag not in present]
     if not missing:

@@ -1,5 +1,5 @@
-"""Blur the boxes of a detector, also in pictures where it misses them.
+"""Blur the boxes of a detector, also in frames where it misses them.
 
-stage: blur the found boxes of each picture
-tracks: follow boxes from picture to picture
+stage: blur the found boxes of each frame
+tracks: follow boxes from frame to frame
 """

@@ -34,10 +34,7 @@ MAX_FULL_SIZE_BLUR = 48  # pixels: larger blurs are computed on a copy that is d
 
 
 def cover_boxes(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
-    """Return a copy of an image (H W 3) with the boxes covered; other pixels remain bit-identical.
-
-    `pixels` itself is not changed.
-    """
+    """Return a copy of an image (H W 3) with the boxes covered; pixels outside stay bit-identical."""
     result = pixels.copy()
     for box in sorted(set(boxes)):
         _cover_box(result, box, options)
@@ -96,7 +93,7 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
     Large blurs are computed on a smaller copy, which is fast and removes fine detail for good.
     """
     height, width = pixels.shape[:2]
-    factor = max(1, size // MAX_FULL_SIZE_BLUR)  # the smaller copy is blurred with about COARSE pixels
+    factor = max(1, size // MAX_FULL_SIZE_BLUR)  # the smaller copy gets a blur of about MAX_FULL_SIZE_BLUR
     # OpenCV needs an odd kernel size
     kernel = (size // factor) | 1
     image: Any = np.ascontiguousarray(pixels)
@@ -144,14 +141,14 @@ def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> 
 
 
 def check_blur(options: BlurOptions) -> None:
-    """Read the headers of the detector files. Raises CheckpointError or OptionError if they do not fit."""
+    """Read the header of the detector file. Raises CheckpointError or OptionError if it is unusable."""
     if options.network.compile and may_be_onnx(options.network.model):
         raise OptionError("--compile is for torch, but onnxruntime runs .onnx files: leave it out")
     check_detector(options.network.model)
 
 
 def make_blur(options: BlurOptions, device: torch.device) -> Stage:
-    """Load the detector. Raises CheckpointError or OptionError if its file does not fit."""
+    """Load the detector. Raises CheckpointError or OptionError if its file is unusable."""
     dtype = select_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     detector = load_detector(options.network.model, device, dtype, options.detection_size or None)
     if isinstance(detector, RetinaFaceDetector):
@@ -182,7 +179,7 @@ class _FrameCounts:
 
 @dataclass(frozen=True)
 class BlurStage:
-    """Stage that finds, tracks and covers objects; other images pass unchanged."""
+    """Stage that finds, tracks and covers objects; frames without any pass unchanged."""
 
     detector: Detector
     options: BlurOptions
@@ -263,7 +260,7 @@ def _log_summary(clip: Clip, counts: _FrameCounts, tracks: Tracks) -> None:
 def clamp_boxes(faces: Sequence[FoundFace], height: int, width: int) -> list[Box]:
     """Return the boxes of faces, clamped to at most one image size beyond the image.
 
-    A box with NaN becomes the whole image: covering too much is safer than covering nothing.
+    A box with NaN coordinates covers the whole image: covering too much is safer than covering nothing.
     """
     boxes = []
     for face in faces:

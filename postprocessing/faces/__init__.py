@@ -1,7 +1,7 @@
 """Find faces and restore them: detectors, GFPGAN, CodeFormer.
 
-boxes: overlap of boxes, and square pictures of faces
-codeformer: CodeFormer: a face from entries of a codebook
+boxes: overlap of boxes, and square crops of faces
+codeformer: CodeFormer: decode a face from a learned codebook
 detectors: open the file of a detector, whichever kind it is
 gfpgan: GFPGAN v1.2 to v1.4: a U-Net steers a StyleGAN2
 restorers: ParseNet; find and load networks that restore faces

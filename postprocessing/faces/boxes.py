@@ -107,9 +107,9 @@ class Area:
 
 
 # Align faces, and crop the square images that the networks restore.
-Matrix = NDArray[np.float64]  # 2 3: places x, y, 1 in one image -> x, y in another
+Matrix = NDArray[np.float64]  # 2 3: maps a position (x, y, 1) in one image to (x, y) in another
 
-# positions of the landmarks in an aligned face of 512 x 512 pixels, as the networks were trained (FFHQ)
+# landmark positions in an aligned face of 512 x 512 pixels, with which the networks were trained (FFHQ)
 TEMPLATE_SIZE = 512
 TEMPLATE = np.array(
     [
@@ -121,8 +121,8 @@ TEMPLATE = np.array(
     ],
     dtype=np.float32,
 )
-BORDER = (132, 133, 135)  # RGB color outside the image, as in the training of the networks
-MIN_EYE_DISTANCE = 5.0  # pixels; smaller faces do not improve
+BORDER = (132, 133, 135)  # RGB color outside the image, also used to train the networks
+MIN_EYE_DISTANCE = 5.0  # pixels; restoring smaller faces does not improve them
 
 
 def restorable(faces: Sequence[FoundFace], size: tuple[int, int], only_center: bool) -> list[FoundFace]:

@@ -1,4 +1,4 @@
-"""CodeFormer: restore a face from entries of a codebook of faces that a transformer picks.
+"""CodeFormer: restore a face from entries of a learned codebook, which a transformer selects.
 
 An encoder reads the damaged face, a transformer predicts a code for each position, a generator decodes the
 codes to a face. The fidelity weights the encoder's features that the generator gets in addition. Source: Zhou
@@ -254,7 +254,7 @@ class CodeFormer(nn.Module):
         return self._generate(x, encoded, fidelity).float()
 
     def _generate(self, x: Tensor, encoded: Mapping[int, Tensor], fidelity: float) -> Tensor:
-        """Run the generator on x, B C h w, and fuse the encoder's features, which are keyed by their size."""
+        """Run the generator on x, B C h w; fuse `encoded`, the encoder's features by side length."""
         size = self.config.grid_size
         is_doubled = False
         for block, part in zip(self.generator["blocks"], self.config.generator, strict=True):
@@ -344,7 +344,7 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
 
 
 def _is_possible(config: CodeFormerConfig) -> bool:
-    """Return whether the sizes read from a file describe a possible CodeFormer."""
+    """Return whether the sizes read from a file are consistent with each other."""
     doublings = sum(block.kind == RESIZE for block in config.generator)
     normed = [block for block in (*config.encoder, *config.generator) if block.kind != CONV]
     return (

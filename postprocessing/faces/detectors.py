@@ -122,7 +122,7 @@ def _reject_pickled_yolo(path: Path, option: str) -> None:
 
 
 def _read_pickle(path: Path) -> bytes:
-    """Return the start of the pickle in a file; empty if the file contains none."""
+    """Return the first bytes of the pickle in a model file; empty if the file contains none."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             name = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)

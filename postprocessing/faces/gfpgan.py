@@ -27,7 +27,7 @@ UNUSED = ("toRGB.*", "stylegan_decoder.style_mlp.*")
 
 @dataclass(frozen=True)
 class GfpganConfig:
-    """Channel counts of GFPGAN; `body` and `decoder` have one entry more than it has downsampling steps."""
+    """Channel counts of GFPGAN; `body` and `decoder` have one value more than there are downsamplings."""
 
     body: tuple[int, ...]  # channels of the U-Net, from full size down
     decoder: tuple[int, ...]  # channels of the decoder, from `SMALLEST` up

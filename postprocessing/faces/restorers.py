@@ -168,7 +168,7 @@ PARSENET_LICENSE = "ParseNet's weights are under CC BY-NC-SA: for non-commercial
 
 @dataclass(frozen=True)
 class Restorer:
-    """The face restoration network, ParseNet, and the size of their faces in pixels."""
+    """The face restoration network and ParseNet, with the size in pixels of the faces they take."""
 
     restore: Run  # B 3 S S of -1..1 -> B 3 S S of about -1..1, float32
     parse: Run  # B 3 S S of -1..1 -> scores of parts, B 19 S S
@@ -227,7 +227,7 @@ def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: 
 
 
 def _configure(network: Gfpgan | CodeFormer, options: FacefixOptions) -> Run:
-    """Return the function that restores faces: with CodeFormer's fidelity, or GFPGAN's noise if seeded."""
+    """Return the function that restores faces, with CodeFormer's fidelity or GFPGAN's noise (if seeded)."""
     if isinstance(network, CodeFormer):
         return lambda faces: network(faces, options.weight)
     seed = options.network.seed
@@ -267,7 +267,7 @@ def _load(
 ) -> Network:
     """Load the weights of a checkpoint into the network that `build` creates from the plan's config.
 
-    Weights are converted to `dtype`, except that those with one of the `float32_prefixes` are loaded in
+    Weights are converted to `dtype`, except that names with one of the `float32_prefixes` are loaded in
     float32. `what` names the network in messages.
     """
 

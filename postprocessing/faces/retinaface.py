@@ -66,7 +66,7 @@ class Pyramid(nn.Module):
         self.merge2 = _make_conv(width, width, 3, slope)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return three feature maps, fine to coarse, to which the coarser ones are added."""
+        """Return three feature maps, fine to coarse; each includes the coarser ones, upsampled."""
         fine, middle, coarse = self.output1(features[0]), self.output2(features[1]), self.output3(features[2])
         middle = self.merge2(middle + interpolate(coarse, size=middle.shape[2:], mode="nearest"))
         fine = self.merge1(fine + interpolate(middle, size=fine.shape[2:], mode="nearest"))

@@ -1,7 +1,7 @@
 """The two feature extractors of RetinaFace: ResNet-50 and a MobileNet of a quarter of the width.
 
 Sources: He et al. 2015, arXiv 1512.03385 (stride in the 3x3 convolution, as torchvision has it); Howard et
-al. 2017, arXiv 1704.04861. Both return features of 1/8, 1/16 and 1/32 of the picture's size.
+al. 2017, arXiv 1704.04861. Both return features at 1/8, 1/16 and 1/32 of the image's size.
 """
 
 from dataclasses import dataclass

@@ -173,7 +173,7 @@ def _enclose(regions: Sequence[Area]) -> Area:
 
 
 def _make_canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
-    """Return the matrix that converts pixel coordinates of the image to those of its enlarged copy.
+    """Return the matrix from the image's pixel coordinates to the pixel coordinates of its enlarged copy.
 
     Both refer to pixel centers.
     """
@@ -205,7 +205,7 @@ def _blend(values: Plane, face: Restored, matrix: NDArray[np.float64], region: A
     values[:] = shown * colors + (1 - shown) * values
 
 
-MIN_SCORE, MIN_SCORE_ONNX = 0.97, 0.8  # of a face; YuNet's scores are lower
+MIN_SCORE, MIN_SCORE_ONNX = 0.97, 0.8  # default minimum score of a face; YuNet's scores are lower
 # number of faces per pass of the networks, which bounds the memory for crowds
 FACES_AT_ONCE = 4
 
@@ -293,7 +293,7 @@ class Facefix:
 
 
 def check_facefix(options: FacefixOptions) -> None:
-    """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
+    """Read the headers of the model files. Raises CheckpointError or OptionError if a file is unusable."""
     files = restorers.find_files(options)
     restorers.load_networks(
         options, files.model, files.parsenet, device=torch.device("meta"), dtype=torch.float32
@@ -302,7 +302,7 @@ def check_facefix(options: FacefixOptions) -> None:
 
 
 def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
-    """Load the networks of face restoration. Raises CheckpointError or OptionError if files do not fit."""
+    """Load the networks of face restoration. Raises CheckpointError or OptionError if a file is unusable."""
     files = restorers.find_files(options)
     restorer = restorers.load_restorer(options, files.model, files.parsenet, device)
     # always float32, regardless of --dtype: scores are compared with a limit, and landmarks must not jitter

@@ -81,14 +81,14 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
 
 
 def _add_module_prefix(name: str) -> str:
-    """Return our name for a tensor, in a network of two modules: `synthesis` and `motion`."""
+    """Return a tensor's name in this project, below one of two modules: `synthesis` or `motion`."""
     if name == "g_filter" or name.startswith(FLOW_PREFIX):
         return name
     return f"synthesis.{name}" if name.startswith("amt_") else f"motion.{name}"
 
 
 def _read_motion(names: Iterable[str], shape: Shape, weight_shape: WeightShape) -> MotionConfig:
-    """Return the sizes of the motion encoder and of the implicit motion network."""
+    """Read the layer sizes of motion encoder and implicit motion network from the shapes in a file."""
     layers = count((f"{name}." for name in names), r"hyponet\.params_dict\.linear_wb\d+")
     widths = tuple(shape(f"hyponet.params_dict.linear_wb{layer}", 2)[1] for layer in range(layers))
     encoder_blocks = count(names, r"cnn_encoder\.\d+\.layers")
@@ -160,7 +160,7 @@ COMPILED = (RaftEncoder, Twins, MotionEncoder, SeparableGru, FlowHead)  # compil
 
 @dataclass(frozen=True)
 class ModeSettings:
-    """Settings of the YAML file that tensors do not reveal; the defaults are those of the released models."""
+    """Settings from the model's YAML file that tensors do not reveal; defaults fit the released models."""
 
     coordinates: tuple[float, float] = (-1.0, 1.0)
     frequency: float = 1.0
@@ -220,7 +220,7 @@ def _find_flow_file(main: Path, kind: str) -> Path:
     Raises CheckpointError if there is none.
     """
     names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
-    # the original's name without its suffix: other copies may begin with it
+    # the stem of the released file, with which the names of other copies may begin
     flow = _find_model(main.parent, names, names[1].partition(".")[0])
     if flow is not None:
         return flow
@@ -316,7 +316,7 @@ class InterpolationNetworks:
 
     @property
     def parts(self) -> list[nn.Module]:
-        """Return the sequential submodules, without lookups or warps, for which compilation pays off."""
+        """Return the submodules worth compiling: convolutional sequences without lookups or warps."""
         motion = self.gimm.motion
         synthesis = self.gimm.synthesis
         parts: list[nn.Module] = []
@@ -359,7 +359,7 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
 
 
 def _check_match(files: ModeFiles, synthesis: SynthesisConfig, channels: "_MapChannels") -> None:
-    """Raise CheckpointError if the synthesis does not take the feature maps of the optical flow network."""
+    """Raise CheckpointError if the synthesis network cannot take the optical flow network's feature maps."""
     # projections: (channels in, channels out) of the layers that adapt the feature maps; without them, the
     # maps are used directly
     expected = tuple(channels_in for channels_in, _ in synthesis.projections)

@@ -59,8 +59,8 @@ class SelfAffinity(nn.Module):
 
         Args:
             context: Features of the first image, 1 C H W.
-            stores_table: Whether to store the weights of all pairs of positions, not to recompute them in
-                every call.
+            stores_table: Whether to store the weights of all pairs of positions, instead of recomputing
+                them in every call.
         """
         q, k = (x.contiguous() for x in _flatten_rows(self.to_qk(context)).chunk(2, dim=1))  # N . each
         if stores_table:
@@ -88,7 +88,7 @@ class Aggregator(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, motion: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return motion features plus those of similar positions, 1 C H W.
+        """Return motion features plus their projected mean over similar positions, 1 C H W.
 
         Args:
             motion: Motion features, 1 C H W.
@@ -154,11 +154,11 @@ class MemoryDecoder(nn.Module):
             motion_and_mean = torch.cat([motion, block.aggregator(motion, aggregate)], dim=1)
             hidden = block.gru(hidden, motion_and_mean, gru_directions)
             positions = positions + block.flow_head(hidden)
-        # 0.25: as trained
+        # the released weights expect a mask scaled by 0.25
         return upsample_flow(positions - start, 0.25 * block.mask(hidden))
 
     def _read_memory_features(self, near: Tensor, positions: Tensor, keys_and_values: Any) -> Tensor:
-        """Read features from the cost memory for the costs around each position (`near`), 1 C H W."""
+        """Read cost memory features, 1 C H W; the query is made from `near`, the costs at `positions`."""
         query = self.flow_token_encoder(near)
         code = flowformer_memory.position_code(_flatten_rows(positions), query.shape[1])
         attend = self.decoder_layer["cross_attend"]
@@ -178,7 +178,7 @@ def _apply_to_positions(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 # Letters: H W sides of an image, C width of the features at an eighth of them
 
-ITERATIONS = 32  # as trained
+ITERATIONS = 32  # refinements of the flow, as in training
 TABLE_BYTES = 1 << 30  # largest stored table of all pairs of positions: images of 1024 x 1024
 STAGES = 2  # at a quarter and at an eighth of the sides
 UNUSED = ("*.svt.norm.*", "memory_decoder.att.pos_emb.*")
@@ -209,8 +209,8 @@ class FlowFormer(nn.Module):
     """FlowFormer, which estimates the optical flow between two images in float32, even under autocast.
 
     In addition to weights and features it needs memory for two tables of all pairs of positions, up to
-    TABLE_BYTES each, and for one or two parts (`chunk_rows`). Larger images have no tables: costs and
-    attention are recomputed in every iteration.
+    TABLE_BYTES each, and for one or two parts (`chunk_rows`). For larger images there are no tables: costs
+    and attention are recomputed in every iteration.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from postprocessing.interpolation.layers import (
 from postprocessing.interpolation.twins import WINDOW, TwinsBlock, apply_in_windows, attend
 
 # Shared by FlowFormer's encoder and decoder: attention of a few tokens, and sinusoidal position codes.
-HEADS = 8  # as trained, in all attentions except the trunk's; tensors do not show it
+HEADS = 8  # in the released model, in all attentions except the trunk's; tensor shapes do not reveal it
 
 
 class TokenAttention(nn.Module):
@@ -79,13 +79,13 @@ def position_code(positions: Tensor, width: int) -> Tensor:
         positions: Positions (x, y), ... 2.
         width: Number of values per position.
     """
-    step = 3.14 / 200  # as trained: not pi
+    step = 3.14 / 200  # the released model was trained with 3.14, not pi
     waves = positions[..., None] * (torch.arange(width // 4, device=positions.device) * step)
     return torch.cat([waves.sin(), waves.cos()], dim=-1).flatten(-2)
 
 
 PATCH = 8  # side of the square of costs that becomes one token: three strides of two
-COARSE = 4  # side of the square of positions that becomes one key, as trained
+COARSE = 4  # side of the square of positions that becomes one key, in the released model
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class WindowContextAttention(nn.Module):
 class CoarseContextAttention(nn.Module):
     """Attention from one token of each position to tokens pooled over COARSE x COARSE squares.
 
-    Both sides of a map are multiples of COARSE, because those of an image are multiples of 32.
+    Both sides of a map are multiples of COARSE, because the sides of an image are multiples of 32.
     """
 
     def __init__(self, config: MemoryConfig) -> None:
@@ -223,7 +223,7 @@ class CoarseContextAttention(nn.Module):
 
 
 class VerticalLayer(nn.Module):
-    """Attention of each of a position's K tokens to the tokens of equal index at other positions."""
+    """Attention of each of a position's K tokens to the tokens with the same index at other positions."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class CostPerceiver(nn.Module):
         """
         height, width = context.shape[2:]
         context = context.permute(0, 2, 3, 1)
-        # one pair at a time: as trained, the contexts of a batch are in a different order than its tokens
+        # one pair at a time: the network was trained with a batch's contexts in another order than its tokens
         x = first = self._embed_costs(costs, height, width, chunk_bytes)
         for across, vertical in zip(self.encoder_layers, self.vertical_encoder_layers, strict=True):
             # 40 and 64: bytes that the layers take for each number of a row
@@ -289,7 +289,7 @@ class CostPerceiver(nn.Module):
 
 
 def _estimate_map_bytes(config: MemoryConfig, height: int, width: int) -> int:
-    """Return the largest number of float32 bytes that embedding the cost map of one position takes."""
+    """Return the peak memory in bytes, for float32, of embedding the cost map of one position."""
     first, second, _ = config.patch_widths
     # both sides rounded up to multiples of PATCH
     cells = (height + -height % PATCH) * (width + -width % PATCH)

@@ -183,7 +183,7 @@ def _weigh_neighbor(
 
 
 def _find_targets(flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x and y, H*W each, to which the flow moves each pixel: outside the image if it is not finite."""
+    """Return x and y, H*W each, where the flow moves each pixel: outside the image if it is not finite."""
     height, width = flow.shape[-2:]
     rows = torch.arange(height, device=flow.device, dtype=torch.float32)[:, None]
     columns = torch.arange(width, device=flow.device, dtype=torch.float32)
@@ -214,7 +214,7 @@ RADIUS = 4
 SIDE = 2 * RADIUS + 1  # offsets in x and y
 CHANNELS = LEVELS * SIDE**2
 REACH = SIDE + 1  # number of grid positions that surround the offsets, in x and y
-VOLUME_BYTES = 3 << 29  # bytes up to which the products of all pairs are stored: 720p with all scales
+VOLUME_BYTES = 3 << 29  # maximum bytes of stored products of all pairs: enough for 720p with all scales
 
 
 class Correlation:
@@ -257,7 +257,7 @@ class Correlation:
         self._levels = [make_level(features) for features in pyramid]
 
     def _multiply_level(self, features: Tensor) -> Tensor:
-        """Return the products of all positions of the first image with those of the second at a level."""
+        """Return the dot products of all first-image positions with all second-image positions at a level."""
         return self._first @ features[0].flatten(1)
 
     def lookup(self, positions: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ class Correlation:
         return rows.unflatten(1, self._sizes[0])
 
     def _look_around(self, level: int, centers: Tensor) -> Tensor:
-        """Return correlations around centers, P 81; `centers` are P 2 at the scale of `level`."""
+        """Return correlations with 9 x 9 positions around `centers` (P 2, at this level's scale): P 81."""
         corner = centers.floor()
         share = centers - corner
         start = corner.long() - RADIUS
@@ -317,7 +317,7 @@ class Correlation:
         height, width = self._sizes[level]
         features = self._levels[level]  # with REACH zeros around the image
         stride = width + 2 * REACH  # length of a row, with its zeros
-        # a window that is farther outside of the image reads only zeros, too
+        # a window that is farther outside the image also reads only zeros
         x = start[:, 0].clamp(-REACH, width) + REACH
         y = start[:, 1].clamp(-REACH, height) + REACH
         steps = torch.arange(REACH, device=start.device)
@@ -333,7 +333,7 @@ class Correlation:
 
 
 def _pad_level(features: Tensor) -> Tensor:
-    """Return a row of channels for each position of a level, with REACH zeros around the image."""
+    """Return the channels of each position of a pyramid level as a row, with REACH zeros around the image."""
     padded = pad(features, (REACH,) * 4)
     return rearrange(padded, "1 c h w -> (h w) c").contiguous()
 

@@ -70,7 +70,7 @@ class HypoNet(nn.Module):
         self._config = config
 
     def coordinates_at(self, like: Tensor, time: float) -> Tensor:
-        """Return the time and the pixel center (y, x) at each pixel of `like`, 1 3 H W."""
+        """Return a coordinate map, 1 3 H W, of `time` and the pixel centers (y, x), as large as `like`."""
         height, width = like.shape[-2:]
         low, high = self._config.coordinates
         y, x = (
@@ -188,8 +188,8 @@ def normalize_flows(forward_flow: Tensor, backward_flow: Tensor) -> tuple[Tensor
     """Scale both flows by the largest movement to 0..1.
 
     Returns:
-        1 2 2 H W (x and y, then the forward and the negative backward flow), 0..1 with 0.5 for no motion; and
-        the scale in pixels.
+        A tensor, 1 2 2 H W (x and y, then the forward and the negative backward flow), in which 0.5 means no
+        motion; and the scale in pixels.
     """
     scale = torch.maximum(forward_flow.abs().amax(), backward_flow.abs().amax())
     both = torch.stack([forward_flow, -backward_flow], dim=2) / torch.where(scale == 0, 1.0, scale)
@@ -240,7 +240,7 @@ class Interpolation:
         Args:
             network: The interpolation network.
             estimator: Estimator of the optical flow.
-            motion_scale: Scale at which all but the last step is computed, above 0 and at most 1.
+            motion_scale: Scale, above 0 and at most 1, at which everything but the last step is computed.
         """
         self.network = network
         self.estimator = estimator

@@ -17,7 +17,7 @@ from checkpoints.opening import Checkpoint, list_tensor_sources
 from postprocessing.contract import batch_norm
 from postprocessing.interpolation.layers import CHANNELS, Correlation, EncodedImage, conv, pixel_coordinates
 
-# Letters: H W height and width of an image, h w those of the features: an eighth
+# Letters: H W height and width of an image, h w height and width of its features (an eighth)
 
 ITERATIONS = 20
 SCALE = 8
@@ -118,7 +118,7 @@ class MotionEncoder(nn.Module):
 
 
 class GruDirection(NamedTuple):
-    """GRU weights for one direction, rows or columns, with the context already applied.
+    """GRU weights for one direction, rows or columns; the context's part of each gate is computed in advance.
 
     The gates are update, reset and candidate; the candidate sees the hidden state after the reset.
     """
@@ -146,7 +146,7 @@ class SeparableGru(nn.Module):
                 setattr(self, f"conv{gate}{number}", layer)
 
     def apply_context(self, context: Tensor) -> tuple[GruDirection, GruDirection]:
-        """Return the GRU weights for rows and columns, with the context, 1 . h w, already applied.
+        """Return the GRU weights for rows and columns; the context, 1 . h w, is already applied.
 
         Convolutions are linear, so the context's part is computed once for all iterations, and the motion's
         part for all three gates together.
@@ -157,7 +157,7 @@ class SeparableGru(nn.Module):
     def forward(
         self, hidden: Tensor, motion: Tensor, directions: tuple[GruDirection, GruDirection]
     ) -> Tensor:
-        """Return the hidden state after both directions of the GRU, 1 C h w."""
+        """Return the hidden state after the GRU has run along rows and along columns, 1 C h w."""
         width = hidden.shape[1]
         for direction in directions:
             inputs = direction.constant + _convolve_same_size(motion, direction.motion_weight)
@@ -170,7 +170,7 @@ class SeparableGru(nn.Module):
 
 
 def _apply_context(gates: Sequence[Any], context: Tensor) -> GruDirection:
-    """Join the weights of update, reset and candidate gates, and apply those of the context."""
+    """Join the weights of update, reset and candidate gates, and apply the context's part to `context`."""
     weight = torch.cat([gate.weight for gate in gates])
     bias = torch.cat([gate.bias for gate in gates])
     # input channels of a gate: hidden state, context, and motion, which changes with each iteration

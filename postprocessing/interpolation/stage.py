@@ -33,12 +33,12 @@ MIN_SIDE = 128  # sides of the networks' input: smaller ones have no fourth scal
 
 
 def check_interpolation(options: InterpolationOptions) -> None:
-    """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
+    """Read the headers of the model files. Raises CheckpointError or OptionError if a file is unusable."""
     load_networks(options.network.model, options.kind, torch.device("meta"), torch.float32)
 
 
 def make_interpolation(options: InterpolationOptions, device: torch.device) -> Stage:
-    """Load the networks of frame interpolation. Raises CheckpointError or OptionError if files do not fit."""
+    """Load the frame interpolation networks. Raises CheckpointError or OptionError if a file is unusable."""
     dtype = network_dtype(options.network, device, "GIMM-VFI")
     networks = load_networks(options.network.model, options.kind, device, dtype)
     compile_parts(options.network, networks.parts)
@@ -99,7 +99,7 @@ class Interpolator:
         for frame in frames:
             current = _CachedFrame(frame, self._encode_frame)
             if previous is not None:
-                # equal frames need neither networks nor a scene's measure
+                # equal frames need neither interpolation nor scene detection
                 is_same = np.array_equal(previous.output.pixels, current.output.pixels)
                 has_cut = not is_same and self._has_cut(previous, current)
                 num_cuts += has_cut
@@ -139,10 +139,10 @@ class Interpolator:
             yield OutputFrame(pixels, start + index * step, step)
 
     def _shorten_last(self, last: OutputFrame, rate: Fraction | None) -> OutputFrame:
-        """Return the last frame of a clip with `rate` images a second, with its duration in the output.
+        """Return the last frame of a clip with the duration that it has in the output.
 
-        At a constant rate it lasts one step of the new rate; if it lasts longer, it is shortened by one step
-        of the old rate at most.
+        If `rate`, the clip's frames per second, is constant, it lasts one step of the new rate. A frame that
+        lasts longer is shortened by at most one step of the old rate.
         """
         old_step = 1 / rate if rate else last.seconds
         return replace(last, seconds=max(last.seconds / self._options.factor, last.seconds - old_step))

@@ -236,7 +236,7 @@ class Synthesis(nn.Module):
         return self.amt_comb_block[0].weight.dtype  # type: ignore[return-value]
 
     def maps(self, encoded: EncodedImage) -> Maps:
-        """Return an image's feature maps in the form that the synthesis uses."""
+        """Return an image's feature maps in the layout that the synthesis network takes."""
         dtype = self.dtype
         quarter, eighth, matching = (
             features.to(dtype) for features in (encoded.quarter, encoded.eighth, encoded.matching)
@@ -321,7 +321,7 @@ class Synthesis(nn.Module):
         # number of blends: each has two flows, a mask and three colors
         blends = predicted.shape[1] // PER_BLEND
         change, shift, colors = predicted.split([FLOWS * blends, blends, 3 * blends], dim=1)
-        # the network predicts several flows for each image, as changes of the same one
+        # the network predicts several flows for each image, as offsets from the same flow
         repeated = _join_channels(flow.repeat(1, blends, 1, 1))
         return Blend(repeated + change, torch.sigmoid(mask + shift), colors)
 
@@ -349,9 +349,9 @@ class PairCorrelations:
         self._grid = pixel_coordinates(first.matching)
 
     def lookup(self, flow: Tensor, time: float) -> Tensor:
-        """Return correlations, 1 648 h w, where the flow from `time` to both images points to.
+        """Return correlations, 1 648 h w, at the positions the flow from `time` points to in both images.
 
-        648 are 81 offsets at 4 scales, first of the second image around the flow to it, then of the first.
+        648 are 81 offsets at 4 scales: first in the second image, then in the first.
         """
         to_first, to_second = flow.split(2, dim=1)
         forward = self._forward.lookup(self._grid + to_second / (1 - time))

@@ -12,8 +12,8 @@ from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
 from postprocessing.interpolation.layers import map_in_chunks
 
-WINDOW = 7  # side of a window in positions, as trained; tensors do not show it
-HEAD_WIDTH = 32  # as trained: 4 and 8 heads of the published widths 128 and 256
+WINDOW = 7  # side of a window in positions in the released model; tensor shapes do not reveal it
+HEAD_WIDTH = 32  # in the released model: 4 and 8 heads for the widths 128 and 256
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class TwinsPatchEmbed(nn.Module):
 
 
 class PositionConv(nn.Module):
-    """Add a depthwise convolution, which encodes positions for the attention after it."""
+    """Add a depthwise convolution of the features, which encodes positions for the following attention."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Twins(nn.Module):
         self.patch_embeds = nn.ModuleList(map(TwinsPatchEmbed, input_widths, stages))
         self.blocks = nn.ModuleList(
             nn.ModuleList(
-                TwinsBlock(attention, stage.width, eps=1e-6)  # as trained
+                TwinsBlock(attention, stage.width, eps=1e-6)  # the released model's eps
                 for attention in (
                     WindowAttention(stage.width),
                     CoarseAttention(stage.width, stage.reduction),

@@ -221,7 +221,7 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
         upsampler=end.upsampler,
         upsampling_factors=tuple(end.upsampling_factors),
         features=end.features,
-        pixel_range=255.0 if window == 7 else 1.0,  # windows of 7 are those of the files for JPEG
+        pixel_range=255.0 if window == 7 else 1.0,  # only the JPEG models have windows of 7
     )
     return LoadPlan(config, checkpoint, sources, ignore=BUFFERS)
 
@@ -273,7 +273,7 @@ def _read_factor(shape: "_Shapes", name: str, channels: int) -> int:
 
 @dataclass(frozen=True)
 class _Shapes:
-    """Shapes of a checkpoint's tensors, by the names of our modules."""
+    """Shapes of a checkpoint's tensors, by the names of this project's modules."""
 
     checkpoint: Checkpoint
     shape: Callable[[str], tuple[int, ...]]

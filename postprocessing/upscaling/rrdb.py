@@ -58,7 +58,7 @@ class DenseBlock(nn.Module):
         self.conv1x1 = nn.Conv2d(features, growth, 1, bias=False) if config.has_shortcuts else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the input plus the scaled output (SHARE) of the last convolution."""
+        """Return the input plus RESIDUAL_SCALE times the output of the last convolution."""
         features = [x]
         for number in range(1, 5):
             convolve = self.get_submodule(f"conv{number}")
@@ -79,7 +79,7 @@ class DenseResidualBlock(nn.Module):
         self.rdb1, self.rdb2, self.rdb3 = (DenseBlock(config) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the input plus the scaled output (SHARE) of the three dense blocks."""
+        """Return the input plus RESIDUAL_SCALE times the output of the three dense blocks."""
         return x + RESIDUAL_SCALE * self.rdb3(self.rdb2(self.rdb1(x)))
 
 

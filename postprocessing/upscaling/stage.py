@@ -44,7 +44,7 @@ def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> f
 def _measure_peak_bytes(kind: UpscalerKind, config: Config, dtype: torch.dtype, side: int) -> int:
     """Return the peak memory of a network with one block for a square image, without computing anything.
 
-    Tensors without values run through the network, and a ledger adds up their sizes.
+    The network runs on fake tensors, and a ledger adds up their sizes.
     """
     with META:
         network = kind.build(config.with_one_block).to(dtype)
@@ -57,7 +57,7 @@ def _measure_peak_bytes(kind: UpscalerKind, config: Config, dtype: torch.dtype, 
 
 
 def result_bytes(config: Config, width: int, height: int) -> int:
-    """Return the device memory of a whole upscaled image in float32, including its conversion to pixels."""
+    """Return the device memory for one upscaled float32 image, including its conversion to integers."""
     return 4 * VALUES_PER_RESULT_PIXEL * width * height * config.factor**2
 
 
@@ -67,7 +67,7 @@ BATCH_PIXELS = 1 << 19  # pixels of the input that keep a GPU busy; more would o
 
 
 def check_upscaler(options: UpscalerOptions) -> None:
-    """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
+    """Read the header of the model file. Raises CheckpointError or OptionError if it is not an upscaler."""
     check_file(options.network.model)
 
 

@@ -21,7 +21,7 @@ from modules.layers.convolution import repeat_pixels
 from modules.layers.norms import Float32LayerNorm
 
 COLOURS = 3
-MEAN = (0.4488, 0.4371, 0.4040)  # mean color of DIV2K, as trained; not stored in files
+MEAN = (0.4488, 0.4371, 0.4040)  # mean color of the training set (DIV2K); not stored in files
 EPSILON = 1e-5
 MASKED_BIAS = -100.0  # attention bias of two tokens that only share a window because of the cyclic shift
 WINDOWS_ON_CPU = 16  # windows per thread, computed together: their features stay in the caches
@@ -51,7 +51,7 @@ class SwinirConfig:
 
     @property
     def step(self) -> int:
-        """Side of a window, by which image sides must be divisible."""
+        """Side of a window; image sides must be multiples of it."""
         return self.window
 
     @property
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         """Return the attention bias of a window, heads N N in float32.
 
         Args:
-            index: Row in the bias table for each pair of tokens, N N.
+            index: Row of the bias table for each pair of tokens, N N.
         """
         return rearrange(self.relative_position_bias_table[index].float(), "n m h -> h n m")
 
@@ -214,7 +214,7 @@ class _WindowRange(NamedTuple):
 
 
 def _split_by_mask(count: int, shift: int) -> list[_WindowRange]:
-    """Return the ranges of windows along an axis; with a shift, the last window is a range of its own."""
+    """Return the ranges of windows along an axis; with a shift, the last window is a separate range."""
     if not shift:
         return [_WindowRange(range(count), 0)]
     return [_WindowRange(range(count - 1), 0), _WindowRange(range(count - 1, count), shift)]
@@ -252,7 +252,7 @@ def convolution(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 def convolutions(config: SwinirConfig) -> nn.Module:
-    """Return the convolutions after a layer: one, or three with a bottleneck of a quarter of the channels."""
+    """Return the convolutions after a layer: one, or three with a bottleneck of `dim` // 4 channels."""
     dim = config.dim
     narrow = config.dim // 4
     if config.convolutions == 1:

@@ -43,7 +43,7 @@ _NAME = "_block_swap"  # attribute of a network that contains its block swap
 
 @dataclass(frozen=True, eq=False)
 class StreamedBlock:
-    """A streamed block: its weights are in host memory, and on the device only when it runs."""
+    """A block whose weights are in host memory, and on the device only while it runs."""
 
     position: int  # among all blocks, list by list
     weights: Sequence[Parameter]
@@ -93,7 +93,7 @@ class SlotPool:
         return next((slot for slot in self.slots if slot.block is block), None)
 
     def first_blocks(self, route: Iterable[int]) -> list[StreamedBlock]:
-        """Return this pool's first blocks along a route of positions, as many as there are slots."""
+        """Return this pool's next blocks along a route of block positions, as many as there are slots."""
         blocks: list[StreamedBlock] = []
         for position in route:
             block = self.blocks.get(position)
@@ -117,7 +117,7 @@ class SavedWeight:
 
 
 class BlockSwap:
-    """Copies a network's weights from host memory to the device before each block runs, forward and back."""
+    """Copies a network's weights from host memory to the device before each block's forward and backward."""
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class BlockSwap:
                 slot.memory = []
 
     def _route(self, position: int, backward: bool) -> Iterator[int]:
-        """Yield the positions to enter next, from this one on; positions of the next pass are predicted."""
+        """Yield the block positions from this one to the end of the pass, then those predicted next."""
         run_index = self._run_index[position]
         entered = [index for index in self._order if index not in self._skipped_positions]
         if backward:

@@ -79,7 +79,7 @@ class HostMemory:
 
 @dataclass(eq=False)
 class _OffloadedInput:
-    """A block's input in host memory, which is freed when autograd drops it after the backward pass."""
+    """Autograd's placeholder for a block's input in host memory, which is freed together with it."""
 
     host: Tensor  # with the input's shape and dtype
     device: torch.device
@@ -90,7 +90,7 @@ class _OffloadedInput:
 
 
 class Offload:
-    """Host storage for the inputs of checkpointed blocks. One object serves all blocks of a network."""
+    """Host storage for the inputs of checkpointed blocks, shared by all blocks of a network."""
 
     def __init__(self, transfer: Transfer, make: Callable[[int], Tensor]) -> None:
         """Start without memory.
@@ -113,7 +113,7 @@ class Offload:
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> "Tensor | _OffloadedInput":
-        """Start moving a saved input to the host, and return its placeholder for autograd's graph."""
+        """Start copying a tensor saved by autograd to the host; return a placeholder for it."""
         self._release_offloaded_source()
         # the copy back would have other strides, and compiled code relies on strides
         if not tensor.is_contiguous():
@@ -171,7 +171,7 @@ def offload_to_host(device: torch.device) -> Offload:
     return Offload(transfer_to(device), make)
 
 
-# prefixes of the names of attention operators, torch's and those of the optional packages
+# prefixes of the names of attention operators, in torch and in the optional packages
 ATTENTION = (
     "aten::_scaled_dot_product_flash_attention",  # also _for_cpu
     "aten::_scaled_dot_product_efficient_attention",
@@ -230,8 +230,8 @@ def checkpoint_blocks(
 ) -> None:
     """Make every block keep only its inputs, and recompute its activations in the backward pass.
 
-    This affects only train mode with gradients enabled. Call after LoRA and compilation, because it wraps the
-    `forward` that a block has at that time.
+    This affects only train mode with gradients enabled. Call it after adding LoRAs and compiling, because
+    it wraps the `forward` that a block has at that time.
 
     Args:
         dit: The transformer.
@@ -242,7 +242,7 @@ def checkpoint_blocks(
     """
     blocks = recomputed_parts(dit, spec)
     for index, block in enumerate(blocks):
-        # the backward pass starts with the last block, so that moving its inputs would only cost time
+        # the backward pass starts with the last block, so moving its inputs would save no memory
         block_offload = None if block is blocks[-1] else offload
         block.forward = _CheckpointedForward(
             block, block.forward, keep_attention, block_offload, is_first=index == 0
@@ -289,9 +289,9 @@ Method = Callable[..., Tensor]
 def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> None:
     """Make blocks run `spec.token_wise_methods` on at most `tokens` tokens at a time, to save memory.
 
-    These methods map (x: B L C, ...) to B L C'. This affects only train mode with gradients enabled. Call
-    after LoRA, and before compilation and `checkpoint_blocks`. Results differ only by the order of summation
-    in matrix products. Blocks with a layer that sets `sees_whole_input` are not changed.
+    These methods map (x: B L C, ...) to B L C'. This affects only train mode with gradients enabled. Call it
+    after adding LoRAs, and before compilation and `checkpoint_blocks`. Results differ only by the order of
+    summation in matrix products. Blocks with a layer that sets `sees_whole_input` are not changed.
     """
     # one function for all blocks of a class: compiled code knows functions by identity
     changed: dict[Method, Method] = {}
@@ -306,7 +306,7 @@ def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> No
 
 
 def _in_pieces(method: Method, tokens: int) -> Method:
-    """Return a method that runs `method` on pieces of `tokens` tokens, each of them checkpointed."""
+    """Return a method that splits its first input into pieces of `tokens` tokens, and checkpoints each."""
 
     def run(block: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
         num_pieces = ceil_div(x.shape[1], tokens)
@@ -389,11 +389,11 @@ class _SharedInputs:
         # split once, so that the pieces' gradients are joined once
         self._pieces = inputs[0].chunk(count, dim=1)
         self._num_recomputed = 0  # pieces, in the backward pass
-        # modes of a run on tensors without values (a memory plan), which torch turns off during `backward`
+        # modes of a run on fake tensors (a memory plan), which torch disables during `backward`
         self._modes = function_modes()
 
     def release(self) -> None:
-        """Release the inputs after all pieces have been computed, until the backward pass."""
+        """Release the inputs once all pieces have been computed; the backward pass restores them."""
         self._tensors = None
         self._pieces = ()
         self._num_recomputed = 0
@@ -411,7 +411,7 @@ class _SharedInputs:
         if self._num_recomputed == self._count:
             self.release()
         with ExitStack() as stack:
-            # torch turns its modes off during the backward pass: enter those of the forward pass again
+            # torch disables its modes during the backward pass: enter the forward pass's modes again
             for mode in self._modes:
                 stack.enter_context(mode)
             return self._method(self._block, *inputs)
@@ -425,7 +425,7 @@ class _SharedInputs:
         ]
 
     def _gather_inputs(self, index: int, tensors: Sequence[Tensor]) -> list[Any]:
-        """Return the method's inputs for one piece: the piece instead of the first input, else all inputs."""
+        """Return the method's inputs for one piece, which takes the place of the first input."""
         inputs = list(self._non_tensor_inputs)
         for input_index, tensor in zip(self._tensor_indices, tensors, strict=True):
             inputs[input_index] = tensor

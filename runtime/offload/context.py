@@ -86,7 +86,7 @@ class TokenShard:
 
         Args:
             table: Rotary embeddings, ... L' 1 D/2 2, of the tokens after the first `before`.
-            before: Number of tokens before those of the table.
+            before: Number of tokens before the table's first token.
         """
         start, stop = (max(position - before, 0) for position in (self.run.start, self.run.stop))
         return table[..., start:stop, :, :, :]
@@ -101,7 +101,7 @@ class TokenShard:
         return joined
 
     def gather_tokens(self, *heads: Tensor) -> tuple[Tensor, ...]:
-        """Exchange all heads of this process's tokens, B l N D, for all tokens of its heads, each B L n D."""
+        """Exchange this process's tokens of all heads, B l N D, for all tokens of its heads, B L n D each."""
         sent = []
         for tensor in heads:
             by_process = self._fill_up(tensor).unflatten(2, (self.count, -1)).movedim(2, 0)

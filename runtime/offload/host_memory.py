@@ -37,7 +37,7 @@ PIN_CHUNK = 256 << 20  # bytes that are pinned in one call, if a tensor is not l
 
 @dataclass(frozen=True)
 class LocalProcesses:
-    """Rank of this process among those of the run on this machine, and the global rank of the first."""
+    """Local rank of this process on its machine, and the global rank of the machine's first process."""
 
     rank: int  # rank of this process among them
     first_global_rank: int  # global rank of this machine's first process
@@ -127,7 +127,7 @@ def _plan_offsets(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
 
 
 def wait_for_all(local_processes: LocalProcesses | None) -> None:
-    """Wait until every process has arrived here; None: the only process, which does not wait."""
+    """Wait until all processes of the run have arrived here; None stands for a single process."""
     if local_processes is not None:
         torch.distributed.barrier()
 
@@ -175,7 +175,7 @@ def _map_shared_memory(size: int, local_processes: LocalProcesses) -> mmap.mmap 
 
 
 def _create_anonymous_file(size: int) -> int | None:
-    """Return the descriptor of a file in memory; None if the system has none or memory is short."""
+    """Return the descriptor of an in-memory file; None if the system has none or memory is short."""
     if not hasattr(os, "memfd_create"):
         return None
     descriptor = os.memfd_create("swapped weights")
@@ -205,7 +205,7 @@ def _all_gather(value: Any) -> list[Any]:
 
 
 def _advise(mapping: mmap.mmap, *advice: str) -> None:
-    """Advise the system how memory will be used, if it accepts advice."""
+    """Advise the system how memory will be used; advice that it does not know or accept is ignored."""
     for name in advice:
         if hasattr(mmap, name):
             try:
@@ -309,7 +309,7 @@ class CudaTransfer(Transfer):
         return torch.cuda.current_stream(self._device).record_event()
 
     def copy(self, pairs: Pairs, after: torch.cuda.Event) -> torch.cuda.Event:
-        """Queue copies in the transfer stream, to start after `after`; return the event of their end."""
+        """Queue copies in the transfer stream that wait for `after`; return an event for their end."""
         self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
             for target, source in pairs:
@@ -356,7 +356,7 @@ def _run_moved(
     **named: Any,
 ) -> Any:
     """Run a layer with its weight on the device during the call only."""
-    # copied in the computing stream: no waiting is needed
+    # copied in the compute stream: no waiting is needed
     weight.data = host.to(device, non_blocking=True, copy=True)
     try:
         return forward(*inputs, **named)

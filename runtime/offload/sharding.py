@@ -133,7 +133,7 @@ def _sum_gradients(blocks: Sequence[nn.Module]) -> None:
 
 
 def _gather_without_prefetch(blocks: Sequence[nn.Module]) -> None:
-    """Gather each block right before it runs: a CPU gathers and computes alternately."""
+    """Make FSDP gather each block right before it runs: on a CPU, prefetching would save no time."""
     for block in blocks:
         block.register_forward_pre_hook(_gather_alone, prepend=True)
         block.set_modules_to_backward_prefetch([block])  # type: ignore[operator]
@@ -154,7 +154,7 @@ class _Root(nn.Module):
 
 
 def _gather_alone(block: nn.Module, _: object) -> None:
-    """Gather a block just before it runs, and not earlier, while the previous block is still gathered."""
+    """Gather a sharded block's weights right before it runs, rather than during the previous block."""
     block.unshard(async_op=True)  # type: ignore[operator]
 
 
@@ -181,7 +181,7 @@ class _FillGradients(torch.autograd.Function):
 def _fill_gradients(
     block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pass the first input with gradients through `_FillGradients`; a hook after FSDP2's gather."""
+    """Pass the first input that requires gradients through `_FillGradients`; a hook after FSDP2's gather."""
     for index, value in enumerate(args):
         if isinstance(value, Tensor) and value.requires_grad:
             return (*args[:index], _FillGradients.apply(value, block), *args[index + 1 :]), named
@@ -273,12 +273,12 @@ def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_sharded_weight(weight: Tensor) -> bool:
-    """Return whether a weight is a DTensor, of which this process keeps some rows."""
+    """Return whether a weight is a DTensor; this process then keeps only some of its rows."""
     return hasattr(weight, "to_local")
 
 
 def slice_local_rows(weight: Any, full: Tensor) -> Tensor:
-    """Return a view of those rows of `full` that this process keeps of a split weight."""
+    """Return a view of the rows of `full` that this process keeps of a split weight."""
     mesh = weight.device_mesh
     count = local_rows(weight).shape[0]
     first = mesh.get_local_rank() * ceil_div(weight.shape[0], mesh.size())

@@ -27,7 +27,7 @@ from runtime.offload.host_memory import (
 
 @dataclass(frozen=True)
 class ListPlan:
-    """Which blocks of one list are streamed, and how many slots on the device they share."""
+    """Which blocks of one list are streamed from host memory, and how many slots on the device they share."""
 
     name: str  # name of the nn.ModuleList
     num_blocks: int
@@ -78,7 +78,7 @@ def max_blocks(
 
 
 def _fits(num_blocks: Sequence[int], swapped: Sequence[int], unswapped: int) -> bool:
-    """Return whether this many blocks of each list can be swapped.
+    """Return whether these numbers of blocks, one for each list, can be swapped.
 
     `unswapped` blocks of each list have to stay, except that a list with several blocks can always swap one.
     """
@@ -88,7 +88,7 @@ def _fits(num_blocks: Sequence[int], swapped: Sequence[int], unswapped: int) -> 
 
 @dataclass(frozen=True)
 class SwapPlan:
-    """The weights of a family's transformers that are swapped, as the swap options ask."""
+    """Which weights of a family's transformers are swapped, according to the swap options."""
 
     spec: DitSpec
     blocks: int  # --blocks_to_swap
@@ -99,7 +99,7 @@ class SwapPlan:
         return self.blocks > 0 or self.input_layers
 
     def lists(self, dit: nn.Module) -> list[ListPlan]:
-        """Return the plan of each list of blocks.
+        """Return which blocks of each block list are swapped, and with how many slots on the device.
 
         Raises:
             OptionError: If the network has too few blocks.
@@ -110,7 +110,7 @@ class SwapPlan:
         return [plan_list(*row, self.slots) for row in rows]
 
     def names(self, dit: nn.Module) -> list[str]:
-        """Return the names of all weights in host memory, in order of use.
+        """Return the names of all weights kept in host memory, in order of use.
 
         Raises OptionError if the network has too few blocks.
         """
@@ -205,7 +205,7 @@ class HostWeights:
 
     @property
     def is_written_by_this_process(self) -> bool:
-        """Whether this process reads the weights; otherwise another process reads them into shared memory."""
+        """Whether this process loads the weights; if not, another one loads them into shared memory."""
         return self._host_tensors is None or self._host_tensors.is_written_by_this_process
 
     @property
@@ -214,7 +214,7 @@ class HostWeights:
         return {} if self._host_tensors is None else self._host_tensors.tensors
 
     def finish(self) -> None:
-        """Wait until all processes of the machine have read their weights."""
+        """Wait until all processes have loaded their weights."""
         wait_for_all(self._local_processes)
 
     def adopt(self, network: nn.Module) -> Mapping[str, Tensor]:
@@ -236,12 +236,12 @@ class HostWeights:
 
 
 def host_weights(plan: SwapPlan, device: torch.device, all_weights: bool = False) -> HostWeights | None:
-    """Return memory for weights that the plan keeps off the device; None if there are none.
+    """Return host memory for the weights that the plan keeps off the device; None if there are none.
 
     Args:
         plan: The plan of the swap.
         device: Device of the run.
-        all_weights: Whether to hold all weights.
+        all_weights: Whether to hold all weights of the network.
     """
     if not (plan or all_weights):
         return None

@@ -33,7 +33,7 @@ class _HostPair(NamedTuple):
 
 
 class HostCopy:
-    """A copy of a network's frozen weights and buffers in host memory; they are on the device while it works.
+    """A host copy of a network's frozen weights and buffers, which are on the device only while it works.
 
     On a CPU nothing is copied, and moving in either direction does nothing.
     """
@@ -87,7 +87,7 @@ class HostCopy:
 
     @property
     def size_bytes(self) -> int:
-        """Return the bytes that `to_device` takes, in addition to those that always stay on the device."""
+        """Return the bytes `to_device` allocates, beyond the tensors that always stay on the device."""
         return sum(host.nbytes for _, host in self._pairs)
 
     def to_device(self) -> None:
@@ -98,7 +98,7 @@ class HostCopy:
         if self._transfer is None or self._is_on_device:
             return
         try:
-            # not in inference mode, in which samples are generated: training cannot use tensors created in it
+            # samples are generated in inference mode, but training cannot use tensors created in it
             with torch.inference_mode(False), torch.no_grad():
                 copies: list[tuple[Tensor, Tensor]] = []  # (target on the device, source on the host)
                 for _, host in self._pairs:
@@ -119,8 +119,8 @@ class HostCopy:
     def free_device_memory(self) -> None:
         """Point the weights at the host's copy, and free the device's memory. Nothing is copied.
 
-        Queued work can still read the freed memory, because it is reused in the order of the queue. If this
-        call is interrupted, repeat it before anything else.
+        Queued work can still read the freed memory, because torch reuses it in stream order. If this call is
+        interrupted, repeat it before anything else.
         """
         self._is_on_device = False
         swap = swap_of(self._network)
@@ -131,7 +131,7 @@ class HostCopy:
 
 
 def _list_frozen_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Return the frozen weights and buffers by name, without those that block swap moves by itself."""
+    """Return the frozen weights and buffers by name, except those that block swap moves itself."""
     swap = swap_of(network)
     swapped = frozenset() if swap is None else swap.in_host_memory
     return {
@@ -144,7 +144,7 @@ def _list_frozen_tensors(network: nn.Module) -> dict[str, Tensor]:
 def _find_loaded_on_host(
     tensors: Mapping[str, Tensor], host_tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the memory of those tensors of a network that are still in the host memory of its loading."""
+    """Return the host memory of those tensors that are still in the memory they were loaded into."""
     on_host = {}
     for name, tensor in tensors.items():
         host = host_tensors.get(name)

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 # Device memory outside torch's tensors: the CUDA context with its kernels, a few hundred MB on every driver.
 CONTEXT = 600 << 20
-# For fragmentation, and the display's share of the card. A plan that leaves less than this does not fit.
+# fraction for fragmentation and the display; a plan that leaves less than this does not fit
 MARGIN = 0.03
 TOLERANCE = 0.07  # a larger relative difference between prediction and measurement is reported
 FULL = 0.97  # fraction of the device's memory above which the driver may spill to host memory
@@ -39,11 +39,11 @@ class DeviceMemory:
 
 
 def device_memory_to_plan(device: torch.device, planned_gib: float | None = None) -> DeviceMemory | None:
-    """Return the memory to plan for; None without a CUDA device to plan for.
+    """Return the memory to plan for; None if no GPU size is given and the device is not a CUDA device.
 
     Args:
         device: Device of the run.
-        planned_gib: Size of the planned GPU in GiB; 0 for that of the device.
+        planned_gib: Size of the planned GPU in GiB; 0 or None for the size of the device.
     """
     if planned_gib:
         size = round(planned_gib * GIB)
@@ -89,11 +89,11 @@ def free_host_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
 
 
 def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanError:
-    """Return the error with remedies for a device that ran out of memory during a run.
+    """Return the error, with advice, for a device that ran out of memory during a run.
 
     Args:
         error: The error of torch.
-        afterwards: Sentence about what remains of the run.
+        afterwards: Last sentence of the message, which says what the run has kept.
     """
     return MemoryPlanError(
         f"the device has too little memory for this run: {str(error).partition('. ')[0]}.\n"
@@ -104,7 +104,7 @@ def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanErro
 
 
 def comparison(predicted: int, measured: int) -> str:
-    """Return a line for the log: the predicted and the measured peak, and by how much they differ."""
+    """Return a log line with the predicted and the measured peak, and the difference between them."""
     difference = (predicted - measured) / measured
     line = (
         f"Memory: predicted {format_gib(predicted)} GiB, measured {format_gib(measured)} GiB "
@@ -122,7 +122,7 @@ EVERY = 50  # steps between two checks of the driver
 class MemoryWatch:
     """Compare the predicted and the measured peak of a training run once, and warn once if memory is full.
 
-    The first step of a run creates the optimizer's states, so measuring starts with the second one.
+    Measuring starts with the second step, because the first one creates the optimizer's states.
     """
 
     device: torch.device  # a CUDA device
@@ -141,7 +141,7 @@ class MemoryWatch:
         return max(self._highest, torch.cuda.max_memory_allocated(self.device))
 
     def see_batch(self, elements: int) -> None:
-        """Record a micro-batch before its step ends.
+        """Record the size of a micro-batch while its step still runs.
 
         Args:
             elements: Number of elements of the batch's latents.
@@ -160,7 +160,7 @@ class MemoryWatch:
             self.warn_if_full()
 
     def after_pause(self) -> None:
-        """Ignore memory of samples, validation and saving; call after them."""
+        """Ignore the memory used by samples, validation and saving; call this after each of them."""
         if self._steps > 0 and self.measured is None:
             self._count_anew()
 
@@ -169,7 +169,7 @@ class MemoryWatch:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def warn_if_full(self) -> None:
-        """Log one line the first time that the device is full."""
+        """Log a warning the first time that the device's memory is full."""
         if self._has_warned:
             return
         free, total = torch.cuda.mem_get_info(self.device)

@@ -24,7 +24,7 @@ NUM_EXCHANGE_BUFFERS = 3  # tensors of an attention's exchange: reordered, sent,
 
 
 class TokenCounter(TorchDispatchMode):
-    """Record sizes of the tensors that several GPUs would divide, from operators run in this mode."""
+    """Record the sizes of queries and tokens that several GPUs would share, from all operators run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,12 +64,12 @@ def divide_tokens(
     """Return the memory of a dry run, by phase, for one of several GPUs that share the tokens in the blocks.
 
     Outside the blocks the GPU works on all tokens, which are gathered after the blocks. Tokens that no GPU
-    divides, such as those of a text used only as keys and values, are few and counted as divided.
+    divides, such as text tokens used only as keys and values, are few and counted as divided.
 
     Args:
         peaks_by_phase: Bytes by kind in each phase of the dry run.
         num_gpus: Number of GPUs that share the tokens.
-        counter: Bytes of queries and of tokens in the dry run, which divided nothing.
+        counter: Bytes of queries and of tokens, counted in the undivided dry run.
     """
     exchange_bytes = NUM_EXCHANGE_BUFFERS * counter.query_bytes // num_gpus
     divided: dict[str, BytesByKind] = {}

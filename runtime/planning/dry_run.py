@@ -1,4 +1,4 @@
-"""Run real code on tensors without data, and count the bytes that a device would need.
+"""Run real code on fake tensors, and count the bytes that a device would need.
 
 Inside `dry_run` tensors have shapes, dtypes, devices and storages with their usual lifetimes, but no values:
 a step of a 14B model takes seconds and no memory. The device `ACCELERATOR` stands for the GPU, the plain CPU
@@ -39,7 +39,7 @@ MAX_REAL_ELEMENTS = 1 << 16  # integer tensors with at most this many elements k
 WEIGHTS, NETWORK, OPTIMIZER, GRADIENTS, BATCH = "weights", "network", "optimizer", "gradients", "batch"
 ATTENTION = "attention"  # workspace of attention
 TEXTS = "texts"  # weights of text encoders
-ADAPTER = "adapter"  # trained LoRAs; those of all transformers stay on the device
+ADAPTER = "adapter"  # trained LoRAs; the LoRAs of all transformers stay on the device
 # all other tensors: allocated before the current phase of the run, or in it
 ACTIVATIONS, TEMPORARY = "kept", "working"
 BytesByKind = Mapping[str, int]  # bytes by kind
@@ -61,7 +61,7 @@ class _Allocation:
 class Ledger(TorchDispatchMode):
     """Tracks the bytes in use by kind, and the peak in each phase of the run.
 
-    `begin_phase` begins one, such as the backward pass through a block.
+    `begin_phase` begins a phase, such as the backward pass through a block.
     """
 
     def __init__(self, device: torch.device = ACCELERATOR) -> None:
@@ -73,18 +73,16 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.is_backward = False
-        self.peaks: dict[str, BytesByKind] = {}  # phase of the run -> bytes by kind when it took the most
+        self.peaks: dict[str, BytesByKind] = {}  # phase of the run -> bytes by kind at its peak
         self._phase = "start"
         self._phase_index = 0
         self._kind = TEMPORARY  # kind of new tensors
         self._live_bytes: Counter[str] = Counter()  # TEMPORARY includes ACTIVATIONS
         self._bytes_of_phase = 0  # of TEMPORARY, allocated in this phase
         self._total = 0
-        self._highest_total = 0  # highest total since the latest call of `rise`
+        self._highest_total = 0  # highest total since `peak_increase` was last called
         self._allocations: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}  # by id of the storage
-        self._reads_unknown_as_one = (
-            False  # whether code that reads a number from a tensor without values gets 1
-        )
+        self._reads_unknown_as_one = False  # whether code that reads a number from a fake tensor gets 1
         self.block_counts: dict[str, int] = {}  # name of a list of blocks -> number of its blocks that run
         self.input_bytes: dict[
             str, int
@@ -103,7 +101,7 @@ class Ledger(TorchDispatchMode):
     def begin_phase(self, phase: str) -> None:
         """Begin another phase of the run.
 
-        From now on, live tensors without another kind count as kept from an earlier phase.
+        From now on, live tensors without a kind count as kept from an earlier phase.
         """
         self._phase = phase
         self._phase_index += 1
@@ -122,7 +120,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def allocating(self, kind: str) -> Iterator[None]:
-        """Count the tensors that the block creates as memory of this kind."""
+        """Count the tensors created in the `with` block as memory of this kind."""
         before, self._kind = self._kind, kind
         try:
             yield
@@ -131,7 +129,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def reading_unknown_as_one(self) -> Iterator[None]:
-        """Let code inside read unknown numbers as 1; only for code whose memory does not depend on them."""
+        """Let code inside read unknown tensor values as 1; only for code whose memory use ignores them."""
         before, self._reads_unknown_as_one = self._reads_unknown_as_one, True
         try:
             yield
@@ -228,7 +226,7 @@ def _drop_values(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _create(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operator that creates a tensor; small masks and lengths get values, because code reads them."""
+    """Run an operator that creates a tensor; small integer tensors are real, because code reads them."""
     result = func(*args, **kwargs)
     is_small_integer_tensor = (
         isinstance(result, FakeTensor)
@@ -244,7 +242,7 @@ def _create(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def modules_in(thing: object, depth: int = 4) -> Iterator[nn.Module]:
-    """Yield the networks in an object: the object itself, or those among its attributes and their items."""
+    """Yield the modules in an object: itself, or those among its attributes and the items of these."""
     if isinstance(thing, nn.Module):
         yield thing
     elif depth:
@@ -254,7 +252,7 @@ def modules_in(thing: object, depth: int = 4) -> Iterator[nn.Module]:
 
 
 class _ComputedPiece(NamedTuple):
-    """Shape and memory of the largest computed piece of a kind."""
+    """Shapes and memory of the largest piece that `compute_piece` has computed, among pieces of one kind."""
 
     shape: torch.Size
     result_shape: torch.Size
@@ -264,7 +262,7 @@ class _ComputedPiece(NamedTuple):
 
 
 class OneOfManyPieces(TorchFunctionMode):
-    """While active, compute only one piece of each kind in `compute_piece`; allocate space for the others."""
+    """Make `compute_piece` compute only pieces larger than all earlier ones; others just get memory."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
@@ -292,7 +290,7 @@ class OneOfManyPieces(TorchFunctionMode):
         return self._allocate_share(piece.shape, largest_piece)
 
     def _allocate_share(self, shape: torch.Size, computed: _ComputedPiece) -> Tensor:
-        """Allocate and free what computing a piece of this shape takes; return an empty result."""
+        """Allocate and free the memory that computing a piece of this shape needs; return an empty result."""
         peak_increase = computed.peak_increase * shape.numel() // computed.shape.numel()
         memory = torch.empty(peak_increase, dtype=torch.uint8, device=self._ledger.device)
         del memory
@@ -309,7 +307,7 @@ class OneOfManyPieces(TorchFunctionMode):
 
 @contextmanager
 def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
-    """Run the `with` block on tensors without values: memory is tracked, and nothing is computed.
+    """Run the `with` block on fake tensors: memory is tracked, and nothing is computed.
 
     Args:
         device: Device on which the code inside computes.
@@ -343,9 +341,9 @@ def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def track_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
-    """Record the forward and backward pass of the first and last blocks of each list as places in the ledger.
+    """Make each block's forward and backward pass a phase of the ledger, named after the block's position.
 
-    Call after LoRA and before checkpointing: a block's recomputation counts as its backward pass.
+    Call this after adding LoRAs and before checkpointing: recomputing a block counts as its backward pass.
     """
     is_first = True
     for name, all_blocks in blocks.items():
@@ -357,7 +355,7 @@ def track_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
 def keep_kernels(parts: Iterable[nn.Module]) -> None:
     """Use stand-ins for kernels in parts of a network in the backward pass too, which recomputes them.
 
-    torch turns modes off during `backward`.
+    This is needed because torch disables torch function modes during `backward`.
 
     Args:
         parts: Modules that `checkpoint_blocks` is going to wrap.
@@ -372,7 +370,7 @@ def _run_planned(forward: Callable[..., Tensor], *inputs: Any, **named: Any) -> 
 
 
 def _read_as_one(tensor: Tensor) -> bool | int | float:
-    """Return 1 as a Python number of the tensor's kind: bool, int or float."""
+    """Return 1 as the Python number for the tensor's dtype: bool, int or float."""
     if tensor.dtype == torch.bool:
         return True
     return 1.0 if tensor.is_floating_point() else 1
@@ -425,7 +423,7 @@ def _track_forward(
 
 
 SECOND, BEFORE_LAST = "second", "last but one"
-IN_BLOCKS = "forward of ", "backward of "  # prefixes of the names of places inside a block
+IN_BLOCKS = "forward of ", "backward of "  # prefixes of the names of phases inside a block
 
 
 Counts = tuple[int, ...]  # blocks in each list
@@ -483,7 +481,7 @@ def extrapolate_on_one_device(_: nn.Module) -> Extrapolate:
 
 
 def _with_both_ends(peaks_by_phase: Mapping[str, BytesByKind]) -> dict[str, BytesByKind]:
-    """Add entries of the last block but one, equal to the second's: both are the middle one of three."""
+    """Add phases for the last block but one, which in a dry run of three blocks is the second one."""
     ends = {
         name.removesuffix(SECOND) + BEFORE_LAST: bytes_by_kind
         for name, bytes_by_kind in peaks_by_phase.items()
@@ -493,7 +491,7 @@ def _with_both_ends(peaks_by_phase: Mapping[str, BytesByKind]) -> dict[str, Byte
 
 
 def peak_of_phases(peaks_by_phase: Mapping[str, BytesByKind]) -> tuple[str, BytesByKind]:
-    """Return the phase in which the most device memory is in use, and its bytes by kind."""
+    """Return the phase in which most device memory is in use, and the bytes in that phase by kind."""
     name = max(
         peaks_by_phase,
         key=lambda allocate_empty_weights: sum(peaks_by_phase[allocate_empty_weights].values()),

@@ -1,6 +1,6 @@
 """Stand-ins for CUDA's fused kernels in a dry run: they allocate the same memory, and compute nothing.
 
-A dry run has no device, and on tensors without data PyTorch would decompose attention and RMSNorm into steps
+A dry run has no device, and on fake tensors PyTorch would decompose attention and RMSNorm into steps
 that a GPU never runs (a full matrix of scores, float32 copies).
 """
 # Letters: B batch, L query tokens, S key tokens, N heads, D head width
@@ -111,7 +111,7 @@ class _RmsNorm(torch.autograd.Function):
 
 @planned
 def rms_norm(x: Tensor, weight: Tensor | None, axes: int) -> tuple[Tensor, Tensor]:
-    """Allocate the output of a fused RMS norm and the reciprocal root mean squares."""
+    """Allocate the outputs of a fused RMS norm: the result, and the reciprocal RMS of each row."""
     return torch.empty_like(x), x.new_empty(x.shape[: x.ndim - axes], dtype=torch.float32)
 
 
@@ -119,7 +119,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, axes: int) -> tuple[Tensor, Tenso
 def rms_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor | None, factors: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return both gradients; a gradient that is not needed has no elements."""
+    """Return the gradients of x and weight; a gradient that is not needed has no elements."""
     needed = torch.empty_like(weight) if needs_weight and weight is not None else x.new_empty(0)
     return torch.empty_like(x) if needs_x else x.new_empty(0), needed
 
@@ -127,17 +127,17 @@ def rms_norm_backward(
 def _scaled_dot_product(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
 ) -> Tensor:
-    """Stand in for torch's function, which takes B N L D; the kernels' results have the layout B L N D."""
+    """Stand-in for torch's function: B N L D in and out, but results have the kernels' layout B L N D."""
     by_tokens = [_autocast(tensor).transpose(1, 2) for tensor in (query, key, value)]
     result: Tensor = _Attention.apply(*by_tokens)
     if result.requires_grad and len(query) > 1 and _prefers_cudnn(by_tokens[0], attn_mask is not None):
-        # as `sdpa` does: the backward pass keeps each sample's, the next layer all of them
+        # as `sdpa` does: the backward pass keeps each sample's result, and the next layer their concatenation
         result = torch.cat([result])
     return result.transpose(1, 2)
 
 
 def _prefers_cudnn(query: Tensor, has_mask: bool) -> bool:
-    """Return whether this machine's GPU, if it has one, computes attention with cuDNN's kernel."""
+    """Return whether torch prefers cuDNN's attention kernel on this machine's GPU; False without one."""
     if not torch.cuda.is_available() or torch.are_deterministic_algorithms_enabled():
         return False
     order = list_kernels(
@@ -208,8 +208,8 @@ KERNELS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
 class PlannedKernels(TorchFunctionMode):
     """While active, replace torch functions that CUDA computes in one kernel by stand-ins.
 
-    torch turns modes off while it runs a tensor's method, including `backward`; code that recomputes there
-    has to turn this on again.
+    Torch disables such modes inside tensor methods such as `backward`; code that recomputes there has to
+    activate this one again.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

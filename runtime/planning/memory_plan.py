@@ -35,7 +35,7 @@ WORKSPACE, SMALL_WORKSPACE = 32 << 20, 8320 << 10  # Hopper and later; older GPU
 
 @dataclass(frozen=True)
 class MemoryPart:
-    """One line of the plan, in bytes."""
+    """One line of a memory plan: a kind of memory, with its bytes on the device and on the host."""
 
     name: str
     device: int
@@ -70,7 +70,7 @@ class MemoryPlan:
 
     @property
     def worst(self) -> Phase:
-        """The phase that needs the most device memory."""
+        """The phase of the run that needs the most device memory."""
         return max(self.phases, key=lambda phase: phase.device)
 
     @property
@@ -96,9 +96,7 @@ class OffloadedWeights:
     """Bytes of weights that leave the device if blocks are swapped or split over processes."""
 
     host_bytes: int  # bytes of weights that move to host memory
-    slot_bytes: (
-        int  # bytes of device slots through which weights are streamed, or in which blocks are gathered
-    )
+    slot_bytes: int  # bytes of device slots for streaming weights or gathering blocks
     on_other_processes: int = 0  # bytes of weights that other processes keep
     processes: int = 1  # number of processes that share the weights
 
@@ -112,7 +110,7 @@ class OffloadedWeights:
 
         Args:
             blocks: Number of swapped blocks.
-            use_of_slots: Text after the size of the slots, through which blocks are streamed.
+            use_of_slots: Text that follows the size of the slots.
         """
         if self.processes > 1:
             buffer = format_gib(self.slot_bytes)
@@ -158,7 +156,7 @@ def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> i
 def predict_swaps(
     dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1
 ) -> list[OffloadedWeights]:
-    """Return the effect of every possible --blocks_to_swap from 0 on, with the other options of `swap`.
+    """Return what each possible --blocks_to_swap, from 0, moves off the device, given the options in `swap`.
 
     Args:
         dit: The transformer.
@@ -184,7 +182,7 @@ BlockWeights = tuple[tuple[int, int], ...]  # rows and bytes of each weight of a
 def weights_by_block(dit: nn.Module, spec: DitSpec) -> tuple[BlockWeights, ...]:
     """Return the weights of each block that can be split, in the order in which the blocks run.
 
-    Of a block's vectors (biases, weights of norms) only one is split: they are small, but gloo gathers 8-bit
+    Only one of a block's vectors (biases, norm weights) is split: they are small, but gloo gathers 8-bit
     weights only next to another dtype.
     """
     by_block: list[BlockWeights] = []
@@ -228,10 +226,10 @@ def parts_of(
 
     Args:
         bytes_by_kind: Device bytes at the peak, with all weights on the device.
-        swap: Effect of swapping.
+        swap: Bytes of weights that leave the device by swapping.
         notes: Notes by kind.
-        waiting: Bytes of activations in host memory.
-        network: What is trained or added to the transformer.
+        waiting: Bytes of activations that wait in host memory.
+        network: Name of what is trained or added to the transformer.
     """
     parts = []
     for kind, name in PART_NAMES.items():
@@ -307,7 +305,7 @@ def _make_row(part: MemoryPart) -> tuple[str, str, str, str]:
 
 
 class Swappable(Protocol):
-    """Prediction of device bytes by number of swapped blocks, which is at most `max_swapped_blocks`."""
+    """Predicts device memory for each number of swapped blocks, from 0 to `max_swapped_blocks`."""
 
     @property
     def max_swapped_blocks(self) -> int:
@@ -399,8 +397,8 @@ def resolve_swap(
 ) -> tuple[Speed, Predicted | None]:
     """Replace --blocks_to_swap auto by a number; return the options and the prediction.
 
-    The prediction is None without a device to plan for, or if the rehearsal (the run on tensors without
-    values) failed; a failure is logged only, because a run works without a plan too.
+    The prediction is None without a device to plan for, or if the rehearsal (a run on fake tensors)
+    failed; a failure is only logged, because a run works without a plan too.
 
     Args:
         speed: Options of memory and speed.
@@ -472,7 +470,7 @@ def advise(
 
 
 def _describe_fitting_swap(prediction: Swappable, usable: int, phase: str) -> str | None:
-    """Return the line about the smallest --blocks_to_swap that fits; None if no number fits."""
+    """Return a line on the smallest --blocks_to_swap with which a run fits; None if no number fits."""
     count = smallest_swap(prediction, usable)
     if count is None:
         return None

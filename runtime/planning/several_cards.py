@@ -30,7 +30,7 @@ class Divided(Swappable, Protocol):
 
     @property
     def swaps(self) -> Sequence[OffloadedWeights]:
-        """Effect of swapping on the weights, by number of swapped blocks from 0 on."""
+        """The offloaded weights for each number of swapped blocks, from 0."""
 
     def plan(self, blocks: int, /) -> MemoryPlan:
         """Return the memory plan with this number of swapped blocks."""
@@ -38,7 +38,7 @@ class Divided(Swappable, Protocol):
 
 @dataclass(frozen=True)
 class SingleGpuRun:
-    """A run on one GPU that was tried on tensors without values, and a function that divides it over GPUs."""
+    """A run tried with fake tensors on one GPU, and a function that predicts its memory on several."""
 
     extra_options: tuple[str, ...]  # options to add to the command
     heads: int  # number of attention heads, divided among cards that share tokens
@@ -49,7 +49,7 @@ class SingleGpuRun:
 
 @dataclass(frozen=True)
 class GpuLayout:
-    """Division of a run over several GPUs; an impossible one has a reason instead of a memory plan."""
+    """A division of a run over several GPUs: its memory plan, or in `rejection` why it is impossible."""
 
     extra_options: tuple[str, ...]  # options that it adds to the command
     division: Division
@@ -99,7 +99,7 @@ def plan_layouts(
 
 
 def _divide(run: SingleGpuRun, division: Division) -> Divided:
-    """Return the memory of one GPU of a division; raise OptionError if the division is impossible."""
+    """Predict the memory of one GPU of a division; raise OptionError if the division is impossible."""
     if run.heads % division.num_context_parallel:
         raise OptionError(
             f"{run.heads} heads of attention are not divisible by {division.num_context_parallel}"
@@ -114,8 +114,8 @@ def _choose_num_swapped(prediction: Swappable, device_memory: DeviceMemory) -> i
 
 
 def _list_divisions(cards: int, is_training: bool) -> list[Division]:
-    """Return the divisions of a run over GPUs, ordered by how little the GPUs wait for each other."""
-    # a generation whose processes share anything makes one clip at a time, so all of them share its tokens
+    """Return the divisions of a run over GPUs; those whose GPUs wait least for each other come first."""
+    # in generation, processes that share work make one clip at a time, so all of them share its tokens
     contexts = [count for count in range(2, cards + 1) if cards % count == 0] if is_training else [cards]
     split_blocks = [Division(cards, shards_weights=True)]
     split_tokens = [Division(cards, num_context_parallel=count) for count in contexts]
@@ -131,7 +131,7 @@ def _list_divisions(cards: int, is_training: bool) -> list[Division]:
 
 
 def _options_of_division(division: Division) -> tuple[str, ...]:
-    """Return the command-line arguments that divide a step in this way."""
+    """Return the command-line arguments that request this division of a step."""
     values = divided_options(division)
     return tuple(
         option_argv({f"--{name}": value for name, value in values.items() if value != UNDIVIDED[name]})
@@ -155,9 +155,9 @@ def print_layouts(
     """Print how the run can use the GPUs (as options of the command), and the memory of the first that fits.
 
     Args:
-        runs: Results of planning the run on tensors without values: first with the command's options, then
-            each time with more options that save memory. A result is computed only if nothing fits with the
-            previous ones.
+        runs: Results of planning the run on fake tensors: first with the command's options, then each time
+            with more options that save memory. A result is computed only if nothing fits with the previous
+            ones.
         cards: Number of GPUs.
         device_memory: Memory of each GPU.
         is_training: Whether the run is a training run.
@@ -206,7 +206,7 @@ def _compare_layouts(
 
 
 def _advise(fitting: Sequence[GpuLayout], added: Sequence[str], is_training: bool) -> list[str]:
-    """Return lines with the command of the cheapest layout, and of the one that finishes a clip soonest."""
+    """Return lines with the cheapest layout's command, and with the one that finishes a clip soonest."""
     best = fitting[0]
     on_each = (
         "" if is_training or best.num_parallel == 1 else ", on each card with its own prompts (--device)"

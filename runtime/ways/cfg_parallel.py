@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CfgParallelOptions(WayOptions, in_training=False):
-    """Whether processes share the passes of a step."""
+    """Option that divides the passes of a step (conditional and unconditional) over processes."""
 
     cfg_parallel: bool = option(
         "with several processes (accelerate launch --multi_gpu --num_processes N): they share the passes of "

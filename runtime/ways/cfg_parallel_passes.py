@@ -23,7 +23,7 @@ class SharedPasses:
 
         Args:
             grid: Layout of the processes.
-            in_lockstep: Whether the transformer is split too, so that all processes run equal passes.
+            in_lockstep: Whether the transformer is split too, so that all processes must run equal passes.
             device: Device of this process.
         """
         self.processes = grid.passes
@@ -34,8 +34,8 @@ class SharedPasses:
     def __call__(self, calls: Calls, predict: Predict, section: Section) -> PassVelocities:
         """Run this process's share of a step's passes, and return the velocities of all passes, float32.
 
-        `calls` has the passes as overrides (changes to one call) -> id -> conditions; so does the result, by
-        (overrides, id).
+        `calls` maps overrides (changes to one call) to {id: conditions}; the result maps (overrides, id) to
+        velocities.
         """
         velocities: dict[tuple[Overrides, int], Tensor] = {}
         for group in self._group_passes(calls):  # passes that can run at the same time
@@ -54,7 +54,7 @@ class SharedPasses:
         return velocities
 
     def _group_passes(self, calls: Calls) -> list[list[tuple[Overrides, int]]]:
-        """Return groups of passes that can run at the same time; in lockstep, they skip the same blocks."""
+        """Return groups of passes that can run at the same time: those in a group skip the same blocks."""
         groups: dict[object, list[tuple[Overrides, int]]] = {}
         for overrides, conditions in calls.items():
             passes = [(overrides, key) for key in conditions]

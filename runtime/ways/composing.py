@@ -1,4 +1,4 @@
-"""Compose the options of all modes of running a transformer, and apply the modes that are active.
+"""Compose the options of all run modes (ways to run a transformer), and apply the active ones.
 
 Standard library only.
 """
@@ -32,7 +32,7 @@ SPLIT_VARIABLE_PREFIXES = (
 
 
 def options_of_ways(is_training: bool) -> type[Options]:
-    """Return a record with the options of a script's modes of running, with a field named after each mode."""
+    """Return a record class with the options of a script's run modes, one field named after each mode."""
     records = {way.name: way.options for way in WAYS if way.options.in_training or not is_training}
     content: dict[str, Any] = {
         name: option(facts=NO_PIXELS if record.keeps_pixels and not is_training else None)
@@ -43,7 +43,7 @@ def options_of_ways(is_training: bool) -> type[Options]:
 
 
 def join_ways(speed: SpeedOptions) -> RunModes:
-    """Return the combined contributions of all active modes of running.
+    """Return the combined contributions of all active run modes.
 
     Raises:
         OptionError: If other options conflict with them.
@@ -57,7 +57,7 @@ def join_ways(speed: SpeedOptions) -> RunModes:
 
 
 def check_launch(speed: SpeedOptions, processes: int, uses: RunUses) -> None:
-    """Raise OptionError if the launched processes would repeat a generation, or cannot share it."""
+    """Raise OptionError if several processes would generate the same clip, or cannot share the work."""
     times = count_groups(speed, processes)
     if speed.modes.divides_passes:
         times = 1
@@ -87,7 +87,7 @@ def count_groups(speed: SpeedOptions, processes: int, passes: int = 1) -> int:
 
 
 def count_shared_passes(speed: SpeedOptions, processes: int) -> int:
-    """Return the number of processes that divide the passes of a step.
+    """Return the number of processes that divide the passes of a step; 1 if every process runs all passes.
 
     Raises OptionError if the processes cannot be divided into groups of that size.
     """
@@ -99,7 +99,7 @@ def count_shared_passes(speed: SpeedOptions, processes: int) -> int:
 
 
 def lay_out(speed: SpeedOptions, shares_passes: bool) -> "ProcessGrid":
-    """Arrange all processes, which have joined, in a grid by the kind of work that they share.
+    """Arrange all processes in a grid by the work that they share; call it after they have joined.
 
     Raises OptionError if the processes cannot be divided into equal groups.
     """
@@ -114,7 +114,7 @@ def lay_out(speed: SpeedOptions, shares_passes: bool) -> "ProcessGrid":
 
 
 def make_block_sharder(speed: SpeedOptions, device: "torch.device") -> "BlockSharder | None":
-    """Return what splits a network's blocks over the processes as they load; None if no active mode does."""
+    """Return the object that splits blocks over processes as they load; None if no run mode splits them."""
     places = [make_place(device) for make_place in speed.modes.hooks.make_block_sharder]
     return next(filter(None, places), None)
 
@@ -132,7 +132,7 @@ def finish_network(network: "nn.Module", speed: SpeedOptions, device: "torch.dev
 def make_passes(speed: SpeedOptions, device: "torch.device") -> "RunPasses | None":
     """Return the function that divides the passes of a step over processes; None if each process runs all.
 
-    The processes must have joined.
+    Call it after the processes have joined.
     """
     in_lockstep = bool(speed.modes.splits_weights)
     made = [make(lay_out(speed, True), in_lockstep, device) for make in speed.modes.hooks.make_pass_runner]
@@ -140,18 +140,18 @@ def make_passes(speed: SpeedOptions, device: "torch.device") -> "RunPasses | Non
 
 
 def warn_if_alone(speed: SpeedOptions) -> None:
-    """Warn about active options that have no effect in a single process."""
+    """Warn about active run modes that have no effect in a single process."""
     for typed, alone in speed.modes.single_process_effects.items():
         logger.warning("%s has no effect with one process, which %s. Use %s", typed, alone, LAUNCH)
 
 
 def _list_info() -> dict[str, Mapping[str, Any]]:
-    """Return the metadata declared with each option of the modes of running, by option name."""
+    """Return the metadata of the options of all run modes, by option name."""
     return {name: info for way in WAYS for name, info in info_of(way.options).items()}
 
 
 def list_block_options() -> list[str]:
-    """Return the options of modes that act on the blocks of a transformer."""
+    """Return the options of run modes that act on a transformer's blocks."""
     return [name for name, info in _list_info().items() if info.get("of_blocks")]
 
 
@@ -162,15 +162,15 @@ def divided_options(division: Division) -> dict[str, Any]:
 
 
 def list_shared_things() -> str:
-    """Return what the processes share, with the option for it, such as "weights with --shard_base"."""
+    """Return what processes share in each run mode, with its option, such as "weights with --shard_base"."""
     return " and ".join(f"{way.options.shares} with --{way.name}" for way in WAYS if way.options.shares)
 
 
 def reject_other_splits() -> None:
-    """Raise OptionError if accelerate's launcher is configured to split the model by itself.
+    """Raise OptionError if accelerate's launcher is configured to split the model itself.
 
-    accelerate splits only a model that a script passes to it. The loops here never do, so nothing would be
-    split.
+    accelerate splits only a model that a script passes to it. The loops here never pass one, so nothing
+    would be split.
     """
     if not any(name.startswith(SPLIT_VARIABLE_PREFIXES) for name in os.environ):
         return
@@ -191,7 +191,7 @@ def reject_other_splits() -> None:
 
 
 def _splits_model(variable: str) -> bool:
-    """Return whether an environment variable of accelerate's launcher is set so that it splits the model."""
+    """Return whether this environment variable of accelerate's launcher requests splitting the model."""
     value = os.environ.get(variable, "0").lower()
     # a switch is on with 1; a number of processes splits the model only if it is 2 or more
     min_value = 1 if "_USE_" in variable else 2

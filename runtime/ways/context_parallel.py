@@ -28,7 +28,7 @@ class ContextParallelOptions(
         "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
     },
 ):
-    """The number of processes that share the tokens of a clip."""
+    """Option for the number of processes that share the tokens of a clip."""
 
     context_parallel: int = option(
         "N processes share the tokens of each clip: each holds a part of the tokens outside attention, "
@@ -41,7 +41,7 @@ class ContextParallelOptions(
 
 
 def _check_launch(options: ContextParallelOptions, processes: int, times: int, uses: RunUses) -> None:
-    """Raise OptionError if the launched processes or another option do not fit --context_parallel."""
+    """Raise OptionError if the number of processes or --prompt_rewrite conflicts with --context_parallel."""
     if times > 1:
         number = options.context_parallel
         raise OptionError(

@@ -57,7 +57,7 @@ def _run_part(
         overrides: Changes to this call.
     """
     all_tokens, all_residuals = hidden.tokens, hidden.block_residuals
-    # lengths of the streams of tokens; if there are several, the record of tokens states them
+    # lengths of the token streams; if there are several, `all_tokens` has them
     lengths = getattr(all_tokens, "stream_lengths", (hidden.x.shape[1],))
     parts = [TokenShard(length, group.rank(), group.size(), group) for length in lengths]
     hidden.x = _take_parts(parts, hidden.x, lengths)
@@ -73,13 +73,13 @@ def _run_part(
 
 
 def _take_parts(parts: Sequence[TokenShard], x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return this process's tokens of each stream in x, B L C."""
+    """Return this process's tokens of x, B L C, which joins several streams of the given lengths."""
     streams = x.split(list(lengths), dim=1)
     return torch.cat([part.take(stream) for part, stream in zip(parts, streams, strict=True)], dim=1)
 
 
 def _join_parts(parts: Sequence[TokenShard], x: Tensor) -> Tensor:
-    """Gather each stream's tokens from all processes; x has those of this process, B l C."""
+    """Gather the tokens of each stream from all processes; x, B l C, joins this process's tokens of them."""
     streams = x.split([part.count_among_first(part.length) for part in parts], dim=1)
     joined = [part.join(stream) for part, stream in zip(parts, streams, strict=True)]
     return joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)

@@ -1,4 +1,4 @@
-"""The contract of a mode of running a transformer (`WayToRun`).
+"""The contract of a run mode (`WayToRun`): a way to run a transformer on several processes.
 
 A mode is one light file, and its line in `runtime/ways/__init__.py`. The code that changes a network is in
 `runtime/offload/`. Training and generation do not know individual modes: each active mode adds its
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # --help must not import torch
 
 
 class SwapsBlocks(Protocol):
-    """The part of the block-swap options that modes of running use."""
+    """The block-swap options that run modes read."""
 
     @property
     def used_flag(self) -> str:
@@ -30,11 +30,11 @@ class SwapsBlocks(Protocol):
 
 
 class SpeedOptions(Protocol):
-    """The part of the memory and speed options that modes of running use."""
+    """The memory and speed options that run modes (such as --context_parallel) read."""
 
     @property
     def ways(self) -> Options:
-        """Options of each mode, by its name."""
+        """Options of each run mode, in a field with the mode's name."""
 
     @property
     def swap(self) -> SwapsBlocks:
@@ -42,11 +42,11 @@ class SpeedOptions(Protocol):
 
     @property
     def modes(self) -> "RunModes":
-        """What the active modes of running the transformer contribute to a run."""
+        """What the active run modes contribute to a run."""
 
 
 class FurtherModel(NamedTuple):
-    """A frozen transformer that a run loads in addition to its own."""
+    """A frozen transformer that a run loads besides the one it trains or generates with."""
 
     name: str  # completes "... would not be split"
     option: str  # option that names its file
@@ -54,7 +54,7 @@ class FurtherModel(NamedTuple):
 
 @dataclass(frozen=True)
 class RunUses:
-    """Features of a run with which modes of running may conflict: the option of each, or "" if it is off."""
+    """What a run uses that may conflict with its run modes; text fields name the option, "" if it is off."""
 
     turn_taking_options: tuple[str, ...] = ()  # options by which two transformers take turns on a device
     # in training runs: the option that names a separate model for samples
@@ -81,12 +81,12 @@ class Division:
 
 
 class WayOptions(Options):
-    """Base of the options of a way to run.
+    """Base of the options of a run mode.
 
     Attributes:
         in_training: Whether training runs have the options too.
-        keeps_pixels: Whether a generation gives bit-identical pixels.
-        shares: Word for what the processes share.
+        keeps_pixels: Whether generated pixels stay bit-identical with the mode.
+        shares: Word for what the processes share, such as "tokens".
         accelerate_advice: The option to use instead, and its effect, for users who ask accelerate's launcher
             to split the model.
         accelerate_features: Features of accelerate's launcher that the option replaces: the environment
@@ -114,7 +114,7 @@ class WayOptions(Options):
 
 @dataclass(frozen=True)
 class ModeHooks:
-    """Functions of the active modes, in the order of the modes, that a run calls at certain points."""
+    """Functions that the active run modes add to a run, by the point at which the run calls them."""
 
     # check full training: takes --mixed_precision, raises OptionError
     check_full_training: list[Callable[[str], None]] = field(default_factory=list)
@@ -137,7 +137,7 @@ class ModeHooks:
 
 @dataclass
 class RunModes:
-    """The contributions of the active modes to a run; options in it are spelled as a user types them."""
+    """What the active run modes contribute to a run; options in it are spelled as a user types them."""
 
     speed: SpeedOptions
     flags: list[str] = field(default_factory=list)  # options of all active modes
@@ -162,7 +162,7 @@ class RunModes:
 
 @dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
 class WayToRun:
-    """A mode of running a transformer, such as splitting it over processes, with its option."""
+    """A run mode: a way to run a transformer on several processes, such as splitting it, with its option."""
 
     name: str  # name of its option
     options: type[WayOptions]

@@ -29,7 +29,7 @@ class ShardBaseOptions(
         "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
     },
 ):
-    """The switch for sharing the transformer's weights among processes."""
+    """Option that splits the transformer's weights among processes."""
 
     shard_base: bool = option(
         "with several processes (accelerate launch --multi_gpu --num_processes N): each keeps a part of "
