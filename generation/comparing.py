@@ -56,7 +56,7 @@ WITHOUT = "without LoRA"
 
 @dataclass(frozen=True)
 class Variant:
-    """One column of a comparison: a LoRA at a strength, or no LoRA; with two experts, one LoRA for each."""
+    """One column of a comparison: a LoRA at a strength (one LoRA per expert if there are two), or no LoRA."""
 
     column: str
     strength: str  # "x 0.6"; empty without LoRA
@@ -144,7 +144,7 @@ def _make_run(family: Family, options: GenerationOptions, device: torch.device) 
 def _make_columns(
     run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob]
 ) -> list[Column]:
-    """Make the job of each clip; columns with equal labels have the same clips."""
+    """Make the generation job of each clip; columns with equal labels share their clips."""
     cells_by_label: dict[str, list[Cell]] = {}
     for variant in variants:
         clips = [make_cell(run, variant, job, line) for line, job in enumerate(jobs, 1)]
@@ -153,7 +153,7 @@ def _make_columns(
 
 
 def _resolve_options(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
-    """Return the options with a comparison's own settings, and prepare the device."""
+    """Return the generation options as a comparison needs them, and prepare the device."""
     if options.optimized:
         options = network_setup.leave_out_missing(family, options, device)
     output = replace(options.output, no_progressive_save=True)
@@ -267,7 +267,7 @@ def make_variants(
 
 
 def _find_first_path(column: network_setup.LorasByExpert) -> Path:
-    """Return the path of the first LoRA file in a column, of any expert."""
+    """Return the path of the first LoRA file in a comparison's column, for any expert."""
     return next(expert_uses[0] for expert_uses in column if expert_uses).lora.path
 
 

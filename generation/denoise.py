@@ -239,8 +239,8 @@ def stack(conditions: Sequence[Conditions]) -> Conditions:
 class SeededNoise:
     """Random generator for the noise of one request.
 
-    By default the generator is on the device, and its numbers depend on the type of device. With `cpu_noise`
-    it is on the CPU: the numbers of `torch.manual_seed(seed)`, equal on every machine and in ComfyUI.
+    By default, the generator is on the device, and its values depend on the type of device. With `cpu_noise`,
+    it is on the CPU: the values of `torch.manual_seed(seed)`, equal on every machine and in ComfyUI.
     """
 
     def __init__(self, seed: int, device: torch.device, cpu_noise: bool = False) -> None:
@@ -336,7 +336,7 @@ def make_latents(
 
 @dataclass(frozen=True)
 class _SectionDenoiser:
-    """Denoises the sections of a request: chooses solver, guidance and start of each; see `make_latents`."""
+    """Denoises a clip's sections: selects solver, guidance and start latents of each; see `make_latents`."""
 
     family: Family
     dit_at: steps.DitAt

@@ -58,7 +58,7 @@ class ExpertSchedule:
 
     @property
     def count(self) -> int:
-        """Number of distinct experts that the run uses."""
+        """Number of different experts that the run uses."""
         return len(set(self.order))
 
     def host_peak(self, weights: int, swapped: int) -> int:
@@ -152,7 +152,7 @@ SINGLE_EXPERT = ExpertSchedule()  # of a model with one transformer
 def make_expert_schedule(
     family: Family, options: GenerationOptions, requests: Sequence[Prepared]
 ) -> ExpertSchedule:
-    """Return how the experts alternate when all requests run in sequence, each --num_videos times."""
+    """Return how the experts alternate over all requests in sequence, each generated --num_videos times."""
     return ExpertSchedule(
         tuple(list_expert_order(family, [*requests] * options.num_videos)),
         keep=options.interactive,

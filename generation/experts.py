@@ -36,7 +36,7 @@ Check = Callable[[], None]  # called now and then while loading; may raise to en
 
 
 class PrefetchCancelled(Exception):
-    """Raised in a thread to stop reading an expert that is no longer needed."""
+    """Raised in the thread that reads an expert's weights, to stop it once the expert is no longer needed."""
 
 
 CPU = torch.device("cpu")
@@ -67,14 +67,14 @@ LoadToHost = Callable[[int, Check], tuple[nn.Module, WaitingNetwork]]
 
 @dataclass(frozen=True)
 class ExpertPrefetch:
-    """An expert whose weights a thread is reading into host memory."""
+    """An expert (high-noise or low-noise transformer) whose weights a thread is reading into host memory."""
 
     expert: int
     future: Future[tuple[nn.Module, WaitingNetwork]]
     stop: threading.Event  # set if the expert is no longer needed
 
     def join(self) -> None:
-        """Wait for the thread in short intervals, so that Ctrl-C can interrupt."""
+        """Wait for the thread to end, in short intervals, so that Ctrl-C can interrupt."""
         while wait([self.future], PAUSE).not_done:
             pass
 
@@ -182,7 +182,7 @@ class ExpertOffloader:
                 _move_to_device(dit, host_copy, self.device)
 
     def can_stay(self, needed: int | None) -> bool:
-        """Return whether the loaded networks may stay on the device during other work.
+        """Return whether the loaded networks may stay on the device during other work, such as decoding.
 
         Args:
             needed: Device memory of the other work in bytes; None if unknown, which returns False.

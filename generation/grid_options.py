@@ -36,7 +36,7 @@ class Axis:
     values: tuple[Value, ...]
 
     def describe(self, index: int) -> str:
-        """Return the label of the axis value at an index, such as `guidance_scale = 3`."""
+        """Return the label of a grid axis's value, such as `guidance_scale = 3`."""
         return f"{self.name} = {self.texts[index]}"
 
 
@@ -155,7 +155,7 @@ MAX_COLUMNS = 64
 
 
 class CompareOptions(Options, title="comparison"):
-    """Which LoRA files and strengths tools/compare.py compares."""
+    """Which LoRA files and strengths tools/compare.py compares side by side."""
 
     family: str | None = option("family of the model; default: as the first LoRA says")
     lora: tuple[Path, ...] = option(

@@ -43,7 +43,7 @@ ChangeStrengths = Callable[[GenerationRun, Mapping[str, Sequence[float]]], Gener
 
 
 class Interrupts:
-    """Handle SIGINT so that it ends the current request, but never the process or an event being written."""
+    """Handles SIGINT: ends the current request, but never the process or an event that is being written."""
 
     def __init__(self) -> None:
         self._may_raise = False
@@ -84,7 +84,7 @@ class Interrupts:
 
 
 class Answers:
-    """Write events as lines of JSON to a stream, the process's original standard output."""
+    """Writes events as lines of JSON to the process's original standard output."""
 
     def __init__(self, stream: TextIOWrapper, interrupts: Interrupts) -> None:
         self._stream = stream
@@ -128,7 +128,7 @@ def send_warnings(answers: Answers) -> Iterator[None]:
 
 
 def open_answers() -> TextIOWrapper:
-    """Return a stream for the original standard output; later prints go to standard error."""
+    """Return a stream to the original standard output, and redirect later prints to standard error."""
     sys.stdout.flush()
     stream = TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="utf-8", newline="\n")
     os.dup2(2, 1)
@@ -209,7 +209,7 @@ def _serve(run: GenerationRun, values: Mapping[str, Any], answers: Answers, fail
 
 
 class DrivenRequest(NamedTuple):
-    """Request from the browser: values of a prompt line, and LoRA strengths by expert."""
+    """Request from the browser: the values of a prompt line, and the LoRA strengths of each expert."""
 
     values: Mapping[str, Any]
     strengths: Mapping[str, Sequence[float]]

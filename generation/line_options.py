@@ -34,11 +34,11 @@ def key_of(word: str, keys: Collection[str]) -> str | None:
 
 
 def known_names(letters: Collection[str], keys: Collection[str], find: Callable[[str], object]) -> list[str]:
-    """Return all names that an option of a prompt line can have.
+    """Return all names that can start an option of a prompt line.
 
     Args:
-        letters: Letters of the options.
-        keys: Keys of the options.
+        letters: One-letter names of the options.
+        keys: Long names of the options.
         find: Returns an option by its name, or None.
     """
     names = dict.fromkeys((*letters, *keys, *DEFAULT_NAMES))

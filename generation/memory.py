@@ -58,7 +58,7 @@ DECODED = 13
 
 @dataclass(frozen=True)
 class PhasePrediction:
-    """Predicted memory of a request's denoising, of block swap's effect on it, and of other phases."""
+    """Predicted memory of a request: while denoising, depending on block swap, and in the other phases."""
 
     peaks_by_phase: Mapping[str, dry.BytesByKind]  # place in the step -> its peak
     swaps: Sequence[memory_plan.OffloadedWeights]  # the item at index n is the effect of --blocks_to_swap n
@@ -72,7 +72,7 @@ class PhasePrediction:
 
     @property
     def max_swapped_blocks(self) -> int:
-        """Largest possible number of swapped blocks."""
+        """Maximum for --blocks_to_swap."""
         return len(self.swaps) - 1
 
     def phase(self, count: int) -> memory_plan.Phase:

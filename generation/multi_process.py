@@ -67,7 +67,7 @@ def plan_divisions(
 
 
 class _DividedRun:
-    """Predict the memory per GPU from dry runs with the full network and with the network split over GPUs."""
+    """Predicts the memory per GPU from dry runs, with whole weights and with weights sharded over GPUs."""
 
     def __init__(
         self,

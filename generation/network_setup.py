@@ -149,7 +149,7 @@ class DitLoader:
 
     @staticmethod
     def _separate_t_loras(uses: "Sequence[WeightedLora]") -> "tuple[list[WeightedLora], list[WeightedLora]]":
-        """Split LoRAs into those to merge into a transformer and T-LoRAs, which wrap its layers instead."""
+        """Split LoRAs into (LoRAs to merge into a transformer, T-LoRAs, which wrap its layers instead)."""
         if not uses:
             return [], []
         from networks.loading import select_network_part  # only with LoRAs
@@ -205,7 +205,7 @@ def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]
 
 
 def key_of(expert: Expert) -> str:
-    """Return an expert's key in `LORA_OPTIONS`: its name, or "" for the only or the low-noise expert."""
+    """Return an expert's key in `LORA_OPTIONS`: its name, or "" for the low-noise or the only expert."""
     return expert.name if expert.name in LORA_OPTIONS else ""
 
 

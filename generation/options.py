@@ -207,12 +207,12 @@ class GenerationOptions(Options, title="run"):
 
     @property
     def splits_guidance(self) -> bool:
-        """Whether guidance passes run one by one: by an option, for --split_attn, or on several processes."""
+        """Whether guidance passes run one by one: on request, for --split_attn, or with several processes."""
         return self.split_uncond or self.speed.attention.split_attn or bool(self.speed.modes.divides_passes)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """Axes of a comparison sheet, each an option with its values."""
+        """Axes of a comparison sheet; each is an option and the values to compare."""
         return self.sheet.axes(self.line_options)
 
     def __post_init__(self) -> None:
@@ -404,7 +404,7 @@ def request_extras(record: type[Any]) -> dict[str, str]:
 def _select_recorded(
     parser: argparse.ArgumentParser, args: argparse.Namespace, info: Mapping[str, Mapping[str, Any]]
 ) -> set[str]:
-    """Return the names of typed options to record in metadata, without those recorded elsewhere or never."""
+    """Return the names of typed options to record in metadata, without those that are recorded elsewhere."""
     recorded = {
         action.dest
         for action in parser._actions
@@ -418,7 +418,7 @@ def _select_recorded(
 
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> Parser:
-    """Build the parser of a family's script with the shared options."""
+    """Build the argument parser of a model family's generation script, with the shared options."""
     parser = Parser(description=description)
     parser.shown_flags = {name: flags[0] for name, flags in defaults.flags_by_option.items()}
     add_options(parser, GenerationOptions, **defaults.declared())
@@ -475,7 +475,7 @@ def fill_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespa
 
 
 def _apply_preset(args: argparse.Namespace) -> None:
-    """Set the options of --optimized, except those that the user typed or that conflict with typed ones."""
+    """Set the options of the --optimized preset, except typed options and those that conflict with them."""
     typed_quantisations = IN_PLACE_OF_SCALED & args.typed_options
     not_by_preset = (args.preset.keys() & args.typed_options) | typed_quantisations
     if typed_quantisations:

@@ -59,7 +59,7 @@ class FrameTools(Protocol):
         """
 
     def check_length(self, frames: int, label: str) -> None:
-        """Raise OptionError if a tool needs several frames and the clip has only one.
+        """Raise OptionError if a tool of --post needs several frames and the clip has only one.
 
         Args:
             frames: Number of frames.
@@ -139,10 +139,10 @@ def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
 
 @contextmanager
 def reserve_stem(folder: Path, stem: str, suffixes: Sequence[str] = SUFFIXES) -> Iterator[str]:
-    """Reserve a file stem during the block: append `_` until no output and no other run uses it.
+    """Reserve a file stem during the block: append `_` until no output file and no other run uses it.
 
-    Runs that start in the same second with the same seed have the same stem. The output must exist when the
-    block ends.
+    Runs that start in the same second with the same seed would get the same stem. The output must exist when
+    the block ends.
     """
     with ExitStack() as claims:
         while (
@@ -361,7 +361,7 @@ def _save_video(
 
 
 def remember(frames: Iterable[Frame], last: deque[Frame]) -> Iterator[Frame]:
-    """Yield the frames, and store the last ones in `last` up to its maximum length."""
+    """Yield the frames, and keep the last ones in `last`, up to its maximum length."""
     for frame in frames:
         last.append(frame)
         yield frame

@@ -43,11 +43,11 @@ def shorten_prompt(prompt: str, length: int = PROMPT_LENGTH) -> str:
 
 
 def size_in_words(prepared: Prepared, has_layers: bool = False) -> str:
-    """Describe the size of a request's result.
+    """Describe the size of a request's result for people.
 
     Args:
         prepared: The request with all values resolved.
-        has_layers: Whether the frames are an image and its layers.
+        has_layers: Whether the frames are an image and its layers instead of a clip.
     """
     unit = "pictures" if has_layers else "frames"
     frames = f"{prepared.frames} {unit}, " if prepared.frames > 1 else ""
@@ -109,7 +109,7 @@ def show_start(
 
 
 def _describe_results(requests: Sequence[Prepared], has_layers: bool) -> Row:
-    """Return the log row with the kind of results, such as `clip`, and their size."""
+    """Return a log row with the kind of the results, such as `clip`, and their size."""
     first = requests[0]
     size = size_in_words(first, has_layers)
     if len(requests) == 1:
@@ -272,7 +272,7 @@ class GrowingVideo:
             return None
 
     def _decode_without_dit(self, piece: PreviewPiece) -> Tensor | None:
-        """Decode a piece after moving the DiT to host memory; return None if decoding fails."""
+        """Move the DiT to host memory and decode a piece of the preview; return None if that fails."""
         clip = None
         with ExitStack() as stack:
             with self._end_preview_on_error():  # if the DiT cannot be moved away, it stays where it was
@@ -316,7 +316,7 @@ class GrowingVideo:
             logger.info("Preview: %s, updated after each section", self.path)
 
     def _add_segment(self, pixels: Tensor | None) -> list[bytes]:
-        """Encode pixels as a segment and add it at the growing end; return all segments."""
+        """Encode pixels as a video segment, add it to the growing preview, and return all segments."""
         if pixels is None or not pixels.shape[2]:
             return self._segments
         segment = encode_segment(frames_of(pixels.split(4, dim=2)), self.fps)

@@ -60,7 +60,7 @@ class LineOption:
 
 
 def read_seed(text: str) -> int:
-    """Parse a seed, or hash a text that is not a number to a seed, which is logged.
+    """Parse a seed; hash any text that is not a number to a seed, and log it.
 
     Raises ValueError if the seed is out of range.
     """
@@ -73,7 +73,7 @@ def read_seed(text: str) -> int:
 
 
 def read_number(text: str) -> float:
-    """Parse a number; raise ValueError for any other text."""
+    """Parse a finite number; raise ValueError for any other text."""
     try:
         return float(text)
     except ValueError:
@@ -270,7 +270,7 @@ def parse_generation_line(
 
 @dataclass(frozen=True)
 class SplitLine:
-    """Prompt and options of a prompt line; the options are without their dashes."""
+    """A prompt line split into its prompt and options; option names have no dashes."""
 
     prompt: str
     options: list[str]

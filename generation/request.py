@@ -162,13 +162,13 @@ def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) 
 
 
 def _select_media_path(options: RequestOptions, line: Mapping[str, Any], name: str) -> Path | None:
-    """Return the path in a shared media option; None if it is empty or the family has its own option."""
+    """Return the path of a media option; None if it is empty or the family reads the option itself."""
     value = None if name in options.extras else line.get(name, getattr(options, name))
     return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
 
 def _list_control_images(options: RequestOptions, line: Mapping[str, Any]) -> tuple[Path, ...]:
-    """Return the paths of the control images; an empty path leaves an image out."""
+    """Return the paths of the control images; images with an empty path are left out."""
     paths = line.get("control_image_path", options.control_image_path) or ()
     return tuple(to_path("--control_image_path", str(path)) for path in paths if str(path))
 
@@ -350,7 +350,7 @@ class GenerationJob:
 
 @dataclass(frozen=True)
 class GenerationRun:
-    """The family, options and session shared by all modes of generation."""
+    """The model family, options and loaded networks that all modes of generation share."""
 
     family: Family
     options: GenerationOptions

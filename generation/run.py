@@ -221,7 +221,7 @@ def _check_audio(family: Family, path: Path, audio: Tensor, latent_frames: int) 
 
 @contextlib.contextmanager
 def explain_lack(advice: str) -> Iterator[None]:
-    """Turn an out-of-memory error in the `with` block into a UserError.
+    """Convert an out-of-memory error in the `with` block to a UserError.
 
     Args:
         advice: Sentence for the message: which results are kept, and how to continue.

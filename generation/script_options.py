@@ -258,7 +258,7 @@ FASTER: Mapping[str, Any] = {"attn_mode": "sageattn", "compile": True, "fp8_scal
 
 @dataclass(frozen=True)
 class ScriptDefaults:
-    """Defaults of the shared generation options in one family's script, and which options the script has.
+    """Defaults of the shared generation options for one model family's script, and which options it lacks.
 
     None means the task's default, unless the field says otherwise.
     """
@@ -313,7 +313,7 @@ class ScriptDefaults:
 
     @property
     def flags_by_option(self) -> Mapping[str, tuple[str, ...]]:
-        """Flags of options that this script, or all image scripts, spell differently; the usual one first."""
+        """Flags of options that this script (or all image scripts) names differently; the main flag first."""
         if not self.pictures:
             return dict(self.spellings)
         return {"video_size": ("--image_size",), "num_videos": ("--num_images",), **self.spellings}

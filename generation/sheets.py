@@ -136,7 +136,7 @@ def frames_of(path: Path) -> Iterator[Frame]:
 
 
 def _put_on_squares(frame: Frame) -> Frame:
-    """Composite a frame with transparency, H W 4, onto a checkerboard; return H W 3."""
+    """Composite a frame with an alpha channel, H W 4, onto a checkerboard; return H W 3."""
     colors, alpha = split_alpha(frame)
     if alpha is None:
         return colors
@@ -160,7 +160,7 @@ def _read_middle_frames(grid: ClipGrid) -> list[list[Frame | None]]:
 
 
 def play_side_by_side(grid: ClipGrid) -> Iterator[Frame]:
-    """Yield frames of all clips side by side; a clip that has ended repeats its last frame."""
+    """Yield frames that show all clips side by side; a clip that has ended keeps showing its last frame."""
     readers = [[iter(()) if path is None else frames_of(path) for path in row.paths] for row in grid.rows]
     current_frames = [[next(reader, None) for reader in row] for row in readers]
     has_more = True
@@ -215,7 +215,7 @@ def _make_blank_sheet(width: int, height: int) -> Image.Image:
 
 
 def _measure_cells(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> list[list[tuple[int, int]]]:
-    """Return the width and height of each frame on the sheet, in pixels."""
+    """Return (width, height) of each frame's cell on the sheet, in pixels."""
     side = max(NARROWEST_CELL, min(grid.max_cell_side, WIDEST // len(grid.columns)))
     first_frame = next((frame for row in frames for frame in row if frame is not None), None)
     empty_size = (side, side) if first_frame is None else _fit_side(first_frame, side)

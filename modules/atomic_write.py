@@ -245,7 +245,7 @@ def remove_leftovers(
 
 
 def _read_claim(entry: os.DirEntry[str]) -> re.Match[str] | None:
-    """Return the match of a process's id in a claim file; None for any other file, or if it is unreadable."""
+    """Match a claim file whose content is a process id; None for any other file, or if it is unreadable."""
     if not entry.name.endswith(_CLAIMED) or not entry.is_file(follow_symlinks=False):
         return None
     try:
@@ -360,7 +360,7 @@ _PROC = Path("/proc")
 
 
 def temporary_name(path: Path) -> Path:
-    """Return the path that this process writes to before it renames the file to `path`."""
+    """Return the path of the file that this process writes before it is renamed to `path`."""
     return path.with_name(f".{path.name}.{_make_writer_id()}.tmp")
 
 

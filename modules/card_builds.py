@@ -46,10 +46,10 @@ class BuildChoice:
 
 
 def select_build() -> BuildChoice:
-    """Return the build for this machine.
+    """Return the torch build for this machine's GPU.
 
     Raises:
-        InstallationError: If none fits it.
+        InstallationError: If no build supports it.
     """
     return select_for(sys.platform, platform.machine(), find_nvidia_cards(), read_amd_cards(KFD))
 

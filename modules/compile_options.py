@@ -23,7 +23,7 @@ SWITCHES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0":
 
 @dataclass(frozen=True)
 class Compilation:
-    """Settings for compiling blocks. This module imports nothing heavy, because options use it."""
+    """Settings for torch.compile of transformer blocks. Imports nothing heavy, because options use it."""
 
     backend: str = INDUCTOR  # name of a torch backend
     mode: str = DEFAULT_MODE
@@ -62,7 +62,7 @@ _ARGS = (
 
 
 def _args_option(default: tuple[str, ...]) -> Any:
-    """Declare --compile_args with its default words."""
+    """Return the field of --compile_args with its default words."""
     return option(
         _ARGS.format(" ".join(default)),
         default=default,
@@ -190,7 +190,7 @@ class TrainingCompileOptions(CompileOptions):
 
     @property
     def choice(self) -> Compilation | None:
-        """Return the settings for compiling the blocks; None if they are not compiled."""
+        """Return the settings for torch.compile; None if the blocks are not compiled."""
         if self.compile:
             return self.compilation(TRAINING_ARGS)
         backend = self.dynamo_backend.lower()
@@ -218,7 +218,7 @@ class GenerationCompileOptions(CompileOptions):
 
     @property
     def choice(self) -> Compilation | None:
-        """How to compile; None if --compile is off."""
+        """Settings for compiling the blocks; None if --compile is off."""
         return self.compilation(GENERATION_ARGS) if self.compile else None
 
 

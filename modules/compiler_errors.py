@@ -35,7 +35,7 @@ def explain_compilation(error: Exception) -> str | None:
 def _find_folder_with_space(command: str) -> str | None:
     """Find a folder of torch or its compiled code in a failed command whose path contains a space.
 
-    torch does not quote paths in such commands, so the compiler reads the path as two.
+    torch does not quote paths in compiler commands, so the compiler reads the path as two.
     """
     torch_file = getattr(sys.modules.get("torch"), "__file__", None)
     folders = [os.environ.get("TORCHINDUCTOR_CACHE_DIR"), tempfile.gettempdir()]

@@ -36,12 +36,12 @@ def escape_control_codes(text: str) -> str:
 
 
 def replace_control_codes(name: str) -> str:
-    """Replace control codes, line breaks and tabs by _, to make a name that files can have."""
+    """Replace control codes, line breaks and tabs by _, so that the result can be a file name."""
     return re.sub(r"[\n\t]", "_", _CODES.sub("_", name))
 
 
 def shorten(text: str, maximum: int) -> str:
-    """Return the text, or its beginning and its end if it has more than `maximum` characters."""
+    """Return the text, or only its beginning and end if it is longer than `maximum` characters."""
     if len(text) <= maximum:
         return text
     left_out = len(text) - maximum

@@ -112,10 +112,10 @@ def _warn_of_unseen_card() -> None:
 
 
 def send(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
-    """Send a tensor of a batch or of conditions to `device`; integer and bool tensors stay on the host.
+    """Send a tensor of a batch to `device`; integer and bool tensors stay on the host.
 
-    These contain positions and masks of tokens, whose values the host needs: reading them from a device would
-    make the host wait for all work that is queued on the device.
+    These contain positions and masks of tokens, which the host reads: reading them from the device would wait
+    for all work queued there.
     """
     is_content = tensor.is_floating_point()
     return tensor.to(device if is_content else "cpu", non_blocking=non_blocking and is_content)
@@ -127,7 +127,7 @@ IN_COMMAND = 64 << 10
 
 
 def send_ahead(tensor: Tensor, device: torch.device) -> Tensor:
-    """Send a host tensor without waiting for queued work; MPS waits, as it might read freed memory."""
+    """Send a host tensor without waiting for queued work; on MPS, wait, as it might read freed memory."""
     is_large = tensor.device.type == "cpu" and tensor.nbytes > IN_COMMAND
     if device.type == "cuda" and is_large and not tensor.is_pinned():
         tensor = pin(tensor)  # torch keeps this memory until the copy is done
@@ -137,7 +137,7 @@ def send_ahead(tensor: Tensor, device: torch.device) -> Tensor:
 def pin(tensor: Tensor) -> Tensor:
     """Copy a host tensor to page-locked memory; return the tensor itself if the driver refuses.
 
-    In that case a copy to a CUDA device makes the host wait.
+    Copies from memory that is not page-locked make the host wait for the device.
     """
     try:
         return tensor.pin_memory()
@@ -191,7 +191,7 @@ def acts_on_cuda(option: str, what: str, device: torch.device) -> bool:
 
 
 def parse_dtype(name: str, option: str) -> torch.dtype:
-    """Return the torch dtype of an option's value. Raises OptionError, with a list, if it is unknown."""
+    """Return the torch dtype named by an option's value; an unknown name raises OptionError with a list."""
     try:
         return DTYPES[name.lower()]
     except KeyError:
@@ -258,7 +258,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def free_memory(device: torch.device) -> None:
-    """Return unused memory of Python and of the device's allocator to the system."""
+    """Return unused memory of Python and the device's allocator to the system."""
     gc.collect()
     release_heap()
     if device.type == "cuda":
@@ -289,8 +289,8 @@ def release_heap() -> None:
 def keep_heap_small() -> None:
     """Make glibc return the memory of weights as soon as it is freed, for the rest of this process.
 
-    By default glibc maps blocks of MMAP_THRESHOLD and more separately, until larger blocks have been freed;
-    then blocks up to 32 MiB come from its heap, where weights that are still in use leave holes.
+    By default, glibc raises MMAP_THRESHOLD to the size of freed blocks, up to 32 MiB. Smaller blocks then
+    come from its heap, where weights that are still in use leave holes.
     """
     if _GLIBC is not None:
         _GLIBC.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
@@ -310,10 +310,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_pinned_memory() -> None:
-    """Release pinned host memory that is no longer used.
+    """Release unused pinned host memory.
 
-    torch keeps it for the rest of the process, rounded up to a power of two: 2 GiB after a text encoder whose
-    embedding takes 1.1 GB.
+    torch would keep it for the rest of the process, rounded up to a power of two: 2 GiB after a text encoder
+    whose embedding takes 1.1 GB.
     """
     release_host_cache()
 
@@ -349,7 +349,7 @@ def allow_fp16_accumulation(device: torch.device) -> bool:
 
 @dataclass
 class Failures:
-    """Collects the jobs that failed, with their errors; with `strict`, the first failure ends the run."""
+    """Collects the errors of failed jobs; with `strict`, the first error ends the run."""
 
     strict: bool = False
     reasons: dict[str, str] = field(default_factory=dict)

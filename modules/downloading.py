@@ -227,7 +227,7 @@ def _read_size(response: "requests.Response", start: int) -> int | None:
 
 
 def _read_pieces(answer: "requests.Response") -> Iterator[bytes]:
-    """Yield the data of an answer as soon as they arrive.
+    """Yield the data of an HTTP response as soon as they arrive.
 
     `iter_content` waits for a full chunk, which takes hours if a byte arrives every five seconds.
     """

@@ -47,7 +47,7 @@ class Build:
 
 
 def read_builds() -> dict[str, Build]:
-    """Return the builds of pyproject.toml by name."""
+    """Return the torch builds that pyproject.toml declares, by name."""
     content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     uv = content["tool"]["uv"]
     addresses = {index["name"]: index["url"] for index in uv["index"]}
@@ -116,7 +116,7 @@ def _list_requirements(extra: str | None, build: Build | None) -> list[str]:
 
 
 def _hash_installation(requirements: Sequence[str], build: Build | None) -> bytes:
-    """Return the hash of an environment's contents: the version of Python, requirements and build."""
+    """Return the hash of what an environment contains: Python's version, requirements and torch build."""
     lines = [sys.version, *requirements]
     if build is not None:
         lines.append(build.name)
@@ -124,7 +124,7 @@ def _hash_installation(requirements: Sequence[str], build: Build | None) -> byte
 
 
 def python_of(folder: Path) -> Path:
-    """Return the Python of a virtual environment, which need not exist."""
+    """Return the path of a virtual environment's Python, which may not exist."""
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
@@ -233,7 +233,7 @@ def _install_lines(
 
 
 def _run_installer(command: Sequence[str]) -> str | None:
-    """Run an installer and show its messages; return them if it failed, else None."""
+    """Run an installer and show its output; return the output if it failed, else None."""
     environment = {**os.environ, "PYTHONUTF8": "1"}
     done = subprocess.run(
         command, env=environment, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"

@@ -29,7 +29,7 @@ class CaptionError(OptionError):
 
 
 class DatasetError(UserError):
-    """A dataset configuration, or a file named in it, that cannot be used."""
+    """Raised for an unusable dataset configuration, or an unusable file named in it."""
 
 
 class MediaError(UserError):
@@ -85,5 +85,5 @@ _COMPILERS = ("torch._dynamo", "torch._inductor", "triton.")
 
 
 def is_of_compiler(error: BaseException) -> bool:
-    """Return whether an error comes from torch's compiler or Triton, so that every further call fails."""
+    """Return whether an error comes from torch's compiler or Triton, so that further calls would fail too."""
     return any(cls.__module__.startswith(_COMPILERS) for cls in type(error).__mro__)

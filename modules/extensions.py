@@ -29,7 +29,7 @@ def list_named() -> list[str]:
 
 
 def check_named() -> None:
-    """Raise OptionError if no installed package provides a named extension, or if two of them do."""
+    """Raise OptionError if an extension that the user named is in no installed package, or in two of them."""
     for name in list_named():
         entries = [entry for group in GROUPS for entry in entry_points(group=group, name=name)]
         if not entries:
@@ -45,7 +45,7 @@ def check_named() -> None:
 
 
 def find_values(group: str) -> dict[str, str]:
-    """Return the named extensions of a group, name -> `module:attribute`, without importing them."""
+    """Return the extensions of a group that the user named, name -> `module:attribute`; imports nothing."""
     return {entry.name: entry.value for entry in _find_entries(group)}
 
 

@@ -44,7 +44,7 @@ _open: "weakref.WeakSet[BinaryIO]" = weakref.WeakSet()
 
 
 def _close_all() -> None:
-    """Close files that a forked process inherited: they would keep the locks of a killed parent."""
+    """Close lock files inherited by a forked process, which would keep the locks if the parent is killed."""
     for file in list(_open):
         file.close()
 

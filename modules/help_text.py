@@ -35,7 +35,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def full_help(parser: argparse.ArgumentParser) -> str:
-    """Return the help of all options: frequently used groups first, unsupported options at the end."""
+    """Return the help of all options: groups that are often used first, unsupported options last."""
     formatter = HelpFormatter(parser.prog)
     formatter.add_usage(_format_usage(parser), [], [])
     formatter.add_text(parser.description)

@@ -203,7 +203,7 @@ def read_requirements() -> list[str]:
 
 
 def requirement_name(requirement: str) -> str:
-    """Return the distribution's name in a requirement: `torch` for `torch>=2.7`."""
+    """Return the package name in a requirement: `torch` for `torch>=2.7`."""
     return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower()
 
 
@@ -293,10 +293,10 @@ def reject_starting(option: str, effect: str = "starts a program") -> None:
 
 
 def reject_in_queue(option: str) -> None:
-    """Raise OptionError if the command of this program is a job of the browser's queue.
+    """Raise OptionError if the current command is a job of the browser's queue.
 
     Args:
-        option: Names a file that no page shows, and that can make another library send data elsewhere.
+        option: Name of an option whose file is not shown on any page, and can make a library send data away.
     """
     if os.environ.get(FROM_QUEUE):
         raise OptionError(

@@ -65,7 +65,7 @@ def _find_top(package: str) -> ModuleSpec | None:
 
 
 def _has_installed_file(spec: ModuleSpec) -> bool:
-    """Return whether a module's file is in an installed package. A folder without code has none to run."""
+    """Return whether a module has a source file in an installed package; False for a folder without code."""
     if spec.origin is None:
         return spec.submodule_search_locations is not None
     return spec.has_location and is_installed_file(Path(spec.origin))
@@ -118,6 +118,6 @@ def _list_editable_folders() -> tuple[Path, ...]:
 
 @functools.cache
 def _list_required_packages() -> frozenset[str]:
-    """Return the names under which the packages of requirements.txt are imported."""
+    """Return the import names of the packages in requirements.txt."""
     names = [requirement_name(line) for line in read_requirements()]
     return frozenset(IMPORTED_AS.get(name, name.replace("-", "_")) for name in names)

@@ -19,7 +19,7 @@ END = "> "  # separates a kind from its line
 
 
 class KindLine(str):
-    """A line with its kind."""
+    """A printed line with its kind, one of KINDS, such as "warning"."""
 
     kind: str
 
@@ -38,7 +38,7 @@ class ReadLine(NamedTuple):
 
 
 def warning(text: str) -> str:
-    """Return a line about something that the user may want to change."""
+    """Return a line of the kind "warning": about something that the user may want to change."""
     return KindLine(WARNING, text)
 
 

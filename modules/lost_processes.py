@@ -58,7 +58,7 @@ class LostProcess(NamedTuple):
 
 
 class LostProcessError(UserError):
-    """Another process of the run was lost."""
+    """Raised if another process of the run was lost."""
 
 
 class OtherProcesses:
@@ -233,7 +233,7 @@ def reconnect(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _answer_port_requests(store: Any, count: int) -> str:
-    """Choose a free port of this machine, tell it to all other processes, and return it."""
+    """Choose a free port of this machine, send it to all other processes, and return it."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])
@@ -282,7 +282,7 @@ def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:
 
 
 def _reach_first(rank: int, host: str, store: Any, pace: Pace) -> socket.socket:
-    """Connect to process 0 and send it this process's rank."""
+    """Connect to process 0 (at `host`), and send it this process's rank."""
     port, password = store.get(ADDRESS_KEY).decode().split()
     try:
         link = socket.create_connection((host, int(port)), pace.timeout_seconds)

@@ -36,7 +36,7 @@ class MinimalLoraOptions(Options):
 
     @property
     def lora_options(self) -> dict[str, Any]:
-        """The LoRAs as options of our generation scripts."""
+        """The LoRAs as --lora_weight and --lora_multiplier of the generation scripts."""
         return {
             "--lora_weight": [path for path, _ in self.loras],
             "--lora_multiplier": [f"{strength:g}" for _, strength in self.loras],

@@ -204,10 +204,9 @@ def _list_synonyms(name: str) -> list[list[str]]:
 
 
 def guess_option(flags: Flags, name: str) -> str:
-    """Return the advice for an unknown option name: the option that was probably meant, or to leave it out.
+    """Return advice about an unknown option name: the option that was probably meant, or to leave it out.
 
-    An option of another program is never taken for a mistyped one: a name that only looks alike would
-    mislead.
+    A known option of another program is not treated as a typo: a name that only looks similar would mislead.
     """
     is_ours = f"--{name}" in flags  # typed with a single dash
     if not is_ours and name.replace("-", "_") in list_option_names():
@@ -298,7 +297,7 @@ def explain_number(action: argparse.Action, word: str, expected: str) -> str:
 
 
 def _explain_expanded_pattern(flags: Flags, argv: Sequence[str], unused: Sequence[str]) -> str:
-    """Return the message if the shell has replaced a pattern such as *.mp4 by several paths, else ""."""
+    """Return the message if the shell has expanded a pattern such as *.mp4 to several paths, else ""."""
     for flag, path, next_path in zip(argv, argv[1:], argv[2:], strict=False):
         is_first_unused = next_path == unused[0] and _takes_one_value(flags, flag)
         if is_first_unused and path_exists(Path(path)) and path_exists(Path(next_path)):

@@ -149,7 +149,7 @@ def _read_shape(value: Any) -> Shape:
 
 @contextlib.contextmanager
 def _limited_time(options: Any, count: int) -> Iterator[None]:
-    """End a run that takes too long, because loops in an ONNX graph may be endless."""
+    """End the ONNX run in the `with` block if it takes too long, because loops in a graph may be endless."""
 
     def end() -> None:
         options.terminate = True

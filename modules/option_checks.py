@@ -104,7 +104,7 @@ def _find_hint(facts: Info) -> str:
 
 
 def _find_relation_hint(facts: Info) -> str:
-    """Return the hint for messages about `needs` and `excludes`; "" if the hint is about value limits."""
+    """Return the hint for messages about `needs` and `excludes`; "" if the hint is about allowed values."""
     is_of_value = "one_of" in facts or any(fact in facts for fact in LIMITS)
     return "" if is_of_value else _find_hint(facts)
 

@@ -128,7 +128,7 @@ def format_number(number: float) -> str:
 
 
 def format_shape(sizes: Iterable[int]) -> str:
-    """Return sizes as people write them: `1024x768`."""
+    """Return sizes in the usual notation: `1024x768`."""
     return "x".join(map(str, sizes))
 
 
@@ -159,7 +159,7 @@ def convert_value(value: Any, hint: Any, option: str) -> Any:
 
 
 def require(value: T | None, option: str, why: str) -> T:
-    """Return `value`. Raises OptionError, with the option's name, if it is None."""
+    """Return `value`; if it is None, raise OptionError with the option's name and the reason `why`."""
     if value is None:
         raise OptionError(f"{option} is missing: {why}")
     return value
@@ -350,7 +350,7 @@ def option_argv(values: Mapping[str, Any]) -> list[str]:
 
 
 def value_argv(value: Any) -> list[str]:
-    """Return an option's value as arguments of a command line: none for None, several for a sequence."""
+    """Return an option's value as command-line arguments: none for None, several for a sequence."""
     if value is None:
         return []
     if isinstance(value, (list, tuple)):

@@ -212,13 +212,13 @@ def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **
 
 
 def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Rejection:
-    """Declare an option of other programs that is accepted but not needed; `instead` explains why."""
+    """Declare an option of other programs that is accepted, but not needed; `instead` explains why."""
     settings = settings or {"action": "store_true"}
     return Rejection(help=help, reason="", instead=instead, values=values, settings=settings)
 
 
 class KeyFile(NamedTuple):
-    """A kind of settings file, for the message about one of its keys that is typed as an option."""
+    """A kind of settings file; for the error if one of its keys is typed as an option."""
 
     read_keys: Callable[[], Collection[str]]  # a function, because only error messages need its imports
     hint: str  # advice with the placeholder {key}
@@ -363,7 +363,7 @@ def is_set(record: Any, field: "dataclasses.Field[Any]") -> bool:
 
 
 def _has_set_option(record: Any) -> bool:
-    """Return whether any option of a record, or of the records in it, differs from its default value."""
+    """Return whether any option of a record or its nested records differs from its default."""
     hints = hints_of(type(record))
     for field in dataclasses.fields(record):
         if field.metadata.get("by_script"):
@@ -414,9 +414,9 @@ def _warn_of_useless_default(record: Any, field: "dataclasses.Field[Any]") -> No
 
 
 def list_idle(record: Any, written: Collection[str]) -> list[str]:
-    """Return the public names of options with default values that have no effect without another option.
+    """Return the public names of options that have their default value, and no effect without another option.
 
-    `written` are the names of the arguments that the user wrote.
+    `written` are the names of the arguments that the user typed.
     """
     idle = []
     for field in dataclasses.fields(record):
@@ -435,7 +435,7 @@ def _can_act(record: Any, field: "dataclasses.Field[Any]") -> bool:
 
 
 def list_idle_reasons(record: Any, field: "dataclasses.Field[Any]") -> list[str]:
-    """Return the reasons why an option has no effect with the values of its record, as its field declares."""
+    """Return why an option has no effect, given the other values of its record, as its field declares."""
     acts_if = field.metadata.get("acts_if") or {}
     return [reason for reason, acts in acts_if.items() if not acts(record)]
 
@@ -531,7 +531,7 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
 
 
 def option_values(options: Any) -> dict[str, Any]:
-    """Return the values of an option record, including nested records, by public name."""
+    """Return the values of an option record and its nested records, by public option name."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -557,10 +557,7 @@ def override_options(options: T, values: Mapping[str, Any]) -> T:
 
 
 def _collect_info(cls: type) -> dict[str, dict[str, Any]]:
-    """Return the metadata of every option of a record by the option's public name.
-
-    Options of nested records are included.
-    """
+    """Return the settings of a record's options by public name, including options of nested records."""
     hints = hints_of(cls)
     info: dict[str, dict[str, Any]] = {}
     for field in dataclasses.fields(cls):

@@ -111,7 +111,7 @@ Answer = Literal["overwrite", "leave", "free"]
 
 
 def has_terminal() -> bool:
-    """Return whether a person at a terminal can be asked."""
+    """Return whether a person at a terminal can answer a question."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
 
 

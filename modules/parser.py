@@ -57,7 +57,7 @@ _Group = argparse._ActionsContainer
 
 
 class _Word(str):
-    """A word of the command line that can be told apart from other words with the same text."""
+    """A word of the command line that differs (by identity) from other words with the same text."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -233,7 +233,7 @@ class Parser(argparse.ArgumentParser):
         return [*used_words, *(f"{flag}={word}" for flag, word in zip(flags, free_words, strict=False))]
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse as argparse does, but print the help first if that is asked for."""
+        """Parse as argparse does, but first print the help if the user asks for it."""
         argv = sys.argv[1:] if args is None else list(args)
         self._show_help(argv)
         return super().parse_known_args(self._normalize(argv), namespace)
@@ -287,7 +287,7 @@ class Parser(argparse.ArgumentParser):
         return ""
 
     def _reject_unknown(self, argv: Sequence[str]) -> None:
-        """Exit with a message about all words that look like options but are not options of this script."""
+        """Exit with a message about all words that look like options, but are not options of this script."""
         messages: dict[str, None] = {}  # each once, in order
         end = argv.index("--") if "--" in argv else None
         for before, word in pairwise(["", *argv[:end]]):
@@ -301,7 +301,7 @@ class Parser(argparse.ArgumentParser):
             self.error(" ".join(messages))
 
     def _explain_dash(self, word: str) -> str:
-        """Explain a word that begins with a typographic dash instead of a hyphen; "" for any other word."""
+        """Explain a word that begins with a typographic dash instead of a hyphen; return "" for any other."""
         name = word.partition("=")[0]
         plain = _DASHES.sub("--", name)
         flags = self._option_string_actions

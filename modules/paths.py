@@ -75,7 +75,7 @@ def is_on_foreign_share(path: PurePath, base: PurePath) -> bool:
 
 
 def strip_quotes(text: str) -> str:
-    """Return a text without a pair of quotation marks around it, straight or typographic; else unchanged."""
+    """Remove a pair of straight or typographic quotation marks around a text, if it has one."""
     inner = text.strip()
     is_pair = len(inner) > 2 and any(inner[0] == first and inner[-1] in last for first, last in _PAIRS)
     return inner[1:-1] if is_pair else text
@@ -111,7 +111,7 @@ def number_key(name: str) -> tuple[tuple[str | int, ...], str, str]:
 
 
 def sort_by_numbers(paths: Iterable[Path]) -> list[Path]:
-    """Sort the files of a folder by their names, in which numbers compare as numbers."""
+    """Return the paths sorted by file name, with numbers in natural order: `a2` before `a10`."""
     return sorted(paths, key=lambda path: number_key(path.name))
 
 
@@ -254,7 +254,7 @@ def address_identity(address: str) -> str:
 
 
 def address_name(address: str) -> str:
-    """Return the last part of an address's path, decoded, without query and fragment."""
+    """Return the last part of a URL's path, percent-decoded, without query and fragment."""
     path = address.partition("://")[2].partition("?")[0].partition("#")[0].partition("/")[2]
     return unquote(path.rstrip("/").rpartition("/")[2], errors="replace")
 

@@ -101,7 +101,7 @@ def exchange_rows(tensors: Sequence[Tensor], group: str) -> tuple[Tensor, ...]:
 
 
 def release_host_cache() -> None:
-    """Release the pinned host memory that torch's allocator keeps; without CUDA there is none."""
+    """Release unused pinned host memory of torch's allocator; without CUDA there is none."""
     # public only from torch 2.10 on, as torch.accelerator.empty_host_cache; missing in builds without CUDA
     release = getattr(torch._C, "_host_emptyCache", None)
     if release is not None:

@@ -21,7 +21,7 @@ MAX_BYTES = 1000
 
 
 class NotedProgress(NamedTuple):
-    """Progress of a loop."""
+    """Progress of a loop, as written to a file for other processes."""
 
     done: float
     total: float | None  # None if unknown

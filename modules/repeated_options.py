@@ -27,7 +27,7 @@ T = TypeVar("T", bound=Options)
 
 
 class AcceptedOption(NamedTuple):
-    """An option of a record: how it can be typed, and which values it accepts."""
+    """An option of a record: its flags, and the values that it accepts."""
 
     flags: tuple[str, ...]  # the public name is the last one
     is_switch: bool

@@ -82,7 +82,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def is_limited() -> bool:
-    """Return whether this process runs somebody else's folder, which limits its options."""
+    """Return whether this process runs a folder from somebody else, so that its options are limited."""
     return bool(os.environ.get(FOLDERS_VARIABLE))
 
 
@@ -117,14 +117,14 @@ def is_in_queue(path: Path) -> bool:
 
 
 def reject_outside(option: str, path: Path) -> None:
-    """Raise OptionError if a run may not write below the path of an option."""
+    """Raise OptionError if the path of an option is outside the folders that the run may write to."""
     error = describe_outside(path, option)
     if error is not None:
         raise OptionError(f"--{option} {path}: {error}")
 
 
 def reject_writing(path: Path) -> None:
-    """Raise OutputError if a run may not write this file or folder, as for a link that leads elsewhere."""
+    """Raise OutputError if a run may not write this file or folder, such as a link that leads elsewhere."""
     if not is_limited():
         return
     # a link of this name is replaced or followed by the caller, a folder of the queue's name is not made

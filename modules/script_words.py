@@ -22,7 +22,7 @@ OF_A_MODEL = re.compile(r"\w+_minimal_inference")
 
 
 def name_words(script: str) -> str:
-    """Return the words after `reelsmith` for a script: `train wan` for wan_train_network."""
+    """Return the words after `reelsmith` that run a script: `train wan` for wan_train_network."""
     for pattern, words in WORDS.items():
         match = re.fullmatch(pattern, script)
         if match:

@@ -22,7 +22,7 @@ AE: Mapping[str, Any] = {"vae": {"flags": ("--ae",)}}
 
 
 class VaeOptions(Options):
-    """File of the VAE, its compute dtype, and the size of tiles."""
+    """File of the VAE, the dtype it computes in, and the size of its tiles."""
 
     vae: Path | None = option("VAE checkpoint", often=True)
     vae_dtype: str | None = option("dtype of the VAE", often=True)
@@ -45,17 +45,17 @@ class VaeOptions(Options):
         return VAE_TILE if self.vae_tiling else None
 
     def command_options(self) -> dict[str, Any]:
-        """Return the VAE's options for a command that is printed."""
+        """Return the VAE's options for a printed command."""
         return {"--vae": self.vae or Placeholder("VAE_FILE")}
 
 
 def fp8_text_option(name: str, what: str) -> Any:
-    """Return the field `in_fp8` for a family's text encoder options; its flag has the name `name`."""
+    """Return the field `in_fp8` of a family's options: a switch with flag `name` to keep `what` in fp8."""
     return option(f"keep {what}", name=name, excludes="text_encoder_form")
 
 
 def text_form(options: Any) -> str | None:
-    """Return how a text encoder's weights are stored: fp8 by the family's flag, else --text_encoder_form."""
+    """Return the storage format of a text encoder: fp8 by the family's flag, else --text_encoder_form."""
     return "fp8" if options.in_fp8 else options.text_encoder_form
 
 
@@ -69,7 +69,7 @@ def text_form_option() -> Any:
 
 
 class TextEncoderOptions(Options):
-    """The language model that encodes prompts, and how it runs. Families define the model and its fp8."""
+    """The text encoder that reads prompts, and how it runs. Families declare its file and its fp8 option."""
 
     text_encoder: Path | None = option("text encoder: file or folder", often=True)
     text_encoder_tokenizer: Path | None = option(
@@ -116,7 +116,7 @@ def dit_dtype_option() -> Any:
 
 
 def reject_for_full(dit_dtype: str | None) -> None:
-    """Raise OptionError if --dit_dtype is given to the training of a whole transformer."""
+    """Raise OptionError if --dit_dtype is set while all weights of a transformer are trained."""
     if dit_dtype is not None:
         raise OptionError(
             "--dit_dtype: trained weights are kept in float32, or in bfloat16 with --full_bf16; leave it out"
@@ -187,7 +187,7 @@ class GenerationAttentionOptions(Options):
 
     @property
     def choice(self) -> AttentionChoice:
-        """The back end of --attn_mode."""
+        """Settings for `attend` from --attn_mode and --split_attn."""
         return AttentionChoice(GENERATION_VALUES[self.attn_mode], self.split_attn)
 
 
@@ -238,7 +238,7 @@ _NF4 = "keep the linear layers of the model's blocks in 4 bits (nf4): a quarter 
 
 @dataclass(frozen=True)
 class BaseForm:
-    """A storage format for frozen weights; its arithmetic is in `checkpoints/stored/`."""
+    """A storage format for frozen weights, such as fp8; its arithmetic is in `checkpoints/stored/`."""
 
     name: str  # file name in checkpoints/stored
     switches: tuple[str, ...]  # training options that select it; generation has --fp8 for --fp8_base
@@ -283,7 +283,7 @@ class TrainingFp8Options(Options):
 
     @property
     def quantization(self) -> Quantization | None:
-        """Form in which the frozen model's weights are stored; None for the file's own form."""
+        """How the frozen model's weights are stored; None to keep the format of the file."""
         if self.convrot_int8:
             narrow = self.convrot_int8_bwd == "int8"
             return Quantization("rows", form="int8", int8_backward=narrow, option_name="--convrot_int8")
@@ -325,7 +325,7 @@ class GenerationFp8Options(Options):
 
     @property
     def quantization(self) -> Quantization | None:
-        """Return the quantization of the weights; None if there is none. --fp8_scaled replaces --fp8."""
+        """Return how the weights are quantized; None if they are not. --fp8_scaled replaces --fp8."""
         if self.convrot_int8:
             return Quantization("rows", form="int8", option_name="--convrot_int8")
         if self.nf4_base:

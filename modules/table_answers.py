@@ -125,7 +125,7 @@ def _find_running_script(typed: str) -> Path | None:
 
 
 def _reject_outdated_tables() -> None:
-    """Raise _OutdatedTablesError if a file of a room was changed after the tables were compiled."""
+    """Raise _OutdatedTablesError if a source file of a package is newer than the compiled tables."""
     if PREFIX:
         return
     latest = _find_newest_allowed_time()
@@ -137,7 +137,7 @@ def _reject_outdated_tables() -> None:
 
 
 def _are_records_newer() -> bool:
-    """Return whether a file that declares options was changed after the tables were compiled."""
+    """Return whether a source file with option declarations is newer than the compiled tables."""
     latest = _find_newest_allowed_time()
     waiting: list[type] = [Options]
     modules = set()

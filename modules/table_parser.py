@@ -145,7 +145,7 @@ class _ParsedArguments(NamedTuple):
     values: argparse.Namespace
 
     def find_paths(self, name: str) -> Any:
-        """Return the value of a path option as its record has it: a path or several; None if unset."""
+        """Return a path option's value as its record stores it: one path or several; None if unset."""
         argument = name.replace("-", "_")
         action = self.actions.get(argument)
         value = getattr(self.values, argument, None)
@@ -205,7 +205,7 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
 
 
 def _check_option_paths(action: argparse.Action, parsed: _ParsedArguments) -> None:
-    """Raise OptionError if a path of an option is unusable; the record will log that it replaces a file."""
+    """Raise OptionError for an unusable path; a file that will be replaced is logged later, by the record."""
     info: Mapping[str, Any] = getattr(action, "facts", {})
     name = _find_public_name(action)
     flag = f"--{name}" if action.option_strings else name
@@ -225,7 +225,7 @@ def _find_public_name(action: argparse.Action) -> str:
 
 
 def _is_set(action: argparse.Action | None, name: str, arguments: argparse.Namespace) -> bool:
-    """Return whether an option's value differs from its record's default and does not turn it off."""
+    """Return whether an option's value differs from its record's default and is not an "off" value."""
     value = getattr(arguments, name.replace("-", "_"), None)
     if action is None:  # the script lacks the option; the record may have a value
         return bool(value)
@@ -242,7 +242,7 @@ def _default_dest(flags: Sequence[str]) -> str:
 
 
 def _default_help(rejection: Rejection) -> str:
-    """Return the default help of an option of other programs."""
+    """Return the default help of an option from another program."""
     return rejection.reason.replace("%", "%%") or f"not needed: {rejection.instead}"
 
 
@@ -310,13 +310,13 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
 
 
 def _describe_rejection(rejection: Rejection) -> dict[str, Any]:
-    """Return the facts of a rejection that are not empty; its help is in the option's row."""
+    """Return the fields of a rejected option that are not empty; its help is stored in the table's row."""
     facts = {"reason": rejection.reason, "instead": rejection.instead, "values": list(rejection.values)}
     return {name: value for name, value in facts.items() if value}
 
 
 def _to_json_value(value: Any) -> Any:
-    """Convert a value of an argparse action to a value that JSON can store."""
+    """Convert a value of an argparse action (default, choices, ...) to a value that JSON can store."""
     if isinstance(value, (list, tuple)):
         return [_to_json_value(item) for item in value]
     if isinstance(value, Mapping):
@@ -325,7 +325,7 @@ def _to_json_value(value: Any) -> Any:
 
 
 def _name_type(kind: Callable[[str], Any]) -> str:
-    """Return the name that a table stores for the type function of an option."""
+    """Return the name that a table stores for the function that parses an option's value."""
     if isinstance(kind, _NamedType):
         return kind.name
     name = getattr(kind, "__qualname__", "")

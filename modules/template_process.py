@@ -27,7 +27,7 @@ def render(job: dict[str, Any]) -> dict[str, str]:
 
 
 def _limit_memory(size_bytes: int) -> None:
-    """Make allocations beyond a size fail, if the system supports it; otherwise only time is limited."""
+    """Limit the memory that this process can allocate, on systems that support it."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 

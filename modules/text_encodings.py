@@ -65,7 +65,7 @@ _MIN_TOTAL_LEAD = 1.5  # or in the sum over all characters
 
 @dataclass(frozen=True)
 class EncodingGuess:
-    """The probable encoding of a file's bytes, and their text."""
+    """The probable encoding of a file's bytes, and the text decoded with it."""
 
     encoding: str  # Python's name
     text: str
@@ -100,7 +100,7 @@ def guess_encoding(content: bytes) -> EncodingGuess | None:
 
 
 class _ScoredText(NamedTuple):
-    """A text as decoded with one encoding, and the score of its plausibility."""
+    """A text decoded with one encoding, and a score of how plausible the text is."""
 
     score: float
     encoding: str
@@ -122,9 +122,9 @@ def _count_beyond_ascii(text: str) -> int:
 
 
 def _guess_utf16_or_32(content: bytes, marked: str | None) -> EncodingGuess | None:
-    """Return the guess for two or four bytes a character.
+    """Return the guess for UTF-16 or UTF-32.
 
-    `marked` is the encoding that a byte order mark names; None without a mark.
+    `marked` is the encoding that the byte order mark indicates; None without a mark.
     """
     half = len(content) // 2
     zeros = content[::2].count(0), content[1::2].count(0)

@@ -31,9 +31,10 @@ _KINDS = (
 
 
 def real_path(path: Path) -> Path:
-    """Return the path with links resolved.
+    """Return the path with symbolic links resolved.
 
-    Circular links are not resolved, nor is a path that no file can have: `Path.resolve` would raise.
+    A path is returned unresolved if its links are circular or no file can have its name, because
+    `Path.resolve` would raise.
     """
     try:
         return Path(os.path.realpath(path))
@@ -92,7 +93,7 @@ def metadata_of_files(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, s
 
 
 class TensorHeader(NamedTuple):
-    """The header of a safetensors file."""
+    """The parsed header of a safetensors file."""
 
     metadata: dict[str, str]
     entries: dict[str, Any]  # entries of the tensors, by name
@@ -208,7 +209,7 @@ def parse_json(text: str, no_repeats: bool = False) -> Any:
 
 
 def looks_like_object(text: str) -> bool:
-    """Return whether a text begins as a JSON object does."""
+    """Return whether a text begins like a JSON object."""
     return text.lstrip().startswith("{")
 
 
@@ -329,7 +330,7 @@ def bad_character(text: str) -> str | None:
 
 
 def check_depth(content: Any) -> None:
-    """Raise ValueError if lists and tables are nested more than MAX_DEPTH deep."""
+    """Raise ValueError if lists and dictionaries are nested more than MAX_DEPTH deep."""
     level = [content]
     for _ in range(MAX_DEPTH + 1):
         inner = [

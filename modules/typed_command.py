@@ -77,7 +77,7 @@ def _split_for_windows(text: str) -> list[str]:
 
 
 def _reject_shell(option: str, argv: Sequence[str]) -> None:
-    """Raise OptionError for shell syntax in a command, which is started without a shell."""
+    """Raise OptionError for shell syntax in a command, because commands are started without a shell."""
     as_shell = f"Put the line into a script, or give it to a shell: {option} \"bash -c '...'\""
     for word in argv:
         if word in OPERATORS or word.endswith(";"):
@@ -91,7 +91,7 @@ def _reject_shell(option: str, argv: Sequence[str]) -> None:
 
 
 def _explain_missing(option: str, program: str) -> str:
-    """Explain that a program cannot be started, with the remedy."""
+    """Return a message that a program cannot be started, with advice."""
     path = Path(program)
     if path.is_dir():
         return "is a folder. Give a program"

@@ -46,7 +46,7 @@ class SampleLengths:
 
 
 def make_lengths(counts: Sequence[int], device: torch.device) -> SampleLengths:
-    """Make the `SampleLengths` of a batch.
+    """Return the `SampleLengths` of a padded batch.
 
     `counts` contains the number of real tokens of each sample, at least 1.
     """
@@ -66,9 +66,9 @@ def unpack(packed: Tensor, lengths: SampleLengths, length: int) -> Tensor:
 
 
 def _pad_outputs(samples: Sequence[Tensor], length: int) -> Tensor:
-    """Pad samples, each n N D, to a batch B `length` N D.
+    """Pad samples, each n N D, to `length` tokens, and stack them: B `length` N D.
 
-    One concatenation makes the batch, so that tokens are copied once.
+    A single concatenation makes the batch, so that tokens are copied once.
     """
     pieces = []
     for sample in samples:
@@ -94,7 +94,7 @@ def flash_packed(query: Tensor, key: Tensor, value: Tensor, lengths: SampleLengt
 
 
 def flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Run FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608): B L N D."""
+    """Run FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608) on B L N D."""
     from flash_attn_interface import flash_attn_func
 
     return _drop_normalizer(flash_attn_func(query, key, value))
@@ -109,9 +109,9 @@ def flash3_packed(query: Tensor, key: Tensor, value: Tensor, lengths: SampleLeng
 
 
 def sage(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Run SageAttention (Zhang et al. 2024, arXiv 2410.02367): B L N D, without gradients.
+    """Run SageAttention (Zhang et al. 2024, arXiv 2410.02367) on B L N D; inference only.
 
-    Its function for packed tokens is an older, slower kernel, so padded batches run sample by sample.
+    Its function for packed sequences uses an older, slower kernel, so padded batches run sample by sample.
     """
     from sageattention import sageattn
 
@@ -147,7 +147,7 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation of attention: the package that it needs, and the runs that the package supports."""
+    """An attention kernel: the package that it needs, and the runs that the package supports."""
 
     dense: Dense
     packed: Packed | None = None  # None: computing sample by sample is as fast

@@ -25,7 +25,7 @@ class Solver(Protocol):
 
     @property
     def schedule(self) -> Schedule:
-        """Noise levels and timesteps of the steps."""
+        """Noise levels and timesteps of all steps."""
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         """Return the sample at the next sigma.
@@ -107,10 +107,10 @@ class Lcm:
 
 @dataclass
 class DpmPlusPlus:
-    """DPM-Solver++ 2M, midpoint form; the first and the last step are of order 1.
+    """DPM-Solver++ 2M in its midpoint form; the first and the last step are first-order.
 
-    With `draw`, each step replaces a part of the noise, which is the variant for the stochastic differential
-    equation, SDE-DPM-Solver++(2M) of the same paper. Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2.
+    With `draw`, which returns noise, each step replaces part of the noise: the stochastic variant
+    SDE-DPM-Solver++(2M) of the same paper. Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2.
     """
 
     schedule: Schedule
@@ -274,7 +274,7 @@ def _move(
 
 
 def _move_with_noise(current: _Level, following: _Level, sample: Tensor, x0: Tensor, draw: Draw) -> Tensor:
-    """Step twice as far in lambda as without noise, and compensate by adding fresh noise.
+    """Take a step twice as long in lambda as without noise, and add fresh noise to compensate.
 
     A step from pure noise replaces all noise; a step to sigma 0 adds none.
     """

@@ -21,7 +21,7 @@ def memory_formats(device: torch.device) -> tuple[torch.memory_format, torch.mem
 
 
 def set_memory_format(module: nn.Module, device: torch.device) -> None:
-    """Convert the weights of a module's convolutions to the memory layouts for the device."""
+    """Convert a module's convolution weights to the memory format that is fastest on the device."""
     clip_layout, frame_layout = memory_formats(device)
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.Conv3d):

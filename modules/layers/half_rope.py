@@ -45,7 +45,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotate_by(x: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tensor:
-    """Rotate x, B L N D, forwards (1) or back (-1)."""
+    """Rotate the channels of x, B L N D, by angles given as cosine and sine; -1 rotates back."""
     halves = x.unflatten(-1, (2, -1))  # B L N 2 D/2
     first, second = halves.unbind(-2)
     first_products, second_products = (halves * cosine.unsqueeze(-2)).unbind(-2)

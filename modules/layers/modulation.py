@@ -96,7 +96,7 @@ def split_segments(split: Split, modulation: Sequence[Tensor], *tokens: Tensor) 
 
 
 def _expand_to_tokens(modulation: Tensor, tokens: Tensor, split: Split) -> Tensor:
-    """Repeat a modulation row for each token of its segment: B L C, or B 1 C if all tokens share one row."""
+    """Repeat each segment's modulation row for its tokens: B L C, or B 1 C if all tokens share one row."""
     parts = split_segments(split, [modulation], tokens)
     if len(parts) == 1:
         return parts[0][1]

@@ -32,7 +32,7 @@ def run_float32(layer: Any, x: Tensor) -> Tensor:
 
 
 class TwoLayerMlp(nn.Module):
-    """second(activation(first(x))), ... C -> ... C', each layer in its own dtype or both in float32."""
+    """second(activation(first(x))), ... C -> ... C'; computes in the dtype of each layer, or in float32."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class TwoLayerMlp(nn.Module):
 
 
 class NamedFeedForward(nn.Module):
-    """`TwoLayerMlp` with the names of diffusers' files: net.0.proj and net.2."""
+    """`TwoLayerMlp` with the parameter names of diffusers: net.0.proj and net.2."""
 
     def __init__(
         self, dim: int, hidden: int, activation: Callable[[Tensor], Tensor], bias: bool = True
@@ -133,7 +133,7 @@ class ScaleNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normed values in the dtype of `x`."""
+        """Return the normalized values in the dtype of `x`."""
         return rms_norm(x, self.scale, self.eps)
 
 
@@ -147,7 +147,7 @@ class CenteredNorm(ScaleNorm):
         self._known: tuple[tuple[Any, ...], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normed values in the dtype of `x`."""
+        """Return the normalized values in the dtype of `x`."""
         return self.in_float32(x).to(x.dtype)
 
     def in_float32(self, x: Tensor) -> Tensor:

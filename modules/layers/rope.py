@@ -27,7 +27,7 @@ THETA = 10000.0  # base of the frequencies, as trained
 
 @dataclass(frozen=True)
 class SlowedFrequency:
-    """A frequency of one axis that is lowered so that a long video does not repeat itself (RIFLEx)."""
+    """A rotary frequency of one axis, lowered so that a long video does not repeat itself (RIFLEx)."""
 
     index: int  # index of the frequency, from 0, fastest first
     period: float  # positions per full rotation
@@ -103,15 +103,15 @@ def rotary_table(
 
 
 def cos_and_sin(angles: Tensor) -> Tensor:
-    """Return cosine and sine of angles, in a new last axis of 2."""
+    """Return (cosine, sine) of angles along a new last axis."""
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def axis_rotations(positions: Tensor, width: int, theta: float, device: torch.device) -> Tensor:
     """Return the (cosine, sine) pairs of positions on one axis, n width/2 2 float32 on `device`.
 
-    The angles are computed on the host in the dtype of `positions`. `width` and `theta` are those of
-    `rotation_angles`.
+    The angles are computed on the host in the dtype of `positions`. `width` is the axis's number of channels,
+    and `theta` the base of its frequencies.
     """
     pairs = cos_and_sin(rotation_angles(positions, width, theta))
     return send_ahead(pairs.float(), device)
@@ -123,7 +123,7 @@ TABLES: dict[str, Callable[..., Tensor]] = {"default": rotary_table, "comfy": fl
 
 
 class TableMaker(Protocol[Asked]):
-    """Makes the table of rotary embeddings for a layout of tokens: the counts of frames, rows and columns."""
+    """Makes a table of rotary embeddings for one grid of tokens (frames, rows, columns), or for several."""
 
     def __call__(self, layout: Asked, /, *, device: torch.device) -> Tensor:
         """Return the (cosine, sine) pairs of all tokens of a layout, on `device`."""
@@ -143,7 +143,7 @@ def bind_rotary_table(
 
 
 def joined_tables(make: TableMaker[TokenGrid]) -> TableMaker[tuple[TokenGrid, ...]]:
-    """Return a function that makes one table for several grids whose tokens are consecutive."""
+    """Return a function that makes one rotary table for several token grids that follow one another."""
 
     def make_joined(grids: tuple[TokenGrid, ...], /, *, device: torch.device) -> Tensor:
         return torch.cat([make(grid, device=device) for grid in grids])
@@ -185,10 +185,10 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def select_rotations(table: Tensor, kept: Tensor, num_left_out: int) -> Tensor:
-    """Return the rotations of some tokens: B K' 1 D/2 2.
+    """Return the rotations of the tokens that are kept: B K' 1 D/2 2.
 
-    `table` has the rotations of the first L tokens: L 1 D/2 2 or B L 1 D/2 2. `kept` has the ascending
-    positions of the kept tokens, B K. `num_left_out` of the first L tokens are not kept.
+    `table` contains the rotations of the first L tokens: L 1 D/2 2 or B L 1 D/2 2. `kept` contains the
+    positions of the kept tokens in ascending order, B K. `num_left_out` of the first L tokens are not kept.
     """
     positions = kept[:, : table.shape[-4] - num_left_out]
     if table.ndim == 4:

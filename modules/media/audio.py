@@ -19,7 +19,7 @@ SHORTEST_GAP, LONGEST_GAP = Fraction(1, 20), 3600
 
 
 def add_aac_stream(target: Any, channels: int, rate: int) -> Any:
-    """Add an AAC stream to a file, at the nearest rate that the encoder takes."""
+    """Add an AAC stream to a file, at the nearest sampling rate that the encoder supports."""
     stream = target.add_stream("aac", rate=min(_AAC_RATES, key=lambda allowed: abs(allowed - rate)))
     stream.layout = name_layout(channels)
     stream.bit_rate = BITS_PER_CHANNEL * min(channels, 8)
@@ -27,7 +27,7 @@ def add_aac_stream(target: Any, channels: int, rate: int) -> Any:
 
 
 def name_layout(channels: int) -> str:
-    """Return FFmpeg's name for a number of channels, or stereo if the number has no common name."""
+    """Return FFmpeg's layout name for a number of channels; stereo if there is no common name."""
     return _LAYOUTS.get(channels, "stereo")
 
 
@@ -178,7 +178,7 @@ Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
 
 
 def is_text(stream: Any) -> bool:
-    """Return whether a stream contains subtitles as text."""
+    """Return whether a stream contains text subtitles."""
     return stream.codec_context is not None and stream.codec_context.name in _TEXT
 
 
@@ -213,7 +213,7 @@ def _convert_subtitle(codec: str, with_length: bool, packet: Any) -> Iterator[An
 
 
 def _read_subtitle(codec: str, content: bytes) -> str:
-    """Return the text of a packet of subtitles, without its markup."""
+    """Return the text of a subtitle packet without markup."""
     if codec == "mov_text":
         length = int.from_bytes(content[:2], "big")
         return content[2 : 2 + length].decode("utf-8", "replace").strip()

@@ -97,5 +97,5 @@ def _choose_start(center: float, length: float, side: int, rng: random.Random | 
 
 
 def mirror(frame: Frame) -> Frame:
-    """Return a frame with left and right exchanged, as a copy in contiguous memory."""
+    """Return a copy of a frame with left and right exchanged, in contiguous memory."""
     return np.ascontiguousarray(frame[:, ::-1])

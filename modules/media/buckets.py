@@ -63,7 +63,7 @@ def select_bucket(size: Size, sizes: tuple[Size, ...], area: int, step: int, no_
 
 
 def fit_cover(size: Size, bucket: Size) -> Fit:
-    """Return the fit that scales `size` until it just covers `bucket`, and crops the center."""
+    """Return a resize until `size` just covers `bucket`, followed by a center crop."""
     if size == bucket:
         return Fit(size, (0, 0), bucket, "none")
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
@@ -114,7 +114,7 @@ def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int)
 
 
 def select_image_bucket(size: Size, sizes: Sequence[Size]) -> Size:
-    """Return the bucket of the same size, else the bucket with the nearest aspect ratio."""
+    """Return the bucket of exactly this size, otherwise the bucket with the nearest aspect ratio."""
     if size in sizes:
         return size
     aspect = size[0] / size[1]

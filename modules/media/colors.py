@@ -143,7 +143,7 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
 
 
 def row_blocks(height: int, width: int) -> Iterator[slice]:
-    """Yield the rows of an image, some 260,000 pixels at a time."""
+    """Yield slices of an image's rows that contain about 260,000 pixels each."""
     step = max(1, _BAND_PIXELS // max(width, 1))
     for top in range(0, height, step):
         yield slice(top, min(top + step, height))
@@ -158,7 +158,7 @@ def split_bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
 
 
 def coded_pixels(pixels: NDArray[np.uint8], frame: Any) -> NDArray[np.uint8]:
-    """Return the pixels of FFmpeg's frame, H W 3 or 4, as sRGB."""
+    """Convert the pixels of a decoded FFmpeg frame, H W 3 or 4, to sRGB."""
     transform = code_transform(frame)
     if transform is None:
         return pixels

@@ -49,7 +49,7 @@ class _Track:
 
 
 class OtherStreams:
-    """The streams of a source video except its images, copied to a new video as its images are written."""
+    """Copies all streams of a source video except its images to a new video, while that is written."""
 
     def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, with_images: bool) -> None:
         """Keep the source; the streams are selected later.
@@ -95,7 +95,7 @@ class OtherStreams:
             self._next_packet = next(self._packets, None)
 
     def _shift_chapters(self) -> list[dict[str, Any]]:
-        """Return the source's chapters with times that count from the new file's time 0."""
+        """Return the source's chapters, with their times relative to time 0 of the new file."""
         chapters = []
         for chapter in self._source.chapters():
             origin_ticks = round(self._origin / chapter["time_base"])
@@ -164,7 +164,7 @@ class OtherStreams:
                 track.num_damaged += 1
 
     def _shift_times(self, packet: Any) -> None:
-        """Make the times of a packet count from the new file's time 0."""
+        """Make the timestamps of a packet relative to time 0 of the new file."""
         if not self._origin:
             return
         ticks = round(self._origin / packet.time_base)
@@ -241,7 +241,7 @@ class OtherStreams:
         self._register(stream, added, name, _copy)
 
     def _open_delayed_copy(self, stream: Any) -> Any | None:
-        """Return a container whose copy of an audio stream declares samples before time 0, if it has any."""
+        """Return a container that declares an audio stream's samples before time 0; None if not possible."""
         with open_container(self._path) as reopened:
             first = _read_first_packet(reopened, stream.index)
         if first is None or first.pts is None:

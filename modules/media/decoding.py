@@ -27,7 +27,7 @@ TAIL = 64  # bytes; download programs may fill a file with zeros first
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a stored frame is rotated and mirrored for display: transposed first, then mirrored."""
+    """How to turn a stored frame upright: transpose first, then mirror."""
 
     is_transposed: bool = False  # rows become columns
     flips_columns: bool = False  # mirror left and right
@@ -151,7 +151,7 @@ def _open_alpha_decoder(path: Path, codec: str) -> Any:
 
 
 def _read_first_orientation(path: Path) -> Orientation:
-    """Return the orientation of a video's first frame, which frames of an alpha decoder do not have."""
+    """Return how a video's first frame is rotated and mirrored, which the alpha decoder does not report."""
     with open_video(path) as (container, stream):
         first, _, _ = first_image(path, container, stream)
         return read_orientation(first)
@@ -168,7 +168,7 @@ def _has_all_bytes(path: Path) -> bool:
 
 
 def hides_alpha(stream: Any) -> bool:
-    """Return whether a stream has transparency that FFmpeg's default decoder does not read."""
+    """Return whether a stream has an alpha channel that FFmpeg's default decoder ignores."""
     return stream.codec_context.name in _ALPHA_DECODERS and stream.metadata.get("alpha_mode") == "1"
 
 
@@ -266,7 +266,7 @@ def is_sideways(frame: Any) -> bool:
 
 
 def square_width(frame: Any, stream: Any) -> int:
-    """Return the width that a stored frame has with square pixels; the height does not change."""
+    """Return the width of a stored frame after scaling it to square pixels; the height does not change."""
     ratio = stream.sample_aspect_ratio
     if not ratio or not 1 / MAX_RATIO <= ratio <= MAX_RATIO or abs(ratio - 1) < NEARLY_SQUARE:
         return int(frame.width)
@@ -332,7 +332,7 @@ def is_animation(path: Path) -> bool:
 
 
 def animation_durations(path: Path) -> tuple[float, ...]:
-    """Return the seconds that each frame is shown.
+    """Return how long each frame of an animation is shown, in seconds.
 
     Raises:
         MediaError: If the file is damaged or cut short.
@@ -415,7 +415,7 @@ def _skip_blocks(file: BinaryIO) -> None:
 
 
 def _read_webp_durations(file: BinaryIO) -> Iterator[float]:
-    """Yield the seconds of each frame of an animated WebP, whose first 6 bytes have been read."""
+    """Yield the duration in seconds of each frame of an animated WebP; the first 6 bytes have been read."""
     _read_exactly(file, 6)  # the rest of the file's size, and WEBP
     while header := file.read(8):
         if len(header) < 8:

@@ -115,7 +115,7 @@ def select_encoder(codec: str, width: int, height: int) -> str:
 
 
 def resolve_codec(codec: str, width: int, height: int) -> str:
-    """Return the codec, or h264 with a warning for images that are too small for an encoder of h265."""
+    """Return `codec`, or h264 with a warning if images are too small for an h265 encoder."""
     settled = select_encoder(codec, width, height)
     if settled != codec:
         logger.warning(
@@ -298,7 +298,7 @@ def name_write_errors() -> Iterator[None]:
 def copy_pixel_aspect(path: Path, source: Any, video: Any) -> None:
     """Copy the pixel aspect ratio, which may not be 1 (as on DVDs), to a new video.
 
-    `source` is the video stream of the file at `path`, and `video` is the video stream of the new file.
+    `source` is the video stream of the file at `path`, and `video` is the new file's stream.
     """
     ratio = source.sample_aspect_ratio
     if not ratio or ratio == 1:
@@ -309,5 +309,5 @@ def copy_pixel_aspect(path: Path, source: Any, video: Any) -> None:
 
 
 def needs_own_tags(tags: Iterable[str]) -> bool:
-    """Return whether any tag is not among MP4's standard tags."""
+    """Return whether any tag is not a standard MP4 tag."""
     return any(name.lower() not in _MP4_TAGS for name in tags)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ClipLengths:
-    """Allowed frame counts: step * n + first for n = 0, 1, 2, ..., and 1 for an image."""
+    """Allowed frame counts of a model: step * n + first for n = 0, 1, 2, ..., and 1 for an image."""
 
     step: int
     first: int = 1

@@ -103,7 +103,7 @@ def sharpness(frame: Frame) -> float:
 
 
 def is_flat(frame: Frame) -> bool:
-    """Return whether a frame has one color, or nearly so: it can be neither sharp nor blurred."""
+    """Return whether a frame has (nearly) a single color, so that its sharpness cannot be measured."""
     return bool(_reduce_to_gray(frame, BLACK_SIDE).std() < FLAT)
 
 
@@ -133,10 +133,10 @@ def clip_hash(frames: Sequence[Frame]) -> tuple[int, ...]:
 
 
 def hashed_frames(frames: Sequence[Frame]) -> list[Frame]:
-    """Select the frames of a clip to hash, evenly from the first to the last.
+    """Select the frames of a clip whose hashes are compared, evenly from the first to the last.
 
     Raises:
-        ValueError: If there is no frame.
+        ValueError: If `frames` is empty.
     """
     if not len(frames):
         raise ValueError("no frame to measure")
@@ -149,7 +149,7 @@ def _reduce_to_gray(frame: Frame, longest: int) -> Gray:
 
 
 def _average_cells(frame: Frame) -> Gray:
-    """Return the luma 0..1 in a grid of CELLS along the shorter side; a smaller frame keeps its pixels."""
+    """Average the luma 0..1 over CELLS cells along the shorter side; a smaller frame keeps its pixels."""
     return _reduce(frame, CELLS / min(frame.shape[:2]))
 
 

@@ -67,7 +67,7 @@ _DAMAGE: tuple[type[Exception], ...] = (
 
 @contextlib.contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open an image; only its header is read so far. Raises MediaError, also for errors inside the block."""
+    """Open an image and read only its header. Raises MediaError, also for errors inside the `with` block."""
     Image.init()
     with (
         reading(path),
@@ -131,7 +131,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _explain_missing_video(path: Path, container: Any, stream: Any | None) -> MediaError:
-    """Return why a file has no video stream that can be decoded; raise MediaError if it is cut short."""
+    """Return why a file has no decodable video stream. Raises MediaError if the file is cut short."""
     if stream is None or stream.codec_context is None:
         reject_cut(path)
     if stream is None:
@@ -143,7 +143,7 @@ def _explain_missing_video(path: Path, container: Any, stream: Any | None) -> Me
 
 
 def _pixel_bits(codec: Any) -> int:
-    """Return the bits of a pixel in memory; RGB is assumed if the file does not state its pixel format."""
+    """Return the bits per decoded pixel; those of RGB if the file does not state its pixel format."""
     return 24 if codec.format is None else max(1, codec.format.padded_bits_per_pixel)
 
 
@@ -278,7 +278,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _is_video(path: Path) -> bool:
-    """Return whether FFmpeg finds a video stream in a file that Pillow cannot read."""
+    """Return whether FFmpeg finds a video stream in a file that Pillow cannot open."""
     try:
         with open_container(
             path, [name for name in VIDEO_FORMATS if not name.endswith("_pipe")]

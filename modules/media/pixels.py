@@ -40,7 +40,7 @@ def to_pixels(frames: Tensor) -> Tensor:
 
 
 def frames_of(chunks: Iterable[Tensor]) -> Iterator[NDArray[numpy.uint8]]:
-    """Yield the single frames, H W C, of chunks of pixels (1 C F H W in -1..1)."""
+    """Yield the frames, H W C, of chunks of pixels (1 C F H W in -1..1)."""
     for chunk in chunks:
         yield from pixels_to_uint8(chunk)
 
@@ -55,10 +55,9 @@ def pixels_to_uint8(pixels: Tensor) -> NDArray[numpy.uint8]:
 
 
 def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
-    """Raise ValueError if a VAE cannot encode pixels (B C F H W) of that size.
+    """Raise ValueError if a VAE cannot encode `pixels`, B C F H W, because of their size.
 
-    A VAE needs one frame and then whole groups of `frame_step` frames, and sides that are multiples of
-    `side_step`.
+    F must be 1 plus a multiple of `frame_step`, and H and W must be multiples of `side_step`.
     """
     frames, height, width = pixels.shape[2:]
     if (frames - 1) % frame_step or height % side_step or width % side_step:
@@ -154,7 +153,7 @@ def video_pixels(
 
 
 def too_short(option: str, path: Path, frames: int, needed: int) -> MediaError:
-    """Return the error about a video with too few frames."""
+    """Return the error for a video with too few frames."""
     has = "1 frame" if frames == 1 else f"{frames} frames"
     return MediaError(
         f"{option} {path}: it has {has}, {needed} are needed. Lower the length or give a longer video."

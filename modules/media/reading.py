@@ -71,7 +71,7 @@ TIFF_WIDTH, TIFF_HEIGHT = 0x0100, 0x0101  # TIFF tags of the stored size
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Size of the upright frames; count, rate and duration if the header has them."""
+    """Size of a video's upright frames, and their count, rate and duration if its header states them."""
 
     width: int
     height: int
@@ -122,7 +122,7 @@ def add_alpha(frame: Frame) -> Frame:
 
 
 def split_alpha(frame: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
-    """Split a frame into its colors, H W 3, and its fourth channel, H W, or None."""
+    """Split a frame into its colors, H W 3, and its alpha channel, H W; None if it has no alpha."""
     alpha = frame[..., 3] if frame.shape[2] == 4 else None
     return np.ascontiguousarray(frame[..., :3]), None if alpha is None else np.ascontiguousarray(alpha)
 
@@ -230,7 +230,7 @@ class MaskChannelDetector:
 
 
 def image_size(path: Path) -> Size:
-    """Return (width, height) of the upright image, by its header.
+    """Return (width, height) of the upright image, read from its header.
 
     Raises:
         MediaError: If it cannot be read.
@@ -248,9 +248,9 @@ def resize_cover(
 ) -> Frame:
     """Resize a frame until it covers `bucket`, and crop the center.
 
-    Lanczos is used to enlarge and area averaging to shrink, as the cache format requires; with `shrink`
-    "lanczos", Lanczos is used for both. `place` replaces the center: fractions from left and top, from 0 to
-    below 1, which random numbers select uniformly.
+    Enlarging uses Lanczos, shrinking area averaging, as the cache format requires; with `shrink` "lanczos",
+    both use Lanczos. `place` replaces the center: offsets from left and top as fractions in [0, 1) of the
+    range of possible crops.
     """
     size = frame.shape[1], frame.shape[0]
     if size == bucket:
@@ -275,9 +275,9 @@ def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) 
 
 
 def resize_frame(frame: Frame, size: Size, interpolation: str) -> Frame:
-    """Resize a frame to exactly `size`, without keeping its proportions.
+    """Resize a frame to exactly `size`, even if its aspect ratio changes.
 
-    `interpolation` is "none" if the frame has that size already, "lanczos" or "box" for Pillow, or a key of
+    `interpolation` is "none" if the frame already has that size, "lanczos" or "box" for Pillow, or a key of
     OPENCV_METHODS.
     """
     if interpolation == "none":
@@ -365,7 +365,7 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
 
 
 class FrameSizes:
-    """Notices when the frames of a clip change size, as in rotated recordings and mixed folders."""
+    """Notices a change of the frame size within a clip, as in rotated recordings and mixed folders."""
 
     def __init__(self) -> None:
         self.change: str | None = None  # "64x32, from frame 9 on 32x64": the first change
@@ -500,7 +500,7 @@ def folder_images(folder: Path) -> list[Path]:
 
 
 def reordered_images(folder: Path) -> tuple[Path, Path] | None:
-    """Return two neighboring images whose order differs if names are compared as plain text.
+    """Return two neighboring images of a folder whose order would change if names were sorted as plain text.
 
     The result is None if sorting by numbers and sorting as text give the same order.
 

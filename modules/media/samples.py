@@ -30,7 +30,7 @@ _UNTIMED_FORMATS = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "truehd", "amr
 
 @dataclass(frozen=True)
 class TrackInfo:
-    """Facts about a file's audio from its header; times count from the first frame of the video."""
+    """Facts about a file's audio from its header; times are relative to the first frame of the video."""
 
     rate: int  # samples in a second
     channels: int
@@ -103,7 +103,7 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
 
 @dataclass(frozen=True)
 class TrackBeginning:
-    """The first samples of a file's audio, channels S float32, and their rate."""
+    """The first samples of a file's audio, channels S float32, and their sampling rate."""
 
     samples: Samples
     rate: int

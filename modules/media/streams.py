@@ -30,7 +30,7 @@ FALL_SECONDS = 1  # a larger drop of times means that two recordings were joined
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """Facts about a video before it is read; sizes are of the upright images."""
+    """Facts about a video from its header; sizes are those of the upright images."""
 
     width: int
     height: int
@@ -222,7 +222,7 @@ class Clock:
     def _find_grid_start(self, time: Fraction) -> Fraction:
         """Return where the grid of frame times starts; `time` is the first frame's time in the file.
 
-        It is the multiple of a frame's duration that is nearest to `time`, if that is close, else `time`.
+        This is the multiple of the frame duration nearest to `time` if it is close, else `time`.
         """
         nearest = round(time / self._frame_seconds) * self._frame_seconds
         return nearest if abs(nearest - time) <= max(self._tolerance, START_TOLERANCE) else time

@@ -20,7 +20,7 @@ LOUDEST = 32767  # maximum of 16 bits
 
 
 class TrackAudio:
-    """A generated audio track, encoded to AAC up to the time that the new video has reached."""
+    """Encodes a generated audio track to AAC, always up to the time that the new video has reached."""
 
     def __init__(self, track: Track, lasts: Callable[[], Fraction]) -> None:
         """Prepare to write; `lasts` returns the duration of all frames once all are written."""
@@ -77,7 +77,7 @@ def write_wav(path: Path, track: Track, tags: Mapping[str, str] | None = None) -
 
 
 def _append_comment(file: BinaryIO, text: bytes) -> None:
-    """Add a comment at the end of a WAV file, in RIFF's list INFO."""
+    """Append a comment to a WAV file, as a RIFF LIST chunk of type INFO."""
     text += bytes(len(text) % 2)
     file.seek(0, os.SEEK_END)
     file.write(struct.pack("<4sI4s4sI", b"LIST", len(text) + 12, b"INFO", b"ICMT", len(text)) + text)

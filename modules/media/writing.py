@@ -109,7 +109,7 @@ MIN_TICKS = 10_000
 
 
 def ticks_per_second(rate: Fraction) -> int:
-    """Return a number of ticks per second for which each time n / rate is an integer number of ticks."""
+    """Return a number of ticks per second at which every frame of the rate starts on a whole tick."""
     ticks = math.lcm(rate.numerator, DEFAULT_TICKS)
     return ticks if ticks <= MAX_TICKS else rate.numerator * math.ceil(MIN_TICKS / rate.numerator)
 
@@ -122,7 +122,7 @@ class _ImageTime(NamedTuple):
 
 
 class Timing:
-    """Records when each image is shown, and gives these times to the packets of the encoder."""
+    """Records when each image is shown, and sets these times on the packets that the encoder returns."""
 
     def __init__(self, rate: Fraction) -> None:
         """Start with no image. `rate` is the encoder's frame rate in images per second."""
@@ -189,7 +189,7 @@ class Timing:
             yield held_back
 
     def _extend_last(self, packet: Any, first_dts: int) -> None:
-        """Change the times of the last packet so that the file lasts as long as the images."""
+        """Change the timestamps of the last packet so that the file lasts as long as its images are shown."""
         # Store it late: MP4 measures from a stored packet to the next, and would lose the encoder's delay if
         # an image near the end is shown for long.
         end = first_dts + round(self.seconds * self._ticks)
@@ -381,7 +381,7 @@ def _select_mux_options(suffix: str, rate: Fraction, tags: Mapping[str, str]) ->
 
 
 class _StreamWriters(NamedTuple):
-    """Writers of the audio, subtitles and other streams next to the images of a new video."""
+    """The writers that add audio, subtitles and other streams to a new video next to its images."""
 
     side_streams: "TrackAudio | OtherStreams | SectionAudio | None"  # None: there are no other streams
     copied_video: "OtherStreams | None"  # the same object, if it copies the streams of a whole video

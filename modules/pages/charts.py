@@ -146,13 +146,13 @@ def _draw_curve(curve: Curve, x_scale: _Scale, y_scale: _Scale, colour: str) -> 
 
 
 def _locate_points(x: Sequence[float], values: Sequence[float], y_scale: _Scale) -> list[Point]:
-    """Return the positions of values in the drawing, given their x in pixels; NaN leaves a gap."""
+    """Return the pixel positions of a curve's points, given x in pixels; a NaN value leaves a gap."""
     y = [y_scale.to_pixels(value) if math.isfinite(value) else math.nan for value in values]
     return list(zip(x, y, strict=True))
 
 
 def _draw_band(low: Sequence[Point], high: Sequence[Point], colour: str) -> Iterator[str]:
-    """Yield an area between two curves for each run of points where both are finite."""
+    """Yield an SVG area between two curves for each run of consecutive points that are finite in both."""
 
     def are_finite(edges: tuple[Point, Point]) -> bool:
         return all(math.isfinite(y) for _, y in edges)
@@ -165,7 +165,7 @@ def _draw_band(low: Sequence[Point], high: Sequence[Point], colour: str) -> Iter
 
 
 def _draw_lines(points: Sequence[Point], colour: str, opacity: float = 1.0) -> Iterator[str]:
-    """Yield an SVG line for each unbroken run of finite points."""
+    """Yield an SVG line for each run of consecutive finite points."""
     look = f'fill="none" stroke="{colour}" stroke-opacity="{opacity}"'
     for is_finite, run in groupby(points, lambda point: math.isfinite(point[1])):
         if is_finite:

@@ -149,12 +149,12 @@ def say_duration(seconds: float) -> TranslatableText:
 
 
 def fill_template(text: str, /, **values: Any) -> Markup:
-    """Insert values into a template text, which may contain HTML; values that are not Markup are escaped."""
+    """Insert values into a template text, which may contain HTML; values other than Markup are escaped."""
     shown = Markup(_language.get().translations.get(text, text))
     return shown % values if values else shown
 
 
 def fill_counted(number: int, singular: str, plural: str, /, **values: Any) -> Markup:
-    """Select the singular or plural text of a template for a number, and fill the number in."""
+    """Select the singular or plural template for a number, and insert the number and the values."""
     english = singular if number == 1 else plural
     return Markup(_language.get().translations.get(plural, english)) % {"n": f"{number:,}", **values}

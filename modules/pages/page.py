@@ -235,5 +235,5 @@ def link(*parts: str) -> str:
 
 
 def as_url(kind: str, data: bytes) -> str:
-    """Return data as a data: URL of a media type."""
+    """Return data as a `data:` URL; `kind` is its media type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
