@@ -65,19 +65,19 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """Heading of a comparison column: the LoRA and its strength."""
+        """Heading of a column in a comparison: the LoRA and its strength."""
         return f"{self.column} {self.strength}".rstrip()
 
 
 class Cell(NamedTuple):
-    """One cell of a comparison: a prompt and its clip in one column."""
+    """A cell of a comparison: a prompt, and its clip in one column."""
 
     prompt: GenerationJob
     clip: GenerationJob
 
 
 class ClipFiles(NamedTuple):
-    """Paths of a finished clip or image and of its latents."""
+    """Paths of a comparison's finished clip or image, and of its latents."""
 
     video: Path
     latents: Path
@@ -134,7 +134,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
 
 
 def _make_run(family: Family, options: GenerationOptions, device: torch.device) -> GenerationRun:
-    """Return the run that generates all clips of the comparison; networks are loaded for each column."""
+    """Return the run that generates all clips of the comparison; its networks are loaded later."""
     options, predicted = resolve_options(family, options, device, device_memory_to_plan(device))
     loader = network_setup.dit_loader(family, (), device, options)
     session = make_session(family, options, loader, keep=False)
@@ -178,7 +178,7 @@ def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
 
 
 def _list_missing_cells(run: GenerationRun, columns: Sequence[Column]) -> list[Column]:
-    """Return the columns reduced to the cells that have neither a clip nor saved latents yet."""
+    """Return the columns with only the cells that lack a clip and saved latents, without finished columns."""
     incomplete: list[Column] = []
     for variant, cells in columns:
         missing = [cell for cell in cells if not _files(run, cell.clip).exist]
@@ -328,7 +328,7 @@ def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
 
 
 def _is_same_clip(run: GenerationRun, cell: GenerationJob) -> bool:
-    """Return whether existing output files of a cell are the clip that it makes; True if there are none."""
+    """Return whether a cell's output files were made with the cell's settings; True if there are none."""
     video, latents = _files(run, cell)
     settings = _select_making_settings(as_tags(cell.metadata or {}))
     try:
@@ -340,7 +340,7 @@ def _is_same_clip(run: GenerationRun, cell: GenerationJob) -> bool:
 
 
 def _select_making_settings(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata that records a clip's settings, without its creation time."""
+    """Return the metadata that records a clip's settings, without the time of its creation."""
     return {
         name: text
         for name, text in tags.items()
@@ -409,7 +409,7 @@ def load_for_columns(
 def _load_switched_networks(
     run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.EncodedJob]]]
 ) -> making.JobsWithNetworks:
-    """Load the network once and change its weights for each column; yield the clips of each column."""
+    """Load the network once, and change its LoRAs for each column; yield the column's clips and network."""
     dit_uses = [select_network_part(variant.uses[0], of_text_encoders=False) for variant, _ in columns]
     all_uses = [use for uses in dit_uses for use in uses]
     originals = OriginalWeights(all_uses, rounding=run.options.lora_rounding)
@@ -426,7 +426,7 @@ def _begin_phase(
     uses: network_setup.LorasByExpert,
     originals: Sequence[OriginalWeights] | None = None,
 ) -> AbstractContextManager[DitAt]:
-    """Return a context that loads networks with LoRAs and yields a function from timestep to network."""
+    """Return a context that loads the networks with LoRAs, and yields a function from timestep to network."""
     dits = run.session.dits
     loader = network_setup.dit_loader(run.family, uses, dits.device, run.options, originals=originals)
     dits.load = loader
@@ -493,7 +493,7 @@ def write_grid(
 def _make_title(jobs: Sequence[GenerationJob], names: Sequence[str]) -> str:
     """Return the prompt of a single job, or the names of the compared training runs.
 
-    The number of the epoch or step is removed: file x-000010 belongs to run x.
+    Numbers of epochs or steps are removed: file x-000010 belongs to run x.
     """
     if len(jobs) == 1:
         return shorten_prompt(jobs[0].prepared.request.prompt)
@@ -529,7 +529,7 @@ def _make_row(
 
 
 def _command(experts: Sequence[Expert], variant: Variant) -> str:
-    """Return the script options that select this column's LoRAs, as a command line."""
+    """Return the options that select this column's LoRAs in a generation script, as a command line."""
     words: list[str] = []
     for expert, uses in zip(experts, variant.uses, strict=True):
         weight = network_setup.LORA_OPTIONS[network_setup.key_of(expert)]

@@ -85,7 +85,7 @@ def converse(run: GenerationRun, change_strengths: ChangeStrengths) -> None:
 
 
 def _read_strengths(run: GenerationRun, text: str) -> tuple[float, ...]:
-    """Parse the strengths of a line: numbers separated by commas, one for each LoRA.
+    """Parse LoRA strengths typed by the user: numbers separated by commas, one for each LoRA.
 
     Raises:
         OptionError: If the text cannot be parsed.

@@ -218,7 +218,7 @@ def predictor(
 
 
 def _are_alike(conditions: Sequence[Conditions]) -> bool:
-    """Return whether conditions can be batched: equal names and shapes; lists may differ in length."""
+    """Return whether conditions can be batched: equal names and shapes; lists may have different lengths."""
     outlines = [
         {name: isinstance(value, list) or tuple(value.shape[1:]) for name, value in condition.items()}
         for condition in conditions
@@ -248,7 +248,7 @@ class SeededNoise:
         self._generator = torch.Generator(device="cpu" if cpu_noise else device).manual_seed(seed)
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Draw Gaussian noise of a shape and return it on the run's device."""
+        """Draw Gaussian noise and return it on the run's device."""
         drawn = torch.randn(*shape, generator=self._generator, device=self._generator.device, dtype=dtype)
         return send_ahead(drawn, self._device)  # asynchronous: solvers must not wait for the device
 
@@ -451,7 +451,7 @@ def _find_start(
 def _switch_on_stage_loras(
     dit: nn.Module, strengths: Sequence[float], device: torch.device
 ) -> Iterator[None]:
-    """Enable the LoRAs of a stage inside the `with` block, except those of strength 0."""
+    """Enable a stage's LoRAs inside the `with` block, each with its strength; skip strengths of 0."""
     from networks.gated_loras import stage_loras_of  # only with LoRAs of stages
 
     with ExitStack() as stack:
@@ -487,7 +487,7 @@ def on_device(section: steps.Section, device: torch.device) -> steps.Section:
 
 
 def conditions_to(conditions: Conditions, device: torch.device) -> Conditions:
-    """Move conditions to `device`, except integer tensors, which stay on the host."""
+    """Move the tensors of conditions to `device`, except integer tensors, which stay on the host."""
     return {
         name: [send(item, device) for item in value] if isinstance(value, list) else send(value, device)
         for name, value in conditions.items()

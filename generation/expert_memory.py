@@ -198,7 +198,7 @@ def find_largest(family: Family, requests: Sequence[Prepared]) -> list[Prepared]
         request_by_size[size] = prepared
 
     def is_exceeded(size: tuple[int, int, int]) -> bool:
-        """Return whether another request is at least as large in area, frames and reference pixels."""
+        """Return whether another request has at least the same area, frames and reference pixels."""
         for other in request_by_size:
             if other != size and all(larger >= value for larger, value in zip(other, size, strict=True)):
                 return True

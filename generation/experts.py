@@ -45,13 +45,13 @@ LoadDit = Callable[[int], nn.Module]  # expert -> its network on the device
 
 
 class WaitingNetwork(Protocol):
-    """Network with weights that can be moved to host memory, such as `runtime.offload.turns.HostCopy`."""
+    """A network whose weights can be moved to host memory and back, such as `HostCopy`."""
 
     def to_device(self) -> None:
         """Copy the weights from host memory to the device."""
 
     def free_device_memory(self) -> None:
-        """Free the device memory of the weights, which stay in host memory."""
+        """Free the device memory of the weights, which remain in host memory."""
 
 
 def _copy_to_host(network: nn.Module, device: torch.device) -> WaitingNetwork:
@@ -87,10 +87,10 @@ def experts_by_step(family: Family, prepared: Prepared) -> list[int]:
 
 
 def list_expert_order(family: Family, requests: Sequence[Prepared]) -> list[int]:
-    """Return which experts are used one after another, as indices, when the requests are generated in turn.
+    """Return the indices of the experts in the order of their use when the requests are generated in turn.
 
-    Consecutive steps with the same expert are one entry: two requests that use expert 0 and then expert 1
-    make [0, 1, 0, 1].
+    Consecutive steps with the same expert count once: two requests that use expert 0 and then expert 1 make
+    [0, 1, 0, 1].
     """
     if len(family.experts) == 1:
         return [0] if requests else []
@@ -230,7 +230,7 @@ class ExpertOffloader:
         return self._dits[expert]
 
     def _move_back(self, expert: int) -> None:
-        """Move a loaded expert from host memory to the device; after an error it is offloaded again."""
+        """Move a loaded expert from host memory to the device; if that fails, offload it again."""
         self._on_device.add(expert)  # before moving, which may be interrupted half-way
         try:
             _move_to_device(self._dits[expert], self._host_copies.get(expert), self.device)
@@ -311,7 +311,7 @@ class ExpertOffloader:
 
     @staticmethod
     def _read_in_thread(expert: int, load_to_host: LoadToHost) -> ExpertPrefetch:
-        """Start a thread that reads an expert into host memory."""
+        """Start a thread that reads an expert's weights into host memory."""
         stop = threading.Event()
 
         def check() -> None:

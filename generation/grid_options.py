@@ -28,7 +28,7 @@ REJECTED = {
 
 @dataclass(frozen=True)
 class Axis:
-    """Grid axis: an option with its values as typed and as parsed."""
+    """A grid axis: an option and its values, both as typed and as parsed."""
 
     name: str  # on the command line: guidance_scale
     option: LineOption

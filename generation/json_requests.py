@@ -71,7 +71,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def delayed(self) -> Iterator[None]:
-        """Delay a KeyboardInterrupt until the `with` block has ended."""
+        """Delay a KeyboardInterrupt until the end of the `with` block."""
         self._is_held = True
         try:
             yield
@@ -118,7 +118,7 @@ class _WarningSender(logging.Handler):
 
 @contextlib.contextmanager
 def send_warnings(answers: Answers) -> Iterator[None]:
-    """Send warnings that are logged inside the `with` block as events."""
+    """Send warnings logged inside the `with` block as events."""
     handler = _WarningSender(answers)
     logging.root.addHandler(handler)
     try:

@@ -96,7 +96,7 @@ def blur(latents: Tensor, kernel_size: int) -> Tensor:
 
 
 def save_changes(done: CompletedStep, folder: Path, stem: str) -> None:
-    """Write the mask of changed latents at a step as an image, if the options ask for it."""
+    """Write the mask of latents that changed in a step as an image, if the options ask for it."""
     edit_reference = done.section.edit_reference
     sigma = done.step.sigma
     if edit_reference is not None and edit_reference.rules is not None and edit_reference.rules.save_masks:

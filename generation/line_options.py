@@ -50,7 +50,7 @@ def suggest(word: str, letters: Collection[str], names: Collection[str]) -> str:
 
     Args:
         word: The unknown option.
-        letters: Letters of the options that the line can have.
+        letters: One-letter options that the line accepts.
         names: All option names, from `known_names`.
     """
     near = did_you_mean(word.lower().replace("-", "_"), names).strip()

@@ -57,7 +57,7 @@ def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -
 
 
 def needs_media(family: Family, prepared: Prepared) -> bool:
-    """Return whether a request must encode images or a source video before denoising."""
+    """Return whether a request needs images or a source video encoded before denoising."""
     source = prepared.request.source
     return family.needs_media(prepared) or (source is not None and source.needs_vae)
 
@@ -199,7 +199,7 @@ def select_prompts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
 
 
 def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
-    """Return the distinct prompts of several requests, each given as its prompts by section index."""
+    """Return the distinct prompts of several requests; each request maps section indices to prompts."""
     texts: dict[Prompt, None] = {}
     for by_section in prompts:
         for section in by_section.values():

@@ -214,7 +214,7 @@ def encode_all_inputs(
 
 
 class EncodedJob(NamedTuple):
-    """A job with its encoded prompts and inputs, by section index."""
+    """A job whose prompts and inputs are encoded, by section index."""
 
     job: GenerationJob
     encoded_prompts: Mapping[int, EncodedPrompts]
@@ -444,7 +444,7 @@ def decode_all(
 def _decode_audio(
     run: GenerationRun, jobs: Mapping[str, GenerationJob], failures: Failures
 ) -> Mapping[str, Track]:
-    """Decode the audio of each video; return the tracks by label. An error fails only its own video."""
+    """Decode the audio latents of each video; return the tracks by label. An error fails only its video."""
 
     @contextmanager
     def collect_errors(label: str) -> Iterator[None]:
@@ -458,7 +458,7 @@ def _decode_audio(
 
 @contextmanager
 def keep_on_failure(job: GenerationJob) -> Iterator[None]:
-    """Add to an error in the `with` block which files of the clip still exist."""
+    """Append to a UserError of the `with` block how to decode the saved latents; log a kept preview."""
     with name_preview_on_failure(job.preview):
         try:
             yield

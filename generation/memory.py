@@ -98,7 +98,7 @@ class PhasePrediction:
         )
 
     def device_bytes(self, blocks: int) -> int:
-        """Return the device memory of denoising, in bytes, with this number of swapped blocks."""
+        """Return the device memory while denoising, in bytes, with this number of swapped blocks."""
         return self.phase(blocks).device
 
 
@@ -181,7 +181,7 @@ def _predict_all_decoding(
 
 @contextmanager
 def rehearsing(networks: object) -> Iterator[dry.Ledger]:
-    """Run the `with` block as a dry run with these networks, and measure its memory."""
+    """Run the `with` block as a dry run of these networks, and yield the record of its memory."""
     with dry.dry_run() as ledger, torch.no_grad():
         for network in dry.modules_in(networks):
             dry.allocate_empty_weights(network, ledger)
@@ -363,7 +363,7 @@ def _place_loras(
 
 
 def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractContextManager[DitAt]:
-    """Return a function from a timestep to the network, wrapped in the request's step cache if it has one."""
+    """Return a context that yields a function from timestep to network, with a step cache if requested."""
     if prepared.request.step_cache is None:
         return nullcontext(lambda _: dit)
     return StepCaches(prepared, family.dit).section(lambda _: dit)
@@ -422,7 +422,7 @@ def heaviest_step(
 def predict_decoding(
     family: Family, prepared: Prepared, cublas_workspace: memory_plan.MemoryPart
 ) -> memory_plan.Phase:
-    """Predict the memory of decoding from a dry run of `DECODED` frames, which suffices to reach the peak."""
+    """Predict the memory of decoding from a dry run of `DECODED` frames, enough to reach the peak."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     with rehearsing(encoders) as ledger:
@@ -435,7 +435,7 @@ def predict_decoding(
 
 
 def make_phase(name: str, ledger: dry.Ledger, cublas_workspace: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Return a phase whose memory is the peak of a dry run, plus cuBLAS's workspace."""
+    """Return a phase whose memory is the peak of a dry run plus cuBLAS's workspace."""
     _, bytes_by_kind = dry.peak_of_phases(ledger.peaks)
     weights = bytes_by_kind.get(dry.WEIGHTS, 0)
     work = sum(bytes_by_kind.values()) - weights

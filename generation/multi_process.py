@@ -55,7 +55,7 @@ def plan_divisions(
         )
 
     def runs() -> Iterator[SingleGpuRun]:
-        """Yield the prediction for the given options, then that for fp8 weights if they are in 16 bits."""
+        """Yield the run with the given options, then the run with fp8 weights if they are not quantized."""
         run = _DividedRun(family, alone, prepared, device=device, cards=cards, device_memory=device_memory)
         yield SingleGpuRun((), run.counter.heads, can_swap=True, divide=run.divide)
         if alone.speed.fp8.quantization is None:
@@ -94,7 +94,7 @@ class _DividedRun:
 
     @cached_property
     def sharded_prediction(self) -> PhasePrediction:
-        """Predict memory from a dry run with the network split over all GPUs."""
+        """Predict the memory from a dry run with the weights sharded over all GPUs."""
         options = self._with_division(Division(self.cards, shards_weights=True))
         with quiet():
             return predict_request(

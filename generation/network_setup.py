@@ -139,7 +139,7 @@ class DitLoader:
     def _add_unmerged_loras(
         self, dit: nn.Module, lora_patch: "LoraPatch | None", t_loras: "Sequence[WeightedLora]"
     ) -> None:
-        """Add the LoRAs that are not merged into weights: those of quantized layers, and T-LoRAs."""
+        """Attach the LoRAs that cannot be merged into weights: those of quantized layers, and T-LoRAs."""
         from networks.unmerged_loras import add_unmerged, masked_changes  # only with LoRAs
 
         if lora_patch is not None and lora_patch.unmerged:
@@ -197,7 +197,7 @@ LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
 
 
 def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]]:
-    """Return the LoRA files with their strengths, by expert; "" is the only or the low-noise expert."""
+    """Return the LoRA files and strengths by expert; the key "" is the only or the low-noise expert."""
     files = options.experts.lora_weight_high_noise or ()
     high = multipliers_for(files, options.experts.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
     low = zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True)
@@ -373,7 +373,7 @@ def _make_preset_checks(
 
 
 def _log_preset(options: GenerationOptions, left_out: Sequence[str]) -> None:
-    """Log what --optimized sets, what is unavailable on this machine, and what the user set otherwise."""
+    """Log which options --optimized sets, which are unavailable here, and which the user set differently."""
     speed = options.speed
     values = dict.fromkeys(speed.by_preset, True) | dict(options.settings)
     used = [as_typed(values, name) for name in speed.by_preset if name not in left_out]
@@ -397,7 +397,7 @@ def _without(speed: GenerationSpeedOptions, name: str) -> GenerationSpeedOptions
 
 
 def _check_rounding(files: Sequence[Path], device: torch.device) -> None:
-    """Raise OptionError if weights cannot be quantized to 8 bits on this device while loading."""
+    """Raise OptionError if the weights cannot be quantized to 8 bits while loading."""
     if device.type == "mps":
         raise OptionError("Apple's GPUs do not support 8-bit formats.")
     for path in files:

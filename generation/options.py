@@ -91,7 +91,7 @@ POST = "--post"
 
 
 class PostOptions(Options, title="tools for finished videos"):
-    """Post-processing tools for decoded frames."""
+    """Options of --post and its tools, which process decoded frames."""
 
     post: tuple[str, ...] | None = option(
         "a tool that decoded frames go through before they are written, in one text with its options: "
@@ -110,7 +110,7 @@ class PostOptions(Options, title="tools for finished videos"):
 
     @functools.cached_property
     def tools(self) -> Any:
-        """Selected tools in order, as `postprocessing.chain_options.NamedTools`; None without a tool.
+        """Selected tools in order, as `postprocessing.chain_options.NamedTools`; None if no tool is selected.
 
         `post` is imported here, because training generates samples with these options and never needs it.
 
@@ -392,7 +392,7 @@ def read_generation(
 
 
 def request_extras(record: type[Any]) -> dict[str, str]:
-    """Map the family's own options to the names under which a request stores them.
+    """Map the names of the family's own options to the keys that store their values in a request.
 
     Args:
         record: Class of the family's own options.
@@ -446,7 +446,7 @@ def script_values(parser: Parser, defaults: ScriptDefaults) -> dict[str, Any]:
 
 
 def read_arguments(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line and fill in the options of presets."""
+    """Parse the command line and apply presets such as --optimized."""
     return fill_arguments(parser, parser.parse_args(argv))
 
 

@@ -55,7 +55,7 @@ class FrameTools(Protocol):
         """Check the model files of the post-processing tools by their headers.
 
         Raises:
-            UserError: If a file does not suit its tool.
+            UserError: If a tool cannot use its file.
         """
 
     def check_length(self, frames: int, label: str) -> None:
@@ -108,7 +108,7 @@ def output_stem(
 
 
 def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> str:
-    """Return a job's file name without suffix: the time and, depending on the options, seed and prompt."""
+    """Return a job's file name without suffix: the time and, if requested, seed and prompt."""
     if output.naming == "time":  # as in sd-scripts
         return f"{when:%Y%m%d_%H%M%S}"
     if output.naming == "released":  # as in HunyuanVideo's code, without characters that file systems reject
@@ -130,7 +130,7 @@ def words_of(prompt: str) -> str:
 
 
 def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
-    """Append underscores to a file stem until no file with one of the suffixes exists."""
+    """Append underscores to a file stem until no file with this stem and one of the suffixes exists."""
     suffixes = list(suffixes)
     while any((folder / f"{stem}{suffix}").exists() for suffix in suffixes):
         stem += "_"
@@ -271,7 +271,7 @@ def _save_layers(
     has_full: bool,
     metadata: Mapping[str, str] | None,
 ) -> Path:
-    """Write each layer of an image, and the composed image, as a PNG; return the last path."""
+    """Write the layers of a layered image and the composed image as PNG files; return the last path."""
     from modules.media.layers import COMPOSITE, write_layers  # few results have layers
 
     stem = Path(options.file_name).stem or free_stem(options.save_path, stem, [f"{COMPOSITE}.png"])

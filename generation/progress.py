@@ -37,7 +37,7 @@ FLOAT_BYTES = 4  # latent files are float32
 
 
 def shorten_prompt(prompt: str, length: int = PROMPT_LENGTH) -> str:
-    """Return a prompt in a single line, cut to `length` characters."""
+    """Return a prompt as a single line, cut to `length` characters."""
     line = " ".join(prompt.split())
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
@@ -138,7 +138,7 @@ def experts_in_words(family: Family) -> list[str]:
 
 
 def turns_in_words(family: Family, prepared: Prepared) -> str:
-    """Describe a request's schedule: solver, shift, and the steps of each expert in order."""
+    """Describe how a request is denoised: solver, shift, and the steps of each expert in order."""
     runs = [
         (family.experts[expert], len([*run])) for expert, run in groupby(experts_by_step(family, prepared))
     ]
@@ -149,7 +149,7 @@ def turns_in_words(family: Family, prepared: Prepared) -> str:
 
 
 def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed: int = 0) -> None:
-    """Log the results of a run, the time and the peak memory; a single result is logged with its path."""
+    """Log a run's results, time and peak memory; a single result is logged with its path."""
     files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path])]
     size = format_size(sum(file.stat().st_size for file in files))
     rows: list[Row] = [
@@ -180,7 +180,7 @@ def log_job_progress(label: str, requests: Sequence[Prepared], begun: int, secon
 
 
 def measure_work(prepared: Prepared) -> float:
-    """Estimate the work of a request for time estimates: steps times pixels."""
+    """Estimate a request's work for time estimates: number of steps times pixels."""
     return prepared.num_steps * prepared.width * prepared.height * prepared.frames
 
 
@@ -219,7 +219,7 @@ def fade_in_clip(
 
 @dataclass
 class GrowingVideo:
-    """Preview of a video that grows while its sections are generated."""
+    """Preview of a video that grows with each generated section."""
 
     session: Session
     path: Path
@@ -325,7 +325,7 @@ class GrowingVideo:
 
 @contextmanager
 def name_preview_on_failure(preview: Path | None) -> Iterator[None]:
-    """Log the preview's path if the `with` block fails or is interrupted (Ctrl-C)."""
+    """Log the path of the preview video if the `with` block fails or is interrupted (Ctrl-C)."""
     try:
         yield
     except BaseException:

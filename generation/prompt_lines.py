@@ -49,7 +49,7 @@ MAX_FPS = 1000  # a higher value must be a typing error
 
 @dataclass(frozen=True)
 class LineOption:
-    """Key and parser of a prompt line option; the parser `read` raises ValueError."""
+    """Key of a prompt line option, and the function `read` that parses its value or raises ValueError."""
 
     key: str
     read: Callable[[str], Value]
@@ -60,7 +60,7 @@ class LineOption:
 
 
 def read_seed(text: str) -> int:
-    """Parse a seed; hash any text that is not a number to a seed, and log it.
+    """Parse a seed; a text that is not a number is hashed, and the seed is logged.
 
     Raises ValueError if the seed is out of range.
     """
@@ -73,7 +73,7 @@ def read_seed(text: str) -> int:
 
 
 def read_number(text: str) -> float:
-    """Parse a finite number; raise ValueError for any other text."""
+    """Parse a number; raise ValueError for any other text."""
     try:
         return float(text)
     except ValueError:
@@ -225,7 +225,7 @@ OF_ALL_SCRIPTS: Mapping[str, LineOption] = {
 
 
 def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | None:
-    """Return the option of a prompt line with these letters or this full name; None if there is none."""
+    """Return the prompt line option with this letter or long name; None if there is none."""
     option = options.get(word)
     if option is not None:
         return option
@@ -314,7 +314,7 @@ def _cut_options(line: str) -> list[str]:
 
 
 def _end_of_value(line: str, start: int) -> int | None:
-    """Return the end of the quoted text or JSON object at `start`; None if neither begins there."""
+    """Return the end index of the quoted text or JSON object at `start`; None if neither begins there."""
     quoted = _QUOTED.match(line, start)
     return _end_of_object(line, start) if quoted is None else quoted.end()
 
@@ -334,7 +334,7 @@ def _end_of_object(line: str, start: int) -> int | None:
 
 
 def unquote(text: str) -> str:
-    """Remove quotation marks around a text."""
+    """Remove the quotation marks around a text, if it has any."""
     if _QUOTED.fullmatch(text) is None:
         return text
     return _ESCAPED.sub(r"\1", text[1:-1]) if text[0] == '"' else text[1:-1]
@@ -420,7 +420,7 @@ def _warn_of_repetition(displayed_line: str, spellings: Sequence[str]) -> None:
 
 
 def _read_value(option: LineOption, text: str) -> Value:
-    """Parse an option's text; only text options have escapes, so that paths keep their backslashes."""
+    """Parse an option's value; only text options have backslash escapes, because paths use backslashes."""
     return option.read(unquote(text) if option.read is str else read_path(text))
 
 
@@ -438,7 +438,7 @@ def _list_spellings(
 
 
 def _find_odd_options(line: str, find: Callable[[str], LineOption | None]) -> list[str]:
-    """Return an error message for each option of a line that does not start with two plain dashes."""
+    """Return an error message for each option of a line that begins with other dashes than two hyphens."""
     return [
         f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
         for dash, word, value in _ODD_OPTION.findall(line)[:MAX_LINE_OPTIONS]
@@ -447,7 +447,7 @@ def _find_odd_options(line: str, find: Callable[[str], LineOption | None]) -> li
 
 
 def is_blank(line: str) -> bool:
-    """Return whether a line has no prompt: it is empty or a comment."""
+    """Return whether a line contains no prompt: it is empty or a comment."""
     return not line.strip() or line.lstrip().startswith("#")
 
 
@@ -469,7 +469,7 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def lines_of(path: Path | None) -> dict[str, str | None]:
-    """Return the prompt lines of a --from_file file by label; without a file, one None, for --prompt."""
+    """Return the prompt lines of a --from_file file by label; without a file, a single None, for --prompt."""
     if path is None:
         return {"the prompt": None}
     return {f"line {number}": line for number, line in read_generation_lines(path)}

@@ -174,7 +174,7 @@ def _list_control_images(options: RequestOptions, line: Mapping[str, Any]) -> tu
 
 
 def _collect_extras(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
-    """Return the family's own settings as text, by option name; lists become one line per item."""
+    """Return the values of the family's own options as text, by key; lists become one line per item."""
     extra = {}
     for name, (key, option_value) in options.extras.items():
         value = line.get(name, option_value)
@@ -235,7 +235,7 @@ def find_edit_loras(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _has_control(table: object) -> bool:
-    """Return whether all items of a table in the `ss_datasets` metadata were trained with control media."""
+    """Return whether a table of the `ss_datasets` metadata says that all items had control media."""
     return isinstance(table, dict) and table.get("has_control") is True
 
 
@@ -287,7 +287,7 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
 
 
 def _warn_of_lora_tags(texts: Mapping[str, str | None]) -> None:
-    """Warn that LoRA tags such as <lora:style:0.8>, a syntax of other programs, have no effect."""
+    """Warn that LoRA tags such as <lora:style:0.8>, which other programs support, have no effect."""
     for tag in _LORA_TAG.findall(" ".join(filter(None, texts.values()))):
         logger.warning(
             "%s in a prompt loads nothing and is read as words: remove it, and give the file to "
@@ -418,7 +418,7 @@ class GenerationRun:
 
 
 def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
-    """Make the job of a prompt line, or of the command line alone, without loading a network.
+    """Make the generation job of a prompt line, or of the command line alone, without loading a network.
 
     Raises UserError if the request is not possible, or if --post cannot process a single image.
     """

@@ -119,9 +119,9 @@ _CHARACTERS = {
 
 
 def _read_size(text: str) -> Mapping[str, int]:
-    """Parse a height and a width such as `480 832`, in the order of --video_size.
+    """Parse a size such as `480 832`: height and width, in the order of --video_size.
 
-    Raises ValueError if the text does not have this form.
+    Raises ValueError for any other text.
     """
     sides = prompt_lines.read_size(text)
     return {"height": sides["video_size_height"], "width": sides["video_size_width"]}
@@ -240,7 +240,7 @@ def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
 
 
 def _read_toml_entries(text: str) -> list[dict[str, Any]]:
-    """Return the `[[prompt.subset]]` tables of a TOML prompt file, each merged with the shared values.
+    """Return the `[[prompt.subset]]` tables of a TOML prompt file, each with the shared values filled in.
 
     Raises ValueError if the file is malformed.
     """
@@ -289,7 +289,7 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _list_types() -> dict[str, type]:
-    """Return the accepted type of each value in a prompt's TOML table, by key."""
+    """Return the type that each key of a prompt's TOML table accepts."""
     types: dict[str, type] = {}
     for option in SAMPLE_OPTIONS.values():
         types[option.key] = list if option.repeats else type(option.read("1"))

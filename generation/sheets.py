@@ -66,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ClipGrid:
-    """All clips of a comparison, in rows and columns."""
+    """All clips of a comparison as a grid."""
 
     columns: tuple[str, ...]  # their headings
     rows: tuple[Row, ...]
@@ -124,12 +124,12 @@ def _embed_cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[M
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a path has the suffix of an image file."""
+    """Return whether a path has an image suffix."""
     return path.suffix.lower() in image_suffixes()
 
 
 def frames_of(path: Path) -> Iterator[Frame]:
-    """Yield the frames of a clip or of an image, H W 3; transparency shows as a checkerboard."""
+    """Yield the frames of a clip or image, H W 3, with transparent parts over a checkerboard."""
     if is_image(path):
         return iter([_put_on_squares(read_image(path, alpha=True))])
     return islice(video_frames(path), MAX_FRAMES)
@@ -210,7 +210,7 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
 
 
 def _make_blank_sheet(width: int, height: int) -> Image.Image:
-    """Return a blank sheet of at least this size, rounded up to even sides as videos require."""
+    """Return a blank sheet of at least this size, with even sides as videos require."""
     return Image.new("RGB", (width + width % 2, height + height % 2), BACKGROUND)
 
 
@@ -246,13 +246,13 @@ def _fit_side(frame: Frame, side: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Pen:
-    """Draw the labels of a comparison sheet, each on a single line."""
+    """Draws labels on a comparison sheet, each on a single line."""
 
     draw: ImageDraw.ImageDraw
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 
     def write(self, corner: tuple[int, int], text: str, width: int) -> None:
-        """Draw a text, cut to `width` pixels."""
+        """Draw a text, truncated to a width in pixels."""
         line = " ".join(escape_control_codes(text[:1000]).split())
         while line and self.draw.textlength(line, self.font) > width - 4:
             fitting = round(len(line) * width / self.draw.textlength(line, self.font))

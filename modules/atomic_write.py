@@ -281,7 +281,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, completely or not at all.
+    """Write `text` as UTF-8 to `path` atomically.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -290,7 +290,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append `text` as UTF-8; if the process is killed meanwhile, the last line may be incomplete.
+    """Append `text` as UTF-8; if the process is killed while writing, the last line may be incomplete.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -308,7 +308,7 @@ def replace_surrogates(text: str) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the free bytes of the volume of a folder, which need not exist yet."""
+    """Return the free bytes on a folder's volume; the folder may not exist yet."""
     resolved = real_path(folder)
     return shutil.disk_usage(next(path for path in (resolved, *resolved.parents) if path.exists())).free
 
@@ -389,7 +389,7 @@ def _find_min_age(owner: re.Match[str], older_seconds: float) -> float:
 
 @functools.cache
 def identify_machine() -> int:
-    """Return a number that identifies this boot of the machine and this container."""
+    """Return a number that differs between machines, reboots and containers."""
     words = [platform.node()]
     try:
         words.append((_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii"))

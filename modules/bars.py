@@ -31,7 +31,7 @@ LINE_INTERVAL = 30.0  # seconds between log lines if no bar can be shown
 
 
 class Bar(ExitStack):
-    """Progress of one loop. Use it as a context manager, or call `close`."""
+    """Progress bar of a loop. Use it as a context manager, or call `close`."""
 
     def __init__(
         self,

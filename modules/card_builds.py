@@ -21,7 +21,7 @@ NO_TORCH = "there is no build of PyTorch for it. docs/install.md lists the machi
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """Disk space of a build with all other packages, measured or estimated from its files on Linux."""
+    """Disk space of a torch build with all other packages, measured or estimated from its files on Linux."""
 
     download_gb: float
     disk_gb: float
@@ -39,7 +39,7 @@ BUILDS = {
 
 @dataclass(frozen=True)
 class BuildChoice:
-    """A build and the reason why it was chosen."""
+    """The name of a build, and the reason for choosing it."""
 
     build: str
     reason: str
@@ -99,7 +99,7 @@ def _select_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
 
 
 def read_amd_cards(nodes: Path) -> list[int]:
-    """Read the version numbers of AMD cards that Linux lists in a folder; 0 stands for a CPU."""
+    """Return the version numbers of AMD GPUs that the Linux driver lists in a folder; 0 stands for a CPU."""
     versions = []
     for path in sorted(nodes.glob("*/properties")):
         try:

@@ -67,7 +67,7 @@ def start_logging(level: int = logging.INFO) -> None:
 
 
 def draws_boxes(stream: Any) -> bool:
-    """Return whether a stream is a terminal that can draw boxes and bars."""
+    """Return whether a stream is a terminal that can display boxes and bars."""
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
@@ -227,7 +227,7 @@ def command_line(
 
 
 def _print_user_error(error: UserError, explain: Callable[[Path], str | None] | None) -> None:
-    """Print a short error; for a model file, also what the file is if the message does not say that."""
+    """Print a short error; for a model file, also say what the file is if the message does not."""
     _print_error(error, str(error), sys.argv)
     is_short = str(error).count("\n") + 1 < MAX_LINES
     if isinstance(error, CheckpointError) and error.path is not None and explain is not None and is_short:
@@ -240,14 +240,14 @@ def _print_user_error(error: UserError, explain: Callable[[Path], str | None] | 
 
 
 def _print_error(error: Exception, text: str, typed: Sequence[str] = ()) -> None:
-    """Print the kind of an error and a text, wrapped; of several processes usually the first alone prints."""
+    """Print the kind of an error and a text, wrapped; of several processes, usually only the first prints."""
     wait_for_first_process()
     message = plain_message(f"{type(error).__name__}: {text}", typed)
     print(wrap_text(message, terminal_width(sys.stderr)), file=sys.stderr)
 
 
 def _explain_os_error(error: OSError) -> str | None:
-    """Return the cause and the remedy of too many open files or a missing temporary folder; else None."""
+    """Explain too many open files or a missing temporary folder, with advice; None for other errors."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "too many files are open at once. Allow more of them (ulimit -n 4096) and run again."
     if "usable temporary directory" in str(error):  # message of Python's `tempfile`
@@ -292,7 +292,7 @@ def wait_for_first_process() -> None:
 
 
 def plain_message(text: str, typed: Sequence[str] = ()) -> str:
-    """Make a message safe for a console: control codes are written out, long lines shortened.
+    """Make a message safe for a console: escape control codes and shorten long lines.
 
     `typed` are the command-line arguments. Where the message quotes them, line breaks are removed and long
     words are shortened.
@@ -336,7 +336,7 @@ def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> s
 
 
 def quote_command(argv: Sequence[str]) -> str:
-    """Return a command as a user types it, quoted for this system's shell.
+    """Return a command quoted for this system's shell, as a user would type it.
 
     In the installed package, scripts are its console commands.
     """
@@ -363,7 +363,7 @@ def quote_for_windows(argv: Sequence[str]) -> str:
 
 
 def quote_for_powershell(argv: Sequence[str]) -> str:
-    """Return a command quoted for PowerShell: inside single quotes only the quote is special."""
+    """Quote a command for PowerShell: inside single quotes, only the single quote is special."""
     return " ".join(
         word
         if PLAIN_IN_POWERSHELL.fullmatch(word)

@@ -74,7 +74,7 @@ def _args_option(default: tuple[str, ...]) -> Any:
 
 
 class CompileOptions(Options):
-    """Options for compiling blocks: the four words of --compile_args, or one option for each word."""
+    """Options for torch.compile of blocks: the four words of --compile_args, or one option for each word."""
 
     compile: bool = option(_COMPILE, often=True, facts=HABIT)
     compile_args: tuple[str, ...] = _args_option(GENERATION_ARGS)
@@ -150,7 +150,7 @@ class CompileOptions(Options):
 
 
 class TrainingCompileOptions(CompileOptions):
-    """Options for compiling blocks in training: the options of generation, and accelerate's."""
+    """Options for compiling blocks in training: those of generation and those of accelerate."""
 
     dynamo_backend: str = option(
         "compile the blocks with this torch.compile back end, as accelerate names it: inductor, eager, ...; "
@@ -205,7 +205,7 @@ class TrainingCompileOptions(CompileOptions):
 
 
 class GenerationCompileOptions(CompileOptions):
-    """Options that compile the blocks for generation."""
+    """Options for compiling the blocks in generation."""
 
     optimized_compile = unsupported(
         "give --compile, which compiles whole blocks, attention and positions with them, once for all blocks "

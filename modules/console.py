@@ -101,7 +101,7 @@ def draw_box(
 
 
 def show_traceback() -> None:
-    """Print the current exception with its traceback, for an error in this program."""
+    """Print the current exception with its traceback, because it is an error of this program."""
     from rich.console import Console  # slow, and only needed for errors on a terminal
 
     Console(stderr=True).print_exception()
@@ -132,7 +132,7 @@ def format_size(size_bytes: float) -> str:
 
 
 def format_count(number: int, noun: str) -> str:
-    """Return a count with its noun: `1 clip`, `2 clips`, `2 batches`."""
+    """Format a count with its noun: `1 clip`, `2 clips`, `2 batches`."""
     if number == 1:
         return f"1 {noun}"
     plural_ending = "es" if noun.endswith(("tch", "sh", "x")) else "s"
@@ -166,7 +166,7 @@ def pluralize(number: int, words: str) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Turn off the log in the block, because the real run logs the same lines."""
+    """Disable logging in the block, because the real run logs the same lines."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

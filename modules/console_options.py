@@ -48,7 +48,7 @@ class ConsoleOptions(Options, title="log lines"):
 
 
 class _LogFile(logging.FileHandler):
-    """A log file. Lines that cannot be written, as on a full disk, go to the console."""
+    """A log file; lines that cannot be written (for example on a full disk) go to the console."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Replace this handler by one that writes to the console if the log file cannot be written."""

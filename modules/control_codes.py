@@ -51,7 +51,7 @@ def shorten(text: str, maximum: int) -> str:
 
 
 def shorten_lines(text: str, maximum: int) -> str:
-    """Return a text whose lines have at most `maximum` characters each."""
+    """Return a text with each line shortened to at most `maximum` characters."""
     return "\n".join(shorten(line, maximum) for line in text.split("\n"))
 
 
@@ -100,7 +100,7 @@ _QUOTES = {('"', '"'), ("'", "'"), ("“", "”")}
 
 
 def extract_caption(text: str, max_characters: int = MAX_ANSWER_CHARACTERS) -> str:
-    """Return a model's answer as a caption of one line, cut off after `max_characters`.
+    """Return a language model's answer as a one-line caption, cut off after `max_characters`.
 
     Thoughts before the answer, control codes, line breaks and enclosing quotation marks are removed.
     """

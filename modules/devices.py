@@ -102,7 +102,7 @@ def _check_cuda(name: str, device: torch.device) -> None:
 
 @functools.cache
 def _warn_of_unseen_card() -> None:
-    """Warn once of an NVIDIA card that torch does not see, unless CUDA_VISIBLE_DEVICES chooses cards."""
+    """Warn once of an NVIDIA GPU that torch does not detect, unless CUDA_VISIBLE_DEVICES is set."""
     if "CUDA_VISIBLE_DEVICES" not in os.environ:
         from modules.nvidia_driver import explain_unseen_card  # only if torch sees no card
 
@@ -147,7 +147,7 @@ def pin(tensor: Tensor) -> Tensor:
 
 
 def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return uninitialized page-locked memory, or other host memory if the driver refuses."""
+    """Return an uninitialized host tensor, in page-locked memory if the driver permits."""
     try:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
     except RuntimeError as error:
@@ -179,7 +179,7 @@ def leave_cudnn_out(device: torch.device) -> None:
 def acts_on_cuda(option: str, what: str, device: torch.device) -> bool:
     """Return whether an option for CUDA devices has an effect on `device`, and warn if it has none.
 
-    `what` names the operations that the option changes, such as "matrix products".
+    `what` names the operations that the option speeds up or changes, such as "matrix products".
     """
     if device.type == "cuda":
         return True
@@ -225,13 +225,13 @@ def replace_slow_float16(device: torch.device, dtype: torch.dtype, what: str) ->
 
 
 def compute_dtype_of(dit: nn.Module) -> torch.dtype:
-    """Return the compute dtype of a network: its `compute_dtype`, else the dtype of its first parameter."""
+    """Return a network's compute dtype: its `compute_dtype`, else the dtype of its first parameter."""
     dtype = getattr(dit, "compute_dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else next(dit.parameters()).dtype
 
 
 def emulates_bfloat16() -> bool:
-    """Return whether the CPU has no instructions for bfloat16.
+    """Return whether the CPU lacks instructions for bfloat16.
 
     On such a CPU, torch takes 7 to 90 times as long for matrix products as in float32, and 40 times as long
     for convolutions.
@@ -269,12 +269,12 @@ def free_memory(device: torch.device) -> None:
 
 @functools.cache
 def freeze_libraries() -> None:
-    """Leave all objects that exist now out of garbage collections, for the rest of this process.
+    """Exclude all existing objects from garbage collection, for the rest of this process.
 
-    torch and its companions have some 365,000 objects, which each collection would scan: 0.2 s on a laptop.
-    Call it after the libraries are imported and before a network is loaded: what is frozen is never
-    collected. Only the first call of a process acts, so a process that runs several commands freezes no
-    network of an earlier one. The cache saves later calls of `gc.get_freeze_count`, which is slow.
+    torch and its dependencies have some 365,000 objects, which each collection would scan: 0.2 s on a laptop.
+    Call it after the libraries are imported and before a network is loaded: a frozen object is never
+    collected. Only the first call has an effect, so a process that runs several commands does not freeze
+    networks of an earlier one. The cache saves later calls of `gc.get_freeze_count`, which is slow.
     """
     if gc.get_freeze_count() == 0:
         gc.freeze()
@@ -303,7 +303,7 @@ _GLIBC = _LIBC if hasattr(_LIBC, "malloc_trim") else None  # other C libraries h
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that the device or the host has run out of memory."""
+    """Return whether an error means that the device or the host ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
@@ -359,7 +359,7 @@ class Failures:
     def collect_errors(
         self, label: str, fatal: type[Exception] | tuple[type[Exception], ...] = ()
     ) -> Iterator[None]:
-        """Record an error of the block and continue, unless it is `fatal` or comes from the compiler."""
+        """Record an error in the block and continue, unless it is `fatal` or comes from torch's compiler."""
         try:
             yield
         except Exception as error:
@@ -371,7 +371,7 @@ class Failures:
             logger.error("%s is skipped. %s", label, self.reasons[label], exc_info=not is_known)
 
     def raise_if_any(self, total: int, where: str = "") -> None:
-        """Raise UserError listing the failures. `where` begins the message, such as "prompts.txt: ".
+        """Raise UserError with a list of the failures; `where` begins the message, such as "prompts.txt: ".
 
         If all failures share an exit code other than 1 and 2, the error has that code.
         """
@@ -385,7 +385,7 @@ class Failures:
 
 
 def format_gib(size: int) -> str:
-    """Return a size in GiB with two decimals."""
+    """Format a size in bytes as GiB with two decimals."""
     return f"{size / GIB:.2f}"
 
 
@@ -402,6 +402,6 @@ def host_peak() -> int:
 
 
 def format_peak_memory(device: torch.device) -> str:
-    """Describe the peak memory use so far: of the device on CUDA, else of the host."""
+    """Describe the peak memory so far: of the CUDA device, else of the host."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
     return f"{format_gib(used)} GiB"

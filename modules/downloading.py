@@ -44,7 +44,7 @@ class RetryableError(Exception):
 
 
 class DownloadRejected(Exception):
-    """Raised if a site rejects a request, so that retrying is useless; the text gives the reason."""
+    """Raised if a server rejects a request, so that retrying is useless; the text gives the reason."""
 
     def __init__(self, reason: str, status: int | None = None) -> None:
         super().__init__(reason)

@@ -39,7 +39,7 @@ NO_ANSWER = re.compile(
 
 @dataclass(frozen=True)
 class Build:
-    """A build of torch for one kind of card."""
+    """A build of torch for one kind of GPU."""
 
     name: str  # name of its extra in pyproject.toml
     torch: str  # requirement of torch
@@ -106,7 +106,7 @@ def prepare_environment(
 
 
 def _list_requirements(extra: str | None, build: Build | None) -> list[str]:
-    """Return the requirements of the runtime, with the build's or the default torch, and of an extra."""
+    """Return the requirements of the runtime with a torch build (or the default) and of an optional extra."""
     torch = TORCH if build is None else build.torch
     requirements = [torch if requirement_name(line) == "torch" else line for line in read_requirements()]
     if extra is not None:
@@ -153,7 +153,7 @@ def create_environment(folder: Path, may_inherit: bool = True) -> None:
 
 
 def provide_pip(python: Path) -> None:
-    """Install pip into an environment without it: a new or incomplete one, or one made by uv.
+    """Install pip into a virtual environment that lacks it: new, incomplete, or made by uv.
 
     Raises:
         UserError: If pip cannot be installed.

@@ -15,11 +15,11 @@ class UserError(Exception):
 
 
 class InstallationError(UserError):
-    """A package that is not installed in this Python."""
+    """Raised if a package is not installed in this Python."""
 
 
 class OptionError(UserError):
-    """An option, or a combination of options, that cannot be used."""
+    """Raised for an unusable option or combination of options."""
 
     exit_code = 2
 
@@ -37,7 +37,7 @@ class MediaError(UserError):
 
 
 class CacheError(UserError):
-    """A cache file that is missing, damaged, or made from other sources."""
+    """Raised for a cache file that is missing, damaged, or made from other sources."""
 
 
 class CheckpointError(UserError):
@@ -52,7 +52,7 @@ class CheckpointError(UserError):
 
 
 class OutputError(UserError):
-    """A file that cannot be written: a full disk, missing rights, a folder of that name."""
+    """Raised if a file cannot be written: full disk, missing rights, a folder of that name."""
 
 
 class MemoryPlanError(UserError):
@@ -60,18 +60,18 @@ class MemoryPlanError(UserError):
 
 
 class DownloadError(UserError):
-    """A file that cannot be downloaded: no connection, no rights, damaged data."""
+    """Raised if a file cannot be downloaded: no connection, no access rights, damaged data."""
 
 
 class NothingFoundError(UserError):
-    """Raised if nothing was found in a video, so that no file was written."""
+    """Raised if nothing was found in a video, and therefore no file was written."""
 
     exit_code = 3
 
 
 @contextlib.contextmanager
 def catch_panics() -> Iterator[None]:
-    """Raise ValueError for a panic of a library in Rust (tokenizers), which is not an `Exception`."""
+    """Convert a panic of a Rust library (tokenizers), which is not an `Exception`, to a ValueError."""
     try:
         yield
     except BaseException as error:

@@ -50,7 +50,7 @@ def find_values(group: str) -> dict[str, str]:
 
 
 def load_extensions(group: str) -> dict[str, Any]:
-    """Import the named extensions of a group and return them by name.
+    """Import the extensions of a group that the user named, and return them by name.
 
     Raises:
         InstallationError: If one of them cannot be imported.
@@ -59,7 +59,7 @@ def load_extensions(group: str) -> dict[str, Any]:
 
 
 def _find_entries(group: str) -> Iterator[EntryPoint]:
-    """Yield the entry points of a group whose names `list_named` returns, in that order."""
+    """Yield a group's entry points that the user named, in the order of `list_named`."""
     for name in list_named():
         yield from entry_points(group=group, name=name)
 

@@ -54,7 +54,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which forks nothing
 
 
 def _open_own(name: str, flags: int) -> int:
-    """Open a file; do not follow a link of that name, nor wait for a pipe."""
+    """Open a file, without following a symbolic link of that name or waiting for a pipe."""
     return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 

@@ -21,7 +21,7 @@ LONGEST_DEFAULT = 80
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Adds the default to an option's help if it is a value and the text does not name it."""
+    """Appends the default to an option's help, if it is a value that the help does not name."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog)
@@ -187,7 +187,7 @@ def _shorten_clauses(text: str) -> str:
 
 
 def _describe_default(action: argparse.Action) -> str:
-    """Return an option's default as a user would type it; "" if there is none, or if it is long."""
+    """Return an option's default as a user would type it; "" if there is none or it is long."""
     default = action.default
     if isinstance(default, (list, tuple)):
         default = " ".join(map(str, default))

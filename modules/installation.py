@@ -103,7 +103,7 @@ def find_namesake() -> str | None:
 
 
 def import_own(name: str) -> ModuleType:
-    """Import a module of this program by its name in a checkout, also from the installed package.
+    """Import a module of this program by its name in a checkout, also when the package is installed.
 
     A module of an extension is imported by its own name.
     """
@@ -111,7 +111,7 @@ def import_own(name: str) -> ModuleType:
 
 
 def own_name(name: str) -> str:
-    """Return the name by which to import a module, ours or foreign: `tests.my_network`, `lycoris.kohya`."""
+    """Return the name to import: in the package, its prefix is added to modules of this program."""
     if not PREFIX or not re.fullmatch(r"\w+(\.\w+)*", name):
         return name
     file = ROOT.joinpath(*name.split("."))
@@ -184,20 +184,20 @@ def find_script(word: str) -> Path | None:
 
 
 def program_words(script: Path) -> list[str]:
-    """Return the words after `python` that run a script: its path, or `-m` and its module in the package."""
+    """Return the arguments of `python` that run a script: its path, or `-m` and its module in the package."""
     return ["-m", PREFIX + ".".join(script.with_suffix("").parts)] if PREFIX else [str(ROOT / script)]
 
 
 def program_environment(**variables: str) -> dict[str, str]:
-    """Return the environment for a program of ours.
+    """Return the environment variables for starting one of our programs.
 
-    In the package it keeps `python -m` from importing from the working folder, which may be somebody else's.
+    In the package, they keep `python -m` from importing from the working folder, maybe somebody else's.
     """
     return {**os.environ, **variables, **({"PYTHONSAFEPATH": "1"} if PREFIX else {})}
 
 
 def read_requirements() -> list[str]:
-    """Return the lines of requirements.txt without comments."""
+    """Return the requirements in requirements.txt, without comments."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
@@ -246,7 +246,7 @@ def _describe_remedy(missing: Sequence[str]) -> str:
 
 
 def describe_missing(error: ImportError) -> str:
-    """Return the module or package that an import lacks and, for a package, how to install it."""
+    """Return which module or package is missing and, for a package, how to install it."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return str(error)
     package, _, inner = error.name.removeprefix(PREFIX).partition(".")
@@ -261,9 +261,9 @@ def describe_missing(error: ImportError) -> str:
 
 
 def rejects_code() -> str | None:
-    """Return the reason why no code of the working folder may be run; None if the user types commands.
+    """Return why code from the working folder must not be run; None if the user types commands.
 
-    For `run` and the queue the names come from a file that may be somebody else's.
+    In `run` and the queue, names of modules come from a file that may be somebody else's.
     """
     if os.environ.get(RUN_GOES_ON):
         return "`run` takes no code from its folder: if it is yours, start the training itself"
@@ -273,15 +273,15 @@ def rejects_code() -> str | None:
 
 
 def is_started_by_file() -> bool:
-    """Return whether `run` with a folder, or a job in the browser's queue, started this process."""
+    """Return whether this process was started by `run` with a folder, or by the browser's queue."""
     return is_limited() or bool(os.environ.get(RUN_GOES_ON) or os.environ.get(FROM_QUEUE))
 
 
 def reject_starting(option: str, effect: str = "starts a program") -> None:
-    """Raise OptionError if an option that starts another program comes from a file.
+    """Raise OptionError if a file instead of the user sets an option that starts another program.
 
     The file is the run.toml of `run`, whose folder may be somebody else's, or a job in the browser's queue.
-    `effect` is the effect of the option, for the message.
+    `effect` describes what the option does, for the message.
     """
     if os.environ.get(RUN_GOES_ON):
         remedy = f"Leave it out of run.toml; or, if you want it, type --{option} after `run FOLDER`"
@@ -306,10 +306,10 @@ def reject_in_queue(option: str) -> None:
 
 
 def reject_standard_module(option: str, name: str, module: str) -> None:
-    """Raise OptionError if a module that an option names is of Python's standard library.
+    """Raise OptionError if a module that an option names is in Python's standard library.
 
-    Such a module is never meant, and some have effects when they are imported (antigravity opens a browser).
-    `name` is what the user gave to the option.
+    Such a module is never meant, and importing some has effects (antigravity opens a browser). `name` is
+    the text that the user typed for the option.
     """
     if module.split(".")[0] in sys.stdlib_module_names:
         raise OptionError(

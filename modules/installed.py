@@ -39,7 +39,7 @@ def require_installed(place: str, name: str, remedy: str) -> None:
 
 
 def find_installed(name: str) -> Path | None:
-    """Return the file of an installed package's module; None if no package has that module."""
+    """Return the path of an installed package's module; None if no installed package contains it."""
     parts = name.split(".")
     if any(not part.isidentifier() or part.startswith("_") for part in parts):
         return None
@@ -72,7 +72,7 @@ def _has_installed_file(spec: ModuleSpec) -> bool:
 
 
 def is_installed_file(file: Path) -> bool:
-    """Return whether a file belongs to an installed package, including packages installed in place."""
+    """Return whether a file belongs to an installed package, including editable installations."""
     if _is_below(file, _list_package_folders()):
         return True
     here = real_path(Path.cwd())

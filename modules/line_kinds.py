@@ -43,12 +43,12 @@ def warning(text: str) -> str:
 
 
 def fault(text: str) -> str:
-    """Return a line about an error: a file that cannot be used, or a setting that would end a run."""
+    """Return a line of the kind "fault": about an unusable file, or a setting that would end a run."""
     return KindLine(FAULT, text)
 
 
 def show_kinds(lines: Iterable[str]) -> list[str]:
-    """Return the lines to print, with their kinds if the browser has started this program."""
+    """Return the lines to print; if the browser has started this program, their kinds are put in front."""
     if not os.environ.get(TELLS_KINDS):
         return [*lines]
     return [f"{line.kind}{END}{line}" if isinstance(line, KindLine) else line for line in lines]

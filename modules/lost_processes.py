@@ -40,7 +40,7 @@ DEFAULT_ADVICE = "Start the same command again."
 
 
 class Pace(NamedTuple):
-    """Intervals and time limits for watching the other processes of a run."""
+    """Intervals and timeouts for watching the other processes of a run."""
 
     heartbeat_seconds: float = 5.0  # seconds between two heartbeats
     timeout_seconds: float = 60.0  # seconds without a heartbeat; long, as C code may hold the GIL
@@ -51,7 +51,7 @@ DEFAULT = Pace()
 
 
 class LostProcess(NamedTuple):
-    """A process of the run that was lost, so that the run cannot continue."""
+    """A process whose loss means that the run cannot continue."""
 
     rank: int
     cause: str  # KILLED or SILENT
@@ -62,7 +62,7 @@ class LostProcessError(UserError):
 
 
 class OtherProcesses:
-    """The other processes of a run, watched until the block ends."""
+    """Watches the other processes of a run until the block ends."""
 
     def __init__(self, rank: int, count: int, pace: Pace = DEFAULT) -> None:
         """Connect the processes; all of them must call it.
@@ -126,7 +126,7 @@ class OtherProcesses:
                 link.sendall(f"{line}\n".encode())
 
     def _listen(self, rank: int, connection: socket.socket) -> None:
-        """Read what another process sends until it is done; if a process is lost, end this one."""
+        """Receive messages of another process until it is done; if a process was lost, end this one."""
         lost = self._wait_for_loss(rank, connection)
         if lost is not None:
             self._exit_after_loss(lost)
@@ -247,7 +247,7 @@ def _answer_port_requests(store: Any, count: int) -> str:
 
 
 def _request_port(store: Any, rank: int) -> str:
-    """Send a random word to process 0 until the port is stored under that word; return the port."""
+    """Send a random word to process 0 until it answers with a free port; return the port."""
     word = secrets.token_hex(8)
     answer_key = f"{PORT_ANSWER}/{word}"
     while not store.check([answer_key]):
@@ -257,7 +257,7 @@ def _request_port(store: Any, rank: int) -> str:
 
 
 def _is_communication_error(error: BaseException) -> bool:
-    """Return whether an error is one of torch's communication, by its class or its words."""
+    """Return whether an error comes from torch.distributed, by its class or its message."""
     return isinstance(error, distributed.DistError) or (
         isinstance(error, RuntimeError) and COMMUNICATION_ERRORS.search(str(error)) is not None
     )

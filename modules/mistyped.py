@@ -256,7 +256,7 @@ def _suggest_option(flags: Flags, name: str) -> str:
 
 
 def explain_role(flags: Flags, name: str) -> str:
-    """Advise to use this model's option for a file instead of another model's; "" if no option fits."""
+    """Advise to use this model's option for a file if another model's option is given; "" if none fits."""
     role = next((names.split() for names in _ROLES if _has_role(name, names.split())), [])
     takes_values = [flag for flag, action in flags.items() if action.nargs != 0]
     of_role = [flag for flag in takes_values if _has_role(flag.lstrip("-"), role)]
@@ -346,5 +346,5 @@ def explain_unused_words(
 
 
 def _takes_one_value(flags: Flags, flag: str) -> bool:
-    """Return whether a word is the flag of an option with exactly one value."""
+    """Return whether a word of the command line is the flag of an option with exactly one value."""
     return flag in flags and flags[flag].nargs is None

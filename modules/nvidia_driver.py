@@ -23,7 +23,7 @@ class NvidiaCard:
 
     @property
     def series(self) -> int:
-        """Series of the driver: 535 for 535.104.05."""
+        """Driver series: 535 for version 535.104.05."""
         return int(self.driver.partition(".")[0])
 
 
@@ -49,7 +49,7 @@ def find_nvidia_cards() -> list[NvidiaCard]:
 
 
 def read_nvidia_cards(text: str) -> list[NvidiaCard]:
-    """Return the cards of the driver's list; lines in a different format are left out."""
+    """Parse the driver's list of NVIDIA GPUs; skip lines in a different format."""
     cards = []
     for line in text.splitlines():
         name, *cells = [cell.strip() for cell in line.rsplit(",", 2)]

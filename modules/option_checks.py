@@ -67,7 +67,7 @@ def check_relations(name: str, facts: Info, list_set: ListSetOptions) -> None:
 
 
 def find_needed(facts: Info, list_set: ListSetOptions) -> str:
-    """Return the flags of `needs`, joined by "or", if none of these options is set; "" otherwise."""
+    """Return the flags that an option needs, joined by "or", if none of them is set; "" otherwise."""
     needed = facts.get("needs", ())
     if not needed or list_set(needed):
         return ""
@@ -94,7 +94,7 @@ def check_paths(flag: str, value: Any, facts: Info, find_paths: Callable[[str], 
 
 
 def list_paths(value: Any) -> list[Path]:
-    """Return the paths in the value of an option, which may be a tuple."""
+    """Return the paths in an option's value, which may be a single path or a tuple."""
     values = value if isinstance(value, tuple) else (value,)
     return [path for path in values if isinstance(path, Path)]
 

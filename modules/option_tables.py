@@ -26,14 +26,14 @@ def read_entry(kind: str, name: str) -> Any:
 
 @cache
 def list_option_names() -> tuple[str, ...]:
-    """Return the names of the options of all scripts, sorted, with _ for -."""
+    """Return the option names of all scripts, sorted, with _ instead of -."""
     rows = [json.loads(text) for key, text in _read_lines().items() if key.startswith("option ")]
     flags = (flag for row in rows for flag in row["flags"])
     return tuple(sorted({flag[2:].replace("-", "_") for flag in flags if flag[:2] == "--"}))
 
 
 def find_table(script: Path | None) -> Mapping[str, Any] | None:
-    """Return the compiled description of a script's options; None if the script has none.
+    """Return the compiled option table of a script; None if there is none.
 
     Args:
         script: Its path in the checkout or the package.

@@ -121,7 +121,7 @@ def check_numbers(option: str, value: Any) -> None:
 
 
 def format_number(number: float) -> str:
-    """Format a number for messages; a very long number is described by its number of digits."""
+    """Format a number for messages; a very long number is described by how many digits it has."""
     if isinstance(number, int) and abs(number) >= 10**40:
         return f"of {len(str(abs(number)))} digits"
     return str(number) if isinstance(number, int) else f"{number:.12g}"
@@ -166,7 +166,7 @@ def require(value: T | None, option: str, why: str) -> T:
 
 
 def check_seed(option: str, seed: int | None) -> None:
-    """Raise OptionError if a seed does not fit the 64 bits that torch's generators take."""
+    """Raise OptionError if a seed does not fit into 64 bits, as torch's generators require."""
     if seed is not None and not -(2**63) <= seed < 2**64:
         raise OptionError(f"{option} {format_number(seed)} does not fit in 64 bits: give a number below 2^64")
 
@@ -175,7 +175,7 @@ def gibibytes(text: str) -> float:
     """Parse an amount of memory in GiB: 12, 12GB, 12 gib.
 
     Raises:
-        ArgumentTypeError: For anything else.
+        ArgumentTypeError: For any other text.
     """
     match = re.fullmatch(MEMORY, text.strip(), re.IGNORECASE)
     if match is None:
@@ -262,7 +262,7 @@ def _check_single_pair(option: str, item: str, value: str) -> None:
 
 
 def read_literals(option: str, items: Sequence[str]) -> dict[str, Any]:
-    """Parse `key=value` texts with values as Python literals (0.9,0.95 is a tuple); bare words stay text."""
+    """Parse `key=value` texts; values are Python literals (0.9,0.95 is a tuple), bare words stay text."""
     return {key: _parse_literal(value) for key, value in split_pairs(option, items).items()}
 
 
@@ -274,12 +274,12 @@ def _parse_literal(text: str) -> Any:
 
 
 def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
-    """Return the seed for a text: a whole number itself, other text hashed to `bits` bits.
+    """Return the seed for a text: an integer as it is, any other text hashed to `bits` bits.
 
-    The hash is that of other tools; values measured with them are in tests/golden/string_seeds.json.
+    The hash equals that of other tools; values from them are in tests/golden/string_seeds.json.
 
     Raises:
-        ValueError: For a number of more digits than any seed has.
+        ValueError: For a number with more digits than any seed.
     """
     if re.fullmatch(r"[+-]?[0-9]+", text.strip()):
         return parse_bounded_int(text.strip())
@@ -334,7 +334,7 @@ def parse_bounded_int(text: str) -> int:
 
 
 def option_argv(values: Mapping[str, Any]) -> list[str]:
-    """Return options as arguments of a command line.
+    """Return options as command-line arguments.
 
     True stands for a switch; None, False and an empty sequence leave an option out. A single text that begins
     with - is joined to its flag by an equals sign.
@@ -361,5 +361,5 @@ def value_argv(value: Any) -> list[str]:
 
 
 def missing_words(words: Sequence[str]) -> list[str]:
-    """Return each distinct word of a command that the user has to replace."""
+    """Return the distinct words of a command that the user has to replace."""
     return list(dict.fromkeys(word for word in words if isinstance(word, Placeholder)))

@@ -173,7 +173,7 @@ def option(
 
 
 class Declared(NamedTuple):
-    """Facts about an option that only the parser needs."""
+    """Settings of an option that only the parser needs."""
 
     help: str
     default: Any
@@ -188,7 +188,7 @@ class Declared(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """An option of another program that the parser recognizes, although no record has it."""
+    """An option of another program that the parser recognizes: it is rejected, or accepted without effect."""
 
     help: str
     reason: str  # why it is rejected; "" if it is accepted
@@ -198,7 +198,7 @@ class Rejection(NamedTuple):
 
 
 def find_rejection(action: argparse.Action) -> Rejection | None:
-    """Return why an argument is not supported; None if it is."""
+    """Return why an argument is rejected or ignored; None for an ordinary argument."""
     return vars(action).get("rejection")
 
 
@@ -299,7 +299,7 @@ class Options:
 
     @classmethod
     def from_defaults(cls, **values: Any) -> Self:
-        """Make the record with default values, except for the given ones."""
+        """Make the record from the given values, with defaults for all others."""
         return cls(**values)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -355,7 +355,7 @@ def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
 
 
 def is_set(record: Any, field: "dataclasses.Field[Any]") -> bool:
-    """Return whether a field of a record differs from its default value."""
+    """Return whether a record's field differs from its default value."""
     try:
         return bool(getattr(record, field.name) != default_of(type(record), field))
     except TypeError:  # the field has no default
@@ -574,9 +574,9 @@ info_of: Callable[[type], dict[str, dict[str, Any]]] = functools.cache(_collect_
 
 
 def replace_synonyms(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace synonyms among values, such as "va" by "av", so that values of equal meaning compare equal.
+    """Replace synonyms among values, such as "va" by "av", so that equivalent values compare equal.
 
-    `values` are keyed by public name. The fact `same_as` of an option maps each synonym to its replacement.
+    `values` are keyed by public name. An option's setting `same_as` maps each synonym to its replacement.
     """
     info = info_of(cls)
     plain = dict(values)
@@ -588,7 +588,7 @@ def replace_synonyms(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
-    """Return the names of a record's options for which a fact has a value."""
+    """Return the names of a record's options whose setting `fact` has this value."""
     return tuple(name for name, info in info_of(cls).items() if info.get(fact) == value)
 
 

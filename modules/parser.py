@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
         return full_help(self)
 
     def format_short_help(self) -> str:
-        """Return the help of -h: the options that are needed often."""
+        """Return the help of -h: options that are often needed."""
         from modules.help_text import short_help  # only -h needs it
 
         return short_help(self)
@@ -140,7 +140,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _reject_line_continuation(self, argv: Sequence[str]) -> None:
-        """Reject a command that ends in the line-continuation character of another shell, such as ` or ^."""
+        """Reject a command that ends in a line-continuation character of another shell, such as ` or ^."""
         last_but_one, last = ["", "", *argv][-2:]
         if last not in _LINE_ENDS:
             return
@@ -264,7 +264,7 @@ class Parser(argparse.ArgumentParser):
             self.exit()
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2, without the list of all options."""
+        """Exit with code 2 and the message, without listing all options."""
         if message.startswith(_MISSING):
             missing = message.removeprefix(_MISSING).split(", ")
             message = "\n  ".join(f"{name} is missing{self._append_help(name)}" for name in missing)
@@ -279,7 +279,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n{shown}{LISTS_OPTIONS}\n")
 
     def _append_help(self, name: str) -> str:
-        """Return ": " and the help of an option, as argparse's message names it; "" if it has none."""
+        """Return ": " and the help of the option that an argparse message names; "" if it has none."""
         for action in self._actions:
             names = {"/".join(action.option_strings), action.metavar, action.dest}
             if name in names and action.help:
@@ -344,7 +344,7 @@ class Parser(argparse.ArgumentParser):
         return " " not in name and not is_text
 
     def _takes_value(self, word: str) -> bool:
-        """Return whether a word is the flag of an option that is not a switch."""
+        """Return whether a word is the flag of an option that takes a value."""
         flags = self._option_string_actions
         return word in flags and flags[word].nargs != 0
 
@@ -362,7 +362,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{shown} is not a choice. Use {', '.join(choices)}.{near}")
 
     def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
-        """Count an option's values as argparse does, but name the expected values if there are too few."""
+        """Count an option's values as argparse does, but name the missing values in the error message."""
         names = action.metavar
         try:
             return super()._match_argument(action, arg_strings_pattern)
@@ -394,7 +394,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def typed_names(args: argparse.Namespace) -> Mapping[str, str]:
-    """Return the flag that the user typed for each typed option, by the flag that messages would name."""
+    """Map each typed option to the flag that the user typed; keys are the flags that messages would show."""
     names: Mapping[str, str] = getattr(args, "typed_names", {})
     return names
 
@@ -516,7 +516,7 @@ def _collect_checked_facts(cls: type[Options], field: Field[Any], default: Any) 
 
 
 def _add_rejections(group: _Group, cls: type[Options], without: Collection[str]) -> None:
-    """Declare the options of other programs that a record or its bases reject, or accept and ignore."""
+    """Add the options of other programs that a record or its bases reject, or accept without effect."""
     attributes = [(name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)]
     for name, rejection in attributes:
         if not isinstance(rejection, Rejection) or name in without:

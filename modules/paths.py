@@ -90,7 +90,7 @@ def check_length(path: Path) -> None:
 
 
 def parse_path(folder: Path, path: Path) -> str:
-    """Return a path relative to a folder; absolute if they are on different drives of Windows."""
+    """Return a path relative to a folder, or absolute if they are on different Windows drives."""
     try:
         return os.path.relpath(path, folder)
     except ValueError:
@@ -98,10 +98,10 @@ def parse_path(folder: Path, path: Path) -> str:
 
 
 def number_key(name: str) -> tuple[tuple[str | int, ...], str, str]:
-    """Return a sort key of a file's name that compares numbers as numbers and ignores case.
+    """Return a key that sorts file names with numbers in natural order, ignoring case.
 
     `2.png` comes before `10.png`, and `a.png` before `B.png`. Names whose numbers are zero-padded to the same
-    width keep their order as texts. The suffix is compared last.
+    width sort as plain text. The suffix is compared last.
     """
     stem, suffix = os.path.splitext(name)  # noqa: PTH122
     # text, number, text, number, ..., text: so that texts are compared with texts, numbers with numbers
@@ -151,7 +151,7 @@ def explain_path(text: str) -> str | None:
 
 
 def explain_missing(path: Path) -> str:
-    """Return a hint, beginning with a space, about a path that does not exist; "" if there is no hint.
+    """Return a hint, after a space, about a path that does not exist; "" if there is none.
 
     For example, `$MODELS/wan.safetensors` becomes `/wan.safetensors` if the variable is not set.
     """
@@ -208,7 +208,7 @@ _AZURE_SIGNATURE_PARTS = re.compile(r"s[eiprtv]|sr[ts]|spr|sip|sdd|sk(oid|tid|t|
 
 
 def is_address(text: str) -> bool:
-    """Return whether a text begins with a protocol, such as https://."""
+    """Return whether a text begins with a URL scheme, such as https://."""
     return _ADDRESS.match(text) is not None
 
 

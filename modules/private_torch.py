@@ -72,7 +72,7 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy tensors into target tensors, whose dtypes may differ, with few kernels."""
+    """Copy tensors into target tensors, whose dtypes may differ, with few kernel launches."""
     torch._foreach_copy_(list(targets), list(sources))
 
 
@@ -82,12 +82,12 @@ def scale_each(values: Sequence[Tensor], factors: Sequence[float]) -> None:
 
 
 def lerp_each(values: list[Tensor], ends: Sequence[Tensor], weight: float) -> None:
-    """Move each value towards its end by `weight`, in place."""
+    """Interpolate each tensor towards its end by the fraction `weight`, in place."""
     torch._foreach_lerp_(values, list(ends), weight)
 
 
 def exchange_rows(tensors: Sequence[Tensor], group: str) -> tuple[Tensor, ...]:
-    """Send row i of each tensor, P ..., to process i of a group; return the rows that the P processes send.
+    """Send row i of each tensor, P ..., to process i of a group; return the rows that this process receives.
 
     `group` is the group's name. All rows are sent at the same time. Not differentiable. Unlike torch's public
     functions, it can be compiled.
@@ -109,21 +109,21 @@ def release_host_cache() -> None:
 
 
 def dynamo() -> Any:
-    """Return torch's module for tracing, which takes seconds to import."""
+    """Import and return torch._dynamo, which takes seconds."""
     import torch._dynamo
 
     return torch._dynamo
 
 
 def shape_config() -> Any:
-    """Return torch's settings of sizes that vary in compiled code."""
+    """Return torch's configuration module for dynamic shapes in compiled code."""
     from torch.fx.experimental import _config
 
     return _config
 
 
 def has_cpp_compiler() -> bool:
-    """Return whether inductor finds a C++ compiler."""
+    """Return whether torch's inductor finds a C++ compiler."""
     from torch._inductor import exc
     from torch._inductor.cpp_builder import get_cpp_compiler
 

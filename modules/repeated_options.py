@@ -37,7 +37,7 @@ class AcceptedOption(NamedTuple):
 
 
 class RepeatedOption(NamedTuple):
-    """An option of an earlier command that the next one may need too."""
+    """An option of an earlier command that the following command may need too."""
 
     name: str
     flags: tuple[str, ...]  # all spellings
@@ -78,10 +78,10 @@ def accepted_options(
 
 
 def repeat_given(options: Options, typed: Mapping[str, str] | None = None) -> list[RepeatedOption]:
-    """Return the options of a record that differ from their defaults.
+    """Return a record's options that differ from their defaults, for a following command.
 
-    `typed` maps the public names of given options to their spelling; options that are not in it are left out,
-    because a script may have its own defaults. None means that all options were given.
+    `typed` maps the public names of given options to their spelling. Other options are left out, because a
+    script may have its own defaults. None means that all options were given.
     """
     accepted = accepted_options(type(options))
     return [
@@ -135,7 +135,7 @@ def join_options(
 def find_names(
     option: RepeatedOption, accepted: Mapping[str, AcceptedOption], name_by_flag: Mapping[str, str]
 ) -> Iterator[str]:
-    """Yield the public names that an earlier command's option has in a record, usually one or none.
+    """Yield the public names in a record that match an earlier command's option, usually one or none.
 
     The name that matches the typed spelling comes first.
     """

@@ -47,7 +47,7 @@ def limit_variables(
 
 @contextlib.contextmanager
 def limit_run(folders: Sequence[Path], typed: Collection[str] = (), command: str = "run") -> Iterator[None]:
-    """Let this process, and those that it starts, write only below `folders` until the block ends."""
+    """Let this process and its child processes write only below `folders` until the block ends."""
     variables = limit_variables(folders, typed, command)
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
@@ -112,7 +112,7 @@ def describe_outside(path: Path, option: str = "") -> str | None:
 
 
 def is_in_queue(path: Path) -> bool:
-    """Return whether a relative path leads into a folder of a queue, on disks that ignore capitals too."""
+    """Return whether a relative path leads into a folder of a queue; ignores case, as some disks do."""
     return any(part.casefold().rstrip(" .") == QUEUE_FOLDER for part in path.parts)
 
 

@@ -60,7 +60,7 @@ def text_form(options: Any) -> str | None:
 
 
 def text_form_option() -> Any:
-    """Return the field `text_encoder_form` of a family's options, next to `fp8_text_option`."""
+    """Return the field `text_encoder_form` of a family's options; see `text_form`."""
     return option(
         "storage format of the text encoder's linear layers: fp8, int8 (rotated; same size, closer to "
         "16 bits) or nf4 (half the size, less exact)",
@@ -100,7 +100,7 @@ class TextEncoderOptions(Options):
 
 
 def take_ae(args: argparse.Namespace) -> None:
-    """Put --ae into --vae.
+    """Use the value of --ae for --vae.
 
     Raises:
         OptionError: If both are given and differ.
@@ -156,7 +156,7 @@ _SPLIT = "compute attention one sample at a time"
 
 
 class TrainingAttentionOptions(Options, title="attention"):
-    """Options that select the attention back end for training."""
+    """Options that select the attention kernel for training."""
 
     sdpa: bool = option("attention by torch itself (the default)", often=True)
     flash_attn: bool = option("FlashAttention 2, from the package flash_attn")
@@ -173,7 +173,7 @@ class TrainingAttentionOptions(Options, title="attention"):
 
 
 class GenerationAttentionOptions(Options):
-    """Attention options of a generation script; some scripts leave out --split_attn."""
+    """Attention options of a generation script; some scripts omit --split_attn."""
 
     attn_mode: str = option(
         "attention back end; torch or sdpa: torch's own kernels; flash or flash2, flash3, sageattn, "
@@ -192,7 +192,7 @@ class GenerationAttentionOptions(Options):
 
 
 def flag_of(mode: str, training: bool) -> str:
-    """Return the option, with its value, that chooses a back end in training or generation scripts."""
+    """Return the option (with its value) that selects an attention kernel in training or generation."""
     if training:
         return TRAINING_FLAGS[mode]
     return f"--attn_mode {next(name for name, meant in GENERATION_VALUES.items() if meant == mode)}"
@@ -200,7 +200,7 @@ def flag_of(mode: str, training: bool) -> str:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Storage format of weights in 8 or 4 bits, and the arithmetic of the layers that use them."""
+    """Storage format of weights in 8 or 4 bits, and the arithmetic of the layers with these weights."""
 
     # scales of fp8. cast: none; tensor, rows: values are divided by one scale per weight or per row
     kind: str
@@ -260,7 +260,7 @@ SMALLER_WEIGHTS = "fp8 or nf4"  # for messages
 
 
 class TrainingFp8Options(Options):
-    """How training stores the weights of the frozen model: as in the file, or in 8 or 4 bits."""
+    """How training stores the frozen model's weights: as in the file, or in 8 or 4 bits."""
 
     fp8_base: bool = option(_BASE, often=True)
     fp8_scaled: bool = option(f"with --fp8_base: {_SCALED}", needs="fp8_base", often=True)
@@ -307,7 +307,7 @@ class TrainingFp8Options(Options):
 
 
 class GenerationFp8Options(Options):
-    """How generation stores the weights of the model: as in the file, or in 8 or 4 bits."""
+    """How generation stores the model's weights: as in the file, or in 8 or 4 bits."""
 
     fp8: bool = option(_BASE, often=True)
     fp8_scaled: bool = option(f"the same, but {_SCALED}; replaces --fp8", often=True)

@@ -26,7 +26,7 @@ CHECKOUT_SECONDS = 60  # time in which a checkout or an update writes all files
 
 
 class _OutdatedTablesError(Exception):
-    """The table lacks a typed option and may be older than the code, so the records must parse instead."""
+    """Raised if the option table lacks a typed option and may be outdated; the records parse instead."""
 
 
 class _TableParser(Parser):
@@ -47,9 +47,9 @@ _parsed_lines: dict[tuple[str, ...], CommandLine] = {}
 
 
 def answer_running_script() -> None:
-    """Parse the command line of the running script with its option table, if it is one of our scripts.
+    """Parse the command line of the running script with its compiled option table, if the script is ours.
 
-    Do nothing in a worker process, which has the same command line: files in it may be gone by then.
+    Do nothing in a worker process, which has the same command line: its files may be gone by then.
     """
     process = sys.modules.get("multiprocessing.process")  # worker processes import it before the script
     is_worker = process is not None and process.parent_process() is not None
@@ -111,7 +111,7 @@ def _raise(error: UserError) -> None:
 
 
 def _find_running_script(typed: str) -> Path | None:
-    """Return the path in ROOT of the script that a process was started with; None if it is none of ours.
+    """Return the path of the script that this process was started with; None if it is none of ours.
 
     Args:
         typed: The first word of the command line: a file, or in the package also a console command.

@@ -57,7 +57,7 @@ _DEFAULT_SUFFIX = " (default: %(default)s)"  # BooleanOptionalAction adds it in 
 
 
 class _NamedType:
-    """A function that reads the words of an option; its module is imported when the first word is read."""
+    """A function that parses an option's value; its module is imported when it is first called."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -237,7 +237,7 @@ def _is_set(action: argparse.Action | None, name: str, arguments: argparse.Names
 
 
 def _default_dest(flags: Sequence[str]) -> str:
-    """Return the default name of an option: the name of its last flag."""
+    """Return the argument name that belongs to the last flag; "" without flags."""
     return flags[-1].removeprefix("--").replace("-", "_") if flags else ""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def render(job: dict[str, Any]) -> dict[str, str]:
-    """Render the template of a job, with its variables and limits.
+    """Render the template of a job with its variables, within the job's limits.
 
     Returns {"text": the rendered template}, or {"error": the reason why it failed}.
     """
@@ -58,7 +58,7 @@ def _make_environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """Parse the tag `generation`, which templates put around answers; it changes no text."""
+        """Accepts the tag `generation`, which chat templates put around answers, without any effect."""
 
         tags = {"generation"}
 
@@ -90,5 +90,5 @@ def _format_now(format: str) -> str:
 
 
 def main() -> None:
-    """Render the job on standard input and write the result to standard output, both as JSON."""
+    """Render the job (JSON on standard input) and write the result as JSON to standard output."""
     json.dump(render(json.load(sys.stdin)), sys.stdout)

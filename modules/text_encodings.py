@@ -73,7 +73,7 @@ class EncodingGuess:
 
     @property
     def name(self) -> str:
-        """Name of the encoding for people, such as "Windows-1252"."""
+        """Human-readable name of the encoding, such as "Windows-1252"."""
         return NAMES.get(self.encoding, self.encoding)
 
 
@@ -108,7 +108,7 @@ class _ScoredText(NamedTuple):
 
 
 def _rank_encodings(content: bytes) -> list[_ScoredText]:
-    """Return the text decoded with each encoding that can decode the bytes, the most probable one first."""
+    """Return the text in every encoding that can decode the bytes, most plausible first."""
     scored = []
     for encoding in NAMES:
         text = None if encoding.startswith("utf") else _decode(content, encoding)
@@ -179,7 +179,7 @@ def _measure_characters(text: str) -> float:
 
 
 def _score_text(text: str, encoding: str) -> float:
-    """Return the plausibility of the characters beyond ASCII: 1 and more for a text, below 0 for nonsense."""
+    """Return the plausibility of the non-ASCII characters: 1 and more for real text, below 0 for nonsense."""
     padded = f" {text[:MAX_SCORED]} "
     points = [
         _score_character(padded[index - 1], char, padded[index + 1], encoding)

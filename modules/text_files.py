@@ -33,8 +33,7 @@ _KINDS = (
 def real_path(path: Path) -> Path:
     """Return the path with symbolic links resolved.
 
-    A path is returned unresolved if its links are circular or no file can have its name, because
-    `Path.resolve` would raise.
+    Circular links, and paths that no file can have, stay unresolved; `Path.resolve` would raise.
     """
     try:
         return Path(os.path.realpath(path))
@@ -138,7 +137,7 @@ def read_tensor_header(
 
 
 def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Return the UTF-8 text of a regular file, without a byte order mark, with lines ended by a newline only.
+    """Return the UTF-8 text of a regular file, without byte order mark and with newlines as only line ends.
 
     Raises OSError if it cannot be read or is too large, UnicodeDecodeError if it is not UTF-8.
     """
@@ -214,7 +213,7 @@ def looks_like_object(text: str) -> bool:
 
 
 def read_object(text: str) -> dict[str, Any]:
-    """Return the JSON object in a text, such as a caption. Raises ValueError if the text is not JSON."""
+    """Parse a text (such as a caption) as a JSON object. Raises ValueError if it is not JSON."""
     try:
         content = parse_json(text)
     except ValueError as error:
@@ -315,10 +314,9 @@ def _explain_json(following: str, before: str) -> str:
 
 
 def bad_character(text: str) -> str | None:
-    r"""Describe the first invalid character of a text: NUL, or half of a surrogate pair.
+    r"""Describe the first invalid character of a text: NUL or a lone surrogate. None if there is none.
 
-    Halves come from a JSON escape such as \ud800, or from a name that is not UTF-8. None if there is no such
-    character.
+    Surrogates come from a JSON escape such as \ud800, or from a file name that is not UTF-8.
     """
     if "\0" in text:
         return "the character NUL (\\u0000)"

@@ -74,7 +74,7 @@ def read_user_file(name: str) -> str | None:
 
 
 def _is_own(status: os.stat_result) -> bool:
-    """Return whether only this user can access a file; on Windows, the folder itself ensures that."""
+    """Return whether only this user can access a file; on Windows, its folder ensures that."""
     if sys.platform == "win32":
         return True
     return status.st_uid == os.getuid() and not status.st_mode & 0o077

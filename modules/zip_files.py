@@ -7,7 +7,7 @@ MAX_LISTED_BYTES = 1 << 26  # maximum size of the central directory: half a mill
 
 
 class BoundedFile(io.FileIO):
-    """A file that rejects reads larger than the maximum size of the central directory.
+    """A file that rejects reads larger than the maximum size of a zip file's central directory.
 
     `zipfile` reads that directory at once, with the length that the file states.
     """

@@ -28,7 +28,7 @@ Dense = Callable[[Tensor, Tensor, Tensor], Tensor]  # query B L N D, key and val
 
 @dataclass(frozen=True)
 class SampleLengths:
-    """Number of real tokens of each sample, which padding follows; `make_lengths` makes it once per pass."""
+    """Number of real tokens of each sample in a padded batch; `make_lengths` makes it once per pass."""
 
     # B numbers on the host: reading them from the device in every layer would make the host wait
     counts: tuple[int, ...]
@@ -41,7 +41,7 @@ class SampleLengths:
         return max(self.counts)
 
     def shorten(self, count: int) -> "SampleLengths":
-        """Return the lengths of samples that have lost this many real tokens each."""
+        """Return the lengths after `count` real tokens of each sample were removed."""
         return make_lengths([real - count for real in self.counts], self.starts.device)
 
 
@@ -55,13 +55,13 @@ def make_lengths(counts: Sequence[int], device: torch.device) -> SampleLengths:
 
 
 def pack(tokens: Tensor, lengths: SampleLengths) -> Tensor:
-    """Concatenate the real tokens of B L N D to T N D."""
+    """Concatenate the real tokens of a padded batch, B L N D, to T N D."""
     # unbind: the gradient of a slice of the batch would be a batch of zeros for each sample
     return torch.cat([sample[:count] for sample, count in zip(tokens.unbind(0), lengths.counts, strict=True)])
 
 
 def unpack(packed: Tensor, lengths: SampleLengths, length: int) -> Tensor:
-    """Turn packed tokens, T N D, back into a padded batch, B `length` N D, with zeros in the padding."""
+    """Convert packed tokens, T N D, back to a padded batch, B `length` N D, with zeros as padding."""
     return _pad_outputs(packed.split(lengths.counts), length)
 
 
@@ -85,7 +85,7 @@ def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def flash_packed(query: Tensor, key: Tensor, value: Tensor, lengths: SampleLengths) -> Tensor:
-    """Run FlashAttention 2 on packed samples: T N D."""
+    """Run FlashAttention 2 on packed samples, T N D."""
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
@@ -101,7 +101,7 @@ def flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def flash3_packed(query: Tensor, key: Tensor, value: Tensor, lengths: SampleLengths) -> Tensor:
-    """Run FlashAttention 3 on packed samples: T N D."""
+    """Run FlashAttention 3 on packed samples, T N D."""
     from flash_attn_interface import flash_attn_varlen_func
 
     starts, longest = lengths.starts, lengths.max_length
@@ -126,7 +126,7 @@ def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def xformers_packed(query: Tensor, key: Tensor, value: Tensor, lengths: SampleLengths) -> Tensor:
-    """Run xFormers on packed samples, T N D, with a mask stored as a list of lengths, not a matrix."""
+    """Run xFormers on packed samples, T N D; the mask is a list of lengths instead of a matrix."""
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
@@ -135,7 +135,7 @@ def xformers_packed(query: Tensor, key: Tensor, value: Tensor, lengths: SampleLe
 
 
 def _drop_normalizer(result: Any) -> Tensor:
-    """Return only the attention output, because early builds also return the softmax's normalizer."""
+    """Return only the attention output; early builds also return the softmax normalizer."""
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -289,7 +289,7 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor, choice: Attention
 
 
 def _attend_one_by_one(dense: Dense, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Compute attention sample by sample. Returns B L N D."""
+    """Compute attention one sample at a time. Returns B L N D."""
     samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), strict=True)
     return torch.stack([dense(q[None], k[None], v[None])[0] for q, k, v in samples])
 
@@ -432,7 +432,7 @@ class SecondText:
         return torch.cat([x[:, : self.num_image_tokens], x[:, -self.num_text_tokens :]], dim=1)
 
     def combine(self, first: Tensor, second: Tensor) -> Tensor:
-        """Combine attentions computed with one text each into the attention with both texts, B L+T+T' N D."""
+        """Combine two attention outputs, each computed with one of the texts, into one: B L+T+T' N D."""
         steered = self.combine_attention(
             first[:, : self.num_image_tokens], second[:, : self.num_image_tokens]
         )

@@ -74,7 +74,7 @@ def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def is_on_cuda(tensor: Tensor) -> bool:
-    """Return whether a tensor is on a CUDA device, which has the kernels."""
+    """Return whether a tensor is on a CUDA device, where PyTorch's fused attention kernels exist."""
     return tensor.device.type == "cuda"
 
 
@@ -89,7 +89,7 @@ def _attend_to_each(q: Tensor, k: Tensor, v: Tensor, order: list[SDPBackend]) ->
 
 
 def key_bias(repeats: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
-    """Return the bias, 1 1 `queries` S, that counts keys n times (S float32): n exp(x) = exp(x + log n)."""
+    """Return an attention bias, 1 1 `queries` S, that acts as if key i were repeated repeats[i] times."""
     # the dtype before the shape: to change it afterwards would write out a row for each query
     return repeats.log().to(dtype).expand(1, 1, queries, -1)
 
@@ -121,7 +121,7 @@ def list_kernels(
 
 
 def cudnn_note(capability: tuple[int, int], cudnn: int | None) -> str | None:
-    """Return a warning if the GPU's fastest kernel is excluded only because cuDNN is too old, else None."""
+    """Return a warning if the GPU's fastest kernel is excluded only because cuDNN is too old, or None."""
     if capability not in CUDNN_GPUS or (cudnn is not None and cudnn >= FIRST_CUDNN):
         return None
     return (
@@ -165,7 +165,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _cudnn_version() -> int | None:
-    """Return the version of cuDNN; None if results must be deterministic, as its backward pass is not."""
+    """Return cuDNN's version; None if results must be deterministic, because cuDNN's backward pass is not."""
     return None if torch.are_deterministic_algorithms_enabled() else torch.backends.cudnn.version()
 
 

@@ -21,7 +21,7 @@ Draw = Callable[[Sequence[int]], Tensor]  # shape -> standard normal numbers, fl
 
 
 class Solver(Protocol):
-    """Takes denoising steps in the order of their index; the first index may be above 0 (video-to-video)."""
+    """Takes denoising steps in order of their index; the first index may be above 0 (video-to-video)."""
 
     @property
     def schedule(self) -> Schedule:
@@ -76,12 +76,12 @@ def solver_for(
 
 @dataclass(frozen=True)
 class Euler:
-    """Take straight steps along the velocity."""
+    """Euler's method: straight steps along the velocity."""
 
     schedule: Schedule
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Move the sample straight along the velocity, to the next noise level."""
+        """Move the sample along the velocity to the next noise level."""
         sigma = self.schedule.sigmas[index]
         sigma_next = self.schedule.sigmas[index + 1]
         return sample.float() + float(sigma_next - sigma) * velocity.float()
@@ -89,16 +89,16 @@ class Euler:
 
 @dataclass(frozen=True)
 class Lcm:
-    """Jump to the predicted clean sample, then add fresh noise: for models distilled to few steps.
+    """Jump to the predicted clean sample, then add fresh noise: for models distilled to a few steps.
 
-    Source: Song et al. 2023, arXiv 2303.01469, algorithm 1, on the path of a rectified flow.
+    Source: Song et al. 2023, arXiv 2303.01469, algorithm 1, applied to a rectified flow.
     """
 
     schedule: Schedule
     draw: Draw
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Predict the clean sample and add fresh noise of the next level; the last step adds none."""
+        """Predict the clean sample and add fresh noise at the next noise level; the last step adds none."""
         current = _Level.read(self.schedule, index)
         following = _Level.read(self.schedule, index + 1)
         x0 = sample.float() - current.sigma * velocity.float()
@@ -137,7 +137,7 @@ class DpmPlusPlus:
 
 @dataclass(frozen=True)
 class UniPCVariant:
-    """The choices in which the released implementations of UniPC differ.
+    """The details in which the released implementations of UniPC differ.
 
     B(h) cancels out of all weights that are solved for: only a single weight depends on it.
     """
@@ -234,7 +234,7 @@ class _Level:
 
 @dataclass(frozen=True)
 class _Prediction:
-    """The network's prediction at one step: the noise level, and the predicted clean sample x0."""
+    """A step's prediction by the network: the noise level, and the predicted clean sample x0."""
 
     level: _Level
     x0: Tensor
@@ -268,7 +268,7 @@ def _solve_weights(step: float, distances: list[float]) -> list[float]:
 def _move(
     current: _Level, following: _Level, sample: Tensor, x0: Tensor, change: Tensor | float = 0.0
 ) -> Tensor:
-    """Step between two levels, exact for a constant prediction x0; `change` corrects for how it changes."""
+    """Take a step between two noise levels, exact if x0 is constant; `change` corrects for a changing x0."""
     step = following.log_ratio - current.log_ratio
     return (following.sigma / current.sigma) * sample - following.alpha * math.expm1(-step) * (x0 + change)
 

@@ -14,14 +14,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 
 def memory_formats(device: torch.device) -> tuple[torch.memory_format, torch.memory_format]:
-    """Return the memory layouts of clips (B C T H W) and of single frames (B C H W) for a device."""
+    """Return the memory formats of clips (B C T H W) and of single frames (B C H W) for a device."""
     if device.type in {"cpu", "cuda"}:
         return torch.channels_last_3d, torch.channels_last
     return torch.contiguous_format, torch.contiguous_format
 
 
 def set_memory_format(module: nn.Module, device: torch.device) -> None:
-    """Convert a module's convolution weights to the memory format that is fastest on the device."""
+    """Convert a module's convolution weights to the device's memory format: channels last on CPU and CUDA."""
     clip_layout, frame_layout = memory_formats(device)
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.Conv3d):
@@ -95,7 +95,7 @@ Compute = Callable[[Tensor], Tensor]
 
 
 def compute_piece(compute: Compute, piece: Tensor) -> Tensor:
-    """Return `compute(piece)`, whose result and memory must be proportional to the last two axes."""
+    """Return `compute(piece)`; its result and memory must be proportional to the piece's last two axes."""
     if has_torch_function((piece,)):  # true while a mode such as `dry_run.OneOfManyPieces` is active
         result: Tensor = handle_torch_function(compute_piece, (piece,), compute, piece)
         return result

@@ -30,7 +30,7 @@ def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotate in three kernels that cast while reading and writing; backward rotates the other way."""
+    """Rotates in three kernels that cast while reading and writing; the backward pass rotates back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def expand_indices(indices: Tensor, modulation: Tensor) -> Tensor:
 
 
 def _sum_segments(gradients: Tensor, modulation: Tensor, split: Split) -> Tensor:
-    """Sum the gradients of tokens, B L C, over each segment: the gradients of the rows."""
+    """Sum the gradients of all tokens, B L C, over the tokens of each segment: gradients of the rows."""
     if modulation.shape[1] == 1:
         return gradients.sum_to_size(modulation.shape)
     if isinstance(split, Tensor):

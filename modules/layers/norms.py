@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 
 def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
-    """Return the compute dtype of a layer: autocast's dtype if autocast is enabled, else the weights'."""
+    """Return a layer's compute dtype: autocast's if autocast is enabled, else the dtype of the weights."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 
 def run_in_weight_dtype(layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x), with x cast to the weight's dtype; under autocast or in fp8 the layer casts x."""
+    """Return layer(x), with x cast to the weight's dtype, unless autocast or the fp8 layer casts it."""
     dtype: torch.dtype = layer.weight.dtype
     if x.dtype == dtype or dtype.itemsize == 1 or torch.is_autocast_enabled(x.device.type):
         return layer(x)
@@ -93,7 +93,7 @@ class Float32LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normed values in float32."""
+        """Return the normalized values in float32."""
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
         return functional.layer_norm(x.float(), (self.dim,), weight, bias, self.eps)
@@ -108,7 +108,7 @@ class RMSNorm(nn.RMSNorm):
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normed values in the dtype of `x`."""
+        """Return the normalized values in the dtype of `x`."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -151,7 +151,7 @@ class CenteredNorm(ScaleNorm):
         return self.in_float32(x).to(x.dtype)
 
     def in_float32(self, x: Tensor) -> Tensor:
-        """Return the normed values in float32, for float32 layers that follow."""
+        """Return the normalized values in float32, for float32 layers that follow."""
         return rms_norm(x.float(), self._weight(), self.eps)
 
     def _weight(self) -> Tensor:
@@ -177,7 +177,7 @@ def centered_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x.
 
-    `weight` is C.
+    `weight` has one value per channel, C.
     """
     # torch's kernel accumulates and scales in float32 and rounds once at the end; autocast would pass it
     # a float32 copy of x, which autograd would keep

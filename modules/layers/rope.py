@@ -34,7 +34,7 @@ class SlowedFrequency:
 
 
 class TokenGrid(NamedTuple):
-    """The positions of a grid of tokens, as the key of its cached table."""
+    """A grid of tokens and its positions; also the key of its cached rotary table."""
 
     sizes: tuple[int, ...]  # frames, rows, columns
     slow: SlowedFrequency | None = None  # lowered frequency of the frame axis
@@ -135,9 +135,9 @@ def bind_rotary_table(
     theta: float = THETA,
     dtype: torch.dtype = torch.float32,
 ) -> TableMaker[TokenGrid]:
-    """Return a function that makes the tables of one network.
+    """Return a function that makes one network's tables of rotary embeddings.
 
-    `make` is one of the functions in `TABLES`, and `dtype` is the dtype of the table.
+    `make` is a function in `TABLES`, `widths` are the channels per axis, and `dtype` is the table's dtype.
     """
     return functools.partial(make, widths=widths, theta=theta, stored=dtype)
 
@@ -152,14 +152,14 @@ def joined_tables(make: TableMaker[TokenGrid]) -> TableMaker[tuple[TokenGrid, ..
 
 
 class GridTable(Generic[Layout]):
-    """Cache of the last grid's table: all steps of a generation use the same one."""
+    """Caches the table of the last grid, which all steps of a generation share."""
 
     def __init__(self, make: TableMaker[Layout]) -> None:
         self._make = make
         self._last: tuple[Layout, Tensor] | None = None
 
     def get_table(self, grid: Layout, device: torch.device) -> Tensor:
-        """Return the table of a grid on a device, made only if the last call was for another one."""
+        """Return the table of a grid on a device; computed only if the last call was for another one."""
         if self._last is None or self._last[0] != grid or self._last[1].device != device:
             with torch.inference_mode(False):  # also for the next training step
                 self._last = grid, self._make(grid, device=device)

@@ -34,8 +34,8 @@ def name_layout(channels: int) -> str:
 def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
     """Add an AAC stream for the audio of `source`, a stream of another file.
 
-    Returns the new stream, and a function that converts packets of `source`, up to the empty last one, to
-    packets to write.
+    Returns the new stream, and a function that converts packets of `source` to packets to write. It must also
+    get the empty last packet.
     """
     context = source.codec_context  # use the channel count, because raw audio in Matroska has no layout
     stream = add_aac_stream(target, context.channels, context.sample_rate)
@@ -43,7 +43,7 @@ def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any
 
 
 def _convert_to_aac(stream: Any, gapless: "_Gapless", packet: Any) -> Iterator[Any]:
-    """Yield AAC packets for the audio of a packet; the empty last packet flushes the encoder."""
+    """Decode an audio packet and yield AAC packets; the empty last packet flushes the encoder."""
     for frame in packet.decode():
         for part in gapless.fill_gap(frame):
             yield from stream.encode(part)
@@ -52,7 +52,7 @@ def _convert_to_aac(stream: Any, gapless: "_Gapless", packet: Any) -> Iterator[A
 
 
 class _Gapless:
-    """Fills gaps between decoded audio frames with silence, because encoders count samples without gaps."""
+    """Fills gaps between decoded audio frames with silence, because encoders ignore gaps."""
 
     def __init__(self, time_base: Fraction) -> None:
         self._time_base = time_base
@@ -183,7 +183,7 @@ def is_text(stream: Any) -> bool:
 
 
 def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
-    """Add a subtitle stream to the container `target`, to copy `source`, a subtitle stream of another file.
+    """Add a stream to the container `target` for copying `source`, a subtitle stream of another file.
 
     `suffix` is the suffix of the target file. Returns the new stream, and a function that converts packets of
     `source` to packets of the new stream.
@@ -229,8 +229,8 @@ def _read_subtitle(codec: str, content: bytes) -> str:
 def _without_markup(pattern: str, text: str) -> str:
     """Return the text without the markup that a pattern matches.
 
-    The pattern's last character ends a tag. After its last occurrence in the text no tag is searched,
-    because each possible start would scan the whole rest.
+    The pattern's last character ends a tag. Only the text up to its last occurrence is searched, because each
+    possible start of a tag would scan all the text after it.
     """
     before, end, rest = text.rpartition(pattern[-1])
     return re.sub(pattern, "", before + end) + rest

@@ -31,7 +31,7 @@ class Face:
 
 
 def change_colors(frame: Frame, rng: random.Random) -> Frame:
-    """Return the image; with probability COLOR_RATE, with its hue turned or its gamma changed a little."""
+    """Return the image; with probability COLOR_RATE, its hue or gamma is changed a little."""
     if rng.random() >= COLOR_RATE:
         return frame
     if rng.random() < 0.5:
@@ -87,9 +87,9 @@ def fit_face(
 
 
 def _choose_start(center: float, length: float, side: int, rng: random.Random | None) -> float:
-    """Return where a crop of `side` pixels starts on an axis, to center a face or, with `rng`, to contain it.
+    """Return where a crop of `side` pixels starts on an axis: centered on a face, or with `rng` around it.
 
-    `center` and `length` are those of the resized face.
+    `center` and `length` are the face's, in the resized image.
     """
     if rng is not None and length < side:
         return rng.uniform(center + length / 2 - side, center - length / 2)

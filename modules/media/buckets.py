@@ -164,7 +164,7 @@ def select_interpolation(size: Size, resized: Size) -> str:
 def inner_box(size: Size, bucket: Size) -> tuple[float, float, float, float]:
     """Return left, top, right and bottom, in bucket pixels, of an image scaled to fit inside the bucket.
 
-    This is `crop_ltrb` in npz caches of image trainers; left and top are rounded down.
+    This is `crop_ltrb` in the npz caches of image trainers; left and top are rounded down.
     """
     is_wider = size[0] * bucket[1] > size[1] * bucket[0]  # so it fills the bucket's width
     width = bucket[0] if is_wider else bucket[1] * size[0] / size[1]

@@ -59,7 +59,7 @@ _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0
 
 @dataclass(frozen=True)
 class Colors:
-    """What the file of an image or a clip states about its colors."""
+    """What an image or video file states about its colors."""
 
     is_transparent: bool  # whether any pixel is transparent
     is_converted: bool  # its colors differ from sRGB and are converted
@@ -84,7 +84,7 @@ class _ProfileTransform(NamedTuple):
 
 
 def apply_orientation(file: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation to an opened image, and return the image."""
+    """Rotate and mirror an opened image in place, as its EXIF orientation says, and return it."""
     _correct_info(file)
     ImageOps.exif_transpose(file, in_place=True)  # in place, to save memory
     return file
@@ -109,7 +109,7 @@ def _correct_info(file: Image.Image) -> None:
 
 
 def _scale_transparent_color(file: Image.Image, stored: Any) -> Any:
-    """Return the transparent color of a PNG as Pillow's 8-bit pixels have it; Pillow does not scale it."""
+    """Return a PNG's transparent color scaled to 8 bits like the pixels; Pillow leaves it unscaled."""
     tile = getattr(file, "tile", None)
     pixel_format = str(tile[0][3]) if tile else ""  # Pillow's name of the stored pixel format
     if pixel_format == "RGB;16B":  # Pillow reads only the high bytes
@@ -150,7 +150,7 @@ def row_blocks(height: int, width: int) -> Iterator[slice]:
 
 
 def split_bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
-    """Yield bands of an image, each with its range of rows; the bands keep the image's metadata."""
+    """Yield bands of an image, each with its rows as a slice; the bands keep the image's metadata."""
     for rows in row_blocks(image.height, image.width):
         band = image.crop((0, rows.start, image.width, rows.stop))
         band.info = image.info
@@ -181,7 +181,7 @@ def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
 
 
 def inspect_colors(path: Path, file: Image.Image) -> Colors:
-    """Return information about an opened image's colors. Pixels are read only if it may be transparent."""
+    """Return facts about an opened image's colors; pixels are read only if it may be transparent."""
     _correct_info(file)
     profile = _find_profile(path, file)
     transform, rejection = _ProfileTransform(None) if profile is None else _build_transform(profile)
@@ -227,7 +227,7 @@ def _has_clear_pixels(image: Image.Image) -> bool:
 
 
 def _read_opacity(image: Image.Image) -> NDArray[np.uint8] | None:
-    """Return the opacity of each pixel, H W from 0 to 255; None if nothing can be transparent."""
+    """Return the alpha value of each pixel, H W in 0..255; None if no pixel can be transparent."""
     key = image.info.get("transparency")
     if image.mode.startswith("I;16") and key is not None:
         return np.where(np.asarray(image) == key, 0, 255).astype(np.uint8)
@@ -300,7 +300,7 @@ def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
 
 
 def _select_mode(mode: str, profile: bytes) -> str:
-    """Return the mode (L, RGB or CMYK) to which pixels are converted before their color profile applies."""
+    """Return the Pillow mode (L, RGB or CMYK) that the pixels need before their ICC profile is applied."""
     is_gray = mode in _GRAY_MODES or mode.startswith("I;16")
     if is_gray and profile[16:20] != b"RGB ":
         return "L"
@@ -370,7 +370,7 @@ def _read_cicp(file: Image.Image) -> tuple[int, int] | None:
 
 
 def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
-    """Return primaries and transfer function of an AVIF file without a profile, which Pillow leaves out."""
+    """Return (primaries, transfer function) of an AVIF file without ICC profile; Pillow ignores them."""
     stream: Any = getattr(file, "fp", None)
     if stream is None or file.info.get("icc_profile"):
         return None
@@ -386,7 +386,7 @@ def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
 
 
 def _make_curve(info: dict[Any, Any]) -> list[int] | None:
-    """Return the sRGB level of each of the 256 values of a PNG with only gAMA; None if they are the same."""
+    """Return the sRGB values of a PNG's 256 values by its gAMA chunk; None if they are unchanged."""
     gamma = _read_gamma(info)
     if gamma is None or abs(_SRGB_LIKE_GAMMA * gamma - 1) <= _GAMMA_TOLERANCE:
         return None
@@ -422,7 +422,7 @@ def _make_profile(gamma: float | None, chromaticities: tuple[float, ...]) -> byt
 
 
 def _with_header(tags: dict[bytes, bytes]) -> bytes:
-    """Return a profile of a display with these tags. Source of the layout: ISO 15076-1 (ICC.1), version 4."""
+    """Return a display's ICC profile with these tags. Source: ISO 15076-1 (ICC.1), version 4."""
     start = 132 + 12 * len(tags)  # offset of the tags' contents, after the header and the tag table
     table, body = b"", b""
     for name, content in tags.items():
@@ -439,7 +439,7 @@ def _encode_number(number: int) -> bytes:
 
 
 def _encode_xyz(values: Any) -> bytes:
-    """Return the content of a tag of the type XYZ."""
+    """Encode the content of an ICC tag of type XYZ."""
     return b"XYZ " + bytes(4) + _encode_fixed(values)
 
 
@@ -466,5 +466,5 @@ def _make_colorants(chromaticities: tuple[float, ...]) -> Any:
 
 
 def _encode_fixed(values: Any) -> bytes:
-    """Encode numbers as ICC's s15Fixed16Number."""
+    """Encode numbers as s15Fixed16Number of the ICC format."""
     return bytes(np.rint(np.asarray(values) * 65536).astype(">i4").tobytes())

@@ -40,7 +40,7 @@ Convert = Callable[[Any], Iterable[Any]]  # a packet (the last one is empty) -> 
 
 @dataclass
 class _Track:
-    """A stream that is copied or converted into the new file."""
+    """A source stream that is copied to the new file or converted for it."""
 
     name: str
     target: Any
@@ -74,7 +74,7 @@ class OtherStreams:
 
     @property
     def tags(self) -> dict[str, str]:
-        """Tags of the video that the new file can have, without those that describe the encoding."""
+        """Metadata tags that the new file can have, without those that describe the source's encoding."""
         return self._clean_tags(self._source.metadata)
 
     def add_streams(self, target: Any, video: Any) -> None:
@@ -105,7 +105,7 @@ class OtherStreams:
         return chapters
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write the packets of the copied streams up to a time of the new file; None: all that are left."""
+        """Write the packets of the copied streams up to a time of the new file; None writes all others."""
         while self._next_packet is not None:
             packet = self._next_packet
             time = packet.pts if packet.dts is None else packet.dts
@@ -215,7 +215,7 @@ class OtherStreams:
             self._skip(name)
 
     def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
-        """Add an attached file, if it is a font or may contain an image."""
+        """Add an attachment if it is a font, or if files that may contain images are kept."""
         file_name = stream.metadata.get("filename", "").lower()
         is_font = file_name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2"))
         is_font = is_font or "font" in stream.metadata.get("mimetype", "").lower()
@@ -228,7 +228,7 @@ class OtherStreams:
             self._skip(name)
 
     def _add_copy(self, target: Any, stream: Any, name: str) -> None:
-        """Add a track whose packets are copied; in .mkv, declare sound before time 0 as the codec's delay."""
+        """Add a track whose packets are copied; in .mkv, audio before time 0 is declared as codec delay."""
         delayed = None
         if self._suffix == ".mkv" and stream.type == "audio":
             delayed = self._open_delayed_copy(stream)
@@ -278,7 +278,7 @@ class OtherStreams:
         self._tracks[stream.index] = _Track(name, added, convert)
 
     def _copy_stream_tags(self, target: Any, source: Any) -> None:
-        """Copy language, title and purpose of a stream to the new one."""
+        """Copy a stream's language, title and disposition to the new stream."""
         tags = self._clean_tags(source.metadata)
         title = tags.pop("name", None)  # FFmpeg's name of the title in MP4
         if title is not None:
@@ -305,7 +305,7 @@ class OtherStreams:
 
 
 def _is_generated(stream: Any) -> bool:
-    """Return whether a stream contains chapters or a time code, which FFmpeg generates for MP4 and MOV."""
+    """Return whether a data stream is chapters or a time code, which FFmpeg generates for MP4 and MOV."""
     return stream.type == "data" and (int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata)
 
 
@@ -330,7 +330,7 @@ def _label_stream(stream: Any) -> str:
 
 
 def _list_damage_errors() -> tuple[type[Exception], ...]:
-    """Return FFmpeg's exceptions for packets that it cannot write, for example with times that do not rise.
+    """Return FFmpeg's exceptions for packets that it cannot write, such as packets out of order in time.
 
     The exception for a full disk is not among them.
     """

@@ -76,7 +76,7 @@ def read_orientation(frame: Any) -> Orientation:
 
 @dataclass(frozen=True, slots=True)
 class TimedFrame:
-    """A frame of FFmpeg with the second at which it is shown and its orientation."""
+    """A frame decoded by FFmpeg, the time in seconds at which it is shown, and its orientation."""
 
     frame: Any
     start: float
@@ -176,7 +176,7 @@ Turned = TypeVar("Turned", bound=NDArray[Any])
 
 
 def has_alpha(frame: Any) -> bool:
-    """Return whether the pixels of FFmpeg's frame have transparency."""
+    """Return whether a frame decoded by FFmpeg has an alpha channel."""
     return any(part.is_alpha for part in frame.format.components)
 
 
@@ -241,7 +241,7 @@ def _read_matroska_size(path: Path) -> int:
 
 
 def declared_end(container: Any, stream: Any) -> Fraction | None:
-    """Return the second at which a stream of a Matroska file ends, as its tags state; None if they do not."""
+    """Return when a stream of a Matroska file ends, in seconds, according to its tags; None without them."""
     match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     if "matroska" not in container.format.name or match is None:
         return None
@@ -261,7 +261,7 @@ def first_image(path: Path, container: Any, stream: Any) -> tuple[Any, int, int]
 
 
 def is_sideways(frame: Any) -> bool:
-    """Return whether a frame is shown with width and height exchanged."""
+    """Return whether a frame is rotated by a quarter turn for display, which exchanges width and height."""
     return read_orientation(frame).is_transposed
 
 
@@ -317,9 +317,9 @@ _CUT = "is damaged or cut short: it ends before its last frame does"
 
 
 def is_animation(path: Path) -> bool:
-    """Return whether a file is a GIF or WebP, by its suffix, that has more than one frame.
+    """Return whether a file with the suffix of a GIF or WebP has more than one frame.
 
-    It reads block headers only, and no more of them than necessary.
+    Only block headers are read, and no more than necessary.
 
     Raises:
         MediaError: If the headers are damaged or end early.

@@ -59,7 +59,7 @@ def in_sixteen_bits(pixels: Pixels) -> NDArray[np.uint16]:
 
 @dataclass(frozen=True)
 class Codec:
-    """Settings for encoding one kind of video."""
+    """Settings for encoding videos with one codec."""
 
     encoder: str
     pixel_format: str
@@ -109,7 +109,7 @@ MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 
 
 def select_encoder(codec: str, width: int, height: int) -> str:
-    """Return the codec, or h264 for images that are too small for an encoder of h265."""
+    """Return `codec`, or h264 if images are too small for an h265 encoder."""
     is_tiny = width // 2 * 2 < SMALLEST_H265[0] or height // 2 * 2 < SMALLEST_H265[1]
     return "h264" if codec == "h265" and is_tiny else codec
 
@@ -145,7 +145,7 @@ def select_codec(path: Path, codec: str) -> Codec:
 
 
 def check_image(path: Path, codec: str, first: Pixels) -> None:
-    """Raise MediaError if images like the first one are too small for the codec."""
+    """Raise MediaError if images of the first one's size are too small for the codec."""
     height, width = first.shape[:2]
     if min(height, width) < 2:
         raise MediaError(f"{path}: {width} x {height} pixels are too few for a video, 2 x 2 is the minimum")
@@ -159,9 +159,9 @@ def check_image(path: Path, codec: str, first: Pixels) -> None:
 def create_container(
     path: Path, suffix: str, tags: Mapping[str, str] | None, options: Mapping[str, str] | None = None
 ) -> Any:
-    """Open a file for writing, without random ids and with tags.
+    """Open a video file for writing, with tags and without random ids.
 
-    `options` are additional options of the container format.
+    `options` are further options of FFmpeg's muxer.
     """
     options = {"fflags": "+bitexact", **(options or {})}
     container = av.open(f"file:{path}", "w", format=MUXERS[suffix], options=options)

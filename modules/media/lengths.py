@@ -15,11 +15,11 @@ class ClipLengths:
 
     @property
     def shortest(self) -> int:
-        """Return the length of the shortest clip of more than one frame."""
+        """Length of the shortest clip with more than one frame."""
         return self.first if self.first > 1 else self.first + self.step
 
     def fit(self, frames: int) -> int:
-        """Return the largest length that is at most `frames`, which is at least 1."""
+        """Return the largest allowed length that is at most `frames`; `frames` must be at least 1."""
         if 0 < frames < self.first:
             return 1
         return (frames - self.first) // self.step * self.step + self.first

@@ -68,9 +68,9 @@ def motion(frames: Sequence[Frame]) -> float:
 def is_static(frames: Sequence[Frame], threshold: float = STATIC_CHANGE) -> bool:
     """Return whether nothing moves: no cell of a grid changes its luma by `threshold` between any two frames.
 
-    The grid has 32 cells along the shorter side. The largest change matters instead of the mean, because in a
-    portrait only a small part moves. All pairs of frames are compared, so that slow motion is noticed too. A
-    single frame is static.
+    The grid has 32 cells along the shorter side. The largest change of a cell counts instead of the mean,
+    because in a portrait only a small part moves. All pairs of frames are compared to detect slow motion too.
+    A single frame is static.
     """
     cells = (_average_cells(frame) for frame in frames)
     low = high = next(cells, None)
@@ -128,7 +128,7 @@ def perceptual_hash(frame: Frame) -> int:
 
 
 def clip_hash(frames: Sequence[Frame]) -> tuple[int, ...]:
-    """Return the hashes of four frames, evenly from the first to the last; of a single frame its own."""
+    """Return the perceptual hashes of four frames, evenly from first to last; one hash for a single frame."""
     return tuple(map(perceptual_hash, hashed_frames(frames)))
 
 
@@ -176,7 +176,7 @@ WHITE = 245  # of 255; at least this counts as white
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A reduced image for comparisons: gray values, white cells and a histogram of colors."""
+    """A reduced image for comparisons: gray values, cells that are white, and a color histogram."""
 
     gray: NDArray[np.float32]  # h w, 0..1
     is_white: NDArray[np.bool_]  # h w: some color is at its maximum

@@ -148,7 +148,7 @@ def _pixel_bits(codec: Any) -> int:
 
 
 def select_thread_type(codec: Any) -> str:
-    """Select how decoder threads share work: with large frames, a frame per thread takes too much memory."""
+    """Return how decoder threads share work: a large frame per thread would take too much memory."""
     is_large = codec.width * codec.height * _pixel_bits(codec) > 8 * LARGE_FRAME_BYTES
     return "SLICE" if is_large else "AUTO"
 
@@ -233,12 +233,12 @@ def require_media(path: Path) -> None:
 
 
 def is_cover(stream: Any) -> bool:
-    """Return whether a stream is the cover image of a song."""
+    """Return whether a stream is a cover image, as in music files."""
     return bool(int(stream.disposition) & ATTACHED_IMAGE)
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:
-    """Raise MediaError if an image is larger than MAX_PIXELS."""
+    """Raise MediaError if an image has more than MAX_PIXELS pixels."""
     if width * height > MAX_PIXELS:
         raise MediaError(
             f"{path} has {width} x {height} pixels, {width * height / 1e6:.0f} million; at most "
@@ -295,7 +295,7 @@ if TYPE_CHECKING:
 else:
 
     class _WhenUsed:
-        """Stand-in for a module that is imported when one of its names is first used."""
+        """Stand-in for a module that is imported when one of its attributes is first used."""
 
         def __getattr__(self, name: str) -> Any:
             try:

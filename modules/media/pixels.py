@@ -25,7 +25,7 @@ logger = getLogger(__name__)
 
 
 def byte_clips(frames: Tensor) -> Tensor:
-    """View B F H W C uint8 as B 3 F H W uint8, without alpha: for encoders that convert a part at a time."""
+    """View B F H W C uint8 as B 3 F H W without alpha, for encoders that convert it to float in parts."""
     return rearrange(frames[..., :3], "b f h w c -> b c f h w")
 
 
@@ -68,7 +68,7 @@ def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
 
 
 def image_size(path: Path) -> "Size":
-    """Return width and height of an image, from its header."""
+    """Return (width, height) of an image, read from its header."""
     from modules.media.reading import frame_size
 
     return frame_size(path)

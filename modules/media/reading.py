@@ -82,9 +82,9 @@ class VideoInfo:
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Return the suffixes of images that can be read, in lower case.
+    """Return the suffixes of readable images, in lower case.
 
-    They include .avif, .heic and .jxl if the installed Pillow can decode these.
+    They include .avif, .heic and .jxl if the installed Pillow can decode these formats.
     """
     for plugin in ("pillow_jxl", "pillow_avif"):  # optional packages that register themselves with Pillow
         with contextlib.suppress(ImportError):
@@ -105,7 +105,7 @@ def is_single_image(path: Path) -> bool:
 def read_image(path: Path, alpha: bool = False) -> Frame:
     """Read an image as a viewer shows it, upright, in sRGB and on white: H W 3 RGB.
 
-    With `alpha` it is H W 4 if the image has transparency, and transparent pixels keep their colors.
+    With `alpha`, an image with transparency is returned as H W 4; transparent pixels keep their colors.
 
     Raises:
         MediaError: If the image cannot be read.
@@ -115,7 +115,7 @@ def read_image(path: Path, alpha: bool = False) -> Frame:
 
 
 def add_alpha(frame: Frame) -> Frame:
-    """Return a frame with four channels, H W 4; a frame with three channels gets an opaque alpha."""
+    """Return a frame with an alpha channel, H W 4; a frame without one becomes opaque."""
     if frame.shape[2] == 4:
         return frame
     return np.dstack([frame, np.full(frame.shape[:2], 255, np.uint8)])
@@ -128,7 +128,7 @@ def split_alpha(frame: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
 
 
 def join_alpha(colors: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
-    """Join colors and alpha to H W 4, with alpha resized to the colors; without alpha, return the colors."""
+    """Join colors and alpha, resized to the colors, to H W 4; return the colors if alpha is None."""
     if alpha is None:
         return colors
     height, width = colors.shape[:2]
@@ -197,9 +197,9 @@ def read_mask(path: Path) -> Frame:
 
 
 class MaskChannelDetector:
-    """Finds out whether the frames of a mask clip draw the mask by transparency instead of brightness.
+    """Finds out whether a clip's frames draw a mask by alpha instead of brightness.
 
-    A mask is drawn by transparency if it has transparent parts and all visible parts have the same color.
+    A mask is drawn by alpha if it has transparent parts and all visible parts have the same color.
     """
 
     def __init__(self) -> None:
@@ -225,7 +225,7 @@ class MaskChannelDetector:
 
     @property
     def is_alpha(self) -> bool:
-        """Whether the frames read so far define the mask by their alpha instead of their brightness."""
+        """Whether, after the frames read so far, the mask is defined by alpha instead of brightness."""
         return self._is_transparent and int((self._max_color - self._min_color).max()) <= ONE_COLOR
 
 
@@ -382,7 +382,7 @@ class FrameSizes:
 
 
 def frame_times(rate: float) -> Iterator[float]:
-    """Yield, without end, the time in seconds of each frame of a clip at `rate`."""
+    """Yield the time in seconds of each frame of a clip at `rate`, endlessly."""
     return ((count + PLACE_IN_FRAME) / rate for count in itertools.count())
 
 
@@ -557,7 +557,7 @@ def read_tags(path: Path) -> dict[str, str]:
 def without_images(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
     """Drop tags that may contain an image, such as XMP with its thumbnails, and log their names.
 
-    `path` is the file that has the tags.
+    `path` is the file with the tags, for the log.
     """
     left_out = [
         name

@@ -179,7 +179,7 @@ def _find_audio_stream(container: Any) -> Any | None:
 
 
 def _find_origin(container: Any) -> Fraction:
-    """Return the second at which the first image is shown, or without images the first sound is heard."""
+    """Return the time in seconds of a file's first image, or of its first sound if it has no images."""
     main = container.streams.best("video")
     if main is None or is_cover(main) or main.start_time is None:
         return time_origin(container)
@@ -298,7 +298,7 @@ def _decode_frames(container: Any, stream: Any, lenient: bool) -> Iterator[Any]:
 
 
 def _number_samples(parts: Any, next_index: int) -> Iterator[tuple[int, Samples]]:
-    """Yield the samples of FFmpeg's frames, each with the index of its first sample."""
+    """Yield the samples of audio frames from FFmpeg, each with the index of its first sample."""
     for part in parts:
         samples = np.asarray(part.to_ndarray(), np.float32)
         yield next_index, samples

@@ -151,9 +151,9 @@ def _read_timed(path: Path, deep: bool) -> Iterator[OutputFrame]:
 
 
 def _find_end(container: Any, stream: Any) -> Fraction | None:
-    """Return the time at which the last frame ends, on the file's clock; None if it is unknown.
+    """Return the time at which the last frame ends, in the file's timeline; None if it is unknown.
 
-    Files store no duration for the frame that is shown last, or one for the frame that is stored last.
+    Files may store a duration for the frame that is stored last, but not for the frame that is shown last.
     """
     end = decoding.declared_end(container, stream)
     if "mov" in container.format.name and stream.duration:
@@ -228,9 +228,9 @@ class Clock:
         return nearest if abs(nearest - time) <= max(self._tolerance, START_TOLERANCE) else time
 
     def correct_duration(self, seconds: Fraction | None) -> Fraction:
-        """Return the seconds for which an image is shown, if no other follows it.
+        """Return how long an image is shown, in seconds, if no other image follows.
 
-        `seconds` is what the file states.
+        `seconds` is the duration that the file states, or None.
         """
         if seconds is None or abs(seconds - self._frame_seconds) <= self._tolerance:
             return self._frame_seconds
@@ -238,7 +238,7 @@ class Clock:
 
 
 def _find_rate(stream: Any) -> Fraction:
-    """Return the average frame rate, rounded to a standard rate if it is very close to one."""
+    """Return the average frame rate, rounded to a standard rate if it is very close."""
     average = stream.average_rate or stream.base_rate
     if not average or average < 0:
         return DEFAULT_RATE

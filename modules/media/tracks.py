@@ -23,7 +23,7 @@ class TrackAudio:
     """Encodes a generated audio track to AAC, always up to the time that the new video has reached."""
 
     def __init__(self, track: Track, lasts: Callable[[], Fraction]) -> None:
-        """Prepare to write; `lasts` returns the duration of all frames once all are written."""
+        """Prepare to write; `lasts` returns the duration of all frames after the last one is written."""
         samples, self._rate = track
         self._samples = samples.clip(-1, 1)
         self._duration_seconds = lasts

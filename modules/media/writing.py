@@ -39,10 +39,10 @@ class VideoSection:
 
 
 class SectionAudio:
-    """The sound of a section of a video, encoded up to the time that the new video has reached."""
+    """Audio of a video section, encoded up to the time that the new video has reached."""
 
     def __init__(self, section: VideoSection, source: Any) -> None:
-        """Prepare to read the audio of a section; `source` is the opened file."""
+        """Prepare to read a section's audio; `source` is the opened source file."""
         self._section, self._source = section, source
         self._packets: Iterator[Any] = iter(())
         self._next_packet: Any = None
@@ -65,7 +65,7 @@ class SectionAudio:
         self._packets = self._encode_track(audio.index, stream)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write the audio up to a time in seconds, counted in the new file; None: all remaining audio."""
+        """Write the audio up to a time of the new file in seconds; None writes all that remains."""
         while True:
             if self._next_packet is None:
                 self._next_packet = next(self._packets, None)
@@ -125,7 +125,7 @@ class Timing:
     """Records when each image is shown, and sets these times on the packets that the encoder returns."""
 
     def __init__(self, rate: Fraction) -> None:
-        """Start with no image. `rate` is the encoder's frame rate in images per second."""
+        """Start without images; `rate` is the encoder's frame rate per second."""
         self.count = 0  # images so far
         self.seconds = Fraction(0)  # duration of the images so far
         self._rate = rate
@@ -227,7 +227,7 @@ STILL_FORMATS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 def write_still(path: Path, frame: Frame) -> None:
     """Write one frame (H W 3, or H W 4 as PNG or WebP) in the format of its suffix, one of `STILL_FORMATS`.
 
-    The file is written completely or not at all.
+    The file is written atomically.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -270,7 +270,7 @@ def write_video(
 
 @dataclass(frozen=True)
 class WrittenVideo:
-    """Information about a written video; the sizes are frame sizes."""
+    """Frame size, frame count and duration of a written video."""
 
     width: int
     height: int

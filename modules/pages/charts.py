@@ -28,7 +28,7 @@ Point = tuple[float, float]  # x y of the drawing
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve: values y over x. `smoothing` above 0 draws the average in front of faded values."""
+    """One curve of a chart: values y over x. With `smoothing` above 0, an average covers the faded values."""
 
     name: str
     x: Sequence[float]
@@ -43,7 +43,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """One diagram: curves and the labels of its axes."""
+    """A chart: curves and the labels of its axes."""
 
     curves: Sequence[Curve]
     x_label: str

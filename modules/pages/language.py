@@ -42,7 +42,7 @@ def language() -> Language:
 
 @contextlib.contextmanager
 def speaking(chosen: Language) -> Iterator[None]:
-    """Use a language for all text that this task, or a thread started for it, shows."""
+    """Use a language for all text of a page request, including threads that it starts."""
     before = _language.set(chosen)
     try:
         yield
@@ -51,14 +51,14 @@ def speaking(chosen: Language) -> Iterator[None]:
 
 
 class TranslatableText(str):
-    """An English text with the key of its translation, and the values to insert into the translation."""
+    """An English text (as a `str`) with the key of its translation and the values to insert there."""
 
     __slots__ = ("key", "values")
     key: str
     values: Mapping[str, Any]
 
     def __new__(cls, text: str, key: str, values: Mapping[str, Any]) -> "TranslatableText":
-        """Make a text whose English form is `text`."""
+        """Make a translatable text that is the English `text` as a `str`."""
         words = super().__new__(cls, text)
         words.key = key
         words.values = values
@@ -81,7 +81,7 @@ class TranslatableText(str):
         return str.__str__(self)
 
     def translated(self) -> str:
-        """Return the text in the language of the page."""
+        """Return the text in the page's language."""
         text = _language.get().translations.get(self.key)
         if text is None:
             return self.english()
@@ -91,7 +91,7 @@ class TranslatableText(str):
 
 
 class JoinedText(TranslatableText):
-    """Several texts with a separator between them; each text is translated."""
+    """Several texts joined by a separator; each is translated on its own."""
 
     __slots__ = ()
 
@@ -101,13 +101,13 @@ class JoinedText(TranslatableText):
 
 
 def join(separator: str, texts: Iterable[str]) -> TranslatableText:
-    """Join texts with a separator, so that each translatable text is still translated on its own."""
+    """Join texts with a separator; each translatable text is still translated on its own."""
     row = list(texts)
     return JoinedText(separator.join(row), separator, {"texts": row})
 
 
 def show(value: Any) -> Any:
-    """Return a value for a page; a translatable text is translated to the page's language."""
+    """Return a value for a page template; a translatable text is translated to the page's language."""
     return value.translated() if isinstance(value, TranslatableText) else value
 
 
@@ -128,9 +128,9 @@ def say(text: str, /, **values: Any) -> TranslatableText:
 
 
 def say_count(number: int, singular: str, plural: str, /, **values: Any) -> TranslatableText:
-    """Select the singular or plural text for a number; translations are found by the plural.
+    """Select the singular or plural text for a number; the plural is the key of the translation.
 
-    `%(n)s` in the texts stands for the number, with commas between thousands.
+    `%(n)s` in the texts is replaced by the number, with commas between thousands.
     """
     values = {"n": f"{number:,}", **values}
     return TranslatableText((singular if number == 1 else plural) % values, plural, values)

@@ -105,7 +105,7 @@ def encode_address(value: str | Mapping[str, object]) -> str:
 
 
 def _encode_name(name: str) -> bytes:
-    """Return the bytes of a name; escapes for halves of characters, which no file name contains."""
+    """Encode a file name; lone surrogates that do not stand for a byte of the name become escapes."""
     try:
         return name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -129,7 +129,7 @@ _UNSCRIPTED_IMAGE = Markup('<noscript><img src="{}" alt="" loading="lazy"></nosc
 
 
 def show_unscripted(address: str) -> Markup:
-    """Return what a browser without scripts shows in a box whose file the page's script would load."""
+    """Return a `noscript` element that shows an image, video or audio file without the page's script."""
     return _UNSCRIPTED.get(address.rpartition(".")[2], _UNSCRIPTED_IMAGE).format(address)
 
 
@@ -157,7 +157,7 @@ FILE_POLICY = (
 
 
 def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]) -> None:
-    """Render a template and write the page, completely or not at all. Raises OutputError if that fails."""
+    """Render a template and write the page atomically. Raises OutputError if it cannot be written."""
     write_text(path, render_page(template, title, values))
 
 
@@ -182,7 +182,7 @@ CLIP_CRF = 24  # smaller than what is kept: a page contains many clips
 
 
 def embed_image(frame: Frame, text: str, largest_side: int = 512, quality: int = 85) -> Markup:
-    """Return an image tag with the frame (H W 3) as embedded JPEG; `text` is its alternative text.
+    """Return an HTML image tag with a frame (H W 3) embedded as JPEG; `text` is the alternative text.
 
     A frame whose longer side exceeds `largest_side` pixels is reduced.
     """
