@@ -84,7 +84,7 @@ class ClipFiles(NamedTuple):
 
     @property
     def exist(self) -> bool:
-        """Whether the clip or its latents exist already."""
+        """Whether the clip or its latents exist."""
         return self.video.exists() or self.latents.exists()
 
 
@@ -167,7 +167,7 @@ def _resolve_options(family: Family, options: GenerationOptions, device: torch.d
 
 
 def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
-    """Make the job of each prompt line; raise UserError if a line is invalid."""
+    """Make the generation job of each prompt line; raise UserError if a line is invalid."""
     options = run.options
     lines = lines_of(options.from_file)
     failures = Failures(strict=options.from_file is None)
@@ -272,7 +272,7 @@ def _find_first_path(column: network_setup.LorasByExpert) -> Path:
 
 
 def _hash_files(experts: Sequence[Expert], column: network_setup.LorasByExpert) -> dict[str, str]:
-    """Return the SHA-256 hashes of a column's LoRA files, by their metadata keys."""
+    """Return the SHA-256 hashes of a column's LoRA files, by the metadata keys that store them."""
     hashes: dict[str, str] = {}
     for expert, expert_uses in zip(experts, column, strict=True):
         if expert_uses:
@@ -315,7 +315,7 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
 
 
 def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
-    """Return the paths of a cell's results: the clip or image, and its latents."""
+    """Return the paths of a cell's output files: the clip or image, and its latents."""
     options = run.options
     if run.family.latent.has_layers:
         suffix = f"{COMPOSITE}.png"

@@ -22,7 +22,7 @@ ChangeStrengths = Callable[[GenerationRun, Mapping[str, Sequence[float]]], Gener
 
 @dataclass
 class _Conversation:
-    """State of --interactive between its lines."""
+    """State of --interactive between two typed lines."""
 
     run: GenerationRun  # with the latest strengths of the LoRAs
     change_strengths: ChangeStrengths

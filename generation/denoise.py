@@ -155,7 +155,7 @@ def _put_first_frames(latents: Tensor, frames: Tensor) -> Tensor:
 
 
 def _split_timesteps(timesteps: Tensor, step: steps.Step, clean_streams: tuple[bool, bool]) -> Tensor:
-    """Return timesteps for images and audio, B 2, from the step's timesteps, B; 0 for clean streams."""
+    """Return timesteps for (images, audio), B 2, from the step's timesteps, B; 0 for a clean stream."""
     audio_timesteps = timesteps
     if step.audio_sigma is not None:
         audio_timesteps = torch.full_like(timesteps, TRAIN_TIMESTEPS * step.audio_sigma)
@@ -227,7 +227,7 @@ def _are_alike(conditions: Sequence[Conditions]) -> bool:
 
 
 def stack(conditions: Sequence[Conditions]) -> Conditions:
-    """Concatenate the conditions of several guidance passes along the batch dimension."""
+    """Concatenate the conditions of several guidance passes along the batch axis."""
     stacked: dict[str, Tensor | list[Tensor]] = {}
     for name in conditions[0]:
         values = [condition[name] for condition in conditions]

@@ -42,7 +42,7 @@ from runtime.planning.memory_plan import (
 
 @dataclass(frozen=True)
 class ExpertSchedule:
-    """Order in which the experts of a run are used.
+    """Order in which a run uses its experts.
 
     Attributes:
         order: Indices of experts, from `list_expert_order`.

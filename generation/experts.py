@@ -100,7 +100,7 @@ def list_expert_order(family: Family, requests: Sequence[Prepared]) -> list[int]
 
 @dataclass
 class ExpertOffloader:
-    """Load the networks of a model's experts and move them between device and host as their turns come."""
+    """Loads the networks of a model's experts, and moves each to the device when it is needed."""
 
     experts: Sequence[Expert]
     device: torch.device
@@ -325,7 +325,7 @@ class ExpertOffloader:
         return ExpertPrefetch(expert, future, stop)
 
     def _explain_no_prefetch(self, current_expert: int) -> str:
-        """Return why the next expert cannot be read while this one works, as log text; "" if it can."""
+        """Return why the next expert cannot be read in the background, as log text; "" if it can."""
         if self.lazy:
             return ", as --lazy_loading asks"
         if self.device.type not in {"cpu", "cuda"}:  # a thread must not compute on others

@@ -114,7 +114,7 @@ def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
 
 
 def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[Value, ...]:
-    """Parse the values of a grid axis; raise OptionError with the axis and the value that is invalid."""
+    """Parse a grid axis's values; raise OptionError that names the axis and the invalid value."""
     for text in texts:
         if texts.count(text) > 1:
             raise OptionError(f"--sheet {name}: the value {text!r} is given twice. Leave one out")

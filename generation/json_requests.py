@@ -62,7 +62,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
-        """Let SIGINT raise KeyboardInterrupt once inside the `with` block."""
+        """Let SIGINT raise one KeyboardInterrupt inside the `with` block."""
         self._may_raise = True
         try:
             yield

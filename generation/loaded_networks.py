@@ -118,13 +118,13 @@ class Session:
         return [gather_encoded(by_section, self._encoded) for by_section in prompts]
 
     def count_new(self, prompts: Iterable[Mapping[int, Prompts]]) -> int:
-        """Return the number of prompts that `texts` would have to encode."""
+        """Return how many of the prompts still have to be encoded."""
         return sum(text not in self._encoded for text in texts_of(prompts))
 
     def encode_with_loras(
         self, loras: "TextLoras", prompts: Sequence[Mapping[int, Prompts]]
     ) -> list[Mapping[int, EncodedPrompts]]:
-        """Encode the prompts of each section, with LoRAs in text encoders that are not kept between calls."""
+        """Encode the prompts of each section with LoRAs in the text encoders, which are then freed."""
         assert not self.dits.keep, "kept encoders have the LoRAs of before in their weights"
         before = self._encoded, self.text_loras
         self._encoded = {}  # results of `texts` are kept by text, and these depend on the LoRAs too

@@ -144,7 +144,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
 
 
 def _compare_memory(run: GenerationRun, predicted: Peaks) -> None:
-    """Log the predicted and the measured peak of a run on a CUDA device."""
+    """Log a run's predicted and measured peak memory on a CUDA device."""
     predicted_bytes = max(predicted.maximum, run.session.dits.max_shared_bytes)
     logger.info(comparison(predicted_bytes, torch.cuda.max_memory_allocated(run.session.device)))
 
@@ -343,7 +343,7 @@ def progress_callbacks(
             return False
 
         def on_section(section: Section) -> None:
-            """Preview the sections finished so far, and start the progress bar of the next section."""
+            """Preview the finished sections, and start the progress bar of the next section."""
             nonlocal bar, section_preview
             bars.close()
             if preview_section is not None:

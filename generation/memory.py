@@ -92,7 +92,7 @@ class PhasePrediction:
         )
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
-        """Return the memory plan of all phases with a number of swapped blocks."""
+        """Return the memory plan of all phases with `blocks` swapped blocks."""
         return memory_plan.MemoryPlan(
             (*self.phases_before, self.phase(blocks), *self.phases_after), tuple(remarks)
         )
@@ -151,7 +151,7 @@ def predict_request(
 def _predict_input_encoding(
     family: Family, prepared: Prepared, cublas_workspace: memory_plan.MemoryPart
 ) -> tuple[list[memory_plan.Phase], Mapping[int, Conditions]]:
-    """Predict the memory of encoding input media; also return the conditions, by section."""
+    """Predict the memory for encoding input images and video; also return the encodings, by section."""
     if not needs_media(family, prepared):
         return [], dict(encode_inputs(family, NO_ENCODERS, prepared))
     encoders = family.media_encoders(META)
@@ -300,7 +300,7 @@ def predict_denoising(
 
 
 class _HeaviestStep:
-    """The denoising step of a section that needs the most memory, as a dry run."""
+    """The denoising step of a section that needs the most memory, for a dry run."""
 
     def __init__(
         self,
@@ -448,7 +448,7 @@ def make_phase(name: str, ledger: dry.Ledger, cublas_workspace: memory_plan.Memo
 
 
 def make_real_tensors(conditions: Conditions) -> Conditions:
-    """Replace fake tensors of a dry run by real, uninitialized tensors, which later dry runs accept.
+    """Replace a dry run's fake tensors by real, uninitialized tensors, which later dry runs accept.
 
     Integer tensors are real already and keep their values.
     """
@@ -552,7 +552,7 @@ def suggest_options(
 
 
 def _suggest_for_other_phases(prediction: PhasePrediction, usable: int) -> list[str]:
-    """Return what to change for each phase before or after denoising that does not fit by itself."""
+    """Return advice for each phase before or after denoising that does not fit into the `usable` memory."""
     lines: list[str] = []
     for phase in (*prediction.phases_before, *prediction.phases_after):
         if phase.device > usable:

@@ -388,7 +388,7 @@ def _log_preset(options: GenerationOptions, left_out: Sequence[str]) -> None:
 
 
 def _without(speed: GenerationSpeedOptions, name: str) -> GenerationSpeedOptions:
-    """Return the options with one option of --optimized turned off."""
+    """Return the options with one option of the --optimized preset turned off."""
     changes: dict[str, Any] = {name: "torch" if name == "attn_mode" else False}
     if name == "fp8_scaled":  # a file in fp8 stays in fp8
         changes["fp8"] = True

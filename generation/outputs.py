@@ -307,7 +307,7 @@ def _save_frames(
 def _save_audio(
     options: OutputOptions, stem: str, track: Track | None, metadata: Mapping[str, str] | None
 ) -> Path:
-    """Write an audio file without a video."""
+    """Write a clip's audio track to a file without a video; return its path."""
     if track is None:
         raise OptionError(
             f"{stem}: the latents contain only sound, which this run does not write. Request sound"
@@ -370,7 +370,7 @@ def remember(frames: Iterable[Frame], last: deque[Frame]) -> Iterator[Frame]:
 def write_frames(
     frames: Iterable[Frame], folder: Path, name: str, tags: Mapping[str, str]
 ) -> Iterator[Frame]:
-    """Write each frame as a PNG and yield it; `name` is a format string that takes the frame number."""
+    """Write each frame as a PNG, then yield it; `name` is a format string for the frame number."""
     for index, frame in enumerate(frames):
         write_png(folder / name.format(index), frame, tags)
         yield frame

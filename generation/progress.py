@@ -259,7 +259,7 @@ class GrowingVideo:
                 self._write(final)
 
     def _decode_next_to_dit(self, piece: PreviewPiece) -> Tensor | None:
-        """Decode a piece with the DiT still on the device; return None if there is too little memory."""
+        """Decode a preview piece with the DiT still on the device; return None if memory is too small."""
         try:
             return self._decode(piece)
         except RuntimeError as error:  # of torch's allocator, or of a convolution without a workspace
@@ -296,12 +296,12 @@ class GrowingVideo:
             )
 
     def _decode(self, piece: PreviewPiece) -> Tensor:
-        """Decode a piece to pixels, 1 3 F H W, in host memory."""
+        """Decode a piece of latents to pixels, 1 3 F H W, in host memory."""
         with self.session.media(with_image_encoder=False, needed_again=True) as encoders:
             return torch.cat([chunk.to(CPU) for chunk in piece.decode(encoders, piece.latents)], dim=2)
 
     def _write(self, final: Tensor | None) -> None:
-        """Encode the final frames, then write them followed or preceded by the frames that still wait."""
+        """Encode a section's final frames, and write the preview with them and the frames not yet final."""
         self._segments = self._add_segment(final)
         is_first = not self.path.exists()
         try:

@@ -133,7 +133,7 @@ def read_path(text: str) -> str:
 
 
 def read_name(text: str) -> str:
-    """Return the text unchanged, as the parser of options without a format."""
+    """Return the text unchanged: the parser for options without a format."""
     return text
 
 
@@ -301,7 +301,7 @@ def split_line(line: str) -> SplitLine:
 
 
 def _cut_options(line: str) -> list[str]:
-    """Split a prompt line into the text before the first ` --` and each option with its value."""
+    """Split a prompt line into the prompt before the first ` --`, and each option with its value."""
     parts = []
     start = 0
     position = line.find(" --", _end_of_object(line, 0) or 0)
@@ -320,7 +320,7 @@ def _end_of_value(line: str, start: int) -> int | None:
 
 
 def _end_of_object(line: str, start: int) -> int | None:
-    """Return the end of the JSON object that starts at `start`; None if there is none.
+    """Return the end index of the JSON object that starts at `start`; None if there is none.
 
     Dashes inside its strings do not begin options.
     """
@@ -341,7 +341,7 @@ def unquote(text: str) -> str:
 
 
 def _check_count(options: int) -> None:
-    """Raise OptionError if a prompt line has too many options to be genuine."""
+    """Raise OptionError if a prompt line has implausibly many options."""
     if options > MAX_LINE_OPTIONS:
         raise OptionError(
             f"it has {options:,} options (words after --), and {MAX_LINE_OPTIONS} are the most. Remove "
@@ -427,7 +427,7 @@ def _read_value(option: LineOption, text: str) -> Value:
 def _list_spellings(
     names_and_values: Sequence[str], find: Callable[[str], LineOption | None]
 ) -> dict[str, list[str]]:
-    """Return how each option was spelled in a line, in order, by its key."""
+    """Return the spellings of each option in a prompt line, in order, by the option's key."""
     spellings: dict[str, list[str]] = {}
     for name_and_value in names_and_values:
         name = name_and_value.partition(" ")[0]

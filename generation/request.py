@@ -49,7 +49,7 @@ RIFLEX_PERIOD_FRACTION = 0.9  # fraction of a period that RIFLEx's slowed freque
 
 
 def draw_seed() -> int:
-    """Draw a seed from the system's entropy; with several processes, all use the seed of the first one."""
+    """Draw a seed from the system's entropy; several processes all use the seed of the first one."""
     seed = secrets.randbelow(2**SEED_BITS)
     if not (distributed.is_available() and distributed.is_initialized()):
         return seed
@@ -297,7 +297,7 @@ def _warn_of_lora_tags(texts: Mapping[str, str | None]) -> None:
 
 
 def _warn_of_edit_loras(paths: Iterable[Path]) -> None:
-    """Warn if a request without an image uses LoRAs that were trained for image editing."""
+    """Warn if a request without an input image uses LoRAs that were trained for image editing."""
     for path, option in find_edit_loras(paths):
         logger.warning(
             "%s was trained to edit images%s, but there is no image: the result is made from the text "
@@ -327,7 +327,7 @@ def _with_riflex(prepared: Prepared, options: SteadierOptions) -> Prepared:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Predicted peak device memory of a run's tensors, in bytes."""
+    """Predicted peaks of device memory in a run, in bytes."""
 
     maximum: int  # of all phases
     decoding: int  # while latents become pixels
@@ -335,7 +335,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """One request and, once denoised, its latents; `label` names it in messages, such as "line 3"."""
+    """One request and, once denoised, its latents; `label` identifies it in messages, such as "line 3"."""
 
     label: str
     prepared: Prepared
@@ -367,7 +367,7 @@ class GenerationRun:
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def with_previews(self) -> "GenerationRun":
-        """Return the run with latent previews if the options ask for them; may load a decoder of 20 MB."""
+        """Return the run with latent previews if they are enabled; may load a decoder of 20 MB."""
         from blissful_tuner.latent_preview import make_previews  # only with previews
 
         previews = make_previews(
@@ -400,7 +400,7 @@ class GenerationRun:
 
     @property
     def loras(self) -> LorasInWords:
-        """File name and strength of each LoRA, by expert; "" is the only or the low-noise expert."""
+        """File names and strengths of the LoRAs by expert; the key "" is the only or the low-noise expert."""
         loras = list_loras(self.options).items()
         return {expert: [(path.name, strength) for path, strength in files] for expert, files in loras}
 

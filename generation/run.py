@@ -92,7 +92,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
 
 
 def _check_lengths(run: GenerationRun, files: "Mapping[Path, SavedLatents]") -> None:
-    """Raise OptionError if --post or the suffix of --save_path does not suit the number of frames."""
+    """Raise OptionError if the number of frames does not suit --post or the suffix of --save_path."""
     latent = run.family.latent
     frames = {path: latent.count_frames(saved.latents.shape[2]) for path, saved in files.items()}
     if run.post is not None:

@@ -54,7 +54,7 @@ MAX_OPEN_VIDEOS, MAX_VIDEO_HEIGHT = 100, 4096  # limits of a video: files open a
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and its clips, one for each column of the sheet; None for a clip that failed."""
+    """A prompt and its clips, one for each column of the sheet; None where a clip failed."""
 
     prompt: str
     fps: float
@@ -100,7 +100,7 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
 
 
 def _write_page(path: Path, grid: ClipGrid, title: str) -> None:
-    """Write an HTML page with the clips of a grid; rows with the same prompt are adjacent."""
+    """Write an HTML page with a grid's clips; rows with the same prompt are adjacent."""
     prompts = []
     for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.details)):
         rows_of_prompt = []
@@ -112,9 +112,9 @@ def _write_page(path: Path, grid: ClipGrid, title: str) -> None:
 
 
 def _embed_cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
-    """Yield the HTML cells of a row.
+    """Yield the HTML of a row's cells.
 
-    With `is_lower` the first cell is omitted, because the cell of the row above spans both rows.
+    With `is_lower`, the first cell is omitted, because the cell of the row above spans both rows.
     """
     cells = list(zip(columns, row.paths, row.commands, strict=True))
     for column, path, command in cells[1:] if is_lower else cells:

@@ -204,7 +204,7 @@ def claim_name(path: Path) -> Iterator[bool]:
 
 
 def recover_folder(path: Path) -> None:
-    """Restore a folder after a kill between the two renames of `atomic_folder`; remove partial folders."""
+    """Restore a folder if `atomic_folder` was killed between its two renames; remove partial folders."""
     aside = path.with_name(f".{path.name}.old")
     if aside.exists():
         if path.exists():
@@ -263,7 +263,7 @@ def give_name(file: Path, path: Path) -> None:
     """Rename a finished file to `path` in the same folder, replacing an existing file.
 
     Raises:
-        OutputError: If that fails.
+        OutputError: If it cannot be renamed.
     """
     with explain_errors(path):
         replace_file(file, path)
@@ -271,7 +271,7 @@ def give_name(file: Path, path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, completely or not at all.
+    """Write `data` to `path` atomically.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -314,7 +314,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def check_space(path: Path, size_bytes: int) -> None:
-    """Raise OutputError if the volume of `path` has no room for `size_bytes`."""
+    """Raise OutputError if the volume of `path` lacks space for `size_bytes`."""
     free = free_bytes(path.parent)
     if size_bytes and free < size_bytes + SPARE_BYTES:
         raise OutputError(
@@ -324,7 +324,7 @@ def check_space(path: Path, size_bytes: int) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make sure that the names of new files in a folder survive a power cut."""
+    """Flush a folder to the disk, so that the names of new files in it survive a power cut."""
     if os.name == "nt":  # Windows cannot open a folder; NTFS orders the rename itself
         return
     handle = os.open(folder, os.O_RDONLY)

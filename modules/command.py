@@ -92,7 +92,7 @@ def wants_color(stream: Any) -> bool:
 
 @contextlib.contextmanager
 def drop_repeated_warnings() -> Iterator[None]:
-    """Log each warning only once in the block: every line of a prompt file repeats warnings about options."""
+    """Log each warning only once in the block, because each line of a prompt file would repeat it."""
     filters = [(handler, _RepeatedWarnings()) for handler in logging.getLogger().handlers]
     for handler, repeated_warnings in filters:
         handler.addFilter(repeated_warnings)
@@ -104,7 +104,7 @@ def drop_repeated_warnings() -> Iterator[None]:
 
 
 class _RepeatedWarnings(logging.Filter):
-    """Remove warnings whose message was logged before."""
+    """Removes warnings whose message was logged before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ def print_loading() -> None:
 
 
 def wait_for_first_process() -> None:
-    """Wait a little unless this is the first process of a launcher on this machine.
+    """Wait a little, unless this is a launcher's first process on this machine.
 
     If the first process has the same error, the launcher ends this one meanwhile, so that the error is
     printed only once.
@@ -305,7 +305,7 @@ def plain_message(text: str, typed: Sequence[str] = ()) -> str:
 
 
 def shorten_word(word: str) -> str:
-    r"""Format a typed word for a message: shortened, with line breaks written as \n."""
+    r"""Format a typed word for a message: shortened, with line breaks as \n."""
     return shorten(word, MAX_OF_WORD).replace("\n", "\\n")
 
 
@@ -344,12 +344,12 @@ def quote_command(argv: Sequence[str]) -> str:
 
 
 def quote_for_shell(argv: Sequence[str]) -> str:
-    """Quote arguments as a command line for this system's shell."""
+    """Quote arguments as a command line for the shell of this system."""
     return shlex.join(argv) if os.name != "nt" else quote_for_windows(argv)
 
 
 def quote_for_windows(argv: Sequence[str]) -> str:
-    """Quote a command for cmd and PowerShell: in double quotes, except words that PowerShell would expand."""
+    """Quote a command for cmd and PowerShell, in double quotes, except words that PowerShell would expand."""
     quoted = []
     for word in argv:
         if PLAIN_IN_POWERSHELL.fullmatch(word):

@@ -140,7 +140,7 @@ def format_count(number: int, noun: str) -> str:
 
 
 def list_some(names: Sequence[str], maximum: int = MAX_LISTED) -> str:
-    """List at most `maximum` names, and say how many more there are."""
+    """List up to `maximum` names, and how many more there are."""
     tail = f" and {len(names) - maximum} more" if len(names) > maximum else ""
     return ", ".join(names[:maximum]) + tail
 

@@ -19,7 +19,7 @@ _SEQUENCES = re.compile(
 
 
 def drop_control_codes(text: str) -> str:
-    """Remove control codes and the sequences that they begin, so that a text can be stored in a file.
+    """Remove control codes and escape sequences, so that a text can be stored in a file.
 
     Unicode's line separators become spaces; newlines and tabs are kept.
     """
@@ -27,10 +27,10 @@ def drop_control_codes(text: str) -> str:
 
 
 def escape_control_codes(text: str) -> str:
-    r"""Return the text with control codes written out (`\x1b`, `\u202e`), so that they reach no terminal.
+    r"""Return the text with control codes escaped (`\x1b`, `\u202e`), so that they do not reach a terminal.
 
     Names, captions and metadata come from other people's files, and their codes could color, move, hide or
-    reorder what is shown. Newlines and tabs are kept, and letters of all languages.
+    reorder what is shown. Newlines, tabs and letters of all languages are kept.
     """
     return _CODES.sub(_compute_plainly, text)
 
@@ -82,7 +82,7 @@ def wrap_text(text: str, columns: int | None) -> str:
 
 
 def terminal_width(stream: Any) -> int | None:
-    """Return the width of a stream's terminal in characters; None if it is not a terminal."""
+    """Return the width of a stream's terminal in columns; None if it is not a terminal."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or None if stream.isatty() else None
     except (AttributeError, OSError, ValueError):  # the stream is closed or replaced

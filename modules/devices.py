@@ -85,7 +85,7 @@ def select_device(name: str | None) -> torch.device:
 
 
 def _check_cuda(name: str, device: torch.device) -> None:
-    """Raise OptionError if torch sees no CUDA device, or none with the index of `device`."""
+    """Raise OptionError if torch detects no CUDA device, or none with the index of `device`."""
     if not torch.cuda.is_available():
         from modules.nvidia_driver import explain_unseen_card  # only if torch sees no card
 
@@ -156,21 +156,21 @@ def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def tensor_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
-    """Make a tensor of numbers, or rows of numbers, on a device without the wait of `torch.tensor`."""
+    """Return a tensor of numbers (or rows of numbers) on a device without the wait of `torch.tensor`."""
     return send_ahead(torch.tensor(numbers, dtype=dtype), device)
 
 
 def make_deterministic() -> None:
-    """Make torch deterministic, and warn of other operations. Call before the first CUDA call."""
+    """Make torch deterministic; other operations only cause warnings. Call before the first CUDA call."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def leave_cudnn_out(device: torch.device) -> None:
-    """Turn off cuDNN in torch, because on some GPUs, mostly AMD's, its convolutions are slow or fail.
+    """Disable cuDNN in torch, because on some GPUs, mostly AMD's, its convolutions are slow or fail.
 
-    Warns if the device is not a CUDA device, as it then has no cuDNN.
+    Warns if the device is not a CUDA device, where this has no effect.
     """
     if acts_on_cuda("--disable_cudnn_backend", "convolutions", device):
         torch.backends.cudnn.enabled = False
@@ -200,7 +200,7 @@ def parse_dtype(name: str, option: str) -> torch.dtype:
 
 
 def select_compute_dtype(name: str | None, option: str, usual: Default) -> torch.dtype | Default:
-    """Return the compute dtype of a network; `usual` if the option is not given.
+    """Return the compute dtype that an option names; `usual` if the option is not given.
 
     Raises:
         OptionError: If the name is unknown or an fp8 dtype.
@@ -214,9 +214,9 @@ def select_compute_dtype(name: str | None, option: str, usual: Default) -> torch
 
 
 def replace_slow_float16(device: torch.device, dtype: torch.dtype, what: str) -> torch.dtype:
-    """Return float32 for float16 on a CPU, where it is slow; else `dtype`.
+    """Return float32 instead of float16 on a CPU, where float16 is slow; otherwise `dtype`.
 
-    `what` is the network, for the log.
+    `what` is the name of the network, for the log.
     """
     if device.type != "cpu" or dtype != torch.float16:
         return dtype
@@ -240,7 +240,7 @@ def emulates_bfloat16() -> bool:
 
 
 def warn_if_emulated(device: torch.device, dtype: torch.dtype, what: str) -> None:
-    """Log a warning if a network computes in bfloat16 on a CPU without instructions for it.
+    """Warn if a network computes in bfloat16 on a CPU without bfloat16 instructions.
 
     `what` is the name of the network.
     """
@@ -320,7 +320,7 @@ def release_pinned_memory() -> None:
 
 @contextmanager
 def separate_stream(device: torch.device) -> Iterator[None]:
-    """Run the block in a separate CUDA stream, so that threads run in parallel; wait for it at the end."""
+    """Run the block in its own CUDA stream, so that threads run in parallel; wait for it at the end."""
     if device.type != "cuda":
         yield
         return

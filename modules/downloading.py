@@ -35,7 +35,7 @@ RETRY_STATUS_CODES = frozenset({408, 425, 429})  # HTTP statuses to retry, in ad
 
 
 class RetryableError(Exception):
-    """An attempt that failed but may succeed later. Its text is the reason, without the address."""
+    """Raised if an attempt failed that may succeed later. Its text is the reason, without the URL."""
 
     def __init__(self, reason: str, wait_seconds: float = 0.0, from_start: bool = False) -> None:
         super().__init__(reason)
@@ -165,7 +165,7 @@ def _write_answer(path: Path, answer: Answer, max_bytes: int, progress: Callable
 
 @lru_cache(maxsize=256)
 def _get_session(thread: int) -> "requests.Session":
-    """Return the session of the thread with this identifier; its connections stay open between files."""
+    """Return the HTTP session of a thread, whose connections stay open between files."""
     import requests
 
     return requests.Session()
@@ -212,14 +212,14 @@ def ask_http(
 
 
 def _read_version(response: "requests.Response") -> str | None:
-    """Return the strong ETag of a file, else the date of its last change; None if neither is stated."""
+    """Return a file's strong ETag, else its Last-Modified date; None if the response has neither."""
     etag = response.headers.get("etag", "")
     # a weak ETag does not guarantee equal bytes
     return etag if etag.startswith('"') else response.headers.get("last-modified")
 
 
 def _read_size(response: "requests.Response", start: int) -> int | None:
-    """Return the size of the whole file, whose bytes from `start` on the response has; None if unknown."""
+    """Return the whole file's size, of which the response contains bytes from `start` on; None if unknown."""
     if response.headers.get("content-encoding"):  # the stated length is the compressed one
         return None
     length = _read_number(response, "content-length")

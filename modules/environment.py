@@ -260,9 +260,9 @@ def find_cause(error_output: str, python: Path) -> str:
 
 
 def find_uv(python: Path) -> str | None:
-    """Return the program uv if it can install into an environment; None if pip is needed.
+    """Return the path of uv if it can install into an environment; None if pip is needed.
 
-    The uv that Reelsmith.command or Reelsmith.bat downloaded is preferred. No uv can be used if the
+    The uv that Reelsmith.command or Reelsmith.bat downloaded is preferred. uv cannot be used if the
     environment inherits packages of another Python, because uv does not see them.
     """
     settings = python.parent.parent / "pyvenv.cfg"

@@ -33,7 +33,7 @@ class DatasetError(UserError):
 
 
 class MediaError(UserError):
-    """An image or a video that cannot be read or written."""
+    """Raised if an image, video or audio file cannot be read or written."""
 
 
 class CacheError(UserError):
@@ -56,7 +56,7 @@ class OutputError(UserError):
 
 
 class MemoryPlanError(UserError):
-    """Raised if a run does not fit into the device's memory."""
+    """Raised if a run does not fit into device memory."""
 
 
 class DownloadError(UserError):

@@ -74,7 +74,7 @@ def _add_rejected_options(formatter: HelpFormatter, actions: Iterable[argparse.A
 
 @dataclass(frozen=True)
 class DescribedOption:
-    """An option of a script, as its help describes it."""
+    """A script's option with the facts that its help shows."""
 
     name: str
     flags: Sequence[str]
@@ -118,7 +118,7 @@ def _describe_option(action: argparse.Action, group: str) -> DescribedOption:
 
 
 def _list_by_reason(flags_by_reason: Iterable[tuple[str, list[str]]], width: int) -> list[str]:
-    """Return lines with each reason, and below it the flags that are refused for it."""
+    """Return help lines: each reason for refusing options, followed by the flags of these options."""
     lines = []
     for reason, flags in flags_by_reason:
         lines += wrap(f"{reason.rstrip('.')}:", width)
@@ -206,7 +206,7 @@ def _rank_group(group: argparse._ArgumentGroup) -> int:
 
 
 def _format_usage(parser: argparse.ArgumentParser) -> str:
-    """Return the usage line with the required options only."""
+    """Return the usage line, with required options only."""
     formatter = HelpFormatter(parser.prog)
     parts = []
     for action in parser._actions:

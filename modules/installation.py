@@ -352,10 +352,10 @@ def import_user_module(option: str, name: str, example: str, remedy: str) -> Mod
 
 @contextmanager
 def hide_packages(*names: str) -> Iterator[None]:
-    """Hide installed packages inside the block; packages that are loaded already stay loaded.
+    """Hide installed packages from imports inside the block; packages that are already loaded stay loaded.
 
-    A package that is imported in the block and looks for a hidden one does without it from then on. After the
-    block, the hidden packages can be imported again. Python refuses to import a module whose entry in
+    A package that is imported in the block and looks for a hidden one continues without it. After the block,
+    hidden packages can be imported again. This works because Python refuses to import a module whose entry in
     `sys.modules` is None.
     """
     hidden: dict[str, ModuleType | None] = {name: None for name in names if name not in sys.modules}

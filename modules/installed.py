@@ -86,7 +86,7 @@ def _is_below(file: Path, folders: Sequence[Path]) -> bool:
 
 @functools.cache
 def _list_package_folders() -> tuple[Path, ...]:
-    """Return the folders that pip installs into, of this Python and of its user."""
+    """Return the folders into which pip installs for this Python and this user."""
     texts = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     if site.ENABLE_USER_SITE:
         texts.append(site.getusersitepackages())

@@ -24,14 +24,14 @@ class KindLine(str):
     kind: str
 
     def __new__(cls, kind: str, text: str) -> "KindLine":
-        """Make a line of one of KINDS."""
+        """Make a line with one of KINDS."""
         line = super().__new__(cls, text)
         line.kind = kind
         return line
 
 
 class ReadLine(NamedTuple):
-    """The kind of a printed line, and its text without the kind."""
+    """A printed line, split into its kind and its text."""
 
     kind: str  # "" for a line without a kind
     text: str

@@ -198,7 +198,7 @@ def _list_our_names(foreign_name: str) -> list[str]:
 
 
 def _list_synonyms(name: str) -> list[list[str]]:
-    """Return the lines that describe options with the same meaning as `name` in our scripts."""
+    """Return the lines of `_SYNONYMS` that contain `name`, each as a list of synonymous option names."""
     lines = [line.split() for line in _SYNONYMS.splitlines()]
     return [names for names in lines if name in "+".join(names).split("+")]
 
@@ -243,7 +243,7 @@ def explain_foreign_name(flags: Flags, name: str, key_files: Iterable[KeyFile] =
 
 
 def _find_declared_synonym(flags: Flags, foreign_name: str) -> str:
-    """Return the option that declares `foreign_name` as its name in other programs; "" if there is none."""
+    """Return our option that declares `foreign_name` as its name in another program; "" if there is none."""
     for flag, action in flags.items():
         if flag[:2] == "--" and foreign_name in getattr(action, "known_as", ()):
             return flag[2:]

@@ -15,7 +15,7 @@ PATIENCE = 30.0  # seconds; the first query after a boot may initialize the card
 
 @dataclass(frozen=True)
 class NvidiaCard:
-    """An NVIDIA graphics card, as its driver describes it."""
+    """An NVIDIA GPU, as its driver describes it."""
 
     name: str
     driver: str  # version of the driver: 580.65.06

@@ -181,5 +181,5 @@ def _require_file(path: Path) -> int:
 
 
 def shapes_text(shapes: Mapping[str, Shape]) -> str:
-    """Return the first names and shapes of outputs, for messages."""
+    """Return the first names and shapes of a model's outputs, for messages."""
     return ", ".join(f"{name} {list(shape)}" for name, shape in list(shapes.items())[:4])

@@ -38,7 +38,7 @@ def check_value(name: str, value: Any, facts: Info) -> None:
     """Check the value of an option, regardless of other options.
 
     Raises:
-        OptionError: If a number is not within the limits, or if the value is not in `one_of`.
+        OptionError: If a number is outside its limits, or the value is not in `one_of`.
     """
     for number in value if isinstance(value, (tuple, list)) else (value,):
         _check_limits(f"--{name}", number, facts)

@@ -14,13 +14,13 @@ TABLES = Path(__file__).with_name("option_tables.txt")  # one entry per line: ki
 
 @cache
 def _read_lines() -> Mapping[str, str]:
-    """Return the JSON text of each entry by its kind and name; only the entries in use are parsed."""
+    """Return the JSON text of each table entry by kind and name; only entries in use are parsed."""
     lines = TABLES.read_text(encoding="utf-8").rstrip("\n").split("\n")
     return dict(line.split("\t", 1) for line in lines)
 
 
 def read_entry(kind: str, name: str) -> Any:
-    """Return an entry of the compiled option tables; `kind` is option, section, keys or script."""
+    """Return an entry of the compiled option tables; `kind` is "option", "section", "keys" or "script"."""
     return json.loads(_read_lines()[f"{kind} {name}"])
 
 

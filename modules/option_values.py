@@ -37,7 +37,7 @@ MAX_OF_ARGUMENT = 10_000  # maximum characters of one KEY=VALUE
 
 
 class Placeholder(str):
-    """Placeholder in a printed command for a value that the user has to type, such as a path."""
+    """A word in a printed command that the user has to replace, such as a path."""
 
 
 def check_characters(option: str, value: Any) -> None:
@@ -76,7 +76,7 @@ def to_path(option: str, text: str) -> Path:
 
 
 def height_width(two_pairs: re.Match[str]) -> tuple[str, str]:
-    """Return height and width of a match of `JOINED`; sizes with an x have the width first."""
+    """Return (height, width) from a match of `JOINED`; sizes joined by an x have the width first."""
     is_width_first = two_pairs[2].strip(", :") != ""
     return (two_pairs[3], two_pairs[1]) if is_width_first else (two_pairs[1], two_pairs[3])
 
@@ -106,7 +106,7 @@ def check_path(option: str, path: Path, required: str, hint: str) -> None:
 
 
 def check_numbers(option: str, value: Any) -> None:
-    """Check that the numbers of an option's value are finite and not absurdly large.
+    """Check that the numbers in an option's value are finite and not absurdly large.
 
     Raises:
         OptionError: If one is not.
@@ -315,7 +315,7 @@ def _mix_characters(text: str) -> int:
 
 
 def parse_int(text: str) -> int:
-    """Parse an integer. Raises ValueError if the text is not one."""
+    """Parse an integer; raise ValueError for any other text."""
     if not re.fullmatch(r"[+-]?[0-9]+", text):
         raise ValueError(f"{text!r} is not a whole number")
     return parse_bounded_int(text)
@@ -325,8 +325,8 @@ def parse_bounded_int(text: str) -> int:
     """Parse an integer with a limited number of digits.
 
     Raises:
-        ValueError: If the text is not an integer, or has more digits than any option needs. Python would take
-            long to parse it.
+        ValueError: If the text is not an integer, or has more digits than any option needs, which Python
+            would parse slowly.
     """
     if len(text) > MAX_DIGITS:
         raise ValueError(f"{text[:10]}... has {len(text)} digits, more than any number here")

@@ -67,7 +67,7 @@ MADE_PLACES = ("new file", "new folder", "safetensors")  # values of `place` for
 
 
 def of_request(name: str) -> dict[str, str]:
-    """Return the `facts` of an option that applies to a single request; the family reads its value as text.
+    """Return the `facts` of an option that belongs to a single request; the family gets its value as text.
 
     `name` is the option's key in `Request.extra`. A prompt line may set it too.
     """
@@ -203,7 +203,7 @@ def find_rejection(action: argparse.Action) -> Rejection | None:
 
 
 def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Rejection:
-    """Declare an option of other programs that --help lists but that is rejected when it is used.
+    """Declare an option of other programs that --help lists, but that is rejected if it is used.
 
     `reason` completes "--flag is refused: ...". The option is a switch unless `settings` describe its value.
     """
@@ -231,12 +231,12 @@ R = TypeVar("R", bound="Options")
     kw_only_default=True, frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field,)
 )
 class Options:
-    """Base of option records: a frozen dataclass whose fields are options, or records of them.
+    """Base of option records: a frozen dataclass whose fields are options or nested records.
 
     The class argument `title` is the heading of the options in the help; records with the same title are
     listed together. With `dashed`, public names have - instead of _. When a record is created, declared
     limits and relations are checked first; then, if any of its options is given, `__post_init__` checks
-    everything else. With `must_give` it does so even if none is given, because the record needs one.
+    everything else. With `must_give`, it does so even if none is given, because the record requires one.
     """
 
     heading: ClassVar[str] = ""
@@ -323,7 +323,7 @@ def _list_values(record: Options) -> dict[str, Any]:
 
 
 class NoOptions(Options):
-    """The option record of a family without options of its own."""
+    """The option record of a model family without options of its own."""
 
 
 NO_OPTIONS = NoOptions()
@@ -376,7 +376,7 @@ def _has_set_option(record: Any) -> bool:
 
 
 def _check_field(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Raise OptionError if the value of a field violates its facts."""
+    """Raise OptionError if a field's value violates its declared limits or relations."""
     info = field.metadata
     value = getattr(record, field.name)
     if value is None or info.get("declared") is None:
@@ -401,7 +401,7 @@ def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
 
 
 def _warn_of_useless_default(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Warn of an option that is typed with its default value but has no effect without another option.
+    """Warn if an option typed with its default value has no effect, because another option is missing.
 
     Values other than the default are rejected or reported by `_check_field`. Default values are accepted,
     because commands written for other programs contain them.
@@ -441,7 +441,7 @@ def list_idle_reasons(record: Any, field: "dataclasses.Field[Any]") -> list[str]
 
 
 def _list_set(record: Any, names: Collection[str]) -> list[str]:
-    """Return which of the options with these public names are given and not turned off."""
+    """Return which of these options (public names) are given and not turned off."""
     fields = record.fields_by_name
     given = [name for name in names if is_set(record, fields[name])]
     off = {name: fields[name].metadata.get("off", ()) for name in given}
@@ -593,7 +593,7 @@ def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
 
 
 def list_given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the public names of given options whose metadata contains `fact`, also in nested records."""
+    """Return the public names of given options whose declaration contains `fact`, also in nested records."""
     names: list[str] = []
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
@@ -605,7 +605,7 @@ def list_given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def find_record_type(hint: Any) -> Any:
-    """Return the option record in a field's type, `Record` or `Record | None`; None for any other type."""
+    """Return the option record class in a field's type (`Record` or `Record | None`); None otherwise."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 
@@ -616,5 +616,5 @@ def option_name(field: "dataclasses.Field[Any]") -> str:
 
 
 def argument_of(field: "dataclasses.Field[Any]") -> str:
-    """Return the name of an option's value among parsed arguments."""
+    """Return the name of an option's value in the namespace of parsed arguments."""
     return option_name(field).replace("-", "_")

@@ -77,7 +77,7 @@ def fold_name(name: str) -> str:
 
 
 def check_output_file(option: str, path: Path) -> None:
-    """Raise OptionError if a safetensors file cannot be written under this name."""
+    """Raise OptionError if no safetensors file can be written at this path."""
     if path.suffix.lower() in OTHER_KINDS and not path.is_dir():
         raise OptionError(
             f"{option} {path}: a safetensors file is written. Give a name that ends in .safetensors"

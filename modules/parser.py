@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
     """Parser of a script's options.
 
     A mistake causes a single message, with the option or value that was probably meant, and exit code 2. The
-    help shows defaults, and is colored on a terminal.
+    help shows defaults and is colored on a terminal.
     """
 
     # option -> flag for messages if it was not typed, for scripts that rename options
@@ -434,7 +434,7 @@ def add_options(
 
 
 class _ScriptOverrides(NamedTuple):
-    """Changes that a script makes to the declared options of its records, by public name."""
+    """A script's changes to the options that its records declare, by public name."""
 
     without: Collection[str]
     defaults: Mapping[str, Any]
@@ -532,7 +532,7 @@ def _add_rejections(group: _Group, cls: type[Options], without: Collection[str])
 
 
 def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
-    """Return the parser's group with a title; add the group if it does not exist."""
+    """Return the parser's argument group with this title; add it if necessary."""
     for group in parser._action_groups:
         if group.title == title:
             return group

@@ -57,7 +57,7 @@ def expand_path(text: str, base: Path | None = None) -> Path:
 
 
 def complete_home(text: str) -> str:
-    """Return a typed path whose `~` is completed as a shell does; unchanged if there is no such user."""
+    """Return a path with its `~` expanded as in a shell; unchanged if there is no such user."""
     if not text.startswith("~"):
         return text
     with contextlib.suppress(RuntimeError, ValueError):  # unknown or invalid user name
@@ -66,7 +66,7 @@ def complete_home(text: str) -> str:
 
 
 def is_on_foreign_share(path: PurePath, base: PurePath) -> bool:
-    r"""Return whether a path is on a share of another machine (\\machine\share) that a base is not on.
+    r"""Return whether a path is on a network share (\\machine\share) that `base` is not on.
 
     Windows logs in to such a machine as soon as it accesses the path, so paths in files that somebody else
     wrote must be checked before they are accessed.
@@ -82,7 +82,7 @@ def strip_quotes(text: str) -> str:
 
 
 def check_length(path: Path) -> None:
-    """Raise ValueError if a path is too long for any file."""
+    """Raise ValueError if a path is too long for any file system."""
     if len(os.fsencode(path)) > MAX_OF_NAME:  # otherwise no part of the path is too long
         longest = max(len(os.fsencode(part)) for part in path.parts)
         if longest > MAX_OF_NAME or len(str(path)) > MAX_OF_PATH:
@@ -220,7 +220,7 @@ def protocol_of(address: str) -> str:
 
 
 def split_address(address: str) -> SplitResult:
-    """Split an address. An invalid one (`http://[::1`) counts as a path; requesting it fails."""
+    """Split a URL into its parts. An invalid one (`http://[::1`) becomes a path; requesting it fails."""
     try:
         return urlsplit(address)
     except ValueError:
@@ -228,7 +228,7 @@ def split_address(address: str) -> SplitResult:
 
 
 def hide_secrets(text: str) -> str:
-    """Return a text with the passwords and queries of its addresses left out; `?...` stands for a query."""
+    """Return a text without the passwords and query strings of its URLs; `?...` replaces a query string."""
     return _SECRETS.sub(lambda match: f"{match[1]}{match[2]}{'?...' if match[3] else ''}", text)
 
 

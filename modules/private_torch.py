@@ -44,7 +44,7 @@ READ_NUMBER = torch.ops.aten._local_scalar_dense.default  # what `Tensor.item` c
 
 
 def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **settings: Any) -> Tensor:
-    """Multiply 8-bit matrices with scales; `settings` are additional arguments of torch's `_scaled_mm`."""
+    """Multiply 8-bit matrices with scales; `settings` are further arguments of torch's `_scaled_mm`."""
     # not functional.scaled_mm, which torch 2.10 and 2.11 do not compile (pytorch/pytorch#180604)
     return torch._scaled_mm(a, b, scale_a, scale_b, **settings)
 
@@ -77,7 +77,7 @@ def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def scale_each(values: Sequence[Tensor], factors: Sequence[float]) -> None:
-    """Multiply each tensor by its factor in place, with few kernels."""
+    """Multiply each tensor by its factor in place, with few kernel launches."""
     torch._foreach_mul_(list(values), list(factors))
 
 

@@ -154,7 +154,7 @@ def reject_sending(option: str, value: object, run_has_option: bool = False) -> 
 
 
 def _run_command(*words: str) -> str:
-    """Return the command of this run with additional arguments, as a user can type it."""
+    """Return the command that started this run with additional arguments, as a user would type it."""
     return f"{os.environ[COMMAND_VARIABLE]} {shlex.join(words)}"
 
 

@@ -14,5 +14,5 @@ def has_screen() -> bool:
 
 
 def has_display() -> bool:
-    """Return whether the variables of this process name a display of X11 or Wayland."""
+    """Return whether the environment names a display of X11 or Wayland."""
     return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))

@@ -39,7 +39,7 @@ class VaeOptions(Options):
 
     @property
     def tile(self) -> int | None:
-        """Return the edge of a tile in pixels, None for no tiling. A size implies tiling."""
+        """Edge of a VAE tile in pixels; None for no tiling. A size implies tiling."""
         if self.vae_spatial_tile_sample_min_size is not None:
             return self.vae_spatial_tile_sample_min_size
         return VAE_TILE if self.vae_tiling else None
@@ -86,9 +86,9 @@ class TextEncoderOptions(Options):
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
     def command_options(self, stand_in: str) -> dict[str, Any]:
-        """Return the options that make a printed command encode prompts with the same model.
+        """Return options for a printed command that encodes prompts with the same text encoder.
 
-        `stand_in` takes the place of a file that is not given.
+        `stand_in` replaces a file that is not given.
         """
         fp8 = next(option_name(field) for field in dataclasses.fields(self) if field.name == "in_fp8")
         return {
@@ -111,7 +111,7 @@ def take_ae(args: argparse.Namespace) -> None:
 
 
 def dit_dtype_option() -> Any:
-    """Return the field of a family's options that `modules.devices.select_compute_dtype` reads."""
+    """Return the option field --dit_dtype, which `modules.devices.select_compute_dtype` reads."""
     return option("dtype that the transformer computes in; default: the file's", facts=HABIT, often=True)
 
 

@@ -96,9 +96,9 @@ def answer_script(script: Path, argv: Sequence[str], program: str | None = None)
 
 
 def take_parsed_line() -> CommandLine | None:
-    """Return this process's command line as parsed by its option table; None at each further call.
+    """Return this process's command line as its option table parsed it; None at each further call.
 
-    Also None if a source file of option records is newer than the tables: then the records parse it.
+    Also None if a source file of option records is newer than the tables; the records then parse the line.
     """
     parsed = _parsed_lines.pop(tuple(sys.argv), None)
     if parsed is None or (not PREFIX and _are_records_newer()):
@@ -111,7 +111,7 @@ def _raise(error: UserError) -> None:
 
 
 def _find_running_script(typed: str) -> Path | None:
-    """Return the path of the script that this process was started with; None if it is none of ours.
+    """Return the running script's path relative to ROOT; None if it is not one of our scripts.
 
     Args:
         typed: The first word of the command line: a file, or in the package also a console command.

@@ -139,7 +139,7 @@ def _build_action(row: Mapping[str, Any]) -> Any:
 
 
 class _ParsedArguments(NamedTuple):
-    """The arguments of a command line, with the questions that `modules.option_checks` asks about them."""
+    """The arguments of a command line, with the methods that `modules.option_checks` calls."""
 
     actions: Mapping[str, argparse.Action]  # by `dest`
     values: argparse.Namespace
@@ -219,7 +219,7 @@ def _check_option_paths(action: argparse.Action, parsed: _ParsedArguments) -> No
 
 
 def _find_public_name(action: argparse.Action) -> str:
-    """Return the name of an option in its record: the flag under which its value is stored."""
+    """Return an option's public name in its record: the flag whose name is the action's `dest`."""
     names = (flag.removeprefix("--") for flag in action.option_strings)
     return next((name for name in names if name.replace("-", "_") == action.dest), action.dest)
 

@@ -212,7 +212,7 @@ def _score_character(before: str, char: str, after: str, encoding: str) -> float
 
 
 def _score_letter(before: str, char: str, after: str, encoding: str, is_frequent: bool) -> float:
-    """Score a letter of an alphabet: above 0 if it and its neighbors belong to the encoding's script."""
+    """Score a letter: above 0 if it and its neighbors belong to the script of the encoding."""
     neighbors = [neighbor for neighbor in (before, after) if neighbor.isalpha()]
     script = _SCRIPTS.get(encoding, "LATIN")
     if any(script not in unicodedata.name(letter, "") for letter in (char, *neighbors)):

@@ -72,9 +72,9 @@ def _too_large(path: Path, limit_bytes: int) -> OSError:
 
 
 def read_safetensors_texts(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file, {} if it has none. Reads its header only, and no tensor.
+    """Return the metadata of a safetensors file, {} if it has none. Reads only its header.
 
-    Raises OSError if the file cannot be read, ValueError if its header is not valid.
+    Raises OSError if the file cannot be read, ValueError if its header is invalid.
     """
     size = require_regular_file(path)
     with path.open("rb") as file:
@@ -82,7 +82,7 @@ def read_safetensors_texts(path: Path) -> dict[str, str]:
 
 
 def metadata_of_files(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Yield the metadata of LoRA files; skip faulty files, which raise when their tensors are read."""
+    """Yield path and metadata of LoRA files; skip faulty files, which raise when their tensors are read."""
     for path in paths:
         try:
             texts = read_safetensors_texts(path)
@@ -224,7 +224,7 @@ def read_object(text: str) -> dict[str, Any]:
 
 
 def read_if_object(text: str) -> dict[str, Any] | None:
-    """Parse a text that is a JSON object; return None for other text, such as {a|b}."""
+    """Return the JSON object that a text contains; None for any other text, such as {a|b}."""
     try:
         return read_object(text) if looks_like_object(text) else None
     except ValueError:

@@ -48,7 +48,7 @@ def read_command(option: str, text: str) -> list[str]:
 
 
 def _split(option: str, text: str) -> list[str]:
-    """Split a command line into arguments as a POSIX shell or, on Windows, a Windows program does."""
+    """Split a command line into arguments, like a POSIX shell or, on Windows, like a Windows program."""
     if os.name == "nt":
         return _split_for_windows(text)
     try:

@@ -15,7 +15,7 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """Loader that stops at the first event beyond the limits, before nodes are made."""
+    """YAML loader that stops at the first event beyond the limits, before nodes are made."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)

@@ -13,7 +13,7 @@ class BoundedFile(io.FileIO):
     """
 
     def read(self, size: int | None = -1) -> bytes:
-        """Read up to `size` bytes, like any file object.
+        """Read up to `size` bytes.
 
         Raises:
             BadZipFile: If more than `MAX_LISTED_BYTES` are read at once.

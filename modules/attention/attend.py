@@ -78,7 +78,7 @@ def _pad_outputs(samples: Sequence[Tensor], length: int) -> Tensor:
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Run FlashAttention 2 (Dao 2023, arXiv 2307.08691): B L N D."""
+    """Run FlashAttention 2 (Dao 2023, arXiv 2307.08691) on B L N D."""
     from flash_attn import flash_attn_func
 
     return flash_attn_func(query, key, value)
@@ -119,7 +119,7 @@ def sage(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Run xFormers' memory-efficient attention: B L N D."""
+    """Run xFormers' memory-efficient attention on B L N D."""
     from xformers.ops import memory_efficient_attention
 
     return memory_efficient_attention(query, key, value)
@@ -297,7 +297,7 @@ def _attend_one_by_one(dense: Dense, query: Tensor, key: Tensor, value: Tensor) 
 def _attend_without_padding(
     dense: Dense, query: Tensor, key: Tensor, value: Tensor, *, lengths: SampleLengths
 ) -> Tensor:
-    """Compute attention sample by sample, over its real tokens only. Returns B L N D, padded with zeros."""
+    """Compute attention one sample at a time over its real tokens. Returns B L N D, padded with zeros."""
     num_extra_keys = key.shape[1] - query.shape[1]
     outputs = []
     samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), lengths.counts, strict=True)
@@ -416,7 +416,7 @@ CombineAttention = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SecondText:
-    """The position of a second text among the tokens, B L+T+T' ..., and its use by attention."""
+    """Where the tokens of a second prompt are, B L+T+T' ..., and how attention uses them."""
 
     num_image_tokens: int  # tokens of the image, L
     num_text_tokens: int  # tokens of the second text, T'

@@ -34,7 +34,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
 
 
 def _attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, repeats: Tensor | None) -> Tensor:
-    """Compute attention with CUDA's fastest kernel: q is B N L D, k and v B N S D. Returns B L N D."""
+    """Compute attention with the fastest CUDA kernel: q is B N L D, k and v B N S D. Returns B L N D."""
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
     # CUDA's kernel for a bias raises for one in a different dtype than the queries' ("invalid dtype for
     # bias")
@@ -81,8 +81,8 @@ def is_on_cuda(tensor: Tensor) -> bool:
 def _attend_to_each(q: Tensor, k: Tensor, v: Tensor, order: list[SDPBackend]) -> Tensor:
     """Compute attention for one sample of B N L D at a time. Returns B L N D.
 
-    On an H100 (torch 2.11) the gradients of two samples of 754 tokens in one call of cuDNN were NaN, those of
-    single samples never. A sample of thousands of tokens keeps a GPU busy, so little is lost.
+    On an H100 (torch 2.11), gradients of two samples of 754 tokens in one cuDNN call were NaN; gradients of
+    single samples never were. A sample of thousands of tokens keeps a GPU busy, so little is lost.
     """
     samples = zip(q.split(1), k.split(1), v.split(1), strict=True)
     return torch.cat([attend_in_order(*sample, None, order).transpose(1, 2) for sample in samples])
@@ -132,7 +132,7 @@ def cudnn_note(capability: tuple[int, int], cudnn: int | None) -> str | None:
 
 
 def attend_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Run scaled_dot_product_attention on B N L D with a bias, B N L S or broadcast to it, in q's dtype.
+    """Run scaled_dot_product_attention on B N L D with a bias, B N L S or broadcastable to it, in q's dtype.
 
     cuDNN's kernel, which torch prefers on Hopper, is excluded: its gradients may be NaN, and
     it is planned again for every length of a text.

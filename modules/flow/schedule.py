@@ -25,7 +25,7 @@ _NOISIEST_TRAINED_SIGMA = float(np.float32(1.0 - 1.0 / TRAIN_TIMESTEPS))
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise levels of one run of a solver, from noise to data."""
+    """The noise levels of a solver's run, from noise to data."""
 
     sigmas: Tensor  # N + 1, float32, decreasing to 0
     timesteps: Tensor  # N, float32: what the network is fed at each step
@@ -34,7 +34,7 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
-        """Number of steps of the solver."""
+        """Number of denoising steps."""
         return len(self.timesteps)
 
 

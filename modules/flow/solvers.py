@@ -28,7 +28,7 @@ class Solver(Protocol):
         """Noise levels and timesteps of all steps."""
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Return the sample at the next sigma.
+        """Return the sample at the next noise level.
 
         `velocity` and `sample` are those at `schedule.sigmas[index]`. Both are float32, as is the result.
         """
@@ -158,8 +158,8 @@ BH1 = UniPCVariant(order=3, has_unit_alpha=True, single_weight=lambda step: 0.5 
 class UniPC:
     """UniPC on clean-sample predictions.
 
-    Each call first corrects the sample that the previous call predicted, with the velocity that is now known
-    at this sample, and then predicts the next one. Source: Zhao et al. 2023, arXiv 2302.04867.
+    Each call first corrects the sample that the previous call predicted, using the velocity at that sample,
+    and then predicts the next sample. Source: Zhao et al. 2023, arXiv 2302.04867.
     """
 
     schedule: Schedule
@@ -215,7 +215,7 @@ class UniPC:
 
 @dataclass(frozen=True)
 class _Level:
-    """A noise level: weights sigma of the noise and alpha of the data, and log(alpha / sigma)."""
+    """A noise level: the weights sigma of noise and alpha of data, and log(alpha / sigma)."""
 
     sigma: float
     alpha: float

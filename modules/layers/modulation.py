@@ -55,8 +55,8 @@ def modulate(
 def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: Split = 0) -> Tensor:
     """Return x + gate * branch, computed in the dtype of x, which must be the widest of the three.
 
-    `x` and `branch` are B L C. `gate` is B S C; None means 1. If the gate is not trained, autograd keeps
-    nothing of the branch, and recomputing a checkpointed block ends before the last branch is added.
+    `x` and `branch` are B L C. `gate` is B S C; None means 1. If the gate is not trained, autograd saves
+    nothing of the branch, and recomputing a checkpointed block stops before the last branch is added.
     """
     if gate is None:
         return x + branch.to(x.dtype)
@@ -157,7 +157,7 @@ class _Modulate(torch.autograd.Function):
 
 
 class _AddGated(torch.autograd.Function):
-    """Add a gated branch; keep the gate as an attribute instead of saving it for the backward pass.
+    """Adds a gated branch; keeps the gate as an attribute instead of saving it for the backward pass.
 
     Activation checkpointing recomputes a block up to its last saved tensor. If the gate at the end of a block
     were saved, the last branch would be computed to its end, although no gradient depends on its result.

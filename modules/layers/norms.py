@@ -25,7 +25,7 @@ def run_in_weight_dtype(layer: Any, x: Tensor) -> Tensor:
 
 
 def run_float32(layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x) as float32, computed without autocast in the weight's dtype (packed: in float32)."""
+    """Return layer(x) as float32, computed without autocast in the weight's dtype (8-bit: in float32)."""
     dtype: torch.dtype = layer.weight.dtype
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.to(torch.float32 if dtype.itemsize == 1 else dtype)).float()
@@ -113,19 +113,19 @@ class RMSNorm(nn.RMSNorm):
 
 
 class CenteredRMSNorm(RMSNorm):
-    """`RMSNorm` whose stored weight is the difference from 1."""
+    """`RMSNorm` whose files store weight - 1."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__(dim, eps)
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normed values in the dtype of `x`."""
+        """Return the normalized values in the dtype of `x`."""
         return centered_norm(x, self.weight, self.eps)
 
 
 class ScaleNorm(nn.Module):
-    """`RMSNorm` whose weight is called `scale` in the files of some models."""
+    """`RMSNorm` whose weight is called `scale`, as in the files of some models."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

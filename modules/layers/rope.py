@@ -62,7 +62,7 @@ def rotation_angles(
 
 
 def spread_over_grid(axes: Sequence[Tensor]) -> Tensor:
-    """Spread per-axis values over the tokens of a grid in row-major order, and concatenate the axes' pairs.
+    """Expand per-axis values to all tokens of a grid in row-major order, and concatenate the axes' channels.
 
     `axes` are each n W/2 ..., with n positions along the axis and W of its channels. Returns L D/2 ...
     """

@@ -59,7 +59,7 @@ class _Gapless:
         self._next_index: int | None = None  # index of the next sample
 
     def fill_gap(self, frame: Any) -> Iterator[Any]:
-        """Yield a frame, timed to follow the previous one, after silence for any missing samples."""
+        """Yield silence for any gap before a frame, then the frame, timed to follow directly."""
         rate = frame.sample_rate
         if frame.pts is not None:
             expected = round(frame.pts * (frame.time_base or self._time_base) * rate)
@@ -148,7 +148,7 @@ def _track_info(context: Any, samples: int) -> bytes:
 
 
 def _encode_element(name: int, data: bytes) -> bytes:
-    """Return an element of Matroska: its ID, the length of its data in 4 bytes, and the data."""
+    """Encode a Matroska element: its ID, the length of its data in 4 bytes, and the data."""
     return (
         name.to_bytes((name.bit_length() + 7) // 8, "big")
         + (0x10000000 | len(data)).to_bytes(4, "big")

@@ -47,7 +47,7 @@ def change_colors(frame: Frame, rng: random.Random) -> Frame:
 
 
 def crop_anywhere(fit: Fit, rng: random.Random) -> Fit:
-    """Return the fit with the crop at a random position; all positions are equally likely."""
+    """Return the fit with its crop at a uniformly random position."""
     left, top = (
         rng.randint(0, max(0, side - part)) for side, part in zip(fit.resized, fit.bucket, strict=True)
     )
@@ -55,7 +55,7 @@ def crop_anywhere(fit: Fit, rng: random.Random) -> Fit:
 
 
 def face_in_name(stem: str) -> Face | None:
-    """Read the face from a file name that ends in `_x_y_width_height`, where x and y are the center."""
+    """Read a face's position from a file name that ends in `_x_y_width_height`; x and y are its center."""
     match = _FACE.search(stem)
     return None if match is None else Face(*(int(part) for part in match.groups()))
 

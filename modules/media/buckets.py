@@ -142,7 +142,7 @@ def fit_without_enlarging(size: Size, area: int, step: int) -> Fit:
 
 
 def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
-    """Return the fit of an image that belongs to a main image with the size `like` and the fit `fit`.
+    """Return the fit of an image, such as a mask, to a main image of size `like` whose fit is `fit`.
 
     If the aspect ratios agree to within 2 %, the image is resized and cropped exactly like the main image;
     otherwise it covers the same bucket.
@@ -155,7 +155,7 @@ def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
 
 
 def select_interpolation(size: Size, resized: Size) -> str:
-    """Return the resizing filter: "area" if both sides shrink, else "lanczos"; "none" for equal sizes."""
+    """Return the resize filter: "area" if both sides shrink, "none" for equal sizes, otherwise "lanczos"."""
     if size == resized:
         return "none"
     return "area" if resized[0] < size[0] and resized[1] < size[1] else "lanczos"

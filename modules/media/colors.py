@@ -167,10 +167,10 @@ def coded_pixels(pixels: NDArray[np.uint8], frame: Any) -> NDArray[np.uint8]:
 
 
 def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
-    """Return the transform to sRGB of FFmpeg's frame, or of a stream's codec.
+    """Return the transform to sRGB for a decoded frame of FFmpeg or for a stream's codec.
 
     Returns:
-        None for HDR and unknown codes, and for the primaries of BT.709, which are those of sRGB.
+        None for HDR and unknown codes, and for the primaries of BT.709, which sRGB shares.
     """
     primaries, transfer = int(frame.color_primaries), int(frame.color_trc)
     transfer = 1 if transfer == _UNSPECIFIED else transfer
@@ -200,7 +200,7 @@ def _list_bands(image: Image.Image) -> Iterator[Image.Image]:
 
 
 def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:
-    """Lay a frame with alpha, H W 4 in 8 or 16 bits, over white; return H W 3."""
+    """Composite a frame with alpha, H W 4 in 8 or 16 bits, on white; return H W 3."""
     blended = np.empty((*frame.shape[:2], 3), frame.dtype)
     for rows in row_blocks(frame.shape[0], frame.shape[1]):
         blended[rows] = _blend_rows(frame[rows])
@@ -326,7 +326,7 @@ def _build_transform(profile: _Profile) -> _ProfileTransform:
 
 
 def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Return whether a color transform changes sampled colors by rounding alone."""
+    """Return whether a color transform changes sampled colors by no more than rounding."""
     if mode == "CMYK":
         return False
     if mode == "RGB":
@@ -344,7 +344,7 @@ def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 
 
 def _read_gamma(info: dict[Any, Any]) -> float | None:
-    """Return the exponent of a PNG's gAMA chunk; None if there is none, or if another chunk overrides it."""
+    """Return the exponent of a PNG's gAMA chunk; None without the chunk, or if another chunk overrides it."""
     gamma = info.get("gamma")
     return None if not gamma or gamma <= 0 or "srgb" in info or _CICP in info else float(gamma)
 

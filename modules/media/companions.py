@@ -125,7 +125,7 @@ class OtherStreams:
                 logger.warning("%s: %d packets of %s are damaged and left out", self._path, count, name)
 
     def mux(self, target: Any, packet: Any) -> None:
-        """Write a packet of the main stream, even if an earlier one that FFmpeg held back is damaged."""
+        """Write a packet of the image stream, even if an earlier packet that FFmpeg buffered is damaged."""
         try:
             target.mux(packet)
         except _list_damage_errors():
@@ -215,7 +215,7 @@ class OtherStreams:
             self._skip(name)
 
     def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
-        """Add an attachment if it is a font, or if files that may contain images are kept."""
+        """Add an attached file to .mkv; if images are not kept, only a font."""
         file_name = stream.metadata.get("filename", "").lower()
         is_font = file_name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2"))
         is_font = is_font or "font" in stream.metadata.get("mimetype", "").lower()
@@ -314,7 +314,7 @@ def _copy(packet: Any) -> list[Any]:
 
 
 def _read_first_packet(container: Any, index: int) -> Any | None:
-    """Return the first packet of a stream, if it is at the beginning of a file that has just been opened."""
+    """Return a stream's first packet if it is near the beginning of a newly opened file; else None."""
     beginning = itertools.islice(container.demux(), _MAX_FIRST_PACKETS)
     return next((packet for packet in beginning if packet.stream.index == index and packet.size), None)
 

@@ -35,7 +35,7 @@ class Orientation:
 
     @property
     def is_mirrored(self) -> bool:
-        """Return whether the stored frame is mirrored, so that rotating it is not enough."""
+        """Whether displaying the stored frame mirrors it, so that rotation alone is not enough."""
         return self.is_transposed ^ self.flips_columns ^ self.flips_rows
 
 
@@ -249,7 +249,7 @@ def declared_end(container: Any, stream: Any) -> Fraction | None:
 
 
 def first_image(path: Path, container: Any, stream: Any) -> tuple[Any, int, int]:
-    """Return FFmpeg's first frame, and the width and height of its upright image.
+    """Return the first frame decoded by FFmpeg, and the width and height of its upright image.
 
     Raises MediaError if there is no frame.
     """
@@ -278,7 +278,7 @@ def _no_frames(path: Path) -> MediaError:
 
 
 def turn_upright(pixels: Turned, orientation: Orientation) -> Turned:
-    """Rotate and mirror the pixels of a frame, H W C, as a player shows it."""
+    """Rotate and mirror a frame's pixels, H W C, as a player shows them."""
     if orientation == AS_STORED:
         return pixels
     view: Any = pixels.swapaxes(0, 1) if orientation.is_transposed else pixels
@@ -291,9 +291,9 @@ def turn_upright(pixels: Turned, orientation: Orientation) -> Turned:
 
 
 def time_origin(container: Any) -> Fraction:
-    """Return the second at which a file begins to play, which need not be 0 in the file's own times.
+    """Return the time in seconds at which a file begins to play, in its own timeline; not always 0.
 
-    Recordings of broadcasts begin anywhere, cut files where they were cut.
+    Recordings of broadcasts begin at any time, cut files where they were cut.
     """
     if not container.start_time:  # start time in rounded microseconds
         return Fraction(0)

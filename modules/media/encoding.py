@@ -36,7 +36,7 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16]  # H W 3, RGB; 16 bits use their
 
 @dataclass(frozen=True)
 class OutputFrame:
-    """A frame and the time at which it is shown, in exact seconds, so that rounding errors do not add up."""
+    """A frame and its display time, in exact seconds, so that rounding errors do not accumulate."""
 
     pixels: Pixels
     start: Fraction
@@ -44,14 +44,14 @@ class OutputFrame:
 
 
 def in_eight_bits(pixels: Pixels) -> NDArray[np.uint8]:
-    """Return pixels in 8 bits; 16-bit values are divided by 257 and rounded."""
+    """Convert pixels to 8 bits; 16-bit values are divided by 257 and rounded."""
     if pixels.dtype == np.uint8:
         return np.asarray(pixels, dtype=np.uint8)
     return np.asarray(cv2.convertScaleAbs(pixels, alpha=1 / 257), dtype=np.uint8)
 
 
 def in_sixteen_bits(pixels: Pixels) -> NDArray[np.uint16]:
-    """Convert pixels to 16 bits; 8-bit pixels are multiplied by 257, so that white stays white."""
+    """Convert pixels to 16 bits; 8-bit values are multiplied by 257, so that white stays white."""
     if pixels.dtype == np.uint16:
         return np.asarray(pixels, dtype=np.uint16)
     return pixels.astype(np.uint16) * np.uint16(257)
@@ -287,7 +287,7 @@ def _name_encoder(stream: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def name_write_errors() -> Iterator[None]:
-    """Convert FFmpeg's errors to OSError, for which `atomic_path` has an explanation."""
+    """Convert FFmpeg's errors to OSError, which `atomic_path` explains."""
     try:
         yield
     except av.FFmpegError as error:

@@ -17,5 +17,5 @@ def label_of(stem: str) -> str | None:
 
 
 def owner_of(stem: str, label: str) -> str:
-    """Return the name of the image to which a companion file belongs: the file's name without `label`."""
+    """Return the stem of the image to which a companion file, such as a mask, belongs: without the label."""
     return stem[: -len(label)] if label_of(stem) == label else stem

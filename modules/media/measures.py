@@ -46,12 +46,12 @@ CLIP_FRAMES = 4  # frames whose hashes make up a clip's
 
 
 def brightness(frame: Frame) -> float:
-    """Return the mean gray value of a frame, 0 to 255."""
+    """Return the mean gray value of a frame, 0..255."""
     return float(_reduce_to_gray(frame, BLACK_SIDE).mean())
 
 
 def is_black(frame: Frame, threshold: float = BLACK_PIXEL, fraction: float = BLACK_FRACTION) -> bool:
-    """Return whether `fraction` of the pixels have a luma below `threshold`, as FFmpeg's blackdetect."""
+    """Return whether `fraction` of the pixels have luma below `threshold`, like FFmpeg's blackdetect."""
     return bool((_reduce_to_gray(frame, BLACK_SIDE) < threshold).mean() >= fraction)
 
 
@@ -254,11 +254,11 @@ def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | N
 
 
 def _center(values: Gray) -> Gray:
-    """Subtract the mean from values."""
+    """Subtract the mean from gray values."""
     return values - values.mean()
 
 
 def clock_time(time: Fraction) -> str:
-    """Return a time in seconds as 0:07.250."""
+    """Format a time in seconds as 0:07.250."""
     thousandths = round(time * 1000)
     return f"{thousandths // 60000}:{thousandths % 60000 / 1000:06.3f}"

@@ -46,7 +46,7 @@ def frames_of(chunks: Iterable[Tensor]) -> Iterator[NDArray[numpy.uint8]]:
 
 
 def pixels_to_uint8(pixels: Tensor) -> NDArray[numpy.uint8]:
-    """Return the first video of B C F H W (-1..1) as F H W C, 0..255, rounded. C: 3, or 4 with alpha."""
+    """Convert the first clip of B C F H W (-1..1) to F H W C, 0..255, rounded. C: 3, or 4 with alpha."""
     values = (pixels[0].float() / 2 + 0.5).clamp(0, 1) * 255
     array: NDArray[numpy.uint8] = (
         rearrange(values.round().to(torch.uint8), "c f h w -> f h w c").cpu().numpy()
@@ -161,7 +161,7 @@ def too_short(option: str, path: Path, frames: int, needed: int) -> MediaError:
 
 
 def cross_fade(earlier: Tensor, later: Tensor) -> Tensor:
-    """Blend B C F H W linearly from `earlier` to `later`, in float32; returns the dtype of `later`."""
+    """Blend clips B C F H W from `earlier` to `later`, linearly over F; return the dtype of `later`."""
     weights = torch.linspace(1, 0, later.shape[2], dtype=torch.float32, device=later.device).view(
         1, 1, -1, 1, 1
     )

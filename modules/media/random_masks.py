@@ -25,7 +25,7 @@ MIN_RADIUS = 0.6  # minimum distance of a corner, as fraction of the maximum
 
 
 def draw_mask(height: int, width: int, rng: random.Random) -> BoolMask:
-    """Draw a random mask, neither empty nor full, H W."""
+    """Return a random mask, H W, that is neither empty nor full."""
     kind = rng.random()
     if kind < CLOUD:
         mask = draw_cloud(height, width, rng)

@@ -98,7 +98,7 @@ def image_suffixes() -> frozenset[str]:
 
 
 def is_single_image(path: Path) -> bool:
-    """Return whether a path names a still image, not an animation or a folder of frames."""
+    """Return whether a path is a still image, not an animation or a folder of frames."""
     return path.suffix.lower() in image_suffixes() and not path.is_dir() and not decoding.is_animation(path)
 
 
@@ -169,7 +169,7 @@ def media_colors(path: Path) -> Colors:
 
 
 def _combine_colors(of_images: Sequence[Colors]) -> Colors:
-    """Return what applies to any of several images, and the first reason why a profile is not used."""
+    """Return what applies to any of several images, and the first reason why an ICC profile is not used."""
     return Colors(
         is_transparent=any(colors.is_transparent for colors in of_images),
         is_converted=any(colors.is_converted for colors in of_images),
@@ -179,7 +179,7 @@ def _combine_colors(of_images: Sequence[Colors]) -> Colors:
 
 
 def _is_first_frame_transparent(path: Path, container: Any, stream: Any) -> bool:
-    """Return whether white shows through the first frame of a clip whose codec has an alpha channel."""
+    """Return whether the first frame of a clip with an alpha channel has transparent parts."""
     first = next(decoding.decode_frames(path, container, stream)).frame
     on_white = decoding.frame_pixels(first, stream)
     without_alpha = first.to_ndarray(format="rgb24", threads=1)
@@ -187,7 +187,7 @@ def _is_first_frame_transparent(path: Path, container: Any, stream: Any) -> bool
 
 
 def read_mask(path: Path) -> Frame:
-    """Read a mask, H W 3, white where it is set. A mask drawn by transparency is set where it is opaque.
+    """Read a mask as white on black, H W 3. A mask drawn by alpha is white where it is opaque.
 
     Raises MediaError if it cannot be read.
     """
@@ -262,7 +262,7 @@ def resize_cover(
 def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) -> Frame:
     """Resize and crop a frame according to `fit`.
 
-    `place` is the position of the crop, as fractions from the left and the top; None for the center.
+    `place` is the position of the crop: fractions of its range from left and top; None is the center.
     """
     resized = resize_frame(frame, fit.resized, fit.interpolation)
     left, top = fit.crop
@@ -371,7 +371,7 @@ class FrameSizes:
         self.change: str | None = None  # "64x32, from frame 9 on 32x64": the first change
 
     def watch(self, frames: Iterable[Frame]) -> Iterator[Frame]:
-        """Yield the frames (H W C) unchanged, and record the first change of their size."""
+        """Yield the frames (H W C) unchanged, and record the first change of size."""
         first: Size | None = None
         for number, frame in enumerate(frames, 1):
             size = frame.shape[1], frame.shape[0]
@@ -476,7 +476,7 @@ def had_other_orientation(path: Path) -> bool:
 
 
 def count_frames(path: Path, threads: int = 0) -> int:
-    """Return the number of frames from the header, else by decoding all frames.
+    """Return the frame count from the header, else by decoding all frames.
 
     Raises MediaError if the file cannot be read.
     """
@@ -484,7 +484,7 @@ def count_frames(path: Path, threads: int = 0) -> int:
 
 
 def folder_images(folder: Path) -> list[Path]:
-    """Return the images of a folder that is used as a video, sorted by the numbers in their names.
+    """Return the images of a folder that is read as a video, sorted by the numbers in their names.
 
     Raises:
         MediaError: If the folder has no images.

@@ -59,7 +59,7 @@ def source_info(path: Path) -> SourceInfo:
 
 
 def _count_frames(path: Path, container: Any, stream: Any, rate: Fraction) -> int | None:
-    """Return the number of frames from the header, else from the duration; None if neither is plausible."""
+    """Return the frame count from the header, else from the duration; None if neither is plausible."""
     maximum = path.stat().st_size  # headers may be wrong, but each frame takes at least a byte
     count = int(stream.frames)
     if 0 < count <= maximum:
@@ -177,12 +177,12 @@ def _warn_of_hdr(path: Path, frame: Any) -> None:
 
 
 class Clock:
-    """Correct the times of a video's images: exact times of a constant rate, always increasing."""
+    """Corrects the times of a video's images: exact for a constant rate, and always increasing."""
 
     def __init__(self, rate: Fraction, tick: Fraction) -> None:
-        """Start with no image.
+        """Start without images.
 
-        `rate` is in images per second; `tick` is the resolution of the file's times.
+        `rate` is in images per second; `tick` is the resolution of the file's timestamps, in seconds.
         """
         self._frame_seconds = 1 / rate
         # coarse ticks are the frame times themselves, so nothing is rounded

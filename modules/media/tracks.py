@@ -31,7 +31,7 @@ class TrackAudio:
         self._stream: Any = None
 
     def add_streams(self, target: Any, _: Any) -> None:
-        """Add an AAC stream to the new file."""
+        """Add an AAC stream for the generated audio to the new file."""
         from modules.media.audio import add_aac_stream  # imported here, because few models generate audio
 
         self._stream = add_aac_stream(target, len(self._samples), self._rate)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # imported below, only if another video's streams are copied
 
 @dataclass(frozen=True)
 class VideoSection:
-    """A part of a video; seconds count from the moment at which the file begins to play."""
+    """A part of a video; times in seconds start where the file begins to play."""
 
     path: Path
     start: Fraction
@@ -115,7 +115,7 @@ def ticks_per_second(rate: Fraction) -> int:
 
 
 class _ImageTime(NamedTuple):
-    """Time at which a frame is shown, in ticks."""
+    """Start and duration of a frame's display, in ticks."""
 
     start: int
     length: int
@@ -353,7 +353,7 @@ def write_timed_video(
 
 
 def _write_packets(container: Any, stream: Any, packets: Iterable[Any], writers: "_StreamWriters") -> None:
-    """Write the packets of the images, each after the other streams' packets of earlier times."""
+    """Write the packets of the images, each after earlier packets of the other streams."""
     if writers.side_streams is not None:
         writers.side_streams.add_streams(container, stream)
     for packet in packets:

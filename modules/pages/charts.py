@@ -78,7 +78,7 @@ def draw_chart(chart: Chart) -> Markup:
 
 
 def _draw_labels(chart: Chart) -> Iterator[str]:
-    """Yield the labels of both axes and the title."""
+    """Yield the SVG text of both axis labels and the title."""
     center = (LEFT + RIGHT) / 2
     middle = (TOP + BOTTOM) / 2
     yield _draw_text(center, HEIGHT - 8, chart.x_label)
@@ -98,7 +98,7 @@ def _draw_frame(x_scale: "_Scale", y_scale: "_Scale") -> Iterator[str]:
 
 
 class _Scale:
-    """The scale of an axis: maps values to pixels of the drawing."""
+    """Scale of a chart's axis: maps values to pixels."""
 
     def __init__(self, values: Iterable[float], start: float, end: float) -> None:
         finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]

@@ -19,10 +19,10 @@ from modules.control_codes import escape_control_codes
 
 @dataclass(frozen=True)
 class Language:
-    """A language with its translations of English text, and the page that is shown in it.
+    """A language: its translations of English text, and the page that is shown in it.
 
-    `code` is the value of HTML's `lang`. `address` is the address of the page, which is shown again after the
-    language changes. `others` are the code and native name of every available language.
+    `code` is the value of HTML's `lang` attribute. `address` is the URL of the page, shown again after the
+    language changes. `others` contains the code and native name of every available language.
     """
 
     code: str = "en"
@@ -112,7 +112,7 @@ def show(value: Any) -> Any:
 
 
 def show_all(value: Any) -> Any:
-    """Return a JSON value whose translatable text is in the language of the page."""
+    """Return a JSON value with its translatable text in the page's language."""
     if not _language.get().translations:
         return value
     if isinstance(value, dict):

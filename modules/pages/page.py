@@ -217,7 +217,7 @@ def embed_clip(frames: Sequence[Frame], fps: float, text: str, largest_side: int
 
 
 def reduce_frame(frame: Frame, largest_side: int) -> Frame:
-    """Reduce a frame (H W 3) so that its longer side is at most `largest_side` pixels."""
+    """Downscale a frame (H W 3) until its longer side is at most `largest_side` pixels."""
     height, width = frame.shape[:2]
     scale = largest_side / max(height, width)
     if scale >= 1:
@@ -227,9 +227,9 @@ def reduce_frame(frame: Frame, largest_side: int) -> Frame:
 
 
 def link(*parts: str) -> str:
-    """Return the relative address of a file.
+    """Return the relative URL of a file.
 
-    `parts` is the folders and the file's name.
+    `parts` are its folders and its name.
     """
     return "./" + "/".join(quote(_encode_name(part), safe="") for part in parts)
 
