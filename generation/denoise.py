@@ -350,7 +350,7 @@ class _SectionDenoiser:
     run: steps.RunPasses
 
     def denoise_section(self, section: steps.Section, device: torch.device) -> Tensor:
-        """Return the latents of a section, whose inputs are on the device."""
+        """Denoise a section, whose inputs are on the device, and return its latents."""
         prepared, family = self.prepared, self.family
         # stages: requests that run one after another, each from the result of the previous one
         stage_request = prepared.stages[section.stage] if prepared.stages else prepared

@@ -118,13 +118,13 @@ class ExpertSchedule:
         device_memory: DeviceMemory | None,
         free_host_bytes: int | None,
     ) -> list[str]:
-        """Return notes for a memory plan: if all experts fit on the device, or too few on the host.
+        """Return notes if all experts fit on the device together, or if the host lacks memory for them.
 
         Args:
             plan: The memory plan.
             denoising: Phase of denoising.
             device_memory: Memory of the device; None if unknown.
-            free_host_bytes: None if unknown.
+            free_host_bytes: Free host memory in bytes; None if unknown.
         """
         if self.count < 2 or self.all_stay_on_device:
             return []

@@ -96,7 +96,7 @@ def split_values(text: str) -> list[str]:
 
 
 def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
-    """Read one axis of --sheet, such as `seed=1,2,3`."""
+    """Parse one axis of --sheet, such as `seed=1,2,3`."""
     name, sign, values_text = text.partition("=")
     name = name.strip().lstrip("-")
     if not sign:

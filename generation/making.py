@@ -277,7 +277,7 @@ def denoise_all(
 
 
 def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
-    """Reserve a file name for a job until its clip is saved; a name from the user or job is used as is."""
+    """Reserve a job's file name until its clip is saved; a name from the user or job is used unchanged."""
     begun = datetime.now()
     name = outputs.name_job(output, begun, job.prepared.seed, job.prepared.request.prompt)
     name += job.prepared.output_suffix

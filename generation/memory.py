@@ -111,9 +111,9 @@ def predict_request(
     device_memory: DeviceMemory | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
 ) -> PhasePrediction:
-    """Predict the memory of all phases of a generation by running them on tensors without values.
+    """Predict the memory of all phases of a generation by running them on fake tensors.
 
-    Nothing is counted for LoRAs that are merged while loading. Products in 8 bits are counted as 16-bit
+    LoRAs that are merged while loading add nothing. Matrix products in 8 bits are counted as 16-bit
     products of the same weights. Loading raises the same errors as in a real run.
 
     Args:
@@ -121,7 +121,7 @@ def predict_request(
         options: Options of the run.
         prepared: The request.
         device: Device of the run; nothing is allocated on it.
-        expert_schedule: Order of the experts over the whole run; None computes that of this request alone.
+        expert_schedule: Order of the experts over the whole run; None computes it from this request alone.
         device_memory: Memory of the device; layers of text encoders that do not fit wait on the host.
         watch: Returns, for a network, the function that extrapolates from runs with few blocks to all;
             `TokenCounter.watch` if several devices share the step.

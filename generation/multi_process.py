@@ -187,7 +187,7 @@ def read_together(ask: Callable[[], str]) -> Callable[[], str]:
 
 
 def _uses_of(family: Family, options: GenerationOptions) -> RunUses:
-    """Return features of a run that exclude some ways of using several GPUs."""
+    """Return the features of a run that exclude some ways of using several GPUs."""
     turns = {
         "--offload_inactive_dit": options.experts.offload_inactive_dit,
         "--lazy_loading": options.experts.lazy_loading,

@@ -169,7 +169,7 @@ def log_job_progress(label: str, requests: Sequence[Prepared], begun: int, secon
         label: Label of the request.
         requests: Requests of the run.
         begun: Number of requests before this one.
-        seconds: Seconds that those requests took.
+        seconds: Duration of the earlier requests.
     """
     done = sum(map(measure_work, requests[:begun]))
     to_do = sum(map(measure_work, requests[begun:]))

@@ -192,13 +192,13 @@ def read_sample_file(path: Path) -> str:
 
 
 def parse_sample_prompts(text: str, path: Path) -> list[dict[str, Any]]:
-    """Return the prompts in the text of a .txt, .toml or .json file: one dictionary per sample image.
+    """Parse the text of a training prompt file (.txt, .toml or .json); return one dictionary per sample.
 
-    The keys are `prompt` and those of `SAMPLE_OPTIONS`.
+    The keys are `prompt` and the keys of `SAMPLE_OPTIONS`.
 
     Args:
         text: The text of the file.
-        path: Path of the file; its suffix gives the format.
+        path: Path of the file; its suffix determines the format.
 
     Raises:
         OptionError: If an entry cannot be parsed.
@@ -223,7 +223,7 @@ def parse_sample_prompts(text: str, path: Path) -> list[dict[str, Any]]:
 
 
 def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
-    """Return the entries of a prompt file with their numbers, from 1.
+    """Split a prompt file into its entries, numbered from 1.
 
     Raises ValueError if the file is malformed.
     """

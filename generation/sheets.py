@@ -176,7 +176,7 @@ def play_side_by_side(grid: ClipGrid) -> Iterator[Frame]:
 
 
 def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
-    """Compose one image of all frames (rows of columns), with labels above them.
+    """Compose an image from frames (rows of columns), with labels above them.
 
     Frames may differ in size. A missing frame is an empty cell of the size of the first existing frame.
     """
@@ -338,7 +338,7 @@ def write_sheet(run: GenerationRun, cells: JobByCell, paths: Mapping[CellIndex, 
 
 
 def _make_grid(axes: Sequence[Axis], paths: Mapping[CellIndex, Path], prompt: str, fps: float) -> ClipGrid:
-    """Arrange clips in a grid: the first axis gives its columns, the second one its rows."""
+    """Arrange clips in a grid: the first axis varies across columns, the second one across rows."""
     horizontal = axes[0]
     vertical = axes[1] if len(axes) > 1 else None
     num_rows = 1 if vertical is None else len(vertical.texts)

@@ -68,8 +68,8 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder next to `path`; if the block succeeds, rename it to `path`.
 
-    An existing folder is first moved aside and deleted last; `recover_folder` repairs a kill between the two
-    renames.
+    An existing folder is moved aside and deleted last; `recover_folder` restores it if the process is killed
+    between the two renames.
 
     Raises:
         OutputError: If the folder cannot be written.
@@ -220,10 +220,10 @@ def remove_leftovers(
     is_removable: Callable[[str], bool] = lambda name: True,
     older_seconds: float = LEFTOVER_SECONDS,
 ) -> None:
-    """Remove temporary files and folders of killed runs. Files of running processes are left alone.
+    """Remove temporary files and folders of killed runs, also old ones of processes that seem to run.
 
-    `is_removable` takes the final name of a temporary file and returns whether to remove the file. If the
-    name does not show whether the writing process runs, the file must have been unchanged for
+    `is_removable` takes the final name of a temporary file and returns whether it may be removed. If its name
+    does not show whether the process that wrote it still runs, the file must have been unchanged for
     `older_seconds`. Machines that share the folder need clocks that agree to within an hour.
     """
     now = time.time()
@@ -369,10 +369,10 @@ def _make_writer_id() -> str:
 
 
 def _find_min_age(owner: re.Match[str], older_seconds: float) -> float:
-    """Return the number of seconds for which a leftover must be unchanged before it may be removed.
+    """Return how many seconds a leftover must be unchanged before it may be removed.
 
     `owner` is the match of the writing process in the file's name. The result is -inf if that process has
-    ended, and `older_seconds` if it runs on another or an unknown machine.
+    ended, and `older_seconds` if it ran on another or an unknown machine.
     """
     is_of_this_machine = owner["machine"] is not None and int(owner["machine"], 16) == identify_machine()
     if not is_of_this_machine or os.name == "nt":  # on Windows, os.kill would end the process

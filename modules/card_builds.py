@@ -78,9 +78,9 @@ def select_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Seq
 
 
 def _select_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
-    """Return the build that supports the newest of the machine's cards and that their driver can run.
+    """Return the build that supports the machine's newest GPU and runs with the installed driver.
 
-    Raises InstallationError if the driver is too old for any build that supports that card.
+    Raises InstallationError if the driver is too old for every such build.
     """
     first = cards[0]  # all cards share one driver
     card_text = f"{first.name}, driver {first.driver}"

@@ -132,7 +132,7 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
     """Spell options in warnings and errors of the block as the user typed them: --nf4, not --nf4_base.
 
     Args:
-        names: Maps a flag, or a flag and its value, to the flag to show. Lines that hold a command are left
+        names: Maps a flag, or a flag and its value, to the flag to show. Lines with a command remain
             unchanged.
     """
     if not names:

@@ -13,7 +13,7 @@ MAX_OF_CAUSE = 240  # characters of the compiler's own message
 
 
 def explain_compilation(error: Exception) -> str | None:
-    """Return the cause and the remedy of an error of torch's or Triton's compiler; None for other errors."""
+    """Return cause and remedy of an error in torch's or Triton's compiler; None for other errors."""
     if not is_of_compiler(error):
         return None
     summary, _, output = str(error).partition("Output:\n")

@@ -60,17 +60,17 @@ def _open_own(name: str, flags: int) -> int:
 
 @contextlib.contextmanager
 def only_one(path: Path, waits: bool = True) -> Iterator[None]:
-    """Let one process at a time run the block. Other processes wait until it has ended or was killed.
+    """Let only one process at a time run the block; others wait until it ends or is killed.
 
     The lock file is removed at the end. A process that has waited for a removed file locks the new one.
 
     Args:
         path: The lock file.
-        waits: If False, raise BlockingIOError instead of waiting. On a volume without locks, processes do not
-            wait.
+        waits: If False, raise BlockingIOError instead of waiting. On file systems without locks, no process
+            waits.
 
     Raises:
-        OSError: If the file cannot be made.
+        OSError: If the file cannot be created.
     """
     while True:
         with open(path, "ab", opener=_open_own) as file:  # noqa: PTH123

@@ -163,7 +163,7 @@ def _locate_script(argv: list[str]) -> list[str]:
 
 
 def find_front_words() -> list[str]:
-    """Return `reelsmith.py` and its subcommand, such as `train wan`, if these started this script."""
+    """Return `reelsmith.py` and its subcommand, such as `train wan`, if they started this script, else []."""
     if not any(Path(word).name == FRONT_SCRIPT for word in sys.orig_argv):
         return []
     index = len(sys.orig_argv) - len(sys.argv)  # index of the word after reelsmith.py, if that was started
@@ -175,7 +175,7 @@ def find_front_words() -> list[str]:
 
 
 def find_script(word: str) -> Path | None:
-    """Return the path in ROOT of the script that a word names, with or without folder and .py; else None."""
+    """Return the path, relative to ROOT, of the script that a word names; None if there is none."""
     shape = rf"(({'|'.join(SCRIPT_ROOMS)})/)?\w{{1,{LONGEST_NAME}}}(\.py)?"
     if re.fullmatch(shape, word, re.ASCII) is None:
         return None
@@ -208,7 +208,7 @@ def requirement_name(requirement: str) -> str:
 
 
 def check_requirements() -> None:
-    """Raise InstallationError if a package of requirements.txt is missing. Nothing is imported."""
+    """Raise InstallationError if a package of requirements.txt is missing; import none of them."""
     names = [requirement_name(line) for line in read_requirements() if ";" not in line]
     missing = [
         name

@@ -216,9 +216,9 @@ def guess_option(flags: Flags, name: str) -> str:
 
 
 def explain_foreign_name(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) -> str:
-    """Return the advice for a name of other programs or a key of a file; "" if it is unknown.
+    """Return advice about an option of another program or a key of a settings file; "" if it is unknown.
 
-    `key_files` are the files whose keys may have been meant, the likeliest first.
+    `key_files` are the kinds of files whose keys may have been meant, the likeliest first.
     """
     name = name.replace("-", "_")
     options = {flag[2:].replace("-", "_"): flag[2:] for flag in flags if flag[:2] == "--"}

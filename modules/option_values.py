@@ -209,10 +209,10 @@ def int_or_float(text: str) -> int | float:
 
 
 def split_pairs(option: str, items: Sequence[str]) -> dict[str, str]:
-    """Parse `key=value` texts to a dictionary; the value may contain further `=`.
+    """Parse `key=value` texts to a dictionary; a value may contain further `=`.
 
     Raises:
-        OptionError: If an item has no `=` or no key, or if it is too long to be meant.
+        OptionError: If an item has no `=` or no key, or is implausibly long.
     """
     pairs: dict[str, str] = {}
     for item in items:

@@ -270,7 +270,7 @@ class Options:
 
         Raises:
             OptionError: If a value is not allowed.
-            TypeError: If a name is not that of a field.
+            TypeError: If a name is not a field.
         """
         fields = dataclasses.fields(self)
         unknown = values.keys() - {field.name for field in fields}

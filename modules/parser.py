@@ -494,10 +494,10 @@ def _add_field(
 
 
 def _collect_checked_facts(cls: type[Options], field: Field[Any], default: Any) -> dict[str, Any]:
-    """Return the declared facts by which the value of a field is checked.
+    """Return the declared facts that are needed to check the value of a field.
 
-    `default` is the script's value if the option is not typed; if it differs from the record's default, that
-    is added as the fact `usual`.
+    `default` is the script's value if the option is not typed. A default that differs from the record's is
+    added as the fact `usual`.
     """
     facts = {name: field.metadata[name] for name in CHECKED_INFO if name in field.metadata}
     hint = hints_of(cls)[field.name]

@@ -234,7 +234,7 @@ def hide_secrets(text: str) -> str:
 
 @lru_cache(maxsize=1024)  # called several times for each of a million addresses
 def address_identity(address: str) -> str:
-    """Return a file's identity: the address without password, signature and `#...`.
+    """Return a URL without password, signature and fragment, which identifies its file.
 
     Do not show it to users: the query may contain a secret of an unknown kind.
     """

@@ -63,7 +63,7 @@ def limit_run(folders: Sequence[Path], typed: Collection[str] = (), command: str
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Make a temporary folder of the system, into which a limited run may write too."""
+    """Make a temporary folder outside the run's folders, to which even a limited run may write."""
     import json  # both imported here: all options import this file
     import tempfile
 

@@ -108,10 +108,10 @@ def read_tensor_header(
         read: Returns the next bytes of the file.
         size: Size of the file in bytes.
         first: Number of bytes of the first read; a larger number saves a second read of a short header.
-        no_repeats: Whether a key that occurs twice in a table is an error.
+        no_repeats: Whether a repeated key in a JSON object is an error.
 
     Raises:
-        ValueError: If the header is not valid. Its entries are not checked.
+        ValueError: If the header is invalid. Its tensor entries are not checked.
     """
     # the file: 8 bytes with the length of the header, the header as JSON, then the tensors' bytes
     start = read(min(size, first))
@@ -167,7 +167,7 @@ def read_content(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
 
 
 def read_lines(path: Path, limit: int = MAX_LINE_CHARACTERS) -> Iterator[str]:
-    """Yield the lines of a regular file in UTF-8, without their ends; only one is in memory at a time.
+    """Yield the lines of a regular UTF-8 file without line ends; only one is in memory at a time.
 
     Raises:
         OSError: If the file cannot be read, is not regular or has a line of more than `limit` characters.

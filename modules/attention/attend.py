@@ -355,7 +355,7 @@ def check_backend(
 def explain_unsupported(
     backend: Backend, capability: tuple[int, int] | None, dtype: Callable[[], torch.dtype], training: bool
 ) -> str | None:
-    """Return the reason why a back end cannot serve a run, worded to follow "--flag"; None if it can.
+    """Return why an attention kernel cannot be used in a run, worded to follow "--flag"; None if it can.
 
     The package of `backend` need not be installed. `capability` is None without a CUDA device. `dtype`
     returns the dtype of the model, which may read the checkpoint.

@@ -196,7 +196,7 @@ def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any]
 
 
 def _convert_subtitle(codec: str, with_length: bool, packet: Any) -> Iterator[Any]:
-    """Yield a packet with the plain text of a subtitle packet, unless the text is empty."""
+    """Yield the subtitle packet converted to plain text, or nothing if its text is empty."""
     text = _read_subtitle(codec, bytes(packet) if packet.size else b"")
     if not text:
         return

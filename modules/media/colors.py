@@ -309,7 +309,7 @@ def _select_mode(mode: str, profile: bytes) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _build_transform(profile: _Profile) -> _ProfileTransform:
-    """Return a profile's transform to sRGB; if it cannot be used, log the reason once for each profile."""
+    """Return the transform from an ICC profile to sRGB; log once per profile why it cannot be used."""
     space = profile.data[16:20].decode("latin-1").strip()  # the profile's header names its color space
     mode = profile.mode
     if space != {"L": "GRAY"}.get(mode, mode):

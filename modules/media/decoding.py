@@ -134,10 +134,10 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
 
 
 def _open_alpha_decoder(path: Path, codec: str) -> Any:
-    """Return a decoder that reads the transparency of this codec.
+    """Return a decoder that reads the alpha channel of this codec.
 
     Raises:
-        MediaError: If FFmpeg lacks it.
+        MediaError: If FFmpeg lacks such a decoder.
     """
     try:
         decoder = av.CodecContext.create(_ALPHA_DECODERS[codec], "r")
@@ -158,7 +158,7 @@ def _read_first_orientation(path: Path) -> Orientation:
 
 
 def _has_all_bytes(path: Path) -> bool:
-    """Return whether a Matroska file has its stated size and no zeros of an unfinished download."""
+    """Return whether a Matroska file has its declared size and does not end in zeros (unfinished)."""
     declared = _read_matroska_size(path)
     if not 0 < declared <= path.stat().st_size:
         return False
@@ -341,7 +341,7 @@ def animation_durations(path: Path) -> tuple[float, ...]:
 
 
 def animation_frames(path: Path) -> Iterator[tuple[NDArray[np.uint8], float]]:
-    """Yield each frame, H W 4 RGBA, and the seconds that it is shown.
+    """Yield each frame of an animation, H W 4 RGBA, and its duration in seconds.
 
     Raises:
         MediaError: If the file is damaged or cut short.

@@ -389,11 +389,11 @@ def frame_times(rate: float) -> Iterator[float]:
 def frames_at(
     path: Path, seconds: Iterable[float], alpha: bool = False
 ) -> Iterator[tuple[Frame, int, float]]:
-    """Yield the frame that a video file shows at each of the given times, its index, and the time.
+    """Yield (frame, its index, time) for the frame that a video file shows at each of the given times.
 
-    `seconds` are ascending, counted from the first frame. Frames end where the file ends, but at least one is
-    yielded. Raises MediaError if the file cannot be decoded, or if a frame is shown longer than
-    MAX_SHOWN_SECONDS.
+    `seconds` are ascending, counted from the first frame. Times after the end of the file are skipped, but at
+    least one frame is yielded. Raises MediaError if the file cannot be decoded, or if a frame is shown longer
+    than MAX_SHOWN_SECONDS.
     """
     times = iter(seconds)
     time = next(times)

@@ -115,8 +115,8 @@ def read_beginning(
     """Read at most `seconds` of a file's audio, without silence after its end.
 
     The audio is resampled to `rate` samples per second; None keeps its own rate. A single channel is kept;
-    several channels are mixed to `channels`. It begins with the first frame of the file, or with the first
-    sample of a file without video. Returns None if there is no track. Raises MediaError if the file cannot be
+    several channels are mixed to `channels`. The result begins with the file's first frame, or with its first
+    sample if it has no video. Returns None if there is no track. Raises MediaError if the file cannot be
     read, or if its audio is damaged.
     """
     with reading(path):

@@ -126,7 +126,7 @@ def _turn_pixels(timed: decoding.TimedFrame, stream: Any, deep: bool) -> NDArray
 
 
 def _read_timed(path: Path, deep: bool) -> Iterator[OutputFrame]:
-    """Yield the frames of a video, each with its corrected time and the seconds for which it is shown."""
+    """Yield the frames of a video, each with its corrected start time and its duration in seconds."""
     with open_video(path) as (container, stream):
         rate = _find_rate(stream)
         origin = decoding.time_origin(container)

@@ -77,7 +77,7 @@ class SectionAudio:
             self._next_packet = None
 
     def _encode_track(self, index: int, stream: Any) -> Iterator[Any]:
-        """Yield encoded packets of a track, cut to the section; missing sound becomes silence."""
+        """Yield the encoded packets of an audio track, cut to the section; gaps become silence."""
         from modules.media.samples import read_filled
 
         layout, rate = stream.layout.name, stream.rate
@@ -397,9 +397,9 @@ def _open_stream_writers(
     rate: Fraction,
     with_images: bool,
 ) -> Iterator[_StreamWriters]:
-    """Yield the writer of a generated track, of a section's audio, or of the streams of a whole video.
+    """Yield the writer of a generated track, of a section's audio, or of all streams of a video.
 
-    A GIF or WebP animation has no such streams.
+    The writers are None for a GIF or WebP animation, which has no such streams.
     """
     path = video if section is None else section.path
     if generated is not None:
