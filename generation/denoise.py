@@ -464,7 +464,7 @@ def _switch_on_stage_loras(
 def on_device(section: steps.Section, device: torch.device) -> steps.Section:
     """Return the section with all inputs of the network on `device`.
 
-    Conditions that are one object before the move are one object afterwards.
+    Conditions that share one object before the move still share one afterwards.
     """
     texts = {id(section.positive): section.positive}
     for text in (section.negative, section.blank, section.nag):

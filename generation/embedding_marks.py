@@ -26,7 +26,7 @@ def find_embeddings(text: str) -> list[str]:
 
 
 def with_embeddings(family: Family, paths: Sequence[Path]) -> Family:
-    """Return the family with additional words from embedding files; each word is the file's name.
+    """Return the family with a new prompt word for each embedding file, named like the file.
 
     Args:
         family: The model family.

@@ -90,13 +90,13 @@ class ExpertSchedule:
         return peak
 
     def list_idle_parts(self, weights: int, swap: OffloadedWeights) -> tuple[MemoryPart, ...]:
-        """Return the memory of the experts that do not denoise at the moment; () if there is one expert.
+        """Return the memory plan's line for experts that are not denoising; () if there is one expert.
 
-        Swapped weights of the expert that denoises are in host memory too, but count in its own line.
+        Swapped weights of the denoising expert are in host memory too, but belong to its own line.
 
         Args:
             weights: Bytes of a full expert.
-            swap: Bytes of weights that leave the device because blocks are swapped or split over processes.
+            swap: Weights that leave the device because blocks are swapped or split over processes.
         """
         if self.count < 2:
             return ()

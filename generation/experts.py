@@ -206,7 +206,7 @@ class ExpertOffloader:
 
         Experts on the device are moved away first, unless all of them fit.
         """
-        # go on to this expert in the order; skipped entries are of requests that failed or ended early
+        # advance to this expert in the order; skipped entries belong to requests that failed or ended early
         remaining_indices = range(self._order_index, len(self._expert_order))
         self._order_index = next(
             (index for index in remaining_indices if self._expert_order[index] == expert), self._order_index
@@ -338,10 +338,9 @@ class ExpertOffloader:
         return ""
 
     def _take_prefetched(self, expert: int, prefetch: ExpertPrefetch) -> None:
-        """Take over an expert that was read ahead; raise the error of its thread.
+        """Take an expert from the thread that read it, or raise the error of the thread.
 
-        If the thread only ran out of memory, return without the expert: it is loaded once the other one is
-        done.
+        If the thread only ran out of memory, return without the expert, which is then loaded as usual.
         """
         if prefetch.expert != expert:  # its request ended before this expert was needed: drop it
             self._cancel_prefetch(prefetch)

@@ -369,7 +369,7 @@ class _SectionPreview:
     def add_previous(self, section: Section) -> None:
         """Append the section before `section` to the preview, if there is one."""
         run = self.run
-        # a tool of --post removes what must not be seen
+        # a tool of --post hides what must not be seen
         hides_content = run.post is not None and run.post.hides_content
         if not run.options.output.shows_progress:
             return

@@ -223,7 +223,7 @@ def _with_fewer_weights(
     options: GenerationOptions,
     device_memory: DeviceMemory | None,
 ) -> memory_plan.Phase:
-    """Reduce the weights in a text encoder's phase by those on other devices or in host memory."""
+    """Subtract from a text encoder's phase the weights that are on other devices or in host memory."""
     weights = phase.parts[0]  # the first line of the plan
     processes = memory_plan.sharing_processes(options.speed)
     if processes > 1 and can_divide(encoder):
@@ -251,7 +251,7 @@ def predict_denoising(
 ) -> PhasePrediction:
     """Predict the peak memory of denoising.
 
-    1. Load the transformer without values.
+    1. Load the transformer on the meta device.
     2. Run the step that needs the most memory with a few blocks, and count the bytes of all tensors.
     3. Extrapolate to all blocks.
 
@@ -372,7 +372,7 @@ def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractC
 def _list_work_between_steps(
     family: Family, options: GenerationOptions, prepared: Prepared
 ) -> list[tuple[int, str]]:
-    """Return peak memory in bytes and name of each network that runs between steps, by a dry run of each.
+    """Return (peak memory in bytes, name) of each network that runs between steps, from a dry run of each.
 
     Such networks decode previews, or make the input of the request's next stage.
     """

@@ -410,7 +410,7 @@ def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]
 
 
 def make_session(family: Family, options: GenerationOptions, loader: DitLoader, keep: bool) -> Session:
-    """Make the session of a run.
+    """Make the session of a run, which loads and moves its networks.
 
     Args:
         family: The model family.

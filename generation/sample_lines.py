@@ -300,7 +300,7 @@ def _list_types() -> dict[str, type]:
 def _convert(key: str, value: Any, kind: type, where: str) -> Any:
     """Convert a value of a prompt's table to the type of its key.
 
-    Raises OptionError if it has another type.
+    Raises OptionError if it has a different type.
     """
     if kind is list and isinstance(value, str):
         value = [value]

@@ -391,7 +391,7 @@ class ScriptDefaults:
         }
 
     def _list_absent(self) -> list[str]:
-        """Return the shared options that this script does not have."""
+        """Return the names of shared options that this script lacks."""
         absent = {
             "prompt_2": not self.has_second_prompt,
             "video_length": self.in_sections,

@@ -179,11 +179,11 @@ def make_folder(folder: Path, option: str) -> None:
 def claim_name(path: Path) -> Iterator[bool]:
     """Claim the name `path` for the block; yields False if another block, in any process, has claimed it.
 
-    The claim is a hidden file named like a temporary file, with the mark of its writer as its text, so the
-    claim of a killed run is removed with other leftovers.
+    The claim is a hidden file that contains the id of its process, so that `remove_leftovers` also removes
+    the claim of a killed run.
 
     Raises:
-        OutputError: If the file cannot be made.
+        OutputError: If the file cannot be created.
     """
     # a name that no temporary file or folder of `path` has
     claim = path.with_name(f".{path.name}{_CLAIMED}")

@@ -175,9 +175,9 @@ def _get_session(thread: int) -> "requests.Session":
 def ask_http(
     address: str, have: int, version: str | None, headers: Mapping[str, str] | None = None
 ) -> Iterator[Answer]:
-    """Request a file by HTTP or HTTPS (a `RequestFile`). `headers` are additional headers, such as a token.
+    """Request a file by HTTP or HTTPS and yield the response; `headers` are added, such as a token.
 
-    `have` is the number of bytes that have arrived before, `version` the ETag or date that came with them.
+    `have` is the number of bytes already downloaded, `version` the ETag or date received with them.
     """
     import requests  # takes 0.1 s, which only downloads need
     import urllib3
@@ -257,10 +257,10 @@ def _check_answer(address: str, answer: "requests.Response") -> None:
 
 
 def _find_first_byte(answer: "requests.Response", have: int) -> int:
-    """Return the offset of an answer's data in the file: `have`, the bytes that exist already, or 0.
+    """Return the offset in the file at which a response's data begin: `have` (bytes downloaded before) or 0.
 
     Raises:
-        DownloadRejected: If the answer begins elsewhere.
+        DownloadRejected: If they begin elsewhere.
     """
     if answer.status_code != 206:  # partial content; another answer is the whole file
         return 0

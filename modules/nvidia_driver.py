@@ -28,7 +28,7 @@ class NvidiaCard:
 
 
 def find_nvidia_cards() -> list[NvidiaCard]:
-    """Return the cards that the driver lists; none without a driver that answers."""
+    """Return the GPUs that the NVIDIA driver lists; none if no driver answers."""
     program = shutil.which("nvidia-smi")
     if program is None and os.name == "nt":  # older drivers install it outside of PATH
         folder = Path(os.environ.get("PROGRAMFILES", r"C:\Program Files"))

@@ -41,10 +41,10 @@ class Placeholder(str):
 
 
 def check_characters(option: str, value: Any) -> None:
-    """Check that the texts of an option's value have no characters that are invalid in texts and file names.
+    """Check that an option's value has no characters that are invalid in text or file names.
 
     Raises:
-        OptionError: If one does.
+        OptionError: If it has one.
     """
     texts = value if isinstance(value, (list, tuple)) else [value]
     for text in texts:

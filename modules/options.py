@@ -488,7 +488,7 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
     Raises:
         OptionError: If a text contains a forbidden character (`bad_character`), if a path is empty, or if a
             number is infinite or absurdly large.
-        TypeError: If a field has no argument, which is our mistake, not the user's.
+        TypeError: If a field has no argument, which is a bug.
     """
     hints = hints_of(cls)
     values: dict[str, Any] = {}

@@ -128,11 +128,11 @@ def ask_at_console(
     is_terminal: Callable[[], bool] = has_terminal,
     offers_name: bool = True,
 ) -> Answer | None:
-    """Ask whether to overwrite; return None without a terminal.
+    """Ask whether to overwrite files; return "overwrite", "leave" or "free", or None without a terminal.
 
-    An empty answer leaves the files untouched.
+    An empty answer means "leave".
 
-    With `offers_name`, "free" can be answered, which asks for a free name.
+    "free" asks for an unused name, and is possible only with `offers_name`.
     """
     if not is_terminal():
         return None

@@ -201,10 +201,10 @@ class Parser(argparse.ArgumentParser):
     def _insert_omitted_flags(
         self, argv: Sequence[str], without_flag: Sequence[argparse.Action]
     ) -> list[str]:
-        """Insert the flags of options that may be given without one in front of words that need them.
+        """Insert omitted flags before words that belong to options whose flag may be omitted.
 
-        `without_flag` are these options (`by_place`). The first word that belongs to no option goes to the
-        first of them that has no value, and so on; an option that takes several values gets all such words.
+        `without_flag` are these options (`by_place`). The first word without an option becomes the value of
+        the first of them that has none, and so on; an option with several values gets all these words.
         """
         words = [_Word(word) for word in argv]  # argparse keeps the objects: equal words differ
         required = [action for action in self._actions if action.required]

@@ -35,7 +35,7 @@ _VARIABLE = re.compile(r"(?<![^\\/])(?:\$\{\w+\}|\$(?:env:)?[A-Za-z_]\w*|%[A-Za-
 
 
 def expand_path(text: str, base: Path | None = None) -> Path:
-    """Return the path with `~` resolved; a relative path is taken to be in the folder `base`.
+    """Return the path with `~` expanded; a relative path is relative to the folder `base`.
 
     Quotation marks around the text are removed, because file managers copy paths with them, unless a file
     whose name includes them exists. Raises ValueError with the reason if no file can have the name.

@@ -147,10 +147,10 @@ def find_names(
 
 
 def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
-    """Return a record in which values of earlier commands replace defaults.
+    """Return `options` with values of earlier commands in place of defaults.
 
-    A value is left out if its option is given in `options`, or excludes one that is. If the record still
-    rejects the values, only paths are taken, and none if it rejects these too.
+    A value is skipped if its option is given in `options`, or excludes a given option. If the record rejects
+    the combined values, only paths are used; if it rejects these too, none are.
     """
     accepted = accepted_options(type(options))
     name_by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}

@@ -72,7 +72,7 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
 
     Args:
         table: Description of the parser, as `find_table` returns it.
-        prog: Name of the program in messages. None: that of the running one.
+        prog: Name of the program in messages. None: the running program's.
         kind: Class of the parser.
     """
     settings: dict[str, Any] = {} if prog is None else {"prog": prog}
@@ -91,7 +91,7 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
         section = read_entry("section", name)
         group = group_of(parser, section["title"])
         for option in section["options"]:
-            # without the checks of `add_argument`, which its compiling has passed
+            # skips the checks of `add_argument`, which passed at compile time
             action = _build_action(read_entry("option", option))
             action.container = group
             group._group_actions.append(action)
@@ -168,10 +168,10 @@ class _ParsedArguments(NamedTuple):
 
 
 def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
-    """Check typed values by the facts of their options, as their records do.
+    """Check typed values against the declarations of their options, like the option records.
 
-    The records check needs that a file may still meet (`changes_values`), and log all warnings, which would
-    otherwise be logged twice.
+    The records check `needs` that a settings file may still meet (`changes_values`), and log all warnings,
+    which would otherwise be logged twice.
 
     Args:
         parser: A parser built from a compiled table.

@@ -137,10 +137,10 @@ def _guess_utf16_or_32(content: bytes, marked: str | None) -> EncodingGuess | No
 
 
 def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
-    """Return a guess for each of several files, probably written by one program in one encoding.
+    """Guess the encoding of each of several files, probably written by one program in one encoding.
 
-    A short text alone says little: a file whose encoding is uncertain gets the most probable one of all files
-    together, if that decodes it.
+    A short text alone says little, so a file with an uncertain encoding gets the most probable encoding of
+    all files together, if its bytes can be decoded with it.
     """
     guesses = [guess_encoding(content) for content in contents]
     not_unicode = [

@@ -241,10 +241,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Return the value of a TOML text.
+    """Parse a TOML text.
 
-    Raises ValueError if the text is not TOML (with a second line about usual mistakes), is nested too deeply,
-    or has a number too large for a float.
+    Raises ValueError if the text is not TOML (with a second line about common mistakes), is nested too
+    deeply, or has a number too large for a float.
     """
     # each part of a dotted key (a.b.c) is a level of nesting; checked before parsing, because the parser
     # takes quadratic time for a key of very many parts
@@ -294,7 +294,7 @@ def _explain_toml(text: str, error: str) -> str:
 
 
 def _explain_json(following: str, before: str) -> str:
-    """Return a hint about a usual mistake in JSON, beginning with a full stop; "" if none is recognized.
+    """Return a hint about a common mistake in JSON, beginning with a full stop; "" if none is recognized.
 
     Args:
         following: The part that the parser cannot read.

@@ -73,9 +73,9 @@ def fit_cover(size: Size, bucket: Size) -> Fit:
 
 
 def fit_within(size: Size, area: int | None, step: int) -> Fit:
-    """Return the fit that reduces an image to at most `area` pixels, keeps its shape and crops its center.
+    """Return a resize to at most `area` pixels that keeps the aspect ratio, followed by a center crop.
 
-    With `area` None the size is kept. Sides become multiples of `step`.
+    With `area` None, only the crop is made. Its sides are multiples of `step`.
     """
     width, height = size
     interpolation = "none"
@@ -93,10 +93,10 @@ def fit_within(size: Size, area: int | None, step: int) -> Fit:
 #
 # Sizes are (width, height) in pixels. Numbers only: no pixels are read here.
 def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int) -> tuple[Size, ...]:
-    """Return the buckets with at most the area of the resolution, ascending.
+    """Return all buckets whose area does not exceed the resolution's, in ascending order.
 
-    These are a square, and each width from `shortest` to `longest`, in steps of `step`, with the largest
-    height that the area allows, in both orientations. All sides are multiples of `step`.
+    These are a square and, for each width from `shortest` to `longest` in steps of `step`, the largest height
+    that the area allows, in both orientations. All sides are multiples of `step`.
 
     Raises:
         ValueError: If there is no such bucket.

@@ -56,7 +56,7 @@ _BY_EXIF = {
 
 
 def read_orientation(frame: Any) -> Orientation:
-    """Return the orientation in the display matrix of FFmpeg's frame.
+    """Return the orientation that a decoded frame's display matrix describes.
 
     An angle between quarter turns is rounded to the nearest of the eight orientations, and scaling is
     ignored. Source: FFmpeg's libavutil/display.h.
@@ -221,7 +221,7 @@ def check_size(path: Path, container: Any, stream: Any) -> None:
 
 
 def _read_matroska_size(path: Path) -> int:
-    """Return the size of a Matroska file in its header, 0 if there is none. Source: RFC 9559, EBML."""
+    """Return the file size that a Matroska header states, or 0. Source: RFC 9559, EBML."""
     with path.open("rb") as file:
         for _ in range(2):  # the header of EBML, and the segment
             name = file.read(4)

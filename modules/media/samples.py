@@ -253,7 +253,7 @@ def _decode_resampled(
 ) -> Iterator[tuple[int, Samples]]:
     """Yield resampled blocks, each with the index of its first sample counted from `begin`.
 
-    A new resampler is made, and its samples are numbered from the frame's time, if times or the format jump.
+    If the time jumps or the format changes, a new resampler starts at the frame's time.
     """
     resampler = None
     input_format = None  # format of the samples that the resampler takes

@@ -37,7 +37,7 @@ class TrackAudio:
         self._stream = add_aac_stream(target, len(self._samples), self._rate)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Encode the audio up to a time of the new file, in seconds; with None all the rest, and flush."""
+        """Encode the audio up to a time of the new file in seconds; None encodes the rest and flushes."""
         end = round((self._duration_seconds() if seconds is None else seconds) * self._rate)
         if end > self._written:
             part = self._samples[:, self._written : end]

@@ -135,7 +135,7 @@ class Timing:
         self._image_times: dict[int, _ImageTime] = {}  # by index of the image
 
     def record(self, frames: Iterable[encoding.OutputFrame]) -> Iterator[encoding.Pixels]:
-        """Yield the pixels of frames, and remember the times of the frames.
+        """Yield the pixels of the frames, and record their times.
 
         Raises:
             ValueError: If the times do not increase.
@@ -251,9 +251,9 @@ def write_video(
     """Encode frames (H W 3, read one at a time) to `path` (.mp4, .mkv or .mov), completely or not at all.
 
     `codec` is h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). `bit_rate` is bits per second instead of
-    crf. `tags` are the text to store by name; .mkv shows names in upper case. `track` is sound that begins
-    with the first frame; it is cut, or silent from its end on, to last as long as the images. The last row
-    or column of an odd size is cropped. Colors are BT.709 and tagged as such. No time and no random id is
+    crf. `tags` are texts to store by name; .mkv shows names in upper case. `track` is audio that begins with
+    the first frame; it is cut or padded with silence to last as long as the images. The last row or column of
+    an odd size is cropped. Colors are BT.709 and tagged as such. Neither a creation time nor random ids are
     written.
 
     Raises:

@@ -162,9 +162,9 @@ def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]
 
 
 def render_page(template: Path, title: str, values: Mapping[str, Any], policy: str = FILE_POLICY) -> str:
-    """Return the page of `template` with these values, which are escaped.
+    """Return a page rendered from `template`; the values are escaped.
 
-    Raises jinja2.UndefinedError if the template names a value that is missing.
+    Raises jinja2.UndefinedError if the template uses a value that is missing.
     """
     values = {
         **values,
@@ -172,7 +172,7 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
         "sheet": SHEET,
         "script": SCRIPT,
     }
-    if not isinstance(title, TranslatableText):  # whose translation is escaped where it is shown
+    if not isinstance(title, TranslatableText):  # its translation is escaped where it is shown
         title = escape_control_codes(title)
     context = {**values, "title": title, "policy": policy}
     return _load_templates(template.parent).get_template(template.name).render(context)
@@ -195,7 +195,7 @@ def embed_image(frame: Frame, text: str, largest_side: int = 512, quality: int =
 
 
 def embed_clip(frames: Sequence[Frame], fps: float, text: str, largest_side: int = 512) -> Markup:
-    """Return a tag that plays the frames (each H W 3) in a loop; a single frame becomes an image.
+    """Return an HTML tag that plays the frames (each H W 3) in a loop; a single frame becomes an image.
 
     Frames whose longer side exceeds `largest_side` pixels are reduced.
 
