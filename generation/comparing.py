@@ -289,7 +289,7 @@ def _hash(path: Path) -> str:
 def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: int) -> GenerationJob:
     """Make the job that generates a prompt in one column of the comparison.
 
-    Its file name has line, seed and column; `_` is appended if another clip already has this name.
+    Its file name contains line, seed and column; `_` is appended if another clip already has this name.
 
     Args:
         run: The run.

@@ -278,7 +278,7 @@ def make_latents(
         dit_at: Returns the network to call at a timestep; the caller sets evaluation mode and device.
         prepared: The request with all values resolved.
         prompts: Encoded prompts by section, from `Session.encode_texts`, on the CPU.
-        inputs: Conditions from input media by section, from `session.encode_inputs`, on the CPU.
+        inputs: Conditions from input media by section, from `encode_inputs`, on the CPU.
         device: Device of the run.
         cpu_noise: Draw noise on the CPU.
         guidance_options: Options of guidance other than its scale.
@@ -401,7 +401,7 @@ def sections_of(
 ) -> Generator[steps.Section, Tensor, Tensor]:
     """Yield the family's sections, each with the request's overrides and its part of the source latents.
 
-    Send the result of each section; the generator returns the latents of the whole video.
+    Send the latents of each section; the generator returns the latents of the whole video.
     """
     conditions = dict(inputs.get(0, {}))
     source = conditions.pop(SOURCE, None)  # it starts the sections, and is not an input of the network

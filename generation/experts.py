@@ -154,9 +154,9 @@ class ExpertOffloader:
 
     @contextmanager
     def moved_to_host(self) -> Iterator[None]:
-        """Move the working networks to host memory during the block.
+        """Move the networks that are on the device to host memory during the block.
 
-        A network with a copy in host memory is only dropped from the device.
+        A network with a copy in host memory is only removed from the device.
 
         Raises:
             MemoryPlanError: If the host has too little memory for them; the system might kill the process.

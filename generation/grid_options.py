@@ -132,7 +132,7 @@ def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[V
 def list_cells(
     axes: Sequence[Axis], line: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
-    """Yield the column and row index of each cell and its prompt line, row by row.
+    """Yield the indices (column, row) of each cell and the values of its prompt line, row by row.
 
     Args:
         axes: Axes of the sheet.

@@ -180,7 +180,7 @@ class Session:
 
 
 def select_prompts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
-    """Return the texts to encode by section: the prompt, and those that guidance needs."""
+    """Return the prompts to encode by section, without those that guidance does not use."""
     # "positive", "negative" and "blank", as the guidance passes of any step use them
     needed: set[str] = set()
     for expert_plans in plan_steps(prepared, options):

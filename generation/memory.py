@@ -615,6 +615,6 @@ def resolve_options(
     options = replace(options, speed=speed)
     if prediction is None:
         return options, None
-    # `phases_after` are those that follow denoising
+    # `phases_after` follow denoising
     decoding = max((phase.device for phase in prediction.phases_after), default=0)
     return options, Peaks(prediction.plan(speed.swap.number).device, decoding)

@@ -255,7 +255,7 @@ def expert_loras(
 def _select_loras(
     expert: Expert, loras_by_key: "Mapping[str, Sequence[WeightedLora]]"
 ) -> "list[WeightedLora]":
-    """Return an expert's LoRAs: its own files, and its parts of other experts' files with a LoRA for each."""
+    """Return an expert's LoRAs: its own files, and other files that contain a part for each expert."""
     own_key = key_of(expert)
     loras = [*loras_by_key[own_key]]
     own_paths = {lora_use.lora.path for lora_use in loras}

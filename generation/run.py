@@ -455,7 +455,7 @@ def _make_text_loras(loras_by_expert: LorasByExpert, rounding: str) -> "TextLora
     """Return the LoRAs of text encoders and of networks that are loaded with these; None if there are none.
 
     Args:
-        loras_by_expert: LoRA files by expert; those of the first expert bring the text encoders.
+        loras_by_expert: LoRA files by expert; the text encoders use those of the first expert.
         rounding: Value of --lora_rounding.
     """
     if not loras_by_expert or not loras_by_expert[0]:
@@ -529,7 +529,7 @@ def save_merged_model(
 ) -> None:
     """Write the transformer with the LoRAs merged in, one file per expert.
 
-    With several experts, `_low_noise` and the like are appended to the file names, and an expert without
+    With several experts, the expert's name is appended to the file name (`_low_noise`), and an expert without
     LoRAs gets no file. All names and shapes are checked before the first file is written.
 
     Args:

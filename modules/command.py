@@ -55,7 +55,7 @@ def start_logging(level: int = logging.INFO) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    # our own limit of pixels applies instead of Pillow's
+    # MAX_PIXELS is checked instead of Pillow's limit
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     if logging.getLogger().handlers:
         return
@@ -186,8 +186,8 @@ def command_line(
     """Run `main` as a program: print a UserError without a traceback and exit with its code.
 
     `explain` gets the file of a CheckpointError and returns its real kind, which is printed as a hint, or
-    None. With `needs_packages`, end at once if a package of requirements.txt is missing, unless help is asked
-    for.
+    None. With `needs_packages`, end at once if a package of requirements.txt is missing, unless the user asks
+    for help.
     """
     start_logging()
     try:

@@ -132,7 +132,7 @@ def receive(
 
 
 def _write_answer(path: Path, answer: Answer, max_bytes: int, progress: Callable[[int], object]) -> int:
-    """Write a server's answer to the file from the answer's start position on; return the end position.
+    """Write a server's response to the file, from the response's start position on; return the end position.
 
     Raises:
         RetryableError: If the data arrive too slowly.

@@ -119,7 +119,7 @@ def own_name(name: str) -> str:
 
 
 def command_words(argv: Sequence[str]) -> list[str]:
-    """Translate a command of ours into the form that the user types in this installation.
+    """Convert a command of this program to the form that the user types in this installation.
 
     `argv` is the command in a checkout: `python wan_train_network.py ...` or `accelerate launch ...
     wan_train_network.py ...`. In the package it becomes `wan_train_network ...` (for scripts without a model,

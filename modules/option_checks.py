@@ -78,13 +78,13 @@ def check_paths(flag: str, value: Any, facts: Info, find_paths: Callable[[str], 
     """Check the paths of an option.
 
     Args:
-        flag: How the option is typed.
+        flag: The option as it is typed.
         value: A path or several.
         facts: Facts of the option; `place` says what a path must be, as in `check_path`.
         find_paths: Returns the path or paths of another option by its public name.
 
     Raises:
-        OptionError: If a path is unusable, or if a file would replace one of the option's
+        OptionError: If a path is unusable, or if it would replace a file of an option in
             `must_not_replace`.
     """
     for path in list_paths(value):

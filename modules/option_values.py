@@ -133,7 +133,7 @@ def format_shape(sizes: Iterable[int]) -> str:
 
 
 def convert_value(value: Any, hint: Any, option: str) -> Any:
-    """Convert a typed or given value to the type of its option's field.
+    """Convert an option's value to the type of its field.
 
     Raises:
         OptionError: If the value cannot be converted.

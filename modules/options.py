@@ -454,7 +454,7 @@ def find_reach(facts: Mapping[str, Any]) -> str:
 
 
 def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Raise OptionError if an option has an effect that a file must not request: only a user may type it."""
+    """Raise OptionError if a file sets an option with an effect that only a user may request."""
     value = getattr(record, field.name)
     reach = find_reach(field.metadata)
     name = option_name(field)
@@ -462,7 +462,7 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
         for path in list_paths(value):
             reject_outside(name, path)
         return
-    # only options with such an effect are compared with their defaults: those of some records cannot be made
+    # only these options are compared with their defaults: some records have defaults that cannot be made
     if reach not in ("starts", "connects", "sends", "configures") or not is_set(record, field):
         return
     if reach == "starts":

@@ -185,10 +185,10 @@ def read_lines(path: Path, limit: int = MAX_LINE_CHARACTERS) -> Iterator[str]:
 
 
 def parse_json(text: str, no_repeats: bool = False) -> Any:
-    """Return the value of a JSON text.
+    """Parse a JSON text.
 
-    Raises ValueError if the text is not JSON (usual mistakes are explained), is nested too deeply, has a
-    number too large for a float or, with `no_repeats`, an object with a key twice.
+    Raises ValueError if the text is not JSON (common mistakes are explained), is nested too deeply, has a
+    number too large for a float or, with `no_repeats`, an object with a repeated key.
     """
     import json  # imported here: all options import this file, but few commands read JSON
 

@@ -60,7 +60,7 @@ def _split(option: str, text: str) -> list[str]:
 
 
 def _split_for_windows(text: str) -> list[str]:
-    """Split a command line as programs of Windows do, with the system's own function."""
+    """Split a command line as Windows programs do, with the system's own function."""
     import ctypes  # exists only on Windows
 
     if not text.strip():

@@ -43,7 +43,7 @@ def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.p
 
 
 def write_user_file(name: str, text: str) -> Path:
-    """Write a file that only this user can read, and return its path. `name` may have folders, with /.
+    """Write a file that only this user can read, and return its path; `name` may have folders (with /).
 
     Raises OSError if the file cannot be written.
     """

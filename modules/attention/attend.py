@@ -310,13 +310,13 @@ def _attend_without_padding(
 def check_backend(
     choice: AttentionChoice, device: torch.device, dtype: Callable[[], torch.dtype], training: bool
 ) -> None:
-    """Raise OptionError if a back end does not support a run, before anything is loaded.
+    """Raise OptionError if an attention kernel does not support a run, before anything is loaded.
 
-    The last check computes a small attention, in training with the backward pass, because a package may be
-    built for another GPU or version of torch.
+    The last check computes attention on small tensors, in training with the backward pass, because a package
+    may be built for another GPU or version of torch.
 
     Args:
-        choice: The back end.
+        choice: The attention kernel.
         device: Device of the run.
         dtype: Returns the model's compute dtype; called only if needed, because it may have to read a file.
         training: Whether a backward pass is needed; messages then name the flags of training.

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
     """Rotate pairs of channels of x, B L N D: one from the first half of a head, one from the second.
 
-    `table` is L N D/2 2 or L 1 D/2 2, of cosines and sines. Computed in its dtype, returned in the dtype of
-    x. Compiled code has plain operators, which the compiler merges.
+    `table` contains cosines and sines, L N D/2 2 or L 1 D/2 2. Computes in its dtype and returns the dtype of
+    x. Compiled code gets plain operators, which the compiler fuses.
     """
     cosine, sine = table.unbind(-1)
     if torch.compiler.is_compiling():

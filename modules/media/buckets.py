@@ -24,8 +24,8 @@ class Fit:
 def bucket_sizes(width: int, height: int, step: int) -> tuple[Size, ...]:
     """Return all sizes of about width x height pixels whose sides are multiples of `step`, ascending.
 
-    The short sides run from half the square root of the area to the first multiple of `step` above it. With
-    each (w, h) there is (h, w).
+    The short sides run from half the square root of the area to the first multiple of `step` above it. Each
+    size is included in both orientations.
 
     Raises:
         ValueError: If the area is too small for a single bucket.

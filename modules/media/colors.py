@@ -91,7 +91,7 @@ def apply_orientation(file: Image.Image) -> Image.Image:
 
 
 def _correct_info(file: Image.Image) -> None:
-    """Complete `file.info`, before the pixels are read, by what Pillow ignores or misreads.
+    """Add to `file.info`, before the pixels are read, what Pillow ignores or misreads.
 
     These are the transparent color of a PNG, inverted gray of a TIFF, and color codes of a PNG or AVIF.
     """

@@ -233,7 +233,7 @@ def scene_distance(first: Thumbnail, second: Thumbnail, minimum: float = 0.0) ->
 
 
 def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | None:
-    """Correlate the first thumbnail, shifted, with the second one, over the cells that are white in neither.
+    """Return the correlation of the shifted first thumbnail with the second, over cells white in neither.
 
     The result is None if too few cells are left, or if they are uniformly gray in either thumbnail.
     """

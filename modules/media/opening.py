@@ -199,7 +199,7 @@ def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
     """
     options = {"format_whitelist": ",".join(formats), **_NO_OTHER_FILES}
     try:
-        # without `file:`, FFmpeg takes a name such as `take:2.mkv` for a protocol
+        # without `file:`, FFmpeg would read a name such as `take:2.mkv` as a protocol
         return av.open(f"file:{path}", metadata_errors="replace", options=options)
     except av.ArgumentError:  # FFmpeg's error for a format that is not in the list
         kind, examples = (
@@ -249,7 +249,7 @@ def check_pixels(path: Path, width: int, height: int) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn errors of Pillow and FFmpeg into MediaError; raise it also if `path` is not a file or folder."""
+    """Convert errors of Pillow and FFmpeg to MediaError; also raise it if `path` is not a file or folder."""
     if path.is_symlink() and not path.exists():
         raise MediaError(f"{path} is a link to {path.readlink()}, which does not exist")
     if not path.exists():

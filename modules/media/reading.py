@@ -427,7 +427,7 @@ def frames_at(
 def video_info(path: Path) -> VideoInfo:
     """Return size, number of frames, rate and duration of a video; one frame is decoded.
 
-    The size of a folder is that of its first image.
+    A folder has the size of its first image.
 
     Raises:
         MediaError: If the video is missing, empty or cannot be decoded.

@@ -158,7 +158,7 @@ class Timing:
             yield frame.pixels
 
     def assign_times(self, packets: Iterable[Any]) -> Iterator[Any]:
-        """Yield the packets of an encoder, in decoding order, with times instead of image indices.
+        """Yield the packets of an encoder, in decoding order, with timestamps instead of image indices.
 
         Each packet is held back until the next one arrives, because the last packet is treated differently.
         """

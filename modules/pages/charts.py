@@ -52,7 +52,7 @@ class Chart:
 
 
 def draw_chart(chart: Chart) -> Markup:
-    """Return an image tag with a diagram; as an image, it can neither run a script nor fetch.
+    """Return an image tag with a chart; an SVG image can neither run scripts nor load other files.
 
     NaN and infinite values leave a gap.
     """
