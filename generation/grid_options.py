@@ -211,7 +211,7 @@ def expand_patterns(patterns: tuple[Path, ...], flag: str = "--lora") -> tuple[P
 
 
 def family_of(path: Path, families: Mapping[str, Sequence[str]]) -> str:
-    """Return the family that a LoRA file's metadata names.
+    """Return the model family that is named in a LoRA file's metadata.
 
     Args:
         path: File of the LoRA.

@@ -39,7 +39,7 @@ from runtime.ways.contract import Division, RunUses
 def plan_divisions(
     family: Family, options: GenerationOptions, device: torch.device, cards: int, device_memory: DeviceMemory
 ) -> None:
-    """Print how a clip can be divided over several GPUs, what memory each takes, and the cheapest that fits.
+    """Print the ways to divide a clip over several GPUs, their memory, and the cheapest one that fits.
 
     Args:
         family: The model family.
@@ -216,7 +216,7 @@ def check_together(family: Family, options: GenerationOptions) -> None:
             f"--sheet and {flags} cannot be used together: a sheet is made by a single process, which needs "
             f"the complete weights. Use --from_file with a line for each, or leave {flags} out"
         )
-    # only the first process runs the tools: it alone would leave out a line that they cannot process
+    # only the first process runs the tools, so only it would skip a line that they cannot process
     if options.post.tools:
         raise OptionError(
             f"--post and {flags} cannot be used together. Run the tools on the finished files, with the "

@@ -78,11 +78,11 @@ class DitLoader:
     def __call__(
         self, expert: int, host_weights: HostWeights | None = None, check: Check | None = None
     ) -> nn.Module:
-        """Load an expert with its LoRAs, compiled and with swapped blocks as the options say.
+        """Load an expert with its LoRAs, compiled and with swapped blocks according to the options.
 
         Args:
             expert: Index of the expert.
-            host_weights: Which weights stay in host memory; None for those of the blocks to swap.
+            host_weights: Which weights stay in host memory; None for the weights of swapped blocks.
             check: Called for each tensor; it may raise to stop loading.
 
         Raises:
@@ -101,7 +101,7 @@ class DitLoader:
         # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
         patch = self.originals[expert] if self.originals else lora_patch
         host = host_weights or make_host_weights(family.dit, speed.swap, self.device)
-        # of several processes, each may load only some of the blocks
+        # with several processes, each may load only some of the blocks
         blocks = make_block_sharder(speed, self.device) if speed.modes.hooks.make_block_sharder else None
         placement = Placement(
             self.device,

@@ -455,7 +455,7 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
     """Read the prompt lines of a --from_file file with their line numbers, from 1.
 
     Raises:
-        OptionError: If there is no prompt line.
+        OptionError: If the file cannot be read or has no prompt line.
     """
     if path.suffix.lower() in {".csv", ".json", ".jsonl", ".toml", ".yaml", ".yml"}:
         raise OptionError(

@@ -294,8 +294,8 @@ def make_cell_jobs(
 ) -> JobByCell:
     """Make the jobs for the cells of a prompt line's sheet, by column and row.
 
-    No network is loaded. Without a seed in the line, all cells share a drawn one. Cells that are not possible
-    are recorded as failures.
+    No network is loaded. Without a seed, all cells share a random one. Impossible cells are recorded as
+    failures.
     """
     axes = run.options.axes
     jobs: dict[CellIndex, GenerationJob] = {}

@@ -60,8 +60,8 @@ def select_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Seq
     Args:
         system: Value of `sys.platform`.
         machine: Value of `platform.machine()`.
-        nvidia: NVIDIA cards of the machine.
-        amd: Version numbers of the machine's AMD cards, on Linux.
+        nvidia: NVIDIA GPUs of the machine.
+        amd: Version numbers of the machine's AMD GPUs, on Linux.
 
     Raises:
         InstallationError: If no build fits; the message names the installed and the required driver.

@@ -312,11 +312,11 @@ def shorten_word(word: str) -> str:
 def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> str:
     """Return " Did you mean NAME?" with one of `names`; "" if none fits.
 
-    NAME is the first that is found of: the most similar name; a name with the letters of `word` in another
-    order; the longest name that `word` continues after an underscore; the only name that continues `word` so.
+    NAME is the first match among: the most similar name; a name with the letters of `word` in another order;
+    the longest name that `word` continues after an underscore; the only name that continues `word` so.
 
     Args:
-        word: Word that is not known.
+        word: Unknown word.
         names: Known names.
         min_similar: Minimum similarity of a name, from 0 to 1 (equal).
     """

@@ -27,7 +27,7 @@ def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> N
     """Log a box with one line per row: (label, text). Rows whose text is None or empty are left out.
 
     `commands` (what it does, command) are shown below the box and never wrapped, so that they can be copied.
-    All texts are shown verbatim: markup is not interpreted and control codes are written out. A terminal
+    All texts are shown verbatim: markup is not interpreted and control codes are escaped. A terminal
     draws the box; a log file gets aligned lines.
     """
     title = escape_control_codes(title)

@@ -96,7 +96,7 @@ def _list_package_folders() -> tuple[Path, ...]:
 
 @functools.cache
 def _list_editable_folders() -> tuple[Path, ...]:
-    """List the folders of packages that are installed in place (`pip install -e`)."""
+    """Return the source folders of packages that are installed with `pip install -e`."""
     # imported here to keep the start fast: options import this file
     import json
     from importlib.metadata import distributions

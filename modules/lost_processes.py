@@ -65,7 +65,7 @@ class OtherProcesses:
     """Watches the other processes of a run until the block ends."""
 
     def __init__(self, rank: int, count: int, pace: Pace = DEFAULT) -> None:
-        """Connect the processes; all of them must call it.
+        """Connect this process to the others; every process must do so.
 
         Raises:
             UserError: If a process cannot be reached.
@@ -208,7 +208,7 @@ class OtherProcesses:
 
 
 def reconnect(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have processes that torchrun may restart meet at a port that no earlier attempt has used.
+    """Let processes that torchrun may restart meet at a port that no earlier attempt has used.
 
     torch 2.13 keeps one store for all attempts, with addresses of processes that died (pytorch#135712), and
     machines may count attempts differently. So each process sends a random word to process 0, which

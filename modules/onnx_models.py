@@ -78,7 +78,7 @@ def load_onnx(path: Path, more_bytes: int = 0, may_use_cuda: bool = False) -> On
         may_use_cuda: Whether to use CUDA if this onnxruntime can; else the CPU runs it.
 
     Raises:
-        CheckpointError: If it is damaged, takes anything but images, or cannot be loaded within the memory.
+        CheckpointError: If it is damaged, has other inputs than images, or exceeds the memory limit.
         InstallationError: If onnxruntime is missing.
     """
     size = _require_file(path)

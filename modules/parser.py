@@ -408,18 +408,18 @@ def add_options(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     refused: Mapping[str, str] | None = None,
 ) -> None:
-    """Declare the options of records, and of the records in them, to a parser.
+    """Add the options of records and of their nested records to a parser.
 
-    A nested record that is optional (`Record | None`) is declared only if it is in `records` too. All
+    A nested record that is optional (`Record | None`) is added only if it is in `records` too. All
     mappings are keyed by the public names of options.
 
     Args:
         parser: Parser of a script.
         *records: Option records.
         group: Gets the options of records without a heading.
-        without: Options that the script does not have; their records hold the default.
-        defaults: Defaults that replace those of the declarations.
-        settings: Arguments of `add_argument` that replace those of the declarations, such as `help`; also
+        without: Options that the script lacks; their records contain the default.
+        defaults: Defaults that replace the declared ones.
+        settings: Arguments of `add_argument` that replace the declared ones, such as `help`; also
             `flags` (additional spellings) and `refused` (rejected values with the reason).
         refused: Options that the script rejects, with the reason.
     """
@@ -450,7 +450,7 @@ def _add_field(
     field: Field[Any],
     overrides: _ScriptOverrides,
 ) -> None:
-    """Declare the option of a field, or all options of the record that it contains."""
+    """Add the option of a field, or all options of the record that it contains, to a parser."""
     declared = field.metadata.get("declared")
     if declared is not None and declared.title:
         group = group_of(parser, declared.title)
@@ -542,7 +542,7 @@ def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentG
 def _add_option(
     group: _Group, name: str, hint: Any, *, default: Any, declared: Declared, settings: dict[str, Any]
 ) -> Any:
-    """Declare an option to a group of the parser, and return its argparse action.
+    """Add an option to an argument group, and return its argparse action.
 
     `settings` are the arguments of `add_argument`, including those that the script changes.
     """

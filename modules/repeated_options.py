@@ -105,7 +105,7 @@ def join_options(
 ) -> dict[str, Any]:
     """Combine chosen options with the options of earlier commands; return the values by flag.
 
-    Options that the command does not have are left out. A chosen value replaces that of an earlier command,
+    Options that the command does not have are left out. A chosen value replaces an earlier command's value,
     unless it is a `Placeholder`. Options are spelled as the user typed them.
 
     Args:

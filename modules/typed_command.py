@@ -21,13 +21,13 @@ VARIABLES = ("$REELSMITH_", "${REELSMITH_", "%REELSMITH_")
 
 
 def read_command(option: str, text: str) -> list[str]:
-    """Return the arguments of a command, split as this system's command line is.
+    """Split a command into arguments like this system's command line, and check that it can be started.
 
     `option` is the flag of its option.
 
     Raises:
-        OptionError: If no program of this name can be started from the current folder, if its script is not
-            there, or if the command needs a shell.
+        OptionError: If no program of this name can be started from the current folder, if its script does
+            not exist, or if the command needs a shell.
     """
     argv = _split(option, text)
     if not argv or not argv[0]:

@@ -37,11 +37,11 @@ class _BoundedLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value of a YAML text with one document.
+    """Parse a YAML text that contains one document.
 
     Raises:
-        ValueError: If it cannot be read, if it is too long, nested too deeply or in itself, if it has too
-            many nodes with its aliases written out, or if a number is too large for a float.
+        ValueError: If it is not YAML, too long, nested too deeply or in itself, if it has too many nodes with
+            its aliases expanded, or if a number is too large for a float.
     """
     if len(text) > MAX_YAML_CHARACTERS:
         raise ValueError(f"it has {len(text):,} characters, and at most {MAX_YAML_CHARACTERS:,} are read")

@@ -219,7 +219,7 @@ def attend(
         query: Queries, B L N D.
         key: Keys, B S N D.
         value: Values, B S N D.
-        choice: The back end; with its `split`, one sample is computed at a time.
+        choice: The attention kernel; with its `split`, one sample is computed at a time.
         lengths: Number of real tokens among the L tokens of each sample, for self-attention. If S > L, the
             S - L additional keys come first and are all real.
         repeats: How many equal keys each key stands for, S float32; only with sdpa and without lengths.
@@ -384,9 +384,9 @@ def explain_unsupported(
 
 
 def check_results(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, training: bool) -> None:
-    """Compute a small attention with and without padding, in training with its gradients.
+    """Compute attention on small tensors with and without padding, in training with its gradients.
 
-    Errors of the back end are passed on. Raises ArithmeticError if the results are not close to torch's.
+    Raises any error of the kernel, and ArithmeticError if the results are not close to torch's.
     """
     generator = torch.Generator().manual_seed(0)
     inputs = []  # query, key and value: B 2, L 128, N 2, D 128

@@ -17,8 +17,8 @@ FIRST_CUDNN = 91501
 def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = None) -> Tensor:
     """Compute attention with torch's own kernels.
 
-    `query` is B L N D. `key` and `value` are B S N D. `repeats` is S float32, how many equal keys each key
-    stands for. Returns B L N D.
+    `query` is B L N D. `key` and `value` are B S N D. `repeats`, S float32, is the number of equal keys that
+    each key stands for. Returns B L N D.
     """
     q = query.transpose(1, 2)  # B N L D
     k = key.transpose(1, 2)

@@ -85,8 +85,8 @@ def rotary_table(
 ) -> Tensor:
     """Return the (cosine, sine) pairs of a grid's tokens in row-major order: L 1 D/2 2 on `device`.
 
-    `widths` are the numbers of channels of each axis, D in total. `dtype` is the dtype of the angles; at
-    position 1000 a float32 angle is wrong in the fifth digit. `stored` is the dtype of the table.
+    `widths` are the channels per axis, D in total. `dtype` is the dtype of the angles; at position 1000 a
+    float32 angle is wrong in the fifth digit. `stored` is the dtype of the table.
     """
     # only the axes are computed on the host and sent: the table of a long video takes 60 MB, and batches of
     # several sizes need a new one every step
@@ -173,7 +173,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     products, which compilers can fuse. The results differ only by rounding, 1e-6 of the largest number. For
     a 16-bit table the products are written out too, because torch has no complex dtype of that size.
     """
-    # type_as: where the dtype fits already, `to(dtype)` takes four times as long to find that out
+    # type_as: if the dtype is right already, `to(dtype)` takes four times as long to notice
     pairs = x.type_as(table).unflatten(-1, (-1, 2))  # B L N D/2 2
     if not torch.compiler.is_compiling() and table.dtype.itemsize >= 4:
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))

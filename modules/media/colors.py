@@ -239,7 +239,7 @@ def _read_opacity(image: Image.Image) -> NDArray[np.uint8] | None:
 def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
     """Return the colors of an image as sRGB, H W 3, ignoring alpha.
 
-    They are converted by the image's color profile, else by its gamma curve; without both they are sRGB.
+    Its color profile or else its gamma curve converts them; colors with neither count as sRGB.
     """
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray instead of scaling it
         info = image.info
@@ -273,8 +273,8 @@ def _convert_mode(image: Image.Image, mode: str) -> Image.Image:
 def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
     """Return the color profile of an image; None if it has none.
 
-    The first that exists of: a profile made from the known codes of its chunk cICP; its ICC profile; one made
-    from its chunks cHRM and gAMA.
+    A profile made from known codes of the cICP chunk takes precedence, then the ICC profile, then a profile
+    made from the chunks cHRM and gAMA.
     """
     if image.mode == "LAB":  # Pillow converts LAB to sRGB
         return None

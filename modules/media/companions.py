@@ -78,9 +78,9 @@ class OtherStreams:
         return self._clean_tags(self._source.metadata)
 
     def add_streams(self, target: Any, video: Any) -> None:
-        """Add a stream to the new file for each one of the source, and its chapters.
+        """Copy all other streams of the source and its chapters to the new file.
 
-        `video` is the stream of the new images, which gets the tags of the old ones.
+        `video` is the stream of the new images, which gets the tags of the source's images.
         """
         if self._main_video is not None:
             self._copy_stream_tags(video, self._main_video)

@@ -181,12 +181,12 @@ def has_alpha(frame: Any) -> bool:
 
 
 def frame_pixels(frame: Any, stream: Any, deep: bool = False, alpha: bool = False) -> NDArray[Any]:
-    """Return FFmpeg's frame of a stream as H W 3 on white; with `alpha` H W 4 if it has transparency.
+    """Return the pixels of a decoded frame, H W 3 on white; with `alpha`, H W 4 if it has an alpha channel.
 
-    With `deep`, return 16 bits a channel, else 8.
+    With `deep`, they have 16 bits per channel, otherwise 8.
     """
     rgb_format, rgba_format = ("rgb48le", "rgba64le") if deep else ("rgb24", "rgba")
-    # in one thread, because swscale with several threads sometimes damages rows
+    # in one thread, because swscale with several threads sometimes corrupts rows
     if not has_alpha(frame):
         pixels: NDArray[Any] = frame.to_ndarray(format=rgb_format, threads=1)
         return pixels

@@ -138,9 +138,9 @@ def join_alpha(colors: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
 
 
 def media_colors(path: Path) -> Colors:
-    """Return the information about the colors of an image, a clip (by its first frame) or a folder of images.
+    """Return what an image, a clip (in its first frame) or a folder of images states about its colors.
 
-    Animated GIF and WebP files never count as transparent: they are laid on white.
+    Animated GIF and WebP files never count as transparent: they are composited on white.
 
     Raises:
         MediaError: If it cannot be read.

@@ -56,9 +56,9 @@ class TrackAudio:
 
 
 def write_wav(path: Path, track: Track, tags: Mapping[str, str] | None = None) -> None:
-    """Write a track with 16 bits a sample, completely or not at all.
+    """Write a track as 16-bit WAV, completely or not at all.
 
-    `tags` are written as JSON in the file's comment, as a WAV has names for a few facts only.
+    `tags` are stored as JSON in the file's comment, because WAV has only a few named fields.
 
     Raises:
         OutputError: If the file cannot be written.
