@@ -105,7 +105,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     device = select_device(options.device)
     options = _resolve_options(family, options, device)
     loras = network_setup.expert_loras(family, options, with_texts=True)
-    # add the words in files of LoRAs and of --textual_inversion_embeddings
+    # add prompt words from LoRA files and from --textual_inversion_embeddings
     family = with_words_of(family, loras)
     family = with_embeddings(family, options.textual_inversion_embeddings or ())
     variants = make_variants(family.experts, loras, comparison.lora_multiplier)

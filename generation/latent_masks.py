@@ -14,7 +14,7 @@ from protocols.steps import CompletedStep, Section
 
 
 def restore_outside_mask(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Reset latents to the noisy original image wherever the section's mask does not let it change.
+    """Reset latents to the noisy original image wherever the section's mask does not allow changes.
 
     Call it after each step. Without a mask the latents are returned unchanged.
 

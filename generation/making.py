@@ -150,7 +150,7 @@ def _compare_memory(run: GenerationRun, predicted: Peaks) -> None:
 
 
 def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
-    """Warn if guidance passes cannot be batched or shared between processes as the options ask."""
+    """Warn if guidance passes cannot be batched or shared between processes as requested."""
     options = run.options
     # --split_attn processes one sample at a time, which also splits the guidance passes
     forces_split = options.speed.attention.split_attn and not options.split_uncond

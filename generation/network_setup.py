@@ -220,7 +220,7 @@ def expert_loras(
     Args:
         family: The model family.
         options: Options of the run.
-        with_texts: Whether to read changes of text encoders too, and the words in the files if the family
+        with_texts: Whether to read changes of text encoders too, and embeddings of prompt words if the family
             supports them.
 
     Raises:

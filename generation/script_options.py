@@ -138,7 +138,7 @@ class OutputOptions(Options, title="output"):
     file_name: str = option(default="", facts=NO_PIXELS)  # of the one result, if --save_path names a file
 
     def __post_init__(self) -> None:
-        """Raise OptionError if the output cannot be written, or does not have what other options need."""
+        """Raise OptionError if the output cannot be written, or if it lacks frames or audio to save."""
         if self.save_last_frame and self.output_type in UNDECODED:
             raise OptionError(
                 "--save_last_frame with --output_type latent: no frames are decoded. Use --output_type both, "

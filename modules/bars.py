@@ -88,7 +88,7 @@ class Bar(ExitStack):
             self._open_bar()
 
     def _open_bar(self) -> None:
-        """Open tqdm's bar at the present state of the work."""
+        """Open a tqdm bar that starts with the work done so far."""
         self.enter_context(logging_redirect_tqdm())  # write log lines above the bar
         bar = tqdm(
             total=self.total,

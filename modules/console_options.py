@@ -22,7 +22,7 @@ class ConsoleOptions(Options, title="log lines"):
     console_log_simple: bool = option("plain lines: no colors, no boxes")
 
     def apply(self) -> None:
-        """Change the handlers of the root logger.
+        """Set the level and the handler of the root logger.
 
         Raises:
             OptionError: If the file cannot be written.

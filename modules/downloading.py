@@ -240,7 +240,7 @@ def _read_pieces(answer: "requests.Response") -> Iterator[bytes]:
 
 
 def _check_answer(address: str, answer: "requests.Response") -> None:
-    """Raise RetryableError if a new attempt may succeed, DownloadRejected if the answer is not the file."""
+    """Raise RetryableError if a new attempt may succeed, DownloadRejected if the response is not the file."""
     code = answer.status_code
     hops = [response.url.lower() for response in (*answer.history, answer)]
     if protocol_of(address) == "https" and not all(url.startswith("https:") for url in hops):

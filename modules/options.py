@@ -332,7 +332,7 @@ NO_OPTIONS = NoOptions()
 def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
     """Return the default of a record's field.
 
-    A field without a stated default has None, False or the default record, if its type allows that.
+    A field without a declared default has None, False or the default record, if its type allows that.
 
     Raises:
         TypeError: If the field has no default.

@@ -154,10 +154,10 @@ class Parser(argparse.ArgumentParser):
             )
 
     def _record_typed_flags(self, argv: Sequence[str]) -> dict[str, str]:
-        """Record the flag with which each option is typed, an abbreviation in full.
+        """Record the flag with which each option is typed; abbreviations are completed.
 
         Returns:
-            Flag -> flag to show in messages instead, because the user has typed that one.
+            Flag -> flag to show in messages instead, because the user typed that one.
         """
         flags = self._option_string_actions
         self._typed_spellings.clear()
@@ -239,7 +239,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(self._normalize(argv), namespace)
 
     def _normalize(self, argv: Sequence[str]) -> list[str]:
-        """Join `12`, `GB` to one word `12 GB`, and correct - and _ in names of options; return the words."""
+        """Join `12`, `GB` to one word `12 GB`, and correct - and _ in option names; return the words."""
         words = list(argv)
         # from the end, so that the indices of earlier words stay valid
         for index in range(len(words) - 1, 0, -1):
@@ -583,7 +583,7 @@ def _add_option(
 def reject_unsupported(
     parser: argparse.ArgumentParser, args: argparse.Namespace, logs_unneeded: bool = True
 ) -> None:
-    """Raise OptionError if an option that is not supported is used.
+    """Raise OptionError if an unsupported option is used.
 
     With `logs_unneeded`, options that are not needed are logged.
     """

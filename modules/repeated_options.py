@@ -48,7 +48,7 @@ class RepeatedOption(NamedTuple):
 def accepted_options(
     record: type[Options], flags: Mapping[str, Sequence[str]] | None = None
 ) -> dict[str, AcceptedOption]:
-    """Return the options of a record, and of the records in it, by public name.
+    """Return the options of a record and its nested records, by public name.
 
     `flags` are additional spellings by public name, as the field that contains the record declares them.
     """

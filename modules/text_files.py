@@ -265,9 +265,9 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def _explain_toml(text: str, error: str) -> str:
-    """Return a hint for the usual mistakes in TOML, beginning with a newline, or "".
+    """Return a hint for common mistakes in TOML, beginning with a newline, or "".
 
-    `error` is that of the parser; it names a line.
+    `error` is the parser's message, which names a line.
     """
     match = re.search(r"at line (\d+)", error)
     lines = text.splitlines()

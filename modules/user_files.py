@@ -19,9 +19,9 @@ MAX_BYTES = 1 << 16
 
 
 def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.platform) -> Path:
-    """Return the folder of the user's own files of this program, which need not exist.
+    """Return the folder of the user's own files of this program, which may not exist.
 
-    It is in the system's folder for state of programs: $XDG_STATE_HOME, %LOCALAPPDATA%, or Application
+    It is in the system's folder for application state: $XDG_STATE_HOME, %LOCALAPPDATA%, or Application
     Support.
 
     Raises:

@@ -45,7 +45,7 @@ MAX_ELEMENTS = 2**31 - 1
 
 
 def repeat_pixels(x: Tensor, factor: int, maximum: int = MAX_ELEMENTS) -> Tensor:
-    """Repeat each pixel `factor` times in height and width: B C H W to B C fH fW, in the memory layout of x.
+    """Repeat each pixel `factor` times in height and width: B C H W to B C fH fW, in the memory format of x.
 
     Torch's own kernel is used for results of up to `maximum` values.
     """

@@ -379,11 +379,11 @@ def _read_durations(path: Path, maximum: int | None = None) -> list[float]:
 
 
 def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
-    """Yield the seconds of each frame of a GIF, whose first 6 bytes have been read.
+    """Yield the duration in seconds of each frame of a GIF; the first 6 bytes have been read.
 
     Raises EOFError if the file is cut short.
     """
-    _skip_colors(file, _read_exactly(file, 7)[4])  # byte 4 states the size of the table of colors
+    _skip_colors(file, _read_exactly(file, 7)[4])  # byte 4 states the size of the color table
     hundredths = 0
     while (kind := _read_exactly(file, 1)) != b";":
         if kind == b"!":  # an extension

@@ -237,7 +237,7 @@ def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
             format=stream.pix_fmt,
             dst_colorspace=colors.Colorspace.ITU709,
             dst_color_range=colors.ColorRange.MPEG,
-            threads=1,  # swscale with several threads sometimes damages rows
+            threads=1,  # swscale with several threads sometimes corrupts rows
         )
         converted.pts = index
         converted.time_base = 1 / stream.codec_context.framerate

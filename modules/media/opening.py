@@ -99,7 +99,7 @@ def _check_memory(path: Path, image: Image.Image) -> None:
 
 @contextlib.contextmanager
 def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Open a video: the container and its video stream.
+    """Open a video and yield (its container, its video stream).
 
     Raises:
         MediaError: If it cannot be read, also for errors inside the block.

@@ -155,7 +155,7 @@ def read_reference(path: Path, seconds: float, rate: int, channels: int) -> Samp
 
     Args:
         path: Path of the file.
-        seconds: Length of the clip that is made after it.
+        seconds: Length of the clip to generate with it.
         rate: Samples per second of the result.
         channels: Number of channels of the result.
 
@@ -191,7 +191,7 @@ def read_filled(
 ) -> Iterator[Samples]:
     """Yield `seconds` of a stream's samples from `begin` on, in the file's own time.
 
-    Where there is no sound, the samples are silence.
+    Gaps are filled with silence.
 
     Args:
         path: The file.
@@ -199,7 +199,7 @@ def read_filled(
         begin: Time of the first sample in seconds.
         seconds: Duration.
         rate: Samples per second to resample to.
-        layout: FFmpeg's name of the channels.
+        layout: FFmpeg's name of the channel layout.
         lenient: Fill with silence after damage, and warn; else raise FFmpegError.
     """
     total = round(seconds * rate)

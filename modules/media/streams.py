@@ -194,8 +194,8 @@ class Clock:
     def correct_start(self, time: Fraction | None) -> Fraction:
         """Return the corrected time at which the next image is shown.
 
-        A time near the grid of the constant rate is moved onto it. Times of the file that jump back, as in
-        joined files, continue after the last image. `time` is what the file states; None if it states none.
+        A time near the grid of the constant rate is moved onto it. If the file's times jump back, as in
+        joined files, they continue after the last image. `time` is the time in the file, or None.
         """
         expected = self._last_time + self._frame_seconds  # if frames come at the constant rate
         if time is None:

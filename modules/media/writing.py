@@ -297,25 +297,25 @@ def write_timed_video(
 
     Args:
         path: File to write.
-        frames: Images with rising times, read one at a time; 8 and 16 bits may be mixed.
-        rate: Number of images a second if they come evenly. Times n / rate are kept exactly, other times to a
+        frames: Images with increasing times, read one at a time; 8 and 16 bits may be mixed.
+        rate: Images per second if they are evenly spaced. Times n / rate are kept exactly, other times to a
             twentieth of a millisecond, in .mkv to half of one.
         codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit).
         crf: Quality.
         preset: Speed of x264 and x265.
         bit_rate: Bits per second instead of `crf`.
-        copied_video: Video whose sound, subtitles, attachments, chapters and tags are copied into this one
+        copied_video: Video whose audio, subtitles, attachments, chapters and tags are copied into this one
             without re-encoding; parts that the format does not support are logged.
-        audio_section: Part of a video from which only the sound is copied.
+        audio_section: Part of a video from which only the audio is copied.
         with_images: Whether cover images of `copied_video`, and other parts that may show the old images, are
             copied too.
         tags: Strings to store, by name; they replace the copied tags of these names.
-        track: Generated sound.
+        track: Generated audio.
 
     Raises:
         MediaError: If there is no frame, the codec does not fit the suffix or the images, or their size
             changes.
-        ValueError: If their times do not rise.
+        ValueError: If their times do not increase.
         OutputError: If the file cannot be written.
     """
     selected = encoding.select_codec(path, codec)
@@ -443,11 +443,11 @@ def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
 def join_segments(
     path: Path, segments: Sequence[bytes], fps: float, tags: Mapping[str, str] | None = None
 ) -> None:
-    """Join segments of `encode_segment` to one .mp4, completely or not at all.
+    """Join segments from `encode_segment` to one .mp4, completely or not at all.
 
     `tags` are the strings to store, by name.
 
-    Images are copied, not encoded again. A player that has an earlier file of that name open continues with
+    Images are copied, not encoded again. A player that has an earlier file of this name open keeps showing
     the earlier one.
 
     Raises:
