@@ -390,9 +390,9 @@ def load_for_columns(
 ) -> making.JobsWithNetworks:
     """Yield the clips of each column with networks that have the column's LoRAs.
 
-    A network is loaded once, and its weights are switched for each column. It is loaded again for each column
-    if its weights are stored in 8 bits, swapped or compiled, with T-LoRAs, or with several experts, because
-    copies of their original weights would double the host memory.
+    The network is loaded once, and its weights are changed for each column. It is loaded for every column if
+    it is quantized, swapped or compiled, with T-LoRAs, or with several experts, as copies of the original
+    weights would double the host memory.
     """
     speed = run.options.speed
     is_plain = speed.fp8.quantization is None and not speed.swap.number and speed.compilation.choice is None

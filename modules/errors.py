@@ -29,7 +29,7 @@ class CaptionError(OptionError):
 
 
 class DatasetError(UserError):
-    """Raised for an unusable dataset configuration, or an unusable file named in it."""
+    """Raised for an unusable dataset configuration or a file named in it."""
 
 
 class MediaError(UserError):
@@ -52,7 +52,7 @@ class CheckpointError(UserError):
 
 
 class OutputError(UserError):
-    """Raised if a file cannot be written: full disk, missing rights, a folder of that name."""
+    """Raised if a file cannot be written: full disk, missing rights, name of a folder."""
 
 
 class MemoryPlanError(UserError):
@@ -60,7 +60,7 @@ class MemoryPlanError(UserError):
 
 
 class DownloadError(UserError):
-    """Raised if a file cannot be downloaded: no connection, no access rights, damaged data."""
+    """Raised if a download fails: no connection, no access rights, damaged data."""
 
 
 class NothingFoundError(UserError):
@@ -85,5 +85,5 @@ _COMPILERS = ("torch._dynamo", "torch._inductor", "triton.")
 
 
 def is_of_compiler(error: BaseException) -> bool:
-    """Return whether an error comes from torch's compiler or Triton, so that further calls would fail too."""
+    """Return whether an error comes from torch's compiler or Triton, so that further calls fail too."""
     return any(cls.__module__.startswith(_COMPILERS) for cls in type(error).__mro__)

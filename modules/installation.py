@@ -296,7 +296,7 @@ def reject_in_queue(option: str) -> None:
     """Raise OptionError if the current command is a job of the browser's queue.
 
     Args:
-        option: Name of an option whose file is not shown on any page, and can make a library send data away.
+        option: Name of an option whose file no page shows, and which can make a library send data away.
     """
     if os.environ.get(FROM_QUEUE):
         raise OptionError(
@@ -352,10 +352,10 @@ def import_user_module(option: str, name: str, example: str, remedy: str) -> Mod
 
 @contextmanager
 def hide_packages(*names: str) -> Iterator[None]:
-    """Hide installed packages from imports inside the block; packages that are already loaded stay loaded.
+    """Hide installed packages from imports in the block; packages that are already loaded stay loaded.
 
     A package that is imported in the block and looks for a hidden one continues without it. After the block,
-    hidden packages can be imported again. This works because Python refuses to import a module whose entry in
+    hidden packages can be imported again. It works because Python refuses to import a module whose entry in
     `sys.modules` is None.
     """
     hidden: dict[str, ModuleType | None] = {name: None for name in names if name not in sys.modules}

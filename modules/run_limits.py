@@ -82,7 +82,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def is_limited() -> bool:
-    """Return whether this process runs a folder from somebody else, so that its options are limited."""
+    """Return whether this process runs somebody else's folder, so that its options are limited."""
     return bool(os.environ.get(FOLDERS_VARIABLE))
 
 
@@ -117,7 +117,7 @@ def is_in_queue(path: Path) -> bool:
 
 
 def reject_outside(option: str, path: Path) -> None:
-    """Raise OptionError if the path of an option is outside the folders that the run may write to."""
+    """Raise OptionError if an option's path is outside the folders that the run may write to."""
     error = describe_outside(path, option)
     if error is not None:
         raise OptionError(f"--{option} {path}: {error}")
@@ -154,7 +154,7 @@ def reject_sending(option: str, value: object, run_has_option: bool = False) -> 
 
 
 def _run_command(*words: str) -> str:
-    """Return the command that started this run with additional arguments, as a user would type it."""
+    """Return this run's command with additional arguments, as a user would type it."""
     return f"{os.environ[COMMAND_VARIABLE]} {shlex.join(words)}"
 
 

@@ -205,7 +205,7 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
 
 
 def _check_option_paths(action: argparse.Action, parsed: _ParsedArguments) -> None:
-    """Raise OptionError for an unusable path; a file that will be replaced is logged later, by the record."""
+    """Raise OptionError for an unusable path; the record will log that a file is replaced."""
     info: Mapping[str, Any] = getattr(action, "facts", {})
     name = _find_public_name(action)
     flag = f"--{name}" if action.option_strings else name
@@ -310,13 +310,13 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
 
 
 def _describe_rejection(rejection: Rejection) -> dict[str, Any]:
-    """Return the fields of a rejected option that are not empty; its help is stored in the table's row."""
+    """Return the fields of a rejected option that are not empty, without its help."""
     facts = {"reason": rejection.reason, "instead": rejection.instead, "values": list(rejection.values)}
     return {name: value for name, value in facts.items() if value}
 
 
 def _to_json_value(value: Any) -> Any:
-    """Convert a value of an argparse action (default, choices, ...) to a value that JSON can store."""
+    """Convert a value of an argparse action, such as its choices, to JSON types."""
     if isinstance(value, (list, tuple)):
         return [_to_json_value(item) for item in value]
     if isinstance(value, Mapping):
