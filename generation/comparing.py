@@ -153,7 +153,7 @@ def _make_columns(
 
 
 def _resolve_options(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
-    """Return the generation options as a comparison needs them, and prepare the device."""
+    """Return the options with what a comparison needs, such as a fixed seed, and prepare the device."""
     if options.optimized:
         options = network_setup.leave_out_missing(family, options, device)
     output = replace(options.output, no_progressive_save=True)

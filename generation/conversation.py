@@ -22,7 +22,7 @@ ChangeStrengths = Callable[[GenerationRun, Mapping[str, Sequence[float]]], Gener
 
 @dataclass
 class _Conversation:
-    """State of --interactive between two typed lines."""
+    """State of --interactive that is kept from one typed line to the next."""
 
     run: GenerationRun  # with the latest strengths of the LoRAs
     change_strengths: ChangeStrengths

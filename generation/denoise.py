@@ -451,7 +451,7 @@ def _find_start(
 def _switch_on_stage_loras(
     dit: nn.Module, strengths: Sequence[float], device: torch.device
 ) -> Iterator[None]:
-    """Enable a stage's LoRAs inside the `with` block, each with its strength; skip strengths of 0."""
+    """Enable the LoRAs of a request's stage inside the `with` block; a strength of 0 leaves a LoRA off."""
     from networks.gated_loras import stage_loras_of  # only with LoRAs of stages
 
     with ExitStack() as stack:

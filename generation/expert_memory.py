@@ -58,7 +58,7 @@ class ExpertSchedule:
 
     @property
     def count(self) -> int:
-        """Number of different experts that the run uses."""
+        """Number of different experts (high-noise, low-noise) that the run uses."""
         return len(set(self.order))
 
     def host_peak(self, weights: int, swapped: int) -> int:

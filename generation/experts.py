@@ -80,7 +80,7 @@ class ExpertPrefetch:
 
 
 def experts_by_step(family: Family, prepared: Prepared) -> list[int]:
-    """Return the index of the expert that denoises each step of a request."""
+    """Return, for each step of a request, the index of the expert that denoises it."""
     schedule = make_schedule(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
     timesteps = schedule.timesteps[prepared.first_step :].tolist()
     return [expert_at(timestep, family.experts) for timestep in timesteps]

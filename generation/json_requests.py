@@ -91,7 +91,7 @@ class Answers:
         self._interrupts = interrupts
 
     def send(self, event: str, **facts: Any) -> None:
-        """Write an event as one line of JSON.
+        """Write an event with its facts as one line of JSON.
 
         Raises:
             BrokenPipeError: If the reader has closed the pipe.

@@ -214,7 +214,7 @@ def encode_all_inputs(
 
 
 class EncodedJob(NamedTuple):
-    """A job whose prompts and inputs are encoded, by section index."""
+    """A generation job with its encoded prompts and inputs, each by section index."""
 
     job: GenerationJob
     encoded_prompts: Mapping[int, EncodedPrompts]
@@ -359,7 +359,7 @@ def progress_callbacks(
 
 @dataclass
 class _SectionPreview:
-    """Preview of a video that is generated in sections; each decoded section is appended."""
+    """Preview of a video that is generated in sections; each finished section is decoded and appended."""
 
     run: GenerationRun
     job: GenerationJob

@@ -72,7 +72,7 @@ class PhasePrediction:
 
     @property
     def max_swapped_blocks(self) -> int:
-        """Maximum for --blocks_to_swap."""
+        """Largest possible number of swapped transformer blocks."""
         return len(self.swaps) - 1
 
     def phase(self, count: int) -> memory_plan.Phase:
@@ -151,7 +151,7 @@ def predict_request(
 def _predict_input_encoding(
     family: Family, prepared: Prepared, cublas_workspace: memory_plan.MemoryPart
 ) -> tuple[list[memory_plan.Phase], Mapping[int, Conditions]]:
-    """Predict the memory for encoding input images and video; also return the encodings, by section."""
+    """Predict the memory for encoding input images and video; also return the conditions, by section."""
     if not needs_media(family, prepared):
         return [], dict(encode_inputs(family, NO_ENCODERS, prepared))
     encoders = family.media_encoders(META)

@@ -43,7 +43,7 @@ LorasByExpert = Sequence[Sequence["WeightedLora"]]  # LoRAs for each of `Family.
 
 @dataclass(frozen=True)
 class DitLoader:
-    """Load an expert with its LoRAs merged, its blocks compiled and swapped, to the device."""
+    """Loads a model's experts to the device, with LoRAs merged, and blocks compiled and swapped."""
 
     family: Family
     loras_by_expert: LorasByExpert

@@ -404,7 +404,7 @@ def request_extras(record: type[Any]) -> dict[str, str]:
 def _select_recorded(
     parser: argparse.ArgumentParser, args: argparse.Namespace, info: Mapping[str, Mapping[str, Any]]
 ) -> set[str]:
-    """Return the names of typed options to record in metadata, without those that are recorded elsewhere."""
+    """Return the names of options to record in metadata: changed ones, except those recorded elsewhere."""
     recorded = {
         action.dest
         for action in parser._actions

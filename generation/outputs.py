@@ -108,7 +108,7 @@ def output_stem(
 
 
 def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> str:
-    """Return a job's file name without suffix: the time and, if requested, seed and prompt."""
+    """Return a job's file name without suffix: time, seed and prompt, as far as --naming and others ask."""
     if output.naming == "time":  # as in sd-scripts
         return f"{when:%Y%m%d_%H%M%S}"
     if output.naming == "released":  # as in HunyuanVideo's code, without characters that file systems reject
@@ -255,7 +255,7 @@ def save_pixels(
 def _save_image(
     options: OutputOptions, stem: str, frames: Iterator[Frame], metadata: Mapping[str, str] | None
 ) -> Path:
-    """Write a single frame as a PNG file."""
+    """Write a single frame as a PNG file; return its path."""
     ending = "_000.png" if options.numbers_single else ".png"
     name = options.file_name or free_stem(options.save_path, stem, [ending]) + ending
     path = options.save_path / name

@@ -180,7 +180,7 @@ def log_job_progress(label: str, requests: Sequence[Prepared], begun: int, secon
 
 
 def measure_work(prepared: Prepared) -> float:
-    """Estimate a request's work for time estimates: number of steps times pixels."""
+    """Return a request's amount of work for time estimates: number of steps times pixels."""
     return prepared.num_steps * prepared.width * prepared.height * prepared.frames
 
 

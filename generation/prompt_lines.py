@@ -133,7 +133,7 @@ def read_path(text: str) -> str:
 
 
 def read_name(text: str) -> str:
-    """Return the text unchanged: the parser for options without a format."""
+    """Return the text unchanged; the parser of options that accept any text."""
     return text
 
 

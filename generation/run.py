@@ -367,7 +367,7 @@ def _check_loras(family: Family, loras_by_expert: LorasByExpert) -> None:
 
 
 def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
-    """Check the --post tools of the options and return them."""
+    """Return the --post tools of the options, after checking their model files."""
     from postprocessing.stages import PostTools  # only with --post
 
     post: FrameTools = PostTools(options.post.tools, device)

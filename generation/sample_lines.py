@@ -173,7 +173,7 @@ def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, 
 def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
     """Read a training prompt file (.txt, .toml or .json); return one dictionary per sample.
 
-    The keys are `prompt` and those of `SAMPLE_OPTIONS`. In TOML, `[prompt]` contains values that all
+    The keys are `prompt` and the keys of `SAMPLE_OPTIONS`. In TOML, `[prompt]` contains values that all
     `[[prompt.subset]]` tables share; a subset takes precedence. JSON is a list of prompt lines and objects.
 
     Raises:

@@ -252,7 +252,7 @@ class _Pen:
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 
     def write(self, corner: tuple[int, int], text: str, width: int) -> None:
-        """Draw a text, truncated to a width in pixels."""
+        """Draw a label, truncated to `width` pixels."""
         line = " ".join(escape_control_codes(text[:1000]).split())
         while line and self.draw.textlength(line, self.font) > width - 4:
             fitting = round(len(line) * width / self.draw.textlength(line, self.font))

@@ -276,7 +276,7 @@ def _check_launcher() -> None:
 
 
 def print_loading() -> None:
-    """Print on a terminal that torch is being loaded, once for all processes of a run."""
+    """Print on a terminal that torch is being loaded; of several processes, only the first prints it."""
     if draws_boxes(sys.stderr) and "torch" not in sys.modules and os.environ.get("LOCAL_RANK", "0") == "0":
         print("Loading torch ...", file=sys.stderr, flush=True)
 

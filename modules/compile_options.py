@@ -150,7 +150,7 @@ class CompileOptions(Options):
 
 
 class TrainingCompileOptions(CompileOptions):
-    """Options for compiling blocks in training: those of generation and those of accelerate."""
+    """Options for compiling blocks in training: the options of generation, and accelerate's."""
 
     dynamo_backend: str = option(
         "compile the blocks with this torch.compile back end, as accelerate names it: inductor, eager, ...; "

@@ -137,7 +137,7 @@ def send_ahead(tensor: Tensor, device: torch.device) -> Tensor:
 def pin(tensor: Tensor) -> Tensor:
     """Copy a host tensor to page-locked memory; return the tensor itself if the driver refuses.
 
-    Copies from memory that is not page-locked make the host wait for the device.
+    In that case, copying it to a CUDA device makes the host wait.
     """
     try:
         return tensor.pin_memory()
@@ -289,7 +289,7 @@ def release_heap() -> None:
 def keep_heap_small() -> None:
     """Make glibc return the memory of weights as soon as it is freed, for the rest of this process.
 
-    By default, glibc raises MMAP_THRESHOLD to the size of freed blocks, up to 32 MiB. Smaller blocks then
+    By default, glibc raises its mmap threshold to the size of freed blocks, up to 32 MiB. Smaller blocks then
     come from its heap, where weights that are still in use leave holes.
     """
     if _GLIBC is not None:

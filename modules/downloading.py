@@ -219,7 +219,7 @@ def _read_version(response: "requests.Response") -> str | None:
 
 
 def _read_size(response: "requests.Response", start: int) -> int | None:
-    """Return the whole file's size, of which the response contains bytes from `start` on; None if unknown."""
+    """Return the size of the whole file, given a response with its bytes from `start` on; None if unknown."""
     if response.headers.get("content-encoding"):  # the stated length is the compressed one
         return None
     length = _read_number(response, "content-length")

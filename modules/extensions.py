@@ -65,7 +65,7 @@ def _find_entries(group: str) -> Iterator[EntryPoint]:
 
 
 def _load(entry: EntryPoint) -> Any:
-    """Import the object of an entry point; errors of its code become InstallationError."""
+    """Import the object of an entry point; any error in its code becomes an InstallationError."""
     try:
         found = importlib.import_module(entry.module)
         return getattr(found, entry.attr) if entry.attr else found

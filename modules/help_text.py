@@ -89,7 +89,7 @@ class DescribedOption:
 
 
 def describe_options(parser: argparse.ArgumentParser) -> list[DescribedOption]:
-    """Return all options that have a flag, in the order of the full help."""
+    """Return the descriptions of all options that have a flag, in the order of the full help."""
     return [
         _describe_option(action, group.title or "")
         for group in sorted(parser._action_groups, key=_rank_group)

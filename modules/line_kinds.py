@@ -55,6 +55,6 @@ def show_kinds(lines: Iterable[str]) -> list[str]:
 
 
 def read_kind(printed: str) -> ReadLine:
-    """Split a printed line into its kind and its text."""
+    """Split a printed line into its kind, such as "warning", and its text; the kind is "" if it has none."""
     kind, end, text = printed.partition(END)
     return ReadLine(kind, text) if end and kind in KINDS else ReadLine("", printed)

@@ -51,7 +51,7 @@ DEFAULT = Pace()
 
 
 class LostProcess(NamedTuple):
-    """A process whose loss means that the run cannot continue."""
+    """A process that was lost (killed or silent), so that the run cannot continue."""
 
     rank: int
     cause: str  # KILLED or SILENT

@@ -185,7 +185,7 @@ _ROLES = (
 
 
 def find_our_option(foreign_name: str, has: Container[str]) -> str:
-    """Return the first of our names for another program's option that is in `has`; "" if there is none."""
+    """Return our first name for another program's option that is in `has`; "" if there is none."""
     names = [name for name in _list_our_names(foreign_name) if name in has]
     names += [name for line in _list_synonyms(foreign_name) for name in line if name in has]
     return names[0] if names else ""
@@ -198,7 +198,7 @@ def _list_our_names(foreign_name: str) -> list[str]:
 
 
 def _list_synonyms(name: str) -> list[list[str]]:
-    """Return the lines of `_SYNONYMS` that contain `name`, each as a list of synonymous option names."""
+    """Return the lines of `_SYNONYMS` that contain `name`, each as a list of option names."""
     lines = [line.split() for line in _SYNONYMS.splitlines()]
     return [names for names in lines if name in "+".join(names).split("+")]
 

@@ -60,7 +60,7 @@ def check_characters(option: str, value: Any) -> None:
 
 
 def to_path(option: str, text: str) -> Path:
-    """Return the path with `~` resolved.
+    """Return the path with `~` expanded.
 
     Raises:
         OptionError: If no file can have the name, or if a missing path shows a common mistake.
@@ -76,7 +76,7 @@ def to_path(option: str, text: str) -> Path:
 
 
 def height_width(two_pairs: re.Match[str]) -> tuple[str, str]:
-    """Return (height, width) from a match of `JOINED`; sizes joined by an x have the width first."""
+    """Return (height, width) from a match of `JOINED`; "832x480" has the width first."""
     is_width_first = two_pairs[2].strip(", :") != ""
     return (two_pairs[3], two_pairs[1]) if is_width_first else (two_pairs[1], two_pairs[3])
 
@@ -276,7 +276,7 @@ def _parse_literal(text: str) -> Any:
 def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
     """Return the seed for a text: an integer as it is, any other text hashed to `bits` bits.
 
-    The hash equals that of other tools; values from them are in tests/golden/string_seeds.json.
+    The hash is the one that other tools use; tests/golden/string_seeds.json contains values from them.
 
     Raises:
         ValueError: For a number with more digits than any seed.

@@ -218,7 +218,7 @@ def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **
 
 
 class KeyFile(NamedTuple):
-    """A kind of settings file; for the error if one of its keys is typed as an option."""
+    """A type of settings file, for the error message if one of its keys is typed as an option."""
 
     read_keys: Callable[[], Collection[str]]  # a function, because only error messages need its imports
     hint: str  # advice with the placeholder {key}
@@ -294,7 +294,7 @@ class Options:
             self.__post_init__()
 
     def value_of(self, name: str) -> Any:
-        """Return the value of an option by its public name."""
+        """Return the value of the option with this public name."""
         return getattr(self, self.fields_by_name[name].name)
 
     @classmethod
@@ -317,7 +317,7 @@ class Options:
 
 
 def _list_values(record: Options) -> dict[str, Any]:
-    """Return a record's field values by name, without cached properties and `OF_TYPING`."""
+    """Return a record's field values by name, without cached properties and fields marked `OF_TYPING`."""
     of_options = (field for field in dataclasses.fields(record) if not field.metadata.get("typing"))
     return {field.name: getattr(record, field.name) for field in of_options}
 
@@ -449,7 +449,7 @@ def _list_set(record: Any, names: Collection[str]) -> list[str]:
 
 
 def find_reach(facts: Mapping[str, Any]) -> str:
-    """Return the effect of an option beyond this program, such as "writes" or "sends"; "" if it has none."""
+    """Return an option's effect outside of this program, such as "writes" or "sends"; "" if it has none."""
     return str(facts.get("reach", "writes" if facts.get("place") in MADE_PLACES else ""))
 
 

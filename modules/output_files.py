@@ -97,7 +97,7 @@ def check_place(option: str, path: Path) -> None:
 
 
 def reject_replacing(option: str, output: Path, inputs: Sequence[Path]) -> None:
-    """Raise OptionError if the output file is one of the input files, even under another path."""
+    """Raise OptionError if the output file is one of the input files, even by another path."""
     for path in inputs:
         is_same = real_path(output) == real_path(path)
         if is_same or (output.exists() and path.exists() and output.samefile(path)):

@@ -394,7 +394,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def typed_names(args: argparse.Namespace) -> Mapping[str, str]:
-    """Map each typed option to the flag that the user typed; keys are the flags that messages would show."""
+    """Return the flags that the user typed, by the flags that messages would otherwise show."""
     names: Mapping[str, str] = getattr(args, "typed_names", {})
     return names
 

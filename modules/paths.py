@@ -213,7 +213,7 @@ def is_address(text: str) -> bool:
 
 
 def protocol_of(address: str) -> str:
-    """Return the protocol of an address in lower case."""
+    """Return the scheme of a URL, such as https, in lower case."""
     match = _ADDRESS.match(address)
     assert match is not None
     return match[1].lower()

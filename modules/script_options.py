@@ -15,7 +15,7 @@ def read_command_line(argv: Sequence[str] | None, build_parser: Callable[[], Par
     """Return the running script's parser and its parsed arguments.
 
     Args:
-        argv: Arguments of the command line. None: those of the process, which the script's table has parsed.
+        argv: Arguments of the command line. None: the process's own, which the script's table has parsed.
         build_parser: Makes the parser from the script's records, if no compiled table has parsed the line.
     """
     parsed = take_parsed_line() if argv is None else None

@@ -143,7 +143,7 @@ GENERATION_VALUES = {  # value of --attn_mode -> mode
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The attention back end and how to use it: settings that models pass to `attend`."""
+    """The attention kernel and how to use it: settings that models pass to `attend`."""
 
     mode: str  # a key of `modules.attention.attend.BACKENDS`
     split: bool = False  # compute one sample at a time
@@ -167,7 +167,7 @@ class TrainingAttentionOptions(Options, title="attention"):
 
     @property
     def choice(self) -> AttentionChoice:
-        """The enabled back end; sdpa if none is enabled."""
+        """Settings of the attention kernel whose option is given; sdpa if none is."""
         modes = (mode for mode, flag in TRAINING_FLAGS.items() if getattr(self, flag.removeprefix("--")))
         return AttentionChoice(next(modes, "sdpa"), self.split_attn)
 

@@ -219,7 +219,7 @@ def _check_option_paths(action: argparse.Action, parsed: _ParsedArguments) -> No
 
 
 def _find_public_name(action: argparse.Action) -> str:
-    """Return an option's public name in its record: the flag whose name is the action's `dest`."""
+    """Return an option's public name in its record: the flag that corresponds to the action's `dest`."""
     names = (flag.removeprefix("--") for flag in action.option_strings)
     return next((name for name in names if name.replace("-", "_") == action.dest), action.dest)
 

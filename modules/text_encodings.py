@@ -122,7 +122,7 @@ def _count_beyond_ascii(text: str) -> int:
 
 
 def _guess_utf16_or_32(content: bytes, marked: str | None) -> EncodingGuess | None:
-    """Return the guess for UTF-16 or UTF-32.
+    """Decode the bytes as UTF-16 or UTF-32; return the guess, or None if the text is implausible.
 
     `marked` is the encoding that the byte order mark indicates; None without a mark.
     """

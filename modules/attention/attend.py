@@ -432,7 +432,7 @@ class SecondText:
         return torch.cat([x[:, : self.num_image_tokens], x[:, -self.num_text_tokens :]], dim=1)
 
     def combine(self, first: Tensor, second: Tensor) -> Tensor:
-        """Combine two attention outputs, each computed with one of the texts, into one: B L+T+T' N D."""
+        """Combine two attention outputs, each computed with one of two prompts, into one: B L+T+T' N D."""
         steered = self.combine_attention(
             first[:, : self.num_image_tokens], second[:, : self.num_image_tokens]
         )

@@ -83,7 +83,7 @@ class NamedFeedForward(nn.Module):
 
 
 class Float32LayerNorm(nn.Module):
-    """LayerNorm over the last axis. Returns float32, ready for modulation; the caller casts."""
+    """LayerNorm over the last axis that returns float32, for modulation in float32; the caller casts back."""
 
     def __init__(self, dim: int, eps: float, affine: bool = False) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class CenteredNorm(ScaleNorm):
 def centered_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Return `rms_norm` with the weight 1 + scale, in float32 and then in the dtype of x.
 
-    `scale` is C.
+    `scale` has one value per channel, C.
     """
     return rms_norm(x.float(), 1 + scale.float(), eps).to(x.dtype)
 

@@ -159,7 +159,7 @@ class GridTable(Generic[Layout]):
         self._last: tuple[Layout, Tensor] | None = None
 
     def get_table(self, grid: Layout, device: torch.device) -> Tensor:
-        """Return the table of a grid on a device; computed only if the last call was for another one."""
+        """Return a grid's table on a device; it is only computed if the last call was for another grid."""
         if self._last is None or self._last[0] != grid or self._last[1].device != device:
             with torch.inference_mode(False):  # also for the next training step
                 self._last = grid, self._make(grid, device=device)

@@ -386,7 +386,7 @@ def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
 
 
 def _make_curve(info: dict[Any, Any]) -> list[int] | None:
-    """Return the sRGB values of a PNG's 256 values by its gAMA chunk; None if they are unchanged."""
+    """Return a table from a PNG's 256 levels to sRGB by its gAMA chunk; None if it changes nothing."""
     gamma = _read_gamma(info)
     if gamma is None or abs(_SRGB_LIKE_GAMMA * gamma - 1) <= _GAMMA_TOLERANCE:
         return None

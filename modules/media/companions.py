@@ -215,7 +215,7 @@ class OtherStreams:
             self._skip(name)
 
     def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
-        """Add an attached file to .mkv; if images are not kept, only a font."""
+        """Add an attached file to .mkv; if files that may contain images are not kept, only a font."""
         file_name = stream.metadata.get("filename", "").lower()
         is_font = file_name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2"))
         is_font = is_font or "font" in stream.metadata.get("mimetype", "").lower()

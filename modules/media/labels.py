@@ -11,7 +11,7 @@ LABELS = (MASK_LABEL, CONDITION_LABEL)
 
 
 def label_of(stem: str) -> str | None:
-    """Return the label at the end of a file's stem, such as a mask's; None for an ordinary image."""
+    """Return the label that a companion file's stem ends with, such as `-masklabel`; None for other files."""
     lower = stem.lower()
     return next((label for label in LABELS if lower.endswith(label) and len(lower) > len(label)), None)
 

@@ -143,7 +143,7 @@ def _explain_missing_video(path: Path, container: Any, stream: Any | None) -> Me
 
 
 def _pixel_bits(codec: Any) -> int:
-    """Return the bits per decoded pixel; those of RGB if the file does not state its pixel format."""
+    """Return the bits per decoded pixel, as for RGB if the file does not state its pixel format."""
     return 24 if codec.format is None else max(1, codec.format.padded_bits_per_pixel)
 
 

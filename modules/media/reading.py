@@ -169,7 +169,7 @@ def media_colors(path: Path) -> Colors:
 
 
 def _combine_colors(of_images: Sequence[Colors]) -> Colors:
-    """Return what applies to any of several images, and the first reason why an ICC profile is not used."""
+    """Return the colors of several images as one: what applies to any of them, and the first rejection."""
     return Colors(
         is_transparent=any(colors.is_transparent for colors in of_images),
         is_converted=any(colors.is_converted for colors in of_images),
@@ -365,7 +365,7 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
 
 
 class FrameSizes:
-    """Notices a change of the frame size within a clip, as in rotated recordings and mixed folders."""
+    """Records whether the frame size changes within a clip, as in rotated recordings and mixed folders."""
 
     def __init__(self) -> None:
         self.change: str | None = None  # "64x32, from frame 9 on 32x64": the first change

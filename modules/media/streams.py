@@ -30,7 +30,7 @@ FALL_SECONDS = 1  # a larger drop of times means that two recordings were joined
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """Facts about a video from its header; sizes are those of the upright images."""
+    """Facts about a video from its header; sizes are those of upright images."""
 
     width: int
     height: int

@@ -125,7 +125,7 @@ class Timing:
     """Records when each image is shown, and sets these times on the packets that the encoder returns."""
 
     def __init__(self, rate: Fraction) -> None:
-        """Start without images; `rate` is the encoder's frame rate per second."""
+        """Start without images; `rate` is the encoder's number of frames per second."""
         self.count = 0  # images so far
         self.seconds = Fraction(0)  # duration of the images so far
         self._rate = rate
