@@ -60,7 +60,7 @@ def line_reader(options: Iterable[tuple[str, str]], help_end: str = "") -> Calla
 
 @contextlib.contextmanager
 def ring_after(is_asked: bool) -> Iterator[None]:
-    """Ring the terminal's bell after the block, even after an error, unless output goes to a file."""
+    """Ring the terminal's bell after the block if `is_asked`, even after an error; never in a log file."""
     try:
         yield
     finally:

@@ -333,7 +333,7 @@ def progress_callbacks(
         bar: Bar | None = None  # progress of the current section's steps
 
         def advance(step: CompletedStep) -> bool:
-            """Advance the bar, and save the mask of changes in a masked section; return False to continue."""
+            """Advance the bar; in image editing, also save the mask of changed latents. False continues."""
             assert bar is not None, "a section begins before its steps"
             bar.update()
             if step.section.edit_reference is not None and output.output_type != NOTHING:

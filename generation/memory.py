@@ -435,7 +435,7 @@ def predict_decoding(
 
 
 def make_phase(name: str, ledger: dry.Ledger, cublas_workspace: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Return a phase whose memory is the peak of a dry run plus cuBLAS's workspace."""
+    """Return a phase of the memory plan: the peak that `ledger` recorded, plus cuBLAS's workspace."""
     _, bytes_by_kind = dry.peak_of_phases(ledger.peaks)
     weights = bytes_by_kind.get(dry.WEIGHTS, 0)
     work = sum(bytes_by_kind.values()) - weights

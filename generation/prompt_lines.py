@@ -469,7 +469,7 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def lines_of(path: Path | None) -> dict[str, str | None]:
-    """Return the prompt lines of a --from_file file by label; without a file, a single None, for --prompt."""
+    """Return the prompt lines of a --from_file file by label, such as "line 3"; without a file, one None."""
     if path is None:
         return {"the prompt": None}
     return {f"line {number}": line for number, line in read_generation_lines(path)}

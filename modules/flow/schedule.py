@@ -161,8 +161,8 @@ def _make_terminal_grid(terminal: float, steps: int, flow_shift: float) -> Sched
 def stretch_levels(levels: Tensor, flow_shift: float, terminal: float) -> Tensor:
     """Shift noise levels, then stretch them so that the last level is `terminal`.
 
-    `levels` are N decreasing values in float64 that begin with 1 and leave out the final 0. A single level
-    stays 1.
+    `levels` are N decreasing values in float64 that begin with 1 and do not include the final 0. A single
+    level stays 1.
     Source: `shift_terminal` of diffusers' FlowMatchEulerDiscreteScheduler.
     """
     levels = shift_sigmas(levels, flow_shift)

@@ -36,7 +36,7 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16]  # H W 3, RGB; 16 bits use their
 
 @dataclass(frozen=True)
 class OutputFrame:
-    """A frame and its display time, in exact seconds, so that rounding errors do not accumulate."""
+    """A frame, and when and how long it is shown, in exact seconds so that rounding errors do not add up."""
 
     pixels: Pixels
     start: Fraction

@@ -149,7 +149,7 @@ def _reduce_to_gray(frame: Frame, longest: int) -> Gray:
 
 
 def _average_cells(frame: Frame) -> Gray:
-    """Average the luma 0..1 over CELLS cells along the shorter side; a smaller frame keeps its pixels."""
+    """Return the luma 0..1, averaged over a grid of CELLS along the shorter side if the frame is larger."""
     return _reduce(frame, CELLS / min(frame.shape[:2]))
 
 
