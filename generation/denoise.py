@@ -119,7 +119,7 @@ def match_audio_schedule(section: steps.Section, schedule: Schedule, index: int,
         index: Index of the step.
         velocity: Velocity of video and audio, B N.
     """
-    # how latents of video and audio lie in one tensor; None without audio
+    # layout of video and audio latents in one tensor; None without audio
     audio_video = section.overrides.audio_video_shapes
     if audio_video is None or schedule.audio_sigmas is None:
         return velocity
@@ -354,7 +354,7 @@ class _SectionDenoiser:
         prepared, family = self.prepared, self.family
         # stages: requests that run one after another, each from the result of the previous one
         stage_request = prepared.stages[section.stage] if prepared.stages else prepared
-        if section.solver is not None:  # a family's own solver may count several steps for one
+        if section.solver is not None:  # a family's own solver may have a different number of steps
             stage_request = replace(stage_request, steps=section.solver.schedule.num_steps)
         # a solver that adds noise continues the generator of the section's start
         solver = section.solver or solver_for(

@@ -140,7 +140,7 @@ class ExpertOffloader:
         try:
             self._activate(expert_order[0] if expert_order else noisiest(self.experts))
             yield lambda timestep: self._activate(expert_at(timestep, self.experts))
-        finally:  # also where Ctrl-C comes in the middle of a move
+        finally:  # also if Ctrl-C interrupts a move
             if self._prefetch is not None:
                 self._cancel_prefetch(self._prefetch)
             if not self.keep:  # no further prompts need the experts

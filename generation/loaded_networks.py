@@ -109,8 +109,8 @@ class Session:
                         (conditions,) = encoder.encode([text])
                         outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
             finally:
-                if self.dits.keep and is_loaded:  # else Ctrl-C may have come in the middle of a move
-                    encoder.load(CPU)  # a loaded encoder moves
+                if self.dits.keep and is_loaded:  # otherwise Ctrl-C may have interrupted a move
+                    encoder.load(CPU)  # moves the loaded encoder
                 else:
                     encoder.free()
                 free_memory(self.device)
@@ -127,7 +127,7 @@ class Session:
         """Encode the prompts of each section with LoRAs in the text encoders, which are then freed."""
         assert not self.dits.keep, "kept encoders have the LoRAs of before in their weights"
         before = self._encoded, self.text_loras
-        self._encoded = {}  # results of `texts` are kept by text, and these depend on the LoRAs too
+        self._encoded = {}  # it keeps results by prompt, but these also depend on the LoRAs
         self.text_loras = loras
         try:
             return self.encode_texts(prompts)

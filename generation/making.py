@@ -432,7 +432,7 @@ def decode_all(
                     latent=run.family.latent,
                 )
                 paths[job.label] = path
-                if are_named:  # else the last box lists it
+                if are_named:  # otherwise the final summary lists it
                     logger.info("%s: %s", job.label, path)
                 if job.preview is not None and job.preview.exists():
                     remove_preview(job.preview)

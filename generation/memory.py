@@ -285,8 +285,8 @@ def predict_denoising(
         section = on_device(next(sections), dry.ACCELERATOR)
         heaviest = _HeaviestStep(family, options, prepared, dit=dit, ledger=ledger, section=section)
         if section.overrides.section_cache is not None:
-            # The pass that fills it has the peak, and comes before layers outside of the blocks have computed
-            # what they keep for all steps. Without it, its bytes would seem to be those of one more block.
+            # After this run, layers outside of the blocks have computed what they keep for all steps.
+            # Otherwise only later runs would include these bytes, as if they belonged to one more block.
             heaviest.measure((1,) * len(blocks))  # one block of each list
         peaks_by_phase = extrapolate(heaviest.measure, tuple(map(len, blocks.values())))
     return PhasePrediction(

@@ -209,7 +209,7 @@ def check_together(family: Family, options: GenerationOptions) -> None:
     flags = " and ".join(speed.modes.flags)
     count_shared_passes(speed, launched_processes())
     uses = _uses_of(family, options)
-    for check in speed.modes.hooks.check_uses:  # of each kind of division over processes that is in use
+    for check in speed.modes.hooks.check_uses:  # of each way in use to divide a run over processes
         check(uses)
     if options.sheet.sheet is not None:
         raise OptionError(

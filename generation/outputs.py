@@ -108,7 +108,7 @@ def output_stem(
 
 
 def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> str:
-    """Return a job's file name without suffix: time, seed and prompt, as far as --naming and others ask."""
+    """Return a job's file name without suffix, from time, seed and prompt as the options determine."""
     if output.naming == "time":  # as in sd-scripts
         return f"{when:%Y%m%d_%H%M%S}"
     if output.naming == "released":  # as in HunyuanVideo's code, without characters that file systems reject
@@ -212,8 +212,8 @@ def save_pixels(
     saves_last_frame = options.save_last_frame and not is_image
     hides_content = post is not None and post.hides_content
     last_frame = deque[Frame](maxlen=1)  # filled while the frames are written
-    # the last frame is taken before the tools, so that another video can continue from it, or after a tool
-    # that hides something
+    # the last frame is saved unprocessed, so that another video can continue from it; but if a tool hides
+    # content, it is saved processed
     if saves_last_frame and not hides_content:
         frames = remember(frames, last_frame)
     if post is not None:

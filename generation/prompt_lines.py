@@ -290,7 +290,7 @@ def split_line(line: str) -> SplitLine:
     text, *parts = _cut_options(f" {line.lstrip()}" if starts_with_option else line)
     prompt_options = [part for part in parts if part.partition(" ")[0].lower() == PROMPT]
     if not prompt_options:
-        # a line that starts with dashes is taken as text, as in other programs, unless a space precedes them
+        # a line that starts with dashes is a prompt, as in other programs, unless a space precedes them
         if line.startswith("--"):
             return SplitLine(f"--{parts[0]}", parts[1:])
         return SplitLine(text, parts)

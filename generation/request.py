@@ -225,7 +225,7 @@ def find_edit_loras(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
             yield path, " (--edit)"
             continue
         if metadata.get("ss_edit") == "False" and metadata.get("ss_model_version", "None") == "None":
-            continue  # a LoRA of this model learned edits only with --edit
+            continue  # LoRAs of this model are trained for edits only with --edit
         try:
             tables = parse_json(metadata.get("ss_datasets", ""))
         except ValueError:
@@ -248,7 +248,7 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     # complete the request, and check what does not depend on the family's values
     request = make_request(options.request, overrides, options.prompts)
     if options.step_cache.is_on or overrides:
-        from blissful_tuner.step_cache import select_step_cache  # only if a line may ask for one
+        from blissful_tuner.step_cache import select_step_cache  # only if a line may request one
 
         step_cache, settings = select_step_cache(options.step_cache, overrides)
         request = replace(request, step_cache=step_cache, settings={**request.settings, **settings})

@@ -545,7 +545,7 @@ def save_merged_model(
     targets = [path]
     if has_several_experts:
         targets = [path.with_name(f"{path.stem}_{expert.name}{path.suffix}") for expert in experts]
-    # an expert without LoRAs is left out; a model of one network is written even without LoRAs
+    # an expert without LoRAs is left out; a model with one expert is written even without LoRAs
     merged_indices = [
         index for index in range(len(files)) if loras_by_expert[index] or not has_several_experts
     ]

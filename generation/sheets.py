@@ -353,7 +353,7 @@ def _make_grid(axes: Sequence[Axis], paths: Mapping[CellIndex, Path], prompt: st
         columns=tuple(horizontal.describe(column) for column in range(num_columns)),
         rows=tuple(rows),
         title="" if has_prompts else shorten_prompt(prompt, MAX_TITLE_LENGTH),
-        # all rows, each with a line of text, fit
+        # small enough that all rows and their labels fit
         max_cell_side=min(MAX_CELL_SIDE_OF_SHEET, MAX_VIDEO_HEIGHT // num_rows - TEXT_HEIGHT),
     )
 

@@ -233,7 +233,7 @@ def remove_leftovers(
             if temporary is None or not is_removable(temporary["name"]):
                 continue
             with contextlib.suppress(OSError):  # another process removed it, or has it open on Windows
-                # the time of a folder is that at which its last file was added or removed
+                # the time of a folder changes when a file is added to it or removed from it
                 changed = entry.stat(follow_symlinks=False).st_mtime
                 owner = _read_claim(entry) or temporary  # both name the machine and the process
                 if changed > now - _find_min_age(owner, older_seconds):

@@ -149,7 +149,7 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
     handlers = list(logging.getLogger().handlers)
     for handler in handlers:
-        handler.filters.insert(0, respell)  # first, so that of nested blocks the inner one respells first
+        handler.filters.insert(0, respell)  # first, so that the innermost of nested blocks respells first
     try:
         yield
     except UserError as error:

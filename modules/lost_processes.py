@@ -136,7 +136,7 @@ class OtherProcesses:
         num_missed_beats = 0
         unfinished_line = b""
         connection.settimeout(self._pace.heartbeat_seconds)
-        # counted in waits, not by a clock: a group that is stopped as a whole, by Ctrl-Z, continues later
+        # count waits instead of reading a clock: processes that Ctrl-Z stops together can continue later
         while num_missed_beats * self._pace.heartbeat_seconds < self._pace.timeout_seconds:
             try:
                 received = connection.recv(1024)

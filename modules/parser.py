@@ -206,7 +206,7 @@ class Parser(argparse.ArgumentParser):
         `without_flag` are these options (`by_place`). The first word without an option becomes the value of
         the first of them that has none, and so on; an option with several values gets all these words.
         """
-        words = [_Word(word) for word in argv]  # argparse keeps the objects: equal words differ
+        words = [_Word(word) for word in argv]  # argparse keeps these objects: equal words differ
         required = [action for action in self._actions if action.required]
         for action in required:  # missing options are reported later
             action.required = False
@@ -362,7 +362,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{shown} is not a choice. Use {', '.join(choices)}.{near}")
 
     def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
-        """Count an option's values as argparse does, but name the missing values in the error message."""
+        """Count an option's values as argparse does, but name the expected values if there are too few."""
         names = action.metavar
         try:
             return super()._match_argument(action, arg_strings_pattern)

@@ -104,7 +104,7 @@ def number_key(name: str) -> tuple[tuple[str | int, ...], str, str]:
     width sort as plain text. The suffix is compared last.
     """
     stem, suffix = os.path.splitext(name)  # noqa: PTH122
-    # text, number, text, number, ..., text: so that texts are compared with texts, numbers with numbers
+    # text, number, text, number, ..., text: so that text is compared with text, and numbers with numbers
     parts = _DIGITS.split(stem.casefold())
     compared = tuple(int(part) if index % 2 else part for index, part in enumerate(parts))
     return compared, suffix.casefold(), name

@@ -52,7 +52,7 @@ def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
     """
     try:
         status = os.stat(path)  # noqa: PTH116  # takes half the time of `path.stat`
-    except ValueError:  # a NUL character, by which the system ends names
+    except ValueError:  # a NUL character, which ends a name
         raise OSError(errno.EINVAL, "its name contains a character that no file name can have") from None
     mode = status.st_mode
     if stat.S_ISDIR(mode):
@@ -151,7 +151,7 @@ def read_content(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
     Raises:
         OSError: If the file cannot be read, is not regular or is larger than `limit_bytes`.
     """
-    maximum = limit_bytes + 1  # one more than allowed, not what a size claims: a file may grow
+    maximum = limit_bytes + 1  # one more than allowed, whatever the size: a file may grow
     size = require_regular_file(path, limit_bytes) + 1
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:

@@ -40,7 +40,7 @@ def read_command(option: str, text: str) -> list[str]:
         _reject_shell(option, argv)
     if shutil.which(program) is None:
         raise OptionError(f"{option}: {program} {_explain_missing(option, program)}")
-    script = argv[1] if len(argv) > 1 else "-"  # "-", as before an option: no script
+    script = argv[1] if len(argv) > 1 else "-"  # "-" stands for no script
     runs_script = name.rstrip("0123456789.") in INTERPRETERS and not script.startswith("-")
     if runs_script and not Path(script).is_file():
         raise OptionError(f"{option}: there is no script {script} in {Path.cwd()}. Fix the path")

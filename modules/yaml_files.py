@@ -61,7 +61,7 @@ def parse_yaml(text: str) -> Any:
         # messages of our own checks begin with "it" and need no other reason
         if isinstance(error, ValueError) and str(error).startswith("it "):
             raise
-        raise ValueError(f"a value does not fit its tag or its place ({error})") from None  # as !!int ""
+        raise ValueError(f"a value does not fit its tag or its place ({error})") from None  # such as !!int ""
     check_numbers(content)
     return content
 

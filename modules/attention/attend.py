@@ -255,7 +255,7 @@ def attend(
         query = query.to(dtype)
         key = key.to(dtype)
         value = value.to(dtype)
-    # for samples of equal length; `backend.packed`, which some back ends have, takes real tokens in a row
+    # for samples of equal length; `backend.packed` takes the concatenated real tokens of all samples
     dense = backend.dense if repeats is None else functools.partial(sdpa, repeats=repeats)
     if lengths is None:
         if choice.split and len(query) > 1:

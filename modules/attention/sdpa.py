@@ -90,7 +90,7 @@ def _attend_to_each(q: Tensor, k: Tensor, v: Tensor, order: list[SDPBackend]) ->
 
 def key_bias(repeats: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
     """Return an attention bias, 1 1 `queries` S, that acts as if key i were repeated repeats[i] times."""
-    # the dtype before the shape: to change it afterwards would write out a row for each query
+    # cast before expanding: a later cast would materialize a row for each query
     return repeats.log().to(dtype).expand(1, 1, queries, -1)
 
 

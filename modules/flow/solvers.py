@@ -125,7 +125,7 @@ class DpmPlusPlus:
         x0 = prediction.x0
         if self._history and following.sigma > 0:  # the step to sigma 0 is infinitely long
             previous = self._history[-1]
-            # length of the last step divided by that of this one: infinite after pure noise
+            # length of the last step relative to this step: infinite after pure noise
             last_step = current.log_ratio - previous.level.log_ratio
             ratio = last_step / (following.log_ratio - current.log_ratio)
             x0 = x0 + (0.5 / ratio) * (x0 - previous.x0)

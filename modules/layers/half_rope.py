@@ -50,7 +50,7 @@ def _rotate_by(x: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tenso
     first, second = halves.unbind(-2)
     first_products, second_products = (halves * cosine.unsqueeze(-2)).unbind(-2)
     rotated = torch.empty_like(halves)
-    # with `out` also because autocast casts what a plain addcmul gets
+    # with `out` also because autocast would cast the inputs of a plain addcmul
     torch.addcmul(first_products, second, sine, value=-direction, out=rotated[..., 0, :])
     torch.addcmul(second_products, first, sine, value=direction, out=rotated[..., 1, :])
     return rotated.flatten(-2)

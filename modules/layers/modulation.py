@@ -172,7 +172,7 @@ class _AddGated(torch.autograd.Function):
         ctx.split = split
         output = torch.empty_like(x)
         for segment, added, target, scale in split_segments(split, [gate], x, branch, output):
-            # with `out` also because autocast casts what a plain addcmul gets
+            # with `out` also because autocast would cast the inputs of a plain addcmul
             torch.addcmul(segment, scale, added, out=target)
         return output
 

@@ -57,7 +57,7 @@ def rotation_angles(
     if slow is not None:
         if not 0 <= slow.index < len(frequencies):
             raise ValueError(f"the axis has {len(frequencies)} frequencies, none of number {slow.index}")
-        frequencies[slow.index] = 2 * math.pi / slow.period  # one turn in a period
+        frequencies[slow.index] = 2 * math.pi / slow.period  # one rotation per period
     return torch.outer(positions, frequencies)
 
 
@@ -211,8 +211,8 @@ def sinusoid(numbers: Tensor, width: int, dtype: torch.dtype = torch.float64) ->
     device = torch.device("cpu") if numbers.device.type == "mps" else numbers.device
     numbered = torch.arange(half, dtype=dtype, device=device)
     # Each dtype uses the formula of the models trained with it, as the two round differently: in float32, the
-    # results for 1000 differ by up to 6e-5. Both compute the power in float64, because in float32 its error
-    # of a few last digits depends on the processor and is multiplied by the number, such as 1000.
+    # results for 1000 differ by up to 6e-5. Both compute the power in float64, because in float32 its last
+    # digits depend on the processor, and their error is multiplied by the number, such as 1000.
     if dtype == torch.float64:
         frequencies = LONGEST ** -(numbered / half)
     else:

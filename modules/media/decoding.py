@@ -121,8 +121,8 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
     if not num_frames:
         reject_cut(path)
         raise _no_frames(path)
-    # most demuxers report a truncated file themselves; Matroska's ends silently, but each stream has its
-    # length as a tag
+    # most demuxers report a truncated file themselves; Matroska's does not, but each stream has its duration
+    # as a tag
     end = declared_end(container, stream)
     tolerance = max(4 * (default_seconds or 0.1), 0.3)
     # a complete file may show its last frame for long
@@ -146,7 +146,7 @@ def _open_alpha_decoder(path: Path, codec: str) -> Any:
             f"{path} has transparency in {codec}, for which FFmpeg here lacks {_ALPHA_DECODERS[codec]}. "
             "Convert it to ProRes 4444, or to a folder of PNG images."
         ) from None
-    decoder.options = {"max_pixels": str(MAX_PIXELS)}  # `open_video` has looked at the size of its frames
+    decoder.options = {"max_pixels": str(MAX_PIXELS)}  # `open_video` has checked the size of its frames
     return decoder
 
 

@@ -64,7 +64,7 @@ def write_wav(path: Path, track: Track, tags: Mapping[str, str] | None = None) -
         OutputError: If the file cannot be written.
     """
     samples, rate = track
-    # samples: channels x time in -1..1; a WAV has all channels of a moment side by side
+    # samples: channels x time in -1..1; WAV interleaves the channels
     values = np.round(samples.clip(-1, 1).T * LOUDEST).astype("<i2")
     with atomic_path(path, values.nbytes) as temporary, temporary.open("wb+") as opened:
         with wave.open(opened, "wb") as file:
