@@ -112,7 +112,7 @@ def _write_page(path: Path, grid: ClipGrid, title: str) -> None:
 
 
 def _embed_cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
-    """Yield the HTML of a row's cells.
+    """Yield the template values of a row's cells: clip, file name and command.
 
     With `is_lower`, the first cell is omitted, because the cell of the row above spans both rows.
     """
@@ -215,7 +215,7 @@ def _make_blank_sheet(width: int, height: int) -> Image.Image:
 
 
 def _measure_cells(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> list[list[tuple[int, int]]]:
-    """Return (width, height) of each frame's cell on the sheet, in pixels."""
+    """Return (width, height) of each frame as drawn on the sheet; a missing frame gets an empty cell."""
     side = max(NARROWEST_CELL, min(grid.max_cell_side, WIDEST // len(grid.columns)))
     first_frame = next((frame for row in frames for frame in row if frame is not None), None)
     empty_size = (side, side) if first_frame is None else _fit_side(first_frame, side)

@@ -297,7 +297,7 @@ def explain_number(action: argparse.Action, word: str, expected: str) -> str:
 
 
 def _explain_expanded_pattern(flags: Flags, argv: Sequence[str], unused: Sequence[str]) -> str:
-    """Return the message if the shell has expanded a pattern such as *.mp4 to several paths, else ""."""
+    """Return an error message if the shell has expanded a pattern such as *.mp4 to several paths, else ""."""
     for flag, path, next_path in zip(argv, argv[1:], argv[2:], strict=False):
         is_first_unused = next_path == unused[0] and _takes_one_value(flags, flag)
         if is_first_unused and path_exists(Path(path)) and path_exists(Path(next_path)):
