@@ -93,7 +93,7 @@ Column = tuple[Variant, Sequence[Cell]]
 
 @explain_lack("Finished clips are kept: the same command continues.")
 def compare(family: Family, options: GenerationOptions, comparison: CompareOptions) -> None:
-    """Generate the clip of each prompt without LoRA and with each LoRA and strength, and write them as grids.
+    """Generate clips of each prompt without LoRA and with each LoRA at each strength; write them as grids.
 
     Clips that exist from an earlier run are not generated again.
 

@@ -130,7 +130,7 @@ def match_audio_schedule(section: steps.Section, schedule: Schedule, index: int,
 
 
 def insert_fixed_latents(section: steps.Section, latents: Tensor) -> Tensor:
-    """Return the latents with the section's fixed values inserted: first frames, audio, other held latents.
+    """Return the latents with the section's fixed values inserted: first frames, audio, other fixed latents.
 
     Fixed parts have velocity 0. They do not change in predicted clean videos, and do not affect guidance that
     measures the norm of a velocity.

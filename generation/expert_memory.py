@@ -62,7 +62,7 @@ class ExpertSchedule:
         return len(set(self.order))
 
     def host_peak(self, weights: int, swapped: int) -> int:
-        """Return the peak of the bytes that all experts take in host memory, if the host has enough.
+        """Return the peak host memory of all experts in bytes, if the host has enough.
 
         Replays `order`. While an expert denoises, the next one is read into host memory. Afterwards the
         expert waits in host memory if it is needed again; otherwise it is freed.

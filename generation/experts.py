@@ -202,7 +202,7 @@ class ExpertOffloader:
         self._on_device = set()
 
     def _activate(self, expert: int) -> nn.Module:
-        """Return an expert, moved to the device if it is not there; start reading the next expert.
+        """Return an expert, moved to the device if necessary, and start reading the next one.
 
         Experts on the device are moved away first, unless all of them fit.
         """

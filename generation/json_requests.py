@@ -167,7 +167,7 @@ def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, previe
 
 
 def with_previews(run: GenerationRun, folder: Path) -> GenerationRun:
-    """Return the run with previews in a folder.
+    """Return the run with latent previews written to a folder.
 
     The run is returned unchanged if its latents have no preview, or if a tool hides content.
     """

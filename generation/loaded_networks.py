@@ -212,7 +212,7 @@ def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
 def gather_encoded(
     prompts: Mapping[int, Prompts], encoded: Mapping[Prompt, Conditions]
 ) -> dict[int, EncodedPrompts]:
-    """Assign the encoded prompts to each section.
+    """Return the encoded prompts of each section, by its index.
 
     Args:
         prompts: Prompts of each section, by its index.

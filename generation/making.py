@@ -288,7 +288,7 @@ def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextM
 
 
 def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: str) -> GenerationJob:
-    """Write a job's latents; return the job with the latents and their paths."""
+    """Write a job's latents to a file; return the job with the latents and the file's path."""
     output = run.options.output
     preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"  # already written under the old stem
     metadata = job.metadata or run.metadata(job.prepared)

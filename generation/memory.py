@@ -520,7 +520,7 @@ def suggest_options(
     device_memory: DeviceMemory,
     device: torch.device,
 ) -> list[str]:
-    """Return changes of options that make all phases fit, cheapest first; apply them cumulatively."""
+    """Return option changes that make all phases fit, cheapest first; apply them cumulatively."""
     lines = _suggest_for_other_phases(prediction, device_memory.usable)
     if prediction.device_bytes(0) <= device_memory.usable:  # denoising fits without swapped blocks
         return lines

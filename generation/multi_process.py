@@ -102,7 +102,7 @@ class _DividedRun:
             )
 
     def divide(self, division: Division) -> PhasePrediction:
-        """Predict the memory of one GPU for a way of dividing the run.
+        """Predict the memory per GPU if the run is divided in this way.
 
         Raises:
             OptionError: If the model does not support this division.

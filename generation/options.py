@@ -266,7 +266,7 @@ class GenerationOptions(Options, title="run"):
             )
 
     def _check_prompt(self) -> None:
-        """Raise OptionError if --prompt is empty or is the name of a text file."""
+        """Raise OptionError if --prompt is empty, or is the name of a .txt or .json file."""
         is_empty = self.request.prompt is not None and not self.request.prompt.strip()
         if is_empty and self.save_merged_model is None:
             kind = "picture" if self.output.pictures else "video"
@@ -300,7 +300,7 @@ class GenerationOptions(Options, title="run"):
                 )
 
     def _check_sheet(self) -> None:
-        """Raise OptionError if a sheet would be empty or its axes cannot be parsed."""
+        """Raise OptionError if --sheet conflicts with another option, or if its axes cannot be parsed."""
         conflicts = {
             "--latent_path": bool(self.latent_path),
             "--save_merged_model": self.save_merged_model is not None,

@@ -287,7 +287,7 @@ def _save_frames(
     metadata: Mapping[str, str] | None,
     side_suffixes: Sequence[str],
 ) -> Path:
-    """Write a folder of PNG files.
+    """Write the frames as a folder of PNG files; return its path.
 
     Args:
         options: Options of the run.
@@ -327,7 +327,7 @@ def _save_video(
     side_suffixes: Sequence[str],
     track: Track | None,
 ) -> Path:
-    """Write a video, and its frames as PNG files too with --keep_pngs.
+    """Write a video, with --keep_pngs also its frames as PNG files; return the video's path.
 
     Args:
         options: Options of the run.

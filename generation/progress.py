@@ -64,7 +64,7 @@ def show_start(
     folder: Path,
     device: torch.device,
 ) -> None:
-    """Log the plan of a generation.
+    """Log a box that describes the generation: model, LoRAs, prompt, sizes and folder.
 
     Args:
         family: The model family.

@@ -308,7 +308,7 @@ def _warn_of_edit_loras(paths: Iterable[Path]) -> None:
 
 
 def _with_riflex(prepared: Prepared, options: SteadierOptions) -> Prepared:
-    """Slow down the frequency of --riflex_index if the video is long enough."""
+    """Return the request with the frequency of --riflex_index slowed down, if the video is long enough."""
     index = options.riflex_index
     if prepared.frames <= options.riflex_beyond:
         logger.warning(

@@ -153,7 +153,7 @@ def _read_visible_region(family: Family, path: Path, saved: "SavedLatents") -> B
 
 
 def check_latents(family: Family, path: Path) -> "SavedLatents":
-    """Load a latent file.
+    """Load a latent file, and check that the model family can decode it.
 
     Raises:
         CheckpointError: If the latents are not from this family's latent space.
@@ -452,7 +452,7 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
 
 
 def _make_text_loras(loras_by_expert: LorasByExpert, rounding: str) -> "TextLoras | None":
-    """Return the LoRAs of text encoders and of networks that are loaded with these; None if there are none.
+    """Return the LoRAs of text encoders and of networks that are loaded with them; None if there are none.
 
     Args:
         loras_by_expert: LoRA files by expert; the text encoders use those of the first expert.

@@ -271,7 +271,7 @@ JobByCell = Mapping[CellIndex, GenerationJob]  # of one sheet, without cells tha
 
 
 def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: Failures) -> int:
-    """Generate and write a sheet for each prompt line; return the number of cells, failed ones included.
+    """Generate and write a sheet for each prompt line; return the number of cells, including failed ones.
 
     Args:
         run: The run.

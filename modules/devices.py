@@ -55,7 +55,7 @@ NO_MEMORY = (
 
 
 def select_device(name: str | None) -> torch.device:
-    """Return the device with a name; without a name, CUDA if available, else MPS, else the CPU.
+    """Return the named device; without a name, CUDA if available, else MPS, else the CPU.
 
     CUDA is also set to compute float32 exactly. A GPU that is named with its index becomes the current one,
     because pinning and synchronizing act on the current GPU, and would otherwise also use memory of GPU 0.

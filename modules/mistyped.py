@@ -274,7 +274,7 @@ def _has_role(name: str, role: Collection[str]) -> bool:
 
 
 def explain_number(action: argparse.Action, word: str, expected: str) -> str:
-    """Return the message about a word that is not a number, for an option that takes numbers.
+    """Return the error message for a word that is not a number, for an option that takes numbers.
 
     `expected` describes the type of number, such as "a whole number".
     """
@@ -309,7 +309,7 @@ def _explain_expanded_pattern(flags: Flags, argv: Sequence[str], unused: Sequenc
 
 
 def _explain_extra_value(flags: Flags, argv: Sequence[str], unused: Sequence[str]) -> str:
-    """Return the message if a number has several values, or a switch has a value such as true; else ""."""
+    """Return an error message if a number has several values, or a switch a value such as true; else ""."""
     first = unused[0]
     index = argv.index(first)
     before_first = argv[index - 1] if index >= 1 else ""
@@ -325,7 +325,7 @@ def _explain_extra_value(flags: Flags, argv: Sequence[str], unused: Sequence[str
 def explain_unused_words(
     flags: Flags, argv: Sequence[str], unused: Sequence[str], without_flag: Sequence[argparse.Action] = ()
 ) -> str:
-    """Return the message about words of the command line that belong to no option.
+    """Return the error message for words of the command line that belong to no option.
 
     `argv` are all command-line arguments, and `unused` those that belong to no option. `without_flag` are
     the options that are recognized without a flag.

@@ -310,7 +310,7 @@ class Parser(argparse.ArgumentParser):
         return f"{name} begins with a typographic dash, not with --. Write {plain}"
 
     def _explain_unknown(self, before: str, word: str) -> str:
-        """Return the message about a word that looks like an option but is not one; "" for any other word.
+        """Return an error message for a word that looks like an option but is not one; "" for any other word.
 
         `before` is the preceding word.
         """

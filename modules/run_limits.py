@@ -87,7 +87,7 @@ def is_limited() -> bool:
 
 
 def describe_outside(path: Path, option: str = "") -> str | None:
-    """Explain that a run may not write below a path, with the remedy; None if it may."""
+    """Return why a run may not write below a path, with advice; None if it may."""
     text = os.environ.get(FOLDERS_VARIABLE)
     if not text:
         return None
