@@ -188,7 +188,7 @@ def predictor(
     def predict(
         *conditions: Conditions, overrides: steps.Overrides = steps.NO_OVERRIDES
     ) -> tuple[Tensor, ...]:
-        """Predict the velocity at the step's noisy latents for each of several conditions."""
+        """Return the predicted velocity at the step's noisy latents for each of the given conditions."""
         can_stack = not split and _are_alike(conditions)  # only conditions of equal shapes form a batch
         # each group of passes forms one batch
         groups = [list(conditions)] if can_stack else [[condition] for condition in conditions]

@@ -39,7 +39,7 @@ Texts = dict[Prompt, Conditions]  # every text that was encoded, with all encode
 
 @torch.no_grad()
 def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-    """Encode the images and videos of a request, by section.
+    """Return the encoded images and videos of a request, by section index.
 
     Conditions are on the CPU, with a batch dimension. The source of denoising is in section 0, as `SOURCE`.
 

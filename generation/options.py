@@ -340,7 +340,7 @@ def read_generation(
     argv: Sequence[str] | None,
     add_more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> tuple[GenerationOptions, R]:
-    """Read the options of a generation script.
+    """Read the options of a generation script; return (shared options, the family's own options).
 
     Args:
         description: Docstring of the script.

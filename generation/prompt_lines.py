@@ -60,7 +60,7 @@ class LineOption:
 
 
 def read_seed(text: str) -> int:
-    """Parse a seed; a text that is not a number is hashed, and the seed is logged.
+    """Return the seed in a text; a text that is not a number is hashed, and its seed is logged.
 
     Raises ValueError if the seed is out of range.
     """
@@ -485,7 +485,7 @@ _NO_PROMPTS = re.compile(r"\s*(version https://git-lfs|<!doctype html|<html)", r
 
 
 def read_prompt_file(path: Path, option: str) -> str:
-    """Read a file of prompts.
+    """Return the text of a prompt file.
 
     Args:
         path: The text file.

@@ -144,7 +144,7 @@ def make_request(
 
 
 def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) -> Mapping[str, str | None]:
-    """Return texts with wildcards replaced, and with `@file` replaced by the JSON object in the file.
+    """Return the texts with wildcards drawn, and `@file` replaced by that file's JSON; None stays None.
 
     Raises:
         OptionError: If a wildcard cannot be drawn or a file cannot be read.

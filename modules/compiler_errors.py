@@ -33,7 +33,7 @@ def explain_compilation(error: Exception) -> str | None:
 
 
 def _find_folder_with_space(command: str) -> str | None:
-    """Find a folder of torch or its compiled code in a failed command whose path contains a space.
+    """Return a folder of torch or compiled code in a failed command whose path has a space; None otherwise.
 
     torch does not quote paths in compiler commands, so the compiler reads the path as two.
     """

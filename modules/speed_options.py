@@ -55,7 +55,7 @@ def fp8_text_option(name: str, what: str) -> Any:
 
 
 def text_form(options: Any) -> str | None:
-    """Return the storage format of a text encoder: fp8 by the family's flag, else --text_encoder_form."""
+    """Return a text encoder's storage format: fp8 by the family's flag, else --text_encoder_form or None."""
     return "fp8" if options.in_fp8 else options.text_encoder_form
 
 

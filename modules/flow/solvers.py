@@ -268,13 +268,13 @@ def _solve_weights(step: float, distances: list[float]) -> list[float]:
 def _move(
     current: _Level, following: _Level, sample: Tensor, x0: Tensor, change: Tensor | float = 0.0
 ) -> Tensor:
-    """Take a step between two noise levels, exact if x0 is constant; `change` corrects for a changing x0."""
+    """Return the sample at the next level, exact if x0 is constant; `change` corrects for a changing x0."""
     step = following.log_ratio - current.log_ratio
     return (following.sigma / current.sigma) * sample - following.alpha * math.expm1(-step) * (x0 + change)
 
 
 def _move_with_noise(current: _Level, following: _Level, sample: Tensor, x0: Tensor, draw: Draw) -> Tensor:
-    """Take a step twice as long in lambda as without noise, and add fresh noise to compensate.
+    """Return the sample after a step twice as long in lambda as usual, with fresh noise to compensate.
 
     A step from pure noise replaces all noise; a step to sigma 0 adds none.
     """

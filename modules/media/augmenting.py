@@ -55,7 +55,7 @@ def crop_anywhere(fit: Fit, rng: random.Random) -> Fit:
 
 
 def face_in_name(stem: str) -> Face | None:
-    """Read a face's position from a file name that ends in `_x_y_width_height`; x and y are its center."""
+    """Read a face from a file name that ends in `_x_y_width_height` (x, y: its center); None without one."""
     match = _FACE.search(stem)
     return None if match is None else Face(*(int(part) for part in match.groups()))
 

@@ -350,7 +350,7 @@ def _read_gamma(info: dict[Any, Any]) -> float | None:
 
 
 def _read_cicp(file: Image.Image) -> tuple[int, int] | None:
-    """Return primaries and transfer function of a PNG's chunk cICP, which Pillow ignores; None without it."""
+    """Return (primaries, transfer function) of a PNG's cICP chunk, which Pillow ignores; None without it."""
     stream: Any = getattr(file, "fp", None)
     if stream is None:  # its pixels have been read
         return None

@@ -459,7 +459,7 @@ def video_info(path: Path) -> VideoInfo:
 
 
 def had_other_orientation(path: Path) -> bool:
-    """Return whether earlier versions of this program oriented a clip differently, so that caches differ.
+    """Return whether earlier versions of this program oriented a clip differently when they read it.
 
     They used only the angle of the display matrix, so mirrored clips differ. They read clips with
     transparency as stored. One frame is decoded.
