@@ -103,7 +103,7 @@ def _read_rate(text: str) -> int:
 
 
 def read_size(text: str) -> dict[str, int]:
-    """Parse a height and a width such as `480 832`, in the order of --video_size.
+    """Parse `480 832` (height, width) into `video_size_height` and `video_size_width`.
 
     Raises:
         ValueError: If the text is not of this form.

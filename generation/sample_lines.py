@@ -119,7 +119,7 @@ _CHARACTERS = {
 
 
 def _read_size(text: str) -> Mapping[str, int]:
-    """Parse a size such as `480 832`: height and width, in the order of --video_size.
+    """Parse `480 832` (height, width, as in --video_size) into `height` and `width`.
 
     Raises ValueError for any other text.
     """

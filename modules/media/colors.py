@@ -370,7 +370,7 @@ def _read_cicp(file: Image.Image) -> tuple[int, int] | None:
 
 
 def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
-    """Return (primaries, transfer function) of an AVIF file without ICC profile; Pillow ignores them."""
+    """Return (primaries, transfer function) of an AVIF file, ignored by Pillow; None with an ICC profile."""
     stream: Any = getattr(file, "fp", None)
     if stream is None or file.info.get("icc_profile"):
         return None
