@@ -215,7 +215,7 @@ def expert_loras(
     """Return the LoRAs of each of the family's experts, in the order of the experts.
 
     A file that contains a LoRA for each expert is used for both, no matter which option names it. Patterns
-    apply to the files of --lora_weight first, then to those of --lora_weight_high_noise.
+    apply to files in this order: --lora_weight, then --lora_weight_high_noise.
 
     Args:
         family: The model family.

@@ -346,7 +346,7 @@ def read_generation(
         description: Docstring of the script.
         defaults: Defaults of the family.
         record: Class of the family's own options.
-        argv: Command line; None for the process's own.
+        argv: Arguments of the command line; None for the process's own.
         add_more: Adds options of the script to the parser.
     """
 

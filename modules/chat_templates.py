@@ -23,7 +23,7 @@ BOOTSTRAP_CODE = "import runpy, sys; runpy.run_path(sys.argv[1])['main']()"  # b
 
 
 class TemplateError(Exception):
-    """Raised if a chat template fails or does not end; the text gives the reason."""
+    """Raised if a chat template fails or does not end; the message is the reason."""
 
 
 def render_chat(

@@ -33,7 +33,7 @@ class Compilation:
     variants: int | None = None  # recompilation limit of a list of blocks; None: enough for all
 
     def __post_init__(self) -> None:
-        """Raise OptionError if the mode is unknown, or if mode and backend do not work in this program."""
+        """Raise OptionError if the mode is unknown, or if mode and backend cannot be used in this program."""
         if self.mode not in MODES:
             raise OptionError(
                 f"--compile_args: the mode {self.mode} is unknown: use one of {', '.join(MODES)}"

@@ -35,7 +35,7 @@ RETRY_STATUS_CODES = frozenset({408, 425, 429})  # HTTP statuses to retry, in ad
 
 
 class RetryableError(Exception):
-    """Raised if an attempt failed that may succeed later. Its text is the reason, without the URL."""
+    """Raised if an attempt failed that may succeed later; the message is the reason, without the URL."""
 
     def __init__(self, reason: str, wait_seconds: float = 0.0, from_start: bool = False) -> None:
         super().__init__(reason)
@@ -44,7 +44,7 @@ class RetryableError(Exception):
 
 
 class DownloadRejected(Exception):
-    """Raised if a server rejects a request, so that retrying is useless; the text gives the reason."""
+    """Raised if a server rejects a request, so that retrying is useless; the message is the reason."""
 
     def __init__(self, reason: str, status: int | None = None) -> None:
         super().__init__(reason)

@@ -65,7 +65,7 @@ def prepare_environment(
 ) -> Path:
     """Install missing requirements into an environment, and return the environment's Python.
 
-    Requirements are those of the runtime, of one extra of pyproject.toml, and additional packages. The
+    It needs the requirements of the runtime, of one extra in pyproject.toml, and additional packages. The
     environment is the active one, else `.venv` in the repository. An installed torch is kept, whatever its
     version, unless `is_replacing`. An interrupted installation is resumed.
 

@@ -327,8 +327,8 @@ def explain_unused_words(
 ) -> str:
     """Return the error message for words of the command line that belong to no option.
 
-    `argv` are all command-line arguments, and `unused` those that belong to no option. `without_flag` are
-    the options that are recognized without a flag.
+    `argv` are all command-line arguments, and `unused` the words that belong to no option. `without_flag`
+    are the options that are recognized without a flag.
     """
     explanation = _explain_expanded_pattern(flags, argv, unused) or _explain_extra_value(flags, argv, unused)
     if explanation:

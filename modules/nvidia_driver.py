@@ -62,7 +62,7 @@ def read_nvidia_cards(text: str) -> list[NvidiaCard]:
 
 
 def explain_unseen_card(torch_version: str, cuda: str | None) -> str | None:
-    """Return why torch has no CUDA device although the driver lists a card; None if it lists none.
+    """Return why torch has no CUDA device although the driver lists a GPU; None if it lists none.
 
     Args:
         torch_version: `torch.__version__`.

@@ -111,7 +111,7 @@ def option(
 ) -> Any:
     """Return a field of an `Options` record, with all facts about its option.
 
-    For a field that is a record itself, `facts` apply to all of its options, and `settings` are those of
+    For a field that is a record itself, `facts` apply to all of its options, and `settings` are passed to
     `add_options`.
 
     Args:
@@ -121,8 +121,8 @@ def option(
         flags: Additional spellings.
         often: Whether the short help (-h) shows the option.
         positional: Whether the option is given by position, without a flag.
-        by_place: Whether words that belong to no option are taken as its value if its flag is not given.
-        title: Heading of the option in the help, if it differs from that of the record.
+        by_place: Whether words that belong to no option are its value if its flag is not given.
+        title: Heading of the option in the help, if it differs from the record's.
         minimum: Smallest allowed number; for a tuple, of each number.
         maximum: Largest allowed number.
         above: Exclusive lower limit.

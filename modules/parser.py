@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
     shown_flags: Mapping[str, str] = {}
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
-        """Make a parser without options; the arguments are those of `ArgumentParser`."""
+        """Make a parser without options; it takes the arguments of `ArgumentParser`."""
         self._command_words = find_front_words()  # "reelsmith.py", "train", "wan", if these were typed
         if self._command_words:
             # the help names that command instead of the script

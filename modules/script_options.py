@@ -46,7 +46,7 @@ def parse_with_flags(
 
     Args:
         description: Description of the script in its help.
-        argv: Arguments of the command line. None: those of the process.
+        argv: Arguments of the command line. None: the process's own.
         *records: Records that declare the options.
         **changes: Arguments of `add_options`.
     """

@@ -30,7 +30,7 @@ class Solver(Protocol):
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         """Return the sample at the next noise level.
 
-        `velocity` and `sample` are those at `schedule.sigmas[index]`. Both are float32, as is the result.
+        `velocity` and `sample` belong to `schedule.sigmas[index]`. Both are float32, as is the result.
         """
         ...
 

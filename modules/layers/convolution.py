@@ -30,7 +30,7 @@ def set_memory_format(module: nn.Module, device: torch.device) -> None:
 
 
 def empty_clip(x: Tensor, *size: int) -> Tensor:
-    """Return an uninitialized clip B C T H W of this size; dtype, device and memory format are those of x."""
+    """Return an uninitialized clip B C T H W of this size, with dtype, device and memory format like x."""
     layout = (
         torch.channels_last_3d
         if x.is_contiguous(memory_format=torch.channels_last_3d)

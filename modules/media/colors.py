@@ -59,7 +59,7 @@ _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0
 
 @dataclass(frozen=True)
 class Colors:
-    """What an image or video file states about its colors."""
+    """Facts about the colors of an image or video file, such as transparency, HDR and conversion to sRGB."""
 
     is_transparent: bool  # whether any pixel is transparent
     is_converted: bool  # its colors differ from sRGB and are converted

@@ -84,12 +84,12 @@ class TimedFrame:
 
 
 def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFrame]:
-    """Yield the frames of a video in playing order.
+    """Yield the frames of a video in playing order, each with its time and orientation.
 
     `container` and `stream` come from `open_video(path)`.
 
     Raises:
-        MediaError: If the file is damaged, ends before the length that it states, or has no frame.
+        MediaError: If the file is damaged, ends before its stated length, or has no frame.
     """
     stream.thread_type = select_thread_type(stream.codec_context)
     alpha_decoder: Any = None  # replaces the default decoder, if that drops the transparency

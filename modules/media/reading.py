@@ -138,7 +138,7 @@ def join_alpha(colors: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
 
 
 def media_colors(path: Path) -> Colors:
-    """Return what an image, a clip (in its first frame) or a folder of images states about its colors.
+    """Return facts about the colors of an image, of a clip (from its first frame) or of a folder of images.
 
     Animated GIF and WebP files never count as transparent: they are composited on white.
 
@@ -187,7 +187,7 @@ def _is_first_frame_transparent(path: Path, container: Any, stream: Any) -> bool
 
 
 def read_mask(path: Path) -> Frame:
-    """Read a mask as white on black, H W 3. A mask drawn by alpha is white where it is opaque.
+    """Read a mask, H W 3, that is white where it is set. A mask drawn by alpha is set where it is opaque.
 
     Raises MediaError if it cannot be read.
     """
